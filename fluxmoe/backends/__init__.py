@@ -1,0 +1,1 @@
+"""Backends put the pager under an inference engine."""

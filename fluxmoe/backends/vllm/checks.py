@@ -1,0 +1,64 @@
+"""What vLLM can do and FluxMoE cannot (yet): refused at start, with the setting that is in the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fluxmoe.backends.vllm.compat import CPUUnquantizedExperts, UnquantizedFusedMoEMethod
+from fluxmoe.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from fluxmoe.backends.vllm.compat import VllmConfig
+    from fluxmoe.backends.vllm.layer import PagedRoutedExperts
+
+
+def refuse_unsupported(config: VllmConfig) -> None:
+    """Refuse engine features that paging was not tested with.
+
+    Raises:
+        UnsupportedError: Names the first one found.
+    """
+    parallel = config.parallel_config
+    refused = {
+        "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
+        "expert load balancing (--enable-eplb)": parallel.enable_eplb,
+        "dual batch overlap (--enable-dbo)": parallel.enable_dbo,
+        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
+        "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
+        "LoRA (--enable-lora)": config.lora_config is not None,
+        "speculative decoding (--speculative-config)": config.speculative_config is not None,
+        "sleep mode (--enable-sleep-mode)": config.model_config.enable_sleep_mode,
+    }
+    for feature, asked in refused.items():
+        if asked:
+            raise UnsupportedError(f"FluxMoE does not support {feature} yet", fix="turn it off")
+
+
+def refuse_unpageable(experts: PagedRoutedExperts) -> None:
+    """Refuse expert layers whose weights are not plain slot-addressable parts.
+
+    Raises:
+        UnsupportedError: Quantised experts, or a kernel other than vLLM's CPU grouped GEMM.
+    """
+    where = experts.layer_name
+    method = experts.quant_method
+    if not isinstance(method, UnquantizedFusedMoEMethod):
+        raise UnsupportedError(
+            f"experts of {type(method).__name__} cannot be paged yet",
+            where=where,
+            fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
+        )
+    kernel = method.moe_kernel.fused_experts if method.moe_kernel is not None else None
+    if not isinstance(kernel, CPUUnquantizedExperts):
+        raise UnsupportedError(
+            f"the MoE kernel {type(kernel).__name__} does not read experts by slot", where=where
+        )
+    if getattr(kernel, "_use_zentorch", False):
+        raise UnsupportedError(
+            "zentorch's MoE kernel does not read experts by slot",
+            where=where,
+            fix="uninstall zentorch",
+        )
+    extra = sorted(set(dict(experts.named_parameters(recurse=False))) - {"w13_weight", "w2_weight"})
+    if extra:
+        raise UnsupportedError(f"experts with {extra[0]} cannot be paged yet", where=where)

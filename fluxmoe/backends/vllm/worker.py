@@ -1,0 +1,178 @@
+"""The paged worker: after loading it moves the experts out and gives KV what the budget leaves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from fluxmoe import config as fluxmoe_config
+from fluxmoe.backends import op
+from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.vllm import checks
+from fluxmoe.backends.vllm.compat import CPUWorker, max_memory_usage_bytes
+from fluxmoe.backends.vllm.layer import PagedRoutedExperts
+from fluxmoe.core.types import Bytes, Geometry, PageClass, Part
+from fluxmoe.errors import ConfigError, NoExpertsError, UnsupportedError
+from fluxmoe.stores.host import HostStore
+
+PARTS = ("w13_weight", "w2_weight")
+
+# cpu_fused_moe computes slot * elements in a signed 32-bit integer (docs/adr/0001).
+INDEX_LIMIT = 2**31
+
+
+def bank_limit(part_elements: int) -> int:
+    """The most slots one ``cpu_fused_moe`` call can address.
+
+    Args:
+        part_elements: Weights of the largest part of one expert (2·I·H for w13).
+    """
+    return (INDEX_LIMIT - 1) // part_elements + 1
+
+
+class PagedCPUWorker(CPUWorker):
+    """vLLM's CPU worker with paged experts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        additional = self.vllm_config.additional_config
+        data = additional.get("fluxmoe") if isinstance(additional, dict) else None
+        if data is None:
+            raise ConfigError(
+                "FluxMoE's worker class was given no configuration",
+                where="additional_config",
+                fix='add --additional-config \'{"fluxmoe": {"memory": {"budget": "…"}}}\'',
+            )
+        self._config = fluxmoe_config.parse(data, where="additional_config.fluxmoe")
+        self._runtime: Runtime | None = None
+        self._handle = -1
+        checks.refuse_unsupported(self.vllm_config)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load as stock does, then move the experts out of the model."""
+        super().load_model(*args, **kwargs)
+        layers = [m for m in self.model_runner.model.modules() if isinstance(m, PagedRoutedExperts)]
+        if not layers:
+            raise NoExpertsError(
+                f"{self.model_config.model} has no MoE layers: there is nothing to page",
+                fix="serve it without FluxMoE",
+            )
+        for layer in layers:
+            checks.refuse_unpageable(layer)
+        self._runtime = self._page_out(layers)
+
+    def _page_out(self, layers: list[PagedRoutedExperts]) -> Runtime:
+        shapes = {
+            tuple((name, getattr(m, name).shape, getattr(m, name).dtype) for name in PARTS)
+            for m in layers
+        }
+        if len(shapes) > 1:
+            raise UnsupportedError(f"layers with experts of {len(shapes)} different layouts")
+        weights = [getattr(layers[0], name) for name in PARTS]
+        page_class = PageClass(
+            tuple(
+                Part(name, w[0].numel() * w.element_size(), w[0].numel())
+                for name, w in zip(PARTS, weights, strict=True)
+            )
+        )
+        geometry = Geometry(len(layers), weights[0].shape[0])
+        store = HostStore(geometry, page_class)
+        runtime = Runtime(
+            self._config,
+            geometry,
+            page_class,
+            store,
+            self._kv_need(),
+            bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
+        )
+        self._handle = op.attach(runtime.pager)
+        for index, layer in enumerate(layers):
+            store.adopt([_bytes(getattr(layer, name).data) for name in PARTS])
+            arenas = zip(PARTS, weights, runtime.arenas(index), strict=True)
+            layer.bind(
+                self._handle,
+                index,
+                {name: _tensor(rows, like.dtype, like.shape[1:]) for name, like, rows in arenas},
+            )
+        return runtime
+
+    def _kv_need(self) -> KVNeed:
+        specs = self.get_kv_cache_spec().values()
+        block = sum(spec.page_size_bytes for spec in specs)
+        one = max_memory_usage_bytes(self.vllm_config, specs)
+        # One block more is vLLM's null block, one the watermark.
+        sequences = self.vllm_config.scheduler_config.max_num_seqs
+        length = self.model_config.max_model_len
+        return KVNeed(
+            min=one + 2 * block,
+            max=sequences * one + 2 * block,
+            reason=f"one sequence of max-model-len {length}",
+        )
+
+    def determine_available_memory(self) -> int:
+        """The KV cache gets what the budget leaves. Warm-up runs happen here and are forgotten."""
+        assert self._runtime is not None
+        self.cache_config.kv_cache_memory_bytes = self._runtime.kv_bytes
+        available: int = super().determine_available_memory()
+        self._runtime.pager.reset()
+        return available
+
+    def shutdown(self) -> None:
+        """Release the arenas. The model is gone by then."""
+        super().shutdown()
+        op.detach(self._handle)
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+
+    # --- called through collective_rpc -----------------------------------------------------------
+
+    def fluxmoe_stats(self) -> dict[str, Any]:
+        """Counters and sizes, as plain numbers."""
+        assert self._runtime is not None
+        runtime, counters = self._runtime, self._runtime.pager.counters()
+        transfer = runtime.pager.transfer
+        return {
+            **asdict(counters),
+            "hit_rate": counters.hit_rate,
+            "slots": sum(runtime.pager.table.slots),
+            "banks": runtime.pager.table.num_banks,
+            "pages": runtime.geometry.num_pages,
+            "page_bytes": runtime.page_class.nbytes,
+            "budget_bytes": runtime.arbiter.budget_bytes,
+            "committed_bytes": runtime.arbiter.committed_bytes,
+            "expert_bytes": runtime.expert_bytes,
+            "kv_bytes": runtime.kv_bytes,
+            "store_bytes": runtime.store.nbytes,
+            "bytes_demand": transfer.bytes_demand,
+            "bytes_prefetch": transfer.bytes_prefetch,
+            "stall_seconds": transfer.stall_seconds,
+            "policy_faults": runtime.eviction.faults + runtime.prefetch.faults,
+        }
+
+    def fluxmoe_check(self) -> None:
+        """Raise InvariantError unless all books agree."""
+        assert self._runtime is not None
+        self._runtime.check()
+
+    def fluxmoe_reset(self) -> None:
+        """Start cold: no page resident, counters zero."""
+        assert self._runtime is not None
+        self._runtime.pager.reset()
+
+
+def _bytes(weight: torch.Tensor) -> Bytes:
+    """``[experts, …]`` as uint8 ``[experts, bytes]``, without a copy."""
+    if not weight.is_contiguous():
+        raise UnsupportedError(f"expert weights of strides {weight.stride()} are not one block each")
+    array: Bytes = weight.view(weight.shape[0], -1).view(torch.uint8).numpy()
+    return array
+
+
+def _tensor(rows: Bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """uint8 rows as a tensor ``[slots, *shape]``, without a copy."""
+    flat = torch.from_numpy(np.ascontiguousarray(rows).reshape(-1))
+    return flat.view(dtype).view(len(rows), *shape)

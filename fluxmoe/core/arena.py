@@ -1,0 +1,75 @@
+"""Arena: a range of addresses that never moves, whose frames come and go while it lives."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from fluxmoe.core.substrate import Substrate
+from fluxmoe.core.types import Bytes, Int64s
+from fluxmoe.errors import InvariantError
+
+ABSENT = -1
+
+
+class Arena:
+    """Reserved address space for at most ``nbytes`` bytes (rounded up to whole frames).
+
+    Kernels keep its address, so it is fixed for the arena's life. The arena remembers which frame
+    lies where; who owns the frames is the ``FramePool``'s business.
+    """
+
+    def __init__(self, substrate: Substrate, nbytes: int) -> None:
+        self._substrate = substrate
+        frames = -(-nbytes // substrate.frame_bytes)
+        self.frame_at = np.full(frames, ABSENT, np.int64)
+        self.address = substrate.reserve(frames * substrate.frame_bytes)
+
+    @property
+    def committed(self) -> int:
+        """Number of frames mapped now."""
+        return int(np.count_nonzero(self.frame_at != ABSENT))
+
+    def commit(self, first: int, frames: Int64s) -> None:
+        """Map ``frames`` at positions ``first, first+1, …``, which must be uncommitted."""
+        place = slice(first, first + len(frames))
+        if len(self.frame_at[place]) != len(frames) or np.any(self.frame_at[place] != ABSENT):
+            raise InvariantError(f"positions {first}…{first + len(frames) - 1} are not all free")
+        if len(frames):
+            self._substrate.commit(self.address + first * self._substrate.frame_bytes, frames)
+            self.frame_at[place] = frames
+
+    def decommit(self, first: int, count: int) -> Int64s:
+        """Unmap ``count`` positions from ``first`` on and return the frames that lay there."""
+        place = slice(first, first + count)
+        frames = self.frame_at[place].copy()
+        if len(frames) != count or np.any(frames == ABSENT):
+            raise InvariantError(f"positions {first}…{first + count - 1} are not all committed")
+        self._substrate.decommit(self.address + first * self._substrate.frame_bytes, count)
+        self.frame_at[place] = ABSENT
+        return frames
+
+    def rows(self, count: int, nbytes: int) -> Bytes:
+        """The arena as a uint8 array ``[count, nbytes]``, without a copy.
+
+        Only committed rows may be read or written. The array does not keep the arena alive.
+        """
+        size = count * nbytes
+        if size > len(self.frame_at) * self._substrate.frame_bytes:
+            raise InvariantError(f"{count} rows of {nbytes} bytes do not fit the arena")
+        buffer = (ctypes.c_uint8 * size).from_address(self.address)
+        return np.frombuffer(buffer, np.uint8).reshape(count, nbytes)
+
+    def close(self) -> Int64s:
+        """Unmap everything, give the addresses back, return the frames that were committed."""
+        frames = self.frame_at[self.frame_at != ABSENT].copy()
+        self._substrate.unreserve(self.address, len(self.frame_at) * self._substrate.frame_bytes)
+        self.frame_at = np.full(0, ABSENT, np.int64)
+        return frames
+
+    def check(self) -> None:
+        """Raise InvariantError if a frame is mapped twice in this arena."""
+        mapped = self.frame_at[self.frame_at != ABSENT]
+        if len(np.unique(mapped)) != len(mapped):
+            raise InvariantError("a frame is mapped at two positions of one arena")

@@ -1,0 +1,303 @@
+"""The event rule: the one definition of hit, miss, eviction and release (docs/event-rule.md).
+
+An *event* is the set of distinct experts that one execution of one MoE layer routes to. The rule
+is applied to the whole event at once, by compiled functions over the page table's books and, only
+where a policy has a say, by one call of the policy. The pager runs it for one event after the
+other in the engine; the simulator runs the same object over a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core import order
+from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.jit import jit
+from fluxmoe.core.pages import (
+    ABSENT,
+    C_ACCESSES,
+    C_EVENTS,
+    C_EVICTIONS,
+    C_HITS,
+    C_LOADS_DEMAND,
+    C_LOADS_PREFETCH,
+    C_MISSES,
+    C_PREFETCH_HITS,
+    C_RELEASED,
+    DIRTIES,
+    DIRTY,
+    EVENT,
+    LAYER,
+    LEAVING,
+    LOADED,
+    MISSES,
+    PAGES,
+    PROTECTED,
+    STEP,
+    UNUSED,
+    Books,
+    PageTable,
+    load,
+    mark_dirty,
+    unload,
+)
+from fluxmoe.core.types import Access, Int64s, Ints, Loads
+from fluxmoe.errors import CapacityError
+
+Slots = npt.NDArray[np.int32]
+
+
+@jit
+def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
+    """Points 1–3 and 6: free what the last event left, then count hits and misses of this one.
+
+    Args:
+        b: The books.
+        step: Forward pass of the engine.
+        layer: MoE layer.
+        ids: Routed experts, 1-D, repeats allowed; negative entries are padding.
+        slots: Filled with the slot of every entry of ``ids`` if there is no miss; may be empty.
+
+    Returns:
+        Number of misses.
+    """
+    for i in range(b.now[LEAVING]):
+        if b.slot_of[b.leaving[i]] != ABSENT:
+            unload(b, b.leaving[i])
+            b.counts[C_RELEASED] += 1
+    b.now[LEAVING] = b.now[LOADED] = 0
+    b.now[EVENT] += 1
+    b.now[STEP], b.now[LAYER] = step, layer
+    event = b.now[EVENT]
+    experts = b.tokens.size
+    first = layer * experts
+
+    routed = b.tokens
+    routed[:] = 0
+    for i in range(ids.size):
+        if ids[i] >= 0:
+            routed[ids[i]] += 1
+    n = misses = 0
+    for expert in range(experts):
+        page = first + expert
+        b.flags[page] &= ~np.uint8(PROTECTED)
+        if routed[expert] == 0:
+            continue
+        hit = b.slot_of[page] != ABSENT
+        b.pages[n], b.tokens[n], b.hit[n] = page, routed[expert], hit
+        n += 1
+        if not hit:
+            b.missing[misses] = page
+            misses += 1
+        elif b.flags[page] & UNUSED:
+            b.counts[C_PREFETCH_HITS] += 1
+            b.flags[page] &= ~np.uint8(UNUSED)
+        b.last_use[page] = event
+        b.use_count[page] += 1
+        mark_dirty(b, page)
+    b.now[PAGES], b.now[MISSES] = n, misses
+    b.counts[C_EVENTS] += 1
+    b.counts[C_ACCESSES] += n
+    b.counts[C_HITS] += n - misses
+    b.counts[C_MISSES] += misses
+    if misses == 0:
+        lookup(b, layer, ids, slots)
+    return misses
+
+
+@jit
+def lookup(b: Books, layer: int, ids: Ints, slots: Slots) -> None:
+    """The expert table applied: ``slots[i]`` is the slot of expert ``ids[i]``, 0 for padding."""
+    first = layer * b.tokens.size
+    for i in range(slots.size):
+        slots[i] = b.slot_of[first + ids[i]] if ids[i] >= 0 else 0
+
+
+@jit
+def evict(b: Books, victims: Int64s) -> None:
+    for i in range(victims.size):
+        unload(b, victims[i])
+        b.counts[C_EVICTIONS] += 1
+
+
+@jit
+def load_missing(b: Books) -> None:
+    """Point 5: the event's misses take slots, in ascending page id."""
+    for i in range(b.now[MISSES]):
+        load(b, b.missing[i])
+    b.counts[C_LOADS_DEMAND] += b.now[MISSES]
+
+
+@jit
+def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
+    """Write the pages of a bank that may be evicted into ``out``, ascending; how many."""
+    n = 0
+    for page in range(b.slot_of.size):
+        if (
+            b.slot_of[page] != ABSENT
+            and b.bank_of[page // b.tokens.size] == bank
+            and b.last_use[page] != b.now[EVENT]
+            and not (protect and b.flags[page] & PROTECTED)
+        ):
+            out[n] = page
+            n += 1
+    return n
+
+
+@jit
+def take_dirty(b: Books, out: Int64s) -> int:
+    """Move the resident dirty pages into ``out``; how many. Absent ones are scored on return."""
+    n = 0
+    for i in range(b.now[DIRTIES]):
+        page = b.dirty[i]
+        b.flags[page] &= ~np.uint8(DIRTY)
+        if b.slot_of[page] != ABSENT:
+            out[n] = page
+            n += 1
+    b.now[DIRTIES] = 0
+    return n
+
+
+class EventRule:
+    """The rule bound to one page table, one eviction and one prefetch policy.
+
+    Usage: ``open`` for every event; if it returns misses, ``admit`` gives them slots; then
+    ``prefetch``. ``loads`` tells what to copy where after each of the two.
+    """
+
+    def __init__(self, table: PageTable, eviction: EvictionGuard, prefetch: PrefetchGuard) -> None:
+        self.table, self.eviction, self._prefetch = table, eviction, prefetch
+        self._heap = order.new_heap(table.geometry.num_pages, table.num_banks)
+        self._scratch = np.zeros(table.geometry.num_pages, np.int64)
+        self._no_slots = np.zeros(0, np.int32)
+
+    def reset(self) -> None:
+        """Cold start: books, counters and policies forget everything."""
+        self.table.reset()
+        order.clear(self._heap)
+        self.eviction.reset()
+        self._prefetch.reset()
+
+    def run(self, step: int, layer: int, ids: Ints) -> None:
+        """One whole event, for callers that copy nothing (the simulator)."""
+        self.open(step, layer, ids, self._no_slots)
+        self.admit()
+        self.prefetch()
+
+    def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
+        """Points 1–3 and 6 of the rule. See ``open_event``."""
+        misses = open_event(self.table.books, step, layer, ids, slots)
+        if self.eviction.watches_access:
+            self.eviction.on_access(self.access())
+        return misses
+
+    def admit(self) -> None:
+        """Points 4 and 5: choose victims if slots are short, then load the misses."""
+        b = self.table.books
+        misses = int(b.now[MISSES])
+        if misses:
+            bank = self.table.bank(int(b.now[LAYER]))
+            short = misses - int(b.num_free[bank])
+            if short > 0:
+                self._evict(bank, short, spare=False)
+            load_missing(b)
+            if self.eviction.watches_load:
+                self.eviction.on_load(b.missing[:misses].copy())
+        if self.eviction.retains:
+            leaving = self.eviction.leaving(self.access())
+            b.leaving[: len(leaving)] = leaving
+            b.now[LEAVING] = len(leaving)
+
+    def prefetch(self) -> bool:
+        """Point 7: proposals take free slots, then victims; what is proposed is protected.
+
+        Returns:
+            Whether there is a prefetch policy at all, so that ``loads`` tells of its pages.
+        """
+        if not self._prefetch.active:
+            return False
+        b = self.table.books
+        b.now[LOADED] = 0
+        proposed = self._prefetch.propose(self.access())
+        resident = b.slot_of[proposed] != ABSENT
+        b.flags[proposed[resident]] |= PROTECTED
+        wanted = proposed[~resident]
+        banks = b.bank_of[wanted // self.table.geometry.experts_per_layer]
+        for bank in np.unique(banks).tolist():
+            pages = wanted[banks == bank]
+            short = len(pages) - int(b.num_free[bank])
+            if short > 0:
+                self._evict(bank, short, spare=True)
+            pages = pages[: int(b.num_free[bank])]
+            for page in pages.tolist():
+                load(b, page)
+            b.flags[pages] |= PROTECTED | UNUSED
+            b.counts[C_LOADS_PREFETCH] += len(pages)
+            if len(pages) and self.eviction.watches_load:
+                self.eviction.on_load(pages)
+        return True
+
+    def loads(self) -> Iterator[Loads]:
+        """What the last ``admit`` or ``prefetch`` gave slots to, per bank, in order of loading."""
+        b = self.table.books
+        pages = b.loaded[: b.now[LOADED]].copy()
+        banks = b.bank_of[pages // self.table.geometry.experts_per_layer]
+        for bank in np.unique(banks).tolist():
+            mine = pages[banks == bank]
+            yield Loads(bank, mine, b.slot_of[mine].astype(np.int64))
+
+    def access(self) -> Access:
+        """The running event as policies see it."""
+        b = self.table.books
+        n = b.now[PAGES]
+        return Access(
+            step=int(b.now[STEP]),
+            layer=int(b.now[LAYER]),
+            pages=b.pages[:n].copy(),
+            hit=b.hit[:n].copy(),
+            tokens=b.tokens[:n].copy(),
+            phase=self.table.phase,
+        )
+
+    def _evict(self, bank: int, count: int, *, spare: bool) -> None:
+        """Evict ``count`` pages of a bank; fewer if ``spare`` forbids touching protected pages.
+
+        Demand spares them too while it can: a prefetched page is given up only when the event
+        could not be held otherwise.
+        """
+        victims = self._victims(bank, count, protect=True)
+        if len(victims):
+            self._unload(victims)
+        if not spare and len(victims) < count:
+            more = self._victims(bank, count - len(victims), protect=False)
+            self._unload(more)
+            if len(victims) + len(more) < count:
+                raise CapacityError(
+                    f"an event of {int(self.table.books.now[PAGES])} experts does not fit "
+                    f"{self.table.slots[bank]} slots"
+                )
+
+    def _unload(self, victims: Int64s) -> None:
+        if self.eviction.watches_evict:
+            self.eviction.on_evict(victims)
+        evict(self.table.books, victims)
+
+    def _victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
+        b = self.table.books
+        if self.eviction.stable:
+            dirty = self._scratch[: take_dirty(b, self._scratch)]
+            scores = self.eviction.scores(dirty)
+            if scores is not None:
+                order.update(self._heap, b, dirty, scores)
+                out = np.empty(count, np.int64)
+                return out[: order.choose(self._heap, b, bank, count, protect, out)]
+            for page in dirty.tolist():  # the policy failed: ask again at the next eviction
+                mark_dirty(b, page)
+        pages = self._scratch[: candidates(b, bank, protect, self._scratch)].copy()
+        count = min(count, len(pages))
+        if self.eviction.stable:
+            return self.eviction.least_recent(pages, count)
+        return self.eviction.choose(pages, count)

@@ -1,0 +1,274 @@
+"""Guards: the host's side of a policy. Validates every answer and contains every fault.
+
+A policy is trusted code that may be wrong: if it raises, or answers with nonsense, that one call
+falls back to LRU, the fault is counted and logged once under the name the policy was registered
+with, and after ``strikes`` faults the policy is out for good. ``strict`` raises instead. Attacks
+are not contained: a plugin runs with the rights of the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.types import Access, Int64s
+from fluxmoe.errors import PolicyFaultError
+
+logger = logging.getLogger("fluxmoe")
+
+DEFAULT_STRIKES = 16
+
+_KERNEL = numba.float64(numba.int64, numba.int64, numba.int64, numba.int64, numba.int64)
+
+
+class _Faults:
+    """Counts the faults of one policy and decides what follows."""
+
+    def __init__(self, kind: str, name: str, strict: bool, strikes: int) -> None:
+        self.kind, self.name, self.strict, self.strikes = kind, name, strict, strikes
+        self.count = 0
+        self._reported: set[str] = set()
+
+    @property
+    def out(self) -> bool:
+        return self.count >= self.strikes
+
+    def note(self, method: str, problem: Exception | str) -> None:
+        """Count a fault of ``method``; raises PolicyFaultError if strict."""
+        what = f"{self.kind} policy {self.name!r}: {method} {_describe(problem)}"
+        if self.strict:
+            cause = problem if isinstance(problem, Exception) else None
+            raise PolicyFaultError(what, fix="run without --strict-policies to contain it") from cause
+        self.count += 1
+        if method not in self._reported:
+            self._reported.add(method)
+            logger.warning("%s; this call falls back to the default (reported once)", what)
+        if self.count == self.strikes:
+            logger.warning(
+                "%s policy %r is replaced after %d faults", self.kind, self.name, self.strikes
+            )
+
+
+def _describe(problem: Exception | str) -> str:
+    if isinstance(problem, Exception):
+        return f"raised {type(problem).__name__}: {problem}"
+    return problem
+
+
+class EvictionGuard:
+    """An eviction policy as the event rule calls it."""
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        view: PageView,
+        *,
+        name: str,
+        strict: bool = False,
+        strikes: int = DEFAULT_STRIKES,
+    ) -> None:
+        self._policy, self._view = policy, view
+        self._faults = _Faults("eviction", name, strict, strikes)
+        self._kernel = _compile(policy, name)
+        overrides = {
+            method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
+            for method in ("on_access", "on_load", "on_evict", "retain", "select")
+        }
+        # Hooks that a policy does not override are never called: they would cost for nothing.
+        self.watches_access = overrides["on_access"]
+        self.watches_load = overrides["on_load"]
+        self.watches_evict = overrides["on_evict"]
+        self.retains = overrides["retain"]
+        self._selects = overrides["select"]
+
+    @property
+    def name(self) -> str:
+        return self._faults.name
+
+    @property
+    def faults(self) -> int:
+        """Faults contained so far."""
+        return self._faults.count
+
+    @property
+    def stable(self) -> bool:
+        """Whether the host keeps the order (``order.VictimHeap``) from ``scores``."""
+        return self._policy.stable_score and not self._selects and not self._faults.out
+
+    def reset(self) -> None:
+        self._call("reset", self._policy.reset)
+
+    def on_access(self, access: Access) -> None:
+        self._call("on_access", self._policy.on_access, self._view, access)
+
+    def on_load(self, pages: Int64s) -> None:
+        self._call("on_load", self._policy.on_load, self._view, pages)
+
+    def on_evict(self, pages: Int64s) -> None:
+        self._call("on_evict", self._policy.on_evict, self._view, pages)
+
+    def leaving(self, access: Access) -> Int64s:
+        """The event's pages that the policy does not retain; none after a fault."""
+        answer = self._call("retain", self._policy.retain, self._view, access)
+        if answer is None:
+            return access.pages[:0]
+        keep = np.asarray(answer)
+        if keep.dtype != np.bool_ or keep.shape != access.pages.shape:
+            self._faults.note("retain", f"gave {_shape(keep)}, not {len(access.pages)} bools")
+            return access.pages[:0]
+        return access.pages[~keep]
+
+    def scores(self, pages: Int64s) -> npt.NDArray[np.float64] | None:
+        """Valid scores of ``pages``, or None after a fault."""
+        raw = self._raw_scores(pages)
+        return None if raw is None else raw.astype(np.float64)
+
+    def choose(self, pages: Int64s, count: int) -> Int64s:
+        """``count`` victims among ``pages`` (ascending), the lowest score first."""
+        if count and not self._faults.out:
+            victims = self._select(pages, count) if self._selects else self._lowest(pages, count)
+            if victims is not None:
+                return victims
+        return self.least_recent(pages, count)
+
+    def least_recent(self, pages: Int64s, count: int) -> Int64s:
+        """What a faulty policy falls back to: LRU."""
+        return pages[np.argsort(self._view.last_use[pages], kind="stable")[:count]]
+
+    def _lowest(self, pages: Int64s, count: int) -> Int64s | None:
+        scores = self._raw_scores(pages)
+        if scores is None:
+            return None
+        # A stable sort over ascending pages breaks ties by the lowest page id.
+        return pages[np.argsort(scores, kind="stable")[:count]]
+
+    def _select(self, pages: Int64s, count: int) -> Int64s | None:
+        answer = self._call("select", self._policy.select, self._view, pages, count)
+        if answer is None:
+            return None
+        victims = np.asarray(answer)
+        if victims.dtype.kind not in "iu" or victims.shape != (count,):
+            self._faults.note("select", f"gave {_shape(victims)}, not {count} pages")
+            return None
+        victims = victims.astype(np.int64)
+        if len(np.unique(victims)) != count or not np.isin(victims, pages).all():
+            self._faults.note("select", "gave a page twice, or one that was no candidate")
+            return None
+        return victims
+
+    def _raw_scores(self, pages: Int64s) -> npt.NDArray[Any] | None:
+        view = self._view
+        if self._kernel is not None:
+            out = np.empty(len(pages))
+            _run_kernel(
+                self._kernel, view.last_use, view.use_count, view.loaded_at, view.event, pages, out
+            )
+            answer: npt.ArrayLike | None = out
+        else:
+            answer = self._call("score", self._policy.score, view, pages)
+        if answer is None:
+            return None
+        scores = np.asarray(answer)
+        if scores.dtype.kind not in "iuf" or scores.shape != pages.shape:
+            self._faults.note("score", f"gave {_shape(scores)}, not {len(pages)} numbers")
+            return None
+        if scores.dtype.kind == "f" and np.isnan(scores).any():
+            self._faults.note("score", "gave NaN")
+            return None
+        return scores
+
+    def _call(self, method: str, function: Any, *args: Any) -> Any:
+        if self._faults.out:
+            return None
+        try:
+            return function(*args)
+        except Exception as error:
+            self._faults.note(method, error)
+            return None
+
+
+class PrefetchGuard:
+    """A prefetch policy as the event rule calls it; ``policy=None`` never prefetches."""
+
+    def __init__(
+        self,
+        policy: PrefetchPolicy | None,
+        view: PageView,
+        *,
+        name: str,
+        strict: bool = False,
+        strikes: int = DEFAULT_STRIKES,
+    ) -> None:
+        self._policy, self._view = policy, view
+        self._num_pages = view.num_layers * view.experts_per_layer
+        self._faults = _Faults("prefetch", name, strict, strikes)
+
+    @property
+    def name(self) -> str:
+        return self._faults.name
+
+    @property
+    def faults(self) -> int:
+        """Faults contained so far."""
+        return self._faults.count
+
+    @property
+    def active(self) -> bool:
+        return self._policy is not None and not self._faults.out
+
+    def reset(self) -> None:
+        if self._policy is not None:
+            self._policy.reset()
+
+    def propose(self, access: Access) -> Int64s:
+        """Valid proposals without repeats, most urgent first; none after a fault."""
+        none = access.pages[:0]
+        assert self._policy is not None
+        try:
+            pages = np.asarray(self._policy.propose(self._view, access))
+        except Exception as error:
+            self._faults.note("propose", error)
+            return none
+        if pages.size == 0:
+            return none
+        if pages.dtype.kind not in "iu" or pages.ndim != 1:
+            self._faults.note("propose", f"gave {_shape(pages)}, not a list of pages")
+            return none
+        if pages.min() < 0 or pages.max() >= self._num_pages:
+            self._faults.note("propose", f"gave a page outside 0…{self._num_pages - 1}")
+            return none
+        if np.any(pages // self._view.experts_per_layer == access.layer):
+            self._faults.note("propose", "gave a page of the running layer")
+            return none
+        first = np.unique(pages, return_index=True)[1]
+        return pages[np.sort(first)].astype(np.int64)
+
+
+def _shape(array: npt.NDArray[Any]) -> str:
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _compile(policy: EvictionPolicy, name: str) -> Any:
+    kernel = type(policy).score_kernel
+    if kernel is None:
+        return None
+    try:
+        return numba.njit(_KERNEL, nogil=True)(kernel)
+    except Exception as error:
+        raise PolicyFaultError(
+            f"eviction policy {name!r}: numba cannot compile score_kernel: {error}",
+            fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "
+            "or leave score_kernel out and define score",
+        ) from error
+
+
+@numba.njit(nogil=True)  # type: ignore[misc]
+def _run_kernel(kernel, last_use, use_count, loaded_at, event, pages, out):  # type: ignore[no-untyped-def]
+    for i in range(pages.size):
+        page = pages[i]
+        out[i] = kernel(last_use[page], use_count[page], loaded_at[page], event, page)

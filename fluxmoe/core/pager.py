@@ -1,0 +1,128 @@
+"""ExpertPager: makes the experts of a layer resident just before its kernel runs.
+
+One pager per worker, called on the engine's thread only. It runs the event rule, orders the copies
+and answers with slot numbers; the kernel then reads the arenas as if they were the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fluxmoe.core.event import EventRule, Slots, lookup
+from fluxmoe.core.pages import MISSES, PAGES, PageTable
+from fluxmoe.core.tenants import ExpertTenant
+from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.types import Counters, Ints
+from fluxmoe.errors import InvariantError
+
+#: Called with (step, layer, expert ids as routed) for every event, e.g. to record a trace.
+EventWatcher = Callable[[int, int, Ints], None]
+
+
+class ExpertPager:
+    """Pages experts of one model into the slots of one tenant.
+
+    Args:
+        rule: The event rule over the page table, with its policies.
+        tenant: The arenas that the table's slots lie in.
+        transfer: Copies pages from their store into those arenas.
+    """
+
+    def __init__(self, rule: EventRule, tenant: ExpertTenant, transfer: TransferEngine) -> None:
+        self._rule, self._tenant, self._transfer = rule, tenant, transfer
+        self._books = rule.table.books
+        self._step, self._layer = -1, rule.table.geometry.num_layers
+        self.watcher: EventWatcher | None = None
+
+    @property
+    def table(self) -> PageTable:
+        return self._rule.table
+
+    @property
+    def transfer(self) -> TransferEngine:
+        return self._transfer
+
+    def counters(self) -> Counters:
+        return self.table.counters()
+
+    def acquire(self, layer: int, ids: Ints, slots: Slots) -> None:
+        """Make the routed experts resident and tell where they are.
+
+        Args:
+            layer: MoE layer, from 0. A layer not above the last one begins a new step.
+            ids: Routed experts, 1-D integers; negative entries are padding.
+            slots: int32, same length: filled with slots of the layer's bank.
+
+        Raises:
+            StoreError: A page could not be read. It is not resident; the books are right.
+        """
+        if layer <= self._layer:
+            self._step += 1
+        self._layer = layer
+        if self.watcher is not None:
+            self.watcher(self._step, layer, ids)
+        rule, b = self._rule, self._books
+        misses = rule.open(self._step, layer, ids, slots)
+        if self._transfer.busy:
+            self._complete_prefetched(layer)
+        if misses or rule.eviction.retains:
+            rule.admit()
+        if misses:
+            for loads in rule.loads():
+                try:
+                    self._transfer.demand(loads)
+                except BaseException:
+                    self.table.discard(loads.pages)
+                    raise
+            lookup(b, layer, ids, slots)
+        if rule.prefetch():
+            for loads in rule.loads():
+                self._transfer.prefetch(loads)
+
+    def _complete_prefetched(self, layer: int) -> None:
+        b, bank = self._books, self.table.bank(layer)
+        count = b.now[PAGES]
+        for page in b.pages[:count][b.hit[:count]].tolist():
+            try:
+                self._transfer.complete(bank, page, int(b.slot_of[page]))
+            except BaseException:
+                # Neither this page nor the event's misses, which have no slot yet, are there.
+                b.now[MISSES] = 0
+                self.table.discard(np.asarray([page]))
+                raise
+
+    def resize(self, bank: int, slots: int) -> None:
+        """Between events: give a bank more or fewer slots.
+
+        Raises:
+            CapacityError: Too few for one layer's experts, or more than reserved.
+            OutOfFramesError, SubstrateError: It cannot grow; nothing has changed.
+        """
+        self._transfer.settle_from(bank, slots)
+        before = self.table.slots[bank]
+        if slots < before:
+            self.table.resize(bank, slots)  # pages leave before their memory does
+            self._tenant.resize(bank, slots)
+        else:
+            self._tenant.resize(bank, slots)
+            self.table.resize(bank, slots)
+
+    def reset(self) -> None:
+        """Forget all residency and counters, as after warm-up."""
+        self._transfer.reset()
+        self._rule.reset()
+        self._step, self._layer = -1, self.table.geometry.num_layers
+
+    def close(self) -> None:
+        """Stop the copies and give all frames back."""
+        self._transfer.close()
+        self._tenant.close()
+
+    def check(self) -> None:
+        """Raise InvariantError unless table, arenas and frames agree."""
+        self.table.check()
+        self._tenant.check()
+        if self.table.slots != self._tenant.slots:
+            raise InvariantError("the page table and the arenas disagree about the slots")

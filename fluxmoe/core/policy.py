@@ -1,0 +1,202 @@
+"""The three contracts that a policy can fulfil, and the read-only view it decides from.
+
+A policy holds no copy of what the host keeps: recency, frequency and residency are in the view, as
+numpy arrays over all pages, and a policy answers with arrays. Three lines make a policy::
+
+    class MostRecentlyUsed(fluxmoe.EvictionPolicy):
+        def score(self, view, pages):
+            return -view.last_use[pages]
+
+The host validates every answer and contains faults (see ``guard``); policies need no defence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.pages import EVENT, LAYER, STEP, PageTable
+from fluxmoe.core.types import Access, Bools, Int64s
+
+ScoreKernel = Callable[[int, int, int, int, int], float]
+
+
+class PageView:
+    """What an eviction or prefetch policy may see: arrays over all pages, read-only.
+
+    Attributes:
+        last_use: int64 ``[pages]``, event in which the page was last routed to, −1 = never.
+        use_count: int64 ``[pages]``, events it was routed to; survives eviction.
+        loaded_at: int64 ``[pages]``, event in which it last got a slot, −1 = never.
+        next_use: int64 ``[pages]``, next event that routes to it; simulator only, for oracles
+            (``needs_future``). ``NO_NEXT_USE`` if there is none.
+        num_layers, experts_per_layer, slots: geometry, and usable slots over all banks.
+        rng: The only randomness a policy may use, seeded.
+    """
+
+    NO_NEXT_USE: ClassVar[int] = np.iinfo(np.int64).max
+
+    def __init__(self, table: PageTable, *, seed: int = 0, next_use: Int64s | None = None) -> None:
+        self._table = table
+        self.last_use = _read_only(table.books.last_use)
+        self.use_count = _read_only(table.books.use_count)
+        self.loaded_at = _read_only(table.books.loaded_at)
+        self._next_use = None if next_use is None else _read_only(next_use)
+        self.num_layers = table.geometry.num_layers
+        self.experts_per_layer = table.geometry.experts_per_layer
+        self.rng = np.random.default_rng(seed)
+
+    @property
+    def event(self) -> int:
+        """The running event, counted from 0."""
+        return int(self._table.books.now[EVENT])
+
+    @property
+    def step(self) -> int:
+        """The running forward pass."""
+        return int(self._table.books.now[STEP])
+
+    @property
+    def layer(self) -> int:
+        """The MoE layer of the running event."""
+        return int(self._table.books.now[LAYER])
+
+    @property
+    def slots(self) -> int:
+        return sum(self._table.slots)
+
+    @property
+    def resident(self) -> Bools:
+        """Per page, whether it has a slot."""
+        return _read_only(self._table.resident)
+
+    @property
+    def next_use(self) -> Int64s:
+        if self._next_use is None:
+            raise AttributeError("next_use is known in the simulator only (needs_future = True)")
+        return self._next_use
+
+    def page_of(self, layer: int, experts: npt.ArrayLike) -> Int64s:
+        """The pages of ``experts`` of a layer."""
+        return layer * self.experts_per_layer + np.asarray(experts, np.int64)
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+class EvictionPolicy(ABC):
+    """Decides which resident page is worth least. Only ``score`` is required.
+
+    Class attributes:
+        stable_score: Promise that a page's score changes only when it is accessed or loaded. The
+            host then keeps the pages in order and asks for scores only after a change.
+        score_kernel: A static function ``(last_use, use_count, loaded_at, event, page) -> float``
+            in the subset of Python that numba compiles; used instead of ``score``.
+        needs_future: An oracle that reads ``view.next_use``: refused outside the simulator.
+    """
+
+    stable_score: ClassVar[bool] = False
+    needs_future: ClassVar[bool] = False
+    score_kernel: ClassVar[ScoreKernel | None] = None
+
+    @abstractmethod
+    def score(self, view: PageView, pages: Int64s) -> npt.ArrayLike:
+        """The worth of each of ``pages``: the lowest is evicted, ties go to the lowest page id.
+
+        Args:
+            view: The state of all pages.
+            pages: Candidates in ascending order: resident, unpinned, not of this event.
+
+        Returns:
+            ``len(pages)`` numbers of any integer or float dtype; ±inf allowed, NaN is an error.
+            Must be pure; called on the engine's thread only.
+        """
+
+    def on_access(self, view: PageView, access: Access) -> None:
+        """An event has begun; ``last_use`` and ``use_count`` are up to date, nothing is loaded."""
+
+    def on_load(self, view: PageView, pages: Int64s) -> None:
+        """``pages`` were given slots."""
+
+    def on_evict(self, view: PageView, pages: Int64s) -> None:
+        """``pages`` were chosen as victims and lose their slots now."""
+
+    def retain(self, view: PageView, access: Access) -> npt.ArrayLike:
+        """Per page of the event, False to free its slot as soon as the layer has run."""
+        return np.ones(len(access.pages), np.bool_)
+
+    def select(self, view: PageView, pages: Int64s, n: int) -> npt.ArrayLike:
+        """Choose ``n`` victims among ``pages`` instead of scoring (queues, quotas, ARC …)."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget everything: the books start cold again."""
+
+
+class KernelEvictionPolicy(EvictionPolicy):
+    """An eviction policy that is nothing but its ``score_kernel``."""
+
+    def score(self, view: PageView, pages: Int64s) -> npt.ArrayLike:
+        kernel = type(self).score_kernel
+        assert kernel is not None, "a KernelEvictionPolicy needs a score_kernel"
+        columns = view.last_use[pages], view.use_count[pages], view.loaded_at[pages]
+        rows = zip(*(column.tolist() for column in columns), pages.tolist(), strict=True)
+        return [kernel(last, count, at, view.event, page) for last, count, at, page in rows]
+
+
+class PrefetchPolicy(ABC):
+    """Proposes pages to load before their layer asks for them.
+
+    Class attributes:
+        lead: How many layers ahead the proposals reach.
+    """
+
+    lead: ClassVar[int] = 1
+
+    @abstractmethod
+    def propose(self, view: PageView, access: Access) -> npt.ArrayLike:
+        """Pages of later layers, most urgent first. Resident ones among them are kept."""
+
+    def reset(self) -> None:
+        """Forget everything: the books start cold again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How many frames each tenant should own."""
+
+    frames: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ArbitrationView:
+    """What an arbitration policy may see between two steps."""
+
+    frames: Mapping[str, int]
+    total_frames: int
+    step: int = 0
+    waiting_requests: int = 0
+    running_requests: int = 0
+    kv_used_frames: int = 0
+    preemptions: int = 0
+    step_seconds: float = 0.0
+    stall_seconds: float = 0.0
+
+
+class ArbitrationPolicy(ABC):
+    """Decides how the budget is split between tenants, between steps."""
+
+    @abstractmethod
+    def split(self, view: ArbitrationView) -> Split:
+        """The split wanted from now on; returning the present one is the normal answer."""
+
+    def reset(self) -> None:
+        """Forget everything."""

@@ -1,0 +1,40 @@
+"""Substrates: address space without memory, memory without addresses, and the mapping of both.
+
+One protocol, mirrored one to one by the operating system's calls on a CPU (``cpu.py``) and by the
+driver's on CUDA. Frames are numbered ``0 … count-1`` and exist for the substrate's whole life.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fluxmoe.core.types import Int64s
+
+
+class Substrate(Protocol):
+    """Physical frames and the calls that put them behind reserved addresses."""
+
+    frame_bytes: int
+    count: int
+
+    def reserve(self, nbytes: int) -> int:
+        """Reserve address space (a multiple of the frame size) and return its start."""
+
+    def unreserve(self, address: int, nbytes: int) -> None:
+        """Give a reserved range back; whatever was committed there is unmapped."""
+
+    def commit(self, address: int, frames: Int64s) -> None:
+        """Map ``frames`` one after the other at ``address``, which is frame-aligned.
+
+        Raises:
+            SubstrateError: The system refused; nothing is mapped.
+        """
+
+    def decommit(self, address: int, count: int) -> None:
+        """Unmap ``count`` frames at ``address``. Reading there is an error from now on."""
+
+    def release(self, frames: Int64s) -> None:
+        """Give the physical memory of unmapped frames back to the system; their number stays."""
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""

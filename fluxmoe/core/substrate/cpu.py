@@ -1,0 +1,175 @@
+"""Frames of host memory: one memfd, mapped piecewise into reserved address space.
+
+The whole budget is one anonymous file; frame ``i`` is the range ``[i, i+1) * frame_bytes`` of it.
+Committing maps a run of frames with ``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: populated at once,
+because first-touch faults on the engine's hot path cost twice as much (FACTS §4). An uncommitted
+address reads as NaN from a read-only poison page, so a bookkeeping error shows up in the output
+instead of passing for a weight of zero; ``debug=True`` makes it a segmentation fault instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from fluxmoe.core.types import Int64s
+from fluxmoe.errors import SubstrateError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+_MAP_FIXED, _MAP_NORESERVE, _MAP_POPULATE = 0x10, 0x4000, 0x8000
+_PROT_NONE = 0
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_PUNCH_HOLE, _KEEP_SIZE = 2, 1
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_HUGE_PAGE = 2 << 20
+_POISON_BYTES = 4 << 20
+
+
+def frame_bytes_for(budget: int) -> int:
+    """The CPU frame size for a budget: budget/8192, a power of two within 4 KiB … 2 MiB."""
+    wanted = max(1, -(-budget // 8192))
+    return min(max(1 << (wanted - 1).bit_length(), 4096), 2 << 20)
+
+
+def huge_pages() -> bool:
+    """Whether this system backs shared memory with huge pages on request."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
+    except OSError:
+        return False
+    return any(f"[{mode}]" in text for mode in ("always", "advise", "within_size"))
+
+
+class CpuSubstrate:
+    """Frames of a memfd. Implements ``Substrate``.
+
+    Args:
+        count: Number of frames, the whole budget.
+        frame_bytes: Size of a frame, a multiple of the system's page size.
+        debug: Leave uncommitted addresses inaccessible instead of reading as NaN.
+    """
+
+    def __init__(self, count: int, frame_bytes: int, *, debug: bool = False) -> None:
+        if frame_bytes % mmap.PAGESIZE:
+            raise SubstrateError(
+                f"a frame of {frame_bytes} bytes is not a multiple of {mmap.PAGESIZE}",
+                where="frame_bytes",
+            )
+        self.count, self.frame_bytes = count, frame_bytes
+        self._debug = debug
+        self._huge = frame_bytes >= _HUGE_PAGE and huge_pages()
+        self._ranges: dict[int, int] = {}
+        self._fd = self._poison = -1
+        try:
+            self._fd = os.memfd_create("fluxmoe-frames")
+            os.ftruncate(self._fd, count * frame_bytes)
+            self._poison = os.memfd_create("fluxmoe-poison")
+            # All bits set is a NaN in every floating-point format up to and including bf16.
+            os.write(self._poison, b"\xff" * _POISON_BYTES)
+        except OSError as error:
+            self.close()
+            raise SubstrateError(
+                f"cannot create {count} frames of {frame_bytes} bytes: {error.strerror}"
+            ) from error
+
+    def reserve(self, nbytes: int) -> int:
+        address = self._map(
+            0, nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
+        )
+        self._ranges[address] = nbytes
+        self._forbid(address, nbytes)
+        return address
+
+    def unreserve(self, address: int, nbytes: int) -> None:
+        if self._ranges.pop(address, None) != nbytes:
+            raise SubstrateError(f"no range of {nbytes} bytes was reserved at {address:#x}")
+        _libc.munmap(address, nbytes)
+
+    def commit(self, address: int, frames: Int64s) -> None:
+        start = 0
+        try:
+            for end in [*(np.flatnonzero(np.diff(frames) != 1) + 1).tolist(), len(frames)]:
+                self._commit_run(
+                    address + start * self.frame_bytes, int(frames[start]), end - start
+                )
+                start = end
+        except SubstrateError:
+            self.decommit(address, start)
+            raise
+
+    def _commit_run(self, address: int, first: int, count: int) -> None:
+        nbytes = count * self.frame_bytes
+        flags = mmap.MAP_SHARED | _MAP_FIXED | (0 if self._huge else _MAP_POPULATE)
+        self._map(
+            address,
+            nbytes,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            flags,
+            self._fd,
+            first * self.frame_bytes,
+        )
+        if self._huge:  # only now is the advice in time: populating first would use small pages
+            _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
+            _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE)
+
+    def decommit(self, address: int, count: int) -> None:
+        if count:
+            self._forbid(address, count * self.frame_bytes)
+
+    def release(self, frames: Int64s) -> None:
+        for frame in frames.tolist():
+            offset = frame * self.frame_bytes
+            if _libc.fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, self.frame_bytes):
+                raise SubstrateError(
+                    f"cannot release frame {frame}: {os.strerror(ctypes.get_errno())}"
+                )
+
+    def close(self) -> None:
+        for address, nbytes in list(self._ranges.items()):
+            self.unreserve(address, nbytes)
+        for fd in (self._fd, self._poison):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._poison = -1
+
+    def _forbid(self, address: int, nbytes: int) -> None:
+        if self._debug:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+            self._map(address, nbytes, _PROT_NONE, flags, -1, 0)
+            return
+        # Many mappings of one small file rather than one large file: the poison costs 4 MiB.
+        for offset in range(0, nbytes, _POISON_BYTES):
+            size = min(_POISON_BYTES, nbytes - offset)
+            self._map(
+                address + offset,
+                size,
+                mmap.PROT_READ,
+                mmap.MAP_SHARED | _MAP_FIXED,
+                self._poison,
+                0,
+            )
+
+    def _map(self, address: int, nbytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
+        got = _libc.mmap(address or None, nbytes, prot, flags, fd, offset)
+        if got is None or got == _MAP_FAILED:
+            errno = ctypes.get_errno()
+            hint = " (vm.max_map_count may be too low)" if errno == 12 else ""
+            raise SubstrateError(f"cannot map {nbytes} bytes: {os.strerror(errno)}{hint}")
+        return int(got)

@@ -1,0 +1,131 @@
+"""TransferEngine: copies pages from a store into slots, now or ahead of time.
+
+Two orders exist. *Demand* copies must be done before the layer's kernel runs: the caller's thread
+makes them, together with the copy threads if there are any. *Prefetch* copies are queued for the
+copy threads. A slot may be given to another page while an old copy into it is still queued, so
+every copy is filed under its slot, and a slot is settled before it is written again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from fluxmoe.core.types import Bytes, Loads
+from fluxmoe.stores.base import Store
+
+
+class TransferEngine:
+    """Copies between one store and the slots of all banks.
+
+    Args:
+        store: Where pages come from.
+        rows: Per bank and part, the arena as uint8 ``[slots, part bytes]``.
+        page_bytes: Bytes of one page, for the counters.
+        threads: Copy threads. With 0, prefetches are copied by the caller at once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rows: Sequence[Sequence[Bytes]],
+        page_bytes: int,
+        *,
+        threads: int = 1,
+    ) -> None:
+        self._store, self._rows, self._page_bytes = store, rows, page_bytes
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "fluxmoe-copy") if threads else None
+        self._queued: dict[tuple[int, int], Future[None]] = {}
+        self.bytes_demand = self.bytes_prefetch = 0
+        self.stall_seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether prefetches were queued that nobody has asked for yet."""
+        return bool(self._queued)
+
+    def reset(self) -> None:
+        """Settle everything and start counting anew."""
+        for bank in range(len(self._rows)):
+            self.settle_from(bank, 0)
+        self.bytes_demand = self.bytes_prefetch = 0
+        self.stall_seconds = 0.0
+
+    def demand(self, loads: Loads) -> None:
+        """Copy now; when this returns, all pages are in their slots.
+
+        Raises:
+            StoreError: A page could not be read. The other copies were made all the same.
+        """
+        started = time.perf_counter()
+        for slot in loads.slots.tolist():
+            self._settle(loads.bank, slot)
+        pairs = list(zip(loads.pages.tolist(), loads.slots.tolist(), strict=True))
+        if self._pool is None or len(pairs) == 1:
+            self._copy(loads.bank, pairs)
+        else:
+            share = -(-len(pairs) // (self._threads + 1))
+            rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
+            others = [self._pool.submit(self._copy, loads.bank, part) for part in rest]
+            try:
+                self._copy(loads.bank, pairs[:share])
+            finally:
+                errors = [other.exception() for other in others]
+            for error in errors:
+                if error is not None:
+                    raise error
+        self.bytes_demand += len(loads) * self._page_bytes
+        self.stall_seconds += time.perf_counter() - started
+
+    def prefetch(self, loads: Loads) -> None:
+        """Queue copies, in order. A failure shows when the page is needed, in ``complete``."""
+        for page, slot in zip(loads.pages.tolist(), loads.slots.tolist(), strict=True):
+            self._settle(loads.bank, slot)
+            if self._pool is None:
+                self._copy(loads.bank, [(page, slot)])
+            else:
+                copy = self._pool.submit(self._copy, loads.bank, [(page, slot)])
+                self._queued[loads.bank, slot] = copy
+        self.bytes_prefetch += len(loads) * self._page_bytes
+
+    def complete(self, bank: int, page: int, slot: int) -> None:
+        """See that a prefetched page, if it is still on its way, has arrived.
+
+        A copy that no thread has begun is made here and now.
+
+        Raises:
+            StoreError: The page could not be read, now or when it was prefetched.
+        """
+        copy = self._queued.pop((bank, slot), None)
+        if copy is None:
+            return
+        started = time.perf_counter()
+        if copy.cancel():
+            self._copy(bank, [(page, slot)])
+        else:
+            copy.result()
+        self.stall_seconds += time.perf_counter() - started
+
+    def settle_from(self, bank: int, first: int) -> None:
+        """See that no copy into slots ``first …`` of a bank is under way or queued any more."""
+        for key in [key for key in self._queued if key[0] == bank and key[1] >= first]:
+            self._settle(*key)
+
+    def close(self) -> None:
+        """Stop the copy threads. Idempotent."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._queued.clear()
+
+    def _settle(self, bank: int, slot: int) -> None:
+        """The page on its way to a slot is not wanted there any more."""
+        copy = self._queued.pop((bank, slot), None)
+        if copy is not None and not copy.cancel():
+            copy.exception()  # waits; whether it failed no longer matters
+
+    def _copy(self, bank: int, pairs: Sequence[tuple[int, int]]) -> None:
+        parts = self._rows[bank]
+        for page, slot in pairs:
+            self._store.read_into(page, [rows[slot] for rows in parts])

@@ -1,0 +1,159 @@
+"""Every error a user can meet, each with a stable code.
+
+The command line prints them as ``error[FMxxx]: what, where, what to do`` and exits with status 2.
+Codes are never reused: scripts and other people's documentation may refer to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class FluxMoEError(Exception):
+    """Base of all errors that FluxMoE raises on purpose.
+
+    Args:
+        what: What is wrong, naming the value.
+        where: The field, file or call it was found in (may be empty).
+        fix: What the user can do about it (may be empty).
+    """
+
+    code: ClassVar[str] = "FM000"
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__("; ".join(part for part in (what, where, fix) if part))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process boundaries (the engine runs in a child); keyword arguments must too.
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(cls: type[FluxMoEError], what: str, where: str, fix: str) -> FluxMoEError:
+    error = cls.__new__(cls)
+    FluxMoEError.__init__(error, what, where=where, fix=fix)
+    return error
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+class ConfigError(FluxMoEError):
+    """A key of the configuration, or an argument, has a value that cannot be used."""
+
+    code = "FM101"
+
+
+class BudgetTooSmallError(ConfigError):
+    """The memory budget cannot hold the least that experts and KV cache need."""
+
+    code = "FM102"
+
+
+# --- plugins and policies ----------------------------------------------------------------------
+
+
+class UnknownPolicyError(FluxMoEError):
+    """A policy name that nobody has registered."""
+
+    code = "FM201"
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        super().__init__(
+            f"unknown {kind} policy {name!r}",
+            fix=f"known {kind} policies: {', '.join(sorted(known))}",
+        )
+
+
+class PluginLoadError(FluxMoEError):
+    """A plugin that cannot be imported or registered."""
+
+    code = "FM202"
+
+
+class PolicyFaultError(FluxMoEError):
+    """A policy raised or gave an unusable answer (raised only under ``--strict-policies``)."""
+
+    code = "FM203"
+
+
+class NeedsFutureError(FluxMoEError):
+    """An oracle policy was asked for where the future is not known."""
+
+    code = "FM204"
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+class SubstrateError(FluxMoEError):
+    """The operating system or the driver refused to reserve, create, commit or release memory."""
+
+    code = "FM301"
+
+
+class OutOfFramesError(FluxMoEError):
+    """A tenant asked for more frames than the budget has free."""
+
+    code = "FM302"
+
+
+class InvariantError(FluxMoEError):
+    """The books contradict themselves or the memory: a bug in FluxMoE, please report it."""
+
+    code = "FM303"
+
+
+class StoreError(FluxMoEError):
+    """A page could not be read from its store."""
+
+    code = "FM304"
+
+
+# --- backends ----------------------------------------------------------------------------------
+
+
+class NoExpertsError(FluxMoEError):
+    """The model has no MoE layers: there is nothing to page."""
+
+    code = "FM401"
+
+
+class UnsupportedError(FluxMoEError):
+    """An architecture, a feature or a device that FluxMoE does not handle (yet)."""
+
+    code = "FM402"
+
+
+class UnsupportedVersionError(FluxMoEError):
+    """A version of the engine outside the range FluxMoE was tested with."""
+
+    code = "FM403"
+
+
+class MissingDependencyError(FluxMoEError):
+    """An optional package that this command needs is not installed."""
+
+    code = "FM404"
+
+
+class EngineError(FluxMoEError):
+    """The inference engine failed to start or to answer."""
+
+    code = "FM405"
+
+
+# --- traces and the simulator ------------------------------------------------------------------
+
+
+class TraceError(FluxMoEError):
+    """A trace file that is damaged, unsorted or does not follow the format."""
+
+    code = "FM501"
+
+
+class CapacityError(FluxMoEError):
+    """A capacity below the largest event: no event may be split (event rule, point 8)."""
+
+    code = "FM502"

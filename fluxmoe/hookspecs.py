@@ -1,0 +1,33 @@
+"""The whole plugin surface. Hooks run once, at start-up, and only register factories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import pluggy
+from pydantic import BaseModel
+
+hookspec = pluggy.HookspecMarker("fluxmoe")
+hookimpl = pluggy.HookimplMarker("fluxmoe")
+
+
+class RegisterPolicy(Protocol):
+    """The function that ``fluxmoe_register_policies`` is given."""
+
+    def __call__(
+        self,
+        name: str,
+        factory: Callable[..., Any],
+        config_model: type[BaseModel] | None = None,
+    ) -> None:
+        """Make ``factory`` known as ``name``.
+
+        The kind (eviction, prefetch, arbitration) follows from the base class of ``factory``.
+        Options from the configuration are validated by ``config_model`` and passed as keywords.
+        """
+
+
+@hookspec
+def fluxmoe_register_policies(register: RegisterPolicy) -> None:
+    """Register policies by calling ``register(name, factory, config_model=None)``."""

@@ -1,0 +1,243 @@
+"""Finding plugins, loading them, and the registry of policies that results.
+
+Sources, in order: the built-in policies, entry points of the group ``fluxmoe`` (restricted by the
+allow-list ``FLUXMOE_PLUGINS``), then files and modules named on the command line or in the
+configuration. A plugin that cannot be loaded is an error that names it; nothing is skipped
+silently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+from pydantic import BaseModel, ValidationError
+
+from fluxmoe import hookspecs
+from fluxmoe.core.policy import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
+from fluxmoe.errors import ConfigError, PluginLoadError, UnknownPolicyError
+
+GROUP = "fluxmoe"
+ALLOW_LIST = "FLUXMOE_PLUGINS"
+
+_KINDS: dict[str, type] = {
+    "eviction": EvictionPolicy,
+    "prefetch": PrefetchPolicy,
+    "arbitration": ArbitrationPolicy,
+}
+
+#: How a configuration or a command line names a policy: ``lru`` or ``{kind: lru, option: value}``.
+PolicySpec = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One registered policy."""
+
+    kind: str
+    name: str
+    factory: Callable[..., Any]
+    config_model: type[BaseModel] | None
+    plugin: str
+
+    @property
+    def summary(self) -> str:
+        """First line of the factory's docstring."""
+        return (self.factory.__doc__ or "").strip().partition("\n")[0]
+
+
+class Registry:
+    """All policies that are known in this process, by kind and name."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._policies: dict[tuple[str, str], Registration] = {}
+
+    def __iter__(self) -> Iterable[Registration]:  # type: ignore[override]
+        return iter(sorted(self._policies.values(), key=lambda r: (r.kind, r.name)))
+
+    def add(self, plugin: object, name: str) -> None:
+        """Register a plugin object or module and everything its hooks register.
+
+        Raises:
+            PluginLoadError: Its hooks raised, or registered something unusable.
+        """
+        try:
+            self._manager.register(plugin, name)
+            self._manager.check_pending()
+        except (ValueError, pluggy.PluginValidationError) as error:
+            raise PluginLoadError(str(error), where=f"plugin {name}") from error
+        implemented = self._manager.get_hookcallers(plugin) or []
+        if not implemented:
+            raise PluginLoadError(
+                "no hook was found",
+                where=f"plugin {name}",
+                fix="decorate fluxmoe_register_policies with @fluxmoe.hookimpl",
+            )
+        others = [p for p in self._manager.get_plugins() if p is not plugin]
+        call = self._manager.subset_hook_caller("fluxmoe_register_policies", others)
+        try:
+            call(register=lambda *a, **k: self._register(name, *a, **k))
+        except PluginLoadError:
+            raise
+        except Exception as error:
+            raise PluginLoadError(
+                f"fluxmoe_register_policies raised {type(error).__name__}: {error}",
+                where=f"plugin {name}",
+            ) from error
+
+    def _register(
+        self,
+        plugin: str,
+        name: str,
+        factory: Callable[..., Any],
+        config_model: type[BaseModel] | None = None,
+    ) -> None:
+        kinds = [
+            kind
+            for kind, base in _KINDS.items()
+            if isinstance(factory, type) and issubclass(factory, base)
+        ]
+        if not kinds:
+            raise PluginLoadError(
+                f"{name!r} is not a policy class: {factory!r}",
+                where=f"plugin {plugin}",
+                fix="derive it from fluxmoe.EvictionPolicy, PrefetchPolicy or ArbitrationPolicy",
+            )
+        known = self._policies.get((kinds[0], name))
+        if known is not None:
+            raise PluginLoadError(
+                f"{kinds[0]} policy {name!r} is already registered by {known.plugin}",
+                where=f"plugin {plugin}",
+                fix="give it another name",
+            )
+        self._policies[kinds[0], name] = Registration(
+            kinds[0], name, factory, config_model, plugin
+        )
+
+    def names(self, kind: str) -> list[str]:
+        return [name for k, name in sorted(self._policies) if k == kind]
+
+    def get(self, kind: str, name: str) -> Registration:
+        """Raises UnknownPolicyError, which lists the known names."""
+        try:
+            return self._policies[kind, name]
+        except KeyError:
+            raise UnknownPolicyError(kind, name, self.names(kind)) from None
+
+    def create(self, kind: str, spec: PolicySpec) -> Any:
+        """A new policy object from ``name`` or ``{kind: name, option: value}``.
+
+        Raises:
+            UnknownPolicyError: Nobody registered the name.
+            ConfigError: An option is unknown or has a bad value.
+        """
+        options = {"kind": spec} if isinstance(spec, str) else dict(spec)
+        name = options.pop("kind", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"{spec!r} names no policy", where=kind, fix="write {kind: NAME, …}")
+        registration = self.get(kind, name)
+        if registration.config_model is not None:
+            try:
+                checked = registration.config_model.model_validate(options)
+            except ValidationError as error:
+                first = error.errors()[0]
+                field = ".".join(map(str, first["loc"]))
+                raise ConfigError(
+                    f"{field}: {first['msg']}, not {first['input']!r}", where=f"{kind} {name!r}"
+                ) from error
+            options = checked.model_dump()
+        elif options:
+            raise ConfigError(
+                f"unknown option {sorted(options)[0]!r}",
+                where=f"{kind} {name!r}",
+                fix="this policy has no options",
+            )
+        try:
+            return registration.factory(**options)
+        except Exception as error:
+            raise PluginLoadError(
+                f"{kind} policy {name!r} cannot be made: {type(error).__name__}: {error}",
+                where=f"plugin {registration.plugin}",
+            ) from error
+
+
+def load(extra: Iterable[str] = ()) -> Registry:
+    """The registry of built-in, installed and explicitly named plugins.
+
+    Args:
+        extra: Paths of ``.py`` files, or dotted module names.
+
+    Raises:
+        PluginLoadError: One of them cannot be loaded; the message names it.
+    """
+    from fluxmoe import policies
+
+    registry = Registry()
+    registry.add(policies, "fluxmoe")
+    for entry in _installed():
+        try:
+            module = entry.load()
+        except Exception as error:
+            raise PluginLoadError(
+                f"cannot import {entry.value}: {type(error).__name__}: {error}",
+                where=f"plugin {entry.name}",
+                fix=f"uninstall it, or leave it out of {ALLOW_LIST}",
+            ) from error
+        registry.add(module, entry.name)
+    for name in extra:
+        registry.add(_import(name), name)
+    return registry
+
+
+def _installed() -> list[importlib.metadata.EntryPoint]:
+    allowed = os.environ.get(ALLOW_LIST)
+    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name)
+    if allowed is None:
+        return entries
+    wanted = {name.strip() for name in allowed.split(",") if name.strip()}
+    chosen = [e for e in entries if e.name in wanted or (e.dist and e.dist.name in wanted)]
+    found = {e.name for e in chosen} | {e.dist.name for e in chosen if e.dist}
+    if missing := sorted(wanted - found):
+        raise PluginLoadError(
+            f"no installed plugin is called {missing[0]!r}",
+            where=ALLOW_LIST,
+            fix=f"installed: {', '.join(e.name for e in entries) or 'none'}",
+        )
+    return chosen
+
+
+def _import(name: str) -> ModuleType:
+    path = Path(name)
+    is_file = path.suffix == ".py" or os.sep in name
+    try:
+        if not is_file:
+            return importlib.import_module(name)
+        if not path.is_file():
+            raise PluginLoadError("no such file", where=f"plugin {name}")
+        # A name of its own per path, so that two files of the same name do not collide.
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+        spec = importlib.util.spec_from_file_location(f"fluxmoe_plugin_{path.stem}_{digest}", path)
+        if spec is None or spec.loader is None:
+            raise PluginLoadError("not a Python file", where=f"plugin {name}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    except PluginLoadError:
+        raise
+    except Exception as error:
+        raise PluginLoadError(
+            f"cannot import it: {type(error).__name__}: {error}", where=f"plugin {name}"
+        ) from error

@@ -1,0 +1,25 @@
+"""The built-in policies, registered through the same hook as everyone's."""
+
+from __future__ import annotations
+
+from fluxmoe.hookspecs import RegisterPolicy, hookimpl
+from fluxmoe.policies.arbitration.fixed import Fixed
+from fluxmoe.policies.eviction.belady import Belady
+from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
+from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
+from fluxmoe.policies.eviction.next_use import NextUse
+from fluxmoe.policies.prefetch.next_layer import NextLayer, NextLayerOptions
+from fluxmoe.policies.prefetch.none import NoPrefetch
+
+
+@hookimpl
+def fluxmoe_register_policies(register: RegisterPolicy) -> None:
+    register("immediate", Immediate)
+    register("lru", LeastRecentlyUsed)
+    register("lfu", LeastFrequentlyUsed)
+    register("next-use", NextUse)
+    register("belady", Belady)
+    register("none", NoPrefetch)
+    register("next-layer", NextLayer, NextLayerOptions)
+    register("fixed", Fixed)

@@ -1,0 +1,1 @@
+"""Built-in arbitration policies, one file each."""

@@ -1,0 +1,12 @@
+"""A fixed split: what each tenant got at the start is what it keeps."""
+
+from __future__ import annotations
+
+from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
+
+
+class Fixed(ArbitrationPolicy):
+    """Never move memory."""
+
+    def split(self, view: ArbitrationView) -> Split:
+        return Split(view.frames)

@@ -1,0 +1,20 @@
+"""Immediate eviction: a page is given up as soon as its layer has run (the paper's policy)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.types import Access, Bools, Int64s
+
+
+class Immediate(EvictionPolicy):
+    """Keep nothing: free every page once its layer has run (arXiv 2604.02715)."""
+
+    stable_score = True
+
+    def score(self, view: PageView, pages: Int64s) -> Int64s:
+        return view.last_use[pages]  # only prefetched pages can still be candidates
+
+    def retain(self, view: PageView, access: Access) -> Bools:
+        return np.zeros(len(access.pages), np.bool_)

@@ -1,0 +1,30 @@
+"""Whole layers ahead: right where a layer uses most of its experts, wasteful where it does not."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from fluxmoe.core.policy import PageView, PrefetchPolicy
+from fluxmoe.core.types import Access, Int64s
+
+
+class NextLayerOptions(BaseModel):
+    """Options of ``next-layer``."""
+
+    model_config = ConfigDict(extra="forbid")
+    depth: int = Field(default=1, ge=1, description="How many layers ahead to fetch.")
+
+
+class NextLayer(PrefetchPolicy):
+    """Fetch all experts of the next layers; the last layer is followed by the first."""
+
+    def __init__(self, depth: int = 1) -> None:
+        self.lead = depth  # type: ignore[misc]
+
+    def propose(self, view: PageView, access: Access) -> Int64s:
+        experts = np.arange(view.experts_per_layer)
+        ahead = min(self.lead, view.num_layers - 1)
+        layers = [(access.layer + 1 + i) % view.num_layers for i in range(ahead)]
+        pages = [view.page_of(layer, experts) for layer in layers]
+        return np.concatenate(pages) if pages else access.pages[:0]

@@ -1,0 +1,15 @@
+"""No prefetch: every page is loaded when its layer asks for it."""
+
+from __future__ import annotations
+
+from fluxmoe.core.policy import PageView, PrefetchPolicy
+from fluxmoe.core.types import Access, Int64s
+
+
+class NoPrefetch(PrefetchPolicy):
+    """Fetch nothing ahead."""
+
+    lead = 0
+
+    def propose(self, view: PageView, access: Access) -> Int64s:
+        return access.pages[:0]

@@ -1,0 +1,1 @@
+"""Aids for testing FluxMoE and policies: checkpoints, faults, conformance."""

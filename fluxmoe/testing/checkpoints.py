@@ -1,0 +1,118 @@
+"""Random checkpoints of real architectures, written to disk like any Hugging Face model.
+
+Routers of random weights are not trained ones: they show more locality than real models do, so
+nothing measured on such a checkpoint says what a policy is worth. Identity and throughput at full
+load do not depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fluxmoe.errors import MissingDependencyError
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+#: Architecture → (class stem in transformers, settings of a small model).
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 32,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": (
+        "Mixtral",
+        {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "olmoe": (
+        "Olmoe",
+        {"intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4},
+    ),
+    # A shared expert behind a gate in every layer.
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 128,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+        },
+    ),
+    # Shared experts, and a first layer that is dense.
+    "glm4-moe": (
+        "Glm4Moe",
+        {
+            "head_dim": 32,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    # No experts at all: what must be refused.
+    "qwen3-dense": ("Qwen3", {"head_dim": 32, "intermediate_size": 256}),
+}
+
+
+def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **settings: Any) -> Path:
+    """Write a random checkpoint and return its folder.
+
+    Args:
+        path: Folder to write; kept as it is if it already holds this very checkpoint.
+        architecture: A key of ``ARCHITECTURES``.
+        seed: Of the weights.
+        settings: Changes to the architecture's configuration.
+
+    Raises:
+        MissingDependencyError: torch or transformers is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{error.name} is needed to write a checkpoint", fix="pip install 'fluxmoe[hf]'"
+        ) from error
+    stem, special = ARCHITECTURES[architecture]
+    wanted = {**_COMMON, **special, **settings}
+    recipe = json.dumps({"architecture": architecture, "seed": seed, **wanted}, sort_keys=True)
+    done = path / "recipe.json"
+    if done.is_file() and done.read_text() == recipe:
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    config = getattr(transformers, f"{stem}Config")(**wanted, dtype="bfloat16")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{stem}ForCausalLM")(config).to(torch.bfloat16)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "norm" not in name:
+                    # Wider than the usual 0.02: routing and next tokens must really differ.
+                    weight.normal_(0.0, 0.06)
+    model.save_pretrained(path)
+    done.write_text(recipe)  # last: a torn checkpoint is written again
+    return path
