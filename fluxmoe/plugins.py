@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,7 +64,7 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._policies: dict[tuple[str, str], Registration] = {}
 
-    def __iter__(self) -> Iterable[Registration]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Registration]:
         return iter(sorted(self._policies.values(), key=lambda r: (r.kind, r.name)))
 
     def add(self, plugin: object, name: str) -> None:
@@ -100,10 +100,12 @@ class Registry:
     def _register(
         self,
         plugin: str,
-        name: str,
+        name: object,
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
     ) -> None:
+        if not isinstance(name, str) or not name:
+            raise PluginLoadError(f"{name!r} is not a name", where=f"plugin {plugin}")
         kinds = [
             kind
             for kind, base in _KINDS.items()
@@ -115,6 +117,12 @@ class Registry:
                 where=f"plugin {plugin}",
                 fix="derive it from fluxmoe.EvictionPolicy, PrefetchPolicy or ArbitrationPolicy",
             )
+        if kinds[0] == "eviction" and not _decides(factory):
+            raise PluginLoadError(
+                f"eviction policy {name!r} decides nothing: {factory!r}",
+                where=f"plugin {plugin}",
+                fix="define score(self, view, pages), score_kernel or select",
+            )
         known = self._policies.get((kinds[0], name))
         if known is not None:
             raise PluginLoadError(
@@ -122,9 +130,7 @@ class Registry:
                 where=f"plugin {plugin}",
                 fix="give it another name",
             )
-        self._policies[kinds[0], name] = Registration(
-            kinds[0], name, factory, config_model, plugin
-        )
+        self._policies[kinds[0], name] = Registration(kinds[0], name, factory, config_model, plugin)
 
     def names(self, kind: str) -> list[str]:
         return [name for k, name in sorted(self._policies) if k == kind]
@@ -149,13 +155,20 @@ class Registry:
             raise ConfigError(f"{spec!r} names no policy", where=kind, fix="write {kind: NAME, …}")
         registration = self.get(kind, name)
         if registration.config_model is not None:
+            known = _options(registration.config_model)
+            if known is not None and (unknown := sorted(options.keys() - known)):
+                raise ConfigError(
+                    f"unknown option {unknown[0]!r}",
+                    where=f"{kind} {name!r}",
+                    fix=f"its options: {', '.join(sorted(known)) or 'none'}",
+                )
             try:
                 checked = registration.config_model.model_validate(options)
             except ValidationError as error:
                 first = error.errors()[0]
-                field = ".".join(map(str, first["loc"]))
+                field = "".join(f"{part}: " for part in first["loc"])
                 raise ConfigError(
-                    f"{field}: {first['msg']}, not {first['input']!r}", where=f"{kind} {name!r}"
+                    f"{field}{first['msg']}, not {first['input']!r}", where=f"{kind} {name!r}"
                 ) from error
             options = checked.model_dump()
         elif options:
@@ -171,6 +184,22 @@ class Registry:
                 f"{kind} policy {name!r} cannot be made: {type(error).__name__}: {error}",
                 where=f"plugin {registration.plugin}",
             ) from error
+
+
+def _decides(policy: Any) -> bool:
+    """Whether an eviction policy has one of the three ways to choose victims."""
+    return policy.score_kernel is not None or any(
+        getattr(policy, method) is not getattr(EvictionPolicy, method)
+        for method in ("score", "select")
+    )
+
+
+def _options(model: type[BaseModel]) -> set[str] | None:
+    """The options a model knows; None if it takes any. A misspelt one must not be ignored."""
+    if model.model_config.get("extra") == "allow":
+        return None
+    aliases = (field.validation_alias for field in model.model_fields.values())
+    return {*model.model_fields, *(alias for alias in aliases if isinstance(alias, str))}
 
 
 def load(extra: Iterable[str] = ()) -> Registry:
@@ -233,7 +262,11 @@ def _import(name: str) -> ModuleType:
             raise PluginLoadError("not a Python file", where=f"plugin {name}")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[spec.name]
+            raise
         return module
     except PluginLoadError:
         raise

@@ -1,10 +1,9 @@
 """``fluxmoe::acquire``: the one operator through which compiled and eager models call the pager.
 
 The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
-the kernel that follows depends on it and cannot be moved before it. ``x`` is declared mutated
-although it is not: that keeps the compiler from fusing across the operator differently than across
-the router in the unpaged model, and so keeps compiled output identical to compiled stock
-(docs/adr/0001).
+the kernel that follows depends on it and cannot be moved before it. It is declared functional.
+Declaring an input mutated instead changes what the compiler fuses around the router, and with it
+the output of some models (docs/adr/0001).
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ def detach(handle: int) -> None:
     _pagers.pop(handle, None)
 
 
-def _acquire(x: torch.Tensor, topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     slots = torch.empty(topk_ids.shape, dtype=torch.int32)
     _pagers[handle].acquire(layer, topk_ids.reshape(-1).numpy(), slots.view(-1).numpy())
     return slots
 
 
-def _fake(x: torch.Tensor, topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+def _fake(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     return torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
 
 
 _library = torch.library.Library("fluxmoe", "FRAGMENT")
-_library.define("acquire(Tensor(a!) x, Tensor topk_ids, int handle, int layer) -> Tensor")
+_library.define("acquire(Tensor topk_ids, int handle, int layer) -> Tensor")
 _library.impl("acquire", _acquire, "CPU")
 torch.library.register_fake("fluxmoe::acquire", _fake, lib=_library)
 

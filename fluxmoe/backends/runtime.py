@@ -16,12 +16,12 @@ from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.store import Store
 from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Budget, Geometry, PageClass
 from fluxmoe.errors import ConfigError, NeedsFutureError
-from fluxmoe.stores.base import Store
 
 
 @dataclass(frozen=True, slots=True)

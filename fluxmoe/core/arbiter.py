@@ -44,7 +44,14 @@ class MemoryArbiter:
             raise InvariantError("somebody else holds frames of the budget")
 
     def close(self) -> None:
-        """Give everything back to the system. Tenants must be closed before."""
+        """Give everything back to the system. Idempotent.
+
+        Raises:
+            InvariantError: The expert tenant has not been closed: its arenas would lose their
+                memory while it still answers for them.
+        """
         self.kv.close()
         self.check()
+        if self.pool.free != self.pool.count:
+            raise InvariantError(f"tenants still hold frames: {self.frames()}")
         self.substrate.close()

@@ -59,11 +59,11 @@ class Arena:
         if size > len(self.frame_at) * self._substrate.frame_bytes:
             raise InvariantError(f"{count} rows of {nbytes} bytes do not fit the arena")
         buffer = (ctypes.c_uint8 * size).from_address(self.address)
-        return np.frombuffer(buffer, np.uint8).reshape(count, nbytes)
+        return np.ctypeslib.as_array(buffer).reshape(count, nbytes)
 
     def close(self) -> Int64s:
         """Unmap everything, give the addresses back, return the frames that were committed."""
-        frames = self.frame_at[self.frame_at != ABSENT].copy()
+        frames: Int64s = self.frame_at[self.frame_at != ABSENT]
         self._substrate.unreserve(self.address, len(self.frame_at) * self._substrate.frame_bytes)
         self.frame_at = np.full(0, ABSENT, np.int64)
         return frames

@@ -26,7 +26,6 @@ from fluxmoe.core.pages import (
     C_LOADS_PREFETCH,
     C_MISSES,
     C_PREFETCH_HITS,
-    C_RELEASED,
     DIRTIES,
     DIRTY,
     EVENT,
@@ -42,8 +41,10 @@ from fluxmoe.core.pages import (
     PageTable,
     load,
     mark_dirty,
+    release_leaving,
     unload,
 )
+from fluxmoe.core.policy import read_only
 from fluxmoe.core.types import Access, Int64s, Ints, Loads
 from fluxmoe.errors import CapacityError
 
@@ -63,23 +64,30 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
 
     Returns:
         Number of misses.
+
+    Raises:
+        IndexError: A layer or an expert that does not exist; the event has not begun.
     """
-    for i in range(b.now[LEAVING]):
-        if b.slot_of[b.leaving[i]] != ABSENT:
-            unload(b, b.leaving[i])
-            b.counts[C_RELEASED] += 1
-    b.now[LEAVING] = b.now[LOADED] = 0
-    b.now[EVENT] += 1
-    b.now[STEP], b.now[LAYER] = step, layer
-    event = b.now[EVENT]
     experts = b.tokens.size
     first = layer * experts
-
+    # Compiled code does not check indices, and would write into somebody else's memory.
+    if layer < 0 or layer >= b.bank_of.size:
+        raise IndexError("no such MoE layer")
+    if slots.size != 0 and slots.size != ids.size:
+        raise IndexError("as many slots as expert ids are needed")
     routed = b.tokens
     routed[:] = 0
     for i in range(ids.size):
+        if ids[i] >= experts:
+            raise IndexError("an expert id beyond the layer's experts")
         if ids[i] >= 0:
             routed[ids[i]] += 1
+
+    release_leaving(b)
+    b.now[LOADED] = 0
+    b.now[EVENT] += 1
+    b.now[STEP], b.now[LAYER] = step, layer
+    event = b.now[EVENT]
     n = misses = 0
     for expert in range(experts):
         page = first + expert
@@ -118,6 +126,7 @@ def lookup(b: Books, layer: int, ids: Ints, slots: Slots) -> None:
 
 @jit
 def evict(b: Books, victims: Int64s) -> None:
+    """Free the slots of ``victims``."""
     for i in range(victims.size):
         unload(b, victims[i])
         b.counts[C_EVICTIONS] += 1
@@ -256,9 +265,9 @@ class EventRule:
         return Access(
             step=int(b.now[STEP]),
             layer=int(b.now[LAYER]),
-            pages=b.pages[:n].copy(),
-            hit=b.hit[:n].copy(),
-            tokens=b.tokens[:n].copy(),
+            pages=read_only(b.pages[:n].copy()),
+            hit=read_only(b.hit[:n].copy()),
+            tokens=read_only(b.tokens[:n].copy()),
             phase=self.table.phase,
         )
 
@@ -289,6 +298,7 @@ class EventRule:
         b = self.table.books
         if self.eviction.stable:
             dirty = self._scratch[: take_dirty(b, self._scratch)]
+            dirty.sort()  # policies are shown pages in ascending order
             scores = self.eviction.scores(dirty)
             if scores is not None:
                 order.update(self._heap, b, dirty, scores)

@@ -43,6 +43,8 @@ class FramePool:
         Raises:
             OutOfFramesError: Fewer are free; nothing was taken.
         """
+        if count < 0:
+            raise InvariantError(f"{tenant} asked for {count} frames")
         free = np.flatnonzero(self._owner == FREE)
         if len(free) < count:
             raise OutOfFramesError(
@@ -65,6 +67,8 @@ class FramePool:
             return
         if tenant not in self._tenants or len(np.unique(frames)) != len(frames):
             raise InvariantError(f"{tenant} gives back frames that it never had, or one twice")
+        if np.any((frames < 0) | (frames >= self.count)):
+            raise InvariantError(f"{tenant} gives back frames that do not exist")
         if np.any(self._owner[frames] != self._tenants.index(tenant)):
             raise InvariantError(f"{tenant} gives back frames of somebody else")
         self._owner[frames] = FREE

@@ -9,13 +9,14 @@ are not contained: a plugin runs with the rights of the engine.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.types import Access, Int64s
 from fluxmoe.errors import PolicyFaultError
 
@@ -38,12 +39,34 @@ class _Faults:
     def out(self) -> bool:
         return self.count >= self.strikes
 
+    def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
+        """Call a hook, which answers nothing; a policy that is out is not called any more."""
+        if not self.out:
+            try:
+                hook(*args)
+            except Exception as error:
+                self.note(method, error)
+
+    def ask(
+        self, method: str, function: Callable[..., npt.ArrayLike], *args: object
+    ) -> npt.NDArray[Any] | None:
+        """The answer as an array, not yet validated; None after a fault, or if it is out."""
+        if self.out:
+            return None
+        try:
+            return np.asarray(function(*args))
+        except Exception as error:
+            self.note(method, error)
+            return None
+
     def note(self, method: str, problem: Exception | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
         what = f"{self.kind} policy {self.name!r}: {method} {_describe(problem)}"
         if self.strict:
             cause = problem if isinstance(problem, Exception) else None
-            raise PolicyFaultError(what, fix="run without --strict-policies to contain it") from cause
+            raise PolicyFaultError(
+                what, fix="run without --strict-policies to contain it"
+            ) from cause
         self.count += 1
         if method not in self._reported:
             self._reported.add(method)
@@ -101,30 +124,32 @@ class EvictionGuard:
         return self._policy.stable_score and not self._selects and not self._faults.out
 
     def reset(self) -> None:
-        self._call("reset", self._policy.reset)
+        self._faults.contain("reset", self._policy.reset)
 
     def on_access(self, access: Access) -> None:
-        self._call("on_access", self._policy.on_access, self._view, access)
+        self._faults.contain("on_access", self._policy.on_access, self._view, access)
 
     def on_load(self, pages: Int64s) -> None:
-        self._call("on_load", self._policy.on_load, self._view, pages)
+        self._faults.contain("on_load", self._policy.on_load, self._view, read_only(pages))
 
     def on_evict(self, pages: Int64s) -> None:
-        self._call("on_evict", self._policy.on_evict, self._view, pages)
+        self._faults.contain("on_evict", self._policy.on_evict, self._view, read_only(pages))
 
     def leaving(self, access: Access) -> Int64s:
         """The event's pages that the policy does not retain; none after a fault."""
-        answer = self._call("retain", self._policy.retain, self._view, access)
-        if answer is None:
+        keep = self._faults.ask("retain", self._policy.retain, self._view, access)
+        if keep is None:
             return access.pages[:0]
-        keep = np.asarray(answer)
         if keep.dtype != np.bool_ or keep.shape != access.pages.shape:
             self._faults.note("retain", f"gave {_shape(keep)}, not {len(access.pages)} bools")
             return access.pages[:0]
-        return access.pages[~keep]
+        leaving: Int64s = access.pages[~keep]
+        return leaving
 
     def scores(self, pages: Int64s) -> npt.NDArray[np.float64] | None:
         """Valid scores of ``pages``, or None after a fault."""
+        if len(pages) == 0:
+            return np.zeros(0)  # not worth a call, and not every policy can take none
         raw = self._raw_scores(pages)
         return None if raw is None else raw.astype(np.float64)
 
@@ -148,10 +173,11 @@ class EvictionGuard:
         return pages[np.argsort(scores, kind="stable")[:count]]
 
     def _select(self, pages: Int64s, count: int) -> Int64s | None:
-        answer = self._call("select", self._policy.select, self._view, pages, count)
-        if answer is None:
+        victims = self._faults.ask(
+            "select", self._policy.select, self._view, read_only(pages), count
+        )
+        if victims is None:
             return None
-        victims = np.asarray(answer)
         if victims.dtype.kind not in "iu" or victims.shape != (count,):
             self._faults.note("select", f"gave {_shape(victims)}, not {count} pages")
             return None
@@ -162,18 +188,12 @@ class EvictionGuard:
         return victims
 
     def _raw_scores(self, pages: Int64s) -> npt.NDArray[Any] | None:
-        view = self._view
-        if self._kernel is not None:
-            out = np.empty(len(pages))
-            _run_kernel(
-                self._kernel, view.last_use, view.use_count, view.loaded_at, view.event, pages, out
-            )
-            answer: npt.ArrayLike | None = out
+        if self._kernel is None:
+            scores = self._faults.ask("score", self._policy.score, self._view, read_only(pages))
         else:
-            answer = self._call("score", self._policy.score, view, pages)
-        if answer is None:
+            scores = self._faults.ask("score_kernel", self._kernel_scores, pages)
+        if scores is None:
             return None
-        scores = np.asarray(answer)
         if scores.dtype.kind not in "iuf" or scores.shape != pages.shape:
             self._faults.note("score", f"gave {_shape(scores)}, not {len(pages)} numbers")
             return None
@@ -182,14 +202,12 @@ class EvictionGuard:
             return None
         return scores
 
-    def _call(self, method: str, function: Any, *args: Any) -> Any:
-        if self._faults.out:
-            return None
-        try:
-            return function(*args)
-        except Exception as error:
-            self._faults.note(method, error)
-            return None
+    def _kernel_scores(self, pages: Int64s) -> npt.NDArray[np.float64]:
+        view, out = self._view, np.empty(len(pages))
+        _run_kernel(
+            self._kernel, view.last_use, view.use_count, view.loaded_at, view.event, pages, out
+        )
+        return out
 
 
 class PrefetchGuard:
@@ -223,18 +241,14 @@ class PrefetchGuard:
 
     def reset(self) -> None:
         if self._policy is not None:
-            self._policy.reset()
+            self._faults.contain("reset", self._policy.reset)
 
     def propose(self, access: Access) -> Int64s:
         """Valid proposals without repeats, most urgent first; none after a fault."""
         none = access.pages[:0]
         assert self._policy is not None
-        try:
-            pages = np.asarray(self._policy.propose(self._view, access))
-        except Exception as error:
-            self._faults.note("propose", error)
-            return none
-        if pages.size == 0:
+        pages = self._faults.ask("propose", self._policy.propose, self._view, access)
+        if pages is None or pages.size == 0:
             return none
         if pages.dtype.kind not in "iu" or pages.ndim != 1:
             self._faults.note("propose", f"gave {_shape(pages)}, not a list of pages")
@@ -250,6 +264,8 @@ class PrefetchGuard:
 
 
 def _shape(array: npt.NDArray[Any]) -> str:
+    if array.ndim == 0 and array.dtype == object:
+        return repr(array.item())
     return f"{array.dtype} of shape {array.shape}"
 
 
@@ -267,7 +283,7 @@ def _compile(policy: EvictionPolicy, name: str) -> Any:
         ) from error
 
 
-@numba.njit(nogil=True)  # type: ignore[misc]
+@numba.njit(nogil=True)
 def _run_kernel(kernel, last_use, use_count, loaded_at, event, pages, out):  # type: ignore[no-untyped-def]
     for i in range(pages.size):
         page = pages[i]

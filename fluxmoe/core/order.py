@@ -45,6 +45,7 @@ def new_heap(pages: int, banks: int) -> Heap:
 
 
 def clear(heap: Heap) -> None:
+    """Make the heap empty."""
     heap.bound[...] = np.nan
     heap.size[...] = 0
 
@@ -93,7 +94,7 @@ def choose(heap: Heap, b: Books, bank: int, count: int, protect: bool, out: Int6
 @jit
 def _less(heap: Heap, bank: int, i: int, j: int) -> bool:
     a, b = heap.key[bank, i], heap.key[bank, j]
-    return a < b or (a == b and heap.page[bank, i] < heap.page[bank, j])
+    return bool(a < b or (a == b and heap.page[bank, i] < heap.page[bank, j]))
 
 
 @jit

@@ -100,6 +100,7 @@ class ExpertPager:
             CapacityError: Too few for one layer's experts, or more than reserved.
             OutOfFramesError, SubstrateError: It cannot grow; nothing has changed.
         """
+        self.table.require(slots)
         self._transfer.settle_from(bank, slots)
         before = self.table.slots[bank]
         if slots < before:

@@ -96,7 +96,18 @@ def load(b: Books, page: int) -> None:
 
 
 @jit
+def release_leaving(b: Books) -> None:
+    """Point 6 of the event rule: free the pages of the last event that were not retained."""
+    for i in range(b.now[LEAVING]):
+        if b.slot_of[b.leaving[i]] != ABSENT:
+            unload(b, b.leaving[i])
+            b.counts[C_RELEASED] += 1
+    b.now[LEAVING] = 0
+
+
+@jit
 def mark_dirty(b: Books, page: int) -> None:
+    """Note that the score of ``page`` may have changed."""
     if not b.flags[page] & DIRTY:
         b.flags[page] |= DIRTY
         b.dirty[b.now[DIRTIES]] = page
@@ -150,6 +161,10 @@ class PageTable:
             now=np.zeros(8, np.int64),
             counts=np.zeros(10, np.int64),
         )
+        if not np.isin(self.books.bank_of, np.arange(banks)).all() or (
+            len(self.books.bank_of) != geometry.num_layers
+        ):
+            raise InvariantError(f"bank_of must name one of {banks} banks for each layer")
         self.slots = [0] * banks
         self.phase = Phase.DECODE
         self.reset()
@@ -171,7 +186,8 @@ class PageTable:
     @property
     def resident(self) -> Bools:
         """Per page, whether it has a slot."""
-        return self.books.slot_of != ABSENT
+        mask: Bools = self.books.slot_of != ABSENT
+        return mask
 
     def counters(self) -> Counters:
         return Counters(*self.books.counts.tolist())
@@ -210,14 +226,19 @@ class PageTable:
             if self.books.slot_of[page] != ABSENT:
                 unload(self.books, page)
 
-    def settle(self) -> None:
-        """Between events: free the pages of the last event that the policy did not retain."""
-        b = self.books
-        for page in b.leaving[: b.now[LEAVING]].tolist():
-            if b.slot_of[page] != ABSENT:
-                unload(b, page)
-                b.counts[C_RELEASED] += 1
-        b.now[LEAVING] = 0
+    def require(self, slots: int) -> None:
+        """Raise CapacityError unless a bank may have ``slots`` slots."""
+        reserved = self.books.page_at.shape[1]
+        if slots < self.minimum:
+            raise CapacityError(
+                f"{slots} slots cannot hold one event of up to {self.minimum} experts",
+                fix=f"at least {self.minimum} slots are needed",
+            )
+        if slots > reserved:
+            raise CapacityError(
+                f"{slots} slots, but only {reserved} are reserved",
+                fix=f"at most {reserved} slots are possible",
+            )
 
     def resize(self, bank: int, slots: int) -> None:
         """Make ``slots`` slots of a bank usable. Pages in slots beyond are given up.
@@ -227,15 +248,9 @@ class PageTable:
         Raises:
             CapacityError: Too few for one layer, or more than reserved.
         """
+        self.require(slots)
         b = self.books
-        if slots < self.minimum:
-            raise CapacityError(
-                f"{slots} slots cannot hold one event of up to {self.minimum} experts",
-                fix=f"at least {self.minimum} slots are needed",
-            )
-        if slots > b.page_at.shape[1]:
-            raise CapacityError(f"{slots} slots, but only {b.page_at.shape[1]} are reserved")
-        self.settle()
+        release_leaving(b)
         for page in b.page_at[bank, slots:].tolist():
             if page != ABSENT:
                 unload(b, page)

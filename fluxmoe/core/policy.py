@@ -15,13 +15,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.pages import EVENT, LAYER, STEP, PageTable
 from fluxmoe.core.types import Access, Bools, Int64s
+
+T = TypeVar("T", bound=np.generic)
 
 ScoreKernel = Callable[[int, int, int, int, int], float]
 
@@ -43,10 +45,10 @@ class PageView:
 
     def __init__(self, table: PageTable, *, seed: int = 0, next_use: Int64s | None = None) -> None:
         self._table = table
-        self.last_use = _read_only(table.books.last_use)
-        self.use_count = _read_only(table.books.use_count)
-        self.loaded_at = _read_only(table.books.loaded_at)
-        self._next_use = None if next_use is None else _read_only(next_use)
+        self.last_use = read_only(table.books.last_use)
+        self.use_count = read_only(table.books.use_count)
+        self.loaded_at = read_only(table.books.loaded_at)
+        self._next_use = None if next_use is None else read_only(next_use)
         self.num_layers = table.geometry.num_layers
         self.experts_per_layer = table.geometry.experts_per_layer
         self.rng = np.random.default_rng(seed)
@@ -73,7 +75,7 @@ class PageView:
     @property
     def resident(self) -> Bools:
         """Per page, whether it has a slot."""
-        return _read_only(self._table.resident)
+        return read_only(self._table.resident)
 
     @property
     def next_use(self) -> Int64s:
@@ -86,14 +88,17 @@ class PageView:
         return layer * self.experts_per_layer + np.asarray(experts, np.int64)
 
 
-def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
+    """A view of ``array`` that cannot be written to."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-class EvictionPolicy(ABC):
+class EvictionPolicy:
     """Decides which resident page is worth least. Only ``score`` is required.
+
+    In place of ``score``, ``score_kernel`` or ``select`` will do.
 
     Class attributes:
         stable_score: Promise that a page's score changes only when it is accessed or loaded. The
@@ -107,7 +112,6 @@ class EvictionPolicy(ABC):
     needs_future: ClassVar[bool] = False
     score_kernel: ClassVar[ScoreKernel | None] = None
 
-    @abstractmethod
     def score(self, view: PageView, pages: Int64s) -> npt.ArrayLike:
         """The worth of each of ``pages``: the lowest is evicted, ties go to the lowest page id.
 
@@ -119,6 +123,12 @@ class EvictionPolicy(ABC):
             ``len(pages)`` numbers of any integer or float dtype; ±inf allowed, NaN is an error.
             Must be pure; called on the engine's thread only.
         """
+        kernel = type(self).score_kernel
+        if kernel is None:
+            raise NotImplementedError(f"{type(self).__name__} has no score, score_kernel or select")
+        columns = view.last_use[pages], view.use_count[pages], view.loaded_at[pages]
+        rows = zip(*(column.tolist() for column in columns), pages.tolist(), strict=True)
+        return [kernel(last, count, at, view.event, page) for last, count, at, page in rows]
 
     def on_access(self, view: PageView, access: Access) -> None:
         """An event has begun; ``last_use`` and ``use_count`` are up to date, nothing is loaded."""
@@ -139,17 +149,6 @@ class EvictionPolicy(ABC):
 
     def reset(self) -> None:
         """Forget everything: the books start cold again."""
-
-
-class KernelEvictionPolicy(EvictionPolicy):
-    """An eviction policy that is nothing but its ``score_kernel``."""
-
-    def score(self, view: PageView, pages: Int64s) -> npt.ArrayLike:
-        kernel = type(self).score_kernel
-        assert kernel is not None, "a KernelEvictionPolicy needs a score_kernel"
-        columns = view.last_use[pages], view.use_count[pages], view.loaded_at[pages]
-        rows = zip(*(column.tolist() for column in columns), pages.tolist(), strict=True)
-        return [kernel(last, count, at, view.event, page) for last, count, at, page in rows]
 
 
 class PrefetchPolicy(ABC):

@@ -47,7 +47,7 @@ class ExpertTenant:
         page_class: PageClass,
         reserved: Sequence[int],
     ) -> None:
-        self._pool, self._page_class = pool, page_class
+        self._pool, self._substrate, self._page_class = pool, substrate, page_class
         self._reserved = list(reserved)
         self.slots = [0] * len(self._reserved)
         self._arenas = [
@@ -74,6 +74,9 @@ class ExpertTenant:
     def resize(self, bank: int, slots: int) -> None:
         """Commit frames for exactly ``slots`` slots of a bank. On failure nothing has changed.
 
+        The memory of frames that are given up goes back to the system: whoever takes them next may
+        keep his bytes elsewhere, as the engine's KV cache does.
+
         Raises:
             OutOfFramesError: The budget has no room.
             SubstrateError: The system refused.
@@ -87,10 +90,10 @@ class ExpertTenant:
                     self._grow(arena, have, want - have)
                     grown.append((arena, have, want - have))
                 elif want < have:
-                    self._pool.give(self.NAME, arena.decommit(want, have - want))
+                    self._give_up(arena.decommit(want, have - want))
         except BaseException:
             for arena, first, count in grown:
-                self._pool.give(self.NAME, arena.decommit(first, count))
+                self._give_up(arena.decommit(first, count))
             raise
         self.slots[bank] = slots
 
@@ -99,13 +102,18 @@ class ExpertTenant:
         try:
             arena.commit(first, frames)
         except BaseException:
-            self._pool.give(self.NAME, frames)
+            self._give_up(frames)
             raise
 
+    def _give_up(self, frames: Int64s) -> None:
+        self._pool.give(self.NAME, frames)
+        self._substrate.release(frames)
+
     def close(self) -> None:
+        """Give back all frames and addresses. Idempotent."""
         for bank in self._arenas:
             for arena in bank:
-                self._pool.give(self.NAME, arena.close())
+                self._give_up(arena.close())
         self._arenas = []
         self.slots = []
 
@@ -114,6 +122,11 @@ class ExpertTenant:
         arenas = [arena for bank in self._arenas for arena in bank]
         for arena in arenas:
             arena.check()
+        for slots, bank in zip(self.slots, self._arenas, strict=True):
+            for arena, part in zip(bank, self._page_class.parts, strict=True):
+                frames = -(-slots * part.nbytes // self._pool.frame_bytes)
+                if np.any((arena.frame_at >= 0) != (np.arange(len(arena.frame_at)) < frames)):
+                    raise InvariantError(f"not exactly {slots} slots of {part.name} are committed")
         mapped = [arena.frame_at[arena.frame_at >= 0] for arena in arenas]
         all_mapped = np.concatenate(mapped) if mapped else np.zeros(0, np.int64)
         if len(np.unique(all_mapped)) != len(all_mapped):

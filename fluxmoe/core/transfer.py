@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from fluxmoe.core.types import Bytes, Loads
-from fluxmoe.stores.base import Store
+from fluxmoe.core.store import Store
 
 
 class TransferEngine:
@@ -57,7 +57,7 @@ class TransferEngine:
         """Copy now; when this returns, all pages are in their slots.
 
         Raises:
-            StoreError: A page could not be read. The other copies were made all the same.
+            StoreError: A page could not be read; which of the others were is undefined.
         """
         started = time.perf_counter()
         for slot in loads.slots.tolist():
@@ -68,11 +68,14 @@ class TransferEngine:
         else:
             share = -(-len(pairs) // (self._threads + 1))
             rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
-            others = [self._pool.submit(self._copy, loads.bank, part) for part in rest]
+            others = [(self._pool.submit(self._copy, loads.bank, part), part) for part in rest]
             try:
                 self._copy(loads.bank, pairs[:share])
+                for copy, part in others:  # threads that are busy with prefetches do not matter
+                    if copy.cancel():
+                        self._copy(loads.bank, part)
             finally:
-                errors = [other.exception() for other in others]
+                errors = [copy.exception() for copy, _ in others if not copy.cancel()]
             for error in errors:
                 if error is not None:
                     raise error
@@ -83,11 +86,16 @@ class TransferEngine:
         """Queue copies, in order. A failure shows when the page is needed, in ``complete``."""
         for page, slot in zip(loads.pages.tolist(), loads.slots.tolist(), strict=True):
             self._settle(loads.bank, slot)
-            if self._pool is None:
-                self._copy(loads.bank, [(page, slot)])
-            else:
+            if self._pool is not None:
                 copy = self._pool.submit(self._copy, loads.bank, [(page, slot)])
                 self._queued[loads.bank, slot] = copy
+                continue
+            try:
+                self._copy(loads.bank, [(page, slot)])
+            except Exception as error:
+                failed: Future[None] = Future()
+                failed.set_exception(error)
+                self._queued[loads.bank, slot] = failed
         self.bytes_prefetch += len(loads) * self._page_bytes
 
     def complete(self, bank: int, page: int, slot: int) -> None:

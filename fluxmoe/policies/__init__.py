@@ -15,6 +15,7 @@ from fluxmoe.policies.prefetch.none import NoPrefetch
 
 @hookimpl
 def fluxmoe_register_policies(register: RegisterPolicy) -> None:
+    """Register all built-in policies."""
     register("immediate", Immediate)
     register("lru", LeastRecentlyUsed)
     register("lfu", LeastFrequentlyUsed)

@@ -1,6 +1,6 @@
 """Stores: where the clean copies of expert pages lie while they are not in a slot."""
 
-from fluxmoe.stores.base import Store
+from fluxmoe.core.store import Store
 from fluxmoe.stores.host import HostStore
 
 __all__ = ["HostStore", "Store"]

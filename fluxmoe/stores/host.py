@@ -30,6 +30,9 @@ class HostStore:
         expected = [(experts, part.nbytes) for part in self._page_class.parts]
         if got != expected:
             raise StoreError(f"layer {layer} has parts of shape {got}, expected {expected}")
+        if any(part.dtype != np.uint8 for part in parts):
+            dtypes = [str(part.dtype) for part in parts]
+            raise StoreError(f"layer {layer} has parts of {dtypes}, expected uint8")
         self._layers.append(list(parts))
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import vllm
 from llvmlite.binding import ffi
 
 from fluxmoe.errors import UnsupportedVersionError
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 #: First supported and first unsupported version.
 SUPPORTED = ((0, 32), (0, 33))
@@ -50,6 +55,32 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import ( 
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes  # noqa: E402
 from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: E402
 
+
+
+def scheduler_of(llm: LLM) -> Any:
+    """The scheduler of an engine that runs in this process; ``running`` are its requests."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def kv_info(llm: LLM) -> dict[str, int]:
+    """Blocks and block size of the KV cache, in-process engines only."""
+    config = scheduler_of(llm).kv_cache_config
+    return {
+        "kv_blocks": config.num_blocks,
+        "kv_bytes": max((tensor.size for tensor in config.kv_cache_tensors), default=0),
+        "block_size": scheduler_of(llm).block_size,
+    }
+
+
+def kv_allocated(worker: CPUWorker) -> int:
+    """Bytes of the KV buffers that a worker has really allocated."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in worker.model_runner.kv_caches
+    }
+    return sum(storages.values())
+
+
 __all__ = [
     "CPUUnquantizedExperts",
     "CPUWorker",
@@ -57,7 +88,10 @@ __all__ = [
     "UnquantizedFusedMoEMethod",
     "VllmConfig",
     "get_current_vllm_config",
+    "kv_allocated",
+    "kv_info",
     "max_memory_usage_bytes",
     "require_supported",
+    "scheduler_of",
     "tolerate_numba",
 ]

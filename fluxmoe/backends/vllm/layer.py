@@ -49,7 +49,7 @@ class PagedRoutedExperts(RoutedExperts):
     ) -> torch.Tensor:
         """The stock kernel, with slots in place of expert ids."""
         if self._pager is not None:
-            topk_ids = op.acquire(x, topk_ids, self._pager, self._layer)
+            topk_ids = op.acquire(topk_ids, self._pager, self._layer)
         return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
 
 

@@ -12,8 +12,14 @@ from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.vllm import checks
-from fluxmoe.backends.vllm.compat import CPUWorker, max_memory_usage_bytes
+from fluxmoe.backends.vllm.compat import (
+    CPUWorker,
+    VllmConfig,
+    kv_allocated,
+    max_memory_usage_bytes,
+)
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
+from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes, Geometry, PageClass, Part
 from fluxmoe.errors import ConfigError, NoExpertsError, UnsupportedError
 from fluxmoe.stores.host import HostStore
@@ -36,9 +42,8 @@ def bank_limit(part_elements: int) -> int:
 class PagedCPUWorker(CPUWorker):
     """vLLM's CPU worker with paged experts."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        additional = self.vllm_config.additional_config
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        additional = vllm_config.additional_config
         data = additional.get("fluxmoe") if isinstance(additional, dict) else None
         if data is None:
             raise ConfigError(
@@ -46,10 +51,14 @@ class PagedCPUWorker(CPUWorker):
                 where="additional_config",
                 fix='add --additional-config \'{"fluxmoe": {"memory": {"budget": "…"}}}\'',
             )
-        self._config = fluxmoe_config.parse(data, where="additional_config.fluxmoe")
+        config = fluxmoe_config.parse(data, where="additional_config.fluxmoe")
+        checks.refuse_unsupported(vllm_config)
+        self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
+        # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
+        vllm_config.cache_config.kv_cache_memory_bytes = int(config.memory.budget)
+        super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
         self._handle = -1
-        checks.refuse_unsupported(self.vllm_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
@@ -146,6 +155,7 @@ class PagedCPUWorker(CPUWorker):
             "committed_bytes": runtime.arbiter.committed_bytes,
             "expert_bytes": runtime.expert_bytes,
             "kv_bytes": runtime.kv_bytes,
+            "kv_allocated_bytes": kv_allocated(self),
             "store_bytes": runtime.store.nbytes,
             "bytes_demand": transfer.bytes_demand,
             "bytes_prefetch": transfer.bytes_prefetch,
@@ -162,6 +172,22 @@ class PagedCPUWorker(CPUWorker):
         """Start cold: no page resident, counters zero."""
         assert self._runtime is not None
         self._runtime.pager.reset()
+
+
+def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:
+    """vLLM's own --kv-cache-memory-bytes, where given, is the target of the KV cache."""
+    target = config.memory.kv.target
+    if kv_bytes is None or target == kv_bytes:
+        return config
+    if target is not None:
+        raise ConfigError(
+            f"memory.kv.target is {int(target)} bytes, --kv-cache-memory-bytes is {kv_bytes}",
+            where="additional_config.fluxmoe",
+            fix="give one of them",
+        )
+    kv = config.memory.kv.model_copy(update={"target": kv_bytes})
+    memory = config.memory.model_copy(update={"kv": kv})
+    return config.model_copy(update={"memory": memory})
 
 
 def _bytes(weight: torch.Tensor) -> Bytes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,13 @@ def huge_pages() -> bool:
     return any(f"[{mode}]" in text for mode in ("always", "advise", "within_size"))
 
 
+def _runs(frames: Int64s) -> Iterator[tuple[int, int]]:
+    """The runs of consecutive numbers in ``frames``, as (first, count)."""
+    for run in np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1):
+        if len(run):
+            yield int(run[0]), len(run)
+
+
 class CpuSubstrate:
     """Frames of a memfd. Implements ``Substrate``.
 
@@ -67,7 +75,7 @@ class CpuSubstrate:
     """
 
     def __init__(self, count: int, frame_bytes: int, *, debug: bool = False) -> None:
-        if frame_bytes % mmap.PAGESIZE:
+        if frame_bytes <= 0 or frame_bytes % mmap.PAGESIZE:
             raise SubstrateError(
                 f"a frame of {frame_bytes} bytes is not a multiple of {mmap.PAGESIZE}",
                 where="frame_bytes",
@@ -83,10 +91,10 @@ class CpuSubstrate:
             self._poison = os.memfd_create("fluxmoe-poison")
             # All bits set is a NaN in every floating-point format up to and including bf16.
             os.write(self._poison, b"\xff" * _POISON_BYTES)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             self.close()
             raise SubstrateError(
-                f"cannot create {count} frames of {frame_bytes} bytes: {error.strerror}"
+                f"cannot create {count} frames of {frame_bytes} bytes: {error}"
             ) from error
 
     def reserve(self, nbytes: int) -> int:
@@ -103,16 +111,15 @@ class CpuSubstrate:
         _libc.munmap(address, nbytes)
 
     def commit(self, address: int, frames: Int64s) -> None:
-        start = 0
-        try:
-            for end in [*(np.flatnonzero(np.diff(frames) != 1) + 1).tolist(), len(frames)]:
-                self._commit_run(
-                    address + start * self.frame_bytes, int(frames[start]), end - start
-                )
-                start = end
-        except SubstrateError:
-            self.decommit(address, start)
-            raise
+        done = 0
+        for first, count in _runs(frames):
+            try:
+                self._commit_run(address + done * self.frame_bytes, first, count)
+            except SubstrateError:
+                # A failed MAP_FIXED may have left a hole where it was to map: fill that in too.
+                self.decommit(address, done + count)
+                raise
+            done += count
 
     def _commit_run(self, address: int, first: int, count: int) -> None:
         nbytes = count * self.frame_bytes
@@ -134,11 +141,11 @@ class CpuSubstrate:
             self._forbid(address, count * self.frame_bytes)
 
     def release(self, frames: Int64s) -> None:
-        for frame in frames.tolist():
-            offset = frame * self.frame_bytes
-            if _libc.fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, self.frame_bytes):
+        for first, count in _runs(np.sort(frames)):
+            offset, nbytes = first * self.frame_bytes, count * self.frame_bytes
+            if _libc.fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):
                 raise SubstrateError(
-                    f"cannot release frame {frame}: {os.strerror(ctypes.get_errno())}"
+                    f"cannot release {count} frames: {os.strerror(ctypes.get_errno())}"
                 )
 
     def close(self) -> None:

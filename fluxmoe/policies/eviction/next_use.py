@@ -25,4 +25,5 @@ class NextUse(EvictionPolicy):
         turns = view.event / layers + 1
         # One use in two turns is assumed of a page that was never seen, and washes out.
         probability = np.minimum(1.0, (view.use_count[pages] + 0.5) / (turns + 1.0))
-        return -(distance + (1.0 / probability - 1.0) * layers)
+        wait: npt.NDArray[np.float64] = distance + (1.0 / probability - 1.0) * layers
+        return -wait

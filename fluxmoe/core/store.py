@@ -1,4 +1,4 @@
-"""The one thing a store must do: write a page's parts where the caller wants them."""
+"""What the pager asks of a store: to write a page's parts where the caller wants them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,277 @@
+"""A real vLLM engine in a child process: what demo, benchmarks and tests compare with each other.
+
+The child runs vLLM in-process (no further processes), single-threaded, so that two engines can be
+measured one after the other on the same machine. It must own its process: vLLM and OpenMP read
+their environment once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fluxmoe.errors import EngineError, FluxMoEError
+
+#: One thread and one process; the rest keeps vLLM quiet, offline and out of the home folder.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_AOT_COMPILE": "0",
+    "VLLM_PLUGINS": "fluxmoe",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request: token ids in, ``max_tokens`` token ids out."""
+
+    tokens: list[int]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a batch of requests came to.
+
+    Attributes:
+        tokens: Output token ids per request, in the order of the prompts.
+        seconds: Wall time from the first request added to the last finished.
+        peak_running: Most requests that were running in one step.
+        steps: Engine steps taken.
+        stats: ``fluxmoe_stats`` after the run; empty for stock.
+        peak_committed: Most bytes committed to experts and KV cache after any step, if watched.
+    """
+
+    tokens: list[list[int]]
+    seconds: float
+    peak_running: int
+    steps: int
+    stats: dict[str, Any] = field(default_factory=dict)
+    peak_committed: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+class ChildEngine:
+    """Handle of an engine in a child process.
+
+    Args:
+        model: Folder of a checkpoint.
+        fluxmoe: FluxMoE's configuration; None for stock vLLM.
+        threads: OpenMP threads of the engine.
+        options: Passed to ``vllm.LLM``.
+
+    Raises:
+        FluxMoEError: As raised in the child.
+        EngineError: The engine did not start for another reason; the log's end is in the message.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        fluxmoe: dict[str, Any] | None = None,
+        threads: int = 1,
+        **options: Any,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        log, self._log = tempfile.mkstemp(prefix="fluxmoe-engine-", suffix=".log")
+        os.close(log)
+        spec = {"model": str(model), "fluxmoe": fluxmoe, "threads": threads, "options": options}
+        self._process = context.Process(
+            target=_main, args=(theirs, self._log, spec), name="fluxmoe-engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        try:
+            #: Sizes of the started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``.
+            self.info: dict[str, Any] = self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompts: Sequence[Prompt], *, watch: bool = False) -> Run:
+        """Run all prompts at once to their end, starting from a cold page table.
+
+        Args:
+            prompts: The requests, all added before the first step.
+            watch: Check all books and the committed bytes after every step (slow).
+        """
+        run = self.call("generate", list(prompts), watch)
+        assert isinstance(run, Run)
+        return run
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the child's ``_Engine``."""
+        self._connection.send((method, args))
+        return self._receive()
+
+    def close(self) -> None:
+        """End the child. Idempotent."""
+        if self._process.is_alive():
+            try:
+                self._connection.send(("stop", ()))
+            except OSError:
+                pass
+            self._process.join(30)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+        self._connection.close()
+        Path(self._log).unlink(missing_ok=True)
+
+    def __enter__(self) -> ChildEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _receive(self) -> Any:
+        try:
+            ok, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise EngineError("the engine process ended unexpectedly", where=self._tail()) from error
+        if ok:
+            return value
+        if isinstance(value, FluxMoEError):
+            raise value
+        raise EngineError(f"the engine failed: {value}", where=self._tail())
+
+    def _tail(self) -> str:
+        try:
+            return "".join(Path(self._log).read_text(errors="replace").splitlines(True)[-15:])
+        except OSError:
+            return ""
+
+
+def _main(connection: Connection, log: str, spec: dict[str, Any]) -> None:
+    """The child: build the engine, then answer calls until told to stop."""
+    sys.stdout.flush()
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(spec["threads"]))
+    try:
+        engine = _Engine(spec["model"], spec["fluxmoe"], spec["options"])
+        connection.send((True, engine.info))
+    except BaseException as error:
+        connection.send((False, _portable(error)))
+        return
+    while True:
+        try:
+            method, args = connection.recv()
+        except EOFError:
+            return
+        if method == "stop":
+            engine.stop()
+            return
+        try:
+            connection.send((True, getattr(engine, method)(*args)))
+        except Exception as error:
+            connection.send((False, _portable(error)))
+
+
+def _portable(error: BaseException) -> FluxMoEError | str:
+    """The FluxMoEError at the bottom of it, or a description."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, FluxMoEError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {error}"
+
+
+class _Engine:
+    """Lives in the child."""
+
+    def __init__(
+        self, model: str, fluxmoe: dict[str, Any] | None, options: dict[str, Any]
+    ) -> None:
+        from vllm import LLM
+
+        from fluxmoe.backends.vllm import WORKER_CLS, compat
+
+        self._paged = fluxmoe is not None
+        if fluxmoe is not None:
+            options = {
+                "worker_cls": WORKER_CLS,
+                "additional_config": {"fluxmoe": fluxmoe},
+                **options,
+            }
+        self._llm = LLM(model=model, skip_tokenizer_init=True, seed=0, **options)
+        self._engine = self._llm.llm_engine
+        self._scheduler = compat.scheduler_of(self._llm)
+        self.info = compat.kv_info(self._llm)
+
+    def generate(self, prompts: list[Prompt], watch: bool) -> Run:
+        from vllm import SamplingParams
+
+        if self._paged:
+            self._llm.collective_rpc("fluxmoe_reset")
+        self._llm.reset_prefix_cache()
+        peak = steps = committed = 0
+        outputs: dict[int, list[int]] = {}
+        started = time.perf_counter()
+        for index, prompt in enumerate(prompts):
+            params = SamplingParams(
+                max_tokens=prompt.max_tokens,
+                temperature=prompt.temperature,
+                seed=prompt.seed,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            self._engine.add_request(str(index), {"prompt_token_ids": prompt.tokens}, params)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    outputs[int(output.request_id.split("-")[0])] = list(
+                        output.outputs[0].token_ids
+                    )
+            steps += 1
+            peak = max(peak, len(self._scheduler.running))
+            if watch:
+                committed = max(committed, self.committed_bytes())
+        seconds = time.perf_counter() - started
+        stats = self.stats() if self._paged else {}
+        tokens = [outputs[index] for index in range(len(prompts))]
+        return Run(tokens, seconds, peak, steps, stats, committed)
+
+    def stats(self) -> dict[str, Any]:
+        result: dict[str, Any] = self._llm.collective_rpc("fluxmoe_stats")[0]
+        return result
+
+    def committed_bytes(self) -> int:
+        """What is really committed: mapped expert frames and the allocated KV buffer."""
+        self._llm.collective_rpc("fluxmoe_check")
+        stats = self.stats()
+        return int(stats["expert_bytes"]) + int(stats["kv_allocated_bytes"])
+
+    def rpc(self, method: str, *args: Any) -> Any:
+        return self._llm.collective_rpc(method, args=args)[0]
+
+    def stop(self) -> None:
+        """Shut the engine down and let the worker release its memory."""
+        self._engine.engine_core.shutdown()

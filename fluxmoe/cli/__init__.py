@@ -1,0 +1,82 @@
+"""The command line: one file per verb. ``main`` is the console script ``fluxmoe``.
+
+Verbs import what they need when they run: ``fluxmoe --help`` loads no array library and no engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import fluxmoe
+from fluxmoe.cli import output, policies, simulate, trace
+from fluxmoe.errors import FluxMoEError
+
+_DEBUG = "--debug"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0, 2 for every error a user can mend, 130 after Ctrl-C.
+
+    Args:
+        arguments: Without the program's name; by default those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Wanted after something went wrong, so it may stand anywhere: at the end of the line, say.
+    debug = _DEBUG in given
+    try:
+        _app()(args=[argument for argument in given if argument != _DEBUG], prog_name="fluxmoe")
+    except FluxMoEError as error:
+        if debug:
+            raise
+        output.print_error(error)
+        sys.exit(2)
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        help="Memory manager for MoE inference: pages expert weights, simulates policies.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_globals)
+    _add_demo(app)
+    app.command("simulate")(simulate.simulate)
+    app.add_typer(trace.app, name="trace")
+    app.command("policies")(policies.policies)
+    return app
+
+
+def _add_demo(app: typer.Typer) -> None:
+    try:
+        demo = importlib.import_module("fluxmoe.cli.demo")
+    except ModuleNotFoundError as error:
+        if error.name != "fluxmoe.cli.demo":
+            raise
+        return
+    app.command("demo")(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fluxmoe {fluxmoe.__version__}")
+        raise typer.Exit
+
+
+def _globals(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(_DEBUG, help="Show the traceback of an error (allowed anywhere).")
+    ] = False,
+) -> None:
+    """The options before the verb; both are dealt with before this runs."""

@@ -1,0 +1,42 @@
+"""How commands print: tables for people, pure JSON for programs, errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from fluxmoe.errors import FluxMoEError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: A table in a pipe or a log file is not squeezed into the 80 columns that rich would assume.
+_PIPE_WIDTH = 140
+
+
+def console() -> Console:
+    """Where tables go: standard output."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def print_json(data: object) -> None:
+    """Write ``data`` as JSON and nothing else; not through rich, which would wrap long lines."""
+    json.dump(data, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def print_error(error: FluxMoEError) -> None:
+    """``error[FMxxx]: what; where; what to do`` on standard error."""
+    print(f"error[{error.code}]: {error}", file=sys.stderr)
+
+
+def nbytes(size: float) -> str:
+    """A size for people: 1536 → ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

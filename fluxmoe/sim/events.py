@@ -1,0 +1,122 @@
+"""A whole trace in memory, as flat arrays that all runs of one invocation share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.jit import jit
+from fluxmoe.core.policy import PageView
+from fluxmoe.core.types import Int64s, Phase
+from fluxmoe.sim.trace import EventBlock, TraceMeta, TraceReader
+
+
+@dataclass(frozen=True, slots=True)
+class Future:
+    """What oracles know. N events, A routed (token, expert) pairs, P pages.
+
+    Attributes:
+        first: int64 ``[P]``, the event that uses the page first.
+        pages: int64 ``[A]``, the page of every pair, in the order of ``Events.ids``.
+        later: int64 ``[A]``, the next event after the pair's own that uses the pair's page.
+            ``PageView.NO_NEXT_USE`` where there is none, as in ``first``.
+    """
+
+    first: Int64s
+    pages: Int64s
+    later: Int64s
+
+
+class Events:
+    """All events of a trace. Read-only by convention.
+
+    Args:
+        meta: What the trace is a trace of.
+        block: Its events, already checked.
+    """
+
+    def __init__(self, meta: TraceMeta, block: EventBlock) -> None:
+        self.meta, self._block = meta, block
+
+    @classmethod
+    def load(cls, path: str | Path) -> Events:
+        """Read a trace file. Raises TraceError."""
+        reader = TraceReader(path)
+        blocks = list(reader.blocks())
+        sizes = np.cumsum([0, *(block.ids.size for block in blocks)])
+        ends = [block.offsets[1:] + start for block, start in zip(blocks, sizes[:-1], strict=True)]
+        whole = EventBlock(
+            step=np.concatenate([block.step for block in blocks]),
+            layer=np.concatenate([block.layer for block in blocks]),
+            phase=np.concatenate([block.phase for block in blocks]),
+            offsets=np.concatenate([np.zeros(1, np.int64), *ends]),
+            ids=np.concatenate([block.ids for block in blocks]),
+        )
+        return cls(reader.meta, whole)
+
+    def __len__(self) -> int:
+        return len(self._block.step)
+
+    @property
+    def ids(self) -> npt.NDArray[np.int32]:
+        """The routed experts of all events, one after the other, repeats included."""
+        return self._block.ids
+
+    def __iter__(self) -> Iterator[tuple[int, int, Phase, slice]]:
+        """(step, layer, phase, where in ``ids``) of every event."""
+        phases = (Phase.PREFILL, Phase.DECODE)
+        step, layer, phase, bounds = (column.tolist() for column in self._block[:4])
+        for i, start in enumerate(bounds[:-1]):
+            yield step[i], layer[i], phases[phase[i]], slice(start, bounds[i + 1])
+
+    @cached_property
+    def largest(self) -> int:
+        """Distinct experts of the largest event."""
+        seen = np.full(self.meta.experts_per_layer, -1, np.int64)
+        return _largest(self._block.offsets, self.ids, seen)
+
+    @cached_property
+    def future(self) -> Future:
+        """The next use of every page at every event, from one pass backwards."""
+        first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)
+        pages, later = np.empty((2, self.ids.size), np.int64)
+        experts, block = self.meta.experts_per_layer, self._block
+        _look_ahead(block.layer, block.offsets, block.ids, experts, first, pages, later)
+        return Future(first, pages, later)
+
+
+@jit
+def _largest(offsets: Int64s, ids: npt.NDArray[np.int32], seen: Int64s) -> int:
+    largest = 0
+    for event in range(offsets.size - 1):
+        distinct = 0
+        for i in range(offsets[event], offsets[event + 1]):
+            if seen[ids[i]] != event:
+                seen[ids[i]] = event
+                distinct += 1
+        largest = max(largest, distinct)
+    return largest
+
+
+@jit
+def _look_ahead(
+    layer: npt.NDArray[np.int16],
+    offsets: Int64s,
+    ids: npt.NDArray[np.int32],
+    experts: int,
+    upcoming: Int64s,
+    pages: Int64s,
+    later: Int64s,
+) -> None:
+    for event in range(layer.size - 1, -1, -1):
+        for i in range(offsets[event], offsets[event + 1]):
+            pages[i] = np.int64(layer[event]) * experts + ids[i]
+            later[i] = upcoming[pages[i]]
+        # Only now: an expert that several tokens share must not see its own event as the next.
+        for i in range(offsets[event], offsets[event + 1]):
+            upcoming[pages[i]] = event

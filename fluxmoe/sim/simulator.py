@@ -1,0 +1,209 @@
+"""The simulator: a trace replayed through the engine's page table, event rule and policy guards.
+
+Nothing here knows what a hit is. A run builds the objects that the pager of an engine would use,
+feeds them one event after the other, and reads their counters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fluxmoe import plugins
+from fluxmoe.core.event import EventRule
+from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.pages import PageTable
+from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.types import Int64s
+from fluxmoe.errors import CapacityError, ConfigError
+from fluxmoe.plugins import PolicySpec, Registry
+from fluxmoe.sim.capacity import pages_of
+from fluxmoe.sim.events import Events
+from fluxmoe.sim.trace import TraceMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Counters of one run, as the event rule defines them.
+
+    Attributes:
+        policy, prefetch: The policies as they were asked for.
+        capacity_pages: Slots over all banks.
+        accesses, hits, misses: Distinct experts, once per event; ``accesses = hits + misses``.
+        hit_rate: hits / accesses.
+        prefetch_hits: The part of ``hits`` that a prefetch brought in.
+        evictions: Victims for demand or prefetch.
+        released: Pages given up because the policy did not retain them.
+        bytes_demand, bytes_prefetch: Bytes loaded by cause; None if the page size is unknown.
+        policy_faults: Calls of a policy that were answered by the fallback instead.
+    """
+
+    policy: str
+    prefetch: str
+    capacity_pages: int
+    events: int
+    accesses: int
+    hits: int
+    misses: int
+    hit_rate: float
+    prefetch_hits: int
+    evictions: int
+    released: int
+    loads_demand: int
+    loads_prefetch: int
+    bytes_demand: int | None
+    bytes_prefetch: int | None
+    policy_faults: int
+
+    def to_json(self) -> dict[str, str | int | float | None]:
+        return asdict(self)
+
+
+class Simulation:
+    """One run, checked and ready to start. Arguments and errors are those of ``simulate``.
+
+    Attributes:
+        policy: The eviction policy as it was asked for.
+        oracle: Whether it knows the future, so that no engine can run it.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        policy: PolicySpec,
+        capacity: int | str,
+        prefetch: PolicySpec = "none",
+        *,
+        registry: Registry,
+        banks: int = 1,
+        strict: bool = False,
+    ) -> None:
+        self._events = events
+        self.policy, self._prefetch = label(policy), label(prefetch)
+        self._capacity = pages_of(capacity, events.meta)
+        evictor: EvictionPolicy = registry.create("eviction", policy)
+        fetcher: PrefetchPolicy = registry.create("prefetch", prefetch)
+        self.oracle = evictor.needs_future
+        table = _table(events, self._capacity, banks, f"capacity {capacity}")
+        self._next_use = events.future.first.copy() if self.oracle else None
+        view = PageView(table, next_use=self._next_use)
+        self._eviction = EvictionGuard(evictor, view, name=self.policy, strict=strict)
+        # A policy that reaches no layer ahead proposes nothing: it need not be asked every time.
+        self._fetching = PrefetchGuard(
+            fetcher if fetcher.lead else None, view, name=self._prefetch, strict=strict
+        )
+        self._rule = EventRule(table, self._eviction, self._fetching)
+
+    def run(self) -> Result:
+        """Replay the trace, from cold.
+
+        Raises:
+            PolicyFaultError: A policy failed, and ``strict`` is set.
+        """
+        if self._next_use is None:
+            self._replay()
+        else:
+            self._replay_knowing(self._next_use)
+        return self._result(self._events.meta)
+
+    def _replay(self) -> None:
+        run, table, ids = self._rule.run, self._rule.table, self._events.ids
+        for step, layer, phase, where in self._events:
+            table.phase = phase
+            run(step, layer, ids[where])
+
+    def _replay_knowing(self, next_use: Int64s) -> None:
+        run, table, ids = self._rule.run, self._rule.table, self._events.ids
+        pages, later = self._events.future.pages, self._events.future.later
+        for step, layer, phase, where in self._events:
+            table.phase = phase
+            # Before the rule runs: it marks the event's pages as accessed and may score them at
+            # once, when they must already look past this event. No other page's next use changes,
+            # and none of the other pages is used by this event, so none of theirs is outdated.
+            next_use[pages[where]] = later[where]
+            run(step, layer, ids[where])
+
+    def _result(self, meta: TraceMeta) -> Result:
+        counted, size = self._rule.table.counters(), meta.page_bytes
+        return Result(
+            policy=self.policy,
+            prefetch=self._prefetch,
+            capacity_pages=self._capacity,
+            events=counted.events,
+            accesses=counted.accesses,
+            hits=counted.hits,
+            misses=counted.misses,
+            hit_rate=counted.hit_rate,
+            prefetch_hits=counted.prefetch_hits,
+            evictions=counted.evictions,
+            released=counted.released,
+            loads_demand=counted.loads_demand,
+            loads_prefetch=counted.loads_prefetch,
+            bytes_demand=None if size is None else counted.loads_demand * size,
+            bytes_prefetch=None if size is None else counted.loads_prefetch * size,
+            policy_faults=self._eviction.faults + self._fetching.faults,
+        )
+
+
+def simulate(
+    trace: Events | str | Path,
+    policy: PolicySpec,
+    capacity: int | str,
+    prefetch: PolicySpec = "none",
+    banks: int = 1,
+    registry: Registry | None = None,
+    strict: bool = False,
+) -> Result:
+    """Replay a trace at one capacity.
+
+    Args:
+        trace: A trace file, or its events (load them once for several runs).
+        policy: Eviction policy, ``name`` or ``{kind: name, option: value}``.
+        capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), over all banks.
+        prefetch: Prefetch policy.
+        banks: Banks that consecutive layers are spread over, with equal shares of the capacity.
+        registry: Known policies; by default built-in and installed ones.
+        strict: Raise at the first fault of a policy instead of containing it.
+
+    Raises:
+        TraceError: The trace cannot be used.
+        UnknownPolicyError, ConfigError: A policy, option, capacity or number of banks.
+        CapacityError: A bank could not hold the largest event of the trace.
+        PolicyFaultError: Under ``strict``.
+    """
+    events = trace if isinstance(trace, Events) else Events.load(trace)
+    known = registry or plugins.load()
+    return Simulation(
+        events, policy, capacity, prefetch, registry=known, banks=banks, strict=strict
+    ).run()
+
+
+def label(spec: PolicySpec) -> str:
+    """A policy as the command line writes it: ``name`` or ``name:option=value:…``."""
+    if isinstance(spec, str):
+        return spec
+    options = [f"{key}={value}" for key, value in spec.items() if key != "kind"]
+    return ":".join([str(spec.get("kind")), *options])
+
+
+def _table(events: Events, capacity: int, banks: int, where: str) -> PageTable:
+    geometry = events.meta.geometry
+    if not 1 <= banks <= geometry.num_layers:
+        raise ConfigError(
+            f"{banks} banks for {geometry.num_layers} layers",
+            where="--banks",
+            fix="a bank has at least one layer",
+        )
+    bank_of = [layer * banks // geometry.num_layers for layer in range(geometry.num_layers)]
+    slots = [
+        # Slots beyond a bank's pages could never be used.
+        min(
+            capacity * (bank + 1) // banks - capacity * bank // banks,
+            bank_of.count(bank) * geometry.experts_per_layer,
+        )
+        for bank in range(banks)
+    ]
+    try:
+        return PageTable(geometry, slots, bank_of=bank_of, minimum=events.largest)
+    except CapacityError as error:
+        raise CapacityError(error.what, where=where, fix=error.fix) from error
