@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -236,15 +237,24 @@ def _installed() -> list[importlib.metadata.EntryPoint]:
     if allowed is None:
         return entries
     wanted = {name.strip() for name in allowed.split(",") if name.strip()}
-    chosen = [e for e in entries if e.name in wanted or (e.dist and e.dist.name in wanted)]
-    found = {e.name for e in chosen} | {e.dist.name for e in chosen if e.dist}
-    if missing := sorted(wanted - found):
+    called = {name: [entry for entry in entries if _is_called(entry, name)] for name in wanted}
+    if missing := sorted(name for name, found in called.items() if not found):
         raise PluginLoadError(
             f"no installed plugin is called {missing[0]!r}",
             where=ALLOW_LIST,
             fix=f"installed: {', '.join(e.name for e in entries) or 'none'}",
         )
-    return chosen
+    return [entry for entry in entries if any(entry in found for found in called.values())]
+
+
+def _is_called(entry: importlib.metadata.EntryPoint, name: str) -> bool:
+    """Whether ``name`` is the entry point's, or its distribution's as pip compares them."""
+    return name == entry.name or (entry.dist is not None and _same(name, entry.dist.name))
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether two names of distributions are the same name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", a).lower() == re.sub(r"[-_.]+", "-", b).lower()
 
 
 def _import(name: str) -> ModuleType:

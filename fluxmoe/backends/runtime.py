@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from fluxmoe import plugins
 from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
 from fluxmoe.core.arbiter import MemoryArbiter
+from fluxmoe.core.banks import banks_needed, spread
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.pager import ExpertPager
@@ -183,21 +183,15 @@ def _banks(
     frame_bytes: int,
     limit: int | None,
 ) -> tuple[list[int], list[int]]:
-    """Slots per bank and the bank of each layer, within ``frames`` frames.
-
-    One bank, unless the kernel's index is too narrow for it: then consecutive layers are spread
-    evenly over as few banks as can hold the slots.
-    """
+    """Slots per bank and the bank of each layer, within ``frames`` frames."""
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
-    count = 1 if limit is None else -(-total // limit)
     # A bank holds at least one layer's experts, so a small budget cannot have many banks.
-    count = max(1, min(count, geometry.num_layers, total // geometry.experts_per_layer))
-    layers: Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]] = np.array_split(
-        np.arange(geometry.num_layers), count
-    )
-    bank_of = [bank for bank, mine in enumerate(layers) for _ in mine]
-    slots = []
-    for mine in layers:
-        share = slots_within(page_class, frames * len(mine) // geometry.num_layers, frame_bytes)
-        slots.append(min(share, len(mine) * geometry.experts_per_layer, limit or share))
-    return slots, bank_of
+    most = min(geometry.num_layers, total // geometry.experts_per_layer)
+    while True:
+        banks = max(1, min(banks_needed(total, limit), most))
+        slots, bank_of = spread(geometry, total, banks)
+        slots = [min(share, limit or share) for share in slots]
+        # Each bank fills whole frames of its own, so several may need a little more than one.
+        if sum(frames_for(page_class, share, frame_bytes) for share in slots) <= frames:
+            return slots, bank_of
+        total -= 1

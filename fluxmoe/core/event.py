@@ -141,6 +141,15 @@ def load_missing(b: Books) -> None:
 
 
 @jit
+def load_ahead(b: Books, pages: Int64s) -> None:
+    """Point 7: prefetched pages take slots, in order of urgency, and are protected."""
+    for i in range(pages.size):
+        load(b, pages[i])
+        b.flags[pages[i]] |= np.uint8(PROTECTED | UNUSED)
+    b.counts[C_LOADS_PREFETCH] += pages.size
+
+
+@jit
 def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
     """Write the pages of a bank that may be evicted into ``out``, ascending; how many."""
     n = 0
@@ -158,15 +167,24 @@ def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
 
 @jit
 def take_dirty(b: Books, out: Int64s) -> int:
-    """Move the resident dirty pages into ``out``; how many. Absent ones are scored on return."""
-    n = 0
+    """Move the dirty pages that may be evicted into ``out``; how many.
+
+    Pages of the running event stay dirty: they are no candidates yet. Absent pages are scored when
+    they have come back.
+    """
+    n = kept = 0
     for i in range(b.now[DIRTIES]):
         page = b.dirty[i]
-        b.flags[page] &= ~np.uint8(DIRTY)
-        if b.slot_of[page] != ABSENT:
+        if b.slot_of[page] == ABSENT:
+            b.flags[page] &= ~np.uint8(DIRTY)
+        elif b.last_use[page] == b.now[EVENT]:
+            b.dirty[kept] = page
+            kept += 1
+        else:
+            b.flags[page] &= ~np.uint8(DIRTY)
             out[n] = page
             n += 1
-    b.now[DIRTIES] = 0
+    b.now[DIRTIES] = kept
     return n
 
 
@@ -241,10 +259,7 @@ class EventRule:
             if short > 0:
                 self._evict(bank, short, spare=True)
             pages = pages[: int(b.num_free[bank])]
-            for page in pages.tolist():
-                load(b, page)
-            b.flags[pages] |= PROTECTED | UNUSED
-            b.counts[C_LOADS_PREFETCH] += len(pages)
+            load_ahead(b, pages)
             if len(pages) and self.eviction.watches_load:
                 self.eviction.on_load(pages)
         return True

@@ -20,7 +20,7 @@ from fluxmoe.core.pages import ABSENT, EVENT, PROTECTED, Books
 from fluxmoe.core.types import Int64s
 
 
-class Heap(NamedTuple):
+class VictimHeap(NamedTuple):
     """Arrays of a heap per bank. P pages, B banks, H entries."""
 
     score: npt.NDArray[np.float64]  # [P] the latest score
@@ -31,10 +31,10 @@ class Heap(NamedTuple):
     aside: Int64s  # [P] scratch
 
 
-def new_heap(pages: int, banks: int) -> Heap:
+def new_heap(pages: int, banks: int) -> VictimHeap:
     """An empty heap for a table of ``pages`` pages."""
     entries = 2 * pages + 1
-    return Heap(
+    return VictimHeap(
         score=np.zeros(pages),
         bound=np.full(pages, np.nan),
         key=np.zeros((banks, entries)),
@@ -44,14 +44,14 @@ def new_heap(pages: int, banks: int) -> Heap:
     )
 
 
-def clear(heap: Heap) -> None:
+def clear(heap: VictimHeap) -> None:
     """Make the heap empty."""
     heap.bound[...] = np.nan
     heap.size[...] = 0
 
 
 @jit
-def update(heap: Heap, b: Books, pages: Int64s, scores: npt.NDArray[np.float64]) -> None:
+def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.float64]) -> None:
     """Note the scores of resident ``pages``."""
     for i in range(pages.size):
         page = pages[i]
@@ -61,7 +61,7 @@ def update(heap: Heap, b: Books, pages: Int64s, scores: npt.NDArray[np.float64])
 
 
 @jit
-def choose(heap: Heap, b: Books, bank: int, count: int, protect: bool, out: Int64s) -> int:
+def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out: Int64s) -> int:
     """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first; how many.
 
     The running event's pages are never victims, protected ones only if ``protect`` is false.
@@ -92,19 +92,19 @@ def choose(heap: Heap, b: Books, bank: int, count: int, protect: bool, out: Int6
 
 
 @jit
-def _less(heap: Heap, bank: int, i: int, j: int) -> bool:
+def _less(heap: VictimHeap, bank: int, i: int, j: int) -> bool:
     a, b = heap.key[bank, i], heap.key[bank, j]
     return bool(a < b or (a == b and heap.page[bank, i] < heap.page[bank, j]))
 
 
 @jit
-def _swap(heap: Heap, bank: int, i: int, j: int) -> None:
+def _swap(heap: VictimHeap, bank: int, i: int, j: int) -> None:
     heap.key[bank, i], heap.key[bank, j] = heap.key[bank, j], heap.key[bank, i]
     heap.page[bank, i], heap.page[bank, j] = heap.page[bank, j], heap.page[bank, i]
 
 
 @jit
-def _sift_down(heap: Heap, bank: int, i: int) -> None:
+def _sift_down(heap: VictimHeap, bank: int, i: int) -> None:
     size = heap.size[bank]
     while True:
         child = 2 * i + 1
@@ -119,14 +119,14 @@ def _sift_down(heap: Heap, bank: int, i: int) -> None:
 
 
 @jit
-def _pop(heap: Heap, bank: int) -> None:
+def _pop(heap: VictimHeap, bank: int) -> None:
     heap.size[bank] -= 1
     _swap(heap, bank, 0, heap.size[bank])
     _sift_down(heap, bank, 0)
 
 
 @jit
-def _push(heap: Heap, b: Books, bank: int, page: int) -> None:
+def _push(heap: VictimHeap, b: Books, bank: int, page: int) -> None:
     if heap.size[bank] == heap.key.shape[1]:
         _compact(heap, b, bank)
     heap.bound[page] = heap.score[page]
@@ -139,7 +139,7 @@ def _push(heap: Heap, b: Books, bank: int, page: int) -> None:
 
 
 @jit
-def _compact(heap: Heap, b: Books, bank: int) -> None:
+def _compact(heap: VictimHeap, b: Books, bank: int) -> None:
     """Drop the outdated entries: at most one per page remains, so there is room for one more."""
     kept = 0
     for i in range(heap.size[bank]):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fluxmoe.core.event import EventRule, Slots, lookup
-from fluxmoe.core.pages import MISSES, PAGES, PageTable
+from fluxmoe.core.pages import PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Counters, Ints
@@ -88,8 +88,7 @@ class ExpertPager:
             try:
                 self._transfer.complete(bank, page, int(b.slot_of[page]))
             except BaseException:
-                # Neither this page nor the event's misses, which have no slot yet, are there.
-                b.now[MISSES] = 0
+                # The event's misses have no slot yet: only this page must go.
                 self.table.discard(np.asarray([page]))
                 raise
 

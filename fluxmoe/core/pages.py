@@ -174,6 +174,21 @@ class PageTable:
     # --- reading ---------------------------------------------------------------------------------
 
     @property
+    def event(self) -> int:
+        """The running event, counted from 0; −1 before the first."""
+        return int(self.books.now[EVENT])
+
+    @property
+    def step(self) -> int:
+        """The running forward pass."""
+        return int(self.books.now[STEP])
+
+    @property
+    def layer(self) -> int:
+        """The MoE layer of the running event."""
+        return int(self.books.now[LAYER])
+
+    @property
     def num_banks(self) -> int:
         return len(self.slots)
 

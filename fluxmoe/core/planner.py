@@ -60,7 +60,7 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
         )
     if experts.target is not None:
         to_experts = min(experts.target, experts.max)
-        to_kv = kv.target or frames - to_experts
+        to_kv = frames - to_experts if kv.target is None else kv.target
     elif kv.target is not None:
         to_kv = kv.target
         to_experts = min(frames - to_kv, experts.max)

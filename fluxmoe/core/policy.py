@@ -15,13 +15,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.pages import EVENT, LAYER, STEP, PageTable
 from fluxmoe.core.types import Access, Bools, Int64s
+
+if TYPE_CHECKING:
+    from fluxmoe.core.pages import PageTable
 
 T = TypeVar("T", bound=np.generic)
 
@@ -56,17 +58,17 @@ class PageView:
     @property
     def event(self) -> int:
         """The running event, counted from 0."""
-        return int(self._table.books.now[EVENT])
+        return self._table.event
 
     @property
     def step(self) -> int:
         """The running forward pass."""
-        return int(self._table.books.now[STEP])
+        return self._table.step
 
     @property
     def layer(self) -> int:
         """The MoE layer of the running event."""
-        return int(self._table.books.now[LAYER])
+        return self._table.layer
 
     @property
     def slots(self) -> int:

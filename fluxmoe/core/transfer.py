@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from fluxmoe.core.types import Bytes, Loads
 from fluxmoe.core.store import Store
+from fluxmoe.core.types import Bytes, Loads
 
 
 class TransferEngine:

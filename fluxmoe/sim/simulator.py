@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fluxmoe import plugins
+from fluxmoe.core.banks import spread
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.pages import PageTable
@@ -161,7 +162,7 @@ def simulate(
         policy: Eviction policy, ``name`` or ``{kind: name, option: value}``.
         capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), over all banks.
         prefetch: Prefetch policy.
-        banks: Banks that consecutive layers are spread over, with equal shares of the capacity.
+        banks: Banks that consecutive layers are spread over, each with its share of the capacity.
         registry: Known policies; by default built-in and installed ones.
         strict: Raise at the first fault of a policy instead of containing it.
 
@@ -194,15 +195,7 @@ def _table(events: Events, capacity: int, banks: int, where: str) -> PageTable:
             where="--banks",
             fix="a bank has at least one layer",
         )
-    bank_of = [layer * banks // geometry.num_layers for layer in range(geometry.num_layers)]
-    slots = [
-        # Slots beyond a bank's pages could never be used.
-        min(
-            capacity * (bank + 1) // banks - capacity * bank // banks,
-            bank_of.count(bank) * geometry.experts_per_layer,
-        )
-        for bank in range(banks)
-    ]
+    slots, bank_of = spread(geometry, capacity, banks)
     try:
         return PageTable(geometry, slots, bank_of=bank_of, minimum=events.largest)
     except CapacityError as error:

@@ -113,6 +113,7 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
                 if "norm" not in name:
                     # Wider than the usual 0.02: routing and next tokens must really differ.
                     weight.normal_(0.0, 0.06)
+    transformers.logging.disable_progress_bar()
     model.save_pretrained(path)
     done.write_text(recipe)  # last: a torn checkpoint is written again
     return path

@@ -1,0 +1,149 @@
+"""What the bookkeeping of one event costs that finds all its pages: µs against slots and tokens.
+
+    .venv/bin/python benchmarks/event_cost.py [--json] [--save FILE]
+
+Every event routes to all 64 experts of a layer (a batch of one token: to 8 of them), and every page
+is resident, so the numbers are pure overhead: the event rule, and the slot of every routed expert.
+``rule`` is ``EventRule.open`` alone, ``pager`` is ``ExpertPager.acquire``, what an engine calls.
+Pages are tiny, because nothing is copied in a timed event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fluxmoe import plugins
+from fluxmoe.core.arbiter import MemoryArbiter
+from fluxmoe.core.event import EventRule, Slots
+from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.pager import ExpertPager
+from fluxmoe.core.pages import PageTable
+from fluxmoe.core.policy import PageView
+from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.tenants import ExpertTenant, frames_for
+from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.stores import HostStore
+
+EXPERTS, TOP_K = 64, 8
+SLOTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 8, 64)
+REPEATS, EVENTS = 15, 2000
+PAGE_CLASS = PageClass((Part("w13", 128, 64), Part("w2", 64, 32)))
+FRAME = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    arguments = parser.parse_args()
+    rows = [row for slots in SLOTS for row in measure(slots)]
+    if arguments.save:
+        document = {"benchmark": "event_cost", "machine": machine(), "results": rows}
+        arguments.save.write_text(json.dumps(document, indent=2) + "\n")
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        show(rows)
+
+
+def measure(slots: int) -> list[dict[str, float]]:
+    """All token counts at one number of slots, every slot holding a page."""
+    geometry = Geometry(slots // EXPERTS, EXPERTS)
+    arbiter = MemoryArbiter(CpuSubstrate(frames_for(PAGE_CLASS, slots, FRAME), FRAME))
+    tenant = ExpertTenant(arbiter.pool, arbiter.substrate, PAGE_CLASS, [slots])
+    tenant.resize(0, slots)
+    store = HostStore(geometry, PAGE_CLASS)
+    for _ in range(geometry.num_layers):
+        store.adopt([np.zeros((EXPERTS, part.nbytes), np.uint8) for part in PAGE_CLASS.parts])
+    table = PageTable(geometry, [slots])
+    view = PageView(table)
+    policy = plugins.load().create("eviction", "lru")
+    rule = EventRule(
+        table,
+        EvictionGuard(policy, view, name="lru", strict=True),
+        PrefetchGuard(None, view, name="none"),
+    )
+    pager = ExpertPager(
+        rule, tenant, TransferEngine(store, [tenant.rows(0)], PAGE_CLASS.nbytes, threads=0)
+    )
+    everyone = np.arange(EXPERTS, dtype=np.int32)
+    for layer in range(geometry.num_layers):
+        pager.acquire(layer, everyone, np.zeros(EXPERTS, np.int32))
+    cold = pager.counters().misses
+
+    rows = []
+    for tokens in TOKENS:
+        ids = np.resize(everyone, tokens * TOP_K)
+        rows.append(
+            {
+                "slots": slots,
+                "tokens": tokens,
+                "experts": len(np.unique(ids)),
+                "rule_us": per_event(geometry, ids, lambda *event: rule.open(0, *event)),
+                "pager_us": per_event(geometry, ids, pager.acquire),
+            }
+        )
+    assert pager.counters().misses == cold, "a timed event missed"
+    pager.close()
+    arbiter.close()
+    return rows
+
+
+def per_event(
+    geometry: Geometry, ids: Slots, event: Callable[[int, Slots, Slots], object]
+) -> float:
+    """Median over repeats of the mean time of an event, layers in turn, in µs."""
+    layers = [i % geometry.num_layers for i in range(EVENTS)]
+    out = np.zeros(len(ids), np.int32)
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        for layer in layers:
+            event(layer, ids, out)
+        times.append((time.perf_counter() - started) / EVENTS * 1e6)
+    return round(statistics.median(times), 2)
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers depend on; nothing that names the machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cpus": len(names),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+    }
+
+
+def show(rows: list[dict[str, float]]) -> None:
+    table = Table(title="one event, all hits: µs, median of repeats", title_justify="left")
+    for column in ("slots", *(f"batch {t} {w}" for t in TOKENS for w in ("rule", "pager"))):
+        table.add_column(column, justify="right")
+    for slots in SLOTS:
+        mine = [row for row in rows if row["slots"] == slots]
+        cells = [f"{row[w]:.1f}" for row in mine for w in ("rule_us", "pager_us")]
+        table.add_row(str(slots), *cells)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Stock vLLM against FluxMoE at the same budget: where paging wins, where it is free, where it loses.
+
+python -m benchmarks.serving [--rounds N] [--only NAME …] [--save FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from fluxmoe.demo.compare import Comparison, Workload, compare
+from fluxmoe.demo.model import DemoModel
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One row: a budget for so many stock sequences, a batch, and what FluxMoE is told."""
+
+    name: str
+    #: Requests that stock's KV cache holds at this budget.
+    sequences: int
+    requests: int
+    fluxmoe: dict[str, Any]
+
+
+def scenarios(model: DemoModel) -> list[Scenario]:
+    total = model.experts_total_bytes
+    few = {"memory": {"experts": {"target": total // 8}}}
+    rows = [
+        Scenario(f"starved: stock holds {n}, {policy}", n, 64, {"eviction": policy})
+        for n, policy in ((2, "next-use"), (3, "next-use"), (4, "next-use"), (3, "lru"))
+    ]
+    rows += [Scenario(f"all fits, batch {n}", 64, n, {}) for n in (1, 8, 64)]
+    rows += [Scenario(f"1/8 of the experts in slots, batch {n}", 64, n, few) for n in (1, 8, 64)]
+    return rows
+
+
+def run(model: DemoModel, folder: Path, scenario: Scenario, rounds: int) -> Comparison:
+    # Small batches are short: more tokens and rounds make their medians mean something.
+    small = scenario.requests <= 8
+    return compare(
+        folder,
+        Workload(scenario.requests, output_tokens=100 if small else 64),
+        budget_bytes=model.budget(scenario.sequences),
+        experts_total_bytes=model.experts_total_bytes,
+        fluxmoe={"copy_threads": 0, **scenario.fluxmoe},
+        rounds=rounds * 3 if small else rounds,
+        options=model.options(max_num_seqs=64),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[], help="parts of scenario names")
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    model = DemoModel()
+    table = Table(title="stock vLLM and FluxMoE at the same budget (medians, one thread, eager)")
+    for column in ("scenario", "stock tok/s", "FluxMoE tok/s", "ratio", "experts", "hits", "same"):
+        table.add_column(column, justify="left" if column == "scenario" else "right")
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model.write(Path(scratch) / "model")
+        for scenario in scenarios(model):
+            if arguments.only and not any(part in scenario.name for part in arguments.only):
+                continue
+            outcome = run(model, folder, scenario, arguments.rounds)
+            results.append({"scenario": scenario.name, **outcome.to_json()})
+            stats = outcome.stats
+            table.add_row(
+                scenario.name,
+                f"{outcome.stock.tokens_per_s:.0f}",
+                f"{outcome.fluxmoe.tokens_per_s:.0f}",
+                f"{outcome.speedup:.2f}×",
+                f"{stats['slots'] / stats['pages']:.0%}",
+                f"{stats['hit_rate']:.1%}",
+                "yes" if outcome.tokens_identical else "NO",
+            )
+    Console().print(table)
+    if arguments.save:
+        machine.save(arguments.save, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""``fluxmoe demo``: the main job, shown. Stock vLLM and FluxMoE at one budget."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fluxmoe.cli import output
+
+if TYPE_CHECKING:
+    from fluxmoe.demo.compare import Comparison
+    from fluxmoe.demo.model import DemoModel
+
+#: How many requests stock's KV cache holds at the demonstration's budget.
+STARVED = 3
+
+
+def demo(
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all waiting at the start.")] = 64,
+    output_tokens: Annotated[
+        int, typer.Option(min=1, max=100, help="Tokens generated per request.")
+    ] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each engine, alternating.")] = 3,
+    eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
+    prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Serve one workload with stock vLLM and with FluxMoE at the same memory budget."""
+    from rich.console import Console
+
+    from fluxmoe.demo.compare import Workload, compare
+    from fluxmoe.demo.model import DemoModel, cache_folder
+
+    model = DemoModel()
+    console = Console(stderr=True)
+    with console.status("writing the checkpoint") as status:
+
+        def progress(what: str) -> None:
+            status.update(what)
+            if not console.is_terminal:
+                console.print(what, style="dim")
+
+        result = compare(
+            model.write(cache_folder() / "demo-model"),
+            Workload(requests, output_tokens=output_tokens),
+            budget_bytes=model.budget(STARVED),
+            experts_total_bytes=model.experts_total_bytes,
+            fluxmoe={"eviction": eviction, "prefetch": prefetch, "copy_threads": 0},
+            rounds=rounds,
+            options=model.options(max_num_seqs=requests),
+            progress=progress,
+        )
+    if json_:
+        output.print_json(result.to_json())
+    else:
+        _print(result, model)
+    if not result.tokens_identical:
+        sys.exit(1)
+
+
+def _print(result: Comparison, model: DemoModel) -> None:
+    from rich.table import Table
+
+    stock, paged, stats = result.stock, result.fluxmoe, result.stats
+    table = Table(
+        title=f"{result.requests} requests × {result.output_tokens} tokens, "
+        f"one budget of {output.nbytes(result.budget_bytes)}, medians of {len(stock.runs)} runs"
+    )
+    table.add_column("")
+    table.add_column("stock vLLM", justify="right")
+    table.add_column("vLLM + FluxMoE", justify="right")
+    rows = [
+        ("experts in the budget", output.nbytes(result.experts_total_bytes), output.nbytes(stats["expert_bytes"])),
+        ("  of all experts", "100 %", f"{stats['slots'] / stats['pages']:.0%}"),
+        ("KV cache in the budget", output.nbytes(stock.kv_bytes), output.nbytes(paged.kv_bytes)),
+        ("  blocks", str(stock.kv_blocks), str(paged.kv_blocks)),
+        ("requests running at once", str(stock.peak_running), str(paged.peak_running)),
+        ("expert hit rate", "–", f"{stats['hit_rate']:.1%}"),
+        ("tokens/s", f"{stock.tokens_per_s:.0f}", f"{paged.tokens_per_s:.0f}"),
+        ("speed-up", "1.00×", f"{result.speedup:.2f}×"),
+        ("tokens", "", "identical" if result.tokens_identical else "DIFFERENT"),
+        ("page store, outside the budget", "–", output.nbytes(stats["store_bytes"])),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console = output.console()
+    console.print(table)
+    console.print(
+        f"Qwen3-MoE with random weights, {model.layers} layers × {model.experts} experts, top-"
+        f"{model.top_k}; eager, one thread. The budget bounds the memory that the kernels read "
+        "(expert arenas + KV cache); the page store lies outside it in host memory, as it would "
+        "beside a GPU.",
+        style="dim",
+    )

@@ -1,0 +1,173 @@
+"""Two real engines, one budget: the same requests through both, alternating, medians reported.
+
+The budget counts what the kernels read: expert weights (or the arenas that hold some of them) and
+the KV cache. Stock vLLM keeps all experts in it and its cache gets the rest. FluxMoE splits it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests with short random prompts and outputs of fixed length.
+
+    Attributes:
+        requests: How many, all waiting from the start.
+        prompt_tokens: Shortest and longest prompt.
+        output_tokens: Tokens generated per request.
+        sampled: Every second request samples (with its own seed) instead of decoding greedily.
+    """
+
+    requests: int
+    prompt_tokens: tuple[int, int] = (4, 24)
+    output_tokens: int = 64
+    sampled: bool = True
+    vocabulary: int = 1000
+    seed: int = 0
+
+    def prompts(self) -> list[Prompt]:
+        rng = random.Random(self.seed)
+        return [
+            Prompt(
+                [rng.randrange(3, self.vocabulary) for _ in range(rng.randint(*self.prompt_tokens))],
+                self.output_tokens,
+                temperature=1.0 if self.sampled and index % 2 else 0.0,
+                seed=index,
+            )
+            for index in range(self.requests)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One engine's part of a comparison."""
+
+    runs: tuple[Run, ...]
+    kv_blocks: int
+    kv_bytes: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return median(run.tokens_per_s for run in self.runs)
+
+    @property
+    def peak_running(self) -> int:
+        return max(run.peak_running for run in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "tokens_per_s_runs": [round(run.tokens_per_s, 1) for run in self.runs],
+            "kv_blocks": self.kv_blocks,
+            "kv_bytes": self.kv_bytes,
+            "peak_running": self.peak_running,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The outcome: ``speedup`` is the ratio of the medians of tokens per second."""
+
+    requests: int
+    output_tokens: int
+    budget_bytes: int
+    experts_total_bytes: int
+    stock: Side
+    fluxmoe: Side
+
+    @property
+    def speedup(self) -> float:
+        return self.fluxmoe.tokens_per_s / self.stock.tokens_per_s
+
+    @property
+    def tokens_identical(self) -> bool:
+        """Whether every run of both engines gave the same tokens for every request."""
+        first = self.stock.runs[0].tokens
+        return all(run.tokens == first for run in (*self.stock.runs, *self.fluxmoe.runs))
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """FluxMoE's counters of its last run."""
+        return self.fluxmoe.runs[-1].stats
+
+    def to_json(self) -> dict[str, Any]:
+        stats = self.stats
+        return {
+            "requests": self.requests,
+            "output_tokens": self.output_tokens,
+            "rounds": len(self.stock.runs),
+            "budget_bytes": self.budget_bytes,
+            "experts_total_bytes": self.experts_total_bytes,
+            "tokens_identical": self.tokens_identical,
+            "stock": {**self.stock.to_json(), "expert_bytes": self.experts_total_bytes},
+            "fluxmoe": {
+                **self.fluxmoe.to_json(),
+                "expert_bytes": stats["expert_bytes"],
+                "expert_slots": stats["slots"],
+                "expert_pages": stats["pages"],
+                "expert_hit_rate": round(stats["hit_rate"], 4),
+                "store_bytes": stats["store_bytes"],
+            },
+            "speedup": round(self.speedup, 3),
+        }
+
+
+def compare(
+    model: Path,
+    workload: Workload,
+    *,
+    budget_bytes: int,
+    experts_total_bytes: int,
+    fluxmoe: dict[str, Any],
+    rounds: int,
+    options: dict[str, Any],
+    progress: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Run a workload through stock vLLM and through FluxMoE at the same budget.
+
+    Args:
+        model: Folder of the checkpoint.
+        workload: The requests.
+        budget_bytes: Experts and KV cache together, for both.
+        experts_total_bytes: All experts of the model as stock holds them.
+        fluxmoe: FluxMoE's configuration without ``memory.budget``.
+        rounds: How often each engine runs the workload, in turns.
+        options: Passed to ``vllm.LLM`` of both.
+        progress: Told what happens.
+    """
+    memory = {**fluxmoe.get("memory", {}), "budget": budget_bytes}
+    prompts = workload.prompts()
+    progress("starting stock vLLM")
+    kv_bytes = budget_bytes - experts_total_bytes
+    with ChildEngine(model, kv_cache_memory_bytes=kv_bytes, **options) as stock:
+        progress("starting vLLM with FluxMoE")
+        with ChildEngine(model, fluxmoe={**fluxmoe, "memory": memory}, **options) as paged:
+            engines = {"stock vLLM": stock, "FluxMoE": paged}
+            runs: dict[str, list[Run]] = {name: [] for name in engines}
+            for engine in engines.values():  # first requests pay for lazy set-up
+                engine.generate(prompts[: min(2, len(prompts))])
+            for turn in range(rounds):
+                for name, engine in engines.items():
+                    progress(f"round {turn + 1} of {rounds}: {name}")
+                    runs[name].append(engine.generate(prompts))
+            sides = {
+                name: Side(tuple(runs[name]), engine.info["kv_blocks"], engine.info["kv_bytes"])
+                for name, engine in engines.items()
+            }
+    return Comparison(
+        workload.requests,
+        workload.output_tokens,
+        budget_bytes,
+        experts_total_bytes,
+        sides["stock vLLM"],
+        sides["FluxMoE"],
+    )

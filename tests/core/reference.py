@@ -1,0 +1,167 @@
+"""The event rule of DESIGN §5 in plain Python: sets, dictionaries and sorting, nothing shared.
+
+Written from the text, not from the code. Where the text leaves a choice, the choice is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+class Reference:
+    """Residency and counters of one pager.
+
+    Args:
+        key: ``key(reference, page)`` → worth; the lowest is evicted, ties by the lowest page.
+        retain: Whether an event's pages stay once the layer has run.
+        ahead: How many whole layers are fetched ahead of their turn.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        slots: Sequence[int],
+        bank_of: Sequence[int],
+        key: Callable[[Reference, int], float],
+        *,
+        retain: bool = True,
+        ahead: int = 0,
+    ) -> None:
+        self.layers, self.experts, self.bank_of = layers, experts, list(bank_of)
+        self.slots, self.key, self.retain = list(slots), key, retain
+        self.ahead = min(ahead, layers - 1)
+        self.reset()
+
+    def reset(self) -> None:
+        self.now = self.layer = -1
+        self.last: dict[int, int] = {}
+        self.count: dict[int, int] = {}
+        self.loaded: dict[int, int] = {}
+        self.resident: set[int] = set()
+        self.leaving: list[int] = []
+        self.protected: set[int] = set()
+        self.unused: set[int] = set()
+        self.counts = dict.fromkeys(
+            [
+                *("events", "accesses", "hits", "misses", "evictions", "released", "resized"),
+                *("prefetch_hits", "loads_demand", "loads_prefetch"),
+            ],
+            0,
+        )
+
+    def bank(self, page: int) -> int:
+        return self.bank_of[page // self.experts]
+
+    def in_bank(self, bank: int) -> list[int]:
+        return [page for page in self.resident if self.bank(page) == bank]
+
+    def free(self, bank: int) -> int:
+        return self.slots[bank] - len(self.in_bank(bank))
+
+    def drop(self, page: int) -> None:
+        self.resident.remove(page)
+        self.protected.discard(page)
+        self.unused.discard(page)
+
+    def release(self) -> None:
+        for page in self.leaving:
+            if page in self.resident:
+                self.drop(page)
+                self.counts["released"] += 1
+        self.leaving = []
+
+    def event(self, layer: int, ids: Sequence[int]) -> None:
+        self.release()  # point 6
+        self.now, self.layer = self.now + 1, layer
+        own = sorted({layer * self.experts + i for i in ids if i >= 0})  # point 1
+        for page in [p for p in self.protected if p // self.experts == layer]:
+            self.protected.discard(page)  # point 7: until its layer's next event
+        hits = [p for p in own if p in self.resident]  # point 2
+        misses = [p for p in own if p not in self.resident]
+        self.counts["events"] += 1
+        self.counts["accesses"] += len(own)
+        self.counts["hits"] += len(hits)
+        self.counts["misses"] += len(misses)
+        self.counts["prefetch_hits"] += len(self.unused.intersection(hits))
+        self.unused.difference_update(hits)
+        for page in own:  # point 3
+            self.last[page] = self.now
+            self.count[page] = self.count.get(page, 0) + 1
+        bank = self.bank_of[layer]
+        short = len(misses) - self.free(bank)
+        if short > 0:  # point 4; protected pages only when there are no others (our choice)
+            self.evict(bank, short, {*own, *self.protected})
+            self.evict(bank, len(misses) - self.free(bank), set(own))
+        for page in misses:  # point 5
+            self.resident.add(page)
+            self.loaded[page] = self.now
+        self.counts["loads_demand"] += len(misses)
+        if not self.retain:
+            self.leaving = own
+        self.prefetch(set(own))
+
+    def prefetch(self, own: set[int]) -> None:  # point 7
+        proposals = [
+            (self.layer + 1 + i) % self.layers * self.experts + expert
+            for i in range(self.ahead)
+            for expert in range(self.experts)
+        ]
+        wanted = [page for page in proposals if page not in self.resident]
+        # Proposals that are resident already are protected like the others (our choice).
+        self.protected.update(page for page in proposals if page in self.resident)
+        for bank in range(len(self.slots)):
+            mine = [page for page in wanted if self.bank(page) == bank]
+            self.evict(bank, len(mine) - self.free(bank), {*own, *self.protected})
+            for page in mine[: self.free(bank)]:
+                self.resident.add(page)
+                self.protected.add(page)
+                self.unused.add(page)
+                self.loaded[page] = self.now
+                self.counts["loads_prefetch"] += 1
+
+    def evict(self, bank: int, count: int, spared: set[int]) -> None:
+        candidates = [page for page in self.in_bank(bank) if page not in spared]
+        candidates.sort(key=lambda page: (self.key(self, page), page))
+        for page in candidates[: max(count, 0)]:
+            self.drop(page)
+            self.counts["evictions"] += 1
+
+    def resize(self, bank: int, slots: int, lost: set[int]) -> None:
+        """``lost``: the pages that lay in slots beyond; the rule does not number slots."""
+        self.release()
+        for page in lost & self.resident:
+            self.drop(page)
+            self.counts["resized"] += 1
+        self.slots[bank] = slots
+
+
+def lru(r: Reference, page: int) -> float:
+    return r.last.get(page, -1)
+
+
+def lfu(r: Reference, page: int) -> float:
+    return r.count.get(page, 0)
+
+
+def quadratic(r: Reference, page: int) -> float:
+    return lru(r, page) + 3 * lfu(r, page) ** 2 - page % 3
+
+
+def highest_pages(r: Reference, page: int) -> float:
+    return -page
+
+
+def kernel(r: Reference, page: int) -> float:
+    age, loaded = r.now - lru(r, page), r.loaded.get(page, -1)
+    return lfu(r, page) * 2.0 - age / 3.0 + loaded * 0.25 - page % 5
+
+
+def stable_kernel(r: Reference, page: int) -> float:
+    return lfu(r, page) * 2.0 + lru(r, page) / 3.0 - r.loaded.get(page, -1) * 0.25 - page % 5
+
+
+def next_use(r: Reference, page: int) -> float:
+    distance = (page // r.experts - r.layer - 1) % r.layers + 1
+    probability = min(1.0, (lfu(r, page) + 0.5) / (r.now / r.layers + 1 + 1.0))
+    return -(distance + (1.0 / probability - 1.0) * r.layers)

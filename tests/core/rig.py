@@ -1,0 +1,180 @@
+"""What the tests of the core share: a whole memory manager, small, with recognisable pages."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+import fluxmoe
+from fluxmoe.core.arbiter import MemoryArbiter
+from fluxmoe.core.event import EventRule
+from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.pager import ExpertPager
+from fluxmoe.core.pages import PageTable
+from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.substrate import Substrate
+from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.tenants import ExpertTenant
+from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
+from fluxmoe.stores import HostStore
+from fluxmoe.testing.faults import FaultyStore
+
+FRAME = 4096
+#: Neither part divides a frame or is divided by one: slots straddle frames.
+PAGE_CLASS = PageClass((Part("w13", 3000, 1500), Part("w2", 1700, 850)))
+
+
+def content(page: int, part: int) -> np.ndarray:
+    """The bytes of one part of a page, unlike those of any other page or part."""
+    nbytes = PAGE_CLASS.parts[part].nbytes
+    data = ((np.arange(nbytes) * 7 + page * 31 + part * 101) % 251).astype(np.uint8)
+    data[:2] = page, part
+    return data
+
+
+def host_store(geometry: Geometry) -> HostStore:
+    store = HostStore(geometry, PAGE_CLASS)
+    for layer in range(geometry.num_layers):
+        pages = [geometry.page(layer, expert) for expert in range(geometry.experts_per_layer)]
+        store.adopt(
+            [np.stack([content(p, k) for p in pages]) for k in range(len(PAGE_CLASS.parts))]
+        )
+    return store
+
+
+class Rig:
+    """Everything from the frames to the pager, as a backend puts it together."""
+
+    def __init__(
+        self,
+        layers: int = 3,
+        experts: int = 4,
+        slots: Sequence[int] = (6,),
+        *,
+        reserved: Sequence[int] | None = None,
+        bank_of: Sequence[int] | None = None,
+        frames: int = 200,
+        eviction: EvictionPolicy | None = None,
+        prefetch: PrefetchPolicy | None = None,
+        threads: int = 0,
+        strict: bool = True,
+        substrate: Substrate | None = None,
+    ) -> None:
+        self.geometry = Geometry(layers, experts)
+        self.store = FaultyStore(host_store(self.geometry))
+        self.arbiter = MemoryArbiter(substrate or CpuSubstrate(frames, FRAME))
+        reserved = list(slots if reserved is None else reserved)
+        self.tenant = ExpertTenant(self.arbiter.pool, self.arbiter.substrate, PAGE_CLASS, reserved)
+        for bank, count in enumerate(slots):
+            self.tenant.resize(bank, count)
+        self.table = PageTable(self.geometry, slots, reserved=max(reserved), bank_of=bank_of)
+        view = PageView(self.table)
+        self.rule = EventRule(
+            self.table,
+            EvictionGuard(eviction or LeastRecentlyUsed(), view, name="under-test", strict=strict),
+            PrefetchGuard(prefetch, view, name="under-test", strict=strict),
+        )
+        self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
+        self.transfer = TransferEngine(self.store, self.rows, PAGE_CLASS.nbytes, threads=threads)
+        self.pager = ExpertPager(self.rule, self.tenant, self.transfer)
+
+    @property
+    def resident(self) -> set[int]:
+        return set(np.flatnonzero(self.table.resident).tolist())
+
+    def acquire(self, layer: int, ids: Sequence[int]) -> list[int]:
+        """Acquire, and see that the answered slots hold what the layer asked for."""
+        wanted = np.asarray(ids, np.int32)
+        slots = np.full(len(wanted), -7, np.int32)
+        self.pager.acquire(layer, wanted, slots)
+        for expert, slot in zip(ids, slots.tolist(), strict=True):
+            if expert >= 0:
+                self.assert_holds(self.table.bank(layer), slot, self.geometry.page(layer, expert))
+            else:
+                assert slot == 0
+        return slots.tolist()
+
+    def assert_holds(self, bank: int, slot: int, page: int) -> None:
+        assert 0 <= slot < self.table.slots[bank]
+        for part, rows in enumerate(self.rows[bank]):
+            np.testing.assert_array_equal(rows[slot], content(page, part), f"page {page}")
+
+    def check(self) -> None:
+        self.pager.check()
+        self.arbiter.check()
+        assert self.arbiter.committed_bytes <= self.arbiter.budget_bytes
+        frames = self.arbiter.frames()
+        assert frames == {"experts": self.tenant.frames, "kv": self.arbiter.kv.frames}
+        assert self.arbiter.committed_bytes == sum(frames.values()) * FRAME
+
+    def close(self) -> None:
+        self.rows = []
+        self.pager.close()
+        self.arbiter.close()
+        self.store.close()
+
+
+class Leaks:
+    """Counts what a run of the core could leave behind in this process."""
+
+    def __init__(self) -> None:
+        self._before = self._count()
+
+    def assert_none(self) -> None:
+        assert self._count() == self._before
+
+    @staticmethod
+    def _count() -> dict[str, int]:
+        with open("/proc/self/maps") as maps:
+            mappings = sum("memfd:fluxmoe" in line for line in maps)
+        threads = sum(t.name.startswith("fluxmoe-copy") for t in threading.enumerate())
+        return {"descriptors": len(memfds()), "mappings": mappings, "threads": threads}
+
+
+def memfds(name: str = "fluxmoe") -> list[int]:
+    """Open descriptors of the substrate's memory files."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if f"memfd:{name}" in os.readlink(f"/proc/self/fd/{fd}"):
+                found.append(int(fd))
+        except OSError:
+            pass  # the descriptor that lists the folder
+    return found
+
+
+class Quadratic(fluxmoe.EvictionPolicy):
+    """A plugin author's numpy policy: any function of what the view shows."""
+
+    def score(self, view, pages):
+        return view.last_use[pages] + 3 * view.use_count[pages] ** 2 - pages % 3
+
+
+class HighestPages(fluxmoe.EvictionPolicy):
+    """A policy that selects instead of scoring."""
+
+    def select(self, view, pages, n):
+        return pages[::-1][:n]
+
+
+class Kernel(fluxmoe.EvictionPolicy):
+    """A policy that is nothing but its kernel."""
+
+    @staticmethod
+    def score_kernel(last_use, use_count, loaded_at, event, page):
+        return use_count * 2.0 - (event - last_use) / 3.0 + loaded_at * 0.25 - page % 5
+
+
+class StableKernel(Kernel):
+    """A kernel whose scores change with accesses and loads only, so that the host keeps order."""
+
+    stable_score = True
+
+    @staticmethod
+    def score_kernel(last_use, use_count, loaded_at, event, page):
+        return use_count * 2.0 + last_use / 3.0 - loaded_at * 0.25 - page % 5

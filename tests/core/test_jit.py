@@ -1,0 +1,60 @@
+"""Compiled code is cached on disk, but never beyond a change of the sources."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fluxmoe
+
+COUNT = """
+import numpy as np
+from tests.core.test_event import make
+rule = make()
+rule.run(0, 0, np.array([0, 1]))
+print(rule.table.counters().misses, rule.table.books.counts.tolist())
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the package, that may be changed, without machine code."""
+    no_cache = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(fluxmoe.__file__).parent, tmp_path / "fluxmoe", ignore=no_cache)
+    shutil.copytree(Path(__file__).parents[1], tmp_path / "tests", ignore=no_cache)
+    return tmp_path
+
+
+def run(copy: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_change_in_one_file_reaches_the_compiled_code_of_another(copy):
+    assert run(copy).startswith("2 [1, 2, 0, 2,")
+    assert list((copy / "fluxmoe/core/__pycache__").glob("event.open_event-*.nbc"))
+    pages = copy / "fluxmoe/core/pages.py"
+    text = pages.read_text()
+    swapped = text.replace("    C_HITS,\n    C_MISSES,\n", "    C_MISSES,\n    C_HITS,\n")
+    assert swapped != text
+    pages.write_text(swapped)
+    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is as it was, its constants are not
+
+
+def test_it_runs_where_nothing_can_be_cached(copy):
+    # As for an unprivileged user without a home; an unusable locator stands for it, even as root.
+    assert run(copy, NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator").startswith("2 [1, 2, 0, 2,")

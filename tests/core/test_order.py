@@ -1,0 +1,143 @@
+"""The heap of victims against sorting, under scores that rise, fall, tie and are infinite."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxmoe.core import order
+from fluxmoe.core.pages import EVENT, LOADED, PROTECTED, PageTable, load, unload
+from fluxmoe.core.types import Geometry
+
+LAYERS, EXPERTS = 3, 4
+PAGES = LAYERS * EXPERTS
+
+scores = st.one_of(
+    st.integers(-3, 3).map(float),  # many ties
+    st.sampled_from([float("inf"), float("-inf"), 0.5, -0.0]),
+)
+
+
+class Both:
+    """A heap, and the truth."""
+
+    def __init__(self, banks: int) -> None:
+        self.table = PageTable(
+            Geometry(LAYERS, EXPERTS),
+            [PAGES] * banks,
+            bank_of=[layer % banks for layer in range(LAYERS)],
+        )
+        self.books = self.table.books
+        self.heap = order.new_heap(PAGES, banks)
+        self.truth: dict[int, float] = {}
+
+    def score(self, changes: dict[int, float]) -> None:
+        """Load the pages that are absent, give all of them a score."""
+        for page in changes:
+            if page not in self.truth:
+                self.books.now[LOADED] = 0
+                load(self.books, page)
+        self.truth.update(changes)
+        pages = np.array(sorted(changes), np.int64)
+        order.update(self.heap, self.books, pages, np.array([changes[p] for p in sorted(changes)]))
+
+    def drop(self, page: int) -> None:
+        """Released or resized away: the heap is not told."""
+        if self.truth.pop(page, None) is not None:
+            unload(self.books, page)
+
+    def choose(self, bank: int, count: int, running: set[int], held: set[int], protect: bool):
+        self.books.now[EVENT] += 1
+        self.books.last_use[sorted(running)] = self.books.now[EVENT]
+        self.books.flags[...] &= ~np.uint8(PROTECTED)
+        self.books.flags[sorted(held & self.truth.keys())] |= PROTECTED
+        spared = running | (held if protect else set())
+        expected = sorted(
+            (score, page)
+            for page, score in self.truth.items()
+            if page not in spared and self.table.bank(page // EXPERTS) == bank
+        )[:count]
+        out = np.full(count, -1, np.int64)
+        found = order.choose(self.heap, self.books, bank, count, protect, out)
+        assert out[:found].tolist() == [page for _, page in expected]
+        for page in out[:found].tolist():
+            self.drop(page)
+
+
+pages = st.integers(0, PAGES - 1)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("score"), st.dictionaries(pages, scores, min_size=1)),
+        st.tuples(st.just("drop"), pages),
+        st.tuples(
+            st.just("choose"),
+            st.integers(0, 1),
+            st.integers(1, PAGES),
+            st.sets(pages, max_size=4),
+            st.sets(pages, max_size=4),
+            st.booleans(),
+        ),
+    ),
+    max_size=40,
+)
+
+
+@given(st.integers(1, 2), operations)
+@settings(max_examples=300)
+def test_victims_are_those_of_a_sort(banks, operations):
+    both = Both(banks)
+    for name, *args in operations:
+        if name == "choose":
+            args[0] %= banks
+        getattr(both, name)(*args)
+    for bank in range(banks):
+        both.choose(bank, PAGES, set(), set(), False)
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=40)
+def test_falling_scores_fill_the_heap_and_compaction_loses_nothing(random):
+    both = Both(1)
+    both.score({page: 1000.0 for page in range(PAGES)})
+    capacity, fullest, shrank = both.heap.key.shape[1], 0, 0
+    for turn in range(60):
+        before = int(both.heap.size[0])
+        chosen = random.sample(range(PAGES), 3)
+        both.score({page: 900.0 - turn - random.randrange(3) for page in chosen})
+        size = int(both.heap.size[0])
+        fullest, shrank = max(fullest, size), shrank + (size < before)
+        if turn % 20 == 19:
+            both.choose(0, 2, set(chosen), {random.randrange(PAGES)}, True)
+    assert fullest <= capacity
+    assert shrank >= 2, "the heap was never compacted: the test proves nothing"
+    both.choose(0, PAGES, set(), set(), False)
+
+
+def test_rising_scores_cost_no_entries():
+    both = Both(1)
+    both.score({page: float(page) for page in range(PAGES)})
+    for turn in range(1, 50):
+        both.score({page: float(page + turn) for page in range(PAGES)})
+    assert both.heap.size[0] == PAGES
+    both.choose(0, 5, {1}, set(), False)
+
+
+def test_a_page_that_left_unnoticed_and_came_back_is_ordered_by_its_new_score():
+    for new in (0.0, 5.0, 9.0):
+        both = Both(1)
+        both.score({0: 5.0, 1: 6.0, 2: 7.0})
+        both.drop(0)
+        both.score({0: new})
+        both.choose(0, 3, set(), set(), False)
+
+
+def test_clear_empties_the_heap():
+    both = Both(1)
+    both.score({0: 1.0, 1: 2.0})
+    order.clear(both.heap)
+    out = np.zeros(2, np.int64)
+    assert order.choose(both.heap, both.books, 0, 2, False, out) == 0
+    both.score({1: 3.0})
+    both.truth = {1: 3.0}
+    both.choose(0, 2, set(), set(), False)

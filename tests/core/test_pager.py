@@ -1,0 +1,286 @@
+"""The pager: right bytes in the answered slots, whatever the store does, and right books."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+import fluxmoe
+from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.tenants import frames_for
+from fluxmoe.errors import (
+    CapacityError,
+    InvariantError,
+    OutOfFramesError,
+    StoreError,
+    SubstrateError,
+)
+from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.prefetch.next_layer import NextLayer
+from fluxmoe.testing.faults import FaultySubstrate
+from tests.core.rig import FRAME, PAGE_CLASS, Rig
+
+
+@pytest.fixture
+def rig(request):
+    rigs = []
+
+    def make(*args, **options) -> Rig:
+        rigs.append(Rig(*args, **options))
+        return rigs[-1]
+
+    yield make
+    for each in rigs:
+        each.close()
+
+
+threads = pytest.mark.parametrize("threads", [0, 1, 3])
+
+
+def test_slots_answer_ids_in_their_order(rig):
+    r = rig()
+    assert r.acquire(1, [3, 0, -1, 3, 1]) == [2, 0, 0, 2, 1]
+    assert r.acquire(0, [2]) == [3]
+    assert r.acquire(1, [0, 1, 3]) == [0, 1, 2]
+    c = r.pager.counters()
+    assert (c.hits, c.misses) == (3, 4)
+    assert r.pager.transfer.bytes_demand == 4 * PAGE_CLASS.nbytes
+
+
+def test_slots_of_a_second_bank_are_its_own(rig):
+    r = rig(3, 4, (5, 4), bank_of=[0, 1, 1])
+    assert r.acquire(0, [1, 2]) == [0, 1]
+    assert r.acquire(1, [0]) == [0]
+    assert r.acquire(2, [3, 2]) == [2, 1]
+    r.check()
+
+
+def test_a_step_begins_where_the_layers_start_again_and_watchers_see_every_event(rig):
+    r, seen = rig(), []
+    r.pager.watcher = lambda step, layer, ids: seen.append((step, layer, ids.tolist()))
+    for layer, ids in [(0, [1, -1]), (2, [0]), (1, [2]), (1, [3, 3]), (2, []), (0, [0])]:
+        r.acquire(layer, ids)
+    assert [event[:2] for event in seen] == [(0, 0), (0, 2), (1, 1), (2, 1), (2, 2), (3, 0)]
+    assert [event[2] for event in seen] == [[1, -1], [0], [2], [3, 3], [], [0]]
+    r.pager.reset()
+    r.acquire(2, [0])
+    assert seen[-1] == (0, 2, [0])
+
+
+# --- stores that fail ----------------------------------------------------------------------------
+
+
+@threads
+def test_after_a_failed_read_on_demand_the_pages_are_absent_and_the_next_acquire_works(
+    rig, threads
+):
+    r = rig(threads=threads)
+    r.acquire(0, [0, 1])
+    r.store.broken = {6}
+    with pytest.raises(StoreError, match="page 6"):
+        r.acquire(1, [0, 1, 2, 3])
+    r.check()
+    assert r.resident == {0, 1}  # neither the broken page nor those that came with it
+    c = r.pager.counters()
+    assert (c.hits, c.misses, c.evictions) == (0, 6, 0)
+    r.acquire(0, [0, 1])
+    r.acquire(1, [0, 1, 3])
+    r.store.broken = set()
+    r.acquire(1, [0, 1, 2, 3])
+    r.check()
+
+
+@threads
+def test_a_failed_read_under_immediate_eviction_releases_no_page_twice(rig, threads):
+    r = rig(eviction=Immediate(), threads=threads)
+    r.store.broken = {6}
+    with pytest.raises(StoreError):
+        r.acquire(1, [0, 2])
+    r.check()
+    r.acquire(1, [0])
+    assert r.pager.counters().released == 0
+    r.acquire(2, [0])
+    assert r.pager.counters().released == 1
+    r.check()
+
+
+@threads
+def test_a_failed_prefetch_surfaces_when_its_layer_runs_and_the_next_acquire_works(rig, threads):
+    r = rig(slots=(9,), prefetch=NextLayer(), threads=threads)
+    r.store.broken = {6}
+    r.acquire(0, [0])
+    assert r.resident == {0, 4, 5, 6, 7}
+    with pytest.raises(StoreError, match="page 6"):
+        r.acquire(1, [1, 2])
+    r.check()
+    assert 6 not in r.resident
+    with pytest.raises(StoreError, match="page 6"):
+        r.acquire(1, [1, 2])  # read again, on demand: still broken
+    r.store.broken = set()
+    r.acquire(1, [1, 2])
+    r.acquire(2, [0, 1, 2, 3])
+    r.check()
+
+
+@threads
+def test_a_failed_prefetch_beside_misses_leaves_those_absent(rig, threads):
+    r = rig(slots=(6,), prefetch=NextLayer(), threads=threads)
+    r.acquire(0, [0, 1, 2])  # three slots are left: 4, 5 and 6 are fetched
+    r.store.broken = {6}
+    r.pager.reset()
+    r.acquire(0, [0, 1, 2])
+    with pytest.raises(StoreError, match="page 6"):
+        r.acquire(1, [2, 3])
+    r.check()
+    assert r.resident == {0, 1, 2, 4, 5}
+    r.acquire(1, [0, 1, 3])
+    r.check()
+
+
+@threads
+def test_a_failed_prefetch_of_a_page_that_nobody_uses_does_not_matter(rig, threads):
+    r = rig(slots=(8,), prefetch=NextLayer(), threads=threads)
+    r.store.broken = {6}
+    for _ in range(3):
+        for layer in range(3):
+            r.acquire(layer, [0, 1])
+    r.check()
+
+
+@threads
+def test_random_failures_never_serve_wrong_bytes(rig, threads):
+    r = rig(4, 6, (11,), prefetch=NextLayer(2), threads=threads)
+    rng = np.random.default_rng(5)
+    served = failed = 0
+    for event in range(400):
+        r.store.broken = set(rng.choice(24, 2).tolist()) if rng.random() < 0.6 else set()
+        try:
+            r.acquire(event % 4, rng.integers(-1, 6, 5).tolist())  # compares the bytes
+            served += 1
+        except StoreError:
+            failed += 1
+        r.check()
+    assert served > 100
+    assert failed > 20
+
+
+# --- resize --------------------------------------------------------------------------------------
+
+
+def test_resize_moves_frames_and_keeps_low_slots(rig):
+    r = rig(slots=(6,), reserved=(12,))
+    r.acquire(0, [0, 1, 2, 3])
+    r.acquire(1, [0, 1])
+    r.pager.resize(0, 4)
+    r.check()
+    assert r.tenant.frames == frames_for(PAGE_CLASS, 4, FRAME)
+    assert r.acquire(0, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    r.pager.resize(0, 12)
+    r.check()
+    r.acquire(1, [0, 1, 2, 3])
+    assert r.acquire(0, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert r.pager.counters().resized == 2
+
+
+@pytest.mark.parametrize("slots", [3, 13, 10**6, -1])
+def test_an_impossible_size_changes_nothing(rig, slots):
+    r = rig(slots=(6,), reserved=(12,))
+    r.acquire(0, [0, 1, 2])
+    free = r.arbiter.pool.free
+    with pytest.raises(CapacityError):
+        r.pager.resize(0, slots)
+    r.check()
+    assert (r.table.slots, r.arbiter.pool.free, r.resident) == ([6], free, {0, 1, 2})
+
+
+def test_a_size_beyond_the_budget_changes_nothing(rig):
+    r = rig(slots=(6,), reserved=(12,), frames=frames_for(PAGE_CLASS, 7, FRAME))
+    r.acquire(0, [0, 1, 2])
+    with pytest.raises(OutOfFramesError, match="experts asked for"):
+        r.pager.resize(0, 12)
+    r.check()
+    r.pager.resize(0, 7)
+    r.check()
+
+
+def test_a_size_that_the_system_refuses_changes_nothing(rig):
+    substrate = FaultySubstrate(CpuSubstrate(60, FRAME))
+    r = rig(slots=(6,), reserved=(12,), substrate=substrate)
+    r.acquire(0, [0, 1, 2])
+    free = r.arbiter.pool.free
+    substrate.commits_left = 1  # the first part grows, the second fails
+    with pytest.raises(SubstrateError, match="injected"):
+        r.pager.resize(0, 12)
+    r.check()
+    assert (r.table.slots, r.tenant.slots, r.arbiter.pool.free) == ([6], [6], free)
+    r.acquire(1, [0, 1, 2, 3])
+    substrate.commits_left = None
+    r.pager.resize(0, 12)
+    r.check()
+
+
+def test_a_resize_waits_for_prefetches_into_the_slots_that_go(rig):
+    r = rig(slots=(8,), prefetch=NextLayer(), threads=1)
+    r.store.hold(4)
+    r.acquire(0, [0, 1, 2, 3])
+    r.store.wait_until_reading(4)
+    assert r.table.books.slot_of[[4, 5, 6, 7]].tolist() == [4, 5, 6, 7]
+    resize = threading.Thread(target=r.pager.resize, args=(0, 4))
+    resize.start()
+    resize.join(0.05)
+    waited, frames = resize.is_alive(), r.tenant.frames
+    r.store.let_go(4)
+    resize.join(10)
+    assert waited  # a copy into unmapped memory would end the process
+    assert frames == frames_for(PAGE_CLASS, 8, FRAME)
+    r.check()
+    assert not r.transfer.busy
+    r.acquire(1, [0, 1, 2, 3])
+
+
+# --- reset and close -----------------------------------------------------------------------------
+
+
+@threads
+def test_reset_starts_cold_in_the_middle_of_prefetches(rig, threads):
+    r = rig(slots=(9,), prefetch=NextLayer(), threads=threads)
+    r.acquire(0, [0, 1])
+    r.pager.reset()
+    r.check()
+    assert r.resident == set()
+    assert r.pager.counters().accesses == 0
+    r.acquire(2, [3])
+    r.acquire(0, [0, 1, 2, 3])
+    assert r.pager.counters().prefetch_hits == 4
+
+
+def test_close_is_idempotent(rig):
+    r = rig(threads=1)
+    r.acquire(0, [0])
+    r.close()
+    r.close()
+    assert r.arbiter.pool.free == r.arbiter.pool.count
+
+
+def test_check_notices_that_table_and_arenas_disagree(rig):
+    r = rig(slots=(6,), reserved=(12,))
+    r.table.resize(0, 5)
+    with pytest.raises(InvariantError, match="disagree"):
+        r.pager.check()
+
+
+def test_an_expert_that_does_not_exist_is_an_error_and_nothing_else(rig):
+    r = rig(eviction=_Strict())
+    r.acquire(0, [1])
+    with pytest.raises(IndexError):
+        r.acquire(1, [0, 4])
+    r.check()
+    assert r.resident == {1}
+    r.acquire(1, [0])
+
+
+class _Strict(fluxmoe.EvictionPolicy):
+    def score(self, view, pages):
+        return view.last_use[pages]

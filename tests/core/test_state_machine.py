@@ -1,0 +1,198 @@
+"""Everything from the frames to the pager under random use, beside the rule in plain Python."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fluxmoe.core.tenants import frames_for
+from fluxmoe.errors import CapacityError, OutOfFramesError
+from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
+from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
+from fluxmoe.policies.eviction.next_use import NextUse
+from fluxmoe.policies.prefetch.next_layer import NextLayer
+from fluxmoe.policies.prefetch.none import NoPrefetch
+from tests.core import reference
+from tests.core.rig import (
+    FRAME,
+    PAGE_CLASS,
+    HighestPages,
+    Kernel,
+    Leaks,
+    Quadratic,
+    Rig,
+    StableKernel,
+)
+
+POLICIES = {
+    "lru": (LeastRecentlyUsed, reference.lru),
+    "lfu": (LeastFrequentlyUsed, reference.lfu),
+    "immediate": (Immediate, reference.lru),
+    "next-use": (NextUse, reference.next_use),
+    "numpy": (Quadratic, reference.quadratic),
+    "select": (HighestPages, reference.highest_pages),
+    "kernel": (Kernel, reference.kernel),
+    "stable-kernel": (StableKernel, reference.stable_kernel),
+}
+
+
+class CoreMachine(RuleBasedStateMachine):
+    threads = 0
+
+    @initialize(
+        data=st.data(),
+        layers=st.integers(1, 4),
+        experts=st.integers(2, 6),
+        banks=st.integers(1, 2),
+        policy=st.sampled_from(sorted(POLICIES)),
+        prefetch=st.sampled_from([None, 0, 1, 2]),
+        spare=st.integers(0, 12),
+    )
+    def build(self, data, layers, experts, banks, policy, prefetch, spare):
+        self.leaks = Leaks()
+        self.layers, self.experts, self.banks = layers, experts, min(banks, layers)
+        self.reserved = [layers * experts + 1] * self.banks
+        sizes = st.integers(experts, self.reserved[0])
+        slots = [data.draw(sizes, label="slots") for _ in range(self.banks)]
+        bank_of = [layer * self.banks // layers for layer in range(layers)]
+        make, key = POLICIES[policy]
+        self.rig = Rig(
+            layers,
+            experts,
+            slots,
+            reserved=self.reserved,
+            bank_of=bank_of,
+            frames=sum(frames_for(PAGE_CLASS, count, FRAME) for count in slots) + spare,
+            eviction=make(),
+            prefetch={None: None, 0: NoPrefetch()}.get(prefetch, NextLayer(prefetch or 1)),
+            threads=self.threads,
+        )
+        self.model = reference.Reference(
+            layers,
+            experts,
+            slots,
+            bank_of,
+            key,
+            retain=policy != "immediate",
+            ahead=prefetch or 0,
+        )
+
+    @rule(data=st.data(), layer=st.integers(0, 3))
+    def acquire(self, data, layer):
+        layer %= self.layers
+        ids = data.draw(st.lists(st.integers(-1, self.experts - 1), max_size=12), label="ids")
+        self.rig.acquire(layer, ids)
+        self.model.event(layer, ids)
+
+    @rule(data=st.data(), rounds=st.integers(1, 3))
+    def whole_step(self, data, rounds):
+        seed = data.draw(st.integers(0, 2**16), label="seed")
+        rng = np.random.default_rng(seed)
+        for _ in range(rounds):
+            for layer in range(self.layers):
+                ids = rng.integers(-1, self.experts, rng.integers(0, 9)).tolist()
+                self.rig.acquire(layer, ids)
+                self.model.event(layer, ids)
+
+    @rule(data=st.data(), bank=st.integers(0, 1))
+    def resize(self, data, bank):
+        bank %= self.banks
+        slots = data.draw(st.integers(self.experts - 1, self.reserved[0] + 1), label="slots")
+        rig, table = self.rig, self.rig.table
+        before = (list(table.slots), rig.arbiter.frames(), rig.resident)
+        needed = frames_for(PAGE_CLASS, slots, FRAME) - frames_for(
+            PAGE_CLASS, table.slots[bank], FRAME
+        )
+        if not self.experts <= slots <= self.reserved[0]:
+            expected = CapacityError
+        elif needed > rig.arbiter.pool.free:
+            expected = OutOfFramesError
+        else:
+            lost = {
+                page
+                for page in rig.resident
+                if table.bank(page // self.experts) == bank and table.books.slot_of[page] >= slots
+            }
+            rig.pager.resize(bank, slots)
+            assert table.slots[bank] == rig.tenant.slots[bank] == slots
+            self.model.resize(bank, slots, lost)
+            return
+        with pytest.raises(expected):
+            rig.pager.resize(bank, slots)
+        assert (list(table.slots), rig.arbiter.frames(), rig.resident) == before
+
+    @rule(frames=st.integers(0, 16))
+    def hold_kv(self, frames):
+        arbiter = self.rig.arbiter
+        before = arbiter.kv.frames
+        if frames - before > arbiter.pool.free:
+            with pytest.raises(OutOfFramesError):
+                arbiter.kv.hold(frames)
+            assert arbiter.kv.frames == before
+        else:
+            arbiter.kv.hold(frames)
+            assert arbiter.kv.frames == frames
+
+    @rule()
+    def reset(self):
+        self.rig.pager.reset()
+        self.model.reset()
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "rig"))
+    def agrees(self):
+        self.rig.check()
+        counts = self.rig.table.counters()
+        assert {name: getattr(counts, name) for name in self.model.counts} == self.model.counts
+        assert self.rig.resident == self.model.resident
+        transfer = self.rig.transfer
+        assert transfer.bytes_demand == counts.loads_demand * PAGE_CLASS.nbytes
+        assert transfer.bytes_prefetch == counts.loads_prefetch * PAGE_CLASS.nbytes
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "rig") and self.threads == 0)
+    def every_resident_page_is_in_its_slot(self):
+        table = self.rig.table
+        for page in self.rig.resident:
+            bank = table.bank(page // self.experts)
+            self.rig.assert_holds(bank, int(table.books.slot_of[page]), page)
+
+    def teardown(self):
+        if hasattr(self, "rig"):
+            pool = self.rig.arbiter.pool
+            self.rig.close()
+            assert pool.free == pool.count
+            self.leaks.assert_none()
+
+
+class ThreadedCoreMachine(CoreMachine):
+    threads = 1
+
+
+CoreMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=25)
+ThreadedCoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25)
+TestCore = CoreMachine.TestCase
+TestThreadedCore = ThreadedCoreMachine.TestCase
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_long_run_agrees_with_the_rule_in_plain_python(policy, threads):
+    make, key = POLICIES[policy]
+    layers, experts = 5, 12
+    rig = Rig(layers, experts, (20,), eviction=make(), prefetch=NextLayer(2), threads=threads)
+    model = reference.Reference(
+        layers, experts, (20,), [0] * layers, key, retain=policy != "immediate", ahead=2
+    )
+    rng = np.random.default_rng(7)
+    for event in range(300):
+        ids = np.minimum(rng.geometric(0.25, 6) - 1, experts - 1).tolist()
+        rig.acquire(event % layers, ids)
+        model.event(event % layers, ids)
+        assert rig.resident == model.resident, f"event {event}"
+    assert rig.table.counters().evictions == model.counts["evictions"]
+    rig.close()

@@ -1,0 +1,179 @@
+"""Tenants and the arbiter: frames move, memory follows, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluxmoe.core.arbiter import MemoryArbiter
+from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
+from fluxmoe.core.types import PageClass, Part
+from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
+from fluxmoe.testing.faults import FaultySubstrate
+from tests.core.rig import FRAME, PAGE_CLASS, Leaks, memfds
+
+sizes = st.lists(st.integers(1, 20_000), min_size=1, max_size=4)
+
+
+def page_class(nbytes: list[int]) -> PageClass:
+    return PageClass(tuple(Part(f"p{i}", n, n) for i, n in enumerate(nbytes)))
+
+
+@given(sizes, st.integers(0, 500))
+def test_slots_within_is_the_most_that_fits(nbytes, frames):
+    layout = page_class(nbytes)
+    slots = slots_within(layout, frames, FRAME)
+    assert frames_for(layout, slots, FRAME) <= frames
+    assert frames_for(layout, slots + 1, FRAME) > frames
+
+
+def test_each_part_fills_frames_of_its_own():
+    assert frames_for(page_class([1, 1, 4097]), 1, FRAME) == 4
+    assert frames_for(page_class([2048, 4096]), 2, FRAME) == 3
+    assert frames_for(PAGE_CLASS, 0, FRAME) == 0
+
+
+class Setup:
+    def __init__(self, frames: int = 40, reserved=(12,)) -> None:
+        self.substrate = FaultySubstrate(CpuSubstrate(frames, FRAME))
+        self.arbiter = MemoryArbiter(self.substrate)
+        self.pool = self.arbiter.pool
+        self.experts = ExpertTenant(self.pool, self.substrate, PAGE_CLASS, reserved)
+
+
+@pytest.fixture
+def setup():
+    leaks, made = Leaks(), []
+
+    def make(*args, **options) -> Setup:
+        made.append(Setup(*args, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.experts.close()
+        each.arbiter.close()
+    leaks.assert_none()
+
+
+def allocated() -> int:
+    (fd,) = memfds("fluxmoe-frames")
+    return os.fstat(fd).st_blocks * 512
+
+
+def test_what_is_committed_is_what_is_owned_is_what_the_system_gave(setup):
+    s = setup()
+    for slots in (6, 12, 7, 0, 1, 12):
+        s.experts.resize(0, slots)
+        s.experts.check()
+        s.arbiter.check()
+        assert s.experts.frames == frames_for(PAGE_CLASS, slots, FRAME)
+        assert s.experts.nbytes == s.arbiter.committed_bytes == allocated()
+        assert s.arbiter.frames() == {"experts": s.experts.frames, "kv": 0}
+
+
+def test_slots_keep_address_and_contents_through_resize_and_frames_are_cleared_between(setup):
+    s = setup(reserved=(12, 4))
+    s.experts.resize(0, 12)
+    rows = s.experts.rows(0)
+    for part in rows:
+        part[...] = np.arange(12, dtype=np.uint8)[:, None]
+    s.experts.resize(0, 5)
+    s.experts.resize(1, 4)  # takes frames that slots of bank 0 had
+    s.experts.check()
+    assert all((part[:5] == np.arange(5)[:, None]).all() for part in rows)
+    assert all(not part.any() for part in s.experts.rows(1))
+    s.experts.resize(0, 8)
+    assert all((part[:5] == np.arange(5)[:, None]).all() for part in rows)
+    s.experts.check()
+
+
+def test_beyond_the_committed_slots_there_are_nans(setup):
+    s = setup()
+    s.experts.resize(0, 2)
+    for part in s.experts.rows(0):
+        assert np.all(part[-1] == 0xFF)
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+def test_a_commit_that_fails_in_either_part_is_rolled_back(setup, commits):
+    s = setup()
+    s.experts.resize(0, 4)
+    before = (s.pool.free, s.experts.slots, allocated())
+    s.substrate.commits_left = commits
+    with pytest.raises(SubstrateError, match="injected"):
+        s.experts.resize(0, 12)
+    assert (s.pool.free, s.experts.slots, allocated()) == before
+    s.experts.check()
+    s.arbiter.check()
+    s.substrate.commits_left = None
+    s.experts.resize(0, 12)
+    s.experts.check()
+
+
+def test_frames_that_run_out_in_the_second_part_are_rolled_back(setup):
+    s = setup(frames=frames_for(PAGE_CLASS, 12, FRAME) - 1)
+    s.experts.resize(0, 4)
+    free = s.pool.free
+    with pytest.raises(OutOfFramesError):
+        s.experts.resize(0, 12)
+    assert (s.pool.free, s.experts.slots) == (free, [4])
+    s.experts.check()
+
+
+def test_check_notices_slots_without_memory(setup):
+    s = setup()
+    s.experts.resize(0, 4)
+    s.experts.slots[0] = 8
+    with pytest.raises(InvariantError, match="not exactly 8 slots of w13"):
+        s.experts.check()
+    s.experts.slots[0] = 4
+
+
+def test_kv_claims_frames_that_experts_then_cannot_have(setup):
+    s = setup(frames=10)
+    s.arbiter.kv.hold(7)
+    assert (s.arbiter.kv.frames, s.arbiter.kv.nbytes) == (7, 7 * FRAME)
+    with pytest.raises(OutOfFramesError):
+        s.experts.resize(0, 4)
+    s.arbiter.kv.hold(3)
+    s.experts.resize(0, 4)
+    with pytest.raises(OutOfFramesError, match="kv asked for 4"):
+        s.arbiter.kv.hold(7)
+    assert s.arbiter.frames() == {"experts": 5, "kv": 3}
+    s.arbiter.check()
+
+
+def test_memory_that_experts_gave_up_is_free_for_the_kv_cache_elsewhere(setup):
+    s = setup()
+    s.experts.resize(0, 12)
+    s.experts.resize(0, 4)
+    s.arbiter.kv.hold(s.pool.free)
+    assert allocated() == s.experts.nbytes  # the rest of the budget is the engine's to allocate
+    assert s.arbiter.committed_bytes == s.arbiter.budget_bytes
+
+
+def test_the_arbiter_does_not_close_under_a_tenant(setup):
+    s = setup()
+    s.experts.resize(0, 4)
+    s.arbiter.kv.hold(2)
+    with pytest.raises(InvariantError, match="'experts': 5"):
+        s.arbiter.close()
+    assert s.experts.rows(0)[0][0].sum() == 0  # still mapped
+    s.experts.close()
+    s.experts.close()
+    s.arbiter.close()
+    s.arbiter.close()
+
+
+def test_check_notices_a_stranger(setup):
+    s = setup()
+    stolen = s.pool.take("somebody", 2)
+    with pytest.raises(InvariantError, match="somebody else"):
+        s.arbiter.check()
+    s.pool.give("somebody", stolen)

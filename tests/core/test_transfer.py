@@ -1,0 +1,212 @@
+"""Copies: their order, who waits for whom, and what a failing store leaves behind."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.types import Geometry, Loads
+from fluxmoe.errors import StoreError
+from fluxmoe.testing.faults import FaultyStore
+from tests.core.rig import PAGE_CLASS, content, host_store
+
+EMPTY = 0xAB
+
+
+class Engine(TransferEngine):
+    """A transfer engine over two banks of plain arrays."""
+
+    def __init__(self, threads: int, slots: int = 6) -> None:
+        self.store = FaultyStore(host_store(Geometry(3, 4)))
+        self.arrays = [
+            [np.full((slots, part.nbytes), EMPTY, np.uint8) for part in PAGE_CLASS.parts]
+            for _ in range(2)
+        ]
+        super().__init__(self.store, self.arrays, PAGE_CLASS.nbytes, threads=threads)
+
+    def holds(self, slot: int, page: int | None, bank: int = 0) -> bool:
+        """Whether a slot holds exactly ``page``, or was never written to if that is None."""
+        return all(
+            np.array_equal(rows[slot], content(page, part))
+            if page is not None
+            else bool(np.all(rows[slot] == EMPTY))
+            for part, rows in enumerate(self.arrays[bank])
+        )
+
+
+def loads(pairs: dict[int, int], bank: int = 0) -> Loads:
+    """``{slot: page}`` as the event rule says it."""
+    return Loads(bank, np.array(list(pairs.values())), np.array(list(pairs)))
+
+
+@pytest.fixture
+def engine(request):
+    engine = Engine(getattr(request, "param", 1))
+    yield engine
+    for page in list(engine.store._gates):
+        engine.store.let_go(page)
+    engine.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fluxmoe-copy")]
+
+
+threads = pytest.mark.parametrize("engine", [0, 1, 3], indirect=True)
+
+
+@threads
+def test_demand_has_copied_when_it_returns(engine):
+    engine.demand(loads({0: 3, 4: 7, 1: 0, 2: 11, 5: 2}))
+    engine.demand(loads({3: 9}, bank=1))
+    assert all(engine.holds(s, p) for s, p in [(0, 3), (4, 7), (1, 0), (2, 11), (5, 2)])
+    assert engine.holds(3, None)
+    assert engine.holds(3, 9, bank=1)
+    assert engine.bytes_demand == 6 * PAGE_CLASS.nbytes
+    assert engine.stall_seconds > 0
+    assert not engine.busy
+
+
+@threads
+def test_prefetch_has_copied_when_completed(engine):
+    engine.prefetch(loads({0: 3, 4: 7}))
+    for slot, page in [(4, 7), (0, 3)]:
+        engine.complete(0, page, slot)
+        assert engine.holds(slot, page)
+    engine.complete(0, 5, 2)  # never queued: nothing to do
+    assert not engine.busy
+    assert engine.bytes_prefetch == 2 * PAGE_CLASS.nbytes
+
+
+def test_completing_a_copy_that_no_thread_has_begun_makes_it_here(engine):
+    engine.store.hold(1)
+    engine.prefetch(loads({0: 1, 2: 5, 3: 6}))
+    engine.store.wait_until_reading(1)
+    engine.complete(0, 5, 2)  # would wait for ever for the thread
+    assert engine.holds(2, 5)
+    engine.store.let_go(1)
+    engine.complete(0, 6, 3)
+    engine.complete(0, 1, 0)
+    assert sorted(engine.store.reads) == [1, 5, 6]  # each once
+
+
+def test_a_slot_given_to_another_page_is_not_overwritten_by_the_copy_still_queued(engine):
+    engine.store.hold(1)
+    engine.prefetch(loads({0: 1, 2: 5}))
+    engine.store.wait_until_reading(1)
+    engine.demand(loads({2: 9}))
+    engine.store.let_go(1)
+    engine.complete(0, 1, 0)
+    engine.demand(loads({3: 4, 4: 6}))  # the thread has been through its queue
+    assert engine.holds(2, 9)
+    assert 5 not in engine.store.reads
+
+
+@pytest.mark.parametrize("how", ["demand", "prefetch"])
+def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
+    engine.store.hold(1)
+    engine.prefetch(loads({0: 1}))
+    engine.store.wait_until_reading(1)
+    other = threading.Thread(target=getattr(engine, how), args=(loads({0: 9}),))
+    other.start()
+    other.join(0.05)
+    assert other.is_alive()  # it must not write before the old copy has
+    engine.store.let_go(1)
+    other.join(10)
+    assert not other.is_alive()
+    engine.complete(0, 9, 0)
+    assert engine.holds(0, 9)
+
+
+def test_demand_does_not_wait_for_threads_that_are_busy_with_prefetches(engine):
+    engine.store.hold(1)
+    engine.prefetch(loads({0: 1, 1: 2}))
+    engine.store.wait_until_reading(1)
+    done = threading.Thread(target=engine.demand, args=(loads({2: 5, 3: 6, 4: 7, 5: 8}),))
+    done.start()
+    done.join(10)
+    assert not done.is_alive()
+    assert all(engine.holds(s, p) for s, p in [(2, 5), (3, 6), (4, 7), (5, 8)])
+
+
+@threads
+@pytest.mark.parametrize("broken", [3, 11])
+def test_a_page_that_cannot_be_read_on_demand_raises(engine, broken):
+    engine.store.broken = {broken}
+    wanted = loads({0: 3, 4: 7, 1: 0, 2: 11})
+    with pytest.raises(StoreError, match=f"page {broken} is broken"):
+        engine.demand(wanted)
+    assert engine.bytes_demand == 0
+    engine.store.broken = set()
+    engine.demand(wanted)
+    assert all(engine.holds(s, p) for s, p in [(0, 3), (4, 7), (1, 0), (2, 11)])
+
+
+@threads
+def test_a_prefetch_that_fails_surfaces_when_the_page_is_used_and_only_then(engine):
+    engine.store.broken = {5}
+    engine.prefetch(loads({0: 4, 1: 5, 2: 6}))
+    engine.complete(0, 4, 0)
+    engine.complete(0, 6, 2)
+    with pytest.raises(StoreError, match="page 5"):
+        engine.complete(0, 5, 1)
+    assert not engine.busy
+    assert engine.holds(0, 4)
+    assert engine.holds(2, 6)
+
+
+@threads
+def test_a_prefetch_that_failed_does_not_matter_to_the_slots_next_page(engine):
+    engine.store.broken = {5}
+    engine.prefetch(loads({1: 5}))
+    engine.demand(loads({1: 6}))
+    engine.prefetch(loads({1: 7}))
+    engine.complete(0, 7, 1)
+    assert engine.holds(1, 7)
+
+
+def test_settle_from_cancels_what_is_queued_for_high_slots_of_one_bank(engine):
+    engine.store.hold(1)
+    engine.prefetch(loads({0: 1, 1: 2, 3: 4, 5: 6}))
+    engine.prefetch(loads({5: 7}, bank=1))
+    engine.store.wait_until_reading(1)
+    engine.settle_from(0, 3)
+    engine.store.let_go(1)
+    for bank, slot, page in [(0, 0, 1), (0, 1, 2), (1, 5, 7)]:
+        engine.complete(bank, page, slot)
+        assert engine.holds(slot, page, bank)
+    assert engine.holds(3, None)
+    assert engine.holds(5, None)
+    assert not engine.busy
+
+
+def test_settle_from_waits_for_a_copy_under_way(engine):
+    engine.store.hold(4)
+    engine.prefetch(loads({3: 4}))
+    engine.store.wait_until_reading(4)
+    waiting = threading.Thread(target=engine.settle_from, args=(0, 2))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()  # the memory must not go while it is written to
+    engine.store.let_go(4)
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_reset_settles_everything_and_counts_from_nothing(engine):
+    engine.store.hold(1)
+    engine.demand(loads({4: 8}))
+    engine.prefetch(loads({0: 1, 1: 2}))
+    engine.store.wait_until_reading(1)
+    engine.store.let_go(1)
+    engine.reset()
+    assert not engine.busy
+    assert (engine.bytes_demand, engine.bytes_prefetch, engine.stall_seconds) == (0, 0, 0.0)
+
+
+@threads
+def test_close_drops_what_is_queued_and_is_idempotent(engine):
+    engine.prefetch(loads({slot: slot + 1 for slot in range(6)}))
+    engine.close()
+    engine.close()
+    assert not engine.busy

@@ -1,0 +1,73 @@
+"""Synthetic traces: the same seed, the same file; the popularity that was asked for."""
+
+import numpy as np
+import pytest
+
+from fluxmoe.errors import ConfigError
+from fluxmoe.sim.events import Events
+from fluxmoe.sim.synth import Workload, write
+
+
+def routing(**changes):
+    workload = Workload(**{**dict(layers=3, experts=16, top_k=4, steps=400, batch=2), **changes})
+    return np.stack(list(workload.routing()))
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        write(Workload(3, 16, 4, 20, 2, seed=seed), path)
+    first, again, other = (path.read_bytes() for path in paths)
+    assert first == again
+    assert Events.load(paths[0]).ids.tolist() != Events.load(paths[2]).ids.tolist()
+    assert other != first
+
+
+def test_shape_and_distinct_experts():
+    got = routing()
+    assert got.shape == (400, 3, 2, 4)
+    assert got.min() >= 0 and got.max() == 15
+    assert all(len(set(row)) == 4 for row in got.reshape(-1, 4).tolist())
+
+
+def test_every_expert_where_top_k_is_all():
+    got = np.sort(routing(top_k=16, steps=3), axis=-1)
+    assert (got == np.arange(16)).all()
+
+
+def test_skew_is_zipf_and_differs_per_layer():
+    got = routing(top_k=1, steps=20_000, skew=1.0, drift=0.0)
+    expected = 1 / np.arange(1, 17)
+    expected /= expected.sum()
+    orders = []
+    for layer in range(3):
+        share = np.bincount(got[:, layer].ravel(), minlength=16) / got[:, layer].size
+        orders.append(np.argsort(-share).tolist())
+        np.testing.assert_allclose(np.sort(share)[::-1], expected, atol=0.01)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_no_skew_is_uniform():
+    share = np.bincount(routing(top_k=1, steps=20_000, skew=0.0).ravel(), minlength=16)
+    np.testing.assert_allclose(share / share.sum(), 1 / 16, atol=0.005)
+
+
+def test_drift_changes_who_is_popular():
+    def overlap(drift):
+        got = routing(top_k=1, steps=6_000, drift=drift, skew=1.5)[:, 0].reshape(2, -1)
+        early, late = (np.bincount(half, minlength=16) for half in got)
+        return np.corrcoef(early, late)[0, 1]
+
+    assert overlap(0.0) > 0.99
+    # At this drift 6,000 steps are several lifetimes of a ranking: the halves differ.
+    assert overlap(0.05) < 0.9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layers": 0}, {"top_k": 17}, {"steps": 0}, {"batch": -1}, {"seed": -1}, {"skew": -0.1},
+     {"drift": 1.5}],
+)  # fmt: skip
+def test_nonsense(changes):
+    with pytest.raises(ConfigError, match=next(iter(changes)).replace("_", "-")):
+        routing(**changes)

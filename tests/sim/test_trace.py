@@ -1,0 +1,269 @@
+"""The trace format: what is written is read back, what is damaged is refused."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxmoe.core.types import Phase
+from fluxmoe.errors import TraceError
+from fluxmoe.sim import trace as format_
+from fluxmoe.sim.events import Events
+from fluxmoe.sim.synth import Workload, write
+from fluxmoe.sim.trace import TraceMeta, TraceReader, TraceWriter
+
+META = TraceMeta("m", num_layers=2, experts_per_layer=8, top_k=2, page_bytes=4096, source="test")
+COLUMNS = {
+    "step": ([0, 0, 0, 1], pa.int32()),
+    "layer": ([0, 0, 1, 0], pa.int16()),
+    "token": ([0, 1, 0, 0], pa.int32()),
+    "phase": ([1, 1, 1, 1], pa.int8()),
+    "request": ([-1, -1, -1, -1], pa.int32()),
+    "experts": ([[0, 1], [1, 2], [7, 3], [5, 0]], pa.list_(pa.int16())),
+}
+DOCUMENT = {"version": 1, "model": "m", "num_layers": 2, "experts_per_layer": 8, "top_k": 2,
+            "page_bytes": 4096, "source": "test"}  # fmt: skip
+
+
+def make(path, document=DOCUMENT, without=(), **columns):
+    """A trace made by hand, with some things changed."""
+    chosen = {name: c for name, c in {**COLUMNS, **columns}.items() if name not in without}
+    table = pa.table({name: pa.array(values, type_) for name, (values, type_) in chosen.items()})
+    if document is not None:
+        raw = document if isinstance(document, str) else json.dumps(document)
+        table = table.replace_schema_metadata({"fluxmoe": raw})
+    pq.write_table(table, path, compression="zstd")
+    return path
+
+
+def read(path):
+    return [(s, la, p, ids.tolist()) for s, la, p, ids in TraceReader(path).events()]
+
+
+def test_a_trace_made_by_hand(tmp_path):
+    path = make(tmp_path / "t")
+    assert TraceReader(path).meta == META
+    assert read(path) == [
+        (0, 0, Phase.DECODE, [0, 1, 1, 2]),
+        (0, 1, Phase.DECODE, [7, 3]),
+        (1, 0, Phase.DECODE, [5, 0]),
+    ]
+
+
+def test_a_batch_that_mixes_phases_counts_as_prefill(tmp_path):
+    path = make(tmp_path / "t", phase=([1, 0, 1, 1], pa.int8()))
+    assert [phase for _, _, phase, _ in read(path)] == [0, 1, 1]
+
+
+events_lists = st.lists(
+    st.tuples(
+        st.booleans(),  # a new step
+        st.integers(1, 2),  # layers further, modulo 3
+        st.sampled_from(Phase),
+        st.lists(st.lists(st.integers(0, 7), min_size=2, max_size=2), min_size=1, max_size=5),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events_lists, st.integers(1, 20), st.integers(1, 9))
+def test_round_trip_whatever_the_groups_and_batches(tmp_path_factory, drawn, group, batch):
+    path = tmp_path_factory.mktemp("trace") / "t.parquet"
+    meta = TraceMeta("m", 3, 8, 2, None, "test")
+    step, layer, written = 0, -1, []
+    with TraceWriter(path, meta, group_rows=group) as writer:
+        for new_step, further, phase, tokens in drawn:
+            layer += further
+            if new_step or layer >= 3:
+                step, layer = step + 1, layer % 3
+            writer.append(step, layer, np.asarray(tokens, np.int32), phase)
+            written.append((step, layer, phase, [i for ids in tokens for i in ids]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(format_, "_BATCH_ROWS", batch)  # events cross the batches' edges
+        assert read(path) == written
+        events = Events.load(path)
+    assert [
+        (s, la, p, events.ids[at].tolist()) for s, la, p, at in events
+    ] == written  # fmt: skip
+    assert events.largest == max(len(set(ids)) for *_, ids in written)
+
+
+def test_the_file_is_what_the_format_says(tmp_path):
+    path = tmp_path / "t.parquet"
+    with TraceWriter(path, META) as writer:
+        writer.append(3, 1, np.asarray([[4, 2], [2, 0]]))
+    file = pq.ParquetFile(path)
+    assert file.schema_arrow.names == list(COLUMNS)
+    assert [field.type for field in file.schema_arrow] == [type_ for _, type_ in COLUMNS.values()]
+    assert json.loads(file.schema_arrow.metadata[b"fluxmoe"]) == DOCUMENT
+    assert {file.metadata.row_group(0).column(i).compression for i in range(6)} == {"ZSTD"}
+    assert file.read().to_pylist() == [
+        {"step": 3, "layer": 1, "token": 0, "phase": 1, "request": -1, "experts": [4, 2]},
+        {"step": 3, "layer": 1, "token": 1, "phase": 1, "request": -1, "experts": [2, 0]},
+    ]
+
+
+def test_padding_is_left_out_and_the_caller_may_reuse_its_array(tmp_path):
+    path = tmp_path / "t.parquet"
+    ids = np.asarray([1, 2, -1, -1, 3, -1], np.int64)
+    with TraceWriter(path, META) as writer:
+        writer.append(0, 0, ids)
+        ids[:] = -1
+        writer.append(0, 1, ids)  # an event of nothing but padding is still an event
+    assert read(path) == [(0, 0, 1, [1, 2, 3]), (0, 1, 1, [])]
+
+
+# --- the writer's errors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "layer", "ids", "message"),
+    [
+        (0, 0, [1, 2], "cannot follow"),
+        (1, 2, [1, 2], "cannot follow"),
+        (1, 0, [1, 2, 3], "no multiple of top_k = 2"),
+        (1, 0, [1, 8], "expert 8 of 8"),
+    ],
+)
+def test_a_wrong_event_leaves_no_file(tmp_path, step, layer, ids, message):
+    path = tmp_path / "t.parquet"
+    with pytest.raises(TraceError, match=message), TraceWriter(path, META) as writer:
+        writer.append(0, 0, np.asarray([0, 1]))
+        writer.append(step, layer, np.asarray(ids))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_writer_keeps_the_old_file(tmp_path):
+    path = make(tmp_path / "t.parquet")
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt), TraceWriter(path, META) as writer:
+        writer.append(0, 0, np.asarray([0, 1]))
+        raise KeyboardInterrupt
+    assert [path.read_bytes()] == [before]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_trace_without_events_is_not_written(tmp_path):
+    with pytest.raises(TraceError, match="no events"), TraceWriter(tmp_path / "t", META):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    with pytest.raises(TraceError, match="cannot write"):
+        TraceWriter(tmp_path / "no" / "such" / "t.parquet", META)
+
+
+# --- the reader's errors -----------------------------------------------------------------------
+
+
+def refused(path, message):
+    with pytest.raises(TraceError, match=message) as caught:
+        Events.load(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.code == "FM501"
+
+
+def test_no_file(tmp_path):
+    refused(tmp_path / "none", "no such file")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"step,layer\n0,0\n" * 20])
+def test_not_parquet(tmp_path, content):
+    path = tmp_path / "t"
+    path.write_bytes(content)
+    refused(path, "not a Parquet file")
+
+
+def test_truncated(tmp_path):
+    path = make(tmp_path / "t")
+    path.write_bytes(path.read_bytes()[:-30])
+    refused(path, "not a Parquet file, or a truncated one")
+
+
+def test_damaged_in_the_middle(tmp_path):
+    path = tmp_path / "t"
+    write(Workload(4, 16, 4, 50, 4), path)
+    raw = bytearray(path.read_bytes())
+    middle = slice(len(raw) // 4, len(raw) // 2)
+    raw[middle] = b"\x55" * len(raw[middle])
+    path.write_bytes(raw)
+    refused(path, "damaged data")
+
+
+def test_a_directory(tmp_path):
+    refused(tmp_path, "not a Parquet file")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (None, "no metadata key 'fluxmoe'"),
+        ("{", "holds no JSON"),
+        ("[1]", "no JSON object"),
+        ({**DOCUMENT, "version": 2}, "version 2, this FluxMoE reads 1"),
+        ({k: v for k, v in DOCUMENT.items() if k != "version"}, "version None"),
+        ({**DOCUMENT, "num_layers": 0}, "num_layers is 0"),
+        ({**DOCUMENT, "num_layers": 2.5}, "num_layers is 2.5"),
+        ({k: v for k, v in DOCUMENT.items() if k != "experts_per_layer"}, "experts_per_layer is 0"),
+        ({**DOCUMENT, "top_k": "two"}, "top_k is 'two'"),
+        ({**DOCUMENT, "top_k": 9}, "top_k is 9 of 8"),
+        ({**DOCUMENT, "page_bytes": -1}, "page_bytes is -1"),
+    ],
+)
+def test_metadata(tmp_path, document, message):
+    refused(make(tmp_path / "t", document), message)
+
+
+def test_unknown_page_size_is_no_error(tmp_path):
+    path = make(tmp_path / "t", {**DOCUMENT, "page_bytes": None})
+    assert TraceReader(path).meta.page_bytes is None
+
+
+@pytest.mark.parametrize("column", list(COLUMNS))
+def test_missing_column(tmp_path, column):
+    refused(make(tmp_path / "t", without=[column]), f"column '{column}' is missing")
+
+
+@pytest.mark.parametrize(
+    ("column", "type_"),
+    [("step", pa.int64()), ("layer", pa.int32()), ("experts", pa.list_(pa.int32())),
+     ("phase", pa.int16())],
+)  # fmt: skip
+def test_wrong_type(tmp_path, column, type_):
+    values = COLUMNS[column][0]
+    refused(make(tmp_path / "t", **{column: (values, type_)}), f"column '{column}' has type")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("experts", [[0, 1], [1, 8], [7, 3], [5, 0]], "row 1: expert 8 is not within 0…7"),
+        ("experts", [[0, 1], [1, 2], [7, 3], [-1, 0]], "row 3: expert -1"),
+        ("experts", [[0, 1], [1, 2], [7, 3, 4], [0, 1]], "row 2: more than top_k = 2"),
+        ("experts", [[0, 1], None, [7, 3], [0, 1]], "a value is missing"),
+        ("experts", [[0, 1], [None, 2], [7, 3], [0, 1]], "a value is missing"),
+        ("layer", [0, 0, 2, 0], r"row 2: the layer is not within 0…1"),
+        ("layer", [-1, 0, 1, 0], r"row 0: the layer"),
+        ("phase", [1, 1, 2, 1], "row 2: the phase"),
+        ("step", [-1, 0, 0, 1], "row 0: the step is negative"),
+        ("step", [0, None, 0, 1], "a value is missing"),
+        ("step", [0, 0, 1, 0], "row 3: not sorted"),
+        ("layer", [1, 0, 1, 0], "row 1: not sorted"),
+        ("token", [1, 0, 0, 0], "row 1: not sorted"),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_wrong_rows(tmp_path, monkeypatch, column, values, message, batch):
+    monkeypatch.setattr(format_, "_BATCH_ROWS", batch)
+    refused(make(tmp_path / "t", **{column: (values, COLUMNS[column][1])}), message)
+
+
+def test_empty(tmp_path):
+    refused(make(tmp_path / "t", **{k: ([], t) for k, (_, t) in COLUMNS.items()}), "no events")
