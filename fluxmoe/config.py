@@ -47,6 +47,8 @@ class Memory(_Model):
     experts: Share = Share()
     kv: Share = Share()
     frame: AutoSize = None
+    #: Banks to spread the slots over at least; more where the kernel's slot index is narrow.
+    banks: int = Field(default=1, ge=1)
 
 
 class HostStoreConfig(_Model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from fluxmoe.core.store import Store
 from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.transfer import TransferEngine
-from fluxmoe.core.types import Budget, Geometry, PageClass
+from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
 from fluxmoe.errors import ConfigError, NeedsFutureError
 
 
@@ -43,6 +44,7 @@ class Runtime:
         store: Where the pages lie.
         kv: What the KV cache needs.
         bank_limit: Most slots one kernel call can address; None if there is no limit.
+        phase: Tells, at the beginning of a step, what the step does.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
@@ -58,6 +60,7 @@ class Runtime:
         kv: KVNeed,
         *,
         bank_limit: int | None = None,
+        phase: Callable[[], Phase] = lambda: Phase.DECODE,
     ) -> None:
         self.config, self.geometry, self.page_class, self.store = config, geometry, page_class, store
         # Policies first: a misspelt name must not cost the time to reserve memory.
@@ -76,7 +79,12 @@ class Runtime:
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget))
         self.experts_budget, self.kv_budget = self._split(budget // frame_bytes, frame_bytes, kv)
         slots, bank_of = _banks(
-            geometry, page_class, self.experts_budget.target, frame_bytes, bank_limit
+            geometry,
+            page_class,
+            self.experts_budget.target,
+            frame_bytes,
+            bank_limit,
+            config.memory.banks,
         )
 
         self.arbiter = MemoryArbiter(CpuSubstrate(budget // frame_bytes, frame_bytes))
@@ -99,7 +107,8 @@ class Runtime:
         )
         rows = [self._tenant.rows(bank) for bank in range(len(slots))]
         transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
-        self.pager = ExpertPager(EventRule(table, self.eviction, self.prefetch), self._tenant, transfer)
+        rule = EventRule(table, self.eviction, self.prefetch)
+        self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
 
     @property
     def kv_bytes(self) -> int:
@@ -182,13 +191,14 @@ def _banks(
     frames: int,
     frame_bytes: int,
     limit: int | None,
+    wanted: int,
 ) -> tuple[list[int], list[int]]:
     """Slots per bank and the bank of each layer, within ``frames`` frames."""
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
     # A bank holds at least one layer's experts, so a small budget cannot have many banks.
     most = min(geometry.num_layers, total // geometry.experts_per_layer)
     while True:
-        banks = max(1, min(banks_needed(total, limit), most))
+        banks = max(1, min(max(banks_needed(total, limit), wanted), most))
         slots, bank_of = spread(geometry, total, banks)
         slots = [min(share, limit or share) for share in slots]
         # Each bank fills whole frames of its own, so several may need a little more than one.

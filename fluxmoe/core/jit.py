@@ -1,12 +1,15 @@
 """How the core compiles its inner loops: numba, cached on disk, without the GIL, typed as plain.
 
-Numba notices when the file of a cached function has changed, but not when a function or a constant
-that it uses from *another* file has. The functions of ``event`` and ``order`` use those of
-``pages``, so their machine code is stamped with the state of all files of the core.
+Numba notices when the file of a cached function has changed, but not when a function, a constant or
+a class that it uses from *another* file has: it would then run stale code, or fail to read its own
+index. The functions of ``event`` and ``order`` use those of ``pages``, so the machine code is filed
+under a name that contains a digest of all compiled sources.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
@@ -15,18 +18,17 @@ import numba
 
 F = TypeVar("F", bound=Callable[..., object])
 
-_STAMP = tuple(
-    (path.name, path.stat().st_mtime_ns, path.stat().st_size)
-    for path in sorted(Path(__file__).parent.glob("*.py"))
-)
+_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+_DIGEST = hashlib.sha256(
+    b"".join(text for path in _SOURCES if b"@jit" in (text := path.read_bytes()))
+).hexdigest()[:8]
 
 
 def jit(function: F) -> F:
     """Compile ``function`` on first use and keep the machine code beside its source file."""
+    function.__qualname__ += f"_{_DIGEST}"  # the name of the cache file comes from it
     compiled = numba.njit(nogil=True)(function)
-    try:
+    # An error here means: neither beside the source nor in the user's cache may files be written.
+    with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
-    except RuntimeError:  # neither here nor in the user's cache folder may files be written
-        return cast(F, compiled)
-    compiled._cache._cache_file._source_stamp = _STAMP
     return cast(F, compiled)

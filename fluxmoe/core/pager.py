@@ -14,11 +14,11 @@ from fluxmoe.core.event import EventRule, Slots, lookup
 from fluxmoe.core.pages import PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
-from fluxmoe.core.types import Counters, Ints
+from fluxmoe.core.types import Counters, Ints, Phase
 from fluxmoe.errors import InvariantError
 
-#: Called with (step, layer, expert ids as routed) for every event, e.g. to record a trace.
-EventWatcher = Callable[[int, int, Ints], None]
+#: Called with (step, layer, expert ids as routed, phase) for every event, e.g. to record a trace.
+EventWatcher = Callable[[int, int, Ints, Phase], None]
 
 
 class ExpertPager:
@@ -28,12 +28,21 @@ class ExpertPager:
         rule: The event rule over the page table, with its policies.
         tenant: The arenas that the table's slots lie in.
         transfer: Copies pages from their store into those arenas.
+        phase: Asked once at the beginning of each step what the step does.
     """
 
-    def __init__(self, rule: EventRule, tenant: ExpertTenant, transfer: TransferEngine) -> None:
+    def __init__(
+        self,
+        rule: EventRule,
+        tenant: ExpertTenant,
+        transfer: TransferEngine,
+        *,
+        phase: Callable[[], Phase] = lambda: Phase.DECODE,
+    ) -> None:
         self._rule, self._tenant, self._transfer = rule, tenant, transfer
         self._books = rule.table.books
         self._step, self._layer = -1, rule.table.geometry.num_layers
+        self._phase = phase
         self.watcher: EventWatcher | None = None
 
     @property
@@ -60,9 +69,10 @@ class ExpertPager:
         """
         if layer <= self._layer:
             self._step += 1
+            self.table.phase = self._phase()
         self._layer = layer
         if self.watcher is not None:
-            self.watcher(self._step, layer, ids)
+            self.watcher(self._step, layer, ids, self.table.phase)
         rule, b = self._rule, self._books
         misses = rule.open(self._step, layer, ids, slots)
         if self._transfer.busy:

@@ -159,10 +159,10 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     rule = make(eviction("score", look, stable=True), strict=True, slots=E)
     for layer, ids in [(3, [5]), (1, [2, 0]), (0, [4, 1])]:
         rule.run(0, layer, np.array(ids))
-    rule.run(0, 1, np.array([0, 1, 2]))
+    rule.run(0, 1, np.array([0, 1, 2, 3]))
     assert shown == [[1, 4, 23]]  # not as they came
     rule.run(0, 2, np.array([0]))
-    assert shown == [[1, 4, 23], [6, 7, 8]]  # only what has changed since
+    assert shown == [[1, 4, 23], [6, 7, 8, 9]]  # only what has changed since
 
 
 @pytest.mark.parametrize(

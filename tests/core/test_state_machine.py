@@ -173,8 +173,8 @@ class ThreadedCoreMachine(CoreMachine):
     threads = 1
 
 
-CoreMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=25)
-ThreadedCoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25)
+CoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25)
+ThreadedCoreMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=25)
 TestCore = CoreMachine.TestCase
 TestThreadedCore = ThreadedCoreMachine.TestCase
 

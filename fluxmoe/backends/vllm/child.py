@@ -7,6 +7,7 @@ their environment once.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -119,6 +120,11 @@ class ChildEngine:
         assert isinstance(run, Run)
         return run
 
+    def restart(self, *, fluxmoe: dict[str, Any] | None = None, **options: Any) -> None:
+        """Replace the engine by another one of the same model, in the same process."""
+        self._connection.send(("restart", (fluxmoe, options)))
+        self.info = self._receive()
+
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the child's ``_Engine``."""
         self._connection.send((method, args))
@@ -174,24 +180,29 @@ def _main(connection: Connection, log: str, spec: dict[str, Any]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(spec["threads"]))
-    try:
-        engine = _Engine(spec["model"], spec["fluxmoe"], spec["options"])
-        connection.send((True, engine.info))
-    except BaseException as error:
-        connection.send((False, _portable(error)))
-        return
-    while True:
+    engine: _Engine | None = None
+    request: tuple[str, Any] = ("restart", (spec["fluxmoe"], spec["options"]))
+    while request[0] != "stop":
+        method, args = request
         try:
-            method, args = connection.recv()
-        except EOFError:
-            return
-        if method == "stop":
-            engine.stop()
-            return
-        try:
-            connection.send((True, getattr(engine, method)(*args)))
+            if method == "restart":
+                if engine is not None:
+                    engine.stop()
+                engine = None
+                gc.collect()
+                engine = _Engine(spec["model"], *args)
+                answer: Any = engine.info
+            else:
+                answer = getattr(engine, method)(*args)
+            connection.send((True, answer))
         except Exception as error:
             connection.send((False, _portable(error)))
+        try:
+            request = connection.recv()
+        except EOFError:
+            break
+    if engine is not None:
+        engine.stop()
 
 
 def _portable(error: BaseException) -> FluxMoEError | str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import vllm
 from llvmlite.binding import ffi
 
+from fluxmoe.core.types import Phase
 from fluxmoe.errors import UnsupportedVersionError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def tolerate_numba() -> None:
 require_supported()
 
 from vllm.config import VllmConfig, get_current_vllm_config  # noqa: E402
+from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (  # noqa: E402
     CPUUnquantizedExperts,
 )
@@ -55,6 +57,18 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import ( 
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes  # noqa: E402
 from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: E402
 
+
+
+def current_phase() -> Phase:
+    """What the running step does, from the attention metadata; decode if there is none.
+
+    A prompt of one token cannot be told from a decode.
+    """
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict) or not metadata:
+        return Phase.DECODE
+    longest = next(iter(metadata.values())).max_query_len
+    return Phase.PREFILL if longest > 1 else Phase.DECODE
 
 
 def scheduler_of(llm: LLM) -> Any:
@@ -87,6 +101,7 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "VllmConfig",
+    "current_phase",
     "get_current_vllm_config",
     "kv_allocated",
     "kv_info",

@@ -15,18 +15,21 @@ from fluxmoe.backends.vllm import checks
 from fluxmoe.backends.vllm.compat import (
     CPUWorker,
     VllmConfig,
+    current_phase,
     kv_allocated,
     max_memory_usage_bytes,
 )
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes, Geometry, PageClass, Part
-from fluxmoe.errors import ConfigError, NoExpertsError, UnsupportedError
+from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
+from fluxmoe.sim.trace import TraceMeta, TraceWriter
 from fluxmoe.stores.host import HostStore
 
 PARTS = ("w13_weight", "w2_weight")
 
-# cpu_fused_moe computes slot * elements in a signed 32-bit integer (docs/adr/0001).
+# cpu_fused_moe computes slot * elements, where a slot starts, in a signed 32-bit integer; beyond it
+# reads foreign memory, silently (docs/adr/0001).
 INDEX_LIMIT = 2**31
 
 
@@ -37,6 +40,21 @@ def bank_limit(part_elements: int) -> int:
         part_elements: Weights of the largest part of one expert (2·I·H for w13).
     """
     return (INDEX_LIMIT - 1) // part_elements + 1
+
+
+def require_addressable(arena: torch.Tensor) -> torch.Tensor:
+    """Refuse an arena ``[slots, …]`` that the kernel could not index to its end.
+
+    Raises:
+        InvariantError: It has more slots than ``bank_limit`` allows.
+    """
+    limit = bank_limit(arena[0].numel())
+    if len(arena) > limit:
+        raise InvariantError(
+            f"a bank of {len(arena)} slots of {arena[0].numel()} weights: "
+            f"cpu_fused_moe can address {limit}"
+        )
+    return arena
 
 
 class PagedCPUWorker(CPUWorker):
@@ -59,6 +77,7 @@ class PagedCPUWorker(CPUWorker):
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
         self._handle = -1
+        self._recorder: TraceWriter | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
@@ -96,8 +115,10 @@ class PagedCPUWorker(CPUWorker):
             store,
             self._kv_need(),
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
+            phase=current_phase,
         )
         self._handle = op.attach(runtime.pager)
+        self._top_k = layers[0].top_k
         for index, layer in enumerate(layers):
             store.adopt([_bytes(getattr(layer, name).data) for name in PARTS])
             arenas = zip(PARTS, weights, runtime.arenas(index), strict=True)
@@ -133,9 +154,12 @@ class PagedCPUWorker(CPUWorker):
         """Release the arenas. The model is gone by then."""
         super().shutdown()
         op.detach(self._handle)
-        if self._runtime is not None:
-            self._runtime.close()
-            self._runtime = None
+        try:
+            self.fluxmoe_record(None)
+        finally:
+            if self._runtime is not None:
+                self._runtime.close()
+                self._runtime = None
 
     # --- called through collective_rpc -----------------------------------------------------------
 
@@ -167,6 +191,27 @@ class PagedCPUWorker(CPUWorker):
         """Raise InvariantError unless all books agree."""
         assert self._runtime is not None
         self._runtime.check()
+
+    def fluxmoe_record(self, path: str | None) -> None:
+        """Write the routing of every step from now on to a trace; None ends the recording."""
+        if self._recorder is not None:
+            assert self._runtime is not None
+            self._runtime.pager.watcher = None
+            recorder, self._recorder = self._recorder, None
+            recorder.close()
+        if path is not None:
+            assert self._runtime is not None
+            geometry = self._runtime.geometry
+            meta = TraceMeta(
+                model=str(self.model_config.model),
+                num_layers=geometry.num_layers,
+                experts_per_layer=geometry.experts_per_layer,
+                top_k=self._top_k,
+                page_bytes=self._runtime.page_class.nbytes,
+                source="vllm",
+            )
+            self._recorder = TraceWriter(path, meta)
+            self._runtime.pager.watcher = self._recorder.append
 
     def fluxmoe_reset(self) -> None:
         """Start cold: no page resident, counters zero."""
@@ -201,4 +246,4 @@ def _bytes(weight: torch.Tensor) -> Bytes:
 def _tensor(rows: Bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     """uint8 rows as a tensor ``[slots, *shape]``, without a copy."""
     flat = torch.from_numpy(np.ascontiguousarray(rows).reshape(-1))
-    return flat.view(dtype).view(len(rows), *shape)
+    return require_addressable(flat.view(dtype).view(len(rows), *shape))

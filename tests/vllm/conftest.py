@@ -1,0 +1,58 @@
+"""Real vLLM on real (random) checkpoints; engines live in child processes and are reused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.testing import checkpoints
+
+OPTIONS = {"max_model_len": 256, "max_num_seqs": 64, "block_size": 32}
+EAGER = {**OPTIONS, "enforce_eager": True}
+KV_BYTES = 8 << 20
+
+
+def prompts(count: int, *, tokens: int = 20, seed: int = 0) -> list[Prompt]:
+    """Mixed lengths; every second request samples with its own seed, the others are greedy."""
+    rng = random.Random(seed)
+    return [
+        Prompt(
+            [rng.randrange(3, 1000) for _ in range(rng.randint(1, 40))],
+            rng.randint(tokens // 2, tokens),
+            temperature=1.0 if index % 2 else 0.0,
+            seed=index,
+        )
+        for index in range(count)
+    ]
+
+
+#: 73 sequences in batches of 1, 8 and 64.
+BATCHES = [prompts(1, seed=1), prompts(8, seed=8), prompts(64, seed=64)]
+
+
+def outputs(engine: ChildEngine, *, watch: bool = False) -> list[list[list[int]]]:
+    return [engine.generate(batch, watch=watch).tokens for batch in BATCHES]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-MoE, 4 layers of 16 experts."""
+    return checkpoints.write(tmp_path_factory.mktemp("qwen3") / "model", "qwen3-moe")
+
+
+@pytest.fixture(scope="session")
+def eager(checkpoint: Path) -> Iterator[ChildEngine]:
+    """A child process with an eager engine; restart it as each test needs it."""
+    with ChildEngine(checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def stock_outputs(eager: ChildEngine) -> list[list[list[int]]]:
+    """What eager stock vLLM answers to ``BATCHES``."""
+    eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
+    return outputs(eager)

@@ -1,0 +1,173 @@
+"""Token for token what stock vLLM answers, at one budget that is never exceeded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.sim.simulator import simulate
+from fluxmoe.testing import checkpoints
+
+from .conftest import BATCHES, EAGER, KV_BYTES, OPTIONS, outputs, prompts
+
+pytestmark = pytest.mark.vllm
+
+PAGE = 3 * 128 * 64 * 2  # bytes of one expert of the small Qwen3-MoE
+EXPERTS, PAGES = 16, 64
+
+
+def config(slots: int, **settings: Any) -> dict[str, Any]:
+    """A budget whose experts get exactly ``slots`` slots (frames are smaller than a part)."""
+    memory = {
+        "budget": slots * PAGE + KV_BYTES,
+        "frame": 4096,
+        "experts": {"target": slots * PAGE},
+        **settings.pop("memory", {}),
+    }
+    return {"memory": memory, **settings}
+
+
+def test_stock_outputs_are_worth_comparing(stock_outputs: list[list[list[int]]]) -> None:
+    many = stock_outputs[2]
+    assert len({tuple(tokens) for tokens in many}) == len(many)
+    assert len({token for tokens in many for token in tokens}) > 100
+
+
+@pytest.mark.parametrize("slots", [EXPERTS, PAGES // 2, PAGES - 5, PAGES])
+@pytest.mark.parametrize("policy", ["immediate", "lru", "lfu", "next-use"])
+def test_every_policy_at_every_size(
+    eager: ChildEngine, stock_outputs: list[list[list[int]]], policy: str, slots: int
+) -> None:
+    eager.restart(fluxmoe=config(slots, eviction=policy), **EAGER)
+    assert outputs(eager) == stock_outputs
+    stats = eager.call("stats")
+    assert stats["slots"] == slots
+    assert stats["misses"] > 0
+    assert (stats["evictions"] + stats["released"] > 0) == (slots < PAGES or policy == "immediate")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("banks", [1, 2])
+def test_prefetch_and_banks(
+    eager: ChildEngine, stock_outputs: list[list[list[int]]], banks: int, threads: int
+) -> None:
+    eager.restart(
+        fluxmoe=config(
+            PAGES * 3 // 4,
+            prefetch={"kind": "next-layer", "depth": 2},
+            copy_threads=threads,
+            memory={"banks": banks},
+        ),
+        **EAGER,
+    )
+    assert outputs(eager) == stock_outputs
+    stats = eager.call("stats")
+    assert stats["banks"] == banks
+    assert stats["prefetch_hits"] > 0
+
+
+def test_a_policy_of_three_lines(
+    eager: ChildEngine, stock_outputs: list[list[list[int]]], tmp_path: Path
+) -> None:
+    plugin = tmp_path / "mru.py"
+    plugin.write_text(
+        "import fluxmoe\n"
+        "class MostRecentlyUsed(fluxmoe.EvictionPolicy):\n"
+        "    def score(self, view, pages):\n"
+        "        return -view.last_use[pages]\n"
+        "@fluxmoe.hookimpl\n"
+        "def fluxmoe_register_policies(register):\n"
+        "    register('mru', MostRecentlyUsed)\n"
+    )
+    fluxmoe = config(20, eviction="mru", plugins=[str(plugin)], strict_policies=True)
+    eager.restart(fluxmoe=fluxmoe, **EAGER)
+    assert outputs(eager) == stock_outputs
+
+
+def test_a_policy_that_fails_costs_no_token(
+    eager: ChildEngine, stock_outputs: list[list[list[int]]], tmp_path: Path
+) -> None:
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(
+        "import fluxmoe\n"
+        "class Broken(fluxmoe.EvictionPolicy):\n"
+        "    def score(self, view, pages):\n"
+        "        raise RuntimeError('no idea')\n"
+        "@fluxmoe.hookimpl\n"
+        "def fluxmoe_register_policies(register):\n"
+        "    register('broken', Broken)\n"
+    )
+    fluxmoe = config(20, eviction="broken", plugins=[str(plugin)])
+    eager.restart(fluxmoe=fluxmoe, **EAGER)
+    assert outputs(eager) == stock_outputs
+    assert eager.call("stats")["policy_faults"] > 0
+
+
+def test_the_budget_holds_in_every_step(eager: ChildEngine) -> None:
+    fluxmoe = config(20, prefetch="next-layer", copy_threads=1)
+    eager.restart(fluxmoe=fluxmoe, **EAGER)
+    budget = fluxmoe["memory"]["budget"]
+    run = eager.generate(BATCHES[2], watch=True)
+    assert run.steps >= 20
+    # Watched: mapped expert frames and the KV buffer's real size, and all books, after each step.
+    assert 0.9 * budget < run.peak_committed <= budget
+    assert run.stats["budget_bytes"] <= budget
+
+
+@pytest.mark.parametrize("prefetch", ["none", "next-layer"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "immediate", "next-use"])
+def test_the_simulator_counts_what_the_engine_counted(
+    eager: ChildEngine, tmp_path: Path, policy: str, prefetch: str
+) -> None:
+    slots, trace = 25, tmp_path / "trace.parquet"
+    eager.restart(fluxmoe=config(slots, eviction=policy, prefetch=prefetch), **EAGER)
+    eager.call("rpc", "fluxmoe_record", str(trace))
+    run = eager.generate(prompts(24, seed=3))
+    eager.call("rpc", "fluxmoe_record", None)
+    result = simulate(trace, policy, slots, prefetch)
+    engine = run.stats
+    assert engine["misses"] > 100
+    for counter in (
+        "events",
+        "accesses",
+        "hits",
+        "misses",
+        "evictions",
+        "released",
+        "prefetch_hits",
+        "bytes_demand",
+        "bytes_prefetch",
+    ):
+        assert getattr(result, counter) == engine[counter], counter
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "qwen2-moe", "glm4-moe"])
+def test_other_architectures(tmp_path: Path, architecture: str) -> None:
+    model = checkpoints.write(tmp_path, architecture)
+    fluxmoe = {"memory": {"budget": KV_BYTES + (2 << 20), "experts": {"target": "1536KiB"}}}
+    with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
+        expected = outputs(engine)
+        engine.restart(fluxmoe=fluxmoe, **EAGER)
+        assert outputs(engine) == expected
+        stats = engine.call("stats")
+        assert stats["slots"] < stats["pages"]
+        assert stats["evictions"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "glm4-moe"])
+def test_compiled_equals_compiled_stock(tmp_path: Path, architecture: str) -> None:
+    """GLM4-MoE: a shared expert, a dense first layer, and a router in fp32 (docs/adr/0001)."""
+    model = checkpoints.write(tmp_path, architecture)
+    with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **OPTIONS) as engine:
+        expected = outputs(engine)
+        for slots, settings in (
+            (EXPERTS, {}),
+            (PAGES // 2, {"eviction": "lru", "prefetch": "next-layer"}),
+        ):
+            engine.restart(fluxmoe=config(slots, **settings), **OPTIONS)
+            assert outputs(engine) == expected
+            assert engine.call("stats")["evictions"] > 0
