@@ -34,6 +34,7 @@ from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import ExpertTenant, frames_for
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores import HostStore
 
 EXPERTS, TOP_K = 64, 8
@@ -74,7 +75,7 @@ def measure(slots: int) -> list[dict[str, float]]:
     rule = EventRule(
         table,
         EvictionGuard(policy, view, name="lru", strict=True),
-        PrefetchGuard(None, view, name="none"),
+        PrefetchGuard(NoPrefetch(), view, name="none"),
     )
     pager = ExpertPager(
         rule, tenant, TransferEngine(store, [tenant.rows(0)], PAGE_CLASS.nbytes, threads=0)

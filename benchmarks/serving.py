@@ -1,4 +1,4 @@
-"""Stock vLLM against FluxMoE at the same budget: where paging wins, where it is free, where it loses.
+"""Stock vLLM against FluxMoE at one budget: where paging wins, is free, and loses.
 
 python -m benchmarks.serving [--rounds N] [--only NAME …] [--save FILE]
 """
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from benchmarks import machine
 from fluxmoe.demo.compare import Comparison, Workload, compare
 from fluxmoe.demo.model import DemoModel
-from rich.console import Console
-from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pluggy
 from pydantic import BaseModel, ValidationError
@@ -107,18 +107,16 @@ class Registry:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise PluginLoadError(f"{name!r} is not a name", where=f"plugin {plugin}")
-        kinds = [
-            kind
-            for kind, base in _KINDS.items()
-            if isinstance(factory, type) and issubclass(factory, base)
-        ]
+        made = _class_made_by(factory)
+        kinds = [kind for kind, base in _KINDS.items() if issubclass(made, base)]
         if not kinds:
             raise PluginLoadError(
                 f"{name!r} is not a policy class: {factory!r}",
                 where=f"plugin {plugin}",
-                fix="derive it from fluxmoe.EvictionPolicy, PrefetchPolicy or ArbitrationPolicy",
+                fix="derive it from fluxmoe.EvictionPolicy, PrefetchPolicy or ArbitrationPolicy; "
+                "a function that makes policies must say which kind in its return annotation",
             )
-        if kinds[0] == "eviction" and not _decides(factory):
+        if isinstance(factory, type) and kinds[0] == "eviction" and not _decides(factory):
             raise PluginLoadError(
                 f"eviction policy {name!r} decides nothing: {factory!r}",
                 where=f"plugin {plugin}",
@@ -229,6 +227,17 @@ def load(extra: Iterable[str] = ()) -> Registry:
     for name in extra:
         registry.add(_import(name), name)
     return registry
+
+
+def _class_made_by(factory: Callable[..., Any]) -> type:
+    """The class a factory makes: itself, or what its return annotation says."""
+    if isinstance(factory, type):
+        return factory
+    try:
+        made = get_type_hints(factory).get("return")
+    except (TypeError, NameError):
+        made = None
+    return made if isinstance(made, type) else object
 
 
 def _installed() -> list[importlib.metadata.EntryPoint]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 
 from fluxmoe import plugins
 from fluxmoe.config import Config, Share
@@ -62,7 +63,12 @@ class Runtime:
         bank_limit: int | None = None,
         phase: Callable[[], Phase] = lambda: Phase.DECODE,
     ) -> None:
-        self.config, self.geometry, self.page_class, self.store = config, geometry, page_class, store
+        self.config, self.geometry, self.page_class, self.store = (
+            config,
+            geometry,
+            page_class,
+            store,
+        )
         # Policies first: a misspelt name must not cost the time to reserve memory.
         registry = plugins.load(config.plugins)
         eviction: EvictionPolicy = registry.create("eviction", config.eviction)
@@ -76,6 +82,13 @@ class Runtime:
         registry.create("arbitration", config.arbitration)
 
         budget = int(config.memory.budget)
+        available = psutil.virtual_memory().available
+        if budget > available:
+            raise ConfigError(
+                f"a budget of {budget} bytes is more than the {available} bytes that are free",
+                where="memory.budget",
+                fix="lower it",
+            )
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget))
         self.experts_budget, self.kv_budget = self._split(budget // frame_bytes, frame_bytes, kv)
         slots, bank_of = _banks(
@@ -98,13 +111,8 @@ class Runtime:
         table = PageTable(geometry, slots, bank_of=bank_of)
         view = PageView(table, seed=config.seed)
         strict = config.strict_policies
-        self.eviction = EvictionGuard(
-            eviction, view, name=config.eviction["kind"], strict=strict
-        )
-        name = config.prefetch["kind"]
-        self.prefetch = PrefetchGuard(
-            None if name == "none" else prefetch, view, name=name, strict=strict
-        )
+        self.eviction = EvictionGuard(eviction, view, name=config.eviction["kind"], strict=strict)
+        self.prefetch = PrefetchGuard(prefetch, view, name=config.prefetch["kind"], strict=strict)
         rows = [self._tenant.rows(bank) for bank in range(len(slots))]
         transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
         rule = EventRule(table, self.eviction, self.prefetch)
@@ -157,7 +165,9 @@ class Runtime:
             ),
             _wish(
                 memory.kv,
-                planner.Wish(-(-kv.min // frame_bytes), -(-kv.max // frame_bytes), reason=kv.reason),
+                planner.Wish(
+                    -(-kv.min // frame_bytes), -(-kv.max // frame_bytes), reason=kv.reason
+                ),
                 frame_bytes,
                 "kv",
             ),
@@ -174,15 +184,16 @@ def _wish(share: Share, need: planner.Wish, frame_bytes: int, name: str) -> plan
             where=f"memory.{name}.min",
             fix="raise it, or set it to auto",
         )
-    most = need.max if share.max is None else int(share.max) // frame_bytes
-    if most < least:
+    cap = None if share.max is None else int(share.max) // frame_bytes
+    if cap is not None and cap < least:
         raise ConfigError(
             f"{share.max} bytes are less than the minimum of {least * frame_bytes} ({need.reason})",
             where=f"memory.{name}.max",
             fix="raise it, or set it to auto",
         )
     target = None if share.target is None else int(share.target) // frame_bytes
-    return planner.Wish(least, most, target, need.reason)
+    most = need.max if cap is None else min(need.max, cap)
+    return planner.Wish(least, most, target, need.reason, cap)
 
 
 def _banks(

@@ -72,7 +72,11 @@ def _print(result: Comparison, model: DemoModel) -> None:
     table.add_column("stock vLLM", justify="right")
     table.add_column("vLLM + FluxMoE", justify="right")
     rows = [
-        ("experts in the budget", output.nbytes(result.experts_total_bytes), output.nbytes(stats["expert_bytes"])),
+        (
+            "experts in the budget",
+            output.nbytes(result.experts_total_bytes),
+            output.nbytes(stats["expert_bytes"]),
+        ),
         ("  of all experts", "100 %", f"{stats['slots'] / stats['pages']:.0%}"),
         ("KV cache in the budget", output.nbytes(stock.kv_bytes), output.nbytes(paged.kv_bytes)),
         ("  blocks", str(stock.kv_blocks), str(paged.kv_blocks)),

@@ -211,11 +211,11 @@ class EvictionGuard:
 
 
 class PrefetchGuard:
-    """A prefetch policy as the event rule calls it; ``policy=None`` never prefetches."""
+    """A prefetch policy as the event rule calls it. One that leads by no layer is never asked."""
 
     def __init__(
         self,
-        policy: PrefetchPolicy | None,
+        policy: PrefetchPolicy,
         view: PageView,
         *,
         name: str,
@@ -237,16 +237,14 @@ class PrefetchGuard:
 
     @property
     def active(self) -> bool:
-        return self._policy is not None and not self._faults.out
+        return self._policy.lead > 0 and not self._faults.out
 
     def reset(self) -> None:
-        if self._policy is not None:
-            self._faults.contain("reset", self._policy.reset)
+        self._faults.contain("reset", self._policy.reset)
 
     def propose(self, access: Access) -> Int64s:
         """Valid proposals without repeats, most urgent first; none after a fault."""
         none = access.pages[:0]
-        assert self._policy is not None
         pages = self._faults.ask("propose", self._policy.propose, self._view, access)
         if pages is None or pages.size == 0:
             return none

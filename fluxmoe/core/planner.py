@@ -15,13 +15,20 @@ from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a tenant wants, in frames. ``target`` is None where the user left it open."""
+    """What a tenant wants, in frames.
+
+    Attributes:
+        min: It cannot do with less, for the ``reason`` that is shown when the budget is too small.
+        max: More would be of no use, but for what is left over.
+        target: What the user asked for; None where that was left open.
+        cap: More than that the user forbids.
+    """
 
     min: int
     max: int
     target: int | None = None
-    #: Why it cannot do with less than ``min``; shown when the budget is too small.
     reason: str = ""
+    cap: int | None = None
 
 
 def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple[Budget, Budget]:
@@ -68,7 +75,8 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
         to_kv = min(kv.max, frames - experts.min)
         to_experts = min(frames - to_kv, experts.max)
         to_kv = frames - to_experts
+    to_kv = min(to_kv, frames if kv.cap is None else kv.cap)
     return (
         Budget(experts.min, to_experts, experts.max),
-        Budget(kv.min, to_kv, kv.max),
+        Budget(kv.min, to_kv, max(to_kv, kv.max)),
     )

@@ -157,10 +157,10 @@ class PrefetchPolicy(ABC):
     """Proposes pages to load before their layer asks for them.
 
     Class attributes:
-        lead: How many layers ahead the proposals reach.
+        lead: How many layers ahead the proposals reach; a policy that leads by 0 is never asked.
     """
 
-    lead: ClassVar[int] = 1
+    lead: int = 1
 
     @abstractmethod
     def propose(self, view: PageView, access: Access) -> npt.ArrayLike:

@@ -83,7 +83,7 @@ class TransferEngine:
         self.stall_seconds += time.perf_counter() - started
 
     def prefetch(self, loads: Loads) -> None:
-        """Queue copies, in order. A failure shows when the page is needed, in ``complete``."""
+        """Queue copies, in order. A copy that fails is made again when its page is needed."""
         for page, slot in zip(loads.pages.tolist(), loads.slots.tolist(), strict=True):
             self._settle(loads.bank, slot)
             if self._pool is not None:
@@ -101,19 +101,17 @@ class TransferEngine:
     def complete(self, bank: int, page: int, slot: int) -> None:
         """See that a prefetched page, if it is still on its way, has arrived.
 
-        A copy that no thread has begun is made here and now.
+        A copy that no thread has begun, or that failed, is made here and now.
 
         Raises:
-            StoreError: The page could not be read, now or when it was prefetched.
+            StoreError: The page could not be read, at the second try either.
         """
         copy = self._queued.pop((bank, slot), None)
         if copy is None:
             return
         started = time.perf_counter()
-        if copy.cancel():
+        if copy.cancel() or copy.exception() is not None:
             self._copy(bank, [(page, slot)])
-        else:
-            copy.result()
         self.stall_seconds += time.perf_counter() - started
 
     def settle_from(self, bank: int, first: int) -> None:

@@ -38,7 +38,10 @@ class Workload:
         rng = random.Random(self.seed)
         return [
             Prompt(
-                [rng.randrange(3, self.vocabulary) for _ in range(rng.randint(*self.prompt_tokens))],
+                [
+                    rng.randrange(3, self.vocabulary)
+                    for _ in range(rng.randint(*self.prompt_tokens))
+                ],
                 self.output_tokens,
                 temperature=1.0 if self.sampled and index % 2 else 0.0,
                 seed=index,

@@ -89,10 +89,7 @@ class Simulation:
         self._next_use = events.future.first.copy() if self.oracle else None
         view = PageView(table, next_use=self._next_use)
         self._eviction = EvictionGuard(evictor, view, name=self.policy, strict=strict)
-        # A policy that reaches no layer ahead proposes nothing: it need not be asked every time.
-        self._fetching = PrefetchGuard(
-            fetcher if fetcher.lead else None, view, name=self._prefetch, strict=strict
-        )
+        self._fetching = PrefetchGuard(fetcher, view, name=self._prefetch, strict=strict)
         self._rule = EventRule(table, self._eviction, self._fetching)
 
     def run(self) -> Result:

@@ -21,6 +21,7 @@ from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
+from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores import HostStore
 from fluxmoe.testing.faults import FaultyStore
 
@@ -77,7 +78,7 @@ class Rig:
         self.rule = EventRule(
             self.table,
             EvictionGuard(eviction or LeastRecentlyUsed(), view, name="under-test", strict=strict),
-            PrefetchGuard(prefetch, view, name="under-test", strict=strict),
+            PrefetchGuard(prefetch or NoPrefetch(), view, name="under-test", strict=strict),
         )
         self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
         self.transfer = TransferEngine(self.store, self.rows, PAGE_CLASS.nbytes, threads=threads)

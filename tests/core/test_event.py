@@ -17,6 +17,7 @@ from fluxmoe.errors import CapacityError
 from fluxmoe.policies.eviction.immediate import Immediate
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.next_layer import NextLayer
+from fluxmoe.policies.prefetch.none import NoPrefetch
 
 E = 4  # experts per layer
 NO_SLOTS = np.zeros(0, np.int32)
@@ -55,7 +56,7 @@ def make(slots=6, *, layers=4, eviction=None, prefetch=None, **options) -> Event
     return EventRule(
         table,
         EvictionGuard(eviction or LeastRecentlyUsed(), view, name="e", strict=True),
-        PrefetchGuard(prefetch, view, name="p", strict=True),
+        PrefetchGuard(prefetch or NoPrefetch(), view, name="p", strict=True),
     )
 
 
@@ -212,7 +213,7 @@ def test_4_victims_are_of_the_banks_pages():
     rule = EventRule(
         table,
         EvictionGuard(LeastRecentlyUsed(), view, name="e"),
-        PrefetchGuard(None, view, name="p"),
+        PrefetchGuard(NoPrefetch(), view, name="p"),
     )
     run(rule, 0, 0, 1, 2)
     run(rule, 2, 0)

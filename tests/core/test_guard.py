@@ -16,6 +16,7 @@ from fluxmoe.core.types import Geometry
 from fluxmoe.errors import PolicyFaultError
 from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
+from fluxmoe.policies.prefetch.none import NoPrefetch
 from tests.core import reference
 from tests.core.rig import Kernel, StableKernel
 
@@ -28,7 +29,7 @@ def make(policy, *, prefetch=None, strict=False, strikes=16, slots=SLOTS) -> Eve
     return EventRule(
         table,
         EvictionGuard(policy, view, name="pony", strict=strict, strikes=strikes),
-        PrefetchGuard(prefetch, view, name="cart", strict=strict, strikes=strikes),
+        PrefetchGuard(prefetch or NoPrefetch(), view, name="cart", strict=strict, strikes=strikes),
     )
 
 

@@ -10,6 +10,7 @@ from fluxmoe.core.policy import PageView
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import CapacityError, InvariantError
 from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
 def table(slots=(6,), **options) -> PageTable:
@@ -118,7 +119,9 @@ def test_a_resize_first_frees_what_the_last_event_left():
     t = table()
     view = PageView(t)
     rule = EventRule(
-        t, EvictionGuard(Immediate(), view, name="x"), PrefetchGuard(None, view, name="none")
+        t,
+        EvictionGuard(Immediate(), view, name="x"),
+        PrefetchGuard(NoPrefetch(), view, name="none"),
     )
     rule.run(0, 1, np.array([0, 3]))
     t.resize(0, 5)

@@ -20,7 +20,8 @@ def split(frames, experts, kv):
         Wish(*experts, reason="one layer of 64 experts"),
         Wish(*kv, reason="one sequence of 8192 tokens"),
     )
-    assert (a.min, a.max, b.min, b.max) == (*experts[:2], *kv[:2])
+    assert (a.min, a.max, b.min) == (*experts[:2], kv[0])
+    assert b.max == max(kv[1], b.target)  # what nobody else can use holds cached prefixes
     return a.target, b.target
 
 
@@ -52,6 +53,11 @@ def split(frames, experts, kv):
 )
 def test_first_split(frames, experts, kv, expected):
     assert split(frames, experts, kv) == expected
+
+
+def test_the_kv_cache_never_gets_more_than_its_cap():
+    experts, kv = Wish(10, 100), Wish(5, 40, cap=45)
+    assert [budget.target for budget in first_split(150, MIB, experts, kv)] == [100, 45]
 
 
 def test_a_budget_below_the_minimums_says_how_much_is_needed_and_why():

@@ -51,7 +51,8 @@ def test_replay_equals_the_pager(tmp_path, registry, policy, prefetch, banks):
     names = {LeastRecentlyUsed: "lru", LeastFrequentlyUsed: "lfu", Immediate: "immediate",
              NextUse: "next-use"}  # fmt: skip
     result = simulate(
-        tmp_path / "t.parquet", names[policy], CAPACITY * banks, "next-layer" if prefetch else "none",
+        tmp_path / "t.parquet", names[policy], CAPACITY * banks,
+        "next-layer" if prefetch else "none",
         banks=banks, registry=registry, strict=True,
     )  # fmt: skip
     for counter in ("events", "accesses", "hits", "misses", "prefetch_hits", "evictions",

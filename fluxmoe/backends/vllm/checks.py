@@ -1,4 +1,4 @@
-"""What vLLM can do and FluxMoE cannot (yet): refused at start, with the setting that is in the way."""
+"""What vLLM can do and FluxMoE cannot yet: refused at start, naming the setting in the way."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ their environment once.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -133,10 +134,8 @@ class ChildEngine:
     def close(self) -> None:
         """End the child. Idempotent."""
         if self._process.is_alive():
-            try:
+            with contextlib.suppress(OSError):
                 self._connection.send(("stop", ()))
-            except OSError:
-                pass
             self._process.join(30)
             if self._process.is_alive():
                 self._process.kill()
@@ -159,7 +158,9 @@ class ChildEngine:
         try:
             ok, value = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise EngineError("the engine process ended unexpectedly", where=self._tail()) from error
+            raise EngineError(
+                "the engine process ended unexpectedly", where=self._tail()
+            ) from error
         if ok:
             return value
         if isinstance(value, FluxMoEError):
@@ -218,9 +219,7 @@ def _portable(error: BaseException) -> FluxMoEError | str:
 class _Engine:
     """Lives in the child."""
 
-    def __init__(
-        self, model: str, fluxmoe: dict[str, Any] | None, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: str, fluxmoe: dict[str, Any] | None, options: dict[str, Any]) -> None:
         from vllm import LLM
 
         from fluxmoe.backends.vllm import WORKER_CLS, compat

@@ -58,7 +58,6 @@ from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes  # noqa: E402
 from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: E402
 
 
-
 def current_phase() -> Phase:
     """What the running step does, from the attention metadata; decode if there is none.
 

@@ -45,7 +45,12 @@ class PagedRoutedExperts(RoutedExperts):
             getattr(self, name).data = arena
 
     def forward_modular(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *args: Any, **kw: Any
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *args: Any,
+        **kw: Any,
     ) -> torch.Tensor:
         """The stock kernel, with slots in place of expert ids."""
         if self._pager is not None:

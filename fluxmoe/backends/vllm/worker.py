@@ -238,7 +238,9 @@ def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:
 def _bytes(weight: torch.Tensor) -> Bytes:
     """``[experts, …]`` as uint8 ``[experts, bytes]``, without a copy."""
     if not weight.is_contiguous():
-        raise UnsupportedError(f"expert weights of strides {weight.stride()} are not one block each")
+        raise UnsupportedError(
+            f"expert weights of strides {weight.stride()} are not one block each"
+        )
     array: Bytes = weight.view(weight.shape[0], -1).view(torch.uint8).numpy()
     return array
 

@@ -20,7 +20,7 @@ class NextLayer(PrefetchPolicy):
     """Fetch all experts of the next layers; the last layer is followed by the first."""
 
     def __init__(self, depth: int = 1) -> None:
-        self.lead = depth  # type: ignore[misc]
+        self.lead = depth
 
     def propose(self, view: PageView, access: Access) -> Int64s:
         experts = np.arange(view.experts_per_layer)
