@@ -29,8 +29,9 @@ def detach(handle: int) -> None:
 
 
 def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
-    slots = torch.empty(topk_ids.shape, dtype=torch.int32)
-    _pagers[handle].acquire(layer, topk_ids.reshape(-1).numpy(), slots.view(-1).numpy())
+    slots = torch.empty_like(topk_ids, dtype=torch.int32)
+    # numpy's reshape is cheaper than torch's; the ids are contiguous, so neither copies.
+    _pagers[handle].acquire(layer, topk_ids.numpy().reshape(-1), slots.numpy().reshape(-1))
     return slots
 
 

@@ -5,7 +5,6 @@ Verbs import what they need when they run: ``fluxmoe --help`` loads no array lib
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 import fluxmoe
-from fluxmoe.cli import output, policies, simulate, trace
+from fluxmoe.cli import demo, output, policies, serve, simulate, trace
 from fluxmoe.errors import FluxMoEError
 
 _DEBUG = "--debug"
@@ -45,21 +44,12 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_globals)
-    _add_demo(app)
+    app.command("demo")(demo.demo)
+    app.command("serve")(serve.serve)
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
     return app
-
-
-def _add_demo(app: typer.Typer) -> None:
-    try:
-        demo = importlib.import_module("fluxmoe.cli.demo")
-    except ModuleNotFoundError as error:
-        if error.name != "fluxmoe.cli.demo":
-            raise
-        return
-    app.command("demo")(demo.demo)
 
 
 def _print_version(wanted: bool) -> None:

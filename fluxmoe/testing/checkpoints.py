@@ -115,5 +115,22 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
                     weight.normal_(0.0, 0.06)
     transformers.logging.disable_progress_bar()
     model.save_pretrained(path)
+    _byte_tokenizer().save_pretrained(path)
     done.write_text(recipe)  # last: a torn checkpoint is written again
     return path
+
+
+def _byte_tokenizer() -> Any:
+    """One token per byte, after the three special ones: any text in, any bytes out."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<bos>", "<eos>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )

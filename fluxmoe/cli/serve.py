@@ -1,0 +1,30 @@
+"""``fluxmoe serve``: vLLM's OpenAI server with a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="YAML file, see docs/configuration.md.")],
+    print_command: Annotated[
+        bool, typer.Option("--print-command", help="Print the vLLM command instead of running it.")
+    ] = False,
+) -> None:
+    """Start vLLM's OpenAI server with paged experts."""
+    from fluxmoe import config as configuration
+    from fluxmoe import plugins
+    from fluxmoe.backends.vllm import launch
+
+    loaded = configuration.load(config)
+    registry = plugins.load(loaded.plugins)  # a misspelt policy fails here, not in a worker
+    registry.create("eviction", loaded.eviction)
+    registry.create("prefetch", loaded.prefetch)
+    registry.create("arbitration", loaded.arbitration)
+    if print_command:
+        print(launch.shell_line(loaded))
+    else:
+        launch.serve(loaded)
