@@ -1,6 +1,6 @@
 """What the bookkeeping of one event costs that finds all its pages: µs against slots and tokens.
 
-    .venv/bin/python benchmarks/event_cost.py [--json] [--save FILE]
+    python -m benchmarks event_cost [--json] [--save FILE]
 
 Every event routes to all 64 experts of a layer (a batch of one token: to 8 of them), and every page
 is resident, so the numbers are pure overhead: the event rule, and the slot of every routed expert.
@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import machine
 from fluxmoe import plugins
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.event import EventRule, Slots
@@ -45,15 +44,14 @@ PAGE_CLASS = PageClass((Part("w13", 128, 64), Part("w2", 64, 32)))
 FRAME = 4096
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("event_cost", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rows = [row for slots in SLOTS for row in measure(slots)]
     if arguments.save:
-        document = {"benchmark": "event_cost", "machine": machine(), "results": rows}
-        arguments.save.write_text(json.dumps(document, indent=2) + "\n")
+        machine.save(arguments.save, rows)
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -118,23 +116,6 @@ def per_event(
     return round(statistics.median(times), 2)
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers depend on; nothing that names the machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cpus": len(names),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-    }
-
-
 def show(rows: list[dict[str, float]]) -> None:
     table = Table(title="one event, all hits: µs, median of repeats", title_justify="left")
     for column in ("slots", *(f"batch {t} {w}" for t in TOKENS for w in ("rule", "pager"))):
@@ -144,7 +125,3 @@ def show(rows: list[dict[str, float]]) -> None:
         cells = [f"{row[w]:.1f}" for row in mine for w in ("rule_us", "pager_us")]
         table.add_row(str(slots), *cells)
     Console(width=100).print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
-        "command": "python " + " ".join(["-m", __package__ or "", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),

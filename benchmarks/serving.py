@@ -1,6 +1,6 @@
 """Stock vLLM against FluxMoE at one budget: where paging wins, is free, and loses.
 
-python -m benchmarks.serving [--rounds N] [--only NAME …] [--save FILE]
+python -m benchmarks serving [--rounds N] [--only NAME …] [--save FILE]
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def run(model: DemoModel, folder: Path, scenario: Scenario, rounds: int) -> Comp
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("serving", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of scenario names")
     parser.add_argument("--save", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     model = DemoModel()
     table = Table(title="stock vLLM and FluxMoE at the same budget (medians, one thread, eager)")
     for column in ("scenario", "stock tok/s", "FluxMoE tok/s", "ratio", "experts", "hits", "same"):
@@ -87,7 +87,3 @@ def main() -> None:
     Console().print(table)
     if arguments.save:
         machine.save(arguments.save, results)
-
-
-if __name__ == "__main__":
-    main()
