@@ -12,6 +12,8 @@ READY    := $(VENV)/.ready
 PYTHON      ?=
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
+# Test processes; files are never split, because their tests share an engine.
+JOBS        ?= 2
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 
@@ -65,7 +67,7 @@ demo: $(READY)  ## stock vLLM and FluxMoE at the same memory budget, compared
 	$(BIN)/fluxmoe demo $(DEMO_ARGS)
 
 test: $(READY)  ## the test suite (real CPU vLLM included)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(READY)  ## lint, format, types, import direction
 	$(BIN)/ruff check .

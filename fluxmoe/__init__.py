@@ -1,5 +1,7 @@
 """FluxMoE: a policy-pluggable memory manager for Mixture-of-Experts inference."""
 
+from typing import TYPE_CHECKING, Any
+
 from fluxmoe.core.policy import (
     ArbitrationPolicy,
     ArbitrationView,
@@ -9,8 +11,11 @@ from fluxmoe.core.policy import (
     Split,
 )
 from fluxmoe.core.types import Access, Counters, Phase
-from fluxmoe.errors import FluxMoEError
+from fluxmoe.errors import FluxMoEError, MissingDependencyError
 from fluxmoe.hookspecs import hookimpl, hookspec
+
+if TYPE_CHECKING:
+    from fluxmoe.backends.torch import page
 
 __version__ = "0.1.0"
 
@@ -27,4 +32,20 @@ __all__ = [
     "Split",
     "hookimpl",
     "hookspec",
+    "page",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Policies and the simulator need no torch, so only what does need it imports it.
+    if name != "page":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from fluxmoe.backends.torch import page
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise MissingDependencyError(
+            f"{error.name} is needed to page a PyTorch model", fix="pip install 'fluxmoe[hf]'"
+        ) from error
+    return page

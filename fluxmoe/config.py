@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
 from fluxmoe.errors import ConfigError
 
 AUTO = "auto"
@@ -18,18 +29,44 @@ def _policy(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _size(value: object) -> object:
+    if isinstance(value, bool):  # would pass for 1 byte
+        raise PydanticCustomError("byte_size", "a size is needed")
+    return value
+
+
 def _auto(value: object) -> object:
-    return None if value == AUTO else value
+    return None if value == AUTO else _size(value)
 
 
 #: A policy: its name, or a map with ``kind`` and the policy's own options.
-Policy = Annotated[dict[str, Any], BeforeValidator(_policy)]
-#: A size in bytes or as text with a unit; None stands for ``auto``.
-AutoSize = Annotated[ByteSize | None, BeforeValidator(_auto)]
+Policy = Annotated[
+    dict[str, Any], BeforeValidator(_policy, json_schema_input_type=str | dict[str, Any])
+]
+#: A size in bytes or as text with a unit.
+Size = Annotated[ByteSize, BeforeValidator(_size, json_schema_input_type=ByteSize)]
+#: The same; None stands for ``auto``.
+AutoSize = Annotated[
+    ByteSize | None,
+    BeforeValidator(_auto, json_schema_input_type=ByteSize | Literal["auto"] | None),
+]
+
+
+#: What pydantic says in words of Python, in words of YAML.
+_WHAT = {
+    "dict_type": "a map is needed",
+    "model_type": "a map is needed",
+    "list_type": "a list is needed",
+}
+_FIXES = {
+    "byte_size": "write a size as 24GiB, or as a number of bytes",
+    "byte_size_unit": "units are KiB, MiB, GiB, TiB; KB, MB, GB, TB",
+}
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # The docstrings below fields are the descriptions that editors show from the JSON schema.
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Share(_Model):
@@ -39,16 +76,43 @@ class Share(_Model):
     target: AutoSize = None
     max: AutoSize = None
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        given = [n for n in ("min", "target", "max") if getattr(self, n) is not None]
+        for less, more in itertools.pairwise(given):
+            if getattr(self, less) > getattr(self, more):
+                raise PydanticCustomError("order", f"{less} must not be above {more}")
+        return self
+
 
 class Memory(_Model):
     """The budget of one worker: experts and KV cache together."""
 
-    budget: ByteSize = Field(gt=0)
+    budget: Size = Field(gt=0)
+    """Bytes for experts and KV cache together, such as 24GiB."""
     experts: Share = Share()
+    """Bounds of the expert pages."""
     kv: Share = Share()
+    """Bounds of the KV cache."""
     frame: AutoSize = None
-    #: Banks to spread the slots over at least; more where the kernel's slot index is narrow.
+    """Unit in which memory moves between the two; auto: budget/8192 within 4KiB … 2MiB."""
     banks: int = Field(default=1, ge=1)
+    """Banks to spread the slots over at least; more where the kernel's slot index is narrow."""
+
+
+class PolicyLimits(_Model):
+    """What a policy is allowed before it is interrupted or replaced."""
+
+    strikes: int = Field(default=DEFAULT_LIMITS.strikes, ge=1)
+    """Faults after which a policy is replaced for good, and slow calls worth a line in the log."""
+    soft_ms: float = Field(default=DEFAULT_LIMITS.soft_s * 1e3, gt=0, le=3.6e6)
+    """Milliseconds beyond which a call is counted as slow."""
+    hard_s: float = Field(default=DEFAULT_LIMITS.hard_s, gt=0, le=3600)
+    """Seconds beyond which a call is interrupted, which is a fault."""
+
+    def limits(self) -> Limits:
+        """The same as the core takes it."""
+        return Limits(self.strikes, self.soft_ms / 1e3, self.hard_s)
 
 
 class HostStoreConfig(_Model):
@@ -61,19 +125,30 @@ class Config(_Model):
     """Everything FluxMoE can be told. Keys of ``vllm`` are passed to vLLM untouched."""
 
     model: str | None = None
+    """Folder or Hugging Face name of the model; needed to serve."""
     memory: Memory
     preset: Literal["default"] = "default"
     eviction: Policy = {"kind": "next-use"}
+    """Policy that decides which expert is given up: a name, or {kind: NAME, option: value}."""
     prefetch: Policy = {"kind": "none"}
+    """Policy that decides which experts are loaded ahead."""
     arbitration: Policy = {"kind": "fixed"}
+    """Policy that divides the budget between experts and KV cache."""
+    policy_limits: PolicyLimits = PolicyLimits()
     stores: list[HostStoreConfig] = Field(
         default=[HostStoreConfig(kind="host")], min_length=1, max_length=1
     )
+    """Where the expert pages lie that are not resident."""
     plugins: list[str] = []
+    """Files (.py) or modules that register further policies."""
     strict_policies: bool = False
+    """Stop at the first fault of a policy instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
+    """Threads that copy pages; 0 = the engine's own thread does."""
     seed: int = 0
+    """Seed of the random numbers that policies may use."""
     vllm: dict[str, Any] = {}
+    """Options passed to vLLM untouched."""
 
 
 def parse(data: object, *, where: str) -> Config:
@@ -94,8 +169,21 @@ def parse(data: object, *, where: str) -> Config:
         elif first["type"] == "missing":
             what, fix = f"{field!r} is missing", "add it"
         else:
-            what, fix = f"{field}: {first['msg']}, not {first['input']!r}", ""
+            what = _WHAT.get(first["type"], first["msg"])
+            what = f"{field}: {what}, not {first['input']!r}"
+            fix = _FIXES.get(first["type"], "see `fluxmoe config schema`")
+            if field in ("eviction", "prefetch", "arbitration"):
+                fix = "write the name of a policy, or {kind: NAME, option: value}"
         raise ConfigError(what, where=where, fix=fix) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration as a user writes it (docs/fluxmoe.schema.json)."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Config.model_json_schema(mode="validation"),
+        "title": "FluxMoE configuration",
+    }
 
 
 def load(path: Path) -> Config:
@@ -108,6 +196,8 @@ def load(path: Path) -> Config:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read it: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not a text file: {error}", where=str(path)) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     return parse(data, where=str(path))

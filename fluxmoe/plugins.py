@@ -25,8 +25,9 @@ import pluggy
 from pydantic import BaseModel, ValidationError
 
 from fluxmoe import hookspecs
+from fluxmoe.config import Config
 from fluxmoe.core.policy import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
-from fluxmoe.errors import ConfigError, PluginLoadError, UnknownPolicyError
+from fluxmoe.errors import ConfigError, NeedsFutureError, PluginLoadError, UnknownPolicyError
 
 GROUP = "fluxmoe"
 ALLOW_LIST = "FLUXMOE_PLUGINS"
@@ -183,6 +184,23 @@ class Registry:
                 f"{kind} policy {name!r} cannot be made: {type(error).__name__}: {error}",
                 where=f"plugin {registration.plugin}",
             ) from error
+
+    def serving(self, config: Config) -> tuple[EvictionPolicy, PrefetchPolicy, ArbitrationPolicy]:
+        """New policies as a configuration asks for them, for an engine.
+
+        Raises:
+            UnknownPolicyError, ConfigError, PluginLoadError: See ``create``.
+            NeedsFutureError: An oracle was asked for: no engine can know the future.
+        """
+        eviction: EvictionPolicy = self.create("eviction", config.eviction)
+        if eviction.needs_future:
+            raise NeedsFutureError(
+                f"eviction policy {config.eviction['kind']!r} needs to know the future",
+                where="eviction",
+                fix="it works in `fluxmoe simulate` only; choose another one to serve with",
+            )
+        prefetch = self.create("prefetch", config.prefetch)
+        return eviction, prefetch, self.create("arbitration", config.arbitration)
 
 
 def _decides(policy: Any) -> bool:

@@ -48,7 +48,7 @@ def replay(events, num_layers, experts, policy, capacity, prefetch="none", banks
 
     Args:
         events: A list of (layer, experts routed to, in any order and with repeats).
-        policy: lru, lfu, belady, immediate or mru.
+        policy: lru, lfu, lfru, belady, immediate or mru.
         capacity: Slots over all banks.
     """
     uses = defaultdict(list)  # page -> the events that use it
@@ -68,6 +68,15 @@ def replay(events, num_layers, experts, policy, capacity, prefetch="none", banks
     def bank(page):
         return bank_of[page // experts]
 
+    def wait(page, now):
+        """lfru: the events until a page is expected to be used."""
+        own, running = page // experts, events[now][0]
+        distance = own - running if own > running else own - running + num_layers
+        turns = sum(number % num_layers == own for number in range(now + 1))
+        probability = min(1.0, (use_count[page] + 0.5) / (turns + 1))
+        missed = (now - last_use[page]) // num_layers
+        return distance + (1 / probability - 1 + 0.3 * missed) * num_layers
+
     def score(page, now):
         following = uses[page]
         where = bisect_right(following, now)
@@ -76,6 +85,7 @@ def replay(events, num_layers, experts, policy, capacity, prefetch="none", banks
             "immediate": last_use[page],
             "mru": -last_use[page],
             "lfu": use_count[page],
+            "lfru": -wait(page, now),
             "belady": -(following[where] if where < len(following) else NEVER),
         }[policy]
 

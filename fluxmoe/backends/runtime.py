@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,18 +14,18 @@ from fluxmoe import plugins
 from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
 from fluxmoe.core.arbiter import MemoryArbiter
-from fluxmoe.core.banks import banks_needed, spread
+from fluxmoe.core.banks import spread
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.policy import PageView
 from fluxmoe.core.store import Store
 from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
-from fluxmoe.errors import ConfigError, NeedsFutureError
+from fluxmoe.errors import ConfigError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Runtime:
     Raises:
         BudgetTooSmallError: The minimums do not fit.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies cannot be had.
+        UnsupportedError: The kernel cannot address one layer's experts.
     """
 
     def __init__(
@@ -69,18 +72,7 @@ class Runtime:
             page_class,
             store,
         )
-        # Policies first: a misspelt name must not cost the time to reserve memory.
-        registry = plugins.load(config.plugins)
-        eviction: EvictionPolicy = registry.create("eviction", config.eviction)
-        if eviction.needs_future:
-            raise NeedsFutureError(
-                f"eviction policy {config.eviction['kind']!r} needs to know the future",
-                where="eviction",
-                fix="it works in `fluxmoe simulate` only; choose another one to serve with",
-            )
-        prefetch = registry.create("prefetch", config.prefetch)
-        registry.create("arbitration", config.arbitration)
-
+        eviction, prefetch, _ = plugins.load(config.plugins).serving(config)
         budget = int(config.memory.budget)
         available = psutil.virtual_memory().available
         if budget > available:
@@ -90,6 +82,12 @@ class Runtime:
                 fix="lower it",
             )
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget))
+        if frame_bytes % mmap.PAGESIZE:
+            raise ConfigError(
+                f"{frame_bytes} bytes are not a multiple of {mmap.PAGESIZE}",
+                where="memory.frame",
+                fix="use a power of two, or auto",
+            )
         self.experts_budget, self.kv_budget = self._split(budget // frame_bytes, frame_bytes, kv)
         slots, bank_of = _banks(
             geometry,
@@ -101,22 +99,29 @@ class Runtime:
         )
 
         self.arbiter = MemoryArbiter(CpuSubstrate(budget // frame_bytes, frame_bytes))
-        self._tenant = ExpertTenant(
-            self.arbiter.pool, self.arbiter.substrate, page_class, reserved=slots
-        )
-        for bank, count in enumerate(slots):
-            self._tenant.resize(bank, count)
-        self.arbiter.kv.hold(self.kv_budget.target)
+        with ExitStack() as undo:
+            undo.callback(self.arbiter.substrate.close)
+            self._tenant = ExpertTenant(
+                self.arbiter.pool, self.arbiter.substrate, page_class, reserved=slots
+            )
+            for bank, count in enumerate(slots):
+                self._tenant.resize(bank, count)
+            self.arbiter.kv.hold(self.kv_budget.target)
 
-        table = PageTable(geometry, slots, bank_of=bank_of)
-        view = PageView(table, seed=config.seed)
-        strict = config.strict_policies
-        self.eviction = EvictionGuard(eviction, view, name=config.eviction["kind"], strict=strict)
-        self.prefetch = PrefetchGuard(prefetch, view, name=config.prefetch["kind"], strict=strict)
-        rows = [self._tenant.rows(bank) for bank in range(len(slots))]
-        transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
-        rule = EventRule(table, self.eviction, self.prefetch)
-        self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
+            table = PageTable(geometry, slots, bank_of=bank_of)
+            view = PageView(table, seed=config.seed)
+            strict, limits = config.strict_policies, config.policy_limits.limits()
+            self.eviction = EvictionGuard(
+                eviction, view, name=config.eviction["kind"], strict=strict, limits=limits
+            )
+            self.prefetch = PrefetchGuard(
+                prefetch, view, name=config.prefetch["kind"], strict=strict, limits=limits
+            )
+            rows = [self._tenant.rows(bank) for bank in range(len(slots))]
+            transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
+            rule = EventRule(table, self.eviction, self.prefetch)
+            self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
+            undo.pop_all()
 
     @property
     def kv_bytes(self) -> int:
@@ -204,15 +209,25 @@ def _banks(
     limit: int | None,
     wanted: int,
 ) -> tuple[list[int], list[int]]:
-    """Slots per bank and the bank of each layer, within ``frames`` frames."""
+    """Slots per bank and the bank of each layer, within ``frames`` frames.
+
+    The fewest banks that waste no slot, but ``wanted`` if there can be so many: a bank holds at
+    least one layer's experts, so a small budget cannot have many.
+    """
+    layers, experts = geometry.num_layers, geometry.experts_per_layer
+    if limit is not None and limit < experts:
+        raise UnsupportedError(
+            f"the kernel can address {limit} slots of this size, a layer has {experts} experts"
+        )
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
-    # A bank holds at least one layer's experts, so a small budget cannot have many banks.
-    most = min(geometry.num_layers, total // geometry.experts_per_layer)
-    while True:
-        banks = max(1, min(max(banks_needed(total, limit), wanted), most))
-        slots, bank_of = spread(geometry, total, banks)
-        slots = [min(share, limit or share) for share in slots]
-        # Each bank fills whole frames of its own, so several may need a little more than one.
-        if sum(frames_for(page_class, share, frame_bytes) for share in slots) <= frames:
-            return slots, bank_of
-        total -= 1
+    needed = 1
+    while limit is not None and max(spread(geometry, total, needed)[0]) > limit:
+        needed += 1
+    for banks in range(min(max(needed, wanted), layers), 1, -1):
+        # Each bank fills whole frames of its own, so several may need a few more than one does.
+        for slots in range(total, banks * experts - 1, -1):
+            shares, bank_of = spread(geometry, slots, banks)
+            used = sum(frames_for(page_class, share, frame_bytes) for share in shares)
+            if min(shares) >= experts and used <= frames:
+                return [min(share, limit or share) for share in shares], bank_of
+    return [min(total, limit or total)], [0] * layers

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import fluxmoe
-from fluxmoe.cli import demo, output, policies, serve, simulate, trace
+from fluxmoe.cli import config, demo, doctor, generate, output, policies, serve, simulate, trace
 from fluxmoe.errors import FluxMoEError
 
 _DEBUG = "--debug"
@@ -46,9 +46,12 @@ def _app() -> typer.Typer:
     app.callback()(_globals)
     app.command("demo")(demo.demo)
     app.command("serve")(serve.serve)
+    app.command("generate")(generate.generate)
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
+    app.add_typer(config.app, name="config")
+    app.command("doctor")(doctor.doctor)
     return app
 
 

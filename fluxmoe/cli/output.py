@@ -40,3 +40,11 @@ def nbytes(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def exact_size(size: int) -> int | str:
+    """A size as a configuration would say it, exactly: 1536 → ``1536``, 2048 → ``2KiB``."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size and size % 1024**power == 0:
+            return f"{size // 1024**power}{unit}"
+    return int(size)

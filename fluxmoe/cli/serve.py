@@ -20,10 +20,7 @@ def serve(
     from fluxmoe.backends.vllm import launch
 
     loaded = configuration.load(config)
-    registry = plugins.load(loaded.plugins)  # a misspelt policy fails here, not in a worker
-    registry.create("eviction", loaded.eviction)
-    registry.create("prefetch", loaded.prefetch)
-    registry.create("arbitration", loaded.arbitration)
+    plugins.load(loaded.plugins).serving(loaded)  # its errors belong here, not into a worker
     if print_command:
         print(launch.shell_line(loaded))
     else:

@@ -9,11 +9,6 @@ from __future__ import annotations
 from fluxmoe.core.types import Geometry
 
 
-def banks_needed(slots: int, limit: int | None) -> int:
-    """The fewest banks of at most ``limit`` slots that hold ``slots`` slots."""
-    return 1 if limit is None else max(1, -(-slots // limit))
-
-
 def spread(geometry: Geometry, slots: int, banks: int) -> tuple[list[int], list[int]]:
     """Spread layers and slots over banks, slots in proportion to layers.
 

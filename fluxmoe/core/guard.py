@@ -2,8 +2,9 @@
 
 A policy is trusted code that may be wrong: if it raises, or answers with nonsense, that one call
 falls back to LRU, the fault is counted and logged once under the name the policy was registered
-with, and after ``strikes`` faults the policy is out for good. ``strict`` raises instead. Attacks
-are not contained: a plugin runs with the rights of the engine.
+with, and after ``strikes`` faults the policy is out for good. ``strict`` raises instead. A call
+that takes too long is counted, or interrupted, which is a fault (see ``limits``). Attacks are not
+contained: a plugin runs with the rights of the engine.
 """
 
 from __future__ import annotations
@@ -16,48 +17,70 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.limits import DEFAULT_LIMITS, HardLimitExceeded, Limits, Stopwatch
 from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.types import Access, Int64s
 from fluxmoe.errors import PolicyFaultError
 
 logger = logging.getLogger("fluxmoe")
 
-DEFAULT_STRIKES = 16
+_NO_ANSWER: Any = object()  # None is an answer, and a wrong one
 
 _KERNEL = numba.float64(numba.int64, numba.int64, numba.int64, numba.int64, numba.int64)
 
 
 class _Faults:
-    """Counts the faults of one policy and decides what follows."""
+    """Calls one policy, counts its faults and decides what follows."""
 
-    def __init__(self, kind: str, name: str, strict: bool, strikes: int) -> None:
-        self.kind, self.name, self.strict, self.strikes = kind, name, strict, strikes
+    def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
+        self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
+        self._watch = Stopwatch(limits)
         self._reported: set[str] = set()
+        self._reported_slow = False
 
     @property
     def out(self) -> bool:
-        return self.count >= self.strikes
+        return self.count >= self.limits.strikes
+
+    @property
+    def slow(self) -> int:
+        return self._watch.slow
 
     def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
         """Call a hook, which answers nothing; a policy that is out is not called any more."""
-        if not self.out:
-            try:
-                hook(*args)
-            except Exception as error:
-                self.note(method, error)
+        self._call(method, hook, args)
 
     def ask(
         self, method: str, function: Callable[..., npt.ArrayLike], *args: object
     ) -> npt.NDArray[Any] | None:
         """The answer as an array, not yet validated; None after a fault, or if it is out."""
-        if self.out:
-            return None
+        answer = self._call(method, function, args)
+        if answer is not _NO_ANSWER and not isinstance(answer, np.ndarray):
+            # Limited, too: it may be an object that takes its time to make an array.
+            answer = self._call(method, np.asarray, (answer,))
+        return None if answer is _NO_ANSWER else answer
+
+    def _call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        if self.count >= self.limits.strikes:
+            return _NO_ANSWER
+        watch = self._watch
         try:
-            return np.asarray(function(*args))
+            answer = watch.call(function, args)
+        except HardLimitExceeded:
+            self.note(method, f"took more than {self.limits.hard_s:g} s")
+            return _NO_ANSWER
         except Exception as error:
             self.note(method, error)
-            return None
+            return _NO_ANSWER
+        # One slow call may be the machine's doing; as many as there are strikes are the policy's.
+        if watch.slow >= self.limits.strikes and not self._reported_slow:
+            self._reported_slow = True
+            logger.warning(
+                "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
+                *(self.kind, self.name, watch.slow, self.limits.soft_s * 1e3, method),
+            )
+        return answer
 
     def note(self, method: str, problem: Exception | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
@@ -71,9 +94,9 @@ class _Faults:
         if method not in self._reported:
             self._reported.add(method)
             logger.warning("%s; this call falls back to the default (reported once)", what)
-        if self.count == self.strikes:
+        if self.count == self.limits.strikes:
             logger.warning(
-                "%s policy %r is replaced after %d faults", self.kind, self.name, self.strikes
+                "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
 
 
@@ -93,10 +116,10 @@ class EvictionGuard:
         *,
         name: str,
         strict: bool = False,
-        strikes: int = DEFAULT_STRIKES,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self._policy, self._view = policy, view
-        self._faults = _Faults("eviction", name, strict, strikes)
+        self._faults = _Faults("eviction", name, strict, limits)
         self._kernel = _compile(policy, name)
         overrides = {
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
@@ -108,6 +131,8 @@ class EvictionGuard:
         self.watches_evict = overrides["on_evict"]
         self.retains = overrides["retain"]
         self._selects = overrides["select"]
+        if self._kernel is not None:
+            self._kernel_scores(np.zeros(0, np.int64))  # compiles the loop: no call's fault
 
     @property
     def name(self) -> str:
@@ -117,6 +142,15 @@ class EvictionGuard:
     def faults(self) -> int:
         """Faults contained so far."""
         return self._faults.count
+
+    @property
+    def limits(self) -> Limits:
+        return self._faults.limits
+
+    @property
+    def slow(self) -> int:
+        """Calls so far that were answered, but took longer than the soft limit."""
+        return self._faults.slow
 
     @property
     def stable(self) -> bool:
@@ -220,11 +254,11 @@ class PrefetchGuard:
         *,
         name: str,
         strict: bool = False,
-        strikes: int = DEFAULT_STRIKES,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self._policy, self._view = policy, view
         self._num_pages = view.num_layers * view.experts_per_layer
-        self._faults = _Faults("prefetch", name, strict, strikes)
+        self._faults = _Faults("prefetch", name, strict, limits)
 
     @property
     def name(self) -> str:
@@ -234,6 +268,15 @@ class PrefetchGuard:
     def faults(self) -> int:
         """Faults contained so far."""
         return self._faults.count
+
+    @property
+    def limits(self) -> Limits:
+        return self._faults.limits
+
+    @property
+    def slow(self) -> int:
+        """Calls so far that were answered, but took longer than the soft limit."""
+        return self._faults.slow
 
     @property
     def active(self) -> bool:

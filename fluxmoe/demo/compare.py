@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fluxmoe import config, plugins
 from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
 
 
@@ -147,13 +148,15 @@ def compare(
         options: Passed to ``vllm.LLM`` of both.
         progress: Told what happens.
     """
-    memory = {**fluxmoe.get("memory", {}), "budget": budget_bytes}
+    fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
+    wanted = config.parse(fluxmoe, where="fluxmoe")
+    plugins.load(wanted.plugins).serving(wanted)  # for its errors, before engines start
     prompts = workload.prompts()
     progress("starting stock vLLM")
     kv_bytes = budget_bytes - experts_total_bytes
     with ChildEngine(model, kv_cache_memory_bytes=kv_bytes, **options) as stock:
         progress("starting vLLM with FluxMoE")
-        with ChildEngine(model, fluxmoe={**fluxmoe, "memory": memory}, **options) as paged:
+        with ChildEngine(model, fluxmoe=fluxmoe, **options) as paged:
             engines = {"stock vLLM": stock, "FluxMoE": paged}
             runs: dict[str, list[Run]] = {name: [] for name in engines}
             for engine in engines.values():  # first requests pay for lazy set-up

@@ -6,6 +6,7 @@ from fluxmoe.hookspecs import RegisterPolicy, hookimpl
 from fluxmoe.policies.arbitration.fixed import Fixed
 from fluxmoe.policies.eviction.belady import Belady
 from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed, LfruOptions
 from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.eviction.next_use import NextUse
@@ -19,6 +20,7 @@ def fluxmoe_register_policies(register: RegisterPolicy) -> None:
     register("immediate", Immediate)
     register("lru", LeastRecentlyUsed)
     register("lfu", LeastFrequentlyUsed)
+    register("lfru", LeastFrequentlyRecentlyUsed, LfruOptions)
     register("next-use", NextUse)
     register("belady", Belady)
     register("none", NoPrefetch)

@@ -30,6 +30,8 @@ def pages_of(capacity: int | str, meta: TraceMeta) -> int:
         if text.endswith("%"):
             # A fraction, because 29 % of 100 pages in floating point is 28.
             return int(_share(text[:-1]) * meta.geometry.num_pages)
+        if not text[-1:].isalpha():
+            raise ValueError("neither whole pages nor a size with a unit")
         size = _SIZE.validate_python(text)
     except (ValueError, ZeroDivisionError, ValidationError) as error:
         raise ConfigError(

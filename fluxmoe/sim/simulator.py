@@ -196,4 +196,5 @@ def _table(events: Events, capacity: int, banks: int, where: str) -> PageTable:
     try:
         return PageTable(geometry, slots, bank_of=bank_of, minimum=events.largest)
     except CapacityError as error:
-        raise CapacityError(error.what, where=where, fix=error.fix) from error
+        more = f" in each of {banks} banks" if banks > 1 else ""
+        raise CapacityError(error.what, where=where, fix=f"{error.fix}{more}") from error

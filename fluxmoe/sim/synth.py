@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class Workload:
             )
         if self.seed < 0:
             raise ConfigError(f"{self.seed} is negative", where=_option("seed"))
-        if self.skew < 0:
-            raise ConfigError(f"{self.skew} is negative", where=_option("skew"))
+        if not 0 <= self.skew < math.inf:
+            raise ConfigError(f"{self.skew} is no exponent", where=_option("skew"))
         if not 0 <= self.drift <= 1:
             raise ConfigError(f"{self.drift} is not within 0…1", where=_option("drift"))
 

@@ -111,6 +111,9 @@ class TraceWriter:
     def __init__(self, path: str | Path, meta: TraceMeta, *, group_rows: int = _BATCH_ROWS) -> None:
         self.path, self.meta = Path(path), meta
         meta.check(str(path))
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            what = "it is a folder" if self.path.is_dir() else "there is no such folder"
+            raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
         self._group_rows = group_rows
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         document = json.dumps({"version": VERSION, **asdict(meta)})
@@ -119,7 +122,7 @@ class TraceWriter:
                 self._temporary, SCHEMA.with_metadata({_KEY: document}), compression="zstd"
             )
         except OSError as error:
-            raise TraceError(f"cannot write it: {error}", where=str(path)) from error
+            raise TraceError(f"cannot write it: {error.strerror}", where=str(path)) from error
         self._last = (-1, -1)
         self._headers: list[tuple[int, int, int]] = []
         self._ids: list[Ints] = []

@@ -165,3 +165,12 @@ def next_use(r: Reference, page: int) -> float:
     distance = (page // r.experts - r.layer - 1) % r.layers + 1
     probability = min(1.0, (lfu(r, page) + 0.5) / (r.now / r.layers + 1 + 1.0))
     return -(distance + (1.0 / probability - 1.0) * r.layers)
+
+
+def lfru(r: Reference, page: int) -> float:
+    own = page // r.experts
+    turns = len(range(own, r.now + 1, r.layers))
+    missed = (r.now - lru(r, page)) // r.layers
+    distance = (own - r.layer - 1) % r.layers + 1
+    probability = min(1.0, (lfu(r, page) + 0.5) / (turns + 1.0))
+    return -(distance + (1.0 / probability - 1.0 + 0.3 * missed) * r.layers)

@@ -10,6 +10,7 @@ import pytest
 import fluxmoe
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.limits import Limits
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import PageView
 from fluxmoe.core.types import Geometry
@@ -25,11 +26,11 @@ LAYERS, E, SLOTS = 4, 6, 9
 
 def make(policy, *, prefetch=None, strict=False, strikes=16, slots=SLOTS) -> EventRule:
     table = PageTable(Geometry(LAYERS, E), [slots])
-    view = PageView(table)
+    view, limits = PageView(table), Limits(strikes=strikes)
     return EventRule(
         table,
-        EvictionGuard(policy, view, name="pony", strict=strict, strikes=strikes),
-        PrefetchGuard(prefetch or NoPrefetch(), view, name="cart", strict=strict, strikes=strikes),
+        EvictionGuard(policy, view, name="pony", strict=strict, limits=limits),
+        PrefetchGuard(prefetch or NoPrefetch(), view, name="cart", strict=strict, limits=limits),
     )
 
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.errors import CapacityError, OutOfFramesError
 from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed
 from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.eviction.next_use import NextUse
@@ -31,6 +32,7 @@ from tests.core.rig import (
 POLICIES = {
     "lru": (LeastRecentlyUsed, reference.lru),
     "lfu": (LeastFrequentlyUsed, reference.lfu),
+    "lfru": (LeastFrequentlyRecentlyUsed, reference.lfru),
     "immediate": (Immediate, reference.lru),
     "next-use": (NextUse, reference.next_use),
     "numpy": (Quadratic, reference.quadratic),

@@ -32,7 +32,7 @@ def fluxmoe_register_policies(register):
 """
 
 BUILT_IN = {
-    "eviction": ["belady", "immediate", "lfu", "lru", "next-use"],
+    "eviction": ["belady", "immediate", "lfru", "lfu", "lru", "next-use"],
     "prefetch": ["next-layer", "none"],
     "arbitration": ["fixed"],
 }

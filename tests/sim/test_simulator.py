@@ -13,7 +13,7 @@ from fluxmoe.sim.synth import Workload, write
 from fluxmoe.sim.trace import EventBlock, TraceMeta
 from tests.reference import replay
 
-POLICIES = ["lru", "lfu", "belady", "immediate", "mru"]
+POLICIES = ["lru", "lfu", "lfru", "belady", "immediate", "mru"]
 PREFETCH = {
     "none": "none",
     "next-layer": "next-layer",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,22 @@ def prompts(count: int, *, tokens: int = 20, seed: int = 0) -> list[Prompt]:
         )
         for index in range(count)
     ]
+
+
+#: Of the small Qwen3-MoE.
+PAGE = 3 * 128 * 64 * 2
+EXPERTS, PAGES = 16, 64
+
+
+def config(slots: int, **settings: Any) -> dict[str, Any]:
+    """A budget whose experts get exactly ``slots`` slots (frames are smaller than a part)."""
+    memory = {
+        "budget": slots * PAGE + KV_BYTES,
+        "frame": 4096,
+        "experts": {"target": slots * PAGE},
+        **settings.pop("memory", {}),
+    }
+    return {"memory": memory, **settings}
 
 
 #: 73 sequences in batches of 1, 8 and 64.

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fluxmoe.backends.vllm.child import ChildEngine
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.testing import checkpoints
-
-from .conftest import BATCHES, EAGER, KV_BYTES, OPTIONS, outputs, prompts
+from tests.vllm.conftest import BATCHES, EAGER, EXPERTS, PAGES, config, outputs, prompts
 
 pytestmark = pytest.mark.vllm
-
-PAGE = 3 * 128 * 64 * 2  # bytes of one expert of the small Qwen3-MoE
-EXPERTS, PAGES = 16, 64
-
-
-def config(slots: int, **settings: Any) -> dict[str, Any]:
-    """A budget whose experts get exactly ``slots`` slots (frames are smaller than a part)."""
-    memory = {
-        "budget": slots * PAGE + KV_BYTES,
-        "frame": 4096,
-        "experts": {"target": slots * PAGE},
-        **settings.pop("memory", {}),
-    }
-    return {"memory": memory, **settings}
 
 
 def test_stock_outputs_are_worth_comparing(stock_outputs: list[list[list[int]]]) -> None:
@@ -37,7 +20,7 @@ def test_stock_outputs_are_worth_comparing(stock_outputs: list[list[list[int]]])
 
 
 @pytest.mark.parametrize("slots", [EXPERTS, PAGES // 2, PAGES - 5, PAGES])
-@pytest.mark.parametrize("policy", ["immediate", "lru", "lfu", "next-use"])
+@pytest.mark.parametrize("policy", ["immediate", "lru", "lfu", "lfru", "next-use"])
 def test_every_policy_at_every_size(
     eager: ChildEngine, stock_outputs: list[list[list[int]]], policy: str, slots: int
 ) -> None:
@@ -142,32 +125,3 @@ def test_the_simulator_counts_what_the_engine_counted(
         "bytes_prefetch",
     ):
         assert getattr(result, counter) == engine[counter], counter
-
-
-@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "qwen2-moe", "glm4-moe"])
-def test_other_architectures(tmp_path: Path, architecture: str) -> None:
-    model = checkpoints.write(tmp_path, architecture)
-    fluxmoe = {"memory": {"budget": KV_BYTES + (2 << 20), "experts": {"target": "1536KiB"}}}
-    with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
-        expected = outputs(engine)
-        engine.restart(fluxmoe=fluxmoe, **EAGER)
-        assert outputs(engine) == expected
-        stats = engine.call("stats")
-        assert stats["slots"] < stats["pages"]
-        assert stats["evictions"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen3-moe", "glm4-moe"])
-def test_compiled_equals_compiled_stock(tmp_path: Path, architecture: str) -> None:
-    """GLM4-MoE: a shared expert, a dense first layer, and a router in fp32 (docs/adr/0001)."""
-    model = checkpoints.write(tmp_path, architecture)
-    with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **OPTIONS) as engine:
-        expected = outputs(engine)
-        for slots, settings in (
-            (EXPERTS, {}),
-            (PAGES // 2, {"eviction": "lru", "prefetch": "next-layer"}),
-        ):
-            engine.restart(fluxmoe=config(slots, **settings), **OPTIONS)
-            assert outputs(engine) == expected
-            assert engine.call("stats")["evictions"] > 0

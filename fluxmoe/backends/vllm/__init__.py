@@ -7,6 +7,10 @@ FluxMoE's (``WORKER_CLS``).
 
 from __future__ import annotations
 
+import logging
+
+from fluxmoe.errors import UnsupportedVersionError
+
 #: Value for vLLM's ``worker_cls`` / ``--worker-cls``.
 WORKER_CLS = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
 
@@ -16,9 +20,15 @@ _registered = False
 def register() -> None:
     """Make vLLM build paged expert layers. Idempotent."""
     global _registered
-    if not _registered:
-        _registered = True
+    if _registered:
+        return
+    try:
         from fluxmoe.backends.vllm import compat, layer
-
-        compat.tolerate_numba()
-        layer.register()
+    except UnsupportedVersionError as error:
+        # Whoever does not page must not lose vLLM; whoever does names the worker class, which
+        # raises this error again.
+        logging.getLogger("vllm.fluxmoe").warning("FluxMoE is off: %s", error)
+        return
+    compat.tolerate_numba()
+    layer.register()
+    _registered = True

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxmoe.backends.vllm.compat import CPUUnquantizedExperts, UnquantizedFusedMoEMethod
+from fluxmoe.backends.vllm.compat import (
+    CPUUnquantizedExperts,
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+)
+from fluxmoe.backends.vllm.layer import PagedRoutedExperts
 from fluxmoe.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from fluxmoe.backends.vllm.compat import VllmConfig
-    from fluxmoe.backends.vllm.layer import PagedRoutedExperts
 
 
 def refuse_unsupported(config: VllmConfig) -> None:
@@ -23,6 +27,7 @@ def refuse_unsupported(config: VllmConfig) -> None:
         "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
         "expert load balancing (--enable-eplb)": parallel.enable_eplb,
         "dual batch overlap (--enable-dbo)": parallel.enable_dbo,
+        "tensor parallelism (--tensor-parallel-size)": parallel.tensor_parallel_size > 1,
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "LoRA (--enable-lora)": config.lora_config is not None,
@@ -34,13 +39,19 @@ def refuse_unsupported(config: VllmConfig) -> None:
             raise UnsupportedError(f"FluxMoE does not support {feature} yet", fix="turn it off")
 
 
-def refuse_unpageable(experts: PagedRoutedExperts) -> None:
+def refuse_unpageable(experts: RoutedExperts) -> None:
     """Refuse expert layers whose weights are not plain slot-addressable parts.
 
     Raises:
-        UnsupportedError: Quantised experts, or a kernel other than vLLM's CPU grouped GEMM.
+        UnsupportedError: Experts of a model's own class, quantised ones, or a kernel other than
+            vLLM's CPU grouped GEMM.
     """
     where = experts.layer_name
+    if not isinstance(experts, PagedRoutedExperts):
+        raise UnsupportedError(
+            f"experts of this architecture ({type(experts).__name__}) cannot be paged yet",
+            where=where,
+        )
     method = experts.quant_method
     if not isinstance(method, UnquantizedFusedMoEMethod):
         raise UnsupportedError(

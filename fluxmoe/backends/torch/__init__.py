@@ -1,0 +1,7 @@
+"""FluxMoE under PyTorch: pages the experts of Hugging Face models (``fluxmoe.page``)."""
+
+from __future__ import annotations
+
+from fluxmoe.backends.torch.paged import PagedModel, page
+
+__all__ = ["PagedModel", "page"]

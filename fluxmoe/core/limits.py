@@ -1,0 +1,158 @@
+"""How long a call of a policy may take, and how one that takes too long is interrupted.
+
+Beyond the soft limit a call is counted. Beyond the hard one the watchdog, one thread for the whole
+process that sleeps while nobody is late, raises ``HardLimitExceeded`` in the thread that made the
+call. Python delivers it between two of its own instructions: code in C (a NumPy function, a
+compiled kernel, a system call) runs to its end first, and such a call is late all the same.
+
+The exception must never reach the code after the call. A lock makes the end of a call and the shot
+exclude each other, at most one is fired per call, and a call that has been fired at takes back
+what has not been delivered yet before it returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import get_ident
+from time import perf_counter_ns
+from typing import TypeVar
+from weakref import WeakSet
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a policy is allowed.
+
+    Attributes:
+        strikes: Faults after which it is replaced for good, and slow calls that are worth a line.
+        soft_s: Seconds beyond which a call is counted as slow.
+        hard_s: Seconds beyond which a call is interrupted, which is a fault.
+    """
+
+    strikes: int = 16
+    soft_s: float = 0.005
+    hard_s: float = 2.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class HardLimitExceeded(BaseException):
+    """Raised inside a policy. Not an Exception, so that its ``except Exception`` lets it pass."""
+
+
+class Stopwatch:
+    """Times the calls of one policy, which come from one thread at a time and do not nest.
+
+    Attributes:
+        slow: Calls that were answered, but beyond the soft limit.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._soft, self._hard = int(limits.soft_s * 1e9), int(limits.hard_s * 1e9)
+        self._lock = threading.Lock()
+        self._started = 0  # 0 = no call is running
+        self._thread = 0
+        self._fired = self._watched = False
+        self.slow = 0
+
+    def call(self, function: Callable[..., R], args: tuple[object, ...]) -> R:
+        """Call ``function(*args)``.
+
+        Raises:
+            HardLimitExceeded: It took too long; it has been interrupted, or has ended after all.
+        """
+        if not self._watched:
+            _watchdog.watch(self)
+            self._watched = True
+        try:
+            self._thread = get_ident()
+            started = self._started = perf_counter_ns()
+            try:
+                answer = function(*args)
+            finally:
+                self._stop()
+            if self._fired:  # too late for an interrupt, or the policy has swallowed it
+                raise HardLimitExceeded
+        except BaseException:
+            self._stop()  # the other one may have been cut short, but only once
+            self._fired = False
+            raise
+        if perf_counter_ns() - started > self._soft:
+            self.slow += 1
+        return answer
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._started = 0
+        if self._fired:
+            _raise_in(self._thread, None)
+
+    def due(self, now: int) -> int:
+        """Fire if the running call is late; nanoseconds until one can be late at the earliest."""
+        started = self._started
+        if not started or self._fired:
+            return self._hard
+        left = started + self._hard - now
+        if left > 0:
+            return left
+        with self._lock:
+            # Still the same call? If so it cannot end before the exception is set.
+            if self._started == started:
+                self._fired = True
+                _raise_in(self._thread, HardLimitExceeded)
+        return self._hard
+
+
+class _Watchdog:
+    """The thread that looks after all stopwatches; it runs while there are any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches: WeakSet[Stopwatch] = WeakSet()
+        self._thread: threading.Thread | None = None
+        self._news = threading.Event()
+
+    def watch(self, watch: Stopwatch) -> None:
+        with self._lock:
+            self._watches.add(watch)
+            # A process that was forked has the object, but not the thread.
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(
+                    target=self._run, name="fluxmoe-watchdog", daemon=True
+                )
+                self._thread.start()
+        self._news.set()
+
+    def _run(self) -> None:
+        while True:
+            self._news.clear()
+            pause = self._look()
+            if pause is None:
+                return
+            self._news.wait(pause)
+
+    def _look(self) -> float | None:
+        """See to all watches; seconds until the next look, None if there are no more."""
+        with self._lock:
+            watches = list(self._watches)
+            if not watches:
+                self._thread = None
+                return None
+        now = perf_counter_ns()
+        return min(watch.due(now) for watch in watches) / 1e9
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Make ``thread`` raise ``error`` soon; None takes back what it has not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error)
+    )
+
+
+_watchdog = _Watchdog()

@@ -1,0 +1,242 @@
+"""``fluxmoe config``: what it refuses and how, what it shows, and the files that are committed."""
+
+import io
+import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fluxmoe import config
+from fluxmoe.cli import main, output
+from fluxmoe.core.limits import Limits
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/fluxmoe.yaml"
+SCHEMA = ROOT / "docs/fluxmoe.schema.json"
+SMALL = {"memory": {"budget": "1GiB"}}
+
+
+@pytest.fixture(autouse=True)
+def no_installed_plugins(monkeypatch):
+    monkeypatch.setenv("FLUXMOE_PLUGINS", "")
+
+
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_:
+        main(["config", *map(str, arguments)])
+    return exit_.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def succeeds(*arguments):
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    return out
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(data):
+        path = tmp_path / "c.yaml"
+        path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+def test_check_of_what_is_right(write):
+    path = write({**SMALL, "eviction": {"kind": "lfru", "recency": 1}})
+    assert succeeds("check", path) == f"{path}: ok\n"
+
+
+BAD = {
+    "unknown key": ({**SMALL, "evict": "lru"}, "FM101", r"'evict'.*check its spelling"),
+    "unknown key below": ({"memory": {"budget": 1, "kvs": {}}}, "FM101", r"'memory\.kvs'"),
+    "missing": ({}, "FM101", r"'memory' is missing.*add it"),
+    "missing below": ({"memory": {}}, "FM101", r"'memory\.budget' is missing"),
+    "no size": ({"memory": {"budget": "lots"}}, "FM101", r"memory\.budget: .*'lots'.*24GiB"),
+    "no unit": ({"memory": {"budget": "3 ponies"}}, "FM101", r"memory\.budget: .*ponies.*MiB"),
+    "a budget of 0": ({"memory": {"budget": 0}}, "FM101", r"memory\.budget: .*greater than 0"),
+    "a budget below 0": ({"memory": {"budget": -1}}, "FM101", r"memory\.budget: .*not -1"),
+    "a bound": (
+        {"memory": {"budget": 1, "kv": {"max": "much"}}}, "FM101", r"memory\.kv\.max: .*'much'",
+    ),
+    "yes as a size": ({"memory": {"budget": True}}, "FM101", r"budget: .*not True.*24GiB"),
+    "no map": ({"memory": "1GiB"}, "FM101", r"memory: a map is needed, not '1GiB'"),
+    "bounds": (
+        {"memory": {"budget": 9, "kv": {"min": "2KiB", "max": "1KiB"}}},
+        "FM101",
+        r"memory\.kv: min must not be above max, not .*'2KiB'",
+    ),
+    "banks": ({"memory": {"budget": 1, "banks": 0}}, "FM101", r"memory\.banks: .*not 0"),
+    "preset": ({**SMALL, "preset": "fast"}, "FM101", r"preset: .*'default'.*not 'fast'.*schema"),
+    "store": ({**SMALL, "stores": [{"kind": "tape"}]}, "FM101", r"stores\.0\.kind: .*'tape'"),
+    "no store": ({**SMALL, "stores": []}, "FM101", r"stores: .*at least 1"),
+    "threads": ({**SMALL, "copy_threads": "two"}, "FM101", r"copy_threads: .*'two'"),
+    "seed": ({**SMALL, "seed": 1.5}, "FM101", r"seed: .*not 1\.5"),
+    "plugins": ({**SMALL, "plugins": "mru.py"}, "FM101", r"plugins: .*list.*'mru\.py'"),
+    "strikes": (
+        {**SMALL, "policy_limits": {"strikes": 0}}, "FM101", r"policy_limits\.strikes: .*not 0",
+    ),
+    "no time": ({**SMALL, "policy_limits": {"hard_s": 0}}, "FM101", r"limits\.hard_s: .*not 0"),
+    "for ever": (
+        {**SMALL, "policy_limits": {"hard_s": float("inf")}}, "FM101", r"hard_s: .*3600.*not inf",
+    ),
+    "policy": ({**SMALL, "eviction": "lruu"}, "FM201", r"eviction policy 'lruu'.*lfru, lfu, lru"),
+    "policy that is none": ({**SMALL, "eviction": 3}, "FM101", r"eviction: a map.*not 3.*name"),
+    "nameless": ({**SMALL, "prefetch": {"depth": 1}}, "FM101", r"'depth': 1.*prefetch.*kind:"),
+    "no options": (
+        {**SMALL, "eviction": {"kind": "lru", "k": 1}}, "FM101", r"'k'.*'lru'.*has no options",
+    ),
+    "option": (
+        {**SMALL, "eviction": {"kind": "lfru", "recent": 1}}, "FM101", r"'recent'.*: recency",
+    ),
+    "option's value": (
+        {**SMALL, "prefetch": {"kind": "next-layer", "depth": 0}}, "FM101", r"depth: .*not 0",
+    ),
+    "oracle": ({**SMALL, "eviction": "belady"}, "FM204", r"'belady'.*eviction.*simulate"),
+    "plugin": ({**SMALL, "plugins": ["no.py"]}, "FM202", r"no such file.*no\.py"),
+    "a list": ("- 1\n", "FM101", r"expected a map of settings, not \[1\]"),
+    "nothing": ("", "FM101", r"expected a map of settings, not None"),
+    "no YAML": ("memory: {budget: 1", "FM101", "not valid YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["check", "show"])
+@pytest.mark.parametrize("case", BAD)
+def test_an_error_names_key_value_and_way_out(case, verb, write):
+    data, code, message = BAD[case]
+    status, out, err = run(verb, write(data))
+    assert (status, out) == (2, "")
+    assert re.match(rf"error\[{code}\]: .*{message}", err, re.DOTALL), err
+    assert "Traceback" not in err
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "cannot read it" in run("check", tmp_path / "none.yaml")[2]
+    assert "cannot read it" in run("check", tmp_path)[2]
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert run("check", tmp_path / "binary")[0] == 2
+
+
+def test_policies_of_plugins_are_known(write, tmp_path):
+    plugin = tmp_path / "mru.py"
+    plugin.write_text(
+        "import fluxmoe\n"
+        "class Mru(fluxmoe.EvictionPolicy):\n"
+        "    def score(self, view, pages): return -view.last_use[pages]\n"
+        "@fluxmoe.hookimpl\n"
+        "def fluxmoe_register_policies(register): register('mru', Mru)\n"
+    )
+    succeeds("check", write({**SMALL, "eviction": "mru", "plugins": [str(plugin)]}))
+
+
+# --- show ----------------------------------------------------------------------------------------
+
+
+def test_show_fills_in_defaults_also_of_policies(write):
+    path = write({"memory": {"budget": 3 << 29, "kv": {"min": 12345}}, "eviction": "lfru",
+                  "prefetch": "next-layer", "vllm": {"port": None}})  # fmt: skip
+    shown = yaml.safe_load(succeeds("show", path))
+    auto = {"min": "auto", "target": "auto", "max": "auto"}
+    assert shown == {
+        "model": None,
+        "memory": {"budget": "1536MiB", "experts": auto, "kv": {**auto, "min": 12345},
+                   "frame": "auto", "banks": 1},
+        "preset": "default",
+        "eviction": {"kind": "lfru", "recency": 0.3},
+        "prefetch": {"kind": "next-layer", "depth": 1},
+        "arbitration": "fixed",
+        "policy_limits": {"strikes": 16, "soft_ms": 5.0, "hard_s": 2.0},
+        "stores": [{"kind": "host"}],
+        "plugins": [], "strict_policies": False, "copy_threads": 1, "seed": 0,
+        "vllm": {"port": None},
+    }  # fmt: skip
+    assert json.loads(succeeds("show", path, "--json")) == shown
+
+
+def test_what_is_shown_is_the_same_configuration(write):
+    path = write(EXAMPLE.read_text())
+    shown = succeeds("show", path)
+    assert config.load(write(shown)) == config.load(EXAMPLE)
+    assert succeeds("show", write(shown)) == shown
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, 0), (1, 1), (1023, 1023), (1024, "1KiB"), (1536, 1536), (3 << 29, "1536MiB"),
+     (24 << 30, "24GiB"), (2 << 40, "2TiB"), (1 << 50, "1024TiB"), ((1 << 40) + 1, (1 << 40) + 1)],
+)  # fmt: skip
+def test_sizes_are_readable_and_exact(size, text):
+    assert output.exact_size(size) == text
+    if size:
+        assert config.parse({"memory": {"budget": text}}, where="").memory.budget == size
+
+
+def test_limits_reach_the_core():
+    parsed = config.parse(
+        {**SMALL, "policy_limits": {"strikes": 3, "soft_ms": 20, "hard_s": 0.5}}, where=""
+    )
+    assert parsed.policy_limits.limits() == Limits(3, 0.02, 0.5)
+    assert config.parse(SMALL, where="").policy_limits.limits() == Limits()
+
+
+def test_limits_reach_the_policies_of_a_worker():
+    from fluxmoe.backends.runtime import KVNeed, Runtime
+    from fluxmoe.core.types import Geometry
+    from tests.core.rig import PAGE_CLASS, host_store
+
+    geometry = Geometry(2, 4)
+    settings = {"memory": {"budget": "1MiB"}, "policy_limits": {"strikes": 3, "hard_s": 0.5}}
+    runtime = Runtime(
+        config.parse(settings, where=""),
+        geometry,
+        PAGE_CLASS,
+        host_store(geometry),
+        KVNeed(4096, 4096, "a test"),
+    )
+    try:
+        for guard in (runtime.eviction, runtime.prefetch):
+            assert guard.limits == Limits(strikes=3, hard_s=0.5)
+    finally:
+        runtime.close()
+
+
+# --- the committed files -------------------------------------------------------------------------
+
+
+def test_the_committed_schema_is_current():
+    printed = succeeds("schema")
+    assert printed == SCHEMA.read_text(), "fluxmoe config schema > docs/fluxmoe.schema.json"
+
+
+def test_the_schema_describes_every_key_at_the_top():
+    described = json.loads(SCHEMA.read_text())["properties"]
+    assert list(described) == list(config.Config.model_fields)
+
+
+def test_the_example_is_checked_complete_and_tells_the_defaults():
+    succeeds("check", EXAMPLE)
+    given = yaml.safe_load(EXAMPLE.read_text())
+    assert list(given) and set(given) == set(config.Config.model_fields)
+    bare = config.parse({"memory": {"budget": given["memory"]["budget"]}}, where="")
+    without = {"model", "vllm"}
+    assert config.load(EXAMPLE).model_dump(exclude=without) == bare.model_dump(exclude=without)
+
+
+def test_editors_accept_what_fluxmoe_accepts_and_little_else(write):
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    assert validator.is_valid(yaml.safe_load(EXAMPLE.read_text()))
+    assert validator.is_valid(json.loads(succeeds("show", EXAMPLE, "--json")))
+    assert validator.is_valid({"memory": {"budget": 5, "kv": {"max": "2 GB"}},
+                               "eviction": {"kind": "lfru", "recency": 1}})  # fmt: skip
+    for case in ("unknown key", "unknown key below", "missing", "missing below", "no size",
+                 "a bound", "banks", "preset", "store", "threads", "seed", "strikes"):  # fmt: skip
+        assert not validator.is_valid(BAD[case][0]), case

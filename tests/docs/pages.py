@@ -1,0 +1,172 @@
+"""What a page of documentation says that can be run, and running it.
+
+A fenced block may be preceded by a comment that says how to treat it, its directives separated by
+commas: ``exact`` (the output shown must be what is printed), ``exit N`` (the commands end with
+status N), ``slow``, ``needs vllm`` (run in a process of its own). Nothing else is marked: every
+``python`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+#: ``fluxmoe demo`` takes minutes and has a test of its own.
+ELSEWHERE = ("demo",)
+
+_FENCE = re.compile(
+    r"(?:^<!--(?P<directives>[^>]*)-->\n)?"
+    r"^(?P<indent>[ ]*)```(?P<language>\w+)(?P<attributes>[^\n]*)\n"
+    r"(?P<body>.*?)^(?P=indent)```[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+_TITLE = re.compile(r'title="([^"]+)"')
+
+
+class WrongPage(AssertionError):
+    """The page promises something that is not so."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. ``line`` is that of its first line."""
+
+    language: str
+    body: str
+    title: str | None
+    directives: frozenset[str]
+    where: str
+    line: int
+
+    @property
+    def needs_vllm(self) -> bool:
+        return "needs vllm" in self.directives
+
+    @property
+    def status(self) -> int:
+        return next((int(d.split()[1]) for d in self.directives if d.startswith("exit ")), 0)
+
+    def commands(self) -> Iterator[tuple[list[str], str]]:
+        """The ``$`` lines of a console block as words, each with the output shown below it."""
+        parts = re.split(r"^\$ (.*)$", self.body, flags=re.MULTILINE)
+        if parts[0].strip():
+            raise WrongPage(f"{self.where}: a console block begins with a $ line")
+        for line, output in zip(parts[1::2], parts[2::2], strict=True):
+            yield shlex.split(line, comments=True), output
+
+
+def blocks(path: Path) -> list[Block]:
+    """All fenced blocks of a page, in order."""
+    text = path.read_text()
+    found = []
+    for match in _FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("body")) + 1
+        title = _TITLE.search(match["attributes"])
+        words = (match["directives"] or "").split(",")
+        directives = frozenset(word.strip() for word in words if word.strip())
+        unknown = [d for d in directives if not re.fullmatch(r"exact|slow|needs vllm|exit \d+", d)]
+        if unknown and match["language"] in ("python", "console"):
+            raise WrongPage(f"{path.name}:{line}: unknown directive {unknown[0]!r}")
+        found.append(
+            Block(
+                language=match["language"],
+                body=match["body"],
+                title=title and title[1],
+                directives=directives,
+                where=f"{path.name}:{line}",
+                line=line,
+            )
+        )
+    return found
+
+
+def run(path: Path, folder: Path) -> int:
+    """Run a page from top to bottom in ``folder``, its current directory; how much was run."""
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    ran = 0
+    for block in blocks(path):
+        if block.language == "python":
+            if block.title is not None:
+                (folder / block.title).write_text(block.body)
+            if block.needs_vllm:
+                _compiled(block, path)
+                continue
+            _execute(block, path, {"__name__": "plugin"} if block.title else namespace)
+            ran += 1
+        elif block.language == "console":
+            for words, shown in block.commands():
+                if words[0] != "fluxmoe":
+                    raise WrongPage(f"{block.where}: {words[0]!r} cannot be tested, use ```bash")
+                if words[1:2] and words[1] in ELSEWHERE:
+                    continue
+                _run_command(block, words, shown, folder)
+                ran += 1
+    return ran
+
+
+def run_with_vllm(path: Path, folder: Path) -> None:
+    """Run the page's ``needs vllm`` snippets, one after the other, in one process of its own."""
+    parts = [block for block in blocks(path) if block.needs_vllm]
+    script = folder / "snippets.py"
+    # Every snippet stands on the lines that it has in the page, so that a traceback tells them.
+    script.write_text("")
+    lines: list[str] = []
+    for block in parts:
+        lines += [""] * (block.line - 1 - len(lines)) + block.body.splitlines()
+    script.write_text("\n".join(lines) + "\n")
+    done = _process([sys.executable, script.name], folder)
+    if done.returncode:
+        raise WrongPage(f"{path.name}: status {done.returncode}\n{done.stdout[-4000:]}")
+
+
+def _compiled(block: Block, path: Path) -> Any:
+    try:
+        return compile("\n" * (block.line - 1) + block.body, str(path), "exec")
+    except SyntaxError as error:
+        raise WrongPage(f"{block.where}: {error}") from error
+
+
+def _execute(block: Block, path: Path, namespace: dict[str, Any]) -> None:
+    code = _compiled(block, path)
+    try:
+        exec(code, namespace)
+    except Exception as error:
+        raise WrongPage(f"{block.where}: {type(error).__name__}: {error}") from error
+
+
+def _run_command(block: Block, words: list[str], shown: str, folder: Path) -> None:
+    program = "from fluxmoe.cli import main; main()"
+    done = _process([sys.executable, "-c", program, *words[1:]], folder)
+    command = f"{block.where}: $ {shlex.join(words)}"
+    if done.returncode != block.status:
+        raise WrongPage(f"{command}: status {done.returncode}\n{done.stdout}")
+    if "exact" in block.directives and _lines(done.stdout) != _lines(shown):
+        raise WrongPage(f"{command} printed\n{done.stdout}\nbut the page shows\n{shown}")
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Standard output and standard error together, as a terminal shows them."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+    )

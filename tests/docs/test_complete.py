@@ -1,0 +1,213 @@
+"""The reference pages leave nothing out and name nothing that is not there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from pydantic.fields import FieldInfo
+
+import fluxmoe
+from fluxmoe import config, errors, hookspecs, plugins
+from fluxmoe.sim.simulator import Result
+
+from .pages import PAGES, ROOT, blocks
+
+DOCS = ROOT / "docs"
+
+
+def text(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def headings(name: str) -> set[str]:
+    """Headings that are code, without the backquotes."""
+    return set(re.findall(r"^#+ `([^`]+)`", text(name), flags=re.MULTILINE))
+
+
+def rows(name: str, section: str) -> list[list[str]]:
+    """The cells of the first table below a heading."""
+    table = re.search(r"(?:^\|.*\n)+", text(name).split(f"## {section}\n", 1)[1], re.MULTILINE)
+    assert table is not None
+    lines = table[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_every_error_is_listed() -> None:
+    listed = re.findall(r"^\| (FM\d+) \| `(\w+)` \| .{10,} \|$", text("errors.md"), re.MULTILINE)
+    classes = [
+        error
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.FluxMoEError)
+    ]
+    assert listed == sorted((error.code, error.__name__) for error in classes)
+
+
+def test_no_page_names_a_code_that_does_not_exist() -> None:
+    known = {code for code, _ in re.findall(r"\| (FM\d+) \| `(\w+)`", text("errors.md"))}
+    for page in PAGES:
+        assert set(re.findall(r"FM\d{3}", page.read_text())) <= known, page.name
+
+
+# --- configuration --------------------------------------------------------------------------------
+
+
+def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the configuration, dotted; entries of lists as ``name[]``."""
+    for name, field in model.model_fields.items():
+        inner, entry = field.annotation, ""
+        if getattr(inner, "__origin__", None) is list:
+            inner, entry = inner.__args__[0], "[]"  # type: ignore[union-attr]
+        nested = isinstance(inner, type) and issubclass(inner, pydantic.BaseModel)
+        if not nested or entry:
+            yield prefix + name, field
+        if nested:
+            yield from keys(inner, f"{prefix}{name}{entry}.")  # type: ignore[arg-type]
+
+
+def shown(key: str, field: FieldInfo) -> str:
+    """A default as the page writes it."""
+    if field.is_required():
+        return "required"
+    value: Any = field.default
+    if value is None:
+        return "`null`" if key == "model" else f"`{config.AUTO}`"
+    if isinstance(value, dict) and set(value) == {"kind"}:
+        return f"`{value['kind']}`"
+    if isinstance(value, list) and value:
+        return "`[" + ", ".join(f"{{kind: {store.kind}}}" for store in value) + "]`"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def test_every_key_is_listed_with_its_default() -> None:
+    listed = {key.strip("`"): default for key, _, default, _ in rows("configuration.md", "Keys")}
+    assert listed == {key: shown(key, field) for key, field in keys(config.Config)}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```yaml" in page.read_text()])
+def test_yaml_examples_are_valid(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "yaml":
+            config.parse(yaml.safe_load(block.body), where=block.where)
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+def test_every_hook_has_a_heading() -> None:
+    hooks = {
+        f"{name}({', '.join(parameter.name for parameter in _parameters(hook))})"
+        for name, hook in vars(hookspecs).items()
+        if name.startswith("fluxmoe_")
+    }
+    assert hooks
+    assert hooks <= headings("policies.md")
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+@pytest.mark.parametrize(
+    "contract", [fluxmoe.EvictionPolicy, fluxmoe.PrefetchPolicy, fluxmoe.ArbitrationPolicy]
+)
+def test_every_method_of_a_contract_has_a_heading(contract: type) -> None:
+    for name, member in vars(contract).items():
+        if not name.startswith("_") and inspect.isfunction(member):
+            arguments = ", ".join(parameter.name for parameter in _parameters(member)[1:])
+            assert f"{name}({arguments})" in headings("policies.md")
+        elif not name.startswith("_"):
+            assert f"`{name}" in text("policies.md")
+
+
+def test_no_heading_promises_a_method_that_does_not_exist() -> None:
+    contracts = (fluxmoe.EvictionPolicy, fluxmoe.PrefetchPolicy, fluxmoe.ArbitrationPolicy)
+    known = {name for contract in contracts for name in vars(contract)} | set(vars(hookspecs))
+    names = {heading.partition("(")[0] for heading in headings("policies.md")}
+    assert names <= known | {"view", "access"}
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        *sorted(n for n in vars(fluxmoe.PageView) if not n.startswith("_")),
+        *("last_use", "use_count", "loaded_at", "num_layers", "experts_per_layer", "rng"),
+        *(field.name for field in fields(fluxmoe.Access)),
+        *(field.name for field in fields(fluxmoe.ArbitrationView)),
+    ],
+)
+def test_what_policies_see_is_listed(seen: str) -> None:
+    assert re.search(rf"`(view\.)?{seen}(\(.*\))?`", text("policies.md")), seen
+
+
+def test_every_built_in_policy_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugins.ALLOW_LIST, "")
+    listed = {
+        (kind, name)
+        for kind, name in re.findall(r"^\| (\w+) \| `([\w-]+)`", text("policies.md"), re.MULTILINE)
+    }
+    assert listed == {(policy.kind, policy.name) for policy in plugins.load()}
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def test_every_counter_is_listed() -> None:
+    listed = {
+        name for row in rows("event-rule.md", "Counters") for name in re.findall(r"`(\w+)`", row[0])
+    }
+    assert listed == {field.name for field in fields(fluxmoe.Counters)}
+
+
+def test_every_option_of_the_simulator_is_listed() -> None:
+    import typer
+
+    from fluxmoe.cli import simulate, trace
+
+    app = typer.Typer()
+    app.command()(simulate.simulate)
+    app.command()(trace.synth)
+    options = {
+        option
+        for command in typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--") and option != "--help"
+    }
+    assert len(options) > 12
+    missing = {option for option in options if f"`{option}`" not in text("simulator.md")}
+    assert not missing
+
+
+def test_every_result_of_the_simulator_is_shown() -> None:
+    (shown,) = (
+        json.loads(output)
+        for block in blocks(DOCS / "simulator.md")
+        if block.language == "console"
+        for words, output in block.commands()
+        if "--json" in words
+    )
+    assert list(shown[0]) == [field.name for field in fields(Result)]
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:", 1)[1]
+    for page in DOCS.glob("**/*.md"):
+        assert f" {page.relative_to(DOCS)}\n" in navigation + "\n"

@@ -1,0 +1,111 @@
+"""Every snippet and every command in README and docs does what the page says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .pages import PAGES, ROOT, WrongPage, blocks, run, run_with_vllm
+
+RUNNABLE = [
+    page for page in PAGES if any(b.language in ("python", "console") for b in blocks(page))
+]
+WITH_VLLM = [page for page in PAGES if any(b.needs_vllm for b in blocks(page))]
+
+
+def _param(page: Path) -> object:
+    slow = any("slow" in block.directives for block in blocks(page))
+    return pytest.param(
+        page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if slow else []
+    )
+
+
+@pytest.mark.parametrize("page", [_param(page) for page in RUNNABLE])
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(page, tmp_path)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("page", [_param(page) for page in WITH_VLLM])
+def test_page_with_vllm(page: Path, tmp_path: Path) -> None:
+    run_with_vllm(page, tmp_path)
+
+
+def test_the_pages_have_something_to_run() -> None:
+    names = {page.name for page in RUNNABLE}
+    assert {"README.md", "getting-started.md", "policies.md", "simulator.md"} <= names
+    assert [page.name for page in WITH_VLLM] == ["vllm.md"]
+
+
+# --- the test tests -------------------------------------------------------------------------------
+
+PLUGIN = '''```python title="p.py"
+import fluxmoe
+class P(fluxmoe.EvictionPolicy):
+    """Shown."""
+    def score(self, view, pages):
+        return view.last_use[pages]
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    register("p", P)
+```
+'''
+VERSION = "```console\n$ fluxmoe --version\nfluxmoe 0.0.0\n```\n"
+
+
+def _run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    page = folder / "page.md"
+    page.write_text(text)
+    monkeypatch.chdir(folder)
+    return run(page, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("```python\nx = 1\n```\ntext\n```python\nassert x == 1\n```\n", 2),
+        ("- item\n\n    ```console\n    ```\n", 0),
+        (PLUGIN + "```console\n$ fluxmoe policies --plugin p.py\n```\n", 2),
+        (VERSION, 1),  # not marked exact
+        ("```console\n$ fluxmoe demo\n```\n", 0),
+        ("<!-- exit 2 -->\n```console\n$ fluxmoe nosuch\n```\n", 1),
+        ("```python\nfrom fluxmoe.backends import vllm\n```\n", 1),
+        ("```bash\nexit 1\n```\n", 0),
+    ],
+)
+def test_right_pages_pass(
+    text: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _run(text, tmp_path, monkeypatch) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\nx = 1\nassert x == 2\n```\n", r"page.md:2: AssertionError"),
+        ("```python\nfrom fluxmoe import Nosuch\n```\n", r"page.md:2: ImportError"),
+        ("```python\nx = = 1\n```\n", r"invalid syntax"),
+        ("<!-- needs vllm -->\n```python\nx = = 1\n```\n", r"invalid syntax"),
+        ('```python title="p.py"\nimport fluxmoe.nosuch\n```\n', r"ModuleNotFoundError"),
+        ("```console\n$ fluxmoe nosuch\n```\n", r"status 2"),
+        ("<!-- exit 2 -->\n```console\n$ fluxmoe --version\n```\n", r"status 0"),
+        ("<!-- exact -->\n" + VERSION, r"but the page shows\n+fluxmoe 0.0.0"),
+        ("<!-- exakt -->\n" + VERSION, r"unknown directive 'exakt'"),
+        ("```console\n$ ls\n```\n", r"'ls' cannot be tested"),
+        ("```console\nfluxmoe --version\n```\n", r"begins with a \$ line"),
+    ],
+)
+def test_wrong_pages_fail(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WrongPage, match=message):
+        _run(text, tmp_path, monkeypatch)
+
+
+def test_a_wrong_snippet_with_vllm_fails(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- needs vllm -->\n```python\nx = 1\nassert x == 2\n```\n")
+    with pytest.raises(WrongPage, match=r"line 4, in <module>"):
+        run_with_vllm(page, tmp_path)

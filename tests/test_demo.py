@@ -1,0 +1,95 @@
+"""``fluxmoe demo``, as its user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+def demo(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).with_name("fluxmoe"), "demo", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    small = ("--requests", "8", "--rounds", "1", "--output-tokens", "8")
+    process = demo("--json", *small)
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    answer: dict[str, Any] = json.loads(process.stdout)  # all of it
+    return answer
+
+
+@pytest.mark.slow
+def test_keys(result: dict[str, Any]) -> None:
+    engine = {"tokens_per_s", "kv_blocks", "kv_bytes", "peak_running"}
+    assert result.keys() >= {
+        "requests",
+        "budget_bytes",
+        "experts_total_bytes",
+        "tokens_identical",
+        "stock",
+        "fluxmoe",
+        "speedup",
+    }
+    assert result["stock"].keys() >= engine
+    assert result["fluxmoe"].keys() >= {*engine, "expert_bytes", "expert_hit_rate"}
+
+
+@pytest.mark.slow
+def test_outcome(result: dict[str, Any]) -> None:
+    stock, fluxmoe = result["stock"], result["fluxmoe"]
+    assert result["tokens_identical"] is True
+    assert result["requests"] == 8
+    # The budget starves stock; FluxMoE runs all of them at once.
+    assert 2 <= stock["peak_running"] <= 4
+    assert fluxmoe["peak_running"] == 8
+    assert result["speedup"] == pytest.approx(
+        fluxmoe["tokens_per_s"] / stock["tokens_per_s"], rel=0.01
+    )
+    assert 0 < fluxmoe["expert_hit_rate"] < 1
+
+
+@pytest.mark.slow
+def test_one_budget(result: dict[str, Any]) -> None:
+    stock, fluxmoe, budget = result["stock"], result["fluxmoe"], result["budget_bytes"]
+    experts, block = 8 * 64 * 3 * 256 * 256 * 2, 8 * 128 * 2 * 2 * 64 * 2
+    assert result["experts_total_bytes"] == experts
+    assert budget == experts + 4 * block
+    for engine in (stock, fluxmoe):
+        assert engine["kv_bytes"] == engine["kv_blocks"] * block
+        # Neither is over the budget, and neither is denied a part worth naming.
+        assert 0.95 * budget < engine["expert_bytes"] + engine["kv_bytes"] <= budget
+    assert stock["expert_bytes"] == experts
+    assert fluxmoe["expert_bytes"] < experts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--eviction", "nonsense"), "error[FM201]: unknown eviction policy 'nonsense'"),
+        (("--eviction", "belady"), "error[FM204]: eviction policy 'belady' needs to know"),
+        (("--prefetch", "nonsense"), "error[FM201]: unknown prefetch policy 'nonsense'"),
+        (("--requests", "0"), "Invalid value for '--requests'"),
+        (("--rounds", "0"), "Invalid value for '--rounds'"),
+        (("--output-tokens", "101"), "Invalid value for '--output-tokens'"),
+    ],
+)
+def test_wrong_options(options: tuple[str, ...], message: str) -> None:
+    process = demo("--json", *options)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""

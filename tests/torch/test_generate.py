@@ -1,0 +1,106 @@
+"""``fluxmoe generate`` on the torch backend, and ``import fluxmoe`` without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxmoe.cli import main
+from tests.torch.conftest import Load
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", *map(str, arguments)])
+    done = capsys.readouterr()
+    return int(exit.value.code or 0), done.out, done.err
+
+
+def test_json(
+    capsys: pytest.CaptureFixture[str], load: Load, checkpoint: Callable[..., Path]
+) -> None:
+    options = ("--memory", "1MiB", "--eviction", "lru", "--max-new-tokens", 6, "--json")
+    status, out, _ = run(capsys, checkpoint(), "--prompt-ids", "5,6,7", *options)
+    result = json.loads(out)
+    with torch.inference_mode():
+        stock = load().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)
+    assert status == 0
+    assert result["prompt_ids"] + result["token_ids"] == stock[0].tolist()
+    assert result["stats"]["slots"] == 21
+    assert result["stats"]["misses"] > 0
+    assert isinstance(result["text"], str)
+
+
+def test_text(capsys: pytest.CaptureFixture[str], checkpoint: Callable[..., Path]) -> None:
+    status, out, _ = run(capsys, checkpoint(), "--prompt", "Once", "--max-new-tokens", 3)
+    assert status == 0
+    assert out.startswith("Once")
+    assert "64 of 64 pages" in out
+
+
+def test_without_tokenizer(
+    capsys: pytest.CaptureFixture[str], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint(), bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    status, out, _ = run(capsys, bare, "--prompt-ids", "5,6", "--max-new-tokens", 3)
+    assert status == 0
+    assert len(out.splitlines()[0].split(",")) == 3
+    status, out, err = run(capsys, bare, "--prompt", "Once")
+    assert (status, out) == (2, "")
+    assert "tokenizer" in err
+    assert "--prompt-ids" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "one of --prompt and --prompt-ids"),
+        (["--prompt", "a", "--prompt-ids", "1"], "one of --prompt and --prompt-ids"),
+        (["--prompt-ids", "1,x"], "write 1,2,3"),
+        (["--prompt-ids", "9999"], "0…1023"),
+        (["--prompt", ""], "at least one"),
+        (["--prompt-ids", "1", "--backend", "vllm"], "--backend torch"),
+        (["--prompt-ids", "1", "--memory", "1KiB"], "at least 786432 bytes"),
+        (["--prompt-ids", "1", "--eviction", "lur"], "known eviction policies"),
+    ],
+)
+def test_errors(
+    capsys: pytest.CaptureFixture[str],
+    checkpoint: Callable[..., Path],
+    arguments: list[str],
+    says: str,
+) -> None:
+    status, out, err = run(capsys, checkpoint(), *arguments)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+def test_no_such_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(capsys, tmp_path / "nothing", "--prompt-ids", "1")
+    assert status == 2
+    assert "cannot load the model" in err
+
+
+def test_import_fluxmoe_needs_no_torch() -> None:
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "transformers", "numba"]))
+import fluxmoe
+try:
+    fluxmoe.page
+except fluxmoe.FluxMoEError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "pip install 'fluxmoe[hf]'" in done.stdout

@@ -1,0 +1,121 @@
+"""A paged model answers what it answers unpaged, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fluxmoe
+from tests.torch.conftest import Load, answer, prompts, same, sizes
+
+ARCHITECTURES = [
+    "qwen3-moe", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", "deepseek-v2", "deepseek-v3",
+]  # fmt: skip
+POLICIES = ["immediate", "lru", "lfu", "lfru", "next-use"]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_policy_at_every_size(load: Load, architecture: str, implementation: str) -> None:
+    model = load(architecture, implementation)
+    stock = answer(model)
+    assert len({tuple(row) for row in stock[1].tolist()}) == len(stock[1])
+    experts, pages, page_bytes = sizes(model)
+    for policy in POLICIES:
+        for slots in (experts, pages // 2, pages):
+            with fluxmoe.page(
+                model, slots * page_bytes, eviction=policy, strict_policies=True
+            ) as paged:
+                assert same(answer(model), stock), (policy, slots)
+                paged.check()
+                stats = paged.stats()
+            assert stats["slots"] == slots
+            assert stats["misses"] > 0
+            freed = stats["evictions"] + stats["released"]
+            assert (freed > 0) == (slots < pages or policy == "immediate")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("banks", [1, 2])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_prefetch_and_banks(load: Load, implementation: str, banks: int, threads: int) -> None:
+    model = load("qwen3-moe", implementation)
+    stock = answer(model)
+    _, pages, page_bytes = sizes(model)
+    with fluxmoe.page(
+        model,
+        pages * 3 // 4 * page_bytes,
+        prefetch={"kind": "next-layer", "depth": 2},
+        banks=banks,
+        copy_threads=threads,
+    ) as paged:
+        assert same(answer(model), stock)
+        stats = paged.stats()
+    assert stats["banks"] == banks
+    assert stats["prefetch_hits"] > 0
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_types_of_numbers(load: Load, implementation: str, dtype: torch.dtype) -> None:
+    model = load("mixtral", implementation, dtype=dtype)
+    stock = answer(model)
+    experts, _, page_bytes = sizes(model)
+    with fluxmoe.page(model, (experts + 3) * page_bytes):
+        assert same(answer(model), stock)
+
+
+def test_several_threads(load: Load) -> None:
+    torch.set_num_threads(2)
+    try:
+        model = load("qwen3-moe")
+        stock = answer(model)
+        experts, _, page_bytes = sizes(model)
+        with fluxmoe.page(model, experts * page_bytes):
+            assert same(answer(model), stock)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_more_slots_than_grouped_mm_can_count(load: Load) -> None:
+    """From 4098 on its float32 histogram counts some slots' tokens for their neighbours."""
+    model = load(
+        "qwen3-moe",
+        num_hidden_layers=34,
+        num_experts=128,
+        num_experts_per_tok=128,
+        hidden_size=32,
+        head_dim=16,
+        moe_intermediate_size=32,
+        intermediate_size=32,
+    )
+    ids = torch.randint(3, 1000, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        stock = model(ids).logits
+        with fluxmoe.page(model) as paged:
+            assert torch.equal(model(ids).logits, stock)
+            stats = paged.stats()
+    assert (stats["slots"], stats["pages"], stats["banks"]) == (4352, 4352, 2)
+    assert stats["misses"] == 4352  # every slot was computed with
+
+
+@pytest.mark.slow
+def test_compiled_as_one_graph(load: Load) -> None:
+    model = load("glm4-moe", num_hidden_layers=2)  # its fp32 router is the touchy one
+    experts, _, page_bytes = sizes(model)
+
+    def compiled() -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        call = torch.compile(model, fullgraph=True)
+        ids = prompts()["input_ids"]
+        with torch.no_grad():
+            return [call(ids.roll(shift), use_cache=False).logits for shift in range(4)]
+
+    stock = compiled()
+    with fluxmoe.page(model, experts * page_bytes, eviction="immediate") as paged:
+        assert all(map(torch.equal, compiled(), stock))
+        assert paged.stats()["misses"] > 2 * experts
+        call = torch.compile(model, fullgraph=True)  # is not to outlive the arenas
+    with torch.no_grad():
+        after = call(prompts()["input_ids"], use_cache=False).logits
+    assert torch.equal(after, stock[0])

@@ -1,0 +1,371 @@
+"""What a user can get wrong: each error arrives in the parent as its class, with its code and text.
+
+One child process takes nearly all of it: a start that failed must leave it usable.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.errors import (
+    BudgetTooSmallError,
+    ConfigError,
+    EngineError,
+    FluxMoEError,
+    NeedsFutureError,
+    NoExpertsError,
+    PluginLoadError,
+    UnknownPolicyError,
+    UnsupportedError,
+)
+from fluxmoe.testing import checkpoints
+from tests.vllm.conftest import EAGER, KV_BYTES
+
+pytestmark = pytest.mark.vllm
+
+PAGE, EXPERTS = 3 * 128 * 64 * 2, 16  # bytes of an expert, experts of a layer
+BLOCK = 4 * 2 * 32 * 2 * 32 * 2  # bytes of a KV block: layers, k and v, tokens, heads, head size
+WORKER = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
+
+
+def config(**settings: Any) -> dict[str, Any]:
+    """One that works, changed."""
+    memory = {"budget": 20 * PAGE + KV_BYTES, "frame": 4096, **settings.pop("memory", {})}
+    return {"memory": memory, **settings}
+
+
+def refusal(
+    engine: ChildEngine, error: type[FluxMoEError], fluxmoe: object, **options: Any
+) -> FluxMoEError:
+    """The error of a start with these settings; exactly of this class, not of a subclass."""
+    with pytest.raises(FluxMoEError) as caught:
+        engine.restart(fluxmoe=fluxmoe, **{**EAGER, **options})  # type: ignore[arg-type]
+    assert type(caught.value) is error, caught.value
+    assert caught.value.code == error.code != FluxMoEError.code
+    return caught.value
+
+
+def answers(engine: ChildEngine) -> bool:
+    return len(engine.generate([Prompt([5, 6, 7], 4)]).tokens[0]) == 4
+
+
+# --- policies and plugins ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("eviction", ["immediate", "lfu", "lru", "next-use"]),
+        ("prefetch", ["next-layer", "none"]),
+        ("arbitration", ["fixed"]),
+    ],
+)
+def test_unknown_policy(eager: ChildEngine, kind: str, known: list[str]) -> None:
+    error = refusal(eager, UnknownPolicyError, config(**{kind: "nonsense"}))
+    assert error.what == f"unknown {kind} policy 'nonsense'"
+    for name in known:
+        assert name in error.fix
+
+
+def test_unknown_option_of_a_policy(eager: ChildEngine) -> None:
+    prefetch = {"kind": "next-layer", "deepness": 2}
+    error = refusal(eager, ConfigError, config(prefetch=prefetch))
+    assert "deepness" in error.what
+    assert "depth" in error.fix
+
+
+def test_an_oracle_cannot_serve(eager: ChildEngine) -> None:
+    error = refusal(eager, NeedsFutureError, config(eviction="belady"))
+    assert "belady" in error.what
+    assert "simulate" in error.fix
+
+
+def test_a_plugin_that_cannot_be_imported(eager: ChildEngine, tmp_path: Path) -> None:
+    plugin = tmp_path / "broken.py"
+    plugin.write_text("import surely_not_installed\n")
+    error = refusal(eager, PluginLoadError, config(plugins=[str(plugin)]))
+    assert "surely_not_installed" in error.what
+    assert str(plugin) in error.where
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
+    # 256 tokens of context are 8 blocks; two more are vLLM's null block and the watermark.
+    least = EXPERTS * PAGE + 10 * BLOCK
+    error = refusal(eager, BudgetTooSmallError, config(memory={"budget": least - 4096}))
+    assert error.where == "memory.budget"
+    assert f"at least {least} are needed" in error.what
+    assert "one layer of 16 experts" in error.what
+    assert "one sequence of max-model-len 256" in error.what
+    assert f"at least {least} bytes" in error.fix
+    eager.restart(fluxmoe=config(memory={"budget": least}), **EAGER)
+    assert answers(eager)
+
+
+def test_a_budget_beyond_the_machine(eager: ChildEngine) -> None:
+    error = refusal(eager, ConfigError, config(memory={"budget": "4TiB"}))
+    assert error.where == "memory.budget"
+    assert str(4 << 40) in error.what
+
+
+@pytest.mark.parametrize(
+    ("share", "setting", "where"),
+    [
+        ("experts", {"target": 15 * PAGE}, "memory.experts.target"),
+        ("experts", {"min": 15 * PAGE}, "memory.experts.min"),
+        ("experts", {"max": 15 * PAGE}, "memory.experts.max"),
+        ("kv", {"target": 9 * BLOCK}, "memory.kv.target"),
+        ("kv", {"min": 9 * BLOCK}, "memory.kv.min"),
+        ("kv", {"max": 9 * BLOCK}, "memory.kv.max"),
+    ],
+)
+def test_a_share_below_the_minimum(
+    eager: ChildEngine, share: str, setting: dict[str, int], where: str
+) -> None:
+    error = refusal(eager, ConfigError, config(memory={share: setting}))
+    assert error.where == where
+    least = {"experts": EXPERTS * PAGE, "kv": 10 * BLOCK}[share]
+    assert f"the minimum of {least}" in error.what
+
+
+def test_targets_that_do_not_fit_together(eager: ChildEngine) -> None:
+    memory = {"experts": {"target": 21 * PAGE}, "kv": {"target": KV_BYTES}}
+    error = refusal(eager, ConfigError, config(memory=memory))
+    assert error.where == "memory"
+    assert f"need {21 * PAGE + KV_BYTES} bytes" in error.what
+    assert f"has {20 * PAGE + KV_BYTES}" in error.what
+
+
+def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
+    fluxmoe = config(memory={"kv": {"target": KV_BYTES}})
+    error = refusal(eager, ConfigError, fluxmoe, kv_cache_memory_bytes=KV_BYTES // 2)
+    assert "memory.kv.target" in error.what
+    assert "--kv-cache-memory-bytes" in error.what
+    # The same size twice is no contradiction, and vLLM's own option alone is the target.
+    for settings in (fluxmoe, config()):
+        eager.restart(fluxmoe=settings, kv_cache_memory_bytes=KV_BYTES, **EAGER)
+        assert eager.info["kv_bytes"] == KV_BYTES
+
+
+# --- models and features -------------------------------------------------------------------------
+
+
+def test_a_model_without_experts(tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path, "qwen3-dense")
+    with pytest.raises(NoExpertsError, match="no MoE layers") as caught:
+        ChildEngine(model, fluxmoe=config(), **EAGER)
+    assert caught.value.code == "FM401"
+    assert "without FluxMoE" in caught.value.fix
+
+
+def test_experts_with_biases(tmp_path: Path) -> None:
+    """gpt-oss has them, in a class of its own; stock vLLM serves it on a CPU."""
+    import torch
+    import transformers
+
+    settings = transformers.GptOssConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        dtype="bfloat16",
+    )
+    transformers.GptOssForCausalLM(settings).to(torch.bfloat16).save_pretrained(tmp_path)
+    with ChildEngine(tmp_path, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
+        assert answers(engine)
+        error = refusal(engine, UnsupportedError, config())
+        assert "GptOssRoutedExperts" in error.what
+        assert "mlp.experts" in error.where
+
+
+@pytest.mark.parametrize(
+    ("options", "feature"),
+    [
+        ({"enable_expert_parallel": True}, "--enable-expert-parallel"),
+        ({"enable_lora": True}, "--enable-lora"),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            "--speculative-config",
+        ),
+        ({"model_impl": "transformers"}, "TransformersRoutedExperts"),
+    ],
+)
+def test_unsupported_features(eager: ChildEngine, options: dict[str, Any], feature: str) -> None:
+    assert feature in refusal(eager, UnsupportedError, config(), **options).what
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+
+def test_a_configuration_without_the_worker_class(eager: ChildEngine) -> None:
+    error = refusal(
+        eager,
+        ConfigError,
+        None,
+        additional_config={"fluxmoe": config()},
+        kv_cache_memory_bytes=KV_BYTES,
+    )
+    assert error.fix == f"add --worker-cls {WORKER}"
+
+
+def test_the_worker_class_without_a_configuration(eager: ChildEngine) -> None:
+    error = refusal(eager, ConfigError, None, worker_cls=WORKER)
+    assert "--additional-config" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("fluxmoe", "what"),
+    [
+        (config(evction="lru"), "unknown key 'evction'"),
+        (config(memory={"experts": {"goal": 1}}), "unknown key 'memory.experts.goal'"),
+        ({"eviction": "lru"}, "'memory' is missing"),
+        ({"memory": {}}, "'memory.budget' is missing"),
+        (config(eviction=7), "not 7"),
+        (config(copy_threads="many"), "'many'"),
+        (config(memory={"budget": "24 apples"}), "'24 apples'"),
+        (config(memory={"budget": 0}), "not 0"),
+        (config(memory={"frame": -4096}), "not -4096"),
+        (config(memory={"kv": {"target": "-1MiB"}}), "'-1MiB'"),
+        (config(stores=[{"kind": "cloud"}]), "'cloud'"),
+        ("lru", "'lru'"),
+    ],
+)
+def test_configurations_that_do_not_validate(
+    eager: ChildEngine, fluxmoe: object, what: str
+) -> None:
+    error = refusal(eager, ConfigError, fluxmoe)
+    assert what in error.what
+    assert error.where == "additional_config.fluxmoe"
+
+
+def test_a_frame_that_is_not_whole_pages(eager: ChildEngine) -> None:
+    error = refusal(eager, ConfigError, config(memory={"frame": 5000}))
+    assert "5000" in error.what
+    assert error.where == "memory.frame"
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+def script(source: str) -> subprocess.CompletedProcess[str]:
+    """Run Python that imports vLLM, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_versions_of_vllm() -> None:
+    result = script("""
+from fluxmoe.backends.vllm.compat import require_supported
+from fluxmoe.errors import UnsupportedVersionError
+for version in ["0.32.0", "0.32.7", "0.32.1+cpu", "0.32.0rc1"]:
+    require_supported(version)
+for version in ["0.31.9", "0.33.0", "1.0", "0.9.2", "dev", "0.33.0rc1"]:
+    try:
+        require_supported(version)
+    except UnsupportedVersionError as error:
+        assert error.code == "FM403"
+        assert error.what == f"vLLM {version} is not supported"
+        assert ">=0.32,<0.33" in error.fix
+    else:
+        raise SystemExit(version)
+print("done")
+""")
+    assert result.stdout.endswith("done\n"), result.stderr
+
+
+def test_an_unsupported_version_stops_paging_but_not_vllm() -> None:
+    """Whoever has FluxMoE installed and does not use it must be able to upgrade vLLM."""
+    result = script("""
+import vllm
+vllm.__version__ = "0.99.0"
+from fluxmoe.backends.vllm import register
+register()
+register()
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.custom_op import op_registry_oot
+assert "RoutedExperts" not in op_registry_oot
+from fluxmoe.errors import UnsupportedVersionError
+try:
+    import fluxmoe.backends.vllm.worker
+except UnsupportedVersionError as error:
+    print("refused:", error)
+""")
+    assert result.returncode == 0, result.stderr
+    assert "refused: vLLM 0.99.0 is not supported; install" in result.stdout
+    assert "FluxMoE is off: vLLM 0.99.0 is not supported" in result.stdout + result.stderr
+
+
+# --- the engine ----------------------------------------------------------------------------------
+
+
+def test_errors_of_vllm_come_through(eager: ChildEngine) -> None:
+    error = refusal(eager, EngineError, config(), max_model_len=8192)
+    assert "max_model_len (8192) is greater than" in error.what
+    assert "the end of its log:" in error.where
+    assert "max_model_len (8192)" in error.where  # the traceback
+    with pytest.raises(EngineError, match="there is no engine"):
+        eager.generate([Prompt([5], 1)])
+    eager.restart(fluxmoe=config(), **EAGER)
+    assert answers(eager)
+
+
+def test_a_policy_fault_under_strict_policies(eager: ChildEngine, tmp_path: Path) -> None:
+    """It ends the call, not the engine's process; nothing of the call is left behind."""
+    plugin = tmp_path / "tired.py"
+    plugin.write_text(
+        "import fluxmoe\n"
+        "class Tired(fluxmoe.EvictionPolicy):\n"
+        "    def score(self, view, pages):\n"
+        "        if view.step == 3:\n"
+        "            raise RuntimeError('no idea')\n"
+        "        return view.last_use[pages]\n"
+        "@fluxmoe.hookimpl\n"
+        "def fluxmoe_register_policies(register):\n"
+        "    register('tired', Tired)\n"
+    )
+    fluxmoe = config(
+        eviction="tired",
+        plugins=[str(plugin)],
+        strict_policies=True,
+        memory={"experts": {"target": EXPERTS * PAGE}},
+    )
+    eager.restart(fluxmoe=fluxmoe, **EAGER)
+    long = [Prompt([5 + i, 6, 7], 8) for i in range(8)]
+    with pytest.raises(FluxMoEError) as caught:
+        eager.generate(long)
+    assert caught.value.code == "FM203"
+    assert "tired" in str(caught.value)
+    short = [Prompt([5, 6, 7], 2), Prompt([9, 9], 2)]
+    after = eager.generate(short)
+    assert after.steps <= 3
+    eager.restart(fluxmoe={**fluxmoe, "eviction": "lru"}, **EAGER)
+    assert eager.generate(short).tokens == after.tokens
