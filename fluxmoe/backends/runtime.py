@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import psutil
@@ -26,6 +26,7 @@ from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.sim.trace import TraceMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,39 @@ class Runtime:
         bank = self.pager.table.bank(layer)
         slots = self.pager.table.slots[bank]
         return [rows[:slots] for rows in self._tenant.rows(bank)]
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters of the event rule, sizes in bytes, faults, and seconds waited for pages."""
+        counters, transfer = self.pager.counters(), self.pager.transfer
+        return {
+            **asdict(counters),
+            "hit_rate": counters.hit_rate,
+            "slots": sum(self.pager.table.slots),
+            "banks": self.pager.table.num_banks,
+            "pages": self.geometry.num_pages,
+            "page_bytes": self.page_class.nbytes,
+            "budget_bytes": self.arbiter.budget_bytes,
+            "committed_bytes": self.arbiter.committed_bytes,
+            "expert_bytes": self.expert_bytes,
+            "kv_bytes": self.kv_bytes,
+            "store_bytes": self.store.nbytes,
+            "bytes_demand": transfer.bytes_demand,
+            "bytes_prefetch": transfer.bytes_prefetch,
+            "stall_seconds": transfer.stall_seconds,
+            "policy_faults": self.eviction.faults + self.prefetch.faults,
+            "policy_slow": self.eviction.slow + self.prefetch.slow,
+        }
+
+    def trace_meta(self, *, model: str, top_k: int, source: str) -> TraceMeta:
+        """What a trace of this model says about itself."""
+        return TraceMeta(
+            model=model,
+            num_layers=self.geometry.num_layers,
+            experts_per_layer=self.geometry.experts_per_layer,
+            top_k=top_k,
+            page_bytes=self.page_class.nbytes,
+            source=source,
+        )
 
     def check(self) -> None:
         """Raise InvariantError unless all books agree."""

@@ -106,33 +106,11 @@ def _describe(problem: Exception | str) -> str:
     return problem
 
 
-class EvictionGuard:
-    """An eviction policy as the event rule calls it."""
+class _Guard:
+    """What both guards can tell about their policy."""
 
-    def __init__(
-        self,
-        policy: EvictionPolicy,
-        view: PageView,
-        *,
-        name: str,
-        strict: bool = False,
-        limits: Limits = DEFAULT_LIMITS,
-    ) -> None:
-        self._policy, self._view = policy, view
-        self._faults = _Faults("eviction", name, strict, limits)
-        self._kernel = _compile(policy, name)
-        overrides = {
-            method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
-            for method in ("on_access", "on_load", "on_evict", "retain", "select")
-        }
-        # Hooks that a policy does not override are never called: they would cost for nothing.
-        self.watches_access = overrides["on_access"]
-        self.watches_load = overrides["on_load"]
-        self.watches_evict = overrides["on_evict"]
-        self.retains = overrides["retain"]
-        self._selects = overrides["select"]
-        if self._kernel is not None:
-            self._kernel_scores(np.zeros(0, np.int64))  # compiles the loop: no call's fault
+    def __init__(self, faults: _Faults) -> None:
+        self._faults = faults
 
     @property
     def name(self) -> str:
@@ -151,6 +129,35 @@ class EvictionGuard:
     def slow(self) -> int:
         """Calls so far that were answered, but took longer than the soft limit."""
         return self._faults.slow
+
+
+class EvictionGuard(_Guard):
+    """An eviction policy as the event rule calls it."""
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        view: PageView,
+        *,
+        name: str,
+        strict: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        super().__init__(_Faults("eviction", name, strict, limits))
+        self._policy, self._view = policy, view
+        self._kernel = _compile(policy, name)
+        overrides = {
+            method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
+            for method in ("on_access", "on_load", "on_evict", "retain", "select")
+        }
+        # Hooks that a policy does not override are never called: they would cost for nothing.
+        self.watches_access = overrides["on_access"]
+        self.watches_load = overrides["on_load"]
+        self.watches_evict = overrides["on_evict"]
+        self.retains = overrides["retain"]
+        self._selects = overrides["select"]
+        if self._kernel is not None:
+            self._kernel_scores(np.zeros(0, np.int64))  # compiles the loop: no call's fault
 
     @property
     def stable(self) -> bool:
@@ -244,7 +251,7 @@ class EvictionGuard:
         return out
 
 
-class PrefetchGuard:
+class PrefetchGuard(_Guard):
     """A prefetch policy as the event rule calls it. One that leads by no layer is never asked."""
 
     def __init__(
@@ -256,27 +263,9 @@ class PrefetchGuard:
         strict: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
+        super().__init__(_Faults("prefetch", name, strict, limits))
         self._policy, self._view = policy, view
         self._num_pages = view.num_layers * view.experts_per_layer
-        self._faults = _Faults("prefetch", name, strict, limits)
-
-    @property
-    def name(self) -> str:
-        return self._faults.name
-
-    @property
-    def faults(self) -> int:
-        """Faults contained so far."""
-        return self._faults.count
-
-    @property
-    def limits(self) -> Limits:
-        return self._faults.limits
-
-    @property
-    def slow(self) -> int:
-        """Calls so far that were answered, but took longer than the soft limit."""
-        return self._faults.slow
 
     @property
     def active(self) -> bool:

@@ -29,7 +29,8 @@ KERNEL = """
 import numpy as np
 import torch
 import vllm._custom_ops as ops
-from fluxmoe.backends.vllm.worker import _tensor, bank_limit, require_addressable
+from fluxmoe.backends.tensors import as_weight
+from fluxmoe.backends.vllm.worker import bank_limit, require_addressable
 from fluxmoe.core.arena import Arena
 from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.errors import InvariantError
@@ -60,9 +61,12 @@ def run(weights, slot):
     ops.cpu_fused_moe(out, x, *weights, None, None, ones, ids, "silu", "vec")
     return out.view(torch.int16)
 
+def like(shape):
+    return torch.empty(1, *shape, dtype=torch.bfloat16, device="meta")
+
 def bank(first, slots):
     return [
-        _tensor(rows[first : first + slots], torch.bfloat16, torch.Size(shape))
+        require_addressable(as_weight(rows[first : first + slots], like(shape)))
         for rows, shape in zip(parts, shapes)
     ]
 
@@ -76,7 +80,7 @@ try:
 except InvariantError as error:
     print("one slot more:", error, flush=True)
 
-# What _tensor refused, all the same.
+# What was refused, all the same.
 beyond = [
     torch.from_numpy(rows).view(torch.bfloat16).view(2 * LIMIT, *shape)
     for rows, shape in zip(parts, shapes)

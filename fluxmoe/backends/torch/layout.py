@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import torch
 
-from fluxmoe.core.types import Bytes, Geometry, PageClass, Part
+from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import NoExpertsError, UnsupportedError
 
 PARTS = ("gate_up_proj", "down_proj")
@@ -61,17 +61,6 @@ def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
         for name, weight in weights.items()
     ]
     return Geometry(len(layers), len(weights[PARTS[0]])), PageClass(tuple(parts))
-
-
-def as_rows(weight: torch.Tensor) -> Bytes:
-    """``[experts, …]`` as uint8 ``[experts, bytes]``, without a copy."""
-    rows: Bytes = weight.detach().view(len(weight), -1).view(torch.uint8).numpy()
-    return rows
-
-
-def as_weight(rows: Bytes, like: torch.Tensor) -> torch.Tensor:
-    """An arena's uint8 rows as weights ``[slots, …]`` of the shape and type of ``like``'s."""
-    return torch.from_numpy(rows).view(like.dtype).view(len(rows), *like.shape[1:])
 
 
 def _require_standard(layer: torch.nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.core.substrate.cpu import frame_bytes_for
 from fluxmoe.core.tenants import frames_for
@@ -83,7 +83,7 @@ def page(
     phase = _Phase()
     store = HostStore(geometry, page_class)
     for layer in layers:
-        store.adopt([layout.as_rows(weight) for weight in layout.weights_of(layer).values()])
+        store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
     runtime = Runtime(
         _fitted(config, geometry, page_class),
         geometry,
@@ -120,7 +120,7 @@ class PagedModel:
         for index, layer in enumerate(layers):
             weights = layout.weights_of(layer)
             arenas = {
-                part: layout.as_weight(rows, weight)
+                part: as_weight(rows, weight)
                 for (part, weight), rows in zip(weights.items(), runtime.arenas(index), strict=True)
             }
             experts.bind(layer, handle, index, implementation, arenas, table[index], lease)
@@ -143,22 +143,7 @@ class PagedModel:
 
     def stats(self) -> dict[str, int | float]:
         """Counters of the event rule, sizes in bytes, and time spent waiting for pages."""
-        runtime = self._open()
-        counters, transfer = runtime.pager.counters(), runtime.pager.transfer
-        return {
-            **asdict(counters),
-            "hit_rate": counters.hit_rate,
-            "slots": sum(runtime.pager.table.slots),
-            "banks": runtime.pager.table.num_banks,
-            "pages": runtime.geometry.num_pages,
-            "page_bytes": runtime.page_class.nbytes,
-            "expert_bytes": runtime.expert_bytes,
-            "store_bytes": runtime.store.nbytes,
-            "bytes_demand": transfer.bytes_demand,
-            "bytes_prefetch": transfer.bytes_prefetch,
-            "stall_seconds": transfer.stall_seconds,
-            "policy_faults": runtime.eviction.faults + runtime.prefetch.faults,
-        }
+        return self._open().stats()
 
     @contextmanager
     def record(self, path: str | PathLike[str]) -> Iterator[TraceWriter]:
@@ -221,15 +206,8 @@ class PagedModel:
                 f"{type(config).__name__} does not tell num_experts_per_tok, so no trace of it "
                 "can be recorded"
             )
-        geometry = self._runtime.geometry
-        return TraceMeta(
-            model=str(getattr(config, "name_or_path", "") or type(self.model).__name__),
-            num_layers=geometry.num_layers,
-            experts_per_layer=geometry.experts_per_layer,
-            top_k=int(top_k),
-            page_bytes=self._runtime.page_class.nbytes,
-            source="torch",
-        )
+        name = getattr(config, "name_or_path", "") or type(self.model).__name__
+        return self._runtime.trace_meta(model=str(name), top_k=int(top_k), source="torch")
 
 
 class _Phase:

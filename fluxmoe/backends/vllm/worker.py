@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import checks
 from fluxmoe.backends.vllm.compat import (
     CPUWorker,
@@ -23,9 +23,9 @@ from fluxmoe.backends.vllm.compat import (
 )
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
 from fluxmoe.config import Config
-from fluxmoe.core.types import Bytes, Geometry, PageClass, Part
+from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
-from fluxmoe.sim.trace import TraceMeta, TraceWriter
+from fluxmoe.sim.trace import TraceWriter
 from fluxmoe.stores.host import HostStore
 
 PARTS = ("w13_weight", "w2_weight")
@@ -125,12 +125,12 @@ class PagedCPUWorker(CPUWorker):
         self._release = weakref.finalize(self, _release, handle, runtime)
         self._top_k = layers[0].top_k
         for index, layer in enumerate(layers):
-            store.adopt([_bytes(getattr(layer, name).data) for name in PARTS])
+            store.adopt([as_rows(getattr(layer, name)) for name in PARTS])
             arenas = zip(PARTS, weights, runtime.arenas(index), strict=True)
             layer.bind(
                 handle,
                 index,
-                {name: _tensor(rows, like.dtype, like.shape[1:]) for name, like, rows in arenas},
+                {name: require_addressable(as_weight(rows, like)) for name, like, rows in arenas},
             )
 
     def _kv_need(self) -> KVNeed:
@@ -169,26 +169,7 @@ class PagedCPUWorker(CPUWorker):
     def fluxmoe_stats(self) -> dict[str, Any]:
         """Counters and sizes, as plain numbers."""
         assert self._runtime is not None
-        runtime, counters = self._runtime, self._runtime.pager.counters()
-        transfer = runtime.pager.transfer
-        return {
-            **asdict(counters),
-            "hit_rate": counters.hit_rate,
-            "slots": sum(runtime.pager.table.slots),
-            "banks": runtime.pager.table.num_banks,
-            "pages": runtime.geometry.num_pages,
-            "page_bytes": runtime.page_class.nbytes,
-            "budget_bytes": runtime.arbiter.budget_bytes,
-            "committed_bytes": runtime.arbiter.committed_bytes,
-            "expert_bytes": runtime.expert_bytes,
-            "kv_bytes": runtime.kv_bytes,
-            "kv_allocated_bytes": kv_allocated(self),
-            "store_bytes": runtime.store.nbytes,
-            "bytes_demand": transfer.bytes_demand,
-            "bytes_prefetch": transfer.bytes_prefetch,
-            "stall_seconds": transfer.stall_seconds,
-            "policy_faults": runtime.eviction.faults + runtime.prefetch.faults,
-        }
+        return {**self._runtime.stats(), "kv_allocated_bytes": kv_allocated(self)}
 
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books agree."""
@@ -204,14 +185,8 @@ class PagedCPUWorker(CPUWorker):
             recorder.close()
         if path is not None:
             assert self._runtime is not None
-            geometry = self._runtime.geometry
-            meta = TraceMeta(
-                model=str(self.model_config.model),
-                num_layers=geometry.num_layers,
-                experts_per_layer=geometry.experts_per_layer,
-                top_k=self._top_k,
-                page_bytes=self._runtime.page_class.nbytes,
-                source="vllm",
+            meta = self._runtime.trace_meta(
+                model=str(self.model_config.model), top_k=self._top_k, source="vllm"
             )
             self._recorder = TraceWriter(path, meta)
             self._runtime.pager.watcher = self._recorder.append
@@ -241,18 +216,3 @@ def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:
     kv = config.memory.kv.model_copy(update={"target": kv_bytes})
     memory = config.memory.model_copy(update={"kv": kv})
     return config.model_copy(update={"memory": memory})
-
-
-def _bytes(weight: torch.Tensor) -> Bytes:
-    """``[experts, …]`` as uint8 ``[experts, bytes]``, without a copy."""
-    if not weight.is_contiguous():
-        raise UnsupportedError(
-            f"expert weights of strides {weight.stride()} are not one block each"
-        )
-    array: Bytes = weight.view(weight.shape[0], -1).view(torch.uint8).numpy()
-    return array
-
-
-def _tensor(rows: Bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    """uint8 rows as a tensor ``[slots, *shape]``, without a copy."""
-    return require_addressable(torch.from_numpy(rows).view(dtype).view(len(rows), *shape))
