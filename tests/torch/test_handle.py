@@ -33,7 +33,7 @@ def held() -> tuple[int, int, int]:
     return (
         len(os.listdir("/proc/self/fd")),
         Path("/proc/self/maps").read_text().count("memfd:"),
-        sum(thread.name.startswith("fluxmoe") for thread in threading.enumerate()),
+        sum(thread.name.startswith("fluxmoe-copy") for thread in threading.enumerate()),
     )
 
 
