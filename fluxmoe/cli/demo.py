@@ -64,11 +64,8 @@ def _print(result: Comparison, model: DemoModel) -> None:
     from rich.table import Table
 
     stock, paged, stats = result.stock, result.fluxmoe, result.stats
-    table = Table(
-        title=f"{result.requests} requests × {result.output_tokens} tokens, "
-        f"one budget of {output.nbytes(result.budget_bytes)}, medians of {len(stock.runs)} runs"
-    )
-    table.add_column("")
+    table = Table()
+    table.add_column(f"both in {output.nbytes(result.budget_bytes)}")
     table.add_column("stock vLLM", justify="right")
     table.add_column("vLLM + FluxMoE", justify="right")
     rows = [
@@ -92,9 +89,10 @@ def _print(result: Comparison, model: DemoModel) -> None:
     console = output.console()
     console.print(table)
     console.print(
-        f"Qwen3-MoE with random weights, {model.layers} layers × {model.experts} experts, top-"
-        f"{model.top_k}; eager, one thread. The budget bounds the memory that the kernels read "
-        "(expert arenas + KV cache); the page store lies outside it in host memory, as it would "
-        "beside a GPU.",
+        f"{result.requests} requests × {result.output_tokens} tokens, medians of "
+        f"{len(stock.runs)} alternating runs, eager, one thread. Qwen3-MoE with random weights, "
+        f"{model.layers} layers × {model.experts} experts, top-{model.top_k}.\n"
+        "The budget bounds the memory that the kernels read (expert arenas + KV cache); the page "
+        "store lies outside it in host memory, as it would beside a GPU.",
         style="dim",
     )

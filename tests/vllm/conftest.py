@@ -26,6 +26,7 @@ def prompts(count: int, *, tokens: int = 20, seed: int = 0) -> list[Prompt]:
             rng.randint(tokens // 2, tokens),
             temperature=1.0 if index % 2 else 0.0,
             seed=index,
+            logprobs=True,
         )
         for index in range(count)
     ]
@@ -51,8 +52,14 @@ def config(slots: int, **settings: Any) -> dict[str, Any]:
 BATCHES = [prompts(1, seed=1), prompts(8, seed=8), prompts(64, seed=64)]
 
 
-def outputs(engine: ChildEngine, *, watch: bool = False) -> list[list[list[int]]]:
-    return [engine.generate(batch, watch=watch).tokens for batch in BATCHES]
+#: Tokens, and the log-probability of each, per batch and request. One wrong page can leave every
+#: token as it was, but hardly every bit of these (docs/adr/0001).
+Outputs = list[tuple[list[list[int]], list[list[float]]]]
+
+
+def outputs(engine: ChildEngine) -> Outputs:
+    runs = [engine.generate(batch) for batch in BATCHES]
+    return [(run.tokens, run.logprobs) for run in runs]
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +76,7 @@ def eager(checkpoint: Path) -> Iterator[ChildEngine]:
 
 
 @pytest.fixture(scope="session")
-def stock_outputs(eager: ChildEngine) -> list[list[list[int]]]:
+def stock_outputs(eager: ChildEngine) -> Outputs:
     """What eager stock vLLM answers to ``BATCHES``."""
     eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
     return outputs(eager)

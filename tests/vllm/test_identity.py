@@ -8,21 +8,23 @@ import pytest
 
 from fluxmoe.backends.vllm.child import ChildEngine
 from fluxmoe.sim.simulator import simulate
-from tests.vllm.conftest import BATCHES, EAGER, EXPERTS, PAGES, config, outputs, prompts
+from tests.vllm.conftest import BATCHES, EAGER, EXPERTS, PAGES, Outputs, config, outputs, prompts
 
 pytestmark = pytest.mark.vllm
 
 
-def test_stock_outputs_are_worth_comparing(stock_outputs: list[list[list[int]]]) -> None:
-    many = stock_outputs[2]
+def test_stock_outputs_are_worth_comparing(stock_outputs: Outputs) -> None:
+    many, logprobs = stock_outputs[2]
     assert len({tuple(tokens) for tokens in many}) == len(many)
     assert len({token for tokens in many for token in tokens}) > 100
+    assert [len(row) for row in logprobs] == [len(row) for row in many]
+    assert all(-20 < value <= 0 for row in logprobs for value in row)
 
 
 @pytest.mark.parametrize("slots", [EXPERTS, PAGES // 2, PAGES - 5, PAGES])
 @pytest.mark.parametrize("policy", ["immediate", "lru", "lfu", "lfru", "next-use"])
 def test_every_policy_at_every_size(
-    eager: ChildEngine, stock_outputs: list[list[list[int]]], policy: str, slots: int
+    eager: ChildEngine, stock_outputs: Outputs, policy: str, slots: int
 ) -> None:
     eager.restart(fluxmoe=config(slots, eviction=policy), **EAGER)
     assert outputs(eager) == stock_outputs
@@ -35,7 +37,7 @@ def test_every_policy_at_every_size(
 @pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("banks", [1, 2])
 def test_prefetch_and_banks(
-    eager: ChildEngine, stock_outputs: list[list[list[int]]], banks: int, threads: int
+    eager: ChildEngine, stock_outputs: Outputs, banks: int, threads: int
 ) -> None:
     eager.restart(
         fluxmoe=config(
@@ -53,7 +55,7 @@ def test_prefetch_and_banks(
 
 
 def test_a_policy_of_three_lines(
-    eager: ChildEngine, stock_outputs: list[list[list[int]]], tmp_path: Path
+    eager: ChildEngine, stock_outputs: Outputs, tmp_path: Path
 ) -> None:
     plugin = tmp_path / "mru.py"
     plugin.write_text(
@@ -71,7 +73,7 @@ def test_a_policy_of_three_lines(
 
 
 def test_a_policy_that_fails_costs_no_token(
-    eager: ChildEngine, stock_outputs: list[list[list[int]]], tmp_path: Path
+    eager: ChildEngine, stock_outputs: Outputs, tmp_path: Path
 ) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text(

@@ -41,12 +41,13 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: token ids in, ``max_tokens`` token ids out."""
+    """One request: token ids in, ``max_tokens`` token ids out, if asked for with ``logprobs``."""
 
     tokens: list[int]
     max_tokens: int
     temperature: float = 0.0
     seed: int | None = None
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Run:
 
     Attributes:
         tokens: Output token ids per request, in the order of the prompts.
+        logprobs: Log-probability of each of these tokens; empty for prompts that do not ask.
         seconds: Wall time from the first request added to the last finished.
         peak_running: Most requests that were running in one step.
         steps: Engine steps taken.
@@ -63,6 +65,7 @@ class Run:
     """
 
     tokens: list[list[int]]
+    logprobs: list[list[float]]
     seconds: float
     peak_running: int
     steps: int
@@ -284,7 +287,7 @@ class _Engine:
             self._llm.collective_rpc("fluxmoe_reset")
         self._llm.reset_prefix_cache()
         peak = steps = committed = 0
-        outputs: dict[int, list[int]] = {}
+        outputs: dict[int, Any] = {}
         started = time.perf_counter()
         try:
             for index, prompt in enumerate(prompts):
@@ -292,6 +295,7 @@ class _Engine:
                     max_tokens=prompt.max_tokens,
                     temperature=prompt.temperature,
                     seed=prompt.seed,
+                    logprobs=0 if prompt.logprobs else None,  # 0: of the chosen token only
                     ignore_eos=True,
                     detokenize=False,
                 )
@@ -300,7 +304,7 @@ class _Engine:
                 for output in self._engine.step():
                     if output.finished:
                         index = int(output.request_id.split("-")[0])
-                        outputs[index] = list(output.outputs[0].token_ids)
+                        outputs[index] = output.outputs[0]
                 steps += 1
                 peak = max(peak, len(self._scheduler.running))
                 if watch:
@@ -311,8 +315,16 @@ class _Engine:
             raise
         seconds = time.perf_counter() - started
         stats = self.stats() if self._paged else {}
-        tokens = [outputs[index] for index in range(len(prompts))]
-        return Run(tokens, seconds, peak, steps, stats, committed)
+        answers = [outputs[index] for index in range(len(prompts))]
+        tokens = [list(answer.token_ids) for answer in answers]
+        logprobs = [
+            [
+                step[token].logprob
+                for token, step in zip(chosen, answer.logprobs or [], strict=False)
+            ]
+            for chosen, answer in zip(tokens, answers, strict=True)
+        ]
+        return Run(tokens, logprobs, seconds, peak, steps, stats, committed)
 
     def stats(self) -> dict[str, Any]:
         result: dict[str, Any] = self._llm.collective_rpc("fluxmoe_stats")[0]
