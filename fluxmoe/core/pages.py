@@ -210,9 +210,6 @@ class PageTable:
     def bank(self, layer: int) -> int:
         return int(self.books.bank_of[layer])
 
-    def layers_of(self, bank: int) -> Int64s:
-        return np.flatnonzero(self.books.bank_of == bank)
-
     # --- changing --------------------------------------------------------------------------------
 
     def reset(self) -> None:
