@@ -134,22 +134,23 @@ def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
     process = psutil.Process(server["process"].pid)
     family = [process, *process.children(recursive=True)]
     assert len(family) > 1
+    url, prompt = f"{server['url']}/v1/completions", Prompt([9, 9], 250)
     with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(
-            httpx.post,
-            f"{server['url']}/v1/completions",
-            json=body(server, Prompt([9, 9], 250)),
-            timeout=60,
-        )
-        time.sleep(0.2)
-        server["process"].send_signal(signal.SIGTERM)
-        assert psutil.wait_procs(family, timeout=60)[1] == []
-        with contextlib.suppress(httpx.TransportError):  # cut off
-            assert request.result().status_code in (200, 500, 503)
+        request = pool.submit(httpx.post, url, json=body(server, prompt), timeout=60)
+        with httpx.stream("POST", url, json=body(server, prompt, stream=True), timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)  # both are with the engine now
+            server["process"].send_signal(signal.SIGTERM)
+            assert psutil.wait_procs(family, timeout=60)[1] == []
+            with contextlib.suppress(httpx.RemoteProtocolError):  # cut off in the middle
+                list(lines)
+        # Answered in time, or told so: no client is left waiting.
+        assert request.result().status_code in (200, 500, 503)
 
 
 def test_the_printed_command_has_everything(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", tmp_path / "model", plugins=[])
+    vllm = {"max-model-len": 256, "enforce-eager": True, "middleware": ["mine.A", "mine.B"]}
+    config = write_config(tmp_path / "c.yaml", tmp_path / "model", plugins=[], vllm=vllm)
     words = shlex.split(run("serve", str(config), "--print-command").stdout)
     assert words[words.index("--model") + 1] == str(tmp_path / "model")
     assert words[words.index("--worker-cls") + 1].endswith("PagedCPUWorker")
@@ -158,6 +159,8 @@ def test_the_printed_command_has_everything(tmp_path: Path) -> None:
     assert settings["eviction"] == {"kind": "lru"}
     assert words[words.index("--max-model-len") + 1] == "256"
     assert "--enforce-eager" in words
+    middleware = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
+    assert middleware == ["fluxmoe.backends.vllm.hangup.EndWithServer", "mine.A", "mine.B"]
 
 
 @pytest.mark.parametrize(

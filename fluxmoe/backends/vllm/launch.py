@@ -14,6 +14,9 @@ from fluxmoe.backends.vllm import WORKER_CLS
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
+#: Ends the requests in flight when the server stops (``hangup``).
+MIDDLEWARE = "fluxmoe.backends.vllm.hangup.EndWithServer"
+
 #: vLLM's options that FluxMoE sets itself.
 _OURS = ("worker-cls", "additional-config", "kv-cache-memory-bytes", "model")
 
@@ -32,7 +35,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def arguments(config: Config) -> list[str]:
-    """The options of ``vllm serve``: the model, FluxMoE's three, and the user's untouched.
+    """The options of ``vllm serve``: the model, FluxMoE's own, and the user's untouched.
 
     Raises:
         ConfigError: No model is named, or ``vllm`` sets an option that FluxMoE sets.
@@ -48,6 +51,7 @@ def arguments(config: Config) -> list[str]:
     settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
     result = ["--model", config.model, "--worker-cls", WORKER_CLS]
     result += ["--additional-config", json.dumps({"fluxmoe": settings}, sort_keys=True)]
+    result += ["--middleware", MIDDLEWARE]
     for key, value in options.items():
         result += _option(key, value)
     return result
@@ -61,6 +65,8 @@ def _option(key: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
+        if key == "middleware":  # the one list of vLLM's that takes its option once per value
+            return [word for item in value for word in (f"--{key}", str(item))]
         return [f"--{key}", *map(str, value)]
     return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
