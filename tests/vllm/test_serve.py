@@ -137,7 +137,8 @@ def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
     url, prompt = f"{server['url']}/v1/completions", Prompt([9, 9], 250)
     with ThreadPoolExecutor(1) as pool:
         request = pool.submit(httpx.post, url, json=body(server, prompt), timeout=60)
-        with httpx.stream("POST", url, json=body(server, prompt, stream=True), timeout=60) as stream:
+        streamed = body(server, prompt, stream=True)
+        with httpx.stream("POST", url, json=streamed, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)  # both are with the engine now
             server["process"].send_signal(signal.SIGTERM)
