@@ -13,7 +13,7 @@ PYTHON      ?=
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 # Test processes; files are never split, because their tests share an engine.
-JOBS        ?= 2
+JOBS        ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && n=4; echo $$n)
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 

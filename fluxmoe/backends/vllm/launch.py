@@ -14,6 +14,9 @@ from fluxmoe.backends.vllm import WORKER_CLS
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
+#: The flags that make a server FluxMoE's; without them the same command starts stock vLLM.
+OWN_FLAGS = ("--worker-cls", "--additional-config", "--middleware")
+
 #: Ends the requests in flight when the server stops (``hangup``).
 MIDDLEWARE = "fluxmoe.backends.vllm.hangup.EndWithServer"
 
