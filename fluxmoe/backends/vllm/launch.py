@@ -10,12 +10,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fluxmoe.backends.vllm import WORKER_CLS
+from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
 #: vLLM's options that FluxMoE sets itself.
-_OURS = ("worker-cls", "additional-config", "kv-cache-memory-bytes", "model")
+_OURS = (
+    *("worker-cls", "additional-config", "kv-transfer-config"),
+    *("kv-cache-memory-bytes", "model"),
+)
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
@@ -23,7 +26,12 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
     A list of allowed vLLM plugins that leaves FluxMoE out is extended by it.
     """
-    wanted = {"VLLM_USE_AOT_COMPILE": "0"} if _cpu_build() else {}
+    wanted = {}
+    if _cpu_build():
+        wanted["VLLM_USE_AOT_COMPILE"] = "0"
+        if "VLLM_CPU_OMP_THREADS_BIND" not in given:
+            # For any KV connector vLLM would set a second core aside; ours needs none.
+            wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
     extra = {key: value for key, value in wanted.items() if key not in given}
     allowed = given.get("VLLM_PLUGINS")
     if allowed is not None and "fluxmoe" not in allowed.split(","):
@@ -46,8 +54,7 @@ def arguments(config: Config) -> list[str]:
                 f"{key} is set by FluxMoE", where=f"vllm.{key}", fix="remove it from vllm:"
             )
     settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
-    result = ["--model", config.model, "--worker-cls", WORKER_CLS]
-    result += ["--additional-config", json.dumps({"fluxmoe": settings}, sort_keys=True)]
+    result = ["--model", config.model, *flags(settings)]
     for key, value in options.items():
         result += _option(key, value)
     return result
