@@ -16,8 +16,10 @@ import pytest
 
 from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.weights import WEIGHT_CALLS
 from fluxmoe.errors import (
     BudgetTooSmallError,
+    CheckpointError,
     ConfigError,
     EngineError,
     FluxMoEError,
@@ -160,20 +162,22 @@ def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
 # --- models and features -------------------------------------------------------------------------
 
 
-def test_a_model_without_experts(tmp_path: Path) -> None:
-    model = checkpoints.write(tmp_path, "qwen3-dense")
-    with pytest.raises(NoExpertsError, match="no MoE layers") as caught:
-        ChildEngine(model, fluxmoe=config(), **EAGER)
-    assert caught.value.code == "FM401"
-    assert "without FluxMoE" in caught.value.fix
-    # It has no expert layers that could notice this; something else must.
-    with pytest.raises(ConfigError, match="only some of the settings"):
-        ChildEngine(
-            model,
-            kv_cache_memory_bytes=KV_BYTES,
-            additional_config=SETTINGS["additional_config"],
-            **EAGER,
+def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path / "model", "qwen3-dense")
+    with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
+        error = refusal(engine, NoExpertsError, config())
+        assert "no MoE layers" in error.what
+        assert "without FluxMoE" in error.fix
+        # It has no expert layers that could notice a forgotten setting; something else must.
+        given = SETTINGS["additional_config"]
+        error = refusal(
+            engine, ConfigError, None, kv_cache_memory_bytes=KV_BYTES, additional_config=given
         )
+        assert "only some of the settings" in error.what
+        weights = model / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size - 1)
+        error = refusal(engine, CheckpointError, config())
+        assert error.where == str(weights)
 
 
 def test_experts_with_biases(tmp_path: Path) -> None:
@@ -225,6 +229,23 @@ def test_experts_with_biases(tmp_path: Path) -> None:
 )
 def test_unsupported_features(eager: ChildEngine, options: dict[str, Any], feature: str) -> None:
     assert feature in refusal(eager, UnsupportedError, config(), **options).what
+
+
+def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
+    assert eager.call("rpc", unknown_calls) == []
+    eager.restart(fluxmoe=config(), **EAGER)
+    before = eager.generate([Prompt([5, 6, 7], 4)]).tokens
+    for call in WEIGHT_CALLS:
+        with pytest.raises(UnsupportedError, match=call):
+            eager.call("rpc", call)
+    assert eager.generate([Prompt([5, 6, 7], 4)]).tokens == before
+
+
+def unknown_calls(worker: object) -> list[str]:
+    """Called in the engine's process: what vLLM's worker no longer calls so."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    return [call for call in WEIGHT_CALLS if not hasattr(CPUWorker, call)]
 
 
 # --- configuration -------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def refuse_unsupported(config: VllmConfig) -> None:
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "LoRA (--enable-lora)": config.lora_config is not None,
         "speculative decoding (--speculative-config)": config.speculative_config is not None,
+        "weight transfer (--weight-transfer-config)": config.weight_transfer_config is not None,
         "sleep mode (--enable-sleep-mode)": config.model_config.enable_sleep_mode,
     }
     for feature, asked in refused.items():

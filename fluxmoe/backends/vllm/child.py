@@ -41,13 +41,17 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: token ids in, ``max_tokens`` token ids out, if asked for with ``logprobs``."""
+    """One request: token ids in, token ids out, if asked for with ``logprobs``.
+
+    There are ``max_tokens`` of them, or fewer if one of ``stop`` comes, which is the last then.
+    """
 
     tokens: list[int]
     max_tokens: int
     temperature: float = 0.0
     seed: int | None = None
     logprobs: bool = False
+    stop: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +297,7 @@ class _Engine:
                     temperature=prompt.temperature,
                     seed=prompt.seed,
                     logprobs=0 if prompt.logprobs else None,  # 0: of the chosen token only
+                    stop_token_ids=list(prompt.stop),
                     ignore_eos=True,
                     detokenize=False,
                 )

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from fluxmoe.backends.vllm import preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError, MissingDependencyError
@@ -97,8 +98,13 @@ def shell_line(config: Config) -> str:
 
 
 def serve(config: Config) -> None:
-    """Become the server. Does not return."""
+    """Become the server. Does not return.
+
+    Raises:
+        FluxMoEError: See ``command`` and ``preflight.check``.
+    """
     args = command(config)
+    preflight.check(config, os.environ)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})
 
 

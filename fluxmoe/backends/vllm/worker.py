@@ -9,7 +9,7 @@ import torch
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
-from fluxmoe.backends import op
+from fluxmoe.backends import checkpoint, op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import checks, metrics
@@ -26,6 +26,7 @@ from fluxmoe.backends.vllm.compat.worker import (
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
 from fluxmoe.backends.vllm.metrics import Meter
 from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
@@ -71,6 +72,8 @@ class PagedCPUWorker(CPUWorker):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
         checks.refuse_unsupported(vllm_config)
+        if vllm_config.load_config.load_format == "auto":
+            checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
         plugins.load(config.plugins).serving(config)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
@@ -202,6 +205,10 @@ class PagedCPUWorker(CPUWorker):
         assert self._runtime is not None
         self._runtime.pager.reset()
         self._meter.restarted()
+
+
+for _call in WEIGHT_CALLS:
+    setattr(PagedCPUWorker, _call, refusing(_call))
 
 
 def _release(handle: int, runtime: Runtime) -> None:
