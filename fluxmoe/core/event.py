@@ -19,6 +19,7 @@ from fluxmoe.core.jit import jit
 from fluxmoe.core.pages import (
     ABSENT,
     C_ACCESSES,
+    C_COLD,
     C_EVENTS,
     C_EVICTIONS,
     C_HITS,
@@ -33,6 +34,7 @@ from fluxmoe.core.pages import (
     LEAVING,
     LOADED,
     MISSES,
+    NEVER,
     PAGES,
     PROTECTED,
     STEP,
@@ -100,6 +102,8 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         if not hit:
             b.missing[misses] = page
             misses += 1
+            if b.loaded_at[page] == NEVER:
+                b.counts[C_COLD] += 1
         elif b.flags[page] & UNUSED:
             b.counts[C_PREFETCH_HITS] += 1
             b.flags[page] &= ~np.uint8(UNUSED)

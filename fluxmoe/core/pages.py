@@ -40,7 +40,8 @@ EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING = range(8)
     C_PREFETCH_HITS,
     C_LOADS_DEMAND,
     C_LOADS_PREFETCH,
-) = range(10)
+    C_COLD,
+) = range(11)
 
 
 class Books(NamedTuple):
@@ -159,7 +160,7 @@ class PageTable:
             leaving=np.zeros(experts, np.int64),
             dirty=np.zeros(pages, np.int64),
             now=np.zeros(8, np.int64),
-            counts=np.zeros(10, np.int64),
+            counts=np.zeros(11, np.int64),
         )
         if not np.isin(self.books.bank_of, np.arange(banks)).all() or (
             len(self.books.bank_of) != geometry.num_layers

@@ -45,7 +45,7 @@ class Reference:
         self.counts = dict.fromkeys(
             [
                 *("events", "accesses", "hits", "misses", "evictions", "released", "resized"),
-                *("prefetch_hits", "loads_demand", "loads_prefetch"),
+                *("prefetch_hits", "loads_demand", "loads_prefetch", "cold"),
             ],
             0,
         )
@@ -83,6 +83,7 @@ class Reference:
         self.counts["accesses"] += len(own)
         self.counts["hits"] += len(hits)
         self.counts["misses"] += len(misses)
+        self.counts["cold"] += sum(page not in self.loaded for page in misses)
         self.counts["prefetch_hits"] += len(self.unused.intersection(hits))
         self.unused.difference_update(hits)
         for page in own:  # point 3

