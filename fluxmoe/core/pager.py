@@ -15,7 +15,7 @@ from fluxmoe.core.pages import PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Counters, Ints, Phase
-from fluxmoe.errors import InvariantError
+from fluxmoe.errors import FluxMoEError, InvariantError, StoreError
 
 #: Called with (step, layer, expert ids as routed, phase) for every event, e.g. to record a trace.
 EventWatcher = Callable[[int, int, Ints, Phase], None]
@@ -105,19 +105,32 @@ class ExpertPager:
     def resize(self, bank: int, slots: int) -> None:
         """Between events: give a bank more or fewer slots.
 
+        If it shrinks, the eviction policy chooses the pages that go, and the others move down into
+        the slots that remain.
+
         Raises:
             CapacityError: Too few for one layer's experts, or more than reserved.
-            OutOfFramesError, SubstrateError: It cannot grow; nothing has changed.
+            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are as before.
         """
         self.table.require(slots)
-        self._transfer.settle_from(bank, slots)
         before = self.table.slots[bank]
-        if slots < before:
-            self.table.resize(bank, slots)  # pages leave before their memory does
-            self._tenant.resize(bank, slots)
-        else:
+        if slots >= before:
             self._tenant.resize(bank, slots)
             self.table.resize(bank, slots)
+            return
+        moved, sources = self._rule.shrink(bank, slots)  # pages leave before their memory does
+        targets = self._books.slot_of[moved].tolist()
+        for page, source, target in zip(moved.tolist(), sources.tolist(), targets, strict=True):
+            try:
+                self._transfer.move(bank, page, source, target)
+            except StoreError:
+                self.table.discard(np.asarray([page]))
+        self._transfer.settle_from(bank, slots)
+        try:
+            self._tenant.resize(bank, slots)
+        except FluxMoEError:
+            self.table.resize(bank, before)
+            raise
 
     def reset(self) -> None:
         """Forget all residency and counters, as after warm-up."""

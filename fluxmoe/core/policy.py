@@ -193,7 +193,13 @@ class ArbitrationView:
 
 
 class ArbitrationPolicy(ABC):
-    """Decides how the budget is split between tenants, between steps."""
+    """Decides how the budget is split between tenants, between steps.
+
+    Class attributes:
+        fixed: The split never changes: the policy is never asked, nothing is reserved for growth.
+    """
+
+    fixed: ClassVar[bool] = False
 
     @abstractmethod
     def split(self, view: ArbitrationView) -> Split:

@@ -328,10 +328,9 @@ class _Engine:
         return result
 
     def committed_bytes(self) -> int:
-        """What is really committed: mapped expert frames and the allocated KV buffer."""
+        """What the system has really given for experts and KV cache."""
         self._llm.collective_rpc("fluxmoe_check")
-        stats = self.stats()
-        return int(stats["expert_bytes"]) + int(stats["kv_allocated_bytes"])
+        return int(self.stats()["allocated_bytes"])
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
