@@ -203,7 +203,7 @@ class SplitController:
         slots = self._sizes(wanted[EXPERTS]) or self._slots
         experts = self._expert_frames(slots)
         if experts < have[EXPERTS] and free < 0:
-            return self._resize(have[EXPERTS] - min(-free, most))
+            return self._resize(max(experts, have[EXPERTS] - min(-free, most)))
         # The KV cache gives no more than the experts can use, or than the limit demands.
         needed = -(-max(experts - have[EXPERTS] - free, 0) // per_group) * per_group
         shrink = min(have[KV] - wanted[KV], needed, most)

@@ -155,7 +155,7 @@ class PagedCPUWorker(CPUWorker):
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """The KV cache gets its place in the arena, and the connector is told whose worker it is."""
+        """The KV cache gets its place in the arena, and the connector its worker."""
         assert self._runtime is not None
         kv_cache_config = copy.deepcopy(kv_cache_config)  # in one process the scheduler has it too
         self._kv_buffer = kv.place(self._runtime, kv_cache_config)
