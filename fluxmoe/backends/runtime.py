@@ -15,12 +15,14 @@ from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.banks import sizes, spread
+from fluxmoe.core.controller import Inventory
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.kv import KVLayout, KVTenant
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import PageView
+from fluxmoe.core.protocol import Action
 from fluxmoe.core.store import Store
 from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
@@ -166,6 +168,27 @@ class Runtime:
     def expert_bytes(self) -> int:
         """Committed bytes of the expert arenas."""
         return self._tenant.nbytes
+
+    def inventory(self) -> Inventory:
+        """What the scheduler's side must know to change the split."""
+        kv, table = self.arbiter.kv, self.pager.table
+        if kv is None:
+            raise InvariantError("the KV cache has no place yet")
+        return Inventory(
+            frames=self.arbiter.pool.count,
+            geometry=self.geometry,
+            page_class=self.page_class,
+            bank_limit=self.bank_limit,
+            slots=tuple(table.slots),
+            experts=self.experts_budget,
+            kv=self.kv_budget,
+            layout=kv.layout,
+            groups=int(np.count_nonzero(kv.committed)),
+        )
+
+    def execute(self, action: Action) -> None:
+        """Between steps: carry out one action of a move. Raises what ``MemoryArbiter`` does."""
+        self.arbiter.execute(self.pager, action)
 
     def arenas(self, layer: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
         """Per part, the layer's bank as uint8 ``[slots, part bytes]``: what its kernel reads.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fluxmoe.core.event import EventRule, Slots, lookup
+from fluxmoe.core.mrc import MissRatioCurve
 from fluxmoe.core.pages import PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
@@ -44,6 +45,8 @@ class ExpertPager:
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
         self.watcher: EventWatcher | None = None
+        #: Estimates what other sizes would miss, where the split may change.
+        self.curve: MissRatioCurve | None = None
 
     @property
     def table(self) -> PageTable:
@@ -74,6 +77,8 @@ class ExpertPager:
         if self.watcher is not None:
             self.watcher(self._step, layer, ids, self.table.phase)
         rule, b = self._rule, self._books
+        if self.curve is not None:
+            self.curve.observe(b.last_use, layer, ids)
         misses = rule.open(self._step, layer, ids, slots)
         if self._transfer.busy:
             self._complete_prefetched(layer)
@@ -136,6 +141,8 @@ class ExpertPager:
         """Forget all residency and counters, as after warm-up."""
         self._transfer.reset()
         self._rule.reset()
+        if self.curve is not None:
+            self.curve.reset()
         self._step, self._layer = -1, self.table.geometry.num_layers
 
     def close(self) -> None:

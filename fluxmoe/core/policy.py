@@ -227,7 +227,6 @@ class ArbitrationView:
         step: Steps so far.
         waiting_requests, running_requests: In the engine's queues.
         max_running_requests: What the engine allows to run at once.
-        waiting_tokens: Tokens of the waiting requests, as far as they are known.
         kv_used_frames: KV cache in use by requests, without merely cached blocks.
         kv_cached_frames: KV cache that only holds prefixes nobody uses at present.
         preemptions: Requests that lost their KV cache because it was full, since the start.
@@ -245,7 +244,6 @@ class ArbitrationView:
     waiting_requests: int = 0
     running_requests: int = 0
     max_running_requests: int = 0
-    waiting_tokens: int = 0
     kv_used_frames: int = 0
     kv_cached_frames: int = 0
     preemptions: int = 0

@@ -13,19 +13,20 @@ from fluxmoe import plugins
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm import checks, kv, metrics
+from fluxmoe.backends.vllm import checks, kv
 from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
     CPUWorker,
     drop_connector,
+    get_tensor_model_parallel_rank,
     max_memory_usage_bytes,
     worker_connector,
 )
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
-from fluxmoe.backends.vllm.metrics import Meter
 from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.side import WorkerSide
 from fluxmoe.config import Config
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
@@ -118,7 +119,6 @@ class PagedCPUWorker(CPUWorker):
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
             phase=current_phase,
         )
-        self._meter = Meter(lambda: metrics.read(runtime))
         handle = op.attach(runtime.pager)
         # vLLM does not shut a worker down whose start failed later on: it is only collected.
         self._release = weakref.finalize(self, _release, handle, runtime)
@@ -163,7 +163,8 @@ class PagedCPUWorker(CPUWorker):
         if not self._kv_buffer.used:
             raise InvariantError("vLLM has allocated its KV cache elsewhere")
         connector = worker_connector()
-        connector.bind(self._meter)
+        self._side = WorkerSide(self._runtime, get_tensor_model_parallel_rank())
+        connector.bind(self._side)
         weakref.finalize(self, drop_connector, connector)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> Any:
@@ -212,7 +213,7 @@ class PagedCPUWorker(CPUWorker):
         """Start cold: no page resident, counters zero; those on ``/metrics`` go on."""
         assert self._runtime is not None
         self._runtime.pager.reset()
-        self._meter.restarted()
+        self._side.restarted()
 
 
 def _release(handle: int, runtime: Runtime) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -27,6 +28,7 @@ def drop_connector(connector: object) -> None:
 __all__ = [
     "CPUWorker",
     "drop_connector",
+    "get_tensor_model_parallel_rank",
     "max_memory_usage_bytes",
     "worker_connector",
 ]
