@@ -28,6 +28,11 @@ class WorkerSide:
             self._demand = DemandMeter(rank, runtime.pager, seed=runtime.config.seed)
         self._follower = Follower(rank, runtime.execute, time.perf_counter)
 
+    @property
+    def orders(self) -> int:
+        """Orders carried out so far."""
+        return 0 if self._answer is None else self._answer.number
+
     def inventory(self) -> Inventory | None:
         """What the scheduler needs to know; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None

@@ -187,7 +187,7 @@ class PagedCPUWorker(CPUWorker):
     def fluxmoe_stats(self) -> dict[str, Any]:
         """Counters and sizes, as plain numbers."""
         assert self._runtime is not None
-        return self._runtime.stats()
+        return {**self._runtime.stats(), "orders": self._side.orders}
 
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books agree."""
