@@ -87,5 +87,8 @@ class FaultySubstrate:
     def release(self, frames: Int64s) -> None:
         self._substrate.release(frames)
 
+    def allocated(self) -> int:
+        return self._substrate.allocated()
+
     def close(self) -> None:
         self._substrate.close()

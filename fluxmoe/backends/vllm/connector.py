@@ -10,27 +10,56 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 
 from fluxmoe.backends.vllm import metrics
 from fluxmoe.backends.vllm.compat.connector import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorPromMetrics,
     KVConnectorRole,
     KVConnectorStats,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.backends.vllm.metrics import METRICS, Meter
+from fluxmoe.backends.vllm.metrics import METRICS
+from fluxmoe.backends.vllm.requests import RequestWatch
 from fluxmoe.backends.vllm.settings import paging_config
+
+if TYPE_CHECKING:  # they import numba, which a process without a worker does not need
+    from fluxmoe.backends.vllm.arbitration import Arbitration
+    from fluxmoe.backends.vllm.side import WorkerSide
+    from fluxmoe.core.controller import Inventory
+    from fluxmoe.core.demand import StepReport
+    from fluxmoe.core.protocol import Order
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """What the scheduler tells the workers with each step: nothing yet."""
+    """What the scheduler tells the workers with each step."""
+
+    order: Order | None = None
+
+
+@dataclass
+class WorkerMetadata(KVConnectorWorkerMetadata):
+    """What workers tell the scheduler with each step."""
+
+    reports: list[StepReport]
+
+    def aggregate(self, other: WorkerMetadata) -> WorkerMetadata:
+        return WorkerMetadata([*self.reports, *other.reports])
+
+
+@dataclass
+class WorkerInventory(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler at the start."""
+
+    inventory: Inventory
 
 
 class PagingStats(KVConnectorStats):
@@ -104,35 +133,88 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: object
     ) -> None:
-        paging_config(vllm_config)
+        settings = paging_config(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
-        self._meter: Meter | None = None
+        self._config, self._settings = vllm_config, settings
+        self._requests = RequestWatch()
+        self._manager: Any = None
+        #: The scheduler's side, where the split may change.
+        self.arbitration: Arbitration | None = None
+        self._worker: WorkerSide | None = None
 
     # --- scheduler -------------------------------------------------------------------------------
 
+    def bind_kv_cache_manager(self, kv_cache_manager: object) -> None:
+        self._manager = kv_cache_manager
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerInventory]) -> None:
+        """Called once, when all workers are ready; not at all if the split is fixed."""
+        from fluxmoe import config as fluxmoe_config
+        from fluxmoe.backends.vllm.arbitration import Arbitration
+
+        scheduler = self._config.scheduler_config
+        self.arbitration = Arbitration(
+            fluxmoe_config.parse(self._settings, where="additional_config.fluxmoe"),
+            [metadata[rank].inventory for rank in sorted(metadata)],
+            self._manager,
+            watermark=scheduler.watermark,
+            max_running=scheduler.max_num_seqs,
+            requests=self._requests,
+        )
+
+    def on_new_request(self, request: Any) -> None:
+        self._requests.arrived(request.request_id)
+
     def get_num_new_matched_tokens(
-        self, request: object, num_computed_tokens: int
+        self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
+        self._requests.looked_up(request.request_id, num_computed_tokens)
         return 0, False
 
     def update_state_after_alloc(
-        self, request: object, blocks: object, num_external_tokens: int
+        self, request: Any, blocks: object, num_external_tokens: int
     ) -> None:
-        pass
+        self._requests.admitted(request.request_id)
 
     def build_connector_meta(self, scheduler_output: object) -> StepMetadata:
-        return StepMetadata()
+        if self.arbitration is None:
+            return StepMetadata()
+        self._requests.scheduled(scheduler_output)
+        return StepMetadata(self.arbitration.order())
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        heard = connector_output.kv_connector_worker_meta
+        if self.arbitration is not None and heard is not None:
+            self.arbitration.reported(heard.reports)
 
     def request_finished_all_groups(
-        self, request: object, block_ids: object
+        self, request: Any, block_ids: object
     ) -> tuple[bool, dict[str, Any] | None]:
+        self._requests.gone(request.request_id)
         return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine must go on stepping although it is idle: a move is under way."""
+        return self.arbitration is not None and self.arbitration.controller.busy
 
     # --- worker ----------------------------------------------------------------------------------
 
-    def bind(self, meter: Meter) -> None:
-        """Send what this meter says after each step. The worker calls it, with its own."""
-        self._meter = meter
+    def bind(self, worker: WorkerSide) -> None:
+        """The worker calls it, with its own side."""
+        self._worker = worker
+
+    def get_handshake_metadata(self) -> WorkerInventory | None:
+        inventory = self._worker.inventory() if self._worker is not None else None
+        return None if inventory is None else WorkerInventory(inventory)
+
+    def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
+        """Called before each forward pass, and in steps without one."""
+        if self._worker is not None:
+            self._worker.receive(kv_connector_metadata.order)
+
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
+        report = self._worker.report() if self._worker is not None else None
+        return None if report is None else WorkerMetadata([report])
 
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
         pass
@@ -151,8 +233,8 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- statistics ------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> PagingStats | None:
-        """Called on both sides after each step; the scheduler's has no meter."""
-        changes = self._meter.take() if self._meter is not None else {}
+        """Called on both sides after each step; the scheduler's has no worker."""
+        changes = self._worker.meter.take() if self._worker is not None else {}
         return PagingStats(changes) if changes else None
 
     @classmethod

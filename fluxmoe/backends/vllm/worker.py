@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -12,20 +13,20 @@ from fluxmoe import plugins
 from fluxmoe.backends import checkpoint, op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm import checks, metrics
+from fluxmoe.backends.vllm import checks, kv
 from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
     CPUWorker,
     drop_connector,
-    kv_allocated,
+    get_tensor_model_parallel_rank,
     max_memory_usage_bytes,
     worker_connector,
 )
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
-from fluxmoe.backends.vllm.metrics import Meter
 from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.side import WorkerSide
 from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
 from fluxmoe.core.types import Geometry, PageClass, Part
@@ -121,7 +122,6 @@ class PagedCPUWorker(CPUWorker):
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
             phase=current_phase,
         )
-        self._meter = Meter(lambda: metrics.read(runtime))
         handle = op.attach(runtime.pager)
         # vLLM does not shut a worker down whose start failed later on: it is only collected.
         self._release = weakref.finalize(self, _release, handle, runtime)
@@ -146,22 +146,34 @@ class PagedCPUWorker(CPUWorker):
             min=one + 2 * block,
             max=sequences * one + 2 * block,
             reason=f"one sequence of max-model-len {length}",
+            block=block,
         )
 
     def determine_available_memory(self) -> int:
         """The KV cache gets what the budget leaves. Warm-up runs happen here and are forgotten."""
         assert self._runtime is not None
-        self.cache_config.kv_cache_memory_bytes = self._runtime.kv_bytes
+        self.cache_config.kv_cache_memory_bytes = self._runtime.kv_reserved_bytes
         available: int = super().determine_available_memory()
         self._runtime.pager.reset()
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """The KV cache is allocated and the connector made, which from now on tells the metrics."""
+        """The KV cache gets its place in the arena, and the connector its worker."""
+        assert self._runtime is not None
+        kv_cache_config = copy.deepcopy(kv_cache_config)  # in one process the scheduler has it too
+        self._kv_buffer = kv.place(self._runtime, kv_cache_config)
         super().initialize_from_config(kv_cache_config)
+        if not self._kv_buffer.used:
+            raise InvariantError("vLLM has allocated its KV cache elsewhere")
         connector = worker_connector()
-        connector.bind(self._meter)
+        self._side = WorkerSide(self._runtime, get_tensor_model_parallel_rank())
+        connector.bind(self._side)
         weakref.finalize(self, drop_connector, connector)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> Any:
+        if tag == "kv_cache":
+            return self._kv_buffer
+        return super()._maybe_get_memory_pool_context(tag)
 
     def shutdown(self) -> None:
         """Release the arenas. The model is gone by then."""
@@ -178,7 +190,7 @@ class PagedCPUWorker(CPUWorker):
     def fluxmoe_stats(self) -> dict[str, Any]:
         """Counters and sizes, as plain numbers."""
         assert self._runtime is not None
-        return {**self._runtime.stats(), "kv_allocated_bytes": kv_allocated(self)}
+        return {**self._runtime.stats(), "orders": self._side.orders}
 
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books agree."""
@@ -204,7 +216,7 @@ class PagedCPUWorker(CPUWorker):
         """Start cold: no page resident, counters zero; those on ``/metrics`` go on."""
         assert self._runtime is not None
         self._runtime.pager.reset()
-        self._meter.restarted()
+        self._side.restarted()
 
 
 for _call in WEIGHT_CALLS:

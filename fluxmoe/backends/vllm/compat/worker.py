@@ -1,21 +1,13 @@
-"""The worker, its KV cache and its end of the KV connector."""
+"""The worker and its end of the KV connector."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
-
-
-def kv_allocated(worker: CPUWorker) -> int:
-    """Bytes of the KV buffers that a worker has really allocated."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in worker.model_runner.kv_caches
-    }
-    return sum(storages.values())
 
 
 def worker_connector() -> Any:
@@ -36,7 +28,7 @@ def drop_connector(connector: object) -> None:
 __all__ = [
     "CPUWorker",
     "drop_connector",
-    "kv_allocated",
+    "get_tensor_model_parallel_rank",
     "max_memory_usage_bytes",
     "worker_connector",
 ]
