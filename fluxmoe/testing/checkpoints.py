@@ -105,6 +105,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 4,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
+            "topk_method": "noaux_tc",
             "n_group": 4,
             "topk_group": 2,
             "q_lora_rank": 64,

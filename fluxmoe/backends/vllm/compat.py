@@ -65,18 +65,25 @@ def current_phase() -> Phase:
 
 
 def scheduler_of(llm: LLM) -> Any:
-    """The scheduler of an engine that runs in this process; ``running`` are its requests."""
-    return llm.llm_engine.engine_core.engine_core.scheduler
+    """The scheduler, whose requests are ``running``; None if it runs in another process."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    return None if core is None else core.scheduler
 
 
-def kv_info(llm: LLM) -> dict[str, int]:
-    """Blocks and block size of the KV cache, in-process engines only."""
-    config = scheduler_of(llm).kv_cache_config
-    return {
-        "kv_blocks": config.num_blocks,
-        "kv_bytes": max((tensor.size for tensor in config.kv_cache_tensors), default=0),
-        "block_size": scheduler_of(llm).block_size,
+def engine_info(llm: LLM) -> dict[str, int]:
+    """The KV cache, and what is really on; ``kv_bytes`` of in-process engines only."""
+    config = llm.llm_engine.vllm_config
+    info = {
+        "kv_blocks": config.cache_config.num_gpu_blocks,
+        "block_size": config.cache_config.block_size,
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
     }
+    scheduler = scheduler_of(llm)
+    if scheduler is not None:
+        tensors = scheduler.kv_cache_config.kv_cache_tensors
+        info["kv_bytes"] = max((tensor.size for tensor in tensors), default=0)
+    return info
 
 
 def kv_allocated(worker: CPUWorker) -> int:
@@ -95,9 +102,9 @@ __all__ = [
     "UnquantizedFusedMoEMethod",
     "VllmConfig",
     "current_phase",
+    "engine_info",
     "get_current_vllm_config",
     "kv_allocated",
-    "kv_info",
     "max_memory_usage_bytes",
     "require_supported",
     "scheduler_of",
