@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cache
+from itertools import combinations, product
 
 from fluxmoe import plugins
 
@@ -45,11 +46,18 @@ class Cell:
         return ", ".join(parts)
 
     @property
+    def pairs(self) -> set[tuple[object, ...]]:
+        """All pairs of its values, with their names."""
+        values = [(name, getattr(self, name)) for name in self.__slots__]
+        return set(combinations(values, 2))
+
+    @property
     def stock(self) -> tuple[str, str, bool | None, bool | None]:
         """What the unpaged run depends on: cells that share it are compared with the same one."""
         return self.model, self.mode, self.prefix_caching, self.chunked_prefill
 
 
+@cache
 def policies() -> tuple[list[str], list[str]]:
     """Eviction and prefetch policies that can serve, of those built in: no oracles."""
     known = [policy for policy in plugins.load() if policy.plugin == "fluxmoe"]
@@ -75,10 +83,9 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
     mode. Torch has neither cache nor chunks, and takes all combinations with every policy instead;
     compiled, where one takes long, it takes one.
     """
-    evictions, prefetches = policies()
-    shapes = list(product(prefetches, SIZES))
+    evictions, _ = policies()
     for mode in modes:
-        dealt = {model: _dealt(shapes, f"{model} {mode}") for model in models}
+        dealt = {model: _dealt(f"{model} {mode}") for model in models}
         if mode in VLLM_MODES:
             # Settings last in the order of nesting: a run that is cut short has seen every policy.
             for turn, model, eviction in product(range(4), models, evictions):
@@ -90,7 +97,7 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
                 prefetch, (slots, banks) = next(dealt[model])
                 yield Cell(model, mode, eviction, prefetch, slots, banks)
         else:
-            for model, eviction, shape in product(models, evictions, shapes):
+            for model, eviction, shape in product(models, evictions, _shapes()):
                 prefetch, (slots, banks) = shape
                 yield Cell(model, mode, eviction, prefetch, slots, banks)
 
@@ -98,40 +105,60 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
 def covering(models: Sequence[str], modes: Sequence[str]) -> list[Cell]:
     """What ``make test`` runs.
 
-    vLLM eager: every model with every eviction policy, and all pairs of model, eviction, prefetch,
-    size, prefix caching and chunked prefill that exist. Compiled: every eviction policy.
-    Three-process: two models. Where a start takes long, each model keeps to one setting of vLLM.
+    vLLM eager: every model with every eviction policy, chosen so that they cover all pairs of
+    values that there are. Compiled: every eviction policy. Three-process: one model with shared
+    experts, one with MLA. A model keeps to two of vLLM's settings, or to one where a start takes
+    long: each needs a stock run.
     """
-    evictions, prefetches = policies()
-    shapes = list(product(prefetches, SIZES))
+    evictions, _ = policies()
+    seen: set[tuple[object, ...]] = set()
     chosen = []
+
+    def choose(model: str, mode: str, eviction: str, kept: list[tuple[bool, bool]]) -> None:
+        candidates = (
+            Cell(model, mode, eviction, prefetch, slots, banks, prefix, chunked)
+            for (prefetch, (slots, banks)), (prefix, chunked) in product(_shapes(), kept)
+        )
+        best = max(candidates, key=lambda cell: len(cell.pairs - seen))
+        seen.update(best.pairs)
+        if best.mode in modes:
+            chosen.append(best)
+
+    eager, compiled, three = VLLM_MODES
     for number, model in enumerate(models):
-        both = settings(model)
-        # Two of the four settings: each of prefix caching and chunked prefill both on and off.
-        mine = both[:2] if number % 2 else both[2:]
-        dealt = _dealt(shapes, f"covering {model}")
-        for turn, eviction in enumerate(evictions):
-            prefix, chunked = mine[(turn + number // 2) % 2]
-            prefetch, (slots, banks) = next(dealt)
-            cell = Cell(model, VLLM_MODES[0], eviction, prefetch, slots, banks, prefix, chunked)
-            chosen.append(cell)
-    dealt = _dealt(shapes, "covering compiled")
+        kept = settings(model)[:2] if number % 2 else settings(model)[2:]
+        for eviction in evictions:
+            choose(model, eager, eviction, kept)
     # A shared expert, a dense first layer and a router in fp32 make GLM4-MoE the touchy one.
-    fused = [model for model in (SHIPPED, "glm4-moe") if model in models]
+    touchy = [model for model in (SHIPPED, "glm4-moe") if model in models]
     for turn, eviction in enumerate(evictions):
-        prefetch, (slots, banks) = next(dealt)
-        model = fused[turn % len(fused)]
-        on = model == fused[-1]
-        chosen.append(Cell(model, VLLM_MODES[1], eviction, prefetch, slots, banks, on, not on))
-    chosen.append(Cell("glm4-moe", VLLM_MODES[2], "next-use", "next-layer", "half", 2, True, True))
-    chosen.append(Cell("deepseek-v2", VLLM_MODES[2], "lfru", "none", "one layer", 1, False, False))
-    return [cell for cell in chosen if cell.mode in modes]
+        number = turn % len(touchy)
+        choose(touchy[number], compiled, eviction, [settings("glm4-moe")[number]])
+    for turn, model in enumerate(m for m in ("glm4-moe", "deepseek-v2") if m in models):
+        choose(model, three, evictions[turn], settings(model)[:1])
+    return chosen
 
 
-def _dealt(
-    shapes: list[tuple[str, tuple[str, int]]], seed: str
-) -> Iterator[tuple[str, tuple[str, int]]]:
+def covering_torch(models: Sequence[str]) -> list[Cell]:
+    """What ``make test`` runs under torch: three shapes for every model, implementation and policy.
+
+    Compiled models are a test of their own, on one model.
+    """
+    chosen = []
+    for model, mode, eviction in product(models, TORCH_MODES[:3], policies()[0]):
+        rng = random.Random(f"covering {model} {mode} {eviction}")
+        for prefetch, (slots, banks) in rng.sample(_shapes(), 3):
+            chosen.append(Cell(model, mode, eviction, prefetch, slots, banks))
+    return chosen
+
+
+def _shapes() -> list[tuple[str, tuple[str, int]]]:
+    """All combinations of a prefetch policy with slots and banks."""
+    return list(product(policies()[1], SIZES))
+
+
+def _dealt(seed: str) -> Iterator[tuple[str, tuple[str, int]]]:
     """The shapes over and over, each round in an order of its own, the same in every run."""
-    rng = random.Random(seed)
+    rng, shapes = random.Random(seed), _shapes()
     while True:
         yield from rng.sample(shapes, len(shapes))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import fluxmoe.demo
 from benchmarks.identity.cells import RANDOM, SHIPPED
-from fluxmoe.backends.torch import layout
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.testing import checkpoints
@@ -68,9 +67,12 @@ def shape(path: Path) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from fluxmoe.backends.torch import layout
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
+    # Not layout.experts_of, which refuses weights that lie nowhere.
     layers = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
     geometry, page_class = layout.describe(layers)
     return Shape(geometry, page_class, vocabulary)

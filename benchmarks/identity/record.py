@@ -15,6 +15,11 @@ from benchmarks.identity.outcome import Outcome
 RESULTS = Path(__file__).parents[1] / "results" / "identity"
 
 
+def as_row(part: Cell | Outcome) -> dict[str, object]:
+    """A cell or an outcome as plain data."""
+    return asdict(part)
+
+
 def load(path: Path) -> dict[Cell, Outcome]:
     """The cells of a file; none if there is no such file."""
     if not path.exists():
@@ -26,7 +31,7 @@ def load(path: Path) -> dict[Cell, Outcome]:
 
 def append(path: Path, cell: Cell, outcome: Outcome) -> None:
     """Add a line; a new file gets the machine's before it."""
-    _line(path, {"cell": asdict(cell), "outcome": asdict(outcome)})
+    _line(path, {"cell": as_row(cell), "outcome": as_row(outcome)})
 
 
 def committed() -> dict[Cell, Outcome]:

@@ -64,7 +64,8 @@ class Models:
         self._folder = folder
         self._key: tuple[str, str] | None = None
         self._model: Any = None
-        self._stock: Answer = ()
+        #: Of the last cell.
+        self.stock: Answer = ()
 
     def run(self, cell: Cell) -> Outcome:
         """Compare one cell with the unpaged model; single-threaded."""
@@ -78,7 +79,7 @@ class Models:
                 if implementation == "compiled"
                 else implementation,
             ).eval()
-            self._stock = ask(self._model)
+            self.stock = ask(self._model)
             self._key = cell.model, cell.mode
         shape = models.shape(models.write(self._folder, cell.model))
         try:
@@ -95,15 +96,15 @@ class Models:
                 stats = paged.stats()
         except FluxMoEError as error:
             return Outcome(error=str(error))
-        rows = range(len(self._stock[0]))
+        rows = range(len(self.stock[0]))
         return Outcome(
             len(rows),
-            sum(torch.equal(self._stock[0][row], paged_answer[0][row]) for row in rows),
+            sum(torch.equal(self.stock[0][row], paged_answer[0][row]) for row in rows),
             sum(
-                same(*(tuple(t[row] for t in a) for a in (self._stock, paged_answer)))
+                same(*(tuple(t[row] for t in a) for a in (self.stock, paged_answer)))
                 for row in rows
             ),
             "",
-            not same(self._stock, paged_answer) and not same(self._stock, ask(self._model)),
+            not same(self.stock, paged_answer) and not same(self.stock, ask(self._model)),
             {key: int(stats[key]) for key in COUNTERS},
         )
