@@ -5,7 +5,7 @@
     python -m benchmarks identity --report
 
 A cell that the folder's files have already is not run again, so that a run can be interrupted.
-``--report`` prints the tables of the committed results as docs/identity.md has them.
+``--report`` writes the tables of the committed results into docs/identity.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from benchmarks.identity.cells import Cell
 from benchmarks.identity.outcome import Outcome
 from benchmarks.identity.vllm_cells import engines
 
+PAGE = Path(__file__).parents[2] / "docs" / "identity.md"
+
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
@@ -31,11 +33,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", action="append", choices=[cells.SHIPPED, *cells.RANDOM])
     parser.add_argument("--covering", action="store_true", help="what make test runs, vLLM only")
     parser.add_argument("--limits", action="store_true", help="try what vLLM does not run on a CPU")
-    parser.add_argument("--report", action="store_true", help="the committed results as markdown")
+    parser.add_argument("--report", action="store_true", help="write docs/identity.md's tables")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write and go on there")
     arguments = parser.parse_args(argv)
     if arguments.report:
-        print("\n".join(tables()))
+        PAGE.write_text(report.fill(PAGE.read_text(), tables()))
         return
     with tempfile.TemporaryDirectory() as scratch:
         save: Path = arguments.save or Path(scratch) / "results"
@@ -76,9 +78,11 @@ def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
 
 
 def tables() -> list[str]:
-    """The tables of docs/identity.md."""
+    """What docs/identity.md shows of the committed results."""
     results = record.committed()
+    whole = set(cells.full(models.names(), report.MODES))
     return [
+        report.progress(results, len(whole | set(results))),
         report.markdown(report.summary(results)),
         report.markdown(report.by_setting(results)),
         report.markdown(report.limits(record.limits())),

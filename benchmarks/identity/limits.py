@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class Trial:
     checkpoint: dict[str, Any] = field(default_factory=dict)
     seeded: bool = False
 
+
+#: Longest error kept.
+LENGTH = 200
 
 CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": requests.CHUNK}
 
@@ -103,7 +107,14 @@ def _error(trial: Trial, path: Path, options: dict[str, Any]) -> str:
                     return f"forces {setting} off"
             engine.generate(long)
     except EngineError as error:
-        return error.what.removeprefix("the engine failed: ").strip()
+        return _plain(error.what.removeprefix("the engine failed: "))
     except FluxMoEError as error:
         return f"{error.code}: {error.what}"
     return ""
+
+
+def _plain(error: str) -> str:
+    """Without pydantic's frame around a message, in one line, not too long."""
+    text = re.sub(r"^\w+: \d+ validation errors? for \w+\s+Value error, ", "ValueError: ", error)
+    text = " ".join(re.sub(r" \[type=.*", "", text, flags=re.DOTALL).split())
+    return text if len(text) <= LENGTH else text[:LENGTH] + "…"

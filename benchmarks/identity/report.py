@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from benchmarks.identity.cells import TORCH_MODES, VLLM_MODES, Cell
@@ -22,6 +23,12 @@ def summary(results: Mapping[Cell, Outcome]) -> list[list[str]]:
             row.append(_count(mine) if mine else "–")
         table.append(row)
     return table
+
+
+def progress(results: Mapping[Cell, Outcome], cells: int) -> str:
+    """How much of the matrix has run."""
+    good = sum(outcome.ok for outcome in results.values())
+    return f"{len(results)} of {cells} cells have run, {good} of them are identical.\n"
 
 
 def by_setting(results: Mapping[Cell, Outcome]) -> list[list[str]]:
@@ -55,7 +62,8 @@ def limits(found: Iterable[Found]) -> list[list[str]]:
     """What vLLM was asked, what it said, and what FluxMoE says."""
     table = [["asked", "stock vLLM on a CPU", "with FluxMoE"]]
     for trial in found:
-        table.append([trial.name, _code(trial.vllm), _code(trial.fluxmoe)])
+        same = trial.vllm and trial.fluxmoe == trial.vllm
+        table.append([trial.name, _code(trial.vllm), "the same" if same else _code(trial.fluxmoe)])
     return table
 
 
@@ -63,6 +71,16 @@ def markdown(table: list[list[str]]) -> str:
     """A table as docs write it."""
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]]) + "\n"
+
+
+def fill(page: str, parts: list[str]) -> str:
+    """A page whose blocks ``<!-- report N --> … <!-- end -->`` have these parts."""
+    return re.sub(
+        r"(<!-- report (\d) -->\n).*?(<!-- end -->)",
+        lambda block: f"{block[1]}{parts[int(block[2])]}{block[3]}",
+        page,
+        flags=re.DOTALL,
+    )
 
 
 def plain(table: list[list[str]]) -> str:
@@ -95,7 +113,5 @@ def _why(outcome: Outcome) -> str:
 
 
 def _code(text: str) -> str:
-    """An error's first line in a table's cell."""
-    if not text:
-        return "runs"
-    return "`" + text.splitlines()[0].replace("|", "\\|").replace("`", "'") + "`"
+    """An error in a table's cell."""
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`" if text else "runs"
