@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 from benchmarks import event_cost, http, serving
+from benchmarks.identity import command as identity
 
 BENCHMARKS = {"event_cost": event_cost.main, "http": http.main, "serving": serving.main}
+#: What compares answers instead of times; it takes hours and is run by name only.
+CHECKS = {"identity": identity.main}
 
 
 def main() -> None:
@@ -15,10 +18,11 @@ def main() -> None:
     if name == "all":
         for each, run in BENCHMARKS.items():
             run(["--save", str(Path("benchmarks/out") / f"{each}.json")])
-    elif name in BENCHMARKS:
-        BENCHMARKS[name](options)
+    elif name in BENCHMARKS | CHECKS:
+        (BENCHMARKS | CHECKS)[name](options)
     else:
-        sys.exit(f"no benchmark is called {name!r}; there are: {', '.join(BENCHMARKS)}")
+        known = ", ".join(BENCHMARKS | CHECKS)
+        sys.exit(f"no benchmark is called {name!r}; there are: {known}")
 
 
 if __name__ == "__main__":
