@@ -32,7 +32,7 @@ WORKERS = 2
 #: Sequences per process and step, and their length in bytes.
 BATCH, LENGTH = 12, 256
 #: Weights of the losses that keep each layer's router balanced and its logits small.
-BALANCE, Z = 0.02, 1e-4
+BALANCE, Z = 0.12, 1e-4
 #: Learning rates: of Muon (matrices) and of Adam (embedding, routers, norms).
 MUON, ADAM = 0.02, 0.003
 WEIGHT_DECAY = 0.02
