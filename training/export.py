@@ -4,7 +4,7 @@
 
 Everything is measured on the bf16 weights that are shipped, in float32: bits per byte of the
 held-out text by source, and how evenly each layer's router spreads it. ``measured.json`` in the
-output folder holds the figures; the model card quotes them.
+output folder holds the figures, ``README.md`` is the model card with them (from ``card.md``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import argparse
 import json
 import math
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
 import torch
 from network import Network
-from torch.nn import functional as F  # noqa: N812
+from routing import lru
+from torch.nn import functional as F
 from train import SETTINGS, WORKERS, token_ids
 from transformers import GenerationConfig, Qwen3MoeConfig
 
@@ -62,6 +64,38 @@ def balance(load: torch.Tensor) -> list[dict[str, float]]:
     ]
 
 
+def card(figures: dict[str, Any], data: Path, megabytes: float) -> str:
+    """The model card, with its blanks filled in."""
+    c = Qwen3MoeConfig(**SETTINGS)
+    experts = 3 * c.hidden_size * c.moe_intermediate_size * c.num_experts * c.num_hidden_layers
+    return Template(Path(__file__).with_name("card.md").read_text()).substitute(
+        layers=c.num_hidden_layers,
+        experts=c.num_experts,
+        top_k=c.num_experts_per_tok,
+        hidden=c.hidden_size,
+        expert_hidden=c.moe_intermediate_size,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        vocab=c.vocab_size,
+        megabytes=f"{megabytes:.1f}",
+        expert_share=round(2 * experts / (megabytes * 1e4)),
+        steps=f"{figures['steps']:,}",
+        bytes_seen=f"{figures['bytes_seen']:,}",
+        held_out_bytes=f"{figures['held_out_bytes']:,}",
+        held_rows="\n".join(f"| {n} | {v:.3f} |" for n, v in figures["held_out"].items()),
+        layer_rows="\n".join(
+            f"| {index} | {row['max_over_mean']:.2f} | {row['entropy_bits']:.2f} "
+            f"| {row['lru_25_percent']:.1%} | {row['lru_50_percent']:.1%} |"
+            for index, row in enumerate(figures["layers"])
+        ),
+        **{
+            file.stem.replace("-", "_"): f"{file.stat().st_size:,}"
+            for file in data.glob("train-*.txt")
+        },
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True, help="a run's state, without .pt")
@@ -85,16 +119,20 @@ def main() -> None:
     byte_tokenizer().save_pretrained(args.out)
 
     saved = torch.load(args.state.with_suffix(".0.pt"))
-    figures: dict[str, Any] = {"steps": saved["steps"], "bytes_seen": saved["seen"]}
+    figures: dict[str, Any] = {"steps": saved["steps"], "bytes_seen": saved["seen"], "held_out": {}}
     total, loads, bits = 0, 0, 0.0
     for file in sorted(args.data.glob("held-*.txt")):
         value, load, count = measure(model, file.read_bytes(), args.windows)
-        figures[file.stem.removeprefix("held-")] = round(value, 4)
+        figures["held_out"][file.stem.removeprefix("held-")] = round(value, 4)
         bits, loads, total = bits + value * count, loads + load, total + count
-    figures["held_out"] = round(bits / total, 4)
+    figures["held_out"]["all"] = round(bits / total, 4)
     figures["held_out_bytes"] = total
     figures["layers"] = balance(loads.double())
+    for row, rates in zip(figures["layers"], lru(args.out), strict=True):
+        row["lru_25_percent"], row["lru_50_percent"] = (round(rate, 3) for rate in rates)
     (args.out / "measured.json").write_text(json.dumps(figures, indent=1) + "\n")
+    size = (args.out / "model.safetensors").stat().st_size / 1e6
+    (args.out / "README.md").write_text(card(figures, args.data, size))
     print(json.dumps(figures, indent=1))
 
 

@@ -26,7 +26,7 @@ import torch
 from network import Network
 from torch import Tensor
 from torch import multiprocessing as mp
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 WORKERS = 2
 #: Sequences per process and step, and their length in bytes.

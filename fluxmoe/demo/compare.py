@@ -17,7 +17,6 @@ from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
 from fluxmoe.demo.model import ASSETS
 from fluxmoe.errors import MissingDependencyError
 
-
 #: Beginnings of sentences from the held-out text of the shipped model, one per line.
 PROMPTS = ASSETS / "prompts.txt"
 
