@@ -23,7 +23,7 @@ def demo(
     requests: Annotated[int, typer.Option(min=1, help="Requests, all waiting at the start.")] = 64,
     output_tokens: Annotated[
         int, typer.Option(min=1, max=100, help="Tokens generated per request.")
-    ] = 64,
+    ] = 96,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each engine, alternating.")] = 3,
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
