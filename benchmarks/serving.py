@@ -1,6 +1,6 @@
 """Stock vLLM against FluxMoE at one budget: where paging wins, is free, and loses.
 
-python -m benchmarks serving [--rounds N] [--only NAME …] [--save FILE]
+python -m benchmarks serving [--model shipped|mid] [--rounds N] [--only NAME …] [--save FILE]
 """
 
 from __future__ import annotations
@@ -16,7 +16,20 @@ from rich.table import Table
 
 from benchmarks import machine
 from fluxmoe.demo.compare import Comparison, Workload, compare
-from fluxmoe.demo.model import DemoModel
+from fluxmoe.demo.model import SHIPPED, DemoModel
+from fluxmoe.testing import checkpoints
+
+#: A model with 2.3 GiB of experts; its weights are random.
+MID = {
+    "num_hidden_layers": 12,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "hidden_size": 1024,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +55,11 @@ def scenarios(model: DemoModel) -> list[Scenario]:
     return rows
 
 
-def run(model: DemoModel, folder: Path, scenario: Scenario, rounds: int) -> Comparison:
+def run(model: DemoModel, scenario: Scenario, rounds: int) -> Comparison:
     # Small batches are short: more tokens and rounds make their medians mean something.
     small = scenario.requests <= 8
     return compare(
-        folder,
+        model.folder,
         Workload(scenario.requests, output_tokens=100 if small else 64),
         budget_bytes=model.budget(scenario.sequences),
         experts_total_bytes=model.experts_total_bytes,
@@ -58,21 +71,24 @@ def run(model: DemoModel, folder: Path, scenario: Scenario, rounds: int) -> Comp
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("serving", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=("shipped", "mid"), default="shipped")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of scenario names")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
-    model = DemoModel()
     table = Table(title="stock vLLM and FluxMoE at the same budget (medians, one thread, eager)")
     for column in ("scenario", "stock tok/s", "FluxMoE tok/s", "ratio", "experts", "hits", "same"):
         table.add_column(column, justify="left" if column == "scenario" else "right")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model.write(Path(scratch) / "model")
+        folder = SHIPPED
+        if arguments.model == "mid":
+            folder = checkpoints.write(Path(scratch) / "model", **MID)
+        model = DemoModel.read(folder)
         for scenario in scenarios(model):
             if arguments.only and not any(part in scenario.name for part in arguments.only):
                 continue
-            outcome = run(model, folder, scenario, arguments.rounds)
+            outcome = run(model, scenario, arguments.rounds)
             results.append({"scenario": scenario.name, **outcome.to_json()})
             stats = outcome.stats
             table.add_row(

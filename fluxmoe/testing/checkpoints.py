@@ -157,12 +157,12 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
                     weight.normal_(0.0, 0.06)
     transformers.logging.disable_progress_bar()
     model.save_pretrained(path)
-    _byte_tokenizer().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     done.write_text(recipe)  # last: a torn checkpoint is written again
     return path
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """One token per byte, after the three special ones: any text in, any bytes out."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
