@@ -14,22 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks import machine, models
 from fluxmoe.demo.compare import Comparison, Workload, compare
-from fluxmoe.demo.model import SHIPPED, DemoModel
-from fluxmoe.testing import checkpoints
-
-#: A model with 2.3 GiB of experts; its weights are random.
-MID = {
-    "num_hidden_layers": 12,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "hidden_size": 1024,
-    "moe_intermediate_size": 512,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
+from fluxmoe.demo.model import DemoModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +32,13 @@ class Scenario:
 
 def scenarios(model: DemoModel) -> list[Scenario]:
     total = model.experts_total_bytes
-    few = {"memory": {"experts": {"target": total // 8}}}
+    few = {"memory": {"experts": {"target": total // 4}}}
     rows = [
         Scenario(f"starved: stock holds {n}, {policy}", n, 64, {"eviction": policy})
         for n, policy in ((2, "next-use"), (3, "next-use"), (4, "next-use"), (3, "lru"))
     ]
     rows += [Scenario(f"all fits, batch {n}", 64, n, {}) for n in (1, 8, 64)]
-    rows += [Scenario(f"1/8 of the experts in slots, batch {n}", 64, n, few) for n in (1, 8, 64)]
+    rows += [Scenario(f"1/4 of the experts in slots, batch {n}", 64, n, few) for n in (1, 8, 64)]
     return rows
 
 
@@ -71,7 +58,7 @@ def run(model: DemoModel, scenario: Scenario, rounds: int) -> Comparison:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("serving", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=("shipped", "mid"), default="shipped")
+    models.add_option(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of scenario names")
     parser.add_argument("--save", type=Path)
@@ -81,10 +68,7 @@ def main(argv: list[str]) -> None:
         table.add_column(column, justify="left" if column == "scenario" else "right")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = SHIPPED
-        if arguments.model == "mid":
-            folder = checkpoints.write(Path(scratch) / "model", **MID)
-        model = DemoModel.read(folder)
+        model = models.get(arguments.model, Path(scratch))
         for scenario in scenarios(model):
             if arguments.only and not any(part in scenario.name for part in arguments.only):
                 continue
