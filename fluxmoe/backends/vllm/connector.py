@@ -148,7 +148,9 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager = kv_cache_manager
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerInventory]) -> None:
-        """Called once, when all workers are ready; not at all if the split is fixed."""
+        """Called once, when all workers are ready; with nothing if the split is fixed."""
+        if not metadata:
+            return
         from fluxmoe import config as fluxmoe_config
         from fluxmoe.backends.vllm.arbitration import Arbitration
 
