@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
         save: Path = arguments.save or Path(scratch) / "results"
         if arguments.limits:
             (save / "limits.jsonl").unlink(missing_ok=True)
+            record.begin(save / "limits.jsonl")
             for trial in limits.TRIALS:
                 found = limits.attempt(trial, Path(scratch))
                 record.save_limit(save / "limits.jsonl", found)
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
 def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
     """Run what ``save`` does not have yet. Results are kept per mode."""
     results: dict[Cell, Outcome] = {}
+    begun = set()
     with ExitStack() as stack:
         runners: dict[str, Callable[[Cell], Outcome]] = {}
         for number, cell in enumerate(chosen, 1):
@@ -70,6 +72,9 @@ def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
                 if backend not in runners:
                     runners[backend] = _runner(backend, scratch, stack)
                 done = runners[backend](cell)
+                if path not in begun:
+                    record.begin(path)
+                    begun.add(path)
                 record.append(path, cell, done)
                 verdict = "identical" if done.ok else "NOT IDENTICAL " + done.error.split("\n")[0]
                 print(f"[{number}/{len(chosen)}] {cell}: {verdict}", flush=True)

@@ -1,4 +1,4 @@
-"""Results on disk: JSON lines, the machine first, then a line per cell, so a run can go on."""
+"""Results on disk: JSON lines, one per cell, so a run can go on. Each run names its machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks import machine
 from benchmarks.identity.cells import Cell
@@ -24,13 +25,17 @@ def load(path: Path) -> dict[Cell, Outcome]:
     """The cells of a file; none if there is no such file."""
     if not path.exists():
         return {}
-    _, *lines = path.read_text().splitlines()
-    rows = map(json.loads, lines)
-    return {Cell(**row["cell"]): Outcome(**row["outcome"]) for row in rows}
+    return {Cell(**row["cell"]): Outcome(**row["outcome"]) for row in _rows(path)}
+
+
+def begin(path: Path) -> None:
+    """Say on which machine, and with which commit, the next lines were written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _line(path, {"machine": machine.describe()})
 
 
 def append(path: Path, cell: Cell, outcome: Outcome) -> None:
-    """Add a line; a new file gets the machine's before it."""
+    """Add what became of a cell."""
     _line(path, {"cell": as_row(cell), "outcome": as_row(outcome)})
 
 
@@ -51,14 +56,14 @@ def save_limit(path: Path, found: Found) -> None:
 
 def limits() -> Iterator[Found]:
     """The trials in the repository's results."""
-    _, *lines = (RESULTS / "limits.jsonl").read_text().splitlines()
-    yield from (Found(**json.loads(line)) for line in lines)
+    yield from (Found(**row) for row in _rows(RESULTS / "limits.jsonl"))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    rows = map(json.loads, path.read_text().splitlines())
+    yield from (row for row in rows if "machine" not in row)
 
 
 def _line(path: Path, row: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     with path.open("a") as file:
-        if new:
-            print(json.dumps({"machine": machine.describe()}), file=file)
         print(json.dumps(row, separators=(",", ":")), file=file)

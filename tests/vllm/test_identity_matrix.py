@@ -51,7 +51,7 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
     # What stock answered is worth comparing.
     assert [len(row) for row in answers.logprobs] == [len(row) for row in answers.tokens]
     assert len({tuple(tokens) for tokens in answers.tokens}) > 73 // 2
-    assert len({token for tokens in answers.tokens for token in tokens}) > 50
+    assert len({token for tokens in answers.tokens for token in tokens}) > 30
     values = [value for row in answers.logprobs for value in row]
     assert all(-20 < value <= 0 for value in values)
     assert len(set(values)) > len(values) // 2

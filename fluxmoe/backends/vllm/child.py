@@ -11,6 +11,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -117,6 +118,7 @@ class ChildEngine:
         log, self._log = tempfile.mkstemp(prefix="fluxmoe-engine-", suffix=".log")
         os.close(log)
         self._remove_log = weakref.finalize(self, Path(self._log).unlink, missing_ok=True)
+        self._family = three_processes
         self._busy = True  # with a call that was not answered yet, the start to begin with
         environment = {
             **ENVIRONMENT,
@@ -186,6 +188,11 @@ class ChildEngine:
                 self._process.join(30)
             self._process.kill()
             self._process.join()
+        if self._family and self._process.pid is not None:
+            # vLLM's scheduler and worker outlive a client that was killed.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._family = False
         self._hang_up()
         self._remove_log()
 
@@ -236,6 +243,8 @@ def _main(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    if environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
+        os.setsid()  # a process group of its own, that ends as one
     threading.Thread(target=_die_with_parent, args=(log,), daemon=True).start()
     engine: _Engine | None = None
     request: tuple[str, tuple[Any, ...]] = ("restart", first)
@@ -274,6 +283,8 @@ def _die_with_parent(log: str) -> None:
     if parent is not None:
         parent.join()
         Path(log).unlink(missing_ok=True)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # scheduler and worker, too
         os._exit(1)
 
 
