@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import psutil
 
 from fluxmoe import plugins
+from fluxmoe.backends.machine import require_free
 from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
 from fluxmoe.core.arbiter import MemoryArbiter
@@ -87,13 +87,7 @@ class Runtime:
         #: Whether the split may change while serving.
         self.dynamic = not arbitration.fixed
         budget = int(config.memory.budget)
-        available = psutil.virtual_memory().available
-        if budget > available:
-            raise ConfigError(
-                f"a budget of {budget} bytes is more than the {available} bytes that are free",
-                where="memory.budget",
-                fix="lower it",
-            )
+        require_free(budget)
         unit = kv.block if self.dynamic else 0
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget, unit))
         if frame_bytes % mmap.PAGESIZE:

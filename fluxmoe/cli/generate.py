@@ -25,15 +25,12 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What both backends are asked to do."""
+    """What both backends are asked to do; ``settings`` are a valid configuration."""
 
     model: str
     prompt: list[int]
     max_new_tokens: int
-    memory: str
-    eviction: str
-    prefetch: str
-    plugins: list[str]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +69,21 @@ def generate(
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else _numbers(prompt_ids)
-    _quiet_transformers()
 
+    from fluxmoe import config, plugins
     from fluxmoe.backends import checkpoint
 
+    settings = {
+        "memory": {"budget": memory},
+        "eviction": eviction,
+        "prefetch": prefetch,
+        "plugins": plugin or [],
+    }
+    # For their errors: now, not after the model has been loaded.
+    parsed = config.parse(settings, where="fluxmoe generate")
+    plugins.load(parsed.plugins).serving(parsed)
     checkpoint.require_readable(model)
+    _quiet_transformers()
     vocabulary = _config(model).get_text_config().vocab_size
     tokenizer = _tokenizer(model, required=given is None)
     ids = given if given is not None else _encode(tokenizer, prompt or "")
@@ -86,7 +93,7 @@ def generate(
             where="--prompt" if given is None else "--prompt-ids",
             fix=f"give at least one, each within 0…{vocabulary - 1}",
         )
-    task = _Task(model, ids, max_new_tokens, memory, eviction, prefetch, plugin or [])
+    task = _Task(model, ids, max_new_tokens, settings)
     answer = _torch(task) if backend is Backend.TORCH else _vllm(task)
     tokens = answer.tokens
     result = {
@@ -115,14 +122,9 @@ def _torch(task: _Task) -> _Answer:
         model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").eval()
     except (OSError, ValueError) as error:
         raise _cannot_load(task.model, error) from error
+    policies = {key: task.settings[key] for key in ("eviction", "prefetch", "plugins")}
     with (
-        fluxmoe.page(
-            model,
-            task.memory,
-            eviction=task.eviction,
-            prefetch=task.prefetch,
-            plugins=task.plugins,
-        ) as paged,
+        fluxmoe.page(model, task.settings["memory"]["budget"], **policies) as paged,
         torch.inference_mode(),
     ):
         started = time.perf_counter()
@@ -139,22 +141,11 @@ def _torch(task: _Task) -> _Answer:
 def _vllm(task: _Task) -> _Answer:
     import torch
 
-    from fluxmoe import config as configuration
-    from fluxmoe import plugins
     from fluxmoe.backends.vllm.child import ChildEngine, Prompt
 
-    settings = {
-        "memory": {"budget": task.memory},
-        "eviction": task.eviction,
-        "prefetch": task.prefetch,
-        "plugins": task.plugins,
-    }
-    # For its errors: now, not after the engine has started.
-    parsed = configuration.parse(settings, where="fluxmoe generate")
-    plugins.load(parsed.plugins).serving(parsed)
     engine = ChildEngine(
         task.model,
-        fluxmoe=settings,
+        fluxmoe=task.settings,
         threads=torch.get_num_threads(),
         enforce_eager=True,  # compiling takes longer than one prompt
         max_model_len=len(task.prompt) + task.max_new_tokens,

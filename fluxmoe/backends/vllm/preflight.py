@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxmoe.backends import checkpoint
+from fluxmoe.backends.machine import require_free
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError
 
@@ -21,18 +22,20 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
 
     Raises:
         CheckpointError: The model's files are missing or damaged.
-        ConfigError: The port is taken, or the cache folder that was asked for cannot be written.
+        ConfigError: The budget is beyond the machine, the port is taken, or the cache folder that
+            was asked for cannot be written.
     """
+    require_free(int(config.memory.budget))
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     if config.model is not None and options.get("load-format", "auto") == "auto":
         checkpoint.require_readable(config.model)
     if "uds" not in options:
-        _require_free(options.get("host") or "", options.get("port", 8000))
+        _require_open(options.get("host") or "", options.get("port", 8000))
     if _CACHE in environment:
         _require_writable(Path(environment[_CACHE]).expanduser())
 
 
-def _require_free(host: Any, port: Any) -> None:
+def _require_open(host: Any, port: Any) -> None:
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 2**16:
         raise ConfigError(
             f"{port!r} is no port", where="vllm.port", fix="use a number from 1 to 65535"
