@@ -47,7 +47,7 @@ METRICS = (
     Metric(
         "fluxmoe_expert_evictions_total",
         "counter",
-        "Expert pages given up: as victims, released by the policy after use, or for lack of slots.",
+        "Expert pages given up: to others, by the policy after use, or because slots went away.",
         ("cause",),
     ),
     Metric(
