@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import event_cost, serving
+from benchmarks import event_cost, phases, serving
 
-BENCHMARKS = {"event_cost": event_cost.main, "serving": serving.main}
+BENCHMARKS = {"event_cost": event_cost.main, "phases": phases.main, "serving": serving.main}
 
 
 def main() -> None:
