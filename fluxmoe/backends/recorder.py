@@ -52,6 +52,7 @@ class Recorder:
             call ``note`` before every event.
         replace: Whether an existing file may be replaced.
         max_steps: Ignore all that comes after so many steps.
+        phase: Record steps that mostly do this only. A replay then counts less than the engine.
         rows: Tells the request and phase of each token of the step that begins.
 
     Attributes:
@@ -71,10 +72,12 @@ class Recorder:
         columns: Collection[str] = (),
         replace: bool = True,
         max_steps: int | None = None,
+        phase: Phase | None = None,
         rows: AskRows = lambda tokens: None,
     ) -> None:
         self._writer = TraceWriter(path, meta, columns=columns, replace=replace)
         self._top_k, self._max_steps, self._ask_rows = meta.top_k, max_steps, rows
+        self._phase, self._skip = phase, False
         self.columns = tuple(columns)
         self.steps, self.first_request, self._layer = 0, 0, meta.num_layers
         self._rows: StepRows | None = None
@@ -94,7 +97,7 @@ class Recorder:
         """Whether nothing more will be recorded: ``max_steps`` are complete, or writing failed."""
         full = self._max_steps is not None and self.steps > self._max_steps
         last = self.steps == self._max_steps and self._layer == self._writer.meta.num_layers - 1
-        return full or last or self._error is not None or self._closed
+        return full or (last and not self._skip) or self._error is not None or self._closed
 
     def note(
         self, weights: npt.NDArray[np.float16] | None, predicted: npt.NDArray[np.int16] | None
@@ -118,14 +121,15 @@ class Recorder:
         """
         tokens = ids.size // self._top_k
         if layer <= self._layer:
-            self.steps += 1
+            self._skip = self._phase is not None and phase != self._phase
+            self.steps += not self._skip
             self._rows = self._ask_rows(tokens)
             if self._rows is not None and self.first_request:
                 request = self._rows.request + np.int32(self.first_request)
                 self._rows = self._rows._replace(request=request)
         self._layer = layer
         (weights, predicted), self._noted = self._noted, (None, None)
-        if self._max_steps is not None and self.steps > self._max_steps:
+        if self._skip or (self._max_steps is not None and self.steps > self._max_steps):
             return
         chunk = self._chunk
         end = chunk.used + ids.size

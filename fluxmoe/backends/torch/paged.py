@@ -155,6 +155,7 @@ class PagedModel:
         weights: bool = False,
         predict: bool = False,
         max_steps: int | None = None,
+        phase: Phase | None = None,
         replace: bool = True,
     ) -> Iterator[Recorder]:
         """Write the routing of every step inside the ``with`` block to a trace.
@@ -166,6 +167,7 @@ class PagedModel:
             weights: Also record the routing weights.
             predict: Also record what the next layer's router makes of this layer's hidden states.
             max_steps: Leave out all that comes after so many steps.
+            phase: Leave out steps that do anything else.
             replace: Whether an existing file may be replaced.
 
         Raises:
@@ -185,6 +187,7 @@ class PagedModel:
             columns=[name for name, wanted in columns.items() if wanted],
             replace=replace,
             max_steps=max_steps,
+            phase=phase,
             rows=self._phase.rows,
         ) as recorder:
             try:

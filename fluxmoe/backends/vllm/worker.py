@@ -31,7 +31,7 @@ from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.side import WorkerSide
 from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
-from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
 from fluxmoe.stores.host import HostStore
 
@@ -203,6 +203,7 @@ class PagedCPUWorker(CPUWorker):
         path: str | None,
         weights: bool = False,
         max_steps: int | None = None,
+        phase: Phase | None = None,
         replace: bool = True,
     ) -> None:
         """Write the routing of every step from now on to a trace; None ends the recording.
@@ -211,6 +212,7 @@ class PagedCPUWorker(CPUWorker):
             path: The file to make; it appears when the recording ends.
             weights: Also record the routing weights (eager mode only).
             max_steps: Leave out all that comes after so many steps.
+            phase: Leave out steps that do anything else.
             replace: Whether an existing file may be replaced.
 
         Raises:
@@ -231,6 +233,7 @@ class PagedCPUWorker(CPUWorker):
                 columns=["weights"] if weights else [],
                 replace=replace,
                 max_steps=max_steps,
+                phase=phase,
                 rows=Requests(self.model_runner),
             )
             self._note_weights(weights)

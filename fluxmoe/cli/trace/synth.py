@@ -1,4 +1,4 @@
-"""``fluxmoe trace``: making traces of routed experts."""
+"""``fluxmoe trace synth``: a trace without a model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Traces of routed experts.", no_args_is_help=True)
 
-
-@app.callback()
-def _trace() -> None:
-    """Traces of routed experts."""
-
-
-@app.command()
 def synth(
     layers: Annotated[int, typer.Option(help="MoE layers.")],
     experts: Annotated[int, typer.Option(help="Experts per layer.")],
