@@ -25,7 +25,7 @@ def sample(
     temperature: float,
     seed: int,
     stop: Callable[[], bool],
-) -> None:
+) -> list[list[int]]:
     """Continue a batch of prompts, padded at the left, never ending at an end-of-text token.
 
     Args:
@@ -35,6 +35,9 @@ def sample(
         temperature: Of sampling; 0 takes the likeliest token.
         seed: Of the random numbers.
         stop: Asked after every step.
+
+    Returns:
+        The new tokens of each row.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -42,7 +45,7 @@ def sample(
     chosen = {"do_sample": True, "temperature": temperature} if temperature else {}
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.generate(
+        texts: torch.Tensor = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
@@ -53,3 +56,5 @@ def sample(
             stopping_criteria=StoppingCriteriaList([_When(stop)]),
             **{"do_sample": False, **chosen},
         )
+    new: list[list[int]] = texts[:, longest:].tolist()
+    return new
