@@ -95,7 +95,7 @@ def stepper(model: Any, batch: int) -> Callable[[], None]:
     def steps() -> None:
         for _ in range(STEPS):
             model(prompt[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(prompt.shape[1])
+        cache.crop(-STEPS)
 
     with torch.inference_mode():
         cache = DynamicCache()

@@ -215,8 +215,8 @@ class TraceWriter:
             np.repeat(numbers[:, 0].astype(np.int32), tokens),
             np.repeat(numbers[:, 1].astype(np.int16), tokens),
             token.astype(np.int32),
-            _of_rows(headers, "phase", np.int8),
-            _of_rows(headers, "request", np.int32),
+            _of_rows(headers, "phase", numbers[:, 2], tokens, np.int8),
+            _of_rows(headers, "request", np.full(len(headers), -1), tokens, np.int32),
         ]
         arrays = [pa.array(column[kept]) for column in columns]
         valid = ids[kept] >= 0
@@ -280,16 +280,18 @@ def _kept(ids: Array, token: Array) -> Bools:
     return kept
 
 
-def _of_rows(headers: Sequence[Header], name: str, dtype: type[np.integer[Any]]) -> Array:
-    """A column that ``StepRows`` may have; else the event's phase, or request −1."""
-    parts = []
+def _of_rows(
+    headers: Sequence[Header], name: str, otherwise: Array, tokens: Array, dtype: npt.DTypeLike
+) -> Array:
+    """A column that ``StepRows`` may tell; else the event's ``otherwise``."""
+    column = np.repeat(otherwise, tokens).astype(dtype)
+    start = 0
     for header in headers:
-        filler = header.phase if name == "phase" else -1
-        known = getattr(header.rows, name)[: header.tokens] if header.rows is not None else ()
-        part = np.full(header.tokens, filler, dtype)
-        part[: len(known)] = known
-        parts.append(part)
-    return np.concatenate(parts)
+        if header.rows is not None:
+            known = getattr(header.rows, name)[: header.tokens]
+            column[start : start + len(known)] = known
+        start += header.tokens
+    return column
 
 
 def _lists(values: Array, valid: Bools) -> Any:
