@@ -196,7 +196,7 @@ def test_every_option_of_the_simulator_is_listed() -> None:
 
     from fluxmoe.cli import simulate
 
-    app = typer.Typer()
+    app = typer.Typer(add_completion=False)
     app.command()(simulate.simulate)
     found = options(typer.main.get_command(app))
     assert len(found) > 6

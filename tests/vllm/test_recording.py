@@ -14,7 +14,7 @@ from fluxmoe.backends.vllm.child import ChildEngine, Prompt
 from fluxmoe.backends.vllm.traces import record
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.sim.trace import TraceReader
-from tests.vllm.conftest import EAGER, EXPERTS, PAGE, PAGES, config, prompts
+from tests.vllm.conftest import EAGER, PAGE, PAGES, config, prompts
 
 pytestmark = pytest.mark.vllm
 
@@ -27,7 +27,7 @@ POLICIES = [
 ]
 COUNTERS = ("events", "accesses", "hits", "misses", "evictions", "released", "prefetch_hits",
             "loads_demand", "loads_prefetch", "bytes_demand", "bytes_prefetch")  # fmt: skip
-LAYERS = PAGES // EXPERTS
+LAYERS = 4
 
 
 def table(path: Path) -> list[dict]:
