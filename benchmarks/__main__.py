@@ -11,6 +11,7 @@ BENCHMARKS = {
     "event_cost": "event_cost",
     "http": "http",
     "phases": "phases",
+    "recording": "recording",
     "serving": "serving",
 }
 #: What compares answers instead of times; it takes hours and is run by name only.

@@ -44,6 +44,9 @@ BY_SLOT: dict[str, Compute] = {
 }
 IMPLEMENTATIONS = (EAGER, *BY_SLOT)
 
+#: Called with a layer's (expert ids, routing weights, hidden states); returns the ids.
+Note: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 # grouped_mm counts the tokens of each expert with a float32 histogram, whose bins are exact up to
 # 4097 of them. No model has so many experts, but a bank may have so many slots.
 GROUPED_MM_SLOTS = 4096
@@ -64,6 +67,7 @@ class Binding:
         compute: That implementation, by slot; None for ``eager``.
         original: The module's own parameters.
         lease: Keeps the arenas alive.
+        note: Shows a recorder more than the expert ids, where it wants more.
     """
 
     handle: int
@@ -72,6 +76,7 @@ class Binding:
     compute: Compute | None
     original: Weights
     lease: Lease
+    note: Note | None = None
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         # A copy would read a copy of the arenas, which nobody fills.
@@ -131,6 +136,11 @@ def is_bound(module: torch.nn.Module) -> bool:
     return hasattr(module, "_fluxmoe")
 
 
+def set_note(module: torch.nn.Module, note: Note | None) -> None:
+    """What a paged module shows a recorder beside its expert ids."""
+    module._fluxmoe.note = note
+
+
 def release(module: torch.nn.Module) -> None:
     """Give a module its own parameters back."""
     module._parameters.update(module._fluxmoe.original)
@@ -156,6 +166,8 @@ def forward(
         raise UnsupportedError(
             "a paged model computes no gradients", fix="call it under torch.no_grad()"
         )
+    if binding.note is not None:
+        top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
     slots = op.acquire(top_k_index, binding.handle, binding.layer)
     if binding.compute is None:
         stock: Compute = type(self).forward.__wrapped__

@@ -9,18 +9,20 @@ from os import PathLike
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
+from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.torch import experts, layout
+from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.core.substrate.cpu import frame_bytes_for
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Geometry, PageClass, Phase
 from fluxmoe.errors import BudgetTooSmallError, ConfigError, UnsupportedError
-from fluxmoe.sim.trace import TraceMeta, TraceWriter
+from fluxmoe.sim.trace import StepRows, TraceMeta
 from fluxmoe.stores.host import HostStore
 
 PolicySpec = str | Mapping[str, Any]
@@ -111,8 +113,8 @@ class PagedModel:
         phase: _Phase,
     ) -> None:
         self.model, self._layers, self._runtime = model, layers, runtime
-        self._previous = model.get_experts_implementation()
-        handle = op.attach(runtime.pager)
+        self._previous, self._phase = model.get_experts_implementation(), phase
+        self._handle = handle = op.attach(runtime.pager)
         # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
@@ -146,23 +148,58 @@ class PagedModel:
         return self._open().stats()
 
     @contextmanager
-    def record(self, path: str | PathLike[str]) -> Iterator[TraceWriter]:
+    def record(
+        self,
+        path: str | PathLike[str],
+        *,
+        weights: bool = False,
+        predict: bool = False,
+        max_steps: int | None = None,
+        phase: Phase | None = None,
+        replace: bool = True,
+    ) -> Iterator[Recorder]:
         """Write the routing of every step inside the ``with`` block to a trace.
 
         The simulator starts cold: call ``reset`` before, to compare its counters with ``stats``.
 
+        Args:
+            path: The file to make.
+            weights: Also record the routing weights.
+            predict: Also record what the next layer's router makes of this layer's hidden states.
+            max_steps: Leave out all that comes after so many steps.
+            phase: Leave out steps that do anything else.
+            replace: Whether an existing file may be replaced.
+
         Raises:
             TraceError: The file cannot be written, or nothing was recorded.
+            UnsupportedError: ``predict``, and the model's routers were not found.
         """
         pager = self._open().pager
         if pager.watcher is not None:
             raise ConfigError("a recording is under way", where=str(path), fix="end it first")
-        with TraceWriter(str(path), self._trace_meta()) as writer:
-            pager.watcher = writer.append
+        columns = {"weights": weights, "predicted": predict}
+        notes = recording.notes(
+            self.model, self._layers, self._handle, weights=weights, predict=predict
+        )
+        with Recorder(
+            str(path),
+            self._trace_meta(),
+            columns=[name for name, wanted in columns.items() if wanted],
+            replace=replace,
+            max_steps=max_steps,
+            phase=phase,
+            rows=self._phase.rows,
+        ) as recorder:
             try:
-                yield writer
+                op.record(self._handle, recorder)
+                for layer, note in zip(self._layers, notes, strict=True):
+                    experts.set_note(layer, note)
+                yield recorder
             finally:
-                pager.watcher = None
+                if not self.closed:
+                    op.record(self._handle, None)
+                    for layer in self._layers:
+                        experts.set_note(layer, None)
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies as new."""
@@ -218,9 +255,18 @@ class _Phase:
 
     def __init__(self) -> None:
         self._now = Phase.DECODE
+        self._shape: tuple[int, int] | None = None
 
     def __call__(self) -> Phase:
         return self._now
+
+    def rows(self, tokens: int) -> StepRows | None:
+        """The running step's tokens, requests being rows of the batch; None if nobody saw it."""
+        shape, self._shape = self._shape, None
+        if shape is None or shape[0] * shape[1] != tokens:
+            return None
+        request = np.repeat(np.arange(shape[0], dtype=np.int32), shape[1])
+        return StepRows(request, np.full(tokens, self._now, np.int8))
 
     def watch(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model."""
@@ -228,6 +274,7 @@ class _Phase:
             return
         for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
             if value is not None:
+                self._shape = (value.shape[0], value.shape[1])
                 self._now = Phase.PREFILL if value.shape[1] > 1 else Phase.DECODE
                 return
 
