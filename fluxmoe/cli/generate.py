@@ -114,21 +114,16 @@ def generate(
 
 def _torch(task: _Task) -> _Answer:
     import torch
-    from transformers import AutoModelForCausalLM
 
     import fluxmoe
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise _cannot_load(task.model, error) from error
     policies = {key: task.settings[key] for key in ("eviction", "prefetch", "plugins")}
     with (
-        fluxmoe.page(model, task.settings["memory"]["budget"], **policies) as paged,
+        fluxmoe.load(task.model, task.settings["memory"]["budget"], **policies) as paged,
         torch.inference_mode(),
     ):
         started = time.perf_counter()
-        tokens = model.generate(
+        tokens = paged.model.generate(
             torch.tensor([task.prompt]),
             attention_mask=torch.ones(1, len(task.prompt), dtype=torch.int64),
             max_new_tokens=task.max_new_tokens,
