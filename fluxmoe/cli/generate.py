@@ -114,14 +114,13 @@ def _torch(task: _Task) -> _Answer:
 
     import fluxmoe
 
-    model = models.load(task.model)
     policies = {key: task.settings[key] for key in ("eviction", "prefetch", "plugins")}
     with (
-        fluxmoe.page(model, task.settings["memory"]["budget"], **policies) as paged,
+        fluxmoe.load(task.model, task.settings["memory"]["budget"], **policies) as paged,
         torch.inference_mode(),
     ):
         started = time.perf_counter()
-        tokens = model.generate(
+        tokens = paged.model.generate(
             torch.tensor([task.prompt]),
             attention_mask=torch.ones(1, len(task.prompt), dtype=torch.int64),
             max_new_tokens=task.max_new_tokens,
