@@ -44,7 +44,7 @@ class _Cache(FunctionCache):
 def jit(function: F) -> F:
     """Compile ``function`` on first use and keep the machine code beside its source file."""
     function.__qualname__ += f"_{_DIGEST}"  # the name of the cache file comes from it
-    compiled = numba.njit(nogil=True)(function)
+    compiled = numba.njit(nogil=True, _nrt=False, forceinline=True)(function)
     # An error here means: neither beside the source nor in the user's cache may files be written.
     with contextlib.suppress(RuntimeError):
         compiled._cache = _Cache(function)  # as enable_caching() does
