@@ -26,10 +26,20 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import fluxmoe
 from benchmarks import machine
-from fluxmoe.demo.model import DemoModel
+from fluxmoe.testing import checkpoints
 
 BATCHES = (1, 8, 64)
 STEPS = 24
+SHAPE = {
+    "num_hidden_layers": 8,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 KINDS: dict[str, dict[str, bool]] = {
     "ids": {},
     "ids, weights": {"weights": True},
@@ -44,11 +54,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    demo = DemoModel()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = demo.write(Path(scratch) / "model")
+        folder = checkpoints.write(Path(scratch) / "model", "qwen3-moe", **SHAPE)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        with fluxmoe.page(model, demo.experts_total_bytes, eviction="lru") as paged:
+        with fluxmoe.page(model, "1GiB", eviction="lru") as paged:
             rows = [
                 measure(paged, batch, kind, Path(scratch) / "t.parquet", arguments.rounds)
                 for batch in BATCHES
