@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import event_cost, http, serving
+from benchmarks import event_cost, http, phases, serving
 from benchmarks.identity import command as identity
 
-BENCHMARKS = {"event_cost": event_cost.main, "http": http.main, "serving": serving.main}
+BENCHMARKS = {
+    "event_cost": event_cost.main,
+    "http": http.main,
+    "phases": phases.main,
+    "serving": serving.main,
+}
 #: What compares answers instead of times; it takes hours and is run by name only.
 CHECKS = {"identity": identity.main}
 

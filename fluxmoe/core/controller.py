@@ -108,9 +108,19 @@ class SplitController:
         return {EXPERTS: self._expert_frames(self._slots), KV: self._kv_frames(self._groups)}
 
     @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return self._policy.name
+
+    @property
     def faults(self) -> int:
         """Faults of the policy."""
         return self._policy.faults
+
+    @property
+    def slow(self) -> int:
+        """Slow calls of the policy."""
+        return self._policy.slow
 
     def set_limit(self, frames: int | None) -> None:
         """Use at most so many frames of the budget from now on, in as many moves as it takes.

@@ -121,7 +121,9 @@ class World:
         self.policy.answer = Split({"experts": experts, "kv": kv}, "the test says so")
 
     def step(self) -> None:
-        order = self.controller.step(ArbitrationView({}, 0, step_seconds=1.0, tokens=self.tokens), self.answers)
+        order = self.controller.step(
+            ArbitrationView({}, 0, step_seconds=1.0, tokens=self.tokens), self.answers
+        )
         answers = [follower.receive(order) for follower in self.followers]
         self.answers = [answer for answer in answers if answer is not None]
         for rig in self.rigs:
