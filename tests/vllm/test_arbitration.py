@@ -132,7 +132,7 @@ def test_tokens_are_stocks_while_the_split_changes_all_the_time(
     assert state["failures"] == state["faults"] == 0
     frames, allocated = engine.call("rpc", books)
     assert frames == state["frames"]
-    assert allocated == run.stats["committed_bytes"]
+    assert allocated == engine.call("stats")["committed_bytes"]
 
 
 def test_what_vllm_shows_of_its_kv_cache_is_right(engine: ChildEngine) -> None:
