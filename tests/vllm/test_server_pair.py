@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -70,11 +71,13 @@ class Server:
         return self.log.read_text()[-3000:]
 
     def end(self) -> None:
-        family = [psutil.Process(self.process.pid)]
-        family += family[0].children(recursive=True)
-        for process in family:
-            process.kill()
-        self.process.wait()
+        """At once, and with all its processes. Idempotent."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            self.process.kill()
+            self.process.wait()
 
 
 def start(folder: Path, checkpoint: Path, cache: Path) -> Server:

@@ -47,7 +47,7 @@ METRICS = (
     Metric(
         "fluxmoe_expert_evictions_total",
         "counter",
-        "Expert pages given up: as victims of others, or released by the policy after use.",
+        "Expert pages given up: to others, by the policy after use, or because slots went away.",
         ("cause",),
     ),
     Metric(
@@ -111,6 +111,7 @@ def read(runtime: Runtime) -> Samples:
         "fluxmoe_expert_evictions_total": {
             ("victim",): counters.evictions,
             ("released",): counters.released,
+            ("resized",): counters.resized,
         },
         "fluxmoe_transfer_bytes_total": {
             (store, "demand"): transfer.bytes_demand,
