@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import event_cost, http, serving
+from benchmarks import event_cost, fuzz, http, serving
 
-BENCHMARKS = {"event_cost": event_cost.main, "http": http.main, "serving": serving.main}
+BENCHMARKS = {
+    "event_cost": event_cost.main,
+    "fuzz": fuzz.main,
+    "http": http.main,
+    "serving": serving.main,
+}
 
 
 def main() -> None:

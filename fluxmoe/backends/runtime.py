@@ -120,6 +120,7 @@ class Runtime:
             )
             rows = [self._tenant.rows(bank) for bank in range(len(slots))]
             transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
+            undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
             self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
             undo.pop_all()
@@ -180,9 +181,10 @@ class Runtime:
 
     def close(self) -> None:
         """Give all memory back. Nothing may read the arenas any more."""
-        self.pager.close()
-        self.arbiter.close()
-        self.store.close()
+        with ExitStack() as each:  # goes on if one fails
+            each.callback(self.store.close)
+            each.callback(self.arbiter.close)
+            each.callback(self.pager.close)
 
     def _split(self, frames: int, frame_bytes: int, kv: KVNeed) -> tuple[Budget, Budget]:
         experts, pages = self.geometry.experts_per_layer, self.geometry.num_pages

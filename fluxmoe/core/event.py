@@ -305,22 +305,28 @@ class EventRule:
                 )
 
     def _unload(self, victims: Int64s) -> None:
-        if self.eviction.watches_evict:
-            self.eviction.on_evict(victims)
-        evict(self.table.books, victims)
+        try:
+            if self.eviction.watches_evict:
+                self.eviction.on_evict(victims)
+        finally:  # the heap has let go of them: they must leave, whatever the policy does
+            evict(self.table.books, victims)
 
     def _victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
         b = self.table.books
         if self.eviction.stable:
             dirty = self._scratch[: take_dirty(b, self._scratch)]
             dirty.sort()  # policies are shown pages in ascending order
-            scores = self.eviction.scores(dirty)
+            scores = None
+            try:
+                scores = self.eviction.scores(dirty)
+            finally:
+                if scores is None:  # the policy failed: ask again at the next eviction
+                    for page in dirty.tolist():
+                        mark_dirty(b, page)
             if scores is not None:
                 order.update(self._heap, b, dirty, scores)
                 out = np.empty(count, np.int64)
                 return out[: order.choose(self._heap, b, bank, count, protect, out)]
-            for page in dirty.tolist():  # the policy failed: ask again at the next eviction
-                mark_dirty(b, page)
         pages = self._scratch[: candidates(b, bank, protect, self._scratch)].copy()
         count = min(count, len(pages))
         if self.eviction.stable:

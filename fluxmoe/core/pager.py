@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fluxmoe.core.event import EventRule, Slots, lookup
-from fluxmoe.core.pages import PAGES, PageTable
+from fluxmoe.core.pages import LOADED, PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Counters, Ints, Phase
@@ -66,6 +66,7 @@ class ExpertPager:
 
         Raises:
             StoreError: A page could not be read. It is not resident; the books are right.
+            PolicyFaultError: A policy failed and is strict. The same holds.
         """
         if layer <= self._layer:
             self._step += 1
@@ -73,20 +74,25 @@ class ExpertPager:
         self._layer = layer
         if self.watcher is not None:
             self.watcher(self._step, layer, ids, self.table.phase)
-        rule, b = self._rule, self._books
-        misses = rule.open(self._step, layer, ids, slots)
+        misses = self._rule.open(self._step, layer, ids, slots)
+        try:
+            self._fill(misses, layer, ids, slots)
+        except BaseException:
+            # What was given slots, but perhaps not its bytes, must not pass for resident.
+            self.table.discard(self._books.loaded[: self._books.now[LOADED]])
+            raise
+
+    def _fill(self, misses: int, layer: int, ids: Ints, slots: Slots) -> None:
+        """The rest of an event: copies, then prefetches."""
+        rule = self._rule
         if self._transfer.busy:
             self._complete_prefetched(layer)
         if misses or rule.eviction.retains:
             rule.admit()
         if misses:
             for loads in rule.loads():
-                try:
-                    self._transfer.demand(loads)
-                except BaseException:
-                    self.table.discard(loads.pages)
-                    raise
-            lookup(b, layer, ids, slots)
+                self._transfer.demand(loads)
+            lookup(self._books, layer, ids, slots)
         if rule.prefetch():
             for loads in rule.loads():
                 self._transfer.prefetch(loads)
@@ -107,7 +113,9 @@ class ExpertPager:
 
         Raises:
             CapacityError: Too few for one layer's experts, or more than reserved.
-            OutOfFramesError, SubstrateError: It cannot grow; nothing has changed.
+            OutOfFramesError: It cannot grow; nothing has changed.
+            SubstrateError: The system refused. A bank that was to grow has not changed; one that
+                was to shrink has, but not all of its memory was given back (``ExpertTenant``).
         """
         self.table.require(slots)
         self._transfer.settle_from(bank, slots)
