@@ -1,6 +1,6 @@
 """vLLM's own serving benchmark against both servers at one budget: throughput, TTFT, TPOT.
 
-python -m benchmarks http [--rates inf 4 …] [--rounds N] [--save FILE]
+python -m benchmarks http [--model shipped|mid] [--rates inf 4 …] [--rounds N] [--save FILE]
 
 Both are real OpenAI servers of three processes, started one after the other (never both at once,
 so that neither takes the other's cores); the client is ``vllm bench serve`` with its random
@@ -28,7 +28,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks import machine, models
 from fluxmoe.backends.vllm import launch
 from fluxmoe.config import parse
 from fluxmoe.demo.model import DemoModel
@@ -54,11 +54,12 @@ FIGURES = (
 )
 
 
-def commands(model: DemoModel, folder: Path, budget: int, port: int) -> dict[str, list[str]]:
+def commands(model: DemoModel, budget: int, port: int) -> dict[str, list[str]]:
     """The command of each server; FluxMoE's is what ``fluxmoe serve`` runs."""
     options = {**model.options(max_num_seqs=64), "host": "127.0.0.1", "port": port}
     config = parse(
-        {"model": str(folder), "memory": {"budget": budget}, "vllm": options}, where="benchmark"
+        {"model": str(model.folder), "memory": {"budget": budget}, "vllm": options},
+        where="benchmark",
     )
     paged = launch.command(config)
     stock = launch.command(config)
@@ -123,6 +124,7 @@ def client(folder: Path, port: int, rate: str, arguments: argparse.Namespace) ->
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("http", description=__doc__.partition("\n")[0])
+    models.add_option(parser)
     parser.add_argument("--rates", nargs="+", default=["inf"], help="requests per second")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--input", type=int, default=24, help="prompt tokens")
@@ -131,20 +133,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
-    model = DemoModel()
-    budget = model.budget(arguments.sequences)
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model.write(Path(scratch) / "model")
+        model = models.get(arguments.model, Path(scratch))
+        budget = model.budget(arguments.sequences)
         for turn in range(arguments.rounds):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            for name, command in commands(model, folder, budget, port).items():
+            for name, command in commands(model, budget, port).items():
                 print(f"round {turn + 1} of {arguments.rounds}: {name}", file=sys.stderr)
                 with server(command, port, Path(scratch) / "log"):
                     for rate in arguments.rates:
-                        outcome = client(folder, port, rate, arguments)
+                        outcome = client(model.folder, port, rate, arguments)
                         runs.setdefault(rate, {}).setdefault(name, []).append(outcome)
     results = []
     for rate, sides in runs.items():

@@ -1,6 +1,6 @@
 """Stock vLLM against FluxMoE at one budget: where paging wins, is free, and loses.
 
-python -m benchmarks serving [--rounds N] [--only NAME …] [--save FILE]
+python -m benchmarks serving [--model shipped|mid] [--rounds N] [--only NAME …] [--save FILE]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks import machine, models
 from fluxmoe.demo.compare import Comparison, Workload, compare
 from fluxmoe.demo.model import DemoModel
 
@@ -32,21 +32,21 @@ class Scenario:
 
 def scenarios(model: DemoModel) -> list[Scenario]:
     total = model.experts_total_bytes
-    few = {"memory": {"experts": {"target": total // 8}}}
+    few = {"memory": {"experts": {"target": total // 4}}}
     rows = [
         Scenario(f"starved: stock holds {n}, {policy}", n, 64, {"eviction": policy})
         for n, policy in ((2, "next-use"), (3, "next-use"), (4, "next-use"), (3, "lru"))
     ]
     rows += [Scenario(f"all fits, batch {n}", 64, n, {}) for n in (1, 8, 64)]
-    rows += [Scenario(f"1/8 of the experts in slots, batch {n}", 64, n, few) for n in (1, 8, 64)]
+    rows += [Scenario(f"1/4 of the experts in slots, batch {n}", 64, n, few) for n in (1, 8, 64)]
     return rows
 
 
-def run(model: DemoModel, folder: Path, scenario: Scenario, rounds: int) -> Comparison:
+def run(model: DemoModel, scenario: Scenario, rounds: int) -> Comparison:
     # Small batches are short: more tokens and rounds make their medians mean something.
     small = scenario.requests <= 8
     return compare(
-        folder,
+        model.folder,
         Workload(scenario.requests, output_tokens=100 if small else 64),
         budget_bytes=model.budget(scenario.sequences),
         experts_total_bytes=model.experts_total_bytes,
@@ -58,21 +58,21 @@ def run(model: DemoModel, folder: Path, scenario: Scenario, rounds: int) -> Comp
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("serving", description=__doc__.partition("\n")[0])
+    models.add_option(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of scenario names")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
-    model = DemoModel()
     table = Table(title="stock vLLM and FluxMoE at the same budget (medians, one thread, eager)")
     for column in ("scenario", "stock tok/s", "FluxMoE tok/s", "ratio", "experts", "hits", "same"):
         table.add_column(column, justify="left" if column == "scenario" else "right")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model.write(Path(scratch) / "model")
+        model = models.get(arguments.model, Path(scratch))
         for scenario in scenarios(model):
             if arguments.only and not any(part in scenario.name for part in arguments.only):
                 continue
-            outcome = run(model, folder, scenario, arguments.rounds)
+            outcome = run(model, scenario, arguments.rounds)
             results.append({"scenario": scenario.name, **outcome.to_json()})
             stats = outcome.stats
             table.add_row(

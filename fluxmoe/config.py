@@ -54,6 +54,8 @@ AutoSize = Annotated[
 
 #: What pydantic says in words of Python, in words of YAML.
 _WHAT = {
+    "byte_size": "a size is needed",
+    "string_type": "a text is needed",
     "dict_type": "a map is needed",
     "model_type": "a map is needed",
     "list_type": "a list is needed",
@@ -157,6 +159,8 @@ def parse(data: object, *, where: str) -> Config:
     Raises:
         ConfigError: Names the first wrong field, its value and the way out.
     """
+    if data is None:
+        raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a map of settings, not {data!r}", where=where)
     try:
@@ -169,7 +173,7 @@ def parse(data: object, *, where: str) -> Config:
         elif first["type"] == "missing":
             what, fix = f"{field!r} is missing", "add it"
         else:
-            what = _WHAT.get(first["type"], first["msg"])
+            what = _WHAT.get(first["type"], first["msg"].replace("Input should", "it must"))
             what = f"{field}: {what}, not {first['input']!r}"
             fix = _FIXES.get(first["type"], "see `fluxmoe config schema`")
             if field in ("eviction", "prefetch", "arbitration"):
@@ -186,18 +190,43 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice; of which YAML's own reader would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def load(path: Path) -> Config:
     """Read a YAML file.
 
     Raises:
         ConfigError: It cannot be read, is no YAML, or does not validate.
     """
+    if path.is_dir():
+        raise ConfigError(
+            "it is a folder", where=str(path), fix="give a YAML file; it names the model: FOLDER"
+        )
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read it: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"not a text file: {error}", where=str(path)) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
+        where, problem = str(path), str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            mark, problem = error.problem_mark, error.problem or "cannot be read"
+            where = f"{path}, line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(f"not valid YAML: {problem}", where=where) from error
     return parse(data, where=str(path))

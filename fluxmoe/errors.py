@@ -144,6 +144,12 @@ class EngineError(FluxMoEError):
     code = "FM405"
 
 
+class CheckpointError(FluxMoEError):
+    """A model's files are missing, damaged or cut off."""
+
+    code = "FM406"
+
+
 # --- traces and the simulator ------------------------------------------------------------------
 
 

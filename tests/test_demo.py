@@ -65,7 +65,7 @@ def test_outcome(result: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_one_budget(result: dict[str, Any]) -> None:
     stock, fluxmoe, budget = result["stock"], result["fluxmoe"], result["budget_bytes"]
-    experts, block = 8 * 64 * 3 * 256 * 256 * 2, 8 * 128 * 2 * 2 * 64 * 2
+    experts, block = 6 * 64 * 3 * 160 * 64 * 2, 6 * 128 * 2 * 2 * 32 * 2
     assert result["experts_total_bytes"] == experts
     assert budget == experts + 4 * block
     for engine in (stock, fluxmoe):

@@ -5,37 +5,47 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import psutil
 
 from fluxmoe import plugins
+from fluxmoe.backends.machine import require_free
 from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
 from fluxmoe.core.arbiter import MemoryArbiter
-from fluxmoe.core.banks import spread
+from fluxmoe.core.banks import sizes, spread
+from fluxmoe.core.controller import Inventory
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.kv import KVLayout, KVTenant
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import PageView
+from fluxmoe.core.protocol import Action
 from fluxmoe.core.store import Store
 from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
-from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.errors import ConfigError, InvariantError, UnsupportedError
 from fluxmoe.sim.trace import TraceMeta
 
 
 @dataclass(frozen=True, slots=True)
 class KVNeed:
-    """What the engine's KV cache needs, in bytes."""
+    """What the engine's KV cache needs, in bytes.
+
+    Attributes:
+        min: It cannot serve with less, for the ``reason`` that is shown where that does not fit.
+        max: All that can ever run at once.
+        block: One KV block, all layers; 0 if unknown. Frames are chosen to suit it.
+    """
 
     min: int
     max: int
     reason: str
+    block: int = 0
 
 
 class Runtime:
@@ -73,43 +83,46 @@ class Runtime:
             page_class,
             store,
         )
-        eviction, prefetch, _ = plugins.load(config.plugins).serving(config)
+        eviction, prefetch, arbitration = plugins.load(config.plugins).serving(config)
+        #: Whether the split may change while serving.
+        self.dynamic = not arbitration.fixed
         budget = int(config.memory.budget)
-        available = psutil.virtual_memory().available
-        if budget > available:
-            raise ConfigError(
-                f"a budget of {budget} bytes is more than the {available} bytes that are free",
-                where="memory.budget",
-                fix="lower it",
-            )
-        frame_bytes = int(config.memory.frame or frame_bytes_for(budget))
+        require_free(budget)
+        unit = kv.block if self.dynamic else 0
+        frame_bytes = int(config.memory.frame or frame_bytes_for(budget, unit))
         if frame_bytes % mmap.PAGESIZE:
             raise ConfigError(
                 f"{frame_bytes} bytes are not a multiple of {mmap.PAGESIZE}",
                 where="memory.frame",
                 fix="use a power of two, or auto",
             )
-        self.experts_budget, self.kv_budget = self._split(budget // frame_bytes, frame_bytes, kv)
-        slots, bank_of = _banks(
+        frames = budget // frame_bytes
+        self.experts_budget, self.kv_budget = self._split(frames, frame_bytes, kv)
+        if self.dynamic:
+            self._widen(frames)
+        reserved, bank_of = _banks(
             geometry,
             page_class,
-            self.experts_budget.target,
+            self.experts_budget.max if self.dynamic else self.experts_budget.target,
             frame_bytes,
             bank_limit,
             config.memory.banks,
+            least=self.experts_budget.target,
         )
+        self.bank_limit = bank_limit
+        slots = self.slots_for(self.experts_budget.target, frame_bytes, len(reserved))
+        assert slots is not None  # or there would be fewer banks
 
-        self.arbiter = MemoryArbiter(CpuSubstrate(budget // frame_bytes, frame_bytes))
+        self.arbiter = MemoryArbiter(CpuSubstrate(frames, frame_bytes))
         with ExitStack() as undo:
             undo.callback(self.arbiter.substrate.close)
             self._tenant = ExpertTenant(
-                self.arbiter.pool, self.arbiter.substrate, page_class, reserved=slots
+                self.arbiter.pool, self.arbiter.substrate, page_class, reserved=reserved
             )
             for bank, count in enumerate(slots):
                 self._tenant.resize(bank, count)
-            self.arbiter.kv.hold(self.kv_budget.target)
 
-            table = PageTable(geometry, slots, bank_of=bank_of)
+            table = PageTable(geometry, slots, reserved=max(reserved), bank_of=bank_of)
             view = PageView(table, seed=config.seed)
             strict, limits = config.strict_policies, config.policy_limits.limits()
             self.eviction = EvictionGuard(
@@ -127,19 +140,68 @@ class Runtime:
 
     @property
     def kv_bytes(self) -> int:
-        """What the engine may allocate for its KV cache."""
-        return self.arbiter.kv.nbytes
+        """Committed bytes of the KV cache."""
+        return 0 if self.arbiter.kv is None else self.arbiter.kv.nbytes
+
+    @property
+    def kv_reserved_bytes(self) -> int:
+        """What the KV cache may grow to: the engine makes as many blocks as fit in."""
+        budget = self.kv_budget
+        return (budget.max if self.dynamic else budget.target) * self.arbiter.pool.frame_bytes
+
+    def place_kv(self, blocks: int, block_bytes: int) -> KVTenant:
+        """Reserve the buffer for the engine's KV blocks and commit what the first split says.
+
+        Raises:
+            OutOfFramesError, SubstrateError: There is no room; nothing is reserved.
+        """
+        layout = KVLayout(blocks, block_bytes, self.arbiter.pool.frame_bytes)
+        groups = layout.groups_within(self.kv_budget.target)
+        return self.arbiter.place_kv(layout, range(groups))
 
     @property
     def expert_bytes(self) -> int:
         """Committed bytes of the expert arenas."""
         return self._tenant.nbytes
 
+    def inventory(self) -> Inventory:
+        """What the scheduler's side must know to change the split."""
+        kv, table = self.arbiter.kv, self.pager.table
+        if kv is None:
+            raise InvariantError("the KV cache has no place yet")
+        return Inventory(
+            frames=self.arbiter.pool.count,
+            geometry=self.geometry,
+            page_class=self.page_class,
+            bank_limit=self.bank_limit,
+            slots=tuple(table.slots),
+            experts=self.experts_budget,
+            kv=self.kv_budget,
+            layout=kv.layout,
+            groups=int(np.count_nonzero(kv.committed)),
+        )
+
+    def execute(self, action: Action) -> None:
+        """Between steps: carry out one action of a move. Raises what ``MemoryArbiter`` does."""
+        self.arbiter.execute(self.pager, action)
+
     def arenas(self, layer: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
-        """Per part, the layer's bank as uint8 ``[slots, part bytes]``: what its kernel reads."""
-        bank = self.pager.table.bank(layer)
-        slots = self.pager.table.slots[bank]
-        return [rows[:slots] for rows in self._tenant.rows(bank)]
+        """Per part, the layer's bank as uint8 ``[slots, part bytes]``: what its kernel reads.
+
+        All slots that the bank may ever have: kernels keep the shape while the split changes.
+        """
+        return self._tenant.rows(self.pager.table.bank(layer))
+
+    def slots_for(self, frames: int, frame_bytes: int, banks: int) -> list[int] | None:
+        """The most slots per bank in ``frames`` frames; None below the banks' minimum."""
+        return sizes(
+            self.geometry,
+            self.page_class,
+            frames,
+            frame_bytes,
+            banks=banks,
+            limit=self.bank_limit,
+        )
 
     def stats(self) -> dict[str, int | float]:
         """Counters of the event rule, sizes in bytes, faults, and seconds waited for pages."""
@@ -153,6 +215,7 @@ class Runtime:
             "page_bytes": self.page_class.nbytes,
             "budget_bytes": self.arbiter.budget_bytes,
             "committed_bytes": self.arbiter.committed_bytes,
+            "allocated_bytes": self.arbiter.substrate.allocated(),
             "expert_bytes": self.expert_bytes,
             "kv_bytes": self.kv_bytes,
             "store_bytes": self.store.nbytes,
@@ -185,6 +248,13 @@ class Runtime:
             each.callback(self.store.close)
             each.callback(self.arbiter.close)
             each.callback(self.pager.close)
+
+    def _widen(self, frames: int) -> None:
+        """Let each tenant have all that the other can do without, but for what the user forbids."""
+        experts, kv, memory = self.experts_budget, self.kv_budget, self.config.memory
+        cap = frames if memory.kv.max is None else kv.max
+        self.experts_budget = replace(experts, max=min(experts.max, frames - kv.min))
+        self.kv_budget = replace(kv, max=min(cap, frames - experts.min))
 
     def _split(self, frames: int, frame_bytes: int, kv: KVNeed) -> tuple[Budget, Budget]:
         experts, pages = self.geometry.experts_per_layer, self.geometry.num_pages
@@ -244,11 +314,13 @@ def _banks(
     frame_bytes: int,
     limit: int | None,
     wanted: int,
+    *,
+    least: int,
 ) -> tuple[list[int], list[int]]:
-    """Slots per bank and the bank of each layer, within ``frames`` frames.
+    """The most slots per bank within ``frames`` frames, and the bank of each layer.
 
-    The fewest banks that waste no slot, but ``wanted`` if there can be so many: a bank holds at
-    least one layer's experts, so a small budget cannot have many.
+    The fewest banks that waste no slot, but ``wanted`` if there can be so many: within ``least``
+    frames, too, each must hold one layer's experts, so a small budget cannot have many.
     """
     layers, experts = geometry.num_layers, geometry.experts_per_layer
     if limit is not None and limit < experts:
@@ -259,11 +331,11 @@ def _banks(
     needed = 1
     while limit is not None and max(spread(geometry, total, needed)[0]) > limit:
         needed += 1
-    for banks in range(min(max(needed, wanted), layers), 1, -1):
-        # Each bank fills whole frames of its own, so several may need a few more than one does.
-        for slots in range(total, banks * experts - 1, -1):
-            shares, bank_of = spread(geometry, slots, banks)
-            used = sum(frames_for(page_class, share, frame_bytes) for share in shares)
-            if min(shares) >= experts and used <= frames:
-                return [min(share, limit or share) for share in shares], bank_of
-    return [min(total, limit or total)], [0] * layers
+    for banks in range(min(max(needed, wanted), layers), 0, -1):
+        small, slots = (
+            sizes(geometry, page_class, count, frame_bytes, banks=banks, limit=limit)
+            for count in (least, frames)
+        )
+        if small is not None and slots is not None:
+            return slots, spread(geometry, total, banks)[1]
+    raise InvariantError("the minimum of the experts does not hold one layer")

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 #: How many requests stock's KV cache holds at the demonstration's budget.
 STARVED = 3
+#: How many of the requests' texts are printed.
+SAMPLES = 3
 
 
 def demo(
     requests: Annotated[int, typer.Option(min=1, help="Requests, all waiting at the start.")] = 64,
     output_tokens: Annotated[
         int, typer.Option(min=1, max=100, help="Tokens generated per request.")
-    ] = 64,
+    ] = 96,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each engine, alternating.")] = 3,
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
@@ -31,11 +33,11 @@ def demo(
     from rich.console import Console
 
     from fluxmoe.demo.compare import Workload, compare
-    from fluxmoe.demo.model import DemoModel, cache_folder
+    from fluxmoe.demo.model import SHIPPED, DemoModel
 
-    model = DemoModel()
+    model = DemoModel.read(SHIPPED)
     console = Console(stderr=True)
-    with console.status("writing the checkpoint") as status:
+    with console.status("starting") as status:
 
         def progress(what: str) -> None:
             status.update(what)
@@ -43,7 +45,7 @@ def demo(
                 console.print(what, style="dim")
 
         result = compare(
-            model.write(cache_folder() / "demo-model"),
+            model.folder,
             Workload(requests, output_tokens=output_tokens),
             budget_bytes=model.budget(STARVED),
             experts_total_bytes=model.experts_total_bytes,
@@ -62,6 +64,7 @@ def demo(
 
 def _print(result: Comparison, model: DemoModel) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     stock, paged, stats = result.stock, result.fluxmoe, result.stats
     table = Table()
@@ -89,10 +92,13 @@ def _print(result: Comparison, model: DemoModel) -> None:
     console = output.console()
     console.print(table)
     console.print(
-        f"{result.requests} requests × {result.output_tokens} tokens, medians of "
-        f"{len(stock.runs)} alternating runs, eager, one thread. Qwen3-MoE with random weights, "
-        f"{model.layers} layers × {model.experts} experts, top-{model.top_k}.\n"
+        f"{len(result.texts)} requests × {result.output_tokens} tokens, medians of "
+        f"{len(stock.runs)} alternating runs, eager, one thread. The shipped Qwen3-MoE, "
+        f"{model.layers} layers × {model.experts} experts, top-{model.top_k}; a token is a byte.\n"
         "The budget bounds the memory that the kernels read (expert arenas + KV cache); the page "
         "store lies outside it in host memory, as it would beside a GPU.",
         style="dim",
     )
+    console.print("What the requests became (the prompt in bold), for example:")
+    for prompt, written in result.texts[:SAMPLES]:
+        console.print(Text.assemble("  ", (prompt, "bold"), written.replace("\n", "\n  ")))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fluxmoe.cli import output
-from fluxmoe.errors import ConfigError, MissingDependencyError, UnsupportedError
+from fluxmoe.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class Backend(StrEnum):
@@ -20,6 +21,25 @@ class Backend(StrEnum):
 
     TORCH = "torch"
     VLLM = "vllm"
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What both backends are asked to do; ``settings`` are a valid configuration."""
+
+    model: str
+    prompt: list[int]
+    max_new_tokens: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What they answer; ``stats`` are those of ``Runtime.stats``."""
+
+    tokens: list[int]
+    seconds: float
+    stats: dict[str, Any]
 
 
 def generate(
@@ -32,7 +52,10 @@ def generate(
         ),
     ] = None,
     backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.TORCH,
-    memory: Annotated[str, typer.Option(help="Room for expert pages, such as 2GiB.")] = "4GiB",
+    memory: Annotated[
+        str,
+        typer.Option(help="Room for expert pages, such as 2GiB; with vllm, KV cache included."),
+    ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
@@ -43,62 +66,96 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Continue one prompt, always with the likeliest token, and print text and statistics."""
-    if backend is Backend.VLLM:
-        raise UnsupportedError(
-            "`fluxmoe generate` does not drive vLLM yet",
-            where="--backend vllm",
-            fix="use --backend torch, or serve the model with vLLM",
-        )
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else _numbers(prompt_ids)
+
+    from fluxmoe import config, plugins
+    from fluxmoe.backends import checkpoint
+
+    settings = {
+        "memory": {"budget": memory},
+        "eviction": eviction,
+        "prefetch": prefetch,
+        "plugins": plugin or [],
+    }
+    # For their errors: now, not after the model has been loaded.
+    parsed = config.parse(settings, where="fluxmoe generate")
+    plugins.load(parsed.plugins).serving(parsed)
+    checkpoint.require_readable(model)
     _quiet_transformers()
-
-    import torch
-
-    import fluxmoe
-
+    vocabulary = _config(model).get_text_config().vocab_size
     tokenizer = _tokenizer(model, required=given is None)
-    loaded = _load(model)
     ids = given if given is not None else _encode(tokenizer, prompt or "")
-    vocabulary = loaded.get_input_embeddings().num_embeddings
     if not ids or not all(0 <= token < vocabulary for token in ids):
         raise ConfigError(
             f"the prompt has the tokens {ids}",
             where="--prompt" if given is None else "--prompt-ids",
             fix=f"give at least one, each within 0…{vocabulary - 1}",
         )
-    with (
-        fluxmoe.page(
-            loaded, memory, eviction=eviction, prefetch=prefetch, plugins=plugin or ()
-        ) as paged,
-        torch.inference_mode(),
-    ):
-        started = time.perf_counter()
-        tokens = loaded.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=0,  # one sequence is never padded; a number keeps transformers silent
-        )[0, len(ids) :].tolist()
-        seconds = time.perf_counter() - started
-        stats = paged.stats()
-    text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer is not None else None
+    task = _Task(model, ids, max_new_tokens, settings)
+    answer = _torch(task) if backend is Backend.TORCH else _vllm(task)
+    tokens = answer.tokens
     result = {
         "model": model,
         "backend": str(backend),
         "prompt_ids": ids,
         "token_ids": tokens,
-        "text": text,
-        "seconds": seconds,
-        "tokens_per_s": len(tokens) / seconds,
-        "stats": stats,
+        "text": tokenizer and tokenizer.decode(tokens, skip_special_tokens=True),
+        "seconds": answer.seconds,
+        "tokens_per_s": len(tokens) / answer.seconds,
+        "stats": answer.stats,
     }
     if as_json:
         output.print_json(result)
     else:
         _print(result, prompt)
+
+
+def _torch(task: _Task) -> _Answer:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import fluxmoe
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise _cannot_load(task.model, error) from error
+    policies = {key: task.settings[key] for key in ("eviction", "prefetch", "plugins")}
+    with (
+        fluxmoe.page(model, task.settings["memory"]["budget"], **policies) as paged,
+        torch.inference_mode(),
+    ):
+        started = time.perf_counter()
+        tokens = model.generate(
+            torch.tensor([task.prompt]),
+            attention_mask=torch.ones(1, len(task.prompt), dtype=torch.int64),
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,  # one sequence is never padded; a number keeps transformers silent
+        )[0, len(task.prompt) :].tolist()
+        return _Answer(tokens, time.perf_counter() - started, paged.stats())
+
+
+def _vllm(task: _Task) -> _Answer:
+    import torch
+
+    from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+
+    engine = ChildEngine(
+        task.model,
+        fluxmoe=task.settings,
+        threads=torch.get_num_threads(),
+        enforce_eager=True,  # compiling takes longer than one prompt
+        max_model_len=len(task.prompt) + task.max_new_tokens,
+        max_num_seqs=1,
+        block_size=32,
+    )
+    with engine:
+        prompt = Prompt(task.prompt, task.max_new_tokens, stop=_stop_tokens(task.model))
+        run = engine.generate([prompt])
+    return _Answer(run.tokens[0], run.seconds, run.stats)
 
 
 def _print(result: dict[str, Any], prompt: str | None) -> None:
@@ -137,17 +194,32 @@ def _quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _load(model: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _config(model: str) -> PretrainedConfig:
+    from transformers import AutoConfig
 
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot load the model: {_first_line(error)}",
-            where=model,
-            fix="name a folder with a Hugging Face checkpoint",
-        ) from error
+        raise _cannot_load(model, error) from error
+
+
+def _stop_tokens(model: str) -> tuple[int, ...]:
+    """The tokens at which transformers stops generating."""
+    from transformers import GenerationConfig
+
+    try:
+        tokens = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # no generation_config.json: transformers takes what the model's has
+        tokens = GenerationConfig.from_model_config(_config(model)).eos_token_id
+    return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
+
+
+def _cannot_load(model: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot load the model: {_first_line(error)}",
+        where=model,
+        fix="name a folder with a Hugging Face checkpoint",
+    )
 
 
 def _tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:

@@ -19,6 +19,7 @@ from fluxmoe.core.jit import jit
 from fluxmoe.core.pages import (
     ABSENT,
     C_ACCESSES,
+    C_COLD,
     C_EVENTS,
     C_EVICTIONS,
     C_HITS,
@@ -26,6 +27,7 @@ from fluxmoe.core.pages import (
     C_LOADS_PREFETCH,
     C_MISSES,
     C_PREFETCH_HITS,
+    C_RESIZED,
     DIRTIES,
     DIRTY,
     EVENT,
@@ -33,12 +35,14 @@ from fluxmoe.core.pages import (
     LEAVING,
     LOADED,
     MISSES,
+    NEVER,
     PAGES,
     PROTECTED,
     STEP,
     UNUSED,
     Books,
     PageTable,
+    compact,
     load,
     mark_dirty,
     release_leaving,
@@ -100,6 +104,8 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         if not hit:
             b.missing[misses] = page
             misses += 1
+            if b.loaded_at[page] == NEVER:
+                b.counts[C_COLD] += 1
         elif b.flags[page] & UNUSED:
             b.counts[C_PREFETCH_HITS] += 1
             b.flags[page] &= ~np.uint8(UNUSED)
@@ -125,11 +131,11 @@ def lookup(b: Books, layer: int, ids: Ints, slots: Slots) -> None:
 
 
 @jit
-def evict(b: Books, victims: Int64s) -> None:
-    """Free the slots of ``victims``."""
+def evict(b: Books, victims: Int64s, counter: int) -> None:
+    """Free the slots of ``victims`` and count them in ``counts[counter]``."""
     for i in range(victims.size):
         unload(b, victims[i])
-        b.counts[C_EVICTIONS] += 1
+        b.counts[counter] += 1
 
 
 @jit
@@ -264,6 +270,25 @@ class EventRule:
                 self.eviction.on_load(pages)
         return True
 
+    def shrink(self, bank: int, slots: int) -> tuple[Int64s, Int64s]:
+        """Between events: make a bank need its first ``slots`` slots only.
+
+        The policy chooses the pages that have to go, counted as ``resized``. The others move from
+        the slots beyond into those that became free.
+
+        Returns:
+            The pages that moved, and the slots they were in. Where they are now is in the table.
+        """
+        b = self.table.books
+        release_leaving(b)
+        surplus = self.table.slots[bank] - int(b.num_free[bank]) - slots
+        if surplus > 0:
+            self._evict(bank, surplus, spare=False, counter=C_RESIZED)
+        moved, source = self._scratch, np.zeros_like(self._scratch)
+        count = compact(b, bank, slots, moved, source)
+        self.table.resize(bank, slots)
+        return moved[:count].copy(), source[:count]
+
     def loads(self) -> Iterator[Loads]:
         """What the last ``admit`` or ``prefetch`` gave slots to, per bank, in order of loading."""
         b = self.table.books
@@ -286,7 +311,7 @@ class EventRule:
             phase=self.table.phase,
         )
 
-    def _evict(self, bank: int, count: int, *, spare: bool) -> None:
+    def _evict(self, bank: int, count: int, *, spare: bool, counter: int = C_EVICTIONS) -> None:
         """Evict ``count`` pages of a bank; fewer if ``spare`` forbids touching protected pages.
 
         Demand spares them too while it can: a prefetched page is given up only when the event
@@ -294,22 +319,22 @@ class EventRule:
         """
         victims = self._victims(bank, count, protect=True)
         if len(victims):
-            self._unload(victims)
+            self._unload(victims, counter)
         if not spare and len(victims) < count:
             more = self._victims(bank, count - len(victims), protect=False)
-            self._unload(more)
+            self._unload(more, counter)
             if len(victims) + len(more) < count:
                 raise CapacityError(
                     f"an event of {int(self.table.books.now[PAGES])} experts does not fit "
                     f"{self.table.slots[bank]} slots"
                 )
 
-    def _unload(self, victims: Int64s) -> None:
+    def _unload(self, victims: Int64s, counter: int) -> None:
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
         finally:  # the heap has let go of them: they must leave, whatever the policy does
-            evict(self.table.books, victims)
+            evict(self.table.books, victims, counter)
 
     def _victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
         b = self.table.books

@@ -29,7 +29,7 @@ _NO_ANSWER: Any = object()  # None is an answer, and a wrong one
 _KERNEL = numba.float64(numba.int64, numba.int64, numba.int64, numba.int64, numba.int64)
 
 
-class _Faults:
+class FaultCounter:
     """Calls one policy, counts its faults and decides what follows."""
 
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
@@ -50,6 +50,13 @@ class _Faults:
     def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
         """Call a hook, which answers nothing; a policy that is out is not called any more."""
         self._call(method, hook, args)
+
+    def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
+        """Whatever a method answers, not yet validated; None after a fault, or if it is out."""
+        answer = self._call(method, function, args)
+        if answer is None:
+            self.note(method, "gave None")
+        return None if answer is _NO_ANSWER else answer
 
     def ask(
         self, method: str, function: Callable[..., npt.ArrayLike], *args: object
@@ -109,7 +116,7 @@ def _describe(problem: Exception | str) -> str:
 class _Guard:
     """What both guards can tell about their policy."""
 
-    def __init__(self, faults: _Faults) -> None:
+    def __init__(self, faults: FaultCounter) -> None:
         self._faults = faults
 
     @property
@@ -143,7 +150,7 @@ class EvictionGuard(_Guard):
         strict: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        super().__init__(_Faults("eviction", name, strict, limits))
+        super().__init__(FaultCounter("eviction", name, strict, limits))
         self._policy, self._view = policy, view
         self._kernel = _compile(policy, name)
         overrides = {
@@ -263,7 +270,7 @@ class PrefetchGuard(_Guard):
         strict: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        super().__init__(_Faults("prefetch", name, strict, limits))
+        super().__init__(FaultCounter("prefetch", name, strict, limits))
         self._policy, self._view = policy, view
         self._num_pages = view.num_layers * view.experts_per_layer
 

@@ -7,15 +7,17 @@ and answers with slot numbers; the kernel then reads the arenas as if they were 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
 from fluxmoe.core.event import EventRule, Slots, lookup
+from fluxmoe.core.mrc import MissRatioCurve
 from fluxmoe.core.pages import LOADED, PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Counters, Ints, Phase
-from fluxmoe.errors import InvariantError
+from fluxmoe.errors import FluxMoEError, InvariantError, StoreError
 
 #: Called with (step, layer, expert ids as routed, phase) for every event, e.g. to record a trace.
 EventWatcher = Callable[[int, int, Ints, Phase], None]
@@ -44,6 +46,8 @@ class ExpertPager:
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
         self.watcher: EventWatcher | None = None
+        #: Estimates what other sizes would miss, where the split may change.
+        self.curve: MissRatioCurve | None = None
 
     @property
     def table(self) -> PageTable:
@@ -74,6 +78,8 @@ class ExpertPager:
         self._layer = layer
         if self.watcher is not None:
             self.watcher(self._step, layer, ids, self.table.phase)
+        if self.curve is not None:
+            self.curve.observe(self._books.last_use, layer, ids)
         misses = self._rule.open(self._step, layer, ids, slots)
         try:
             self._fill(misses, layer, ids, slots)
@@ -111,26 +117,43 @@ class ExpertPager:
     def resize(self, bank: int, slots: int) -> None:
         """Between events: give a bank more or fewer slots.
 
+        If it shrinks, the eviction policy chooses the pages that go, and the others move down into
+        the slots that remain.
+
         Raises:
             CapacityError: Too few for one layer's experts, or more than reserved.
-            OutOfFramesError: It cannot grow; nothing has changed.
-            SubstrateError: The system refused. A bank that was to grow has not changed; one that
-                was to shrink has, but not all of its memory was given back (``ExpertTenant``).
+            PolicyFaultError: A strict policy failed to say which pages go; the slots are as before.
+            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are as before,
+                unless the system refuses that as well: then as many as have memory.
         """
         self.table.require(slots)
-        self._transfer.settle_from(bank, slots)
         before = self.table.slots[bank]
-        if slots < before:
-            self.table.resize(bank, slots)  # pages leave before their memory does
-            self._tenant.resize(bank, slots)
-        else:
+        if slots >= before:
             self._tenant.resize(bank, slots)
             self.table.resize(bank, slots)
+            return
+        moved, sources = self._rule.shrink(bank, slots)  # pages leave before their memory does
+        targets = self._books.slot_of[moved].tolist()
+        for page, source, target in zip(moved.tolist(), sources.tolist(), targets, strict=True):
+            try:
+                self._transfer.move(bank, page, source, target)
+            except StoreError:
+                self.table.discard(np.asarray([page]))
+        self._transfer.settle_from(bank, slots)
+        try:
+            self._tenant.resize(bank, slots)
+        except FluxMoEError:
+            with suppress(FluxMoEError):
+                self._tenant.resize(bank, before)
+            self.table.resize(bank, self._tenant.slots[bank])
+            raise
 
     def reset(self) -> None:
         """Forget all residency and counters, as after warm-up."""
         self._transfer.reset()
         self._rule.reset()
+        if self.curve is not None:
+            self.curve.reset()
         self._step, self._layer = -1, self.table.geometry.num_layers
 
     def close(self) -> None:

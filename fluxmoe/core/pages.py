@@ -40,7 +40,8 @@ EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING = range(8)
     C_PREFETCH_HITS,
     C_LOADS_DEMAND,
     C_LOADS_PREFETCH,
-) = range(10)
+    C_COLD,
+) = range(11)
 
 
 class Books(NamedTuple):
@@ -114,6 +115,33 @@ def mark_dirty(b: Books, page: int) -> None:
         b.now[DIRTIES] += 1
 
 
+@jit
+def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> int:
+    """Move the pages of a bank that lie in slots ``slots …`` into free slots below; how many.
+
+    ``moved[i]`` lay in slot ``source[i]``. There must be a free slot below for each of them.
+    """
+    n = 0
+    for slot in range(slots, b.page_at.shape[1]):
+        if b.page_at[bank, slot] != ABSENT:
+            moved[n], source[n] = b.page_at[bank, slot], slot
+            n += 1
+    free = 0
+    for i in range(n):
+        while b.page_at[bank, free] != ABSENT:
+            free += 1
+        b.page_at[bank, source[i]] = ABSENT
+        b.page_at[bank, free] = moved[i]
+        b.slot_of[moved[i]] = free
+    # The stack of free slots anew, the lowest on top.
+    b.num_free[bank] = 0
+    for slot in range(slots - 1, -1, -1):
+        if b.page_at[bank, slot] == ABSENT:
+            b.free[bank, b.num_free[bank]] = slot
+            b.num_free[bank] += 1
+    return n
+
+
 class PageTable:
     """Residency of all pages of a model: page ↔ slot, per bank, and the books of the event rule.
 
@@ -159,7 +187,7 @@ class PageTable:
             leaving=np.zeros(experts, np.int64),
             dirty=np.zeros(pages, np.int64),
             now=np.zeros(8, np.int64),
-            counts=np.zeros(10, np.int64),
+            counts=np.zeros(11, np.int64),
         )
         if not np.isin(self.books.bank_of, np.arange(banks)).all() or (
             len(self.books.bank_of) != geometry.num_layers
@@ -255,7 +283,7 @@ class PageTable:
     def resize(self, bank: int, slots: int) -> None:
         """Make ``slots`` slots of a bank usable. Pages in slots beyond are given up.
 
-        Call it between events only.
+        Call it between events only. ``EventRule.shrink`` first moves the pages worth keeping.
 
         Raises:
             CapacityError: Too few for one layer, or more than reserved.

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.types import Access, Bools, Int64s
+from fluxmoe.core.types import Access, Bools, Budget, Int64s
 
 if TYPE_CHECKING:
     from fluxmoe.core.pages import PageTable
@@ -172,32 +172,104 @@ class PrefetchPolicy(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How many frames each tenant should own."""
+    """How many frames each tenant should own.
+
+    Attributes:
+        frames: Tenant (``experts``, ``kv``) → frames, together at most ``view.total_frames``.
+        reason: The numbers that led to it, for the log.
+    """
 
     frames: Mapping[str, int]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDemand:
+    """What expert pages cost at present.
+
+    Attributes:
+        frames: Frames per page: ``frames × pages`` hold all experts.
+        pages: Pages of the model.
+        accesses: Distinct experts that a step uses, over all layers.
+        misses: How many of them were not resident.
+        loads: Pages copied, prefetched ones included.
+        load_seconds: Time to load one page, as measured; 0 before one was.
+        curve: float64, miss ratio with slots at equal distances from none to ``pages``; empty
+            before anything was sampled. It is the convex hull of LRU's, first uses left out: what
+            a policy that suits the workload comes close to (``core.mrc``).
+    """
+
+    frames: float = 0.0
+    pages: int = 0
+    accesses: float = 0.0
+    misses: float = 0.0
+    loads: float = 0.0
+    load_seconds: float = 0.0
+    curve: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def miss_ratio(self, frames: float) -> float:
+        """The curve at that many frames."""
+        if not len(self.curve) or not self.frames:
+            return 0.0
+        slots = min(max(frames / self.frames, 0.0), self.pages)
+        grid = np.linspace(0, self.pages, len(self.curve))
+        return float(np.interp(slots, grid, self.curve))
 
 
 @dataclass(frozen=True, slots=True)
 class ArbitrationView:
-    """What an arbitration policy may see between two steps."""
+    """What an arbitration policy may see between two steps.
+
+    Attributes:
+        frames: Tenant → frames it owns.
+        total_frames: The budget.
+        bounds: Tenant → what it must and may have (``target`` is what it started with).
+        step: Steps so far.
+        waiting_requests, running_requests: In the engine's queues.
+        max_running_requests: What the engine allows to run at once.
+        kv_used_frames: KV cache in use by requests, without merely cached blocks.
+        kv_cached_frames: KV cache that only holds prefixes nobody uses at present.
+        preemptions: Requests that lost their KV cache because it was full, since the start.
+        tokens: Tokens computed in the last step.
+        prefix_hits: Tokens since the start that were found in the prefix cache, not computed.
+        step_seconds: Duration of the last step.
+        stall_seconds: The part of it that layers waited for pages.
+        experts: What expert pages cost.
+    """
 
     frames: Mapping[str, int]
     total_frames: int
+    bounds: Mapping[str, Budget] = field(default_factory=dict)
     step: int = 0
     waiting_requests: int = 0
     running_requests: int = 0
+    max_running_requests: int = 0
     kv_used_frames: int = 0
+    kv_cached_frames: int = 0
     preemptions: int = 0
+    tokens: int = 0
+    prefix_hits: int = 0
     step_seconds: float = 0.0
     stall_seconds: float = 0.0
+    experts: ExpertDemand = ExpertDemand()
 
 
 class ArbitrationPolicy(ABC):
-    """Decides how the budget is split between tenants, between steps."""
+    """Decides how the budget is split between tenants, between steps.
+
+    Class attributes:
+        fixed: The split never changes: the policy is never asked, nothing is reserved for growth.
+    """
+
+    fixed: ClassVar[bool] = False
 
     @abstractmethod
     def split(self, view: ArbitrationView) -> Split:
-        """The split wanted from now on; returning the present one is the normal answer."""
+        """The split wanted from now on; returning the present one is the normal answer.
+
+        Asked in every step, while frames are moving, too. The host keeps to the bounds, never
+        takes KV cache that is in use, and moves a limited number of frames per step.
+        """
 
     def reset(self) -> None:
         """Forget everything."""

@@ -1,4 +1,4 @@
-"""Tenants of the budget: expert arenas, whose slots hold pages, and the engine's KV cache."""
+"""The experts as a tenant of the budget: arenas whose slots hold pages."""
 
 from __future__ import annotations
 
@@ -160,41 +160,3 @@ class ExpertTenant:
             raise InvariantError("a frame is mapped in two arenas")
         if len(all_mapped) != self.frames:
             raise InvariantError(f"{len(all_mapped)} frames are mapped, {self.frames} are owned")
-
-
-class KVTenant:
-    """The engine's KV cache, as a claim on the budget.
-
-    The engine allocates the buffer itself; the tenant holds frames for it, so that experts can
-    never be given the same memory.
-    """
-
-    NAME = "kv"
-
-    def __init__(self, pool: FramePool) -> None:
-        self._pool = pool
-        self._frames: Int64s = np.zeros(0, np.int64)
-
-    @property
-    def frames(self) -> int:
-        return len(self._frames)
-
-    @property
-    def nbytes(self) -> int:
-        return self.frames * self._pool.frame_bytes
-
-    def hold(self, frames: int) -> None:
-        """Claim exactly ``frames`` frames.
-
-        Raises:
-            OutOfFramesError: The budget has no room; the claim is unchanged.
-        """
-        if frames > self.frames:
-            more = self._pool.take(self.NAME, frames - self.frames)
-            self._frames = np.concatenate([self._frames, more])
-        else:
-            self._pool.give(self.NAME, self._frames[frames:])
-            self._frames = self._frames[:frames]
-
-    def close(self) -> None:
-        self.hold(0)

@@ -114,6 +114,17 @@ class TransferEngine:
             self._copy(bank, [(page, slot)])
         self.stall_seconds += time.perf_counter() - started
 
+    def move(self, bank: int, page: int, source: int, target: int) -> None:
+        """Copy a resident page from slot ``source`` to slot ``target`` of its bank.
+
+        Raises:
+            StoreError: The page was still on its way, and could not be read.
+        """
+        self._settle(bank, target)
+        self.complete(bank, page, source)
+        for rows in self._rows[bank]:
+            rows[target] = rows[source]
+
     def settle_from(self, bank: int, first: int) -> None:
         """See that no copy into slots ``first …`` of a bank is under way or queued any more."""
         for key in [key for key in self._queued if key[0] == bank and key[1] >= first]:

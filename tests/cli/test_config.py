@@ -103,7 +103,20 @@ BAD = {
     "oracle": ({**SMALL, "eviction": "belady"}, "FM204", r"'belady'.*eviction.*simulate"),
     "plugin": ({**SMALL, "plugins": ["no.py"]}, "FM202", r"no such file.*no\.py"),
     "a list": ("- 1\n", "FM101", r"expected a map of settings, not \[1\]"),
-    "nothing": ("", "FM101", r"expected a map of settings, not None"),
+    "nothing": ("", "FM101", "it is empty; "),
+    "a key twice": (
+        "memory: {budget: 1GiB}\nseed: 1\nmemory: {budget: 2GiB}",
+        "FM101",
+        "the key 'memory' is there twice; .*, line 3, column 1",
+    ),
+    "a tab": ("memory:\n\tbudget: 1GiB", "FM101", r"cannot start any token; .*, line 2, column 1"),
+    "a negative number": (
+        "memory: {budget: 1GiB}\ncopy_threads: -1",
+        "FM101",
+        "copy_threads: it must be greater than or equal to 0, not -1",
+    ),
+    "a negative size": ("memory: {budget: -1GiB}", "FM101", "a size is needed, not '-1GiB'"),
+    "a list for a text": ("memory: {budget: 1GiB}\nmodel: [x]", "FM101", "model: a text is needed"),
     "no YAML": ("memory: {budget: 1", "FM101", "not valid YAML"),
 }  # fmt: skip
 
@@ -120,7 +133,7 @@ def test_an_error_names_key_value_and_way_out(case, verb, write):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert "cannot read it" in run("check", tmp_path / "none.yaml")[2]
-    assert "cannot read it" in run("check", tmp_path)[2]
+    assert "it is a folder" in run("check", tmp_path)[2]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert run("check", tmp_path / "binary")[0] == 2
 

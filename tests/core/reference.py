@@ -47,7 +47,7 @@ class Reference:
         self.counts = dict.fromkeys(
             [
                 *("events", "accesses", "hits", "misses", "evictions", "released", "resized"),
-                *("prefetch_hits", "loads_demand", "loads_prefetch"),
+                *("prefetch_hits", "loads_demand", "loads_prefetch", "cold"),
             ],
             0,
         )
@@ -90,6 +90,7 @@ class Reference:
         self.counts["accesses"] += len(own)
         self.counts["hits"] += len(hits)
         self.counts["misses"] += len(self.misses)
+        self.counts["cold"] += sum(page not in self.loaded for page in self.misses)
         self.counts["prefetch_hits"] += len(self.unused.intersection(hits))
         self.unused.difference_update(hits)
         for page in own:  # point 3
@@ -133,19 +134,19 @@ class Reference:
                 self.loaded[page] = self.now
                 self.counts["loads_prefetch"] += 1
 
-    def evict(self, bank: int, count: int, spared: set[int]) -> None:
+    def evict(self, bank: int, count: int, spared: set[int], counter: str = "evictions") -> None:
         candidates = [page for page in self.in_bank(bank) if page not in spared]
         candidates.sort(key=lambda page: (self.key(self, page), page))
         for page in candidates[: max(count, 0)]:
             self.drop(page)
-            self.counts["evictions"] += 1
+            self.counts[counter] += 1
 
-    def resize(self, bank: int, slots: int, lost: set[int]) -> None:
-        """``lost``: the pages that lay in slots beyond; the rule does not number slots."""
+    def resize(self, bank: int, slots: int) -> None:
+        """A bank that shrinks gives up what it values least, as for point 4."""
         self.release()
-        for page in lost & self.resident:
-            self.drop(page)
-            self.counts["resized"] += 1
+        own = {page for page in self.resident if self.last.get(page) == self.now}
+        for spared in ({*own, *self.protected}, own):
+            self.evict(bank, len(self.in_bank(bank)) - slots, spared, "resized")
         self.slots[bank] = slots
 
 

@@ -14,6 +14,7 @@ import fluxmoe
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.kv import KVLayout
 from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
@@ -29,6 +30,8 @@ from fluxmoe.stores import HostStore
 from fluxmoe.testing.faults import FaultPlan, FaultyStore
 
 FRAME = 4096
+#: Two blocks fill three frames.
+KV_BLOCK = FRAME * 3 // 2
 #: Neither part divides a frame or is divided by one: slots straddle frames.
 PAGE_CLASS = PageClass((Part("w13", 3000, 1500), Part("w2", 1700, 850)))
 
@@ -67,6 +70,7 @@ class Rig:
         reserved: Sequence[int] | None = None,
         bank_of: Sequence[int] | None = None,
         frames: int = 200,
+        kv_blocks: int = 0,
         eviction: EvictionPolicy | None = None,
         prefetch: PrefetchPolicy | None = None,
         threads: int = 0,
@@ -81,6 +85,8 @@ class Rig:
         with ExitStack() as undo:
             undo.callback(self.arbiter.substrate.close)
             reserved = list(slots if reserved is None else reserved)
+            if kv_blocks:
+                self.arbiter.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
             self.tenant = ExpertTenant(
                 self.arbiter.pool, self.arbiter.substrate, PAGE_CLASS, reserved
             )
@@ -125,7 +131,8 @@ class Rig:
         self.arbiter.check()
         assert self.arbiter.committed_bytes <= self.arbiter.budget_bytes
         frames = self.arbiter.frames()
-        assert frames == {"experts": self.tenant.frames, "kv": self.arbiter.kv.frames}
+        kv = 0 if self.arbiter.kv is None else self.arbiter.kv.frames
+        assert frames == {"experts": self.tenant.frames, "kv": kv}
         assert self.arbiter.committed_bytes == sum(frames.values()) * FRAME
 
     def close(self) -> None:

@@ -410,7 +410,7 @@ def test_what_does_not_exist_is_refused_before_the_event_begins(layer, ids, slot
     rule.table.check()
     run(rule, 0, 1)
     assert rule.table.counters() == replace(
-        before, events=2, accesses=2, misses=2, loads_demand=2, released=1
+        before, events=2, accesses=2, misses=2, loads_demand=2, released=1, cold=2
     )
 
 

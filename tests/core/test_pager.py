@@ -238,19 +238,48 @@ def test_after_a_strict_fault_no_page_without_its_bytes_is_resident(
 # --- resize --------------------------------------------------------------------------------------
 
 
-def test_resize_moves_frames_and_keeps_low_slots(rig):
+def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
     r = rig(slots=(6,), reserved=(12,))
     r.acquire(0, [0, 1, 2, 3])
-    r.acquire(1, [0, 1])
+    r.acquire(1, [0, 1])  # in the two slots that go
     r.pager.resize(0, 4)
     r.check()
     assert r.tenant.frames == frames_for(PAGE_CLASS, 4, FRAME)
-    assert r.acquire(0, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert r.resident == {2, 3, 4, 5}  # 0 and 1 were used least recently
+    assert r.pager.counters().resized == 2
+    loads = r.pager.counters().loads_demand
+    assert r.acquire(1, [0, 1]) == [0, 1]  # moved, not loaded again
+    assert r.pager.counters().loads_demand == loads
     r.pager.resize(0, 12)
     r.check()
     r.acquire(1, [0, 1, 2, 3])
-    assert r.acquire(0, [0, 1, 2, 3]) == [0, 1, 2, 3]
-    assert r.pager.counters().resized == 2
+    assert r.acquire(0, [2, 3]) == [2, 3]
+
+
+@threads
+def test_a_page_moves_although_its_copy_is_still_queued(rig, threads):
+    r = rig(layers=2, slots=(8,), prefetch=NextLayer(), threads=threads)
+    r.acquire(0, [0])  # prefetches layer 1 into slots 1 … 4
+    r.acquire(1, [0, 1, 2, 3])  # prefetches 1 … 3 of layer 0 into slots 5 … 7
+    r.pager.resize(0, 7)
+    r.check()
+    assert r.pager.counters().resized == 1
+    for layer in (1, 0):
+        r.acquire(layer, [0, 1, 2, 3])
+
+
+def test_a_page_that_cannot_be_completed_is_given_up_when_it_should_move(rig):
+    r = rig(layers=2, slots=(8,), reserved=(12,), prefetch=NextLayer())
+    r.pager.resize(0, 12)
+    r.store.broken = {7}
+    r.acquire(0, [0, 1, 2, 3])
+    r.acquire(0, [0])
+    r.pager.resize(0, 7)  # the policy gives up 1; 7 would move into its slot
+    r.check()
+    assert r.resident == {0, 2, 3, 4, 5, 6}
+    r.store.broken = set()
+    for layer in (1, 0):
+        r.acquire(layer, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("slots", [3, 13, 10**6, -1])
@@ -300,9 +329,8 @@ def test_memory_that_the_system_does_not_take_back_is_still_in_the_books(rig, si
     with pytest.raises(SubstrateError, match="injected"):
         r.pager.resize(0, 4)
     r.check()
-    assert r.table.slots == r.tenant.slots == [4]
-    left = r.tenant.frames - frames_for(PAGE_CLASS, 4, FRAME)
-    assert left > 0 if site == "decommit" else left == 0
+    assert r.table.slots == r.tenant.slots == [12]
+    assert r.tenant.frames == frames_for(PAGE_CLASS, 12, FRAME)
     r.acquire(1, [0, 1, 2, 3])
     r.pager.resize(0, 4)
     assert r.tenant.frames == frames_for(PAGE_CLASS, 4, FRAME)

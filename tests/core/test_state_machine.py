@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from fluxmoe.core.protocol import FreeKV, SetSlots, TakeKV
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.errors import CapacityError, OutOfFramesError
 from fluxmoe.policies.eviction.immediate import Immediate
@@ -72,6 +73,7 @@ class CoreMachine(RuleBasedStateMachine):
             eviction=make(),
             prefetch={None: None, 0: NoPrefetch()}.get(prefetch, NextLayer(prefetch or 1)),
             threads=self.threads,
+            kv_blocks=7,
         )
         self.model = reference.Reference(
             layers,
@@ -114,30 +116,61 @@ class CoreMachine(RuleBasedStateMachine):
         elif needed > rig.arbiter.pool.free:
             expected = OutOfFramesError
         else:
-            lost = {
-                page
-                for page in rig.resident
-                if table.bank(page // self.experts) == bank and table.books.slot_of[page] >= slots
-            }
             rig.pager.resize(bank, slots)
             assert table.slots[bank] == rig.tenant.slots[bank] == slots
-            self.model.resize(bank, slots, lost)
+            self.model.resize(bank, slots)
             return
         with pytest.raises(expected):
             rig.pager.resize(bank, slots)
         assert (list(table.slots), rig.arbiter.frames(), rig.resident) == before
 
-    @rule(frames=st.integers(0, 16))
-    def hold_kv(self, frames):
-        arbiter = self.rig.arbiter
-        before = arbiter.kv.frames
-        if frames - before > arbiter.pool.free:
+    @rule(data=st.data())
+    def change_kv(self, data):
+        arbiter, kv = self.rig.arbiter, self.rig.arbiter.kv
+        groups = st.sets(st.integers(0, kv.layout.groups - 1), max_size=5)
+        freed, taken = data.draw(groups, label="free"), data.draw(groups, label="take")
+        arbiter.execute(self.rig.pager, FreeKV(tuple(freed)))
+        before = set(np.flatnonzero(kv.committed).tolist())
+        assert not before & freed
+        if kv.layout.frames(taken - before) > arbiter.pool.free:
             with pytest.raises(OutOfFramesError):
-                arbiter.kv.hold(frames)
-            assert arbiter.kv.frames == before
+                arbiter.execute(self.rig.pager, TakeKV(tuple(taken)))
+            after = before
         else:
-            arbiter.kv.hold(frames)
-            assert arbiter.kv.frames == frames
+            arbiter.execute(self.rig.pager, TakeKV(tuple(taken)))
+            after = before | taken
+        assert set(np.flatnonzero(kv.committed).tolist()) == after
+        buffer = kv.buffer().reshape(kv.layout.blocks, -1)
+        for group in range(kv.layout.groups):
+            for block in kv.layout.blocks_of(group):
+                expected = 0 if group in after - before else block if group in after else 0xFF
+                assert np.all(buffer[block] == expected)
+                if group in after:
+                    buffer[block] = block
+
+    @rule(data=st.data())
+    def set_slots(self, data):
+        """All banks at once, as a move does: everything or nothing."""
+        sizes = st.integers(self.experts, self.reserved[0])
+        slots = tuple(data.draw(sizes, label="slots") for _ in range(self.banks))
+        rig, table = self.rig, self.rig.table
+        before = list(table.slots)
+        needed = [frames_for(PAGE_CLASS, count, FRAME) for count in (*slots, *before)]
+        if sum(needed[: self.banks]) - sum(needed[self.banks :]) > rig.arbiter.pool.free:
+            with pytest.raises(OutOfFramesError):
+                rig.arbiter.execute(rig.pager, SetSlots(slots))
+            assert table.slots == before
+            after = before
+            # The banks that shrank at first have lost pages for it.
+        else:
+            rig.arbiter.execute(rig.pager, SetSlots(slots))
+            assert table.slots == list(slots)
+            after = slots
+        for bank in sorted(range(self.banks), key=lambda bank: slots[bank] - before[bank]):
+            if slots[bank] < before[bank]:
+                self.model.resize(bank, slots[bank])
+        for bank in range(self.banks):
+            self.model.slots[bank] = after[bank]
 
     @rule()
     def reset(self):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.frames import FramePool
+from fluxmoe.core.kv import KVLayout
 from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.types import PageClass, Part
@@ -176,33 +177,10 @@ def test_check_notices_slots_without_memory(setup):
     s.experts.slots[0] = 4
 
 
-def test_kv_claims_frames_that_experts_then_cannot_have(setup):
-    s = setup(frames=10)
-    s.arbiter.kv.hold(7)
-    assert (s.arbiter.kv.frames, s.arbiter.kv.nbytes) == (7, 7 * FRAME)
-    with pytest.raises(OutOfFramesError):
-        s.experts.resize(0, 4)
-    s.arbiter.kv.hold(3)
-    s.experts.resize(0, 4)
-    with pytest.raises(OutOfFramesError, match="kv asked for 4"):
-        s.arbiter.kv.hold(7)
-    assert s.arbiter.frames() == {"experts": 5, "kv": 3}
-    s.arbiter.check()
-
-
-def test_memory_that_experts_gave_up_is_free_for_the_kv_cache_elsewhere(setup):
-    s = setup()
-    s.experts.resize(0, 12)
-    s.experts.resize(0, 4)
-    s.arbiter.kv.hold(s.pool.free)
-    assert allocated() == s.experts.nbytes  # the rest of the budget is the engine's to allocate
-    assert s.arbiter.committed_bytes == s.arbiter.budget_bytes
-
-
 def test_the_arbiter_does_not_close_under_a_tenant(setup):
     s = setup()
     s.experts.resize(0, 4)
-    s.arbiter.kv.hold(2)
+    s.arbiter.place_kv(KVLayout(4, FRAME, FRAME), [0, 2])
     with pytest.raises(InvariantError, match="'experts': 5"):
         s.arbiter.close()
     assert s.experts.rows(0)[0][0].sum() == 0  # still mapped

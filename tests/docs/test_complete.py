@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 import fluxmoe
 from fluxmoe import config, errors, hookspecs, plugins
+from fluxmoe.backends.vllm.metrics import METRICS
 from fluxmoe.sim.simulator import Result
 
 from .pages import PAGES, ROOT, blocks
@@ -168,6 +169,14 @@ def test_every_counter_is_listed() -> None:
         name for row in rows("event-rule.md", "Counters") for name in re.findall(r"`(\w+)`", row[0])
     }
     assert listed == {field.name for field in fields(fluxmoe.Counters)}
+
+
+def test_every_metric_is_listed() -> None:
+    listed = [
+        (name.strip("`"), kind, tuple(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels, _ in rows("metrics.md", "All of them")
+    ]
+    assert listed == [(metric.name, metric.kind, metric.labels) for metric in METRICS]
 
 
 def test_every_option_of_the_simulator_is_listed() -> None:

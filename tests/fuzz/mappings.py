@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from fluxmoe.core.arena import ABSENT
-from fluxmoe.core.tenants import ExpertTenant
+from fluxmoe.core.arena import ABSENT, Arena
 from tests.core.rig import FRAME
 
 
-def assert_mapped(tenant: ExpertTenant) -> None:
+def assert_mapped(arenas: Iterable[Arena]) -> None:
     """Every committed position of every arena maps its own frame, and no other position does."""
     mapped = _frames_by_address()
-    for arena in (arena for bank in tenant._arenas for arena in bank):
+    for arena in arenas:
         addresses = arena.address + np.arange(len(arena.frame_at)) * FRAME
         assert [mapped.get(address, ABSENT) for address in addresses.tolist()] == list(
             arena.frame_at

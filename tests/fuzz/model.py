@@ -50,6 +50,13 @@ class Model(Reference):
 
     def event(self, layer, ids) -> None:
         super().event(layer, ids)
+        self.assert_all_heard()
+
+    def resize(self, bank: int, slots: int) -> None:
+        super().resize(bank, slots)
+        self.assert_all_heard()
+
+    def assert_all_heard(self) -> None:
         assert not any(self.failed.values()), f"more policy calls than the rule has: {self.failed}"
 
     def keeps(self, page: int) -> bool:
@@ -72,25 +79,30 @@ class Model(Reference):
             return super().proposals()
         return list(dict.fromkeys(wild(self.now, self.layer, self.layers, self.experts)))
 
-    def evict(self, bank: int, count: int, spared: set[int]) -> None:
+    def evict(self, bank: int, count: int, spared: set[int], counter: str = "evictions") -> None:
         if count <= 0:
             return
         own, self.key = self.key, lru if self.failed["_victims"].popleft() else self.key
-        super().evict(bank, count, spared)
+        super().evict(bank, count, spared, counter)
         self.key = own
 
-    def follow_failure(self, layer: int, ids) -> None:
-        """The event was cut short by an error: see that what is left makes sense, and go on there.
+    def lose(self, pages: set[int]) -> None:
+        """A page that was still on its way could not be read when it had to move."""
+        for page in pages:
+            self.drop(page)
+
+    def follow_failure(self) -> None:
+        """What was begun was cut short by an error: see that the rest makes sense, go on there.
 
         Nothing may be resident that was not, but for pages of the event itself.
         """
-        self.open(layer, ids)
         for notes in self.failed.values():
             notes.clear()
         rig, b = self.rig, self.rig.table.books
         assert rig.resident - self.resident <= set(self.own)
         counts = rig.table.counters()
-        for name in ("events", "accesses", "hits", "misses", "released", "prefetch_hits"):
+        decided = ("events", "accesses", "hits", "misses", "cold", "released", "prefetch_hits")
+        for name in decided:
             assert getattr(counts, name) == self.counts[name], name
         self.counts = {name: getattr(counts, name) for name in self.counts}
         self.resident = rig.resident

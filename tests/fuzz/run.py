@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fluxmoe.core.limits import Limits
+from fluxmoe.core.protocol import FreeKV, TakeKV
 from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.errors import (
@@ -34,8 +35,8 @@ from tests.fuzz.policies import EVICTION, Wild, faulty
 MAX_LAYERS, MAX_EXPERTS = 6, 32
 #: Sites of a plan at which memory is refused.
 MEMORY = ("reserve", "commit", "decommit", "release", "mmap", "fallocate", "frames")
-MOSTLY_EVENTS = {"event": 300, "resize": 6, "hold": 4, "reset": 0.3, "wrong": 1, "verify": 3}
-MOVING_MEMORY = {"event": 60, "resize": 20, "hold": 8, "reset": 1, "wrong": 1}
+MOSTLY_EVENTS = {"event": 300, "resize": 6, "kv": 4, "reset": 0.3, "wrong": 1, "verify": 3}
+MOVING_MEMORY = {"event": 60, "resize": 20, "kv": 8, "reset": 1, "wrong": 1}
 
 
 class Run:
@@ -95,6 +96,7 @@ class Run:
             experts,
             slots,
             reserved=self.reserved,
+            kv_blocks=rng.randint(1, 9),
             bank_of=[layer * banks // layers for layer in range(layers)],
             frames=frames,
             eviction=wrap(eviction),
@@ -110,6 +112,8 @@ class Run:
         self.probes = [_probes(bank) for bank in self.rig.rows]
         self.model = Model(self.rig, EVICTION[policy], ahead)
         self.next_layer = 0
+        #: Per KV group that is committed, the byte that fills it.
+        self.stamps: dict[int, int] = {}
         self.name = (
             f"{policy}{' faulty' if self.faulty else ''}, {layers}×{experts}, slots {slots}, "
             f"prefetch {type(prefetch).__name__}, {self.rig.transfer._threads} threads"
@@ -143,7 +147,8 @@ class Run:
         except (StoreError, PolicyFaultError) as error:
             assert self.strict or not isinstance(error, PolicyFaultError)
             self.errors[error.code] += 1
-            self.model.follow_failure(layer, ids.tolist())
+            self.model.open(layer, ids.tolist())
+            self.model.follow_failure()
             self._books()
         else:
             self.model.event(layer, ids.tolist())
@@ -204,42 +209,76 @@ class Run:
             max(0, -(-slots * part.nbytes // FRAME) - arena.committed)
             for part, arena in zip(PAGE_CLASS.parts, rig.tenant._arenas[bank], strict=True)
         )
-        lost = {
-            page
-            for page in self.model.resident
-            if self.model.bank(page) == bank and table.books.slot_of[page] >= slots
+        on_their_way = {
+            int(table.books.page_at[key]) for key in rig.transfer._queued if key[0] == bank
         }
-        refuse = rng.random() < self.refusing
-        if refuse:
-            site = rng.choice(["commit", "decommit", "release"])
-            self.plan.arm(site, SubstrateError("injected fault"), nth=rng.randint(1, 2))
         room, refused = rig.arbiter.pool.free, self._refused()
-        outcome = self._try(lambda: rig.pager.resize(bank, slots))
-        if refuse:
-            self.plan.disarm()
+        outcome = self._while_refusing(rig.pager.resize, bank, slots)
         if not self.model.experts <= slots <= self.reserved[bank]:
             assert outcome is CapacityError
+        elif outcome is PolicyFaultError:
+            assert self.strict
+            assert slots < before
+            self.errors[outcome.code] += 1
+            self.model.release()
+            self.model.follow_failure()
         elif self._refused() > refused:
             assert outcome in (SubstrateError, OutOfFramesError)
             self.errors[outcome.code] += 1
             if slots < before:
-                self.model.resize(bank, slots, lost)
+                self.model.resize(bank, slots)
+                self.model.slots[bank] = before
         else:
             assert outcome is (OutOfFramesError if needed > room else None)
             if outcome is None:
-                self.model.resize(bank, slots, lost)
+                self.model.resize(bank, slots)
+        if slots < before:
+            lost = self.model.resident - rig.resident
+            assert lost <= on_their_way
+            assert not lost or rig.store.broken or self.plan.struck
+            self.model.lose(lost)
         self._books()
 
-    def hold(self) -> None:
-        kv, frames = self.rig.arbiter.kv, self.rng.randint(0, 40)
-        room, before = self.rig.arbiter.pool.free, kv.frames
-        before_call = self._refused()
-        outcome = self._try(lambda: kv.hold(frames))
-        refused = self._refused() > before_call
-        assert outcome is (OutOfFramesError if refused or frames - before > room else None)
-        if refused:
-            self.errors[outcome.code] += 1
-        assert kv.frames == (before if outcome else frames)
+    def kv(self) -> None:
+        """The KV cache gives up some groups and takes others."""
+        rng, rig, kv = self.rng, self.rig, self.rig.arbiter.kv
+        groups = range(kv.layout.groups)
+        for action in (FreeKV, TakeKV):
+            wanted = {group for group in groups if rng.random() < 0.3}
+            before, room = set(self.stamps), rig.arbiter.pool.free
+            refused = self._refused()
+            outcome = self._while_refusing(rig.arbiter.execute, rig.pager, action(tuple(wanted)))
+            after = set(np.flatnonzero(kv.committed).tolist())
+            if self._refused() > refused:
+                assert outcome in (SubstrateError, OutOfFramesError)
+                self.errors[outcome.code] += 1
+                # One at most is still there because the system would not unmap it.
+                target = before if action is TakeKV else before - wanted
+                assert target <= after <= before | wanted
+                assert len(after - target) <= 1
+            elif action is TakeKV and kv.layout.frames(wanted - before) > room:
+                assert outcome is OutOfFramesError
+                assert after == before
+            else:
+                assert outcome is None
+                assert after == (before | wanted if action is TakeKV else before - wanted)
+            self._stamp(before, after)
+
+    def _stamp(self, before: set[int], after: set[int]) -> None:
+        """Write into every group that is new, which reads as zero, something of its own."""
+        layout, buffer = self.rig.arbiter.kv.layout, self._kv_blocks()
+        for group in before - after:
+            del self.stamps[group]
+        for group in after - before:
+            self.stamps[group] = self.rng.randint(1, 254)
+            for block in layout.blocks_of(group):
+                # Memory that the system would not take back has kept what was in it.
+                assert self._refused() or not buffer[block].any()
+                buffer[block] = self.stamps[group]
+
+    def _kv_blocks(self) -> np.ndarray:
+        kv = self.rig.arbiter.kv
+        return kv.buffer().reshape(kv.layout.blocks, -1)
 
     def reset(self) -> None:
         self.rig.pager.reset()
@@ -252,9 +291,20 @@ class Run:
         """How often memory was refused by plan. (Copy threads may fail beside a call, too.)"""
         return sum(self.plan.struck[site] for site in MEMORY)
 
-    def _try(self, call) -> type[FluxMoEError] | None:
+    def _while_refusing(self, call, *args) -> type[FluxMoEError] | None:
+        """Call, perhaps while the system refuses memory; the class of the error, if any."""
+        refuse = self.rng.random() < self.refusing
+        if refuse:
+            site = self.rng.choice(["commit", "decommit", "release"])
+            self.plan.arm(site, SubstrateError("injected fault"), nth=self.rng.randint(1, 2))
+        outcome = self._try(call, *args)
+        if refuse:
+            self.plan.disarm()
+        return outcome
+
+    def _try(self, call, *args) -> type[FluxMoEError] | None:
         try:
-            call()
+            call(*args)
         except FluxMoEError as error:
             return type(error)
         return None
@@ -262,11 +312,15 @@ class Run:
     # --- looking at everything -------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Books, arrays, counters, mappings, and the bytes of every resident page."""
+        """Books, arrays, counters, mappings, the bytes of every resident page and KV group."""
         self._books()
         self.model.assert_same_books()
         rig, table = self.rig, self.rig.table
-        assert_mapped(rig.tenant)
+        kv, blocks = rig.arbiter.kv, self._kv_blocks()
+        assert_mapped([kv._arena, *(arena for bank in rig.tenant._arenas for arena in bank)])
+        for group in range(kv.layout.groups):
+            for block in kv.layout.blocks_of(group):
+                assert np.all(blocks[block] == self.stamps.get(group, 0xFF))
         for bank in range(table.num_banks):
             held = np.flatnonzero(table.books.page_at[bank] >= 0)
             # A prefetched page that nobody has asked for yet may still be on its way.

@@ -33,7 +33,7 @@ def test_a_million_operations(part):
     tally = fuzz(seeds, OPERATIONS)
     assert tally.operations >= RUNS * OPERATIONS // PARTS
     assert tally.calls["event"] > 10_000
-    assert min(tally.calls[kind] for kind in ("resize", "hold", "verify", "wrong")) > 50
+    assert min(tally.calls[kind] for kind in ("resize", "kv", "verify", "wrong")) > 50
     assert min(tally.faults[site] for site in ("commit", "release", "read", "policy")) > 0
 
 
@@ -100,13 +100,13 @@ def test_a_planted_bug_is_found_and_its_replay_shows_it_again(bug, monkeypatch, 
 
 
 def test_a_failure_is_shrunk_to_the_operation_that_causes_it(monkeypatch):
-    done = Run.hold
+    done = Run.kv
 
-    def hold(run):
+    def kv(run):
         done(run)
-        assert run.calls["hold"] < 3, "the third one"
+        assert run.calls["kv"] < 3, "the third one"
 
-    monkeypatch.setattr(Run, "hold", hold)
+    monkeypatch.setattr(Run, "kv", kv)
     with pytest.raises(Failure, match="the third one") as failure:
         fuzz([4], 3000)
     with pytest.raises(AssertionError, match="the third one"):

@@ -11,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.identity.torch_cells import answer, prompts, same
 from fluxmoe.backends.torch import layout
 from fluxmoe.testing import checkpoints
 
 Load = Callable[..., Any]
+
+__all__ = ["Load", "answer", "prompts", "same", "sizes"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,36 +58,6 @@ def load(checkpoint: Callable[..., Path]) -> Load:
         ).eval()
 
     return load
-
-
-def prompts() -> dict[str, torch.Tensor]:
-    """Three prompts of different lengths, padded at the left."""
-    ids = torch.randint(3, 1000, (3, 10), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    mask[2, :9] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def answer(model: Any, new_tokens: int = 8) -> tuple[torch.Tensor, ...]:
-    """Logits of all prompt tokens, the generated tokens, and the logits of every decode step."""
-    with torch.inference_mode():
-        logits = model(**prompts()).logits
-        generated = model.generate(
-            **prompts(),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    return logits, generated.sequences, *generated.logits
-
-
-def same(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
-    """Bit for bit."""
-    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def sizes(model: Any) -> tuple[int, int, int]:

@@ -68,7 +68,6 @@ def test_without_tokenizer(
         (["--prompt-ids", "1,x"], "write 1,2,3"),
         (["--prompt-ids", "9999"], "0…1023"),
         (["--prompt", ""], "at least one"),
-        (["--prompt-ids", "1", "--backend", "vllm"], "--backend torch"),
         (["--prompt-ids", "1", "--memory", "1KiB"], "at least 786432 bytes"),
         (["--prompt-ids", "1", "--eviction", "lur"], "known eviction policies"),
     ],
@@ -86,6 +85,9 @@ def test_errors(
 
 def test_no_such_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, _, err = run(capsys, tmp_path / "nothing", "--prompt-ids", "1")
+    assert status == 2
+    assert "error[FM406]: no such folder" in err
+    status, _, err = run(capsys, "no-such-name", "--prompt-ids", "1")  # may be one on a hub
     assert status == 2
     assert "cannot load the model" in err
 

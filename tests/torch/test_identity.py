@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
 import pytest
 import torch
 
 import fluxmoe
+from benchmarks.identity import cells, models, record
+from benchmarks.identity.torch_cells import Models
 from tests.torch.conftest import Load, answer, prompts, same, sizes
 
-ARCHITECTURES = [
-    "qwen3-moe", "qwen2-moe", "mixtral", "olmoe", "glm4-moe", "deepseek-v2", "deepseek-v3",
-]  # fmt: skip
-POLICIES = ["immediate", "lru", "lfu", "lfru", "next-use"]
+COVERING = cells.covering_torch(models.names())
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_policy_at_every_size(load: Load, architecture: str, implementation: str) -> None:
-    model = load(architecture, implementation)
-    stock = answer(model)
-    assert len({tuple(row) for row in stock[1].tolist()}) == len(stock[1])
-    experts, pages, page_bytes = sizes(model)
-    for policy in POLICIES:
-        for slots in (experts, pages // 2, pages):
-            with fluxmoe.page(
-                model, slots * page_bytes, eviction=policy, strict_policies=True
-            ) as paged:
-                assert same(answer(model), stock), (policy, slots)
-                paged.check()
-                stats = paged.stats()
-            assert stats["slots"] == slots
-            assert stats["misses"] > 0
-            freed = stats["evictions"] + stats["released"]
-            assert (freed > 0) == (slots < pages or policy == "immediate")
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("identity"))
+
+
+@pytest.mark.parametrize(("model", "mode"), dict.fromkeys((c.model, c.mode) for c in COVERING))
+def test_cells(
+    running: Models, model: str, mode: str, record_property: Callable[[str, object], None]
+) -> None:
+    """The identity matrix; ``python -m benchmarks identity`` runs all of its cells."""
+    for cell in (c for c in COVERING if (c.model, c.mode) == (model, mode)):
+        outcome = running.run(cell)
+        row = {"cell": record.as_row(cell), "outcome": record.as_row(outcome)}
+        record_property("identity", row)
+        assert outcome.ok, (cell, outcome)
+        stats = outcome.stats
+        assert (stats["slots"] == stats["pages"]) == (cell.slots == "all")
+        assert stats["banks"] == cell.banks
+        assert stats["misses"] > 0
+        freed = stats["evictions"] + stats["released"]
+        assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
+        assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
+    tokens = running.stock[0]
+    assert len({tuple(row) for row in tokens.tolist()}) == len(tokens)
+
+
+def test_the_selection_covers_the_matrix() -> None:
+    names = models.names()
+    for mode in cells.TORCH_MODES[:3]:
+        mine = [cell for cell in COVERING if cell.mode == mode]
+        whole = list(cells.full(names, [mode]))
+        for fields in (("model", "eviction"), ("eviction", "prefetch"), ("eviction", "slots")):
+            pick = attrgetter(*fields)
+            assert set(map(pick, mine)) == set(map(pick, whole))
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-@pytest.mark.parametrize("banks", [1, 2])
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_prefetch_and_banks(load: Load, implementation: str, banks: int, threads: int) -> None:
-    model = load("qwen3-moe", implementation)
+def test_other_numbers_of_copy_threads(load: Load, threads: int) -> None:
+    model = load()
     stock = answer(model)
     _, pages, page_bytes = sizes(model)
     with fluxmoe.page(
         model,
         pages * 3 // 4 * page_bytes,
         prefetch={"kind": "next-layer", "depth": 2},
-        banks=banks,
+        banks=2,
         copy_threads=threads,
     ) as paged:
         assert same(answer(model), stock)
         stats = paged.stats()
-    assert stats["banks"] == banks
+    assert stats["banks"] == 2
     assert stats["prefetch_hits"] > 0
 
 

@@ -34,7 +34,7 @@ def prompts(count: int, *, tokens: int = 20, seed: int = 0) -> list[Prompt]:
 
 #: Of the small Qwen3-MoE.
 PAGE = 3 * 128 * 64 * 2
-EXPERTS, PAGES = 16, 64
+PAGES = 64
 
 
 def config(slots: int, **settings: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ One child process takes nearly all of it: a start that failed must leave it usab
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.weights import WEIGHT_CALLS
 from fluxmoe.errors import (
     BudgetTooSmallError,
+    CheckpointError,
     ConfigError,
     EngineError,
     FluxMoEError,
@@ -32,7 +36,6 @@ pytestmark = pytest.mark.vllm
 
 PAGE, EXPERTS = 3 * 128 * 64 * 2, 16  # bytes of an expert, experts of a layer
 BLOCK = 4 * 2 * 32 * 2 * 32 * 2  # bytes of a KV block: layers, k and v, tokens, heads, head size
-WORKER = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
 
 
 def config(**settings: Any) -> dict[str, Any]:
@@ -159,12 +162,22 @@ def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
 # --- models and features -------------------------------------------------------------------------
 
 
-def test_a_model_without_experts(tmp_path: Path) -> None:
-    model = checkpoints.write(tmp_path, "qwen3-dense")
-    with pytest.raises(NoExpertsError, match="no MoE layers") as caught:
-        ChildEngine(model, fluxmoe=config(), **EAGER)
-    assert caught.value.code == "FM401"
-    assert "without FluxMoE" in caught.value.fix
+def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
+    model = checkpoints.write(tmp_path / "model", "qwen3-dense")
+    with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
+        error = refusal(engine, NoExpertsError, config())
+        assert "no MoE layers" in error.what
+        assert "without FluxMoE" in error.fix
+        # It has no expert layers that could notice a forgotten setting; something else must.
+        given = SETTINGS["additional_config"]
+        error = refusal(
+            engine, ConfigError, None, kv_cache_memory_bytes=KV_BYTES, additional_config=given
+        )
+        assert "only some of the settings" in error.what
+        weights = model / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size - 1)
+        error = refusal(engine, CheckpointError, config())
+        assert error.where == str(weights)
 
 
 def test_experts_with_biases(tmp_path: Path) -> None:
@@ -218,23 +231,39 @@ def test_unsupported_features(eager: ChildEngine, options: dict[str, Any], featu
     assert feature in refusal(eager, UnsupportedError, config(), **options).what
 
 
+def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
+    assert eager.call("rpc", unknown_calls) == []
+    eager.restart(fluxmoe=config(), **EAGER)
+    before = eager.generate([Prompt([5, 6, 7], 4)]).tokens
+    for call in WEIGHT_CALLS:
+        with pytest.raises(UnsupportedError, match=call):
+            eager.call("rpc", call)
+    assert eager.generate([Prompt([5, 6, 7], 4)]).tokens == before
+
+
+def unknown_calls(worker: object) -> list[str]:
+    """Called in the engine's process: what vLLM's worker no longer calls so."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    return [call for call in WEIGHT_CALLS if not hasattr(CPUWorker, call)]
+
+
 # --- configuration -------------------------------------------------------------------------------
 
 
-def test_a_configuration_without_the_worker_class(eager: ChildEngine) -> None:
-    error = refusal(
-        eager,
-        ConfigError,
-        None,
-        additional_config={"fluxmoe": config()},
-        kv_cache_memory_bytes=KV_BYTES,
-    )
-    assert error.fix == f"add --worker-cls {WORKER}"
+SETTINGS = engine_options(config())
 
 
-def test_the_worker_class_without_a_configuration(eager: ChildEngine) -> None:
-    error = refusal(eager, ConfigError, None, worker_cls=WORKER)
-    assert "--additional-config" in error.fix
+@pytest.mark.parametrize(
+    "given", [*itertools.combinations(SETTINGS, 1), *itertools.combinations(SETTINGS, 2)]
+)
+def test_some_settings_without_the_others(eager: ChildEngine, given: tuple[str, ...]) -> None:
+    options = {name: SETTINGS[name] for name in given}
+    error = refusal(eager, ConfigError, None, kv_cache_memory_bytes=KV_BYTES, **options)
+    for name in SETTINGS:
+        flag = f"--{name.replace('_', '-')}"
+        assert (flag in error.where) == (name in given)
+        assert (flag in error.fix) == (name not in given)
 
 
 @pytest.mark.parametrize(
@@ -310,9 +339,8 @@ vllm.__version__ = "0.99.0"
 from fluxmoe.backends.vllm import register
 register()
 register()
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.custom_op import op_registry_oot
-assert "RoutedExperts" not in op_registry_oot
+assert not op_registry_oot
 from fluxmoe.errors import UnsupportedVersionError
 try:
     import fluxmoe.backends.vllm.worker

@@ -144,6 +144,28 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
     engine.close()
 
 
+def family_of(checkpoint: Path) -> tuple[ChildEngine, list[psutil.Process]]:
+    """An engine of three processes: client, scheduler, worker."""
+    engine = ChildEngine(checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **EAGER)
+    client = psutil.Process(engine._process.pid)
+    family = [client, *client.children(recursive=True)]
+    # Not that one of multiprocessing that waits for all others to go.
+    return engine, [p for p in family if "resource_tracker" not in " ".join(p.cmdline())]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_three_processes_go_together(checkpoint: Path, killed: bool) -> None:
+    engine, family = family_of(checkpoint)
+    assert len(family) >= 3
+    assert len(engine.generate([Prompt([5, 6, 7], 4)]).tokens[0]) == 4
+    if killed:
+        family[0].kill()
+        with pytest.raises(EngineError, match="ended unexpectedly"):
+            engine.generate(LONG)
+    engine.close()
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
 PARENT = """
 import json, sys
 from fluxmoe.backends.vllm.child import ChildEngine, Prompt

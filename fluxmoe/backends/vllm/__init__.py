@@ -1,34 +1,42 @@
 """FluxMoE under vLLM: started by the entry point ``fluxmoe`` of the group ``vllm.general_plugins``.
 
 vLLM calls ``register`` in each of its processes. It changes nothing for models that are not paged:
-paging begins when ``additional_config["fluxmoe"]`` holds a configuration and the worker class is
-FluxMoE's (``WORKER_CLS``).
+paging begins when vLLM is given the settings of ``engine_options``. What pages is imported by the
+worker class alone.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 
+from fluxmoe.backends.vllm.settings import CONNECTOR, WORKER_CLS, engine_options
 from fluxmoe.errors import UnsupportedVersionError
 
-#: Value for vLLM's ``worker_cls`` / ``--worker-cls``.
-WORKER_CLS = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
+__all__ = ["WORKER_CLS", "engine_options", "register"]
 
 _registered = False
 
 
 def register() -> None:
-    """Make vLLM build paged expert layers. Idempotent."""
+    """Make FluxMoE's settings known to vLLM. Idempotent."""
     global _registered
     if _registered:
         return
     try:
-        from fluxmoe.backends.vllm import compat, layer
+        from fluxmoe.backends.vllm import guard
+        from fluxmoe.backends.vllm.compat.plugin import KVConnectorFactory
     except UnsupportedVersionError as error:
         # Whoever does not page must not lose vLLM; whoever does names the worker class, which
         # raises this error again.
         logging.getLogger("vllm.fluxmoe").warning("FluxMoE is off: %s", error)
         return
-    compat.tolerate_numba()
-    layer.register()
+    guard.register()
+    KVConnectorFactory.register_connector(
+        CONNECTOR, "fluxmoe.backends.vllm.connector", "PagingConnector"
+    )
+    if "llvmlite" in sys.modules:
+        from fluxmoe.backends.vllm.compat.numba import tolerate_numba
+
+        tolerate_numba()
     _registered = True

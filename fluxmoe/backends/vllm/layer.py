@@ -1,4 +1,7 @@
-"""The paged MoE layer: routing is known, the kernel not yet started — here experts become slots."""
+"""The paged MoE layer: routing is known, the kernel not yet started — here experts become slots.
+
+Importing this module has vLLM build it wherever a model has routed experts.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,7 @@ from typing import Any
 import torch
 
 from fluxmoe.backends import op
-from fluxmoe.backends.vllm import WORKER_CLS
-from fluxmoe.backends.vllm.compat import RoutedExperts, get_current_vllm_config
-from fluxmoe.errors import ConfigError
+from fluxmoe.backends.vllm.compat.layers import RoutedExperts
 
 
 class PagedRoutedExperts(RoutedExperts):
@@ -17,19 +18,6 @@ class PagedRoutedExperts(RoutedExperts):
 
     _pager: int | None = None
     _layer: int = -1
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        config = get_current_vllm_config()
-        additional = config.additional_config
-        if isinstance(additional, dict) and "fluxmoe" in additional:
-            worker = config.parallel_config.worker_cls
-            if worker != WORKER_CLS:
-                raise ConfigError(
-                    f"the worker class is {worker!r}, which does not page",
-                    where="additional_config.fluxmoe",
-                    fix=f"add --worker-cls {WORKER_CLS}",
-                )
-        super().__init__(*args, **kwargs)
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
         """From now on compute on arenas.
@@ -58,6 +46,5 @@ class PagedRoutedExperts(RoutedExperts):
         return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
 
 
-def register() -> None:
-    """Have vLLM build PagedRoutedExperts wherever a model has routed experts."""
-    RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")
+# This module is imported once, and only by a process that pages.
+RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -9,24 +10,31 @@ import torch
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
-from fluxmoe.backends import op
+from fluxmoe.backends import checkpoint, op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm import checks
-from fluxmoe.backends.vllm.compat import (
+from fluxmoe.backends.vllm import checks, kv
+from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
+from fluxmoe.backends.vllm.compat.numba import tolerate_numba
+from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.compat.worker import (
     CPUWorker,
-    RoutedExperts,
-    VllmConfig,
-    current_phase,
-    kv_allocated,
+    drop_connector,
+    get_tensor_model_parallel_rank,
     max_memory_usage_bytes,
+    worker_connector,
 )
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.side import WorkerSide
+from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
 from fluxmoe.sim.trace import TraceWriter
 from fluxmoe.stores.host import HostStore
+
+tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
 
 PARTS = ("w13_weight", "w2_weight")
 
@@ -63,16 +71,10 @@ class PagedCPUWorker(CPUWorker):
     """vLLM's CPU worker with paged experts."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        additional = vllm_config.additional_config
-        data = additional.get("fluxmoe") if isinstance(additional, dict) else None
-        if data is None:
-            raise ConfigError(
-                "FluxMoE's worker class was given no configuration",
-                where="additional_config",
-                fix='add --additional-config \'{"fluxmoe": {"memory": {"budget": "…"}}}\'',
-            )
-        config = fluxmoe_config.parse(data, where="additional_config.fluxmoe")
+        config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
         checks.refuse_unsupported(vllm_config)
+        if vllm_config.load_config.load_format == "auto":
+            checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
         plugins.load(config.plugins).serving(config)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
@@ -144,15 +146,34 @@ class PagedCPUWorker(CPUWorker):
             min=one + 2 * block,
             max=sequences * one + 2 * block,
             reason=f"one sequence of max-model-len {length}",
+            block=block,
         )
 
     def determine_available_memory(self) -> int:
         """The KV cache gets what the budget leaves. Warm-up runs happen here and are forgotten."""
         assert self._runtime is not None
-        self.cache_config.kv_cache_memory_bytes = self._runtime.kv_bytes
+        self.cache_config.kv_cache_memory_bytes = self._runtime.kv_reserved_bytes
         available: int = super().determine_available_memory()
         self._runtime.pager.reset()
         return available
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """The KV cache gets its place in the arena, and the connector its worker."""
+        assert self._runtime is not None
+        kv_cache_config = copy.deepcopy(kv_cache_config)  # in one process the scheduler has it too
+        self._kv_buffer = kv.place(self._runtime, kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
+        if not self._kv_buffer.used:
+            raise InvariantError("vLLM has allocated its KV cache elsewhere")
+        connector = worker_connector()
+        self._side = WorkerSide(self._runtime, get_tensor_model_parallel_rank())
+        connector.bind(self._side)
+        weakref.finalize(self, drop_connector, connector)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> Any:
+        if tag == "kv_cache":
+            return self._kv_buffer
+        return super()._maybe_get_memory_pool_context(tag)
 
     def shutdown(self) -> None:
         """Release the arenas. The model is gone by then."""
@@ -169,7 +190,7 @@ class PagedCPUWorker(CPUWorker):
     def fluxmoe_stats(self) -> dict[str, Any]:
         """Counters and sizes, as plain numbers."""
         assert self._runtime is not None
-        return {**self._runtime.stats(), "kv_allocated_bytes": kv_allocated(self)}
+        return {**self._runtime.stats(), "orders": self._side.orders}
 
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books agree."""
@@ -192,9 +213,14 @@ class PagedCPUWorker(CPUWorker):
             self._runtime.pager.watcher = self._recorder.append
 
     def fluxmoe_reset(self) -> None:
-        """Start cold: no page resident, counters zero."""
+        """Start cold: no page resident, counters zero; those on ``/metrics`` go on."""
         assert self._runtime is not None
         self._runtime.pager.reset()
+        self._side.restarted()
+
+
+for _call in WEIGHT_CALLS:
+    setattr(PagedCPUWorker, _call, refusing(_call))
 
 
 def _release(handle: int, runtime: Runtime) -> None:

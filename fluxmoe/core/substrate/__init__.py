@@ -36,5 +36,8 @@ class Substrate(Protocol):
     def release(self, frames: Int64s) -> None:
         """Give the physical memory of unmapped frames back to the system; their number stays."""
 
+    def allocated(self) -> int:
+        """Bytes of physical memory that the system has really given for the frames."""
+
     def close(self) -> None:
         """Release everything. Idempotent."""

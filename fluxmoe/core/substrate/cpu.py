@@ -41,12 +41,23 @@ _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _HUGE_PAGE = 2 << 20
 _POISON_BYTES = 4 << 20
+# Each frame may need a mapping of its own, and the system allows 65,530 (vm.max_map_count).
+_MOST_FRAMES = 24 << 10
 
 
-def frame_bytes_for(budget: int) -> int:
-    """The CPU frame size for a budget: budget/8192, a power of two within 4 KiB … 2 MiB."""
+def frame_bytes_for(budget: int, unit: int = 0) -> int:
+    """The CPU frame size for a budget: budget/8192, a power of two within 4 KiB … 2 MiB.
+
+    Args:
+        budget: Bytes.
+        unit: Bytes of what will be committed and given up alone, a KV block. If it is no multiple
+            of the frame, smaller frames are tried, as far as the system can map so many.
+    """
     wanted = max(1, -(-budget // 8192))
-    return min(max(1 << (wanted - 1).bit_length(), 4096), 2 << 20)
+    frame = min(max(1 << (wanted - 1).bit_length(), 4096), 2 << 20)
+    while unit % frame and frame > 4096 and budget // (frame // 2) <= _MOST_FRAMES:
+        frame //= 2
+    return frame
 
 
 def huge_pages() -> bool:
@@ -151,6 +162,9 @@ class CpuSubstrate:
                 raise SubstrateError(
                     f"cannot release {count} frames: {os.strerror(ctypes.get_errno())}"
                 )
+
+    def allocated(self) -> int:
+        return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0
 
     def close(self) -> None:
         for address, nbytes in list(self._ranges.items()):

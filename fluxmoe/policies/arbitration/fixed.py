@@ -8,5 +8,7 @@ from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
 class Fixed(ArbitrationPolicy):
     """Never move memory."""
 
+    fixed = True
+
     def split(self, view: ArbitrationView) -> Split:
         return Split(view.frames)

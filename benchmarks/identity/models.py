@@ -1,0 +1,78 @@
+"""The checkpoints of the matrix."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import fluxmoe.demo
+from benchmarks.identity.cells import RANDOM, SHIPPED
+from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.types import Geometry, PageClass
+from fluxmoe.testing import checkpoints
+
+FRAME = 4096
+
+#: A dense first layer is no MoE layer: four are left, as in the other models.
+DENSE_FIRST = ("glm4-moe", "deepseek-v2", "deepseek-v3")
+
+
+def shipped() -> Path | None:
+    """The folder of the trained model, if it is in the package."""
+    assets = Path(fluxmoe.demo.__file__).parent / "assets"
+    found = sorted(path.parent for path in assets.rglob("config.json"))
+    return found[0] if found else None
+
+
+def names() -> list[str]:
+    """All models of the matrix that are at hand."""
+    return [*([SHIPPED] if shipped() else []), *RANDOM]
+
+
+def write(folder: Path, model: str) -> Path:
+    """The checkpoint's folder; a random one is written below ``folder`` first."""
+    if model == SHIPPED:
+        path = shipped()
+        assert path is not None
+        return path
+    settings = {"num_hidden_layers": 5} if model in DENSE_FIRST else {}
+    return checkpoints.write(folder / model, model, **settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a checkpoint: pages of all layers, and the tokens of its vocabulary."""
+
+    geometry: Geometry
+    page_class: PageClass
+    vocabulary: int
+
+    def slots(self, share: str) -> int:
+        """The number of slots that a cell's ``slots`` stand for."""
+        experts, pages = self.geometry.experts_per_layer, self.geometry.num_pages
+        return {"one layer": experts, "half": pages // 2, "all": pages}[share]
+
+    def arena_bytes(self, share: str, banks: int) -> int:
+        """Room for just so many slots, in whole frames."""
+        slots = self.slots(share)
+        assert slots % banks == 0
+        return banks * frames_for(self.page_class, slots // banks, FRAME) * FRAME
+
+
+@cache
+def shape(path: Path) -> Shape:
+    """Read from the checkpoint's configuration; no weight is loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fluxmoe.backends.torch import layout
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
+    # Not layout.experts_of, which refuses weights that lie nowhere.
+    layers = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
+    geometry, page_class = layout.describe(layers)
+    return Shape(geometry, page_class, vocabulary)

@@ -1,0 +1,69 @@
+"""Results on disk: JSON lines, one per cell, so a run can go on. Each run names its machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.identity.cells import Cell
+from benchmarks.identity.limits import Found
+from benchmarks.identity.outcome import Outcome
+
+RESULTS = Path(__file__).parents[1] / "results" / "identity"
+
+
+def as_row(part: Cell | Outcome) -> dict[str, object]:
+    """A cell or an outcome as plain data."""
+    return asdict(part)
+
+
+def load(path: Path) -> dict[Cell, Outcome]:
+    """The cells of a file; none if there is no such file."""
+    if not path.exists():
+        return {}
+    return {Cell(**row["cell"]): Outcome(**row["outcome"]) for row in _rows(path)}
+
+
+def begin(path: Path) -> None:
+    """Say on which machine, and with which commit, the next lines were written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _line(path, {"machine": machine.describe()})
+
+
+def append(path: Path, cell: Cell, outcome: Outcome) -> None:
+    """Add what became of a cell."""
+    _line(path, {"cell": as_row(cell), "outcome": as_row(outcome)})
+
+
+def committed() -> dict[Cell, Outcome]:
+    """All cells of the results in the repository."""
+    return {
+        cell: outcome
+        for path in sorted(RESULTS.glob("*.jsonl"))
+        if path != RESULTS / "limits.jsonl"
+        for cell, outcome in load(path).items()
+    }
+
+
+def save_limit(path: Path, found: Found) -> None:
+    """Add what became of a trial."""
+    _line(path, asdict(found))
+
+
+def limits() -> Iterator[Found]:
+    """The trials in the repository's results."""
+    yield from (Found(**row) for row in _rows(RESULTS / "limits.jsonl"))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    rows = map(json.loads, path.read_text().splitlines())
+    yield from (row for row in rows if "machine" not in row)
+
+
+def _line(path: Path, row: dict[str, object]) -> None:
+    with path.open("a") as file:
+        print(json.dumps(row, separators=(",", ":")), file=file)

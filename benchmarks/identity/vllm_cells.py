@@ -1,0 +1,128 @@
+"""Runs vLLM's cells: stock once per setting, then each cell in the same child process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.identity import models, requests
+from benchmarks.identity.cells import MLA, Cell
+from benchmarks.identity.outcome import COUNTERS, Outcome
+from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.errors import FluxMoEError
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Per request: output tokens, the log-probability of each, cached prompt tokens."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    cached: int
+    first_steps: int
+
+
+class Engines:
+    """A child process per kind of engine, started when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._stack = folder, ExitStack()
+        self._children: dict[bool, ChildEngine] = {}
+        self._stock: dict[tuple[Any, ...], Answers | str] = {}
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def run(self, cell: Cell) -> Outcome:
+        """Compare one cell with stock vLLM in the same setting."""
+        if cell.stock not in self._stock:
+            self._stock[cell.stock] = self._ask(cell, None)[0]
+        stock = self._stock[cell.stock]
+        if isinstance(stock, str):
+            return Outcome(error=f"stock: {stock}")
+        paged, stats = self._ask(cell, self._config(cell))
+        if isinstance(paged, str):
+            return Outcome(error=paged)
+        pairs = list(zip(stock.tokens, paged.tokens, strict=True))
+        identical = sum(a == b for a, b in pairs)
+        bits = sum(a == b for a, b in zip(stock.logprobs, paged.logprobs, strict=True))
+        differs = False
+        if bits < len(pairs):
+            again, _ = self._ask(cell, None)
+            differs = again != stock
+        stats |= {
+            "cached_prompt_tokens": paged.cached,
+            "stock_cached_prompt_tokens": stock.cached,
+            "steps_of_the_long_prompt": paged.first_steps,
+        }
+        return Outcome(len(pairs), identical, bits, "", differs, stats)
+
+    def stock(self, cell: Cell) -> Answers | str:
+        """What stock answered for this cell, or its error."""
+        return self._stock[cell.stock]
+
+    def _config(self, cell: Cell) -> dict[str, Any]:
+        shape = models.shape(models.write(self._folder, cell.model))
+        arena = shape.arena_bytes(cell.slots, cell.banks)
+        return {
+            "memory": {
+                "budget": arena + requests.KV_BYTES,
+                "frame": models.FRAME,
+                "experts": {"target": arena},
+                "kv": {"target": requests.KV_BYTES},
+                "banks": cell.banks,
+            },
+            "eviction": cell.eviction,
+            "prefetch": cell.prefetch,
+            "strict_policies": True,
+        }
+
+    def _ask(self, cell: Cell, fluxmoe: dict[str, Any] | None) -> tuple[Answers | str, Any]:
+        assert cell.prefix_caching is not None and cell.chunked_prefill is not None
+        path = models.write(self._folder, cell.model)
+        options = requests.options(cell.mode, cell.prefix_caching, cell.chunked_prefill)
+        if cell.model in MLA:
+            options["block_size"] = 16  # the only one that vLLM has for MLA on a CPU
+        if fluxmoe is None:
+            options["kv_cache_memory_bytes"] = requests.KV_BYTES
+        waves = requests.waves(models.shape(path).vocabulary, seeded=not cell.chunked_prefill)
+        try:
+            engine = self._start(cell.mode, path, fluxmoe, options)
+            for setting in ("prefix_caching", "chunked_prefill"):
+                if engine.info[setting] != getattr(cell, setting):
+                    return f"vLLM changed {setting} to {engine.info[setting]}", {}
+            runs = [engine.generate(wave, cold=not number) for number, wave in enumerate(waves)]
+            stats = engine.call("stats") if fluxmoe is not None else {}
+        except FluxMoEError as error:
+            return str(error), {}
+        answers = Answers(
+            [tokens for run in runs for tokens in run.tokens],
+            [row for run in runs for row in run.logprobs],
+            sum(sum(run.cached) for run in runs),
+            runs[0].steps,
+        )
+        return answers, {key: stats[key] for key in COUNTERS if key in stats}
+
+    def _start(
+        self, mode: str, path: Path, fluxmoe: dict[str, Any] | None, options: dict[str, Any]
+    ) -> ChildEngine:
+        three = mode == "vllm three-process"
+        if three in self._children:
+            self._children[three].restart(model=path, fluxmoe=fluxmoe, **options)
+        else:
+            child = ChildEngine(path, fluxmoe=fluxmoe, three_processes=three, **options)
+            self._children[three] = self._stack.enter_context(child)
+        return self._children[three]
+
+
+@contextmanager
+def engines(folder: Path) -> Iterator[Engines]:
+    """``Engines`` that are closed at the end."""
+    running = Engines(folder)
+    try:
+        yield running
+    finally:
+        running.close()

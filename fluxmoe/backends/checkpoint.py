@@ -1,0 +1,123 @@
+"""Whether a checkpoint can be read at all: seen in milliseconds, before an engine takes minutes.
+
+Headers, sizes and names are checked, not the weights themselves: a file whose numbers were changed
+in place loads without complaint, here as anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fluxmoe.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.*\bweight)")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def require_readable(model: str) -> None:
+    """Refuse a model that cannot be loaded. Names on a hub are left to whoever loads them.
+
+    Args:
+        model: A folder, or the name of a model on a hub (``organisation/name``).
+
+    Raises:
+        CheckpointError: Names the file, and what is wrong with it.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        _config(folder)
+        _weights(folder)
+    elif folder.exists():
+        raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
+    elif not _HUB_NAME.fullmatch(model):
+        raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
+
+
+def _config(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(
+            "the folder has no config.json",
+            where=str(folder),
+            fix="name the folder of a checkpoint",
+        )
+    if "model_type" not in _map(path):
+        raise CheckpointError("it names no model_type", where=str(path))
+
+
+def _weights(folder: Path) -> None:
+    index = folder / _INDEX
+    listed: dict[str, set[str]] = defaultdict(set)
+    if index.exists():
+        weight_map = _map(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError("it has no weight_map", where=str(index))
+        for tensor, file in weight_map.items():
+            listed[str(file)].add(tensor)
+    else:
+        for path in folder.glob("*.safetensors"):
+            listed[path.name] = set()
+    found: set[str] = set()
+    for name, tensors in sorted(listed.items()):
+        there = _tensors(folder / name)
+        if tensors - there:
+            raise CheckpointError(
+                f"it has no {min(tensors - there)}, which {_INDEX} promises",
+                where=str(folder / name),
+                fix="download or copy it again",
+            )
+        found |= there
+    _experts(folder, found)
+
+
+def _tensors(path: Path) -> set[str]:
+    """The names in a safetensors file whose header describes exactly the bytes that are there."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return set(file.keys())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the file is missing, but {_INDEX} names it",
+            where=str(path),
+            fix="download or copy it",
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"it is damaged or cut off: {error}", where=str(path), fix="download or copy it again"
+        ) from error
+
+
+def _experts(folder: Path, tensors: set[str]) -> None:
+    """Every expert of a layer has what the others have: engines would not miss a single one."""
+    layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for tensor in tensors:
+        if match := _EXPERT.fullmatch(tensor):
+            layers[match[1]][int(match[2])].add(match[3])
+    for layer, experts in sorted(layers.items()):
+        parts = set().union(*experts.values())
+        for expert in range(max(experts) + 1):
+            if missing := parts - experts.get(expert, set()):
+                raise CheckpointError(
+                    f"{layer}.experts.{expert}.{min(missing)} is missing",
+                    where=str(folder),
+                    fix="download or copy it again",
+                )
+
+
+def _map(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
+    except ValueError as error:
+        raise CheckpointError(f"it is no JSON: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("it is no map", where=str(path))
+    return data

@@ -1,0 +1,94 @@
+"""The scheduler's side of arbitration in vLLM: what it knows of demand, and the controller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fluxmoe import plugins
+from fluxmoe.backends.vllm.balloon import Balloon
+from fluxmoe.backends.vllm.requests import RequestWatch
+from fluxmoe.config import Config
+from fluxmoe.core.arbitration import ArbitrationGuard
+from fluxmoe.core.controller import Inventory, SplitController
+from fluxmoe.core.demand import DemandView, StepReport
+from fluxmoe.core.policy import ArbitrationView
+from fluxmoe.core.protocol import Order
+from fluxmoe.errors import InvariantError
+
+
+class Arbitration:
+    """Between vLLM's scheduler and the workers: one per engine whose split may change.
+
+    Args:
+        config: FluxMoE's configuration, for the policy.
+        inventories: What each worker says it has, by rank.
+        manager: vLLM's ``KVCacheManager``.
+        watermark: vLLM's setting of that name.
+        max_running: Requests that vLLM runs at once at most.
+
+    Raises:
+        InvariantError: The workers do not have the same.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        inventories: Sequence[Inventory],
+        manager: Any,
+        *,
+        watermark: float,
+        max_running: int,
+        requests: RequestWatch,
+    ) -> None:
+        inventory = inventories[0]
+        if any(other != inventory for other in inventories):
+            raise InvariantError("the workers differ in what they have")
+        policy = plugins.load(config.plugins).serving(config)[2]
+        self._guard = ArbitrationGuard(
+            policy,
+            name=config.arbitration["kind"],
+            strict=config.strict_policies,
+            limits=config.policy_limits.limits(),
+        )
+        self.balloon = Balloon(manager, inventory.layout, inventory.groups, watermark)
+        self.controller = SplitController(inventory, self._guard, self.balloon, len(inventories))
+        self._demand = DemandView(
+            inventory.page_class, inventory.geometry.num_pages, inventory.layout.frame_bytes
+        )
+        self._layout, self._max_running = inventory.layout, max_running
+        self._requests = requests
+        self._reports: list[StepReport] = []
+        self._steps, self._started, self._step_seconds = 0, 0.0, 0.0
+
+    def order(self) -> Order | None:
+        """A step begins: what to tell the workers with it."""
+        reports, self._reports = self._reports, []
+        self._demand.update(reports)
+        requests, layout = self._requests, self._layout
+        cached = self.balloon.cached() * layout.block_bytes // layout.frame_bytes
+        view = ArbitrationView(
+            frames={},
+            total_frames=0,
+            step=self._steps,
+            waiting_requests=requests.waiting,
+            running_requests=requests.running,
+            max_running_requests=self._max_running,
+            kv_cached_frames=cached,
+            preemptions=requests.preemptions,
+            tokens=requests.tokens,
+            prefix_hits=requests.prefix_hits,
+            step_seconds=self._step_seconds,
+            stall_seconds=self._demand.stall_seconds,
+            experts=self._demand.latest,
+        )
+        order = self.controller.step(view, [r.answer for r in reports if r.answer is not None])
+        self._steps += 1
+        self._started = time.perf_counter()
+        return order
+
+    def reported(self, reports: Sequence[StepReport]) -> None:
+        """The step has ended."""
+        self._step_seconds = time.perf_counter() - self._started
+        self._reports += reports

@@ -1,0 +1,128 @@
+"""The balloon: KV blocks without memory are kept out of the scheduler's hands.
+
+vLLM's pool has a block for each that the KV cache may ever grow to. Those whose memory is not
+committed are *held*: out of the free queue, in no request, forgotten by the prefix cache. To vLLM
+they look used, so the two places where that would show are put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fluxmoe.backends.vllm.compat.blocks import BlockPool
+from fluxmoe.core.kv import KVLayout
+from fluxmoe.errors import InvariantError
+
+
+class BalloonPool(BlockPool):
+    """vLLM's block pool, some of whose blocks are held. Objects become it by ``Balloon``."""
+
+    num_gpu_blocks: int
+    held_blocks: int
+
+    def get_usage(self) -> float:
+        """Share of the blocks that exist and are used."""
+        blocks = self.num_gpu_blocks - 1 - self.held_blocks  # one is vLLM's null block
+        return 1.0 - self.get_num_free_blocks() / blocks if blocks > 0 else 0.0
+
+    def reset_prefix_cache(self) -> bool:
+        """As vLLM's, which would refuse because of the held blocks."""
+        blocks = self.num_gpu_blocks
+        self.num_gpu_blocks = blocks - self.held_blocks
+        try:
+            done: bool = super().reset_prefix_cache()
+            return done
+        finally:
+            self.num_gpu_blocks = blocks
+
+
+class Balloon:
+    """Holds groups of a pool's blocks. Implements ``controller.BlockSource``.
+
+    Args:
+        pool: vLLM's. It has not been used yet.
+        layout: Which blocks form a group.
+        groups: Groups whose memory is committed; the others are held from the start.
+        watermark: Share of the blocks that vLLM keeps free when it admits requests.
+    """
+
+    def __init__(self, manager: Any, layout: KVLayout, groups: int, watermark: float) -> None:
+        self._manager, self._watermark = manager, watermark
+        self._pool = pool = manager.block_pool
+        self._layout = layout
+        if pool.num_gpu_blocks != layout.blocks:
+            raise InvariantError(
+                f"the scheduler has {pool.num_gpu_blocks} KV blocks, the worker {layout.blocks}"
+            )
+        pool.__class__ = BalloonPool  # there is no way to have vLLM make another pool
+        pool.held_blocks = 0
+        self._held: set[int] = set()
+        for group in range(groups, layout.groups):
+            self._take(group)
+        self._resized()
+
+    @property
+    def held(self) -> frozenset[int]:
+        """The groups that are held."""
+        return frozenset(self._held)
+
+    def hold(self, groups: int) -> tuple[int, ...]:
+        """Hold up to so many groups of which no block is in use.
+
+        Groups without cached prefixes go first, then those whose most valuable block is nearest to
+        being evicted by vLLM itself; among equals the last ones, so that the cache stays dense.
+        """
+        worth = {
+            block.block_id: 0 if block.block_hash is None else age + 1
+            for age, block in enumerate(self._pool.free_block_queue.get_all_free_blocks())
+        }
+        candidates = []
+        for group in range(self._layout.groups):
+            blocks = self._layout.blocks_of(group)
+            if group not in self._held and all(block in worth for block in blocks):
+                candidates.append((max(worth[block] for block in blocks), -group))
+        taken = tuple(-group for _, group in sorted(candidates)[:groups])
+        for group in taken:
+            self._take(group)
+        self._resized()
+        return taken
+
+    def release(self, groups: Iterable[int]) -> None:
+        """Let the blocks of held groups be used again."""
+        for group in sorted(groups):
+            if group not in self._held:
+                raise InvariantError(f"KV group {group} is not held")
+            self._held.remove(group)
+            blocks = [self._pool.blocks[block] for block in self._layout.blocks_of(group)]
+            self._pool.held_blocks -= len(blocks)
+            self._pool.free_blocks(blocks)
+        self._resized()
+
+    def used(self) -> int:
+        """Blocks that requests use; the null block, whose group must stay, is one of them."""
+        pool = self._pool
+        return int(pool.num_gpu_blocks - pool.held_blocks - pool.get_num_free_blocks())
+
+    def cached(self) -> int:
+        """About how many free blocks hold a prefix that vLLM remembers."""
+        pool = self._pool
+        # The full blocks of running requests are remembered, too, their last ones are not.
+        remembered = len(pool.cached_block_hash_to_block) - self.used()
+        return max(0, min(remembered, int(pool.get_num_free_blocks())))
+
+    def _take(self, group: int) -> None:
+        pool = self._pool
+        for number in self._layout.blocks_of(group):
+            block = pool.blocks[number]
+            pool.free_block_queue.remove(block)
+            if pool._reuse_watchers:
+                pool._notify_reuse([block])
+            pool._maybe_evict_cached_block(block)
+            block.ref_cnt = 1
+            pool.held_blocks += 1
+        self._held.add(group)
+
+    def _resized(self) -> None:
+        blocks = self._pool.num_gpu_blocks - self._pool.held_blocks
+        self._manager.watermark_blocks = int(self._watermark * blocks)

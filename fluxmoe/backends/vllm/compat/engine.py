@@ -1,0 +1,30 @@
+"""Engines, and what can be seen of those that run in this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def scheduler_of(llm: LLM) -> Any:
+    """The scheduler, whose requests are ``running``; None if it runs in another process."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    return None if core is None else core.scheduler
+
+
+def engine_info(llm: LLM) -> dict[str, int]:
+    """The KV cache, and what is really on; ``kv_bytes`` of in-process engines only."""
+    config = llm.llm_engine.vllm_config
+    info = {
+        "kv_blocks": config.cache_config.num_gpu_blocks,
+        "block_size": config.cache_config.block_size,
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
+    }
+    scheduler = scheduler_of(llm)
+    if scheduler is not None:
+        tensors = scheduler.kv_cache_config.kv_cache_tensors
+        info["kv_bytes"] = max((tensor.size for tensor in tensors), default=0)
+    return info

@@ -1,0 +1,9 @@
+"""What every process of vLLM imports: kept light."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+__all__ = ["KVConnectorFactory", "LogitsProcessor", "VllmConfig", "get_current_vllm_config"]

@@ -1,0 +1,34 @@
+"""The worker and its end of the KV connector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+def worker_connector() -> Any:
+    """The KV connector of this worker process."""
+    return kv_transfer_state.get_kv_transfer_group()
+
+
+def drop_connector(connector: object) -> None:
+    """Forget a connector whose worker is gone, if it is still this process's.
+
+    vLLM does so when it shuts a worker down, but not when a start fails later on. An engine that
+    is started in the same process afterwards would meet the old connector.
+    """
+    if kv_transfer_state._KV_CONNECTOR_AGENT is connector:
+        kv_transfer_state.ensure_kv_transfer_shutdown()
+
+
+__all__ = [
+    "CPUWorker",
+    "drop_connector",
+    "get_tensor_model_parallel_rank",
+    "max_memory_usage_bytes",
+    "worker_connector",
+]

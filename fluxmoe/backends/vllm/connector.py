@@ -1,0 +1,254 @@
+"""FluxMoE's KV connector: the channel between vLLM's scheduler, its workers and ``/metrics``.
+
+It moves no KV cache. vLLM calls a connector on both sides in every step and carries what it says
+to the other side and, as statistics, to the process that serves ``/metrics``; nothing else in vLLM
+does that for an extension, and it switches nothing off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import prometheus_client
+
+from fluxmoe.backends.vllm import metrics
+from fluxmoe.backends.vllm.compat.connector import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorPromMetrics,
+    KVConnectorRole,
+    KVConnectorStats,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.metrics import METRICS
+from fluxmoe.backends.vllm.requests import RequestWatch
+from fluxmoe.backends.vllm.settings import paging_config
+
+if TYPE_CHECKING:  # they import numba, which a process without a worker does not need
+    from fluxmoe.backends.vllm.arbitration import Arbitration
+    from fluxmoe.backends.vllm.side import WorkerSide
+    from fluxmoe.core.controller import Inventory
+    from fluxmoe.core.demand import StepReport
+    from fluxmoe.core.protocol import Order
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """What the scheduler tells the workers with each step."""
+
+    order: Order | None = None
+
+
+@dataclass
+class WorkerMetadata(KVConnectorWorkerMetadata):
+    """What workers tell the scheduler with each step."""
+
+    reports: list[StepReport]
+
+    def aggregate(self, other: WorkerMetadata) -> WorkerMetadata:
+        return WorkerMetadata([*self.reports, *other.reports])
+
+
+@dataclass
+class WorkerInventory(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler at the start."""
+
+    inventory: Inventory
+
+
+class PagingStats(KVConnectorStats):
+    """Changes of metrics (``metrics.Samples``), of one step or of many, of one worker or of all."""
+
+    data: metrics.Samples
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: PagingStats) -> PagingStats:
+        metrics.add(self.data, other.data)
+        return self
+
+    def reduce(self) -> dict[str, str]:
+        return metrics.summary(self.data)
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+#: Collectors of this process, so that a second engine in it can replace them as it does vLLM's.
+_collectors: list[Any] = []
+
+
+class PagingProm(KVConnectorPromMetrics):
+    """The metrics in the process that serves ``/metrics``, per engine."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: Mapping[type, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        while _collectors:
+            with contextlib.suppress(KeyError):
+                prometheus_client.REGISTRY.unregister(_collectors.pop())
+        self._metrics = {}
+        for metric in METRICS:
+            options = {
+                "name": metric.name,
+                "documentation": metric.help,
+                "labelnames": [*labelnames, *metric.labels],
+            }
+            if metric.kind == "counter":
+                shown = self._counter_cls(**options)
+            else:  # several server processes: each has seen a part of the changes
+                shown = self._gauge_cls(**options, multiprocess_mode="sum")
+            self._metrics[metric.name] = shown
+            _collectors.append(shown)
+
+    def observe(self, transfer_stats_data: metrics.Samples, engine_idx: int = 0) -> None:
+        engine = self.per_engine_labelvalues[engine_idx]
+        for name, samples in transfer_stats_data.items():
+            for labels, change in samples.items():
+                self._metrics[name].labels(*engine, *labels).inc(change)
+
+
+class PagingConnector(KVConnectorBase_V1, SupportsHMA):
+    """One object in the scheduler (role SCHEDULER) and one in each worker (role WORKER).
+
+    Raises:
+        ConfigError: The other settings that paging needs are missing.
+    """
+
+    #: No request waits for anything to be delivered.
+    requires_kv_delivery = False
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: object
+    ) -> None:
+        settings = paging_config(vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._config, self._settings = vllm_config, settings
+        self._requests = RequestWatch()
+        self._manager: Any = None
+        #: The scheduler's side, where the split may change.
+        self.arbitration: Arbitration | None = None
+        self._worker: WorkerSide | None = None
+
+    # --- scheduler -------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: object) -> None:
+        self._manager = kv_cache_manager
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerInventory]) -> None:
+        """Called once, when all workers are ready; without metadata if the split is fixed."""
+        if not metadata:
+            return
+        from fluxmoe import config as fluxmoe_config
+        from fluxmoe.backends.vllm.arbitration import Arbitration
+
+        scheduler = self._config.scheduler_config
+        self.arbitration = Arbitration(
+            fluxmoe_config.parse(self._settings, where="additional_config.fluxmoe"),
+            [metadata[rank].inventory for rank in sorted(metadata)],
+            self._manager,
+            watermark=scheduler.watermark,
+            max_running=scheduler.max_num_seqs,
+            requests=self._requests,
+        )
+
+    def on_new_request(self, request: Any) -> None:
+        self._requests.arrived(request.request_id)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        self._requests.looked_up(request.request_id, num_computed_tokens)
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Any, blocks: object, num_external_tokens: int
+    ) -> None:
+        self._requests.admitted(request.request_id)
+
+    def build_connector_meta(self, scheduler_output: object) -> StepMetadata:
+        if self.arbitration is None:
+            return StepMetadata()
+        self._requests.scheduled(scheduler_output)
+        return StepMetadata(self.arbitration.order())
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        heard = connector_output.kv_connector_worker_meta
+        if self.arbitration is not None and heard is not None:
+            self.arbitration.reported(heard.reports)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: object
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._requests.gone(request.request_id)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine must go on stepping although it is idle: a move is under way."""
+        return self.arbitration is not None and self.arbitration.controller.busy
+
+    # --- worker ----------------------------------------------------------------------------------
+
+    def bind(self, worker: WorkerSide) -> None:
+        """The worker calls it, with its own side."""
+        self._worker = worker
+
+    def get_handshake_metadata(self) -> WorkerInventory | None:
+        inventory = self._worker.inventory() if self._worker is not None else None
+        return None if inventory is None else WorkerInventory(inventory)
+
+    def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
+        """Called before each forward pass, and in steps without one."""
+        if self._worker is not None:
+            self._worker.receive(kv_connector_metadata.order)
+
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
+        report = self._worker.report() if self._worker is not None else None
+        return None if report is None else WorkerMetadata([report])
+
+    def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: object, attn_metadata: object, **kwargs: Any
+    ) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+    # --- statistics ------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> PagingStats | None:
+        """Called on both sides after each step; the scheduler's has no worker."""
+        changes = self._worker.meter.take() if self._worker is not None else {}
+        return PagingStats(changes) if changes else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: metrics.Samples | None = None) -> PagingStats:
+        return PagingStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Mapping[type, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PagingProm:
+        return PagingProm(vllm_config, metric_types, labelnames, per_engine_labelvalues)

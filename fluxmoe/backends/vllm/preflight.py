@@ -1,0 +1,72 @@
+"""What would stop a server only after minutes, or far down in its log: seen before it starts."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fluxmoe.backends import checkpoint
+from fluxmoe.backends.machine import require_free
+from fluxmoe.config import Config
+from fluxmoe.errors import ConfigError
+
+_CACHE = "VLLM_CACHE_ROOT"
+
+
+def check(config: Config, environment: Mapping[str, str]) -> None:
+    """Refuse a start that cannot succeed.
+
+    Raises:
+        CheckpointError: The model's files are missing or damaged.
+        ConfigError: The budget is beyond the machine, the port is taken, or the cache folder that
+            was asked for cannot be written.
+    """
+    require_free(int(config.memory.budget))
+    options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
+    if config.model is not None and options.get("load-format", "auto") == "auto":
+        checkpoint.require_readable(config.model)
+    if "uds" not in options:
+        _require_open(options.get("host") or "", options.get("port", 8000))
+    if _CACHE in environment:
+        _require_writable(Path(environment[_CACHE]).expanduser())
+
+
+def _require_open(host: Any, port: Any) -> None:
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 2**16:
+        raise ConfigError(
+            f"{port!r} is no port", where="vllm.port", fix="use a number from 1 to 65535"
+        )
+    family = socket.AF_INET6 if ":" in str(host) else socket.AF_INET
+    with socket.socket(family) as probe:
+        # As vLLM does: what is left of a server that has just ended is no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((str(host), port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"port {port} is in use",
+                    where="vllm.port",
+                    fix="choose another one, or stop the server that listens there",
+                ) from error
+            raise ConfigError(
+                f"cannot listen on {host or 'any address'}, port {port}: {error.strerror}",
+                where="vllm.host, vllm.port",
+            ) from error
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write into {folder}: {error.strerror}",
+            where=_CACHE,
+            fix="name a folder that can be written, or unset the variable",
+        ) from error

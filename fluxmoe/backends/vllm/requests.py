@@ -1,0 +1,38 @@
+"""The demand for KV cache, as far as vLLM's scheduler tells its connector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RequestWatch:
+    """Counts what the scheduler tells its connector about requests."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        self._hits: dict[str, int] = {}
+        self.running = self.tokens = self.preemptions = self.prefix_hits = 0
+
+    def arrived(self, request: str) -> None:
+        self.known.add(request)
+
+    def looked_up(self, request: str, computed: int) -> None:
+        """A waiting request would find so many of its tokens in the prefix cache."""
+        self._hits[request] = computed
+
+    def admitted(self, request: str) -> None:
+        self.prefix_hits += self._hits.pop(request, 0)
+
+    def gone(self, request: str) -> None:
+        self.known.discard(request)
+        self._hits.pop(request, None)
+
+    def scheduled(self, output: Any) -> None:
+        """A step was scheduled: vLLM's ``SchedulerOutput``."""
+        self.running = len(output.num_scheduled_tokens)
+        self.tokens = output.total_num_scheduled_tokens
+        self.preemptions += len(output.preempted_req_ids or ())
+
+    @property
+    def waiting(self) -> int:
+        return max(len(self.known) - self.running, 0)

@@ -1,0 +1,70 @@
+"""The settings of vLLM that make it page. Imports no vLLM: commands ask before there is one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fluxmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+
+#: Value for vLLM's ``worker_cls`` / ``--worker-cls``.
+WORKER_CLS = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
+#: Name under which the entry point registers FluxMoE's KV connector.
+CONNECTOR = "FluxMoEConnector"
+
+
+def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ``vllm.LLM`` that make it page.
+
+    Args:
+        settings: FluxMoE's configuration (docs/configuration.md) without ``model`` and ``vllm``.
+    """
+    return {
+        "worker_cls": WORKER_CLS,
+        "additional_config": {"fluxmoe": settings},
+        # The connector moves no KV cache; of the roles this one switches nothing off.
+        "kv_transfer_config": {"kv_connector": CONNECTOR, "kv_role": "kv_producer"},
+    }
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """The same for ``vllm serve``."""
+    words: list[str] = []
+    for key, value in engine_options(settings).items():
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        words += [f"--{key.replace('_', '-')}", text]
+    return words
+
+
+def paging_config(config: VllmConfig) -> object | None:
+    """FluxMoE's configuration as vLLM was given it, not validated; None for a stock engine.
+
+    Raises:
+        ConfigError: Some of the settings are there, but not all; names those to add.
+    """
+    additional = config.additional_config
+    settings: object | None = additional.get("fluxmoe") if isinstance(additional, dict) else None
+    transfer = config.kv_transfer_config
+    connector = transfer.kv_connector if transfer is not None else None
+    given = {
+        "--worker-cls": config.parallel_config.worker_cls == WORKER_CLS,
+        "--additional-config": settings is not None,
+        "--kv-transfer-config": connector == CONNECTOR,
+    }
+    if not any(given.values()):
+        return None
+    if not all(given.values()):
+        words = flags({"memory": {"budget": "SIZE"}})
+        pairs = zip(words[::2], words[1::2], strict=True)
+        missing = [shlex.join(pair) for pair in pairs if not given[pair[0]]]
+        raise ConfigError(
+            "vLLM was given only some of the settings that paging needs",
+            where=", ".join(flag for flag, there in given.items() if there),
+            fix=f"add {' '.join(missing)}; `fluxmoe serve --print-command` prints a whole command",
+        )
+    return settings

@@ -1,0 +1,52 @@
+"""A worker's side of the connector: metrics, orders of the scheduler, reports of demand."""
+
+from __future__ import annotations
+
+import time
+
+from fluxmoe.backends.runtime import Runtime
+from fluxmoe.backends.vllm import metrics
+from fluxmoe.core.controller import Inventory
+from fluxmoe.core.demand import DemandMeter, StepReport
+from fluxmoe.core.protocol import Answer, Follower, Order
+
+
+class WorkerSide:
+    """What the connector asks of one worker.
+
+    Args:
+        runtime: The worker's memory.
+        rank: The worker's, within its tensor-parallel group.
+    """
+
+    def __init__(self, runtime: Runtime, rank: int) -> None:
+        self._runtime = runtime
+        self.meter = metrics.Meter(lambda: metrics.read(runtime))
+        self._answer: Answer | None = None
+        self._demand: DemandMeter | None = None
+        if runtime.dynamic:
+            self._demand = DemandMeter(rank, runtime.pager, seed=runtime.config.seed)
+        self._follower = Follower(rank, runtime.execute, time.perf_counter)
+
+    @property
+    def orders(self) -> int:
+        """Orders carried out so far."""
+        return 0 if self._answer is None else self._answer.number
+
+    def inventory(self) -> Inventory | None:
+        """What the scheduler needs to know; None if the split is fixed."""
+        return self._runtime.inventory() if self._runtime.dynamic else None
+
+    def receive(self, order: Order | None) -> None:
+        """A step begins."""
+        self._answer = self._follower.receive(order)
+
+    def report(self) -> StepReport | None:
+        """A step has ended."""
+        return None if self._demand is None else self._demand.report(self._answer)
+
+    def restarted(self) -> None:
+        """The pager was reset: its counters are zero, what was told before stands."""
+        self.meter.restarted()
+        if self._demand is not None:
+            self._demand.restarted()

@@ -1,0 +1,74 @@
+"""ArbitrationGuard: the host's side of an arbitration policy, as ``guard`` is for the others.
+
+A policy that raises, takes too long or answers nonsense changes nothing: the present split stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fluxmoe.core.guard import FaultCounter
+from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
+from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
+
+
+class ArbitrationGuard:
+    """Calls an arbitration policy, validates its answers and contains its faults."""
+
+    def __init__(
+        self,
+        policy: ArbitrationPolicy,
+        *,
+        name: str,
+        strict: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self._policy = policy
+        self._faults = FaultCounter("arbitration", name, strict, limits)
+
+    @property
+    def name(self) -> str:
+        return self._faults.name
+
+    @property
+    def faults(self) -> int:
+        """Faults contained so far."""
+        return self._faults.count
+
+    @property
+    def slow(self) -> int:
+        """Calls so far that were answered, but took longer than the soft limit."""
+        return self._faults.slow
+
+    def split(self, view: ArbitrationView) -> Split:
+        """What the policy wants, or the present split after a fault."""
+        answer = self._faults.answer("split", self._policy.split, view)
+        if answer is None:
+            return Split(view.frames)
+        problem = _problem(answer, view)
+        if problem:
+            self._faults.note("split", f"gave {problem}")
+            return Split(view.frames)
+        assert isinstance(answer, Split)
+        return Split({name: int(count) for name, count in answer.frames.items()}, answer.reason)
+
+
+def _problem(answer: object, view: ArbitrationView) -> str:
+    """What is wrong with an answer; nothing if it can be used."""
+    frames: object = getattr(answer, "frames", None)
+    if not isinstance(answer, Split) or not isinstance(frames, Mapping):
+        return f"{answer!r}, not a Split"
+    if set(frames) != set(view.frames):
+        return f"frames for {sorted(map(str, frames))}, not for {sorted(view.frames)}"
+    for name, count in frames.items():
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+            return f"{count!r} frames for {name}"
+    # The present split is always an answer, even if the limit has just been lowered.
+    if sum(frames.values()) > max(view.total_frames, sum(view.frames.values())):
+        return f"{sum(frames.values())} frames of {view.total_frames}"
+    reason: object = answer.reason
+    if not isinstance(reason, str):
+        return f"{reason!r} as a reason"
+    return ""

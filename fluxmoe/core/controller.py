@@ -1,0 +1,292 @@
+"""SplitController: the scheduler's side of arbitration. Asks the policy, turns its wish into moves.
+
+In every step it takes in what the workers say, asks the policy, and, if no move is under way,
+begins the next one: at most so many frames that the pause they cause stays a fraction of a step.
+A wish that is far away is reached in many moves, and can be changed or dropped at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from fluxmoe.core.arbitration import ArbitrationGuard
+from fluxmoe.core.banks import sizes
+from fluxmoe.core.kv import KVLayout, KVTenant
+from fluxmoe.core.policy import ArbitrationView, Split
+from fluxmoe.core.protocol import Answer, Move, Mover, Order, Outcome, Result
+from fluxmoe.core.tenants import ExpertTenant, frames_for
+from fluxmoe.core.types import Budget, Geometry, PageClass
+
+logger = logging.getLogger("fluxmoe")
+
+EXPERTS, KV = ExpertTenant.NAME, KVTenant.NAME
+
+#: A move may pause the engine for this part of a step.
+PAUSE = 0.25
+#: A move is at most this part of the budget, at least one group and one slot.
+LARGEST = 1 / 16
+FIRST = 1 / 64
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What the workers have, all of them the same: the scheduler's side knows nothing else of them.
+
+    Attributes:
+        frames: The budget.
+        geometry, page_class: The experts.
+        bank_limit: Most slots per bank; None if there is no limit.
+        slots: Slots per bank at the start.
+        experts, kv: What the tenants must and may have, in frames.
+        layout: The KV cache's.
+        groups: KV groups that are committed at the start, from the first on.
+    """
+
+    frames: int
+    geometry: Geometry
+    page_class: PageClass
+    bank_limit: int | None
+    slots: tuple[int, ...]
+    experts: Budget
+    kv: Budget
+    layout: KVLayout
+    groups: int
+
+
+class BlockSource(Protocol):
+    """The scheduler's KV blocks, by group. Blocks of held groups are handed out to nobody."""
+
+    def hold(self, groups: int) -> tuple[int, ...]:
+        """Hold up to so many wholly free groups, those first that are worth least; which."""
+
+    def release(self, groups: Iterable[int]) -> None:
+        """Blocks of these held groups may be handed out again."""
+
+    def used(self) -> int:
+        """Blocks that requests use."""
+
+
+class SplitController:
+    """Moves frames between experts and KV cache as a policy wishes.
+
+    Args:
+        inventory: What the workers have.
+        policy: Whom to ask.
+        blocks: The scheduler's KV blocks; groups that are not committed are held already.
+        workers: How many must answer.
+    """
+
+    def __init__(
+        self, inventory: Inventory, policy: ArbitrationGuard, blocks: BlockSource, workers: int
+    ) -> None:
+        self._inventory, self._policy, self._blocks = inventory, policy, blocks
+        self._mover = Mover(workers)
+        self._slots = inventory.slots
+        #: KV groups whose memory is committed on every worker.
+        self._groups = set(range(inventory.groups))
+        self._limit = inventory.frames
+        self._pause_per_frame = 0.0
+        self._reason = ""
+        #: Moves that took effect, by direction.
+        self.changes = {"to_kv": 0, "to_experts": 0}
+        #: Moves that were rolled back or left frames free.
+        self.failures = 0
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a move is under way, so that steps are needed."""
+        return self._mover.busy
+
+    @property
+    def frames(self) -> dict[str, int]:
+        """The split that all workers have confirmed: tenant → frames."""
+        return {EXPERTS: self._expert_frames(self._slots), KV: self._kv_frames(self._groups)}
+
+    @property
+    def faults(self) -> int:
+        """Faults of the policy."""
+        return self._policy.faults
+
+    def set_limit(self, frames: int | None) -> None:
+        """Use at most so many frames of the budget from now on, in as many moves as it takes.
+
+        What requests use of the KV cache is not taken away; below the minimums it does not go.
+        """
+        total = self._inventory.frames
+        self._limit = total if frames is None else min(max(frames, 0), total)
+
+    # --- every step ------------------------------------------------------------------------------
+
+    def step(self, view: ArbitrationView, answers: Iterable[Answer]) -> Order | None:
+        """Before each step of the engine.
+
+        Args:
+            view: The state of the engine; what the controller knows itself is filled in here.
+            answers: What the workers have said since.
+
+        Returns:
+            What to tell all workers with this step.
+        """
+        result = self._mover.receive(answers)
+        if result is not None:
+            self._finish(result)
+        layout, inventory = self._inventory.layout, self._inventory
+        used = -(-self._blocks.used() * layout.block_bytes // layout.frame_bytes)
+        frames = self.frames
+        view = replace(
+            view,
+            frames=frames,
+            total_frames=max(self._limit, self._least()),
+            bounds={EXPERTS: inventory.experts, KV: inventory.kv},
+            kv_used_frames=used,
+        )
+        split = self._policy.split(view)
+        if not self._mover.busy:
+            move = self._plan(self._within(split, view), view)
+            if move is not None:
+                self._report(move, split)
+                self._mover.begin(move)
+        return self._mover.order()
+
+    def _finish(self, result: Result) -> None:
+        move, groups = result.move, set(result.move.groups)
+        if result.outcome is Outcome.MOVED:
+            self._slots = move.slots
+            if move.to_kv:
+                self._groups |= groups
+                self._blocks.release(groups)
+            self.changes["to_kv" if move.to_kv else "to_experts"] += 1
+        else:
+            self.failures += 1
+            logger.warning(
+                "arbitration: a move was %s: %s", result.outcome.value, "; ".join(result.problems)
+            )
+            if result.outcome is Outcome.UNDONE and not move.to_kv:
+                self._groups |= groups
+                self._blocks.release(groups)
+            elif result.outcome is Outcome.STRANDED:
+                self._slots = move.slots if move.to_kv else move.before
+        moved = max(
+            self._inventory.layout.frames(groups),
+            abs(self._expert_frames(move.slots) - self._expert_frames(move.before)),
+        )
+        pause = result.seconds / max(moved, 1)
+        self._pause_per_frame += (pause - self._pause_per_frame) / 4
+
+    # --- planning --------------------------------------------------------------------------------
+
+    def _least(self) -> int:
+        return self._inventory.experts.min + self._inventory.kv.min
+
+    def _within(self, split: Split, view: ArbitrationView) -> dict[str, int]:
+        """What the policy wants, within the bounds; KV cache in use always wins."""
+        experts, kv = view.bounds[EXPERTS], view.bounds[KV]
+        floor = max(kv.min, min(view.kv_used_frames, view.frames[KV]))
+        wanted_kv = min(max(split.frames[KV], floor), kv.max, view.total_frames - experts.min)
+        wanted = min(max(split.frames[EXPERTS], experts.min), experts.max)
+        room = max(view.total_frames - wanted_kv, experts.min)
+        return {KV: wanted_kv, EXPERTS: min(wanted, room)}
+
+    def _plan(self, wanted: dict[str, int], view: ArbitrationView) -> Move | None:
+        """The next move towards ``wanted``; None if there is none worth making."""
+        have, per_group = self.frames, self._inventory.layout.frames_per_group
+        free = view.total_frames - have[EXPERTS] - have[KV]
+        most = self._most(view)
+        grow = min(wanted[KV] - have[KV], most)
+        if grow >= per_group:
+            return self._to_kv(grow, free)
+        slots = self._sizes(wanted[EXPERTS]) or self._slots
+        experts = self._expert_frames(slots)
+        if experts < have[EXPERTS] and free < 0:
+            return self._resize(max(experts, have[EXPERTS] - min(-free, most)))
+        # The KV cache gives no more than the experts can use, or than the limit demands.
+        needed = -(-max(experts - have[EXPERTS] - free, 0) // per_group) * per_group
+        shrink = min(have[KV] - wanted[KV], needed, most)
+        if shrink >= per_group:
+            return self._to_experts(shrink // per_group, experts, free)
+        if experts > have[EXPERTS] and free > 0:
+            return self._resize(have[EXPERTS] + min(experts - have[EXPERTS], free, most))
+        return None
+
+    def _most(self, view: ArbitrationView) -> int:
+        """Frames of the next move: what the pause allows, but enough to change something."""
+        layout, total = self._inventory.layout, self._inventory.frames
+        slot = self._expert_frames(tuple(n + 1 for n in self._slots)) - self.frames[EXPERTS]
+        least = layout.frames_per_group * -(-slot // layout.frames_per_group)
+        most = total * FIRST
+        if self._pause_per_frame and view.step_seconds:
+            most = PAUSE * view.step_seconds / self._pause_per_frame
+        return max(least, int(min(most, total * LARGEST)))
+
+    def _to_kv(self, count: int, free: int) -> Move | None:
+        """Commit as many of the lowest groups as ``count`` frames hold; experts give the rest."""
+        layout, groups, needed = self._inventory.layout, [], -free
+        for group in range(layout.groups):
+            if group not in self._groups:
+                if needed + free + layout.frames_of(group) > count:
+                    break
+                groups.append(group)
+                needed += layout.frames_of(group)
+        slots: tuple[int, ...] | None = self._slots
+        if needed > 0:
+            slots = self._sizes(self._expert_frames(self._slots) - needed)
+        if not groups or slots is None:
+            return None
+        return Move(True, tuple(groups), self._slots, slots)
+
+    def _to_experts(self, count: int, wanted: int, free: int) -> Move | None:
+        """Give up groups that nobody uses; experts get their frames, and what else is free."""
+        groups = self._blocks.hold(count)
+        if not groups:
+            return None  # all in use: the wish stays, and the next step tries again
+        self._groups -= set(groups)
+        have = self._expert_frames(self._slots)
+        room = have + free + self._kv_frames(groups)
+        slots = self._sizes(max(min(wanted, room), have)) or self._slots
+        return Move(False, groups, self._slots, slots)
+
+    def _resize(self, frames: int) -> Move | None:
+        """A move of the experts alone, to at most ``frames`` frames."""
+        slots = self._sizes(frames)
+        if slots is None or slots == self._slots:
+            return None
+        return Move(slots < self._slots, (), self._slots, slots)
+
+    def _sizes(self, frames: int) -> tuple[int, ...] | None:
+        i = self._inventory
+        slots = sizes(
+            i.geometry,
+            i.page_class,
+            frames,
+            i.layout.frame_bytes,
+            banks=len(i.slots),
+            limit=i.bank_limit,
+        )
+        return None if slots is None else tuple(slots)
+
+    def _expert_frames(self, slots: Sequence[int]) -> int:
+        i = self._inventory
+        return sum(frames_for(i.page_class, count, i.layout.frame_bytes) for count in slots)
+
+    def _kv_frames(self, groups: Iterable[int]) -> int:
+        return self._inventory.layout.frames(groups)
+
+    def _report(self, move: Move, split: Split) -> None:
+        """A line per decision; moves on the way to the same wish are not worth one each."""
+        direction = "to the KV cache" if move.to_kv else "to the experts"
+        size = self._inventory.layout.frame_bytes / 2**20
+        have = {name: f"{count * size:.1f}" for name, count in self.frames.items()}
+        want = {name: f"{count * size:.1f}" for name, count in split.frames.items()}
+        line = f"{direction}; {split.reason}" if split.reason else direction
+        if line != self._reason:
+            self._reason = line
+            logger.info(
+                "arbitration (%s): memory moves %s: experts %s → %s MiB, KV cache %s → %s MiB",
+                *(self._policy.name, line),
+                *(have[EXPERTS], want[EXPERTS], have[KV], want[KV]),
+            )

@@ -1,0 +1,127 @@
+"""What a worker tells the scheduler with each step: the demand for expert pages, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fluxmoe.core.mrc import MissRatioCurve, convex_hull
+from fluxmoe.core.pager import ExpertPager
+from fluxmoe.core.policy import ExpertDemand
+from fluxmoe.core.protocol import Answer
+from fluxmoe.core.types import PageClass
+
+#: Points of the curve that is sent, and the steps from one to the next.
+POINTS, EVERY = 65, 8
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One worker's last step. Plain data: it crosses processes.
+
+    Attributes:
+        rank: The worker's.
+        answer: To the last order it carried out, if any.
+        accesses, misses, loads: Of the step, see ``ExpertDemand``.
+        stall_seconds: Time that layers waited for pages.
+        load_seconds: Time to load one page, averaged over recent steps.
+        curve: ``ExpertDemand.curve``; None if it was not sent with this step.
+    """
+
+    rank: int
+    answer: Answer | None
+    accesses: int
+    misses: int
+    loads: int
+    stall_seconds: float
+    load_seconds: float
+    curve: tuple[float, ...] | None
+
+
+class DemandMeter:
+    """A worker's side: what has happened since the last report.
+
+    Args:
+        rank: The worker's.
+        pager: Whose counters are read, and to whom the curve is attached.
+        seed: For the sampling of events.
+    """
+
+    def __init__(self, rank: int, pager: ExpertPager, *, seed: int = 0) -> None:
+        self._rank, self._pager = rank, pager
+        geometry = pager.table.geometry
+        self._curve = MissRatioCurve(geometry.num_pages, geometry.experts_per_layer, seed=seed)
+        pager.curve = self._curve
+        self._grid = np.linspace(0, geometry.num_pages, POINTS).round().astype(np.int64)
+        self._load_seconds, self._steps = 0.0, 0
+        self.restarted()
+
+    def restarted(self) -> None:
+        """The counters have gone back to zero."""
+        self._last = (0, 0, 0, 0, 0.0)
+
+    def report(self, answer: Answer | None) -> StepReport:
+        """The report of the step that has just ended."""
+        counters, stall = self._pager.counters(), self._pager.transfer.stall_seconds
+        now = (
+            counters.accesses,
+            counters.misses,
+            counters.loads_demand,
+            counters.loads_prefetch,
+            stall,
+        )
+        accesses, misses, demanded, ahead, stalled = (
+            new - old for new, old in zip(now, self._last, strict=True)
+        )
+        self._last = now
+        if demanded:
+            rate = stalled / demanded
+            self._load_seconds += (rate - self._load_seconds) * (0.2 if self._load_seconds else 1)
+        curve = None
+        if self._steps % EVERY == 0 and accesses:
+            curve = tuple(convex_hull(self._curve.curve()[self._grid]).tolist())
+        self._steps += 1
+        return StepReport(
+            self._rank,
+            answer,
+            int(accesses),
+            int(misses),
+            int(demanded + ahead),
+            stalled,
+            self._load_seconds,
+            curve,
+        )
+
+
+class DemandView:
+    """The scheduler's side: the reports of all workers as one ``ExpertDemand``.
+
+    Workers hold different parts of the same pages and see the same routing, so counts are those of
+    the first; of times the longest counts, because all wait for the slowest.
+    """
+
+    def __init__(self, page_class: PageClass, pages: int, frame_bytes: int) -> None:
+        self._frames, self._pages = page_class.nbytes / frame_bytes, pages
+        self._curve = np.zeros(0)
+        self.stall_seconds = 0.0
+        self.latest = ExpertDemand(frames=self._frames, pages=pages)
+
+    def update(self, reports: Sequence[StepReport]) -> None:
+        """Take in the reports of one step."""
+        if not reports:
+            return
+        first = min(reports, key=lambda report: report.rank)
+        if first.curve is not None:
+            self._curve = np.asarray(first.curve)
+        self.stall_seconds = max(report.stall_seconds for report in reports)
+        self.latest = ExpertDemand(
+            frames=self._frames,
+            pages=self._pages,
+            accesses=first.accesses,
+            misses=first.misses,
+            loads=first.loads,
+            load_seconds=max(report.load_seconds for report in reports),
+            curve=self._curve,
+        )

@@ -1,0 +1,183 @@
+"""The KV cache as a tenant of the budget: one arena, of which groups of blocks are committed.
+
+The engine numbers its KV blocks and knows nothing of frames. A *group* is the fewest consecutive
+blocks that fill whole frames, and the unit in which the cache grows and shrinks. All of a block
+lies together (block-outermost, docs/adr/0004), so a group is one block wherever the size of a
+block is a multiple of a frame's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+
+from fluxmoe.core.arena import Arena
+from fluxmoe.core.frames import FramePool
+from fluxmoe.core.substrate import Substrate
+from fluxmoe.core.types import Bools, Bytes
+from fluxmoe.errors import InvariantError
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Where KV blocks lie: block ``b`` is the bytes ``[b, b + 1) * block_bytes`` of one buffer.
+
+    Attributes:
+        blocks: Blocks the cache may grow to.
+        block_bytes: One block, all layers.
+        frame_bytes: One frame.
+    """
+
+    blocks: int
+    block_bytes: int
+    frame_bytes: int
+
+    @property
+    def blocks_per_group(self) -> int:
+        return self.frame_bytes // math.gcd(self.block_bytes, self.frame_bytes)
+
+    @property
+    def frames_per_group(self) -> int:
+        """Of all groups but the last, which may have fewer blocks."""
+        return self.block_bytes // math.gcd(self.block_bytes, self.frame_bytes)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.blocks // self.blocks_per_group)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole buffer; address space, not memory."""
+        return self.blocks * self.block_bytes
+
+    def blocks_of(self, group: int) -> range:
+        first = group * self.blocks_per_group
+        return range(first, min(first + self.blocks_per_group, self.blocks))
+
+    def frames_of(self, group: int) -> int:
+        nbytes = len(self.blocks_of(group)) * self.block_bytes
+        return -(-nbytes // self.frame_bytes)
+
+    def frames(self, groups: Iterable[int]) -> int:
+        """Frames that ``groups`` commit."""
+        return sum(map(self.frames_of, groups))
+
+    def groups_within(self, frames: int) -> int:
+        """The most groups, from the first on, that commit at most ``frames`` frames."""
+        count, rest = divmod(frames, self.frames_per_group)
+        if count == self.groups - 1 and self.frames_of(count) <= rest:
+            count += 1
+        return min(count, self.groups)
+
+
+class KVTenant:
+    """The buffer of the engine's KV cache, committed group by group.
+
+    A group that is committed reads as zero, as the engine expects of a fresh cache: whatever the
+    frames held before is cleared when they are given up. Elsewhere the buffer is read-only NaNs,
+    so an engine that uses a block it does not have crashes instead of answering nonsense.
+
+    Args:
+        pool: Ledger of the budget.
+        substrate: Where the frames live.
+        layout: Blocks, groups and frames.
+    """
+
+    NAME = "kv"
+
+    def __init__(self, pool: FramePool, substrate: Substrate, layout: KVLayout) -> None:
+        self._pool, self._substrate, self.layout = pool, substrate, layout
+        self._arena = Arena(substrate, layout.nbytes)
+        #: Per group, whether it is committed.
+        self.committed: Bools = np.zeros(layout.groups, np.bool_)
+
+    @property
+    def frames(self) -> int:
+        return self._pool.owned_by(self.NAME)
+
+    @property
+    def nbytes(self) -> int:
+        """Committed bytes, whole frames."""
+        return self.frames * self._pool.frame_bytes
+
+    def buffer(self) -> Bytes:
+        """All blocks as uint8 ``[blocks * block_bytes]``. It does not keep the arena alive."""
+        buffer: Bytes = self._arena.rows(1, self.layout.nbytes)[0]
+        return buffer
+
+    def commit(self, groups: Iterable[int]) -> None:
+        """Commit those of ``groups`` that are not. On failure nothing has changed.
+
+        Raises:
+            OutOfFramesError: The budget has no room.
+            SubstrateError: The system refused. (If it refuses to unmap, too, see ``committed``.)
+        """
+        done = []
+        try:
+            for group in self._known(groups):
+                if self.committed[group]:
+                    continue
+                frames = self._pool.take(self.NAME, self.layout.frames_of(group))
+                try:
+                    self._arena.commit(group * self.layout.frames_per_group, frames)
+                except BaseException:
+                    self._pool.give(self.NAME, frames)
+                    self._substrate.release(frames)
+                    raise
+                self.committed[group] = True
+                done.append(group)
+        except BaseException:
+            self.free(done)
+            raise
+
+    def free(self, groups: Iterable[int]) -> None:
+        """Give up those of ``groups`` that are committed; nobody may use their blocks.
+
+        Raises:
+            SubstrateError: The system refused; all groups but those it would not unmap are free.
+        """
+        with ExitStack() as each:  # goes on if one fails
+            for group in self._known(groups):
+                each.callback(self._free, group)
+
+    def _free(self, group: int) -> None:
+        if self.committed[group]:
+            frames = self._arena.decommit(
+                group * self.layout.frames_per_group, self.layout.frames_of(group)
+            )
+            self.committed[group] = False
+            self._pool.give(self.NAME, frames)
+            self._substrate.release(frames)
+
+    def close(self) -> None:
+        """Give back all frames and addresses. Idempotent."""
+        if len(self.committed):
+            frames = self._arena.close()
+            self.committed = np.zeros(0, np.bool_)
+            self._pool.give(self.NAME, frames)
+            self._substrate.release(frames)
+
+    def check(self) -> None:
+        """Raise InvariantError unless exactly the committed groups are mapped, in own frames."""
+        self._arena.check()
+        mapped = self._arena.frame_at >= 0
+        expected = np.zeros_like(mapped)
+        for group in np.flatnonzero(self.committed).tolist():
+            first = group * self.layout.frames_per_group
+            expected[first : first + self.layout.frames_of(group)] = True
+        if np.any(mapped != expected):
+            raise InvariantError("not exactly the committed KV groups are mapped")
+        if np.count_nonzero(mapped) != self.frames:
+            raise InvariantError(
+                f"{np.count_nonzero(mapped)} frames of KV are mapped, {self.frames} are owned"
+            )
+
+    def _known(self, groups: Iterable[int]) -> list[int]:
+        wanted = list(groups)
+        if any(not 0 <= group < len(self.committed) for group in wanted):
+            raise InvariantError(f"KV groups beyond {len(self.committed)}: {wanted}")
+        return wanted

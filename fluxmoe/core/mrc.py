@@ -1,0 +1,152 @@
+"""MissRatioCurve: what any number of slots would have missed, estimated while serving.
+
+LRU has the inclusion property: with ``k`` slots it holds the ``k`` pages used last, so an access
+hits if fewer than ``k`` other pages were used since (Mattson, 1970). The usual estimators sample
+*pages* and keep a stack of them (SHARDS, Waldspurger 2015). The books already know every page's
+last use, so here *events* are sampled instead and the stack distances of their pages counted by one
+pass over the books: exact for each sampled event, nothing to do for the others.
+
+The order of the stack is the event rule's: by last event, then by page id, because ties are evicted
+lowest id first. Distances are those at the beginning of an event, for all of its pages.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.jit import jit
+from fluxmoe.core.types import Int64s, Ints
+
+Floats = npt.NDArray[np.float64]
+
+#: Sampled events after which the weight of older ones has fallen to 1/e.
+WINDOW = 64
+_NEVER = -1
+
+
+@jit
+def sample(last_use: Int64s, first: int, ids: Ints, seen: Int64s, keys: Int64s) -> int:
+    """Stack distances of an event that has not begun yet.
+
+    Args:
+        last_use: Per page, the last event before this one, −1 = never.
+        first: First page of the layer.
+        ids: Routed experts, 1-D, repeats and padding (negative) allowed.
+        seen: Scratch ``[experts]``.
+        keys: ``[2, experts]``; ``keys[1, :n]`` is filled with the distances, −1 = never used.
+
+    Returns:
+        ``n``, the number of distinct pages.
+    """
+    pages, experts = last_use.size, seen.size
+    seen[:] = 0
+    n = 0
+    for i in range(ids.size):
+        expert = ids[i]
+        if 0 <= expert < experts and seen[expert] == 0:
+            seen[expert] = 1
+            page = first + expert
+            used = last_use[page]
+            keys[0, n] = used if used == _NEVER else used * pages + page
+            n += 1
+    order = np.sort(keys[0, :n])
+    more = np.zeros(n + 1, np.int64)  # more[i]: pages whose key lies between order[i-1], order[i]
+    for page in range(pages):
+        if last_use[page] != _NEVER:
+            more[np.searchsorted(order, last_use[page] * pages + page)] += 1
+    above = 0
+    for i in range(n - 1, -1, -1):
+        above += more[i + 1]
+        keys[1, i] = _NEVER if order[i] == _NEVER else above
+    return n
+
+
+class MissRatioCurve:
+    """The miss ratio of LRU as a function of slots, over the recent past.
+
+    Args:
+        pages: Pages of the model.
+        experts: Experts per layer.
+        every: Events from one sample to the next, on average; 1 = all. By default so many that the
+            sampling costs about a microsecond per event.
+        window: Samples after which the weight of older ones has fallen to 1/e; 0 = never.
+        seed: The distances between samples are random, so that no layer is preferred.
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        experts: int,
+        *,
+        every: int | None = None,
+        window: int = WINDOW,
+        seed: int = 0,
+    ) -> None:
+        self._pages = pages
+        self._every = max(1, pages // 128) if every is None else every
+        self._growth = 1.0 + 1.0 / window if window else 1.0
+        self._random = random.Random(seed)
+        self._seen = np.zeros(experts, np.int64)
+        self._keys = np.zeros((2, experts), np.int64)
+        self._histogram = np.zeros(pages + 1)  # by distance; the last entry counts first uses
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._histogram[:] = 0.0
+        self._weight = 1.0
+        self._wait = 0
+
+    def observe(self, last_use: Int64s, layer: int, ids: Ints) -> None:
+        """Before each event: sample it, or do nothing but count."""
+        if self._wait:
+            self._wait -= 1
+            return
+        self._wait = self._random.randrange(2 * self._every - 1)
+        n = sample(last_use, layer * self._seen.size, ids, self._seen, self._keys)
+        # A first use misses whatever the capacity: index −1 is the last entry, which is for these.
+        np.add.at(self._histogram, self._keys[1, :n], self._weight)
+        self._weight *= self._growth
+        if self._weight > 1e12:
+            self._histogram /= self._weight
+            self._weight = 1.0
+
+    def curve(self) -> Floats:
+        """Miss ratio for 0, 1 … ``pages`` slots, first uses left out, never increasing.
+
+        All zeros before anything was sampled.
+        """
+        total = self._histogram.sum()
+        misses = np.zeros(self._pages + 1)
+        misses[:-1] = np.cumsum(self._histogram[:-1][::-1])[::-1]
+        return misses / total if total else misses
+
+    @property
+    def first_uses(self) -> float:
+        """Share of accesses that were a page's first."""
+        total = self._histogram.sum()
+        return float(self._histogram[-1] / total) if total else 0.0
+
+
+def convex_hull(curve: Floats) -> Floats:
+    """The lower convex hull of a miss-ratio curve.
+
+    What LRU misses where a curve has a cliff (a scan of all pages, step after step, misses
+    everything until all fit) a better policy can avoid: by keeping a fixed part of the pages it
+    reaches every point of the hull (Talus, Beckmann and Sanchez, 2015).
+    """
+    corners: list[int] = []
+    for k in range(len(curve)):
+        while len(corners) > 1 and _above(curve, corners[-2], corners[-1], k):
+            corners.pop()
+        corners.append(k)
+    hull: Floats = np.interp(np.arange(len(curve)), corners, curve[corners])
+    return hull
+
+
+def _above(curve: Floats, i: int, j: int, k: int) -> bool:
+    """Whether corner ``j`` lies on or above the line from ``i`` to ``k``."""
+    return bool((curve[j] - curve[i]) * (k - i) >= (curve[k] - curve[i]) * (j - i))

@@ -1,0 +1,238 @@
+"""How scheduler and workers agree on a move of memory: pure state machines, no engine, no clock.
+
+A move is a *shrink* of one tenant and a *grow* of the other. The scheduler's ``Mover`` sends one
+order at a time to all workers and sends the next one only when every worker has answered::
+
+    shrink ── all done ──▶ grow ── all done ──▶ MOVED
+       │ one failed          │ one failed
+       │                  shrink back
+       ▼                     ▼
+    grow back ◀──────────────┘
+       │ all done ──▶ UNDONE           one failed ──▶ shrink again ──▶ STRANDED (frames are free)
+
+Each order has a number, is repeated in every step until it is answered, and is carried out once:
+messages may be lost, doubled or late. Workers answer in every step with what they did last.
+What an action asks for is absolute, so it does no harm where it was carried out half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class FreeKV:
+    """Give up the memory of KV groups. Nobody may use their blocks any more."""
+
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeKV:
+    """Commit memory for KV groups."""
+
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetSlots:
+    """Give each bank of expert slots this size."""
+
+    slots: tuple[int, ...]
+
+
+Action: TypeAlias = FreeKV | TakeKV | SetSlots
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Scheduler to all workers: carry out ``action``, the ``number``-th, counted from 1."""
+
+    number: int
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Worker to scheduler: order ``number`` is done, or failed for a reason.
+
+    ``seconds`` is what carrying it out took; it costs the step that long.
+    """
+
+    rank: int
+    number: int
+    problem: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What is to change: KV groups in one direction, the banks' slots in the other.
+
+    A move of one tenant alone leaves ``slots == before``, or ``groups`` empty.
+
+    Attributes:
+        to_kv: The direction: KV groups are committed, experts lose slots; else the reverse.
+        groups: The KV groups that change.
+        before: Slots per bank now.
+        slots: Slots per bank wanted.
+    """
+
+    to_kv: bool
+    groups: tuple[int, ...]
+    before: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    def shrink(self) -> Action:
+        return SetSlots(self.slots) if self.to_kv else FreeKV(self.groups)
+
+    def grow(self) -> Action:
+        return TakeKV(self.groups) if self.to_kv else SetSlots(self.slots)
+
+    def shrink_back(self) -> Action:
+        """Undo ``grow``."""
+        return FreeKV(self.groups) if self.to_kv else SetSlots(self.before)
+
+    def grow_back(self) -> Action:
+        """Undo ``shrink``."""
+        return SetSlots(self.before) if self.to_kv else TakeKV(self.groups)
+
+
+class Outcome(Enum):
+    """How a move ended.
+
+    ``STRANDED``: the shrink stands, nobody has grown; the frames are free.
+    """
+
+    MOVED = "moved"
+    UNDONE = "undone"
+    STRANDED = "stranded"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A move that has ended, with the problems that workers reported on the way.
+
+    ``seconds`` is the most that carrying out any one of its orders took.
+    """
+
+    move: Move
+    outcome: Outcome
+    problems: tuple[str, ...]
+    seconds: float
+
+
+class _Stage(Enum):
+    SHRINK = "shrink"
+    GROW = "grow"
+    SHRINK_BACK = "shrink back"
+    GROW_BACK = "grow back"
+    SHRINK_AGAIN = "shrink again"
+
+
+#: Stage → what follows if all workers did it, and if one did not.
+_NEXT: dict[_Stage, tuple[_Stage | Outcome, _Stage | Outcome]] = {
+    _Stage.SHRINK: (_Stage.GROW, _Stage.GROW_BACK),
+    _Stage.GROW: (Outcome.MOVED, _Stage.SHRINK_BACK),
+    # A shrink that fails is not tried again: what is left shows in the grow that follows.
+    _Stage.SHRINK_BACK: (_Stage.GROW_BACK, _Stage.GROW_BACK),
+    _Stage.GROW_BACK: (Outcome.UNDONE, _Stage.SHRINK_AGAIN),
+    _Stage.SHRINK_AGAIN: (Outcome.STRANDED, Outcome.STRANDED),
+}
+
+
+class Mover:
+    """The scheduler's side: carries out one move after the other.
+
+    Args:
+        workers: Ranks that must answer.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._number = 0
+        self._move: Move | None = None
+        self._stage = _Stage.SHRINK
+        self._answers: dict[int, Answer] = {}
+        self._problems: list[str] = []
+        self._seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self._move is not None
+
+    def begin(self, move: Move) -> None:
+        """Start a move. Blocks of KV groups that shrink must be out of the scheduler's hands."""
+        assert self._move is None
+        self._move, self._problems, self._seconds = move, [], 0.0
+        self._enter(_Stage.SHRINK)
+
+    def order(self) -> Order | None:
+        """What to send to all workers in this step; None if no move is under way."""
+        if self._move is None:
+            return None
+        action = {
+            _Stage.SHRINK: self._move.shrink,
+            _Stage.GROW: self._move.grow,
+            _Stage.SHRINK_BACK: self._move.shrink_back,
+            _Stage.GROW_BACK: self._move.grow_back,
+            _Stage.SHRINK_AGAIN: self._move.shrink,
+        }[self._stage]()
+        return Order(self._number, action)
+
+    def receive(self, answers: Iterable[Answer]) -> Result | None:
+        """Take note of answers; the result, once the move has ended."""
+        if self._move is None:
+            return None
+        for answer in answers:
+            if answer.number == self._number and 0 <= answer.rank < self._workers:
+                self._answers[answer.rank] = answer
+        if len(self._answers) < self._workers:
+            return None
+        failed = [a for a in self._answers.values() if a.problem]
+        self._problems += [f"worker {a.rank}: {self._stage.value}: {a.problem}" for a in failed]
+        self._seconds = max(self._seconds, *(a.seconds for a in self._answers.values()))
+        following = _NEXT[self._stage][bool(failed)]
+        if isinstance(following, _Stage):
+            self._enter(following)
+            return None
+        result = Result(self._move, following, tuple(self._problems), self._seconds)
+        self._move = None
+        return result
+
+    def _enter(self, stage: _Stage) -> None:
+        self._stage = stage
+        self._number += 1
+        self._answers = {}
+
+
+class Follower:
+    """The worker's side: carries out each order once and remembers the answer.
+
+    Args:
+        rank: The worker's.
+        execute: Carries out an action, all of it, or raises.
+        clock: Seconds, for ``Answer.seconds``.
+    """
+
+    def __init__(
+        self, rank: int, execute: Callable[[Action], None], clock: Callable[[], float]
+    ) -> None:
+        self._rank, self._execute, self._clock = rank, execute, clock
+        self._last: Answer | None = None
+
+    def receive(self, order: Order | None) -> Answer | None:
+        """Carry out ``order`` unless that was done before; the answer to the last one."""
+        done = 0 if self._last is None else self._last.number
+        # The scheduler goes on only when all have answered: another number is an old message.
+        if order is not None and order.number == done + 1:
+            started, problem = self._clock(), ""
+            try:
+                self._execute(order.action)
+            except Exception as error:  # whatever it is, the engine must go on serving
+                problem = f"{type(error).__name__}: {error}"
+            self._last = Answer(self._rank, order.number, problem, self._clock() - started)
+        return self._last

@@ -1,0 +1,391 @@
+"""The controller with real memory behind it: many moves, failing workers, nonsensical wishes."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import fluxmoe
+from fluxmoe.core.arbitration import ArbitrationGuard
+from fluxmoe.core.controller import Inventory, SplitController
+from fluxmoe.core.policy import ArbitrationView, Split
+from fluxmoe.core.protocol import Follower
+from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.types import Budget
+from fluxmoe.errors import PolicyFaultError, SubstrateError
+from fluxmoe.testing.faults import FaultySubstrate
+from tests.core.rig import FRAME, PAGE_CLASS, Leaks, Rig
+
+FRAMES, BLOCKS, GROUPS_AT_START = 40, 21, 3
+LAYERS, EXPERTS = 4, 4
+SLOTS = 10
+
+
+class Blocks:
+    """The scheduler's block pool: which groups are held, which blocks requests use."""
+
+    def __init__(self, layout, groups: int) -> None:
+        self.layout = layout
+        self.held = set(range(groups, layout.groups))
+        self.in_use: set[int] = set()
+
+    def hold(self, groups):
+        free = [
+            group
+            for group in range(self.layout.groups)
+            if group not in self.held and not self.in_use & set(self.layout.blocks_of(group))
+        ]
+        taken = tuple(free[-groups:])
+        self.held |= set(taken)
+        return taken
+
+    def release(self, groups):
+        assert self.held >= set(groups)
+        self.held -= set(groups)
+
+    def used(self):
+        return len(self.in_use)
+
+    @property
+    def usable(self):
+        return {
+            block
+            for group in range(self.layout.groups)
+            if group not in self.held
+            for block in self.layout.blocks_of(group)
+        }
+
+
+class Wish(fluxmoe.ArbitrationPolicy):
+    """Wants what the test says; by default what there is."""
+
+    answer: object = None
+
+    def split(self, view):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer or Split(view.frames)
+
+
+class World:
+    """A scheduler and its workers, each with arenas, page table and pager."""
+
+    def __init__(
+        self, workers: int = 1, *, strict: bool = False, frames: int = FRAMES, blocks: int = BLOCKS
+    ) -> None:
+        self.substrates = [FaultySubstrate(CpuSubstrate(frames, FRAME)) for _ in range(workers)]
+        self.rigs = []
+        for substrate in self.substrates:
+            rig = Rig(
+                LAYERS,
+                EXPERTS,
+                (SLOTS,),
+                reserved=(LAYERS * EXPERTS,),
+                substrate=substrate,
+                kv_blocks=blocks,
+            )
+            rig.arbiter.kv.commit(range(GROUPS_AT_START))
+            self.rigs.append(rig)
+        self.layout = self.rigs[0].arbiter.kv.layout
+        self.followers = [
+            Follower(rank, lambda action, rig=rig: rig.arbiter.execute(rig.pager, action), float)
+            for rank, rig in enumerate(self.rigs)
+        ]
+        self.blocks = Blocks(self.layout, GROUPS_AT_START)
+        self.policy = Wish()
+        least = frames_for(PAGE_CLASS, EXPERTS, FRAME)
+        inventory = Inventory(
+            frames=frames,
+            geometry=self.rigs[0].geometry,
+            page_class=PAGE_CLASS,
+            bank_limit=None,
+            slots=(SLOTS,),
+            experts=Budget(least, 0, frames_for(PAGE_CLASS, LAYERS * EXPERTS, FRAME)),
+            kv=Budget(3, 0, frames - least),
+            layout=self.layout,
+            groups=GROUPS_AT_START,
+        )
+        guard = ArbitrationGuard(self.policy, name="wish", strict=strict)
+        self.controller = SplitController(inventory, guard, self.blocks, workers)
+        self.answers: list = []
+        self.rng = np.random.default_rng(0)
+
+    def want(self, experts: int, kv: int) -> None:
+        self.policy.answer = Split({"experts": experts, "kv": kv}, "the test says so")
+
+    def step(self) -> None:
+        order = self.controller.step(ArbitrationView({}, 0, step_seconds=1.0), self.answers)
+        answers = [follower.receive(order) for follower in self.followers]
+        self.answers = [answer for answer in answers if answer is not None]
+        for rig in self.rigs:
+            rig.acquire(int(self.rng.integers(LAYERS)), self.rng.integers(0, EXPERTS, 3).tolist())
+            for block in self.blocks.usable:  # crashes where there is no memory
+                rig.arbiter.kv.buffer()[block * self.layout.block_bytes] = 1
+
+    def settle(self, steps: int = 80) -> None:
+        for _ in range(steps):
+            self.step()
+        assert not self.controller.busy
+
+    @property
+    def frames(self):
+        return self.controller.frames
+
+    def check(self) -> None:
+        for rig in self.rigs:
+            rig.check()
+            groups = {int(g) for g in np.flatnonzero(rig.arbiter.kv.committed)}
+            assert groups | self.blocks.held >= set(range(self.layout.groups))
+        if not self.controller.busy:
+            assert self.blocks.used() <= len(self.blocks.usable)
+
+    def close(self) -> None:
+        for rig in self.rigs:
+            rig.close()
+
+
+@pytest.fixture
+def world():
+    leaks, made = Leaks(), []
+
+    def make(*args, **options) -> World:
+        made.append(World(*args, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.check()
+        each.close()
+    leaks.assert_none()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_goes_both_ways_and_back(world, workers):
+    w = world(workers)
+    w.want(20, 9)
+    w.settle()
+    assert w.frames == {"experts": frames_for(PAGE_CLASS, 16, FRAME), "kv": 9}
+    w.want(8, 32)
+    w.settle()
+    assert w.frames == {"experts": 10, "kv": 30}  # what the KV cache cannot take stays
+    w.want(19, 21)
+    w.settle()
+    assert w.frames == {"experts": 19, "kv": 21}
+    assert min(w.controller.changes.values()) >= 3  # in small moves
+    assert w.controller.failures == 0
+    for rig in w.rigs:
+        assert rig.arbiter.frames() == w.frames
+
+
+def test_to_return_the_present_split_moves_nothing(world):
+    w = world()
+    w.settle(5)
+    assert w.controller.changes == {"to_kv": 0, "to_experts": 0}
+
+
+def test_bounds_and_use_win_over_any_wish(world):
+    w = world()
+    w.want(0, 0)
+    w.settle()
+    assert w.frames["kv"] >= 3 and w.frames["experts"] >= frames_for(PAGE_CLASS, EXPERTS, FRAME)
+    w.want(0, FRAMES)
+    w.settle()
+    assert w.frames == {"experts": FRAMES - 32, "kv": 32}  # there are no more blocks
+    w.blocks.in_use = set(w.blocks.usable)
+    kv = w.frames["kv"]
+    w.want(FRAMES - 3, 3)
+    w.settle(20)
+    assert w.frames["kv"] == kv  # every block is in use: the wish waits …
+    w.blocks.in_use = set()
+    w.settle()
+    assert w.frames["kv"] < kv  # … until it can be granted
+
+
+@pytest.mark.parametrize("used", [{0}, {0, 4, 9}])
+def test_groups_with_a_block_in_use_are_not_touched(world, used):
+    w = world()
+    w.want(0, 30)
+    w.settle()
+    w.blocks.in_use = used
+    w.want(FRAMES, 0)
+    w.policy.answer = Split({"experts": FRAMES - 3, "kv": 3})
+    w.settle()
+    assert used <= w.blocks.usable
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_commit_that_fails_on_one_worker_rolls_all_back(world, rank, caplog):
+    w = world(2)
+    w.settle(2)
+    before = w.frames
+    w.want(20, 9)
+    w.substrates[rank].plan.arm("commit", SubstrateError("injected fault"), lasting=True)
+    for _ in range(30):
+        w.step()
+        w.check()
+    assert w.frames == before
+    assert w.controller.failures > 3
+    assert "a move was undone" in caplog.text or "a move was stranded" in caplog.text
+    w.substrates[rank].plan.disarm()
+    w.settle()
+    assert w.frames["experts"] == frames_for(PAGE_CLASS, 16, FRAME)
+
+
+def test_frames_that_were_stranded_are_found_again(world):
+    w = world(2)
+    w.want(0, 30)
+    # No grow, and no growing back.
+    w.substrates[1].plan.arm("commit", SubstrateError("injected fault"), lasting=True)
+    for _ in range(30):
+        w.step()
+        w.check()
+    w.substrates[1].plan.disarm()
+    w.settle()
+    assert w.frames["kv"] == 30
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        RuntimeError("no idea"),
+        "half and half",
+        Split({"experts": 10}),
+        Split({"experts": 10, "kv": 10, "me": 1}),
+        Split({"experts": -1, "kv": 10}),
+        Split({"experts": 10.5, "kv": 10}),
+        Split({"experts": float("nan"), "kv": 10}),
+        Split({"experts": FRAMES, "kv": 1}),
+        Split({"experts": True, "kv": 10}),
+        Split({"experts": 10, "kv": 10}, reason=7),
+        Split([10, 10]),
+    ],
+)
+def test_nonsense_changes_nothing_and_is_counted(world, answer, caplog):
+    w = world()
+    before = w.frames
+    w.policy.answer = answer
+    w.settle(20)
+    assert w.frames == before
+    assert w.controller.faults == 16  # then it is out
+    assert caplog.text.count("arbitration policy 'wish': split") == 1
+    strict = world(strict=True)
+    strict.policy.answer = answer
+    with pytest.raises(PolicyFaultError, match="split"):
+        strict.step()
+
+
+def test_a_lowered_limit_is_kept_to_and_raised_again(world):
+    w = world()
+    w.want(20, 20)
+    w.settle()
+    full = sum(w.frames.values())
+    kv = w.frames["kv"]
+    w.blocks.in_use = set(w.blocks.usable)
+    w.policy.answer = None  # the present split is an answer, even if it is too large now
+    w.controller.set_limit(20)
+    w.settle()
+    assert w.frames == {"experts": frames_for(PAGE_CLASS, EXPERTS, FRAME), "kv": kv}
+    w.controller.set_limit(24)
+    w.blocks.in_use = set()
+    w.settle()
+    assert w.controller.faults == 0
+    assert sum(w.frames.values()) <= 24
+    w.controller.set_limit(None)
+    w.want(20, 20)
+    w.settle()
+    assert sum(w.frames.values()) == full
+
+
+def test_a_line_per_decision_not_per_move(world, caplog):
+    w = world()
+    with caplog.at_level(logging.INFO, "fluxmoe"):
+        w.want(8, 30)
+        w.settle()
+        w.want(20, 9)
+        w.settle()
+    lines = [r.getMessage() for r in caplog.records if "memory moves" in r.getMessage()]
+    assert len(lines) == 2
+    assert "arbitration (wish): memory moves to the KV cache; the test says so: experts" in lines[0]
+    assert "to the experts" in lines[1]
+
+
+def test_a_slow_move_makes_the_next_one_small(world):
+    def moves(seconds: float) -> int:
+        w = world(frames=800, blocks=500)
+        ticks = iter(np.arange(10_000) * seconds)
+        w.followers[0]._clock = lambda: float(next(ticks))
+        w.want(8, 400)
+        w.settle(400)
+        assert w.frames["kv"] == 399
+        return w.controller.changes["to_kv"]
+
+    assert moves(10.0) > 100  # a move takes ten steps: the least possible each time
+    assert 5 <= moves(1e-9) < 20
+
+
+class ControllerMachine(RuleBasedStateMachine):
+    """Random wishes, use, faults and limits; every step writes to all blocks that are usable."""
+
+    @initialize(workers=st.integers(1, 2))
+    def build(self, workers):
+        self.leaks = Leaks()
+        self.world = World(workers)
+
+    @rule(experts=st.integers(0, FRAMES), kv=st.integers(0, FRAMES))
+    def wish(self, experts, kv):
+        self.world.want(experts, min(kv, FRAMES - experts))
+
+    @rule(steps=st.integers(1, 12))
+    def run(self, steps):
+        for _ in range(steps):
+            self.world.step()
+
+    @rule(data=st.data())
+    def use(self, data):
+        usable = sorted(self.world.blocks.usable)
+        self.world.blocks.in_use = data.draw(st.sets(st.sampled_from(usable)))
+
+    @rule(data=st.data(), commits=st.sampled_from([None, 0, 1, 2]))
+    def break_commits(self, data, commits):
+        plan = data.draw(st.sampled_from(self.world.substrates)).plan
+        if commits is None:
+            plan.disarm()
+        else:
+            plan.arm("commit", SubstrateError("injected fault"), commits + 1, lasting=True)
+
+    @rule(frames=st.none() | st.integers(0, FRAMES + 5))
+    def limit(self, frames):
+        self.world.controller.set_limit(frames)
+
+    @rule(data=st.data())
+    def lose_an_answer(self, data):
+        if self.world.answers:
+            index = data.draw(st.integers(0, len(self.world.answers) - 1))
+            del self.world.answers[index]
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "world"))
+    def holds(self):
+        self.world.check()
+        assert self.world.blocks.in_use <= self.world.blocks.usable
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            for substrate in self.world.substrates:
+                substrate.plan.disarm()
+            self.world.settle()
+            if not self.world.controller.failures:
+                for rig in self.world.rigs:
+                    assert rig.arbiter.frames() == self.world.frames
+            self.world.close()
+            self.leaks.assert_none()
+
+
+ControllerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
+TestController = ControllerMachine.TestCase

@@ -1,0 +1,262 @@
+"""The protocol of moves against workers and a network that do their worst."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fluxmoe.core.protocol import (
+    Answer,
+    Follower,
+    FreeKV,
+    Move,
+    Mover,
+    Order,
+    Outcome,
+    SetSlots,
+    TakeKV,
+)
+from fluxmoe.errors import OutOfFramesError, SubstrateError
+
+GROUP, SLOT = 3, 2  # frames
+FRAMES, GROUPS = 40, 9
+
+
+class Worker:
+    """Memory of one worker as two numbers; an action is carried out whole or not at all."""
+
+    def __init__(self, rank: int) -> None:
+        self.groups: set[int] = {0, 1, 2}
+        self.slots = 12
+        self.failures: list[bool] = []  # of the next actions
+        self.follower = Follower(rank, self.execute, clock=lambda: 0.0)
+        self.inbox: deque[Order] = deque()
+        self.executed: list[object] = []
+
+    @property
+    def frames(self) -> int:
+        return len(self.groups) * GROUP + self.slots * SLOT
+
+    def execute(self, action) -> None:
+        self.executed.append(action)
+        if self.failures and self.failures.pop(0):
+            raise SubstrateError("the system refused")
+        groups, slots = self.groups, self.slots
+        if isinstance(action, FreeKV):
+            groups = groups - set(action.groups)
+        elif isinstance(action, TakeKV):
+            groups = groups | set(action.groups)
+        else:
+            (slots,) = action.slots
+        if len(groups) * GROUP + slots * SLOT > FRAMES:
+            raise OutOfFramesError("no room")
+        self.groups, self.slots = groups, slots
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    """What the scheduler believes must always be safe, whatever happens to messages and workers."""
+
+    @initialize(workers=st.integers(1, 3))
+    def build(self, workers):
+        self.workers = [Worker(rank) for rank in range(workers)]
+        self.mover = Mover(workers)
+        self.usable = {0, 1, 2}  # groups whose blocks the scheduler may hand out
+        self.slots = 12  # what all workers have at least, as the scheduler believes
+        self.answers: deque[Answer] = deque()
+        self.healthy = True
+        self.moves: list[Outcome] = []
+
+    @precondition(lambda self: not self.mover.busy)
+    @rule(data=st.data(), to_kv=st.booleans(), slots=st.integers(4, 18))
+    def begin(self, data, to_kv, slots):
+        if to_kv:
+            pool = sorted(set(range(GROUPS)) - self.usable)
+            groups = data.draw(st.sets(st.sampled_from(pool)) if pool else st.just(set()))
+            move = Move(True, tuple(groups), (self.slots,), (min(slots, self.slots),))
+        else:
+            pool = sorted(self.usable)
+            groups = data.draw(st.sets(st.sampled_from(pool)) if pool else st.just(set()))
+            self.usable -= groups  # the balloon takes them first
+            move = Move(False, tuple(groups), (self.slots,), (max(slots, self.slots),))
+        self.mover.begin(move)
+
+    @rule()
+    def send(self):
+        """A step: the order goes to all workers."""
+        order = self.mover.order()
+        if order is not None:
+            for worker in self.workers:
+                worker.inbox.append(order)
+
+    @rule(data=st.data())
+    def deliver(self, data):
+        worker = data.draw(st.sampled_from(self.workers))
+        if worker.inbox:
+            index = data.draw(st.integers(0, len(worker.inbox) - 1))  # not in order
+            order = worker.inbox[index]
+            if data.draw(st.booleans(), label="only once"):
+                del worker.inbox[index]
+            self.reply(worker, order)
+
+    @rule(data=st.data())
+    def a_step_without_an_order(self, data):
+        self.reply(data.draw(st.sampled_from(self.workers)), None)
+
+    @rule(data=st.data())
+    def lose(self, data):
+        box = data.draw(st.sampled_from([self.answers, *(w.inbox for w in self.workers)]))
+        if box:
+            del box[data.draw(st.integers(0, len(box) - 1))]
+
+    @rule(data=st.data())
+    def hear(self, data):
+        if self.answers:
+            index = data.draw(st.integers(0, len(self.answers) - 1))
+            answer = self.answers[index]
+            if data.draw(st.booleans(), label="only once"):
+                del self.answers[index]
+            self.take(answer)
+
+    @rule(data=st.data(), failures=st.lists(st.booleans(), max_size=3))
+    def break_worker(self, data, failures):
+        data.draw(st.sampled_from(self.workers)).failures = failures
+
+    @rule()
+    def everything_heals(self):
+        """Undisturbed, any move comes to an end within a few steps."""
+        for worker in self.workers:
+            worker.failures = []
+        for _ in range(5):
+            order = self.mover.order()
+            for worker in self.workers:
+                self.reply(worker, order)
+            while self.answers:
+                self.take(self.answers.popleft())
+        assert not self.mover.busy
+
+    def reply(self, worker, order):
+        answer = worker.follower.receive(order)
+        if answer is not None:
+            self.answers.append(answer)
+
+    def take(self, answer):
+        result = self.mover.receive([answer])
+        if result is None:
+            return
+        move, moved = result.move, set(result.move.groups)
+        self.moves.append(result.outcome)
+        if result.outcome is Outcome.MOVED:
+            self.slots = move.slots[0]
+            self.usable |= moved if move.to_kv else set()
+            assert not [p for p in result.problems if ": grow:" in p]
+        elif result.outcome is Outcome.UNDONE:
+            self.slots = move.before[0]
+            self.usable |= set() if move.to_kv else moved
+            assert result.problems
+        else:
+            self.slots = min(move.slots[0], move.before[0])
+            assert result.problems
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "workers"))
+    def safe(self):
+        for worker in self.workers:
+            # No block is handed out whose memory is not there, on any worker.
+            assert self.usable <= worker.groups
+            assert worker.frames <= FRAMES
+            # No order is carried out twice, so none undoes what came after it.
+            numbers = worker.follower._last.number if worker.follower._last else 0
+            assert len(worker.executed) == numbers
+
+
+ProtocolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+TestProtocol = ProtocolMachine.TestCase
+
+
+def run(workers: list[Worker], move: Move):
+    """A move over a perfect network."""
+    mover = Mover(len(workers))
+    mover.begin(move)
+    sent = []
+    for _ in range(10):
+        order = mover.order()
+        sent.append(order.action)
+        result = mover.receive([w.follower.receive(order) for w in workers])
+        if result is not None:
+            return result, sent
+    raise AssertionError("no end")
+
+
+TO_KV = Move(True, (5, 6), (12,), (9,))
+TO_EXPERTS = Move(False, (1, 2), (12,), (15,))
+
+
+def test_frames_are_free_before_they_are_taken():
+    result, sent = run([Worker(0), Worker(1)], TO_KV)
+    assert (result.outcome, result.problems) == (Outcome.MOVED, ())
+    assert sent == [SetSlots((9,)), TakeKV((5, 6))]
+    result, sent = run([Worker(0), Worker(1)], TO_EXPERTS)
+    assert result.outcome is Outcome.MOVED
+    assert sent == [FreeKV((1, 2)), SetSlots((15,))]
+
+
+@pytest.mark.parametrize(
+    ("move", "failures", "outcome", "stages"),
+    [
+        (TO_KV, [True], Outcome.UNDONE, ["shrink"]),
+        (TO_KV, [False, True], Outcome.UNDONE, ["grow"]),
+        (TO_KV, [False, True, True], Outcome.UNDONE, ["grow", "shrink back"]),
+        (TO_KV, [False, True, False, True], Outcome.STRANDED, ["grow", "grow back"]),
+        (TO_EXPERTS, [True], Outcome.UNDONE, ["shrink"]),
+        (TO_EXPERTS, [False, True], Outcome.UNDONE, ["grow"]),
+        (TO_EXPERTS, [False, True, False, True], Outcome.STRANDED, ["grow", "grow back"]),
+    ],
+)
+def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
+    workers = [Worker(0), Worker(1), Worker(2)]
+    workers[1].failures = failures
+    result, _ = run(workers, move)
+    assert result.outcome is outcome
+    assert [problem.split(": ")[:2] for problem in result.problems] == [
+        ["worker 1", stage] for stage in stages
+    ]
+    before = Worker(0)
+    for worker in workers:
+        if outcome is Outcome.UNDONE:
+            assert (worker.groups, worker.slots) == (before.groups, before.slots)
+        elif move.to_kv:
+            assert (worker.groups, worker.slots) == (before.groups, 9)
+        else:
+            assert (worker.groups, worker.slots) == (before.groups - {1, 2}, 12)
+
+
+def test_a_worker_that_raises_anything_answers():
+    def broken(action):
+        raise MemoryError("somewhere deep")
+
+    answer = Follower(0, broken, clock=lambda: 0.0).receive(Order(1, TakeKV((1,))))
+    assert answer.problem == "MemoryError: somewhere deep"
+
+
+def test_the_result_tells_the_longest_pause():
+    times = iter([0.0, 0.5, 1.0, 3.0])
+    mover = Mover(1)
+    follower = Follower(0, lambda action: None, clock=lambda: next(times))
+    mover.begin(TO_KV)
+    assert mover.receive([follower.receive(mover.order())]) is None
+    assert mover.receive([follower.receive(mover.order())]).seconds == 2.0
+
+
+def test_answers_of_strangers_and_of_other_orders_count_for_nothing():
+    mover = Mover(2)
+    assert mover.receive([Answer(0, 1)]) is None
+    mover.begin(TO_KV)
+    for answer in (Answer(2, 1), Answer(-1, 1), Answer(1, 0), Answer(1, 2)):
+        assert mover.receive([Answer(0, 1), answer]) is None
+    assert mover.order().number == 1
+    mover.receive([Answer(1, 1)])
+    assert mover.order().number == 2

@@ -1,0 +1,17 @@
+"""docs/identity.md shows the committed results of the identity matrix, all of them identical."""
+
+from __future__ import annotations
+
+from benchmarks.identity import command, record, report
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    page = command.PAGE.read_text()
+    assert page.count("<!-- report") == 4
+    assert page == report.fill(page, command.tables())
+
+
+def test_every_committed_cell_is_identical() -> None:
+    results = record.committed()
+    assert len(results) > 100
+    assert report.failures(results) == []

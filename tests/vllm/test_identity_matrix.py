@@ -1,0 +1,93 @@
+"""The identity matrix: a selection of its cells that covers it; the command runs them all.
+
+``python -m benchmarks identity`` and docs/identity.md have the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations, product
+
+import pytest
+
+from benchmarks.identity import cells, models, record, requests
+from benchmarks.identity.cells import Cell
+from benchmarks.identity.vllm_cells import Engines, engines
+
+pytestmark = pytest.mark.vllm
+
+COVERING = cells.covering(models.names(), cells.VLLM_MODES)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    with engines(tmp_path_factory.mktemp("identity")) as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", COVERING, ids=str)
+def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, object], None]) -> None:
+    outcome = running.run(cell)
+    record_property("identity", {"cell": record.as_row(cell), "outcome": record.as_row(outcome)})
+    assert outcome.ok, outcome
+    assert outcome.sequences == 73
+    stats = outcome.stats
+    assert stats["banks"] == cell.banks
+    # What the cell is named for did happen: paging, reuse of prefixes, split prefills.
+    assert (stats["slots"] == stats["pages"]) == (cell.slots == "all")
+    assert stats["misses"] > 0
+    freed = stats["evictions"] + stats["released"]
+    assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
+    assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
+    assert (stats["cached_prompt_tokens"] > 0) == cell.prefix_caching
+    assert stats["cached_prompt_tokens"] == stats["stock_cached_prompt_tokens"]
+    if cell.mode != "vllm three-process":
+        first = requests.waves(1000, seeded=False)[0][0]
+        chunks = -(-len(first.tokens) // requests.CHUNK) if cell.chunked_prefill else 1
+        assert stats["steps_of_the_long_prompt"] == first.max_tokens + chunks - 1
+    answers = running.stock(cell)
+    assert not isinstance(answers, str)
+    # What stock answered is worth comparing.
+    assert [len(row) for row in answers.logprobs] == [len(row) for row in answers.tokens]
+    assert len({tuple(tokens) for tokens in answers.tokens}) > 73 // 2
+    assert len({token for tokens in answers.tokens for token in tokens}) > 30
+    values = [value for row in answers.logprobs for value in row]
+    assert all(-20 < value <= 0 for value in values)
+    assert len(set(values)) > len(values) // 2
+
+
+def test_the_selection_covers_the_matrix() -> None:
+    names = models.names()
+    everything = set(cells.full(names, cells.VLLM_MODES))
+    for field in Cell.__slots__:
+        assert {getattr(c, field) for c in COVERING} == {getattr(c, field) for c in everything}
+    eager = [c for c in COVERING if c.mode == "vllm eager"]
+    evictions, _ = cells.policies()
+    assert {(c.model, c.eviction) for c in eager} == set(product(names, evictions))
+    compiled = [c for c in COVERING if c.mode == "vllm compiled"]
+    assert {c.eviction for c in compiled} == set(evictions)
+    # All pairs of values, under eager engines.
+    fields = ("eviction", "prefetch", "slots", "banks", "prefix_caching", "chunked_prefill")
+    for one, other in combinations(fields, 2):
+        assert _pairs(eager, one, other) == _pairs(everything, one, other), (one, other)
+    settings = set(product(names, (False, True)))
+    for field in ("prefix_caching", "chunked_prefill"):
+        assert settings - _pairs(eager, "model", field) == {(model, True) for model in cells.MLA}
+
+
+def test_the_matrix_has_every_combination() -> None:
+    names = models.names()
+    evictions, prefetches = cells.policies()
+    for model, mode in product(names, cells.VLLM_MODES):
+        mine = list(cells.full([model], [mode]))
+        assert {(c.eviction, c.prefix_caching, c.chunked_prefill) for c in mine} == {
+            (eviction, *setting) for eviction, setting in product(evictions, cells.settings(model))
+        }
+        assert {(c.prefetch, (c.slots, c.banks)) for c in mine} == set(
+            product(prefetches, cells.SIZES)
+        )
+
+
+def _pairs(chosen: Iterable[Cell], one: str, other: str) -> set[tuple[object, object]]:
+    return {(getattr(cell, one), getattr(cell, other)) for cell in chosen}

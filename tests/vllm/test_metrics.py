@@ -1,0 +1,153 @@
+"""FluxMoE's counters on vLLM's metrics: complete, right, and never going backwards."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import prometheus_client
+import pytest
+
+from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.metrics import METRICS, Meter, Samples, add, summary
+from fluxmoe.errors import EngineError
+from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
+
+HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
+
+
+def test_the_changes_of_a_meter_add_up() -> None:
+    rng = random.Random(0)
+    now: Samples = {HITS: {(): 0}, FRAMES: {("kv", "committed"): 90, ("experts", "committed"): 10}}
+    meter = Meter(lambda: {name: dict(samples) for name, samples in now.items()})
+    shown: Samples = {}
+    hits = 0
+    for step in range(200):
+        add(shown, meter.take())
+        assert shown == {**now, HITS: {(): hits}}
+        if step % 50 == 49:  # a reset of the source is none of what is shown
+            now[HITS][()] = 0
+            meter.restarted()
+        more, moved = rng.randrange(3), rng.randrange(-5, 6)
+        now[HITS][()] += more
+        hits += more
+        now[FRAMES]["kv", "committed"] += moved
+        now[FRAMES]["experts", "committed"] -= moved
+    add(shown, meter.take())
+    assert meter.take() == {}
+
+
+def test_an_interval_in_words() -> None:
+    changes: Samples = {
+        HITS: {(): 3},
+        "fluxmoe_expert_misses_total": {("cold",): 1},
+        "fluxmoe_transfer_bytes_total": {
+            ("host", "demand"): 1 << 20,
+            ("host", "prefetch"): 1 << 19,
+        },
+        "fluxmoe_stall_seconds_total": {(): 0.25},
+    }
+    assert summary(changes) == {
+        "expert hit rate": "75.0%",
+        "expert pages loaded": "1.5 MiB",
+        "waited for them": "0.25 s",
+    }
+    assert "expert hit rate" not in summary({FRAMES: {("kv", "committed"): 1}})
+
+
+def scrape(worker: object) -> dict[str, dict[tuple[str, ...], float]]:
+    """Called in the engine's process: every series of FluxMoE, by its own labels."""
+    own = {metric.name: metric.labels for metric in METRICS}
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in prometheus_client.REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name.startswith("fluxmoe_") and not sample.name.endswith("_created"):
+                labels = tuple(sample.labels[label] for label in own[sample.name])
+                found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+def shown(engine: ChildEngine) -> dict[str, dict[tuple[str, ...], float]]:
+    found: dict[str, dict[tuple[str, ...], float]] = engine.call("rpc", scrape)
+    return found
+
+
+@pytest.mark.vllm
+def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
+    for attempt in range(2):  # the second engine of a process replaces the metrics of the first
+        settings = config(24, prefetch="next-layer", eviction="lru")
+        eager.restart(fluxmoe=settings, disable_log_stats=False, **EAGER)
+        run = eager.generate(prompts(8, seed=attempt))
+        found, stats = shown(eager), run.stats
+        assert set(found) == {metric.name for metric in METRICS}
+        one = {name: samples[()] for name, samples in found.items() if () in samples}
+        assert one[HITS] == stats["hits"] > 0
+        assert one["fluxmoe_prefetch_hits_total"] == stats["prefetch_hits"] > 0
+        assert one["fluxmoe_stall_seconds_total"] == pytest.approx(stats["stall_seconds"])
+        assert one["fluxmoe_budget_bytes"] == stats["budget_bytes"]
+        assert one["fluxmoe_expert_slots"] == stats["slots"]
+        assert one["fluxmoe_expert_pages"] == stats["pages"]
+        assert found["fluxmoe_expert_misses_total"] == {
+            ("cold",): stats["cold"],
+            ("capacity",): stats["misses"] - stats["cold"],
+        }
+        assert 0 < stats["cold"] < stats["misses"]
+        assert found["fluxmoe_expert_evictions_total"] == {
+            ("victim",): stats["evictions"],
+            ("released",): stats["released"],
+        }
+        assert found["fluxmoe_transfer_bytes_total"] == {
+            ("host", "demand"): stats["bytes_demand"],
+            ("host", "prefetch"): stats["bytes_prefetch"],
+        }
+        assert found["fluxmoe_policy_faults_total"] == {
+            ("eviction", "lru"): 0,
+            ("prefetch", "next-layer"): 0,
+        }
+        frame = one["fluxmoe_budget_bytes"] / one["fluxmoe_budget_frames"]
+        frames = found[FRAMES]
+        assert frames["experts", "committed"] * frame == stats["expert_bytes"]
+        assert frames["kv", "committed"] * frame == stats["kv_bytes"]
+        for tenant in ("experts", "kv"):
+            low, high = frames[tenant, "min"], frames[tenant, "max"]
+            assert low <= frames[tenant, "committed"] <= frames[tenant, "target"] <= high
+    # A second run resets the statistics, but not the metrics.
+    again = eager.generate(prompts(8, seed=1)).stats
+    assert shown(eager)[HITS][()] == stats["hits"] + again["hits"]
+
+
+@pytest.mark.vllm
+def test_the_connector_switches_nothing_off(eager: ChildEngine) -> None:
+    eager.restart(fluxmoe=config(24), **EAGER)
+    assert eager.call("rpc", switches) == {"prefix": True, "chunked": True, "hybrid off": False}
+    eager.restart(**{**EAGER, "kv_cache_memory_bytes": KV_BYTES})
+    assert eager.call("rpc", switches) == {"prefix": True, "chunked": True, "hybrid off": False}
+
+
+def switches(worker: Any) -> dict[str, bool]:
+    scheduler = worker.vllm_config.scheduler_config
+    return {
+        "prefix": worker.vllm_config.cache_config.enable_prefix_caching,
+        "chunked": scheduler.enable_chunked_prefill,
+        "hybrid off": scheduler.disable_hybrid_kv_cache_manager,
+    }
+
+
+class FailingScheduler:
+    """Made by the engine when its worker is ready."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no scheduler today")
+
+
+@pytest.mark.vllm
+def test_a_start_that_fails_late_leaves_no_connector(eager: ChildEngine) -> None:
+    """vLLM keeps a process's connector until the worker is shut down, which then never happens."""
+    name = f"{FailingScheduler.__module__}.FailingScheduler"
+    with pytest.raises(EngineError, match="no scheduler today"):
+        eager.restart(fluxmoe=config(24), scheduler_cls=name, **EAGER)
+    eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
+    assert len(eager.generate(prompts(1)).tokens) == 1
+    eager.restart(fluxmoe=config(24), disable_log_stats=False, **EAGER)
+    stats = eager.generate(prompts(1)).stats
+    assert shown(eager)[HITS][()] == stats["hits"]

@@ -1,0 +1,45 @@
+"""vLLM calls FluxMoE's entry point in each of its processes: it must weigh little."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fluxmoe.backends.vllm.child import ENVIRONMENT
+
+pytestmark = pytest.mark.vllm
+
+HEAVY = [
+    "numba",
+    "pyarrow",
+    "fluxmoe.core.event",
+    "fluxmoe.backends.runtime",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+]
+
+
+def test_the_entry_point_and_the_metrics_import_nothing_that_pages() -> None:
+    program = f"""
+import sys
+from fluxmoe.backends.vllm import register
+register()
+register()
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+connector = KVConnectorFactory.get_connector_class_by_name("FluxMoEConnector")
+assert connector.build_kv_connector_stats().is_empty()
+assert "fluxmoe.backends.vllm.metrics" in sys.modules
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr

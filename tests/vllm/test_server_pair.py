@@ -1,0 +1,148 @@
+"""Two servers side by side on one fresh cache folder, started together: neither minds the other."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from fluxmoe.backends.vllm.child import ENVIRONMENT, Prompt
+from fluxmoe.backends.vllm.metrics import METRICS
+from tests.vllm.conftest import KV_BYTES, prompts
+
+pytestmark = pytest.mark.vllm
+
+
+@dataclass
+class Server:
+    model: str
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def complete(self, prompt: Prompt) -> list[int]:
+        body = {
+            "model": self.model,
+            "prompt": prompt.tokens,
+            "max_tokens": prompt.max_tokens,
+            "temperature": prompt.temperature,
+            "seed": prompt.seed,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        tokens: list[int] = answer.json()["choices"][0]["token_ids"]
+        return tokens
+
+    def metrics(self) -> dict[str, float]:
+        """FluxMoE's series, as ``name{own labels}`` → value."""
+        found = {}
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            if line.startswith("fluxmoe_") and not re.match(r"\w+_created\b", line):
+                series, value = line.rsplit(" ", 1)
+                found[re.sub(r'(engine|model_name)="[^"]*",?', "", series)] = float(value)
+        return found
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 500
+        while True:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.5)
+
+    def tail(self) -> str:
+        return self.log.read_text()[-3000:]
+
+    def end(self) -> None:
+        family = [psutil.Process(self.process.pid)]
+        family += family[0].children(recursive=True)
+        for process in family:
+            process.kill()
+        self.process.wait()
+
+
+def start(folder: Path, checkpoint: Path, cache: Path) -> Server:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "model": str(checkpoint),
+        "memory": {"budget": KV_BYTES + (2 << 20), "experts": {"target": "1MiB"}},
+        "eviction": "lru",
+        "vllm": {
+            "max-model-len": 256,
+            "max-num-seqs": 64,
+            "block-size": 32,
+            "enforce-eager": True,
+            "host": "127.0.0.1",
+            "port": port,
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment.update(VLLM_CACHE_ROOT=str(cache), NUMBA_CACHE_DIR=str(cache / "numba"))
+    program = "from fluxmoe.cli import main; main()"
+    log = folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, "serve", str(folder / "config.yaml")],
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **environment},
+        )
+    return Server(str(checkpoint), f"http://127.0.0.1:{port}", process, log)
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    folder = tmp_path_factory.mktemp("pair")
+    servers = [start(folder / name, checkpoint, folder / "cache") for name in ("one", "other")]
+    try:
+        for server in servers:
+            server.wait()
+        yield servers
+    finally:
+        for server in servers:
+            server.end()
+
+
+def test_two_servers_on_one_cache(pair: list[Server]) -> None:
+    one, other = pair
+    requests = prompts(12, seed=9)
+    with ThreadPoolExecutor(8) as pool:  # both at the same time
+        answers = [pool.map(server.complete, requests) for server in pair]
+        first, second = map(list, answers)
+    assert first == second
+    assert [len(tokens) for tokens in first] == [prompt.max_tokens for prompt in requests]
+
+    shown = other.metrics()
+    assert {re.sub(r"\{.*", "", series) for series in shown} == {metric.name for metric in METRICS}
+    assert shown['fluxmoe_expert_misses_total{cause="capacity"}'] > 0
+    assert shown['fluxmoe_transfer_bytes_total{cause="demand",store="host"}'] > 0
+    assert shown['fluxmoe_tenant_frames{kind="committed",tenant="kv"}'] > 0
+
+    one.end()
+    assert [other.complete(prompt) for prompt in requests] == first
+    again = other.metrics()
+    counters = [metric.name for metric in METRICS if metric.kind == "counter"]
+    for series, value in shown.items():
+        counter = re.sub(r"\{.*", "", series) in counters
+        assert again[series] >= value if counter else again[series] == value, series
+    assert again["fluxmoe_expert_hits_total"] > shown["fluxmoe_expert_hits_total"]
