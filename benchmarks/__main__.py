@@ -9,6 +9,7 @@ from pathlib import Path
 #: Name → the module here whose ``main(options)`` it is.
 BENCHMARKS = {
     "event_cost": "event_cost",
+    "fuzz": "fuzz",
     "http": "http",
     "phases": "phases",
     "recording": "recording",

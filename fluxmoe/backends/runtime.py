@@ -141,6 +141,7 @@ class Runtime:
             )
             rows = [self._tenant.rows(bank) for bank in range(len(slots))]
             transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
+            undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
             self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
             undo.pop_all()
@@ -282,9 +283,10 @@ class Runtime:
 
     def close(self) -> None:
         """Give all memory back. Nothing may read the arenas any more."""
-        self.pager.close()
-        self.arbiter.close()
-        self.store.close()
+        with ExitStack() as each:  # goes on if one fails
+            each.callback(self.store.close)
+            each.callback(self.arbiter.close)
+            each.callback(self.pager.close)
 
     def _widen(self, frames: int) -> None:
         """Let each tenant have all that the other can do without, but for what the user forbids."""

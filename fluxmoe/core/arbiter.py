@@ -93,12 +93,14 @@ class MemoryArbiter:
             InvariantError: The expert tenant has not been closed: its arenas would lose their
                 memory while it still answers for them.
         """
-        if self.kv is not None:
-            self.kv.close()
-        self.pool.check()
-        if self.pool.owned:
-            raise InvariantError(f"tenants still hold frames: {self.frames()}")
-        self.substrate.close()
+        try:
+            if self.kv is not None:
+                self.kv.close()
+        finally:
+            self.pool.check()
+            if self.pool.owned:
+                raise InvariantError(f"tenants still hold frames: {self.frames()}")
+            self.substrate.close()
 
 
 def _set_slots(pager: ExpertPager, slots: Sequence[int]) -> None:

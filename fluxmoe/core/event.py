@@ -324,9 +324,11 @@ class EventRule:
                 )
 
     def _unload(self, victims: Int64s, counter: int) -> None:
-        if self.eviction.watches_evict:
-            self.eviction.on_evict(victims)
-        evict(self.table.books, victims, counter)
+        try:
+            if self.eviction.watches_evict:
+                self.eviction.on_evict(victims)
+        finally:  # the heap has let go of them: they must leave, whatever the policy does
+            evict(self.table.books, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
         """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted."""
@@ -340,13 +342,17 @@ class EventRule:
         elif guard.stable:
             dirty = self.scratch[: take_dirty(b, self.scratch)]
             dirty.sort()  # policies are shown pages in ascending order
-            scores = guard.scores(dirty)
+            scores = None
+            try:
+                scores = guard.scores(dirty)
+            finally:
+                if scores is None:  # the policy failed: ask again at the next eviction
+                    for page in dirty.tolist():
+                        mark_dirty(b, page)
             if scores is not None:
                 order.update(self.chooser.heap, b, dirty, scores)
                 out = np.empty(count, np.int64)
                 return out[: order.choose(self.chooser.heap, b, bank, count, protect, out)]
-            for page in dirty.tolist():  # the policy failed: ask again at the next eviction
-                mark_dirty(b, page)
             return guard.least_recent(self._candidates(bank, protect), count)
         # A kernel that failed is asked once more, in the guard, to learn how.
         return guard.choose(self._candidates(bank, protect), count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,7 +114,7 @@ class KVTenant:
 
         Raises:
             OutOfFramesError: The budget has no room.
-            SubstrateError: The system refused.
+            SubstrateError: The system refused. (If it refuses to unmap, too, see ``committed``.)
         """
         done = []
         try:
@@ -134,15 +135,23 @@ class KVTenant:
             raise
 
     def free(self, groups: Iterable[int]) -> None:
-        """Give up those of ``groups`` that are committed; nobody may use their blocks."""
-        for group in self._known(groups):
-            if self.committed[group]:
-                frames = self._arena.decommit(
-                    group * self.layout.frames_per_group, self.layout.frames_of(group)
-                )
-                self.committed[group] = False
-                self._pool.give(self.NAME, frames)
-                self._substrate.release(frames)
+        """Give up those of ``groups`` that are committed; nobody may use their blocks.
+
+        Raises:
+            SubstrateError: The system refused; all groups but those it would not unmap are free.
+        """
+        with ExitStack() as each:  # goes on if one fails
+            for group in self._known(groups):
+                each.callback(self._free, group)
+
+    def _free(self, group: int) -> None:
+        if self.committed[group]:
+            frames = self._arena.decommit(
+                group * self.layout.frames_per_group, self.layout.frames_of(group)
+            )
+            self.committed[group] = False
+            self._pool.give(self.NAME, frames)
+            self._substrate.release(frames)
 
     def close(self) -> None:
         """Give back all frames and addresses. Idempotent."""

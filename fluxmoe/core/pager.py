@@ -7,12 +7,13 @@ and answers with slot numbers; the kernel then reads the arenas as if they were 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
 from fluxmoe.core.event import EventRule, Slots, lookup
 from fluxmoe.core.mrc import MissRatioCurve
-from fluxmoe.core.pages import PAGES, PageTable
+from fluxmoe.core.pages import LOADED, PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Counters, Ints, Phase
@@ -69,6 +70,7 @@ class ExpertPager:
 
         Raises:
             StoreError: A page could not be read. It is not resident; the books are right.
+            PolicyFaultError: A policy failed and is strict. The same holds.
         """
         if layer <= self._layer:
             self._step += 1
@@ -76,22 +78,27 @@ class ExpertPager:
         self._layer = layer
         if self.watcher is not None:
             self.watcher(self._step, layer, ids, self.table.phase)
-        rule, b = self._rule, self._books
         if self.curve is not None:
-            self.curve.observe(b.last_use, layer, ids)
-        misses = rule.open(self._step, layer, ids, slots)
+            self.curve.observe(self._books.last_use, layer, ids)
+        misses = self._rule.open(self._step, layer, ids, slots)
+        try:
+            self._fill(misses, layer, ids, slots)
+        except BaseException:
+            # What was given slots, but perhaps not its bytes, must not pass for resident.
+            self.table.discard(self._books.loaded[: self._books.now[LOADED]])
+            raise
+
+    def _fill(self, misses: int, layer: int, ids: Ints, slots: Slots) -> None:
+        """The rest of an event: copies, then prefetches."""
+        rule = self._rule
         if self._transfer.busy:
             self._complete_prefetched(layer)
         if misses or rule.eviction.retains:
             rule.admit()
         if misses:
             for loads in rule.loads():
-                try:
-                    self._transfer.demand(loads)
-                except BaseException:
-                    self.table.discard(loads.pages)
-                    raise
-            lookup(b, layer, ids, slots)
+                self._transfer.demand(loads)
+            lookup(self._books, layer, ids, slots)
         if rule.prefetch():
             for loads in rule.loads():
                 self._transfer.prefetch(loads)
@@ -115,7 +122,9 @@ class ExpertPager:
 
         Raises:
             CapacityError: Too few for one layer's experts, or more than reserved.
-            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are as before.
+            PolicyFaultError: A strict policy failed to say which pages go; the slots are as before.
+            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are as before,
+                unless the system refuses that as well: then as many as have memory.
         """
         self.table.require(slots)
         before = self.table.slots[bank]
@@ -134,7 +143,9 @@ class ExpertPager:
         try:
             self._tenant.resize(bank, slots)
         except FluxMoEError:
-            self.table.resize(bank, before)
+            with suppress(FluxMoEError):
+                self._tenant.resize(bank, before)
+            self.table.resize(bank, self._tenant.slots[bank])
             raise
 
     def reset(self) -> None:

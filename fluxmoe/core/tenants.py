@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from fluxmoe.core.arena import Arena
 from fluxmoe.core.frames import FramePool
 from fluxmoe.core.substrate import Substrate
 from fluxmoe.core.types import Bytes, Int64s, PageClass
-from fluxmoe.errors import InvariantError
+from fluxmoe.errors import CapacityError, InvariantError
 
 
 def frames_for(page_class: PageClass, slots: int, frame_bytes: int) -> int:
@@ -50,10 +51,14 @@ class ExpertTenant:
         self._pool, self._substrate, self._page_class = pool, substrate, page_class
         self._reserved = list(reserved)
         self.slots = [0] * len(self._reserved)
-        self._arenas = [
-            [Arena(substrate, slots * part.nbytes) for part in page_class.parts]
-            for slots in self._reserved
-        ]
+        self._arenas: list[list[Arena]] = [[] for _ in self._reserved]
+        try:
+            for slots, arenas in zip(self._reserved, self._arenas, strict=True):
+                for part in page_class.parts:
+                    arenas.append(Arena(substrate, slots * part.nbytes))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def frames(self) -> int:
@@ -72,61 +77,83 @@ class ExpertTenant:
         ]
 
     def resize(self, bank: int, slots: int) -> None:
-        """Commit frames for exactly ``slots`` slots of a bank. On failure nothing has changed.
+        """Commit frames for exactly ``slots`` slots of a bank.
 
         The memory of frames that are given up goes back to the system: whoever takes them next may
         keep his bytes elsewhere, as the engine's KV cache does.
 
         Raises:
-            OutOfFramesError: The budget has no room.
-            SubstrateError: The system refused.
+            CapacityError: More than reserved; nothing has changed.
+            OutOfFramesError: The budget has no room; nothing has changed.
+            SubstrateError: The system refused. A bank that was to grow has the slots it had. One
+                that was to shrink has ``slots``; what the system would not unmap still counts as
+                the tenant's, and goes at the next ``resize`` or ``close``.
         """
-        grown: list[tuple[Arena, int, int]] = []
-        try:
-            for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True):
-                have = arena.committed
-                want = -(-slots * part.nbytes // self._pool.frame_bytes)
-                if want > have:
-                    self._grow(arena, have, want - have)
-                    grown.append((arena, have, want - have))
-                elif want < have:
-                    self._give_up(arena.decommit(want, have - want))
-        except BaseException:
-            for arena, first, count in grown:
-                self._give_up(arena.decommit(first, count))
-            raise
-        self.slots[bank] = slots
+        if slots > self._reserved[bank]:
+            raise CapacityError(
+                f"{slots} slots, but only {self._reserved[bank]} are reserved in bank {bank}",
+                fix=f"at most {self._reserved[bank]} slots are possible",
+            )
+        wanted = [
+            (arena, -(-slots * part.nbytes // self._pool.frame_bytes))
+            for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
+        ]
+        with ExitStack() as stack:  # which goes on if one of its calls fails
+            if slots > self.slots[bank]:
+                for arena, want in wanted:
+                    stack.callback(self._trim, arena, arena.committed)
+                    self._grow(arena, want)
+                stack.pop_all()
+                self.slots[bank] = slots
+            else:
+                self.slots[bank] = slots
+                for arena, want in wanted:
+                    stack.callback(self._trim, arena, want)
 
-    def _grow(self, arena: Arena, first: int, count: int) -> None:
-        frames = self._pool.take(self.NAME, count)
+    def _grow(self, arena: Arena, want: int) -> None:
+        have = arena.committed
+        frames = self._pool.take(self.NAME, max(0, want - have))
         try:
-            arena.commit(first, frames)
+            arena.commit(have, frames)
         except BaseException:
             self._give_up(frames)
             raise
+
+    def _trim(self, arena: Arena, want: int) -> None:
+        have = arena.committed
+        if want < have:
+            self._give_up(arena.decommit(want, have - want))
 
     def _give_up(self, frames: Int64s) -> None:
         self._pool.give(self.NAME, frames)
         self._substrate.release(frames)
 
     def close(self) -> None:
-        """Give back all frames and addresses. Idempotent."""
-        for bank in self._arenas:
-            for arena in bank:
-                self._give_up(arena.close())
-        self._arenas = []
-        self.slots = []
+        """Give back all frames and addresses. Idempotent.
+
+        Raises:
+            SubstrateError: The system would not take some memory back; all else was given back.
+        """
+        arenas = [arena for bank in self._arenas for arena in bank]
+        self._arenas, self.slots = [], []
+        with ExitStack() as each:  # goes on if one fails
+            for arena in arenas:
+                each.callback(lambda arena: self._give_up(arena.close()), arena)
 
     def check(self) -> None:
-        """Raise InvariantError unless the mapped frames are exactly those owned, each once."""
+        """Raise InvariantError unless the mapped frames are exactly those owned, each once.
+
+        There may be more of them than the slots need: see ``resize``.
+        """
         arenas = [arena for bank in self._arenas for arena in bank]
         for arena in arenas:
             arena.check()
         for slots, bank in zip(self.slots, self._arenas, strict=True):
             for arena, part in zip(bank, self._page_class.parts, strict=True):
                 frames = -(-slots * part.nbytes // self._pool.frame_bytes)
-                if np.any((arena.frame_at >= 0) != (np.arange(len(arena.frame_at)) < frames)):
-                    raise InvariantError(f"not exactly {slots} slots of {part.name} are committed")
+                committed = arena.frame_at >= 0
+                if np.any(committed[1:] > committed[:-1]) or arena.committed < frames:
+                    raise InvariantError(f"not all {slots} slots of {part.name} are committed")
         mapped = [arena.frame_at[arena.frame_at >= 0] for arena in arenas]
         all_mapped = np.concatenate(mapped) if mapped else np.zeros(0, np.int64)
         if len(np.unique(all_mapped)) != len(all_mapped):

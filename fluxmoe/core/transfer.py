@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
+from fluxmoe.core.copies import Copy, CopyThreads
 from fluxmoe.core.store import Store
 from fluxmoe.core.types import Bytes, Loads
+from fluxmoe.errors import StoreError
 
 
 class TransferEngine:
@@ -24,6 +26,9 @@ class TransferEngine:
         rows: Per bank and part, the arena as uint8 ``[slots, part bytes]``.
         page_bytes: Bytes of one page, for the counters.
         threads: Copy threads. With 0, prefetches are copied by the caller at once.
+
+    Raises:
+        ConfigError: So many threads cannot be started.
     """
 
     def __init__(
@@ -36,8 +41,8 @@ class TransferEngine:
     ) -> None:
         self._store, self._rows, self._page_bytes = store, rows, page_bytes
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "fluxmoe-copy") if threads else None
-        self._queued: dict[tuple[int, int], Future[None]] = {}
+        self._copiers = CopyThreads(threads)
+        self._queued: dict[tuple[int, int], Copy] = {}
         self.bytes_demand = self.bytes_prefetch = 0
         self.stall_seconds = 0.0
 
@@ -63,22 +68,19 @@ class TransferEngine:
         for slot in loads.slots.tolist():
             self._settle(loads.bank, slot)
         pairs = list(zip(loads.pages.tolist(), loads.slots.tolist(), strict=True))
-        if self._pool is None or len(pairs) == 1:
-            self._copy(loads.bank, pairs)
-        else:
-            share = -(-len(pairs) // (self._threads + 1))
-            rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
-            others = [(self._pool.submit(self._copy, loads.bank, part), part) for part in rest]
-            try:
-                self._copy(loads.bank, pairs[:share])
-                for copy, part in others:  # threads that are busy with prefetches do not matter
-                    if copy.cancel():
-                        self._copy(loads.bank, part)
-            finally:
-                errors = [copy.exception() for copy, _ in others if not copy.cancel()]
-            for error in errors:
-                if error is not None:
-                    raise error
+        share = -(-len(pairs) // (self._threads + 1))
+        rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
+        others = [(self._copiers.order(partial(self._copy, loads.bank, p)), p) for p in rest]
+        try:
+            self._copy(loads.bank, pairs[:share])
+            for copy, part in others:  # threads that are busy with prefetches do not matter
+                if copy.withdraw():
+                    self._copy(loads.bank, part)
+        finally:
+            errors = [copy.error() for copy, _ in others if not copy.withdraw()]
+        for error in errors:
+            if error is not None:
+                raise error
         self.bytes_demand += len(loads) * self._page_bytes
         self.stall_seconds += time.perf_counter() - started
 
@@ -86,16 +88,14 @@ class TransferEngine:
         """Queue copies, in order. A copy that fails is made again when its page is needed."""
         for page, slot in zip(loads.pages.tolist(), loads.slots.tolist(), strict=True):
             self._settle(loads.bank, slot)
-            if self._pool is not None:
-                copy = self._pool.submit(self._copy, loads.bank, [(page, slot)])
-                self._queued[loads.bank, slot] = copy
+            make = partial(self._copy, loads.bank, [(page, slot)])
+            if self._threads:
+                self._queued[loads.bank, slot] = self._copiers.order(make)
                 continue
             try:
-                self._copy(loads.bank, [(page, slot)])
-            except Exception as error:
-                failed: Future[None] = Future()
-                failed.set_exception(error)
-                self._queued[loads.bank, slot] = failed
+                make()
+            except StoreError:
+                self._queued[loads.bank, slot] = Copy(make)
         self.bytes_prefetch += len(loads) * self._page_bytes
 
     def complete(self, bank: int, page: int, slot: int) -> None:
@@ -110,7 +110,7 @@ class TransferEngine:
         if copy is None:
             return
         started = time.perf_counter()
-        if copy.cancel() or copy.exception() is not None:
+        if copy.withdraw() or copy.error() is not None:
             self._copy(bank, [(page, slot)])
         self.stall_seconds += time.perf_counter() - started
 
@@ -132,17 +132,22 @@ class TransferEngine:
 
     def close(self) -> None:
         """Stop the copy threads. Idempotent."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._queued.clear()
+        for bank in range(len(self._rows)):
+            self.settle_from(bank, 0)
+        self._copiers.close()
 
     def _settle(self, bank: int, slot: int) -> None:
         """The page on its way to a slot is not wanted there any more."""
         copy = self._queued.pop((bank, slot), None)
-        if copy is not None and not copy.cancel():
-            copy.exception()  # waits; whether it failed no longer matters
+        if copy is not None and not copy.withdraw():
+            copy.error()  # waits; whether it failed no longer matters
 
     def _copy(self, bank: int, pairs: Sequence[tuple[int, int]]) -> None:
         parts = self._rows[bank]
         for page, slot in pairs:
-            self._store.read_into(page, [rows[slot] for rows in parts])
+            try:
+                self._store.read_into(page, [rows[slot] for rows in parts])
+            except StoreError:
+                raise
+            except Exception as error:
+                raise StoreError(f"page {page} cannot be read: {error!r}") from error

@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 from fluxmoe.core.store import Store
 from fluxmoe.core.substrate import Substrate
 from fluxmoe.core.types import Bytes, Int64s
-from fluxmoe.errors import StoreError, SubstrateError
+from fluxmoe.errors import StoreError
 
 _PATIENCE = 30.0  # seconds; a test that forgets to open a gate fails instead of hanging
 
 
+class FaultPlan:
+    """Lets one site fail at its n-th passage, once or from then on. Thread-safe.
+
+    Attributes:
+        passed: How often each site was passed.
+        struck: How often each site failed.
+    """
+
+    def __init__(self) -> None:
+        self.passed: Counter[str] = Counter()
+        self.struck: Counter[str] = Counter()
+        self._armed: tuple[str, range, BaseException] | None = None
+        self._lock = threading.Lock()
+
+    def arm(self, site: str, error: BaseException, nth: int = 1, *, lasting: bool = False) -> None:
+        """Raise ``error`` at the ``nth`` passage of ``site`` from now on, and nothing else.
+
+        ``lasting``: also at all later passages, until ``disarm``.
+        """
+        first = self.passed[site] + nth
+        self._armed = (site, range(first, sys.maxsize if lasting else first + 1), error)
+
+    def disarm(self) -> None:
+        """Let nothing fail any more."""
+        self._armed = None
+
+    def reach(self, site: str) -> None:
+        """Called at a site: count the passage, and fail if the plan says so."""
+        with self._lock:
+            self.passed[site] += 1
+            if self._armed is None:
+                return
+            armed, passages, error = self._armed
+            if site != armed or self.passed[site] not in passages:
+                return
+            self.struck[site] += 1
+        raise error
+
+
 class FaultyStore:
     """Reads from another store, but fails for ``broken`` pages and waits for ``held`` ones.
+
+    Every read passes the site ``read`` of its plan. A read that fails leaves half a page behind.
 
     Attributes:
         broken: Pages that cannot be read at present.
         reads: Pages in the order in which their reading began.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, plan: FaultPlan | None = None) -> None:
+        self._store, self.plan = store, plan or FaultPlan()
         self.broken: set[int] = set()
         self.reads: list[int] = []
         self._gates: dict[int, threading.Event] = {}
@@ -50,10 +93,14 @@ class FaultyStore:
             self._begun[page].set()
             if not self._gates[page].wait(_PATIENCE):
                 raise TimeoutError(f"page {page} is still held")
-        if page in self.broken:
+        try:
+            self.plan.reach("read")
+            if page in self.broken:
+                raise StoreError(f"page {page} is broken")
+        except BaseException:
             for part in parts:
                 part[: len(part) // 2] = 0xEE  # what a read that broke off may leave behind
-            raise StoreError(f"page {page} is broken")
+            raise
         self._store.read_into(page, parts)
 
     def close(self) -> None:
@@ -61,30 +108,29 @@ class FaultyStore:
 
 
 class FaultySubstrate:
-    """Another substrate whose ``commit`` fails after ``commits_left`` more calls (None: never)."""
+    """Another substrate; its sites are ``reserve``, ``commit``, ``decommit`` and ``release``."""
 
-    def __init__(self, substrate: Substrate) -> None:
-        self._substrate = substrate
+    def __init__(self, substrate: Substrate, plan: FaultPlan | None = None) -> None:
+        self._substrate, self.plan = substrate, plan or FaultPlan()
         self.count, self.frame_bytes = substrate.count, substrate.frame_bytes
-        self.commits_left: int | None = None
 
     def reserve(self, nbytes: int) -> int:
+        self.plan.reach("reserve")
         return self._substrate.reserve(nbytes)
 
     def unreserve(self, address: int, nbytes: int) -> None:
         self._substrate.unreserve(address, nbytes)
 
     def commit(self, address: int, frames: Int64s) -> None:
-        if self.commits_left == 0:
-            raise SubstrateError("cannot map: injected fault")
-        if self.commits_left is not None:
-            self.commits_left -= 1
+        self.plan.reach("commit")
         self._substrate.commit(address, frames)
 
     def decommit(self, address: int, count: int) -> None:
+        self.plan.reach("decommit")
         self._substrate.decommit(address, count)
 
     def release(self, frames: Int64s) -> None:
+        self.plan.reach("release")
         self._substrate.release(frames)
 
     def allocated(self) -> int:

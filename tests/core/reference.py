@@ -39,6 +39,8 @@ class Reference:
         self.count: dict[int, int] = {}
         self.loaded: dict[int, int] = {}
         self.resident: set[int] = set()
+        self.own: list[int] = []  # of the running event: its pages, and those that are missing
+        self.misses: list[int] = []
         self.leaving: list[int] = []
         self.protected: set[int] = set()
         self.unused: set[int] = set()
@@ -72,42 +74,53 @@ class Reference:
         self.leaving = []
 
     def event(self, layer: int, ids: Sequence[int]) -> None:
+        self.open(layer, ids)
+        self.admit()
+        self.prefetch()
+
+    def open(self, layer: int, ids: Sequence[int]) -> None:
         self.release()  # point 6
         self.now, self.layer = self.now + 1, layer
         own = sorted({layer * self.experts + i for i in ids if i >= 0})  # point 1
         for page in [p for p in self.protected if p // self.experts == layer]:
             self.protected.discard(page)  # point 7: until its layer's next event
         hits = [p for p in own if p in self.resident]  # point 2
-        misses = [p for p in own if p not in self.resident]
+        self.own, self.misses = own, [p for p in own if p not in self.resident]
         self.counts["events"] += 1
         self.counts["accesses"] += len(own)
         self.counts["hits"] += len(hits)
-        self.counts["misses"] += len(misses)
-        self.counts["cold"] += sum(page not in self.loaded for page in misses)
+        self.counts["misses"] += len(self.misses)
+        self.counts["cold"] += sum(page not in self.loaded for page in self.misses)
         self.counts["prefetch_hits"] += len(self.unused.intersection(hits))
         self.unused.difference_update(hits)
         for page in own:  # point 3
             self.last[page] = self.now
             self.count[page] = self.count.get(page, 0) + 1
-        bank = self.bank_of[layer]
+
+    def admit(self) -> None:
+        bank, misses = self.bank_of[self.layer], self.misses
         short = len(misses) - self.free(bank)
         if short > 0:  # point 4; protected pages only when there are no others (our choice)
-            self.evict(bank, short, {*own, *self.protected})
-            self.evict(bank, len(misses) - self.free(bank), set(own))
+            self.evict(bank, short, {*self.own, *self.protected})
+            self.evict(bank, len(misses) - self.free(bank), set(self.own))
         for page in misses:  # point 5
             self.resident.add(page)
             self.loaded[page] = self.now
         self.counts["loads_demand"] += len(misses)
-        if not self.retain:
-            self.leaving = own
-        self.prefetch(set(own))
+        self.leaving = [page for page in self.own if not self.keeps(page)]
 
-    def prefetch(self, own: set[int]) -> None:  # point 7
-        proposals = [
+    def keeps(self, page: int) -> bool:
+        return self.retain
+
+    def proposals(self) -> list[int]:
+        return [
             (self.layer + 1 + i) % self.layers * self.experts + expert
             for i in range(self.ahead)
             for expert in range(self.experts)
         ]
+
+    def prefetch(self) -> None:  # point 7
+        own, proposals = set(self.own), self.proposals()
         wanted = [page for page in proposals if page not in self.resident]
         # Proposals that are resident already are protected like the others (our choice).
         self.protected.update(page for page in proposals if page in self.resident)

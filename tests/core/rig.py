@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cache
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.kv import KVLayout
+from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
@@ -24,7 +27,7 @@ from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores import HostStore
-from fluxmoe.testing.faults import FaultyStore
+from fluxmoe.testing.faults import FaultPlan, FaultyStore
 
 FRAME = 4096
 #: Two blocks fill three frames.
@@ -41,13 +44,17 @@ def content(page: int, part: int) -> np.ndarray:
     return data
 
 
+@cache
+def contents(pages: int) -> list[np.ndarray]:
+    """Per part, the bytes of the first ``pages`` pages as uint8 ``[pages, part bytes]``."""
+    parts = range(len(PAGE_CLASS.parts))
+    return [np.stack([content(page, part) for page in range(pages)]) for part in parts]
+
+
 def host_store(geometry: Geometry) -> HostStore:
-    store = HostStore(geometry, PAGE_CLASS)
-    for layer in range(geometry.num_layers):
-        pages = [geometry.page(layer, expert) for expert in range(geometry.experts_per_layer)]
-        store.adopt(
-            [np.stack([content(p, k) for p in pages]) for k in range(len(PAGE_CLASS.parts))]
-        )
+    store, experts = HostStore(geometry, PAGE_CLASS), geometry.experts_per_layer
+    for first in range(0, geometry.num_pages, experts):
+        store.adopt([rows[first : first + experts] for rows in contents(geometry.num_pages)])
     return store
 
 
@@ -68,27 +75,35 @@ class Rig:
         prefetch: PrefetchPolicy | None = None,
         threads: int = 0,
         strict: bool = True,
+        limits: Limits = DEFAULT_LIMITS,
         substrate: Substrate | None = None,
+        plan: FaultPlan | None = None,
     ) -> None:
         self.geometry = Geometry(layers, experts)
-        self.store = FaultyStore(host_store(self.geometry))
+        self.store = FaultyStore(host_store(self.geometry), plan)
         self.arbiter = MemoryArbiter(substrate or CpuSubstrate(frames, FRAME))
-        reserved = list(slots if reserved is None else reserved)
-        if kv_blocks:
-            self.arbiter.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
-        self.tenant = ExpertTenant(self.arbiter.pool, self.arbiter.substrate, PAGE_CLASS, reserved)
-        for bank, count in enumerate(slots):
-            self.tenant.resize(bank, count)
-        self.table = PageTable(self.geometry, slots, reserved=max(reserved), bank_of=bank_of)
-        view = PageView(self.table)
-        self.rule = EventRule(
-            self.table,
-            EvictionGuard(eviction or LeastRecentlyUsed(), view, name="under-test", strict=strict),
-            PrefetchGuard(prefetch or NoPrefetch(), view, name="under-test", strict=strict),
-        )
-        self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
-        self.transfer = TransferEngine(self.store, self.rows, PAGE_CLASS.nbytes, threads=threads)
-        self.pager = ExpertPager(self.rule, self.tenant, self.transfer)
+        with ExitStack() as undo:
+            undo.callback(self.arbiter.substrate.close)
+            reserved = list(slots if reserved is None else reserved)
+            if kv_blocks:
+                self.arbiter.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
+            self.tenant = ExpertTenant(
+                self.arbiter.pool, self.arbiter.substrate, PAGE_CLASS, reserved
+            )
+            for bank, count in enumerate(slots):
+                self.tenant.resize(bank, count)
+            self.table = PageTable(self.geometry, slots, reserved=max(reserved), bank_of=bank_of)
+            view = PageView(self.table)
+            options = {"name": "under-test", "strict": strict, "limits": limits}
+            self.eviction = EvictionGuard(eviction or LeastRecentlyUsed(), view, **options)
+            self.prefetch = PrefetchGuard(prefetch or NoPrefetch(), view, **options)
+            self.rule = EventRule(self.table, self.eviction, self.prefetch)
+            self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
+            self.transfer = TransferEngine(
+                self.store, self.rows, PAGE_CLASS.nbytes, threads=threads
+            )
+            self.pager = ExpertPager(self.rule, self.tenant, self.transfer)
+            undo.pop_all()
 
     @property
     def resident(self) -> set[int]:
@@ -122,9 +137,10 @@ class Rig:
 
     def close(self) -> None:
         self.rows = []
-        self.pager.close()
-        self.arbiter.close()
-        self.store.close()
+        with ExitStack() as each:  # goes on if one fails
+            each.callback(self.store.close)
+            each.callback(self.arbiter.close)
+            each.callback(self.pager.close)
 
 
 class Leaks:
@@ -133,8 +149,12 @@ class Leaks:
     def __init__(self) -> None:
         self._before = self._count()
 
+    def found(self) -> dict[str, int]:
+        """How many there are more than at the beginning."""
+        return {kind: count - self._before[kind] for kind, count in self._count().items()}
+
     def assert_none(self) -> None:
-        assert self._count() == self._before
+        assert not any(self.found().values()), self.found()
 
     @staticmethod
     def _count() -> dict[str, int]:

@@ -18,7 +18,7 @@ from fluxmoe.core.protocol import Follower
 from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Budget
-from fluxmoe.errors import PolicyFaultError
+from fluxmoe.errors import PolicyFaultError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
 from tests.core.rig import FRAME, PAGE_CLASS, Leaks, Rig
 
@@ -228,14 +228,14 @@ def test_a_commit_that_fails_on_one_worker_rolls_all_back(world, rank, caplog):
     w.settle(2)
     before = w.frames
     w.want(20, 9)
-    w.substrates[rank].commits_left = 0
+    w.substrates[rank].plan.arm("commit", SubstrateError("injected fault"), lasting=True)
     for _ in range(30):
         w.step()
         w.check()
     assert w.frames == before
     assert w.controller.failures > 3
     assert "a move was undone" in caplog.text or "a move was stranded" in caplog.text
-    w.substrates[rank].commits_left = None
+    w.substrates[rank].plan.disarm()
     w.settle()
     assert w.frames["experts"] == frames_for(PAGE_CLASS, 16, FRAME)
 
@@ -243,11 +243,12 @@ def test_a_commit_that_fails_on_one_worker_rolls_all_back(world, rank, caplog):
 def test_frames_that_were_stranded_are_found_again(world):
     w = world(2)
     w.want(0, 30)
-    w.substrates[1].commits_left = 0  # no grow, and no growing back
+    # No grow, and no growing back.
+    w.substrates[1].plan.arm("commit", SubstrateError("injected fault"), lasting=True)
     for _ in range(30):
         w.step()
         w.check()
-    w.substrates[1].commits_left = None
+    w.substrates[1].plan.disarm()
     w.settle()
     assert w.frames["kv"] == 30
 
@@ -371,7 +372,11 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), commits=st.sampled_from([None, 0, 1, 2]))
     def break_commits(self, data, commits):
-        data.draw(st.sampled_from(self.world.substrates)).commits_left = commits
+        plan = data.draw(st.sampled_from(self.world.substrates)).plan
+        if commits is None:
+            plan.disarm()
+        else:
+            plan.arm("commit", SubstrateError("injected fault"), commits + 1, lasting=True)
 
     @rule(frames=st.none() | st.integers(0, FRAMES + 5))
     def limit(self, frames):
@@ -392,7 +397,7 @@ class ControllerMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "world"):
             for substrate in self.world.substrates:
-                substrate.commits_left = None
+                substrate.plan.disarm()
             self.world.settle()
             if not self.world.controller.failures:
                 for rig in self.world.rigs:

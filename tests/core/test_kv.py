@@ -114,17 +114,30 @@ def test_both_are_idempotent(setup):
     s.check()
 
 
-@pytest.mark.parametrize("commits", [0, 1])
-def test_a_commit_that_fails_is_undone(setup, commits):
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_commit_that_fails_is_undone(setup, nth):
     s = setup()
-    s.substrate.commits_left = commits
+    s.substrate.plan.arm("commit", SubstrateError("injected fault"), nth)
     with pytest.raises(SubstrateError, match="injected"):
         s.kv.commit([0, 1, 2])
     assert s.kv.committed.tolist() == [True, False, False, False]
     s.check()
-    s.substrate.commits_left = None
     s.kv.commit([0, 1, 2])
     s.check()
+
+
+@pytest.mark.parametrize("site", ["decommit", "release"])
+def test_a_group_that_the_system_will_not_take_back_does_not_keep_the_others(setup, site):
+    s = setup()
+    s.kv.commit([0, 1, 2])
+    s.substrate.plan.arm(site, SubstrateError("injected fault"), nth=2)
+    with pytest.raises(SubstrateError, match="injected"):
+        s.kv.free([0, 1, 2])
+    s.arbiter.check()
+    assert s.kv.committed.sum() == (site == "decommit")
+    s.kv.free([0, 1, 2])
+    s.arbiter.check()
+    assert s.kv.frames == 0
 
 
 def test_frames_that_run_out_in_the_middle_are_given_back(setup):

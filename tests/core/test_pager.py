@@ -14,10 +14,12 @@ from fluxmoe.errors import (
     CapacityError,
     InvariantError,
     OutOfFramesError,
+    PolicyFaultError,
     StoreError,
     SubstrateError,
 )
 from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.testing.faults import FaultySubstrate
 from tests.core.rig import FRAME, PAGE_CLASS, Rig
@@ -167,6 +169,72 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
     assert failed > 20
 
 
+# --- strict policies that fail -------------------------------------------------------------------
+
+
+class _Failing(LeastRecentlyUsed):
+    """Fails at one call of one method."""
+
+    def __init__(self, method, nth):
+        self.method, self.left = method, nth
+
+    def fail(self, method):
+        self.left -= method == self.method
+        if not self.left and method == self.method:
+            raise ValueError("planned")
+
+    def on_access(self, view, access):
+        self.fail("on_access")
+
+    def on_load(self, view, pages):
+        self.fail("on_load")
+
+    def on_evict(self, view, pages):
+        self.fail("on_evict")
+
+    def retain(self, view, access):
+        self.fail("retain")
+        return access.tokens > 0
+
+    def score(self, view, pages):
+        self.fail("score")
+        return super().score(view, pages)
+
+
+class _NextLayerWatched(NextLayer):
+    """Asks the eviction policy whether to fail."""
+
+    def __init__(self, eviction):
+        super().__init__()
+        self.eviction = eviction
+
+    def propose(self, view, access):
+        self.eviction.fail("propose")
+        return super().propose(view, access)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("nth", range(1, 5))
+@pytest.mark.parametrize("stable", [True, False])
+@pytest.mark.parametrize(
+    "method", ["on_access", "on_load", "on_evict", "retain", "score", "propose"]
+)
+def test_after_a_strict_fault_no_page_without_its_bytes_is_resident(
+    rig, method, nth, stable, threads
+):
+    policy = type("P", (_Failing,), {"stable_score": stable})(method, nth)
+    r = rig(slots=(7,), eviction=policy, prefetch=_NextLayerWatched(policy), threads=threads)
+    failed = 0
+    for event in range(24):
+        try:
+            r.acquire(event % 3, [0, 1, 3 - event % 2])  # compares the bytes
+        except PolicyFaultError as error:
+            assert method in str(error)
+            failed += 1
+        r.check()
+    assert failed == 1
+
+
 # --- resize --------------------------------------------------------------------------------------
 
 
@@ -240,14 +308,43 @@ def test_a_size_that_the_system_refuses_changes_nothing(rig):
     r = rig(slots=(6,), reserved=(12,), substrate=substrate)
     r.acquire(0, [0, 1, 2])
     free = r.arbiter.pool.free
-    substrate.commits_left = 1  # the first part grows, the second fails
+    # The first part grows, the second fails.
+    substrate.plan.arm("commit", SubstrateError("injected fault"), nth=2)
     with pytest.raises(SubstrateError, match="injected"):
         r.pager.resize(0, 12)
     r.check()
     assert (r.table.slots, r.tenant.slots, r.arbiter.pool.free) == ([6], [6], free)
     r.acquire(1, [0, 1, 2, 3])
-    substrate.commits_left = None
     r.pager.resize(0, 12)
+    r.check()
+
+
+@pytest.mark.parametrize("site", ["decommit", "release"])
+@pytest.mark.parametrize("part", [1, 2])
+def test_memory_that_the_system_does_not_take_back_is_still_in_the_books(rig, site, part):
+    substrate = FaultySubstrate(CpuSubstrate(60, FRAME))
+    r = rig(slots=(12,), substrate=substrate)
+    r.acquire(0, [0, 1, 2, 3])
+    substrate.plan.arm(site, SubstrateError("injected fault"), nth=part)
+    with pytest.raises(SubstrateError, match="injected"):
+        r.pager.resize(0, 4)
+    r.check()
+    assert r.table.slots == r.tenant.slots == [12]
+    assert r.tenant.frames == frames_for(PAGE_CLASS, 12, FRAME)
+    r.acquire(1, [0, 1, 2, 3])
+    r.pager.resize(0, 4)
+    assert r.tenant.frames == frames_for(PAGE_CLASS, 4, FRAME)
+    r.pager.resize(0, 12)
+    r.check()
+    r.acquire(1, [0, 1, 2, 3])
+
+
+def test_a_bank_cannot_grow_beyond_its_own_reserve(rig):
+    r = rig(slots=(4, 4), reserved=(6, 12), bank_of=[0, 1, 1])
+    with pytest.raises(CapacityError, match="only 6 are reserved in bank 0"):
+        r.pager.resize(0, 7)
+    r.check()
+    r.pager.resize(1, 7)
     r.check()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmoe.core.arbiter import MemoryArbiter
+from fluxmoe.core.frames import FramePool
 from fluxmoe.core.kv import KVLayout
 from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
@@ -101,18 +103,17 @@ def test_beyond_the_committed_slots_there_are_nans(setup):
         assert np.all(part[-1] == 0xFF)
 
 
-@pytest.mark.parametrize("commits", [0, 1])
-def test_a_commit_that_fails_in_either_part_is_rolled_back(setup, commits):
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_commit_that_fails_in_either_part_is_rolled_back(setup, part):
     s = setup()
     s.experts.resize(0, 4)
     before = (s.pool.free, s.experts.slots, allocated())
-    s.substrate.commits_left = commits
+    s.substrate.plan.arm("commit", SubstrateError("injected fault"), nth=part)
     with pytest.raises(SubstrateError, match="injected"):
         s.experts.resize(0, 12)
     assert (s.pool.free, s.experts.slots, allocated()) == before
     s.experts.check()
     s.arbiter.check()
-    s.substrate.commits_left = None
     s.experts.resize(0, 12)
     s.experts.check()
 
@@ -127,11 +128,51 @@ def test_frames_that_run_out_in_the_second_part_are_rolled_back(setup):
     s.experts.check()
 
 
+def test_a_refusal_to_undo_what_was_refused_leaves_the_books_right(setup, monkeypatch):
+    s = setup()
+    s.experts.resize(0, 4)
+    free = s.pool.free
+
+    def refuse(address, count):
+        raise SubstrateError("this neither")
+
+    s.substrate.plan.arm("commit", SubstrateError("injected fault"), nth=2)
+    with monkeypatch.context() as patch, pytest.raises(SubstrateError):
+        patch.setattr(s.substrate, "decommit", refuse)
+        s.experts.resize(0, 12)
+    s.experts.check()
+    assert s.experts.slots == [4]
+    assert s.pool.free < free  # what is still mapped is still the experts'
+    s.experts.resize(0, 4)
+    s.experts.check()
+    assert s.pool.free == free
+
+
+def test_addresses_that_the_system_refuses_leave_nothing_reserved():
+    with closing(CpuSubstrate(40, FRAME)) as real:
+        substrate = FaultySubstrate(real)
+        substrate.plan.arm("reserve", SubstrateError("injected fault"), nth=4)
+        with pytest.raises(SubstrateError, match="injected"):
+            ExpertTenant(FramePool(40, FRAME), substrate, PAGE_CLASS, [12, 4])
+        assert not real._ranges
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_closing_gives_back_all_that_the_system_takes(setup, part):
+    s = setup()
+    s.experts.resize(0, 12)
+    s.substrate.plan.arm("release", SubstrateError("injected fault"), nth=part)
+    with pytest.raises(SubstrateError, match="injected"):
+        s.experts.close()
+    assert s.pool.free == s.pool.count
+    s.experts.close()
+
+
 def test_check_notices_slots_without_memory(setup):
     s = setup()
     s.experts.resize(0, 4)
     s.experts.slots[0] = 8
-    with pytest.raises(InvariantError, match="not exactly 8 slots of w13"):
+    with pytest.raises(InvariantError, match="not all 8 slots of w13"):
         s.experts.check()
     s.experts.slots[0] = 4
 

@@ -7,9 +7,10 @@ import threading
 import numpy as np
 import pytest
 
+from fluxmoe.core.copies import Copy
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Geometry, Loads
-from fluxmoe.errors import StoreError
+from fluxmoe.errors import ConfigError, StoreError
 from fluxmoe.testing.faults import FaultyStore
 from tests.core.rig import PAGE_CLASS, content, host_store
 
@@ -210,3 +211,58 @@ def test_close_drops_what_is_queued_and_is_idempotent(engine):
     engine.close()
     engine.close()
     assert not engine.busy
+
+
+# --- stores and threads that do what they must not ------------------------------------------------
+
+
+@threads
+def test_whatever_a_store_raises_is_a_store_error(engine):
+    wanted = loads({0: 3, 4: 7, 1: 0, 2: 11})
+    engine.store.plan.arm("read", OSError(5, "the disk is gone"))
+    with pytest.raises(StoreError, match=r"page \d+ cannot be read: OSError"):
+        engine.demand(wanted)
+    engine.demand(wanted)
+    assert engine.holds(2, 11)
+
+
+def test_what_would_end_a_copy_thread_does_not_end_the_engine(engine):
+    engine.store.plan.arm("read", SystemExit())
+    engine.prefetch(loads({0: 1}))
+    while not engine.store.plan.struck:
+        pass
+    engine.complete(0, 1, 0)
+    assert engine.holds(0, 1)
+
+
+def test_a_thread_that_dies_with_a_copy_in_its_hands_keeps_nobody_waiting(engine, monkeypatch):
+    begun, hook = threading.Event(), threading.excepthook
+
+    def die(copy):
+        copy._begun = True
+        begun.set()
+        raise SystemExit
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(Copy, "run", die)
+    engine.prefetch(loads({0: 1}))
+    assert begun.wait(10)
+    engine.complete(0, 1, 0)
+    assert engine.holds(0, 1)
+    engine.demand(loads({1: 2, 2: 3, 3: 4}))
+    assert engine.holds(3, 4)
+    monkeypatch.setattr(threading, "excepthook", hook)
+
+
+def test_copy_threads_that_cannot_be_started_are_an_error_at_the_start(monkeypatch):
+    start = threading.Thread.start
+
+    def one_only(thread):
+        if thread.name == "fluxmoe-copy-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", one_only)
+    with pytest.raises(ConfigError, match="3 copy threads cannot be started"):
+        Engine(3)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fluxmoe-copy")]

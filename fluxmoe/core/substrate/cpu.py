@@ -113,7 +113,11 @@ class CpuSubstrate:
             0, nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
         )
         self._ranges[address] = nbytes
-        self._forbid(address, nbytes)
+        try:
+            self._forbid(address, nbytes)
+        except BaseException:
+            self.unreserve(address, nbytes)
+            raise
         return address
 
     def unreserve(self, address: int, nbytes: int) -> None:

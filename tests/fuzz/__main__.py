@@ -1,0 +1,33 @@
+"""``python -m tests.fuzz``: see one run again, or look for one that fails."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from tests.fuzz.driver import Failure, attempt, fuzz
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="the first, or the only one")
+    parser.add_argument("--ops", type=int, default=5000, help="operations per run")
+    parser.add_argument("--runs", type=int, default=1, help="how many seeds, one after the other")
+    arguments = parser.parse_args(argv)
+    logging.disable()  # faulty policies are reported, and there are many
+    if arguments.runs == 1:
+        attempt(arguments.seed, arguments.ops)  # with the whole traceback
+        print(f"seed {arguments.seed}: {arguments.ops} operations, nothing wrong")
+        return 0
+    try:
+        tally = fuzz(range(arguments.seed, arguments.seed + arguments.runs), arguments.ops)
+    except Failure as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    print(f"{tally.runs} runs, {tally.operations} operations, nothing wrong")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

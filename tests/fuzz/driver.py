@@ -1,0 +1,171 @@
+"""Many runs one after the other, or side by side in threads; and what to do when one fails."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from fluxmoe.testing.faults import FaultPlan
+from tests.core.rig import Leaks
+from tests.fuzz.run import Run
+
+
+@dataclass
+class Tally:
+    """What was done, summed over runs."""
+
+    runs: int = 0
+    operations: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+
+    def add(self, run: Run) -> None:
+        self.runs += 1
+        self.operations += run.operations
+        self.calls += run.calls
+        self.faults += run.faults
+        self.errors += run.errors
+
+
+class Failure(AssertionError):
+    """A run failed; the message says how to see it again."""
+
+    def __init__(self, seed: int, operations: int, error: BaseException) -> None:
+        self.seed, self.operations = seed, operations
+        super().__init__(
+            f"{type(error).__name__}: {error}\n"
+            f"replay: python -m tests.fuzz --seed {seed} --ops {operations}"
+        )
+
+
+def attempt(seed: int, operations: int) -> Run:
+    """One run, closed again, with nothing left behind; raises what went wrong."""
+    leaks = Leaks()
+    run = Run(seed)
+    try:
+        run.go(operations)
+    except BaseException:
+        with suppress(Exception):  # closing what is broken may well fail too
+            run.close()
+        raise
+    run.close()
+    leaks.assert_none()
+    return run
+
+
+def fuzz(seeds: Iterable[int], operations: int) -> Tally:
+    """One run of so many operations per seed.
+
+    Raises:
+        Failure: With the shortest prefix of the run that fails.
+    """
+    tally = Tally()
+    for seed in seeds:
+        try:
+            tally.add(attempt(seed, operations))
+        except Exception as error:
+            shortest, error = shrink(seed, operations, error)
+            raise Failure(seed, shortest, error) from error
+    return tally
+
+
+def shrink(seed: int, operations: int, error: Exception) -> tuple[int, Exception]:
+    """Bisect for the shortest prefix that fails, and its error.
+
+    Every prefix ends with a look at everything, so a short one may show what a long one only
+    stumbled over later.
+    """
+    passes, fails = 0, operations
+    while fails - passes > 1:
+        middle = (passes + fails) // 2
+        try:
+            attempt(seed, middle)
+            passes = middle
+        except Exception as found:
+            fails, error = middle, found
+    return fails, error
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+
+class Dawdling(FaultPlan):
+    """Lets nothing fail, but makes every read take a while, each a different one."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._rng = random.Random(seed)
+
+    def reach(self, site: str) -> None:
+        if site == "read":
+            time.sleep(self._rng.choice([0, 0, 0, 1e-5, 2e-4]))
+
+
+def together(seeds: Iterable[int], operations: int, *, threads: int = 2) -> Tally:
+    """One engine per seed, each on a thread of its own with copy threads of its own, watched.
+
+    The engines share the process: compiled code, watchdog, address space, descriptors. The watchers
+    do what a metrics endpoint does while a step is running.
+    """
+    leaks = Leaks()
+    runs = {seed: Run(seed, plan=Dawdling(seed), threads=threads) for seed in seeds}
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def guarded(seed: int, work: Callable[[], None]) -> threading.Thread:
+        def body() -> None:
+            try:
+                work()
+            except Exception as error:
+                error.add_note(f"in one of several engines, seed {seed}: {runs[seed].name}")
+                errors.append(error)
+
+        return threading.Thread(target=body)
+
+    engines = [guarded(seed, lambda run=run: run.go(operations)) for seed, run in runs.items()]
+    watchers = [guarded(seed, lambda run=run: _watch(run, over)) for seed, run in runs.items()]
+    with _switching_often():
+        for thread in watchers + engines:
+            thread.start()
+        for engine in engines:
+            engine.join()
+        over.set()
+        for watcher in watchers:
+            watcher.join()
+    tally = Tally()
+    for run in runs.values():
+        run.close()
+        tally.add(run)
+    if errors:
+        raise errors[0]
+    leaks.assert_none()
+    return tally
+
+
+def _watch(run: Run, over: threading.Event) -> None:
+    rig, pages = run.rig, run.rig.geometry.num_pages
+    while not over.wait(1e-4):
+        counters, frames = rig.pager.counters(), rig.arbiter.frames()
+        assert min(counters.events, counters.hits, counters.misses) >= 0
+        assert 0 <= sum(frames.values()) <= rig.arbiter.pool.count
+        assert 0 <= rig.arbiter.committed_bytes <= rig.arbiter.budget_bytes
+        assert 0 <= rig.table.resident.sum() <= pages
+        assert rig.transfer.stall_seconds >= 0
+        run.calls["watch"] += 1
+
+
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

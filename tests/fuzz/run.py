@@ -1,0 +1,364 @@
+"""One run of the fuzzer: a memory manager and a series of operations, both drawn from one seed.
+
+The series does not depend on its length, so a run of fewer operations is a prefix of a longer one:
+that is what makes a failure replayable, and lets ``shrink`` find its shortest prefix by bisection.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fluxmoe.core.limits import Limits
+from fluxmoe.core.protocol import FreeKV, TakeKV
+from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.tenants import frames_for
+from fluxmoe.errors import (
+    CapacityError,
+    FluxMoEError,
+    OutOfFramesError,
+    PolicyFaultError,
+    StoreError,
+    SubstrateError,
+)
+from fluxmoe.policies.prefetch.next_layer import NextLayer
+from fluxmoe.testing.faults import FaultPlan, FaultySubstrate
+from tests.core.rig import FRAME, PAGE_CLASS, Rig, contents
+from tests.fuzz.mappings import assert_mapped
+from tests.fuzz.model import Model
+from tests.fuzz.policies import EVICTION, Wild, faulty
+
+MAX_LAYERS, MAX_EXPERTS = 6, 32
+#: Sites of a plan at which memory is refused.
+MEMORY = ("reserve", "commit", "decommit", "release", "mmap", "fallocate", "frames")
+MOSTLY_EVENTS = {"event": 300, "resize": 6, "kv": 4, "reset": 0.3, "wrong": 1, "verify": 3}
+MOVING_MEMORY = {"event": 60, "resize": 20, "kv": 8, "reset": 1, "wrong": 1}
+
+
+class Run:
+    """The core and its model, side by side. Whatever differs is an AssertionError.
+
+    Args:
+        seed: Of the layout, the policies and the operations.
+        plan: Decides what fails; if None, stores, substrates and policies fail at random.
+        threads: Copy threads; if None, drawn.
+        wrap: Replaces the policies that were drawn.
+        kinds: How often each call is made, relative to the others.
+
+    Attributes:
+        operations: Page accesses (one distinct expert of one event) and other calls so far.
+        calls: How often each call was made.
+        errors: Codes of the errors that the core raised because of a fault.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        plan: FaultPlan | None = None,
+        threads: int | None = None,
+        wrap: Callable[[Any], Any] = lambda policy: policy,
+        kinds: Mapping[str, float] = MOSTLY_EVENTS,
+    ) -> None:
+        self.rng = rng = random.Random(seed)
+        self.kinds = kinds
+        self.operations = 0
+        self.calls: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        faults = plan is None
+        layers, experts = rng.randint(1, MAX_LAYERS), rng.randint(2, MAX_EXPERTS)
+        banks = rng.choice([1, 1, 1, min(2, layers), min(3, layers)])
+        self.reserved = [rng.randint(experts, layers * experts + 1) for _ in range(banks)]
+        slots = [rng.randint(experts, reserved) for reserved in self.reserved]
+        policy = rng.choice(sorted(EVICTION))
+        eviction = EVICTION[policy].make()
+        ahead, prefetch = rng.choice(
+            [(0, None), (0, None), (1, NextLayer()), (2, NextLayer(2)), (None, Wild())]
+        )
+        self.faulty = []
+        if faults and rng.random() < 0.3 and policy != "queue":  # which relies on its own books
+            self.faulty.append(faulty(eviction, rng.choice([3, 30, 300])))
+            if prefetch is not None:
+                self.faulty.append(faulty(prefetch, rng.choice([3, 30, 300])))
+        #: How often a page cannot be read, and how often the system refuses memory.
+        self.unreadable, self.refusing = (
+            (rng.choice([0, 0, 0.02, 0.3]), rng.choice([0, 0.5])) if faults else (0, 0)
+        )
+        self.strict = rng.random() < 0.3
+        self.plan = plan or FaultPlan()
+        frames = sum(frames_for(PAGE_CLASS, count, FRAME) for count in slots) + rng.randint(0, 40)
+        self.rig = Rig(
+            layers,
+            experts,
+            slots,
+            reserved=self.reserved,
+            kv_blocks=rng.randint(1, 9),
+            bank_of=[layer * banks // layers for layer in range(layers)],
+            frames=frames,
+            eviction=wrap(eviction),
+            prefetch=wrap(prefetch) if prefetch else None,
+            threads=rng.choice([0, 0, 0, 1, 3]) if threads is None else threads,
+            strict=self.strict,
+            limits=Limits(strikes=rng.choice([4, 1000, 10**9])),
+            substrate=FaultySubstrate(CpuSubstrate(frames, FRAME), self.plan),
+            plan=self.plan,
+        )
+        take = self.rig.arbiter.pool.take
+        self.rig.arbiter.pool.take = lambda *args: (self.plan.reach("frames"), take(*args))[1]
+        self.probes = [_probes(bank) for bank in self.rig.rows]
+        self.model = Model(self.rig, EVICTION[policy], ahead)
+        self.next_layer = 0
+        #: Per KV group that is committed, the byte that fills it.
+        self.stamps: dict[int, int] = {}
+        self.name = (
+            f"{policy}{' faulty' if self.faulty else ''}, {layers}×{experts}, slots {slots}, "
+            f"prefetch {type(prefetch).__name__}, {self.rig.transfer._threads} threads"
+        )
+
+    def go(self, operations: int) -> None:
+        """Run until so many operations have been made, then look at everything once more."""
+        while self.operations < operations:
+            self.step()
+        self.verify()
+
+    def step(self) -> None:
+        """One call, with all that can be seen of it compared."""
+        kind = self.rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+        self.calls[kind] += 1
+        self.operations += getattr(self, kind)() or 1
+
+    # --- the calls -------------------------------------------------------------------------------
+
+    def event(self) -> int:
+        rng, rig = self.rng, self.rig
+        if self.unreadable and rng.random() < 0.2:
+            pages = range(rig.geometry.num_pages)
+            rig.store.broken = {page for page in pages if rng.random() < self.unreadable / 4}
+        layer = self.next_layer if rng.random() < 0.9 else rng.randrange(self.model.layers)
+        self.next_layer = (layer + 1) % self.model.layers
+        ids = self._ids()
+        slots = np.full(len(ids), -7, np.int32)
+        try:
+            rig.pager.acquire(layer, ids, slots)
+        except (StoreError, PolicyFaultError) as error:
+            assert self.strict or not isinstance(error, PolicyFaultError)
+            self.errors[error.code] += 1
+            self.model.open(layer, ids.tolist())
+            self.model.follow_failure()
+            self._books()
+        else:
+            self.model.event(layer, ids.tolist())
+            self._compare(layer, ids, slots)
+        return len(self.model.own)
+
+    def _ids(self) -> np.ndarray:
+        rng, experts = self.rng, self.model.experts
+        kind = rng.randrange(8)
+        if kind == 0:
+            ids = list(range(experts))
+        elif kind == 1:
+            ids = rng.sample(range(experts), rng.randint(0, experts))
+        else:
+            skew = rng.choice([0.1, 0.3, 1.0])
+            ids = [min(int(rng.expovariate(skew)), experts - 1) for _ in range(rng.randint(0, 32))]
+        if rng.random() < 0.2:
+            ids += [-1] * rng.randint(1, 4)
+        return np.array(ids, rng.choice([np.int32, np.int64]))
+
+    def _compare(self, layer: int, ids: np.ndarray, slots: np.ndarray) -> None:
+        """The event's books, who is resident, and the bytes that the kernel will read."""
+        rig, model, b = self.rig, self.model, self.rig.table.books
+        own = model.own
+        assert b.pages[: len(own)].tolist() == own
+        assert np.array(own, np.int64)[~b.hit[: len(own)]].tolist() == model.misses
+        assert rig.resident == model.resident
+        real = ids >= 0
+        assert not slots[~real].any()
+        bank, pages = rig.table.bank(layer), layer * model.experts + ids[real]
+        right = _probes(contents(rig.geometry.num_pages))
+        self._assert_hold(bank, slots[real], self.probes[bank], pages, right)
+
+    def _assert_hold(self, bank: int, slots, parts, pages, contents) -> None:
+        assert np.all((slots >= 0) & (slots < self.rig.table.slots[bank]))
+        for rows, right in zip(parts, contents, strict=True):
+            assert np.array_equal(rows[slots], right[pages]), "a slot holds wrong bytes"
+
+    def wrong(self) -> None:
+        """Something that no engine may ask for: an error, and nothing else happens."""
+        layer, expert = self.rng.choice(
+            [(0, self.model.experts), (self.model.layers, 0), (-1, 0), (10**9, 0), (0, 10**9)]
+        )
+        try:
+            self.rig.pager.acquire(layer, np.array([expert]), np.zeros(1, np.int32))
+        except IndexError:
+            assert self.rig.resident == self.model.resident
+        else:
+            raise AssertionError("an expert that does not exist was acquired")
+
+    def resize(self) -> None:
+        rng, rig, table = self.rng, self.rig, self.rig.table
+        bank = rng.randrange(table.num_banks)
+        slots = rng.randint(self.model.experts - 1, self.reserved[bank] + 1)
+        before = table.slots[bank]
+        # Frames that the system would not unmap when the bank shrank are still there.
+        needed = sum(
+            max(0, -(-slots * part.nbytes // FRAME) - arena.committed)
+            for part, arena in zip(PAGE_CLASS.parts, rig.tenant._arenas[bank], strict=True)
+        )
+        on_their_way = {
+            int(table.books.page_at[key]) for key in rig.transfer._queued if key[0] == bank
+        }
+        room, refused = rig.arbiter.pool.free, self._refused()
+        outcome = self._while_refusing(rig.pager.resize, bank, slots)
+        if not self.model.experts <= slots <= self.reserved[bank]:
+            assert outcome is CapacityError
+        elif outcome is PolicyFaultError:
+            assert self.strict
+            assert slots < before
+            self.errors[outcome.code] += 1
+            self.model.release()
+            self.model.follow_failure()
+        elif self._refused() > refused:
+            assert outcome in (SubstrateError, OutOfFramesError)
+            self.errors[outcome.code] += 1
+            if slots < before:
+                self.model.resize(bank, slots)
+                self.model.slots[bank] = before
+        else:
+            assert outcome is (OutOfFramesError if needed > room else None)
+            if outcome is None:
+                self.model.resize(bank, slots)
+        if slots < before:
+            lost = self.model.resident - rig.resident
+            assert lost <= on_their_way
+            assert not lost or rig.store.broken or self.plan.struck
+            self.model.lose(lost)
+        self._books()
+
+    def kv(self) -> None:
+        """The KV cache gives up some groups and takes others."""
+        rng, rig, kv = self.rng, self.rig, self.rig.arbiter.kv
+        groups = range(kv.layout.groups)
+        for action in (FreeKV, TakeKV):
+            wanted = {group for group in groups if rng.random() < 0.3}
+            before, room = set(self.stamps), rig.arbiter.pool.free
+            refused = self._refused()
+            outcome = self._while_refusing(rig.arbiter.execute, rig.pager, action(tuple(wanted)))
+            after = set(np.flatnonzero(kv.committed).tolist())
+            if self._refused() > refused:
+                assert outcome in (SubstrateError, OutOfFramesError)
+                self.errors[outcome.code] += 1
+                # One at most is still there because the system would not unmap it.
+                target = before if action is TakeKV else before - wanted
+                assert target <= after <= before | wanted
+                assert len(after - target) <= 1
+            elif action is TakeKV and kv.layout.frames(wanted - before) > room:
+                assert outcome is OutOfFramesError
+                assert after == before
+            else:
+                assert outcome is None
+                assert after == (before | wanted if action is TakeKV else before - wanted)
+            self._stamp(before, after)
+
+    def _stamp(self, before: set[int], after: set[int]) -> None:
+        """Write into every group that is new, which reads as zero, something of its own."""
+        layout, buffer = self.rig.arbiter.kv.layout, self._kv_blocks()
+        for group in before - after:
+            del self.stamps[group]
+        for group in after - before:
+            self.stamps[group] = self.rng.randint(1, 254)
+            for block in layout.blocks_of(group):
+                # Memory that the system would not take back has kept what was in it.
+                assert self._refused() or not buffer[block].any()
+                buffer[block] = self.stamps[group]
+
+    def _kv_blocks(self) -> np.ndarray:
+        kv = self.rig.arbiter.kv
+        return kv.buffer().reshape(kv.layout.blocks, -1)
+
+    def reset(self) -> None:
+        self.rig.pager.reset()
+        self.model.reset()
+        self.next_layer = 0
+        for notes in self.model.failed.values():
+            assert not notes
+
+    def _refused(self) -> int:
+        """How often memory was refused by plan. (Copy threads may fail beside a call, too.)"""
+        return sum(self.plan.struck[site] for site in MEMORY)
+
+    def _while_refusing(self, call, *args) -> type[FluxMoEError] | None:
+        """Call, perhaps while the system refuses memory; the class of the error, if any."""
+        refuse = self.rng.random() < self.refusing
+        if refuse:
+            site = self.rng.choice(["commit", "decommit", "release"])
+            self.plan.arm(site, SubstrateError("injected fault"), nth=self.rng.randint(1, 2))
+        outcome = self._try(call, *args)
+        if refuse:
+            self.plan.disarm()
+        return outcome
+
+    def _try(self, call, *args) -> type[FluxMoEError] | None:
+        try:
+            call(*args)
+        except FluxMoEError as error:
+            return type(error)
+        return None
+
+    # --- looking at everything -------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Books, arrays, counters, mappings, the bytes of every resident page and KV group."""
+        self._books()
+        self.model.assert_same_books()
+        rig, table = self.rig, self.rig.table
+        kv, blocks = rig.arbiter.kv, self._kv_blocks()
+        assert_mapped([kv._arena, *(arena for bank in rig.tenant._arenas for arena in bank)])
+        for group in range(kv.layout.groups):
+            for block in kv.layout.blocks_of(group):
+                assert np.all(blocks[block] == self.stamps.get(group, 0xFF))
+        for bank in range(table.num_banks):
+            held = np.flatnonzero(table.books.page_at[bank] >= 0)
+            # A prefetched page that nobody has asked for yet may still be on its way.
+            here = [(bank, slot) not in rig.transfer._queued for slot in held.tolist()]
+            slots = held[np.array(here, bool)]
+            pages, right = table.books.page_at[bank, slots], contents(rig.geometry.num_pages)
+            self._assert_hold(bank, slots, rig.rows[bank], pages, right)
+        if not self.strict:
+            raised = sum(policy.raised for policy in self.faulty)
+            raised += sum(n for site, n in self.plan.struck.items() if site.startswith("policy"))
+            assert rig.eviction.faults + rig.prefetch.faults == raised
+
+    def _books(self) -> None:
+        rig = self.rig
+        rig.check()
+        needed = sum(frames_for(PAGE_CLASS, slots, FRAME) for slots in rig.table.slots)
+        assert rig.tenant.frames == needed or (self._refused() and rig.tenant.frames > needed)
+        assert rig.resident == self.model.resident
+        assert self.rig.table.slots == self.model.slots
+
+    def close(self) -> None:
+        """Give everything back."""
+        pool, refused = self.rig.arbiter.pool, self._refused()
+        error = self._try(self.rig.close)
+        if error is not None:
+            assert self._refused() > refused, error
+            self.errors[error.code] += 1
+        assert pool.free == pool.count
+
+    @property
+    def faults(self) -> Counter[str]:
+        """What was made to fail at random, by site. Only reads that surfaced are counted."""
+        counts = Counter(self.plan.struck)
+        counts["read"] = self.errors[StoreError.code]
+        counts["policy"] = sum(policy.raised for policy in self.faulty)
+        return +counts
+
+
+def _probes(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """Some bytes from all over each row: enough to tell pages apart after every event."""
+    return [rows[:, :: (rows.shape[1] - 1) // 20] for rows in parts]

@@ -1,0 +1,256 @@
+"""Every place where the world can fail the core, each failed in turn: the 1st time, the 2nd …
+
+A site is failed at one passage per run. After it the books must agree with what is mapped, the run
+must go on and agree with the model to its end, and nothing may be left behind. An error that comes
+out of the core must be one of its own, with a code; anything else ends the run as a failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import fluxmoe
+from fluxmoe.core.copies import Copy
+from fluxmoe.core.substrate import cpu
+from fluxmoe.errors import FluxMoEError, OutOfFramesError, StoreError, SubstrateError
+from fluxmoe.testing.faults import FaultPlan
+from tests.core.rig import Leaks
+from tests.fuzz.run import MOVING_MEMORY, Run
+
+
+class Refused(Exception):
+    """Told to whoever stands in for the system; never seen by the core."""
+
+
+# --- sites below the protocols: the system's own calls --------------------------------------------
+
+
+class _Libc:
+    """The C library, except that ``mmap`` and ``fallocate`` may be refused."""
+
+    def __init__(self, real, plan: FaultPlan) -> None:
+        self._real, self._plan = real, plan
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+    def mmap(self, *args):
+        return cpu._MAP_FAILED if self._refused("mmap") else self._real.mmap(*args)
+
+    def fallocate(self, *args):
+        return -1 if self._refused("fallocate") else self._real.fallocate(*args)
+
+    def _refused(self, site: str) -> bool:
+        try:
+            self._plan.reach(site)
+        except Refused:
+            cpu.ctypes.set_errno(errno.ENOMEM)
+            return True
+        return False
+
+
+@contextmanager
+def system_calls(plan: FaultPlan) -> Iterator[None]:
+    real = cpu._libc
+    cpu._libc = _Libc(real, plan)
+    try:
+        yield
+    finally:
+        cpu._libc = real
+
+
+@contextmanager
+def thread_starts(plan: FaultPlan) -> Iterator[None]:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("fluxmoe-copy"):
+            plan.reach("thread start")
+        real(thread)
+
+    threading.Thread.start = start
+    try:
+        yield
+    finally:
+        threading.Thread.start = real
+
+
+@contextmanager
+def copy_threads(plan: FaultPlan) -> Iterator[None]:
+    """A thread may die before it begins a copy, or with the copy in its hands, not having told."""
+    real = Copy.run
+
+    def run(copy: Copy) -> None:
+        plan.reach("thread death, idle")
+        try:
+            plan.reach("thread death, copying")
+        except SystemExit:
+            with copy._lock:
+                copy._begun = not copy._withdrawn
+            raise
+        real(copy)
+
+    Copy.run = run
+    try:
+        yield
+    finally:
+        Copy.run = real
+
+
+class _InCopyThreads(FaultPlan):
+    """Passes a site of its own where a copy thread reads."""
+
+    def reach(self, site: str) -> None:
+        if site == "read" and threading.current_thread().name.startswith("fluxmoe-copy"):
+            super().reach("read in a thread")
+        super().reach(site)
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+_HOOKS = ("on_access", "on_load", "on_evict", "score", "select", "retain", "propose")
+
+
+def reaching(plan: FaultPlan) -> Callable[[object], object]:
+    """Makes a policy pass a site at each of its methods that is ever called."""
+
+    def wrap(policy):
+        kind = type(policy)
+        hooks = [name for name in _HOOKS if getattr(kind, name, None) is not None]
+        if isinstance(policy, fluxmoe.EvictionPolicy):  # overriding these two changes what it is
+            hooks = [
+                name
+                for name in hooks
+                if name not in ("select", "retain")
+                or getattr(kind, name) is not getattr(fluxmoe.EvictionPolicy, name)
+            ]
+        methods = {name: _reaching(plan, name, getattr(kind, name)) for name in hooks}
+        policy.__class__ = type(kind.__name__, (kind,), methods)
+        return policy
+
+    return wrap
+
+
+def _reaching(plan: FaultPlan, name: str, method):
+    def call(self, *args):
+        plan.reach(f"policy {name}")
+        return method(self, *args)
+
+    return call
+
+
+# --- in turn --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where, with which error, and what has to stand in for the real thing meanwhile."""
+
+    error: Callable[[], BaseException]
+    around: Callable[[FaultPlan], AbstractContextManager[None]] = lambda plan: nullcontext()
+    plan: type[FaultPlan] = FaultPlan
+
+
+SITES = {
+    **dict.fromkeys(
+        ["reserve", "commit", "decommit", "release"], Site(lambda: SubstrateError("injected"))
+    ),
+    **dict.fromkeys(["mmap", "fallocate"], Site(Refused, system_calls)),
+    "frames": Site(lambda: OutOfFramesError("injected")),
+    "read": Site(lambda: StoreError("injected")),
+    "read in a thread": Site(lambda: OSError(5, "injected"), plan=_InCopyThreads),
+    "thread start": Site(lambda: RuntimeError("can't start new thread"), thread_starts),
+    "thread death, idle": Site(SystemExit, copy_threads),
+    "thread death, copying": Site(SystemExit, copy_threads),
+    **{f"policy {name}": Site(lambda: ValueError("injected")) for name in _HOOKS},
+}
+
+
+@dataclass
+class Outcome:
+    """What came of failing one site.
+
+    ``errors``: codes that the core raised; the rest of the injected faults it lived through.
+    """
+
+    injected: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    operations: int = 0
+
+
+#: A run in which a site is never passed tells nothing: so many seeds are tried for ``runs``.
+_TRIES = 100
+
+
+def fail_everywhere(name: str, *, runs: int, operations: int, most: int) -> Outcome:
+    """Fail a site in turn in ``runs`` runs that pass it, see ``fail_in_turn``."""
+    total, found = Outcome(), 0
+    for seed in range(_TRIES):
+        outcome = fail_in_turn(name, seed, operations, most)
+        total.injected += outcome.injected
+        total.errors += outcome.errors
+        total.operations += outcome.operations
+        found += outcome.injected > 0
+        if found == runs:
+            return total
+    raise AssertionError(f"only {found} of {_TRIES} runs pass {name!r}")
+
+
+def fail_in_turn(name: str, seed: int, operations: int, most: int) -> Outcome:
+    """Fail a site at its 1st, 2nd … passage in the run of ``seed``, one run for each.
+
+    If it is passed more than ``most`` times, at the first half of ``most`` and at as many others.
+    """
+    site, outcome = SITES[name], Outcome()
+    passages = range(1, _run(site, name, None, seed, operations).passed[name] + 1)
+    if len(passages) > most:
+        rest = random.Random(seed).sample(passages[most // 2 :], most - most // 2)
+        passages = [*passages[: most // 2], *sorted(rest)]
+    for nth in passages:
+        leaks = Leaks()
+        try:
+            plan = _run(site, name, nth, seed, operations, outcome)
+            leaks.assert_none()
+        except Exception as error:
+            error.add_note(f"site {name!r} failed at passage {nth}, seed {seed}, {operations} ops")
+            raise
+        outcome.injected += plan.struck[name]
+    return outcome
+
+
+def _run(
+    site: Site,
+    name: str,
+    nth: int | None,
+    seed: int,
+    operations: int,
+    outcome: Outcome | None = None,
+) -> FaultPlan:
+    plan, outcome = site.plan(), outcome or Outcome()
+    if nth is not None:
+        plan.arm(name, site.error(), nth)
+    with site.around(plan):
+        try:
+            run = Run(seed, plan=plan, threads=2, wrap=reaching(plan), kinds=MOVING_MEMORY)
+        except FluxMoEError as error:  # at the start: then there is nothing, and nothing is left
+            assert plan.struck[name]
+            outcome.errors[error.code] += 1
+            return plan
+        try:
+            while run.operations < operations:
+                struck = plan.struck[name]
+                run.step()
+                if plan.struck[name] > struck:
+                    run.verify()
+            run.verify()
+        finally:
+            run.close()
+    outcome.errors += run.errors
+    outcome.operations += run.operations
+    return plan
