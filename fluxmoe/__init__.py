@@ -15,7 +15,7 @@ from fluxmoe.errors import FluxMoEError, MissingDependencyError
 from fluxmoe.hookspecs import hookimpl, hookspec
 
 if TYPE_CHECKING:
-    from fluxmoe.backends.torch import page
+    from fluxmoe.backends.torch import load, page
 
 __version__ = "0.1.0"
 
@@ -32,20 +32,21 @@ __all__ = [
     "Split",
     "hookimpl",
     "hookspec",
+    "load",
     "page",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Policies and the simulator need no torch, so only what does need it imports it.
-    if name != "page":
+    if name not in ("load", "page"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from fluxmoe.backends.torch import page
+        from fluxmoe.backends import torch as backend
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
         raise MissingDependencyError(
             f"{error.name} is needed to page a PyTorch model", fix="pip install 'fluxmoe[hf]'"
         ) from error
-    return page
+    return getattr(backend, name)

@@ -123,13 +123,25 @@ class HostStoreConfig(_Model):
     kind: Literal["host"]
 
 
+#: What a preset chooses where nothing is said. ``paper``: arXiv 2604.02715, a window of two layers.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "eviction": {"kind": "immediate"},
+        "prefetch": {"kind": "next-layer", "depth": 1},
+        "arbitration": {"kind": "rho"},
+    },
+}
+
+
 class Config(_Model):
     """Everything FluxMoE can be told. Keys of ``vllm`` are passed to vLLM untouched."""
 
     model: str | None = None
     """Folder or Hugging Face name of the model; needed to serve."""
     memory: Memory
-    preset: Literal["default"] = "default"
+    preset: Literal["default", "paper"] = "default"
+    """A named set of policies; those that are named themselves win over it."""
     eviction: Policy = {"kind": "next-use"}
     """Policy that decides which expert is given up: a name, or {kind: NAME, option: value}."""
     prefetch: Policy = {"kind": "none"}
@@ -151,6 +163,13 @@ class Config(_Model):
     """Seed of the random numbers that policies may use."""
     vllm: dict[str, Any] = {}
     """Options passed to vLLM untouched."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("preset"), str):
+            return {**PRESETS.get(data["preset"], {}), **data}
+        return data
 
 
 def parse(data: object, *, where: str) -> Config:

@@ -1,7 +1,7 @@
 """The network as it is trained: Qwen3-MoE's arithmetic, arranged for a CPU.
 
 The parameters have the shapes of transformers' ``Qwen3MoeForCausalLM`` and go into it by
-``export``. Several times faster than that class: in training every expert has the same number of
+``export``. Arranged for speed: in training every expert has the same number of
 rows, so that all experts are one batched product of a fixed shape, which oneDNN and
 ``torch.compile`` prepare once; and rows are only ever gathered, backwards too, never scattered.
 """

@@ -7,13 +7,13 @@ import psutil
 from fluxmoe.errors import ConfigError
 
 
-def require_free(budget: int) -> None:
-    """Refuse a budget, in bytes, beyond the memory that is free.
+def require_free(budget: int, *, held: int = 0) -> None:
+    """Refuse a budget, in bytes, beyond the memory that is free, or that it holds already.
 
     Raises:
         ConfigError: Names both.
     """
-    available = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available + held
     if budget > available:
         raise ConfigError(
             f"a budget of {budget} bytes is more than the {available} bytes that are free",

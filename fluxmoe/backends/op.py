@@ -1,5 +1,7 @@
 """``fluxmoe::acquire``: the one operator through which compiled and eager models call the pager.
 
+``fluxmoe::note`` stands before it while a trace is recorded that holds more than expert ids.
+
 The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
 the kernel that follows depends on it and cannot be moved before it. It is declared functional.
 Declaring an input mutated instead changes what the compiler fuses around the router, and with it
@@ -10,10 +12,12 @@ from __future__ import annotations
 
 import torch
 
+from fluxmoe.backends.recorder import Recorder
 from fluxmoe.core.pager import ExpertPager
 
-# A traced operator can only carry numbers, so pagers are known to it by number.
+# A traced operator can only carry numbers, so pagers and recorders are known to it by number.
 _pagers: dict[int, ExpertPager] = {}
+_recorders: dict[int, Recorder] = {}
 
 
 def attach(pager: ExpertPager) -> int:
@@ -24,8 +28,19 @@ def attach(pager: ExpertPager) -> int:
 
 
 def detach(handle: int) -> None:
-    """Forget a pager. Idempotent."""
+    """Forget a pager, and who records it. Idempotent."""
     _pagers.pop(handle, None)
+    _recorders.pop(handle, None)
+
+
+def record(handle: int, recorder: Recorder | None) -> None:
+    """From now on the events of a pager are shown to a recorder; None ends that."""
+    if recorder is None:
+        _recorders.pop(handle, None)
+        _pagers[handle].watcher = None
+    else:
+        _recorders[handle] = recorder
+        _pagers[handle].watcher = recorder.observe
 
 
 def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
@@ -39,9 +54,40 @@ def _fake(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     return torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
 
 
+def _note(
+    topk_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    predicted: torch.Tensor | None,
+    handle: int,
+) -> torch.Tensor:
+    recorder = _recorders.get(handle)
+    if recorder is not None:
+        recorder.note(
+            None if weights is None else weights.to(torch.float16, copy=True).numpy(),
+            None if predicted is None else predicted.to(torch.int16, copy=True).numpy(),
+        )
+    return topk_ids.clone()
+
+
+def _fake_note(
+    topk_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    predicted: torch.Tensor | None,
+    handle: int,
+) -> torch.Tensor:
+    return torch.empty_like(topk_ids)
+
+
 _library = torch.library.Library("fluxmoe", "FRAGMENT")
 _library.define("acquire(Tensor topk_ids, int handle, int layer) -> Tensor")
 _library.impl("acquire", _acquire, "CPU")
 torch.library.register_fake("fluxmoe::acquire", _fake, lib=_library)
 
 acquire = torch.ops.fluxmoe.acquire
+
+# Returns the ids anew, for `acquire`: whatever has no result that is used is compiled away.
+_library.define("note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle) -> Tensor")
+_library.impl("note", _note, "CPU")
+torch.library.register_fake("fluxmoe::note", _fake_note, lib=_library)
+
+note = torch.ops.fluxmoe.note

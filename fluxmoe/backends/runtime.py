@@ -22,13 +22,13 @@ from fluxmoe.core.kv import KVLayout, KVTenant
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import PageView
-from fluxmoe.core.protocol import Action
+from fluxmoe.core.protocol import Action, SetSlots
 from fluxmoe.core.store import Store
 from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
-from fluxmoe.errors import ConfigError, InvariantError, UnsupportedError
+from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError, UnsupportedError
 from fluxmoe.sim.trace import TraceMeta
 
 
@@ -59,6 +59,7 @@ class Runtime:
         kv: What the KV cache needs.
         bank_limit: Most slots one kernel call can address; None if there is no limit.
         phase: Tells, at the beginning of a step, what the step does.
+        ceiling: Bytes that ``resize`` may raise the budget to; 0 = not above the first one.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
@@ -76,6 +77,7 @@ class Runtime:
         *,
         bank_limit: int | None = None,
         phase: Callable[[], Phase] = lambda: Phase.DECODE,
+        ceiling: int = 0,
     ) -> None:
         self.config, self.geometry, self.page_class, self.store = (
             config,
@@ -113,7 +115,13 @@ class Runtime:
         slots = self.slots_for(self.experts_budget.target, frame_bytes, len(reserved))
         assert slots is not None  # or there would be fewer banks
 
-        self.arbiter = MemoryArbiter(CpuSubstrate(frames, frame_bytes))
+        if ceiling > budget:
+            pages, _ = spread(geometry, geometry.num_pages, len(reserved))
+            reserved = [min(count, bank_limit or count) for count in pages]
+
+        most = max(frames, ceiling // frame_bytes)
+        self.arbiter = MemoryArbiter(CpuSubstrate(most, frame_bytes))
+        self.arbiter.pool.set_limit(frames)
         with ExitStack() as undo:
             undo.callback(self.arbiter.substrate.close)
             self._tenant = ExpertTenant(
@@ -184,6 +192,37 @@ class Runtime:
     def execute(self, action: Action) -> None:
         """Between steps: carry out one action of a move. Raises what ``MemoryArbiter`` does."""
         self.arbiter.execute(self.pager, action)
+
+    def resize(self, budget: int) -> None:
+        """Between steps: raise or lower the budget, in bytes; the difference is the experts'.
+
+        The number of banks stays. A smaller budget loses the pages in the last slots.
+
+        Raises:
+            BudgetTooSmallError: A bank could not hold one layer's experts.
+            ConfigError: The difference is more than is free.
+            OutOfFramesError: ``budget`` is above the ceiling.
+            SubstrateError: The system refused. As after every error, nothing has changed.
+        """
+        pool, banks = self.arbiter.pool, self.pager.table.num_banks
+        frames = budget // pool.frame_bytes
+        kv = pool.owned_by(KVTenant.NAME)
+        slots = self.slots_for(frames - kv, pool.frame_bytes, banks)
+        if slots is None:
+            raise BudgetTooSmallError(
+                f"{budget} bytes cannot hold one layer of {self.geometry.experts_per_layer} "
+                f"experts, {self.page_class.nbytes} bytes each, in each of {banks} banks",
+                fix="give more, or make fewer banks",
+            )
+        require_free(budget, held=pool.nbytes)
+        before = pool.limit
+        pool.set_limit(max(frames, before))
+        try:
+            self.execute(SetSlots(tuple(slots)))
+        except BaseException:
+            pool.set_limit(before)
+            raise
+        pool.set_limit(frames)
 
     def arenas(self, layer: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
         """Per part, the layer's bank as uint8 ``[slots, part bytes]``: what its kernel reads.

@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output
-from fluxmoe.errors import ConfigError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from fluxmoe.cli import models, output
+from fluxmoe.errors import ConfigError
 
 
 class Backend(StrEnum):
@@ -68,7 +65,7 @@ def generate(
     """Continue one prompt, always with the likeliest token, and print text and statistics."""
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("one of --prompt and --prompt-ids is needed")
-    given = None if prompt_ids is None else _numbers(prompt_ids)
+    given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
 
     from fluxmoe import config, plugins
     from fluxmoe.backends import checkpoint
@@ -83,10 +80,10 @@ def generate(
     parsed = config.parse(settings, where="fluxmoe generate")
     plugins.load(parsed.plugins).serving(parsed)
     checkpoint.require_readable(model)
-    _quiet_transformers()
-    vocabulary = _config(model).get_text_config().vocab_size
-    tokenizer = _tokenizer(model, required=given is None)
-    ids = given if given is not None else _encode(tokenizer, prompt or "")
+    models.quiet()
+    vocabulary = models.config(model).get_text_config().vocab_size
+    tokenizer = models.tokenizer(model, required=given is None)
+    ids = given if given is not None else models.encode(tokenizer, prompt or "")
     if not ids or not all(0 <= token < vocabulary for token in ids):
         raise ConfigError(
             f"the prompt has the tokens {ids}",
@@ -114,21 +111,16 @@ def generate(
 
 def _torch(task: _Task) -> _Answer:
     import torch
-    from transformers import AutoModelForCausalLM
 
     import fluxmoe
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise _cannot_load(task.model, error) from error
     policies = {key: task.settings[key] for key in ("eviction", "prefetch", "plugins")}
     with (
-        fluxmoe.page(model, task.settings["memory"]["budget"], **policies) as paged,
+        fluxmoe.load(task.model, task.settings["memory"]["budget"], **policies) as paged,
         torch.inference_mode(),
     ):
         started = time.perf_counter()
-        tokens = model.generate(
+        tokens = paged.model.generate(
             torch.tensor([task.prompt]),
             attention_mask=torch.ones(1, len(task.prompt), dtype=torch.int64),
             max_new_tokens=task.max_new_tokens,
@@ -153,7 +145,7 @@ def _vllm(task: _Task) -> _Answer:
         block_size=32,
     )
     with engine:
-        prompt = Prompt(task.prompt, task.max_new_tokens, stop=_stop_tokens(task.model))
+        prompt = Prompt(task.prompt, task.max_new_tokens, stop=models.stop_tokens(task.model))
         run = engine.generate([prompt])
     return _Answer(run.tokens[0], run.seconds, run.stats)
 
@@ -173,80 +165,3 @@ def _print(result: dict[str, Any], prompt: str | None) -> None:
         style="dim",
         highlight=False,
     )
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"{text!r} is no list of numbers", where="--prompt-ids", fix="write 1,2,3"
-        ) from error
-
-
-def _quiet_transformers() -> None:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{error.name} is needed to run a PyTorch model", fix="pip install 'fluxmoe[hf]'"
-        ) from error
-    transformers.logging.disable_progress_bar()
-
-
-def _config(model: str) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
-
-
-def _stop_tokens(model: str) -> tuple[int, ...]:
-    """The tokens at which transformers stops generating."""
-    from transformers import GenerationConfig
-
-    try:
-        tokens = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # no generation_config.json: transformers takes what the model's has
-        tokens = GenerationConfig.from_model_config(_config(model)).eos_token_id
-    return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
-
-
-def _cannot_load(model: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"cannot load the model: {_first_line(error)}",
-        where=model,
-        fix="name a folder with a Hugging Face checkpoint",
-    )
-
-
-def _tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
-
-    why = "it has no vocabulary"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        # Without its files some tokenizers load all the same, and know special tokens only.
-        if tokenizer.vocab_size > len(tokenizer.all_special_ids):
-            return tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        why = _first_line(error)
-    if not required:
-        return None
-    raise ConfigError(
-        f"cannot load a tokenizer: {why}",
-        where=model,
-        fix="give the prompt as token numbers: --prompt-ids 1,2,3",
-    )
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
-    assert tokenizer is not None
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    return ids
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

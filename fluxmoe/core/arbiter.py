@@ -37,7 +37,7 @@ class MemoryArbiter:
     @property
     def committed_bytes(self) -> int:
         """Bytes of all frames that a tenant holds now."""
-        return (self.pool.count - self.pool.free) * self.pool.frame_bytes
+        return self.pool.owned * self.pool.frame_bytes
 
     def frames(self) -> dict[str, int]:
         """The present split: tenant → frames."""
@@ -83,7 +83,7 @@ class MemoryArbiter:
         self.pool.check()
         if self.kv is not None:
             self.kv.check()
-        if sum(self.frames().values()) + self.pool.free != self.pool.count:
+        if sum(self.frames().values()) != self.pool.owned:
             raise InvariantError("somebody else holds frames of the budget")
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class MemoryArbiter:
                 self.kv.close()
         finally:
             self.pool.check()
-            if self.pool.free != self.pool.count:
+            if self.pool.owned:
                 raise InvariantError(f"tenants still hold frames: {self.frames()}")
             self.substrate.close()
 

@@ -108,9 +108,19 @@ class SplitController:
         return {EXPERTS: self._expert_frames(self._slots), KV: self._kv_frames(self._groups)}
 
     @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return self._policy.name
+
+    @property
     def faults(self) -> int:
         """Faults of the policy."""
         return self._policy.faults
+
+    @property
+    def slow(self) -> int:
+        """Slow calls of the policy."""
+        return self._policy.slow
 
     def set_limit(self, frames: int | None) -> None:
         """Use at most so many frames of the budget from now on, in as many moves as it takes.
@@ -146,7 +156,9 @@ class SplitController:
             kv_used_frames=used,
         )
         split = self._policy.split(view)
-        if not self._mover.busy:
+        over = sum(frames.values()) > view.total_frames
+        # An idle engine ends the move that is under way, and begins none: moves keep it stepping.
+        if not self._mover.busy and (view.tokens or over):
             move = self._plan(self._within(split, view), view)
             if move is not None:
                 self._report(move, split)
@@ -206,7 +218,10 @@ class SplitController:
             return self._resize(max(experts, have[EXPERTS] - min(-free, most)))
         # The KV cache gives no more than the experts can use, or than the limit demands.
         needed = -(-max(experts - have[EXPERTS] - free, 0) // per_group) * per_group
-        shrink = min(have[KV] - wanted[KV], needed, most)
+        gap = have[KV] - wanted[KV]
+        if free < 0 and have[KV] - per_group >= self._inventory.kv.min:
+            gap = -(-gap // per_group) * per_group  # a limit is kept to, not come close to
+        shrink = min(gap, needed, most)
         if shrink >= per_group:
             return self._to_experts(shrink // per_group, experts, free)
         if experts > have[EXPERTS] and free > 0:

@@ -1,7 +1,9 @@
 """FramePool: who owns which frame of device memory, written down exactly once.
 
 The pool knows nothing of addresses or mappings (see ``arena``): it is the ledger behind the
-budget. Committed memory can never exceed the budget because there are no more frames than that.
+budget. Committed memory can never exceed the budget because no more frames than that are given
+out. There may be more frames than the budget allows at present: a frame that nobody owns costs
+nothing, so the budget can be raised while serving.
 """
 
 from __future__ import annotations
@@ -15,21 +17,45 @@ FREE = -1
 
 
 class FramePool:
-    """``count`` frames of ``frame_bytes`` bytes, each owned by one tenant or free."""
+    """``count`` frames of ``frame_bytes`` bytes, each owned by one tenant or free.
+
+    Attributes:
+        limit: Frames that all tenants together may own, the budget; at first all of them.
+    """
 
     def __init__(self, count: int, frame_bytes: int) -> None:
-        self.count = count
+        self.count = self.limit = count
         self.frame_bytes = frame_bytes
         self._owner = np.full(count, FREE, np.int16)
         self._tenants: list[str] = []
 
     @property
     def nbytes(self) -> int:
-        return self.count * self.frame_bytes
+        """The budget."""
+        return self.limit * self.frame_bytes
+
+    @property
+    def owned(self) -> int:
+        """How many frames have an owner."""
+        return int(np.count_nonzero(self._owner != FREE))
 
     @property
     def free(self) -> int:
-        return int(np.count_nonzero(self._owner == FREE))
+        """How many frames can be taken now."""
+        return self.limit - self.owned
+
+    def set_limit(self, frames: int) -> None:
+        """Raise or lower the budget.
+
+        Raises:
+            OutOfFramesError: More frames are owned, or there are fewer; the budget is unchanged.
+        """
+        if not self.owned <= frames <= self.count:
+            raise OutOfFramesError(
+                f"a budget of {frames} frames of {self.frame_bytes} bytes is not within "
+                f"{self.owned} (owned now) … {self.count} (all there are)"
+            )
+        self.limit = frames
 
     def owned_by(self, tenant: str) -> int:
         """How many frames ``tenant`` has now."""
@@ -45,13 +71,12 @@ class FramePool:
         """
         if count < 0:
             raise InvariantError(f"{tenant} asked for {count} frames")
-        free = np.flatnonzero(self._owner == FREE)
-        if len(free) < count:
+        if self.free < count:
             raise OutOfFramesError(
                 f"{tenant} asked for {count} frames of {self.frame_bytes} bytes, "
-                f"{len(free)} of {self.count} are free"
+                f"{self.free} of {self.limit} are free"
             )
-        frames = free[:count].astype(np.int64)
+        frames = np.flatnonzero(self._owner == FREE)[:count].astype(np.int64)
         if tenant not in self._tenants:
             self._tenants.append(tenant)
         self._owner[frames] = self._tenants.index(tenant)
@@ -77,5 +102,7 @@ class FramePool:
         """Raise InvariantError unless every frame is free or has a known owner."""
         if np.any((self._owner < FREE) | (self._owner >= len(self._tenants))):
             raise InvariantError("a frame is owned by an unknown tenant")
-        if sum(map(self.owned_by, self._tenants)) + self.free != self.count:
+        if sum(map(self.owned_by, self._tenants)) != self.owned:
             raise InvariantError("frames were lost")
+        if not self.owned <= self.limit <= self.count:
+            raise InvariantError(f"{self.owned} frames are owned, the budget has {self.limit}")

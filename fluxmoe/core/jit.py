@@ -12,9 +12,10 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
+from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -24,11 +25,27 @@ _DIGEST = hashlib.sha256(
 ).hexdigest()[:8]
 
 
+class _Cache(FunctionCache):
+    """Numba's, but for a disk that is full and for files that are damaged: then it compiles."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling makes of such a file
+            with contextlib.suppress(OSError):
+                self.flush()  # the next one to compile begins a new index
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
 def jit(function: F) -> F:
     """Compile ``function`` on first use and keep the machine code beside its source file."""
     function.__qualname__ += f"_{_DIGEST}"  # the name of the cache file comes from it
-    compiled = numba.njit(nogil=True)(function)
+    compiled = numba.njit(nogil=True, _nrt=False, forceinline=True)(function)
     # An error here means: neither beside the source nor in the user's cache may files be written.
     with contextlib.suppress(RuntimeError):
-        compiled.enable_caching()
+        compiled._cache = _Cache(function)  # as enable_caching() does
     return cast(F, compiled)

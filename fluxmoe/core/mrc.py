@@ -23,23 +23,30 @@ from fluxmoe.core.types import Int64s, Ints
 Floats = npt.NDArray[np.float64]
 
 #: Sampled events after which the weight of older ones has fallen to 1/e.
-WINDOW = 64
+WINDOW = 32
 _NEVER = -1
 
 
 @jit
-def sample(last_use: Int64s, first: int, ids: Ints, seen: Int64s, keys: Int64s) -> int:
-    """Stack distances of an event that has not begun yet.
+def sample(
+    last_use: Int64s,
+    first: int,
+    ids: Ints,
+    seen: Int64s,
+    keys: Int64s,
+    histogram: Floats,
+    weight: float,
+) -> None:
+    """Add the stack distances of an event that has not begun yet to a histogram.
 
     Args:
         last_use: Per page, the last event before this one, −1 = never.
         first: First page of the layer.
         ids: Routed experts, 1-D, repeats and padding (negative) allowed.
         seen: Scratch ``[experts]``.
-        keys: ``[2, experts]``; ``keys[1, :n]`` is filled with the distances, −1 = never used.
-
-    Returns:
-        ``n``, the number of distinct pages.
+        keys: Scratch ``[experts]``.
+        histogram: ``[pages + 1]`` by distance; the last entry is for first uses.
+        weight: Added per distinct page.
     """
     pages, experts = last_use.size, seen.size
     seen[:] = 0
@@ -49,19 +56,23 @@ def sample(last_use: Int64s, first: int, ids: Ints, seen: Int64s, keys: Int64s) 
         if 0 <= expert < experts and seen[expert] == 0:
             seen[expert] = 1
             page = first + expert
-            used = last_use[page]
-            keys[0, n] = used if used == _NEVER else used * pages + page
-            n += 1
-    order = np.sort(keys[0, :n])
+            if last_use[page] == _NEVER:
+                histogram[pages] += weight
+            else:
+                keys[n] = last_use[page] * pages + page
+                n += 1
+    if n == 0:
+        return
+    order = np.sort(keys[:n])
     more = np.zeros(n + 1, np.int64)  # more[i]: pages whose key lies between order[i-1], order[i]
     for page in range(pages):
-        if last_use[page] != _NEVER:
-            more[np.searchsorted(order, last_use[page] * pages + page)] += 1
+        key = last_use[page] * pages + page
+        if key > order[0]:  # most pages of a large model are older: not worth a search
+            more[np.searchsorted(order, key)] += 1
     above = 0
     for i in range(n - 1, -1, -1):
         above += more[i + 1]
-        keys[1, i] = _NEVER if order[i] == _NEVER else above
-    return n
+        histogram[above] += weight
 
 
 class MissRatioCurve:
@@ -86,11 +97,11 @@ class MissRatioCurve:
         seed: int = 0,
     ) -> None:
         self._pages = pages
-        self._every = max(1, pages // 128) if every is None else every
+        self._every = max(1, pages // 48) if every is None else every
         self._growth = 1.0 + 1.0 / window if window else 1.0
         self._random = random.Random(seed)
         self._seen = np.zeros(experts, np.int64)
-        self._keys = np.zeros((2, experts), np.int64)
+        self._keys = np.zeros(experts, np.int64)
         self._histogram = np.zeros(pages + 1)  # by distance; the last entry counts first uses
         self.reset()
 
@@ -106,9 +117,8 @@ class MissRatioCurve:
             self._wait -= 1
             return
         self._wait = self._random.randrange(2 * self._every - 1)
-        n = sample(last_use, layer * self._seen.size, ids, self._seen, self._keys)
-        # A first use misses whatever the capacity: index −1 is the last entry, which is for these.
-        np.add.at(self._histogram, self._keys[1, :n], self._weight)
+        first = layer * self._seen.size
+        sample(last_use, first, ids, self._seen, self._keys, self._histogram, self._weight)
         self._weight *= self._growth
         if self._weight > 1e12:
             self._histogram /= self._weight

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fluxmoe.hookspecs import RegisterPolicy, hookimpl
 from fluxmoe.policies.arbitration.fixed import Fixed
+from fluxmoe.policies.arbitration.kv_first import KvFirst, KvFirstOptions
+from fluxmoe.policies.arbitration.marginal import Marginal, MarginalOptions
+from fluxmoe.policies.arbitration.rho import Rho, RhoOptions
 from fluxmoe.policies.eviction.belady import Belady
 from fluxmoe.policies.eviction.immediate import Immediate
 from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed, LfruOptions
@@ -26,3 +29,6 @@ def fluxmoe_register_policies(register: RegisterPolicy) -> None:
     register("none", NoPrefetch)
     register("next-layer", NextLayer, NextLayerOptions)
     register("fixed", Fixed)
+    register("kv-first", KvFirst, KvFirstOptions)
+    register("rho", Rho, RhoOptions)
+    register("marginal", Marginal, MarginalOptions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.jit import jit
 from fluxmoe.core.policy import PageView
+from fluxmoe.core.replay import EventList
 from fluxmoe.core.types import Int64s, Phase
 from fluxmoe.sim.trace import EventBlock, TraceMeta, TraceReader
 
@@ -22,13 +23,11 @@ class Future:
 
     Attributes:
         first: int64 ``[P]``, the event that uses the page first.
-        pages: int64 ``[A]``, the page of every pair, in the order of ``Events.ids``.
-        later: int64 ``[A]``, the next event after the pair's own that uses the pair's page.
-            ``PageView.NO_NEXT_USE`` where there is none, as in ``first``.
+        later: int64 ``[A]``, the next event after the pair's own that uses the pair's page, in the
+            order of ``Events.ids``. ``PageView.NO_NEXT_USE`` where there is none, as in ``first``.
     """
 
     first: Int64s
-    pages: Int64s
     later: Int64s
 
 
@@ -47,17 +46,22 @@ class Events:
     def load(cls, path: str | Path) -> Events:
         """Read a trace file. Raises TraceError."""
         reader = TraceReader(path)
-        blocks = list(reader.blocks())
-        sizes = np.cumsum([0, *(block.ids.size for block in blocks)])
-        ends = [block.offsets[1:] + start for block, start in zip(blocks, sizes[:-1], strict=True)]
-        whole = EventBlock(
+        blocks = list(reader.blocks(predicted=True))
+        events = EventBlock(
             step=np.concatenate([block.step for block in blocks]),
             layer=np.concatenate([block.layer for block in blocks]),
             phase=np.concatenate([block.phase for block in blocks]),
-            offsets=np.concatenate([np.zeros(1, np.int64), *ends]),
+            offsets=_joined([block.offsets for block in blocks]),
             ids=np.concatenate([block.ids for block in blocks]),
         )
-        return cls(reader.meta, whole)
+        predicted = [(b.predicted_offsets, b.predicted_ids) for b in blocks]
+        offsets = [part for part, _ in predicted if part is not None]
+        ids = [part for _, part in predicted if part is not None]
+        if offsets:
+            events = events._replace(
+                predicted_offsets=_joined(offsets), predicted_ids=np.concatenate(ids)
+            )
+        return cls(reader.meta, events)
 
     def __len__(self) -> int:
         return len(self._block.step)
@@ -70,9 +74,15 @@ class Events:
     def __iter__(self) -> Iterator[tuple[int, int, Phase, slice]]:
         """(step, layer, phase, where in ``ids``) of every event."""
         phases = (Phase.PREFILL, Phase.DECODE)
-        step, layer, phase, bounds = (column.tolist() for column in self._block[:4])
+        step, layer, phase, bounds = (np.asarray(column).tolist() for column in self._block[:4])
         for i, start in enumerate(bounds[:-1]):
             yield step[i], layer[i], phases[phase[i]], slice(start, bounds[i + 1])
+
+    @property
+    def predicted(self) -> tuple[Int64s, npt.NDArray[np.int32]] | None:
+        """What each event's layer predicts for the next: offsets ``[N + 1]`` and experts."""
+        offsets, ids = self._block.predicted_offsets, self._block.predicted_ids
+        return None if offsets is None or ids is None else (offsets, ids)
 
     @cached_property
     def largest(self) -> int:
@@ -84,10 +94,22 @@ class Events:
     def future(self) -> Future:
         """The next use of every page at every event, from one pass backwards."""
         first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)
-        pages, later = np.empty((2, self.ids.size), np.int64)
+        later = np.empty(self.ids.size, np.int64)
         experts, block = self.meta.experts_per_layer, self._block
-        _look_ahead(block.layer, block.offsets, block.ids, experts, first, pages, later)
-        return Future(first, pages, later)
+        _look_ahead(block.layer, block.offsets, block.ids, experts, first, later)
+        return Future(first, later)
+
+    def list(self, *, oracle: bool) -> EventList:
+        """The events as the replay takes them; with their future if the policy is an oracle."""
+        later = self.future.later if oracle else np.zeros(0, np.int64)
+        return EventList(*self._block[:5], later)
+
+
+def _joined(offsets: Sequence[Int64s]) -> Int64s:
+    """The offsets of several arrays as those of all of them, one after the other."""
+    starts = np.cumsum([0, *(part[-1] for part in offsets)])
+    ends = [part[1:] + start for part, start in zip(offsets, starts[:-1], strict=True)]
+    return np.concatenate([np.zeros(1, np.int64), *ends])
 
 
 @jit
@@ -110,13 +132,11 @@ def _look_ahead(
     ids: npt.NDArray[np.int32],
     experts: int,
     upcoming: Int64s,
-    pages: Int64s,
     later: Int64s,
 ) -> None:
     for event in range(layer.size - 1, -1, -1):
         for i in range(offsets[event], offsets[event + 1]):
-            pages[i] = np.int64(layer[event]) * experts + ids[i]
-            later[i] = upcoming[pages[i]]
+            later[i] = upcoming[np.int64(layer[event]) * experts + ids[i]]
         # Only now: an expert that several tokens share must not see its own event as the next.
         for i in range(offsets[event], offsets[event + 1]):
-            upcoming[pages[i]] = event
+            upcoming[np.int64(layer[event]) * experts + ids[i]] = event

@@ -12,6 +12,7 @@ import yaml
 from fluxmoe import config
 from fluxmoe.cli import main, output
 from fluxmoe.core.limits import Limits
+from fluxmoe.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/fluxmoe.yaml"
@@ -219,6 +220,20 @@ def test_limits_reach_the_policies_of_a_worker():
             assert guard.limits == Limits(strikes=3, hard_s=0.5)
     finally:
         runtime.close()
+
+
+def test_a_preset_chooses_what_is_not_said():
+    paper = config.parse({**SMALL, "preset": "paper"}, where="")
+    assert paper.eviction == {"kind": "immediate"}
+    assert paper.prefetch == {"kind": "next-layer", "depth": 1}
+    assert paper.arbitration == {"kind": "rho"}
+    mixed = config.parse({**SMALL, "preset": "paper", "eviction": "lru"}, where="")
+    assert (mixed.eviction["kind"], mixed.arbitration["kind"]) == ("lru", "rho")
+    # What is passed on to vLLM's processes says the same again.
+    dumped = mixed.model_dump(mode="json", exclude_defaults=True)
+    assert config.parse(dumped, where="") == mixed
+    with pytest.raises(ConfigError, match="preset"):
+        config.parse({**SMALL, "preset": "papre"}, where="")
 
 
 # --- the committed files -------------------------------------------------------------------------

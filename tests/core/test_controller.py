@@ -114,13 +114,16 @@ class World:
         guard = ArbitrationGuard(self.policy, name="wish", strict=strict)
         self.controller = SplitController(inventory, guard, self.blocks, workers)
         self.answers: list = []
+        self.tokens = 1
         self.rng = np.random.default_rng(0)
 
     def want(self, experts: int, kv: int) -> None:
         self.policy.answer = Split({"experts": experts, "kv": kv}, "the test says so")
 
     def step(self) -> None:
-        order = self.controller.step(ArbitrationView({}, 0, step_seconds=1.0), self.answers)
+        order = self.controller.step(
+            ArbitrationView({}, 0, step_seconds=1.0, tokens=self.tokens), self.answers
+        )
         answers = [follower.receive(order) for follower in self.followers]
         self.answers = [answer for answer in answers if answer is not None]
         for rig in self.rigs:
@@ -300,6 +303,22 @@ def test_a_lowered_limit_is_kept_to_and_raised_again(world):
     w.want(20, 20)
     w.settle()
     assert sum(w.frames.values()) == full
+
+
+def test_an_idle_engine_ends_a_move_and_begins_none(world):
+    w = world()
+    w.want(8, 30)
+    w.step()
+    assert w.controller.busy
+    w.tokens = 0
+    for _ in range(4):
+        w.step()
+    assert not w.controller.busy
+    assert sum(w.controller.changes.values()) == 1
+    w.policy.answer = None
+    w.controller.set_limit(16)  # but for this one: somebody wants the memory back
+    w.settle()
+    assert sum(w.frames.values()) <= 16
 
 
 def test_a_line_per_decision_not_per_move(world, caplog):

@@ -76,3 +76,25 @@ def test_a_stranger_cannot_give(pool):
 def test_giving_nothing_is_allowed_to_everyone(pool):
     pool.give("stranger", np.zeros(0, np.int64))
     assert pool.free == 8
+
+
+def test_a_budget_below_the_number_of_frames(pool):
+    pool.set_limit(5)
+    assert (pool.nbytes, pool.free) == (5 * 4096, 5)
+    pool.take("a", 4)
+    with pytest.raises(OutOfFramesError, match=r"2 frames of 4096 bytes, 1 of 5 are free"):
+        pool.take("b", 2)
+    pool.set_limit(8)
+    assert pool.take("b", 4).tolist() == [4, 5, 6, 7]
+    pool.check()
+
+
+@pytest.mark.parametrize("frames", [-1, 2, 9])
+def test_a_budget_that_cannot_be_changes_nothing(pool, frames):
+    pool.take("a", 3)
+    with pytest.raises(OutOfFramesError, match=r"within 3 \(owned now\) … 8 \(all there are\)"):
+        pool.set_limit(frames)
+    assert pool.free == 5
+    pool.set_limit(3)
+    assert pool.free == 0
+    pool.check()

@@ -30,9 +30,9 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(copy: Path, **environment: str) -> str:
+def run(copy: Path, before: str = "", **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", COUNT],
+        [sys.executable, "-c", before + COUNT],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", **environment},
         capture_output=True,
@@ -65,3 +65,17 @@ def test_machine_code_of_another_version_is_no_obstacle(copy):
 def test_it_runs_where_nothing_can_be_cached(copy):
     # As for an unprivileged user without a home; an unusable locator stands for it, even as root.
     assert run(copy, NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator").startswith("2 [1, 2, 0, 2,")
+
+
+def test_it_runs_where_the_disk_is_full_and_from_damaged_machine_code(copy):
+    cache = copy / "cache"
+    # No file may grow: every write fails, while an empty file can still be made.
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    assert run(copy, before=full, NUMBA_CACHE_DIR=str(cache)).startswith("2 [1, 2, 0, 2,")
+    assert not list(cache.rglob("*.nb?"))
+    run(copy, NUMBA_CACHE_DIR=str(cache))
+    for kind in ("*.nbc", "*.nbi"):  # of one function the code, of the next its index
+        files = sorted(cache.rglob(kind))
+        for path in files[kind == "*.nbi" :: 2]:
+            path.write_bytes(path.read_bytes()[:40])
+    assert run(copy, NUMBA_CACHE_DIR=str(cache)).startswith("2 [1, 2, 0, 2,")

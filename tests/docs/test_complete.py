@@ -179,24 +179,43 @@ def test_every_metric_is_listed() -> None:
     assert listed == [(metric.name, metric.kind, metric.labels) for metric in METRICS]
 
 
-def test_every_option_of_the_simulator_is_listed() -> None:
-    import typer
-
-    from fluxmoe.cli import simulate, trace
-
-    app = typer.Typer()
-    app.command()(simulate.simulate)
-    app.command()(trace.synth)
-    options = {
+def options(command: Any) -> set[str]:
+    """The options of a command, or of all commands of a group."""
+    commands = getattr(command, "commands", {"": command})
+    return {
         option
-        for command in typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
-        for parameter in command.params
+        for each in commands.values()
+        for parameter in each.params
         for option in parameter.opts
         if option.startswith("--") and option != "--help"
     }
-    assert len(options) > 12
-    missing = {option for option in options if f"`{option}`" not in text("simulator.md")}
-    assert not missing
+
+
+def test_every_option_of_the_simulator_is_listed() -> None:
+    import typer
+
+    from fluxmoe.cli import simulate
+
+    app = typer.Typer(add_completion=False)
+    app.command()(simulate.simulate)
+    found = options(typer.main.get_command(app))
+    assert len(found) > 6
+    assert not {option for option in found if f"`{option}`" not in text("simulator.md")}
+
+
+def test_every_verb_option_and_format_of_traces_is_listed() -> None:
+    import typer
+
+    from fluxmoe.cli import trace
+    from fluxmoe.sim.formats import FORMATS
+
+    group = typer.main.get_command(trace.app)
+    for verb, command in group.commands.items():  # type: ignore[attr-defined]
+        assert f"$ fluxmoe trace {verb} " in text("traces.md")
+        if verb != "info":
+            table = text("traces.md").split(f"| option of `{verb}` |", 1)[1].split("\n\n", 1)[0]
+            assert not {option for option in options(command) if f"`{option}`" not in table}
+    assert {row[0].strip("`") for row in rows("traces.md", "Converting one")} == set(FORMATS)
 
 
 def test_every_result_of_the_simulator_is_shown() -> None:

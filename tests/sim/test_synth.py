@@ -1,6 +1,7 @@
 """Synthetic traces: the same seed, the same file; the popularity that was asked for."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from fluxmoe.errors import ConfigError
@@ -66,8 +67,71 @@ def test_drift_changes_who_is_popular():
 @pytest.mark.parametrize(
     "changes",
     [{"layers": 0}, {"top_k": 17}, {"steps": 0}, {"batch": -1}, {"seed": -1}, {"skew": -0.1},
-     {"drift": 1.5}],
+     {"drift": 1.5}, {"locality": (0.5, 1.5)}, {"scan_every": -1}],
 )  # fmt: skip
 def test_nonsense(changes):
     with pytest.raises(ConfigError, match=next(iter(changes)).replace("_", "-")):
         routing(**changes)
+
+
+def kept(got):
+    """Per layer, the share of experts that a request's next token has again."""
+    one, following = got[:-1], got[1:]
+    again = (one[..., :, None] == following[..., None, :]).any(axis=-1)
+    return again.mean(axis=(0, 2, 3))
+
+
+def test_locality_is_that_of_each_layer():
+    free = kept(routing(layers=5, drift=0.0, skew=0.0))
+    np.testing.assert_allclose(free, 4 / 16, atol=0.03)
+    got = kept(routing(layers=5, drift=0.0, skew=0.0, locality=(0.8, 0.0)))
+    # An expert stays with probability p; if not, it may still be drawn again.
+    assert got[0] > 0.8 and abs(got[-1] - 4 / 16) < 0.03
+    assert (np.diff(got) < 0).all()
+    assert kept(routing(locality=(1.0, 1.0))).tolist() == [1, 1, 1]
+
+
+def test_scans_use_every_expert_in_the_fewest_tokens():
+    steps = list(Workload(3, 10, 4, 9, 2, scan_every=3).routing())
+    for step, got in enumerate(steps):
+        if step % 3 < 2:
+            assert got.shape == (3, 2, 4)
+            continue
+        assert got.shape == (3, 3, 4)
+        assert all(set(layer.ravel().tolist()) == set(range(10)) for layer in got)
+        assert all(len(set(token)) == 4 for layer in got for token in layer.tolist())
+    assert steps[2].tolist() != steps[5].tolist()
+
+
+def test_scans_are_prefill_and_decode_has_requests(tmp_path):
+    write(Workload(2, 8, 2, 4, 3, scan_every=2), tmp_path / "t")
+    rows = pq.ParquetFile(tmp_path / "t").read().to_pylist()
+    assert {(r["step"], r["phase"]) for r in rows} == {(0, 1), (1, 0), (2, 1), (3, 0)}
+    assert [r["request"] for r in rows if (r["step"], r["layer"]) == (0, 1)] == [0, 1, 2]
+    assert {r["request"] for r in rows if r["phase"] == 0} == {-1}
+
+
+def test_it_is_written_in_a_stream(tmp_path, monkeypatch):
+    """A step is written before the next but a few is made."""
+    from fluxmoe.sim import synth
+
+    made, held = [0], []
+    original = Workload.routing
+
+    def routing(self):
+        for step in original(self):
+            made[0] += 1
+            yield step
+
+    class Watched(synth.TraceWriter):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more, group_rows=50)
+
+        def append(self, *args, **more):
+            super().append(*args, **more)
+            held.append(self._rows)
+
+    monkeypatch.setattr(Workload, "routing", routing)
+    monkeypatch.setattr(synth, "TraceWriter", Watched)
+    assert write(Workload(2, 8, 2, 100, 5), tmp_path / "t") == (200, 2000)
+    assert made[0] == 100 and max(held) < 50

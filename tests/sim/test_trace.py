@@ -1,6 +1,8 @@
 """The trace format: what is written is read back, what is damaged is refused."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +13,9 @@ from hypothesis import strategies as st
 
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import TraceError
-from fluxmoe.sim import trace as format_
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.synth import Workload, write
-from fluxmoe.sim.trace import TraceMeta, TraceReader, TraceWriter
+from fluxmoe.sim.trace import OPTIONAL, StepRows, TraceMeta, TraceReader, TraceWriter, reader
 
 META = TraceMeta("m", num_layers=2, experts_per_layer=8, top_k=2, page_bytes=4096, source="test")
 COLUMNS = {
@@ -85,7 +86,7 @@ def test_round_trip_whatever_the_groups_and_batches(tmp_path_factory, drawn, gro
             writer.append(step, layer, np.asarray(tokens, np.int32), phase)
             written.append((step, layer, phase, [i for ids in tokens for i in ids]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(format_, "_BATCH_ROWS", batch)  # events cross the batches' edges
+        patch.setattr(reader, "GROUP_ROWS", batch)  # events cross the batches' edges
         assert read(path) == written
         events = Events.load(path)
     assert [
@@ -261,9 +262,156 @@ def test_wrong_type(tmp_path, column, type_):
 )
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_wrong_rows(tmp_path, monkeypatch, column, values, message, batch):
-    monkeypatch.setattr(format_, "_BATCH_ROWS", batch)
+    monkeypatch.setattr(reader, "GROUP_ROWS", batch)
     refused(make(tmp_path / "t", **{column: (values, COLUMNS[column][1])}), message)
 
 
 def test_empty(tmp_path):
     refused(make(tmp_path / "t", **{k: ([], t) for k, (_, t) in COLUMNS.items()}), "no events")
+
+
+# --- optional columns --------------------------------------------------------------------------
+
+
+def test_weights_predictions_requests_and_phases(tmp_path):
+    path = tmp_path / "t"
+    rows = StepRows(np.asarray([7, 9], np.int32), np.asarray([0, 1], np.int8))
+    with TraceWriter(path, META, columns=OPTIONAL) as writer:
+        writer.append(0, 0, np.asarray([[1, 2], [3, -1]]), Phase.PREFILL, rows=rows,
+                      weights=np.asarray([[0.75, 0.25], [0.5, 0.1]]),
+                      predicted=np.asarray([[4, 5, 6], [0, -1, -1]]))  # fmt: skip
+        writer.append(0, 1, np.asarray([[1, 2], [5, 6]]), Phase.DECODE, weights=np.ones((2, 2)),
+                      predicted=np.zeros((2, 0), np.int64))  # fmt: skip
+    file = pq.ParquetFile(path)
+    assert file.schema_arrow.field("weights").type == pa.list_(pa.float16())
+    assert file.schema_arrow.field("predicted").type == pa.list_(pa.int16())
+    found = file.read().to_pylist()
+    assert [row["request"] for row in found] == [7, 9, -1, -1]
+    assert [row["phase"] for row in found] == [0, 1, 1, 1]
+    assert [row["weights"] for row in found] == [[0.75, 0.25], [0.5], [1, 1], [1, 1]]
+    assert [row["predicted"] for row in found] == [[4, 5, 6], [0], [], []]
+    trace = TraceReader(path)
+    assert trace.columns == ("weights", "predicted")
+    first, last = trace.blocks(predicted=True)  # the last event comes alone
+    assert first.predicted_offsets.tolist() == [0, 4]
+    assert first.predicted_ids.tolist() == [4, 5, 6, 0]
+    assert last.predicted_offsets.tolist() == [0, 0]
+    offsets, ids = Events.load(path).predicted
+    assert (offsets.tolist(), ids.tolist()) == ([0, 4, 4], [4, 5, 6, 0])
+    first, _ = trace.rows(["request", "weights"])
+    assert first["request"].tolist() == [7, 9]
+    assert first.lists["weights"][1].tolist() == [0.75, 0.25, 0.5]
+
+
+def test_a_trace_without_predictions_has_none(tmp_path):
+    path = make(tmp_path / "t")
+    assert TraceReader(path).columns == ()
+    assert Events.load(path).predicted is None
+
+
+def test_an_event_without_what_the_file_promises(tmp_path):
+    with (
+        pytest.raises(TraceError, match="an event without weights"),
+        TraceWriter(tmp_path / "t", META, columns=["weights"]) as writer,
+    ):
+        writer.append(0, 0, np.asarray([1, 2]), weights=np.ones(2))
+        writer.append(0, 1, np.asarray([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "type_", "message"),
+    [
+        ("weights", [[1, 0], [1], [1, 0], [1, 0]], pa.list_(pa.float16()), "row 1: not as many"),
+        ("weights", [[1, 0]] * 4, pa.list_(pa.float32()), "column 'weights' has type"),
+        ("predicted", [[], [3], [8], []], pa.list_(pa.int16()), "row 2: expert 8 is not within"),
+        ("predicted", [[], None, [8], []], pa.list_(pa.int16()), "a value is missing"),
+    ],
+)
+def test_wrong_optional_columns(tmp_path, column, values, type_, message):
+    values = [v and [np.float16(x) if "float" in str(type_) else x for x in v] for v in values]
+    path = make(tmp_path / "t", **{column: (values, type_)})
+    with pytest.raises(TraceError, match=message):
+        list(TraceReader(path).rows([column]))
+
+
+def test_padding_tokens_are_dropped_but_never_a_whole_event(tmp_path):
+    path = tmp_path / "t"
+    with TraceWriter(path, META) as writer:
+        writer.append(0, 0, np.asarray([[-1, -1], [1, 2], [-1, -1]]))
+        writer.append(0, 1, np.asarray([[-1, -1], [-1, -1]]))
+    rows = pq.ParquetFile(path).read().to_pylist()
+    assert [(r["layer"], r["token"], r["experts"]) for r in rows] == [(0, 1, [1, 2]), (1, 0, [])]
+
+
+# --- streaming ---------------------------------------------------------------------------------
+
+
+def test_neither_writer_nor_reader_holds_more_than_a_group(tmp_path, monkeypatch):
+    path, tokens, group = tmp_path / "t", 10, 100
+    ids = np.tile(np.asarray([[1, 2]]), (tokens, 1))
+    most = 0
+    with TraceWriter(path, META, group_rows=group) as writer:
+        for step in range(500):
+            writer.append(step, 0, ids)
+            most = max(most, writer._rows)
+    assert most < group + tokens
+    file = pq.ParquetFile(path)
+    assert file.metadata.num_row_groups == 500 * tokens // group
+    monkeypatch.setattr(reader, "GROUP_ROWS", group)
+    sizes = [len(rows) for rows in TraceReader(path).rows()]
+    assert sum(sizes) == 500 * tokens
+    # One event more than a group: the last of a batch waits for the next batch.
+    assert max(sizes) <= group + tokens
+
+
+def test_a_large_trace_passes_through_little_memory(tmp_path):
+    """9.6 million expert ids (19 MB as int16, 77 MB as int64) in 32 MB beside what is there."""
+    path = tmp_path / "t"
+    program = (
+        "import sys, resource, numpy as np, pyarrow as pa\n"
+        "from fluxmoe.sim.trace import TraceMeta, TraceReader, TraceWriter, reader\n"
+        "meta = TraceMeta('m', 48, 128, 8, 1, 'test')\n"
+        "reader.GROUP_ROWS = 1 << 13\n"
+        "def run(path, steps):\n"
+        "    rng = np.random.default_rng(0)\n"
+        "    with TraceWriter(path, meta, group_rows=1 << 13) as writer:\n"
+        "        for step in range(steps):\n"
+        "            ids = rng.integers(0, 128, (48, 250, 8), np.int16)\n"
+        "            for layer in range(48): writer.append(step, layer, ids[layer])\n"
+        "    return sum(block.ids.size for block in TraceReader(path).blocks())\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "run(sys.argv[1], 5); before = peak()\n"
+        "assert run(sys.argv[1], 100) == 100 * 48 * 250 * 8\n"
+        "assert peak() - before < 32 << 10, (before, peak())\n"
+    )
+    subprocess.run([sys.executable, "-c", program, path], check=True)
+
+
+# --- what exists, and what cannot be written ---------------------------------------------------
+
+
+def test_an_existing_file_is_replaced_only_if_wanted(tmp_path):
+    path = make(tmp_path / "t")
+    with pytest.raises(TraceError, match=r"is there already.*--force"):
+        TraceWriter(path, META, replace=False)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "ParquetWriter", refuse)
+    with pytest.raises(TraceError, match="cannot write a trace: No space left on device"):
+        TraceWriter(tmp_path / "t", META)
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    with pytest.raises(TraceError, match="No space left"), TraceWriter(tmp_path / "t", META) as w:
+        w.append(0, 0, np.asarray([1, 2]))
+
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(w._file, "write_table", refuse)
+    assert list(tmp_path.iterdir()) == []

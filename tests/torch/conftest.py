@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +20,7 @@ from fluxmoe.testing import checkpoints
 
 Load = Callable[..., Any]
 
-__all__ = ["Load", "answer", "prompts", "same", "sizes"]
+__all__ = ["Load", "answer", "held", "prompts", "same", "sizes"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,3 +67,13 @@ def sizes(model: Any) -> tuple[int, int, int]:
     """Experts per layer, pages, and bytes of a page."""
     geometry, page_class = layout.describe(layout.experts_of(model))
     return geometry.experts_per_layer, geometry.num_pages, page_class.nbytes
+
+
+def held() -> tuple[int, int, int]:
+    """Open files, mapped frames and copy threads of this process."""
+    gc.collect()
+    return (
+        len(os.listdir("/proc/self/fd")),
+        Path("/proc/self/maps").read_text().count("memfd:"),
+        sum(thread.name.startswith("fluxmoe-copy") for thread in threading.enumerate()),
+    )

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,17 +20,7 @@ from fluxmoe import errors
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.sim.trace import TraceReader
-from tests.torch.conftest import Load, answer, prompts, same, sizes
-
-
-def held() -> tuple[int, int, int]:
-    """Open files, mapped frames and copy threads of this process."""
-    gc.collect()
-    return (
-        len(os.listdir("/proc/self/fd")),
-        Path("/proc/self/maps").read_text().count("memfd:"),
-        sum(thread.name.startswith("fluxmoe-copy") for thread in threading.enumerate()),
-    )
+from tests.torch.conftest import Load, answer, held, prompts, same, sizes
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -73,16 +59,6 @@ def test_a_model_that_is_dropped_takes_its_arenas_with_it(load: Load) -> None:
     assert held() > before  # a layer that somebody still has can still read its arenas
     del part
     assert held() == before
-
-
-def test_the_model_holds_no_experts_while_paged(load: Load, tmp_path: Path) -> None:
-    model = load()
-    with fluxmoe.page(model, "2MiB"):
-        assert model.model.layers[0].mlp.experts.gate_up_proj.is_meta
-        with pytest.raises(NotImplementedError):
-            model.save_pretrained(tmp_path)
-        with pytest.raises(errors.UnsupportedError, match="neither copied nor pickled"):
-            copy.deepcopy(model)
 
 
 def test_two_models_at_once(load: Load) -> None:

@@ -11,7 +11,7 @@ import torch
 import fluxmoe
 from benchmarks.identity import cells, models, record
 from benchmarks.identity.torch_cells import Models
-from tests.torch.conftest import Load, answer, prompts, same, sizes
+from tests.torch.conftest import Load, answer, same, sizes
 
 COVERING = cells.covering_torch(models.names())
 
@@ -112,25 +112,3 @@ def test_more_slots_than_grouped_mm_can_count(load: Load) -> None:
             stats = paged.stats()
     assert (stats["slots"], stats["pages"], stats["banks"]) == (4352, 4352, 2)
     assert stats["misses"] == 4352  # every slot was computed with
-
-
-@pytest.mark.slow
-def test_compiled_as_one_graph(load: Load) -> None:
-    model = load("glm4-moe", num_hidden_layers=2)  # its fp32 router is the touchy one
-    experts, _, page_bytes = sizes(model)
-
-    def compiled() -> list[torch.Tensor]:
-        torch._dynamo.reset()
-        call = torch.compile(model, fullgraph=True)
-        ids = prompts()["input_ids"]
-        with torch.no_grad():
-            return [call(ids.roll(shift), use_cache=False).logits for shift in range(4)]
-
-    stock = compiled()
-    with fluxmoe.page(model, experts * page_bytes, eviction="immediate") as paged:
-        assert all(map(torch.equal, compiled(), stock))
-        assert paged.stats()["misses"] > 2 * experts
-        call = torch.compile(model, fullgraph=True)  # is not to outlive the arenas
-    with torch.no_grad():
-        after = call(prompts()["input_ids"], use_cache=False).logits
-    assert torch.equal(after, stock[0])

@@ -1,4 +1,4 @@
-"""Policies of one's own, a budget that is never exceeded, and the simulator against the engine.
+"""Policies of one's own, and a budget that is never exceeded.
 
 That all built-in policies answer what stock answers is test_identity_matrix.py's.
 """
@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxmoe.backends.vllm.child import ChildEngine
-from fluxmoe.sim.simulator import simulate
-from tests.vllm.conftest import BATCHES, EAGER, PAGES, Outputs, config, outputs, prompts
+from tests.vllm.conftest import BATCHES, EAGER, PAGES, Outputs, config, outputs
 
 pytestmark = pytest.mark.vllm
 
@@ -79,30 +78,3 @@ def test_the_budget_holds_in_every_step(eager: ChildEngine) -> None:
     # Watched: mapped expert frames and the KV buffer's real size, and all books, after each step.
     assert 0.9 * budget < run.peak_committed <= budget
     assert run.stats["budget_bytes"] <= budget
-
-
-@pytest.mark.parametrize("prefetch", ["none", "next-layer"])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "immediate", "next-use"])
-def test_the_simulator_counts_what_the_engine_counted(
-    eager: ChildEngine, tmp_path: Path, policy: str, prefetch: str
-) -> None:
-    slots, trace = 25, tmp_path / "trace.parquet"
-    eager.restart(fluxmoe=config(slots, eviction=policy, prefetch=prefetch), **EAGER)
-    eager.call("rpc", "fluxmoe_record", str(trace))
-    run = eager.generate(prompts(24, seed=3))
-    eager.call("rpc", "fluxmoe_record", None)
-    result = simulate(trace, policy, slots, prefetch)
-    engine = run.stats
-    assert engine["misses"] > 100
-    for counter in (
-        "events",
-        "accesses",
-        "hits",
-        "misses",
-        "evictions",
-        "released",
-        "prefetch_hits",
-        "bytes_demand",
-        "bytes_prefetch",
-    ):
-        assert getattr(result, counter) == engine[counter], counter

@@ -95,6 +95,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         assert found["fluxmoe_expert_evictions_total"] == {
             ("victim",): stats["evictions"],
             ("released",): stats["released"],
+            ("resized",): stats["resized"],
         }
         assert found["fluxmoe_transfer_bytes_total"] == {
             ("host", "demand"): stats["bytes_demand"],

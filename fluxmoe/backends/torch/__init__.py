@@ -1,7 +1,8 @@
-"""FluxMoE under PyTorch: pages the experts of Hugging Face models (``fluxmoe.page``)."""
+"""FluxMoE under PyTorch: pages the experts of Hugging Face models (``fluxmoe.page``, ``load``)."""
 
 from __future__ import annotations
 
+from fluxmoe.backends.torch.loader import load
 from fluxmoe.backends.torch.paged import PagedModel, page
 
-__all__ = ["PagedModel", "page"]
+__all__ = ["PagedModel", "load", "page"]

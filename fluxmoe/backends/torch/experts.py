@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 import torch
 from transformers.integrations.moe import (
@@ -28,6 +28,7 @@ from transformers.integrations.moe import (
 
 from fluxmoe.backends import op
 from fluxmoe.backends.torch.layout import Weights, weights_of
+from fluxmoe.backends.torch.shield import Uncopyable
 from fluxmoe.errors import UnsupportedError
 
 NAME = "fluxmoe"
@@ -37,12 +38,18 @@ Compute: TypeAlias = Callable[
     [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
+#: A part's arena, ``[slots, …]``, in the shape and dtype of its weights.
+Arenas: TypeAlias = dict[str, torch.Tensor]
+
 #: Implementations that can compute on slots.
 BY_SLOT: dict[str, Compute] = {
     "grouped_mm": grouped_mm_experts_forward,
     "batched_mm": batched_mm_experts_forward,
 }
 IMPLEMENTATIONS = (EAGER, *BY_SLOT)
+
+#: Called with a layer's (expert ids, routing weights, hidden states); returns the ids.
+Note: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # grouped_mm counts the tokens of each expert with a float32 histogram, whose bins are exact up to
 # 4097 of them. No model has so many experts, but a bank may have so many slots.
@@ -54,7 +61,7 @@ class Lease:
 
 
 @dataclass(eq=False)
-class Binding:
+class Binding(Uncopyable):
     """What a paged experts module needs to run, and to become again what it was.
 
     Attributes:
@@ -62,8 +69,9 @@ class Binding:
         layer: MoE layer, from 0.
         twin: The module as the computing implementation sees it.
         compute: That implementation, by slot; None for ``eager``.
-        original: The module's own parameters.
+        original: The module's own parameters; of a loaded model they are on the meta device.
         lease: Keeps the arenas alive.
+        note: Shows a recorder more than the expert ids, where it wants more.
     """
 
     handle: int
@@ -72,22 +80,17 @@ class Binding:
     compute: Compute | None
     original: Weights
     lease: Lease
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        # A copy would read a copy of the arenas, which nobody fills.
-        raise UnsupportedError(
-            "a paged model can be neither copied nor pickled", fix="close() its handle first"
-        )
+    note: Note | None = None
 
 
 class ByExpert:
     """Weights of a layer's experts, read from the arena through the layer's expert table."""
 
     def __init__(self, arena: torch.Tensor, table: torch.Tensor) -> None:
-        self._arena, self._table = arena, table
+        self.arena, self._table = arena, table
 
     def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
-        return self._arena[self._table[expert]]
+        return self.arena[self._table[expert]]
 
 
 def bind(
@@ -95,7 +98,7 @@ def bind(
     handle: int,
     layer: int,
     implementation: str,
-    arenas: dict[str, torch.Tensor],
+    arenas: Arenas,
     table: torch.Tensor,
     lease: Lease,
 ) -> None:
@@ -113,22 +116,39 @@ def bind(
     original = weights_of(module)
     twin = copy.copy(module)
     twin._parameters = {}
-    for part, arena in arenas.items():
-        if implementation == EAGER:
+    if implementation == EAGER:
+        for part, arena in arenas.items():
             setattr(twin, part, ByExpert(arena, table))
+    module._fluxmoe = Binding(handle, layer, twin, BY_SLOT.get(implementation), original, lease)
+    resize(module, arenas)
+    for part, weight in original.items():
+        module._parameters[part] = absent(weight)
+
+
+def resize(module: torch.nn.Module, arenas: Arenas) -> None:
+    """Let a paged module know that its bank has more or fewer slots now."""
+    twin = module._fluxmoe.twin
+    for part, arena in arenas.items():
+        if module._fluxmoe.compute is None:
+            getattr(twin, part).arena = arena
         else:
             setattr(twin, part, torch.nn.Parameter(arena, requires_grad=False))
             twin.num_experts = len(arena)
-    module._fluxmoe = Binding(handle, layer, twin, BY_SLOT.get(implementation), original, lease)
-    for part, weight in original.items():
-        # Saving, moving or loading into a paged model then fails; it would be silently wrong.
-        absent = torch.empty_like(weight, device="meta")
-        module._parameters[part] = torch.nn.Parameter(absent, weight.requires_grad)
+
+
+def absent(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+    """What stands for a weight that lies in the store: as large, but without memory."""
+    return torch.nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
 
 
 def is_bound(module: torch.nn.Module) -> bool:
     """Whether a module's experts are paged."""
     return hasattr(module, "_fluxmoe")
+
+
+def set_note(module: torch.nn.Module, note: Note | None) -> None:
+    """What a paged module shows a recorder beside its expert ids."""
+    module._fluxmoe.note = note
 
 
 def release(module: torch.nn.Module) -> None:
@@ -151,11 +171,14 @@ def forward(
             fix="page the model with fluxmoe.page(); do not share a config object between a paged "
             "model and another one",
         )
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
+    learns = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learns):
         # The arenas are overwritten long before a backward pass would read them.
         raise UnsupportedError(
             "a paged model computes no gradients", fix="call it under torch.no_grad()"
         )
+    if binding.note is not None:
+        top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
     slots = op.acquire(top_k_index, binding.handle, binding.layer)
     if binding.compute is None:
         stock: Compute = type(self).forward.__wrapped__

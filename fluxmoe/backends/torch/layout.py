@@ -24,6 +24,12 @@ _SUPPORTED = (
 )
 
 
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether a module holds experts, and chooses at run time who computes them."""
+    # Set by the decorator that makes an experts class do so.
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The expert layers, in order.
 
@@ -32,8 +38,7 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
         UnsupportedError: They cannot be paged; says why.
     """
     name = type(model).__name__
-    # Set by the decorator that makes an experts class choose its implementation at run time.
-    layers = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
+    layers = [module for module in model.modules() if is_experts(module)]
     if not layers:
         if any(_three_dimensional(module) for module in model.modules()):
             raise _unsupported(f"{name} does not use transformers' experts interface")
@@ -46,6 +51,20 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     if len(layouts) > 1:
         raise _unsupported(f"{name} has experts of {len(layouts)} different layouts")
     return layers
+
+
+def require_on_cpu(layers: list[torch.nn.Module]) -> None:
+    """Raise UnsupportedError unless the experts' weights are in host memory."""
+    for layer in layers:
+        for part, weight in weights_of(layer).items():
+            name = f"{type(layer).__name__}.{part}"
+            if weight.is_meta:
+                raise UnsupportedError(
+                    f"{name} is on the meta device: the model has no expert weights",
+                    fix="load its weights first, or let fluxmoe.load() do both",
+                )
+            if weight.device.type != "cpu":
+                raise _unsupported(f"{name} lies on {weight.device}; only the CPU is supported")
 
 
 def weights_of(layer: torch.nn.Module) -> Weights:
@@ -78,8 +97,6 @@ def _require_standard(layer: torch.nn.Module) -> None:
     if found != set(PARTS):
         raise _unsupported(f"{name} has the weights {', '.join(sorted(found)) or 'of nobody'}")
     for part, weight in weights_of(layer).items():
-        if weight.device.type != "cpu":
-            raise _unsupported(f"{name}.{part} lies on {weight.device}; only the CPU is supported")
         if weight.ndim != 3 or not weight.is_contiguous() or not weight.dtype.is_floating_point:
             raise _unsupported(
                 f"{name}.{part} is no dense [experts, rows, columns] of floating-point numbers"

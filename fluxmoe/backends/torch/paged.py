@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
-from typing import Any
 
 import torch
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
+from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.torch import experts, layout
-from fluxmoe.core.substrate.cpu import frame_bytes_for
-from fluxmoe.core.tenants import frames_for
-from fluxmoe.core.types import Geometry, PageClass, Phase
-from fluxmoe.errors import BudgetTooSmallError, ConfigError, UnsupportedError
-from fluxmoe.sim.trace import TraceMeta, TraceWriter
+from fluxmoe.backends.torch import experts, layout, recording
+from fluxmoe.backends.torch.settings import PolicySpec, Room, settings
+from fluxmoe.backends.torch.shield import Shield, gone
+from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.core.store import Store
+from fluxmoe.core.types import Phase
+from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.sim.trace import TraceMeta
 from fluxmoe.stores.host import HostStore
-
-PolicySpec = str | Mapping[str, Any]
 
 _WHERE = "fluxmoe.page"
 
@@ -66,40 +66,59 @@ def page(
             "the model is already paged", where=_WHERE, fix="close() its handle first"
         )
     layers = layout.experts_of(model)
-    implementation = _implementation(model, layers)
-    geometry, page_class = layout.describe(layers)
-    config = fluxmoe_config.parse(
-        {
-            "memory": {"budget": memory, "kv": {"max": 0}, "banks": banks},
-            "eviction": eviction if isinstance(eviction, str) else dict(eviction),
-            "prefetch": prefetch if isinstance(prefetch, str) else dict(prefetch),
-            "plugins": list(plugins),
-            "copy_threads": copy_threads,
-            "strict_policies": strict_policies,
-            "seed": seed,
-        },
-        where=_WHERE,
+    layout.require_on_cpu(layers)
+    implementation = implementation_of(model, layers)
+    config = settings(
+        _WHERE,
+        memory,
+        eviction=eviction,
+        prefetch=prefetch,
+        plugins=plugins,
+        banks=banks,
+        copy_threads=copy_threads,
+        strict_policies=strict_policies,
+        seed=seed,
     )
-    phase = _Phase()
-    store = HostStore(geometry, page_class)
+    turn, store = Turn(), HostStore(*layout.describe(layers))
     for layer in layers:
         store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
-    runtime = Runtime(
-        _fitted(config, geometry, page_class),
+    runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
+    return PagedModel(model, layers, runtime, implementation, turn)
+
+
+def runtime_for(
+    layers: list[torch.nn.Module],
+    store: Store,
+    config: fluxmoe_config.Config,
+    implementation: str,
+    turn: Turn,
+    where: str,
+) -> Runtime:
+    """Arenas and policies for a model's expert layers, whose weights need not be there yet."""
+    geometry, page_class = layout.describe(layers)
+    room = Room(geometry, page_class)
+    return Runtime(
+        room.fit(config, where),
         geometry,
         page_class,
         store,
         KVNeed(0, 0, "the KV cache is the model's own"),
         bank_limit=experts.GROUPED_MM_SLOTS if implementation == "grouped_mm" else None,
-        phase=phase,
+        phase=turn.phase,
+        ceiling=room.most,
     )
-    return PagedModel(model, layers, runtime, implementation, phase)
 
 
 class PagedModel:
     """The handle of a paged model. Use it as a context manager, or call ``close``.
 
     The model itself is used as before; it stays paged if the handle is dropped without ``close``.
+
+    Attributes:
+        model: The model.
+
+    Args:
+        loaded: The model has no weights of its own to be put back by ``close``.
     """
 
     def __init__(
@@ -108,23 +127,23 @@ class PagedModel:
         layers: list[torch.nn.Module],
         runtime: Runtime,
         implementation: str,
-        phase: _Phase,
+        turn: Turn,
+        *,
+        loaded: bool = False,
     ) -> None:
-        self.model, self._layers, self._runtime = model, layers, runtime
-        self._previous = model.get_experts_implementation()
-        handle = op.attach(runtime.pager)
+        self.model, self._layers, self._runtime, self._turn = model, layers, runtime, turn
+        self._previous = None if loaded else model.get_experts_implementation()
+        self._handle = handle = op.attach(runtime.pager)
         # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
         table = torch.from_numpy(runtime.pager.table.expert_table)
         for index, layer in enumerate(layers):
-            weights = layout.weights_of(layer)
-            arenas = {
-                part: as_weight(rows, weight)
-                for (part, weight), rows in zip(weights.items(), runtime.arenas(index), strict=True)
-            }
-            experts.bind(layer, handle, index, implementation, arenas, table[index], lease)
-        self._hook = model.base_model.register_forward_pre_hook(phase.watch, with_kwargs=True)
+            experts.bind(
+                layer, handle, index, implementation, self._arenas(index), table[index], lease
+            )
+        self._shield = Shield(model, layers, experts.NAME)
+        turn.watch(model.base_model)
         experts.register()
         model.set_experts_implementation(experts.NAME)
         if any(layer.config._experts_implementation != experts.NAME for layer in layers):
@@ -146,41 +165,110 @@ class PagedModel:
         return self._open().stats()
 
     @contextmanager
-    def record(self, path: str | PathLike[str]) -> Iterator[TraceWriter]:
+    def record(
+        self,
+        path: str | PathLike[str],
+        *,
+        weights: bool = False,
+        predict: bool = False,
+        max_steps: int | None = None,
+        phase: Phase | None = None,
+        replace: bool = True,
+    ) -> Iterator[Recorder]:
         """Write the routing of every step inside the ``with`` block to a trace.
 
         The simulator starts cold: call ``reset`` before, to compare its counters with ``stats``.
 
+        Args:
+            path: The file to make.
+            weights: Also record the routing weights.
+            predict: Also record what the next layer's router makes of this layer's hidden states.
+            max_steps: Leave out all that comes after so many steps.
+            phase: Leave out steps that do anything else.
+            replace: Whether an existing file may be replaced.
+
         Raises:
             TraceError: The file cannot be written, or nothing was recorded.
+            UnsupportedError: ``predict``, and the model's routers were not found.
         """
         pager = self._open().pager
         if pager.watcher is not None:
             raise ConfigError("a recording is under way", where=str(path), fix="end it first")
-        with TraceWriter(str(path), self._trace_meta()) as writer:
-            pager.watcher = writer.append
+        columns = {"weights": weights, "predicted": predict}
+        notes = recording.notes(
+            self.model, self._layers, self._handle, weights=weights, predict=predict
+        )
+        with Recorder(
+            str(path),
+            self._trace_meta(),
+            columns=[name for name, wanted in columns.items() if wanted],
+            replace=replace,
+            max_steps=max_steps,
+            phase=phase,
+            rows=self._turn.rows,
+        ) as recorder:
             try:
-                yield writer
+                op.record(self._handle, recorder)
+                for layer, note in zip(self._layers, notes, strict=True):
+                    experts.set_note(layer, note)
+                yield recorder
             finally:
-                pager.watcher = None
+                if not self.closed:
+                    op.record(self._handle, None)
+                    for layer in self._layers:
+                        experts.set_note(layer, None)
+
+    def resize(self, memory: int | str) -> None:
+        """Give the expert pages more or less memory, between forward passes.
+
+        Growing keeps all resident pages; shrinking loses those in the last slots. Outputs do not
+        change. A compiled model compiles anew.
+
+        Args:
+            memory: As for ``page``. The banks stay as many as they are.
+
+        Raises:
+            ConfigError: No size, or more than is free.
+            BudgetTooSmallError: It cannot hold one layer's experts (in each bank).
+            SubstrateError: The system refused. As after every error, nothing has changed.
+        """
+        where = "PagedModel.resize"
+        budget = int(settings(where, memory).memory.budget)
+        with self._turn:
+            runtime = self._open()
+            runtime.resize(Room(runtime.geometry, runtime.page_class).within(budget, where))
+            for index, layer in enumerate(self._layers):
+                experts.resize(layer, self._arenas(index))
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies as new."""
-        self._open().pager.reset()
+        with self._turn:
+            self._open().pager.reset()
 
     def check(self) -> None:
         """Raise InvariantError unless all books agree."""
-        self._open().check()
+        with self._turn:
+            self._open().check()
 
     def close(self) -> None:
-        """Put the model back exactly as it was, and give the memory back. Idempotent."""
-        if self.closed:
-            return
-        self._hook.remove()
-        self.model.set_experts_implementation(self._previous)
-        for layer in self._layers:
-            experts.release(layer)
-        self._release()
+        """Give the memory back, and put the model back exactly as it was. Idempotent.
+
+        A model from ``fluxmoe.load`` has nothing to be put back: from now on it has no experts,
+        and using it is an error.
+        """
+        with self._turn:
+            if self.closed:
+                return
+            self._turn.remove()
+            self._shield.remove()
+            for layer in self._layers:
+                experts.release(layer)
+            if self._previous is not None:
+                self.model.set_experts_implementation(self._previous)
+            else:
+                for layer in self._layers:
+                    layer.register_forward_pre_hook(gone)
+            self._release()
 
     def __enter__(self) -> PagedModel:
         return self
@@ -198,6 +286,17 @@ class PagedModel:
             raise ConfigError("the model is not paged any more: its handle was closed")
         return self._runtime
 
+    def _arenas(self, layer: int) -> experts.Arenas:
+        table = self._runtime.pager.table
+        # No more of them than are in use: what grouped_mm costs grows with the slots it sees.
+        slots = table.slots[table.bank(layer)]
+        weights = layout.weights_of(self._layers[layer])
+        arenas = self._runtime.arenas(layer)
+        return {
+            part: as_weight(rows[:slots], weight)
+            for (part, weight), rows in zip(weights.items(), arenas, strict=True)
+        }
+
     def _trace_meta(self) -> TraceMeta:
         config = self._layers[0].config
         top_k = getattr(config, "num_experts_per_tok", None)
@@ -210,34 +309,12 @@ class PagedModel:
         return self._runtime.trace_meta(model=str(name), top_k=int(top_k), source="torch")
 
 
-class _Phase:
-    """What the running forward pass does, seen from the length of its input.
-
-    A compiled model does not run hooks between steps: all its steps count as decode.
-    """
-
-    def __init__(self) -> None:
-        self._now = Phase.DECODE
-
-    def __call__(self) -> Phase:
-        return self._now
-
-    def watch(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model."""
-        if torch.compiler.is_compiling():
-            return
-        for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-            if value is not None:
-                self._now = Phase.PREFILL if value.shape[1] > 1 else Phase.DECODE
-                return
-
-
 def _release(handle: int, runtime: Runtime) -> None:
     op.detach(handle)
     runtime.close()
 
 
-def _implementation(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:
+def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:
     """Who computes the experts now, and will go on to do so."""
     if not hasattr(model, "set_experts_implementation"):
         raise UnsupportedError(
@@ -251,22 +328,3 @@ def _implementation(model: torch.nn.Module, layers: list[torch.nn.Module]) -> st
             fix=f"model.set_experts_implementation() to {', '.join(experts.IMPLEMENTATIONS)}",
         )
     return found.pop()
-
-
-def _fitted(
-    config: fluxmoe_config.Config, geometry: Geometry, page_class: PageClass
-) -> fluxmoe_config.Config:
-    """The configuration with a budget that is neither too small nor more than can be used."""
-    budget = int(config.memory.budget)
-    frame = frame_bytes_for(min(budget, geometry.num_pages * page_class.nbytes))
-    least = frames_for(page_class, geometry.experts_per_layer, frame) * frame
-    if budget < least:
-        raise BudgetTooSmallError(
-            f"{budget} bytes cannot hold one layer of {geometry.experts_per_layer} experts, "
-            f"{page_class.nbytes} bytes each",
-            where=f"memory of {_WHERE}",
-            fix=f"give at least {least} bytes",
-        )
-    useful = min(budget, frames_for(page_class, geometry.num_pages, frame) * frame)
-    memory = config.memory.model_copy(update={"budget": useful, "frame": frame})
-    return config.model_copy(update={"memory": memory})

@@ -27,7 +27,6 @@ def refuse_unsupported(config: VllmConfig) -> None:
         "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
         "expert load balancing (--enable-eplb)": parallel.enable_eplb,
         "dual batch overlap (--enable-dbo)": parallel.enable_dbo,
-        "tensor parallelism (--tensor-parallel-size)": parallel.tensor_parallel_size > 1,
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "LoRA (--enable-lora)": config.lora_config is not None,

@@ -388,7 +388,40 @@ class _Engine:
         self._llm.collective_rpc("fluxmoe_check")
         return int(self.stats()["allocated_bytes"])
 
-    def rpc(self, method: str, *args: Any) -> Any:
+    def everyone(self) -> list[dict[str, Any]]:
+        """``fluxmoe_stats`` of all workers."""
+        result: list[dict[str, Any]] = self._llm.collective_rpc("fluxmoe_stats")
+        return result
+
+    def arbitration(self) -> dict[str, Any]:
+        """The state of the controller; the engine must be in one process and its split dynamic.
+
+        A move that is under way is ended first.
+        """
+        controller = self._scheduler.connector.arbitration.controller
+        while controller.busy:
+            self._engine.step()
+        return {
+            "frames": controller.frames,
+            "changes": dict(controller.changes),
+            "failures": controller.failures,
+            "faults": controller.faults,
+        }
+
+    def limit(self, share: float) -> None:
+        """Use only this share of the budget from now on."""
+        controller = self._scheduler.connector.arbitration.controller
+        controller.set_limit(int(sum(controller.frames.values()) * share))
+
+    def kv_usage(self) -> float:
+        """As vLLM shows it on ``/metrics``."""
+        return float(self._scheduler.kv_cache_manager.usage)
+
+    def reset_prefix_cache(self) -> bool:
+        """Whether vLLM could."""
+        return bool(self._llm.reset_prefix_cache())
+
+    def rpc(self, method: Any, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
 
     def stop(self) -> None:

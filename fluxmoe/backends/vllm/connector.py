@@ -26,7 +26,7 @@ from fluxmoe.backends.vllm.compat.connector import (
     SupportsHMA,
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.backends.vllm.metrics import METRICS
+from fluxmoe.backends.vllm.metrics import METRICS, Meter
 from fluxmoe.backends.vllm.requests import RequestWatch
 from fluxmoe.backends.vllm.settings import paging_config
 
@@ -140,7 +140,12 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager: Any = None
         #: The scheduler's side, where the split may change.
         self.arbitration: Arbitration | None = None
+        self._meter = Meter(self._split)
         self._worker: WorkerSide | None = None
+
+    def _split(self) -> metrics.Samples:
+        arbitration = self.arbitration
+        return metrics.read_split(None if arbitration is None else arbitration.controller)
 
     # --- scheduler -------------------------------------------------------------------------------
 
@@ -235,8 +240,11 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- statistics ------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> PagingStats | None:
-        """Called on both sides after each step; the scheduler's has no worker."""
-        changes = self._worker.meter.take() if self._worker is not None else {}
+        """Called on both sides after each step."""
+        if self.role == KVConnectorRole.SCHEDULER:
+            changes = self._meter.take()
+        else:
+            changes = self._worker.meter.take() if self._worker is not None else {}
         return PagingStats(changes) if changes else None
 
     @classmethod

@@ -18,6 +18,8 @@ class PagedRoutedExperts(RoutedExperts):
 
     _pager: int | None = None
     _layer: int = -1
+    #: Show a recorder the routing weights. A compiled model does not look at it any more.
+    notes_weights = False
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
         """From now on compute on arenas.
@@ -42,6 +44,8 @@ class PagedRoutedExperts(RoutedExperts):
     ) -> torch.Tensor:
         """The stock kernel, with slots in place of expert ids."""
         if self._pager is not None:
+            if self.notes_weights:
+                topk_ids = op.note(topk_ids, topk_weights, None, self._pager)
             topk_ids = op.acquire(topk_ids, self._pager, self._layer)
         return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
 

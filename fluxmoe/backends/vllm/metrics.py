@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
+    from fluxmoe.core.controller import SplitController
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
@@ -47,7 +48,7 @@ METRICS = (
     Metric(
         "fluxmoe_expert_evictions_total",
         "counter",
-        "Expert pages given up: as victims of others, or released by the policy after use.",
+        "Expert pages given up: to others, by the policy after use, or because slots went away.",
         ("cause",),
     ),
     Metric(
@@ -78,6 +79,17 @@ METRICS = (
         "gauge",
         "Frames that a tenant of the budget has (committed), and its bounds.",
         ("tenant", "kind"),
+    ),
+    Metric(
+        "fluxmoe_split_changes_total",
+        "counter",
+        "Moves of memory between experts and KV cache that took effect.",
+        ("direction",),
+    ),
+    Metric(
+        "fluxmoe_split_failures_total",
+        "counter",
+        "Moves of memory that were rolled back, or left their frames free.",
     ),
     Metric("fluxmoe_budget_frames", "gauge", "Frames of the whole budget."),
     Metric("fluxmoe_budget_bytes", "gauge", "Bytes of the whole budget."),
@@ -111,6 +123,7 @@ def read(runtime: Runtime) -> Samples:
         "fluxmoe_expert_evictions_total": {
             ("victim",): counters.evictions,
             ("released",): counters.released,
+            ("resized",): counters.resized,
         },
         "fluxmoe_transfer_bytes_total": {
             (store, "demand"): transfer.bytes_demand,
@@ -125,6 +138,20 @@ def read(runtime: Runtime) -> Samples:
         "fluxmoe_expert_slots": {(): sum(table.slots)},
         "fluxmoe_expert_pages": {(): table.geometry.num_pages},
     }
+
+
+def read_split(controller: SplitController | None) -> Samples:
+    """Metrics of the scheduler's side; zeros if the split is fixed."""
+    changes = {"to_kv": 0, "to_experts": 0} if controller is None else controller.changes
+    samples: Samples = {
+        "fluxmoe_split_changes_total": {(name,): count for name, count in changes.items()},
+        "fluxmoe_split_failures_total": {(): 0 if controller is None else controller.failures},
+    }
+    if controller is not None:
+        policy = ("arbitration", controller.policy)
+        samples["fluxmoe_policy_faults_total"] = {policy: controller.faults}
+        samples["fluxmoe_policy_slow_calls_total"] = {policy: controller.slow}
+    return samples
 
 
 class Meter:

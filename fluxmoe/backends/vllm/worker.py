@@ -11,6 +11,7 @@ import torch
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
 from fluxmoe.backends import checkpoint, op
+from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import checks, kv
@@ -25,13 +26,13 @@ from fluxmoe.backends.vllm.compat.worker import (
     worker_connector,
 )
 from fluxmoe.backends.vllm.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.recording import Requests
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.side import WorkerSide
 from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
-from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
-from fluxmoe.sim.trace import TraceWriter
 from fluxmoe.stores.host import HostStore
 
 tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
@@ -82,7 +83,7 @@ class PagedCPUWorker(CPUWorker):
         vllm_config.cache_config.kv_cache_memory_bytes = int(config.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
-        self._recorder: TraceWriter | None = None
+        self._recorder: Recorder | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
@@ -122,7 +123,7 @@ class PagedCPUWorker(CPUWorker):
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
             phase=current_phase,
         )
-        handle = op.attach(runtime.pager)
+        self._handle = handle = op.attach(runtime.pager)
         # vLLM does not shut a worker down whose start failed later on: it is only collected.
         self._release = weakref.finalize(self, _release, handle, runtime)
         self._top_k = layers[0].top_k
@@ -197,20 +198,58 @@ class PagedCPUWorker(CPUWorker):
         assert self._runtime is not None
         self._runtime.check()
 
-    def fluxmoe_record(self, path: str | None) -> None:
-        """Write the routing of every step from now on to a trace; None ends the recording."""
+    def fluxmoe_record(
+        self,
+        path: str | None,
+        weights: bool = False,
+        max_steps: int | None = None,
+        phase: Phase | None = None,
+        replace: bool = True,
+    ) -> None:
+        """Write the routing of every step from now on to a trace; None ends the recording.
+
+        Args:
+            path: The file to make; it appears when the recording ends.
+            weights: Also record the routing weights (eager mode only).
+            max_steps: Leave out all that comes after so many steps.
+            phase: Leave out steps that do anything else.
+            replace: Whether an existing file may be replaced.
+
+        Raises:
+            TraceError: The file cannot be written; at the end also: nothing was recorded.
+        """
         if self._recorder is not None:
-            assert self._runtime is not None
-            self._runtime.pager.watcher = None
             recorder, self._recorder = self._recorder, None
+            op.record(self._handle, None)
+            self._note_weights(False)
             recorder.close()
         if path is not None:
             assert self._runtime is not None
-            meta = self._runtime.trace_meta(
-                model=str(self.model_config.model), top_k=self._top_k, source="vllm"
+            self._recorder = Recorder(
+                path,
+                self._runtime.trace_meta(
+                    model=str(self.model_config.model), top_k=self._top_k, source="vllm"
+                ),
+                columns=["weights"] if weights else [],
+                replace=replace,
+                max_steps=max_steps,
+                phase=phase,
+                rows=Requests(self.model_runner),
             )
-            self._recorder = TraceWriter(path, meta)
-            self._runtime.pager.watcher = self._recorder.append
+            self._note_weights(weights)
+            op.record(self._handle, self._recorder)
+
+    def fluxmoe_recorded(self) -> bool:
+        """Whether the recording has all the steps it was to have."""
+        return self._recorder is None or self._recorder.done
+
+    def _note_weights(self, wanted: bool) -> None:
+        model = getattr(self.model_runner, "model", None)
+        if model is None:  # shut down
+            return
+        for module in model.modules():
+            if isinstance(module, PagedRoutedExperts):
+                module.notes_weights = wanted
 
     def fluxmoe_reset(self) -> None:
         """Start cold: no page resident, counters zero; those on ``/metrics`` go on."""

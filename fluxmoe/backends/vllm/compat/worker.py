@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.forward_context import get_forward_context
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -25,10 +27,27 @@ def drop_connector(connector: object) -> None:
         kv_transfer_state.ensure_kv_transfer_shutdown()
 
 
+def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """The requests of the running step in the order of its tokens, and where each begins.
+
+    Args:
+        runner: A worker's ``model_runner``.
+
+    Returns:
+        Names of R requests, and int32 ``[R + 1]``: their first tokens, and the number of tokens.
+        No requests in a dummy run.
+    """
+    if not get_forward_context().attn_metadata:
+        return [], np.zeros(1, np.int32)
+    count = runner.input_batch.num_reqs
+    return runner.input_batch.req_ids[:count], runner.query_start_loc.np[: count + 1].copy()
+
+
 __all__ = [
     "CPUWorker",
     "drop_connector",
     "get_tensor_model_parallel_rank",
     "max_memory_usage_bytes",
+    "scheduled_requests",
     "worker_connector",
 ]

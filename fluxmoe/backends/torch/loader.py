@@ -1,0 +1,214 @@
+"""``fluxmoe.load``: a checkpoint whose experts go straight into the store.
+
+``transformers`` does the loading, with all that it knows about names, types and layouts of
+checkpoints. What is ours is a hook on the registration of parameters: as soon as a layer's experts
+are put together, the store takes them, and the model keeps a parameter without memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from fluxmoe.backends.checkpoint import require_readable
+from fluxmoe.backends.tensors import as_rows
+from fluxmoe.backends.torch import layout
+from fluxmoe.backends.torch.experts import absent
+from fluxmoe.backends.torch.paged import PagedModel, implementation_of, runtime_for
+from fluxmoe.backends.torch.settings import PolicySpec, settings
+from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.core.types import Bytes
+from fluxmoe.errors import CheckpointError, ConfigError
+from fluxmoe.stores.host import HostStore
+
+_WHERE = "fluxmoe.load"
+
+#: Arguments of ``from_pretrained`` that decide what FluxMoE decides.
+_OURS = ("config", "device_map", "dtype", "output_loading_info", "quantization_config",
+         "state_dict", "torch_dtype", "use_safetensors")  # fmt: skip
+
+
+def load(
+    path: str | os.PathLike[str],
+    memory: int | str = "4GiB",
+    *,
+    dtype: str | torch.dtype = "auto",
+    options: Mapping[str, Any] | None = None,
+    eviction: PolicySpec = "next-use",
+    prefetch: PolicySpec = "none",
+    plugins: Sequence[str] = (),
+    banks: int = 1,
+    copy_threads: int = 1,
+    strict_policies: bool = False,
+    seed: int = 0,
+) -> PagedModel:
+    """Load a causal language model whose experts are paged from the beginning.
+
+    Its outputs are those of the model that ``AutoModelForCausalLM.from_pretrained`` loads. The
+    experts are never held outside the store, but for the layer that is being read. ``model`` of
+    the handle that is returned is the model; it has no experts without the handle.
+
+    Args:
+        path: A folder with a checkpoint in safetensors, or a name on the Hub.
+        memory: Room for expert pages, as for ``fluxmoe.page``; the store is not counted.
+        dtype: Type of the weights, such as "bfloat16"; "auto" is what the checkpoint says.
+        options: More arguments for ``from_pretrained``, such as ``experts_implementation``,
+            ``attn_implementation``, ``revision`` or ``trust_remote_code``.
+        eviction, prefetch, plugins, banks, copy_threads, strict_policies, seed: As for
+            ``fluxmoe.page``.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or damaged, or it has no weights
+            for a part of the model (where ``transformers`` warns and takes random ones).
+        NoExpertsError, UnsupportedError, ConfigError, BudgetTooSmallError, UnknownPolicyError,
+            PluginLoadError, NeedsFutureError: As for ``fluxmoe.page``, and before weights are read.
+    """
+    name, extra = os.fspath(path), dict(options or {})
+    for key in _OURS:
+        if key in extra:
+            raise ConfigError(
+                f"{key} cannot be chosen", where=f"options of {_WHERE}", fix="leave it out"
+            )
+    config = settings(
+        _WHERE,
+        memory,
+        eviction=eviction,
+        prefetch=prefetch,
+        plugins=plugins,
+        banks=banks,
+        copy_threads=copy_threads,
+        strict_policies=strict_policies,
+        seed=seed,
+    )
+    with _loading(name):
+        require_readable(name)
+        planned = _without_weights(name, dtype, extra)
+    layers = layout.experts_of(planned)
+    implementation = implementation_of(planned, layers)
+    turn, store = Turn(), HostStore(*layout.describe(layers))
+    runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
+    try:
+        with _loading(name), _Catch() as caught, _one_at_a_time():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
+            )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise CheckpointError(
+                f"the checkpoint has no weights for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if missing[1:] else ""),
+                where=name,
+                fix="get the whole checkpoint; random weights would take their place",
+            )
+        layers = layout.experts_of(model)
+        for layer in layers:
+            store.adopt(caught.of(layer))
+    except BaseException:
+        runtime.close()
+        raise
+    return PagedModel(model, layers, runtime, implementation, turn, loaded=True)
+
+
+class _Catch:
+    """Takes the weights of experts away from the modules that this thread loads them into."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._rows: dict[tuple[torch.nn.Module, str], Bytes] = {}
+
+    def __enter__(self) -> _Catch:
+        self._hook = register_module_parameter_registration_hook(self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def of(self, layer: torch.nn.Module) -> list[Bytes]:
+        """What a layer's experts are: per part uint8 ``[experts, part bytes]``."""
+        return [self._rows.pop((layer, part)) for part in layout.PARTS]
+
+    def _take(
+        self, module: torch.nn.Module, name: str, weight: torch.nn.Parameter | None
+    ) -> torch.nn.Parameter | None:
+        if weight is None or weight.is_meta or name not in layout.PARTS:
+            return None
+        if not layout.is_experts(module) or threading.get_ident() != self._thread:
+            return None
+        self._rows[module, name] = _kept(as_rows(weight))
+        stand_in = absent(weight)
+        vars(stand_in).update(vars(weight))  # or transformers would initialise it
+        return stand_in
+
+
+def _kept(rows: Bytes) -> Bytes:
+    """A copy in memory of its own.
+
+    On the heap, what was needed to put a layer together would leave holes between the layers; and
+    rows that are a view of the checkpoint's file would change, or be lost, with the file.
+    """
+    memory = mmap.mmap(-1, rows.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = np.frombuffer(memory, np.uint8).reshape(rows.shape)
+    np.copyto(copy, rows)
+    return copy
+
+
+def _without_weights(name: str, dtype: str | torch.dtype, extra: dict[str, Any]) -> torch.nn.Module:
+    """The model on the meta device: what it will be, before its weights are read."""
+    config = transformers.AutoConfig.from_pretrained(name, **extra)
+    found = config.dtype if dtype == "auto" else dtype
+    if found is None:
+        raise ConfigError(
+            "the checkpoint does not say of which type its weights are",
+            where=name,
+            fix='give dtype="bfloat16" or whatever they are',
+        )
+    how = {
+        key: extra[key] for key in ("experts_implementation", "trust_remote_code") if key in extra
+    }
+    with torch.device("meta"):
+        model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=found, **how
+        )
+    return model
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Say which checkpoint it is that cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        said = str(error).strip().partition("\n")[0]
+        if isinstance(error, RuntimeError):  # a report of missing or ill-fitting weights came first
+            fix = "get the checkpoint again if it was whole once"
+        else:
+            fix = "name a folder with a Hugging Face checkpoint in safetensors"
+        raise CheckpointError(f"cannot load the model: {said}", where=name, fix=fix) from error
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Without threads that read ahead, and would hold what they have read and converted.
+
+    Other threads that load a model meanwhile do it without such threads, too.
+    """
+    key = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before

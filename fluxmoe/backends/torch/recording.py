@@ -1,0 +1,84 @@
+"""What a Hugging Face model can tell a trace beside the expert ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fluxmoe.backends import op
+from fluxmoe.backends.torch import experts
+from fluxmoe.errors import UnsupportedError
+
+
+def notes(
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    handle: int,
+    *,
+    weights: bool,
+    predict: bool,
+) -> list[experts.Note | None]:
+    """Per expert layer, what notes its weights and predictions; nothing if neither is wanted.
+
+    Args:
+        model: The model.
+        layers: Its expert layers, in order.
+        handle: Their pager.
+        weights: Note the routing weights.
+        predict: Note which experts the next layer's router chooses for this layer's hidden states.
+
+    Raises:
+        UnsupportedError: ``predict``, and the routers are not where they are looked for.
+    """
+    if not weights and not predict:
+        return [None] * len(layers)
+    routers = _routers(model, layers) if predict else []
+    following = [*routers[1:], None] if predict else [None] * len(layers)
+    return [_note(handle, weights, predict, router) for router in following]
+
+
+def _note(
+    handle: int, weights: bool, predict: bool, router: torch.nn.Module | None
+) -> experts.Note:
+    def note(ids: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        predicted = None
+        if router is not None:
+            # Past the module's hooks: its own layer's outputs may be collected by them.
+            predicted = type(router).forward(router, hidden)[-1]
+        elif predict:
+            predicted = ids[:, :0]
+        return op.note(ids, scores if weights else None, predicted, handle)
+
+    return note
+
+
+def _routers(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The router of each expert layer: a sibling that answers (logits, weights, expert ids)."""
+    block_of = {id(child): module for module in model.modules() for child in module.children()}
+    routers = []
+    for layer in layers:
+        block = block_of[id(layer)]
+        router = getattr(block, "gate", None)
+        if not isinstance(router, torch.nn.Module) or not _routes(router, layer):
+            raise UnsupportedError(
+                f"{type(block).__name__} has no router `gate` that answers expert ids, so the "
+                "next layer's experts cannot be predicted",
+                fix="record without --predict",
+            )
+        routers.append(router)
+    return routers
+
+
+def _routes(router: torch.nn.Module, layer: torch.nn.Module) -> bool:
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        return False
+    probe = torch.zeros(1, weight.shape[1], dtype=weight.dtype)
+    try:
+        with torch.no_grad():
+            answer = type(router).forward(router, probe)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    ids = answer[-1] if isinstance(answer, tuple) else None
+    return isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point()

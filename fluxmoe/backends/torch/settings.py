@@ -1,0 +1,85 @@
+"""What ``fluxmoe.page`` and ``fluxmoe.load`` are told, as a configuration that fits the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from fluxmoe import config as fluxmoe_config
+from fluxmoe.core.substrate.cpu import frame_bytes_for
+from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.types import Geometry, PageClass
+from fluxmoe.errors import BudgetTooSmallError
+
+PolicySpec = str | Mapping[str, Any]
+
+
+def settings(
+    where: str,
+    memory: int | str,
+    *,
+    eviction: PolicySpec = "next-use",
+    prefetch: PolicySpec = "none",
+    plugins: Sequence[str] = (),
+    banks: int = 1,
+    copy_threads: int = 1,
+    strict_policies: bool = False,
+    seed: int = 0,
+) -> fluxmoe_config.Config:
+    """The arguments of ``fluxmoe.page``, checked.
+
+    Raises:
+        ConfigError: One of them has an unusable value.
+    """
+    return fluxmoe_config.parse(
+        {
+            "memory": {"budget": memory, "kv": {"max": 0}, "banks": banks},
+            "eviction": eviction if isinstance(eviction, str) else dict(eviction),
+            "prefetch": prefetch if isinstance(prefetch, str) else dict(prefetch),
+            "plugins": list(plugins),
+            "copy_threads": copy_threads,
+            "strict_policies": strict_policies,
+            "seed": seed,
+        },
+        where=where,
+    )
+
+
+class Room:
+    """The room for expert pages: from one layer's experts up to what all experts can use.
+
+    Attributes:
+        frame_bytes: Unit in which it grows.
+        least, most: Bytes, multiples of the frame. ``most`` is within this machine's memory.
+    """
+
+    def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
+        self._geometry, self._page_class = geometry, page_class
+        self.frame_bytes = frame = frame_bytes_for(geometry.num_pages * page_class.nbytes)
+        self.least = frames_for(page_class, geometry.experts_per_layer, frame) * frame
+        total = psutil.virtual_memory().total // frame * frame
+        useful = frames_for(page_class, geometry.num_pages, frame) * frame
+        self.most = max(self.least, min(useful, total))
+
+    def within(self, memory: int, where: str) -> int:
+        """How many of ``memory`` bytes can be used.
+
+        Raises:
+            BudgetTooSmallError: They cannot hold one layer's experts.
+        """
+        if memory < self.least:
+            raise BudgetTooSmallError(
+                f"{memory} bytes cannot hold one layer of {self._geometry.experts_per_layer} "
+                f"experts, {self._page_class.nbytes} bytes each",
+                where=f"memory of {where}",
+                fix=f"give at least {self.least} bytes",
+            )
+        return min(memory, self.most)
+
+    def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Config:
+        """The configuration with a budget that is neither too small nor more than can be used."""
+        budget = self.within(int(config.memory.budget), where)
+        memory = config.memory.model_copy(update={"budget": budget, "frame": self.frame_bytes})
+        return config.model_copy(update={"memory": memory})

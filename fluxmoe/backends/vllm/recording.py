@@ -1,0 +1,40 @@
+"""Whose tokens a vLLM step computes, for traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fluxmoe.backends.vllm.compat.worker import scheduled_requests
+from fluxmoe.core.types import Phase
+from fluxmoe.sim.trace import StepRows
+
+
+class Requests:
+    """Numbers requests in the order in which they first run. Fits ``Recorder.rows``.
+
+    Args:
+        runner: The worker's ``model_runner``.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._numbers: dict[str, int] = {}
+
+    def __call__(self, tokens: int) -> StepRows | None:
+        """Request and phase of each token of the running step.
+
+        A request that computes more than one token is in prefill: the same rule that decides what
+        the step as a whole does (``current_phase``). Tokens beyond those of the requests
+        are padding of the engine and belong to no request.
+        """
+        names, starts = scheduled_requests(self._runner)
+        if not names or starts[-1] > tokens:
+            return None
+        numbers = [self._numbers.setdefault(name, len(self._numbers)) for name in names]
+        lengths = np.diff(starts)
+        phases = np.where(lengths > 1, Phase.PREFILL, Phase.DECODE).astype(np.int8)
+        return StepRows(
+            np.repeat(np.asarray(numbers, np.int32), lengths), np.repeat(phases, lengths)
+        )

@@ -1,0 +1,102 @@
+"""Checkpoints of Hugging Face models as commands need them: the model, its tokenizer, prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fluxmoe.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """``1,2,3`` as a list. Raises ConfigError, naming the option."""
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"{text!r} is no list of numbers", where=option, fix="write 1,2,3"
+        ) from error
+
+
+def quiet() -> None:
+    """No progress bars. Raises MissingDependencyError: transformers is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{error.name} is needed to run a PyTorch model", fix="pip install 'fluxmoe[hf]'"
+        ) from error
+    transformers.logging.disable_progress_bar()
+
+
+def load(model: str) -> PreTrainedModel:
+    """A model with its weights, in the dtype they are stored in. Raises ConfigError."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model, error) from error
+
+
+def config(model: str) -> PretrainedConfig:
+    """A model's configuration. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(model, error) from error
+
+
+def stop_tokens(model: str) -> tuple[int, ...]:
+    """The tokens at which transformers stops generating."""
+    from transformers import GenerationConfig
+
+    try:
+        tokens = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # no generation_config.json: transformers takes what the model's has
+        tokens = GenerationConfig.from_model_config(config(model)).eos_token_id
+    return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
+
+
+def _cannot_load(model: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot load the model: {_first_line(error)}",
+        where=model,
+        fix="name a folder with a Hugging Face checkpoint",
+    )
+
+
+def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
+    """A model's tokenizer; None if it has none and none is required. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    why = "it has no vocabulary"
+    try:
+        found = AutoTokenizer.from_pretrained(model)
+        # Without its files some tokenizers load all the same, and know special tokens only.
+        if found.vocab_size > len(found.all_special_ids):
+            return found
+    except (OSError, ValueError, KeyError) as error:
+        why = _first_line(error)
+    if not required:
+        return None
+    raise ConfigError(
+        f"cannot load a tokenizer: {why}",
+        where=model,
+        fix="give the prompt as token numbers: --prompt-ids 1,2,3",
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
+    """The token numbers of a text."""
+    assert tokenizer is not None
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    return ids
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

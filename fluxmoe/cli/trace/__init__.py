@@ -1,0 +1,13 @@
+"""``fluxmoe trace``: recording, making, converting and describing traces; one file per verb."""
+
+from __future__ import annotations
+
+import typer
+
+from fluxmoe.cli.trace import convert, info, record, synth
+
+app = typer.Typer(help="Traces of routed experts.", no_args_is_help=True)
+app.command("record")(record.record)
+app.command("convert")(convert.convert)
+app.command("info")(info.info)
+app.command("synth")(synth.synth)

@@ -1,0 +1,236 @@
+"""``fluxmoe trace record``: what a real model routes, recorded while it answers prompts."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fluxmoe.cli import models, output
+from fluxmoe.cli.generate import Backend
+from fluxmoe.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Steps(StrEnum):
+    """Which steps are recorded."""
+
+    ALL = "all"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+def record(
+    model: Annotated[str, typer.Argument(help="A Hugging Face checkpoint: folder or name.")],
+    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.TORCH,
+    prompt: Annotated[list[str] | None, typer.Option(help="A text; repeatable.")] = None,
+    prompt_ids: Annotated[
+        list[str] | None,
+        typer.Option(metavar="1,2,3", help="Token numbers instead of a text; repeatable."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of prompts: one text per line, or .jsonl with `prompt` or `prompt_ids`."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate for each prompt.")
+    ] = 64,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes to record at most.")
+    ] = None,
+    steps: Annotated[Steps, typer.Option(help="Record only steps that mostly do this.")] = (
+        Steps.ALL
+    ),
+    temperature: Annotated[
+        float,
+        typer.Option(min=0, help="Of sampling. 0 takes the likeliest token: such texts loop."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    memory: Annotated[
+        str, typer.Option(help="Room for expert pages (vLLM: and the KV cache), such as 2GiB.")
+    ] = "4GiB",
+    eviction: Annotated[str, typer.Option(help="Eviction policy of the running model.")] = "lru",
+    weights: Annotated[bool, typer.Option("--weights", help="Also record weights.")] = False,
+    predict: Annotated[
+        bool,
+        typer.Option("--predict", help="Also record what the next layer's router would choose."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run prompts through a paged model and write a trace of its routing.
+
+    Requests always run to --max-new-tokens: the end-of-text token is like any other.
+    """
+    from fluxmoe.core.types import Phase
+    from fluxmoe.sim.trace import TraceReader
+
+    if predict and backend is Backend.VLLM:
+        raise UnsupportedError(
+            "vLLM's layers do not see the next layer's router",
+            where="--predict",
+            fix="use --backend torch",
+        )
+    if out.exists() and not force:
+        # Also refused by the writer, but only after the model was loaded.
+        raise ConfigError(
+            f"{out} is there already", where="--out", fix="name another file, or use --force"
+        )
+    models.quiet()
+    requests = _requests(model, prompt or [], prompt_ids or [], prompts)
+    options: dict[str, Any] = {
+        "weights": weights,
+        "max_steps": max_steps,
+        "phase": None if steps is Steps.ALL else Phase[steps.name],
+        "replace": force,
+    }
+    if backend is Backend.TORCH:
+        run = _with_torch
+        options["predict"] = predict
+    else:
+        run = _with_vllm
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    stats = run(model, requests, out, batch, memory, eviction, sampling, options)
+    reader = TraceReader(out)
+    result = {
+        "trace": str(out),
+        "model": model,
+        "backend": str(backend),
+        "requests": len(requests),
+        "num_layers": reader.meta.num_layers,
+        "experts_per_layer": reader.meta.experts_per_layer,
+        "top_k": reader.meta.top_k,
+        "rows": reader.num_rows,
+        "columns": list(reader.columns),
+        "file_bytes": out.stat().st_size,
+        "stats": stats,
+    }
+    if as_json:
+        output.print_json(result)
+        return
+    print(
+        f"{out}: {reader.num_rows} rows (a row is a token in a layer), "
+        f"{reader.meta.num_layers} layers x {reader.meta.experts_per_layer} experts, top "
+        f"{reader.meta.top_k}, {output.nbytes(out.stat().st_size)}"
+    )
+
+
+def _with_torch(
+    model: str,
+    requests: list[list[int]],
+    out: Path,
+    batch: int,
+    memory: str,
+    eviction: str,
+    sampling: dict[str, Any],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    import fluxmoe
+    from fluxmoe.backends.torch.sampling import sample
+
+    loaded = models.load(model)
+    vocabulary = loaded.get_input_embeddings().num_embeddings
+    for tokens in requests:
+        if not all(0 <= token < vocabulary for token in tokens):
+            raise ConfigError(
+                f"a prompt has the tokens {tokens}", fix=f"all must be within 0…{vocabulary - 1}"
+            )
+    with (
+        fluxmoe.page(loaded, memory, eviction=eviction) as paged,
+        paged.record(out, **options) as recorder,
+    ):
+        for first in range(0, len(requests), batch):
+            if recorder.done:
+                break
+            recorder.first_request = first
+            sample(
+                loaded,
+                requests[first : first + batch],
+                stop=lambda: recorder.done,
+                **{**sampling, "seed": sampling["seed"] + first},
+            )
+        return paged.stats()
+
+
+def _with_vllm(
+    model: str,
+    requests: list[list[int]],
+    out: Path,
+    batch: int,
+    memory: str,
+    eviction: str,
+    sampling: dict[str, Any],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+    from fluxmoe.backends.vllm.traces import record
+
+    prompts = [
+        Prompt(
+            tokens,
+            sampling["max_new_tokens"],
+            temperature=sampling["temperature"],
+            seed=sampling["seed"] + index,
+        )
+        for index, tokens in enumerate(requests)
+    ]
+    with ChildEngine(
+        model,
+        fluxmoe={"memory": {"budget": memory}, "eviction": eviction},
+        enforce_eager=True,
+        max_num_seqs=batch,
+        max_model_len=max(map(len, requests)) + sampling["max_new_tokens"],
+        block_size=32,
+    ) as engine:
+        return record(engine, prompts, out, batch=batch, **options)
+
+
+def _requests(
+    model: str, texts: list[str], numbers: list[str], file: Path | None
+) -> list[list[int]]:
+    """All prompts as token numbers."""
+    lines: list[str | list[int]] = [*texts]
+    lines += [models.numbers(each, "--prompt-ids") for each in numbers]
+    lines += [] if file is None else _read(file)
+    if not lines:
+        raise ConfigError("there is no prompt", fix="give --prompt, --prompt-ids or --prompts")
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if any(isinstance(line, str) for line in lines):
+        tokenizer = models.tokenizer(model, required=True)
+    requests = [models.encode(tokenizer, line) if isinstance(line, str) else line for line in lines]
+    if not all(requests):
+        raise ConfigError("a prompt is empty", fix="give each at least one token")
+    return requests
+
+
+def _read(file: Path) -> list[str | list[int]]:
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompts: {error}", where="--prompts") from error
+    if file.suffix != ".jsonl":
+        return [*lines]
+    found: list[str | list[int]] = []
+    for number, line in enumerate(lines, 1):
+        where = f"--prompts {file}, line {number}"
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"no JSON: {error}", where=where) from error
+        value: Any = None
+        if isinstance(data, dict):
+            value = data.get("prompt_ids", data.get("prompt"))
+        ids = isinstance(value, list) and all(type(token) is int for token in value)
+        if not ids and not isinstance(value, str):
+            raise ConfigError("neither a `prompt` (text) nor `prompt_ids` (numbers)", where=where)
+        found.append(value)
+    return found

@@ -1,0 +1,68 @@
+"""``fluxmoe trace synth``: a trace without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fluxmoe.errors import ConfigError
+
+
+def synth(
+    layers: Annotated[int, typer.Option(help="MoE layers.")],
+    experts: Annotated[int, typer.Option(help="Experts per layer.")],
+    top_k: Annotated[int, typer.Option(help="Experts per token.")],
+    steps: Annotated[int, typer.Option(help="Forward passes.")],
+    batch: Annotated[int, typer.Option(help="Tokens per step.")],
+    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same trace.")] = 0,
+    skew: Annotated[
+        float, typer.Option(help="Zipf exponent of the experts' popularity; 0 = uniform.")
+    ] = 1.0,
+    drift: Annotated[
+        float, typer.Option(help="How fast popularity changes: 0 = never, 1 = anew in every step.")
+    ] = 0.02,
+    locality: Annotated[
+        str,
+        typer.Option(
+            metavar="P[:P]",
+            help="Chance that a request keeps an expert of its last token; first:last layer.",
+        ),
+    ] = "0",
+    scan_every: Annotated[
+        int, typer.Option(help="Every so many steps a scan of all experts; 1 = only scans.")
+    ] = 0,
+    page_bytes: Annotated[
+        int, typer.Option(min=1, help="Bytes of one expert page, for byte counts.")
+    ] = 3 * 768 * 2048 * 2,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a synthetic trace; the same arguments give the same file."""
+    from fluxmoe.sim.synth import Workload, write
+
+    workload = Workload(
+        layers,
+        experts,
+        top_k,
+        steps,
+        batch,
+        seed=seed,
+        skew=skew,
+        drift=drift,
+        locality=_range(locality),
+        scan_every=scan_every,
+    )
+    events, routed = write(workload, out, page_bytes, replace=force)
+    print(f"{out}: {events} events, {routed} routed experts")
+
+
+def _range(text: str) -> tuple[float, float]:
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last or first)
+    except ValueError as error:
+        raise ConfigError(
+            f"{text!r} is neither a number nor first:last", where="--locality", fix="write 0.6:0.2"
+        ) from error

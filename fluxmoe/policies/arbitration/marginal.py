@@ -1,0 +1,207 @@
+"""What would another split earn? Expected tokens per second, from what was measured.
+
+For each split the policy asks how many requests could run (what is in use per request, who waits),
+how long a step of that many takes (a line fitted to the last steps), and how long it would wait for
+experts (the miss-ratio curve, scaled to what is really missed, times the measured time per page).
+It moves when the best split promises clearly more than the present one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
+
+Floats = npt.NDArray[np.float64]
+
+#: Splits that are compared.
+_POINTS = 33
+#: Without better knowledge: the part of a step's time that does not depend on the batch.
+_FLAT = 0.6
+
+
+class MarginalOptions(BaseModel):
+    """Options of ``marginal``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    goal: Literal["throughput", "latency"] = "throughput"
+    """Tokens per second of all requests, or of each request that runs."""
+    gain: float = Field(default=0.05, ge=0)
+    """How much better a split must be to be worth a move."""
+    dwell: int = Field(default=64, ge=0)
+    """Steps before the direction may be reversed, unless requests wait for KV cache."""
+    headroom: float = Field(default=0.25, ge=0)
+    """KV cache beyond what requests use, as a share of it: they grow."""
+    interval: int = Field(default=4, ge=1)
+    """Steps from one comparison to the next."""
+    window: int = Field(default=32, ge=1)
+    """Steps to average over."""
+
+
+class Marginal(ArbitrationPolicy):
+    """Give each tenant memory as long as it earns more there than with the other."""
+
+    def __init__(
+        self,
+        goal: str = "throughput",
+        gain: float = 0.05,
+        dwell: int = 64,
+        headroom: float = 0.25,
+        interval: int = 4,
+        window: int = 32,
+    ) -> None:
+        self._goal, self._gain, self._dwell = goal, gain, dwell
+        self._headroom, self._interval, self._window = headroom, interval, window
+        self.reset()
+
+    def reset(self) -> None:
+        self._model = StepModel(self._window)
+        self._wish: Split | None = None
+        self._turned, self._direction, self._seen = 0, 0, 0
+
+    def split(self, view: ArbitrationView) -> Split:
+        if not view.tokens:
+            return self._wish_within(view)
+        self._model.observe(view)
+        self._seen += 1
+        if self._seen % self._interval or not self._model.ready:
+            return self._wish_within(view)
+        present = view.frames["experts"]
+        experts = self._candidates(view)
+        values = self._model.value(view, experts, self._headroom, self._goal)
+        here = float(np.interp(present, experts, values))
+        best = int(np.argmax(values))
+        if values[best] <= here * (1 + self._gain):
+            if self._wish is None:
+                return Split(view.frames)
+            # What is under way is dropped only if it has become worthless.
+            goal = float(np.interp(self._wish.frames["experts"], experts, values))
+            if goal < here * (1 - self._gain):
+                self._wish = None
+            return self._wish_within(view)
+        direction = 1 if experts[best] > present else -1
+        pressed = view.waiting_requests > 0 and direction < 0
+        turning = direction != self._direction
+        if turning and not pressed and view.step - self._turned < self._dwell:
+            return self._wish_within(view)
+        if turning:
+            self._direction, self._turned = direction, view.step
+        wanted = int(experts[best])
+        self._wish = Split(
+            {"experts": wanted, "kv": view.total_frames - wanted},
+            self._model.words(view, here, float(values[best])),
+        )
+        return self._wish
+
+    def _wish_within(self, view: ArbitrationView) -> Split:
+        """What was decided last, as long as the budget still has room for it."""
+        wish = self._wish
+        if wish is None or sum(wish.frames.values()) > view.total_frames:
+            return Split(view.frames)
+        return wish
+
+    def _candidates(self, view: ArbitrationView) -> Floats:
+        """Frames of the experts, from the least possible to the most, the present ones included."""
+        bounds, total = view.bounds, view.total_frames
+        used = min(view.kv_used_frames, view.frames["kv"])
+        kv = max(bounds["kv"].min, min(round(used * (1 + self._headroom)), view.frames["kv"]))
+        least = bounds["experts"].min
+        most = max(min(bounds["experts"].max, total - kv), least)
+        least = max(least, min(total - bounds["kv"].max, most))
+        grid = np.linspace(least, most, _POINTS).round()
+        present = min(max(view.frames["experts"], least), most)
+        return np.unique(np.append(grid, present))
+
+
+class StepModel:
+    """What steps cost, from those that were seen: exponentially weighted averages."""
+
+    def __init__(self, window: int) -> None:
+        self._keep = 1 - 1 / window
+        self._sums = np.zeros(5)  # of weights, x, y, xx, xy: tokens and seconds of decode steps
+        self._averages: dict[str, float] = {}
+        self._hits = -1
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was seen: a few steps, and what a page costs to load."""
+        return bool(self._sums[0] > 4)
+
+    def observe(self, view: ArbitrationView) -> None:
+        """Take in a step that computed something."""
+        compute = max(view.step_seconds - view.stall_seconds, 1e-9)
+        running = max(view.running_requests, 1)
+        if view.tokens <= 2 * running:  # mostly decode: prefill tokens are far cheaper
+            x, y = float(running), compute
+            self._sums = self._sums * self._keep + np.array([1.0, x, y, x * x, x * y])
+        hits = 0 if self._hits < 0 else view.prefix_hits - self._hits
+        self._hits = view.prefix_hits
+        self._average("hits", hits)
+        self._average("token", compute / view.tokens)
+        self._average("running", running)
+        self._average("request", view.kv_used_frames / running)
+        self._average("accesses", view.experts.accesses)
+        expected = view.experts.accesses * view.experts.miss_ratio(view.frames["experts"])
+        self._average("misses", view.experts.misses)
+        self._average("expected", expected)
+
+    def _average(self, name: str, value: float) -> None:
+        old = self._averages.get(name, value)
+        self._averages[name] = old + (value - old) * (1 - self._keep)
+
+    def line(self) -> tuple[float, float]:
+        """Seconds of a decode step: without requests, and per request."""
+        n, x, y, xx, xy = self._sums
+        x, y = x / n, y / n
+        # One weak observation of the usual shape, or a constant batch would leave it open.
+        weight = 0.02 * n
+        spread = xx / n - x * x + weight / n * x * x
+        slope = (xy / n - x * y + weight / n * x * (y - _FLAT * y)) / spread if spread else 0.0
+        slope = min(max(slope, 0.05 * y / x), y / x)
+        return y - slope * x, slope
+
+    def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
+        """Expected tokens per second with so many frames for experts."""
+        kv = view.total_frames - experts
+        each = max(self._averages["request"], 1e-9) * (1 + headroom)
+        demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
+        batch = np.clip(kv / each, 1.0, max(demand, 1))
+        flat, slope = self.line()
+        seconds = (
+            flat + slope * batch + self._misses(view, experts, batch) * (view.experts.load_seconds)
+        )
+        # Prefixes that are found save computing; the more of them are kept, the more are found.
+        cached = max(view.kv_cached_frames, 1)
+        kept = np.clip(kv - batch * each, 0.0, 2.0 * cached) / cached
+        saved = self._averages["hits"] * self._averages["token"] * np.sqrt(kept)
+        served = batch if goal == "throughput" else np.ones_like(batch)
+        value: Floats = served * (seconds + saved) / seconds / seconds
+        return value
+
+    def _misses(self, view: ArbitrationView, experts: Floats, batch: Floats) -> Floats:
+        """Pages missed per step: the curve, scaled to what this eviction policy really misses."""
+        demand, seen = view.experts, self._averages
+        pages = max(demand.pages, 1)
+        scale = seen["misses"] / seen["expected"] if seen["expected"] > 1 else 1.0
+        # More requests use more of the experts: each uses some of them, independently.
+        share = min(seen["accesses"] / pages, 0.999)
+        used = pages * (1 - (1 - share) ** (batch / max(seen["running"], 1.0)))
+        ratio = np.array([demand.miss_ratio(frames) for frames in experts.tolist()])
+        misses: Floats = np.minimum(used * ratio * min(max(scale, 0.25), 4.0), used)
+        return misses
+
+    def words(self, view: ArbitrationView, here: float, there: float) -> str:
+        """The numbers behind a decision."""
+        flat, slope = self.line()
+        return (
+            f"{there:.1f} expected tokens/s instead of {here:.1f}: "
+            f"{view.running_requests} running, {view.waiting_requests} waiting, "
+            f"{self._averages['request']:.1f} frames each; "
+            f"step {flat * 1e3:.1f} ms + {slope * 1e3:.2f} ms per request; "
+            f"{self._averages['misses']:.1f} misses at {view.experts.load_seconds * 1e6:.0f} µs"
+        )

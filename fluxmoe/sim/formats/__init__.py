@@ -1,0 +1,188 @@
+"""Other people's traces, one small reader per format, and their conversion into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxmoe.errors import ConfigError, TraceError
+from fluxmoe.sim.formats.base import ForeignEvent, Options, Reader
+from fluxmoe.sim.formats.flame import Flame
+from fluxmoe.sim.formats.jsonl import JsonLines
+from fluxmoe.sim.formats.selection import Selection
+from fluxmoe.sim.formats.sglang import ExpertDistribution
+from fluxmoe.sim.formats.vllm import RoutedExperts
+from fluxmoe.sim.trace import StepRows, TraceMeta, TraceWriter
+from fluxmoe.sim.trace.format import KEY
+
+#: Known formats by the value of ``--from``.
+FORMATS: dict[str, type[Reader]] = {
+    reader.name: reader
+    for reader in (Flame, Selection, RoutedExperts, ExpertDistribution, JsonLines)
+}
+
+__all__ = ["FORMATS", "ForeignEvent", "Options", "Reader", "convert", "detect"]
+
+
+@dataclass(slots=True)
+class _Survey:
+    """What a file has, found out by reading it once."""
+
+    layers: set[int] = field(default_factory=set)
+    top_k: int = 0
+    largest: int = -1
+    weights: bool = True
+
+    def add(self, event: ForeignEvent) -> None:
+        valid = event.ids >= 0
+        if not valid.any():
+            return
+        self.layers.add(event.layer)
+        self.top_k = max(self.top_k, int(valid.sum(axis=1).max()))
+        self.largest = max(self.largest, int(event.ids.max()))
+        self.weights &= event.weights is not None
+
+
+def detect(path: Path) -> type[Reader]:
+    """The format of a file or folder, from its content.
+
+    Raises:
+        TraceError: It is not there, is a trace already, or is none of the known formats.
+    """
+    head = _head(path)
+    for reader in FORMATS.values():
+        if reader.recognises(path, head):
+            return reader
+    raise TraceError(
+        "none of the known formats",
+        where=str(path),
+        fix="; ".join(f"{reader.name}: {reader.summary}" for reader in FORMATS.values()),
+    )
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    format_: str | None = None,
+    options: Options | None = None,
+    *,
+    model: str | None = None,
+    experts: int | None = None,
+    page_bytes: int | None = None,
+    max_steps: int | None = None,
+    replace: bool = True,
+) -> TraceMeta:
+    """Write a trace from a file of another format, which is read twice, in a stream.
+
+    Args:
+        path: A file or folder.
+        out: The trace to make.
+        format_: A key of ``FORMATS``; None looks at the content.
+        options: What the file does not say about itself.
+        model: Name of the model for the trace's metadata; by default the file's name.
+        experts: Experts per layer; by default the largest number found, plus one.
+        page_bytes: Bytes of an expert page.
+        max_steps: Leave out all that comes after so many steps.
+        replace: Whether ``out`` may be replaced.
+
+    Raises:
+        TraceError: The file is damaged or not of this format, or ``out`` cannot be written.
+        ConfigError: The format is not known, or ``experts`` is too small.
+    """
+    path = Path(path)
+    if format_ is not None and format_ not in FORMATS:
+        raise ConfigError(
+            f"unknown format {format_!r}", where="--from", fix=f"known: {', '.join(FORMATS)}"
+        )
+    _head(path)
+    reader = (FORMATS[format_] if format_ else detect(path))(path, options or Options())
+    survey = _Survey()
+    for event in _events(reader, max_steps):
+        survey.add(event)
+    if not survey.layers:
+        raise reader.wrong("nothing was routed in it")
+    if experts is not None and experts <= survey.largest:
+        raise ConfigError(
+            f"{experts} experts, but expert {survey.largest} was routed to", where="--experts"
+        )
+    ordinal = {layer: index for index, layer in enumerate(sorted(survey.layers))}
+    meta = TraceMeta(
+        model=model or path.name,
+        num_layers=len(ordinal),
+        experts_per_layer=experts or survey.largest + 1,
+        top_k=survey.top_k,
+        page_bytes=page_bytes,
+        source=reader.name,
+    )
+    columns = ["weights"] if survey.weights else []
+    with TraceWriter(out, meta, columns=columns, replace=replace) as writer:
+        for event in _events(reader, max_steps):
+            if event.layer in ordinal:
+                ids, weights = _packed(event.ids, event.weights, meta.top_k)
+                writer.append(
+                    event.step,
+                    ordinal[event.layer],
+                    ids,
+                    event.phase,
+                    rows=_rows(event),
+                    weights=weights,
+                )
+    return meta
+
+
+def _events(reader: Reader, max_steps: int | None) -> Iterator[ForeignEvent]:
+    if max_steps is None:
+        return reader.events()
+    return takewhile(lambda event: event.step < max_steps, reader.events())
+
+
+def _rows(event: ForeignEvent) -> StepRows:
+    tokens = len(event.ids)
+    return StepRows(np.full(tokens, event.request, np.int32), np.full(tokens, event.phase, np.int8))
+
+
+def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
+    """Ids and weights in ``top_k`` columns: the valid ones first, −1 behind them."""
+    ids = np.asarray(ids, np.int64)
+    order = np.argsort(ids < 0, axis=1, kind="stable")
+    packed = np.full((len(ids), top_k), -1, np.int64)
+    width = min(top_k, ids.shape[1])
+    packed[:, :width] = np.take_along_axis(ids, order, axis=1)[:, :width]
+    if weights is None:
+        return packed, None
+    scores = np.zeros((len(ids), top_k), np.float16)
+    scores[:, :width] = np.take_along_axis(np.asarray(weights), order, axis=1)[:, :width]
+    return packed, scores
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; raises TraceError if it is not there, or is a trace already."""
+    if not path.exists():
+        raise TraceError("no such file", where=str(path))
+    if path.is_dir():
+        return b""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            if head.startswith(b"PAR1"):
+                _refuse_traces(path)
+            return head
+    except OSError as error:
+        raise TraceError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _refuse_traces(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except pa.ArrowException:
+        return  # the reader will say what is wrong with it
+    if KEY in metadata:
+        raise TraceError("it is a trace already", where=str(path))

@@ -1,0 +1,68 @@
+"""What vLLM returns with ``--enable-return-routed-experts``: an array per request.
+
+Layout: https://github.com/vllm-project/vllm (``vllm/outputs.py``, ``CompletionOutput``; the
+comment on ``routed_experts`` in ``vllm/entrypoints/openai/completion/protocol.py``; pull request
+#28284): ``(tokens - 1, layers, top_k)`` of uint8, uint16 or int32, dense layers included. The last
+token is missing because it was not forwarded any more.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxmoe.core.types import Phase
+from fluxmoe.sim.formats.base import ForeignEvent, Reader
+
+
+class RoutedExperts(Reader):
+    """An ``.npy`` of one request, or an ``.npz`` of several that run one after the other.
+
+    The array does not tell where the prompt ends: ``prompt_tokens`` does, else every token is a
+    decode step. Dense layers hold nothing but zeros; top-1 models have no way to say so.
+    """
+
+    name = "vllm"
+    summary = "vLLM's routed experts: .npy or .npz of integer arrays [tokens, layers, top_k]"
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        """A NumPy array, or a zip file of such."""
+        if head.startswith(b"\x93NUMPY"):
+            return True
+        if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+
+    def events(self) -> Iterator[ForeignEvent]:
+        """One request in memory at a time."""
+        step = 0
+        for request, (name, array) in enumerate(self._arrays()):
+            if array.ndim != 3 or array.dtype.kind not in "ui":
+                raise self.wrong(f"{array.dtype} of shape {list(array.shape)}", name)
+            dense = ~array.any(axis=(0, 2)) if array.shape[2] > 1 else np.zeros(array.shape[1])
+            layers = [layer for layer in range(array.shape[1]) if not dense[layer]]
+            prompt = min(self.options.prompt_tokens, len(array))
+            starts = [*([0] if prompt else []), *range(prompt, len(array))]
+            for start, end in zip(starts, [*starts[1:], len(array)], strict=True):
+                phase = Phase.PREFILL if prompt and start == 0 else Phase.DECODE
+                for layer in layers:
+                    yield ForeignEvent(step, layer, array[start:end, layer], phase, request)
+                step += 1
+
+    def _arrays(self) -> Iterator[tuple[str, Any]]:
+        try:
+            found = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                yield self.path.name, found
+                return
+            with found:
+                for name in found.files:
+                    yield name, found[name]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise self.wrong(f"cannot be read: {error}") from error

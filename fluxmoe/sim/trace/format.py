@@ -1,0 +1,195 @@
+"""The trace format (DESIGN §6): columns, metadata, and the arrays that a file becomes in memory.
+
+A row is one token in one MoE layer of one step; rows are sorted by step, layer, token. The rows of
+one (step, layer) are one event. What the numbers mean lies in the file's metadata (``TraceMeta``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fluxmoe.core.types import Geometry, Int64s
+from fluxmoe.errors import TraceError
+
+VERSION = 1
+KEY = b"fluxmoe"
+_LARGEST = np.iinfo(np.int16).max
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("layer", pa.int16()),
+        ("token", pa.int32()),
+        ("phase", pa.int8()),
+        ("request", pa.int32()),
+        ("experts", pa.list_(pa.int16())),
+    ]
+)
+#: Columns that a trace may have: routing weights, one per expert of the row, and the experts that
+#: the next layer was predicted to route this token to (none in the last layer).
+OPTIONAL = {"weights": pa.list_(pa.float16()), "predicted": pa.list_(pa.int16())}
+
+#: Rows that are held in memory and written, or read, together.
+GROUP_ROWS = 1 << 17
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceMeta:
+    """What a trace is a trace of.
+
+    Attributes:
+        model: Name or path of the model.
+        num_layers: MoE layers.
+        experts_per_layer: Routed experts of each layer.
+        top_k: Experts per token.
+        page_bytes: Bytes of one expert page, None if unknown.
+        source: Who wrote the trace.
+    """
+
+    model: str
+    num_layers: int
+    experts_per_layer: int
+    top_k: int
+    page_bytes: int | None
+    source: str
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.num_layers, self.experts_per_layer)
+
+    def check(self, where: str) -> None:
+        """Raise TraceError, naming ``where``, unless the numbers can be those of a model."""
+        for name in ("num_layers", "experts_per_layer", "top_k"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= _LARGEST:
+                raise TraceError(f"metadata: {name} is {value!r}, not 1…{_LARGEST}", where=where)
+        if self.top_k > self.experts_per_layer:
+            raise TraceError(
+                f"metadata: top_k is {self.top_k} of {self.experts_per_layer} experts",
+                where=where,
+            )
+        size = self.page_bytes
+        if size is not None and (type(size) is not int or size < 1):
+            raise TraceError(
+                f"metadata: page_bytes is {size!r}, not a positive integer or null", where=where
+            )
+
+    def dump(self) -> str:
+        """The value of the metadata key ``fluxmoe``: a JSON object."""
+        return json.dumps({"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, raw: bytes | None, where: str) -> TraceMeta:
+        """The opposite of ``dump``. Raises TraceError, naming ``where``."""
+        if raw is None:
+            raise TraceError(
+                "the Parquet file has no metadata key 'fluxmoe': it is no trace",
+                where=where,
+                fix="convert files of other formats with `fluxmoe trace convert`",
+            )
+        try:
+            data = json.loads(raw)
+        except ValueError as error:
+            raise TraceError("the metadata key 'fluxmoe' holds no JSON", where=where) from error
+        if not isinstance(data, dict):
+            raise TraceError("the metadata key 'fluxmoe' holds no JSON object", where=where)
+        if data.get("version") != VERSION:
+            raise TraceError(
+                f"trace format version {data.get('version')!r}, this FluxMoE reads {VERSION}",
+                where=where,
+            )
+        meta = cls(
+            model=str(data.get("model") or ""),
+            num_layers=data.get("num_layers", 0),
+            experts_per_layer=data.get("experts_per_layer", 0),
+            top_k=data.get("top_k", 0),
+            page_bytes=data.get("page_bytes") or None,
+            source=str(data.get("source") or ""),
+        )
+        meta.check(where)
+        return meta
+
+
+class StepRows(NamedTuple):
+    """What an engine knows about the T tokens of a step; the same in all layers.
+
+    ``request`` is int32 ``[T]`` (−1 = unknown), ``phase`` int8 ``[T]``.
+    """
+
+    request: npt.NDArray[np.int32]
+    phase: npt.NDArray[np.int8]
+
+
+class EventBlock(NamedTuple):
+    """N consecutive events. Event ``i`` routed to ``ids[offsets[i]:offsets[i + 1]]``.
+
+    ``predicted_ids`` with offsets of their own are the experts that each event's layer predicts
+    for the next one, repeats included; both are None unless they were asked for and are there.
+    """
+
+    step: npt.NDArray[np.int32]  # [N]
+    layer: npt.NDArray[np.int16]  # [N]
+    phase: npt.NDArray[np.int8]  # [N]
+    offsets: Int64s  # [N + 1]
+    ids: npt.NDArray[np.int32]  # one per (token, expert) pair, token by token
+    predicted_offsets: Int64s | None = None  # [N + 1]
+    predicted_ids: npt.NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """N consecutive rows of a file.
+
+    Attributes:
+        scalars: Column → array ``[N]``.
+        lists: Column → (entries of each row ``[N]``, all entries one after the other).
+    """
+
+    scalars: dict[str, Array]
+    lists: dict[str, tuple[Array, Array]]
+
+    def __len__(self) -> int:
+        return len(self.scalars["step"])
+
+    def __getitem__(self, column: str) -> Array:
+        return self.scalars[column]
+
+    def then(self, more: Rows) -> Rows:
+        """These rows and those that follow them."""
+        return Rows(
+            {name: np.concatenate([one, more[name]]) for name, one in self.scalars.items()},
+            {
+                name: (
+                    np.concatenate([widths, more.lists[name][0]]),
+                    np.concatenate([values, more.lists[name][1]]),
+                )
+                for name, (widths, values) in self.lists.items()
+            },
+        )
+
+    def split(self, row: int) -> tuple[Rows, Rows]:
+        """The rows before ``row``, and the others."""
+        cuts = {name: int(widths[:row].sum()) for name, (widths, _) in self.lists.items()}
+        return (
+            Rows(
+                {name: column[:row] for name, column in self.scalars.items()},
+                {n: (w[:row], v[: cuts[n]]) for n, (w, v) in self.lists.items()},
+            ),
+            Rows(
+                {name: column[row:] for name, column in self.scalars.items()},
+                {n: (w[row:], v[cuts[n] :]) for n, (w, v) in self.lists.items()},
+            ),
+        )
+
+    def starts(self) -> Int64s:
+        """The first row of each event; the rows must be in order."""
+        same = (np.diff(self["step"]) == 0) & (np.diff(self["layer"]) == 0)
+        return np.concatenate([[0], np.flatnonzero(~same) + 1])

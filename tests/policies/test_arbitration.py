@@ -1,0 +1,213 @@
+"""The arbitration policies against a model of an engine: who gets the memory, and when nobody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from fluxmoe import plugins
+from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, ExpertDemand
+from fluxmoe.core.types import Budget
+from fluxmoe.errors import ConfigError
+
+TOTAL, PAGES, FRAMES_PER_PAGE = 400, 100, 3.0
+
+
+@dataclass
+class Engine:
+    """An engine that takes what it is given at once: a step of it costs what the formulas say."""
+
+    policy: ArbitrationPolicy
+    experts: int = 200
+    requests: int = 4
+    frames_each: float = 10.0
+    max_running: int = 64
+    page_seconds: float = 1e-4
+    per_step: int = 40
+    flat: float = 5e-3
+    per_request: float = 2e-4
+    step: int = 0
+    running: int = 0
+    preemptions: int = 0
+    history: list[int] = field(default_factory=list)
+
+    @property
+    def kv(self) -> int:
+        return TOTAL - self.experts
+
+    def throughput(self, experts: int) -> float:
+        batch = min(self.requests, self.max_running, int((TOTAL - experts) / self.frames_each))
+        return batch / sum(self.seconds(experts, batch))
+
+    def seconds(self, experts: int, batch: int) -> tuple[float, float]:
+        misses = self.per_step * max(1 - experts / (PAGES * FRAMES_PER_PAGE), 0.0)
+        return self.flat + self.per_request * batch, misses * self.page_seconds
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.running = min(self.requests, self.max_running, int(self.kv / self.frames_each))
+            compute, stall = self.seconds(self.experts, self.running)
+            curve = np.linspace(1, 0, 65)
+            view = ArbitrationView(
+                frames={"experts": self.experts, "kv": self.kv},
+                total_frames=TOTAL,
+                bounds={"experts": Budget(20, 0, 300), "kv": Budget(12, 0, 380)},
+                step=self.step,
+                waiting_requests=self.requests - self.running,
+                running_requests=self.running,
+                max_running_requests=self.max_running,
+                kv_used_frames=round(self.running * self.frames_each),
+                preemptions=self.preemptions,
+                tokens=self.running,
+                step_seconds=compute + stall,
+                stall_seconds=stall,
+                experts=ExpertDemand(
+                    frames=FRAMES_PER_PAGE,
+                    pages=PAGES,
+                    accesses=self.per_step,
+                    misses=self.per_step * float(np.interp(self.experts / 300, [0, 1], [1, 0])),
+                    loads=stall / self.page_seconds if self.page_seconds else 0,
+                    load_seconds=self.page_seconds,
+                    curve=curve,
+                ),
+            )
+            wanted = self.policy.split(view).frames
+            assert sum(wanted.values()) <= TOTAL
+            # As the host: a part of the way, within the bounds, never what is in use.
+            kv = max(wanted["kv"], 12, min(view.kv_used_frames, self.kv))
+            experts = min(max(wanted["experts"], 20), 300, TOTAL - kv)
+            self.experts += int(np.clip(experts - self.experts, -25, 25))
+            self.history.append(self.experts)
+            self.step += 1
+
+
+def engine(policy, **options) -> Engine:
+    return Engine(plugins.load().create("arbitration", policy), **options)
+
+
+def best_fixed(e: Engine) -> float:
+    return max(e.throughput(experts) for experts in range(20, 301))
+
+
+BURST = {"requests": 40, "frames_each": 8.0}
+QUIET = {"requests": 1, "frames_each": 8.0}
+
+
+@pytest.mark.parametrize("policy", ["kv-first", "marginal"])
+def test_a_burst_gets_kv_cache_within_fifty_steps(policy):
+    e = engine(policy, **QUIET)
+    e.run(100)
+    e.requests = 40
+    e.run(50)
+    assert e.kv >= 0.9 * 320
+
+
+@pytest.mark.parametrize("policy", ["kv-first", "marginal"])
+def test_a_quiet_hour_gives_it_back_to_the_experts(policy):
+    e = engine(policy, **BURST)
+    e.run(100)
+    assert e.experts < 100
+    e.requests = 1
+    e.run(400)
+    assert e.experts > 250
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        BURST,
+        QUIET,
+        {"requests": 16, "frames_each": 20.0},
+        {"requests": 64, "frames_each": 2.0},
+    ],
+)
+def test_marginal_comes_close_to_the_best_fixed_split_of_each_load(load):
+    e = engine("marginal", **load)
+    e.run(400)
+    assert e.throughput(e.experts) >= 0.93 * best_fixed(e)
+
+
+def test_marginal_moves_nothing_where_nothing_is_to_be_earned():
+    e = engine("marginal", experts=300, requests=6, frames_each=8.0)
+    e.run(500)
+    assert set(e.history) == {300}
+
+
+def test_marginal_does_not_swing():
+    e = engine("marginal", requests=30, page_seconds=3e-4)
+    e.run(1000)
+    turns = np.diff(np.sign(np.diff(np.asarray(e.history))[np.diff(e.history) != 0]))
+    assert np.count_nonzero(turns) <= 2
+    assert len(set(e.history[-500:])) == 1
+
+
+def test_marginal_for_latency_prefers_experts():
+    load = {"requests": 40, "frames_each": 8.0, "page_seconds": 1e-4}
+    fast, many = engine({"kind": "marginal", "goal": "latency"}, **load), engine("marginal", **load)
+    fast.run(300)
+    many.run(300)
+    assert fast.experts > many.experts
+
+
+def test_marginal_says_why():
+    e = engine("marginal", **QUIET)
+    e.run(100)
+    e.requests = 40
+    e.run(8)
+    reason = e.policy._wish.reason
+    for word in ("expected tokens/s", "waiting", "misses at 100 µs"):
+        assert word in reason
+
+
+def test_rho_balances_computing_and_loading():
+    e = engine("rho", requests=4, page_seconds=1e-3)  # loading takes ten times as long
+    e.run(300)
+    compute, load = e.seconds(e.experts, e.running)
+    assert 0.85 <= compute / load <= 1.1
+    e.page_seconds = 0.0
+    e.run(300)
+    assert e.experts == 20  # nothing to load: all to the KV cache
+
+
+def test_rho_spares_what_the_kv_cache_uses():
+    e = engine("rho", experts=100, requests=25, frames_each=10.0, page_seconds=1e-2)
+    e.run(200)
+    assert e.kv >= 250
+
+
+def test_fixed_never_moves():
+    e = engine("fixed")
+    e.run(50)
+    assert set(e.history) == {200}
+
+
+@pytest.mark.parametrize("policy", ["kv-first", "rho", "marginal"])
+def test_idle_steps_and_a_lowered_limit_are_no_trouble(policy):
+    e = engine(policy, **BURST)
+    e.run(50)
+    view = ArbitrationView(
+        frames={"experts": 100, "kv": 300},
+        total_frames=60,
+        bounds={"experts": Budget(20, 0, 300), "kv": Budget(12, 0, 380)},
+    )
+    for tokens in (0, 5):
+        frames = e.policy.split(view).frames
+        assert sum(frames.values()) <= 400 and min(frames.values()) >= 0, tokens
+    e.policy.reset()
+    e.run(50)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"kind": "rho", "low": 2.0}, "low must not be above high"),
+        ({"kind": "marginal", "goal": "fun"}, "goal"),
+        ({"kind": "marginal", "gian": 1}, "unknown option 'gian'"),
+        ({"kind": "kv-first", "headroom": -1}, "headroom"),
+    ],
+)
+def test_options_are_checked(policy, message):
+    with pytest.raises(ConfigError, match=message):
+        plugins.load().create("arbitration", policy)

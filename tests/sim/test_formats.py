@@ -1,0 +1,378 @@
+"""Other people's formats, from files written here to the layouts that their authors document."""
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from fluxmoe.errors import ConfigError, TraceError
+from fluxmoe.sim.formats import FORMATS, Options, convert, detect
+from fluxmoe.sim.trace import TraceReader
+
+
+def rows(path):
+    """(step, layer, token, phase, request, experts[, weights]) of every row."""
+    return [tuple(row.values()) for row in pq.ParquetFile(path).read().to_pylist()]
+
+
+# --- FLAME-MoE ---------------------------------------------------------------------------------
+
+
+def write_flame(folder, layers=(2, 3), tokens=50_000, top_k=6, kind=None, seed=0):
+    """As the data set's README shows it: scores (float16) descending, indices (int16)."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    written = {}
+    for layer in layers:
+        ids = rng.integers(0, 64, (tokens, top_k)).astype(np.int16)
+        scores = -np.sort(-rng.random((tokens, top_k)).astype(np.float16))
+        if kind == "fixed":
+            columns = [pa.FixedSizeListArray.from_arrays(a.ravel(), top_k) for a in (scores, ids)]
+        else:
+            ends = np.arange(0, tokens * top_k + 1, top_k, np.int32)
+            columns = [pa.ListArray.from_arrays(ends, a.ravel()) for a in (scores, ids)]
+        table = pa.table(columns, names=["scores", "indices"])
+        pq.write_table(table, folder / f"layer_{layer:02}.parquet", row_group_size=7_000)
+        written[layer] = ids, scores
+    return written
+
+
+@pytest.mark.parametrize("kind", ["list", "fixed"])
+def test_flame(tmp_path, kind):
+    written = write_flame(tmp_path / "iter_0540", tokens=20_000, kind=kind)
+    assert detect(tmp_path / "iter_0540").name == "flame"
+    meta = convert(tmp_path / "iter_0540", tmp_path / "t", model="FLAME-MoE-290M", max_steps=300,
+                   options=Options(step_tokens=64), experts=64, page_bytes=7)  # fmt: skip
+    assert (meta.model, meta.num_layers, meta.experts_per_layer, meta.top_k, meta.page_bytes,
+            meta.source) == ("FLAME-MoE-290M", 2, 64, 6, 7, "flame")  # fmt: skip
+    found = rows(tmp_path / "t")
+    assert len(found) == 300 * 2 * 64
+    for step, layer, token, phase, request, experts, weights in (found[0], found[64], found[-1]):
+        ids, scores = written[layer + 2]
+        assert experts == ids[step * 64 + token].tolist()
+        assert weights == scores[step * 64 + token].tolist()
+        assert (phase, request) == (0, -1)
+    assert found[-1][:3] == (299, 1, 63)
+
+
+def test_flame_one_token_at_a_time_and_the_last_step_may_be_short(tmp_path):
+    folder = tmp_path / "iter"
+    write_flame(folder, layers=(2,), tokens=5)
+    convert(folder / "layer_02.parquet", tmp_path / "one")
+    assert [(r[0], r[2], r[3]) for r in rows(tmp_path / "one")] == [(i, 0, 1) for i in range(5)]
+    convert(folder, tmp_path / "two", options=Options(step_tokens=2))
+    assert [r[0] for r in rows(tmp_path / "two")] == [0, 0, 1, 1, 2]
+
+
+def test_flame_errors(tmp_path):
+    folder = tmp_path / "iter"
+    write_flame(folder, tokens=10)
+    write_flame(folder, layers=(3,), tokens=11)
+    with pytest.raises(TraceError, match="same number of rows"):
+        convert(folder, tmp_path / "t")
+    file = tmp_path / "samples.parquet"
+    pq.write_table(pa.table({"token_id": pa.array([1, 2], pa.int32())}), file)
+    with pytest.raises(TraceError, match=r"columns token_id, not indices.*FLAME-MoE: a folder"):
+        convert(file, tmp_path / "t")
+    file.write_bytes((folder / "layer_02.parquet").read_bytes()[:-20])
+    with pytest.raises(TraceError, match="damaged"):
+        convert(file, tmp_path / "t")
+    pq.write_table(pa.table({"indices": [[1, 2], [3]]}), file)
+    with pytest.raises(TraceError, match="different lengths"):
+        convert(file, tmp_path / "t")
+    pq.write_table(pa.table({"indices": [1, 2]}), file)
+    with pytest.raises(TraceError, match="instead of lists"):
+        convert(file, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+# --- MoE_expert_selection_trace ----------------------------------------------------------------
+
+SELECTION = [
+    {"0": None, "1": [[3, 1], [0, 2], [5, 1]], "3": [[0, 1], [1, 2], [2, 3]]},
+    {"0": None, "1": [[4, 2]], "3": [[3, 0]]},
+    {"0": None, "1": [[5, 0]], "3": [[1, 0]]},
+]
+
+
+def test_selection(tmp_path):
+    file = tmp_path / "0.json"
+    file.write_text(json.dumps(SELECTION))
+    assert detect(file).name == "selection"
+    meta = convert(file, tmp_path / "t")
+    assert (meta.num_layers, meta.experts_per_layer, meta.top_k) == (2, 6, 2)
+    assert rows(tmp_path / "t") == [
+        (0, 0, 0, 0, 0, [3, 1]), (0, 0, 1, 0, 0, [0, 2]), (0, 0, 2, 0, 0, [5, 1]),
+        (0, 1, 0, 0, 0, [0, 1]), (0, 1, 1, 0, 0, [1, 2]), (0, 1, 2, 0, 0, [2, 3]),
+        (1, 0, 0, 1, 0, [4, 2]), (1, 1, 0, 1, 0, [3, 0]),
+        (2, 0, 0, 1, 0, [5, 0]), (2, 1, 0, 1, 0, [1, 0]),
+    ]  # fmt: skip
+
+
+def test_a_folder_of_selections_is_one_request_after_the_other(tmp_path):
+    folder = tmp_path / "mmlu"
+    folder.mkdir()
+    for name in ("1.json", "2.json"):
+        (folder / name).write_text(json.dumps(SELECTION))
+    assert detect(folder).name == "selection"
+    convert(folder, tmp_path / "t", max_steps=5)
+    found = rows(tmp_path / "t")
+    assert sorted({(row[0], row[4]) for row in found}) == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]
+    assert {row[3] for row in found if row[0] in (0, 3)} == {0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[{", "no JSON"),
+        ('{"0": 1}', "no list of steps"),
+        ("[3]", "element 0"),
+        ('[{"x": [[1]]}]', "layer 'x' is no number"),
+        ('[{"0": [[1, 2], [3]]}]', "different numbers of experts"),
+        ('[{"0": [1, 2]}]', "not one list of expert numbers per token"),
+        ('[{"0": [[1.5]]}]', "not one list of expert numbers per token"),
+        ('[{"0": null}]', "nothing was routed"),
+    ],
+)
+def test_selection_errors(tmp_path, content, message):
+    file = tmp_path / "0.json"
+    file.write_text(content)
+    with pytest.raises(TraceError, match=message):
+        convert(file, tmp_path / "t", "selection")
+
+
+# --- vLLM --------------------------------------------------------------------------------------
+
+
+def routed(tokens, layers=4, top_k=3, seed=0):
+    """As ``CompletionOutput.routed_experts``: layer 0 is dense, its numbers stay zero."""
+    ids = np.random.default_rng(seed).integers(0, 40, (tokens, layers, top_k)).astype(np.uint8)
+    ids[:, 0] = 0
+    return ids
+
+
+def test_vllm(tmp_path):
+    array = routed(9)
+    np.save(tmp_path / "r.npy", array)
+    assert detect(tmp_path / "r.npy").name == "vllm"
+    meta = convert(tmp_path / "r.npy", tmp_path / "t", options=Options(prompt_tokens=6))
+    assert (meta.num_layers, meta.top_k) == (3, 3)
+    found = rows(tmp_path / "t")
+    assert len(found) == 9 * 3
+    assert [row[:4] for row in found[:6]] == [(0, 0, token, 0) for token in range(6)]
+    assert [row[:5] for row in found[-3:]] == [(3, layer, 0, 1, 0) for layer in range(3)]
+    assert [row[5] for row in found[-3:]] == array[8, 1:].tolist()
+
+
+def test_several_requests_of_vllm(tmp_path):
+    arrays = {"a": routed(3, seed=1), "b": routed(2, seed=2).astype(np.int32)}
+    np.savez(tmp_path / "r.npz", **arrays)
+    assert detect(tmp_path / "r.npz").name == "vllm"
+    convert(tmp_path / "r.npz", tmp_path / "t")
+    found = rows(tmp_path / "t")
+    assert sorted({(row[0], row[3], row[4]) for row in found}) == [
+        (0, 1, 0), (1, 1, 0), (2, 1, 0), (3, 1, 1), (4, 1, 1),
+    ]  # fmt: skip
+
+
+def test_vllm_errors(tmp_path):
+    file = tmp_path / "r.npy"
+    for array, message in (
+        (np.zeros((3, 2), np.uint8), "shape"),
+        (np.zeros((3, 2, 2)), "float64 of shape"),
+        (np.zeros((3, 2, 2), np.uint8), "nothing was routed"),
+    ):
+        np.save(file, array)
+        with pytest.raises(TraceError, match=message):
+            convert(file, tmp_path / "t")
+    np.save(file, np.asarray([{}], object), allow_pickle=True)
+    with pytest.raises(TraceError, match="cannot be read"):
+        convert(file, tmp_path / "t")
+    np.save(file, routed(50))
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(TraceError, match="cannot be read"):
+        convert(file, tmp_path / "t")
+
+
+# --- SGLang ------------------------------------------------------------------------------------
+
+
+def record(ids, mode, index):
+    """As ``_DetailSinglePassGatherer.collect`` and ``_DetailAccumulator.append`` make it."""
+    tokens = ids.shape[1]
+    return {
+        "forward_pass_id": index, "rank": 0, "gatherer_key": "primary",
+        "input_ids": list(range(tokens)), "positions": list(range(tokens)),
+        "extend_seq_lens": [tokens] if mode == 1 else None, "forward_mode": mode,
+        "topk_ids_of_layer": torch.from_numpy(ids), "misc_objects": [],
+    }  # fmt: skip
+
+
+def sglang(tokens, seed):
+    """Layer 0 is dense; two of the eight columns that SGLang reserves are in use."""
+    ids = np.full((3, tokens, 8), -1, np.int32)
+    ids[1:, :, :2] = np.random.default_rng(seed).permuted(
+        np.tile(np.arange(6, dtype=np.int32), (2, tokens, 1)), axis=2
+    )[:, :, :2]
+    return ids
+
+
+@pytest.mark.parametrize("redundant", [False, True])
+def test_sglang(tmp_path, redundant):
+    file = tmp_path / "expert_distribution_recorder_1.0_0.pt"
+    mapping = torch.arange(6).repeat(3, 1)
+    if redundant:  # physical experts 4 and 5 are copies of 0 and 1
+        mapping = torch.tensor([[0, 1, 2, 3, 0, 1]]).repeat(3, 1)
+    passes = [sglang(5, 1), sglang(0, 2), sglang(2, 3)]
+    torch.save(
+        {"records": [record(ids, mode, i) for i, (ids, mode) in
+                     enumerate(zip(passes, (1, 2, 2), strict=True))],
+         "last_physical_to_logical_map": mapping}, file,
+    )  # fmt: skip
+    assert detect(file).name == "sglang"
+    meta = convert(file, tmp_path / "t")
+    assert (meta.num_layers, meta.top_k, meta.experts_per_layer) == (2, 2, 4 if redundant else 6)
+    found = rows(tmp_path / "t")
+    assert [row[:5] for row in found] == [
+        *((0, layer, token, 0, -1) for layer in (0, 1) for token in range(5)),
+        *((1, layer, token, 1, -1) for layer in (0, 1) for token in range(2)),
+    ]
+    physical = np.concatenate([passes[0][1], passes[0][2], passes[2][1], passes[2][2]])[:, :2]
+    assert [row[5] for row in found] == mapping[0].numpy()[physical].tolist()
+
+
+def test_sglang_errors(tmp_path):
+    file = tmp_path / "r.pt"
+    torch.save({"logical_count": torch.zeros(1, 3, 6), "rank": 0}, file)
+    with pytest.raises(TraceError, match=r"no records.*logical_count, rank.*per_token"):
+        convert(file, tmp_path / "t")
+    torch.save({"records": [{"global_physical_count": torch.zeros(3, 6)}]}, file)
+    with pytest.raises(TraceError, match="it counts experts and does not tell tokens apart"):
+        convert(file, tmp_path / "t")
+    wrong = record(sglang(3, 0), 1, 0)
+    torch.save({"records": [wrong], "last_physical_to_logical_map": torch.zeros(3, 2).int()}, file)
+    with pytest.raises(TraceError, match="is not in last_physical_to_logical_map"):
+        convert(file, tmp_path / "t")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TraceError, match="cannot be read"):
+        convert(file, tmp_path / "t", "sglang")
+
+
+def test_a_file_that_wants_to_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("it ran",))
+
+    torch.save({"records": [Evil()]}, tmp_path / "r.pt")
+    with pytest.raises(TraceError, match="cannot be read"):
+        convert(tmp_path / "r.pt", tmp_path / "t")
+    with (tmp_path / "plain.pt").open("wb") as file:
+        pickle.dump(Evil(), file)
+    with pytest.raises(TraceError, match="none of the known formats"):
+        detect(tmp_path / "plain.pt")
+
+
+# --- JSON lines --------------------------------------------------------------------------------
+
+
+def lines(*records):
+    keys = ("layer_idx", "token_idx", "selected_ids", "gate_weights")
+    return "\n".join(json.dumps(dict(zip(keys, r, strict=False)) | {"more": 1}) for r in records)
+
+
+def test_jsonl(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(lines((1, 0, [4, 2], [0.75, 0.25]), (3, 0, [0, 1], [0.5, 0.5]),
+                          (1, 1, [3, 2], [0.75, 0.25]), (3, 1, [2, 1], [0.5, 0.5]),
+                          (1, 0, [1, 2], [0.75, 0.25]), (3, 0, [0, 4], [0.5, 0.5])))  # fmt: skip
+    assert detect(file).name == "jsonl"
+    meta = convert(file, tmp_path / "t")
+    assert (meta.num_layers, meta.experts_per_layer, meta.top_k) == (2, 5, 2)
+    assert rows(tmp_path / "t") == [
+        (0, 0, 0, 1, 0, [4, 2], [0.75, 0.25]), (0, 1, 0, 1, 0, [0, 1], [0.5, 0.5]),
+        (1, 0, 0, 1, 0, [3, 2], [0.75, 0.25]), (1, 1, 0, 1, 0, [2, 1], [0.5, 0.5]),
+        (2, 0, 0, 1, 1, [1, 2], [0.75, 0.25]), (2, 1, 0, 1, 1, [0, 4], [0.5, 0.5]),
+    ]  # fmt: skip
+
+
+def test_jsonl_of_one_layer_and_of_one_token(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(lines(*((0, token, [token]) for token in range(3))))
+    convert(file, tmp_path / "t")
+    assert [row[:2] for row in rows(tmp_path / "t")] == [(0, 0), (1, 0), (2, 0)]
+    file.write_text(lines(*((layer, 0, [1]) for _ in range(2) for layer in range(3))))
+    convert(file, tmp_path / "t")
+    assert [(row[0], row[1], row[4]) for row in rows(tmp_path / "t")] == [
+        *((0, layer, 0) for layer in range(3)), *((1, layer, 1) for layer in range(3)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"layer_idx": 0, "selected_ids": [1]}', "line 1.*token_idx is missing|token_idx is miss"),
+        ('{"layer_idx": 0', "no JSON object"),
+        (lines((0, 0, [1])) + "\n[]", "line 2"),
+        (lines((0, 0, "ab")), "are not whole numbers"),
+        (lines((0, -1, [1])), "are not whole numbers"),
+        (lines((0, 0, [1, 2], [0.5])), "not as many gate_weights"),
+        (lines((0, 0, [1]), (0, 1, [1]), (1, 0, [1]), (1, 1, [1])), "sorted by layer"),
+        (lines((0, 0, [1]), (2, 0, [1]), (1, 0, [1])), "layer 1 after layer 2"),
+    ],
+)
+def test_jsonl_errors(tmp_path, content, message):
+    file = tmp_path / "t.jsonl"
+    file.write_text(content)
+    with pytest.raises(TraceError, match=message) as caught:
+        convert(file, tmp_path / "t")
+    assert "format jsonl is JSON lines" in caught.value.fix
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+def test_tokens_with_fewer_experts_than_others(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(lines((0, 0, [3, 1, 2]), (0, 1, [4]), (0, 2, [])).replace("[]", "[-1]"))
+    convert(file, tmp_path / "t")
+    assert [row[5] for row in rows(tmp_path / "t")] == [[3, 1, 2], [4], []]
+
+
+def test_what_the_user_says_wins_and_is_checked(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(lines((0, 0, [3, 1])))
+    assert convert(file, tmp_path / "t", experts=9).experts_per_layer == 9
+    with pytest.raises(ConfigError, match="3 experts, but expert 3 was routed to"):
+        convert(file, tmp_path / "t", experts=3)
+    with pytest.raises(ConfigError, match=r"unknown format 'csv'.*flame"):
+        convert(file, tmp_path / "t", "csv")
+    with pytest.raises(TraceError, match="is there already"):
+        convert(file, tmp_path / "t", replace=False)
+    with pytest.raises(TraceError, match="no Parquet file"):
+        convert(file, tmp_path / "t", "flame")
+
+
+def test_what_is_none_of_them(tmp_path):
+    with pytest.raises(TraceError, match="no such file"):
+        detect(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(TraceError, match="none of the known formats") as caught:
+        detect(tmp_path / "text")
+    assert all(f"{name}: " in caught.value.fix for name in FORMATS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TraceError, match="none of the known formats"):
+        detect(tmp_path / "empty")
+
+
+def test_a_trace_is_not_converted(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(lines((0, 0, [3, 1])))
+    convert(file, tmp_path / "t")
+    assert TraceReader(tmp_path / "t").meta.source == "jsonl"
+    with pytest.raises(TraceError, match="it is a trace already"):
+        convert(tmp_path / "t", tmp_path / "u")

@@ -1,0 +1,41 @@
+"""A policy for tests: wants another split every few steps, at random moments, to both extremes."""
+
+from __future__ import annotations
+
+import random
+
+import fluxmoe
+
+
+class Dice(fluxmoe.ArbitrationPolicy):
+    """Throw dice: how much the experts get, and when to ask them again."""
+
+    def __init__(self) -> None:
+        self._rng = random.Random(5)
+        self._until, self._experts = 0, 0
+
+    def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
+        if view.step >= self._until:
+            self._until = view.step + self._rng.choice([2, 2, 3, 4, 7])
+            least, most = view.bounds["experts"].min, view.bounds["experts"].max
+            middle = view.frames["experts"]
+            # Mostly to the other side of where we are, so that nearly every throw moves something.
+            low, high = self._rng.choice([(least, middle), (middle, most), (least, most)])
+            self._experts = self._rng.randint(low, max(low, high))
+        experts = min(self._experts, view.total_frames)
+        return fluxmoe.Split({"experts": experts, "kv": view.total_frames - experts}, "dice")
+
+
+class Broken(fluxmoe.ArbitrationPolicy):
+    """Answers nonsense, and raises from time to time."""
+
+    def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
+        if view.step % 3 == 0:
+            raise RuntimeError("no idea")
+        return fluxmoe.Split({"experts": -1, "kv": 10**9})
+
+
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register) -> None:
+    register("dice", Dice)
+    register("broken", Broken)

@@ -1,0 +1,219 @@
+"""The split changes while vLLM serves: token for token what stock answers, whatever goes wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
+from tests.vllm.conftest import KV_BYTES, OPTIONS, PAGE
+
+pytestmark = pytest.mark.vllm
+
+DICE = str(Path(__file__).with_name("dice.py"))
+COMPILED = {**OPTIONS, "max_num_seqs": 8, "enable_prefix_caching": True}
+FEW = {**COMPILED, "enforce_eager": True}
+
+
+def traffic(count: int, seed: int = 0) -> list[Prompt]:
+    """Short and long answers, greedy and sampled, many with a common beginning."""
+    rng = random.Random(seed)
+    shared = [[rng.randrange(3, 1000) for _ in range(64)] for _ in range(4)]
+    return [
+        Prompt(
+            rng.choice(shared)[: rng.choice([0, 32, 64])]
+            + [rng.randrange(3, 1000) for _ in range(rng.randint(1, 30))],
+            rng.choice([3, 20, 60, 140]),
+            temperature=1.0 if index % 2 else 0.0,
+            seed=index if index % 2 else None,
+            logprobs=True,
+        )
+        for index in range(count)
+    ]
+
+
+TRAFFIC = traffic(60)
+
+
+def config(arbitration: str = "dice", **settings: Any) -> dict[str, Any]:
+    """Room for 40 of 64 experts and 32 of the KV blocks that 8 sequences would like to have."""
+    memory = {"budget": 40 * PAGE + (1 << 20), "experts": {"target": 20 * PAGE}}
+    return {"memory": memory, "arbitration": arbitration, "plugins": [DICE], **settings}
+
+
+def same(run: Run, stock: Run) -> None:
+    assert run.tokens == stock.tokens
+    assert run.logprobs == stock.logprobs
+
+
+# --- called in the engine's process --------------------------------------------------------------
+
+
+def fail_commits(worker: Any, every: int) -> None:
+    """Each ``every``-th time that memory is mapped, the system refuses; 0 = never again."""
+    from fluxmoe.errors import SubstrateError
+
+    substrate = worker._runtime.arbiter.substrate
+    plain = type(substrate).commit.__get__(substrate)
+    calls = iter(range(1, 10**9))
+
+    def commit(address: int, frames: Any) -> None:
+        if every and next(calls) % every == 0:
+            raise SubstrateError("injected: no more mappings")
+        plain(address, frames)
+
+    substrate.commit = commit
+
+
+def disturb(worker: Any, rate: float) -> None:
+    """Orders are lost, arrive twice, or late, and answers are lost."""
+    rng, side = random.Random(3), worker._side
+    receive, report = side.receive, side.report
+    late: list[Any] = []
+
+    def badly(order: Any) -> None:
+        late.append(order)
+        if rng.random() >= rate:
+            receive(order)
+        if rng.random() < rate:
+            receive(rng.choice(late[-9:]))
+
+    def mute() -> Any:
+        told = report()
+        return None if rng.random() < rate else told
+
+    side.receive, side.report = badly, mute
+
+
+def books(worker: Any) -> tuple[dict[str, int], int]:
+    """Frames per tenant as they are mapped, and bytes that the system has given."""
+    worker._runtime.check()
+    return worker._runtime.arbiter.frames(), worker._runtime.arbiter.substrate.allocated()
+
+
+# --- one process ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Iterator[ChildEngine]:
+    with ChildEngine(checkpoint, kv_cache_memory_bytes=KV_BYTES, **FEW) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def stock(engine: ChildEngine) -> Run:
+    return engine.generate(TRAFFIC)
+
+
+def test_the_traffic_is_worth_comparing(engine: ChildEngine, stock: Run) -> None:
+    assert engine.info["prefix_caching"]
+    assert sum(stock.cached) > 500
+    assert stock.peak_running == 8
+    assert len({tuple(tokens) for tokens in stock.tokens}) > 50
+
+
+def test_tokens_are_stocks_while_the_split_changes_all_the_time(
+    engine: ChildEngine, stock: Run
+) -> None:
+    fluxmoe = config()
+    engine.restart(fluxmoe=fluxmoe, **FEW)
+    run = engine.generate(TRAFFIC, watch=True)  # all books, and the bytes given, in each step
+    same(run, stock)
+    budget = fluxmoe["memory"]["budget"]
+    assert 0.9 * budget < run.peak_committed <= budget
+    assert sum(run.cached) > 0
+    state = engine.call("arbitration")
+    assert min(state["changes"].values()) >= 40
+    assert sum(state["changes"].values()) >= 200
+    assert state["failures"] == state["faults"] == 0
+    frames, allocated = engine.call("rpc", books)
+    assert frames == state["frames"]
+    assert allocated == engine.call("stats")["committed_bytes"]
+
+
+def test_what_vllm_shows_of_its_kv_cache_is_right(engine: ChildEngine) -> None:
+    assert engine.call("kv_usage") == 0.0  # held blocks are not used
+    assert engine.call("reset_prefix_cache")
+
+
+def test_commits_that_fail_are_rolled_back(engine: ChildEngine, stock: Run) -> None:
+    before = engine.call("arbitration")
+    engine.call("rpc", fail_commits, 5)
+    same(engine.generate(TRAFFIC), stock)
+    state = engine.call("arbitration")
+    assert state["failures"] > before["failures"] + 10
+    engine.call("rpc", fail_commits, 0)
+    same(engine.generate(TRAFFIC, watch=True), stock)
+    after = engine.call("arbitration")
+    assert after["failures"] <= state["failures"] + 1
+    assert engine.call("rpc", books)[0] == after["frames"]
+
+
+def test_messages_that_are_lost_doubled_or_late_do_no_harm(engine: ChildEngine, stock: Run) -> None:
+    before = engine.call("arbitration")
+    engine.call("rpc", disturb, 0.3)
+    same(engine.generate(TRAFFIC, watch=True), stock)
+    state = engine.call("arbitration")
+    assert sum(state["changes"].values()) > sum(before["changes"].values()) + 30
+    assert state["failures"] == before["failures"]
+
+
+def test_a_lowered_budget_is_kept_to_while_requests_run(engine: ChildEngine, stock: Run) -> None:
+    engine.restart(fluxmoe=config(), **FEW)
+    full = engine.call("rpc", books)[1]
+    engine.call("limit", 0.75)
+    same(engine.generate(TRAFFIC), stock)
+    assert engine.call("rpc", books)[1] <= 0.76 * full
+
+
+def test_a_broken_policy_costs_no_token(engine: ChildEngine, stock: Run) -> None:
+    engine.restart(fluxmoe=config("broken"), **FEW)
+    same(engine.generate(TRAFFIC[:20]), engine_stock(stock, 20))
+    state = engine.call("arbitration")
+    assert state["faults"] == 16
+    assert sum(state["changes"].values()) == 0
+
+
+def engine_stock(stock: Run, count: int) -> Run:
+    """Of so many first requests. What runs beside a request changes no bit of it here."""
+    return Run(stock.tokens[:count], stock.logprobs[:count], [], 0.0, 0, 0)
+
+
+@pytest.mark.parametrize("policy", ["kv-first", "rho", "marginal"])
+def test_policies_move_memory_and_no_token(engine: ChildEngine, stock: Run, policy: str) -> None:
+    engine.restart(fluxmoe=config(policy, strict_policies=True), **FEW)
+    same(engine.generate(TRAFFIC, watch=True), stock)
+    assert engine.call("arbitration")["failures"] == 0
+
+
+# --- compiled, more processes, more workers ------------------------------------------------------
+
+
+def test_compiled(engine: ChildEngine) -> None:
+    few = TRAFFIC[:24]
+    engine.restart(kv_cache_memory_bytes=KV_BYTES, **COMPILED)
+    stock = engine.generate(few)
+    engine.restart(fluxmoe=config(), **COMPILED)
+    same(engine.generate(few), stock)
+    assert sum(engine.call("arbitration")["changes"].values()) >= 60
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_scheduler_and_workers_in_processes_of_their_own(checkpoint: Path, workers: int) -> None:
+    few = TRAFFIC[:16]
+    options = {**FEW, "tensor_parallel_size": workers}
+    with ChildEngine(
+        checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **options
+    ) as engine:
+        stock = engine.generate(few)
+        engine.restart(fluxmoe=config(), **options)
+        same(engine.generate(few), stock)
+        everyone = engine.call("everyone")
+        assert len(everyone) == workers
+        assert everyone[0]["orders"] >= 100  # two for each move
+        for key in ("orders", "slots", "kv_bytes", "expert_bytes", "committed_bytes"):
+            assert len({stats[key] for stats in everyone}) == 1, key
