@@ -30,7 +30,7 @@ OPTIONS = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64, "blo
 #: Stock's KV cache beside all experts: about four sequences of 512 tokens.
 STOCK_BLOCKS = 68
 #: Bytes of experts that the fixed splits have, as shares of all experts.
-SHARES = (0.15, 0.35, 0.55, 0.75, 1.0)
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
