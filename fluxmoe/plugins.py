@@ -207,7 +207,7 @@ def _decides(policy: Any) -> bool:
     """Whether an eviction policy has one of the three ways to choose victims."""
     return policy.score_kernel is not None or any(
         getattr(policy, method) is not getattr(EvictionPolicy, method)
-        for method in ("score", "select")
+        for method in ("score", "make_kernel", "select")
     )
 
 

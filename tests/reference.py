@@ -73,9 +73,9 @@ def replay(events, num_layers, experts, policy, capacity, prefetch="none", banks
         own, running = page // experts, events[now][0]
         distance = own - running if own > running else own - running + num_layers
         turns = sum(number % num_layers == own for number in range(now + 1))
-        probability = min(1.0, (use_count[page] + 0.5) / (turns + 1))
+        tries = max(1.0, (turns + 1) / (use_count[page] + 0.5))
         missed = (now - last_use[page]) // num_layers
-        return distance + (1 / probability - 1 + 0.3 * missed) * num_layers
+        return distance + (tries - 1 + 0.3 * missed) * num_layers
 
     def score(page, now):
         following = uses[page]

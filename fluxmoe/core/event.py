@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core import order
+from fluxmoe.core.bits import lowest_bit
+from fluxmoe.core.chooser import FAILED, new_chooser, take_dirty, victims
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.jit import jit
 from fluxmoe.core.pages import (
@@ -28,8 +30,6 @@ from fluxmoe.core.pages import (
     C_MISSES,
     C_PREFETCH_HITS,
     C_RESIZED,
-    DIRTIES,
-    DIRTY,
     EVENT,
     LAYER,
     LEAVING,
@@ -42,6 +42,7 @@ from fluxmoe.core.pages import (
     UNUSED,
     Books,
     PageTable,
+    bit,
     compact,
     load,
     mark_dirty,
@@ -79,39 +80,43 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         raise IndexError("no such MoE layer")
     if slots.size != 0 and slots.size != ids.size:
         raise IndexError("as many slots as expert ids are needed")
-    routed = b.tokens
-    routed[:] = 0
     for i in range(ids.size):
         if ids[i] >= experts:
             raise IndexError("an expert id beyond the layer's experts")
+    for i in range(ids.size):
         if ids[i] >= 0:
-            routed[ids[i]] += 1
+            b.routed[ids[i]] += 1
+            b.asked[ids[i] >> 6] |= bit(ids[i])
 
     release_leaving(b)
     b.now[LOADED] = 0
     b.now[EVENT] += 1
     b.now[STEP], b.now[LAYER] = step, layer
     event = b.now[EVENT]
-    n = misses = 0
-    for expert in range(experts):
-        page = first + expert
+    for page in range(first, first + experts):
         b.flags[page] &= ~np.uint8(PROTECTED)
-        if routed[expert] == 0:
-            continue
-        hit = b.slot_of[page] != ABSENT
-        b.pages[n], b.tokens[n], b.hit[n] = page, routed[expert], hit
-        n += 1
-        if not hit:
-            b.missing[misses] = page
-            misses += 1
-            if b.loaded_at[page] == NEVER:
-                b.counts[C_COLD] += 1
-        elif b.flags[page] & UNUSED:
-            b.counts[C_PREFETCH_HITS] += 1
-            b.flags[page] &= ~np.uint8(UNUSED)
-        b.last_use[page] = event
-        b.use_count[page] += 1
-        mark_dirty(b, page)
+    n = misses = 0
+    for word in range(b.asked.size):
+        asked, b.asked[word] = b.asked[word], 0
+        while asked != 0:
+            expert = 64 * word + lowest_bit(asked)
+            asked &= asked - np.uint64(1)
+            page = first + expert
+            hit = b.slot_of[page] != ABSENT
+            b.pages[n], b.tokens[n], b.hit[n] = page, b.routed[expert], hit
+            b.routed[expert] = 0
+            n += 1
+            if not hit:
+                b.missing[misses] = page
+                misses += 1
+                if b.loaded_at[page] == NEVER:
+                    b.counts[C_COLD] += 1
+            elif b.flags[page] & UNUSED:
+                b.counts[C_PREFETCH_HITS] += 1
+                b.flags[page] &= ~np.uint8(UNUSED)
+            b.last_use[page] = event
+            b.use_count[page] += 1
+            mark_dirty(b, page)
     b.now[PAGES], b.now[MISSES] = n, misses
     b.counts[C_EVENTS] += 1
     b.counts[C_ACCESSES] += n
@@ -158,39 +163,19 @@ def load_ahead(b: Books, pages: Int64s) -> None:
 @jit
 def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
     """Write the pages of a bank that may be evicted into ``out``, ascending; how many."""
-    n = 0
-    for page in range(b.slot_of.size):
-        if (
-            b.slot_of[page] != ABSENT
-            and b.bank_of[page // b.tokens.size] == bank
-            and b.last_use[page] != b.now[EVENT]
-            and not (protect and b.flags[page] & PROTECTED)
-        ):
-            out[n] = page
-            n += 1
-    return n
-
-
-@jit
-def take_dirty(b: Books, out: Int64s) -> int:
-    """Move the dirty pages that may be evicted into ``out``; how many.
-
-    Pages of the running event stay dirty: they are no candidates yet. Absent pages are scored when
-    they have come back.
-    """
-    n = kept = 0
-    for i in range(b.now[DIRTIES]):
-        page = b.dirty[i]
-        if b.slot_of[page] == ABSENT:
-            b.flags[page] &= ~np.uint8(DIRTY)
-        elif b.last_use[page] == b.now[EVENT]:
-            b.dirty[kept] = page
-            kept += 1
-        else:
-            b.flags[page] &= ~np.uint8(DIRTY)
-            out[n] = page
-            n += 1
-    b.now[DIRTIES] = kept
+    n, banks = 0, b.num_slots.size
+    for word in range(b.present.size):
+        present = b.present[word]
+        while present != 0:
+            page = 64 * word + lowest_bit(present)
+            present &= present - np.uint64(1)
+            if (
+                b.last_use[page] != b.now[EVENT]
+                and not (protect and b.flags[page] & PROTECTED)
+                and (banks == 1 or b.bank_of[b.layer_of[page]] == bank)
+            ):
+                out[n] = page
+                n += 1
     return n
 
 
@@ -203,14 +188,27 @@ class EventRule:
 
     def __init__(self, table: PageTable, eviction: EvictionGuard, prefetch: PrefetchGuard) -> None:
         self.table, self.eviction, self._prefetch = table, eviction, prefetch
-        self._heap = order.new_heap(table.geometry.num_pages, table.num_banks)
-        self._scratch = np.zeros(table.geometry.num_pages, np.int64)
+        stable = eviction.stable
+        shape = table.books.page_at.shape
+        self.heap = order.new_heap(table.geometry.num_pages, *shape) if stable else None
+        self.chooser = new_chooser(table, stable=stable, next_use=eviction.future)
+        self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
+        if eviction.kernel is not None:
+            # Compiles it, or reads it from disk, at no policy's expense.
+            event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
+            victims(*event, np.zeros(0, np.int64))
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether a prefetch policy is asked after each event."""
+        return self._prefetch.active
 
     def reset(self) -> None:
         """Cold start: books, counters and policies forget everything."""
         self.table.reset()
-        order.clear(self._heap)
+        if self.heap is not None:
+            order.clear(self.heap)
         self.eviction.reset()
         self._prefetch.reset()
 
@@ -284,7 +282,7 @@ class EventRule:
         surplus = self.table.slots[bank] - int(b.num_free[bank]) - slots
         if surplus > 0:
             self._evict(bank, surplus, spare=False, counter=C_RESIZED)
-        moved, source = self._scratch, np.zeros_like(self._scratch)
+        moved, source = self.scratch, np.zeros_like(self.scratch)
         count = compact(b, bank, slots, moved, source)
         self.table.resize(bank, slots)
         return moved[:count].copy(), source[:count]
@@ -317,11 +315,11 @@ class EventRule:
         Demand spares them too while it can: a prefetched page is given up only when the event
         could not be held otherwise.
         """
-        victims = self._victims(bank, count, protect=True)
+        victims = self.victims(bank, count, protect=True)
         if len(victims):
             self._unload(victims, counter)
         if not spare and len(victims) < count:
-            more = self._victims(bank, count - len(victims), protect=False)
+            more = self.victims(bank, count - len(victims), protect=False)
             self._unload(more, counter)
             if len(victims) + len(more) < count:
                 raise CapacityError(
@@ -334,20 +332,29 @@ class EventRule:
             self.eviction.on_evict(victims)
         evict(self.table.books, victims, counter)
 
-    def _victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
-        b = self.table.books
-        if self.eviction.stable:
-            dirty = self._scratch[: take_dirty(b, self._scratch)]
+    def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
+        """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted."""
+        b, guard = self.table.books, self.eviction
+        if guard.kernel is not None:
+            out = np.empty(count, np.int64)
+            event = b, self.heap, self.chooser, guard.kernel.entry, bank, count, protect, out
+            found = guard.limited(victims, *event)
+            if found != FAILED:
+                return out[:found]
+        elif guard.stable and self.heap is not None:
+            dirty = self.scratch[: take_dirty(b, self.scratch)]
             dirty.sort()  # policies are shown pages in ascending order
-            scores = self.eviction.scores(dirty)
+            scores = guard.scores(dirty)
             if scores is not None:
-                order.update(self._heap, b, dirty, scores)
+                order.update(self.heap, b, dirty, scores)
                 out = np.empty(count, np.int64)
-                return out[: order.choose(self._heap, b, bank, count, protect, out)]
+                return out[: order.choose(self.heap, b, bank, count, protect, out)]
             for page in dirty.tolist():  # the policy failed: ask again at the next eviction
                 mark_dirty(b, page)
-        pages = self._scratch[: candidates(b, bank, protect, self._scratch)].copy()
-        count = min(count, len(pages))
-        if self.eviction.stable:
-            return self.eviction.least_recent(pages, count)
-        return self.eviction.choose(pages, count)
+            return guard.least_recent(self._candidates(bank, protect), count)
+        # A kernel that failed is asked once more, in the guard, to learn how.
+        return guard.choose(self._candidates(bank, protect), count)
+
+    def _candidates(self, bank: int, protect: bool) -> Int64s:
+        n = candidates(self.table.books, bank, protect, self.scratch)
+        return self.scratch[:n].copy()

@@ -13,11 +13,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.kernel import Kernel, Rows, compile_kernel
 from fluxmoe.core.limits import DEFAULT_LIMITS, HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.lowest import lowest
 from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.types import Access, Int64s
 from fluxmoe.errors import PolicyFaultError
@@ -25,8 +26,6 @@ from fluxmoe.errors import PolicyFaultError
 logger = logging.getLogger("fluxmoe")
 
 _NO_ANSWER: Any = object()  # None is an answer, and a wrong one
-
-_KERNEL = numba.float64(numba.int64, numba.int64, numba.int64, numba.int64, numba.int64)
 
 
 class FaultCounter:
@@ -49,7 +48,7 @@ class FaultCounter:
 
     def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
         """Call a hook, which answers nothing; a policy that is out is not called any more."""
-        self._call(method, hook, args)
+        self.call(method, hook, args)
 
     def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
         """Whatever a method answers, not yet validated; None after a fault, or if it is out."""
@@ -62,13 +61,14 @@ class FaultCounter:
         self, method: str, function: Callable[..., npt.ArrayLike], *args: object
     ) -> npt.NDArray[Any] | None:
         """The answer as an array, not yet validated; None after a fault, or if it is out."""
-        answer = self._call(method, function, args)
+        answer = self.call(method, function, args)
         if answer is not _NO_ANSWER and not isinstance(answer, np.ndarray):
             # Limited, too: it may be an object that takes its time to make an array.
-            answer = self._call(method, np.asarray, (answer,))
+            answer = self.call(method, np.asarray, (answer,))
         return None if answer is _NO_ANSWER else answer
 
-    def _call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+    def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        """The answer; ``_NO_ANSWER`` after a fault, or if the policy is out."""
         if self.count >= self.limits.strikes:
             return _NO_ANSWER
         watch = self._watch
@@ -152,7 +152,7 @@ class EvictionGuard(_Guard):
     ) -> None:
         super().__init__(FaultCounter("eviction", name, strict, limits))
         self._policy, self._view = policy, view
-        self._kernel = _compile(policy, name)
+        self._kernel = _compile(policy, view, name)
         overrides = {
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
             for method in ("on_access", "on_load", "on_evict", "retain", "select")
@@ -163,13 +163,32 @@ class EvictionGuard(_Guard):
         self.watches_evict = overrides["on_evict"]
         self.retains = overrides["retain"]
         self._selects = overrides["select"]
-        if self._kernel is not None:
-            self._kernel_scores(np.zeros(0, np.int64))  # compiles the loop: no call's fault
 
     @property
     def stable(self) -> bool:
         """Whether the host keeps the order (``order.VictimHeap``) from ``scores``."""
         return self._policy.stable_score and not self._selects and not self._faults.out
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """What compiled code may ask in place of ``scores``; None if there is none or it is out."""
+        return None if self._selects or self._faults.out else self._kernel
+
+    @property
+    def scored(self) -> bool:
+        """Whether nothing but ``choose`` is ever asked, so that events need no call before it."""
+        watches = self.watches_access or self.watches_load or self.watches_evict
+        return not watches and not self.retains
+
+    @property
+    def future(self) -> Int64s | None:
+        """The next use of every page, if the policy knows the future."""
+        return self._view.future
+
+    def limited(self, function: Callable[..., int], *args: object) -> int:
+        """Call compiled code that runs the kernel, under the policy's limits of time."""
+        found: int = self._faults.call("score_kernel", function, args)
+        return found
 
     def reset(self) -> None:
         self._faults.contain("reset", self._policy.reset)
@@ -211,14 +230,13 @@ class EvictionGuard(_Guard):
 
     def least_recent(self, pages: Int64s, count: int) -> Int64s:
         """What a faulty policy falls back to: LRU."""
-        return pages[np.argsort(self._view.last_use[pages], kind="stable")[:count]]
+        return _lowest(self._view.last_use[pages], pages, count)
 
     def _lowest(self, pages: Int64s, count: int) -> Int64s | None:
         scores = self._raw_scores(pages)
         if scores is None:
             return None
-        # A stable sort over ascending pages breaks ties by the lowest page id.
-        return pages[np.argsort(scores, kind="stable")[:count]]
+        return _lowest(scores, pages, count)
 
     def _select(self, pages: Int64s, count: int) -> Int64s | None:
         victims = self._faults.ask(
@@ -251,11 +269,17 @@ class EvictionGuard(_Guard):
         return scores
 
     def _kernel_scores(self, pages: Int64s) -> npt.NDArray[np.float64]:
-        view, out = self._view, np.empty(len(pages))
-        _run_kernel(
-            self._kernel, view.last_use, view.use_count, view.loaded_at, view.event, pages, out
+        assert self._kernel is not None
+        view, future = self._view, self._view.future
+        rows = Rows(
+            last_use=view.last_use[pages],
+            use_count=view.use_count[pages],
+            loaded_at=view.loaded_at[pages],
+            page=pages,
+            layer=pages // view.experts_per_layer,
+            next_use=np.zeros_like(pages) if future is None else future[pages],
         )
-        return out
+        return self._kernel.scores(rows, view.event, view.layer, view.num_layers)
 
 
 class PrefetchGuard(_Guard):
@@ -306,22 +330,30 @@ def _shape(array: npt.NDArray[Any]) -> str:
     return f"{array.dtype} of shape {array.shape}"
 
 
-def _compile(policy: EvictionPolicy, name: str) -> Any:
-    kernel = type(policy).score_kernel
-    if kernel is None:
-        return None
+def _lowest(scores: npt.NDArray[Any], pages: Int64s, count: int) -> Int64s:
+    if scores.dtype.kind == "f" and scores.dtype.itemsize not in (4, 8):
+        scores = scores.astype(np.float64)  # numba knows neither half nor long double
+    out = np.empty(min(count, len(pages)), np.int64)
+    if len(out):
+        scores = np.ascontiguousarray(scores)
+        lowest(scores, pages, len(out), np.empty(len(out), scores.dtype), out)
+    return out
+
+
+def _compile(policy: EvictionPolicy, view: PageView, name: str) -> Kernel | None:
+    # The more derived definition wins: who subclasses a policy with a kernel and defines `score`
+    # means it. Defined by one class, the kernel takes the place of `score`.
+    for cls in type(policy).__mro__:
+        if "score_kernel" in vars(cls) or "make_kernel" in vars(cls):
+            break
+        if "score" in vars(cls):
+            return None
     try:
-        return numba.njit(_KERNEL, nogil=True)(kernel)
+        kernel = policy.make_kernel(view)
+        return None if kernel is None else compile_kernel(kernel)
     except Exception as error:
         raise PolicyFaultError(
             f"eviction policy {name!r}: numba cannot compile score_kernel: {error}",
             fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "
             "or leave score_kernel out and define score",
         ) from error
-
-
-@numba.njit(nogil=True)
-def _run_kernel(kernel, last_use, use_count, loaded_at, event, pages, out):  # type: ignore[no-untyped-def]
-    for i in range(pages.size):
-        page = pages[i]
-        out[i] = kernel(last_use[page], use_count[page], loaded_at[page], event, page)

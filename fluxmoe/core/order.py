@@ -6,6 +6,10 @@ dirty pages scored, in one call. The heap holds *lower bounds*: a page's entry m
 its score has risen (lru, lfu: every hit), and is put right only if it comes to the top. A score
 that fell (belady) gets a second entry; the outdated one is recognised by its key and dropped.
 Ties go to the lowest page id, because entries compare as (score, page).
+
+Most pages are never near the bottom of the order, so the heap of a large bank holds only pages
+that compare no higher than a *limit*. When it runs out of them, or has grown, a new limit is drawn
+from a sample of the bank and all pages are looked over once; any limit gives the same victims.
 """
 
 from __future__ import annotations
@@ -17,30 +21,45 @@ import numpy.typing as npt
 
 from fluxmoe.core.jit import jit
 from fluxmoe.core.pages import ABSENT, EVENT, PROTECTED, Books
-from fluxmoe.core.types import Int64s
+from fluxmoe.core.types import Bools, Int64s
+
+#: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. A bank of no more than _SMALL
+#: pages is kept in the heap whole.
+_SAMPLE, _RANK, _SMALL = 32, 1, 128
 
 
 class VictimHeap(NamedTuple):
-    """Arrays of a heap per bank. P pages, B banks, H entries."""
+    """Arrays of a heap per bank. P pages, B banks, M slots reserved per bank, H entries."""
 
-    score: npt.NDArray[np.float64]  # [P] the latest score
+    score: npt.NDArray[np.float64]  # [B, M] the latest score of the page in a slot
     bound: npt.NDArray[np.float64]  # [P] key of the page's valid entry; nan = it has none
     key: npt.NDArray[np.float64]  # [B, H]
     page: Int64s  # [B, H]
     size: Int64s  # [B]
-    aside: Int64s  # [P] scratch
+    # [B] every resident page whose (score, page) is not above the limit has a valid entry
+    limit: npt.NDArray[np.float64]
+    limit_page: Int64s
+    chosen: Bools  # [P] out of the heap while victims are being chosen
+    aside: Int64s  # [P] scratch, as are the lowest of the sample
+    sample: npt.NDArray[np.float64]
+    sample_page: Int64s
 
 
-def new_heap(pages: int, banks: int) -> VictimHeap:
-    """An empty heap for a table of ``pages`` pages."""
+def new_heap(pages: int, banks: int, slots: int) -> VictimHeap:
+    """An empty heap for a table of ``pages`` pages with banks of up to ``slots`` slots."""
     entries = 2 * pages + 1
     return VictimHeap(
-        score=np.zeros(pages),
+        score=np.zeros((banks, slots)),
         bound=np.full(pages, np.nan),
         key=np.zeros((banks, entries)),
         page=np.zeros((banks, entries), np.int64),
         size=np.zeros(banks, np.int64),
+        limit=np.full(banks, np.inf),
+        limit_page=np.full(banks, pages, np.int64),
+        chosen=np.zeros(pages, np.bool_),
         aside=np.zeros(pages, np.int64),
+        sample=np.zeros(_RANK + 1),
+        sample_page=np.zeros(_RANK + 1, np.int64),
     )
 
 
@@ -48,6 +67,8 @@ def clear(heap: VictimHeap) -> None:
     """Make the heap empty."""
     heap.bound[...] = np.nan
     heap.size[...] = 0
+    heap.limit[...] = np.inf
+    heap.limit_page[...] = len(heap.bound)
 
 
 @jit
@@ -55,9 +76,11 @@ def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.flo
     """Note the scores of resident ``pages``."""
     for i in range(pages.size):
         page = pages[i]
-        heap.score[page] = scores[i]
-        if not heap.bound[page] <= scores[i]:  # also true where bound is nan
-            _push(heap, b, b.bank_of[page // b.tokens.size], page)
+        bank = b.bank_of[b.layer_of[page]]
+        heap.score[bank, b.slot_of[page]] = scores[i]
+        # The first is also true where bound is nan.
+        if not heap.bound[page] <= scores[i] and _within(heap, bank, scores[i], page):
+            _push(heap, b, bank, page, scores[i])
 
 
 @jit
@@ -68,74 +91,144 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
     Victims leave the heap; the caller must evict them.
     """
     found = parked = 0
-    while found < count and heap.size[bank] > 0:
-        key, page = heap.key[bank, 0], heap.page[bank, 0]
-        if b.slot_of[page] == ABSENT or key != heap.bound[page]:
-            _pop(heap, bank)  # evicted since, or outdated by an entry with a lower key
-            if b.slot_of[page] == ABSENT:
-                heap.bound[page] = np.nan
-        elif heap.score[page] > key:
-            heap.key[bank, 0] = heap.bound[page] = heap.score[page]
-            _sift_down(heap, bank, 0)
-        else:
-            _pop(heap, bank)
+    key, pages = heap.key[bank], heap.page[bank]
+    if heap.size[bank] > _SMALL // 2 + _held(b, bank) // 2:
+        _refill(heap, b, bank)
+    size = heap.size[bank]
+    while found < count:
+        if size == 0:
+            if heap.limit_page[bank] == heap.bound.size:  # nothing lies above the limit
+                break
+            _refill(heap, b, bank)
+            size = heap.size[bank]
+            continue
+        page, slot = pages[0], b.slot_of[pages[0]]
+        valid = slot != ABSENT and key[0] == heap.bound[page]
+        score = heap.score[bank, slot]  # of no meaning if the page is absent
+        if valid and score > key[0] and _within(heap, bank, score, page):
+            key[0] = heap.bound[page] = score
+            _sift_down(key, pages, size, 0)
+            continue
+        # Evicted since, outdated by an entry with a lower key, above the limit, or a victim.
+        if valid or slot == ABSENT:
             heap.bound[page] = np.nan
+        chosen = valid and not score > key[0]
+        size -= 1
+        key[0], pages[0] = key[size], pages[size]
+        _sift_down(key, pages, size, 0)
+        if chosen:
+            heap.chosen[page] = True
             if b.last_use[page] == b.now[EVENT] or (protect and b.flags[page] & PROTECTED):
                 heap.aside[parked] = page
                 parked += 1
             else:
                 out[found] = page
                 found += 1
+    heap.size[bank] = size
+    for i in range(found):
+        heap.chosen[out[i]] = False
     for i in range(parked):
-        _push(heap, b, bank, heap.aside[i])
+        page = heap.aside[i]
+        heap.chosen[page] = False
+        score = heap.score[bank, b.slot_of[page]]
+        if _within(heap, bank, score, page):
+            _push(heap, b, bank, page, score)
     return found
 
 
 @jit
-def _less(heap: VictimHeap, bank: int, i: int, j: int) -> bool:
-    a, b = heap.key[bank, i], heap.key[bank, j]
-    return bool(a < b or (a == b and heap.page[bank, i] < heap.page[bank, j]))
+def _within(heap: VictimHeap, bank: int, score: float, page: int) -> bool:
+    limit = heap.limit[bank]
+    return bool(score < limit or (score == limit and page <= heap.limit_page[bank]))
 
 
 @jit
-def _swap(heap: VictimHeap, bank: int, i: int, j: int) -> None:
-    heap.key[bank, i], heap.key[bank, j] = heap.key[bank, j], heap.key[bank, i]
-    heap.page[bank, i], heap.page[bank, j] = heap.page[bank, j], heap.page[bank, i]
+def _held(b: Books, bank: int) -> int:
+    """Pages resident in a bank."""
+    return int(b.num_slots[bank] - b.num_free[bank])
 
 
 @jit
-def _sift_down(heap: VictimHeap, bank: int, i: int) -> None:
-    size = heap.size[bank]
-    while True:
-        child = 2 * i + 1
-        if child >= size:
-            return
-        if child + 1 < size and _less(heap, bank, child + 1, child):
-            child += 1
-        if not _less(heap, bank, child, i):
-            return
-        _swap(heap, bank, i, child)
+def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
+    """Draw a new limit and put into the heap exactly the pages that it covers."""
+    slots, key, pages = b.num_slots[bank], heap.key[bank], heap.page[bank]
+    for i in range(heap.size[bank]):
+        heap.bound[pages[i]] = np.nan
+    heap.limit[bank], heap.limit_page[bank] = np.inf, heap.bound.size
+    if _held(b, bank) > _SMALL:
+        _draw_limit(heap, b, bank, slots)
+    size, scores, limit = 0, heap.score[bank], heap.limit[bank]
+    for slot in range(slots):
+        if scores[slot] > limit:
+            continue
+        page = b.page_at[bank, slot]
+        if page != ABSENT and not heap.chosen[page] and _within(heap, bank, scores[slot], page):
+            key[size] = heap.bound[page] = scores[slot]
+            pages[size] = page
+            size += 1
+    heap.size[bank] = size
+    for i in range(size // 2 - 1, -1, -1):
+        _sift_down(key, pages, size, i)
+
+
+@jit
+def _draw_limit(heap: VictimHeap, b: Books, bank: int, slots: int) -> None:
+    """The lowest few of pages from slots at equal distances; the limit is the last of them."""
+    n = 0
+    for k in range(_SAMPLE):
+        slot = k * slots // _SAMPLE
+        page, score, i = b.page_at[bank, slot], heap.score[bank, slot], n
+        if page == ABSENT or heap.chosen[page]:
+            continue
+        while i > 0 and _less(score, page, heap.sample[i - 1], heap.sample_page[i - 1]):
+            i -= 1
+            if i < _RANK:
+                heap.sample[i + 1], heap.sample_page[i + 1] = heap.sample[i], heap.sample_page[i]
+        if i <= _RANK:
+            heap.sample[i], heap.sample_page[i] = score, page
+            n = min(n + 1, _RANK + 1)
+    if n > _RANK:
+        heap.limit[bank], heap.limit_page[bank] = heap.sample[_RANK], heap.sample_page[_RANK]
+
+
+@jit
+def _less(a: float, page_a: int, b: float, page_b: int) -> bool:
+    return bool(a < b or (a == b and page_a < page_b))
+
+
+@jit
+def _sift_down(key: npt.NDArray[np.float64], page: Int64s, size: int, top: int) -> None:
+    """Restore the heap below ``top``: sink to a leaf along the lower children, then rise again.
+
+    What is sunk comes from the bottom nearly always, so comparing it on the way down would tell
+    nothing.
+    """
+    k, p, i, child = key[top], page[top], top, 2 * top + 1
+    while child + 1 < size:
+        a, b, page_a, page_b = key[child], key[child + 1], page[child], page[child + 1]
+        child += (b < a) | ((b == a) & (page_b < page_a))
+        key[i], page[i] = key[child], page[child]
+        i, child = child, 2 * child + 1
+    if child < size:
+        key[i], page[i] = key[child], page[child]
         i = child
+    while i > top and _less(k, p, key[(i - 1) // 2], page[(i - 1) // 2]):
+        key[i], page[i] = key[(i - 1) // 2], page[(i - 1) // 2]
+        i = (i - 1) // 2
+    key[i], page[i] = k, p
 
 
 @jit
-def _pop(heap: VictimHeap, bank: int) -> None:
-    heap.size[bank] -= 1
-    _swap(heap, bank, 0, heap.size[bank])
-    _sift_down(heap, bank, 0)
-
-
-@jit
-def _push(heap: VictimHeap, b: Books, bank: int, page: int) -> None:
+def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: float) -> None:
     if heap.size[bank] == heap.key.shape[1]:
         _compact(heap, b, bank)
-    heap.bound[page] = heap.score[page]
-    i = heap.size[bank]
-    heap.key[bank, i], heap.page[bank, i] = heap.score[page], page
+    key, pages, i = heap.key[bank], heap.page[bank], heap.size[bank]
+    heap.bound[page] = score
     heap.size[bank] += 1
-    while i > 0 and _less(heap, bank, i, (i - 1) // 2):
-        _swap(heap, bank, i, (i - 1) // 2)
+    while i > 0 and _less(score, page, key[(i - 1) // 2], pages[(i - 1) // 2]):
+        key[i], pages[i] = key[(i - 1) // 2], pages[(i - 1) // 2]
         i = (i - 1) // 2
+    key[i], pages[i] = score, page
 
 
 @jit
@@ -153,4 +246,4 @@ def _compact(heap: VictimHeap, b: Books, bank: int) -> None:
     for i in range(kept):
         heap.bound[heap.page[bank, i]] = heap.key[bank, i]
     for i in range(kept // 2 - 1, -1, -1):
-        _sift_down(heap, bank, i)
+        _sift_down(heap.key[bank], heap.page[bank], kept, i)

@@ -53,14 +53,19 @@ class Books(NamedTuple):
     loaded_at: Int64s
     slot_of: npt.NDArray[np.int32]
     flags: Bytes
+    present: npt.NDArray[np.uint64]  # a bit per page, set where slot_of is not ABSENT [P / 64]
     # per bank: slot -> page [B, M]; a stack of free slots [B, M] and its height [B]
     page_at: Int64s
     free: npt.NDArray[np.int32]
     num_free: Int64s
+    num_slots: Int64s  # usable slots [B]
     bank_of: Int64s  # layer -> bank [L]
+    layer_of: Int64s  # page -> layer [P]; a division would cost more than all else about a page
     # the running event: its distinct pages [E], their tokens, hits, misses, the slots given out
     pages: Int64s
     tokens: Int64s
+    routed: Int64s  # scratch, zero between events: tokens per expert [E], and which have any,
+    asked: npt.NDArray[np.uint64]  # a bit each [E / 64]
     hit: Bools
     missing: Int64s
     loaded: Int64s  # pages given a slot, in order
@@ -71,13 +76,20 @@ class Books(NamedTuple):
 
 
 @jit
+def bit(number: int) -> np.uint64:
+    """The bit of a page or expert in its word of 64."""
+    return np.uint64(1) << np.uint64(number & 63)
+
+
+@jit
 def unload(b: Books, page: int) -> None:
     """Take ``page`` out of its slot, which becomes free."""
-    bank = b.bank_of[page // b.tokens.size]
+    bank = b.bank_of[b.layer_of[page]]
     slot = b.slot_of[page]
     b.slot_of[page] = ABSENT
     b.page_at[bank, slot] = ABSENT
     b.flags[page] &= DIRTY
+    b.present[page >> 6] &= ~bit(page)
     b.free[bank, b.num_free[bank]] = slot
     b.num_free[bank] += 1
 
@@ -85,10 +97,11 @@ def unload(b: Books, page: int) -> None:
 @jit
 def load(b: Books, page: int) -> None:
     """Give ``page`` a free slot of its bank and note it among the loaded."""
-    bank = b.bank_of[page // b.tokens.size]
+    bank = b.bank_of[b.layer_of[page]]
     b.num_free[bank] -= 1
     slot = b.free[bank, b.num_free[bank]]
     b.slot_of[page] = slot
+    b.present[page >> 6] |= bit(page)
     b.page_at[bank, slot] = page
     b.loaded_at[page] = b.now[EVENT]
     b.loaded[b.now[LOADED]] = page
@@ -133,6 +146,7 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
         b.page_at[bank, source[i]] = ABSENT
         b.page_at[bank, free] = moved[i]
         b.slot_of[moved[i]] = free
+        mark_dirty(b, moved[i])  # what is known of its score is filed under its slot
     # The stack of free slots anew, the lowest on top.
     b.num_free[bank] = 0
     for slot in range(slots - 1, -1, -1):
@@ -175,12 +189,17 @@ class PageTable:
             loaded_at=np.full(pages, NEVER, np.int64),
             slot_of=np.full(pages, ABSENT, np.int32),
             flags=np.zeros(pages, np.uint8),
+            present=np.zeros(-(-pages // 64), np.uint64),
             page_at=np.full((banks, width), ABSENT, np.int64),
             free=np.zeros((banks, width), np.int32),
             num_free=np.zeros(banks, np.int64),
+            num_slots=np.zeros(banks, np.int64),
             bank_of=np.asarray(bank_of or [0] * geometry.num_layers, np.int64),
+            layer_of=np.repeat(np.arange(geometry.num_layers), experts),
             pages=np.zeros(experts, np.int64),
             tokens=np.zeros(experts, np.int64),
+            routed=np.zeros(experts, np.int64),
+            asked=np.zeros(-(-experts // 64), np.uint64),
             hit=np.zeros(experts, np.bool_),
             missing=np.zeros(experts, np.int64),
             loaded=np.zeros(pages, np.int64),
@@ -249,6 +268,7 @@ class PageTable:
             (b.loaded_at, NEVER),
             (b.slot_of, ABSENT),
             (b.flags, 0),
+            (b.present, 0),
             (b.page_at, ABSENT),
             (b.counts, 0),
             (b.now, 0),
@@ -300,7 +320,7 @@ class PageTable:
         fresh = np.arange(slots - 1, self.slots[bank] - 1, -1, dtype=np.int32)
         b.num_free[bank] = len(kept) + len(fresh)
         b.free[bank, : b.num_free[bank]] = np.concatenate([fresh, kept])
-        self.slots[bank] = slots
+        self.slots[bank] = b.num_slots[bank] = slots
 
     # --- checking --------------------------------------------------------------------------------
 
@@ -318,6 +338,9 @@ class PageTable:
                 raise InvariantError(f"bank {bank}: the two directions of the table disagree")
         if np.count_nonzero(self.resident) != np.count_nonzero(b.page_at != ABSENT):
             raise InvariantError("a page is said to be resident but lies in no slot")
+        present = np.unpackbits(b.present.view(np.uint8), bitorder="little")
+        if np.any(present[: self.geometry.num_pages] != self.resident):
+            raise InvariantError("the bits of the resident pages disagree with the table")
         counts = self.counters()
         if counts.hits + counts.misses != counts.accesses:
             raise InvariantError("hits and misses do not add up to accesses")

@@ -12,6 +12,7 @@ The host validates every answer and contains faults (see ``guard``); policies ne
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=np.generic)
 
-ScoreKernel = Callable[[int, int, int, int, int], float]
+ScoreKernel = Callable[..., float]
 
 
 class PageView:
@@ -50,7 +51,8 @@ class PageView:
         self.last_use = read_only(table.books.last_use)
         self.use_count = read_only(table.books.use_count)
         self.loaded_at = read_only(table.books.loaded_at)
-        self._next_use = None if next_use is None else read_only(next_use)
+        #: ``next_use`` as the simulator keeps it up to date; for the host only.
+        self.future = next_use
         self.num_layers = table.geometry.num_layers
         self.experts_per_layer = table.geometry.experts_per_layer
         self.rng = np.random.default_rng(seed)
@@ -81,9 +83,9 @@ class PageView:
 
     @property
     def next_use(self) -> Int64s:
-        if self._next_use is None:
+        if self.future is None:
             raise AttributeError("next_use is known in the simulator only (needs_future = True)")
-        return self._next_use
+        return read_only(self.future)
 
     def page_of(self, layer: int, experts: npt.ArrayLike) -> Int64s:
         """The pages of ``experts`` of a layer."""
@@ -100,13 +102,16 @@ def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
 class EvictionPolicy:
     """Decides which resident page is worth least. Only ``score`` is required.
 
-    In place of ``score``, ``score_kernel`` or ``select`` will do.
+    In place of ``score``, ``score_kernel``, ``make_kernel`` or ``select`` will do.
 
     Class attributes:
         stable_score: Promise that a page's score changes only when it is accessed or loaded. The
             host then keeps the pages in order and asks for scores only after a change.
         score_kernel: A static function ``(last_use, use_count, loaded_at, event, page) -> float``
-            in the subset of Python that numba compiles; used instead of ``score``.
+            in the subset of Python that numba compiles; used instead of ``score``. It divides as
+            numpy does: by zero gives an infinity or NaN. More parameters may follow, by name:
+            ``distance`` (layers until the page's layer has its turn, 1…num_layers), ``layer``
+            (that of the page), ``num_layers``, and for oracles ``next_use``.
         needs_future: An oracle that reads ``view.next_use``: refused outside the simulator.
     """
 
@@ -125,12 +130,30 @@ class EvictionPolicy:
             ``len(pages)`` numbers of any integer or float dtype; ±inf allowed, NaN is an error.
             Must be pure; called on the engine's thread only.
         """
-        kernel = type(self).score_kernel
+        kernel = self.make_kernel(view)
         if kernel is None:
             raise NotImplementedError(f"{type(self).__name__} has no score, score_kernel or select")
-        columns = view.last_use[pages], view.use_count[pages], view.loaded_at[pages]
-        rows = zip(*(column.tolist() for column in columns), pages.tolist(), strict=True)
-        return [kernel(last, count, at, view.event, page) for last, count, at, page in rows]
+        layer = pages // view.experts_per_layer
+        named = {
+            "distance": (layer - view.layer - 1) % view.num_layers + 1,
+            "layer": layer,
+            "num_layers": np.full_like(pages, view.num_layers),
+            "next_use": np.zeros_like(pages) if view.future is None else view.future[pages],
+        }
+        columns = [
+            *(view.last_use[pages], view.use_count[pages], view.loaded_at[pages]),
+            *(np.full_like(pages, view.event), pages),
+        ]
+        columns += [named[name] for name in [*inspect.signature(kernel).parameters][len(columns) :]]
+        return [kernel(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+    def make_kernel(self, view: PageView) -> ScoreKernel | None:
+        """The score kernel of this object, for kernels that depend on its options or on the model.
+
+        Called once, before the first event. It may be a function that closes over numbers, which
+        then are constants to the compiler. By default it is the class's ``score_kernel``.
+        """
+        return type(self).score_kernel
 
     def on_access(self, view: PageView, access: Access) -> None:
         """An event has begun; ``last_use`` and ``use_count`` are up to date, nothing is loaded."""

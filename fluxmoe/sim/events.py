@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.jit import jit
 from fluxmoe.core.policy import PageView
+from fluxmoe.core.replay import EventList
 from fluxmoe.core.types import Int64s, Phase
 from fluxmoe.sim.trace import EventBlock, TraceMeta, TraceReader
 
@@ -22,13 +23,11 @@ class Future:
 
     Attributes:
         first: int64 ``[P]``, the event that uses the page first.
-        pages: int64 ``[A]``, the page of every pair, in the order of ``Events.ids``.
-        later: int64 ``[A]``, the next event after the pair's own that uses the pair's page.
-            ``PageView.NO_NEXT_USE`` where there is none, as in ``first``.
+        later: int64 ``[A]``, the next event after the pair's own that uses the pair's page, in the
+            order of ``Events.ids``. ``PageView.NO_NEXT_USE`` where there is none, as in ``first``.
     """
 
     first: Int64s
-    pages: Int64s
     later: Int64s
 
 
@@ -84,10 +83,15 @@ class Events:
     def future(self) -> Future:
         """The next use of every page at every event, from one pass backwards."""
         first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)
-        pages, later = np.empty((2, self.ids.size), np.int64)
+        later = np.empty(self.ids.size, np.int64)
         experts, block = self.meta.experts_per_layer, self._block
-        _look_ahead(block.layer, block.offsets, block.ids, experts, first, pages, later)
-        return Future(first, pages, later)
+        _look_ahead(block.layer, block.offsets, block.ids, experts, first, later)
+        return Future(first, later)
+
+    def list(self, *, oracle: bool) -> EventList:
+        """The events as the replay takes them; with their future if the policy is an oracle."""
+        later = self.future.later if oracle else np.zeros(0, np.int64)
+        return EventList(*self._block, later)
 
 
 @jit
@@ -110,13 +114,11 @@ def _look_ahead(
     ids: npt.NDArray[np.int32],
     experts: int,
     upcoming: Int64s,
-    pages: Int64s,
     later: Int64s,
 ) -> None:
     for event in range(layer.size - 1, -1, -1):
         for i in range(offsets[event], offsets[event + 1]):
-            pages[i] = np.int64(layer[event]) * experts + ids[i]
-            later[i] = upcoming[pages[i]]
+            later[i] = upcoming[np.int64(layer[event]) * experts + ids[i]]
         # Only now: an expert that several tokens share must not see its own event as the next.
         for i in range(offsets[event], offsets[event + 1]):
-            upcoming[pages[i]] = event
+            upcoming[np.int64(layer[event]) * experts + ids[i]] = event

@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fluxmoe import plugins
 from fluxmoe.core.banks import spread
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
-from fluxmoe.core.types import Int64s
+from fluxmoe.core.replay import replay
 from fluxmoe.errors import CapacityError, ConfigError
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.sim.capacity import pages_of
@@ -86,8 +88,8 @@ class Simulation:
         fetcher: PrefetchPolicy = registry.create("prefetch", prefetch)
         self.oracle = evictor.needs_future
         table = _table(events, self._capacity, banks, f"capacity {capacity}")
-        self._next_use = events.future.first.copy() if self.oracle else None
-        view = PageView(table, next_use=self._next_use)
+        future = events.future.first.copy() if self.oracle else None
+        view = PageView(table, next_use=future)
         self._eviction = EvictionGuard(evictor, view, name=self.policy, strict=strict)
         self._fetching = PrefetchGuard(fetcher, view, name=self._prefetch, strict=strict)
         self._rule = EventRule(table, self._eviction, self._fetching)
@@ -98,28 +100,10 @@ class Simulation:
         Raises:
             PolicyFaultError: A policy failed, and ``strict`` is set.
         """
-        if self._next_use is None:
-            self._replay()
-        else:
-            self._replay_knowing(self._next_use)
+        events = self._events.list(oracle=self.oracle)
+        missed = np.zeros(len(self._events), np.int32)
+        replay(self._rule, events, 0, len(missed), missed)
         return self._result(self._events.meta)
-
-    def _replay(self) -> None:
-        run, table, ids = self._rule.run, self._rule.table, self._events.ids
-        for step, layer, phase, where in self._events:
-            table.phase = phase
-            run(step, layer, ids[where])
-
-    def _replay_knowing(self, next_use: Int64s) -> None:
-        run, table, ids = self._rule.run, self._rule.table, self._events.ids
-        pages, later = self._events.future.pages, self._events.future.later
-        for step, layer, phase, where in self._events:
-            table.phase = phase
-            # Before the rule runs: it marks the event's pages as accessed and may score them at
-            # once, when they must already look past this event. No other page's next use changes,
-            # and none of the other pages is used by this event, so none of theirs is outdated.
-            next_use[pages[where]] = later[where]
-            run(step, layer, ids[where])
 
     def _result(self, meta: TraceMeta) -> Result:
         counted, size = self._rule.table.counters(), meta.page_bytes

@@ -164,8 +164,8 @@ def stable_kernel(r: Reference, page: int) -> float:
 
 def next_use(r: Reference, page: int) -> float:
     distance = (page // r.experts - r.layer - 1) % r.layers + 1
-    probability = min(1.0, (lfu(r, page) + 0.5) / (r.now / r.layers + 1 + 1.0))
-    return -(distance + (1.0 / probability - 1.0) * r.layers)
+    tries = max(1.0, (r.now / r.layers + 1 + 1.0) / (lfu(r, page) + 0.5))
+    return -(distance + (tries - 1.0) * r.layers)
 
 
 def lfru(r: Reference, page: int) -> float:
@@ -173,5 +173,5 @@ def lfru(r: Reference, page: int) -> float:
     turns = len(range(own, r.now + 1, r.layers))
     missed = (r.now - lru(r, page)) // r.layers
     distance = (own - r.layer - 1) % r.layers + 1
-    probability = min(1.0, (lfu(r, page) + 0.5) / (turns + 1.0))
-    return -(distance + (1.0 / probability - 1.0 + 0.3 * missed) * r.layers)
+    tries = max(1.0, (turns + 1.0) / (lfu(r, page) + 0.5))
+    return -(distance + (tries - 1.0 + 0.3 * missed) * r.layers)

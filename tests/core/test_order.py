@@ -22,14 +22,15 @@ scores = st.one_of(
 class Both:
     """A heap, and the truth."""
 
-    def __init__(self, banks: int) -> None:
+    def __init__(self, banks: int, experts: int = EXPERTS) -> None:
+        self.experts, self.pages = experts, LAYERS * experts
         self.table = PageTable(
-            Geometry(LAYERS, EXPERTS),
-            [PAGES] * banks,
+            Geometry(LAYERS, experts),
+            [self.pages] * banks,
             bank_of=[layer % banks for layer in range(LAYERS)],
         )
         self.books = self.table.books
-        self.heap = order.new_heap(PAGES, banks)
+        self.heap = order.new_heap(self.pages, *self.books.page_at.shape)
         self.truth: dict[int, float] = {}
 
     def score(self, changes: dict[int, float]) -> None:
@@ -56,7 +57,7 @@ class Both:
         expected = sorted(
             (score, page)
             for page, score in self.truth.items()
-            if page not in spared and self.table.bank(page // EXPERTS) == bank
+            if page not in spared and self.table.bank(page // self.experts) == bank
         )[:count]
         out = np.full(count, -1, np.int64)
         found = order.choose(self.heap, self.books, bank, count, protect, out)
@@ -130,6 +131,31 @@ def test_a_page_that_left_unnoticed_and_came_back_is_ordered_by_its_new_score():
         both.drop(0)
         both.score({0: new})
         both.choose(0, 3, set(), set(), False)
+
+
+@given(st.integers(1, 2), st.integers(0, 2**32), st.sampled_from(["few", "many", "rising"]))
+@settings(max_examples=60, deadline=None)
+def test_a_large_bank_keeps_a_part_in_the_heap_and_chooses_as_a_sort(banks, seed, values):
+    rng = np.random.default_rng(seed)
+    both = Both(banks, experts=150)
+    partial = 0
+    for turn in range(40):
+        chosen = rng.choice(both.pages, rng.integers(1, 120), replace=False).tolist()
+        drawn = {
+            "few": rng.integers(0, 3, len(chosen)),
+            "many": rng.normal(size=len(chosen)),
+            "rising": np.full(len(chosen), turn),
+        }[values]
+        both.score(dict(zip(chosen, drawn.astype(float).tolist(), strict=True)))
+        running = set(rng.choice(chosen, min(3, len(chosen)), replace=False).tolist())
+        held = set(rng.choice(both.pages, 20).tolist())
+        both.choose(turn % banks, int(rng.integers(1, 60)), running, held, bool(turn % 3))
+        partial += int((both.heap.limit_page < both.pages).any())
+        for page in rng.choice(both.pages, 2).tolist():
+            both.drop(page)
+    for bank in range(banks):
+        both.choose(bank, both.pages, set(), set(), False)
+    assert partial or banks == 2
 
 
 def test_clear_empties_the_heap():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmoe.core.policy import EvictionPolicy, PageView
-from fluxmoe.core.types import Int64s
+from fluxmoe.core.policy import EvictionPolicy
 
 
 class Belady(EvictionPolicy):
@@ -12,5 +11,8 @@ class Belady(EvictionPolicy):
     stable_score = True
     needs_future = True
 
-    def score(self, view: PageView, pages: Int64s) -> Int64s:
-        return -view.next_use[pages]
+    @staticmethod
+    def score_kernel(
+        last_use: int, use_count: int, loaded_at: int, event: int, page: int, next_use: int
+    ) -> float:
+        return -float(next_use)

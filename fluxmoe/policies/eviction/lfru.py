@@ -10,11 +10,9 @@ come round again, which is where lru, and lfu with a bonus for age, go wrong on 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy import EvictionPolicy, PageView
-from fluxmoe.core.types import Int64s
+from fluxmoe.core.policy import EvictionPolicy, PageView, ScoreKernel
 
 
 class LfruOptions(BaseModel):
@@ -35,14 +33,21 @@ class LeastFrequentlyRecentlyUsed(EvictionPolicy):
     def __init__(self, recency: float = 0.3) -> None:
         self._recency = recency
 
-    def score(self, view: PageView, pages: Int64s) -> npt.NDArray[np.float64]:
-        layers = view.num_layers
-        layer = pages // view.experts_per_layer
-        turns = (view.event - layer) // layers + 1  # those that the page's layer has had
-        missed = (view.event - view.last_use[pages]) // layers
-        # One use in two turns is assumed of a page that was never seen, and washes out.
-        probability = np.minimum(1.0, (view.use_count[pages] + 0.5) / (turns + 1.0))
-        distance = (layer - view.layer - 1) % layers + 1
-        waits = 1.0 / probability - 1.0 + self._recency * missed
-        wait: npt.NDArray[np.float64] = distance + waits * layers
-        return -wait
+    def make_kernel(self, view: PageView) -> ScoreKernel:
+        recency = self._recency
+
+        def kernel(
+            last_use: int, use_count: int, loaded_at: int, event: int, page: int,
+            distance: int, layer: int, num_layers: int,
+        ) -> float:  # fmt: skip
+            # Whole divisions in floating point: exact far beyond any event number, and the
+            # processor does several at a time.
+            rounds = np.floor(event / num_layers)
+            turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
+            missed = np.floor((event - last_use) / num_layers)
+            # One over the probability; one use in two turns is assumed of a page that was never
+            # seen, and washes out.
+            tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
+            return -float(distance + (tries - 1.0 + recency * missed) * num_layers)
+
+        return kernel

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmoe.core.policy import EvictionPolicy, PageView
-from fluxmoe.core.types import Int64s
+from fluxmoe.core.policy import EvictionPolicy
 
 
 class LeastRecentlyUsed(EvictionPolicy):
@@ -11,5 +10,6 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     stable_score = True
 
-    def score(self, view: PageView, pages: Int64s) -> Int64s:
-        return view.last_use[pages]
+    @staticmethod
+    def score_kernel(last_use: int, use_count: int, loaded_at: int, event: int, page: int) -> float:
+        return float(last_use)

@@ -9,21 +9,19 @@ scans, where LRU hits nothing. Where routing is sparse, p dominates.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-from fluxmoe.core.policy import EvictionPolicy, PageView
-from fluxmoe.core.types import Int64s
+from fluxmoe.core.policy import EvictionPolicy
 
 
 class NextUse(EvictionPolicy):
     """Evict the page with the longest expected time to its next use."""
 
-    def score(self, view: PageView, pages: Int64s) -> npt.NDArray[np.float64]:
-        layers = view.num_layers
-        distance = (pages // view.experts_per_layer - view.layer - 1) % layers + 1
-        turns = view.event / layers + 1
-        # One use in two turns is assumed of a page that was never seen, and washes out.
-        probability = np.minimum(1.0, (view.use_count[pages] + 0.5) / (turns + 1.0))
-        wait: npt.NDArray[np.float64] = distance + (1.0 / probability - 1.0) * layers
-        return -wait
+    @staticmethod
+    def score_kernel(
+        last_use: int, use_count: int, loaded_at: int, event: int, page: int,
+        distance: int, num_layers: int,
+    ) -> float:  # fmt: skip
+        turns = event / num_layers + 1
+        # One over the probability; one use in two turns is assumed of a page that was never seen,
+        # and washes out.
+        tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
+        return -(distance + (tries - 1.0) * num_layers)

@@ -1,0 +1,188 @@
+"""Chooser: victims for a policy with a compiled score kernel, without a call into Python.
+
+A kernel with stable scores keeps the heap of ``order``. Any other kernel scores all pages of the
+bank anew for every event that is short of slots; what it reads then lies in *columns*, one row per
+slot, which are put right from the dirty list, so that the loop over them needs no gather.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.jit import jit
+from fluxmoe.core.kernel import Rows
+from fluxmoe.core.lowest import ascending, not_above, offer
+from fluxmoe.core.order import VictimHeap, choose, update
+from fluxmoe.core.pages import (
+    ABSENT,
+    DIRTIES,
+    DIRTY,
+    EVENT,
+    LAYER,
+    PROTECTED,
+    Books,
+    PageTable,
+    mark_dirty,
+)
+from fluxmoe.core.types import Int64s
+
+#: What ``victims`` returns when the kernel has raised or given NaN: nothing has changed.
+FAILED = -1
+
+
+class Columns(NamedTuple):
+    """What the kernel reads. ``[B, M]``: a row per slot; for stable scores ``[1, P]``, scratch."""
+
+    last_use: Int64s
+    use_count: Int64s
+    loaded_at: Int64s
+    page: Int64s
+    layer: Int64s
+    next_use: Int64s
+    score: npt.NDArray[np.float64]
+    kept: npt.NDArray[np.float64]  # [P] scratch
+
+
+class Chooser(NamedTuple):
+    """A kernel's memory. ``next_use`` is the view's, ``[P]`` for oracles and ``[0]`` for others."""
+
+    columns: Columns
+    next_use: Int64s
+    dirty: Int64s  # [P] scratch
+
+
+def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> Chooser:
+    """The memory of a kernel over the pages of a table."""
+    pages = table.geometry.num_pages
+    shape = (1, pages) if stable else table.books.page_at.shape
+    columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in Rows._fields}
+    return Chooser(
+        columns=Columns(**columns, score=np.zeros(shape), kept=np.zeros(pages)),
+        next_use=np.zeros(0, np.int64) if next_use is None else next_use,
+        dirty=np.zeros(pages, np.int64),
+    )
+
+
+@jit
+def take_dirty(b: Books, out: Int64s) -> int:
+    """Move the dirty pages that may be evicted into ``out``; how many.
+
+    Pages of the running event stay dirty: they are no candidates yet. Absent pages are scored when
+    they have come back.
+    """
+    n = kept = 0
+    for i in range(b.now[DIRTIES]):
+        page = b.dirty[i]
+        if b.slot_of[page] == ABSENT:
+            b.flags[page] &= ~np.uint8(DIRTY)
+        elif b.last_use[page] == b.now[EVENT]:
+            b.dirty[kept] = page
+            kept += 1
+        else:
+            b.flags[page] &= ~np.uint8(DIRTY)
+            out[n] = page
+            n += 1
+    b.now[DIRTIES] = kept
+    return n
+
+
+@jit
+def victims(
+    b: Books,
+    heap: VictimHeap | None,
+    c: Chooser,
+    entry: Any,
+    bank: int,
+    count: int,
+    protect: bool,
+    out: Int64s,
+) -> int:
+    """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first; how many.
+
+    The rule is point 4 of the event rule: never a page of the running event, a protected one only
+    if ``protect`` is false. ``heap`` is for stable scores, None for others; ``entry`` is that of a
+    ``kernel.Kernel``. The caller evicts the victims.
+
+    Returns:
+        Their number, or ``FAILED``.
+    """
+    n = take_dirty(b, c.dirty)
+    if heap is not None:  # decided when it is compiled: only one of the two is
+        if n != 0 and not _score_dirty(b, heap, c, entry, n):
+            return FAILED
+        return choose(heap, b, bank, count, protect, out)
+    for i in range(n):
+        page = c.dirty[i]
+        _put(b, c, b.bank_of[b.layer_of[page]], b.slot_of[page], page)
+    return _scan(b, c, entry, bank, count, protect, out)
+
+
+@jit
+def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
+    columns = c.columns
+    columns.last_use[at, row] = b.last_use[page]
+    columns.use_count[at, row] = b.use_count[page]
+    columns.loaded_at[at, row] = b.loaded_at[page]
+    columns.page[at, row] = page
+    columns.layer[at, row] = b.layer_of[page]
+    if c.next_use.size:
+        columns.next_use[at, row] = c.next_use[page]
+
+
+@jit
+def _run(b: Books, c: Chooser, entry: Any, at: int, rows: int) -> bool:
+    """Score the first rows; whether the kernel did not raise."""
+    k = c.columns
+    failed = entry(
+        k.last_use[at], k.use_count[at], k.loaded_at[at], k.page[at], k.layer[at], k.next_use[at],
+        b.now[EVENT], b.now[LAYER], b.bank_of.size, rows, k.score[at],
+    )  # fmt: skip
+    return bool(failed == 0)
+
+
+@jit
+def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> bool:
+    """Note the scores of the dirty pages; if the kernel fails they stay dirty."""
+    for i in range(n):
+        _put(b, c, 0, i, c.dirty[i])
+    scores = c.columns.score[0][:n]
+    good = _run(b, c, entry, 0, n)
+    for i in range(n):
+        good &= scores[i] == scores[i]
+    if not good:
+        for i in range(n):
+            mark_dirty(b, c.dirty[i])
+        return False
+    update(heap, b, c.dirty[:n], scores)
+    return True
+
+
+@jit
+def _scan(
+    b: Books, c: Chooser, entry: Any, bank: int, count: int, protect: bool, out: Int64s
+) -> int:
+    """Score every slot of a bank and keep the lowest. Rows of other than candidates are noise."""
+    slots, kept, scores = b.num_slots[bank], c.columns.kept, c.columns.score[bank]
+    if not _run(b, c, entry, bank, slots):
+        return FAILED
+    found = 0
+    for slot in range(slots):
+        score = scores[slot]
+        if found == count and score > kept[0]:  # nearly always, and false for NaN
+            continue
+        page = b.page_at[bank, slot]
+        if (
+            page == ABSENT
+            or b.last_use[page] == b.now[EVENT]
+            or (protect and b.flags[page] & PROTECTED)
+        ):
+            continue
+        if score != score:
+            return FAILED
+        if found < count or not_above(score, page, kept[0], out[0]):
+            found = offer(kept, out, found, count, score, page)
+    ascending(kept, out, found)
+    return found

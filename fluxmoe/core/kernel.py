@@ -1,0 +1,128 @@
+"""Score kernels: a policy's formula for one page, compiled into a loop over the pages of a table.
+
+The event rule calls the loop through a function pointer (``Kernel.entry``), so the rule itself is
+compiled once and kept on disk, while the policy's formula is inlined into its own loop, where the
+compiler can make it score eight pages at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba import types
+
+from fluxmoe.core.types import Int64s
+
+#: What a kernel may ask for after its first five parameters, by the parameter's name.
+EXTRAS = ("distance", "layer", "num_layers", "next_use")
+
+_FIRST = ("last_use", "use_count", "loaded_at", "event", "page")
+_INTS, _FLOATS = types.Array(types.int64, 1, "C"), types.Array(types.float64, 1, "C")
+_ENTRY = types.int64(*[_INTS] * 6, types.int64, types.int64, types.int64, types.int64, _FLOATS)
+
+
+class Rows(NamedTuple):
+    """What kernels read, one row per page, in an order of the caller's. Each int64 ``[n]``."""
+
+    last_use: Int64s
+    use_count: Int64s
+    loaded_at: Int64s
+    page: Int64s
+    layer: Int64s  # of the page
+    next_use: Int64s  # filled for oracles only
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A compiled score kernel.
+
+    Attributes:
+        entry: For compiled callers: ``entry(*rows, event, layer, num_layers, n, out)`` writes the
+            scores of the first ``n`` rows into ``out``; 0, or 1 if the kernel has raised.
+        fill: The same for Python, where an exception of the kernel arrives as itself.
+    """
+
+    entry: Any
+    fill: Callable[..., None]
+
+    def scores(
+        self, rows: Rows, event: int, layer: int, num_layers: int
+    ) -> npt.NDArray[np.float64]:
+        """The score of every row. Raises what the kernel raises."""
+        out = np.empty(len(rows.page))
+        self.fill(*rows, event, layer, num_layers, len(out), out)
+        return out
+
+
+def compile_kernel(function: Callable[..., float]) -> Kernel:
+    """Compile a kernel of the signature that ``EvictionPolicy.score_kernel`` describes.
+
+    Division follows numpy: by zero it gives an infinity or NaN and does not raise, since a branch
+    per page would keep the loop from being vectorised. The same function, or another one of the
+    same code and closure, is compiled once in a process.
+
+    Raises:
+        TypeError: Too few parameters, or one that is not known.
+        Exception: Whatever numba says about code that it cannot compile.
+    """
+    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    key = function.__code__, id(function.__globals__), function.__defaults__, cells
+    try:
+        known = _compiled.get(key)
+    except TypeError:  # something in its closure cannot be compared
+        return _compile(function)
+    if known is None:
+        known = _compiled[key] = _compile(function), function
+    return known[0]
+
+
+#: Kernels by code and closure; the function is kept so that the identity of its globals stays.
+_compiled: dict[object, tuple[Kernel, Callable[..., float]]] = {}
+
+
+def _compile(function: Callable[..., float]) -> Kernel:
+    extras = tuple(inspect.signature(function).parameters)[len(_FIRST) :]
+    unknown = [name for name in extras if name not in EXTRAS]
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no parameter of a kernel; known: {', '.join(EXTRAS)}")
+    integers = [types.int64] * (len(_FIRST) + len(extras))
+    one = numba.njit(types.float64(*integers), nogil=True, error_model="numpy")(function)
+    # The names are ours, from _FIRST and EXTRAS: a call that passes on what the kernel asks for.
+    call = f"lambda {', '.join(_FIRST + EXTRAS)}: one({', '.join(_FIRST + extras)})"
+    return _looped(numba.njit(nogil=True, error_model="numpy")(eval(call, {"one": one})))
+
+
+def _looped(score: Any) -> Kernel:
+    @numba.njit(nogil=True, error_model="numpy")
+    def fill(  # type: ignore[no-untyped-def]
+        last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
+    ):
+        for i in range(n):
+            distance = layer_of[i] - layer
+            distance += layers if distance <= 0 else 0
+            out[i] = score(
+                last_use[i], use_count[i], loaded_at[i], event, page[i],
+                distance, layer_of[i], layers, next_use[i],
+            )  # fmt: skip
+
+    @numba.cfunc(_ENTRY, nopython=True)
+    def entry(  # type: ignore[no-untyped-def]
+        last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
+    ):
+        # An exception cannot pass a function pointer: the caller is told, and Python asks again.
+        try:
+            fill(
+                last_use, use_count, loaded_at, page, layer_of, next_use,
+                event, layer, layers, n, out,
+            )  # fmt: skip
+        except Exception:
+            return 1
+        return 0
+
+    return Kernel(entry, fill)

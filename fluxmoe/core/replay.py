@@ -1,0 +1,198 @@
+"""Many events at once: the functions of the event rule in a compiled loop over a trace.
+
+``EventRule.run`` goes from Python into compiled code and back several times per event, because a
+policy may want to have its say. Where it has none between events, or is a compiled kernel, that
+trip costs more than the rule itself. ``replay`` makes it as seldom as the policy allows. The rule
+is not written down again here: ``open_event``, ``victims``, ``evict`` and ``load_missing`` are the
+functions that the pager calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.chooser import FAILED, Chooser, victims
+from fluxmoe.core.event import EventRule, candidates, evict, load_missing, open_event
+from fluxmoe.core.jit import jit
+from fluxmoe.core.order import VictimHeap
+from fluxmoe.core.pages import C_EVICTIONS, LAYER, MISSES, Books
+from fluxmoe.core.types import Int64s, Phase
+
+Int32s = npt.NDArray[np.int32]
+
+
+class EventList(NamedTuple):
+    """N events of a trace. Event ``i`` routes to ``ids[offsets[i]:offsets[i + 1]]``.
+
+    ``step`` int32, ``layer`` int16, ``phase`` int8 (``types.Phase``), each ``[N]``; ``offsets``
+    int64 ``[N + 1]``; ``ids`` int32, repeats allowed. ``later`` int64, as long as ``ids``: the next
+    event that uses the same page, or empty where no policy asks.
+    """
+
+    step: npt.NDArray[np.int32]
+    layer: npt.NDArray[np.int16]
+    phase: npt.NDArray[np.int8]
+    offsets: Int64s
+    ids: npt.NDArray[np.int32]
+    later: Int64s
+
+
+def replay(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> None:
+    """Run events ``begin`` … ``end - 1``. Event numbers of the books and of the list must agree.
+
+    Args:
+        rule: The event rule, after ``begin`` events.
+        events: What to run.
+        begin, end: Which part, so that the caller can show progress.
+        missed: int32 ``[N]``, filled with the misses of every event.
+
+    Raises:
+        PolicyFaultError: A policy failed, and is guarded strictly.
+    """
+    quiet = rule.eviction.scored and not rule.prefetches
+    while begin < end:
+        if quiet and rule.eviction.kernel is not None:
+            begin = _with_kernel(rule, events, begin, end, missed)
+        elif quiet:
+            begin = _with_scores(rule, events, begin, end, missed)
+        else:
+            begin = _event_by_event(rule, events, begin, end, missed)
+
+
+def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
+    """Until ``end``, or until the event after one in which the kernel failed; where it is."""
+    kernel = rule.eviction.kernel
+    assert kernel is not None
+    table = rule.table
+    at = _run_kernel(
+        table.books,
+        rule.heap,
+        rule.chooser,
+        kernel.entry,
+        events,
+        begin,
+        end,
+        missed,
+        rule.scratch,
+    )
+    if at < end:
+        table.phase = Phase(int(events.phase[at]))
+        rule.admit()  # asks the kernel again, through the guard, which contains the failure
+        at += 1
+    return at
+
+
+def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
+    """All events, with one trip for each that is short of slots."""
+    table, guard, books, pages = rule.table, rule.eviction, rule.table.books, rule.scratch
+    future = rule.chooser.next_use
+    at, last = begin - 1, -1
+    chosen = np.zeros(0, np.int64)
+    while True:
+        at, short, n = _run_until_short(books, future, events, at, end, chosen, missed, pages)
+        if at >= end:
+            return end
+        if events.phase[at] != last:
+            last = events.phase[at]
+            table.phase = Phase(int(last))
+        if guard.stable:
+            chosen = rule.victims(table.bank(table.layer), short, protect=False)
+        else:
+            chosen = guard.choose(pages[:n].copy(), short)
+
+
+def _event_by_event(
+    rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s
+) -> int:
+    """All events, each with every call that a policy asks for."""
+    table, now, future = rule.table, rule.table.books.now, rule.chooser.next_use
+    for at in range(begin, end):
+        step, layer = int(events.step[at]), int(events.layer[at])
+        table.phase = Phase(int(events.phase[at]))
+        if future.size:
+            look_ahead(future, events, at, table.geometry.experts_per_layer)
+        rule.run(step, layer, events.ids[events.offsets[at] : events.offsets[at + 1]])
+        missed[at] = now[MISSES]
+    return end
+
+
+@jit
+def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None:
+    """Let the event's pages look past the event; ``future`` is what oracles see, ``[P]``.
+
+    Before the event is run: it marks its pages as accessed and may score them at once. No other
+    page's next use changes, and none of the other pages is used by this event, so none of theirs
+    is outdated.
+    """
+    first = np.int64(events.layer[at]) * experts
+    for i in range(events.offsets[at], events.offsets[at + 1]):
+        future[first + events.ids[i]] = events.later[i]
+
+
+@jit
+def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) -> int:
+    """Open an event; how many slots it is short of."""
+    if future.size:
+        look_ahead(future, events, at, b.tokens.size)
+    ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
+    misses = open_event(b, events.step[at], events.layer[at], ids, ids[:0])
+    missed[at] = misses
+    return int(misses - b.num_free[b.bank_of[events.layer[at]]])
+
+
+@jit
+def _run_kernel(
+    b: Books,
+    heap: VictimHeap | None,
+    c: Chooser,
+    entry: Any,
+    events: EventList,
+    begin: int,
+    end: int,
+    missed: Int32s,
+    scratch: Int64s,
+) -> int:
+    """Run events until ``end``; the event in which the kernel failed if it did, open."""
+    for at in range(begin, end):
+        short = _open(b, c.next_use, events, at, missed)
+        if short > 0:
+            # Without prefetch no page is protected.
+            bank = b.bank_of[b.now[LAYER]]
+            found = victims(b, heap, c, entry, bank, short, False, scratch)
+            if found == FAILED:
+                return at
+            evict(b, scratch[:found], C_EVICTIONS)
+        if missed[at]:
+            load_missing(b)
+    return end
+
+
+@jit
+def _run_until_short(
+    b: Books,
+    future: Int64s,
+    events: EventList,
+    at: int,
+    end: int,
+    chosen: Int64s,
+    missed: Int32s,
+    pages: Int64s,
+) -> tuple[int, int, int]:
+    """Finish event ``at`` with the victims ``chosen``, then run on to one that is short of slots.
+
+    Returns:
+        That event, open, or ``end``; the slots it is short of; how many candidates ``pages`` has.
+    """
+    if chosen.size:
+        evict(b, chosen, C_EVICTIONS)
+        load_missing(b)
+    for i in range(at + 1, end):
+        short = _open(b, future, events, i, missed)
+        if short > 0:
+            return i, short, candidates(b, b.bank_of[b.now[LAYER]], False, pages)
+        if missed[i]:
+            load_missing(b)
+    return end, 0, 0
