@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import event_cost, http, serving
+from benchmarks import event_cost, http, serving, simulator
 from benchmarks.identity import command as identity
 
-BENCHMARKS = {"event_cost": event_cost.main, "http": http.main, "serving": serving.main}
+BENCHMARKS = {
+    "event_cost": event_cost.main,
+    "http": http.main,
+    "serving": serving.main,
+    "simulator": simulator.main,
+}
 #: What compares answers instead of times; it takes hours and is run by name only.
 CHECKS = {"identity": identity.main}
 

@@ -52,7 +52,7 @@ class FaultCounter:
 
     def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
         """Whatever a method answers, not yet validated; None after a fault, or if it is out."""
-        answer = self._call(method, function, args)
+        answer = self.call(method, function, args)
         if answer is None:
             self.note(method, "gave None")
         return None if answer is _NO_ANSWER else answer
