@@ -17,7 +17,7 @@ import random
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.jit import jit
+from fluxmoe.core.jit import jit_allocating
 from fluxmoe.core.types import Int64s, Ints
 
 Floats = npt.NDArray[np.float64]
@@ -27,7 +27,7 @@ WINDOW = 32
 _NEVER = -1
 
 
-@jit
+@jit_allocating
 def sample(
     last_use: Int64s,
     first: int,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fluxmoe.core.chooser import FAILED, Chooser, victims
 from fluxmoe.core.event import EventRule, candidates, evict, load_missing, open_event
 from fluxmoe.core.jit import jit
+from fluxmoe.core.order import VictimHeap
 from fluxmoe.core.pages import C_EVICTIONS, LAYER, MISSES, Books
 from fluxmoe.core.types import Int64s, Phase
 
@@ -67,7 +68,15 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
     assert kernel is not None
     table = rule.table
     at = _run_kernel(
-        table.books, rule.chooser, kernel.entry, events, begin, end, missed, rule.scratch
+        table.books,
+        rule.heap,
+        rule.chooser,
+        kernel.entry,
+        events,
+        begin,
+        end,
+        missed,
+        rule.scratch,
     )
     if at < end:
         table.phase = Phase(int(events.phase[at]))
@@ -137,6 +146,7 @@ def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) 
 @jit
 def _run_kernel(
     b: Books,
+    heap: VictimHeap | None,
     c: Chooser,
     entry: Any,
     events: EventList,
@@ -151,7 +161,7 @@ def _run_kernel(
         if short > 0:
             # Without prefetch no page is protected.
             bank = b.bank_of[b.now[LAYER]]
-            found = victims(b, c, entry, bank, short, False, scratch)
+            found = victims(b, heap, c, entry, bank, short, False, scratch)
             if found == FAILED:
                 return at
             evict(b, scratch[:found], C_EVICTIONS)
