@@ -133,6 +133,7 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
     """Move the pages of a bank that lie in slots ``slots …`` into free slots below; how many.
 
     ``moved[i]`` lay in slot ``source[i]``. There must be a free slot below for each of them.
+    Scores are kept by slot (``order``, ``chooser``): those of the moved pages are computed anew.
     """
     n = 0
     for slot in range(slots, b.page_at.shape[1]):
@@ -146,6 +147,7 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
         b.page_at[bank, source[i]] = ABSENT
         b.page_at[bank, free] = moved[i]
         b.slot_of[moved[i]] = free
+        mark_dirty(b, moved[i])
     # The stack of free slots anew, the lowest on top.
     b.num_free[bank] = 0
     for slot in range(slots - 1, -1, -1):
