@@ -340,8 +340,14 @@ class EventRule:
         if guard.kernel is not None:
             out = np.empty(count, np.int64)
             event = b, self.heap, self.chooser, guard.kernel.entry, bank, count, protect, out
-            found = guard.limited(victims, *event)
-            if found != FAILED:
+            found = None
+            try:
+                found = guard.limited(victims, *event)
+            finally:
+                if found is None:  # too late: the heap has let go of pages that will stay
+                    for page in np.flatnonzero(self.table.resident).tolist():
+                        mark_dirty(b, page)
+            if found is not None and found != FAILED:
                 return out[:found]
         elif guard.stable and self.heap is not None:
             dirty = self.scratch[: take_dirty(b, self.scratch)]
@@ -359,7 +365,8 @@ class EventRule:
                 return out[: order.choose(self.heap, b, bank, count, protect, out)]
             return guard.least_recent(self._candidates(bank, protect), count)
         # A kernel that failed is asked once more, in the guard, to learn how.
-        return guard.choose(self._candidates(bank, protect), count)
+        pages = self._candidates(bank, protect)
+        return guard.choose(pages, min(count, len(pages)))
 
     def _candidates(self, bank: int, protect: bool) -> Int64s:
         n = candidates(self.table.books, bank, protect, self.scratch)

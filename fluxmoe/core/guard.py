@@ -185,10 +185,10 @@ class EvictionGuard(_Guard):
         """The next use of every page, if the policy knows the future."""
         return self._view.future
 
-    def limited(self, function: Callable[..., int], *args: object) -> int:
-        """Call compiled code that runs the kernel, under the policy's limits of time."""
-        found: int = self._faults.call("score_kernel", function, args)
-        return found
+    def limited(self, function: Callable[..., int], *args: object) -> int | None:
+        """Call compiled code that runs the kernel; None if that took too long."""
+        found = self._faults.call("score_kernel", function, args)
+        return None if found is _NO_ANSWER else found
 
     def reset(self) -> None:
         self._faults.contain("reset", self._policy.reset)

@@ -133,6 +133,7 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
     """Move the pages of a bank that lie in slots ``slots …`` into free slots below; how many.
 
     ``moved[i]`` lay in slot ``source[i]``. There must be a free slot below for each of them.
+    Scores are kept by slot (``order``, ``chooser``): those of the moved pages are computed anew.
     """
     n = 0
     for slot in range(slots, b.page_at.shape[1]):

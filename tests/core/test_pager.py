@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import fluxmoe
+from fluxmoe.core import guard
+from fluxmoe.core.chooser import victims
 from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.errors import (
@@ -22,7 +24,10 @@ from fluxmoe.policies.eviction.immediate import Immediate
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.testing.faults import FaultySubstrate
-from tests.core.rig import FRAME, PAGE_CLASS, Rig
+from tests.core.reference import Reference, kernel, stable_kernel
+from tests.core.rig import FRAME, PAGE_CLASS, HighestPages, Kernel, Rig, StableKernel
+
+reference_keys = {Kernel: kernel, StableKernel: stable_kernel}
 
 
 @pytest.fixture
@@ -254,6 +259,52 @@ def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
     r.check()
     r.acquire(1, [0, 1, 2, 3])
     assert r.acquire(0, [2, 3]) == [2, 3]
+
+
+class _Oldest(fluxmoe.EvictionPolicy):
+    """LRU by a kernel, all scores anew for every event."""
+
+    @staticmethod
+    def score_kernel(last_use, use_count, loaded_at, event, page):
+        return last_use
+
+
+@pytest.mark.parametrize("policy", [LeastRecentlyUsed, _Oldest])
+def test_pages_that_moved_keep_their_scores(rig, policy):
+    r = rig(slots=(8,), eviction=policy())
+    for layer, experts in [(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1])]:
+        r.acquire(layer, experts)
+    r.pager.resize(0, 6)  # 2 and 3 go, and 6 and 7 move into their slots
+    assert r.resident == {0, 1, 4, 5, 6, 7}
+    r.acquire(2, [0])
+    assert r.resident == {0, 1, 5, 6, 7, 8}
+
+
+@pytest.mark.parametrize("policy", [Kernel, StableKernel])
+def test_a_kernel_that_answers_too_late_loses_no_page(rig, policy, monkeypatch):
+    r = rig(3, 8, (11,), eviction=policy(), strict=False)
+    model = Reference(3, 8, (11,), [0] * 3, reference_keys[policy])
+    call, late, rng = guard.FaultCounter.call, [], np.random.default_rng(3)
+
+    def sometimes_late(faults, method, function, args):
+        answer = call(faults, method, function, args)
+        late.append(function is victims and len(late) % 3 == 0)
+        return guard._NO_ANSWER if late[-1] else answer
+
+    monkeypatch.setattr(guard.FaultCounter, "call", sometimes_late)
+    for event in range(150):
+        ids = rng.integers(0, 8, 4).tolist()
+        r.acquire(event % 3, ids)
+        model.event(event % 3, ids)
+        assert r.resident == model.resident
+    assert sum(late) > 20
+
+
+def test_nobody_is_asked_for_more_victims_than_there_are_candidates(rig):
+    r = rig(slots=(5,), eviction=HighestPages(), prefetch=NextLayer())  # strict
+    for layer in (0, 1, 2, 0):
+        r.acquire(layer, [0, 1, 2, 3])
+    r.check()
 
 
 @threads

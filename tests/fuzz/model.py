@@ -33,7 +33,7 @@ class Model(Reference):
         self.entry, self.wild = entry, ahead is None
         self.rig = rig
         self.failed: dict[str, deque[bool]] = {}
-        self._listen(rig.rule, "_victims", rig.eviction)
+        self._listen(rig.rule, "victims", rig.eviction)
         self._listen(rig.eviction, "leaving", rig.eviction)
         self._listen(rig.prefetch, "propose", rig.prefetch)
 
@@ -82,7 +82,7 @@ class Model(Reference):
     def evict(self, bank: int, count: int, spared: set[int], counter: str = "evictions") -> None:
         if count <= 0:
             return
-        own, self.key = self.key, lru if self.failed["_victims"].popleft() else self.key
+        own, self.key = self.key, lru if self.failed["victims"].popleft() else self.key
         super().evict(bank, count, spared, counter)
         self.key = own
 
