@@ -14,6 +14,7 @@ BENCHMARKS = {
     "phases": "phases",
     "recording": "recording",
     "serving": "serving",
+    "simulated_speed": "simulated_speed",
     "simulator": "simulator",
 }
 #: What compares answers instead of times; it takes hours and is run by name only.

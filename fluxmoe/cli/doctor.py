@@ -20,7 +20,7 @@ import typer
 
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli import output
-from fluxmoe.errors import FluxMoEError
+from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]
 
@@ -49,9 +49,19 @@ class Finding:
 
 
 def doctor(
+    measure: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Measure this machine: write a hardware profile."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="What to measure with; by default the shipped model.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what works on this installation; exit code 2 if something essential is broken."""
+    if measure is not None:
+        _measure(measure, model, as_json)
+        return
     system = list(_system())
     backends = list(_backends()) if sys.platform == "linux" else []
     broken = any(finding.status == "broken" for finding in system)
@@ -67,6 +77,28 @@ def doctor(
         _print(system, backends)
     if broken:
         sys.exit(2)
+
+
+def _measure(path: Path, model: str | None, as_json: bool) -> None:
+    """A hardware profile of this machine, for ``fluxmoe simulate --hardware``."""
+    problem = _first_problem(_package("torch"), _package("transformers"))
+    if problem is not None:
+        raise MissingDependencyError(
+            f"{problem.name}: {problem.found}", where="--measure", fix=problem.fix
+        )
+    from fluxmoe.backends.torch.measure import measure
+    from fluxmoe.demo.model import SHIPPED
+    from fluxmoe.sim.hardware import save
+
+    profile = measure(model or SHIPPED)
+    save(profile, path)
+    if as_json:
+        output.print_json(profile.model_dump())
+    else:
+        print(f"{path}: {profile.description}")
+        print(f"a page is loaded at {profile.load_gbps:.1f} GB/s + {profile.load_us:.0f} µs")
+        print(f"a step takes {profile.step_us:.0f} µs + {profile.token_us:.1f} µs per token and")
+        print(f"layer; experts are read at {profile.memory_gbps:.1f} GB/s")
 
 
 def _print(system: list[Finding], backends: list[Finding]) -> None:

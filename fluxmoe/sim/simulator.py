@@ -69,7 +69,8 @@ class Result:
     def to_json(self) -> dict[str, str | int | float | None]:
         """Flat: the fields of ``timing`` beside the others, if there are any."""
         fields = asdict(self)
-        return {**fields, **(fields.pop("timing") or {})}
+        timing = fields.pop("timing")
+        return {**fields, **(timing or {})}
 
 
 class Simulation:

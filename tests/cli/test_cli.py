@@ -120,6 +120,35 @@ def test_the_table_names_oracles_and_faults(trace, tmp_path):
     assert "mru at 16 pages: 16 faults" in printed
 
 
+def test_everything_at_once(trace, plugin, tmp_path):
+    """Policies × capacities × prefetchers in two processes, timed, with a report, as pure JSON."""
+    out = tmp_path / "out.html"
+    done = command(
+        *("simulate", trace, "--policy", "lru,mru", "--capacity", "25%,50%"),
+        *("--prefetch", "none,next-layer", "--plugin", plugin, "--jobs", "2"),
+        *("--hardware", "rtx4090-pcie4", "--report", out, "--json"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads(done.stdout)
+    assert [(r["policy"], r["capacity_pages"], r["prefetch"]) for r in results] == [
+        (policy, pages, prefetch)
+        for policy in ("lru", "mru")
+        for pages in (16, 32)
+        for prefetch in ("none", "next-layer")
+    ]
+    assert all(r["tokens_per_s"] > 0 and 0 < r["stall_share"] < 1 for r in results)
+    assert "belady" in out.read_text()  # the optimum was added to the report, and to it alone
+    printed = succeeds("simulate", trace, "--policy", "lru", "--capacity", "25%",
+                       "--hardware", "rtx4090-pcie4")  # fmt: skip
+    assert "tokens/s" in printed
+
+
+def test_wrong_hardware_and_report(trace, tmp_path):
+    run = "simulate", trace, "--policy", "lru", "--capacity", "25%"
+    fails(*run, "--hardware", "abacus", code="FM101", message="no hardware profile 'abacus'")
+    fails(*run, "--report", tmp_path, code="FM101", message="cannot write it")
+
+
 def test_policies(plugin):
     listed = json.loads(succeeds("policies", "--json", "--plugin", plugin))
     names = {(policy["kind"], policy["name"]) for policy in listed}

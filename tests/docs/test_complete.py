@@ -18,6 +18,9 @@ from pydantic.fields import FieldInfo
 import fluxmoe
 from fluxmoe import config, errors, hookspecs, plugins
 from fluxmoe.backends.vllm.metrics import METRICS
+from fluxmoe.sim import hardware
+from fluxmoe.sim.clock import Timing
+from fluxmoe.sim.hardware import Profile
 from fluxmoe.sim.simulator import Result
 
 from .pages import PAGES, ROOT, blocks
@@ -226,7 +229,14 @@ def test_every_result_of_the_simulator_is_shown() -> None:
         for words, output in block.commands()
         if "--json" in words
     )
-    assert list(shown[0]) == [field.name for field in fields(Result)]
+    assert list(shown[0]) == [field.name for field in fields(Result) if field.name != "timing"]
+
+
+@pytest.mark.parametrize(
+    "name", [*(field.name for field in fields(Timing)), *Profile.model_fields, *hardware.names()]
+)
+def test_timings_profiles_and_their_fields_are_listed(name: str) -> None:
+    assert f"`{name}`" in text("simulator.md")
 
 
 def test_relative_links_lead_somewhere() -> None:

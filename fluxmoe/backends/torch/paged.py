@@ -19,6 +19,7 @@ from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.settings import PolicySpec, Room, settings
 from fluxmoe.backends.torch.shield import Shield, gone
 from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.store import Store
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
@@ -159,6 +160,11 @@ class PagedModel:
     def closed(self) -> bool:
         """Whether the model has been put back."""
         return not self._release.alive
+
+    @property
+    def pager(self) -> ExpertPager:
+        """What makes pages resident, for measurements."""
+        return self._open().pager
 
     def stats(self) -> dict[str, int | float]:
         """Counters of the event rule, sizes in bytes, and time spent waiting for pages."""

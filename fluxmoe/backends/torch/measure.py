@@ -1,0 +1,160 @@
+"""A hardware profile of this machine: what steps of a model and copies of its pages take here.
+
+All is measured apart from what the profile will be used to predict: steps with every expert
+resident, and copies with hardly any. The times of a step are fitted by a constant, a cost per token
+and a cost per expert used, which is what the profile's fields can say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModelForCausalLM
+
+from fluxmoe.backends.torch import layout
+from fluxmoe.backends.torch.paged import page
+from fluxmoe.sim.hardware import Profile
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200
+#: For what costs nothing that could be measured.
+_FAST = 1e6
+
+Floats = npt.NDArray[np.float64]
+
+
+def measure(folder: str | Path, *, threads: int = 1) -> Profile:
+    """Measure a model on the torch backend; takes about a minute for a small one.
+
+    Args:
+        folder: A Hugging Face checkpoint, or its name.
+        threads: Of torch, while this runs and in what the profile is used for.
+
+    Raises:
+        NoExpertsError, UnsupportedError: The model cannot be paged.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto").eval()
+        steps = _steps(model)
+        copies, page_bytes, layers = _copies(model)
+    finally:
+        torch.set_num_threads(before)
+    step_us, token_us, expert_us = _fit(*steps)
+    load_us, page_us = _fit(*copies)
+    return Profile(
+        name="this-cpu",
+        description=f"measured with {threads} thread(s): {Path(folder).name}, torch backend",
+        load_gbps=_gbps(page_bytes, page_us),
+        load_us=load_us,
+        memory_gbps=_gbps(page_bytes, expert_us),
+        tflops=_FAST,
+        roofline=False,
+        step_us=step_us,
+        token_us=token_us / layers,
+    )
+
+
+def decode(
+    model: Any, batch: int, steps: int, *, seed: int = 0, prompt: int = _PROMPT
+) -> Iterator[None]:
+    """Decode sampled tokens of random prompts, one step per item; the prefill is the first.
+
+    The same arguments give the same tokens, whatever is paged.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.vocab_size
+    tokens = torch.randint(vocabulary, (batch, prompt), generator=generator)
+    past = None
+    with torch.no_grad():
+        for _ in range(steps + 1):
+            out = model(input_ids=tokens, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            odds = torch.softmax(out.logits[:, -1].float(), dim=-1)
+            tokens = torch.multinomial(odds, 1, generator=generator)
+            yield
+
+
+def room(model: Any, pages: int) -> int:
+    """Bytes that hold ``pages`` pages of a model, give or take a frame."""
+    _, page_class = layout.describe(layout.experts_of(model))
+    return pages * page_class.nbytes
+
+
+def _steps(model: Any) -> tuple[Floats, Floats]:
+    """Rows (1, tokens, experts used) of steps with all experts resident, and their µs."""
+    geometry, _ = layout.describe(layout.experts_of(model))
+    rows, times = [], []
+    with page(model, room(model, geometry.num_pages), eviction="lru") as handle:
+        for batch in BATCHES:
+            best = math.inf
+            for _ in range(_REPEATS):  # with the same tokens, so the experts are the same, too
+                run = decode(model, batch, _WARM + _STEPS)
+                for _ in itertools.islice(run, 1 + _WARM):
+                    pass
+                before = handle.stats()["accesses"]
+                started = time.perf_counter()
+                for _ in run:
+                    pass
+                best = min(best, time.perf_counter() - started)
+                experts = (handle.stats()["accesses"] - before) / _STEPS
+            rows.append((1.0, float(batch), experts))
+            times.append(best / _STEPS * 1e6)
+    return np.asarray(rows), np.asarray(times)
+
+
+def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
+    """Rows (1, pages) of events that miss all their pages, and their µs beside a hit's."""
+    layers = layout.experts_of(model)
+    geometry, page_class = layout.describe(layers)
+    experts = geometry.experts_per_layer
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= experts]
+    rows, times = [], []
+    with page(model, room(model, experts), eviction="lru") as handle:
+        pager = handle.pager
+        for size in sizes:
+            missing: list[float] = []
+            hitting: list[float] = []
+            slots = np.zeros(size, np.int32)
+            for turn in range(_COPIES):
+                # Every page comes round again only when all others have been used since.
+                layer = turn % geometry.num_layers
+                first = turn // geometry.num_layers * size
+                ids = np.sort((first + np.arange(size)) % experts).astype(np.int32)
+                for seconds in missing, hitting:
+                    started = time.perf_counter()
+                    pager.acquire(layer, ids, slots)
+                    seconds.append(time.perf_counter() - started)
+            rows.append((1.0, float(size)))
+            extra = statistics.median(missing) - statistics.median(hitting)
+            times.append(max(extra, 1e-9) * 1e6)
+    return (np.asarray(rows), np.asarray(times)), page_class.nbytes, geometry.num_layers
+
+
+def _fit(rows: Floats, times: Floats) -> list[float]:
+    """Costs, none of them negative, that explain the times with the least relative error."""
+    best, error = np.zeros(rows.shape[1]), np.inf
+    scaled = rows / times[:, np.newaxis]
+    for used in itertools.product((False, True), repeat=rows.shape[1]):
+        mask = np.asarray(used)
+        costs = np.zeros(rows.shape[1])
+        if mask.any():
+            costs[mask] = np.linalg.lstsq(scaled[:, mask], np.ones(len(times)), rcond=None)[0]
+        off = float(np.square(scaled @ costs - 1.0).sum())
+        if costs.min() >= 0 and off < error:
+            best, error = costs, off
+    return [float(cost) for cost in best]
+
+
+def _gbps(page_bytes: int, microseconds: float) -> float:
+    return min(page_bytes / microseconds / 1e3, _FAST) if microseconds else _FAST
