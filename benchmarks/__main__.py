@@ -12,6 +12,7 @@ BENCHMARKS = {
     "fuzz": "fuzz",
     "http": "http",
     "phases": "phases",
+    "policies": "policies",
     "recording": "recording",
     "serving": "serving",
     "simulator": "simulator",
