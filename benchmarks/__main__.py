@@ -12,6 +12,7 @@ BENCHMARKS = {
     "fuzz": "fuzz",
     "http": "http",
     "phases": "phases",
+    "policies": "policies",
     "recording": "recording",
     "serving": "serving",
     "simulated_speed": "simulated_speed",

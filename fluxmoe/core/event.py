@@ -194,6 +194,7 @@ class EventRule:
         self.chooser = new_chooser(table, stable=stable, next_use=eviction.future)
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
+        self._predicted: Int64s | None = None
         if eviction.kernel is not None:
             # Compiles it, or reads it from disk, at no policy's expense.
             event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
@@ -212,8 +213,12 @@ class EventRule:
         self.eviction.reset()
         self._prefetch.reset()
 
-    def run(self, step: int, layer: int, ids: Ints) -> None:
-        """One whole event, for callers that copy nothing (the simulator)."""
+    def run(self, step: int, layer: int, ids: Ints, predicted: Int64s | None = None) -> None:
+        """One whole event, for callers that copy nothing (the simulator).
+
+        ``predicted`` is what policies see as ``Access.predicted``.
+        """
+        self._predicted = predicted
         self.open(step, layer, ids, self._no_slots)
         self.admit()
         self.prefetch()
@@ -307,6 +312,7 @@ class EventRule:
             hit=read_only(b.hit[:n].copy()),
             tokens=read_only(b.tokens[:n].copy()),
             phase=self.table.phase,
+            predicted=self._predicted,
         )
 
     def _evict(self, bank: int, count: int, *, spare: bool, counter: int = C_EVICTIONS) -> None:

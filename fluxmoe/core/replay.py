@@ -20,6 +20,7 @@ from fluxmoe.core.event import EventRule, candidates, evict, load_missing, open_
 from fluxmoe.core.jit import jit
 from fluxmoe.core.order import VictimHeap
 from fluxmoe.core.pages import C_EVICTIONS, LAYER, MISSES, Books
+from fluxmoe.core.policy import read_only
 from fluxmoe.core.types import Int64s, Phase
 
 Int32s = npt.NDArray[np.int32]
@@ -31,7 +32,9 @@ class EventList(NamedTuple):
 
     ``step`` int32, ``layer`` int16, ``phase`` int8 (``types.Phase``), each ``[N]``; ``offsets``
     int64 ``[N + 1]``; ``ids`` int32, repeats allowed. ``later`` int64, as long as ``ids``: the next
-    event that uses the same page, or empty where no policy asks.
+    event that uses the same page, or empty where no policy asks. ``guesses`` int32: for event
+    ``i``, ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` are the experts that its layer predicts for
+    the next one, repeats allowed; ``guess_offsets`` is empty where nobody predicts.
     """
 
     step: npt.NDArray[np.int32]
@@ -40,6 +43,8 @@ class EventList(NamedTuple):
     offsets: Int64s
     ids: npt.NDArray[np.int32]
     later: Int64s
+    guess_offsets: Int64s
+    guesses: Int32s
 
 
 def replay(
@@ -125,16 +130,31 @@ def _event_by_event(
 ) -> int:
     """All events, each with every call that a policy asks for."""
     table, now, future = rule.table, rule.table.books.now, rule.chooser.next_use
+    layers, experts = table.geometry.num_layers, table.geometry.experts_per_layer
     for at in range(begin, end):
         step, layer = int(events.step[at]), int(events.layer[at])
         table.phase = Phase(int(events.phase[at]))
         if future.size:
-            look_ahead(future, events, at, table.geometry.experts_per_layer)
-        rule.run(step, layer, events.ids[events.offsets[at] : events.offsets[at + 1]])
+            look_ahead(future, events, at, experts)
+        ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
+        rule.run(step, layer, ids, _predicted(events, at, layers, experts))
         missed[at] = now[MISSES]
         if watch is not None:
             watch(rule, at)
     return end
+
+
+def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s | None:
+    """Pages of the next layer as an event's tokens predict them: most tokens first, then by id."""
+    if not events.guess_offsets.size:
+        return None
+    following = int(events.layer[at]) + 1
+    if following == layers:
+        return np.zeros(0, np.int64)
+    guesses = events.guesses[events.guess_offsets[at] : events.guess_offsets[at + 1]]
+    votes = np.bincount(guesses, minlength=experts)
+    order = np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)]
+    return read_only(following * experts + order)
 
 
 @jit

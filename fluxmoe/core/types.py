@@ -80,7 +80,9 @@ class Access:
         hit: Per page, whether it was resident when the event began.
         tokens: Per page, how many (token, expert) pairs were routed to it, int64.
         phase: What the step mostly does.
-        predicted: Pages the next layer is predicted to need, where the backend can tell.
+        predicted: Pages of the next layer that its router chooses for this layer's hidden states,
+            those that most tokens want first. None where nobody can tell: always in the engines,
+            and in traces without the column.
     """
 
     step: int

@@ -13,6 +13,9 @@ from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed, LfruOpti
 from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.eviction.next_use import NextUse
+from fluxmoe.policies.eviction.s3_fifo import S3Fifo, S3FifoOptions
+from fluxmoe.policies.prefetch.gate import Gate
+from fluxmoe.policies.prefetch.markov import Markov, MarkovOptions
 from fluxmoe.policies.prefetch.next_layer import NextLayer, NextLayerOptions
 from fluxmoe.policies.prefetch.none import NoPrefetch
 
@@ -25,9 +28,12 @@ def fluxmoe_register_policies(register: RegisterPolicy) -> None:
     register("lfu", LeastFrequentlyUsed)
     register("lfru", LeastFrequentlyRecentlyUsed, LfruOptions)
     register("next-use", NextUse)
+    register("s3-fifo", S3Fifo, S3FifoOptions)
     register("belady", Belady)
     register("none", NoPrefetch)
     register("next-layer", NextLayer, NextLayerOptions)
+    register("markov", Markov, MarkovOptions)
+    register("gate", Gate)
     register("fixed", Fixed)
     register("kv-first", KvFirst, KvFirstOptions)
     register("rho", Rho, RhoOptions)

@@ -109,7 +109,8 @@ class Events:
     def list(self, *, oracle: bool) -> EventList:
         """The events as the replay takes them; with their future if the policy is an oracle."""
         later = self.future.later if oracle else np.zeros(0, np.int64)
-        return EventList(*self._block[:5], later)
+        guesses = self.predicted or (np.zeros(0, np.int64), np.zeros(0, np.int32))
+        return EventList(*self._block[:5], later, *guesses)
 
 
 def _joined(offsets: Sequence[Int64s]) -> Int64s:

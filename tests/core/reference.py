@@ -176,9 +176,14 @@ def stable_kernel(r: Reference, page: int) -> float:
 
 
 def next_use(r: Reference, page: int) -> float:
-    distance = (page // r.experts - r.layer - 1) % r.layers + 1
-    tries = max(1.0, (r.now / r.layers + 1 + 1.0) / (lfu(r, page) + 0.5))
-    return -(distance + (tries - 1.0) * r.layers)
+    own = page // r.experts
+    turns = len(range(own, r.now + 1, r.layers))
+    missed = (r.now - lru(r, page)) // r.layers
+    distance = (own - r.layer - 1) % r.layers + 1
+    tries = max(1.0, (turns + 1.0) / (lfu(r, page) + 0.5))
+    p = 1.0 / (tries + 0.3 * missed)
+    p += 0.1 * (1.0 - p) / ((missed + 1.0) * (missed + 1.0))
+    return -(distance + (1.0 / p - 1.0) * r.layers)
 
 
 def lfru(r: Reference, page: int) -> float:

@@ -32,8 +32,8 @@ def fluxmoe_register_policies(register):
 """
 
 BUILT_IN = {
-    "eviction": ["belady", "immediate", "lfru", "lfu", "lru", "next-use"],
-    "prefetch": ["next-layer", "none"],
+    "eviction": ["belady", "immediate", "lfru", "lfu", "lru", "next-use", "s3-fifo"],
+    "prefetch": ["gate", "markov", "next-layer", "none"],
     "arbitration": ["fixed"],
 }
 

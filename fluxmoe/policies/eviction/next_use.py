@@ -5,11 +5,21 @@ layer's next turn, ``distance`` events ahead. Whether it is routed to then is no
 ``p`` per turn, the expected wait is ``distance + (1/p − 1) · layers`` events. Where a layer uses
 all its experts (large batches), p is 1 for every page and the rule becomes Belady's for cyclic
 scans, where LRU hits nothing. Where routing is sparse, p dominates.
+
+One over p is the turns per use so far, and 0.3 turns for each turn that has gone by since the last
+use, since favourites change. A request often keeps an expert for its next token; therefore one
+tenth of what is missing to certainty is added to p just after a use, a quarter of that one turn
+later, a ninth after two, and so on.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from fluxmoe.core.policy import EvictionPolicy
+
+# Found on synthetic traces of seed 1; docs/policies.md has what else was tried.
+_RECENCY, _AGAIN = 0.3, 0.1
 
 
 class NextUse(EvictionPolicy):
@@ -18,10 +28,15 @@ class NextUse(EvictionPolicy):
     @staticmethod
     def score_kernel(
         last_use: int, use_count: int, loaded_at: int, event: int, page: int,
-        distance: int, num_layers: int,
+        distance: int, layer: int, num_layers: int,
     ) -> float:  # fmt: skip
-        turns = event / num_layers + 1
-        # One over the probability; one use in two turns is assumed of a page that was never seen,
-        # and washes out.
+        # Whole divisions in floating point: exact far beyond any event number, and the processor
+        # does several at a time.
+        rounds = np.floor(event / num_layers)
+        turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
+        missed = np.floor((event - last_use) / num_layers)
+        # One use in two turns is assumed of a page that was never seen, and washes out.
         tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
-        return -(distance + (tries - 1.0) * num_layers)
+        p = 1.0 / (tries + _RECENCY * missed)
+        p += _AGAIN * (1.0 - p) / ((missed + 1.0) * (missed + 1.0))
+        return -float(distance + (1.0 / p - 1.0) * num_layers)

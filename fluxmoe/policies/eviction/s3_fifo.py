@@ -1,0 +1,100 @@
+"""S3-FIFO: three queues in place of a score.
+
+Pages enter a small queue. One that is used again while it waits there moves to the main queue when
+it comes to the head; the others leave, so that what is used once does not disturb the rest. Pages
+that left a short while ago are remembered by number only, and enter the main queue directly if
+they come back. Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache
+eviction", SOSP 2023.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.types import Access, Int64s
+
+#: Uses are counted no further, as in the paper: two bits per page.
+_MOST = 3
+#: Uses in the small queue that earn a page its place in the main queue.
+_EARNED = 2
+
+
+class S3FifoOptions(BaseModel):
+    """Options of ``s3-fifo``."""
+
+    model_config = ConfigDict(extra="forbid")
+    small: float = Field(default=0.1, gt=0, lt=1, description="Share of slots of the small queue.")
+
+
+class S3Fifo(EvictionPolicy):
+    """Evict from a small queue what was not used again, else from the main queue in turn."""
+
+    def __init__(self, small: float = 0.1) -> None:
+        self._share = small
+        self.reset()
+
+    def reset(self) -> None:
+        # Dictionaries keep the order of insertion: the first key is the head. The values of the
+        # queues are uses since the page entered.
+        self._small: dict[int, int] = {}
+        self._main: dict[int, int] = {}
+        self._ghosts: dict[int, None] = {}
+
+    def on_access(self, view: PageView, access: Access) -> None:
+        for page in access.pages[access.hit].tolist():
+            queue = self._small if page in self._small else self._main
+            queue[page] = min(queue.get(page, 0) + 1, _MOST)
+
+    def on_load(self, view: PageView, pages: Int64s) -> None:
+        for page in pages.tolist():
+            self._forget(page)  # it may have left without being a victim: released or resized
+            queue = self._main if page in self._ghosts else self._small
+            self._ghosts.pop(page, None)
+            queue[page] = 0
+
+    def on_evict(self, view: PageView, pages: Int64s) -> None:
+        for page in pages.tolist():
+            if page in self._small:
+                self._ghosts.pop(page, None)
+                self._ghosts[page] = None
+            self._forget(page)
+        # As many ghosts as the main queue has slots.
+        for page in list(self._ghosts)[: len(self._ghosts) - int((1 - self._share) * view.slots)]:
+            del self._ghosts[page]
+
+    def select(self, view: PageView, pages: Int64s, n: int) -> Int64s:
+        resident = view.resident
+        for queue in (self._small, self._main):
+            for page in [page for page in queue if not resident[page]]:
+                del queue[page]
+        candidates = set(pages.tolist())  # others that come to the head are passed over
+        small = deque(page for page in self._small if page in candidates)
+        main = deque(page for page in self._main if page in candidates)
+        passed_over = len(self._small) - len(small)
+        target = max(1, int(self._share * view.slots))
+        victims: list[int] = []
+        while len(victims) < n and (small or main):
+            if small and (passed_over + len(small) >= target or not main):
+                page = small.popleft()
+                if self._small[page] < _EARNED:
+                    victims.append(page)
+                else:
+                    del self._small[page]
+                    self._main[page] = 0
+                    main.append(page)
+            else:
+                page = main.popleft()
+                if self._main[page] == 0:
+                    victims.append(page)
+                else:
+                    self._main[page] = self._main.pop(page) - 1
+                    main.append(page)
+        return np.asarray(victims)
+
+    def _forget(self, page: int) -> None:
+        self._small.pop(page, None)
+        self._main.pop(page, None)

@@ -1,0 +1,89 @@
+"""First-order transitions between the experts of two layers, counted while the model runs.
+
+Which experts a layer uses says something about those that a later layer will use, because a token
+takes its path through both. The counts are the whole memory: layers × experts² numbers of four
+bytes, whatever the length of the run. Routing changes, so a row whose total has reached a limit is
+halved, and what was seen long ago fades.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from fluxmoe.core.policy import PageView, PrefetchPolicy
+from fluxmoe.core.types import Access, Int64s
+
+#: Uses of an expert after which its counts are halved.
+_LIMIT = 1024
+
+
+class MarkovOptions(BaseModel):
+    """Options of ``markov``."""
+
+    model_config = ConfigDict(extra="forbid")
+    top: int | None = Field(
+        default=None, ge=1, description="Pages to propose; by default as many as the event has."
+    )
+    lead: int = Field(default=1, ge=1, description="How many layers ahead to predict.")
+
+
+class Markov(PrefetchPolicy):
+    """Fetch the experts that have most often followed the running event's experts."""
+
+    def __init__(self, top: int | None = None, lead: int = 1) -> None:
+        self.lead, self._top = lead, top
+        self.reset()
+
+    def reset(self) -> None:
+        # The last `lead` events, and per (layer, expert) how often it was followed by which.
+        self._recent: deque[tuple[int, Int64s]] = deque(maxlen=self.lead)
+        self._seen: npt.NDArray[np.float32] | None = None
+        self._followed: npt.NDArray[np.float32] | None = None
+
+    def propose(self, view: PageView, access: Access) -> Int64s:
+        if self.lead % view.num_layers == 0:
+            return access.pages[:0]  # the layer ahead is the running one
+        if self._seen is None or self._followed is None:
+            experts = view.experts_per_layer
+            self._seen = np.zeros((view.num_layers, experts), np.float32)
+            self._followed = np.zeros((view.num_layers, experts, experts), np.float32)
+        experts_now = access.pages - access.layer * view.experts_per_layer
+        if len(self._recent) == self.lead:
+            layer, before = self._recent[0]
+            if (layer + self.lead) % view.num_layers == access.layer:
+                self._learn(self._seen[layer], self._followed[layer], before, experts_now)
+        self._recent.append((access.layer, experts_now))
+        return self._likely(self._seen, self._followed, view, access, experts_now)
+
+    @staticmethod
+    def _learn(
+        seen: npt.NDArray[np.float32],
+        followed: npt.NDArray[np.float32],
+        before: Int64s,
+        after: Int64s,
+    ) -> None:
+        seen[before] += 1
+        followed[before[:, np.newaxis], after] += 1
+        full = before[seen[before] >= _LIMIT]
+        seen[full] /= 2
+        followed[full] /= 2
+
+    def _likely(
+        self,
+        seen: npt.NDArray[np.float32],
+        followed: npt.NDArray[np.float32],
+        view: PageView,
+        access: Access,
+        experts: Int64s,
+    ) -> Int64s:
+        """The sum of the running experts' shares, weighted by their tokens; the highest first."""
+        known = experts[seen[access.layer, experts] > 0]
+        weight = access.tokens[seen[access.layer, experts] > 0] / seen[access.layer, known]
+        expected = weight.astype(np.float32) @ followed[access.layer, known]
+        order = np.argsort(-expected, kind="stable")[: self._top or len(experts)]
+        order = order[expected[order] > 0]
+        return view.page_of((access.layer + self.lead) % view.num_layers, order)
