@@ -14,6 +14,7 @@ BENCHMARKS = {
     "phases": "phases",
     "recording": "recording",
     "serving": "serving",
+    "simulator": "simulator",
 }
 #: What compares answers instead of times; it takes hours and is run by name only.
 CHECKS = {"identity": "identity.command"}

@@ -1,6 +1,7 @@
 """A day in a minute: phases with different demands, one budget, fixed splits against policies.
 
-python -m benchmarks phases [--rounds N] [--scale S] [--policy NAME …] [--save FILE]
+python -m benchmarks phases [--model shipped|mid] [--rounds N] [--scale S] [--policy NAME …]
+                            [--save FILE]
 
 Each engine lives through all phases; what one leaves behind (split, caches) is where the next one
 begins. Transitions are part of the figures.
@@ -12,7 +13,7 @@ import argparse
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,16 +21,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks import machine, models
 from fluxmoe.backends.vllm.child import ChildEngine, Prompt
 from fluxmoe.demo.model import DemoModel
 
-MODEL = DemoModel(block_tokens=32)
-OPTIONS = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64, "block_size": 32}
-#: Stock's KV cache holds about four sequences of 512 tokens beside all experts.
-BUDGET = MODEL.experts_total_bytes + 68 * MODEL.kv_block_bytes
+BLOCK = 32
+OPTIONS = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64, "block_size": BLOCK}
+#: Stock's KV cache beside all experts: about four sequences of 512 tokens.
+STOCK_BLOCKS = 68
 #: Bytes of experts that the fixed splits have, as shares of all experts.
-SHARES = (0.15, 0.35, 0.55, 0.75, 1.0)
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def phases(scale: float) -> list[Phase]:
     rng = random.Random(11)
 
     def tokens(count: int) -> list[int]:
-        return [rng.randrange(3, 1000) for _ in range(count)]
+        return [rng.randrange(3, 250) for _ in range(count)]
 
     def length(count: int) -> int:
         return max(4, round(count * scale))
@@ -68,18 +69,24 @@ def phases(scale: float) -> list[Phase]:
     ]
 
 
-def configurations(policies: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+def budget_of(model: DemoModel) -> int:
+    """All experts and stock's KV cache."""
+    return model.experts_total_bytes + STOCK_BLOCKS * model.kv_block_bytes
+
+
+def configurations(model: DemoModel, policies: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """What is compared: stock, fixed splits, policies."""
+    budget = budget_of(model)
     found: dict[str, dict[str, Any] | None] = {"stock": None}
     for share in SHARES:
-        target = int(share * MODEL.experts_total_bytes)
+        target = int(share * model.experts_total_bytes)
         found[f"fixed {share:.0%}"] = {
-            "memory": {"budget": BUDGET, "experts": {"target": target}},
+            "memory": {"budget": budget, "experts": {"target": target}},
             "copy_threads": 0,
         }
     for policy in policies:
         found[policy] = {
-            "memory": {"budget": BUDGET},
+            "memory": {"budget": budget},
             "arbitration": policy,
             "copy_threads": 0,
         }
@@ -96,34 +103,34 @@ def live(engine: ChildEngine, day: Sequence[Phase]) -> list[float]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("phases", description=__doc__.partition("\n")[0])
+    models.add_option(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="length of the answers")
     parser.add_argument("--policy", nargs="*", default=["marginal", "kv-first", "rho"])
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
     day = phases(arguments.scale)
-    compared = configurations(arguments.policy)
-    seen: dict[str, list[list[float]]] = {name: [] for name in compared}
+    seen: dict[str, list[list[float]]] = {}
     changes: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = MODEL.write(Path(scratch) / "model")
-        stock = {"kv_cache_memory_bytes": BUDGET - MODEL.experts_total_bytes, **OPTIONS}
-        with ChildEngine(folder, **stock) as engine:
+        model = replace(models.get(arguments.model, Path(scratch)), block_tokens=BLOCK)
+        stock = {"kv_cache_memory_bytes": STOCK_BLOCKS * model.kv_block_bytes, **OPTIONS}
+        with ChildEngine(model.folder, **stock) as engine:
             for _ in range(arguments.rounds):
-                for name, fluxmoe in compared.items():
+                for name, fluxmoe in configurations(model, arguments.policy).items():
                     engine.restart(fluxmoe=fluxmoe, **(OPTIONS if fluxmoe else stock))
-                    seen[name].append(live(engine, day))
+                    seen.setdefault(name, []).append(live(engine, day))
                     if fluxmoe and "arbitration" in fluxmoe:
                         changes[name] = engine.call("arbitration")["changes"]
     rates = {
         name: [median(column) for column in zip(*runs, strict=True)] for name, runs in seen.items()
     }
-    report(day, rates, changes)
+    report(budget_of(model), day, rates, changes)
     if arguments.save:
         machine.save(
             arguments.save,
             {
-                "budget_bytes": BUDGET,
+                "budget_bytes": budget_of(model),
                 "phases": [phase.name for phase in day],
                 "tokens_per_s": rates,
                 "changes": changes,
@@ -133,7 +140,10 @@ def main(argv: list[str]) -> None:
 
 
 def report(
-    day: Sequence[Phase], rates: dict[str, list[float]], changes: dict[str, dict[str, int]]
+    budget: int,
+    day: Sequence[Phase],
+    rates: dict[str, list[float]],
+    changes: dict[str, dict[str, int]],
 ) -> None:
     """Tokens per second, and what they are worth: per phase against the best fixed split."""
     fixed = [name for name in rates if name.startswith("fixed")]
@@ -144,7 +154,7 @@ def report(
         for name in rates
     }
     quickest = min(seconds[name] for name in fixed)
-    table = Table(title=f"tokens/s at {BUDGET / 2**20:.0f} MiB (of the best fixed split)")
+    table = Table(title=f"tokens/s at {budget / 2**20:.0f} MiB (of the best fixed split)")
     for column in ("", *(phase.name for phase in day), "whole day", "moves"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in rates.items():

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 #: A table in a pipe or a log file is not squeezed into the 80 columns that rich would assume.
-_PIPE_WIDTH = 140
+_PIPE_WIDTH = 180
 
 
 def console() -> Console:

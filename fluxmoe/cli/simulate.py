@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,7 @@ from fluxmoe.errors import ConfigError
 if TYPE_CHECKING:
     from fluxmoe.plugins import PolicySpec
     from fluxmoe.sim.events import Events
-    from fluxmoe.sim.simulator import Result
+    from fluxmoe.sim.runs import Outcome
 
 
 def simulate(
@@ -26,7 +28,9 @@ def simulate(
         str,
         typer.Option(help="Capacities, separated by commas: pages (96), a share (25%) or 2GiB."),
     ],
-    prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
+    prefetch: Annotated[
+        str, typer.Option(help="Prefetch policies, separated by commas like eviction policies.")
+    ] = "none",
     banks: Annotated[int, typer.Option(help="Banks that the layers are spread over.")] = 1,
     plugin: Annotated[
         list[str] | None,
@@ -35,35 +39,70 @@ def simulate(
     strict_policies: Annotated[
         bool, typer.Option("--strict-policies", help="Stop at the first fault of a policy.")
     ] = False,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A hardware profile: steps are timed, too."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; by default one per core where the work is large."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page of curves and a table.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Replay a trace with each policy at each capacity."""
+    """Replay a trace with each policy at each capacity with each prefetcher."""
     from fluxmoe import plugins
+    from fluxmoe.sim import hardware as profiles
+    from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
-    from fluxmoe.sim.simulator import Simulation
+    from fluxmoe.sim.runs import Plan, Run, default_jobs, execute
 
     registry = plugins.load(plugin or ())
+    profile = None if hardware is None else profiles.load(hardware)
     events = Events.load(trace)
-    # All are made before the first runs, so that a mistake in the last shows at once.
-    runs = [
-        Simulation(
-            events,
-            _spec(name),
-            size,
-            _spec(prefetch),
-            registry=registry,
-            banks=banks,
-            strict=strict_policies,
-        )
+    sizes = _items(capacity, "--capacity")
+    asked = [
+        Run(_spec(name), size, _spec(ahead))
         for name in _items(policy, "--policy")
-        for size in _items(capacity, "--capacity")
+        for size in sizes
+        for ahead in _items(prefetch, "--prefetch")
     ]
-    results = [run.run() for run in runs]
+    optimum = [Run(page.OPTIMUM, size) for size in sizes]
+    more = [run for run in optimum if run not in asked] if report is not None else []
+    plan = Plan([*asked, *more], plugin or (), banks, strict_policies, profile)
+    with _progress(len(plan.runs) * len(events)) as progress:
+        outcomes = execute(
+            plan,
+            events,
+            registry,
+            jobs=default_jobs(events, len(plan.runs)) if jobs is None else jobs,
+            bins=page.BINS if report is not None else 0,
+            progress=progress,
+        )
+    if report is not None:
+        page.write(report, trace.name, events, outcomes)
+    outcomes = outcomes[: len(asked)]
     if as_json:
-        output.print_json([result.to_json() for result in results])
+        output.print_json([outcome.result.to_json() for outcome in outcomes])
     else:
-        oracles = sorted({run.policy for run in runs if run.oracle})
-        _print_table(trace, events, results, oracles)
+        _print_table(trace, events, outcomes)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, gone when all is done; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), "events", TimeRemainingColumn()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda events: progress.update(task, advance=events)
 
 
 def _items(text: str, option: str) -> list[str]:
@@ -87,11 +126,12 @@ def _spec(text: str) -> PolicySpec:
     return options
 
 
-def _print_table(trace: Path, events: Events, results: list[Result], oracles: list[str]) -> None:
+def _print_table(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
     from rich.table import Table
 
     meta = events.meta
     pages = meta.geometry.num_pages
+    results = [outcome.result for outcome in outcomes]
     table = Table(
         "policy",
         "prefetch",
@@ -100,26 +140,24 @@ def _print_table(trace: Path, events: Events, results: list[Result], oracles: li
         title_justify="left",
     )
     counts = ["hit rate", "misses", "prefetch hits", "evicted", "released"]
-    for column in ["capacity", *counts, "demand", "prefetched"]:
+    timed = ["step ms", "stalled", "tokens/s"] if results[0].timing is not None else []
+    for column in ["capacity", *counts, "demand", "prefetched", *timed]:
         table.add_column(column, justify="right")
     for result in results:
-        table.add_row(
-            result.policy,
-            result.prefetch,
+        cells = [
             f"{result.capacity_pages} ({result.capacity_pages / pages:.0%})",
             f"{result.hit_rate:.2%}",
-            f"{result.misses}",
-            f"{result.prefetch_hits}",
-            f"{result.evictions}",
-            f"{result.released}",
-            *(
-                "" if size is None else output.nbytes(size)
-                for size in (result.bytes_demand, result.bytes_prefetch)
-            ),
-        )
+            *map(str, (result.misses, result.prefetch_hits, result.evictions, result.released)),
+        ]
+        sizes = result.bytes_demand, result.bytes_prefetch
+        cells += ["" if size is None else output.nbytes(size) for size in sizes]
+        if (timing := result.timing) is not None:
+            cells += [f"{timing.step_ms_mean:.2f}", f"{timing.stall_share:.1%}"]
+            cells += [f"{timing.tokens_per_s:.1f}"]
+        table.add_row(result.policy, result.prefetch, *cells)
     console = output.console()
     console.print(table)
-    for name in oracles:
+    for name in sorted({outcome.result.policy for outcome in outcomes if outcome.oracle}):
         console.print(f"{name} is an oracle: it knows the trace's future, no engine can run it")
     for result in results:
         if result.policy_faults:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fluxmoe.core.jit import jit
 from fluxmoe.core.kernel import Rows
 from fluxmoe.core.lowest import ascending, not_above, offer
-from fluxmoe.core.order import VictimHeap, choose, clear, new_heap, update
+from fluxmoe.core.order import VictimHeap, choose, update
 from fluxmoe.core.pages import (
     ABSENT,
     DIRTIES,
@@ -49,30 +49,21 @@ class Columns(NamedTuple):
 class Chooser(NamedTuple):
     """A kernel's memory. ``next_use`` is the view's, ``[P]`` for oracles and ``[0]`` for others."""
 
-    stable: bool
-    heap: VictimHeap
     columns: Columns
     next_use: Int64s
     dirty: Int64s  # [P] scratch
 
 
-def new_chooser(table: PageTable, stable: bool, next_use: Int64s | None) -> Chooser:
-    """The chooser of a table, cold."""
+def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> Chooser:
+    """The memory of a kernel over the pages of a table."""
     pages = table.geometry.num_pages
     shape = (1, pages) if stable else table.books.page_at.shape
     columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in Rows._fields}
     return Chooser(
-        stable=stable,
-        heap=new_heap(pages if stable else 0, *table.books.page_at.shape),
         columns=Columns(**columns, score=np.zeros(shape), kept=np.zeros(pages)),
         next_use=np.zeros(0, np.int64) if next_use is None else next_use,
         dirty=np.zeros(pages, np.int64),
     )
-
-
-def forget(c: Chooser) -> None:
-    """Cold start."""
-    clear(c.heap)
 
 
 @jit
@@ -100,21 +91,29 @@ def take_dirty(b: Books, out: Int64s) -> int:
 
 @jit
 def victims(
-    b: Books, c: Chooser, entry: Any, bank: int, count: int, protect: bool, out: Int64s
+    b: Books,
+    heap: VictimHeap | None,
+    c: Chooser,
+    entry: Any,
+    bank: int,
+    count: int,
+    protect: bool,
+    out: Int64s,
 ) -> int:
     """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first; how many.
 
     The rule is point 4 of the event rule: never a page of the running event, a protected one only
-    if ``protect`` is false. ``entry`` is that of a ``kernel.Kernel``. The caller evicts them.
+    if ``protect`` is false. ``heap`` is for stable scores, None for others; ``entry`` is that of a
+    ``kernel.Kernel``. The caller evicts the victims.
 
     Returns:
         Their number, or ``FAILED``.
     """
     n = take_dirty(b, c.dirty)
-    if c.stable:
-        if n != 0 and not _score_dirty(b, c, entry, n):
+    if heap is not None:  # decided when it is compiled: only one of the two is
+        if n != 0 and not _score_dirty(b, heap, c, entry, n):
             return FAILED
-        return choose(c.heap, b, bank, count, protect, out)
+        return choose(heap, b, bank, count, protect, out)
     for i in range(n):
         page = c.dirty[i]
         _put(b, c, b.bank_of[b.layer_of[page]], b.slot_of[page], page)
@@ -145,7 +144,7 @@ def _run(b: Books, c: Chooser, entry: Any, at: int, rows: int) -> bool:
 
 
 @jit
-def _score_dirty(b: Books, c: Chooser, entry: Any, n: int) -> bool:
+def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> bool:
     """Note the scores of the dirty pages; if the kernel fails they stay dirty."""
     for i in range(n):
         _put(b, c, 0, i, c.dirty[i])
@@ -157,7 +156,7 @@ def _score_dirty(b: Books, c: Chooser, entry: Any, n: int) -> bool:
         for i in range(n):
             mark_dirty(b, c.dirty[i])
         return False
-    update(c.heap, b, c.dirty[:n], scores)
+    update(heap, b, c.dirty[:n], scores)
     return True
 
 

@@ -8,7 +8,7 @@ A wish that is far away is reached in many moves, and can be changed or dropped 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -288,7 +288,7 @@ class SplitController:
         i = self._inventory
         return sum(frames_for(i.page_class, count, i.layout.frame_bytes) for count in slots)
 
-    def _kv_frames(self, groups: Iterable[int]) -> int:
+    def _kv_frames(self, groups: Collection[int]) -> int:
         return self._inventory.layout.frames(groups)
 
     def _report(self, move: Move, split: Split) -> None:

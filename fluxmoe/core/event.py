@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fluxmoe.core import order
 from fluxmoe.core.bits import lowest_bit
-from fluxmoe.core.chooser import FAILED, forget, new_chooser, take_dirty, victims
+from fluxmoe.core.chooser import FAILED, new_chooser, take_dirty, victims
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.jit import jit
 from fluxmoe.core.pages import (
@@ -188,13 +188,16 @@ class EventRule:
 
     def __init__(self, table: PageTable, eviction: EvictionGuard, prefetch: PrefetchGuard) -> None:
         self.table, self.eviction, self._prefetch = table, eviction, prefetch
-        self.chooser = new_chooser(table, eviction.stable, eviction.future)
+        stable = eviction.stable
+        shape = table.books.page_at.shape
+        self.heap = order.new_heap(table.geometry.num_pages, *shape) if stable else None
+        self.chooser = new_chooser(table, stable=stable, next_use=eviction.future)
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
         if eviction.kernel is not None:
             # Compiles it, or reads it from disk, at no policy's expense.
-            none = np.zeros(0, np.int64)
-            victims(table.books, self.chooser, eviction.kernel.entry, 0, 0, True, none)
+            event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
+            victims(*event, np.zeros(0, np.int64))
 
     @property
     def prefetches(self) -> bool:
@@ -204,7 +207,8 @@ class EventRule:
     def reset(self) -> None:
         """Cold start: books, counters and policies forget everything."""
         self.table.reset()
-        forget(self.chooser)
+        if self.heap is not None:
+            order.clear(self.heap)
         self.eviction.reset()
         self._prefetch.reset()
 
@@ -335,7 +339,7 @@ class EventRule:
         b, guard = self.table.books, self.eviction
         if guard.kernel is not None:
             out = np.empty(count, np.int64)
-            event = b, self.chooser, guard.kernel.entry, bank, count, protect, out
+            event = b, self.heap, self.chooser, guard.kernel.entry, bank, count, protect, out
             found = None
             try:
                 found = guard.limited(victims, *event)
@@ -345,7 +349,7 @@ class EventRule:
                         mark_dirty(b, page)
             if found is not None and found != FAILED:
                 return out[:found]
-        elif guard.stable:
+        elif guard.stable and self.heap is not None:
             dirty = self.scratch[: take_dirty(b, self.scratch)]
             dirty.sort()  # policies are shown pages in ascending order
             scores = None
@@ -356,9 +360,9 @@ class EventRule:
                     for page in dirty.tolist():
                         mark_dirty(b, page)
             if scores is not None:
-                order.update(self.chooser.heap, b, dirty, scores)
+                order.update(self.heap, b, dirty, scores)
                 out = np.empty(count, np.int64)
-                return out[: order.choose(self.chooser.heap, b, bank, count, protect, out)]
+                return out[: order.choose(self.heap, b, bank, count, protect, out)]
             return guard.least_recent(self._candidates(bank, protect), count)
         # A kernel that failed is asked once more, in the guard, to learn how.
         pages = self._candidates(bank, protect)

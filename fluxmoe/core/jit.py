@@ -42,9 +42,23 @@ class _Cache(FunctionCache):
 
 
 def jit(function: F) -> F:
-    """Compile ``function`` on first use and keep the machine code beside its source file."""
+    """Compile ``function`` on first use and keep the machine code beside its source file.
+
+    For inner loops over arrays that the caller owns: what is compiled cannot allocate, so no array
+    needs its references counted, and it is merged into its compiled callers. Both together make
+    the event rule, with some thirty arrays, five to ten times as fast.
+    """
+    return _cached(function, {"_nrt": False, "forceinline": True})
+
+
+def jit_allocating(function: F) -> F:
+    """The same for functions that make arrays of their own."""
+    return _cached(function, {})
+
+
+def _cached(function: F, options: dict[str, bool]) -> F:
     function.__qualname__ += f"_{_DIGEST}"  # the name of the cache file comes from it
-    compiled = numba.njit(nogil=True, _nrt=False, forceinline=True)(function)
+    compiled = numba.njit(nogil=True, **options)(function)
     # An error here means: neither beside the source nor in the user's cache may files be written.
     with contextlib.suppress(RuntimeError):
         compiled._cache = _Cache(function)  # as enable_caching() does

@@ -9,7 +9,7 @@ block is a multiple of a frame's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -62,9 +62,10 @@ class KVLayout:
         nbytes = len(self.blocks_of(group)) * self.block_bytes
         return -(-nbytes // self.frame_bytes)
 
-    def frames(self, groups: Iterable[int]) -> int:
-        """Frames that ``groups`` commit."""
-        return sum(map(self.frames_of, groups))
+    def frames(self, groups: Collection[int]) -> int:
+        """Frames that distinct ``groups`` commit. Asked in every step, so nothing is added up."""
+        last, full = self.groups - 1, self.frames_per_group
+        return len(groups) * full - (full - self.frames_of(last) if last in groups else 0)
 
     def groups_within(self, frames: int) -> int:
         """The most groups, from the first on, that commit at most ``frames`` frames."""

@@ -17,7 +17,7 @@ import random
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.jit import jit
+from fluxmoe.core.jit import jit_allocating
 from fluxmoe.core.types import Int64s, Ints
 
 Floats = npt.NDArray[np.float64]
@@ -27,7 +27,7 @@ WINDOW = 32
 _NEVER = -1
 
 
-@jit
+@jit_allocating
 def sample(
     last_use: Int64s,
     first: int,
@@ -63,15 +63,27 @@ def sample(
                 n += 1
     if n == 0:
         return
-    order = np.sort(keys[:n])
-    more = np.zeros(n + 1, np.int64)  # more[i]: pages whose key lies between order[i-1], order[i]
+    for i in range(1, n):  # few, and compiled code allocates nothing
+        key, at = keys[i], i
+        while at > 0 and keys[at - 1] > key:
+            keys[at] = keys[at - 1]
+            at -= 1
+        keys[at] = key
+    seen[:] = 0  # from here on: seen[i] counts the pages whose keys lie above keys[i], next below
     for page in range(pages):
         key = last_use[page] * pages + page
-        if key > order[0]:  # most pages of a large model are older: not worth a search
-            more[np.searchsorted(order, key)] += 1
+        if key > keys[0]:  # most pages of a large model are older: not worth a search
+            low, high = 0, n
+            while low + 1 < high:
+                middle = (low + high) // 2
+                if keys[middle] < key:
+                    low = middle
+                else:
+                    high = middle
+            seen[low] += 1
     above = 0
     for i in range(n - 1, -1, -1):
-        above += more[i + 1]
+        above += seen[i]
         histogram[above] += weight
 
 

@@ -147,7 +147,7 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
         b.page_at[bank, source[i]] = ABSENT
         b.page_at[bank, free] = moved[i]
         b.slot_of[moved[i]] = free
-        mark_dirty(b, moved[i])
+        mark_dirty(b, moved[i])  # what is known of its score is filed under its slot
     # The stack of free slots anew, the lowest on top.
     b.num_free[bank] = 0
     for slot in range(slots - 1, -1, -1):

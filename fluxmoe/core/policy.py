@@ -230,13 +230,15 @@ class ExpertDemand:
     load_seconds: float = 0.0
     curve: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
-    def miss_ratio(self, frames: float) -> float:
-        """The curve at that many frames."""
-        if not len(self.curve) or not self.frames:
-            return 0.0
-        slots = min(max(frames / self.frames, 0.0), self.pages)
-        grid = np.linspace(0, self.pages, len(self.curve))
-        return float(np.interp(slots, grid, self.curve))
+    def miss_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """The curve at that many frames, one number or many; zero before anything is known."""
+        asked = np.asarray(frames, np.float64)
+        steps = len(self.curve) - 1
+        if steps < 1 or not self.frames:
+            return np.zeros_like(asked)
+        position = asked * (steps / (self.frames * self.pages))
+        ratio: npt.NDArray[np.float64] = np.interp(position, np.arange(steps + 1), self.curve)
+        return ratio
 
 
 @dataclass(frozen=True, slots=True)

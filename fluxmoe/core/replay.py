@@ -9,6 +9,7 @@ functions that the pager calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,12 @@ import numpy.typing as npt
 from fluxmoe.core.chooser import FAILED, Chooser, victims
 from fluxmoe.core.event import EventRule, candidates, evict, load_missing, open_event
 from fluxmoe.core.jit import jit
+from fluxmoe.core.order import VictimHeap
 from fluxmoe.core.pages import C_EVICTIONS, LAYER, MISSES, Books
 from fluxmoe.core.types import Int64s, Phase
 
 Int32s = npt.NDArray[np.int32]
+Watcher = Callable[[EventRule, int], None]
 
 
 class EventList(NamedTuple):
@@ -39,7 +42,14 @@ class EventList(NamedTuple):
     later: Int64s
 
 
-def replay(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> None:
+def replay(
+    rule: EventRule,
+    events: EventList,
+    begin: int,
+    end: int,
+    missed: Int32s,
+    watch: Watcher | None = None,
+) -> None:
     """Run events ``begin`` … ``end - 1``. Event numbers of the books and of the list must agree.
 
     Args:
@@ -47,18 +57,20 @@ def replay(rule: EventRule, events: EventList, begin: int, end: int, missed: Int
         events: What to run.
         begin, end: Which part, so that the caller can show progress.
         missed: int32 ``[N]``, filled with the misses of every event.
+        watch: Called with the rule and an event's index after each event, for what ``missed``
+            does not tell; it costs a trip into Python per event.
 
     Raises:
         PolicyFaultError: A policy failed, and is guarded strictly.
     """
-    quiet = rule.eviction.scored and not rule.prefetches
+    quiet = watch is None and rule.eviction.scored and not rule.prefetches
     while begin < end:
         if quiet and rule.eviction.kernel is not None:
             begin = _with_kernel(rule, events, begin, end, missed)
         elif quiet:
             begin = _with_scores(rule, events, begin, end, missed)
         else:
-            begin = _event_by_event(rule, events, begin, end, missed)
+            begin = _event_by_event(rule, events, begin, end, missed, watch)
 
 
 def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
@@ -67,7 +79,15 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
     assert kernel is not None
     table = rule.table
     at = _run_kernel(
-        table.books, rule.chooser, kernel.entry, events, begin, end, missed, rule.scratch
+        table.books,
+        rule.heap,
+        rule.chooser,
+        kernel.entry,
+        events,
+        begin,
+        end,
+        missed,
+        rule.scratch,
     )
     if at < end:
         table.phase = Phase(int(events.phase[at]))
@@ -96,7 +116,12 @@ def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, misse
 
 
 def _event_by_event(
-    rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s
+    rule: EventRule,
+    events: EventList,
+    begin: int,
+    end: int,
+    missed: Int32s,
+    watch: Watcher | None,
 ) -> int:
     """All events, each with every call that a policy asks for."""
     table, now, future = rule.table, rule.table.books.now, rule.chooser.next_use
@@ -107,6 +132,8 @@ def _event_by_event(
             look_ahead(future, events, at, table.geometry.experts_per_layer)
         rule.run(step, layer, events.ids[events.offsets[at] : events.offsets[at + 1]])
         missed[at] = now[MISSES]
+        if watch is not None:
+            watch(rule, at)
     return end
 
 
@@ -137,6 +164,7 @@ def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) 
 @jit
 def _run_kernel(
     b: Books,
+    heap: VictimHeap | None,
     c: Chooser,
     entry: Any,
     events: EventList,
@@ -151,7 +179,7 @@ def _run_kernel(
         if short > 0:
             # Without prefetch no page is protected.
             bank = b.bank_of[b.now[LAYER]]
-            found = victims(b, c, entry, bank, short, False, scratch)
+            found = victims(b, heap, c, entry, bank, short, False, scratch)
             if found == FAILED:
                 return at
             evict(b, scratch[:found], C_EVICTIONS)

@@ -87,8 +87,15 @@ class Events:
     @cached_property
     def largest(self) -> int:
         """Distinct experts of the largest event."""
+        return int(self.sizes.max())
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Distinct experts of every event."""
+        sizes = np.zeros(len(self), np.int32)
         seen = np.full(self.meta.experts_per_layer, -1, np.int64)
-        return _largest(self._block.offsets, self.ids, seen)
+        _count_distinct(self._block.offsets, self.ids, seen, sizes)
+        return sizes
 
     @cached_property
     def future(self) -> Future:
@@ -113,16 +120,14 @@ def _joined(offsets: Sequence[Int64s]) -> Int64s:
 
 
 @jit
-def _largest(offsets: Int64s, ids: npt.NDArray[np.int32], seen: Int64s) -> int:
-    largest = 0
+def _count_distinct(
+    offsets: Int64s, ids: npt.NDArray[np.int32], seen: Int64s, sizes: npt.NDArray[np.int32]
+) -> None:
     for event in range(offsets.size - 1):
-        distinct = 0
         for i in range(offsets[event], offsets[event + 1]):
             if seen[ids[i]] != event:
                 seen[ids[i]] = event
-                distinct += 1
-        largest = max(largest, distinct)
-    return largest
+                sizes[event] += 1
 
 
 @jit

@@ -6,6 +6,7 @@ feeds them one event after the other, and reads their counters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,8 +22,13 @@ from fluxmoe.core.replay import replay
 from fluxmoe.errors import CapacityError, ConfigError
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.sim.capacity import pages_of
+from fluxmoe.sim.clock import Clock, Timing
 from fluxmoe.sim.events import Events
+from fluxmoe.sim.hardware import Profile, load
 from fluxmoe.sim.trace import TraceMeta
+
+#: Events between two looks at the progress, or at Ctrl-C.
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class Result:
         released: Pages given up because the policy did not retain them.
         bytes_demand, bytes_prefetch: Bytes loaded by cause; None if the page size is unknown.
         policy_faults: Calls of a policy that were answered by the fallback instead.
+        timing: What it would have taken, if a hardware profile was given.
     """
 
     policy: str
@@ -57,9 +64,12 @@ class Result:
     bytes_demand: int | None
     bytes_prefetch: int | None
     policy_faults: int
+    timing: Timing | None = None
 
     def to_json(self) -> dict[str, str | int | float | None]:
-        return asdict(self)
+        """Flat: the fields of ``timing`` beside the others, if there are any."""
+        fields = asdict(self)
+        return {**fields, **(fields.pop("timing") or {})}
 
 
 class Simulation:
@@ -68,6 +78,7 @@ class Simulation:
     Attributes:
         policy: The eviction policy as it was asked for.
         oracle: Whether it knows the future, so that no engine can run it.
+        missed: int32, the misses of every event once it has run.
     """
 
     def __init__(
@@ -80,8 +91,11 @@ class Simulation:
         registry: Registry,
         banks: int = 1,
         strict: bool = False,
+        hardware: Profile | None = None,
     ) -> None:
         self._events = events
+        self._clock = None if hardware is None else Clock(hardware, events)
+        self.missed = np.zeros(len(events), np.int32)
         self.policy, self._prefetch = label(policy), label(prefetch)
         self._capacity = pages_of(capacity, events.meta)
         evictor: EvictionPolicy = registry.create("eviction", policy)
@@ -94,15 +108,25 @@ class Simulation:
         self._fetching = PrefetchGuard(fetcher, view, name=self._prefetch, strict=strict)
         self._rule = EventRule(table, self._eviction, self._fetching)
 
-    def run(self) -> Result:
+    def run(self, progress: Callable[[int], None] = lambda events: None) -> Result:
         """Replay the trace, from cold.
+
+        Args:
+            progress: Called now and then with the events that were run since the last call.
 
         Raises:
             PolicyFaultError: A policy failed, and ``strict`` is set.
         """
-        events = self._events.list(oracle=self.oracle)
-        missed = np.zeros(len(self._events), np.int32)
-        replay(self._rule, events, 0, len(missed), missed)
+        events, count = self._events.list(oracle=self.oracle), len(self._events)
+        clock = self._clock
+        prefetching = clock is not None and self._rule.prefetches
+        watch = clock.watch if clock is not None and prefetching else None
+        for begin in range(0, count, _CHUNK):
+            end = min(begin + _CHUNK, count)
+            replay(self._rule, events, begin, end, self.missed, watch)
+            progress(end - begin)
+        if clock is not None and not prefetching:
+            clock.demand_only(self.missed)
         return self._result(self._events.meta)
 
     def _result(self, meta: TraceMeta) -> Result:
@@ -124,6 +148,7 @@ class Simulation:
             bytes_demand=None if size is None else counted.loads_demand * size,
             bytes_prefetch=None if size is None else counted.loads_prefetch * size,
             policy_faults=self._eviction.faults + self._fetching.faults,
+            timing=None if self._clock is None else self._clock.timing(),
         )
 
 
@@ -135,6 +160,7 @@ def simulate(
     banks: int = 1,
     registry: Registry | None = None,
     strict: bool = False,
+    hardware: Profile | str | Path | None = None,
 ) -> Result:
     """Replay a trace at one capacity.
 
@@ -146,17 +172,26 @@ def simulate(
         banks: Banks that consecutive layers are spread over, each with its share of the capacity.
         registry: Known policies; by default built-in and installed ones.
         strict: Raise at the first fault of a policy instead of containing it.
+        hardware: A profile, the name of one, or its file: the result then has a ``timing``.
 
     Raises:
         TraceError: The trace cannot be used.
-        UnknownPolicyError, ConfigError: A policy, option, capacity or number of banks.
+        UnknownPolicyError, ConfigError: A policy, option, capacity, number of banks or profile.
         CapacityError: A bank could not hold the largest event of the trace.
         PolicyFaultError: Under ``strict``.
     """
     events = trace if isinstance(trace, Events) else Events.load(trace)
     known = registry or plugins.load()
+    profile = hardware if isinstance(hardware, Profile | None) else load(hardware)
     return Simulation(
-        events, policy, capacity, prefetch, registry=known, banks=banks, strict=strict
+        events,
+        policy,
+        capacity,
+        prefetch,
+        registry=known,
+        banks=banks,
+        strict=strict,
+        hardware=profile,
     ).run()
 
 

@@ -5,8 +5,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fluxmoe.core.event import EventRule
+from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
+from fluxmoe.core.limits import Limits
+from fluxmoe.core.pages import MISSES, PageTable
+from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.replay import replay as replay_events
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import CapacityError, ConfigError, PolicyFaultError, UnknownPolicyError
+from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation, simulate
 from fluxmoe.sim.synth import Workload, write
@@ -222,3 +229,47 @@ def test_the_phase_of_an_event_reaches_the_policy(tmp_path):
     events._block.phase[:] = [Phase.PREFILL, Phase.DECODE]
     Simulation(events, "watching", 2, registry=known).run()
     assert seen == [Phase.PREFILL, Phase.DECODE]
+
+
+class CannotCount(EvictionPolicy):
+    """A kernel that fails in one event out of three, in one of two ways."""
+
+    @staticmethod
+    def score_kernel(last_use, use_count, loaded_at, event, page):
+        if event % 6 == 2:
+            raise ValueError("never learnt it")
+        return np.nan if event % 6 == 5 else float(-last_use)
+
+
+class CannotCountStable(CannotCount):
+    stable_score = True
+
+
+@pytest.mark.parametrize("policy", [CannotCount, CannotCountStable])
+@pytest.mark.parametrize("strikes", [3, 10**6])
+def test_a_kernel_that_fails_now_and_then_is_contained_event_by_event(policy, strikes, synthetic):
+    """The compiled replay stops at the event, the guard answers for it, and it goes on."""
+    events, _ = synthetic
+    missed = np.zeros(len(events), np.int32)
+    fast, slow = (_rule(policy(), strikes, events) for _ in range(2))
+    replay_events(fast, events.list(oracle=False), 0, len(events), missed)
+    one_by_one = []
+    for step, layer, _, where in events:
+        slow.run(step, layer, events.ids[where])
+        one_by_one.append(int(slow.table.books.now[MISSES]))
+    assert missed.tolist() == one_by_one
+    assert fast.table.counters() == slow.table.counters()
+    assert np.array_equal(fast.table.books.slot_of >= 0, slow.table.books.slot_of >= 0)
+    assert fast.eviction.faults == slow.eviction.faults > 2
+    assert fast.eviction.faults == strikes or strikes > 3
+    fast.table.check()
+
+
+def _rule(policy, strikes, events):
+    table = PageTable(events.meta.geometry, [23])
+    view = PageView(table)
+    return EventRule(
+        table,
+        EvictionGuard(policy, view, name="pony", limits=Limits(strikes=strikes)),
+        PrefetchGuard(NoPrefetch(), view, name="none"),
+    )

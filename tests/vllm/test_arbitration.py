@@ -12,7 +12,7 @@ import pytest
 from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
 from tests.vllm.conftest import KV_BYTES, OPTIONS, PAGE
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 DICE = str(Path(__file__).with_name("dice.py"))
 COMPILED = {**OPTIONS, "max_num_seqs": 8, "enable_prefix_caching": True}

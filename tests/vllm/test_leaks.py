@@ -54,7 +54,7 @@ def engine(**options):
 states = []
 for _ in range(3):
     running = engine()
-    running.generate([Prompt([5, 6, 7], 5)] * 4, False)
+    running.generate([Prompt([5, 6, 7], 5)] * 4, False, True)
     states.append(left())
     running.stop()
     running._engine.engine_core.shutdown()  # once more: does no harm

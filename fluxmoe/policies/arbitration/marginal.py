@@ -146,7 +146,7 @@ class StepModel:
         self._average("running", running)
         self._average("request", view.kv_used_frames / running)
         self._average("accesses", view.experts.accesses)
-        expected = view.experts.accesses * view.experts.miss_ratio(view.frames["experts"])
+        expected = view.experts.accesses * float(view.experts.miss_ratio(view.frames["experts"]))
         self._average("misses", view.experts.misses)
         self._average("expected", expected)
 
@@ -191,7 +191,7 @@ class StepModel:
         # More requests use more of the experts: each uses some of them, independently.
         share = min(seen["accesses"] / pages, 0.999)
         used = pages * (1 - (1 - share) ** (batch / max(seen["running"], 1.0)))
-        ratio = np.array([demand.miss_ratio(frames) for frames in experts.tolist()])
+        ratio = demand.miss_ratio(experts)
         misses: Floats = np.minimum(used * ratio * min(max(scale, 0.25), 4.0), used)
         return misses
 

@@ -1,0 +1,147 @@
+"""The virtual clock: what a replay would have taken on a machine that a profile describes.
+
+Demand copies stand in the way of their layer: the engine copies all that an event misses, then the
+kernel runs. Prefetched pages are copied one after the other, in the order of their proposal, while
+layers compute; a demand waits for the copy that is under way and goes before those that have not
+begun; a page that is used before its copy has begun is copied at once. That is what
+``TransferEngine`` does with one copy thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.event import EventRule
+from fluxmoe.core.pages import ABSENT, LOADED, PAGES
+from fluxmoe.errors import ConfigError
+from fluxmoe.sim.events import Events
+from fluxmoe.sim.hardware import Profile
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the virtual clock showed.
+
+    Attributes:
+        hardware: Name of the profile.
+        seconds: From the first step's beginning to the last one's end.
+        step_ms_mean, step_ms_p50, step_ms_p95: Duration of a step.
+        stall_share: The part of ``seconds`` that layers waited for pages.
+        tokens_per_s: Tokens of all steps per second.
+    """
+
+    hardware: str
+    seconds: float
+    step_ms_mean: float
+    step_ms_p50: float
+    step_ms_p95: float
+    stall_share: float
+    tokens_per_s: float
+
+
+class Clock:
+    """Times one replay.
+
+    Args:
+        profile: The machine.
+        events: The trace; it must know the size of a page.
+
+    Raises:
+        ConfigError: The trace does not tell the size of a page.
+    """
+
+    def __init__(self, profile: Profile, events: Events) -> None:
+        size = events.meta.page_bytes
+        if size is None:
+            raise ConfigError(
+                "the trace does not tell the size of a page, so nothing can be timed",
+                where="--hardware",
+            )
+        self._profile, self._events = profile, events
+        self._page = size / (profile.load_gbps * 1e9)
+        self._call = profile.load_us * 1e-6
+        #: Seconds that each event's layer computes once its pages are there, ``[N]``.
+        self.compute = _compute(profile, events, size)
+        self.stall = np.zeros(len(events))
+        self._now, self._link_free = 0.0, 0.0
+        self._queue: deque[tuple[int, float]] = deque()  # page, when it was proposed
+        self._arrives: dict[int, float] = {}
+
+    def demand_only(self, missed: npt.NDArray[np.int32]) -> None:
+        """All events at once, for a replay without prefetch."""
+        self.stall = np.where(missed > 0, self._call + missed * self._page, 0.0)
+
+    def watch(self, rule: EventRule, at: int) -> None:
+        """Event ``at`` has been run by a rule that prefetches."""
+        b = rule.table.books
+        count = b.now[PAGES]
+        pages, hit = b.pages[:count], b.hit[:count]
+        begun = done = self._now
+        self._advance(begun, b.slot_of)
+        misses = count - int(np.count_nonzero(hit))
+        if misses:
+            done = max(done, self._link_free) + self._call + misses * self._page
+            self._link_free = done
+        for page in pages[hit].tolist():
+            done = self._complete(page, done)
+        if rule.prefetches:
+            self._queue.extend((page, done) for page in b.loaded[: b.now[LOADED]].tolist())
+        self.stall[at] = done - begun
+        self._now = done + self.compute[at]
+
+    def timing(self) -> Timing:
+        """The times of all steps."""
+        profile, block = self._profile, self._events.list(oracle=False)
+        starts = np.flatnonzero(np.diff(block.step, prepend=block.step[:1] - 1))
+        steps = np.add.reduceat(self.compute + self.stall, starts) + profile.step_us * 1e-6
+        tokens = np.diff(block.offsets)[starts].sum() / self._events.meta.top_k
+        total = float(steps.sum())
+        middle, late = np.percentile(steps, [50, 95]).tolist()
+        return Timing(
+            hardware=profile.name,
+            seconds=total,
+            step_ms_mean=total / len(steps) * 1e3,
+            step_ms_p50=middle * 1e3,
+            step_ms_p95=late * 1e3,
+            stall_share=float(self.stall.sum()) / total if total else 0.0,
+            tokens_per_s=float(tokens) / total if total else 0.0,
+        )
+
+    def _advance(self, now: float, slot_of: npt.NDArray[np.int32]) -> None:
+        """Let the link work through what was proposed, until ``now``."""
+        while self._queue:
+            page, proposed = self._queue[0]
+            start = max(self._link_free, proposed)
+            if start >= now:
+                return
+            self._queue.popleft()
+            if slot_of[page] == ABSENT:
+                continue  # given up before its copy began
+            self._link_free = self._arrives[page] = start + self._call + self._page
+
+    def _complete(self, page: int, now: float) -> float:
+        """A page that was prefetched is used: when it is there."""
+        arrives = self._arrives.pop(page, None)
+        if arrives is not None:
+            return max(now, arrives)
+        if any(page == queued for queued, _ in self._queue):
+            self._queue = deque(entry for entry in self._queue if entry[0] != page)
+            self._link_free = max(now, self._link_free) + self._call + self._page
+            return self._link_free
+        return now
+
+
+def _compute(profile: Profile, events: Events, page_bytes: int) -> Floats:
+    pairs = np.diff(events.list(oracle=False).offsets)
+    tokens = pairs / events.meta.top_k
+    read = events.sizes * (page_bytes / (profile.memory_gbps * 1e9))
+    work = pairs * (2 * page_bytes / profile.weight_bytes / (profile.tflops * 1e12))
+    experts = np.maximum(read, work) if profile.roofline else read + work
+    seconds: Floats = experts + (profile.layer_us + tokens * profile.token_us) * 1e-6
+    return seconds

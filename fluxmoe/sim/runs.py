@@ -1,0 +1,176 @@
+"""Many runs over one trace: policies × capacities × prefetchers, in this process or in several.
+
+Processes are started afresh and read the trace's arrays from files that the first one wrote, so
+they share the memory and inherit no threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe import plugins
+from fluxmoe.plugins import PolicySpec, Registry
+from fluxmoe.sim.events import Events
+from fluxmoe.sim.hardware import Profile
+from fluxmoe.sim.simulator import Result, Simulation
+from fluxmoe.sim.trace import EventBlock, TraceMeta
+
+Progress = Callable[[int], None]
+
+#: Below so many accesses (tokens × top-k, over all runs) starting processes takes longer.
+_WORTH_IT = 20_000_000
+_COLUMNS = ("step", "layer", "phase", "offsets", "ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What to run; ``plan`` has what all runs share."""
+
+    policy: PolicySpec
+    capacity: str
+    prefetch: PolicySpec = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Runs over one trace.
+
+    Attributes:
+        runs: In the order of the results.
+        plugins: Files or modules with policies, for processes of their own.
+        banks, strict, hardware: As ``simulate`` takes them.
+    """
+
+    runs: Sequence[Run]
+    plugins: Sequence[str] = ()
+    banks: int = 1
+    strict: bool = False
+    hardware: Profile | None = None
+
+    def simulation(self, run: Run, events: Events, registry: Registry) -> Simulation:
+        """One run, checked. Raises what ``simulate`` raises."""
+        return Simulation(
+            events,
+            run.policy,
+            run.capacity,
+            run.prefetch,
+            registry=registry,
+            banks=self.banks,
+            strict=self.strict,
+            hardware=self.hardware,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A run's result, whether an oracle made it, and its hit rate over time.
+
+    ``timeline`` is float64 ``[bins]``: the hit rate in equal parts of the trace.
+    """
+
+    result: Result
+    oracle: bool
+    timeline: npt.NDArray[np.float64]
+
+
+def default_jobs(events: Events, runs: int) -> int:
+    """As many processes as there are cores and runs, but one where the work is small."""
+    if events.ids.size * runs < _WORTH_IT:
+        return 1
+    return min(runs, len(os.sched_getaffinity(0)))
+
+
+def execute(
+    plan: Plan,
+    events: Events,
+    registry: Registry,
+    *,
+    jobs: int = 1,
+    bins: int = 0,
+    progress: Progress = lambda events: None,
+) -> list[Outcome]:
+    """Make all runs.
+
+    Args:
+        plan: What to run.
+        events: The trace.
+        registry: Known policies, in this process.
+        jobs: Processes.
+        bins: Parts of the timeline; 0 = no timeline.
+        progress: Called with events that were run since the last call.
+
+    Raises:
+        UnknownPolicyError, ConfigError, CapacityError: A run that cannot be made; none is begun.
+        PolicyFaultError: Under ``strict``.
+    """
+    if jobs <= 1 or len(plan.runs) <= 1:
+        # All are made before the first runs, so that a mistake in the last shows at once.
+        made = [plan.simulation(run, events, registry) for run in plan.runs]
+        return [_outcome(simulation, events, bins, progress) for simulation in made]
+    for run in plan.runs:
+        plan.simulation(run, events, registry)
+    with tempfile.TemporaryDirectory(prefix="fluxmoe-") as folder:
+        for name, column in zip(_COLUMNS, events.list(oracle=False), strict=False):
+            np.save(Path(folder) / f"{name}.npy", np.asarray(column))
+        start = multiprocessing.get_context("spawn")
+        arguments = folder, events.meta, plan, bins
+        with ProcessPoolExecutor(jobs, start, _begin, arguments) as pool:
+            waiting = {pool.submit(_work, index): index for index in range(len(plan.runs))}
+            found: dict[int, Outcome] = {}
+            try:
+                for future in as_completed(waiting):
+                    found[waiting[future]] = future.result()
+                    progress(len(events))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [found[index] for index in range(len(plan.runs))]
+
+
+class _Worker:
+    """What a process of its own keeps between runs."""
+
+    def __init__(self, folder: str, meta: TraceMeta, plan: Plan, bins: int) -> None:
+        # Mapped, so that all processes share the memory; private, so that numba sees plain arrays.
+        files = [np.load(Path(folder) / f"{name}.npy", mmap_mode="c") for name in _COLUMNS]
+        self.events = Events(meta, EventBlock(*(np.asarray(column) for column in files)))
+        self.plan, self.bins = plan, bins
+        self.registry = plugins.load(plan.plugins)
+
+
+_worker: _Worker | None = None
+
+
+def _begin(folder: str, meta: TraceMeta, plan: Plan, bins: int) -> None:
+    global _worker
+    _worker = _Worker(folder, meta, plan, bins)
+
+
+def _work(index: int) -> Outcome:
+    assert _worker is not None
+    simulation = _worker.plan.simulation(_worker.plan.runs[index], _worker.events, _worker.registry)
+    return _outcome(simulation, _worker.events, _worker.bins, lambda events: None)
+
+
+def _outcome(simulation: Simulation, events: Events, bins: int, progress: Progress) -> Outcome:
+    result = simulation.run(progress)
+    return Outcome(result, simulation.oracle, _timeline(simulation.missed, events, bins))
+
+
+def _timeline(missed: npt.NDArray[np.int32], events: Events, bins: int) -> npt.NDArray[np.float64]:
+    parts = np.unique(np.linspace(0, len(events), min(bins, len(events)) + 1).astype(np.int64))[:-1]
+    if len(parts) == 0:
+        return np.zeros(0)
+    accesses = np.add.reduceat(events.sizes.astype(np.int64), parts)
+    misses = np.add.reduceat(missed.astype(np.int64), parts)
+    rate: npt.NDArray[np.float64] = 1.0 - misses / np.maximum(accesses, 1)
+    return rate
