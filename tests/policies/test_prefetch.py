@@ -1,4 +1,4 @@
-"""What ``gate`` and ``markov`` propose, and that the simulator shows them the trace's predictions."""
+"""What ``gate`` and ``markov`` propose, and that the simulator shows them what traces predict."""
 
 import numpy as np
 import pytest
