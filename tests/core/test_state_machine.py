@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from fluxmoe.core.pages import LEAVING
 from fluxmoe.core.protocol import FreeKV, SetSlots, TakeKV
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.errors import CapacityError, OutOfFramesError
@@ -166,6 +167,8 @@ class CoreMachine(RuleBasedStateMachine):
             rig.arbiter.execute(rig.pager, SetSlots(slots))
             assert table.slots == list(slots)
             after = slots
+        if not table.books.now[LEAVING]:  # a bank has changed, if only for a moment
+            self.model.release()
         for bank in sorted(range(self.banks), key=lambda bank: slots[bank] - before[bank]):
             if slots[bank] < before[bank]:
                 self.model.resize(bank, slots[bank])
