@@ -63,6 +63,11 @@ class Events:
             )
         return cls(reader.meta, events)
 
+    @property
+    def block(self) -> EventBlock:
+        """All events in one block."""
+        return self._block
+
     def __len__(self) -> int:
         return len(self._block.step)
 

@@ -28,7 +28,6 @@ Progress = Callable[[int], None]
 
 #: Below so many accesses (tokens × top-k, over all runs) starting processes takes longer.
 _WORTH_IT = 20_000_000
-_COLUMNS = ("step", "layer", "phase", "offsets", "ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +118,9 @@ def execute(
     for run in plan.runs:
         plan.simulation(run, events, registry)
     with tempfile.TemporaryDirectory(prefix="fluxmoe-") as folder:
-        for name, column in zip(_COLUMNS, events.list(oracle=False), strict=False):
-            np.save(Path(folder) / f"{name}.npy", np.asarray(column))
+        for name, column in events.block._asdict().items():
+            if column is not None:
+                np.save(Path(folder) / f"{name}.npy", column)
         start = multiprocessing.get_context("spawn")
         arguments = folder, events.meta, plan, bins
         with ProcessPoolExecutor(jobs, start, _begin, arguments) as pool:
@@ -141,8 +141,11 @@ class _Worker:
 
     def __init__(self, folder: str, meta: TraceMeta, plan: Plan, bins: int) -> None:
         # Mapped, so that all processes share the memory; private, so that numba sees plain arrays.
-        files = [np.load(Path(folder) / f"{name}.npy", mmap_mode="c") for name in _COLUMNS]
-        self.events = Events(meta, EventBlock(*(np.asarray(column) for column in files)))
+        columns = {
+            file.stem: np.asarray(np.load(file, mmap_mode="c"))
+            for file in Path(folder).glob("*.npy")
+        }
+        self.events = Events(meta, EventBlock(**columns))
         self.plan, self.bins = plan, bins
         self.registry = plugins.load(plan.plugins)
 

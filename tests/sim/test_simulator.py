@@ -81,7 +81,7 @@ def traces(draw):
     return rows, layers, experts, top_k, banks, capacity
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(traces())
 def test_equals_the_reference_on_any_trace(registry, case):
     rows, layers, experts, top_k, banks, capacity = case
