@@ -87,9 +87,7 @@ def test_it_is_the_papers_algorithm(events, slots, share):
 @pytest.mark.parametrize("prefetch", ["next-layer", "markov"])
 @pytest.mark.parametrize("banks", [1, 3])
 def test_prefetched_pages_and_banks_are_no_fault(events, prefetch, banks):
-    result = simulate(
-        events, "s3-fifo", 36, prefetch, banks=banks, strict=True
-    )
+    result = simulate(events, "s3-fifo", 36, prefetch, banks=banks, strict=True)
     assert result.policy_faults == 0 and result.prefetch_hits > 0
 
 

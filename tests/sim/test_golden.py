@@ -42,7 +42,9 @@ def test_misses_are_as_recorded(traces, trace, kind):
 
 def test_belady_is_the_least_and_next_use_close_to_the_best_simple_one():
     for trace in shipped.NAMES:
-        rows = {policy: counts for name, of, policy, counts in ROWS if (name, of) == (trace, "eviction")}
+        rows = {
+            policy: counts for name, of, policy, counts in ROWS if (name, of) == (trace, "eviction")
+        }
         for at in range(len(golden.CAPACITIES)):
             assert min(counts[at] for counts in rows.values()) == rows["belady"][at]
             best = min(rows[policy][at] for policy in ("lru", "lfu", "lfru"))
