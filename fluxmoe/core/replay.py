@@ -33,8 +33,8 @@ class EventList(NamedTuple):
     ``step`` int32, ``layer`` int16, ``phase`` int8 (``types.Phase``), each ``[N]``; ``offsets``
     int64 ``[N + 1]``; ``ids`` int32, repeats allowed. ``later`` int64, as long as ``ids``: the next
     event that uses the same page, or empty where no policy asks. ``guesses`` int32: the slice
-    ``guess_offsets[i]:guess_offsets[i + 1]`` of it are the experts that event ``i``'s layer predicts
-    for the next one, repeats allowed; ``guess_offsets`` is empty where nobody predicts.
+    ``guess_offsets[i]:guess_offsets[i + 1]`` of it are the experts that the layer of event ``i``
+    predicts for the next one, repeats allowed; ``guess_offsets`` is empty where nobody predicts.
     """
 
     step: npt.NDArray[np.int32]

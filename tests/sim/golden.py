@@ -6,7 +6,8 @@ Run it after a change that is meant to change a figure, and read the difference 
 import json
 from pathlib import Path
 
-from fluxmoe import plugins, policies as built_in
+from fluxmoe import plugins
+from fluxmoe import policies as built_in
 from fluxmoe.sim import shipped
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
@@ -25,14 +26,14 @@ def policies(kind):
     return registry.names(kind)
 
 
-def table(trace, policy):
+def table(trace, policy, capacities=CAPACITIES):
     """Misses at each capacity."""
-    return [simulate(trace, policy, c, strict=True).misses for c in CAPACITIES]
+    return [simulate(trace, policy, c, strict=True).misses for c in capacities]
 
 
-def prefetch_table(trace, prefetch):
+def prefetch_table(trace, prefetch, capacities=PREFETCH_CAPACITIES):
     """Misses, and pages prefetched, under ``next-use``, at three capacities."""
-    runs = [simulate(trace, "next-use", c, prefetch, strict=True) for c in PREFETCH_CAPACITIES]
+    runs = [simulate(trace, "next-use", c, prefetch, strict=True) for c in capacities]
     return [[run.misses, run.loads_prefetch] for run in runs]
 
 

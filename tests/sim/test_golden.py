@@ -32,12 +32,18 @@ def test_every_policy_has_a_row():
     assert len(ROWS) == len(expected)
 
 
-@pytest.mark.parametrize("trace", shipped.NAMES)
-@pytest.mark.parametrize("kind", ["eviction", "prefetch"])
-def test_misses_are_as_recorded(traces, trace, kind):
-    measure = golden.table if kind == "eviction" else golden.prefetch_table
-    rows = {policy: counts for name, of, policy, counts in ROWS if (name, of) == (trace, kind)}
-    assert {policy: measure(traces[trace], policy) for policy in rows} == rows
+#: Policies that run in Python take seconds on the long traces: one capacity of those will do.
+LONG, IN_PYTHON = ("decode-1", "decode-8"), ("immediate", "s3-fifo")
+
+
+@pytest.mark.parametrize(("trace", "kind", "policy", "counts"), ROWS)
+def test_misses_are_as_recorded(traces, trace, kind, policy, counts):
+    measure, capacities = golden.table, golden.CAPACITIES
+    if kind == "prefetch":
+        measure, capacities = golden.prefetch_table, golden.PREFETCH_CAPACITIES
+    if trace in LONG and (kind == "prefetch" or policy in IN_PYTHON):
+        capacities, counts = capacities[-1:], counts[-1:]
+    assert measure(traces[trace], policy, capacities) == counts
 
 
 def test_belady_is_the_least_and_next_use_close_to_the_best_simple_one():
