@@ -34,7 +34,7 @@ def fluxmoe_register_policies(register):
 BUILT_IN = {
     "eviction": ["belady", "immediate", "lfru", "lfu", "lru", "next-use", "s3-fifo"],
     "prefetch": ["gate", "markov", "next-layer", "none"],
-    "arbitration": ["fixed"],
+    "arbitration": ["fixed", "kv-first", "marginal", "rho"],
 }
 
 

@@ -63,8 +63,8 @@ class S3Fifo(EvictionPolicy):
                 self._ghosts[page] = None
             self._forget(page)
         # As many ghosts as the main queue has slots.
-        for page in list(self._ghosts)[: len(self._ghosts) - int((1 - self._share) * view.slots)]:
-            del self._ghosts[page]
+        while len(self._ghosts) > int((1 - self._share) * view.slots):
+            del self._ghosts[next(iter(self._ghosts))]
 
     def select(self, view: PageView, pages: Int64s, n: int) -> Int64s:
         resident = view.resident

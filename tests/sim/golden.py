@@ -1,0 +1,53 @@
+"""``python -m tests.sim.golden``: write ``golden.json``, what every policy misses on the traces.
+
+Run it after a change that is meant to change a figure, and read the difference before committing.
+"""
+
+import json
+from pathlib import Path
+
+from fluxmoe import plugins
+from fluxmoe import policies as built_in
+from fluxmoe.sim import shipped
+from fluxmoe.sim.events import Events
+from fluxmoe.sim.simulator import simulate
+
+FILE = Path(__file__).with_name("golden.json")
+#: Of 384 pages; the largest event of decode-64 and prefill has 64.
+CAPACITIES = (64, 80, 96, 144, 192, 240, 288, 336)
+#: A quarter, a half and three quarters.
+PREFETCH_CAPACITIES = (96, 192, 288)
+
+
+def policies(kind):
+    """The names that are built in, whatever is installed."""
+    registry = plugins.Registry()
+    registry.add(built_in, "fluxmoe")
+    return registry.names(kind)
+
+
+def table(trace, policy, capacities=CAPACITIES):
+    """Misses at each capacity."""
+    return [simulate(trace, policy, c, strict=True).misses for c in capacities]
+
+
+def prefetch_table(trace, prefetch, capacities=PREFETCH_CAPACITIES):
+    """Misses, and pages prefetched, under ``next-use``, at three capacities."""
+    runs = [simulate(trace, "next-use", c, prefetch, strict=True) for c in capacities]
+    return [[run.misses, run.loads_prefetch] for run in runs]
+
+
+def main():
+    rows = []
+    for name in shipped.NAMES:
+        events = Events.load(shipped.path(name))
+        for policy in policies("eviction"):
+            rows.append([name, "eviction", policy, table(events, policy)])
+        for policy in policies("prefetch"):
+            rows.append([name, "prefetch", policy, prefetch_table(events, policy)])
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    FILE.write_text(f"[\n{lines}\n]\n")
+
+
+if __name__ == "__main__":
+    main()
