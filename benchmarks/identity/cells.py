@@ -59,14 +59,18 @@ class Cell:
 
 @cache
 def policies() -> tuple[list[str], list[str]]:
-    """Eviction and prefetch policies that can serve, of those built in: no oracles."""
+    """Eviction and prefetch policies that can serve, of those built in.
+
+    Not oracles, and not ``gate``: no engine has the predictions it passes on, so it is ``none``.
+    """
     known = [policy for policy in plugins.load() if policy.plugin == "fluxmoe"]
     eviction = [
         policy.name
         for policy in known
         if policy.kind == "eviction" and not getattr(policy.factory, "needs_future", False)
     ]
-    return eviction, [policy.name for policy in known if policy.kind == "prefetch"]
+    prefetch = [policy.name for policy in known if policy.kind == "prefetch"]
+    return eviction, [name for name in prefetch if name != "gate"]
 
 
 def settings(model: str) -> list[tuple[bool, bool]]:

@@ -37,7 +37,8 @@ def test_cells(
         assert stats["misses"] > 0
         freed = stats["evictions"] + stats["released"]
         assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
-        assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
+        if cell.prefetch != "markov" or cell.slots != "all":  # what it has learned is resident then
+            assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
     tokens = running.stock[0]
     assert len({tuple(row) for row in tokens.tolist()}) == len(tokens)
 

@@ -232,8 +232,8 @@ def test_unsupported_features(eager: ChildEngine, options: dict[str, Any], featu
 
 
 def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
-    assert eager.call("rpc", unknown_calls) == []
     eager.restart(fluxmoe=config(), **EAGER)
+    assert eager.call("rpc", unknown_calls) == []
     before = eager.generate([Prompt([5, 6, 7], 4)]).tokens
     for call in WEIGHT_CALLS:
         with pytest.raises(UnsupportedError, match=call):

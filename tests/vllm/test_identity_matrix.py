@@ -39,7 +39,8 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
     assert stats["misses"] > 0
     freed = stats["evictions"] + stats["released"]
     assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
-    assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
+    if cell.prefetch != "markov" or cell.slots != "all":  # what it has learned is resident then
+        assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
     assert (stats["cached_prompt_tokens"] > 0) == cell.prefix_caching
     assert stats["cached_prompt_tokens"] == stats["stock_cached_prompt_tokens"]
     if cell.mode != "vllm three-process":
