@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fluxmoe.core.guard import FaultCounter
+from fluxmoe.core.guard import FaultCounter, PolicyGuard
 from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
 from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
 
 
-class ArbitrationGuard:
+class ArbitrationGuard(PolicyGuard):
     """Calls an arbitration policy, validates its answers and contains its faults."""
 
     def __init__(
@@ -26,21 +26,7 @@ class ArbitrationGuard:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self._policy = policy
-        self._faults = FaultCounter("arbitration", name, strict, limits)
-
-    @property
-    def name(self) -> str:
-        return self._faults.name
-
-    @property
-    def faults(self) -> int:
-        """Faults contained so far."""
-        return self._faults.count
-
-    @property
-    def slow(self) -> int:
-        """Calls so far that were answered, but took longer than the soft limit."""
-        return self._faults.slow
+        super().__init__(FaultCounter("arbitration", name, strict, limits))
 
     def split(self, view: ArbitrationView) -> Split:
         """What the policy wants, or the present split after a fault."""

@@ -113,8 +113,8 @@ def _describe(problem: Exception | str) -> str:
     return problem
 
 
-class _Guard:
-    """What both guards can tell about their policy."""
+class PolicyGuard:
+    """What every guard can tell about its policy."""
 
     def __init__(self, faults: FaultCounter) -> None:
         self._faults = faults
@@ -138,7 +138,7 @@ class _Guard:
         return self._faults.slow
 
 
-class EvictionGuard(_Guard):
+class EvictionGuard(PolicyGuard):
     """An eviction policy as the event rule calls it."""
 
     def __init__(
@@ -282,7 +282,7 @@ class EvictionGuard(_Guard):
         return self._kernel.scores(rows, view.event, view.layer, view.num_layers)
 
 
-class PrefetchGuard(_Guard):
+class PrefetchGuard(PolicyGuard):
     """A prefetch policy as the event rule calls it. One that leads by no layer is never asked."""
 
     def __init__(
