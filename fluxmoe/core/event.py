@@ -46,6 +46,7 @@ from fluxmoe.core.pages import (
     compact,
     load,
     mark_dirty,
+    open_books,
     release_leaving,
     unload,
 )
@@ -179,6 +180,29 @@ def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
     return n
 
 
+# What callers in Python call: they hand over the directory of the books (``bound``).
+
+
+@jit
+def _open(books: Int64s, step: int, layer: int, ids: Ints, slots: Slots) -> int:
+    return open_event(open_books(books), step, layer, ids, slots)
+
+
+@jit
+def _evict(books: Int64s, victims: Int64s, counter: int) -> None:
+    evict(open_books(books), victims, counter)
+
+
+@jit
+def _load_missing(books: Int64s) -> None:
+    load_missing(open_books(books))
+
+
+@jit
+def _lookup(books: Int64s, layer: int, ids: Ints, slots: Slots) -> None:
+    lookup(open_books(books), layer, ids, slots)
+
+
 class EventRule:
     """The rule bound to one page table, one eviction and one prefetch policy.
 
@@ -225,10 +249,14 @@ class EventRule:
 
     def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         """Points 1–3 and 6 of the rule. See ``open_event``."""
-        misses = open_event(self.table.books, step, layer, ids, slots)
+        misses = _open(self.table.directory, step, layer, ids, slots)
         if self.eviction.watches_access:
             self.eviction.on_access(self.access())
         return misses
+
+    def lookup(self, layer: int, ids: Ints, slots: Slots) -> None:
+        """Fill ``slots`` for experts that are resident by now. See ``lookup``."""
+        _lookup(self.table.directory, layer, ids, slots)
 
     def admit(self) -> None:
         """Points 4 and 5: choose victims if slots are short, then load the misses."""
@@ -239,7 +267,7 @@ class EventRule:
             short = misses - int(b.num_free[bank])
             if short > 0:
                 self._evict(bank, short, spare=False)
-            load_missing(b)
+            _load_missing(self.table.directory)
             if self.eviction.watches_load:
                 self.eviction.on_load(b.missing[:misses].copy())
         if self.eviction.retains:
@@ -338,7 +366,7 @@ class EventRule:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
         finally:  # the heap has let go of them: they must leave, whatever the policy does
-            evict(self.table.books, victims, counter)
+            _evict(self.table.directory, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
         """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted."""

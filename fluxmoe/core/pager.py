@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from fluxmoe.core.event import EventRule, Slots, lookup
+from fluxmoe.core.event import EventRule, Slots
 from fluxmoe.core.mrc import MissRatioCurve
 from fluxmoe.core.pages import LOADED, PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
@@ -98,7 +98,7 @@ class ExpertPager:
         if misses:
             for loads in rule.loads():
                 self._transfer.demand(loads)
-            lookup(self._books, layer, ids, slots)
+            rule.lookup(layer, ids, slots)
         if rule.prefetch():
             for loads in rule.loads():
                 self._transfer.prefetch(loads)

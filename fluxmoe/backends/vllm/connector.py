@@ -223,6 +223,10 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         report = self._worker.report() if self._worker is not None else None
         return None if report is None else WorkerMetadata([report])
 
+    def has_connector_metadata(self) -> bool:
+        """None for attention layers: they would call ``wait_for_layer_load`` and so on, each."""
+        return False
+
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
         pass
 
