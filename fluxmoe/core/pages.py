@@ -76,9 +76,7 @@ class Books(NamedTuple):
     counts: Int64s  # see C_EVENTS …
 
 
-def _new_books(
-    geometry: Geometry, banks: int, width: int, bank_of: Sequence[int] | None
-) -> Books:
+def _new_books(geometry: Geometry, banks: int, width: int, bank_of: Sequence[int] | None) -> Books:
     pages, experts = geometry.num_pages, geometry.experts_per_layer
     return Books(
         last_use=np.full(pages, NEVER, np.int64),
