@@ -12,7 +12,18 @@ from typing import Annotated
 import typer
 
 import fluxmoe
-from fluxmoe.cli import config, demo, doctor, generate, output, policies, serve, simulate, trace
+from fluxmoe.cli import (
+    config,
+    demo,
+    doctor,
+    generate,
+    output,
+    plan,
+    policies,
+    serve,
+    simulate,
+    trace,
+)
 from fluxmoe.errors import FluxMoEError
 
 _DEBUG = "--debug"
@@ -46,6 +57,7 @@ def _app() -> typer.Typer:
     app.callback()(_globals)
     app.command("demo")(demo.demo)
     app.command("serve")(serve.serve)
+    app.command("plan")(plan.plan)
     app.command("generate")(generate.generate)
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
