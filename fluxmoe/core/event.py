@@ -38,6 +38,7 @@ from fluxmoe.core.pages import (
     NEVER,
     PAGES,
     PROTECTED,
+    REUSE_EVERY,
     STEP,
     UNUSED,
     Books,
@@ -46,11 +47,12 @@ from fluxmoe.core.pages import (
     compact,
     load,
     mark_dirty,
+    note_age,
     release_leaving,
     unload,
 )
 from fluxmoe.core.policy import read_only
-from fluxmoe.core.types import Access, Int64s, Ints, Loads
+from fluxmoe.core.types import REUSE, Access, Int64s, Ints, Loads
 from fluxmoe.errors import CapacityError
 
 Slots = npt.NDArray[np.int32]
@@ -93,6 +95,7 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
     b.now[EVENT] += 1
     b.now[STEP], b.now[LAYER] = step, layer
     event = b.now[EVENT]
+    noted = event % REUSE_EVERY == 0
     for page in range(first, first + experts):
         b.flags[page] &= ~np.uint8(PROTECTED)
     n = misses = 0
@@ -114,6 +117,8 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
             elif b.flags[page] & UNUSED:
                 b.counts[C_PREFETCH_HITS] += 1
                 b.flags[page] &= ~np.uint8(UNUSED)
+            if noted and b.last_use[page] != NEVER:
+                note_age(b, REUSE, event - b.last_use[page])
             b.last_use[page] = event
             b.use_count[page] += 1
             mark_dirty(b, page)

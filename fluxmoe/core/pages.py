@@ -14,7 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.jit import jit
-from fluxmoe.core.types import Bools, Bytes, Counters, Geometry, Int64s, Phase
+from fluxmoe.core.types import (
+    AGES,
+    IDLE,
+    LIFETIME,
+    Bools,
+    Bytes,
+    Counters,
+    Geometry,
+    Int64s,
+    Phase,
+)
 from fluxmoe.errors import CapacityError, InvariantError
 
 NEVER = -1
@@ -27,6 +37,9 @@ DIRTY = 4  # accessed or loaded since its score was last computed
 
 # Indices into Books.now.
 EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING = range(8)
+
+#: Reuse is noted in one event of so many; a prime, so that no layer is preferred.
+REUSE_EVERY = 61
 
 # Indices into Books.counts, in the order of types.Counters.
 (
@@ -73,6 +86,8 @@ class Books(NamedTuple):
     dirty: Int64s  # pages whose score must be computed anew [P]
     now: Int64s  # scalars, see EVENT …
     counts: Int64s  # see C_EVENTS …
+    ages: Int64s  # types.LIFETIME …, by power of two [3, AGES]
+    age_sums: Int64s  # [3]
 
 
 @jit
@@ -82,8 +97,21 @@ def bit(number: int) -> np.uint64:
 
 
 @jit
+def note_age(b: Books, kind: int, age: int) -> None:
+    """Count an age of so many events."""
+    n = 0
+    while n < AGES - 1 and 1 << n < age:
+        n += 1
+    b.ages[kind, n] += 1
+    b.age_sums[kind] += age
+
+
+@jit
 def unload(b: Books, page: int) -> None:
     """Take ``page`` out of its slot, which becomes free."""
+    note_age(b, LIFETIME, b.now[EVENT] - b.loaded_at[page])
+    # A page that was prefetched and never used was idle all the time.
+    note_age(b, IDLE, b.now[EVENT] - max(b.last_use[page], b.loaded_at[page]))
     bank = b.bank_of[b.layer_of[page]]
     slot = b.slot_of[page]
     b.slot_of[page] = ABSENT
@@ -208,6 +236,8 @@ class PageTable:
             dirty=np.zeros(pages, np.int64),
             now=np.zeros(8, np.int64),
             counts=np.zeros(11, np.int64),
+            ages=np.zeros((3, AGES), np.int64),
+            age_sums=np.zeros(3, np.int64),
         )
         if not np.isin(self.books.bank_of, np.arange(banks)).all() or (
             len(self.books.bank_of) != geometry.num_layers
@@ -272,6 +302,8 @@ class PageTable:
             (b.present, 0),
             (b.page_at, ABSENT),
             (b.counts, 0),
+            (b.ages, 0),
+            (b.age_sums, 0),
             (b.now, 0),
         ):
             array[...] = value

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE
+
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
     from fluxmoe.core.controller import SplitController
+    from fluxmoe.core.pages import Books
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
@@ -20,13 +23,19 @@ Samples = dict[str, dict[tuple[str, ...], float]]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric: its name, kind, own labels (vLLM adds the model's and the engine's), and help."""
+    """A metric: its name, kind, own labels (vLLM adds the model's and the engine's), and help.
+
+    The samples of a histogram are its buckets, labelled by their upper ends, and its ``sum``.
+    """
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
 
+
+#: A metric whose labels are words: a series goes when it is not among the last any more.
+DECISION = "fluxmoe_split_decision"
 
 METRICS = (
     Metric(
@@ -91,13 +100,43 @@ METRICS = (
         "counter",
         "Moves of memory that were rolled back, or left their frames free.",
     ),
+    Metric(
+        DECISION,
+        "gauge",
+        "The last decisions to move memory, 1 each: where to, and the numbers that led to it.",
+        ("number", "policy", "direction", "reason"),
+    ),
+    Metric(
+        "fluxmoe_page_lifetime_events",
+        "histogram",
+        "Executions of MoE layers from the loading of an expert page to its leaving.",
+    ),
+    Metric(
+        "fluxmoe_page_idle_before_evict_events",
+        "histogram",
+        "Executions of MoE layers from the last use of an expert page to its leaving.",
+    ),
+    Metric(
+        "fluxmoe_page_reuse_gap_events",
+        "histogram",
+        "Executions of MoE layers from one use of an expert page to the next; a sample.",
+    ),
     Metric("fluxmoe_budget_frames", "gauge", "Frames of the whole budget."),
     Metric("fluxmoe_budget_bytes", "gauge", "Bytes of the whole budget."),
     Metric("fluxmoe_expert_slots", "gauge", "Slots for expert pages."),
     Metric("fluxmoe_expert_pages", "gauge", "Expert pages of the model."),
 )
 
-_COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind == "counter")
+#: Those whose sources begin at zero again when the pager is reset.
+_COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind != "gauge")
+_AGES = (
+    ("fluxmoe_page_lifetime_events", LIFETIME),
+    ("fluxmoe_page_idle_before_evict_events", IDLE),
+    ("fluxmoe_page_reuse_gap_events", REUSE),
+)
+#: Upper ends of the buckets of ages.
+BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
+_BUCKET_LABELS = tuple((end,) for end in BUCKETS)
 
 
 def read(runtime: Runtime) -> Samples:
@@ -140,6 +179,18 @@ def read(runtime: Runtime) -> Samples:
     }
 
 
+def read_ages(runtime: Runtime) -> Samples:
+    """The histograms of one worker."""
+    return {name: _ages(runtime.pager.table.books, kind) for name, kind in _AGES}
+
+
+def _ages(books: Books, kind: int) -> dict[tuple[str, ...], float]:
+    counts: dict[tuple[str, ...], float] = dict(
+        zip(_BUCKET_LABELS, books.ages[kind].tolist(), strict=True)
+    )
+    return {**counts, ("sum",): int(books.age_sums[kind])}
+
+
 def read_split(controller: SplitController | None) -> Samples:
     """Metrics of the scheduler's side; zeros if the split is fixed."""
     changes = {"to_kv": 0, "to_experts": 0} if controller is None else controller.changes
@@ -151,6 +202,10 @@ def read_split(controller: SplitController | None) -> Samples:
         policy = ("arbitration", controller.policy)
         samples["fluxmoe_policy_faults_total"] = {policy: controller.faults}
         samples["fluxmoe_policy_slow_calls_total"] = {policy: controller.slow}
+        samples[DECISION] = {
+            (str(d.number), controller.policy, d.direction, d.reason): 1
+            for d in controller.decisions
+        }
     return samples
 
 
@@ -159,14 +214,19 @@ class Meter:
 
     Args:
         source: Gives all samples as they are now.
+        every: Look at it only each so many times.
     """
 
-    def __init__(self, source: Callable[[], Samples]) -> None:
-        self._source = source
+    def __init__(self, source: Callable[[], Samples], *, every: int = 1) -> None:
+        self._source, self._every = source, every
         self._last: Samples = {}
+        self._asked = 0
 
     def take(self) -> Samples:
         """The changes; at first all samples, zeros included, so that every series exists."""
+        self._asked += 1
+        if (self._asked - 1) % self._every:
+            return {}
         now, last = self._source(), self._last
         self._last = now
         changes: Samples = {}
@@ -177,6 +237,7 @@ class Meter:
                 for labels, value in samples.items()
                 if value != before.get(labels)
             }
+            changed |= {labels: -before[labels] for labels in before if labels not in samples}
             if changed:
                 changes[name] = changed
         return changes
