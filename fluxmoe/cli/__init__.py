@@ -22,6 +22,7 @@ from fluxmoe.cli import (
     policies,
     serve,
     simulate,
+    top,
     trace,
 )
 from fluxmoe.errors import FluxMoEError
@@ -63,6 +64,7 @@ def _app() -> typer.Typer:
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
     app.add_typer(config.app, name="config")
+    app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     return app
 
