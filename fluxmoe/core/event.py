@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core import order
+from fluxmoe.core.ages import PageAges
 from fluxmoe.core.bits import lowest_bit
 from fluxmoe.core.chooser import FAILED, new_chooser, take_dirty, victims
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
@@ -219,6 +220,8 @@ class EventRule:
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
         self._predicted: Int64s | None = None
+        #: Told of pages that leave, where somebody wants to know; ``replay`` tells nobody.
+        self.ages: PageAges | None = None
         if eviction.kernel is not None:
             # Compiles it, or reads it from disk, at no policy's expense.
             event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
@@ -236,6 +239,8 @@ class EventRule:
             order.clear(self.heap)
         self.eviction.reset()
         self._prefetch.reset()
+        if self.ages is not None:
+            self.ages.reset()
 
     def run(self, step: int, layer: int, ids: Ints, predicted: Int64s | None = None) -> None:
         """One whole event, for callers that copy nothing (the simulator).
@@ -249,6 +254,8 @@ class EventRule:
 
     def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         """Points 1–3 and 6 of the rule. See ``open_event``."""
+        if self.ages is not None:
+            self.ages.routed(self.table.books, layer, ids)
         misses = _open(self.table.directory, step, layer, ids, slots)
         if self.eviction.watches_access:
             self.eviction.on_access(self.access())
@@ -272,6 +279,8 @@ class EventRule:
                 self.eviction.on_load(b.missing[:misses].copy())
         if self.eviction.retains:
             leaving = self.eviction.leaving(self.access())
+            if self.ages is not None:
+                self.ages.leave(b, leaving)
             b.leaving[: len(leaving)] = leaving
             b.now[LEAVING] = len(leaving)
 
@@ -362,6 +371,8 @@ class EventRule:
                 )
 
     def _unload(self, victims: Int64s, counter: int) -> None:
+        if self.ages is not None:
+            self.ages.leave(self.table.books, victims)
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)

@@ -10,23 +10,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE
+
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
     from fluxmoe.core.controller import SplitController
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
+#: (metric, values of its own labels) → value: the same for one process, which reads every step.
+Readings = dict[tuple[str, tuple[str, ...]], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric: its name, kind, own labels (vLLM adds the model's and the engine's), and help."""
+    """A metric: its name, kind, own labels (vLLM adds the model's and the engine's), and help.
+
+    The samples of a histogram are its buckets, labelled by their upper ends, and its ``sum``.
+    """
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
 
+
+#: A metric whose labels are words: a series goes when it is not among the last any more.
+DECISION = "fluxmoe_split_decision"
 
 METRICS = (
     Metric(
@@ -91,67 +101,140 @@ METRICS = (
         "counter",
         "Moves of memory that were rolled back, or left their frames free.",
     ),
+    Metric(
+        DECISION,
+        "gauge",
+        "The last decisions to move memory, 1 each: where to, and the numbers that led to it.",
+        ("number", "policy", "direction", "reason"),
+    ),
+    Metric(
+        "fluxmoe_page_lifetime_events",
+        "histogram",
+        "Executions of MoE layers from the loading of an expert page to its leaving.",
+    ),
+    Metric(
+        "fluxmoe_page_idle_before_evict_events",
+        "histogram",
+        "Executions of MoE layers from the last use of an expert page to its leaving.",
+    ),
+    Metric(
+        "fluxmoe_page_reuse_gap_events",
+        "histogram",
+        "Executions of MoE layers from one use of an expert page to the next; a sample.",
+    ),
     Metric("fluxmoe_budget_frames", "gauge", "Frames of the whole budget."),
     Metric("fluxmoe_budget_bytes", "gauge", "Bytes of the whole budget."),
     Metric("fluxmoe_expert_slots", "gauge", "Slots for expert pages."),
     Metric("fluxmoe_expert_pages", "gauge", "Expert pages of the model."),
 )
 
-_COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind == "counter")
+#: Those whose sources begin at zero again when the pager is reset.
+_COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind != "gauge")
+_AGES = (
+    ("fluxmoe_page_lifetime_events", LIFETIME),
+    ("fluxmoe_page_idle_before_evict_events", IDLE),
+    ("fluxmoe_page_reuse_gap_events", REUSE),
+)
+#: Upper ends of the buckets of ages.
+BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
 
 
-def read(runtime: Runtime) -> Samples:
-    """All metrics of one worker as they are now."""
-    counters, transfer = runtime.pager.counters(), runtime.pager.transfer
-    table, arbiter = runtime.pager.table, runtime.arbiter
+def reader(runtime: Runtime) -> Callable[[], Readings]:
+    """What reads all metrics of one worker but the histograms, in every step: so it is short."""
+    # Here, because it imports numba, which a process without a worker does not need.
+    from fluxmoe.core.pages import (
+        C_COLD,
+        C_EVICTIONS,
+        C_HITS,
+        C_MISSES,
+        C_PREFETCH_HITS,
+        C_RELEASED,
+        C_RESIZED,
+    )
+
     store = runtime.config.stores[0].kind
-    policies = (("eviction", runtime.eviction), ("prefetch", runtime.prefetch))
-    committed = arbiter.frames()
-    frames: dict[tuple[str, ...], float] = {}
-    for tenant, budget in (("experts", runtime.experts_budget), ("kv", runtime.kv_budget)):
-        frames[tenant, "committed"] = committed[tenant]
-        frames[tenant, "min"] = budget.min
-        frames[tenant, "target"] = budget.target
-        frames[tenant, "max"] = budget.max
-    return {
-        "fluxmoe_expert_hits_total": {(): counters.hits},
-        "fluxmoe_expert_misses_total": {
-            ("cold",): counters.cold,
-            ("capacity",): counters.misses - counters.cold,
-        },
-        "fluxmoe_prefetch_hits_total": {(): counters.prefetch_hits},
-        "fluxmoe_expert_evictions_total": {
-            ("victim",): counters.evictions,
-            ("released",): counters.released,
-            ("resized",): counters.resized,
-        },
-        "fluxmoe_transfer_bytes_total": {
-            (store, "demand"): transfer.bytes_demand,
-            (store, "prefetch"): transfer.bytes_prefetch,
-        },
-        "fluxmoe_stall_seconds_total": {(): transfer.stall_seconds},
-        "fluxmoe_policy_faults_total": {(k, guard.name): guard.faults for k, guard in policies},
-        "fluxmoe_policy_slow_calls_total": {(k, guard.name): guard.slow for k, guard in policies},
-        "fluxmoe_tenant_frames": frames,
-        "fluxmoe_budget_frames": {(): arbiter.pool.count},
-        "fluxmoe_budget_bytes": {(): arbiter.budget_bytes},
-        "fluxmoe_expert_slots": {(): sum(table.slots)},
-        "fluxmoe_expert_pages": {(): table.geometry.num_pages},
+    policies = [("eviction", runtime.eviction.name), ("prefetch", runtime.prefetch.name)]
+    tenants = ("experts", runtime.experts_budget), ("kv", runtime.kv_budget)
+    pager, pool = runtime.pager, runtime.arbiter.pool
+    counts, transfer = pager.table.books.counts, pager.transfer
+    constant: Readings = {
+        ("fluxmoe_tenant_frames", (tenant, kind)): getattr(budget, kind)
+        for tenant, budget in tenants
+        for kind in ("min", "target", "max")
     }
+    constant["fluxmoe_expert_pages", ()] = pager.table.geometry.num_pages
+    series = [
+        *(("fluxmoe_tenant_frames", (tenant, "committed")) for tenant, _ in tenants),
+        ("fluxmoe_expert_slots", ()),
+        ("fluxmoe_budget_frames", ()),
+        ("fluxmoe_budget_bytes", ()),
+        ("fluxmoe_expert_hits_total", ()),
+        ("fluxmoe_expert_misses_total", ("cold",)),
+        ("fluxmoe_expert_misses_total", ("capacity",)),
+        ("fluxmoe_prefetch_hits_total", ()),
+        ("fluxmoe_expert_evictions_total", ("victim",)),
+        ("fluxmoe_expert_evictions_total", ("released",)),
+        ("fluxmoe_expert_evictions_total", ("resized",)),
+        ("fluxmoe_transfer_bytes_total", (store, "demand")),
+        ("fluxmoe_transfer_bytes_total", (store, "prefetch")),
+        ("fluxmoe_stall_seconds_total", ()),
+        *(("fluxmoe_policy_faults_total", policy) for policy in policies),
+        *(("fluxmoe_policy_slow_calls_total", policy) for policy in policies),
+    ]
+
+    def read() -> Readings:
+        count = counts.tolist()
+        values = (
+            pool.owned_by("experts"),
+            pool.owned_by("kv"),
+            sum(pager.table.slots),
+            pool.limit,
+            pool.nbytes,
+            count[C_HITS],
+            count[C_COLD],
+            count[C_MISSES] - count[C_COLD],
+            count[C_PREFETCH_HITS],
+            count[C_EVICTIONS],
+            count[C_RELEASED],
+            count[C_RESIZED],
+            transfer.bytes_demand,
+            transfer.bytes_prefetch,
+            transfer.stall_seconds,
+            runtime.eviction.faults,
+            runtime.prefetch.faults,
+            runtime.eviction.slow,
+            runtime.prefetch.slow,
+        )
+        return constant | dict(zip(series, values, strict=True))
+
+    return read
 
 
-def read_split(controller: SplitController | None) -> Samples:
+def read_ages(runtime: Runtime) -> Readings:
+    """The histograms of one worker."""
+    readings: Readings = {}
+    for name, kind in _AGES:
+        counts = runtime.ages.counts[kind].tolist()
+        readings |= {(name, (end,)): n for end, n in zip(BUCKETS, counts, strict=True)}
+        readings[name, ("sum",)] = int(runtime.ages.sums[kind])
+    return readings
+
+
+def read_split(controller: SplitController | None) -> Readings:
     """Metrics of the scheduler's side; zeros if the split is fixed."""
     changes = {"to_kv": 0, "to_experts": 0} if controller is None else controller.changes
-    samples: Samples = {
-        "fluxmoe_split_changes_total": {(name,): count for name, count in changes.items()},
-        "fluxmoe_split_failures_total": {(): 0 if controller is None else controller.failures},
+    readings: Readings = {
+        ("fluxmoe_split_changes_total", (direction,)): count for direction, count in changes.items()
     }
+    readings["fluxmoe_split_failures_total", ()] = 0 if controller is None else controller.failures
     if controller is not None:
         policy = ("arbitration", controller.policy)
-        samples["fluxmoe_policy_faults_total"] = {policy: controller.faults}
-        samples["fluxmoe_policy_slow_calls_total"] = {policy: controller.slow}
-    return samples
+        readings["fluxmoe_policy_faults_total", policy] = controller.faults
+        readings["fluxmoe_policy_slow_calls_total", policy] = controller.slow
+        for d in controller.decisions:
+            labels = (str(d.number), controller.policy, d.direction, d.reason)
+            readings[DECISION, labels] = 1
+    return readings
 
 
 class Meter:
@@ -159,33 +242,35 @@ class Meter:
 
     Args:
         source: Gives all samples as they are now.
+        every: Look at it only each so many times.
     """
 
-    def __init__(self, source: Callable[[], Samples]) -> None:
-        self._source = source
-        self._last: Samples = {}
+    def __init__(self, source: Callable[[], Readings], *, every: int = 1) -> None:
+        self._source, self._every = source, every
+        self._last: Readings = {}
+        self._asked = 0
 
     def take(self) -> Samples:
         """The changes; at first all samples, zeros included, so that every series exists."""
+        self._asked += 1
+        if (self._asked - 1) % self._every:
+            return {}
         now, last = self._source(), self._last
         self._last = now
         changes: Samples = {}
-        for name, samples in now.items():
-            before = last.get(name, {})
-            changed = {
-                labels: value - before.get(labels, 0)
-                for labels, value in samples.items()
-                if value != before.get(labels)
-            }
-            if changed:
-                changes[name] = changed
+        for series, value in now.items():
+            before = last.get(series)
+            if value != before:
+                changes.setdefault(series[0], {})[series[1]] = value - (before or 0)
+        if now.keys() != last.keys():
+            for name, labels in last.keys() - now.keys():
+                changes.setdefault(name, {})[labels] = -last[name, labels]
         return changes
 
     def restarted(self) -> None:
         """The source's counters have gone back to zero; those shown go on."""
         self._last = {
-            name: {labels: 0 if name in _COUNTERS else value for labels, value in samples.items()}
-            for name, samples in self._last.items()
+            series: 0 if series[0] in _COUNTERS else value for series, value in self._last.items()
         }
 
 
