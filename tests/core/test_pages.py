@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fluxmoe.core.ages import REUSE_EVERY, PageAges
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.ages import REUSE_EVERY, PageAges
 from fluxmoe.core.pages import PageTable, load, unload
 from fluxmoe.core.policy import PageView
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Geometry
