@@ -228,6 +228,11 @@ class EventRule:
             victims(*event, np.zeros(0, np.int64))
 
     @property
+    def follows(self) -> bool:
+        """Whether an event is not over when it is open, although all its pages were resident."""
+        return self.eviction.retains or self._prefetch.active
+
+    @property
     def prefetches(self) -> bool:
         """Whether a prefetch policy is asked after each event."""
         return self._prefetch.active

@@ -81,6 +81,8 @@ class ExpertPager:
         if self.curve is not None:
             self.curve.observe(self._books.last_use, layer, ids)
         misses = self._rule.open(self._step, layer, ids, slots)
+        if not misses and not self._transfer.busy and not self._rule.follows:
+            return
         try:
             self._fill(misses, layer, ids, slots)
         except BaseException:

@@ -10,7 +10,16 @@ import pytest
 
 from fluxmoe.backends.vllm.child import ChildEngine
 from fluxmoe.backends.vllm.histograms import Histograms
-from fluxmoe.backends.vllm.metrics import DECISION, METRICS, Meter, Readings, Samples, add, summary
+from fluxmoe.backends.vllm.metrics import (
+    DECISION,
+    METRICS,
+    Meter,
+    Readings,
+    Samples,
+    Series,
+    add,
+    summary,
+)
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
@@ -20,7 +29,8 @@ HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
 
 
 def flat(samples: Samples) -> Readings:
-    return {(name, labels): v for name, series in samples.items() for labels, v in series.items()}
+    every = [((name, labels), v) for name, of in samples.items() for labels, v in of.items()]
+    return [series for series, _ in every], [value for _, value in every]
 
 
 def test_the_changes_of_a_meter_add_up() -> None:
@@ -53,7 +63,8 @@ def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
         DECISION: {("1", "p", "to_kv", "why"): -1, ("2", "p", "to_kv", "why"): 1}
     }
     hits = 0
-    rare = Meter(lambda: {(HITS, ()): hits}, every=3)
+    series: list[Series] = [(HITS, ())]  # the same list each time
+    rare = Meter(lambda: (series, [hits]), every=3)
     assert rare.take() == {HITS: {(): 0}}
     hits = 5
     assert [rare.take() for _ in range(3)] == [{}, {}, {HITS: {(): 5}}]

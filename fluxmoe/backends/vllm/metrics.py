@@ -6,7 +6,7 @@ added up over steps and over workers without anybody knowing what they mean, gau
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
-#: (metric, values of its own labels) → value: the same for one process, which reads every step.
-Readings = dict[tuple[str, tuple[str, ...]], float]
+#: A metric's name and the values of its own labels.
+Series = tuple[str, tuple[str, ...]]
+#: Values in the order of their series. Whoever is read in every step returns the same list of these
+#: each time: a dictionary with such keys takes longer to make than all else here.
+Readings = tuple[list[Series], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ _AGES = (
 )
 #: Upper ends of the buckets of ages.
 BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
+_AGE_SERIES: list[Series] = [(name, (end,)) for name, _ in _AGES for end in (*BUCKETS, "sum")]
+_BOUNDS = ("min", "target", "max")
 
 
 def reader(runtime: Runtime) -> Callable[[], Readings]:
@@ -157,12 +162,8 @@ def reader(runtime: Runtime) -> Callable[[], Readings]:
     tenants = ("experts", runtime.experts_budget), ("kv", runtime.kv_budget)
     pager, pool = runtime.pager, runtime.arbiter.pool
     counts, transfer = pager.table.books.counts, pager.transfer
-    constant: Readings = {
-        ("fluxmoe_tenant_frames", (tenant, kind)): getattr(budget, kind)
-        for tenant, budget in tenants
-        for kind in ("min", "target", "max")
-    }
-    constant["fluxmoe_expert_pages", ()] = pager.table.geometry.num_pages
+    bounds = [getattr(budget, kind) for _, budget in tenants for kind in _BOUNDS]
+    pages = pager.table.geometry.num_pages
     series = [
         *(("fluxmoe_tenant_frames", (tenant, "committed")) for tenant, _ in tenants),
         ("fluxmoe_expert_slots", ()),
@@ -180,11 +181,13 @@ def reader(runtime: Runtime) -> Callable[[], Readings]:
         ("fluxmoe_stall_seconds_total", ()),
         *(("fluxmoe_policy_faults_total", policy) for policy in policies),
         *(("fluxmoe_policy_slow_calls_total", policy) for policy in policies),
+        *(("fluxmoe_tenant_frames", (name, kind)) for name, _ in tenants for kind in _BOUNDS),
+        ("fluxmoe_expert_pages", ()),
     ]
 
     def read() -> Readings:
         count = counts.tolist()
-        values = (
+        return series, (
             pool.owned_by("experts"),
             pool.owned_by("kv"),
             sum(pager.table.slots),
@@ -204,37 +207,38 @@ def reader(runtime: Runtime) -> Callable[[], Readings]:
             runtime.prefetch.faults,
             runtime.eviction.slow,
             runtime.prefetch.slow,
+            *bounds,
+            pages,
         )
-        return constant | dict(zip(series, values, strict=True))
 
     return read
 
 
 def read_ages(runtime: Runtime) -> Readings:
     """The histograms of one worker."""
-    readings: Readings = {}
-    for name, kind in _AGES:
-        counts = runtime.ages.counts[kind].tolist()
-        readings |= {(name, (end,)): n for end, n in zip(BUCKETS, counts, strict=True)}
-        readings[name, ("sum",)] = int(runtime.ages.sums[kind])
-    return readings
+    ages = runtime.ages
+    return _AGE_SERIES, [
+        n for _, kind in _AGES for n in (*ages.counts[kind].tolist(), int(ages.sums[kind]))
+    ]
 
 
 def read_split(controller: SplitController | None) -> Readings:
     """Metrics of the scheduler's side; zeros if the split is fixed."""
     changes = {"to_kv": 0, "to_experts": 0} if controller is None else controller.changes
-    readings: Readings = {
-        ("fluxmoe_split_changes_total", (direction,)): count for direction, count in changes.items()
-    }
-    readings["fluxmoe_split_failures_total", ()] = 0 if controller is None else controller.failures
+    series: list[Series] = [("fluxmoe_split_changes_total", (name,)) for name in changes]
+    values: list[float] = list(changes.values())
+    series.append(("fluxmoe_split_failures_total", ()))
+    values.append(0 if controller is None else controller.failures)
     if controller is not None:
         policy = ("arbitration", controller.policy)
-        readings["fluxmoe_policy_faults_total", policy] = controller.faults
-        readings["fluxmoe_policy_slow_calls_total", policy] = controller.slow
+        series.append(("fluxmoe_policy_faults_total", policy))
+        series.append(("fluxmoe_policy_slow_calls_total", policy))
+        values += [controller.faults, controller.slow]
         for d in controller.decisions:
             labels = (str(d.number), controller.policy, d.direction, d.reason)
-            readings[DECISION, labels] = 1
-    return readings
+            series.append((DECISION, labels))
+            values.append(1)
+    return series, values
 
 
 class Meter:
@@ -247,7 +251,8 @@ class Meter:
 
     def __init__(self, source: Callable[[], Readings], *, every: int = 1) -> None:
         self._source, self._every = source, every
-        self._last: Readings = {}
+        self._series: list[Series] = []
+        self._values: Sequence[float] = []
         self._asked = 0
 
     def take(self) -> Samples:
@@ -255,23 +260,30 @@ class Meter:
         self._asked += 1
         if (self._asked - 1) % self._every:
             return {}
-        now, last = self._source(), self._last
-        self._last = now
+        series, values = self._source()
         changes: Samples = {}
-        for series, value in now.items():
-            before = last.get(series)
-            if value != before:
-                changes.setdefault(series[0], {})[series[1]] = value - (before or 0)
-        if now.keys() != last.keys():
-            for name, labels in last.keys() - now.keys():
-                changes.setdefault(name, {})[labels] = -last[name, labels]
+        if series is self._series:
+            for (name, labels), value, before in zip(series, values, self._values, strict=True):
+                if value != before:
+                    changes.setdefault(name, {})[labels] = value - before
+        else:
+            last = dict(zip(self._series, self._values, strict=True))
+            for (name, labels), value in zip(series, values, strict=True):
+                known = (name, labels) in last
+                before = last.pop((name, labels), 0.0)
+                if value != before or not known:
+                    changes.setdefault(name, {})[labels] = value - before
+            for (name, labels), before in last.items():  # gone
+                changes.setdefault(name, {})[labels] = -before
+        self._series, self._values = series, values
         return changes
 
     def restarted(self) -> None:
         """The source's counters have gone back to zero; those shown go on."""
-        self._last = {
-            series: 0 if series[0] in _COUNTERS else value for series, value in self._last.items()
-        }
+        self._values = [
+            0 if name in _COUNTERS else value
+            for (name, _), value in zip(self._series, self._values, strict=True)
+        ]
 
 
 def add(total: Samples, changes: Samples) -> None:
