@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fluxmoe.errors import CodecError
-from fluxmoe.stores.codec import Fixed4
-from fluxmoe.stores.codec.fixed4 import inspect
+from fluxmoe.stores.codec.fixed4 import Fixed4, inspect
 from tests.stores import reference
 from tests.stores.weights import bf16, matrices
 
