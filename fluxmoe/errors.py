@@ -117,6 +117,12 @@ class CodecError(StoreError):
     code = "FM305"
 
 
+class PageFileError(StoreError):
+    """A page file cannot be written or read, is damaged, or holds the pages of something else."""
+
+    code = "FM307"
+
+
 class UnknownCodecError(FluxMoEError):
     """A codec name that nobody has registered."""
 

@@ -104,7 +104,7 @@ def read(runtime: Runtime) -> Samples:
     """All metrics of one worker as they are now."""
     counters, transfer = runtime.pager.counters(), runtime.pager.transfer
     table, arbiter = runtime.pager.table, runtime.arbiter
-    store = runtime.config.stores[0].kind
+    store = "+".join(store.kind for store in runtime.config.stores)
     policies = (("eviction", runtime.eviction), ("prefetch", runtime.prefetch))
     committed = arbiter.frames()
     frames: dict[tuple[str, ...], float] = {}
