@@ -111,6 +111,27 @@ class StoreError(FluxMoEError):
     code = "FM304"
 
 
+class CodecError(StoreError):
+    """What a lossless code was given to decode is damaged, or is something else."""
+
+    code = "FM305"
+
+
+class PageFileError(StoreError):
+    """A page file cannot be written or read, is damaged, or holds the pages of something else."""
+
+    code = "FM307"
+
+
+class UnknownCodecError(FluxMoEError):
+    """A codec name that nobody has registered."""
+
+    code = "FM306"
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown codec {name!r}", fix=f"known codecs: {', '.join(sorted(known))}")
+
+
 # --- backends ----------------------------------------------------------------------------------
 
 

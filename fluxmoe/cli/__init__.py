@@ -13,6 +13,7 @@ import typer
 
 import fluxmoe
 from fluxmoe.cli import (
+    codec,
     config,
     demo,
     doctor,
@@ -63,6 +64,7 @@ def _app() -> typer.Typer:
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
+    app.command("codec")(codec.codec)
     app.add_typer(config.app, name="config")
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)

@@ -14,6 +14,7 @@ from fluxmoe import plugins
 from fluxmoe.backends import checkpoint, op
 from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import checks, kv
 from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
@@ -34,7 +35,6 @@ from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
 from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
-from fluxmoe.stores.host import HostStore
 
 tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
 
@@ -78,7 +78,9 @@ class PagedCPUWorker(CPUWorker):
         if vllm_config.load_config.load_format == "auto":
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
-        plugins.load(config.plugins).serving(config)
+        registry = plugins.load(config.plugins)
+        registry.serving(config)
+        coders(config, registry)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
         vllm_config.cache_config.kv_cache_memory_bytes = int(config.memory.budget)
@@ -114,7 +116,8 @@ class PagedCPUWorker(CPUWorker):
             )
         )
         geometry = Geometry(len(layers), weights[0].shape[0])
-        store = HostStore(geometry, page_class)
+        registry = plugins.load(self._config.plugins)
+        store = make_store(self._config, geometry, page_class, registry)
         self._runtime = runtime = Runtime(
             self._config,
             geometry,
