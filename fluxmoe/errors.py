@@ -111,6 +111,12 @@ class StoreError(FluxMoEError):
     code = "FM304"
 
 
+class DeviceMemoryError(SubstrateError):
+    """The GPU has no memory left for another frame."""
+
+    code = "FM306"
+
+
 # --- backends ----------------------------------------------------------------------------------
 
 

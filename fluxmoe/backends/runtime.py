@@ -15,6 +15,7 @@ from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.banks import sizes, spread
+from fluxmoe.core.carrier import HostCarrier
 from fluxmoe.core.controller import Inventory
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
@@ -140,7 +141,9 @@ class Runtime:
                 prefetch, view, name=config.prefetch["kind"], strict=strict, limits=limits
             )
             rows = [self._tenant.rows(bank) for bank in range(len(slots))]
-            transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
+            transfer = TransferEngine(
+                HostCarrier(store, rows, threads=config.copy_threads), page_class.nbytes
+            )
             undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
             self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)

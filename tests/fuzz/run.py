@@ -116,7 +116,7 @@ class Run:
         self.stamps: dict[int, int] = {}
         self.name = (
             f"{policy}{' faulty' if self.faulty else ''}, {layers}×{experts}, slots {slots}, "
-            f"prefetch {type(prefetch).__name__}, {self.rig.transfer._threads} threads"
+            f"prefetch {type(prefetch).__name__}, {self.rig.threads} threads"
         )
 
     def go(self, operations: int) -> None:
