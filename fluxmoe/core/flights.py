@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +133,7 @@ class Events:
 
     def close(self) -> None:
         """Give all of them back, also those in use."""
-        while self._made:
-            self._cuda.call("cuEventDestroy", self._made.pop())
-        self._free.clear()
+        with ExitStack() as each:  # goes on if one fails
+            for event in self._made:
+                each.callback(self._cuda.call, "cuEventDestroy", event)
+        self._made, self._free = [], []

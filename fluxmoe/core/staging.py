@@ -63,7 +63,6 @@ class Source:
     def give_back(self, flight: Flight) -> None:
         """A flight's copies are over."""
         self._free += flight.buffers
-        flight.buffers.clear()
 
     def close(self) -> None:
         self._buffers, self._free = [], []
@@ -91,6 +90,6 @@ class PinnedMemory:
     def close(self) -> None:
         """Idempotent."""
         if self._address is not None:
-            address, self._address = self._address, None
             with self._cuda.current():
-                self._cuda.call("cuMemFreeHost", address)
+                self._cuda.call("cuMemFreeHost", self._address)
+            self._address = None

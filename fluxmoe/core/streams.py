@@ -171,10 +171,10 @@ class StreamCarrier:
 
     def close(self) -> None:
         if self._open:
-            self._open = False
             self._orders.clear()
-            with self._cuda.current(), self._end:
-                pass
+            with self._cuda.current():
+                self._open = False
+                self._end.close()
 
     # --- the streams -----------------------------------------------------------------------------
 

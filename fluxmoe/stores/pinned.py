@@ -28,7 +28,7 @@ class PinnedStore(HostStore):
     def __init__(self, cuda: Cuda, geometry: Geometry, page_class: PageClass) -> None:
         super().__init__(geometry, page_class)
         self._cuda = cuda
-        self._memory = ExitStack()
+        self._memory: list[PinnedMemory] = []
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
         """Copy the next layer: one array ``[experts, nbytes]`` per part of the page class.
@@ -37,15 +37,16 @@ class PinnedStore(HostStore):
             SubstrateError: The system has not so much memory to lock; the layer is not there.
         """
         with ExitStack() as undo:
-            copies = []
+            copies, memory = [], []
             for part in parts:
-                memory = PinnedMemory(self._cuda, part.nbytes)
-                undo.callback(memory.close)
-                copies.append(memory.array.view(part.dtype).reshape(part.shape))
+                memory.append(PinnedMemory(self._cuda, part.nbytes))
+                undo.callback(memory[-1].close)
+                copies.append(memory[-1].array.view(part.dtype).reshape(part.shape))
             super().adopt(copies)
             for part, copy in zip(parts, copies, strict=True):
                 np.copyto(copy, part)
-            self._memory.push(undo.pop_all().__exit__)
+            self._memory += memory
+            undo.pop_all()
 
     def addresses(self, page: int) -> Sequence[int]:
         """Where a page's parts begin, in order."""
@@ -56,4 +57,6 @@ class PinnedStore(HostStore):
 
     def close(self) -> None:
         super().close()
-        self._memory.close()
+        with ExitStack() as each:  # goes on if one fails
+            for memory in self._memory:
+                each.callback(memory.close)
