@@ -1,4 +1,4 @@
-"""The lossless code decoded in registers, and the kernel that decodes pages into slots.
+"""The lossless code decoded in registers.
 
 docs/code.md defines the code byte by byte. In short: a part of a page is a matrix in tiles of
 64 × 64 weights; eight weights of a row are three 32-bit words, two with their low bytes and one
@@ -157,40 +157,3 @@ def _weave(low_a, low_b, high_a, high_b, BLOCK_N: tl.constexpr, BLOCK_K: tl.cons
     pairs = tl.join(tl.join(a01, b01), tl.join(a23, b23))  # [..., a | b, 01 | 23]
     both = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))
     return tl.reshape(both, (BLOCK_N, BLOCK_K)).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def decode_to_slot_kernel(
-    words_ptr, bytes_ptr, offsets_ptr, out_ptr, pages_ptr, slots_ptr, count_ptr,
-    rows, column_tiles, headers_at, flags_at, pool_at, stride_out,
-):  # fmt: skip
-    """One tile of one page per program: ``out[slots[i]] = decoded(pages[i])`` for i < count.
-
-    ``bytes_ptr`` and ``words_ptr`` point at the same memory; the other arguments are those of
-    ``decode_to_slots``.
-    """
-    item = tl.program_id(0)
-    if item >= tl.load(count_ptr):
-        return
-    row_tile, step = tl.program_id(1), tl.program_id(2)
-    start = tl.load(offsets_ptr + tl.load(pages_ptr + item)).to(tl.int64) * 128
-    out = out_ptr + tl.load(slots_ptr + item).to(tl.int64) * stride_out
-    page = words_ptr + start // 4
-    height = tl.minimum(rows - row_tile * 64, 64)  # of the tile
-    segments = (column_tiles + 1) // 2
-
-    row = tl.arange(0, 64)
-    there = row < height
-    row = tl.minimum(row, height - 1)
-    ptr = page + row_tile.to(tl.int64) * column_tiles * 1536 + step * height * 24
-    ptr = ptr + (row * 8)[:, None] + tl.arange(0, 8)[None, :]
-    header = load_headers(
-        page + headers_at // 4 + row_tile * 64 + row, rows, step, 64, 64, segments - 1
-    )
-    flags = bytes_ptr + start + flags_at
-    special = load_flags(flags, segments, step, row_tile, row_tile + 1, 64, 64)
-    tile = decode(ptr, height * 8, None, header, page + pool_at // 4, special, step, 64, 64)
-    columns = step * 64 + tl.arange(0, 64)
-    at = (row_tile * 64 + tl.arange(0, 64)).to(tl.int64)[:, None] * (column_tiles * 64)
-    bits = tile.to(tl.int16, bitcast=True)
-    tl.store(out + at + columns[None, :], bits, mask=there[:, None])

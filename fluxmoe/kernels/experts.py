@@ -13,34 +13,11 @@ from fluxmoe.kernels.align import Blocks, align_blocks
 from fluxmoe.kernels.gemm import grouped_gemm_kernel
 from fluxmoe.kernels.language import triton
 from fluxmoe.kernels.layout import layout
+from fluxmoe.kernels.pages import CompressedPages, RawSlots
 from fluxmoe.kernels.tiles import Tiles
 
 #: Of an expert that is nowhere, in the table that kernels read.
 ABSENT = -1
-
-
-@dataclass(frozen=True, slots=True)
-class RawSlots:
-    """An arena of uncompressed matrices: ``weights`` ``[slots, N, K]`` bfloat16, dense."""
-
-    weights: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedPages:
-    """Compressed matrices of one shape, anywhere in one buffer.
-
-    Args:
-        data: 1-D uint8, begins at a multiple of 16; a block of the code per page (docs/code.md).
-        offsets: ``[pages]`` int32, where each block begins, in units of 128 bytes.
-        rows: N, a multiple of 64.
-        cols: K, a multiple of 64.
-    """
-
-    data: torch.Tensor
-    offsets: torch.Tensor
-    rows: int
-    cols: int
 
 
 @dataclass(frozen=True, slots=True)

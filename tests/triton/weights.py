@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fluxmoe.kernels.experts import CompressedPages, RawSlots
+from fluxmoe.kernels.pages import CompressedPages, RawSlots
 from tests.stores import reference
 
 U16 = npt.NDArray[np.uint16]
