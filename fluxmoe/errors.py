@@ -111,6 +111,12 @@ class StoreError(FluxMoEError):
     code = "FM304"
 
 
+class CodecError(StoreError):
+    """What a lossless code was given to decode is damaged, or is something else."""
+
+    code = "FM305"
+
+
 # --- backends ----------------------------------------------------------------------------------
 
 

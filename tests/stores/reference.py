@@ -72,14 +72,14 @@ def encode(weights: U16, tail: bytes = b"") -> U8:
     flags = np.zeros((row_tiles, segments), np.uint8)
     pool: list[bytes] = []
     escapes = zero_coded = 0
-    for s in range(segments):
-        for r in range(rows):
+    for rt, s in np.ndindex(row_tiles, segments):
+        for r in range(64 * rt, min(64 * rt + 64, rows)):
             span = slice(128 * s, min(128 * s + 128, cols))
             h = high[r, span].reshape(-1, 64).astype(np.int64)
             kind, base = choose(h)
             if kind == "raw":
                 headers[s, r] = 1 << 31 | len(pool)
-                flags[r // 64, s] |= 1
+                flags[rt, s] |= 1
                 byte = np.zeros(128, np.uint8)
                 byte[: h.size] = weights[r, span] >> 8
                 words = byte.reshape(16, 2, 4)[:, :, COLUMN]  # word, plane, byte
@@ -87,7 +87,7 @@ def encode(weights: U16, tail: bytes = b"") -> U8:
                 continue
             o = (h - base) % 8
             if kind == "zero":
-                flags[r // 64, s] |= 2
+                flags[rt, s] |= 2
                 zero_coded += 1
                 o = np.where(h == 0, 0, o)
                 got = np.where(o == 0, 0, base + o)

@@ -1,0 +1,1 @@
+"""Lossless codes for expert pages."""
