@@ -205,7 +205,7 @@ def gather_pages_kernel(
     per_page = tl.cdiv(words, BLOCK)
     for task in range(tl.program_id(0), tl.load(count) * per_page, tl.num_programs(0)):
         item, at = task // per_page, task % per_page * BLOCK + tl.arange(0, BLOCK)
-        address = tl.multiple_of(tl.load(addresses + tl.load(pages + item)), 16)
-        source = address.to(tl.pointer_type(tl.int32))
+        address = tl.load(addresses + tl.load(pages + item))
+        source = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
         target = arena + tl.load(slots + item).to(tl.int64) * words
         tl.store(target + at, tl.load(source + at, mask=at < words), mask=at < words)

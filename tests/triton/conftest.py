@@ -1,4 +1,4 @@
-"""Tests of the kernels. Those here run under Triton's interpreter: `make test-triton`."""
+"""Tests of the kernels, for `make test-triton`: once interpreted, once compiled for absent GPUs."""
 
 from __future__ import annotations
 

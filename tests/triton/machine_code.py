@@ -29,6 +29,14 @@ class Needs:
     shared: int
     instructions: dict[str, int]
 
+    def counted(self, name: str, ending: str = "") -> int:
+        """Instructions whose name begins and ends so."""
+        return sum(
+            count
+            for each, count in self.instructions.items()
+            if each.startswith(name) and each.endswith(ending)
+        )
+
 
 def compile_kernel(
     kernel: Any,
