@@ -21,7 +21,9 @@ class Variant(StrEnum):
     TO_SLOT = "decode-to-slot"
 
 
-def choose(tokens: int, top_k: int, experts: int, *, raw_resident: bool, free_slots: int) -> Variant:
+def choose(
+    tokens: int, top_k: int, experts: int, *, raw_resident: bool, free_slots: int
+) -> Variant:
     """The variant for one execution of one layer.
 
     Args:

@@ -57,12 +57,14 @@ def load_flags(ptr, segments, step, tile, tiles, BLOCK_N: tl.constexpr, BLOCK_K:
 
 @triton.jit
 def decode(
-    ptr, plane, mask, header, pool_ptr, special, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    ptr, offset, plane, mask, header, pool_ptr, special, step,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The weights of one step of a block of rows.
 
     Args:
-        ptr: ``[BLOCK_N, BLOCK_K / 8]`` pointers to the words of plane A.
+        ptr: To the words of the step; a scalar, which is all that advances.
+        offset: ``[BLOCK_N, BLOCK_K / 8]``, of the words of plane A from there.
         plane: Words from one plane to the next.
         mask: Which words exist, or None.
         header: From ``load_headers``.
@@ -73,8 +75,9 @@ def decode(
     Returns:
         ``[BLOCK_N, BLOCK_K]`` bfloat16; where there is no word, finite values.
     """
-    low_a, low_b = _load(ptr, mask), _load(ptr + plane, mask)
-    nibbles = _load(ptr + 2 * plane, mask)
+    low_a = _load(ptr + offset, mask)
+    low_b = _load(ptr + plane + offset, mask)
+    nibbles = _load(ptr + 2 * plane + offset, mask)
     word = step_words(step, BLOCK_K)[None, :] % 16  # within the segment
     if BLOCK_K > 128:
         own = header
@@ -112,10 +115,10 @@ def decode(
     high_b = tl.where(in_b, high_b ^ change, high_b) | ((nibbles << 4) & 0x80808080)
     if special != 0:
         raw = (own >> 31) != 0
-        row = pool_ptr + (own & 0x7FFFFFFF).to(tl.int64) * 32 + word
+        row = (own & 0x7FFFFFFF).to(tl.int32) * 32 + word
         there = raw & (word >= 0)
-        high_a = tl.where(there, _load(row, there), high_a)
-        high_b = tl.where(there, _load(row + 16, there), high_b)
+        high_a = tl.where(there, _load(pool_ptr + row, there), high_a)
+        high_b = tl.where(there, _load(pool_ptr + 16 + row, there), high_b)
     return _weave(low_a, low_b, high_a, high_b, BLOCK_N, BLOCK_K)
 
 

@@ -12,10 +12,12 @@ from fluxmoe.errors import UnsupportedError
 from fluxmoe.kernels.align import Blocks, align_blocks
 from fluxmoe.kernels.gemm import grouped_gemm_kernel
 from fluxmoe.kernels.language import triton
-from fluxmoe.kernels.layout import layout
 from fluxmoe.kernels.pages import CompressedPages, RawSlots
 from fluxmoe.kernels.tiles import Tiles
+from fluxmoe.stores.codec.fixed4 import Layout
 
+#: Left to itself the assembler spills registers to make room for one more block per processor.
+MOST_REGISTERS = 255
 #: Of an expert that is nowhere, in the table that kernels read.
 ABSENT = -1
 
@@ -145,15 +147,16 @@ def _launch(
                 f"a compressed matrix of {n} × {k} cannot be read in place",
                 fix="both sizes must be multiples of 64; decode it to a slot",
             )
-        place = layout(n, k)
+        place = Layout(n, k)
         words, offsets, stride = side.data.view(torch.int32), side.offsets, 0
         sections = place.headers, place.flags, place.pool
-        flags = side.data
+        flags, registers = side.data, MOST_REGISTERS
     else:
         if side.weights.dtype != torch.bfloat16 or not side.weights[0].is_contiguous():
             raise UnsupportedError("raw slots must be dense bfloat16 matrices")
         words = flags = side.weights
         offsets, stride, sections = table, side.weights.stride(0), (0, 0, 0)
+        registers = None
     size = blocks.rows.numel()
     grid = (triton.cdiv(size, tiles.block_m) * triton.cdiv(n, tiles.block_n),)
     grouped_gemm_kernel[grid](
@@ -163,5 +166,5 @@ def _launch(
         COMPRESSED=isinstance(side, CompressedPages), TOP_K=top_k, SCALE=scale is not None,
         EVEN_K=k % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=registers,
     )  # fmt: skip

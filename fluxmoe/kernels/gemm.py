@@ -61,8 +61,9 @@ def grouped_gemm_kernel(
         segments = tl.cdiv(K, 128)
         tile = pid_n * BLOCK_N // 64
         words = tl.arange(0, BLOCK_K // 8)
-        ptr = page + (wrapped // 64).to(tl.int64)[:, None] * (K // 64 * 1536)
-        ptr += (wrapped % 64 * 8)[:, None] + (words // 8 * 1536 + words % 8)[None, :]
+        row_tile = wrapped // 64 * (K // 64) * 1536 + wrapped % 64 * 8
+        offset = row_tile[:, None] + (words // 8 * 1536 + words % 8)[None, :]
+        ptr = page
         header_ptr = page + headers_at // 4 + wrapped
         # Loaded a step ahead: a branch must not wait for memory.
         special = load_flags(flags, segments, 0, tile, N // 64, BLOCK_N, BLOCK_K)
@@ -77,8 +78,9 @@ def grouped_gemm_kernel(
                 a = tl.load(x, mask=real[:, None] & (k < left)[None, :], other=0.0)
                 mask = (wrapped >= 0)[:, None] & (step_words(step, BLOCK_K) < K // 8)[None, :]
             w = decode(
-                ptr, 512, mask, header, page + pool_at // 4, special, step, BLOCK_N, BLOCK_K
-            )
+                ptr, offset, 512, mask, header, page + pool_at // 4, special, step,
+                BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             total += tl.dot(a, tl.trans(w))
             x += BLOCK_K
             ptr += next_step(step, BLOCK_K)

@@ -9,7 +9,7 @@ import torch
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.kernels.decode import decode, load_flags, load_headers
 from fluxmoe.kernels.language import tl, triton
-from fluxmoe.kernels.layout import layout
+from fluxmoe.stores.codec.fixed4 import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def decode_to_slots(
         raise UnsupportedError(
             f"pages of {source.rows} × {source.cols} do not fit slots of {tuple(weights[0].shape)}"
         )
-    place = layout(source.rows, source.cols)
+    place = Layout(source.rows, source.cols)
     grid = (pages.numel(), triton.cdiv(source.rows, 64), source.cols // 64)
     decode_to_slots_kernel[grid](
         source.data.view(torch.int32), source.data, source.offsets, weights.view(torch.int16),
@@ -89,11 +89,13 @@ def decode_to_slots_kernel(
     row = tl.arange(0, 64)
     inside = tl.minimum(row, height - 1)
     tile = page + (row_tile.to(tl.int64) * column_tiles * 64 + step * height) * 24
-    ptr = tile + (inside * 8)[:, None] + tl.arange(0, 8)[None, :]
+    offset = (inside * 8)[:, None] + tl.arange(0, 8)[None, :]
     header_ptr = page + headers_at // 4 + row_tile * 64 + inside
     header = load_headers(header_ptr, rows, step, 64, 64, segments - 1)
     special = load_flags(flags, segments, step, row_tile, row_tile + 1, 64, 64)
-    weights = decode(ptr, height * 8, None, header, page + pool_at // 4, special, step, 64, 64)
+    weights = decode(
+        tile, offset, height * 8, None, header, page + pool_at // 4, special, step, 64, 64
+    )
 
     out = out_ptr + tl.load(slots_ptr + item).to(tl.int64) * stride_out
     at = (row_tile * 64 + row).to(tl.int64)[:, None] * (column_tiles * 64)

@@ -67,8 +67,13 @@ def upload(books: Books, device: torch.device | str) -> DeviceBooks:
         return torch.full((books.tokens.size,), ABSENT, dtype=torch.int32, device=device)
 
     return DeviceBooks(
-        *(put(array) for array in (books.last_use, books.use_count, books.loaded_at)),
-        *(put(array) for array in (books.slot_of, books.flags, books.page_at[0], books.free[0])),
+        last_use=put(books.last_use),
+        use_count=put(books.use_count),
+        loaded_at=put(books.loaded_at),
+        slot_of=put(books.slot_of),
+        flags=put(books.flags),
+        page_at=put(books.page_at[0]),
+        free=put(books.free[0]),
         num_free=put(books.num_free),
         order=put(np.arange(books.slot_of.size, dtype=np.int32)),
         event=put(books.now[EVENT : EVENT + 1]),
@@ -198,9 +203,7 @@ def gather_pages(
 
 
 @triton.jit
-def gather_pages_kernel(
-    addresses, pages, slots, count, arena, words, BLOCK: tl.constexpr
-):
+def gather_pages_kernel(addresses, pages, slots, count, arena, words, BLOCK: tl.constexpr):
     """Blocks of ``BLOCK`` words, dealt to the programs in turn."""
     per_page = tl.cdiv(words, BLOCK)
     for task in range(tl.program_id(0), tl.load(count) * per_page, tl.num_programs(0)):

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fluxmoe.kernels.experts import MOST_REGISTERS
 from fluxmoe.kernels.gemm import grouped_gemm_kernel
 from fluxmoe.kernels.tiles import Tiles
 
@@ -45,7 +46,7 @@ def compile_kernel(
     arch: int,
     *,
     unaligned: frozenset[str] = frozenset(),
-    **options: int,
+    **options: int | None,
 ) -> Needs:
     """Compile for ``sm_<arch>``. ``types`` of the arguments; those not ``unaligned`` are multiples
     of 16, as the launcher finds them to be."""
@@ -75,9 +76,8 @@ def inspect(built: Any) -> Needs:
     for name in names:
         count[name] = count.get(name, 0) + 1
     spills = sum(n for name, n in count.items() if name.split(".")[0] in ("LDL", "STL"))
-    return Needs(
-        int(found[1]), int(found[2]) + int(found[3]), spills, built.metadata.shared, count
-    )
+    stack = int(found[2]) + int(found[3])
+    return Needs(int(found[1]), stack, spills, built.metadata.shared, count)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -102,4 +102,5 @@ def gemm(tiles: Tiles, arch: int, *, compressed: bool, even: bool = True) -> Nee
     return compile_kernel(
         grouped_gemm_kernel, types, constants, arch, unaligned=frozenset({"valid"}),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        maxnreg=MOST_REGISTERS if compressed else None,
     )  # fmt: skip

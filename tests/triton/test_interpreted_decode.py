@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fluxmoe.errors import UnsupportedError
-from fluxmoe.kernels.layout import layout
 from fluxmoe.kernels.pages import CompressedPages, RawSlots, decode_to_slots
+from fluxmoe.stores.codec.fixed4 import Layout
 from tests.stores import reference
 from tests.triton.weights import bits, compressed, kinds, patterns, raw_slots, weights
 
@@ -69,7 +69,7 @@ def test_a_flipped_bit_is_seen_by_comparing_slots(kind):
     """
     w = dict(weights((1, 64, 192)))[kind][0].astype(np.uint16)
     block = reference.encode(w)
-    place = layout(*w.shape)
+    place = Layout(*w.shape)
     headers = block[place.headers : place.flags].view("<u4").reshape(2, 64)
     rng = np.random.default_rng(5)
     damaged, must_be_seen = [], []

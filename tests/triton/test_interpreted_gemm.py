@@ -12,6 +12,9 @@ from fluxmoe.kernels.experts import ABSENT, Part, page_entry, project, run_exper
 from fluxmoe.kernels.tiles import Tiles, default_tiles
 from tests.triton.weights import bits, compressed, kinds, raw_slots, weights
 
+# Weights of all patterns overflow, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+
 TILES = {
     "decode": Tiles(16, 64, 128),
     "narrow": Tiles(16, 32, 64),
@@ -58,14 +61,14 @@ def both(w, ids, x, tiles, top_k, scale=None, table=None):
 
 
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-@pytest.mark.parametrize(("n", "k"), [(128, 256), (192, 320), (64, 64)])
-def test_products_against_float64(tiles, n, k):
+@pytest.mark.parametrize(("n", "k", "scaled"), [(192, 320, True), (64, 64, False)])
+def test_products_against_float64(tiles, n, k, scaled):
     _, w = next(weights((3, n, k)))
     x, ids, scale = batch(7, 3, 2, k)
-    for factor in (None, scale):
-        raw, in_place = both(w, ids, x, tiles, 2, factor)
-        close(raw, exact(x, raw_slots(w).weights, ids, 2, factor))
-        assert torch.equal(bits(raw), bits(in_place))
+    factor = scale if scaled else None
+    raw, in_place = both(w, ids, x, tiles, 2, factor)
+    close(raw, exact(x, raw_slots(w).weights, ids, 2, factor))
+    assert torch.equal(bits(raw), bits(in_place))
 
 
 @pytest.mark.parametrize("kind", kinds())
