@@ -117,6 +117,15 @@ class CodecError(StoreError):
     code = "FM305"
 
 
+class UnknownCodecError(FluxMoEError):
+    """A codec name that nobody has registered."""
+
+    code = "FM306"
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown codec {name!r}", fix=f"known codecs: {', '.join(sorted(known))}")
+
+
 # --- backends ----------------------------------------------------------------------------------
 
 

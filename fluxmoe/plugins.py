@@ -1,6 +1,6 @@
-"""Finding plugins, loading them, and the registry of policies that results.
+"""Finding plugins, loading them, and the registry of policies and codecs that results.
 
-Sources, in order: the built-in policies, entry points of the group ``fluxmoe`` (restricted by the
+Sources, in order: what is built in, entry points of the group ``fluxmoe`` (restricted by the
 allow-list ``FLUXMOE_PLUGINS``), then files and modules named on the command line or in the
 configuration. A plugin that cannot be loaded is an error that names it; nothing is skipped
 silently.
@@ -26,8 +26,16 @@ from pydantic import BaseModel, ValidationError
 
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
+from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
-from fluxmoe.errors import ConfigError, NeedsFutureError, PluginLoadError, UnknownPolicyError
+from fluxmoe.errors import (
+    ConfigError,
+    MissingDependencyError,
+    NeedsFutureError,
+    PluginLoadError,
+    UnknownCodecError,
+    UnknownPolicyError,
+)
 
 GROUP = "fluxmoe"
 ALLOW_LIST = "FLUXMOE_PLUGINS"
@@ -38,13 +46,20 @@ _KINDS: dict[str, type] = {
     "arbitration": ArbitrationPolicy,
 }
 
+#: Hook → kinds of what it may register.
+_HOOKS: dict[str, tuple[str, ...]] = {
+    "fluxmoe_register_policies": tuple(_KINDS),
+    "fluxmoe_register_codecs": ("codec",),
+}
+_KINDS["codec"] = Codec
+
 #: How a configuration or a command line names a policy: ``lru`` or ``{kind: lru, option: value}``.
 PolicySpec = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One registered policy."""
+    """One registered policy or codec."""
 
     kind: str
     name: str
@@ -59,7 +74,7 @@ class Registration:
 
 
 class Registry:
-    """All policies that are known in this process, by kind and name."""
+    """All policies and codecs that are known in this process, by kind and name."""
 
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager(GROUP)
@@ -67,7 +82,8 @@ class Registry:
         self._policies: dict[tuple[str, str], Registration] = {}
 
     def __iter__(self) -> Iterator[Registration]:
-        return iter(sorted(self._policies.values(), key=lambda r: (r.kind, r.name)))
+        policies = (r for r in self._policies.values() if r.kind != "codec")
+        return iter(sorted(policies, key=lambda r: (r.kind, r.name)))
 
     def add(self, plugin: object, name: str) -> None:
         """Register a plugin object or module and everything its hooks register.
@@ -85,23 +101,28 @@ class Registry:
             raise PluginLoadError(
                 "no hook was found",
                 where=f"plugin {name}",
-                fix="decorate fluxmoe_register_policies with @fluxmoe.hookimpl",
+                fix=f"decorate {' or '.join(_HOOKS)} with @fluxmoe.hookimpl",
             )
+        for hook in _HOOKS:
+            self._call(hook, plugin, name)
+
+    def _call(self, hook: str, plugin: object, name: str) -> None:
         others = [p for p in self._manager.get_plugins() if p is not plugin]
-        call = self._manager.subset_hook_caller("fluxmoe_register_policies", others)
+        call = self._manager.subset_hook_caller(hook, others)
         try:
-            call(register=lambda *a, **k: self._register(name, *a, **k))
+            call(register=lambda *a, **k: self._register(name, hook, *a, **k))
         except PluginLoadError:
             raise
         except Exception as error:
             raise PluginLoadError(
-                f"fluxmoe_register_policies raised {type(error).__name__}: {error}",
+                f"{hook} raised {type(error).__name__}: {error}",
                 where=f"plugin {name}",
             ) from error
 
     def _register(
         self,
         plugin: str,
+        hook: str,
         name: object,
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
@@ -109,7 +130,14 @@ class Registry:
         if not isinstance(name, str) or not name:
             raise PluginLoadError(f"{name!r} is not a name", where=f"plugin {plugin}")
         made = _class_made_by(factory)
-        kinds = [kind for kind, base in _KINDS.items() if issubclass(made, base)]
+        kinds = [kind for kind in _HOOKS[hook] if issubclass(made, _KINDS[kind])]
+        if not kinds and hook == "fluxmoe_register_codecs":
+            raise PluginLoadError(
+                f"{name!r} is not a codec class: {factory!r}",
+                where=f"plugin {plugin}",
+                fix="derive it from fluxmoe.Codec; a function that makes codecs must say so in its "
+                "return annotation",
+            )
         if not kinds:
             raise PluginLoadError(
                 f"{name!r} is not a policy class: {factory!r}",
@@ -126,7 +154,7 @@ class Registry:
         known = self._policies.get((kinds[0], name))
         if known is not None:
             raise PluginLoadError(
-                f"{kinds[0]} policy {name!r} is already registered by {known.plugin}",
+                f"{_noun(kinds[0])} {name!r} is already registered by {known.plugin}",
                 where=f"plugin {plugin}",
                 fix="give it another name",
             )
@@ -136,14 +164,16 @@ class Registry:
         return [name for k, name in sorted(self._policies) if k == kind]
 
     def get(self, kind: str, name: str) -> Registration:
-        """Raises UnknownPolicyError, which lists the known names."""
+        """Raises UnknownPolicyError or UnknownCodecError, which list the known names."""
         try:
             return self._policies[kind, name]
         except KeyError:
+            if kind == "codec":
+                raise UnknownCodecError(name, self.names(kind)) from None
             raise UnknownPolicyError(kind, name, self.names(kind)) from None
 
     def create(self, kind: str, spec: PolicySpec) -> Any:
-        """A new policy object from ``name`` or ``{kind: name, option: value}``.
+        """A new policy or codec from ``name`` or ``{kind: name, option: value}``.
 
         Raises:
             UnknownPolicyError: Nobody registered the name.
@@ -152,7 +182,11 @@ class Registry:
         options = {"kind": spec} if isinstance(spec, str) else dict(spec)
         name = options.pop("kind", None)
         if not isinstance(name, str):
-            raise ConfigError(f"{spec!r} names no policy", where=kind, fix="write {kind: NAME, …}")
+            raise ConfigError(
+                f"{spec!r} names no {'codec' if kind == 'codec' else 'policy'}",
+                where=kind,
+                fix="write {kind: NAME, …}",
+            )
         registration = self.get(kind, name)
         if registration.config_model is not None:
             known = _options(registration.config_model)
@@ -175,13 +209,15 @@ class Registry:
             raise ConfigError(
                 f"unknown option {sorted(options)[0]!r}",
                 where=f"{kind} {name!r}",
-                fix="this policy has no options",
+                fix="it has no options",
             )
         try:
             return registration.factory(**options)
+        except MissingDependencyError:
+            raise
         except Exception as error:
             raise PluginLoadError(
-                f"{kind} policy {name!r} cannot be made: {type(error).__name__}: {error}",
+                f"{_noun(kind)} {name!r} cannot be made: {type(error).__name__}: {error}",
                 where=f"plugin {registration.plugin}",
             ) from error
 
@@ -201,6 +237,10 @@ class Registry:
             )
         prefetch = self.create("prefetch", config.prefetch)
         return eviction, prefetch, self.create("arbitration", config.arbitration)
+
+
+def _noun(kind: str) -> str:
+    return kind if kind == "codec" else f"{kind} policy"
 
 
 def _decides(policy: Any) -> bool:
@@ -229,9 +269,11 @@ def load(extra: Iterable[str] = ()) -> Registry:
         PluginLoadError: One of them cannot be loaded; the message names it.
     """
     from fluxmoe import policies
+    from fluxmoe.stores import codec
 
     registry = Registry()
     registry.add(policies, "fluxmoe")
+    registry.add(codec, "fluxmoe.stores.codec")
     for entry in _installed():
         try:
             module = entry.load()

@@ -63,7 +63,7 @@ def choose(high: U8) -> tuple[str, int]:
 def encode(weights: U16, tail: bytes = b"") -> U8:
     """``[rows, cols]`` bf16 patterns as a block."""
     rows, cols = weights.shape
-    assert cols % 64 == 0 and len(tail) < 256
+    assert cols % 64 == 0 and len(tail) < 2 * cols
     row_tiles, col_tiles = -(-rows // 64), cols // 64
     segments = -(-col_tiles // 2)
     low, high, sign = weights & 255, (weights >> 8) & 127, weights >> 15

@@ -5,32 +5,21 @@ docs/code.md defines the format byte by byte; sections and fields are called her
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fluxmoe.core.codec import Codec
-from fluxmoe.core.types import Bytes, Int64s
+from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec import kernel
 
-#: What a block ends with.
-TRAILER = np.dtype(
-    [
-        ("magic", "S4"),
-        ("version", "<u2"),
-        ("unused", "<u2"),
-        ("rows", "<u4"),
-        ("cols", "<u4"),
-        ("raw", "<u4"),
-        ("tail", "<u4"),
-        ("escapes", "<u4"),
-        ("zero_coded", "<u4"),
-        ("nbytes", "<u8"),
-        ("reserved", "V16"),
-        ("checksum", "<u8"),
-    ]
-)
+# What a block ends with: magic, version, rows, cols, raw segments, bytes of tail, escapes,
+# zero-coded segments, bytes of the block, checksum.
+_TRAILER = struct.Struct("<4sHxx6IQ16xQ")
 _MAGIC, _VERSION = b"FXM4", 1
 
 # Above this, caches gain nothing by keeping what was decoded: it is the size of most second-level
@@ -76,16 +65,12 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        return self.trailer + TRAILER.itemsize
+        return self.trailer + _TRAILER.size
 
     @property
     def segments(self) -> int:
         """Segments per row."""
         return -(-self.cols // 128)
-
-    def places(self) -> Int64s:
-        """Where headers, flags and pool begin."""
-        return np.array([self.headers, self.flags, self.pool], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +117,14 @@ class Fixed4(Codec):
         block[least.headers : least.pool] = 0  # for the bytes between the sections
         found = np.zeros(2, np.int64)
         segments = kernel.encode(
-            _aligned(raw[: 2 * weights], np.uint16),
+            _as(np.uint16, raw[: 2 * weights]),
             rows,
             self._cols,
             block,
             block.view(np.uint32),
-            least.places(),
+            least.headers,
+            least.flags,
+            least.pool,
             room,
             np.empty(256, np.int64),
             found,
@@ -148,14 +135,11 @@ class Fixed4(Codec):
         block = block[: layout.nbytes]
         block[layout.tail_at :] = 0
         block[layout.tail_at : layout.tail_at + tail] = raw[2 * weights :]
-        trailer = block[layout.trailer :].view(TRAILER)
-        trailer["magic"], trailer["version"] = _MAGIC, _VERSION
-        trailer["rows"], trailer["cols"] = rows, self._cols
-        trailer["raw"], trailer["tail"] = segments, tail
-        trailer["escapes"], trailer["zero_coded"] = found
-        trailer["nbytes"] = layout.nbytes
+        about = (rows, self._cols, segments, tail, *found.tolist(), layout.nbytes)
+        _TRAILER.pack_into(block.data, layout.trailer, _MAGIC, _VERSION, *about, 0)
         words = block.view(np.uint32)
-        trailer["checksum"] = kernel.checksum(words, 0, len(words) - 2)
+        total = kernel.checksum(words, 0, len(words) - 2)
+        _TRAILER.pack_into(block.data, layout.trailer, _MAGIC, _VERSION, *about, total)
         return block
 
     def decode(self, coded: Bytes, out: Bytes) -> None:
@@ -166,31 +150,31 @@ class Fixed4(Codec):
         """
         facts = inspect(coded)
         layout = facts.layout
-        weights = layout.rows * layout.cols
-        if len(out) != 2 * weights + layout.tail:
-            raise CodecError(
-                f"the block holds {2 * weights + layout.tail} bytes, {len(out)} were asked for"
-            )
-        target = out[: 2 * weights]
-        aligned = target if target.ctypes.data % 2 == 0 else np.empty_like(target)
-        words = _aligned(coded, np.uint32)
+        rows, cols, tail = layout.rows, layout.cols, layout.tail
+        nbytes = 2 * rows * cols
+        if len(out) != nbytes + tail:
+            raise CodecError(f"the block holds {nbytes + tail} bytes, not {len(out)}")
+        target = out[:nbytes].view(np.uint16)
+        weights = target if target.flags.aligned else np.empty_like(target)
         result = kernel.decode(
-            words,
-            layout.rows,
-            layout.cols,
-            layout.places(),
+            _as(np.uint32, coded),
+            rows,
+            cols,
+            layout.headers,
+            layout.pool,
             layout.raw,
             np.uint64(facts.checksum),
-            aligned.view(np.uint16),
-            len(target) >= _PAST_CACHES and target.ctypes.data % _LINE == 0,
+            weights,
+            nbytes >= _PAST_CACHES and weights.ctypes.data % _LINE == 0,
         )
         if result == kernel.NO_POOL_ROW:
             raise CodecError("the block is damaged: a header names a raw segment that is not there")
         if result == kernel.WRONG_SUM:
             raise CodecError("the block is damaged: its checksum is wrong")
-        if aligned is not target:
-            target[:] = aligned
-        out[2 * weights :] = coded[layout.tail_at : layout.tail_at + layout.tail]
+        if weights is not target:
+            target[:] = weights
+        if tail:
+            out[nbytes:] = coded[layout.tail_at : layout.tail_at + tail]
 
 
 def inspect(block: Bytes) -> Facts:
@@ -200,27 +184,26 @@ def inspect(block: Bytes) -> Facts:
         CodecError: This is no whole block of this format.
     """
     size = len(block)
-    if size < TRAILER.itemsize or size % 16:
+    if size < _TRAILER.size or size % 16:
         raise CodecError(f"{size} bytes are no block")
-    trailer = block[-TRAILER.itemsize :].view(TRAILER)[0]
-    if trailer["magic"] != _MAGIC:
-        raise CodecError("this is no block, or its end is damaged")
-    if trailer["version"] != _VERSION:
-        raise CodecError(f"the block is of version {trailer['version']}, known is {_VERSION}")
-    layout = Layout(*(int(trailer[name]) for name in ("rows", "cols", "raw", "tail")))
-    if layout.cols % 64 or layout.nbytes != size or int(trailer["nbytes"]) != size:
-        raise CodecError(f"the trailer is damaged: it does not fit {size} bytes")
-    return Facts(
-        layout, int(trailer["escapes"]), int(trailer["zero_coded"]), int(trailer["checksum"])
+    magic, version, rows, cols, raw, tail, escapes, zero_coded, nbytes, total = (
+        _TRAILER.unpack_from(block.data, size - _TRAILER.size)
     )
+    if magic != _MAGIC:
+        raise CodecError("this is no block, or its end is damaged")
+    if version != _VERSION:
+        raise CodecError(f"the block is of version {version}, known is {_VERSION}")
+    layout = Layout(rows, cols, raw, tail)
+    if not cols or cols % 64 or nbytes != size or layout.nbytes != size:
+        raise CodecError(f"the block's trailer is damaged: it does not fit {size} bytes")
+    return Facts(layout, escapes, zero_coded, total)
 
 
 def _whole(nbytes: int) -> int:
     return -(-nbytes // 16) * 16
 
 
-def _aligned(array: Bytes, dtype: type[np.generic]) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
+def _as(dtype: type[np.generic], array: Bytes) -> npt.NDArray[Any]:
     """``array`` as numbers; a copy of it where they would not lie as numba wants them."""
-    if array.ctypes.data % np.dtype(dtype).itemsize:
-        array = array.copy()
-    return array.view(dtype)
+    numbers = array.view(dtype)
+    return numbers if numbers.flags.aligned else array.copy().view(dtype)

@@ -7,6 +7,8 @@ sections is checked here.
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,8 +28,11 @@ from fluxmoe.stores.codec.vector import (
     prefetch,
 )
 
-U16s = npt.NDArray[np.uint16]
-U32s = npt.NDArray[np.uint32]
+U16s: TypeAlias = npt.NDArray[np.uint16]
+U32s: TypeAlias = npt.NDArray[np.uint32]
+#: An integer or truth value: numba's have other types than those of Python and numpy.
+Int: TypeAlias = Any
+Bool: TypeAlias = Any
 
 #: What ``decode`` returns.
 FINE, WRONG_SUM, NO_POOL_ROW = 0, 1, 2
@@ -40,23 +45,24 @@ _AHEAD = 1536  # words between what is decoded and what is fetched from memory
 
 
 @jit
-def checksum(words: U32s, first: int, end: int) -> int:
+def checksum(words: U32s, first: Int, end: Int) -> Int:
     """The part of a block's checksum that words ``first … end - 1`` make up, uint64."""
     total = np.uint64(0)
-    for i in range(first, end):
-        total += np.uint64(words[i]) * np.uint64(np.uint32(2 * i + 1))
-    return total  # type: ignore[return-value]
+    part = words[first:end]  # indices from 0 to its size are known not to wrap around
+    for i in range(part.size):
+        total += np.uint64(part[i]) * np.uint64(np.uint32(2 * (first + i) + 1))
+    return total
 
 
 @jit
-def _column(place: int) -> int:
+def _column(place: Int) -> Int:
     """Column, of 64, of byte ``place`` in the order of the tile."""
     byte = place & 3
     return 8 * (place >> 2 & 7) + 4 * (place >> 5) + ((byte & 1) << 1 | byte >> 1)
 
 
 @jit
-def _escape(weights: U16s, at: int, half: int, base: int, mask: int) -> int:
+def _escape(weights: U16s, at: Int, half: Int, base: Int, mask: Int) -> Int:
     """The header's bits for the one weight of ``mask`` that is out of reach."""
     place = lowest_bit(mask)
     h = np.int64(weights[at + 64 * half + _column(place)] >> 8 & 127)
@@ -66,7 +72,7 @@ def _escape(weights: U16s, at: int, half: int, base: int, mask: int) -> int:
 
 
 @jit
-def _lower_base(weights: U16s, at: int, halves: int, base: int, counts: Int64s) -> int:
+def _lower_base(weights: U16s, at: Int, halves: Int, base: Int, counts: Int64s) -> Int:
     """The highest base below ``base`` with at most one escape per half; −1 if there is none.
 
     Args:
@@ -89,27 +95,29 @@ def _lower_base(weights: U16s, at: int, halves: int, base: int, counts: Int64s) 
 
 
 @jit
-def _several(mask: int) -> bool:
+def _several(mask: Int) -> Bool:
     return mask & (mask - np.uint64(1)) != 0
 
 
 @jit
 def encode(
     weights: U16s,
-    rows: int,
-    cols: int,
+    rows: Int,
+    cols: Int,
     block: Bytes,
     words: U32s,
-    places: Int64s,
-    pool_rows: int,
+    headers: Int,
+    flags: Int,
+    pool: Int,
+    pool_rows: Int,
     counts: Int64s,
     found: Int64s,
-) -> int:
+) -> Int:
     """Write tiles, headers, flags and pool of ``weights`` ``[rows, cols]``.
 
     Args:
         words: ``block`` again, as words.
-        places: Where headers, flags and pool begin, in bytes.
+        headers, flags, pool: Where these sections begin, in bytes.
         pool_rows: How many raw segments there is room for.
         counts: Room for 256 numbers.
         found: Gets the numbers of escapes and of zero-coded segments.
@@ -118,13 +126,13 @@ def encode(
         The number of raw segments, or −1: there is no room for them.
     """
     tiles, segments = cols // 64, (cols + 127) // 128
-    headers, pool = places[0] // 4, places[2] // 4
+    headers, pool = headers // 4, pool // 4
     raw = escapes = zero_coded = 0
     for rt in range((rows + 63) // 64):
         height = min(64, rows - 64 * rt)
         for s in range(segments):
             halves = min(2, tiles - 2 * s)
-            flags = 0
+            special = 0
             for r in range(height):
                 row = 64 * rt + r
                 at = row * cols + 128 * s
@@ -133,8 +141,8 @@ def encode(
                 next_tile = _TILE * height if halves == 2 else 0
                 a1, b1, n1 = a0 + next_tile, b0 + next_tile, n0 + next_tile
                 second = at + 64 * (halves - 1)  # with one half, the first again
-                base = max(np.int64(highest(weights, at)), np.int64(highest(weights, second))) - 7
-                base = max(base, 0)
+                top = max(highest(weights, at), highest(weights, second))
+                base = max(np.int64(top) - 7, np.int64(0))
                 low = encode_plain(weights, at, np.uint8(base), words, a0, b0, n0)
                 high = encode_plain(weights, second, np.uint8(base), words, a1, b1, n1)
                 header = np.int64(0)
@@ -160,11 +168,11 @@ def encode(
                         high_bytes(weights, second, words, to + 8, to + 24)
                     words[headers + s * rows + row] = np.uint32(_RAW | raw)
                     raw += 1
-                    flags |= 1
+                    special |= 1
                     continue
                 if header != 0:
                     zero_coded += 1
-                    flags |= 2
+                    special |= 2
                 header |= base
                 if low != 0:
                     header |= _escape(weights, at, 0, base, low)
@@ -173,7 +181,7 @@ def encode(
                     header |= _escape(weights, at, 1, base, high)
                     escapes += 1
                 words[headers + s * rows + row] = np.uint32(header)
-            block[places[1] + rt * segments + s] = flags
+            block[flags + rt * segments + s] = special
     found[0], found[1] = escapes, zero_coded
     return raw
 
@@ -181,19 +189,20 @@ def encode(
 @jit
 def decode(
     words: U32s,
-    rows: int,
-    cols: int,
-    places: Int64s,
-    pool_rows: int,
-    expected: int,
+    rows: Int,
+    cols: Int,
+    headers: Int,
+    pool: Int,
+    pool_rows: Int,
+    expected: Int,
     out: U16s,
     past_caches: bool,
-) -> int:
+) -> Int:
     """Decode a whole block, and check its sum on the way.
 
     Args:
         words: The block.
-        places: Where headers, flags and pool begin, in bytes.
+        headers, pool: Where these sections begin, in bytes.
         pool_rows: How many raw segments there are.
         expected: The sum of all words but the last two.
         out: The weights, ``rows · cols`` of them.
@@ -203,7 +212,7 @@ def decode(
         FINE, WRONG_SUM or NO_POOL_ROW.
     """
     tiles = cols // 64
-    headers, pool = places[0] // 4, places[2] // 4
+    headers, pool = headers // 4, pool // 4
     total = checksum(words, headers, words.size - 2)
     for rt in range((rows + 63) // 64):
         height = min(64, rows - 64 * rt)
@@ -243,7 +252,7 @@ def decode(
 
 
 @jit
-def _put_escape(words: U32s, n: int, header: int, half: int, out: U16s, at: int) -> None:
+def _put_escape(words: U32s, n: Int, header: Int, half: Int, out: U16s, at: Int) -> None:
     slot = header >> (8 + 10 * half)
     byte, word, side = slot & 3, slot >> 3 & 7, slot >> 2 & 1
     o = np.int64(words[n + word]) >> (8 * byte + 4 * (1 - side)) & 7

@@ -80,7 +80,7 @@ def _decoder(*, zero: bool, past_caches: bool) -> Any:
         def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
             kinds, half = signature.args, ir.VectorType(_i32, _SIDES)
             lows = [_load(b, _at(context, b, kinds[0], args[0], i), half) for i in args[1:3]]
-            low = b.bitcast(_shuffle(b, *lows, range(16)), ir.VectorType(_i8, 64))
+            low = b.bitcast(_shuffle(b, lows[0], lows[1], range(16)), ir.VectorType(_i8, 64))
             n = _load(b, _at(context, b, kinds[0], args[0], args[3]), half)
             both = _shuffle(b, n, n, [*range(8), *range(8)])
             code = b.and_(
@@ -130,7 +130,7 @@ def decode_raw(
         kinds, half = signature.args, ir.VectorType(_i32, _SIDES)
         sides = [_load(b, _at(context, b, kinds[0], args[0], i), half) for i in args[1:5]]
         low, high = (
-            b.bitcast(_shuffle(b, *pair, range(16)), ir.VectorType(_i8, 64))
+            b.bitcast(_shuffle(b, pair[0], pair[1], range(16)), ir.VectorType(_i8, 64))
             for pair in (sides[:2], sides[2:])
         )
         start = _at(context, b, kinds[5], args[5], args[6])
@@ -145,7 +145,7 @@ def _bytes_of(b: ir.IRBuilder, pointer: ir.Value, which: int) -> ir.Value:
     halves = [
         _load(b, b.gep(pointer, [ir.Constant(_i64, i)]), ir.VectorType(_i8, 64)) for i in (0, 32)
     ]
-    return _shuffle(b, *halves, [2 * column + which for column in _COLUMN])
+    return _shuffle(b, halves[0], halves[1], [2 * column + which for column in _COLUMN])
 
 
 def _exponents(b: ir.IRBuilder, high: ir.Value) -> ir.Value:
@@ -200,9 +200,7 @@ def _encoder(*, zero: bool) -> Any:
             upper, lower = (_shuffle(b, nibble, nibble, range(i, i + 8)) for i in (0, 8))
             parts.append(b.or_(b.shl(upper, _vector(_i32, [4] * 8)), lower))
             for part, index in zip(parts, args[4:], strict=True):
-                _store(
-                    b, part, _at(context, b, kinds[3], args[3], index), past_caches=False
-                )
+                _store(b, part, _at(context, b, kinds[3], args[3], index), past_caches=False)
             return b.bitcast(outside, _i64)
 
         return signature, generate
