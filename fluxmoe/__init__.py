@@ -12,7 +12,7 @@ from fluxmoe.core.policy import (
 )
 from fluxmoe.core.types import Access, Counters, Phase
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
-from fluxmoe.hookspecs import hookimpl, hookspec
+from fluxmoe.hookspecs import PLUGIN_API, hookimpl, hookspec
 
 if TYPE_CHECKING:
     from fluxmoe.backends.torch import load, page
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PLUGIN_API",
     "Access",
     "ArbitrationPolicy",
     "ArbitrationView",

@@ -6,7 +6,7 @@ Codes are never reused: scripts and other people's documentation may refer to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 
@@ -59,11 +59,15 @@ class UnknownPolicyError(FluxMoEError):
 
     code = "FM201"
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        super().__init__(
-            f"unknown {kind} policy {name!r}",
-            fix=f"known {kind} policies: {', '.join(sorted(known))}",
-        )
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
+    ) -> None:
+        """``broken``: plugins that could not be loaded, and may have had it, with the reason."""
+        fix = [f"known {kind} policies: {', '.join(sorted(known))}"]
+        fix += [
+            f"the installed plugin {who} is broken: {why}" for who, why in (broken or {}).items()
+        ]
+        super().__init__(f"unknown {kind} policy {name!r}", fix="; ".join(fix))
 
 
 class PluginLoadError(FluxMoEError):
