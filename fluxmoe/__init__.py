@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy import (
     ArbitrationPolicy,
     ArbitrationView,
@@ -24,6 +25,7 @@ __all__ = [
     "Access",
     "ArbitrationPolicy",
     "ArbitrationView",
+    "Codec",
     "Counters",
     "EvictionPolicy",
     "FluxMoEError",

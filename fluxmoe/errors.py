@@ -62,12 +62,16 @@ class UnknownPolicyError(FluxMoEError):
     def __init__(
         self, kind: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
     ) -> None:
-        """``broken``: plugins that could not be loaded, and may have had it, with the reason."""
-        fix = [f"known {kind} policies: {', '.join(sorted(known))}"]
-        fix += [
-            f"the installed plugin {who} is broken: {why}" for who, why in (broken or {}).items()
-        ]
-        super().__init__(f"unknown {kind} policy {name!r}", fix="; ".join(fix))
+        fix = _known(f"{kind} policies", known, broken)
+        super().__init__(f"unknown {kind} policy {name!r}", fix=fix)
+
+
+def _known(what: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
+    """The known names, and plugins that could not be loaded and may have had the unknown one."""
+    parts = [f"known {what}: {', '.join(sorted(known))}"]
+    for plugin, reason in (broken or {}).items():
+        parts.append(f"the installed plugin {plugin} is broken: {reason}")
+    return "; ".join(parts)
 
 
 class PluginLoadError(FluxMoEError):
@@ -113,6 +117,23 @@ class StoreError(FluxMoEError):
     """A page could not be read from its store."""
 
     code = "FM304"
+
+
+class CodecError(StoreError):
+    """What a lossless code was given to decode is damaged, or is something else."""
+
+    code = "FM305"
+
+
+class UnknownCodecError(FluxMoEError):
+    """A codec name that nobody has registered."""
+
+    code = "FM306"
+
+    def __init__(
+        self, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(f"unknown codec {name!r}", fix=_known("codecs", known, broken))
 
 
 # --- backends ----------------------------------------------------------------------------------

@@ -37,3 +37,23 @@ class RegisterPolicy(Protocol):
 @hookspec
 def fluxmoe_register_policies(register: RegisterPolicy) -> None:
     """Register policies by calling ``register(name, factory, config_model=None)``."""
+
+
+class RegisterCodec(Protocol):
+    """The function that ``fluxmoe_register_codecs`` is given."""
+
+    def __call__(
+        self,
+        name: str,
+        factory: Callable[..., Any],
+        config_model: type[BaseModel] | None = None,
+    ) -> None:
+        """Make ``factory``, which makes a ``fluxmoe.Codec``, known as ``name``.
+
+        Options from the configuration are validated by ``config_model`` and passed as keywords.
+        """
+
+
+@hookspec
+def fluxmoe_register_codecs(register: RegisterCodec) -> None:
+    """Register lossless codes by calling ``register(name, factory, config_model=None)``."""

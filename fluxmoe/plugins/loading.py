@@ -14,7 +14,8 @@ from functools import cache
 from fluxmoe import policies
 from fluxmoe.errors import PluginLoadError
 from fluxmoe.plugins import sources
-from fluxmoe.plugins.registry import BUILT_IN, Plugin, Registry
+from fluxmoe.plugins.registry import Plugin, Registry
+from fluxmoe.stores import codec
 
 logger = logging.getLogger("fluxmoe")
 
@@ -32,7 +33,8 @@ def load(extra: Iterable[str] = ()) -> Registry:
             installed; the message names it.
     """
     registry = Registry()
-    registry.add(policies, BUILT_IN, origin="built in")
+    registry.add(policies, "fluxmoe", origin="built in")
+    registry.add(codec, codec.__name__, origin="built in")
     for found in sources.installed():
         try:
             if found.allowed:

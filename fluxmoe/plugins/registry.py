@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_type_hints
 
 import pluggy
@@ -11,18 +12,29 @@ from pydantic import BaseModel, ValidationError
 
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
+from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
-from fluxmoe.errors import ConfigError, NeedsFutureError, PluginLoadError, UnknownPolicyError
+from fluxmoe.errors import (
+    ConfigError,
+    NeedsFutureError,
+    PluginLoadError,
+    UnknownCodecError,
+    UnknownPolicyError,
+)
 from fluxmoe.plugins.api import check_api
 from fluxmoe.plugins.attempt import attempt
-
-#: What built-in policies are called as a plugin.
-BUILT_IN = "fluxmoe"
 
 _KINDS: dict[str, type] = {
     "eviction": EvictionPolicy,
     "prefetch": PrefetchPolicy,
     "arbitration": ArbitrationPolicy,
+    "codec": Codec,
+}
+
+#: Hook → kinds of what it may register.
+_HOOKS: dict[str, tuple[str, ...]] = {
+    "fluxmoe_register_policies": ("eviction", "prefetch", "arbitration"),
+    "fluxmoe_register_codecs": ("codec",),
 }
 
 #: Class attributes that the host reads, and of which type they must be.
@@ -30,6 +42,7 @@ _DECLARED: dict[str, dict[str, type]] = {
     "eviction": {"stable_score": bool, "needs_future": bool},
     "prefetch": {"lead": int},
     "arbitration": {"fixed": bool},
+    "codec": {},
 }
 
 #: How a configuration or a command line names a policy: ``lru`` or ``{kind: lru, option: value}``.
@@ -59,7 +72,7 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One registered policy. ``plugin`` is the name of the plugin that brought it."""
+    """One registered policy or codec. ``plugin`` is the name of the plugin that brought it."""
 
     kind: str
     name: str
@@ -85,13 +98,13 @@ class Registration:
 
         return attempt(
             made,
-            f"{self.kind} policy {self.name!r} cannot be made: ",
+            f"{_noun(self.kind)} {self.name!r} cannot be made: ",
             where=f"plugin {self.plugin}",
         )
 
 
 class Registry:
-    """All policies that are known, by kind and name.
+    """All policies and codecs that are known, by kind and name.
 
     Attributes:
         plugins: Every plugin that was found, those that are broken too.
@@ -104,7 +117,12 @@ class Registry:
         self.plugins: list[Plugin] = []
 
     def __iter__(self) -> Iterator[Registration]:
-        return iter(sorted(self._policies.values(), key=lambda r: (r.kind, r.name)))
+        """The policies."""
+        return (made for made in self.everything() if made.kind != "codec")
+
+    def everything(self) -> list[Registration]:
+        """Policies and codecs."""
+        return sorted(self._policies.values(), key=lambda r: (r.kind, r.name))
 
     def knows(self, plugin: object) -> bool:
         """Whether a plugin object or module has been added."""
@@ -145,19 +163,18 @@ class Registry:
             raise PluginLoadError(
                 "no hook was found",
                 where=where,
-                fix="decorate fluxmoe_register_policies with @fluxmoe.hookimpl",
+                fix=f"decorate {' or '.join(_HOOKS)} with @fluxmoe.hookimpl",
             )
         others = [p for p in self._manager.get_plugins() if p is not plugin]
-        call = self._manager.subset_hook_caller("fluxmoe_register_policies", others)
-        attempt(
-            lambda: call(register=lambda *a, **k: self._register(name, *a, **k)),
-            "fluxmoe_register_policies raised ",
-            where=where,
-        )
+        for hook in _HOOKS:
+            call = self._manager.subset_hook_caller(hook, others)
+            register = partial(self._register, name, hook)
+            attempt(partial(call, register=register), f"{hook} raised ", where=where)
 
     def _register(
         self,
         plugin: str,
+        hook: str,
         name: object,
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
@@ -165,7 +182,14 @@ class Registry:
         if not isinstance(name, str) or not name:
             raise PluginLoadError(f"{name!r} is not a name", where=f"plugin {plugin}")
         made = _class_made_by(factory)
-        kinds = [kind for kind, base in _KINDS.items() if issubclass(made, base)]
+        kinds = [kind for kind in _HOOKS[hook] if issubclass(made, _KINDS[kind])]
+        if not kinds and hook == "fluxmoe_register_codecs":
+            raise PluginLoadError(
+                f"{name!r} is not a codec class: {factory!r}",
+                where=f"plugin {plugin}",
+                fix="derive it from fluxmoe.Codec; a function that makes codecs must say so in its "
+                "return annotation",
+            )
         if not kinds:
             raise PluginLoadError(
                 f"{name!r} is not a policy class: {factory!r}",
@@ -182,7 +206,7 @@ class Registry:
         known = self._policies.get((kinds[0], name))
         if known is not None:
             raise PluginLoadError(
-                f"{kinds[0]} policy {name!r} is already registered by {known.plugin}",
+                f"{_noun(kinds[0])} {name!r} is already registered by {known.plugin}",
                 where=f"plugin {plugin}",
                 fix="give it another name",
             )
@@ -192,15 +216,17 @@ class Registry:
         return [name for k, name in sorted(self._policies) if k == kind]
 
     def get(self, kind: str, name: str) -> Registration:
-        """Raises UnknownPolicyError, which lists the known names."""
+        """Raises UnknownPolicyError or UnknownCodecError, which list the known names."""
         try:
             return self._policies[kind, name]
         except KeyError:
             broken = {p.name: p.problem for p in self.plugins if p.status == "broken"}
+            if kind == "codec":
+                raise UnknownCodecError(name, self.names(kind), broken) from None
             raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
 
     def create(self, kind: str, spec: PolicySpec) -> Any:
-        """A new policy object from ``name`` or ``{kind: name, option: value}``.
+        """A new policy or codec from ``name`` or ``{kind: name, option: value}``.
 
         Raises:
             UnknownPolicyError: Nobody registered the name.
@@ -209,7 +235,11 @@ class Registry:
         options = {"kind": spec} if isinstance(spec, str) else dict(spec)
         name = options.pop("kind", None)
         if not isinstance(name, str):
-            raise ConfigError(f"{spec!r} names no policy", where=kind, fix="write {kind: NAME, …}")
+            raise ConfigError(
+                f"{spec!r} names no {'codec' if kind == 'codec' else 'policy'}",
+                where=kind,
+                fix="write {kind: NAME, …}",
+            )
         registration = self.get(kind, name)
         if registration.config_model is not None:
             known = _options(registration.config_model)
@@ -232,7 +262,7 @@ class Registry:
             raise ConfigError(
                 f"unknown option {sorted(options)[0]!r}",
                 where=f"{kind} {name!r}",
-                fix="this policy has no options",
+                fix="it has no options",
             )
         return registration.create(options)
 
@@ -252,6 +282,10 @@ class Registry:
             )
         prefetch = self.create("prefetch", config.prefetch)
         return eviction, prefetch, self.create("arbitration", config.arbitration)
+
+
+def _noun(kind: str) -> str:
+    return kind if kind == "codec" else f"{kind} policy"
 
 
 def _decides(policy: Any) -> bool:
