@@ -12,7 +12,7 @@ from fluxmoe.core.policy import (
     Split,
 )
 from fluxmoe.core.types import Access, Counters, Phase
-from fluxmoe.errors import FluxMoEError, MissingDependencyError
+from fluxmoe.errors import CodecError, FluxMoEError, MissingDependencyError
 from fluxmoe.hookspecs import PLUGIN_API, hookimpl, hookspec
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "ArbitrationPolicy",
     "ArbitrationView",
     "Codec",
+    "CodecError",
     "Counters",
     "EvictionPolicy",
     "FluxMoEError",

@@ -12,7 +12,18 @@ from typing import Annotated
 import typer
 
 import fluxmoe
-from fluxmoe.cli import config, demo, doctor, generate, output, policies, serve, simulate, trace
+from fluxmoe.cli import (
+    config,
+    demo,
+    doctor,
+    generate,
+    output,
+    plugin,
+    policies,
+    serve,
+    simulate,
+    trace,
+)
 from fluxmoe.errors import FluxMoEError
 
 _DEBUG = "--debug"
@@ -50,6 +61,7 @@ def _app() -> typer.Typer:
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
+    app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
     app.command("doctor")(doctor.doctor)
     return app

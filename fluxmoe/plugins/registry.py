@@ -128,6 +128,13 @@ class Registry:
         """Whether a plugin object or module has been added."""
         return self._manager.is_registered(plugin)
 
+    def require(self, name: str) -> None:
+        """Raise PluginLoadError if the plugin of that name was found, but is not in use."""
+        for plugin in self.plugins:
+            if plugin.name == name and plugin.status != "ok":
+                problem = f"it is {plugin.status}: {plugin.problem}"
+                raise PluginLoadError(problem, where=f"plugin {name}")
+
     def add(
         self, plugin: object, name: str, *, origin: Origin = "named", version: str = ""
     ) -> None:

@@ -62,6 +62,11 @@ def installed() -> list[Installed]:
     return [Installed(entry, any(entry in found for found in called.values())) for entry in entries]
 
 
+def entries_called(name: str) -> list[Installed]:
+    """The installed plugins whose entry point or distribution is called that."""
+    return [found for found in installed() if _is_called(found.entry, name)]
+
+
 def named(name: str) -> ModuleType:
     """Import what a command line or a configuration names: a file or a module.
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fluxmoe.testing.conformance import (
         ConformanceError,
         check_arbitration_policy,
+        check_codec,
         check_eviction_policy,
         check_prefetch_policy,
     )
@@ -26,6 +27,7 @@ __all__ = [
     "GoldenTrace",
     "LeakError",
     "check_arbitration_policy",
+    "check_codec",
     "check_eviction_policy",
     "check_prefetch_policy",
     "events_of",

@@ -375,3 +375,93 @@ def test_the_policies_own_randomness_must_come_from_the_view():
 
     with pytest.raises(ConformanceError, match=r"view\.rng only"):
         check_eviction_policy(Unfair)
+
+
+# --- codecs ---------------------------------------------------------------------------------------
+
+
+class Plain(fluxmoe.Codec):
+    """The size, then the bytes as they are; to be spoilt."""
+
+    def encode(self, raw):
+        return np.concatenate([np.frombuffer(np.int64(len(raw)).tobytes(), np.uint8), raw])
+
+    def decode(self, coded, out):
+        if len(coded) != len(out) + 8 or int(coded[:8].view(np.int64)[0]) != len(out):
+            raise fluxmoe.CodecError("another size")
+        out[:] = coded[8:]
+
+
+def _far(self, coded, out):
+    Plain.decode(self, coded, out)
+    np.frombuffer(out.base, np.uint8)[-1] = 0
+
+
+class OneByOne(Plain):
+    """Keeps what it works on in itself."""
+
+    def encode(self, raw):
+        self.raw = raw
+        time.sleep(0.0005)
+        return super().encode(self.raw)
+
+
+class Random(Plain):
+    def encode(self, raw):
+        coded = super().encode(raw)
+        return np.append(coded, np.uint8(id(self) >> 4 & 255))
+
+    def decode(self, coded, out):
+        super().decode(coded[:-1], out)
+
+
+CODEC = [
+    (Eviction, "made", "the factory made"),
+    (lambda: 1 / 0, "made", "ZeroDivisionError"),
+    (spoilt(Plain, decode=lambda self, coded: None), "declared", "cannot be called"),
+    (spoilt(Plain, encode=lambda s, raw: bytes(raw)), "lossless", "it gave b''"),
+    (spoilt(Plain, encode=lambda s, raw: raw[: len(raw)]), "lossless", "a view of `raw`"),
+    (spoilt(Plain, encode=lambda s, raw: raw.sort()), "lossless", "read-only"),
+    (spoilt(Plain, decode=lambda s, coded, out: out.fill(0)), "lossless", "came back as"),
+    (spoilt(Plain, decode=lambda s, coded, out: coded), "lossless", "it gave array"),
+    (spoilt(Plain, decode=_far), "lossless", "it wrote beyond `out`"),
+    (Random, "repeats", "code it differently"),
+    (
+        spoilt(Plain, decode=lambda s, c, o: o.__setitem__(slice(None), np.resize(c[8:], len(o)))),
+        "refuses",
+        "it was decoded",
+    ),
+    (
+        spoilt(Plain, decode=lambda s, c, o: o.__setitem__(slice(None), c[8:])),
+        "refuses",
+        "ValueError",
+    ),
+    (
+        spoilt(
+            Plain,
+            decode=lambda s, c, o: Plain.decode(s, c, o) if c[7] == 0 else _exit(),
+        ),
+        "survives",
+        "SystemExit",
+    ),
+    (OneByOne, "shared", ""),
+]
+
+
+def test_codecs_that_are_right(registry):
+    from fluxmoe.testing import check_codec
+
+    check_codec(Plain)
+    check_codec(lambda: registry.create("codec", "fixed4"))
+    check_codec(spoilt(Plain, encode=lambda s, raw: raw[:0].copy()))  # nothing is ever gained
+
+
+@pytest.mark.parametrize(("factory", "rule", "message"), CODEC)
+def test_what_is_wrong_with_a_codec_is_found(factory, rule, message):
+    from fluxmoe.testing import check_codec
+
+    with pytest.raises(ConformanceError) as info:
+        check_codec(factory)
+    broken = {finding.rule: finding for finding in info.value.findings}
+    assert rule in broken
+    assert message in broken[rule].detail

@@ -62,15 +62,7 @@ class Tried(Generic[Policy, Scene, Play]):
 
     def new(self) -> Policy:
         """A new policy."""
-        try:
-            return self._factory()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            raise Broken(
-                f"the factory raised {told(error)}",
-                mend="give every option a default, or pass a function that makes the policy",
-            ) from error
+        return new(self._factory)
 
     def play(self, scene: Scene) -> Play:
         """A scene with a new policy, ready to run."""
@@ -86,6 +78,19 @@ class Tried(Generic[Policy, Scene, Play]):
                 call=str(scene),
                 mend=mend,
             )
+
+
+def new(factory: Callable[[], Policy]) -> Policy:
+    """What the factory makes."""
+    try:
+        return factory()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise Broken(
+            f"the factory raised {told(error)}",
+            mend="give every option a default, or pass a function that sets it",
+        ) from error
 
 
 def check_made(tried: Tried[Any, Any, Any]) -> None:
@@ -108,17 +113,7 @@ def check_signatures(policy: object, base: type, calls: Mapping[str, tuple[str, 
     for name, arguments in calls.items():
         if getattr(type(policy), name) is getattr(base, name):
             continue
-        method = getattr(policy, name)
-        if not callable(method):
-            raise Broken(f"{name} is {method!r}, not a method", mend=f"define {name} as a method")
-        try:
-            inspect.signature(method).bind(*arguments)
-        except TypeError as error:
-            raise Broken(
-                f"{name}{inspect.signature(method)} cannot be called: {error}",
-                call=f"{name}({', '.join(arguments)})",
-                mend=f"write def {name}({', '.join(('self', *arguments))})",
-            ) from None
+        check_signature(getattr(policy, name), name, arguments)
     for name in dir(type(policy)):
         if name.startswith("on_") and name not in calls:
             near = difflib.get_close_matches(name, calls, 1)
@@ -126,6 +121,20 @@ def check_signatures(policy: object, base: type, calls: Mapping[str, tuple[str, 
                 f"{name} is never called",
                 mend=f"is {near[0]} meant?" if near else "begin names of your own differently",
             )
+
+
+def check_signature(method: object, name: str, arguments: tuple[str, ...]) -> None:
+    """A bound method can be called with so many arguments."""
+    if not callable(method):
+        raise Broken(f"{name} is {method!r}, not a method", mend=f"define {name} as a method")
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError as error:
+        raise Broken(
+            f"{name}{inspect.signature(method)} cannot be called: {error}",
+            call=f"{name}({', '.join(arguments)})",
+            mend=f"write def {name}({', '.join(('self', *arguments))})",
+        ) from None
 
 
 def check_sees_only(tried: Tried[Any, Any, Any]) -> None:
