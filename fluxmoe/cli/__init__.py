@@ -20,6 +20,7 @@ from fluxmoe.cli import (
     generate,
     output,
     plan,
+    plugin,
     policies,
     serve,
     simulate,
@@ -65,6 +66,7 @@ def _app() -> typer.Typer:
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
     app.command("codec")(codec.codec)
+    app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
     app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
