@@ -17,6 +17,7 @@ from fluxmoe.cli import (
     demo,
     doctor,
     generate,
+    limit,
     output,
     plan,
     policies,
@@ -65,6 +66,7 @@ def _app() -> typer.Typer:
     app.command("policies")(policies.policies)
     app.add_typer(config.app, name="config")
     app.command("top")(top.top)
+    app.command("limit")(limit.limit)
     app.command("doctor")(doctor.doctor)
     return app
 

@@ -239,7 +239,7 @@ class PagedModel:
             SubstrateError: The system refused. As after every error, nothing has changed.
         """
         where = "PagedModel.resize"
-        budget = int(settings(where, memory).memory.budget)
+        budget = settings(where, memory).memory.size
         with self._turn:
             runtime = self._open()
             runtime.resize(Room(runtime.geometry, runtime.page_class).within(budget, where))
