@@ -13,6 +13,7 @@ from fluxmoe import plugins
 from fluxmoe.backends.machine import require_free
 from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
+from fluxmoe.core.ages import PageAges
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.banks import sizes, spread
 from fluxmoe.core.controller import Inventory
@@ -143,6 +144,7 @@ class Runtime:
             transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
             undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
+            self.ages = rule.ages = PageAges()
             self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
             undo.pop_all()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,9 +20,10 @@ from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., object])
 
+_COMPILED = re.compile(rb"^ *@(jit|intrinsic)", re.M)
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _DIGEST = hashlib.sha256(
-    b"".join(text for path in _SOURCES if b"@jit" in (text := path.read_bytes()))
+    b"".join(text for path in _SOURCES if _COMPILED.search(text := path.read_bytes()))
 ).hexdigest()[:8]
 
 

@@ -14,7 +14,6 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-
 #: Kinds of age, all in events: how long a page was resident when it left; how long it had not been
 #: used by then; and from one use of a page to the next.
 LIFETIME, IDLE, REUSE = range(3)

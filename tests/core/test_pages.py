@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fluxmoe.core.ages import REUSE_EVERY, PageAges
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.pages import REUSE_EVERY, PageTable, load, unload
+from fluxmoe.core.pages import PageTable, load, unload
 from fluxmoe.core.policy import PageView
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Geometry
 from fluxmoe.errors import CapacityError, InvariantError
@@ -167,6 +168,7 @@ def test_ages_are_what_a_second_book_says():
         EvictionGuard(LeastRecentlyUsed(), PageView(t), name="lru"),
         PrefetchGuard(NoPrefetch(), PageView(t), name="none"),
     )
+    ages = rule.ages = PageAges()
     rng = np.random.default_rng(0)
     loaded, used = {}, {}
     lifetimes, idles, gaps = [], [], []
@@ -185,9 +187,9 @@ def test_ages_are_what_a_second_book_says():
             gaps += [event - used[page] for page in pages if page in used]
         loaded |= dict.fromkeys(pages - before, event)
         used |= dict.fromkeys(pages, event)
-    for kind, ages in ((LIFETIME, lifetimes), (IDLE, idles), (REUSE, gaps)):
-        buckets = np.ceil(np.log2(np.maximum(ages, 1))).astype(int)
-        assert t.books.ages[kind].tolist() == np.bincount(buckets, minlength=AGES).tolist()
-        assert t.books.age_sums[kind] == sum(ages) > 0
-    t.reset()
-    assert not t.books.ages.any() and not t.books.age_sums.any()
+    for kind, seen in ((LIFETIME, lifetimes), (IDLE, idles), (REUSE, gaps)):
+        buckets = np.ceil(np.log2(np.maximum(seen, 1))).astype(int)
+        assert ages.counts[kind].tolist() == np.bincount(buckets, minlength=AGES).tolist()
+        assert ages.sums[kind] == sum(seen) > 0
+    rule.reset()
+    assert not ages.counts.any() and not ages.sums.any()

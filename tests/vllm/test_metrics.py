@@ -10,7 +10,16 @@ import pytest
 
 from fluxmoe.backends.vllm.child import ChildEngine
 from fluxmoe.backends.vllm.histograms import Histograms
-from fluxmoe.backends.vllm.metrics import DECISION, METRICS, Meter, Samples, add, summary
+from fluxmoe.backends.vllm.metrics import (
+    DECISION,
+    METRICS,
+    Meter,
+    Readings,
+    Samples,
+    Series,
+    add,
+    summary,
+)
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
@@ -19,10 +28,15 @@ PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - {DECISION}
 HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
 
 
+def flat(samples: Samples) -> Readings:
+    every = [((name, labels), v) for name, of in samples.items() for labels, v in of.items()]
+    return [series for series, _ in every], [value for _, value in every]
+
+
 def test_the_changes_of_a_meter_add_up() -> None:
     rng = random.Random(0)
     now: Samples = {HITS: {(): 0}, FRAMES: {("kv", "committed"): 90, ("experts", "committed"): 10}}
-    meter = Meter(lambda: {name: dict(samples) for name, samples in now.items()})
+    meter = Meter(lambda: flat(now))
     shown: Samples = {}
     hits = 0
     for step in range(200):
@@ -42,14 +56,15 @@ def test_the_changes_of_a_meter_add_up() -> None:
 
 def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
     now: Samples = {DECISION: {("1", "p", "to_kv", "why"): 1}}
-    meter = Meter(lambda: now)
+    meter = Meter(lambda: flat(now))
     assert meter.take() == now
     now = {DECISION: {("2", "p", "to_kv", "why"): 1}}
     assert meter.take() == {
         DECISION: {("1", "p", "to_kv", "why"): -1, ("2", "p", "to_kv", "why"): 1}
     }
     hits = 0
-    rare = Meter(lambda: {HITS: {(): hits}}, every=3)
+    series: list[Series] = [(HITS, ())]  # the same list each time
+    rare = Meter(lambda: (series, [hits]), every=3)
     assert rare.take() == {HITS: {(): 0}}
     hits = 5
     assert [rare.take() for _ in range(3)] == [{}, {}, {HITS: {(): 5}}]

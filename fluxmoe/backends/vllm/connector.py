@@ -155,7 +155,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._begun = False
 
-    def _split(self) -> metrics.Samples:
+    def _split(self) -> metrics.Readings:
         arbitration = self.arbitration
         return metrics.read_split(None if arbitration is None else arbitration.controller)
 
@@ -240,6 +240,10 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         report = self._worker.report() if self._worker is not None else None
         return None if report is None else WorkerMetadata([report])
+
+    def has_connector_metadata(self) -> bool:
+        """None for attention layers: they would call ``wait_for_layer_load`` and so on, each."""
+        return False
 
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
         pass

@@ -26,7 +26,7 @@ class WorkerSide:
     def __init__(self, runtime: Runtime, rank: int) -> None:
         self._runtime = runtime
         self._meters = (
-            metrics.Meter(lambda: metrics.read(runtime)),
+            metrics.Meter(metrics.reader(runtime)),
             metrics.Meter(lambda: metrics.read_ages(runtime), every=AGES_EVERY),
         )
         self._answer: Answer | None = None
