@@ -18,6 +18,7 @@ from fluxmoe.cli import (
     demo,
     doctor,
     generate,
+    limit,
     output,
     plan,
     plugin,
@@ -69,6 +70,7 @@ def _app() -> typer.Typer:
     app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
     app.command("top")(top.top)
+    app.command("limit")(limit.limit)
     app.command("doctor")(doctor.doctor)
     return app
 

@@ -17,7 +17,7 @@ from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.banks import sizes
 from fluxmoe.core.kv import KVLayout, KVTenant
 from fluxmoe.core.policy import ArbitrationView, Split
-from fluxmoe.core.protocol import Answer, Move, Mover, Order, Outcome, Result
+from fluxmoe.core.protocol import Answer, ByHand, Move, Mover, Order, Outcome, Result
 from fluxmoe.core.tenants import ExpertTenant, frames_for
 from fluxmoe.core.types import Budget, Geometry, PageClass
 
@@ -59,20 +59,6 @@ class Inventory:
     kv: Budget
     layout: KVLayout
     groups: int
-
-
-@dataclass(frozen=True, slots=True)
-class ByHand:
-    """Limits that a person has set, in frames; None leaves one as it was at the start.
-
-    What requests use of the KV cache is not taken away, whatever is said here.
-    """
-
-    total: int | None = None
-    experts_min: int | None = None
-    experts_max: int | None = None
-    kv_min: int | None = None
-    kv_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

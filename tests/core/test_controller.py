@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import fluxmoe
 from fluxmoe.core.arbitration import ArbitrationGuard
-from fluxmoe.core.controller import ByHand, Inventory, SplitController
+from fluxmoe.core.controller import Inventory, SplitController
 from fluxmoe.core.policy import ArbitrationView, Split
-from fluxmoe.core.protocol import Follower
+from fluxmoe.core.protocol import ByHand, Follower
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import PolicyFaultError, SubstrateError
