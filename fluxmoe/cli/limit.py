@@ -10,7 +10,8 @@ import typer
 
 from fluxmoe.cli import output
 
-_Size = Annotated[str | None, typer.Option(metavar="SIZE")]
+_Least = Annotated[str | None, typer.Option(metavar="SIZE", help="Leave it no less than this.")]
+_Most = Annotated[str | None, typer.Option(metavar="SIZE", help="Give it no more than this.")]
 
 
 def limit(
@@ -18,10 +19,10 @@ def limit(
     budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Use no more for experts and KV cache.")
     ] = None,
-    experts_min: _Size = None,
-    experts_max: _Size = None,
-    kv_min: _Size = None,
-    kv_max: _Size = None,
+    experts_min: _Least = None,
+    experts_max: _Most = None,
+    kv_min: _Least = None,
+    kv_max: _Most = None,
     reset: Annotated[bool, typer.Option("--reset", help="Take all limits back.")] = False,
     api_key: Annotated[
         str | None, typer.Option(help="The server's API key; by default $VLLM_API_KEY.")
