@@ -14,6 +14,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -64,6 +65,21 @@ _FIXES = {
     "byte_size": "write a size as 24GiB, or as a number of bytes",
     "byte_size_unit": "units are KiB, MiB, GiB, TiB; KB, MB, GB, TB",
 }
+
+
+_SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[Size, Field(gt=0)])
+
+
+def size(text: str, *, where: str) -> int:
+    """A size given on the command line. Raises ConfigError."""
+    try:
+        return int(_SIZE.validate_python(text))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{text!r} is no size",
+            where=where,
+            fix=_FIXES.get(error.errors()[0]["type"], _FIXES["byte_size"]),
+        ) from error
 
 
 class _Model(BaseModel):

@@ -132,6 +132,12 @@ class UnknownCodecError(FluxMoEError):
         super().__init__(f"unknown codec {name!r}", fix=f"known codecs: {', '.join(sorted(known))}")
 
 
+class DeviceMemoryError(SubstrateError):
+    """The GPU has no memory left for another frame."""
+
+    code = "FM308"
+
+
 # --- backends ----------------------------------------------------------------------------------
 
 

@@ -19,9 +19,11 @@ from fluxmoe.cli import (
     doctor,
     generate,
     output,
+    plan,
     policies,
     serve,
     simulate,
+    top,
     trace,
 )
 from fluxmoe.errors import FluxMoEError
@@ -57,12 +59,14 @@ def _app() -> typer.Typer:
     app.callback()(_globals)
     app.command("demo")(demo.demo)
     app.command("serve")(serve.serve)
+    app.command("plan")(plan.plan)
     app.command("generate")(generate.generate)
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
     app.command("codec")(codec.codec)
     app.add_typer(config.app, name="config")
+    app.command("top")(top.top)
     app.command("doctor")(doctor.doctor)
     return app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from typing import Any
 
@@ -143,12 +144,17 @@ class PagedCPUWorker(CPUWorker):
         specs = self.get_kv_cache_spec().values()
         block = sum(spec.page_size_bytes for spec in specs)
         one = max_memory_usage_bytes(self.vllm_config, specs)
-        # One block more is vLLM's null block, one the watermark.
-        sequences = self.vllm_config.scheduler_config.max_num_seqs
+        scheduler = self.vllm_config.scheduler_config
         length = self.model_config.max_model_len
+
+        def room(sequences: int) -> int:
+            """For so many, vLLM's null block, and the share that it keeps free to admit one."""
+            needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
+            return needed
+
         return KVNeed(
-            min=one + 2 * block,
-            max=sequences * one + 2 * block,
+            min=room(1),
+            max=room(scheduler.max_num_seqs),
             reason=f"one sequence of max-model-len {length}",
             block=block,
         )
