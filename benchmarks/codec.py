@@ -28,10 +28,10 @@ from benchmarks import machine
 from fluxmoe import plugins
 from fluxmoe.core.codec import Codec
 from fluxmoe.core.types import Bytes
+from fluxmoe.demo.model import SHIPPED
 from fluxmoe.errors import MissingDependencyError
 from fluxmoe.stores.survey import parts_of
 
-SHIPPED = Path("fluxmoe/demo/assets/prose-moe-12m")
 #: Bytes of w13 and w2: of the shipped model, and of Qwen3-30B-A3B.
 SMALL, LARGE = (40_960, 20_480), (6_291_456, 3_145_728)
 TOTAL = 192 << 20
