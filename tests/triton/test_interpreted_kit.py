@@ -35,20 +35,6 @@ def card(monkeypatch):
     monkeypatch.setattr(device, "Timer", Clock)
 
 
-@pytest.fixture
-def stock(monkeypatch):
-    """vLLM's own kernel, interpreted: without a GPU vLLM hides Triton from it."""
-    fused_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
-    import triton
-    import vllm.triton_utils
-
-    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", True)
-    monkeypatch.setattr(fused_moe, "triton", triton)
-    monkeypatch.setattr(fused_moe, "tl", triton.language)
-    for name in ("write_zeros_to_output", "fused_moe_kernel"):
-        monkeypatch.setattr(fused_moe, name, triton.jit(getattr(fused_moe, name)))
-
-
 def results(capsys, *argv: str):
     capsys.readouterr()
     command.main([*argv, "--json"])
