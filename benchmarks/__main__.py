@@ -8,6 +8,7 @@ from pathlib import Path
 
 #: Name → the module here whose ``main(options)`` it is.
 BENCHMARKS = {
+    "codec": "codec",
     "event_cost": "event_cost",
     "fuzz": "fuzz",
     "http": "http",

@@ -117,6 +117,12 @@ class CodecError(StoreError):
     code = "FM305"
 
 
+class PageFileError(StoreError):
+    """A page file cannot be written or read, is damaged, or holds the pages of something else."""
+
+    code = "FM307"
+
+
 class UnknownCodecError(FluxMoEError):
     """A codec name that nobody has registered."""
 
@@ -124,6 +130,12 @@ class UnknownCodecError(FluxMoEError):
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         super().__init__(f"unknown codec {name!r}", fix=f"known codecs: {', '.join(sorted(known))}")
+
+
+class DeviceMemoryError(SubstrateError):
+    """The GPU has no memory left for another frame."""
+
+    code = "FM308"
 
 
 # --- backends ----------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def _config(folder: Path) -> None:
             where=str(folder),
             fix="name the folder of a checkpoint",
         )
-    if "model_type" not in _map(path):
+    if "model_type" not in read_map(path):
         raise CheckpointError("it names no model_type", where=str(path))
 
 
@@ -56,7 +56,7 @@ def _weights(folder: Path) -> None:
     index = folder / _INDEX
     listed: dict[str, set[str]] = defaultdict(set)
     if index.exists():
-        weight_map = _map(index).get("weight_map")
+        weight_map = read_map(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError("it has no weight_map", where=str(index))
         for tensor, file in weight_map.items():
@@ -111,7 +111,8 @@ def _experts(folder: Path, tensors: set[str]) -> None:
                 )
 
 
-def _map(path: Path) -> dict[str, Any]:
+def read_map(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a map, such as ``config.json``. Raises CheckpointError."""
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:

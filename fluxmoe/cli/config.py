@@ -47,13 +47,15 @@ def show(
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The checked configuration as ``show`` prints it. Its policies are made, to check them."""
+    """The checked configuration as ``show`` prints it: policies and codecs are made, too."""
     from fluxmoe import config, plugins
+    from fluxmoe.backends.stores import coders
 
     loaded = config.load(file)
     shown = {key: _readable(getattr(loaded, key)) for key in type(loaded).model_fields}
     registry = plugins.load(loaded.plugins)
     registry.serving(loaded)
+    coders(loaded, registry)
     for kind in _KINDS:
         spec: dict[str, Any] = getattr(loaded, kind)
         options = registry.get(kind, spec["kind"]).config_model
@@ -75,6 +77,8 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):
-        # The only fields below the top that may be None are sizes left to the planner.
+        # The only fields below the top that may be None are sizes left to us.
         return {key: "auto" if item is None else _readable(item) for key, item in value}
+    if isinstance(value, dict) and value.keys() == {"kind"}:
+        return value["kind"]
     return value

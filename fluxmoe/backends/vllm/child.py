@@ -410,8 +410,10 @@ class _Engine:
 
     def limit(self, share: float) -> None:
         """Use only this share of the budget from now on."""
+        from fluxmoe.core.controller import ByHand
+
         controller = self._scheduler.connector.arbitration.controller
-        controller.set_limit(int(sum(controller.frames.values()) * share))
+        controller.set_limits(ByHand(int(sum(controller.frames.values()) * share)))
 
     def kv_usage(self) -> float:
         """As vLLM shows it on ``/metrics``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from typing import Any
 
@@ -13,6 +14,7 @@ from fluxmoe import plugins
 from fluxmoe.backends import checkpoint, op
 from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import checks, kv
 from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
@@ -33,7 +35,6 @@ from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config
 from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
-from fluxmoe.stores.host import HostStore
 
 tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
 
@@ -77,7 +78,9 @@ class PagedCPUWorker(CPUWorker):
         if vllm_config.load_config.load_format == "auto":
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
-        plugins.load(config.plugins).serving(config)
+        registry = plugins.load(config.plugins)
+        registry.serving(config)
+        coders(config, registry)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
         vllm_config.cache_config.kv_cache_memory_bytes = int(config.memory.budget)
@@ -113,7 +116,8 @@ class PagedCPUWorker(CPUWorker):
             )
         )
         geometry = Geometry(len(layers), weights[0].shape[0])
-        store = HostStore(geometry, page_class)
+        registry = plugins.load(self._config.plugins)
+        store = make_store(self._config, geometry, page_class, registry)
         self._runtime = runtime = Runtime(
             self._config,
             geometry,
@@ -140,12 +144,17 @@ class PagedCPUWorker(CPUWorker):
         specs = self.get_kv_cache_spec().values()
         block = sum(spec.page_size_bytes for spec in specs)
         one = max_memory_usage_bytes(self.vllm_config, specs)
-        # One block more is vLLM's null block, one the watermark.
-        sequences = self.vllm_config.scheduler_config.max_num_seqs
+        scheduler = self.vllm_config.scheduler_config
         length = self.model_config.max_model_len
+
+        def room(sequences: int) -> int:
+            """For so many, vLLM's null block, and the share that it keeps free to admit one."""
+            needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
+            return needed
+
         return KVNeed(
-            min=one + 2 * block,
-            max=sequences * one + 2 * block,
+            min=room(1),
+            max=room(scheduler.max_num_seqs),
             reason=f"one sequence of max-model-len {length}",
             block=block,
         )
