@@ -125,6 +125,12 @@ class CodecError(StoreError):
     code = "FM305"
 
 
+class PageFileError(StoreError):
+    """A page file cannot be written or read, is damaged, or holds the pages of something else."""
+
+    code = "FM307"
+
+
 class UnknownCodecError(FluxMoEError):
     """A codec name that nobody has registered."""
 
@@ -134,6 +140,12 @@ class UnknownCodecError(FluxMoEError):
         self, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(f"unknown codec {name!r}", fix=_known("codecs", known, broken))
+
+
+class DeviceMemoryError(SubstrateError):
+    """The GPU has no memory left for another frame."""
+
+    code = "FM308"
 
 
 # --- backends ----------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from fluxmoe import plugins
 from fluxmoe.backends.machine import require_free
 from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
+from fluxmoe.core.ages import PageAges
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.banks import sizes, spread
+from fluxmoe.core.carrier import HostCarrier
 from fluxmoe.core.controller import Inventory
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
@@ -87,8 +89,8 @@ class Runtime:
         )
         eviction, prefetch, arbitration = plugins.load(config.plugins).serving(config)
         #: Whether the split may change while serving.
-        self.dynamic = not arbitration.fixed
-        budget = int(config.memory.budget)
+        self.dynamic = not arbitration.fixed or config.control
+        budget = config.memory.size
         require_free(budget)
         unit = kv.block if self.dynamic else 0
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget, unit))
@@ -140,9 +142,12 @@ class Runtime:
                 prefetch, view, name=config.prefetch["kind"], strict=strict, limits=limits
             )
             rows = [self._tenant.rows(bank) for bank in range(len(slots))]
-            transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
+            transfer = TransferEngine(
+                HostCarrier(store, rows, threads=config.copy_threads), page_class.nbytes
+            )
             undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
+            self.ages = rule.ages = PageAges()
             self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
             undo.pop_all()
 

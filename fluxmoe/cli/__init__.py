@@ -13,15 +13,19 @@ import typer
 
 import fluxmoe
 from fluxmoe.cli import (
+    codec,
     config,
     demo,
     doctor,
     generate,
+    limit,
     output,
+    plan,
     plugin,
     policies,
     serve,
     simulate,
+    top,
     trace,
 )
 from fluxmoe.errors import FluxMoEError
@@ -57,12 +61,16 @@ def _app() -> typer.Typer:
     app.callback()(_globals)
     app.command("demo")(demo.demo)
     app.command("serve")(serve.serve)
+    app.command("plan")(plan.plan)
     app.command("generate")(generate.generate)
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
+    app.command("codec")(codec.codec)
     app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
+    app.command("top")(top.top)
+    app.command("limit")(limit.limit)
     app.command("doctor")(doctor.doctor)
     return app
 

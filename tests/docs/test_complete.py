@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -194,16 +195,25 @@ def options(command: Any) -> set[str]:
     }
 
 
-def test_every_option_of_the_simulator_is_listed() -> None:
+@pytest.mark.parametrize(
+    "verb, page", [("simulate", "simulator.md"), ("plan", "plan.md"), ("limit", "arbitration.md")]
+)
+def test_every_option_of_a_command_is_listed(verb: str, page: str) -> None:
     import typer
 
-    from fluxmoe.cli import simulate
-
     app = typer.Typer(add_completion=False)
-    app.command()(simulate.simulate)
+    app.command()(getattr(importlib.import_module(f"fluxmoe.cli.{verb}"), verb))
     found = options(typer.main.get_command(app))
     assert len(found) > 6
-    assert not {option for option in found if f"`{option}`" not in text("simulator.md")}
+    assert not {option for option in found if f"`{option}`" not in text(page)}
+
+
+def test_everything_in_a_plan_is_listed() -> None:
+    from fluxmoe.plan.advice import Plan, Point
+    from fluxmoe.plan.model import Model
+
+    for field in (*fields(Plan), *fields(Point), *fields(Model)):
+        assert field.name == "work" or f"`{field.name}`" in text("plan.md"), field.name
 
 
 def test_every_verb_option_and_format_of_traces_is_listed() -> None:
