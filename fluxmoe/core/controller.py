@@ -191,7 +191,9 @@ class SplitController:
         if not self._mover.busy and (view.tokens or over):
             move = self._plan(self._within(split, view), view)
             if move is not None:
-                self._report(move, split, by_hand=over)
+                # Also where a policy that wants nothing gets what a person took from the other.
+                told = self._by_hand is not None and dict(split.frames) == frames
+                self._report(move, split, by_hand=over or told)
                 self._mover.begin(move)
         return self._mover.order()
 
