@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks import machine
 from fluxmoe import plugins
 from fluxmoe.core.arbiter import MemoryArbiter
+from fluxmoe.core.carrier import HostCarrier
 from fluxmoe.core.event import EventRule, Slots
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.pager import ExpertPager
@@ -75,9 +76,8 @@ def measure(slots: int) -> list[dict[str, float]]:
         EvictionGuard(policy, view, name="lru", strict=True),
         PrefetchGuard(NoPrefetch(), view, name="none"),
     )
-    pager = ExpertPager(
-        rule, tenant, TransferEngine(store, [tenant.rows(0)], PAGE_CLASS.nbytes, threads=0)
-    )
+    carrier = HostCarrier(store, [tenant.rows(0)], threads=0)
+    pager = ExpertPager(rule, tenant, TransferEngine(carrier, PAGE_CLASS.nbytes))
     everyone = np.arange(EXPERTS, dtype=np.int32)
     for layer in range(geometry.num_layers):
         pager.acquire(layer, everyone, np.zeros(EXPERTS, np.int32))

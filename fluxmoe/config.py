@@ -178,6 +178,27 @@ class HostStoreConfig(_Model):
     """Pages in host memory."""
 
     kind: Literal["host"]
+    limit: AutoSize = None
+    """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
+    codec: Policy = {"kind": "none"}
+    """Lossless codec that the pages are kept in."""
+
+
+class FileStoreConfig(_Model):
+    """Pages in a file, which is built at the first start."""
+
+    kind: Literal["file"]
+    path: str = Field(min_length=1)
+    """Folder of the page file; it is made if there is none."""
+    limit: AutoSize = None
+    """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
+    codec: Policy = {"kind": "none"}
+    """Lossless codec that the pages are kept in."""
+    direct: bool = True
+    """Read past the system's cache what is not in it; false where memory has room for the file."""
+
+
+StoreConfig = Annotated[HostStoreConfig | FileStoreConfig, Field(discriminator="kind")]
 
 
 #: What a preset chooses where nothing is said. ``paper``: arXiv 2604.02715, a window of two layers.
@@ -207,14 +228,14 @@ class Config(_Model):
     arbitration: Policy = {"kind": "fixed"}
     """Policy that divides the budget between experts and KV cache."""
     policy_limits: PolicyLimits = PolicyLimits()
-    stores: list[HostStoreConfig] = Field(
-        default=[HostStoreConfig(kind="host")], min_length=1, max_length=1
+    stores: list[StoreConfig] = Field(
+        default=[HostStoreConfig(kind="host")], min_length=1, max_length=8
     )
-    """Where the expert pages lie that are not resident."""
+    """Where the expert pages lie that are not resident: in the first store that has room."""
     control: bool = False
     """Whether limits can be set by hand while serving: fluxmoe limit. Reserves room for growth."""
     plugins: list[str] = []
-    """Files (.py) or modules that register further policies."""
+    """Files (.py) or modules that register further policies or codecs."""
     strict_policies: bool = False
     """Stop at the first fault of a policy instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
@@ -258,11 +279,19 @@ def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
         return model.model_validate(dict(data))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        place = list(map(str, first["loc"]))
+        if place[:1] == ["stores"]:
+            del place[2:3]  # the store's kind, which nobody wrote there
+        field = ".".join(place)
         if first["type"] == "extra_forbidden":
             what, fix = f"unknown key {field!r}", "remove it, or check its spelling"
-        elif first["type"] == "missing":
+        elif first["type"] in ("missing", "union_tag_not_found"):
+            if first["type"] == "union_tag_not_found":
+                field += ".kind"
             what, fix = f"{field!r} is missing", "add it"
+        elif first["type"] == "union_tag_invalid":
+            what = f"{field}.kind: it must be 'host' or 'file', not {first['input'].get('kind')!r}"
+            fix = "see `fluxmoe config schema`"
         else:
             what = _WHAT.get(first["type"], first["msg"].replace("Input should", "it must"))
             what = f"{field}: {what}, not {first['input']!r}"

@@ -16,6 +16,7 @@ from fluxmoe.core import planner
 from fluxmoe.core.ages import PageAges
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.banks import sizes, spread
+from fluxmoe.core.carrier import HostCarrier
 from fluxmoe.core.controller import Inventory
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
@@ -141,7 +142,9 @@ class Runtime:
                 prefetch, view, name=config.prefetch["kind"], strict=strict, limits=limits
             )
             rows = [self._tenant.rows(bank) for bank in range(len(slots))]
-            transfer = TransferEngine(store, rows, page_class.nbytes, threads=config.copy_threads)
+            transfer = TransferEngine(
+                HostCarrier(store, rows, threads=config.copy_threads), page_class.nbytes
+            )
             undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
             self.ages = rule.ages = PageAges()

@@ -13,6 +13,7 @@ import typer
 
 import fluxmoe
 from fluxmoe.cli import (
+    codec,
     config,
     demo,
     doctor,
@@ -20,6 +21,7 @@ from fluxmoe.cli import (
     limit,
     output,
     plan,
+    plugin,
     policies,
     serve,
     simulate,
@@ -64,6 +66,8 @@ def _app() -> typer.Typer:
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
+    app.command("codec")(codec.codec)
+    app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
     app.command("top")(top.top)
     app.command("limit")(limit.limit)

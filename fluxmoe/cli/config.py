@@ -58,13 +58,15 @@ def show(
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The checked configuration as ``show`` prints it. Its policies are made, to check them."""
+    """The checked configuration as ``show`` prints it: policies and codecs are made, too."""
     from fluxmoe import config, plugins
+    from fluxmoe.backends.stores import coders
 
     loaded = config.load(file)
     shown = {key: _readable(getattr(loaded, key)) for key in type(loaded).model_fields}
     registry = plugins.load(loaded.plugins)
     registry.serving(loaded)
+    coders(loaded, registry)
     for kind in _KINDS:
         spec: dict[str, Any] = getattr(loaded, kind)
         options = registry.get(kind, spec["kind"]).config_model

@@ -12,7 +12,8 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -102,13 +103,14 @@ def _measure(path: Path, model: str | None, as_json: bool) -> None:
 
 
 def _print(system: list[Finding], backends: list[Finding]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     console = output.console()
     for title, findings in ("This installation", system), ("Backends", backends):
         table = Table("", "status", "found", "what to do", title=title, title_justify="left")
         for finding in findings:
-            table.add_row(finding.name, finding.status, finding.found, finding.fix)
+            table.add_row(*map(escape, astuple(finding)))  # fluxmoe[cuda] is no markup
         console.print(table)
 
 
@@ -133,6 +135,7 @@ def _system() -> Iterator[Finding]:
     memory = psutil.virtual_memory()
     free = f"{output.nbytes(memory.available)} of {output.nbytes(memory.total)} free"
     yield Finding("memory", "ok", free)
+    yield _gpu()
     yield _package("torch", _cuda())
     yield _vllm()
     yield _package("transformers")
@@ -165,6 +168,34 @@ def _substrate() -> Finding:
         fix = "see what limits this process: ulimit -a, its container's memory, seccomp"
         return Finding(name, "broken", str(error), fix)
     return Finding(name, "ok", "1 MiB reserved, committed and written to")
+
+
+def _gpu() -> Finding:
+    """Bindings, driver and device; on the device, what ``_substrate`` does in host memory."""
+    import numpy as np
+
+    from fluxmoe.core.driver import Cuda
+    from fluxmoe.core.substrate.cuda import FRAME_BYTES, CudaSubstrate
+
+    bindings = _version("cuda-bindings")
+    if bindings is None:
+        fix = "for NVIDIA GPUs: pip install 'fluxmoe[cuda]'"
+        return Finding("CUDA", "note", "cuda-bindings is not installed", fix)
+    try:
+        with ExitStack() as each:
+            cuda = Cuda()
+            each.callback(cuda.close)
+            substrate = CudaSubstrate(cuda, 1)
+            each.callback(substrate.close)
+            substrate.commit(substrate.reserve(FRAME_BYTES), np.zeros(1, np.int64))
+            free, total = map(output.nbytes, cuda.memory())
+            version = f"{cuda.version // 1000}.{cuda.version % 1000 // 10}"
+            found = f"{cuda.name}, {free} of {total} free, driver for {version}"
+    except FluxMoEError as error:
+        where = f" ({error.where})" if error.where else ""
+        return Finding("CUDA", "note", f"bindings {bindings}; {error.what}{where}", error.fix)
+    fix = "nothing: no backend runs on a GPU yet"
+    return Finding("CUDA", "ok", f"{found}, bindings {bindings}", fix)
 
 
 def _map_count() -> Finding:
@@ -233,12 +264,16 @@ def _plugins() -> Finding:
     from fluxmoe import plugins
 
     try:
-        names = {policy.plugin for policy in plugins.load()} - {"fluxmoe"}
+        found = [plugin for plugin in plugins.load().plugins if plugin.origin == "installed"]
     except FluxMoEError as error:
         return Finding(
             "plugins", "note", error.what, "; ".join(filter(None, [error.where, error.fix]))
         )
-    return Finding("plugins", "ok", ", ".join(sorted(names)) or "none installed")
+    for plugin in found:
+        if plugin.status == "broken":
+            return Finding("plugins", "note", f"{plugin.name} is broken", plugin.problem)
+    names = [plugin.name for plugin in found if plugin.status == "ok"]
+    return Finding("plugins", "ok", ", ".join(names) or "none installed")
 
 
 def _backends() -> Iterator[Finding]:

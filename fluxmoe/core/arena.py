@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 
+from fluxmoe.core.dlpack import Exported
 from fluxmoe.core.substrate import Substrate
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import InvariantError
@@ -51,15 +52,22 @@ class Arena:
         return frames
 
     def rows(self, count: int, nbytes: int) -> Bytes:
-        """The arena as a uint8 array ``[count, nbytes]``, without a copy.
+        """The arena as a uint8 array ``[count, nbytes]``, without a copy. (Not of a GPU's memory.)
 
         Only committed rows may be read or written. The array does not keep the arena alive.
         """
-        size = count * nbytes
-        if size > len(self.frame_at) * self._substrate.frame_bytes:
-            raise InvariantError(f"{count} rows of {nbytes} bytes do not fit the arena")
-        buffer = (ctypes.c_uint8 * size).from_address(self.address)
+        self._require(count, nbytes)
+        buffer = (ctypes.c_uint8 * (count * nbytes)).from_address(self.address)
         return np.ctypeslib.as_array(buffer).reshape(count, nbytes)
+
+    def export(self, count: int, nbytes: int) -> Exported:
+        """The same for ``torch.from_dlpack``, on whatever device the frames are."""
+        self._require(count, nbytes)
+        return Exported(self.address, count, nbytes, self._substrate.device)
+
+    def _require(self, count: int, nbytes: int) -> None:
+        if count * nbytes > len(self.frame_at) * self._substrate.frame_bytes:
+            raise InvariantError(f"{count} rows of {nbytes} bytes do not fit the arena")
 
     def close(self) -> Int64s:
         """Unmap everything, give the addresses back, return the frames that were committed."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluxmoe.core.arena import Arena
+from fluxmoe.core.dlpack import Exported
 from fluxmoe.core.frames import FramePool
 from fluxmoe.core.substrate import Substrate
 from fluxmoe.core.types import Bools, Bytes
@@ -109,6 +110,10 @@ class KVTenant:
         """All blocks as uint8 ``[blocks * block_bytes]``. It does not keep the arena alive."""
         buffer: Bytes = self._arena.rows(1, self.layout.nbytes)[0]
         return buffer
+
+    def export(self) -> Exported:
+        """All blocks ``[blocks, block_bytes]`` for ``torch.from_dlpack``, on whatever device."""
+        return self._arena.export(self.layout.blocks, self.layout.block_bytes)
 
     def commit(self, groups: Iterable[int]) -> None:
         """Commit those of ``groups`` that are not. On failure nothing has changed.

@@ -160,8 +160,10 @@ class ExpertPager:
 
     def close(self) -> None:
         """Stop the copies and give all frames back."""
-        self._transfer.close()
-        self._tenant.close()
+        try:
+            self._transfer.close()
+        finally:
+            self._tenant.close()
 
     def check(self) -> None:
         """Raise InvariantError unless table, arenas and frames agree."""

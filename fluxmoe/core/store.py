@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fluxmoe.core.types import Bytes
+from fluxmoe.errors import StoreError
 
 
 class Store(Protocol):
@@ -24,3 +25,39 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Release what the store holds. Idempotent."""
+
+
+@runtime_checkable
+class AddressedStore(Store, Protocol):
+    """A store whose pages lie where a device can fetch them by itself, in page-locked memory."""
+
+    def addresses(self, page: int) -> Sequence[int]:
+        """Where a page's parts begin, in order. They stay there until the store is closed.
+
+        Raises:
+            StoreError: The page is not in the store.
+        """
+
+
+def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
+    """``store.read_into``; whatever the store raises is a StoreError."""
+    try:
+        store.read_into(page, parts)
+    except StoreError:
+        raise
+    except Exception as error:
+        raise _unreadable(page, error) from error
+
+
+def locate(store: AddressedStore, page: int) -> Sequence[int]:
+    """``store.addresses``; whatever the store raises is a StoreError."""
+    try:
+        return store.addresses(page)
+    except StoreError:
+        raise
+    except Exception as error:
+        raise _unreadable(page, error) from error
+
+
+def _unreadable(page: int, error: Exception) -> StoreError:
+    return StoreError(f"page {page} cannot be read: {error!r}")

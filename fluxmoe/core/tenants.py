@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from fluxmoe.core.arena import Arena
+from fluxmoe.core.dlpack import Exported
 from fluxmoe.core.frames import FramePool
 from fluxmoe.core.substrate import Substrate
 from fluxmoe.core.types import Bytes, Int64s, PageClass
@@ -73,6 +74,13 @@ class ExpertTenant:
         """Per part, the bank's arena as a uint8 array ``[reserved slots, part bytes]``."""
         return [
             arena.rows(self._reserved[bank], part.nbytes)
+            for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
+        ]
+
+    def export(self, bank: int) -> list[Exported]:
+        """The same for ``torch.from_dlpack``, on whatever device the arenas are."""
+        return [
+            arena.export(self._reserved[bank], part.nbytes)
             for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
         ]
 

@@ -1,107 +1,74 @@
-"""TransferEngine: copies pages from a store into slots, now or ahead of time.
+"""TransferEngine: the order of copies into slots, now or ahead of time, and which are called off.
 
-Two orders exist. *Demand* copies must be done before the layer's kernel runs: the caller's thread
-makes them, together with the copy threads if there are any. *Prefetch* copies are queued for the
-copy threads. A slot may be given to another page while an old copy into it is still queued, so
-every copy is filed under its slot, and a slot is settled before it is written again.
+Two orders exist. *Demand* copies must be over before the layer's kernel runs. *Prefetch* copies are
+made when nothing else is to be done. A slot may be given to another page while an old copy into it
+is still queued, so every copy is filed under its slot, and a slot is settled before it is written
+again. How bytes are moved is the ``Carrier``'s business.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from functools import partial
-
-from fluxmoe.core.copies import Copy, CopyThreads
-from fluxmoe.core.store import Store
-from fluxmoe.core.types import Bytes, Loads
-from fluxmoe.errors import StoreError
+from fluxmoe.core.carrier import Carrier, Ordered
+from fluxmoe.core.types import Loads
 
 
 class TransferEngine:
-    """Copies between one store and the slots of all banks.
+    """Copies pages into the slots of all banks.
 
     Args:
-        store: Where pages come from.
-        rows: Per bank and part, the arena as uint8 ``[slots, part bytes]``.
+        carrier: What makes the copies.
         page_bytes: Bytes of one page, for the counters.
-        threads: Copy threads. With 0, prefetches are copied by the caller at once.
-
-    Raises:
-        ConfigError: So many threads cannot be started.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rows: Sequence[Sequence[Bytes]],
-        page_bytes: int,
-        *,
-        threads: int = 1,
-    ) -> None:
-        self._store, self._rows, self._page_bytes = store, rows, page_bytes
-        self._threads = threads
-        self._copiers = CopyThreads(threads)
-        self._queued: dict[tuple[int, int], Copy] = {}
+    def __init__(self, carrier: Carrier, page_bytes: int) -> None:
+        self._carrier, self._page_bytes = carrier, page_bytes
+        self._queued: dict[tuple[int, int], Ordered] = {}
         self.bytes_demand = self.bytes_prefetch = 0
-        self.stall_seconds = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether prefetches were queued that nobody has asked for yet."""
         return bool(self._queued)
 
+    @property
+    def stall_seconds(self) -> float:
+        """How long the layers have waited for their pages."""
+        return self._carrier.stall_seconds
+
     def reset(self) -> None:
         """Settle everything and start counting anew."""
-        for bank in range(len(self._rows)):
-            self.settle_from(bank, 0)
+        self._settle_all()
         self.bytes_demand = self.bytes_prefetch = 0
-        self.stall_seconds = 0.0
+        self._carrier.stall_seconds = 0.0
 
     def demand(self, loads: Loads) -> None:
-        """Copy now; when this returns, all pages are in their slots.
+        """Copy now: whatever reads the slots next finds all pages in them.
 
         Raises:
             StoreError: A page could not be read; which of the others were is undefined.
         """
-        started = time.perf_counter()
-        for slot in loads.slots.tolist():
+        slots = loads.slots.tolist()
+        for slot in slots:
             self._settle(loads.bank, slot)
-        pairs = list(zip(loads.pages.tolist(), loads.slots.tolist(), strict=True))
-        share = -(-len(pairs) // (self._threads + 1))
-        rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
-        others = [(self._copiers.order(partial(self._copy, loads.bank, p)), p) for p in rest]
-        try:
-            self._copy(loads.bank, pairs[:share])
-            for copy, part in others:  # threads that are busy with prefetches do not matter
-                if copy.withdraw():
-                    self._copy(loads.bank, part)
-        finally:
-            errors = [copy.error() for copy, _ in others if not copy.withdraw()]
-        for error in errors:
-            if error is not None:
-                raise error
+        pairs = list(zip(loads.pages.tolist(), slots, strict=True))
+        self._carrier.demand(loads.bank, pairs)
         self.bytes_demand += len(loads) * self._page_bytes
-        self.stall_seconds += time.perf_counter() - started
 
     def prefetch(self, loads: Loads) -> None:
         """Queue copies, in order. A copy that fails is made again when its page is needed."""
-        for page, slot in zip(loads.pages.tolist(), loads.slots.tolist(), strict=True):
+        slots = loads.slots.tolist()
+        for slot in slots:
             self._settle(loads.bank, slot)
-            make = partial(self._copy, loads.bank, [(page, slot)])
-            if self._threads:
-                self._queued[loads.bank, slot] = self._copiers.order(make)
-                continue
-            try:
-                make()
-            except StoreError:
-                self._queued[loads.bank, slot] = Copy(make)
+        pairs = list(zip(loads.pages.tolist(), slots, strict=True))
+        for slot, copy in zip(slots, self._carrier.prefetch(loads.bank, pairs), strict=True):
+            if copy is not None:
+                self._queued[loads.bank, slot] = copy
         self.bytes_prefetch += len(loads) * self._page_bytes
 
     def complete(self, bank: int, page: int, slot: int) -> None:
         """See that a prefetched page, if it is still on its way, has arrived.
 
-        A copy that no thread has begun, or that failed, is made here and now.
+        A copy that has not begun, or that failed, is made here and now.
 
         Raises:
             StoreError: The page could not be read, at the second try either.
@@ -109,10 +76,8 @@ class TransferEngine:
         copy = self._queued.pop((bank, slot), None)
         if copy is None:
             return
-        started = time.perf_counter()
-        if copy.withdraw() or copy.error() is not None:
-            self._copy(bank, [(page, slot)])
-        self.stall_seconds += time.perf_counter() - started
+        if copy.withdraw() or self._carrier.arrive(copy) is not None:
+            self._carrier.demand(bank, [(page, slot)])
 
     def move(self, bank: int, page: int, source: int, target: int) -> None:
         """Copy a resident page from slot ``source`` to slot ``target`` of its bank.
@@ -122,32 +87,27 @@ class TransferEngine:
         """
         self._settle(bank, target)
         self.complete(bank, page, source)
-        for rows in self._rows[bank]:
-            rows[target] = rows[source]
+        self._carrier.move(bank, source, target)
 
     def settle_from(self, bank: int, first: int) -> None:
-        """See that no copy into slots ``first …`` of a bank is under way or queued any more."""
+        """See that no copy into slots ``first …`` of a bank is under way or queued any more.
+
+        On a device a copy that has begun may go on: unmapping waits for all its work.
+        """
         for key in [key for key in self._queued if key[0] == bank and key[1] >= first]:
             self._settle(*key)
 
     def close(self) -> None:
-        """Stop the copy threads. Idempotent."""
-        for bank in range(len(self._rows)):
-            self.settle_from(bank, 0)
-        self._copiers.close()
+        """Call off what is queued, and end the carrier. Idempotent."""
+        self._settle_all()
+        self._carrier.close()
+
+    def _settle_all(self) -> None:
+        for key in list(self._queued):
+            self._settle(*key)
 
     def _settle(self, bank: int, slot: int) -> None:
         """The page on its way to a slot is not wanted there any more."""
         copy = self._queued.pop((bank, slot), None)
         if copy is not None and not copy.withdraw():
-            copy.error()  # waits; whether it failed no longer matters
-
-    def _copy(self, bank: int, pairs: Sequence[tuple[int, int]]) -> None:
-        parts = self._rows[bank]
-        for page, slot in pairs:
-            try:
-                self._store.read_into(page, [rows[slot] for rows in parts])
-            except StoreError:
-                raise
-            except Exception as error:
-                raise StoreError(f"page {page} cannot be read: {error!r}") from error
+            copy.error()  # whether it failed no longer matters

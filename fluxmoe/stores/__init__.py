@@ -2,5 +2,6 @@
 
 from fluxmoe.core.store import Store
 from fluxmoe.stores.host import HostStore
+from fluxmoe.stores.pinned import PinnedStore
 
-__all__ = ["HostStore", "Store"]
+__all__ = ["HostStore", "PinnedStore", "Store"]

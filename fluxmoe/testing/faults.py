@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
-from fluxmoe.core.store import Store
+from fluxmoe.core.store import AddressedStore, Store
 from fluxmoe.core.substrate import Substrate
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
@@ -107,12 +107,28 @@ class FaultyStore:
         self._store.close()
 
 
+class FaultyAddressedStore(FaultyStore):
+    """The same for an ``AddressedStore``. A device reads by itself, so nobody can be held."""
+
+    def __init__(self, store: AddressedStore, plan: FaultPlan | None = None) -> None:
+        super().__init__(store, plan)
+        self._addressed = store
+
+    def addresses(self, page: int) -> Sequence[int]:
+        self.reads.append(page)
+        self.plan.reach("read")
+        if page in self.broken:
+            raise StoreError(f"page {page} is broken")
+        return self._addressed.addresses(page)
+
+
 class FaultySubstrate:
     """Another substrate; its sites are ``reserve``, ``commit``, ``decommit`` and ``release``."""
 
     def __init__(self, substrate: Substrate, plan: FaultPlan | None = None) -> None:
         self._substrate, self.plan = substrate, plan or FaultPlan()
         self.count, self.frame_bytes = substrate.count, substrate.frame_bytes
+        self.device = substrate.device
 
     def reserve(self, nbytes: int) -> int:
         self.plan.reach("reserve")

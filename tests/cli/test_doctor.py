@@ -1,6 +1,7 @@
 """``fluxmoe doctor`` in real processes whose installation lacks something. No mocks: metadata of
 packages is put on the path, programs are taken off it, the operating system is made to refuse."""
 
+import importlib.util
 import json
 import os
 import re
@@ -59,9 +60,56 @@ def test_everything_is_there():
     assert checks["Python"]["found"] == sys.version.split()[0]
     assert re.match(r"[\d.]+ [GM]iB of [\d.]+ [GT]iB free", checks["memory"]["found"])
     assert checks["plugins"]["found"] == "none installed"
-    assert set(checks) >= {"platform", "huge pages", "vm.max_map_count", "torch", "vLLM",
+    assert set(checks) >= {"platform", "huge pages", "vm.max_map_count", "CUDA", "torch", "vLLM",
                            "transformers", "g++"}  # fmt: skip
     assert list(backends) == ["vLLM, eager", "vLLM, compiled", "torch"]
+
+
+def bindings(site: Path, driver: str) -> Path:
+    """Bindings of CUDA's driver, with something else in their place."""
+    package = installed(site, "cuda-bindings", "13.0.3") / "cuda" / "bindings"
+    package.mkdir(parents=True)
+    (package / "driver.py").write_text(driver)
+    return site
+
+
+FAKE = """
+from fluxmoe.testing.cuda import FakeDriver, Refused
+fake = FakeDriver(8, 2 << 20)
+def __getattr__(name):
+    return getattr(fake, name)
+"""
+
+
+def test_a_gpu_that_works(tmp_path):
+    ok, checks, _ = findings(doctor("--json", site=bindings(tmp_path, FAKE)))
+    found = "Fake GPU, 14.0 MiB of 16.0 MiB free, driver for 13.0, bindings 13.0.3"
+    assert ok
+    assert (checks["CUDA"]["status"], checks["CUDA"]["found"]) == ("ok", found)
+
+
+@pytest.mark.parametrize(
+    ("more", "found", "fix"),
+    [
+        ("def cuInit(flags): raise RuntimeError('no libcuda')", "no libcuda (cuInit)", "driver"),
+        ("fake.plan.arm('cuInit', Refused(fake.CUresult.CUDA_ERROR_NO_DEVICE))",
+         "CUDA_ERROR_NO_DEVICE (cuInit)", "nvidia-smi"),
+        ("fake.plan.arm('cuMemCreate', Refused(fake.CUresult.CUDA_ERROR_OUT_OF_MEMORY))",
+         "no memory for another frame", "end what else uses"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_does_not_work_is_no_reason_to_fail(tmp_path, more, found, fix):
+    done = doctor("--json", site=bindings(tmp_path, FAKE + more))
+    ok, checks, _ = findings(done)
+    assert ok and done.returncode == 0
+    assert checks["CUDA"]["status"] == "note"
+    assert found in checks["CUDA"]["found"]
+    assert fix in checks["CUDA"]["fix"]
+
+
+def test_what_to_install_is_shown_with_its_extra():
+    if importlib.util.find_spec("cuda") is None:
+        assert "pip install 'fluxmoe[cuda]'" in " ".join(doctor(COLUMNS="200").stdout.split())
 
 
 def test_no_engine_is_imported():
@@ -129,7 +177,8 @@ def test_a_plugin_that_works_and_one_that_does_not(tmp_path):
     module.write_text("import saddle")
     ok, checks, _ = findings(doctor("--json", site=site, FLUXMOE_PLUGINS="pony"))
     assert ok and checks["plugins"]["status"] == "note"
-    assert "No module named 'saddle'" in checks["plugins"]["found"]
+    assert checks["plugins"]["found"] == "pony is broken"
+    assert "No module named 'saddle'" in checks["plugins"]["fix"]
     assert "FLUXMOE_PLUGINS" in checks["plugins"]["fix"]
 
 

@@ -8,6 +8,21 @@ import pytest
 from tests.core import rig
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of a module that names `GROUNDS` run on each of them."""
+    grounds = getattr(metafunc.module, "GROUNDS", ())
+    if grounds:
+        only = ["host"] if getattr(metafunc.function, "host_only", False) else grounds
+        metafunc.parametrize("ground", only, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def ground(request: pytest.FixtureRequest) -> Iterator[None]:
+    rig.GROUND = getattr(request, "param", "host")
+    yield
+    rig.GROUND = "host"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def strangers() -> Iterator[None]:
     rig.STRANGERS.clear()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 
@@ -13,6 +14,8 @@ import numpy as np
 
 import fluxmoe
 from fluxmoe.core.arbiter import MemoryArbiter
+from fluxmoe.core.carrier import Carrier, HostCarrier
+from fluxmoe.core.driver import Cuda
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.kv import KVLayout
@@ -20,15 +23,18 @@ from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.pages import PageTable
 from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.streams import StreamCarrier
 from fluxmoe.core.substrate import Substrate
 from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.substrate.cuda import CudaSubstrate
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
-from fluxmoe.stores import HostStore
-from fluxmoe.testing.faults import FaultPlan, FaultyStore
+from fluxmoe.stores import HostStore, PinnedStore
+from fluxmoe.testing.cuda import FakeDriver
+from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
 
 FRAME = 4096
 #: Two blocks fill three frames.
@@ -52,11 +58,73 @@ def contents(pages: int) -> list[np.ndarray]:
     return [np.stack([content(page, part) for page in range(pages)]) for part in parts]
 
 
-def host_store(geometry: Geometry) -> HostStore:
+def host_store(geometry: Geometry, cuda: Cuda | None = None) -> HostStore:
     store, experts = HostStore(geometry, PAGE_CLASS), geometry.experts_per_layer
-    for first in range(0, geometry.num_pages, experts):
-        store.adopt([rows[first : first + experts] for rows in contents(geometry.num_pages)])
+    if cuda is not None:
+        store = PinnedStore(cuda, geometry, PAGE_CLASS)
+    try:
+        for first in range(0, geometry.num_pages, experts):
+            store.adopt([rows[first : first + experts] for rows in contents(geometry.num_pages)])
+    except BaseException:
+        store.close()
+        raise
     return store
+
+
+#: Where the memory of the tests lies: "host", or "cuda" and when its streams do their work.
+GROUND = "host"
+
+
+def host_only(test):
+    """Of copy threads, or of what only the processor's memory does."""
+    test.host_only = True
+    return test
+
+
+#: Refusals of the driver that leave something behind, whatever one does.
+LEFT = {
+    "cuStreamDestroy": "streams",
+    "cuEventDestroy": "events",
+    "cuCtxPopCurrent": "contexts",
+    "cuMemFreeHost": "pinned",
+}
+
+
+class FakeCuda(CudaSubstrate):
+    """Frames of a GPU that is not there, which must get everything back."""
+
+    def __init__(self, count, frame_bytes=FRAME, *, recycle=False, **options) -> None:
+        # As much memory as the budget has: what is not given back is missed at once.
+        options.setdefault("pieces", count * frame_bytes // 4096)
+        self.fake = FakeDriver(**options)
+        with ExitStack() as undo:
+            undo.callback(self.fake.close)
+            self.cuda = Cuda(self.fake)
+            undo.callback(self.cuda.close)
+            super().__init__(self.cuda, count, frame_bytes, recycle=recycle)
+            undo.pop_all()
+
+    def close(self) -> None:
+        super().close()
+        self.cuda.close()
+        left = Counter(self.fake.live())
+        for site, kind in LEFT.items():  # what the driver would not take
+            left[kind] -= self.fake.plan.struck[site]
+        assert max(left.values(), default=0) <= 0, self.fake.live()
+        self.fake.close()
+
+
+def frames_of_memory(count: int) -> Substrate:
+    """Frames of the test's ground."""
+    if GROUND == "host":
+        return CpuSubstrate(count, FRAME)
+    return FakeCuda(count, pace=GROUND.removeprefix("cuda, "))
+
+
+def fake_cuda(substrate: Substrate) -> FakeCuda | None:
+    """The GPU under a substrate, and under what makes it fail, if there is one."""
+    substrate = getattr(substrate, "_substrate", substrate)
+    return substrate if isinstance(substrate, FakeCuda) else None
 
 
 class Rig:
@@ -81,10 +149,16 @@ class Rig:
         plan: FaultPlan | None = None,
     ) -> None:
         self.geometry = Geometry(layers, experts)
-        self.store = FaultyStore(host_store(self.geometry), plan)
-        self.arbiter = MemoryArbiter(substrate or CpuSubstrate(frames, FRAME))
+        self.arbiter = MemoryArbiter(substrate or frames_of_memory(frames))
+        self.gpu = fake_cuda(self.arbiter.substrate)
+        if self.gpu is None or threads:
+            self.store = FaultyStore(host_store(self.geometry), plan)
+        else:  # with threads, which a GPU has no use for, its pages go through buffers
+            store = host_store(self.geometry, self.gpu.cuda)
+            self.store = FaultyAddressedStore(store, plan)
         with ExitStack() as undo:
             undo.callback(self.arbiter.substrate.close)
+            undo.callback(self.store.close)
             reserved = list(slots if reserved is None else reserved)
             if kv_blocks:
                 self.arbiter.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
@@ -100,11 +174,16 @@ class Rig:
             self.prefetch = PrefetchGuard(prefetch or NoPrefetch(), view, **options)
             self.rule = EventRule(self.table, self.eviction, self.prefetch)
             self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
-            self.transfer = TransferEngine(
-                self.store, self.rows, PAGE_CLASS.nbytes, threads=threads
-            )
+            self.threads = threads
+            self.transfer = TransferEngine(self._carrier(len(slots)), PAGE_CLASS.nbytes)
             self.pager = ExpertPager(self.rule, self.tenant, self.transfer)
             undo.pop_all()
+
+    def _carrier(self, banks: int) -> Carrier:
+        if self.gpu is None:
+            return HostCarrier(self.store, self.rows, threads=self.threads)
+        slots = [self.tenant.export(bank) for bank in range(banks)]
+        return StreamCarrier(self.gpu.cuda, self.store, slots, ahead=3 * PAGE_CLASS.nbytes)
 
     @property
     def resident(self) -> set[int]:
@@ -123,9 +202,22 @@ class Rig:
         return slots.tolist()
 
     def assert_holds(self, bank: int, slot: int, page: int) -> None:
+        """Look into a slot; on a GPU, when a kernel would that was started now."""
         assert 0 <= slot < self.table.slots[bank]
-        for part, rows in enumerate(self.rows[bank]):
-            np.testing.assert_array_equal(rows[slot], content(page, part), f"page {page}")
+        parts = self.rows[bank]
+
+        def look() -> None:
+            for part, rows in enumerate(parts):
+                np.testing.assert_array_equal(rows[slot], content(page, part), f"page {page}")
+
+        self.look(look)
+
+    def look(self, kernel: Callable[[], None]) -> None:
+        """Look at the slots; on a GPU, when a kernel would that was started now."""
+        if self.gpu is None:
+            kernel()
+        else:
+            self.gpu.fake.launch(kernel)
 
     def check(self) -> None:
         self.pager.check()
@@ -139,8 +231,8 @@ class Rig:
     def close(self) -> None:
         self.rows = []
         with ExitStack() as each:  # goes on if one fails
-            each.callback(self.store.close)
             each.callback(self.arbiter.close)
+            each.callback(self.store.close)
             each.callback(self.pager.close)
 
 

@@ -15,12 +15,11 @@ from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.controller import Inventory, SplitController
 from fluxmoe.core.policy import ArbitrationView, Split
 from fluxmoe.core.protocol import ByHand, Follower
-from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import PolicyFaultError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
-from tests.core.rig import FRAME, PAGE_CLASS, Leaks, Rig
+from tests.core.rig import FRAME, PAGE_CLASS, Leaks, Rig, frames_of_memory
 
 FRAMES, BLOCKS, GROUPS_AT_START = 40, 21, 3
 LAYERS, EXPERTS = 4, 4
@@ -79,7 +78,7 @@ class World:
     def __init__(
         self, workers: int = 1, *, strict: bool = False, frames: int = FRAMES, blocks: int = BLOCKS
     ) -> None:
-        self.substrates = [FaultySubstrate(CpuSubstrate(frames, FRAME)) for _ in range(workers)]
+        self.substrates = [FaultySubstrate(frames_of_memory(frames)) for _ in range(workers)]
         self.rigs = []
         for substrate in self.substrates:
             rig = Rig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from math import lcm
 
 import numpy as np
@@ -12,10 +11,12 @@ from hypothesis import strategies as st
 
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.kv import KVLayout
-from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
+from fluxmoe.core.substrate.cpu import frame_bytes_for
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
-from tests.core.rig import FRAME, Leaks, memfds
+from tests.core.rig import FRAME, Leaks, frames_of_memory
+
+GROUNDS = ("host", "cuda, at once")
 
 layouts = st.builds(
     KVLayout,
@@ -61,7 +62,7 @@ def test_frames_suit_the_blocks_where_they_can(budget, unit, frame):
 
 class Setup:
     def __init__(self, frames=12, blocks=7, block=FRAME * 3 // 2) -> None:
-        self.substrate = FaultySubstrate(CpuSubstrate(frames, FRAME))
+        self.substrate = FaultySubstrate(frames_of_memory(frames))
         self.arbiter = MemoryArbiter(self.substrate)
         self.kv = self.arbiter.place_kv(KVLayout(blocks, block, FRAME), [0])
 
@@ -71,8 +72,8 @@ class Setup:
 
     def check(self):
         self.arbiter.check()
-        (fd,) = memfds("fluxmoe-frames")
-        assert os.fstat(fd).st_blocks * 512 == self.arbiter.committed_bytes == self.kv.nbytes
+        committed = self.arbiter.committed_bytes
+        assert self.substrate.allocated() == committed == self.kv.nbytes
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_there_is_one_kv_cache(setup):
 
 def test_no_room_for_the_first_groups_reserves_nothing():
     leaks = Leaks()
-    arbiter = MemoryArbiter(CpuSubstrate(2, FRAME))
+    arbiter = MemoryArbiter(frames_of_memory(2))
     with pytest.raises(OutOfFramesError):
         arbiter.place_kv(KVLayout(4, FRAME, FRAME), range(3))
     assert arbiter.kv is None

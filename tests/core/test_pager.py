@@ -10,7 +10,6 @@ import pytest
 import fluxmoe
 from fluxmoe.core import guard
 from fluxmoe.core.chooser import victims
-from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.errors import (
     CapacityError,
@@ -25,7 +24,18 @@ from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.testing.faults import FaultySubstrate
 from tests.core.reference import Reference, kernel, stable_kernel
-from tests.core.rig import FRAME, PAGE_CLASS, HighestPages, Kernel, Rig, StableKernel
+from tests.core.rig import (
+    FRAME,
+    PAGE_CLASS,
+    HighestPages,
+    Kernel,
+    Rig,
+    StableKernel,
+    frames_of_memory,
+    host_only,
+)
+
+GROUNDS = ("host", "cuda, kernels", "cuda, copies")
 
 reference_keys = {Kernel: kernel, StableKernel: stable_kernel}
 
@@ -355,7 +365,7 @@ def test_a_size_beyond_the_budget_changes_nothing(rig):
 
 
 def test_a_size_that_the_system_refuses_changes_nothing(rig):
-    substrate = FaultySubstrate(CpuSubstrate(60, FRAME))
+    substrate = FaultySubstrate(frames_of_memory(60))
     r = rig(slots=(6,), reserved=(12,), substrate=substrate)
     r.acquire(0, [0, 1, 2])
     free = r.arbiter.pool.free
@@ -373,7 +383,7 @@ def test_a_size_that_the_system_refuses_changes_nothing(rig):
 @pytest.mark.parametrize("site", ["decommit", "release"])
 @pytest.mark.parametrize("part", [1, 2])
 def test_memory_that_the_system_does_not_take_back_is_still_in_the_books(rig, site, part):
-    substrate = FaultySubstrate(CpuSubstrate(60, FRAME))
+    substrate = FaultySubstrate(frames_of_memory(60))
     r = rig(slots=(12,), substrate=substrate)
     r.acquire(0, [0, 1, 2, 3])
     substrate.plan.arm(site, SubstrateError("injected fault"), nth=part)
@@ -399,6 +409,7 @@ def test_a_bank_cannot_grow_beyond_its_own_reserve(rig):
     r.check()
 
 
+@host_only
 def test_a_resize_waits_for_prefetches_into_the_slots_that_go(rig):
     r = rig(slots=(8,), prefetch=NextLayer(), threads=1)
     r.store.hold(4)

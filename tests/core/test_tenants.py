@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 
 import numpy as np
@@ -13,12 +12,13 @@ from hypothesis import strategies as st
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.frames import FramePool
 from fluxmoe.core.kv import KVLayout
-from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.types import PageClass, Part
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
-from tests.core.rig import FRAME, PAGE_CLASS, Leaks, memfds
+from tests.core.rig import FRAME, PAGE_CLASS, Leaks, frames_of_memory
+
+GROUNDS = ("host", "cuda, at once")
 
 sizes = st.lists(st.integers(1, 20_000), min_size=1, max_size=4)
 
@@ -43,7 +43,7 @@ def test_each_part_fills_frames_of_its_own():
 
 class Setup:
     def __init__(self, frames: int = 40, reserved=(12,)) -> None:
-        self.substrate = FaultySubstrate(CpuSubstrate(frames, FRAME))
+        self.substrate = FaultySubstrate(frames_of_memory(frames))
         self.arbiter = MemoryArbiter(self.substrate)
         self.pool = self.arbiter.pool
         self.experts = ExpertTenant(self.pool, self.substrate, PAGE_CLASS, reserved)
@@ -64,11 +64,6 @@ def setup():
     leaks.assert_none()
 
 
-def allocated() -> int:
-    (fd,) = memfds("fluxmoe-frames")
-    return os.fstat(fd).st_blocks * 512
-
-
 def test_what_is_committed_is_what_is_owned_is_what_the_system_gave(setup):
     s = setup()
     for slots in (6, 12, 7, 0, 1, 12):
@@ -76,7 +71,7 @@ def test_what_is_committed_is_what_is_owned_is_what_the_system_gave(setup):
         s.experts.check()
         s.arbiter.check()
         assert s.experts.frames == frames_for(PAGE_CLASS, slots, FRAME)
-        assert s.experts.nbytes == s.arbiter.committed_bytes == allocated()
+        assert s.experts.nbytes == s.arbiter.committed_bytes == s.substrate.allocated()
         assert s.arbiter.frames() == {"experts": s.experts.frames, "kv": 0}
 
 
@@ -107,11 +102,11 @@ def test_beyond_the_committed_slots_there_are_nans(setup):
 def test_a_commit_that_fails_in_either_part_is_rolled_back(setup, part):
     s = setup()
     s.experts.resize(0, 4)
-    before = (s.pool.free, s.experts.slots, allocated())
+    before = (s.pool.free, s.experts.slots, s.substrate.allocated())
     s.substrate.plan.arm("commit", SubstrateError("injected fault"), nth=part)
     with pytest.raises(SubstrateError, match="injected"):
         s.experts.resize(0, 12)
-    assert (s.pool.free, s.experts.slots, allocated()) == before
+    assert (s.pool.free, s.experts.slots, s.substrate.allocated()) == before
     s.experts.check()
     s.arbiter.check()
     s.experts.resize(0, 12)
@@ -149,7 +144,7 @@ def test_a_refusal_to_undo_what_was_refused_leaves_the_books_right(setup, monkey
 
 
 def test_addresses_that_the_system_refuses_leave_nothing_reserved():
-    with closing(CpuSubstrate(40, FRAME)) as real:
+    with closing(frames_of_memory(40)) as real:
         substrate = FaultySubstrate(real)
         substrate.plan.arm("reserve", SubstrateError("injected fault"), nth=4)
         with pytest.raises(SubstrateError, match="injected"):

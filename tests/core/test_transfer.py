@@ -7,29 +7,75 @@ import threading
 import numpy as np
 import pytest
 
+from fluxmoe.core.carrier import HostCarrier
 from fluxmoe.core.copies import Copy
+from fluxmoe.core.frames import FramePool
+from fluxmoe.core.streams import StreamCarrier
+from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
 from fluxmoe.core.types import Geometry, Loads
-from fluxmoe.errors import ConfigError, StoreError
-from fluxmoe.testing.faults import FaultyStore
-from tests.core.rig import PAGE_CLASS, content, host_store
+from fluxmoe.errors import ConfigError, FluxMoEError, StoreError
+from fluxmoe.testing.cuda.timeline import KERNELS
+from fluxmoe.testing.faults import FaultyAddressedStore, FaultyStore
+from tests.core.rig import FRAME, PAGE_CLASS, FakeCuda, content, fake_cuda, host_store
 
 EMPTY = 0xAB
 
 
-class Engine(TransferEngine):
-    """A transfer engine over two banks of plain arrays."""
+SLOTS = 6
 
-    def __init__(self, threads: int, slots: int = 6) -> None:
-        self.store = FaultyStore(host_store(Geometry(3, 4)))
-        self.arrays = [
-            [np.full((slots, part.nbytes), EMPTY, np.uint8) for part in PAGE_CLASS.parts]
-            for _ in range(2)
-        ]
-        super().__init__(self.store, self.arrays, PAGE_CLASS.nbytes, threads=threads)
+
+class Engine(TransferEngine):
+    """A transfer engine over two banks.
+
+    Args:
+        way: Copy threads; or, on a GPU, whether its pages come from pinned memory or by buffers.
+    """
+
+    def __init__(self, way: int | str) -> None:
+        substrate = CpuSubstrate(40, FRAME) if isinstance(way, int) else FakeCuda(40, pace="random")
+        self.ground = substrate
+        self.gpu = fake_cuda(substrate)
+        self.tenant = ExpertTenant(FramePool(40, FRAME), substrate, PAGE_CLASS, [SLOTS] * 2)
+        for bank in range(2):
+            self.tenant.resize(bank, SLOTS)
+        self.arrays = [self.tenant.rows(bank) for bank in range(2)]
+        for rows in self.arrays[0] + self.arrays[1]:
+            rows[...] = EMPTY
+        geometry = Geometry(3, 4)
+        if way == "pinned":
+            self.store = FaultyAddressedStore(host_store(geometry, self.gpu.cuda))
+        else:
+            self.store = FaultyStore(host_store(geometry))
+        super().__init__(self._carrier_for(way), PAGE_CLASS.nbytes)
+
+    def _carrier_for(self, way):
+        try:
+            if isinstance(way, int):
+                return HostCarrier(self.store, self.arrays, threads=way)
+            slots = [self.tenant.export(bank) for bank in range(2)]
+            return StreamCarrier(self.gpu.cuda, self.store, slots, ahead=PAGE_CLASS.nbytes)
+        except FluxMoEError:
+            self.tenant.close()
+            raise
+
+    def end(self) -> None:
+        self.close()
+        self.store.close()
+        self.tenant.close()
+        self.ground.close()
 
     def holds(self, slot: int, page: int | None, bank: int = 0) -> bool:
         """Whether a slot holds exactly ``page``, or was never written to if that is None."""
+        if self.gpu is not None:  # what a kernel sees that is started now
+            seen = []
+            self.gpu.fake.launch(lambda: seen.append(self._holds(slot, page, bank)))
+            self.gpu.fake.timeline.finish(KERNELS)
+            return seen[0]
+        return self._holds(slot, page, bank)
+
+    def _holds(self, slot: int, page: int | None, bank: int) -> bool:
         return all(
             np.array_equal(rows[slot], content(page, part))
             if page is not None
@@ -49,11 +95,11 @@ def engine(request):
     yield engine
     for page in list(engine.store._gates):
         engine.store.let_go(page)
-    engine.close()
+    engine.end()
     assert not [t for t in threading.enumerate() if t.name.startswith("fluxmoe-copy")]
 
 
-threads = pytest.mark.parametrize("engine", [0, 1, 3], indirect=True)
+threads = pytest.mark.parametrize("engine", [0, 1, 3, "pinned", "buffers"], indirect=True)
 
 
 @threads
@@ -64,7 +110,7 @@ def test_demand_has_copied_when_it_returns(engine):
     assert engine.holds(3, None)
     assert engine.holds(3, 9, bank=1)
     assert engine.bytes_demand == 6 * PAGE_CLASS.nbytes
-    assert engine.stall_seconds > 0
+    assert engine.gpu or engine.stall_seconds > 0  # a GPU tells when it has waited
     assert not engine.busy
 
 

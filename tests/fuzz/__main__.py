@@ -14,14 +14,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first, or the only one")
     parser.add_argument("--ops", type=int, default=5000, help="operations per run")
     parser.add_argument("--runs", type=int, default=1, help="how many seeds, one after the other")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU that is not there")
     arguments = parser.parse_args(argv)
     logging.disable()  # faulty policies are reported, and there are many
     if arguments.runs == 1:
-        attempt(arguments.seed, arguments.ops)  # with the whole traceback
+        attempt(arguments.seed, arguments.ops, gpu=arguments.gpu)  # with the whole traceback
         print(f"seed {arguments.seed}: {arguments.ops} operations, nothing wrong")
         return 0
     try:
-        tally = fuzz(range(arguments.seed, arguments.seed + arguments.runs), arguments.ops)
+        seeds = range(arguments.seed, arguments.seed + arguments.runs)
+        tally = fuzz(seeds, arguments.ops, gpu=arguments.gpu)
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 1

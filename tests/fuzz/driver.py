@@ -37,18 +37,20 @@ class Tally:
 class Failure(AssertionError):
     """A run failed; the message says how to see it again."""
 
-    def __init__(self, seed: int, operations: int, error: BaseException) -> None:
+    def __init__(
+        self, seed: int, operations: int, error: BaseException, *, gpu: bool = False
+    ) -> None:
         self.seed, self.operations = seed, operations
         super().__init__(
             f"{type(error).__name__}: {error}\n"
-            f"replay: python -m tests.fuzz --seed {seed} --ops {operations}"
+            f"replay: python -m tests.fuzz --seed {seed} --ops {operations}{' --gpu' * gpu}"
         )
 
 
-def attempt(seed: int, operations: int) -> Run:
+def attempt(seed: int, operations: int, *, gpu: bool = False) -> Run:
     """One run, closed again, with nothing left behind; raises what went wrong."""
     leaks = Leaks()
-    run = Run(seed)
+    run = Run(seed, gpu=gpu)
     try:
         run.go(operations)
     except BaseException:
@@ -60,7 +62,7 @@ def attempt(seed: int, operations: int) -> Run:
     return run
 
 
-def fuzz(seeds: Iterable[int], operations: int) -> Tally:
+def fuzz(seeds: Iterable[int], operations: int, *, gpu: bool = False) -> Tally:
     """One run of so many operations per seed.
 
     Raises:
@@ -69,14 +71,16 @@ def fuzz(seeds: Iterable[int], operations: int) -> Tally:
     tally = Tally()
     for seed in seeds:
         try:
-            tally.add(attempt(seed, operations))
+            tally.add(attempt(seed, operations, gpu=gpu))
         except Exception as error:
-            shortest, error = shrink(seed, operations, error)
-            raise Failure(seed, shortest, error) from error
+            shortest, error = shrink(seed, operations, error, gpu=gpu)
+            raise Failure(seed, shortest, error, gpu=gpu) from error
     return tally
 
 
-def shrink(seed: int, operations: int, error: Exception) -> tuple[int, Exception]:
+def shrink(
+    seed: int, operations: int, error: Exception, *, gpu: bool = False
+) -> tuple[int, Exception]:
     """Bisect for the shortest prefix that fails, and its error.
 
     Every prefix ends with a look at everything, so a short one may show what a long one only
@@ -86,7 +90,7 @@ def shrink(seed: int, operations: int, error: Exception) -> tuple[int, Exception
     while fails - passes > 1:
         middle = (passes + fails) // 2
         try:
-            attempt(seed, middle)
+            attempt(seed, middle, gpu=gpu)
             passes = middle
         except Exception as found:
             fails, error = middle, found

@@ -7,17 +7,25 @@ from collections.abc import Iterable
 import numpy as np
 
 from fluxmoe.core.arena import ABSENT, Arena
-from tests.core.rig import FRAME
+from tests.core.rig import FRAME, FakeCuda
 
 
-def assert_mapped(arenas: Iterable[Arena]) -> None:
+def assert_mapped(arenas: Iterable[Arena], gpu: FakeCuda | None = None) -> None:
     """Every committed position of every arena maps its own frame, and no other position does."""
-    mapped = _frames_by_address()
+    mapped = _frames_by_address() if gpu is None else _frames_of_a_gpu(gpu)
     for arena in arenas:
         addresses = arena.address + np.arange(len(arena.frame_at)) * FRAME
         assert [mapped.get(address, ABSENT) for address in addresses.tolist()] == list(
             arena.frame_at
         )
+
+
+def _frames_of_a_gpu(gpu: FakeCuda) -> dict[int, int]:
+    """The same, as the driver has it; but for what was to be unmapped and could not."""
+    handles = enumerate(gpu._handles)
+    frames = {int(handle): frame for frame, handle in handles if handle is not None}
+    places = {at: gpu.fake.handle_at(at) for at in gpu.fake._maps if at not in gpu._stale}
+    return {at: frames[handle] for at, handle in places.items()}
 
 
 def _frames_by_address() -> dict[int, int]:

@@ -27,14 +27,24 @@ from fluxmoe.errors import (
 )
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.testing.faults import FaultPlan, FaultySubstrate
-from tests.core.rig import FRAME, PAGE_CLASS, Rig, contents
+from tests.core.rig import FRAME, PAGE_CLASS, FakeCuda, Rig, contents
 from tests.fuzz.mappings import assert_mapped
 from tests.fuzz.model import Model
 from tests.fuzz.policies import EVICTION, Wild, faulty
 
 MAX_LAYERS, MAX_EXPERTS = 6, 32
 #: Sites of a plan at which memory is refused.
-MEMORY = ("reserve", "commit", "decommit", "release", "mmap", "fallocate", "frames")
+MEMORY = (
+    *("reserve", "commit", "decommit", "release", "mmap", "fallocate", "frames"),
+    *("cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap"),
+    *("cuMemRelease", "cuMemAddressFree", "cuMemsetD8Async", "cuCtxSynchronize"),
+    "cuStreamSynchronize",
+)
+#: Calls of the driver without which a page cannot be moved to another slot.
+MOVING = {
+    *("cuMemcpyDtoDAsync", "cuEventCreate", "cuEventRecord", "cuEventQuery"),
+    "cuEventElapsedTime",
+}
 MOSTLY_EVENTS = {"event": 300, "resize": 6, "kv": 4, "reset": 0.3, "wrong": 1, "verify": 3}
 MOVING_MEMORY = {"event": 60, "resize": 20, "kv": 8, "reset": 1, "wrong": 1}
 
@@ -48,6 +58,7 @@ class Run:
         threads: Copy threads; if None, drawn.
         wrap: Replaces the policies that were drawn.
         kinds: How often each call is made, relative to the others.
+        gpu: On a GPU that is not there; its calls pass the sites of their names.
 
     Attributes:
         operations: Page accesses (one distinct expert of one event) and other calls so far.
@@ -63,6 +74,7 @@ class Run:
         threads: int | None = None,
         wrap: Callable[[Any], Any] = lambda policy: policy,
         kinds: Mapping[str, float] = MOSTLY_EVENTS,
+        gpu: bool = False,
     ) -> None:
         self.rng = rng = random.Random(seed)
         self.kinds = kinds
@@ -91,6 +103,7 @@ class Run:
         self.strict = rng.random() < 0.3
         self.plan = plan or FaultPlan()
         frames = sum(frames_for(PAGE_CLASS, count, FRAME) for count in slots) + rng.randint(0, 40)
+        ground = self._gpu(frames, seed) if gpu else CpuSubstrate(frames, FRAME)
         self.rig = Rig(
             layers,
             experts,
@@ -104,7 +117,7 @@ class Run:
             threads=rng.choice([0, 0, 0, 1, 3]) if threads is None else threads,
             strict=self.strict,
             limits=Limits(strikes=rng.choice([4, 1000, 10**9])),
-            substrate=FaultySubstrate(CpuSubstrate(frames, FRAME), self.plan),
+            substrate=FaultySubstrate(ground, self.plan),
             plan=self.plan,
         )
         take = self.rig.arbiter.pool.take
@@ -116,8 +129,15 @@ class Run:
         self.stamps: dict[int, int] = {}
         self.name = (
             f"{policy}{' faulty' if self.faulty else ''}, {layers}×{experts}, slots {slots}, "
-            f"prefetch {type(prefetch).__name__}, {self.rig.transfer._threads} threads"
+            f"prefetch {type(prefetch).__name__}, {self.rig.threads} threads"
         )
+
+    def _gpu(self, frames: int, seed: int) -> FakeCuda:
+        """Streams that work when they like, and frames that are kept or not."""
+        rng = random.Random(seed)
+        pace = rng.choice(["at once", "kernels", "copies", "random"])
+        recycle = rng.random() < 0.5
+        return FakeCuda(frames, pace=pace, recycle=recycle, seed=seed, plan=self.plan)
 
     def go(self, operations: int) -> None:
         """Run until so many operations have been made, then look at everything once more."""
@@ -184,8 +204,12 @@ class Run:
 
     def _assert_hold(self, bank: int, slots, parts, pages, contents) -> None:
         assert np.all((slots >= 0) & (slots < self.rig.table.slots[bank]))
-        for rows, right in zip(parts, contents, strict=True):
-            assert np.array_equal(rows[slots], right[pages]), "a slot holds wrong bytes"
+
+        def look() -> None:
+            for rows, right in zip(parts, contents, strict=True):
+                assert np.array_equal(rows[slots], right[pages]), "a slot holds wrong bytes"
+
+        self.rig.look(look)
 
     def wrong(self) -> None:
         """Something that no engine may ask for: an error, and nothing else happens."""
@@ -234,7 +258,7 @@ class Run:
                 self.model.resize(bank, slots)
         if slots < before:
             lost = self.model.resident - rig.resident
-            assert lost <= on_their_way
+            assert lost <= on_their_way or self.plan.struck.keys() & MOVING
             assert not lost or rig.store.broken or self.plan.struck
             self.model.lose(lost)
         self._books()
@@ -317,7 +341,8 @@ class Run:
         self.model.assert_same_books()
         rig, table = self.rig, self.rig.table
         kv, blocks = rig.arbiter.kv, self._kv_blocks()
-        assert_mapped([kv._arena, *(arena for bank in rig.tenant._arenas for arena in bank)])
+        arenas = [kv._arena, *(arena for bank in rig.tenant._arenas for arena in bank)]
+        assert_mapped(arenas, rig.gpu)
         for group in range(kv.layout.groups):
             for block in kv.layout.blocks_of(group):
                 assert np.all(blocks[block] == self.stamps.get(group, 0xFF))
@@ -343,11 +368,13 @@ class Run:
 
     def close(self) -> None:
         """Give everything back."""
-        pool, refused = self.rig.arbiter.pool, self._refused()
+        pool, struck = self.rig.arbiter.pool, self.plan.struck.total()
         error = self._try(self.rig.close)
         if error is not None:
-            assert self._refused() > refused, error
+            assert self.plan.struck.total() > struck, error
             self.errors[error.code] += 1
+            if self.rig.gpu is not None:  # what was refused once
+                self.rig.gpu.close()
         assert pool.free == pool.count
 
     @property

@@ -19,6 +19,8 @@ import fluxmoe
 from fluxmoe.core.copies import Copy
 from fluxmoe.core.substrate import cpu
 from fluxmoe.errors import FluxMoEError, OutOfFramesError, StoreError, SubstrateError
+from fluxmoe.testing.cuda import FakeDriver
+from fluxmoe.testing.cuda import Refused as DriverRefused
 from fluxmoe.testing.faults import FaultPlan
 from tests.core.rig import Leaks
 from tests.fuzz.run import MOVING_MEMORY, Run
@@ -155,7 +157,18 @@ class Site:
     error: Callable[[], BaseException]
     around: Callable[[FaultPlan], AbstractContextManager[None]] = lambda plan: nullcontext()
     plan: type[FaultPlan] = FaultPlan
+    gpu: bool = False
 
+
+#: Calls of the CUDA driver.
+DRIVER = (
+    *("cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async"),
+    *("cuMemUnmap", "cuMemRelease", "cuMemAddressFree", "cuCtxSynchronize"),
+    *("cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyBatchAsync"),
+    *("cuMemcpyDtoDAsync", "cuStreamCreateWithPriority", "cuStreamSynchronize"),
+    *("cuStreamWaitEvent", "cuEventCreate", "cuEventRecord", "cuEventQuery", "cuEventSynchronize"),
+    *("cuEventElapsedTime", "cuEventDestroy", "cuStreamDestroy"),
+)
 
 SITES = {
     **dict.fromkeys(
@@ -168,7 +181,17 @@ SITES = {
     "thread start": Site(lambda: RuntimeError("can't start new thread"), thread_starts),
     "thread death, idle": Site(SystemExit, copy_threads),
     "thread death, copying": Site(SystemExit, copy_threads),
+    **dict.fromkeys(
+        DRIVER, Site(lambda: DriverRefused(FakeDriver.CUresult.CUDA_ERROR_UNKNOWN), gpu=True)
+    ),
     **{f"policy {name}": Site(lambda: ValueError("injected")) for name in _HOOKS},
+}
+
+
+#: Where the core goes on without an error: it does without, does it another way, or later.
+SURVIVED = {
+    *(site for site in SITES if "thread" in site),
+    *("cuMemAddressFree", "cuMemcpyDtoDAsync", "cuStreamWaitEvent"),
 }
 
 
@@ -237,7 +260,8 @@ def _run(
         plan.arm(name, site.error(), nth)
     with site.around(plan):
         try:
-            run = Run(seed, plan=plan, threads=2, wrap=reaching(plan), kinds=MOVING_MEMORY)
+            wrap, kinds = reaching(plan), MOVING_MEMORY
+            run = Run(seed, plan=plan, threads=2, wrap=wrap, kinds=kinds, gpu=site.gpu)
         except FluxMoEError as error:  # at the start: then there is nothing, and nothing is left
             assert plan.struck[name]
             outcome.errors[error.code] += 1

@@ -13,7 +13,7 @@ from fluxmoe.core.tenants import ExpertTenant
 from tests.fuzz import __main__ as command
 from tests.fuzz.driver import Failure, attempt, fuzz, together
 from tests.fuzz.run import Run
-from tests.fuzz.sites import SITES, fail_everywhere
+from tests.fuzz.sites import SITES, SURVIVED, fail_everywhere
 
 RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
 
@@ -52,7 +52,14 @@ def test_every_fault_site_in_turn(site):
     assert outcome.injected >= 3
     # Where the core cannot go on without what was refused, it says so. What a thread fails to copy,
     # the engine copies itself; whether that was too late depends on who was faster.
-    assert outcome.errors or "thread" in site
+    assert outcome.errors or site in SURVIVED
+
+
+@pytest.mark.parametrize("first", [0, 100])
+def test_a_gpu_that_is_not_there(first):
+    tally = fuzz(range(first, first + 10), 1000, gpu=True)
+    assert tally.operations >= 10_000
+    assert tally.errors["FM301"] and tally.errors["FM304"]
 
 
 # --- the fuzzer is worth something ----------------------------------------------------------------

@@ -21,15 +21,16 @@ from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fluxmoe.backends.checkpoint import require_readable
+from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.experts import absent
 from fluxmoe.backends.torch.paged import PagedModel, implementation_of, runtime_for
-from fluxmoe.backends.torch.settings import PolicySpec, settings
+from fluxmoe.backends.torch.settings import HOST, PolicySpec, StoreSpec, settings
 from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError
-from fluxmoe.stores.host import HostStore
+from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.load"
 
@@ -46,6 +47,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
+    stores: Sequence[StoreSpec] = HOST,
     plugins: Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
@@ -64,7 +66,7 @@ def load(
         dtype: Type of the weights, such as "bfloat16"; "auto" is what the checkpoint says.
         options: More arguments for ``from_pretrained``, such as ``experts_implementation``,
             ``attn_implementation``, ``revision`` or ``trust_remote_code``.
-        eviction, prefetch, plugins, banks, copy_threads, strict_policies, seed: As for
+        eviction, prefetch, stores, plugins, banks, copy_threads, strict_policies, seed: As for
             ``fluxmoe.page``.
 
     Raises:
@@ -84,6 +86,7 @@ def load(
         memory,
         eviction=eviction,
         prefetch=prefetch,
+        stores=stores,
         plugins=plugins,
         banks=banks,
         copy_threads=copy_threads,
@@ -95,7 +98,8 @@ def load(
         planned = _without_weights(name, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
-    turn, store = Turn(), HostStore(*layout.describe(layers))
+    turn = Turn()
+    store = make_store(config, *layout.describe(layers), plugin_registry(config.plugins))
     runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
     try:
         with _loading(name), _Catch() as caught, _one_at_a_time():

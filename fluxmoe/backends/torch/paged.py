@@ -15,17 +15,18 @@ from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
 from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.torch import experts, layout, recording
-from fluxmoe.backends.torch.settings import PolicySpec, Room, settings
+from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
 from fluxmoe.backends.torch.shield import Shield, gone
 from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.store import Store
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.plugins import load as plugin_registry
 from fluxmoe.sim.trace import TraceMeta
-from fluxmoe.stores.host import HostStore
 
 _WHERE = "fluxmoe.page"
 
@@ -36,6 +37,7 @@ def page(
     *,
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
+    stores: Sequence[StoreSpec] = HOST,
     plugins: Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
@@ -50,7 +52,10 @@ def page(
             all experts need is not used.
         eviction: Eviction policy, a name or ``{kind: name, option: value}``.
         prefetch: Prefetch policy, likewise.
-        plugins: Files (``.py``) or modules that register policies.
+        stores: Where the pages lie that are not resident, as in the configuration: maps with
+            ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
+            them; ``fluxmoe.load`` does not.
+        plugins: Files (``.py``) or modules that register policies or codecs.
         banks: Banks that consecutive layers are spread over at least.
         copy_threads: Threads that copy pages beside the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
@@ -62,6 +67,7 @@ def page(
         ConfigError: An argument has an unusable value, or the model is already paged.
         BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies cannot be had.
+        UnknownCodecError, PageFileError: A store cannot be made.
     """
     if any(experts.is_bound(module) for module in model.modules()):
         raise ConfigError(
@@ -75,16 +81,22 @@ def page(
         memory,
         eviction=eviction,
         prefetch=prefetch,
+        stores=stores,
         plugins=plugins,
         banks=banks,
         copy_threads=copy_threads,
         strict_policies=strict_policies,
         seed=seed,
     )
-    turn, store = Turn(), HostStore(*layout.describe(layers))
-    for layer in layers:
-        store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
-    runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
+    turn = Turn()
+    store = make_store(config, *layout.describe(layers), plugin_registry(config.plugins))
+    try:
+        for layer in layers:
+            store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
+        runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
+    except BaseException:
+        store.close()
+        raise
     return PagedModel(model, layers, runtime, implementation, turn)
 
 

@@ -14,6 +14,10 @@ from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
 PolicySpec = str | Mapping[str, Any]
+StoreSpec = Mapping[str, Any]
+
+#: The stores where nothing is said.
+HOST: tuple[StoreSpec, ...] = ({"kind": "host"},)
 
 
 def settings(
@@ -22,6 +26,7 @@ def settings(
     *,
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
+    stores: Sequence[StoreSpec] = HOST,
     plugins: Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
@@ -42,6 +47,7 @@ def settings(
             "memory": {"budget": memory, "kv": {"max": 0}, "banks": banks},
             "eviction": eviction if isinstance(eviction, str) else dict(eviction),
             "prefetch": prefetch if isinstance(prefetch, str) else dict(prefetch),
+            "stores": [dict(store) for store in stores],
             "plugins": list(plugins),
             "copy_threads": copy_threads,
             "strict_policies": strict_policies,

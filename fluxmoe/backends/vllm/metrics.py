@@ -157,7 +157,7 @@ def reader(runtime: Runtime) -> Callable[[], Readings]:
         C_RESIZED,
     )
 
-    store = runtime.config.stores[0].kind
+    store = "+".join(store.kind for store in runtime.config.stores)
     policies = [("eviction", runtime.eviction.name), ("prefetch", runtime.prefetch.name)]
     tenants = ("experts", runtime.experts_budget), ("kv", runtime.kv_budget)
     pager, pool = runtime.pager, runtime.arbiter.pool

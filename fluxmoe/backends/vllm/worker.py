@@ -15,6 +15,7 @@ from fluxmoe.backends import checkpoint, machine, op
 from fluxmoe.backends.limits import in_frames as limits_in_frames
 from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import checks, kv
 from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
@@ -42,7 +43,6 @@ from fluxmoe.errors import (
     NoExpertsError,
     UnsupportedError,
 )
-from fluxmoe.stores.host import HostStore
 
 tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
 
@@ -90,7 +90,9 @@ class PagedCPUWorker(CPUWorker):
         if vllm_config.load_config.load_format == "auto":
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
-        plugins.load(config.plugins).serving(config)
+        registry = plugins.load(config.plugins)
+        registry.serving(config)
+        coders(config, registry)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
         vllm_config.cache_config.kv_cache_memory_bytes = config.memory.size
@@ -129,7 +131,8 @@ class PagedCPUWorker(CPUWorker):
             )
         )
         geometry = Geometry(len(layers), weights[0].shape[0])
-        store = HostStore(geometry, page_class)
+        registry = plugins.load(self._config.plugins)
+        store = make_store(self._config, geometry, page_class, registry)
         self._runtime = runtime = Runtime(
             self._config,
             geometry,

@@ -6,16 +6,26 @@ driver's on CUDA. Frames are numbered ``0 … count-1`` and exist for the substr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
+
+import numpy as np
 
 from fluxmoe.core.types import Int64s
 
 
 class Substrate(Protocol):
-    """Physical frames and the calls that put them behind reserved addresses."""
+    """Physical frames and the calls that put them behind reserved addresses.
+
+    Attributes:
+        frame_bytes: Bytes of a frame.
+        count: Number of frames.
+        device: Where they lie, as DLPack counts devices: kind and number.
+    """
 
     frame_bytes: int
     count: int
+    device: tuple[int, int]
 
     def reserve(self, nbytes: int) -> int:
         """Reserve address space (a multiple of the frame size) and return its start."""
@@ -41,3 +51,10 @@ class Substrate(Protocol):
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+
+
+def runs(numbers: Int64s, step: int = 1) -> Iterator[tuple[int, int]]:
+    """The runs of numbers that are ``step`` apart, as (first, count)."""
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != step) + 1):
+        if len(run):
+            yield int(run[0]), len(run)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from fluxmoe.core import dlpack
+from fluxmoe.core.substrate import runs
 from fluxmoe.core.types import Int64s
 from fluxmoe.errors import SubstrateError
 
@@ -69,13 +70,6 @@ def huge_pages() -> bool:
     return any(f"[{mode}]" in text for mode in ("always", "advise", "within_size"))
 
 
-def _runs(frames: Int64s) -> Iterator[tuple[int, int]]:
-    """The runs of consecutive numbers in ``frames``, as (first, count)."""
-    for run in np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1):
-        if len(run):
-            yield int(run[0]), len(run)
-
-
 class CpuSubstrate:
     """Frames of a memfd. Implements ``Substrate``.
 
@@ -84,6 +78,8 @@ class CpuSubstrate:
         frame_bytes: Size of a frame, a multiple of the system's page size.
         debug: Leave uncommitted addresses inaccessible instead of reading as NaN.
     """
+
+    device = (dlpack.CPU, 0)
 
     def __init__(self, count: int, frame_bytes: int, *, debug: bool = False) -> None:
         if frame_bytes <= 0 or frame_bytes % mmap.PAGESIZE:
@@ -127,7 +123,7 @@ class CpuSubstrate:
 
     def commit(self, address: int, frames: Int64s) -> None:
         done = 0
-        for first, count in _runs(frames):
+        for first, count in runs(frames):
             try:
                 self._commit_run(address + done * self.frame_bytes, first, count)
             except SubstrateError:
@@ -156,7 +152,7 @@ class CpuSubstrate:
             self._forbid(address, count * self.frame_bytes)
 
     def release(self, frames: Int64s) -> None:
-        for first, count in _runs(np.sort(frames)):
+        for first, count in runs(np.sort(frames)):
             offset, nbytes = first * self.frame_bytes, count * self.frame_bytes
             if _libc.fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):
                 raise SubstrateError(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -14,14 +13,14 @@ from hypothesis import strategies as st
 from fluxmoe.core.arena import Arena
 from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
 from fluxmoe.errors import InvariantError, SubstrateError
-from tests.core.rig import Leaks, memfds
+from tests.core.rig import FRAME, Leaks, frames_of_memory, host_only
 
-FRAME = 4096
+GROUNDS = ("host", "cuda, at once", "cuda, kernels")
 
 
 @pytest.fixture
 def substrate():
-    leaks, substrate = Leaks(), CpuSubstrate(16, FRAME)
+    leaks, substrate = Leaks(), frames_of_memory(16)
     yield substrate
     substrate.close()
     leaks.assert_none()
@@ -35,15 +34,10 @@ def frames(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
-def allocated() -> int:
-    """Bytes that the (only) memory file really occupies."""
-    (fd,) = memfds("fluxmoe-frames")
-    return os.fstat(fd).st_blocks * 512
-
-
 # --- frame size ----------------------------------------------------------------------------------
 
 
+@host_only
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
@@ -60,6 +54,7 @@ def test_frame_size_of_a_budget(budget, expected):
     assert frame_bytes_for(budget) == expected
 
 
+@host_only
 @given(st.integers(1, 1 << 45))
 def test_frame_size_is_the_least_power_of_two_that_makes_at_most_8192_frames(budget):
     size = frame_bytes_for(budget)
@@ -93,11 +88,12 @@ def test_committing_nothing_does_nothing(substrate):
 
 
 def test_committed_memory_is_there_at_once(substrate):
-    before = allocated()
+    before = substrate.allocated()
     substrate.commit(substrate.reserve(4 * FRAME), frames(0, 1, 9, 4))
-    assert allocated() - before == 4 * FRAME
+    assert substrate.allocated() - before == 4 * FRAME
 
 
+@host_only
 def test_a_commit_that_fails_half_way_maps_nothing():
     class Exhausted(CpuSubstrate):
         """Refuses to map frame 9, as a system whose number of mappings is used up would."""
@@ -148,6 +144,7 @@ def in_a_child(*lines: str) -> int:
     return subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode
 
 
+@host_only
 def test_debug_mode_kills_a_read_of_uncommitted_memory():
     lines = [
         "s = CpuSubstrate(2, 4096, debug=True)",
@@ -162,6 +159,7 @@ def test_debug_mode_kills_a_read_of_uncommitted_memory():
     assert in_a_child(*lines) == -signal.SIGSEGV
 
 
+@host_only
 def test_a_write_to_uncommitted_memory_is_killed():
     lines = ["s = CpuSubstrate(2, 4096)", "a = s.reserve(8192)"]
     assert in_a_child(*lines, "assert ctypes.c_uint8.from_address(a).value == 255") == 0
@@ -174,19 +172,19 @@ def test_a_write_to_uncommitted_memory_is_killed():
 
 def test_release_returns_the_memory_to_the_system(substrate):
     address = substrate.reserve(8 * FRAME)
-    before = allocated()
+    before = substrate.allocated()
     substrate.commit(address, frames(3, 4, 5, 9, 10, 0, 1, 2))
     memory(address, 8 * FRAME)[...] = 9
     substrate.decommit(address, 8)
-    assert allocated() - before == 8 * FRAME  # decommitting alone keeps it
+    assert substrate.allocated() - before == 8 * FRAME  # decommitting alone keeps it
     substrate.release(frames(9, 3, 5, 4))
-    assert allocated() - before == 4 * FRAME
+    assert substrate.allocated() - before == 4 * FRAME
     substrate.commit(address, frames(9, 10))
     assert memory(address, 2 * FRAME)[::FRAME].tolist() == [0, 9]
 
 
 def test_close_is_idempotent_and_unmaps_what_was_left():
-    leaks, substrate = Leaks(), CpuSubstrate(4, FRAME)
+    leaks, substrate = Leaks(), frames_of_memory(4)
     substrate.commit(substrate.reserve(4 * FRAME), frames(0, 2))
     substrate.close()
     substrate.close()
@@ -199,6 +197,7 @@ def test_unreserve_refuses_what_was_not_reserved(substrate):
         substrate.unreserve(address + FRAME, FRAME)
 
 
+@host_only
 @pytest.mark.parametrize("size", [0, -4096, 1000, 4097])
 def test_a_frame_is_whole_pages_of_the_system(size):
     with pytest.raises(SubstrateError, match=f"frame of {size} bytes") as info:
@@ -206,6 +205,7 @@ def test_a_frame_is_whole_pages_of_the_system(size):
     assert info.value.where == "frame_bytes"
 
 
+@host_only
 def test_a_budget_beyond_the_system_is_an_error_and_leaks_nothing():
     leaks = Leaks()
     with pytest.raises(SubstrateError, match="cannot create"):

@@ -1,0 +1,171 @@
+"""Cuda: one device of the CUDA driver, its calls with errors as exceptions.
+
+The driver's functions come from ``cuda.bindings.driver``, imported when the first device is opened
+and not before. Each of them answers with a tuple whose first member is a ``CUresult``; here the
+rest is returned, or a ``SubstrateError`` raised that names the call and the result. Tests hand in
+``fluxmoe.testing.cuda.FakeDriver`` instead of the bindings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from fluxmoe.errors import DeviceMemoryError, MissingDependencyError, SubstrateError
+
+_LOST = "the device has lost its state: end this process and start anew; see dmesg for the cause"
+_BUG = "a bug in FluxMoE, please report it"
+_SEE = "see nvidia-smi, and dmesg for what the kernel module says"
+_FIXES = {
+    "CUDA_ERROR_NO_DEVICE": "see whether nvidia-smi lists a GPU and CUDA_VISIBLE_DEVICES hides it",
+    "CUDA_ERROR_INVALID_DEVICE": "see whether nvidia-smi lists so many GPUs",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process has the GPU for itself; see nvidia-smi",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine: driver and kernel module differ",
+    "CUDA_ERROR_NOT_SUPPORTED": "this GPU, or its driver, cannot do it",
+    "CUDA_ERROR_ILLEGAL_ADDRESS": _LOST,
+    "CUDA_ERROR_LAUNCH_FAILED": _LOST,
+    "CUDA_ERROR_ECC_UNCORRECTABLE": _LOST,
+    "CUDA_ERROR_INVALID_VALUE": _BUG,
+    "CUDA_ERROR_INVALID_HANDLE": _BUG,
+    "CUDA_ERROR_INVALID_CONTEXT": _BUG,
+}
+
+
+def load() -> Any:
+    """The bindings of the driver.
+
+    Raises:
+        MissingDependencyError: They are not installed.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the CUDA bindings cannot be imported: {error}", fix="pip install 'fluxmoe[cuda]'"
+        ) from error
+    return driver
+
+
+class Cuda:
+    """A device and its primary context, the one that torch uses, too.
+
+    Args:
+        api: The bindings, or what stands in for them; None imports them.
+        ordinal: Which of the visible devices.
+
+    Attributes:
+        version: What the driver supports, 12080 for CUDA 12.8.
+        device: The driver's number of the device.
+
+    Raises:
+        MissingDependencyError: The bindings are not installed.
+        SubstrateError: There is no driver, or no such device.
+    """
+
+    def __init__(self, api: Any = None, ordinal: int = 0) -> None:
+        self.api = load() if api is None else api
+        self.ordinal = ordinal
+        self._context: Any = None
+        self.call("cuInit", 0)
+        self.version = int(self.call("cuDriverGetVersion"))
+        found = int(self.call("cuDeviceGetCount"))
+        if not 0 <= ordinal < found:
+            raise SubstrateError(
+                f"there is no CUDA device {ordinal}, only {found} of them",
+                fix=_FIXES["CUDA_ERROR_NO_DEVICE"],
+            )
+        self.device = self.call("cuDeviceGet", ordinal)
+        self._context = self.call("cuDevicePrimaryCtxRetain", self.device)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call the driver: nothing, the one answer, or the tuple of answers.
+
+        Raises:
+            DeviceMemoryError: The device has no memory left.
+            SubstrateError: Any other refusal.
+        """
+        try:
+            result, *answers = getattr(self.api, name)(*args)
+        except (AttributeError, RuntimeError) as error:  # no such function, or no library at all
+            raise SubstrateError(
+                f"the CUDA driver cannot be called: {error}",
+                where=name,
+                fix="install NVIDIA's driver, or a newer one; nvidia-smi shows which there is",
+            ) from error
+        if result == self.api.CUresult.CUDA_SUCCESS:
+            return answers[0] if len(answers) == 1 else tuple(answers) or None
+        raise _refusal(name, result)
+
+    def ready(self, name: str, *args: Any) -> bool:
+        """Ask the driver whether something is over, ``cuEventQuery``. Raises what ``call`` does."""
+        (result,) = getattr(self.api, name)(*args)
+        if result == self.api.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        if result == self.api.CUresult.CUDA_SUCCESS:
+            return True
+        raise _refusal(name, result)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the device's context this thread's own, and the one before again afterwards.
+
+        What was done is done even if the driver does not go back: who comes next will be told.
+        """
+        self.call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self.api.cuCtxPopCurrent()
+
+    def attribute(self, name: str) -> int:
+        """A property of the device, by the end of its name: ``ASYNC_ENGINE_COUNT``."""
+        which = getattr(self.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(self.call("cuDeviceGetAttribute", which, self.device))
+
+    @property
+    def name(self) -> str:
+        """What the device is called, ``NVIDIA H100 PCIe``."""
+        text: bytes = self.call("cuDeviceGetName", 128, self.device)
+        return text.split(b"\0")[0].decode(errors="replace")
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of device memory that are free, and that there are."""
+        with self.current():
+            free, total = self.call("cuMemGetInfo")
+        return int(free), int(total)
+
+    def close(self) -> None:
+        """Give the context back. Idempotent."""
+        if self._context is not None:
+            self.call("cuDevicePrimaryCtxRelease", self.device)
+            self._context = None
+
+
+def _refusal(name: str, result: Any) -> SubstrateError:
+    """The error for what a call answered."""
+    reason = getattr(result, "name", str(result))
+    if reason == "CUDA_ERROR_OUT_OF_MEMORY":
+        return DeviceMemoryError(
+            f"the CUDA device is out of memory: {reason}",
+            where=name,
+            fix="lower memory.budget, or end what else uses the GPU (see nvidia-smi)",
+        )
+    return SubstrateError(
+        f"the CUDA driver refused: {reason}", where=name, fix=_FIXES.get(reason, _SEE)
+    )
+
+
+def no_range(name: str) -> AbstractContextManager[None]:
+    """No range in a profiler."""
+    return nullcontext()
+
+
+def nvtx_ranges() -> Callable[[str], AbstractContextManager[Any]]:
+    """What shows ranges in NVIDIA's profilers; nothing where the package ``nvtx`` is missing."""
+    try:
+        import nvtx
+    except ImportError:
+        return no_range
+    annotate: Callable[[str], AbstractContextManager[Any]] = nvtx.annotate
+    return annotate

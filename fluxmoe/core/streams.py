@@ -1,0 +1,282 @@
+"""StreamCarrier: pages into the slots of a CUDA device, by two streams beside the kernels' own.
+
+The engine's thread gives copies to a stream and goes on. *Urgent* takes demands and moves, *behind*
+takes prefetches. Before a slot is written, its stream waits for the kernels given to the device so
+far, which may read the slot's old page; before the next kernel, the kernels' stream waits for the
+pages it needs. All of that waiting is done by the device, on events. The processor waits only where
+too much is under way. A step whose pages are all there and long arrived makes no call at all.
+
+A device's copy engine takes copies as they were given, whatever the streams' priorities, so a
+demand waits for the prefetches given before. Therefore few bytes of prefetches are given at a time;
+the others wait here, where they can still be called off.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from fluxmoe.core.carrier import Ordered, Pairs
+from fluxmoe.core.dlpack import Exported
+from fluxmoe.core.driver import Cuda, no_range
+from fluxmoe.core.flights import Copier, Events, Flight, Transfers
+from fluxmoe.core.staging import Source
+from fluxmoe.core.store import Store
+from fluxmoe.errors import InvariantError, StoreError, SubstrateError
+
+#: Bytes of prefetches that are given to the device at a time: about a millisecond of PCIe 5.
+AHEAD_BYTES = 64 << 20
+#: Demands that may be under way before the processor waits for the oldest.
+MOST_DEMANDS = 64
+
+
+class StreamedCopy:
+    """A prefetch, waiting for its turn, given to the device, failed, or called off."""
+
+    def __init__(self, carrier: StreamCarrier, bank: int, page: int, slot: int) -> None:
+        self._carrier = carrier
+        self.bank, self.page, self.slot = bank, page, slot
+        self.flight: Flight | None = None
+        self.failed: Exception | None = None
+        self.withdrawn = False
+
+    def withdraw(self) -> bool:
+        self.withdrawn = self.flight is None and self.failed is None
+        return self.withdrawn
+
+    def error(self) -> Exception | None:
+        if self.flight is not None:
+            self._carrier.follow(self.flight)
+        return self.failed
+
+
+class StreamCarrier:
+    """Copies on streams. Implements ``Carrier``; called on the engine's thread only.
+
+    Args:
+        cuda: The device; not closed with the carrier.
+        store: Where pages come from. Pages of an ``AddressedStore`` go straight to the device,
+            others through page-locked buffers that the caller's thread reads them into.
+        slots: Per bank and part, the arena ``[slots, part bytes]``.
+        kernels: Tells which stream the next kernel will be given to; by default CUDA's own.
+        ahead: Bytes of prefetches given to the device at a time, at least one page.
+        ranges: Makes the ranges that a profiler shows, e.g. ``nvtx.annotate``.
+
+    Raises:
+        SubstrateError: The driver has no streams, events or page-locked memory left.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        store: Store,
+        slots: Sequence[Sequence[Exported]],
+        *,
+        kernels: Callable[[], int] = lambda: 0,
+        ahead: int = AHEAD_BYTES,
+        ranges: Callable[[str], Any] = no_range,
+    ) -> None:
+        self._cuda = cuda
+        self._slots = [[(part.address, part.nbytes) for part in parts] for parts in slots]
+        self._kernels, self._ahead, self._range = kernels, ahead, ranges
+        self.stall_seconds = 0.0
+        self._orders: deque[tuple[Any, StreamedCopy]] = deque()
+        self._demands: deque[Flight] = deque()
+        self._prefetches: deque[Flight] = deque()
+        with cuda.current(), ExitStack() as undo:
+            flag = int(cuda.api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            least, greatest = cuda.call("cuCtxGetStreamPriorityRange")
+            self._events = Events(cuda)
+            undo.callback(self._events.close)
+            self._source = Source(cuda, store, [part.nbytes for part in slots[0]])
+            undo.callback(self._source.close)
+            self._copier = Copier(cuda)
+            self._urgent = self._stream(undo, flag, greatest)
+            self._behind = self._stream(undo, flag, least)
+            self._end = undo.pop_all()
+        self._open = True
+
+    def _stream(self, undo: ExitStack, flag: int, priority: int) -> Any:
+        stream = self._cuda.call("cuStreamCreateWithPriority", flag, priority)
+        undo.callback(self._cuda.call, "cuStreamDestroy", stream)
+        undo.callback(self._cuda.call, "cuStreamSynchronize", stream)  # which goes first
+        return stream
+
+    # --- the carrier -----------------------------------------------------------------------------
+
+    def demand(self, bank: int, pairs: Pairs) -> None:
+        with self._driving(f"demand {len(pairs)} pages"):
+            mark = self._fence(self._urgent)
+            try:
+                rest = pairs
+                while rest:
+                    while len(self._demands) >= MOST_DEMANDS or not self._source.room:
+                        self._wait_for_one()
+                    now, rest = rest[: self._source.room], rest[self._source.room :]
+                    flight = self._send(self._urgent, bank, now)
+                    flight.mark, mark = mark, None
+                    self._demands.append(flight)
+                    self._events.wait(self._kernels(), flight.event)
+            finally:
+                self._events.free(mark)
+            self._pump()
+
+    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[StreamedCopy]:
+        copies = [StreamedCopy(self, bank, page, slot) for page, slot in pairs]
+        # What goes wrong here is met again by whoever needs the pages: then it is an error.
+        with suppress(StoreError), self._driving(f"prefetch {len(pairs)} pages"):
+            self._pump()  # what was ordered before need not wait for the kernels since then
+            fence = self._events.record(self._kernels())
+            for copy in copies:
+                self._orders.append((fence, copy))
+                fence = None
+            self._pump()
+        return copies
+
+    def arrive(self, copy: Ordered) -> Exception | None:
+        if not isinstance(copy, StreamedCopy):
+            raise InvariantError(f"a copy of another carrier: {copy!r}")
+        if copy.flight is None:
+            return copy.failed
+        with self._driving("arrive"):
+            flight = copy.flight
+            if flight.event is not None:
+                if flight.mark is None:
+                    flight.mark = self._events.record(self._kernels())
+                self._events.wait(self._kernels(), flight.event)
+            self._pump()
+        return None
+
+    def follow(self, flight: Flight) -> None:
+        """What is given to the urgent stream from now on comes after ``flight``."""
+        if flight.event is not None:
+            with self._driving("settle"):
+                self._events.wait(self._urgent, flight.event)
+
+    def move(self, bank: int, source: int, target: int) -> None:
+        with self._driving("move"):
+            self._events.free(self._fence(self._urgent))
+            while len(self._demands) >= MOST_DEMANDS:
+                self._wait_for_one()
+            flight = Flight()
+            with self._undone(self._urgent, flight):
+                for first, nbytes in self._slots[bank]:
+                    to, of = first + target * nbytes, first + source * nbytes
+                    self._cuda.call("cuMemcpyDtoDAsync", to, of, nbytes, self._urgent)
+                flight.event = self._events.record(self._urgent)
+            self._demands.append(flight)
+            self._events.wait(self._kernels(), flight.event)
+
+    def close(self) -> None:
+        if self._open:
+            self._orders.clear()
+            with self._cuda.current():
+                self._open = False
+                self._end.close()
+
+    # --- the streams -----------------------------------------------------------------------------
+
+    def _fence(self, stream: Any) -> Any:
+        """Let a stream wait for all kernels so far; the event that they pass."""
+        mark = self._events.record(self._kernels())
+        self._events.wait(stream, mark)
+        return mark
+
+    def _send(self, stream: Any, bank: int, pairs: Pairs) -> Flight:
+        """Give the copies of some pages to a stream, and the event that comes after them."""
+        flight, transfers = Flight(), Transfers()
+        with self._undone(stream, flight):
+            places = [self._source.fetch(page, flight) for page, _ in pairs]
+            for part, (first, nbytes) in enumerate(self._slots[bank]):
+                for (_, slot), place in zip(pairs, places, strict=True):
+                    transfers.add(first + slot * nbytes, place[part], nbytes)
+            flight.nbytes = transfers.nbytes
+            self._copier.copy(transfers, stream)
+            flight.event = self._events.record(stream)
+        return flight
+
+    @contextmanager
+    def _undone(self, stream: Any, flight: Flight) -> Iterator[None]:
+        """If not all of a flight could be given to its stream, wait for the part that was."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self._cuda.call("cuStreamSynchronize", stream)
+            finally:
+                self._source.give_back(flight)
+            raise
+
+    def _pump(self) -> None:
+        """Look what has arrived, and give as many prefetches to the device as may be under way."""
+        self._retire(self._demands)
+        self._retire(self._prefetches)
+        while self._orders and self._source.room:
+            under_way = sum(flight.nbytes for flight in self._prefetches)
+            copies = self._next(self._ahead - under_way)
+            if not copies:
+                return
+            self._give(copies)
+
+    def _next(self, room: int) -> list[StreamedCopy]:
+        """The next prefetches of one bank, as many as there is room for; at least one at a time."""
+        page_bytes = self._source.page_bytes
+        most = min(self._source.room, max(room // page_bytes, not self._prefetches))
+        copies: list[StreamedCopy] = []
+        while self._orders and len(copies) < most:
+            fence, copy = self._orders[0]
+            if fence is not None:
+                self._events.wait(self._behind, fence)
+                self._events.free(fence)
+                self._orders[0] = None, copy
+            if copies and copy.bank != copies[0].bank:
+                break
+            self._orders.popleft()
+            if not copy.withdrawn:
+                copies.append(copy)
+        return copies
+
+    def _give(self, copies: list[StreamedCopy]) -> None:
+        """All in one flight. If that fails, each by itself, so that only the culprit fails."""
+        try:
+            pairs = [(copy.page, copy.slot) for copy in copies]
+            flight = self._send(self._behind, copies[0].bank, pairs)
+        except (StoreError, SubstrateError) as error:
+            if len(copies) == 1:
+                copies[0].failed = error
+                return
+            for copy in copies:
+                self._give([copy])
+            return
+        for copy in copies:
+            copy.flight = flight
+        self._prefetches.append(flight)
+
+    def _retire(self, flights: deque[Flight]) -> None:
+        while flights and self._events.passed(flights[0].event):
+            flight = flights.popleft()
+            self._source.give_back(flight)
+            self.stall_seconds += self._events.seconds(flight.mark, flight.event)
+            self._events.free(flight.mark)
+            self._events.free(flight.event)
+            flight.event = flight.mark = None
+
+    def _wait_for_one(self) -> None:
+        """Back-pressure: wait for the oldest flight."""
+        flights = self._demands or self._prefetches
+        self._cuda.call("cuEventSynchronize", flights[0].event)
+        self._retire(flights)
+
+    @contextmanager
+    def _driving(self, what: str) -> Iterator[None]:
+        try:
+            with self._cuda.current(), self._range(f"fluxmoe: {what}"):
+                yield
+        except SubstrateError as error:
+            raise StoreError(
+                f"pages cannot be copied to the device: {error.what}",
+                where=error.where,
+                fix=error.fix,
+            ) from error

@@ -1,0 +1,213 @@
+"""Frames of device memory: CUDA's virtual memory calls, one to one with the CPU substrate's.
+
+Frame ``i`` is one allocation of the driver (``cuMemCreate``), made when it is first committed and
+kept for the next commit, because making one costs a hundred times what mapping it costs (FACTS §4).
+Committing maps each frame and allows access to the whole range at once. A committed frame that is
+new, or was released, reads as zero. An address without a frame faults: the kernel that touches it
+loses the device's context, and every later call says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import numpy as np
+
+from fluxmoe.core import dlpack
+from fluxmoe.core.driver import Cuda
+from fluxmoe.core.substrate import runs
+from fluxmoe.core.types import Int64s
+from fluxmoe.errors import DeviceMemoryError, SubstrateError
+
+#: The frame on CUDA, which is also what its devices map as one piece.
+FRAME_BYTES = 2 << 20
+
+
+class CudaSubstrate:
+    """Frames of a CUDA device. Implements ``Substrate``. Called on one thread at a time.
+
+    Args:
+        cuda: The device; not closed with the substrate.
+        count: Number of frames, the whole budget.
+        frame_bytes: Size of a frame, a multiple of what the device maps as one piece.
+        recycle: Keep the memory of released frames for the next commit. If not, it goes back to
+            the system.
+
+    Raises:
+        SubstrateError: The device has no virtual memory calls, or maps only larger pieces.
+    """
+
+    def __init__(
+        self, cuda: Cuda, count: int, frame_bytes: int = FRAME_BYTES, *, recycle: bool = True
+    ) -> None:
+        self.count, self.frame_bytes = count, frame_bytes
+        self.device = (dlpack.CUDA, cuda.ordinal)
+        self._cuda, self._recycle = cuda, recycle
+        self._handles: list[Any] = [None] * count
+        self._dirty = np.ones(count, np.bool_)
+        self._ranges: dict[int, int] = {}
+        #: Addresses that have a frame; also those that were to lose it and could not.
+        self._mapped: set[int] = set()
+        self._stale: set[int] = set()
+        self._stream: Any = None
+        if not cuda.attribute("VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"):
+            raise SubstrateError(f"{cuda.name} has no virtual memory management")
+        api = cuda.api
+        self._memory = api.CUmemAllocationProp()
+        self._memory.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._memory.location = self._location()
+        self._access = api.CUmemAccessDesc()
+        self._access.location = self._location()
+        self._access.flags = api.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        least = api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        piece = int(cuda.call("cuMemGetAllocationGranularity", self._memory, least))
+        if frame_bytes <= 0 or frame_bytes % piece:
+            raise SubstrateError(
+                f"a frame of {frame_bytes} bytes is not a multiple of {piece}, "
+                f"which {cuda.name} maps as one piece",
+                where="frame_bytes",
+            )
+        with cuda.current():
+            flag = int(api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            self._stream = cuda.call("cuStreamCreate", flag)
+
+    def _location(self) -> Any:
+        location = self._cuda.api.CUmemLocation()
+        location.type = self._cuda.api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = self._cuda.ordinal
+        return location
+
+    def reserve(self, nbytes: int) -> int:
+        address = int(self._cuda.call("cuMemAddressReserve", nbytes, 0, 0, 0))
+        self._ranges[address] = nbytes
+        return address
+
+    def unreserve(self, address: int, nbytes: int) -> None:
+        """As the protocol says. What the driver refuses to take back now, ``close`` tries again."""
+        if self._ranges.get(address) != nbytes:
+            raise SubstrateError(f"no range of {nbytes} bytes was reserved at {address:#x}")
+        self._stale |= self._inside(address, nbytes)
+        with suppress(SubstrateError):
+            self._unreserve(address)
+
+    def commit(self, address: int, frames: Int64s) -> None:
+        if not len(frames):
+            return
+        nbytes = len(frames) * self.frame_bytes
+        places = self._places(address, len(frames))
+        with self._cuda.current():
+            self._unmap(self._stale & self._inside(address, nbytes))
+            made: list[int] = []
+            mapped: list[int] = []
+            try:
+                for at, frame in zip(places, frames.tolist(), strict=True):
+                    if self._handles[frame] is None:
+                        self._handles[frame] = self._create(frame)
+                        made.append(frame)
+                    handle = self._handles[frame]
+                    self._cuda.call("cuMemMap", at, self.frame_bytes, 0, handle, 0)
+                    mapped.append(at)
+                self._cuda.call("cuMemSetAccess", address, nbytes, [self._access], 1)
+                self._clear(address, frames)
+            except BaseException:
+                self._mapped |= set(mapped)
+                self._stale |= set(mapped)
+                with suppress(SubstrateError):  # else the next commit, or close, tries again
+                    self._unmap(set(mapped))
+                    self._free(made)
+                raise
+        self._mapped |= set(mapped)
+        self._dirty[frames] = False
+
+    def decommit(self, address: int, count: int) -> None:
+        """As the protocol says, when the device has done all work that was given to it before."""
+        if count:
+            with self._cuda.current():
+                self._unmap(self._inside(address, count * self.frame_bytes))
+
+    def release(self, frames: Int64s) -> None:
+        self._dirty[frames] = True
+        if not self._recycle:
+            with self._cuda.current():
+                self._free(frames.tolist())
+
+    def allocated(self) -> int:
+        return sum(handle is not None for handle in self._handles) * self.frame_bytes
+
+    def close(self) -> None:
+        """Release everything. Idempotent.
+
+        Raises:
+            SubstrateError: The driver kept something; all else was released. Call it again.
+        """
+        if not self._ranges and not self.allocated() and self._stream is None:
+            return
+        with self._cuda.current(), ExitStack() as each:  # from the last to the first, all of them
+            each.callback(self._end_stream)
+            each.callback(self._free, range(self.count))
+            for address in list(self._ranges):
+                each.callback(self._unreserve, address)
+
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            self._cuda.call("cuStreamDestroy", self._stream)
+            self._stream = None
+
+    def _places(self, address: int, count: int) -> range:
+        return range(address, address + count * self.frame_bytes, self.frame_bytes)
+
+    def _inside(self, address: int, nbytes: int) -> set[int]:
+        return {at for at in self._mapped if address <= at < address + nbytes}
+
+    def _create(self, frame: int) -> Any:
+        try:
+            return self._cuda.call("cuMemCreate", self.frame_bytes, self._memory, 0)
+        except DeviceMemoryError as error:
+            free, total = self._cuda.memory()
+            raise DeviceMemoryError(
+                f"the GPU has no memory for another frame of {self.frame_bytes} bytes beside "
+                f"{self.allocated()} bytes of them: {free} of {total} bytes are free",
+                where=error.where,
+                fix=error.fix,
+            ) from error
+
+    def _clear(self, address: int, frames: Int64s) -> None:
+        """Zero what was never, or is no longer, anybody's."""
+        zero = np.flatnonzero(self._dirty[frames])
+        for first, count in runs(zero):
+            place = address + first * self.frame_bytes
+            nbytes = count * self.frame_bytes
+            self._cuda.call("cuMemsetD8Async", place, 0, nbytes, self._stream)
+        if len(zero):
+            self._cuda.call("cuStreamSynchronize", self._stream)
+
+    def _unmap(self, addresses: set[int]) -> None:
+        """Unmap frames, neighbours in one call."""
+        if not addresses:
+            return
+        self._cuda.call("cuCtxSynchronize")  # unmapping alone waits for no kernel
+        for address, count in runs(np.array(sorted(addresses), np.int64), self.frame_bytes):
+            self._cuda.call("cuMemUnmap", address, count * self.frame_bytes)
+            done = set(self._places(address, count))
+            self._mapped -= done
+            self._stale -= done
+
+    def _unreserve(self, address: int) -> None:
+        nbytes = self._ranges[address]
+        with self._cuda.current():
+            self._unmap(self._inside(address, nbytes))
+            self._cuda.call("cuMemAddressFree", address, nbytes)
+        del self._ranges[address]
+
+    def _free(self, frames: Iterable[int]) -> None:
+        with ExitStack() as each:
+            for frame in frames:
+                each.callback(self._free_one, frame)
+
+    def _free_one(self, frame: int) -> None:
+        if self._handles[frame] is not None:
+            self._cuda.call("cuMemRelease", self._handles[frame])
+            self._handles[frame] = None
+            self._dirty[frame] = True

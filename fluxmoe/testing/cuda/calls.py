@@ -1,0 +1,38 @@
+"""What every function of the fake driver does: count itself, fail by plan, answer with a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from fluxmoe.testing.cuda.names import CUresult, Refused
+
+
+def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], Any]:
+    """A function of the driver: a result and so many answers, or a result and nothing."""
+
+    def wrap(function: Any) -> Any:
+        @wraps(function)
+        def call(self: Any, *args: Any) -> tuple[Any, ...]:
+            with self._lock:
+                try:
+                    self.plan.reach(function.__name__)
+                    if self.lost is not None:
+                        raise Refused(self.lost)
+                    if context and not self._contexts():
+                        raise Refused(CUresult.CUDA_ERROR_INVALID_CONTEXT)
+                    found = function(self, *args)
+                except Refused as refused:
+                    return (refused.result, *[None] * answers)
+            return (CUresult.CUDA_SUCCESS, *([found] if answers == 1 else found or ()))
+
+        return call
+
+    return wrap
+
+
+def require(condition: bool, result: CUresult = CUresult.CUDA_ERROR_INVALID_VALUE) -> None:
+    """Answer with ``result`` unless a condition holds."""
+    if not condition:
+        raise Refused(result)
