@@ -218,7 +218,7 @@ def test_the_phase_of_an_event_reaches_the_policy(tmp_path):
             seen.append(access.phase)
 
     class Plugin:
-        @plugins.hookspecs.hookimpl
+        @fluxmoe.hookimpl
         def fluxmoe_register_policies(self, register):
             register("watching", Watching)
 
