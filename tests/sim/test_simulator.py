@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fluxmoe
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.limits import Limits
