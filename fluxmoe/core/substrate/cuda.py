@@ -1,7 +1,8 @@
 """Frames of device memory: CUDA's virtual memory calls, one to one with the CPU substrate's.
 
 Frame ``i`` is one allocation of the driver (``cuMemCreate``), made when it is first committed and
-kept for the next commit, because making one costs a hundred times what mapping it costs (FACTS §4).
+kept for the next commit, because making one costs a hundred times what mapping it costs
+(kvcached on an A100: 193 µs and 1.45 µs).
 Committing maps each frame and allows access to the whole range at once. A committed frame that is
 new, or was released, reads as zero. An address without a frame faults: the kernel that touches it
 loses the device's context, and every later call says so.
