@@ -57,6 +57,18 @@ def verbs() -> Iterator[tuple[str, Any]]:
             yield f"{name} {inner}".strip(), each
 
 
+def options(command: Any) -> set[str]:
+    """The options of a command, or of all commands of a group."""
+    commands = getattr(command, "commands", {"": command})
+    return {
+        option
+        for each in commands.values()
+        for parameter in each.params
+        for option in parameter.opts
+        if option.startswith("--") and option != "--help"
+    }
+
+
 def page() -> str:
     """What docs/cli.md has to be."""
     return "\n".join([_HEAD, *(_section(verb, command) for verb, command in verbs())])

@@ -2,15 +2,18 @@
 
 A fenced block may be preceded by a comment that says how to treat it, its directives separated by
 commas: ``exact`` (the output shown must be what is printed), ``exit N`` (the commands end with
-status N), ``slow``, ``needs vllm`` (run in a process of its own). Nothing else is marked: every
-``python`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs.
+status N), ``slow``, ``needs vllm`` (run in a process of its own), ``not run: why`` (``bash`` only).
+Nothing else is marked: every ``python`` and ``bash`` block runs, every ``$ fluxmoe`` line of a
+``console`` block runs, and a ``python`` or ``yaml`` block with a title is written to that file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +33,7 @@ _FENCE = re.compile(
     r"(?P<body>.*?)^(?P=indent)```[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
+_DIRECTIVE = re.compile(r"exact|slow|needs vllm|exit \d+|not run: .+")
 _TITLE = re.compile(r'title="([^"]+)"')
 
 
@@ -53,6 +57,10 @@ class Block:
         return "needs vllm" in self.directives
 
     @property
+    def not_run(self) -> bool:
+        return any(directive.startswith("not run: ") for directive in self.directives)
+
+    @property
     def status(self) -> int:
         return next((int(d.split()[1]) for d in self.directives if d.startswith("exit ")), 0)
 
@@ -74,8 +82,8 @@ def blocks(path: Path) -> list[Block]:
         title = _TITLE.search(match["attributes"])
         words = (match["directives"] or "").split(",")
         directives = frozenset(word.strip() for word in words if word.strip())
-        unknown = [d for d in directives if not re.fullmatch(r"exact|slow|needs vllm|exit \d+", d)]
-        if unknown and match["language"] in ("python", "console"):
+        unknown = [d for d in directives if not _DIRECTIVE.fullmatch(d)]
+        if unknown and match["language"] in ("python", "console", "bash"):
             raise WrongPage(f"{path.name}:{line}: unknown directive {unknown[0]!r}")
         found.append(
             Block(
@@ -95,9 +103,9 @@ def run(path: Path, folder: Path) -> int:
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     ran = 0
     for block in blocks(path):
+        if block.title is not None and block.language in ("python", "yaml"):
+            (folder / block.title).write_text(block.body)
         if block.language == "python":
-            if block.title is not None:
-                (folder / block.title).write_text(block.body)
             if block.needs_vllm:
                 _compiled(block, path)
                 continue
@@ -111,12 +119,21 @@ def run(path: Path, folder: Path) -> int:
                     continue
                 _run_command(block, words, shown, folder)
                 ran += 1
+        elif block.language == "bash" and not (block.not_run or block.needs_vllm):
+            _run_script(block, folder)
+            ran += 1
+        elif block.language in ("sh", "shell"):
+            raise WrongPage(f"{block.where}: write ```bash")
     return ran
 
 
 def run_with_vllm(path: Path, folder: Path) -> None:
     """Run the page's ``needs vllm`` snippets, one after the other, in one process of its own."""
-    parts = [block for block in blocks(path) if block.needs_vllm]
+    for block in blocks(path):
+        if block.needs_vllm and block.language == "bash":
+            run(path, folder)  # what the script finds in its folder
+            _run_script(block, folder)
+    parts = [b for b in blocks(path) if b.needs_vllm and b.language == "python"]
     script = folder / "snippets.py"
     # Every snippet stands on the lines that it has in the page, so that a traceback tells them.
     script.write_text("")
@@ -154,19 +171,39 @@ def _run_command(block: Block, words: list[str], shown: str, folder: Path) -> No
         raise WrongPage(f"{command} printed\n{done.stdout}\nbut the page shows\n{shown}")
 
 
+def _run_script(block: Block, folder: Path) -> None:
+    # What the folder gets as ``fluxmoe`` is the checkout's, whatever is installed.
+    program = folder / ".bin" / "fluxmoe"
+    program.parent.mkdir(exist_ok=True)
+    start = f"exec {shlex.quote(sys.executable)} -c 'from fluxmoe.cli import main; main()'"
+    program.write_text(f'#!/bin/sh\n{start} "$@"\n')
+    program.chmod(0o755)
+    done = _process(["bash", "-eo", "pipefail", "-c", block.body], folder)
+    if done.returncode:
+        raise WrongPage(f"{block.where}: status {done.returncode}\n{done.stdout[-4000:]}")
+
+
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
 def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Standard output and standard error together, as a terminal shows them."""
-    return subprocess.run(
+    path = f"{folder / '.bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "PATH": path}
+    with subprocess.Popen(
         command,
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-    )
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=400)
+        finally:
+            # A page that starts a server and fails leaves nothing running.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output)

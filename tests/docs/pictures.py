@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 from fluxmoe.plan import advice, cost
 from fluxmoe.plan import model as models
@@ -108,14 +108,13 @@ def _sheet(chart: Chart) -> str:
     return "\n".join([*parts, chart.svg().replace("<svg", at, 1), "</svg>\n"])
 
 
-def made() -> Iterator[tuple[Path, str]]:
-    """Every computed picture and what has to be in it."""
-    for trace, title in TRACES.items():
-        yield FOLDER / f"hit-rate-{trace}.svg", hit_rates(trace, title)
-    for requests in (16, 256):
-        yield FOLDER / f"plan-{requests}.svg", promise(requests)
+#: Every computed picture and what draws it.
+MADE: dict[str, Callable[[], str]] = {
+    **{f"hit-rate-{trace}.svg": partial(hit_rates, trace, title) for trace, title in TRACES.items()},
+    **{f"plan-{requests}.svg": partial(promise, requests) for requests in (16, 256)},
+}
 
 
 if __name__ == "__main__":
-    for path, text in made():
-        path.write_text(text)
+    for name, draw in MADE.items():
+        (FOLDER / name).write_text(draw())

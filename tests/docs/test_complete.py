@@ -17,13 +17,15 @@ import yaml
 from pydantic.fields import FieldInfo
 
 import fluxmoe
-from fluxmoe import config, errors, hookspecs, plugins
+from fluxmoe import config, errors, hookspecs, plugins, testing
 from fluxmoe.backends.vllm.metrics import METRICS
 from fluxmoe.sim import hardware
 from fluxmoe.sim.clock import Timing
 from fluxmoe.sim.hardware import Profile
 from fluxmoe.sim.simulator import Result
 
+from . import commands, pictures
+from .commands import options
 from .pages import PAGES, ROOT, blocks
 
 DOCS = ROOT / "docs"
@@ -186,18 +188,6 @@ def test_every_metric_is_listed() -> None:
     assert listed == [(metric.name, metric.kind, metric.labels) for metric in METRICS]
 
 
-def options(command: Any) -> set[str]:
-    """The options of a command, or of all commands of a group."""
-    commands = getattr(command, "commands", {"": command})
-    return {
-        option
-        for each in commands.values()
-        for parameter in each.params
-        for option in parameter.opts
-        if option.startswith("--") and option != "--help"
-    }
-
-
 @pytest.mark.parametrize(
     "verb, page", [("simulate", "simulator.md"), ("plan", "plan.md"), ("limit", "arbitration.md")]
 )
@@ -252,10 +242,74 @@ def test_timings_profiles_and_their_fields_are_listed(name: str) -> None:
     assert f"`{name}`" in text("simulator.md")
 
 
-def test_relative_links_lead_somewhere() -> None:
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
+    """Mend with ``python -m tests.docs.commands``."""
+    assert commands.PAGE.read_text() == commands.page()
+    assert {verb.split()[0] for verb, _ in commands.verbs()} == set(commands.EXPLAINED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pictures.MADE)
+def test_computed_pictures_show_what_is_computed(name: str) -> None:
+    """Mend with ``python -m tests.docs.pictures``."""
+    assert (pictures.FOLDER / name).read_text() == pictures.MADE[name]()
+
+
+def test_every_picture_is_shown_and_has_colours_for_the_dark() -> None:
+    shown = "".join(page.read_text() for page in PAGES)
+    for picture in pictures.FOLDER.iterdir():
+        assert f"pictures/{picture.name})" in shown, picture.name
+        assert "@media (prefers-color-scheme: dark)" in picture.read_text(), picture.name
+    assert set(pictures.MADE) < {picture.name for picture in pictures.FOLDER.iterdir()}
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    listed = re.findall(r"^::: ([\w.]+)$", text("api.md"), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    for module in (fluxmoe, testing):
+        for name in set(module.__all__) - {"GOLDEN", "PLUGIN_API", "hookimpl", "hookspec"}:
+            assert f"{module.__name__}.{name}" in listed
+    for name in listed:
+        home, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(home), attribute).__doc__, name
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+LINKING = [
+    *PAGES,
+    *sorted(path for path in ROOT.glob("*.md") if path.name != "README.md"),
+    *sorted(path for folder in ("benchmarks", "examples", "plugins", "fluxmoe")
+            for path in (ROOT / folder).rglob("*.md")),
+]  # fmt: skip
+
+
+def links(page: Path) -> set[str]:
+    """Targets of a page's links and pictures, outside of code."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    inline = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return {*inline, *re.findall(r"^\[[^\]]+\]: (\S+)$", prose, re.MULTILINE)}
+
+
+def anchors(page: Path) -> set[str]:
+    """What can follow a # behind a page's name."""
+    from markdown.extensions.toc import slugify
+
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {slugify(heading.replace("`", ""), "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        if "://" in target:
+            assert re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[^\s<>\"]*)?", target), target
+            continue
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(there), target
 
 
 def test_every_page_is_in_the_navigation() -> None:

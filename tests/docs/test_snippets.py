@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from benchmarks import __main__ as benchmarks
 
+from . import commands
+from .commands import options
 from .pages import PAGES, ROOT, WrongPage, blocks, run, run_with_vllm
 
 RUNNABLE = [
-    page for page in PAGES if any(b.language in ("python", "console") for b in blocks(page))
+    page for page in PAGES if any(b.language in ("python", "console", "bash") for b in blocks(page))
 ]
 WITH_VLLM = [page for page in PAGES if any(b.needs_vllm for b in blocks(page))]
 
@@ -36,7 +41,7 @@ def test_page_with_vllm(page: Path, tmp_path: Path) -> None:
 def test_the_pages_have_something_to_run() -> None:
     names = {page.name for page in RUNNABLE}
     assert {"README.md", "getting-started.md", "policies.md", "simulator.md"} <= names
-    assert [page.name for page in WITH_VLLM] == ["vllm.md"]
+    assert [page.name for page in WITH_VLLM] == ["first-launch.md", "vllm.md"]
 
 
 # --- the test tests -------------------------------------------------------------------------------
@@ -53,6 +58,30 @@ def fluxmoe_register_policies(register):
 ```
 '''
 VERSION = "```console\n$ fluxmoe --version\nfluxmoe 0.0.0\n```\n"
+
+
+def _targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.not_run for b in blocks(page))], ids=lambda p: p.name
+)
+def test_what_is_not_run_exists(page: Path) -> None:
+    known = {verb: options(command) for verb, command in commands.verbs()}
+    for block in (block for block in blocks(page) if block.not_run):
+        for line in block.body.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["make"]:
+                assert words[1] in _targets(), line
+            elif words[:3] == ["python", "-m", "benchmarks"]:
+                assert words[3] in benchmarks.BENCHMARKS | benchmarks.CHECKS, line
+            elif words[:1] == ["python"]:
+                assert (ROOT / words[1]).is_file(), line
+            elif words[:1] == ["fluxmoe"]:
+                verb = next(v for v in (" ".join(words[1:3]), words[1]) if v in known)
+                given = {word.strip("[]") for word in words if word.strip("[]").startswith("--")}
+                assert given <= known[verb], line
 
 
 def _run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -72,7 +101,10 @@ def _run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         ("```console\n$ fluxmoe demo\n```\n", 0),
         ("<!-- exit 2 -->\n```console\n$ fluxmoe nosuch\n```\n", 1),
         ("```python\nfrom fluxmoe.backends import vllm\n```\n", 1),
-        ("```bash\nexit 1\n```\n", 0),
+        ("<!-- not run: it fails -->\n```bash\nexit 1\n```\n", 0),
+        ("```bash\nfluxmoe --version > version\ngrep fluxmoe version\n```\n", 1),
+        ('```yaml title="a.yaml"\nmemory: {budget: 1GiB}\n```\n'
+         "```console\n$ fluxmoe config check a.yaml\n```\n", 1),
     ],
 )
 def test_right_pages_pass(
@@ -93,6 +125,10 @@ def test_right_pages_pass(
         ("<!-- exit 2 -->\n```console\n$ fluxmoe --version\n```\n", r"status 0"),
         ("<!-- exact -->\n" + VERSION, r"but the page shows\n+fluxmoe 0.0.0"),
         ("<!-- exakt -->\n" + VERSION, r"unknown directive 'exakt'"),
+        ("```bash\nfluxmoe nosuch\ntrue\n```\n", r"page.md:2: status 2"),
+        ("```bash\nfalse | true\n```\n", r"page.md:2: status 1"),
+        ("<!-- not run: -->\n```bash\nfalse\n```\n", r"unknown directive 'not run:'"),
+        ("```sh\ntrue\n```\n", r"write ```bash"),
         ("```console\n$ ls\n```\n", r"'ls' cannot be tested"),
         ("```console\nfluxmoe --version\n```\n", r"begins with a \$ line"),
     ],
