@@ -7,6 +7,8 @@ PIP      := $(BIN)/python -m pip -qq --disable-pip-version-check
 LOCK     := requirements/cpu.lock
 LOCKED   := $(VENV)/.lock-installed
 READY    := $(VENV)/.ready
+# Beside .venv, not in it: vLLM behaves otherwise where Triton can be imported.
+TRITON   := .triton
 
 # python3.11 if there is one, else the first newer one that can make virtual environments.
 PYTHON      ?=
@@ -15,6 +17,7 @@ PYTEST_ARGS ?=
 # Test processes; files are never split, because their tests share an engine.
 JOBS        ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && n=4; echo $$n)
 DEMO_ARGS   ?=
+TRITON_SPEC ?= triton==3.9.0
 BENCH_ARGS  ?=
 
 # The environment that vLLM wants, in one place. FluxMoE sets what correctness needs by itself;
@@ -25,10 +28,10 @@ export HF_HUB_OFFLINE      ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check format docs bench clean distclean
+.PHONY: help venv demo test test-triton check format docs bench clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=/path/to/python    the interpreter that .venv is made with (3.11 or newer)"
 	@echo "  PIP_ARGS='...'            added to pip's installs, e.g. --find-links DIR or"
@@ -69,6 +72,18 @@ demo: $(READY)  ## stock vLLM and FluxMoE at the same memory budget, compared
 test: $(READY)  ## the test suite (real CPU vLLM included)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+$(TRITON)/.installed: $(LOCKED)
+	@rm -rf $(TRITON)
+	@echo "installing $(TRITON_SPEC) into $(TRITON), about 1 GB"
+	@$(PIP) install --no-deps --target $(TRITON) $(PIP_ARGS) '$(TRITON_SPEC)'
+	@touch $@
+
+test-triton: $(READY) $(TRITON)/.installed  ## the GPU kernels, interpreted and compiled; needs no GPU
+	PYTHONPATH=$(TRITON) TRITON_DEFAULT_FP_FUSION=1 TRITON_INTERPRET=1 \
+	  $(BIN)/python -m pytest -n $(JOBS) tests/triton $(PYTEST_ARGS)
+	PYTHONPATH=$(TRITON) TRITON_DEFAULT_FP_FUSION=1 TRITON_CACHE_DIR=.cache/triton \
+	  $(BIN)/python -m pytest -n $(JOBS) tests/triton $(PYTEST_ARGS)
+
 check: $(READY)  ## lint, format, types, import direction
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,5 +106,5 @@ clean:  ## remove build output and caches
 	  .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean  ## clean, and remove .venv
-	rm -rf $(VENV)
+distclean: clean  ## clean, and remove .venv and .triton
+	rm -rf $(VENV) $(TRITON)

@@ -103,7 +103,7 @@ def client(folder: Path, port: int, rate: str, arguments: argparse.Namespace) ->
             *("--num-warmups", "2", "--disable-tqdm", "--percentile-metrics", "ttft,tpot,e2el"),
             *("--save-result", "--result-dir", results, "--result-filename", "out.json"),
         ]
-        # `vllm bench serve` itself does not start in the CPU build (FACTS: its command asks for
+        # `vllm bench serve` itself does not start in the CPU build (its command asks for
         # a distribution that is not there); this is what it calls.
         code = (
             "import argparse; from vllm.benchmarks.serve import add_cli_args, main;"

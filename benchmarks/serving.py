@@ -28,6 +28,8 @@ class Scenario:
     sequences: int
     requests: int
     fluxmoe: dict[str, Any]
+    #: Every run begins with no page resident, so that it pays for the first load of each.
+    cold: bool = True
 
 
 def scenarios(model: DemoModel) -> list[Scenario]:
@@ -37,7 +39,8 @@ def scenarios(model: DemoModel) -> list[Scenario]:
         Scenario(f"starved: stock holds {n}, {policy}", n, 64, {"eviction": policy})
         for n, policy in ((2, "next-use"), (3, "next-use"), (4, "next-use"), (3, "lru"))
     ]
-    rows += [Scenario(f"all fits, batch {n}", 64, n, {}) for n in (1, 8, 64)]
+    rows += [Scenario(f"all fits, batch {n}", 64, n, {}, cold=False) for n in (1, 8, 64)]
+    rows += [Scenario("all fits, cold, batch 8", 64, 8, {})]
     rows += [Scenario(f"1/4 of the experts in slots, batch {n}", 64, n, few) for n in (1, 8, 64)]
     return rows
 
@@ -53,6 +56,7 @@ def run(model: DemoModel, scenario: Scenario, rounds: int) -> Comparison:
         fluxmoe={"copy_threads": 0, **scenario.fluxmoe},
         rounds=rounds * 3 if small else rounds,
         options=model.options(max_num_seqs=64),
+        cold=scenario.cold,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -14,13 +14,14 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, InvariantError
 
 AUTO = "auto"
 
@@ -52,6 +53,19 @@ AutoSize = Annotated[
 ]
 
 
+def _budget(value: object) -> object:
+    if value is None:  # an empty line in YAML; "auto" must be asked for
+        raise PydanticCustomError("byte_size", "a size is needed")
+    return _auto(value)
+
+
+#: The same for the budget, which must be given and more than nothing.
+Budget = Annotated[
+    Annotated[ByteSize, Field(gt=0)] | None,
+    BeforeValidator(_budget, json_schema_input_type=ByteSize | Literal["auto"]),
+]
+
+
 #: What pydantic says in words of Python, in words of YAML.
 _WHAT = {
     "byte_size": "a size is needed",
@@ -64,6 +78,21 @@ _FIXES = {
     "byte_size": "write a size as 24GiB, or as a number of bytes",
     "byte_size_unit": "units are KiB, MiB, GiB, TiB; KB, MB, GB, TB",
 }
+
+
+_SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[Size, Field(gt=0)])
+
+
+def size(text: str, *, where: str) -> int:
+    """A size given on the command line. Raises ConfigError."""
+    try:
+        return int(_SIZE.validate_python(text))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{text!r} is no size",
+            where=where,
+            fix=_FIXES.get(error.errors()[0]["type"], _FIXES["byte_size"]),
+        ) from error
 
 
 class _Model(BaseModel):
@@ -90,8 +119,8 @@ class Share(_Model):
 class Memory(_Model):
     """The budget of one worker: experts and KV cache together."""
 
-    budget: Size = Field(gt=0)
-    """Bytes for experts and KV cache together, such as 24GiB."""
+    budget: Budget
+    """Bytes for experts and KV cache together, such as 24GiB; auto: half of what is free."""
     experts: Share = Share()
     """Bounds of the expert pages."""
     kv: Share = Share()
@@ -100,6 +129,34 @@ class Memory(_Model):
     """Unit in which memory moves between the two; auto: budget/8192 within 4KiB … 2MiB."""
     banks: int = Field(default=1, ge=1)
     """Banks to spread the slots over at least; more where the kernel's slot index is narrow."""
+
+    @property
+    def size(self) -> int:
+        """The budget in bytes; ``auto`` must have been resolved (``backends.machine``)."""
+        if self.budget is None:
+            raise InvariantError("memory.budget is still auto")
+        return int(self.budget)
+
+
+class Bounds(_Model):
+    """What a tenant must and may have; ``auto`` is as at the start."""
+
+    min: AutoSize = None
+    max: AutoSize = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise PydanticCustomError("order", "min must not be above max")
+        return self
+
+
+class HandLimits(_Model):
+    """Limits that are set while serving (``control``)."""
+
+    budget: AutoSize = None
+    experts: Bounds = Bounds()
+    kv: Bounds = Bounds()
 
 
 class PolicyLimits(_Model):
@@ -121,11 +178,33 @@ class HostStoreConfig(_Model):
     """Pages in host memory."""
 
     kind: Literal["host"]
+    limit: AutoSize = None
+    """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
+    codec: Policy = {"kind": "none"}
+    """Lossless codec that the pages are kept in."""
+
+
+class FileStoreConfig(_Model):
+    """Pages in a file, which is built at the first start."""
+
+    kind: Literal["file"]
+    path: str = Field(min_length=1)
+    """Folder of the page file; it is made if there is none."""
+    limit: AutoSize = None
+    """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
+    codec: Policy = {"kind": "none"}
+    """Lossless codec that the pages are kept in."""
+    direct: bool = True
+    """Read past the system's cache what is not in it; false where memory has room for the file."""
+
+
+StoreConfig = Annotated[HostStoreConfig | FileStoreConfig, Field(discriminator="kind")]
 
 
 #: What a preset chooses where nothing is said. ``paper``: arXiv 2604.02715, a window of two layers.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "off": {},
     "paper": {
         "eviction": {"kind": "immediate"},
         "prefetch": {"kind": "next-layer", "depth": 1},
@@ -140,8 +219,8 @@ class Config(_Model):
     model: str | None = None
     """Folder or Hugging Face name of the model; needed to serve."""
     memory: Memory
-    preset: Literal["default", "paper"] = "default"
-    """A named set of policies; those that are named themselves win over it."""
+    preset: Literal["default", "paper", "off"] = "default"
+    """A named set of policies; those named themselves win over it. off: no paging at all."""
     eviction: Policy = {"kind": "next-use"}
     """Policy that decides which expert is given up: a name, or {kind: NAME, option: value}."""
     prefetch: Policy = {"kind": "none"}
@@ -149,12 +228,14 @@ class Config(_Model):
     arbitration: Policy = {"kind": "fixed"}
     """Policy that divides the budget between experts and KV cache."""
     policy_limits: PolicyLimits = PolicyLimits()
-    stores: list[HostStoreConfig] = Field(
-        default=[HostStoreConfig(kind="host")], min_length=1, max_length=1
+    stores: list[StoreConfig] = Field(
+        default=[HostStoreConfig(kind="host")], min_length=1, max_length=8
     )
-    """Where the expert pages lie that are not resident."""
+    """Where the expert pages lie that are not resident: in the first store that has room."""
+    control: bool = False
+    """Whether limits can be set by hand while serving: fluxmoe limit. Reserves room for growth."""
     plugins: list[str] = []
-    """Files (.py) or modules that register further policies."""
+    """Files (.py) or modules that register further policies or codecs."""
     strict_policies: bool = False
     """Stop at the first fault of a policy instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
@@ -172,25 +253,45 @@ class Config(_Model):
         return data
 
 
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
+
+
 def parse(data: object, *, where: str) -> Config:
     """Validate a configuration.
 
     Raises:
         ConfigError: Names the first wrong field, its value and the way out.
     """
+    return _parse(Config, data, where)
+
+
+def parse_limits(data: object, *, where: str) -> HandLimits:
+    """The same for limits that are set while serving."""
+    return _parse(HandLimits, data, where)
+
+
+def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
     if data is None:
         raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a map of settings, not {data!r}", where=where)
     try:
-        return Config.model_validate(dict(data))
+        return model.model_validate(dict(data))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        place = list(map(str, first["loc"]))
+        if place[:1] == ["stores"]:
+            del place[2:3]  # the store's kind, which nobody wrote there
+        field = ".".join(place)
         if first["type"] == "extra_forbidden":
             what, fix = f"unknown key {field!r}", "remove it, or check its spelling"
-        elif first["type"] == "missing":
+        elif first["type"] in ("missing", "union_tag_not_found"):
+            if first["type"] == "union_tag_not_found":
+                field += ".kind"
             what, fix = f"{field!r} is missing", "add it"
+        elif first["type"] == "union_tag_invalid":
+            what = f"{field}.kind: it must be 'host' or 'file', not {first['input'].get('kind')!r}"
+            fix = "see `fluxmoe config schema`"
         else:
             what = _WHAT.get(first["type"], first["msg"].replace("Input should", "it must"))
             what = f"{field}: {what}, not {first['input']!r}"

@@ -1,4 +1,4 @@
-"""The event rule (DESIGN §5) once more, in plain Python sets and dictionaries, for the tests only.
+"""The event rule once more, in plain Python sets and dictionaries, for the tests only.
 
 Written from the text of the rule, point by point, and as slowly as it likes. It shares nothing
 with ``fluxmoe``: no import, no data structure, no trick.

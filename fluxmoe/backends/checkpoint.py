@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fluxmoe.errors import CheckpointError
+from fluxmoe.errors import CheckpointError, ConfigError
 
 _INDEX = "model.safetensors.index.json"
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.*\bweight)")
@@ -40,6 +40,22 @@ def require_readable(model: str) -> None:
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
 
 
+def weight_bytes(model: str) -> int:
+    """The size of a checkpoint's files of weights.
+
+    Raises:
+        ConfigError: ``model`` is no folder with such files.
+    """
+    files = [*Path(model).glob("*.safetensors")] if Path(model).is_dir() else []
+    if not files:
+        raise ConfigError(
+            f"auto needs the size of the weights, and {model} is no folder with safetensors",
+            where="memory.budget",
+            fix="give a size such as 24GiB, or a folder as the model",
+        )
+    return sum(path.stat().st_size for path in files)
+
+
 def _config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.exists():
@@ -48,7 +64,7 @@ def _config(folder: Path) -> None:
             where=str(folder),
             fix="name the folder of a checkpoint",
         )
-    if "model_type" not in _map(path):
+    if "model_type" not in read_map(path):
         raise CheckpointError("it names no model_type", where=str(path))
 
 
@@ -56,7 +72,7 @@ def _weights(folder: Path) -> None:
     index = folder / _INDEX
     listed: dict[str, set[str]] = defaultdict(set)
     if index.exists():
-        weight_map = _map(index).get("weight_map")
+        weight_map = read_map(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError("it has no weight_map", where=str(index))
         for tensor, file in weight_map.items():
@@ -111,7 +127,8 @@ def _experts(folder: Path, tensors: set[str]) -> None:
                 )
 
 
-def _map(path: Path) -> dict[str, Any]:
+def read_map(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a map, such as ``config.json``. Raises CheckpointError."""
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:

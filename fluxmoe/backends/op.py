@@ -83,7 +83,22 @@ _library.define("acquire(Tensor topk_ids, int handle, int layer) -> Tensor")
 _library.impl("acquire", _acquire, "CPU")
 torch.library.register_fake("fluxmoe::acquire", _fake, lib=_library)
 
-acquire = torch.ops.fluxmoe.acquire
+
+def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+    """Make the routed experts resident.
+
+    Args:
+        topk_ids: Routed experts of an MoE layer, integers of any shape, negative where padded.
+        handle: The pager (``attach``).
+        layer: The MoE layer, from 0.
+
+    Returns:
+        int32 of the same shape: the slot of each.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.fluxmoe.acquire(topk_ids, handle, layer)
+    return _acquire(topk_ids, handle, layer)  # an operator costs more than what it does here
+
 
 # Returns the ids anew, for `acquire`: whatever has no result that is used is compiled away.
 _library.define("note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle) -> Tensor")

@@ -13,6 +13,7 @@ from fluxmoe import plugins
 from fluxmoe.backends.machine import require_free
 from fluxmoe.config import Config, Share
 from fluxmoe.core import planner
+from fluxmoe.core.ages import PageAges
 from fluxmoe.core.arbiter import MemoryArbiter
 from fluxmoe.core.banks import sizes, spread
 from fluxmoe.core.carrier import HostCarrier
@@ -88,8 +89,8 @@ class Runtime:
         )
         eviction, prefetch, arbitration = plugins.load(config.plugins).serving(config)
         #: Whether the split may change while serving.
-        self.dynamic = not arbitration.fixed
-        budget = int(config.memory.budget)
+        self.dynamic = not arbitration.fixed or config.control
+        budget = config.memory.size
         require_free(budget)
         unit = kv.block if self.dynamic else 0
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget, unit))
@@ -146,6 +147,7 @@ class Runtime:
             )
             undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
+            self.ages = rule.ages = PageAges()
             self.pager = ExpertPager(rule, self._tenant, transfer, phase=phase)
             undo.pop_all()
 

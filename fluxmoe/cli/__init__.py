@@ -12,7 +12,22 @@ from typing import Annotated
 import typer
 
 import fluxmoe
-from fluxmoe.cli import config, demo, doctor, generate, output, policies, serve, simulate, trace
+from fluxmoe.cli import (
+    codec,
+    config,
+    demo,
+    doctor,
+    generate,
+    limit,
+    output,
+    plan,
+    plugin,
+    policies,
+    serve,
+    simulate,
+    top,
+    trace,
+)
 from fluxmoe.errors import FluxMoEError
 
 _DEBUG = "--debug"
@@ -46,11 +61,16 @@ def _app() -> typer.Typer:
     app.callback()(_globals)
     app.command("demo")(demo.demo)
     app.command("serve")(serve.serve)
+    app.command("plan")(plan.plan)
     app.command("generate")(generate.generate)
     app.command("simulate")(simulate.simulate)
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
+    app.command("codec")(codec.codec)
+    app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
+    app.command("top")(top.top)
+    app.command("limit")(limit.limit)
     app.command("doctor")(doctor.doctor)
     return app
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fluxmoe.cli import output
+
+if TYPE_CHECKING:
+    from fluxmoe.config import Config
 
 app = typer.Typer(help="Check and explain configurations.", no_args_is_help=True)
 
@@ -19,8 +22,12 @@ _KINDS = ("eviction", "prefetch", "arbitration")
 @app.command()
 def check(file: _File) -> None:
     """Check keys, values, policies and their options; exit code 2 if something is wrong."""
+    from fluxmoe import config
+
     _load(file)
     print(f"{file}: ok")
+    for line in _resolved(config.load(file)):
+        print(line)
 
 
 @app.command()
@@ -39,21 +46,27 @@ def show(
     """Print the configuration with all defaults filled in. It is one itself."""
     import yaml
 
+    from fluxmoe import config
+
     shown = _load(file)
     if as_json:
         output.print_json(shown)
     else:
         yaml.safe_dump(shown, sys.stdout, sort_keys=False, allow_unicode=True)
+        for line in _resolved(config.load(file)):
+            print(f"# {line}")
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The checked configuration as ``show`` prints it. Its policies are made, to check them."""
+    """The checked configuration as ``show`` prints it: policies and codecs are made, too."""
     from fluxmoe import config, plugins
+    from fluxmoe.backends.stores import coders
 
     loaded = config.load(file)
     shown = {key: _readable(getattr(loaded, key)) for key in type(loaded).model_fields}
     registry = plugins.load(loaded.plugins)
     registry.serving(loaded)
+    coders(loaded, registry)
     for kind in _KINDS:
         spec: dict[str, Any] = getattr(loaded, kind)
         options = registry.get(kind, spec["kind"]).config_model
@@ -66,6 +79,23 @@ def _load(file: Path) -> dict[str, Any]:
     return shown
 
 
+def _resolved(loaded: Config) -> list[str]:
+    """What words in a configuration amount to here and now."""
+    from fluxmoe.backends import machine
+    from fluxmoe.backends.vllm import launch
+
+    lines = []
+    if loaded.preset == "off":
+        lines.append("preset: off serves without paging; policies have no effect")
+    if loaded.memory.budget is None and loaded.model is not None:
+        size = output.nbytes(launch.resolved(loaded).memory.size)
+        lines.append(
+            f"memory.budget: auto is {size} per worker at present, {machine.SHARE:.0%} of the "
+            "memory that is free beside the model's weights"
+        )
+    return lines
+
+
 def _readable(value: Any) -> Any:
     """A value as a person would write it: sizes with units, and ``auto``."""
     from pydantic import BaseModel, ByteSize
@@ -75,6 +105,8 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):
-        # The only fields below the top that may be None are sizes left to the planner.
+        # The only fields below the top that may be None are sizes left to us.
         return {key: "auto" if item is None else _readable(item) for key, item in value}
+    if isinstance(value, dict) and value.keys() == {"kind"}:
+        return value["kind"]
     return value

@@ -8,15 +8,16 @@ A wish that is far away is reached in many moves, and can be changed or dropped 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.banks import sizes
 from fluxmoe.core.kv import KVLayout, KVTenant
 from fluxmoe.core.policy import ArbitrationView, Split
-from fluxmoe.core.protocol import Answer, Move, Mover, Order, Outcome, Result
+from fluxmoe.core.protocol import Answer, ByHand, Move, Mover, Order, Outcome, Result
 from fluxmoe.core.tenants import ExpertTenant, frames_for
 from fluxmoe.core.types import Budget, Geometry, PageClass
 
@@ -29,6 +30,10 @@ PAUSE = 0.25
 #: A move is at most this part of the budget, at least one group and one slot.
 LARGEST = 1 / 16
 FIRST = 1 / 64
+#: Steps before a decision is told of again that goes the same way as the last, or the other way.
+QUIET, TURN = 64, 8
+#: Decisions that are remembered.
+REMEMBERED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,15 @@ class Inventory:
     kv: Budget
     layout: KVLayout
     groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Why memory began to move: the ``number``-th decision, ``to_kv`` or ``to_experts``."""
+
+    number: int
+    direction: str
+    reason: str
 
 
 class BlockSource(Protocol):
@@ -88,8 +102,15 @@ class SplitController:
         #: KV groups whose memory is committed on every worker.
         self._groups = set(range(inventory.groups))
         self._limit = inventory.frames
+        self._bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
+        #: What was set by hand; None if nothing ever was.
+        self._by_hand: ByHand | None = None
         self._pause_per_frame = 0.0
-        self._reason = ""
+        #: Seconds of the longest move so far, both halves together.
+        self.longest_pause = 0.0
+        self._steps, self._told, self._line = 0, -QUIET, ""
+        #: The last decisions that were told of, the oldest first.
+        self.decisions: deque[Decision] = deque(maxlen=REMEMBERED)
         #: Moves that took effect, by direction.
         self.changes = {"to_kv": 0, "to_experts": 0}
         #: Moves that were rolled back or left frames free.
@@ -122,13 +143,21 @@ class SplitController:
         """Slow calls of the policy."""
         return self._policy.slow
 
-    def set_limit(self, frames: int | None) -> None:
-        """Use at most so many frames of the budget from now on, in as many moves as it takes.
+    def set_limits(self, limits: ByHand) -> None:
+        """Keep to these limits from now on, in as many moves as it takes.
 
-        What requests use of the KV cache is not taken away; below the minimums it does not go.
+        What cannot be kept to (less than a tenant's minimum, more than there is) is cut.
         """
         total = self._inventory.frames
-        self._limit = total if frames is None else min(max(frames, 0), total)
+        self._by_hand = limits
+        self._limit = total if limits.total is None else min(max(limits.total, 0), total)
+        group = self._inventory.layout.frames_per_group
+        least = None if limits.kv_min is None else -(-limits.kv_min // group) * group
+        kv = _within(self._inventory.kv, least, limits.kv_max)
+        experts = _within(self._inventory.experts, limits.experts_min, limits.experts_max)
+        if experts.min + kv.min > total:  # both cannot be had: the KV cache wins
+            experts = replace(experts, min=total - kv.min)
+        self._bounds = {EXPERTS: experts, KV: kv}
 
     # --- every step ------------------------------------------------------------------------------
 
@@ -145,23 +174,28 @@ class SplitController:
         result = self._mover.receive(answers)
         if result is not None:
             self._finish(result)
-        layout, inventory = self._inventory.layout, self._inventory
+        layout = self._inventory.layout
+        self._steps += 1
         used = -(-self._blocks.used() * layout.block_bytes // layout.frame_bytes)
         frames = self.frames
         view = replace(
             view,
             frames=frames,
             total_frames=max(self._limit, self._least()),
-            bounds={EXPERTS: inventory.experts, KV: inventory.kv},
+            bounds=self._bounds,
             kv_used_frames=used,
         )
         split = self._policy.split(view)
-        over = sum(frames.values()) > view.total_frames
+        over = sum(frames.values()) > view.total_frames or any(
+            not bounds.min <= frames[name] <= bounds.max for name, bounds in self._bounds.items()
+        )
         # An idle engine ends the move that is under way, and begins none: moves keep it stepping.
         if not self._mover.busy and (view.tokens or over):
             move = self._plan(self._within(split, view), view)
             if move is not None:
-                self._report(move, split)
+                # Also where a policy that wants nothing gets what a person took from the other.
+                told = self._by_hand is not None and dict(split.frames) == frames
+                self._report(move, split, by_hand=over or told)
                 self._mover.begin(move)
         return self._mover.order()
 
@@ -187,13 +221,14 @@ class SplitController:
             self._inventory.layout.frames(groups),
             abs(self._expert_frames(move.slots) - self._expert_frames(move.before)),
         )
+        self.longest_pause = max(self.longest_pause, result.seconds)
         pause = result.seconds / max(moved, 1)
         self._pause_per_frame += (pause - self._pause_per_frame) / 4
 
     # --- planning --------------------------------------------------------------------------------
 
     def _least(self) -> int:
-        return self._inventory.experts.min + self._inventory.kv.min
+        return sum(bounds.min for bounds in self._bounds.values())
 
     def _within(self, split: Split, view: ArbitrationView) -> dict[str, int]:
         """What the policy wants, within the bounds; KV cache in use always wins."""
@@ -202,7 +237,9 @@ class SplitController:
         wanted_kv = min(max(split.frames[KV], floor), kv.max, view.total_frames - experts.min)
         wanted = min(max(split.frames[EXPERTS], experts.min), experts.max)
         room = max(view.total_frames - wanted_kv, experts.min)
-        return {KV: wanted_kv, EXPERTS: min(wanted, room)}
+        wishes = {EXPERTS: min(wanted, room), KV: wanted_kv}
+        # Policies need not use all of their bounds. What a person takes from one is the other's.
+        return wishes if self._by_hand is None else _filled(wishes, view)
 
     def _plan(self, wanted: dict[str, int], view: ArbitrationView) -> Move | None:
         """The next move towards ``wanted``; None if there is none worth making."""
@@ -214,12 +251,15 @@ class SplitController:
             return self._to_kv(grow, free)
         slots = self._sizes(wanted[EXPERTS]) or self._slots
         experts = self._expert_frames(slots)
-        if experts < have[EXPERTS] and free < 0:
-            return self._resize(max(experts, have[EXPERTS] - min(-free, most)))
+        surplus = max(-free, have[EXPERTS] - view.bounds[EXPERTS].max)
+        if experts < have[EXPERTS] and surplus > 0:
+            return self._resize(max(experts, have[EXPERTS] - min(surplus, most)))
         # The KV cache gives no more than the experts can use, or than the limit demands.
-        needed = -(-max(experts - have[EXPERTS] - free, 0) // per_group) * per_group
+        needed = max(experts - have[EXPERTS] - free, have[KV] - view.bounds[KV].max, 0)
+        needed = -(-needed // per_group) * per_group
         gap = have[KV] - wanted[KV]
-        if free < 0 and have[KV] - per_group >= self._inventory.kv.min:
+        limited = free < 0 or have[KV] > view.bounds[KV].max
+        if limited and have[KV] - per_group >= view.bounds[KV].min:
             gap = -(-gap // per_group) * per_group  # a limit is kept to, not come close to
         shrink = min(gap, needed, most)
         if shrink >= per_group:
@@ -291,17 +331,48 @@ class SplitController:
     def _kv_frames(self, groups: Collection[int]) -> int:
         return self._inventory.layout.frames(groups)
 
-    def _report(self, move: Move, split: Split) -> None:
+    def _report(self, move: Move, split: Split, *, by_hand: bool) -> None:
         """A line per decision; moves on the way to the same wish are not worth one each."""
-        direction = "to the KV cache" if move.to_kv else "to the experts"
+        direction = "to_kv" if move.to_kv else "to_experts"
+        words = "to the KV cache" if move.to_kv else "to the experts"
+        reason = split.reason
+        if by_hand:
+            reason = f"limits set by hand: {_words(self._by_hand or ByHand())}"
+        line = f"{words}; {reason}" if reason else words
+        turned = not self.decisions or self.decisions[-1].direction != direction
+        if line == self._line or self._steps - self._told < (TURN if turned else QUIET):
+            return
+        self._line, self._told = line, self._steps
+        number = self.decisions[-1].number + 1 if self.decisions else 1
+        self.decisions.append(Decision(number, direction, reason))
         size = self._inventory.layout.frame_bytes / 2**20
         have = {name: f"{count * size:.1f}" for name, count in self.frames.items()}
         want = {name: f"{count * size:.1f}" for name, count in split.frames.items()}
-        line = f"{direction}; {split.reason}" if split.reason else direction
-        if line != self._reason:
-            self._reason = line
-            logger.info(
-                "arbitration (%s): memory moves %s: experts %s → %s MiB, KV cache %s → %s MiB",
-                *(self._policy.name, line),
-                *(have[EXPERTS], want[EXPERTS], have[KV], want[KV]),
-            )
+        logger.info(
+            "arbitration (%s): memory moves %s: experts %s → %s MiB, KV cache %s → %s MiB",
+            *(self._policy.name, line),
+            *(have[EXPERTS], want[EXPERTS], have[KV], want[KV]),
+        )
+
+
+def _within(bounds: Budget, least: int | None, most: int | None) -> Budget:
+    """Bounds narrowed by hand, the maximum first: what cannot be had is cut."""
+    upper = bounds.max if most is None else min(max(most, bounds.min), bounds.max)
+    lower = bounds.min if least is None else min(max(least, bounds.min), upper)
+    return Budget(lower, bounds.target, upper)
+
+
+def _filled(wishes: dict[str, int], view: ArbitrationView) -> dict[str, int]:
+    """Share out what nobody wants: up to what each began with, then up to what each may have."""
+    for goal in ("target", "max"):
+        for name in (EXPERTS, KV):
+            bounds = view.bounds[name]
+            rest = view.total_frames - sum(wishes.values())
+            room = min(getattr(bounds, goal), bounds.max) - wishes[name]
+            wishes[name] += max(min(rest, room), 0)
+    return wishes
+
+
+def _words(limits: ByHand) -> str:
+    given = [(field.name, getattr(limits, field.name)) for field in fields(limits)]
+    return ", ".join(f"{name} {value} frames" for name, value in given if value is not None)

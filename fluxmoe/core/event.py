@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core import order
+from fluxmoe.core.ages import PageAges
 from fluxmoe.core.bits import lowest_bit
 from fluxmoe.core.chooser import FAILED, new_chooser, take_dirty, victims
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
@@ -46,6 +47,7 @@ from fluxmoe.core.pages import (
     compact,
     load,
     mark_dirty,
+    open_books,
     release_leaving,
     unload,
 )
@@ -179,6 +181,29 @@ def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
     return n
 
 
+# What callers in Python call: they hand over the directory of the books (``bound``).
+
+
+@jit
+def _open(books: Int64s, step: int, layer: int, ids: Ints, slots: Slots) -> int:
+    return open_event(open_books(books), step, layer, ids, slots)
+
+
+@jit
+def _evict(books: Int64s, victims: Int64s, counter: int) -> None:
+    evict(open_books(books), victims, counter)
+
+
+@jit
+def _load_missing(books: Int64s) -> None:
+    load_missing(open_books(books))
+
+
+@jit
+def _lookup(books: Int64s, layer: int, ids: Ints, slots: Slots) -> None:
+    lookup(open_books(books), layer, ids, slots)
+
+
 class EventRule:
     """The rule bound to one page table, one eviction and one prefetch policy.
 
@@ -195,10 +220,17 @@ class EventRule:
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
         self._predicted: Int64s | None = None
+        #: Told of pages that leave, where somebody wants to know; ``replay`` tells nobody.
+        self.ages: PageAges | None = None
         if eviction.kernel is not None:
             # Compiles it, or reads it from disk, at no policy's expense.
             event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
             victims(*event, np.zeros(0, np.int64))
+
+    @property
+    def follows(self) -> bool:
+        """Whether an event is not over when it is open, although all its pages were resident."""
+        return self.eviction.retains or self._prefetch.active
 
     @property
     def prefetches(self) -> bool:
@@ -212,6 +244,8 @@ class EventRule:
             order.clear(self.heap)
         self.eviction.reset()
         self._prefetch.reset()
+        if self.ages is not None:
+            self.ages.reset()
 
     def run(self, step: int, layer: int, ids: Ints, predicted: Int64s | None = None) -> None:
         """One whole event, for callers that copy nothing (the simulator).
@@ -225,10 +259,16 @@ class EventRule:
 
     def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         """Points 1–3 and 6 of the rule. See ``open_event``."""
-        misses = open_event(self.table.books, step, layer, ids, slots)
+        if self.ages is not None:
+            self.ages.routed(self.table.books, layer, ids)
+        misses = _open(self.table.directory, step, layer, ids, slots)
         if self.eviction.watches_access:
             self.eviction.on_access(self.access())
         return misses
+
+    def lookup(self, layer: int, ids: Ints, slots: Slots) -> None:
+        """Fill ``slots`` for experts that are resident by now. See ``lookup``."""
+        _lookup(self.table.directory, layer, ids, slots)
 
     def admit(self) -> None:
         """Points 4 and 5: choose victims if slots are short, then load the misses."""
@@ -239,11 +279,13 @@ class EventRule:
             short = misses - int(b.num_free[bank])
             if short > 0:
                 self._evict(bank, short, spare=False)
-            load_missing(b)
+            _load_missing(self.table.directory)
             if self.eviction.watches_load:
                 self.eviction.on_load(b.missing[:misses].copy())
         if self.eviction.retains:
             leaving = self.eviction.leaving(self.access())
+            if self.ages is not None:
+                self.ages.leave(b, leaving)
             b.leaving[: len(leaving)] = leaving
             b.now[LEAVING] = len(leaving)
 
@@ -334,11 +376,13 @@ class EventRule:
                 )
 
     def _unload(self, victims: Int64s, counter: int) -> None:
+        if self.ages is not None:
+            self.ages.leave(self.table.books, victims)
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
         finally:  # the heap has let go of them: they must leave, whatever the policy does
-            evict(self.table.books, victims, counter)
+            _evict(self.table.directory, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
         """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted."""

@@ -28,6 +28,8 @@ class FramePool:
         self.frame_bytes = frame_bytes
         self._owner = np.full(count, FREE, np.int16)
         self._tenants: list[str] = []
+        #: Frames per tenant, so that nobody counts them in every step.
+        self._held: list[int] = []
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +39,7 @@ class FramePool:
     @property
     def owned(self) -> int:
         """How many frames have an owner."""
-        return int(np.count_nonzero(self._owner != FREE))
+        return sum(self._held)
 
     @property
     def free(self) -> int:
@@ -61,7 +63,7 @@ class FramePool:
         """How many frames ``tenant`` has now."""
         if tenant not in self._tenants:
             return 0
-        return int(np.count_nonzero(self._owner == self._tenants.index(tenant)))
+        return self._held[self._tenants.index(tenant)]
 
     def take(self, tenant: str, count: int) -> Int64s:
         """Give ``count`` free frames to ``tenant``, lowest first, so that runs stay contiguous.
@@ -79,7 +81,10 @@ class FramePool:
         frames = np.flatnonzero(self._owner == FREE)[:count].astype(np.int64)
         if tenant not in self._tenants:
             self._tenants.append(tenant)
-        self._owner[frames] = self._tenants.index(tenant)
+            self._held.append(0)
+        owner = self._tenants.index(tenant)
+        self._owner[frames] = owner
+        self._held[owner] += count
         return frames
 
     def give(self, tenant: str, frames: Int64s) -> None:
@@ -97,12 +102,14 @@ class FramePool:
         if np.any(self._owner[frames] != self._tenants.index(tenant)):
             raise InvariantError(f"{tenant} gives back frames of somebody else")
         self._owner[frames] = FREE
+        self._held[self._tenants.index(tenant)] -= len(frames)
 
     def check(self) -> None:
         """Raise InvariantError unless every frame is free or has a known owner."""
         if np.any((self._owner < FREE) | (self._owner >= len(self._tenants))):
             raise InvariantError("a frame is owned by an unknown tenant")
-        if sum(map(self.owned_by, self._tenants)) != self.owned:
-            raise InvariantError("frames were lost")
+        for owner, held in enumerate(self._held):
+            if held != np.count_nonzero(self._owner == owner):
+                raise InvariantError(f"frames of {self._tenants[owner]} were lost")
         if not self.owned <= self.limit <= self.count:
             raise InvariantError(f"{self.owned} frames are owned, the budget has {self.limit}")

@@ -3,7 +3,7 @@
 Numba notices when the file of a cached function has changed, but not when a function, a constant or
 a class that it uses from *another* file has: it would then run stale code, or fail to read its own
 index. The functions of ``event`` and ``order`` use those of ``pages``, so the machine code is filed
-under a name that contains a digest of all compiled sources.
+under a name that contains a digest of all compiled sources of its folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,10 +20,12 @@ from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., object])
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-_DIGEST = hashlib.sha256(
-    b"".join(text for path in _SOURCES if b"@jit" in (text := path.read_bytes()))
-).hexdigest()[:8]
+
+@cache
+def _digest(folder: Path) -> str:
+    texts = (path.read_bytes() for path in sorted(folder.glob("*.py")))
+    compiled = (text for text in texts if b"@jit" in text or b"intrinsic" in text)
+    return hashlib.sha256(b"".join(compiled)).hexdigest()[:8]
 
 
 class _Cache(FunctionCache):
@@ -57,7 +60,8 @@ def jit_allocating(function: F) -> F:
 
 
 def _cached(function: F, options: dict[str, bool]) -> F:
-    function.__qualname__ += f"_{_DIGEST}"  # the name of the cache file comes from it
+    folder = Path(function.__code__.co_filename).parent
+    function.__qualname__ += f"_{_digest(folder)}"  # the name of the cache file comes from it
     compiled = numba.njit(nogil=True, **options)(function)
     # An error here means: neither beside the source nor in the user's cache may files be written.
     with contextlib.suppress(RuntimeError):

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from fluxmoe.core.event import EventRule, Slots, lookup
+from fluxmoe.core.event import EventRule, Slots
 from fluxmoe.core.mrc import MissRatioCurve
 from fluxmoe.core.pages import LOADED, PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
@@ -81,6 +81,8 @@ class ExpertPager:
         if self.curve is not None:
             self.curve.observe(self._books.last_use, layer, ids)
         misses = self._rule.open(self._step, layer, ids, slots)
+        if not misses and not self._transfer.busy and not self._rule.follows:
+            return
         try:
             self._fill(misses, layer, ids, slots)
         except BaseException:
@@ -98,7 +100,7 @@ class ExpertPager:
         if misses:
             for loads in rule.loads():
                 self._transfer.demand(loads)
-            lookup(self._books, layer, ids, slots)
+            rule.lookup(layer, ids, slots)
         if rule.prefetch():
             for loads in rule.loads():
                 self._transfer.prefetch(loads)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.bound import directory, opener
 from fluxmoe.core.jit import jit
 from fluxmoe.core.types import Bools, Bytes, Counters, Geometry, Int64s, Phase
 from fluxmoe.errors import CapacityError, InvariantError
@@ -73,6 +74,39 @@ class Books(NamedTuple):
     dirty: Int64s  # pages whose score must be computed anew [P]
     now: Int64s  # scalars, see EVENT …
     counts: Int64s  # see C_EVENTS …
+
+
+def _new_books(geometry: Geometry, banks: int, width: int, bank_of: Sequence[int] | None) -> Books:
+    pages, experts = geometry.num_pages, geometry.experts_per_layer
+    return Books(
+        last_use=np.full(pages, NEVER, np.int64),
+        use_count=np.zeros(pages, np.int64),
+        loaded_at=np.full(pages, NEVER, np.int64),
+        slot_of=np.full(pages, ABSENT, np.int32),
+        flags=np.zeros(pages, np.uint8),
+        present=np.zeros(-(-pages // 64), np.uint64),
+        page_at=np.full((banks, width), ABSENT, np.int64),
+        free=np.zeros((banks, width), np.int32),
+        num_free=np.zeros(banks, np.int64),
+        num_slots=np.zeros(banks, np.int64),
+        bank_of=np.asarray(bank_of or [0] * geometry.num_layers, np.int64),
+        layer_of=np.repeat(np.arange(geometry.num_layers), experts),
+        pages=np.zeros(experts, np.int64),
+        tokens=np.zeros(experts, np.int64),
+        routed=np.zeros(experts, np.int64),
+        asked=np.zeros(-(-experts // 64), np.uint64),
+        hit=np.zeros(experts, np.bool_),
+        missing=np.zeros(experts, np.int64),
+        loaded=np.zeros(pages, np.int64),
+        leaving=np.zeros(experts, np.int64),
+        dirty=np.zeros(pages, np.int64),
+        now=np.zeros(8, np.int64),
+        counts=np.zeros(11, np.int64),
+    )
+
+
+#: For compiled code: the directory of books → the books.
+open_books = opener(_new_books(Geometry(1, 1), 1, 1, None))
 
 
 @jit
@@ -183,32 +217,9 @@ class PageTable:
         #: The fewest slots of a bank: one layer's experts, or the largest event of a known trace.
         self.minimum = geometry.experts_per_layer if minimum is None else minimum
         banks, width = len(slots), max(*slots, reserved or 0, self.minimum)
-        pages, experts = geometry.num_pages, geometry.experts_per_layer
-        self.books = Books(
-            last_use=np.full(pages, NEVER, np.int64),
-            use_count=np.zeros(pages, np.int64),
-            loaded_at=np.full(pages, NEVER, np.int64),
-            slot_of=np.full(pages, ABSENT, np.int32),
-            flags=np.zeros(pages, np.uint8),
-            present=np.zeros(-(-pages // 64), np.uint64),
-            page_at=np.full((banks, width), ABSENT, np.int64),
-            free=np.zeros((banks, width), np.int32),
-            num_free=np.zeros(banks, np.int64),
-            num_slots=np.zeros(banks, np.int64),
-            bank_of=np.asarray(bank_of or [0] * geometry.num_layers, np.int64),
-            layer_of=np.repeat(np.arange(geometry.num_layers), experts),
-            pages=np.zeros(experts, np.int64),
-            tokens=np.zeros(experts, np.int64),
-            routed=np.zeros(experts, np.int64),
-            asked=np.zeros(-(-experts // 64), np.uint64),
-            hit=np.zeros(experts, np.bool_),
-            missing=np.zeros(experts, np.int64),
-            loaded=np.zeros(pages, np.int64),
-            leaving=np.zeros(experts, np.int64),
-            dirty=np.zeros(pages, np.int64),
-            now=np.zeros(8, np.int64),
-            counts=np.zeros(11, np.int64),
-        )
+        self.books = _new_books(geometry, banks, width, bank_of)
+        #: Where they lie, for compiled code (``open_books``).
+        self.directory = directory(self.books)
         if not np.isin(self.books.bank_of, np.arange(banks)).all() or (
             len(self.books.bank_of) != geometry.num_layers
         ):

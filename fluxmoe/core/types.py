@@ -14,6 +14,12 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
+#: Kinds of age, all in events: how long a page was resident when it left; how long it had not been
+#: used by then; and from one use of a page to the next.
+LIFETIME, IDLE, REUSE = range(3)
+#: Ages are counted by power of two: bucket n has those up to 2^n, the last one all others.
+AGES = 24
+
 
 class Phase(IntEnum):
     """What a step mostly does. A batch that mixes both counts as prefill."""

@@ -147,6 +147,7 @@ def compare(
     fluxmoe: dict[str, Any],
     rounds: int,
     options: dict[str, Any],
+    cold: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Run a workload through stock vLLM and through FluxMoE at the same budget.
@@ -159,6 +160,7 @@ def compare(
         fluxmoe: FluxMoE's configuration without ``memory.budget``.
         rounds: How often each engine runs the workload, in turns.
         options: Passed to ``vllm.LLM`` of both.
+        cold: Begin every run with no page resident; else with those of the run before.
         progress: Told what happens.
     """
     fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
@@ -173,11 +175,11 @@ def compare(
             engines = {"stock vLLM": stock, "FluxMoE": paged}
             runs: dict[str, list[Run]] = {name: [] for name in engines}
             for engine in engines.values():  # first requests pay for lazy set-up
-                engine.generate(prompts[: min(2, len(prompts))])
+                engine.generate(prompts[:2] if cold else prompts)
             for turn in range(rounds):
                 for name, engine in engines.items():
                     progress(f"round {turn + 1} of {rounds}: {name}")
-                    runs[name].append(engine.generate(prompts))
+                    runs[name].append(engine.generate(prompts, cold=cold))
             sides = {
                 name: Side(tuple(runs[name]), engine.info["kv_blocks"], engine.info["kv_bytes"])
                 for name, engine in engines.items()

@@ -1,13 +1,18 @@
-"""Pages in host memory, adopted layer by layer without a copy."""
+"""Pages in host memory: adopted layer by layer without a copy, or kept page by page and coded."""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
 
 from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import StoreError
+from fluxmoe.stores.coding import Coder
+
+#: Memory is taken in pieces of this size. What is never written is never really taken.
+_CHUNK = 64 << 20
 
 
 class HostStore:
@@ -23,16 +28,7 @@ class HostStore:
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
         """Take the next layer: one array ``[experts, nbytes]`` per part of the page class."""
-        layer, experts = len(self._layers), self._geometry.experts_per_layer
-        if layer == self._geometry.num_layers:
-            raise StoreError(f"the store already has all {layer} layers")
-        got = [part.shape for part in parts]
-        expected = [(experts, part.nbytes) for part in self._page_class.parts]
-        if got != expected:
-            raise StoreError(f"layer {layer} has parts of shape {got}, expected {expected}")
-        if any(part.dtype != np.uint8 for part in parts):
-            dtypes = [str(part.dtype) for part in parts]
-            raise StoreError(f"layer {layer} has parts of {dtypes}, expected uint8")
+        require_layer(self._geometry, self._page_class, len(self._layers), parts)
         self._layers.append(list(parts))
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
@@ -44,3 +40,72 @@ class HostStore:
 
     def close(self) -> None:
         self._layers.clear()
+
+
+class HostTier:
+    """Pages that are kept in host memory, coded.
+
+    Args:
+        coder: How they are kept.
+        limit: Bytes that they may occupy; None if there is no limit.
+    """
+
+    def __init__(self, coder: Coder, limit: int | None) -> None:
+        self._coder, self._limit = coder, limit
+        self._pages: dict[int, list[Bytes]] = {}
+        self._room = np.empty(0, np.uint8)
+        self.nbytes = 0
+
+    def put(self, page: int, parts: Sequence[Bytes]) -> bool:
+        kept = [self._coder.encode(part) for part in parts]
+        nbytes = sum(_lines(part) for part in kept)
+        if self._limit is not None and self.nbytes + nbytes > self._limit:
+            return False
+        if len(self._room) < nbytes:
+            self._room = _anonymous(max(nbytes, _CHUNK))
+        self._pages[page] = []
+        for part in kept:
+            place = self._room[: len(part)]
+            np.copyto(place, part)
+            self._pages[page].append(place)
+            self._room = self._room[_lines(part) :]
+        self.nbytes += nbytes
+        return True
+
+    def finish(self) -> None:
+        """Nothing is left to be done."""
+
+    def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
+        for kept, part in zip(self._pages[page], parts, strict=True):
+            self._coder.decode(kept, part)
+
+    def close(self) -> None:
+        self._pages.clear()
+        self._room = np.empty(0, np.uint8)
+        self.nbytes = 0
+
+
+def require_layer(
+    geometry: Geometry, page_class: PageClass, layer: int, parts: Sequence[Bytes]
+) -> None:
+    """Raise StoreError unless ``parts`` are what the next layer, ``layer``, must be."""
+    if layer == geometry.num_layers:
+        raise StoreError(f"the store already has all {layer} layers")
+    got = [part.shape for part in parts]
+    expected = [(geometry.experts_per_layer, part.nbytes) for part in page_class.parts]
+    if got != expected:
+        raise StoreError(f"layer {layer} has parts of shape {got}, expected {expected}")
+    if any(part.dtype != np.uint8 for part in parts):
+        dtypes = [str(part.dtype) for part in parts]
+        raise StoreError(f"layer {layer} has parts of {dtypes}, expected uint8")
+
+
+def _lines(part: Bytes) -> int:
+    """What a part occupies: whole cache lines."""
+    return -(-len(part) // 64) * 64
+
+
+def _anonymous(nbytes: int) -> Bytes:
+    """Memory of its own: the heap would keep the holes that encoding leaves behind."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8)

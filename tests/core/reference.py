@@ -1,4 +1,4 @@
-"""The event rule of DESIGN §5 in plain Python: sets, dictionaries and sorting, nothing shared.
+"""The event rule (docs/event-rule.md) in plain Python: sets, dictionaries, sorting; nothing shared.
 
 Written from the text, not from the code. Where the text leaves a choice, the choice is named.
 """

@@ -14,7 +14,7 @@ import fluxmoe
 from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.controller import Inventory, SplitController
 from fluxmoe.core.policy import ArbitrationView, Split
-from fluxmoe.core.protocol import Follower
+from fluxmoe.core.protocol import ByHand, Follower
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import PolicyFaultError, SubstrateError
@@ -290,18 +290,88 @@ def test_a_lowered_limit_is_kept_to_and_raised_again(world):
     kv = w.frames["kv"]
     w.blocks.in_use = set(w.blocks.usable)
     w.policy.answer = None  # the present split is an answer, even if it is too large now
-    w.controller.set_limit(20)
+    w.controller.set_limits(ByHand(20))
     w.settle()
     assert w.frames == {"experts": frames_for(PAGE_CLASS, EXPERTS, FRAME), "kv": kv}
-    w.controller.set_limit(24)
+    w.controller.set_limits(ByHand(24))
     w.blocks.in_use = set()
     w.settle()
     assert w.controller.faults == 0
     assert sum(w.frames.values()) <= 24
-    w.controller.set_limit(None)
+    w.controller.set_limits(ByHand())
     w.want(20, 20)
     w.settle()
-    assert sum(w.frames.values()) == full
+    assert sum(w.frames.values()) >= full
+
+
+def test_limits_of_a_tenant_by_hand_win_over_any_wish(world, caplog):
+    w = world()
+    w.want(20, 20)
+    w.settle()
+    with caplog.at_level(logging.INFO, "fluxmoe"):
+        w.controller.set_limits(ByHand(kv_max=12))
+        w.settle()
+    assert w.frames["kv"] <= 12 and w.frames["experts"] >= 19
+    assert "limits set by hand: kv_max 12 frames" in caplog.text
+    assert "by hand" in w.controller.decisions[-1].reason
+    w.controller.set_limits(ByHand(kv_min=25))
+    w.settle()
+    assert w.frames["kv"] >= 25
+    w.policy.answer = None
+    w.controller.set_limits(ByHand(experts_max=10))  # nobody wants what they lose
+    w.settle()
+    assert w.frames["experts"] <= 10
+    w.controller.set_limits(ByHand(experts_max=0, kv_max=0))  # less than they need is not possible
+    w.settle()
+    assert 0 < w.frames["kv"] <= 5
+    assert w.frames["experts"] == frames_for(PAGE_CLASS, EXPERTS, FRAME)
+    w.controller.set_limits(ByHand())
+    w.want(20, 20)
+    w.settle()
+    assert sum(w.frames.values()) >= FRAMES - 4
+    assert w.controller.faults == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "frames"),
+    [
+        (ByHand(kv_max=9), {"kv": 9, "experts": 19}),  # all experts are resident: the rest is free
+        (ByHand(experts_max=10), {"kv": 30, "experts": 10}),
+        (ByHand(total=24), None),
+    ],
+)
+def test_what_a_person_takes_from_one_tenant_is_the_others(world, limits, frames):
+    w = world()
+    w.want(20, 20)
+    w.settle()
+    w.policy.answer = None  # a policy that never wants anything
+    begun = w.frames
+    w.controller.set_limits(limits)
+    w.settle()
+    if frames is not None:
+        assert w.frames == frames
+    else:
+        assert 22 <= sum(w.frames.values()) <= 24
+    w.controller.set_limits(ByHand())
+    w.settle()
+    assert sum(w.frames.values()) >= sum(begun.values()) - 2
+
+
+def test_limits_by_hand_move_an_idle_engines_memory_and_let_it_rest(world):
+    w = world()
+    w.want(20, 20)
+    w.settle()
+    w.tokens, w.policy.answer = 0, None
+    w.blocks.in_use = set(w.blocks.usable)
+    w.controller.set_limits(ByHand(kv_max=4))
+    for _ in range(3):
+        w.step()
+        assert not w.controller.busy  # all in use: nothing to do, and nothing to step for
+    w.blocks.in_use = set()
+    w.step()
+    while w.controller.busy:
+        w.step()
+    assert w.frames["kv"] <= 4
 
 
 def test_an_idle_engine_ends_a_move_and_begins_none(world):
@@ -315,7 +385,7 @@ def test_an_idle_engine_ends_a_move_and_begins_none(world):
     assert not w.controller.busy
     assert sum(w.controller.changes.values()) == 1
     w.policy.answer = None
-    w.controller.set_limit(16)  # but for this one: somebody wants the memory back
+    w.controller.set_limits(ByHand(16))  # but for this one: somebody wants the memory back
     w.settle()
     assert sum(w.frames.values()) <= 16
 
@@ -331,6 +401,21 @@ def test_a_line_per_decision_not_per_move(world, caplog):
     assert len(lines) == 2
     assert "arbitration (wish): memory moves to the KV cache; the test says so: experts" in lines[0]
     assert "to the experts" in lines[1]
+    told = [(d.number, d.direction, d.reason) for d in w.controller.decisions]
+    assert told == [(1, "to_kv", "the test says so"), (2, "to_experts", "the test says so")]
+
+
+def test_a_policy_that_turns_all_the_time_does_not_fill_the_log(world, caplog):
+    w = world()
+    with caplog.at_level(logging.INFO, "fluxmoe"):
+        for step in range(200):
+            w.want(*((8, 30), (20, 9))[step // 2 % 2])
+            w.policy.answer = Split(w.policy.answer.frames, f"because of {step}")
+            w.step()
+    lines = [r.getMessage() for r in caplog.records if "memory moves" in r.getMessage()]
+    assert 3 <= len(lines) <= 200 / 8 + 1
+    assert sum(w.controller.changes.values()) > 2 * len(lines)
+    assert len(w.controller.decisions) == 4
 
 
 def test_a_slow_move_makes_the_next_one_small(world):
@@ -377,9 +462,9 @@ class ControllerMachine(RuleBasedStateMachine):
         else:
             plan.arm("commit", SubstrateError("injected fault"), commits + 1, lasting=True)
 
-    @rule(frames=st.none() | st.integers(0, FRAMES + 5))
-    def limit(self, frames):
-        self.world.controller.set_limit(frames)
+    @rule(limits=st.builds(ByHand, *[st.none() | st.integers(0, FRAMES + 5)] * 5))
+    def limit(self, limits):
+        self.world.controller.set_limits(limits)
 
     @rule(data=st.data())
     def lose_an_answer(self, data):

@@ -1,4 +1,4 @@
-"""The event rule, point by point. Each test quotes the sentence of DESIGN §5 that it proves."""
+"""The event rule, point by point. Each test quotes the sentence of docs/event-rule.md it proves."""
 
 from __future__ import annotations
 

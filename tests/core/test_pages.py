@@ -3,13 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fluxmoe.core.ages import REUSE_EVERY, PageAges
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.pages import PageTable, load, unload
 from fluxmoe.core.policy import PageView
-from fluxmoe.core.types import Geometry
+from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Geometry
 from fluxmoe.errors import CapacityError, InvariantError
 from fluxmoe.policies.eviction.immediate import Immediate
+from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
@@ -157,3 +159,37 @@ def test_check_notices_broken_books():
         spoil(t.books)
         with pytest.raises(InvariantError):
             t.check()
+
+
+def test_ages_are_what_a_second_book_says():
+    t = table((4,))
+    rule = EventRule(
+        t,
+        EvictionGuard(LeastRecentlyUsed(), PageView(t), name="lru"),
+        PrefetchGuard(NoPrefetch(), PageView(t), name="none"),
+    )
+    ages = rule.ages = PageAges()
+    rng = np.random.default_rng(0)
+    loaded, used = {}, {}
+    lifetimes, idles, gaps = [], [], []
+    for event in range(4000):
+        layer, ids = event % 3, rng.integers(0, 4, 2)
+        pages = {layer * 4 + int(i) for i in ids}
+        before = set(np.flatnonzero(t.resident).tolist())
+        slots = np.zeros(2, np.int32)
+        if rule.open(event // 3, layer, ids, slots):
+            rule.admit()
+            list(rule.loads())
+        for page in before - set(np.flatnonzero(t.resident).tolist()):
+            lifetimes.append(event - loaded[page])
+            idles.append(event - used[page])
+        if event % REUSE_EVERY == 0:
+            gaps += [event - used[page] for page in pages if page in used]
+        loaded |= dict.fromkeys(pages - before, event)
+        used |= dict.fromkeys(pages, event)
+    for kind, seen in ((LIFETIME, lifetimes), (IDLE, idles), (REUSE, gaps)):
+        buckets = np.ceil(np.log2(np.maximum(seen, 1))).astype(int)
+        assert ages.counts[kind].tolist() == np.bincount(buckets, minlength=AGES).tolist()
+        assert ages.sums[kind] == sum(seen) > 0
+    rule.reset()
+    assert not ages.counts.any() and not ages.sums.any()

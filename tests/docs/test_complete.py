@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pydantic
 import pytest
@@ -73,11 +74,14 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         inner, entry = field.annotation, ""
         if getattr(inner, "__origin__", None) is list:
             inner, entry = inner.__args__[0], "[]"  # type: ignore[union-attr]
-        nested = isinstance(inner, type) and issubclass(inner, pydantic.BaseModel)
+        union = get_args(get_args(inner)[0]) if get_origin(inner) is Annotated else (inner,)
+        nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        if nested:
-            yield from keys(inner, f"{prefix}{name}{entry}.")  # type: ignore[arg-type]
+        # What several kinds have is the same in all of them.
+        yield from {
+            key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
+        }.items()
 
 
 def shown(key: str, field: FieldInfo) -> str:
@@ -194,16 +198,25 @@ def options(command: Any) -> set[str]:
     }
 
 
-def test_every_option_of_the_simulator_is_listed() -> None:
+@pytest.mark.parametrize(
+    "verb, page", [("simulate", "simulator.md"), ("plan", "plan.md"), ("limit", "arbitration.md")]
+)
+def test_every_option_of_a_command_is_listed(verb: str, page: str) -> None:
     import typer
 
-    from fluxmoe.cli import simulate
-
     app = typer.Typer(add_completion=False)
-    app.command()(simulate.simulate)
+    app.command()(getattr(importlib.import_module(f"fluxmoe.cli.{verb}"), verb))
     found = options(typer.main.get_command(app))
     assert len(found) > 6
-    assert not {option for option in found if f"`{option}`" not in text("simulator.md")}
+    assert not {option for option in found if f"`{option}`" not in text(page)}
+
+
+def test_everything_in_a_plan_is_listed() -> None:
+    from fluxmoe.plan.advice import Plan, Point
+    from fluxmoe.plan.model import Model
+
+    for field in (*fields(Plan), *fields(Point), *fields(Model)):
+        assert field.name == "work" or f"`{field.name}`" in text("plan.md"), field.name
 
 
 def test_every_verb_option_and_format_of_traces_is_listed() -> None:

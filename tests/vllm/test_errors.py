@@ -102,8 +102,8 @@ def test_a_plugin_that_cannot_be_imported(eager: ChildEngine, tmp_path: Path) ->
 
 
 def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
-    # 256 tokens of context are 8 blocks; two more are vLLM's null block and the watermark.
-    least = EXPERTS * PAGE + 10 * BLOCK
+    # 256 tokens of context are 8 blocks; one more is vLLM's null block.
+    least = EXPERTS * PAGE + 9 * BLOCK
     error = refusal(eager, BudgetTooSmallError, config(memory={"budget": least - 4096}))
     assert error.where == "memory.budget"
     assert f"at least {least} are needed" in error.what
@@ -126,9 +126,9 @@ def test_a_budget_beyond_the_machine(eager: ChildEngine) -> None:
         ("experts", {"target": 15 * PAGE}, "memory.experts.target"),
         ("experts", {"min": 15 * PAGE}, "memory.experts.min"),
         ("experts", {"max": 15 * PAGE}, "memory.experts.max"),
-        ("kv", {"target": 9 * BLOCK}, "memory.kv.target"),
-        ("kv", {"min": 9 * BLOCK}, "memory.kv.min"),
-        ("kv", {"max": 9 * BLOCK}, "memory.kv.max"),
+        ("kv", {"target": 8 * BLOCK}, "memory.kv.target"),
+        ("kv", {"min": 8 * BLOCK}, "memory.kv.min"),
+        ("kv", {"max": 8 * BLOCK}, "memory.kv.max"),
     ],
 )
 def test_a_share_below_the_minimum(
@@ -136,7 +136,7 @@ def test_a_share_below_the_minimum(
 ) -> None:
     error = refusal(eager, ConfigError, config(memory={share: setting}))
     assert error.where == where
-    least = {"experts": EXPERTS * PAGE, "kv": 10 * BLOCK}[share]
+    least = {"experts": EXPERTS * PAGE, "kv": 9 * BLOCK}[share]
     assert f"the minimum of {least}" in error.what
 
 

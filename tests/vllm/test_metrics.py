@@ -9,17 +9,34 @@ import prometheus_client
 import pytest
 
 from fluxmoe.backends.vllm.child import ChildEngine
-from fluxmoe.backends.vllm.metrics import METRICS, Meter, Samples, add, summary
+from fluxmoe.backends.vllm.histograms import Histograms
+from fluxmoe.backends.vllm.metrics import (
+    DECISION,
+    METRICS,
+    Meter,
+    Readings,
+    Samples,
+    Series,
+    add,
+    summary,
+)
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
+#: With a fixed split nothing is decided.
+PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - {DECISION}
 HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
+
+
+def flat(samples: Samples) -> Readings:
+    every = [((name, labels), v) for name, of in samples.items() for labels, v in of.items()]
+    return [series for series, _ in every], [value for _, value in every]
 
 
 def test_the_changes_of_a_meter_add_up() -> None:
     rng = random.Random(0)
     now: Samples = {HITS: {(): 0}, FRAMES: {("kv", "committed"): 90, ("experts", "committed"): 10}}
-    meter = Meter(lambda: {name: dict(samples) for name, samples in now.items()})
+    meter = Meter(lambda: flat(now))
     shown: Samples = {}
     hits = 0
     for step in range(200):
@@ -35,6 +52,37 @@ def test_the_changes_of_a_meter_add_up() -> None:
         now[FRAMES]["experts", "committed"] -= moved
     add(shown, meter.take())
     assert meter.take() == {}
+
+
+def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
+    now: Samples = {DECISION: {("1", "p", "to_kv", "why"): 1}}
+    meter = Meter(lambda: flat(now))
+    assert meter.take() == now
+    now = {DECISION: {("2", "p", "to_kv", "why"): 1}}
+    assert meter.take() == {
+        DECISION: {("1", "p", "to_kv", "why"): -1, ("2", "p", "to_kv", "why"): 1}
+    }
+    hits = 0
+    series: list[Series] = [(HITS, ())]  # the same list each time
+    rare = Meter(lambda: (series, [hits]), every=3)
+    assert rare.take() == {HITS: {(): 0}}
+    hits = 5
+    assert [rare.take() for _ in range(3)] == [{}, {}, {HITS: {(): 5}}]
+
+
+def test_histograms_add_up_what_was_counted_elsewhere() -> None:
+    metric = next(metric for metric in METRICS if metric.kind == "histogram")
+    shown = Histograms([metric], ["model_name", "engine"])
+    shown.add(metric.name, ["m", "0"], {("1",): 2, ("8",): 1, ("sum",): 10})
+    shown.add(metric.name, ["m", "0"], {("8",): 4, ("+Inf",): 1, ("sum",): 5})
+    (family,) = shown.collect()
+    assert family.type == "histogram"
+    values = {(s.name, s.labels.get("le")): s.value for s in family.samples}
+    bucket = f"{metric.name}_bucket"
+    assert [values[bucket, le] for le in ("1", "4", "8", "1024", "+Inf")] == [2, 2, 7, 7, 8]
+    assert values[f"{metric.name}_count", None] == 8
+    assert values[f"{metric.name}_sum", None] == 15
+    assert family.samples[0].labels["engine"] == "0"
 
 
 def test_an_interval_in_words() -> None:
@@ -57,14 +105,29 @@ def test_an_interval_in_words() -> None:
 
 def scrape(worker: object) -> dict[str, dict[tuple[str, ...], float]]:
     """Called in the engine's process: every series of FluxMoE, by its own labels."""
-    own = {metric.name: metric.labels for metric in METRICS}
+    own = {metric.name: metric.labels for metric in METRICS if metric.kind != "histogram"}
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in prometheus_client.REGISTRY.collect():
         for sample in family.samples:
-            if sample.name.startswith("fluxmoe_") and not sample.name.endswith("_created"):
+            if sample.name in own:
                 labels = tuple(sample.labels[label] for label in own[sample.name])
                 found.setdefault(sample.name, {})[labels] = sample.value
     return found
+
+
+def count_lifetimes(worker: object) -> float:
+    name = "fluxmoe_page_lifetime_events_count"
+    return sum(
+        sample.value
+        for family in prometheus_client.REGISTRY.collect()
+        for sample in family.samples
+        if sample.name == name
+    )
+
+
+def lifetimes(engine: ChildEngine) -> float:
+    count: float = engine.call("rpc", count_lifetimes)
+    return count
 
 
 def shown(engine: ChildEngine) -> dict[str, dict[tuple[str, ...], float]]:
@@ -79,7 +142,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         eager.restart(fluxmoe=settings, disable_log_stats=False, **EAGER)
         run = eager.generate(prompts(8, seed=attempt))
         found, stats = shown(eager), run.stats
-        assert set(found) == {metric.name for metric in METRICS}
+        assert set(found) == PLAIN
         one = {name: samples[()] for name, samples in found.items() if () in samples}
         assert one[HITS] == stats["hits"] > 0
         assert one["fluxmoe_prefetch_hits_total"] == stats["prefetch_hits"] > 0
@@ -112,6 +175,9 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         for tenant in ("experts", "kv"):
             low, high = frames[tenant, "min"], frames[tenant, "max"]
             assert low <= frames[tenant, "committed"] <= frames[tenant, "target"] <= high
+        # Those that were there after the last look, which is every 32 steps.
+        evicted = sum(found["fluxmoe_expert_evictions_total"].values())
+        assert 0 < lifetimes(eager) <= evicted
     # A second run resets the statistics, but not the metrics.
     again = eager.generate(prompts(8, seed=1)).stats
     assert shown(eager)[HITS][()] == stats["hits"] + again["hits"]

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
 from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.torch import experts, layout, recording
-from fluxmoe.backends.torch.settings import PolicySpec, Room, settings
+from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
 from fluxmoe.backends.torch.shield import Shield, gone
 from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.store import Store
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.plugins import load as plugin_registry
 from fluxmoe.sim.trace import TraceMeta
-from fluxmoe.stores.host import HostStore
 
 _WHERE = "fluxmoe.page"
 
@@ -35,6 +37,7 @@ def page(
     *,
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
+    stores: Sequence[StoreSpec] = HOST,
     plugins: Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
@@ -49,7 +52,10 @@ def page(
             all experts need is not used.
         eviction: Eviction policy, a name or ``{kind: name, option: value}``.
         prefetch: Prefetch policy, likewise.
-        plugins: Files (``.py``) or modules that register policies.
+        stores: Where the pages lie that are not resident, as in the configuration: maps with
+            ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
+            them; ``fluxmoe.load`` does not.
+        plugins: Files (``.py``) or modules that register policies or codecs.
         banks: Banks that consecutive layers are spread over at least.
         copy_threads: Threads that copy pages beside the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
@@ -61,6 +67,7 @@ def page(
         ConfigError: An argument has an unusable value, or the model is already paged.
         BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies cannot be had.
+        UnknownCodecError, PageFileError: A store cannot be made.
     """
     if any(experts.is_bound(module) for module in model.modules()):
         raise ConfigError(
@@ -74,16 +81,22 @@ def page(
         memory,
         eviction=eviction,
         prefetch=prefetch,
+        stores=stores,
         plugins=plugins,
         banks=banks,
         copy_threads=copy_threads,
         strict_policies=strict_policies,
         seed=seed,
     )
-    turn, store = Turn(), HostStore(*layout.describe(layers))
-    for layer in layers:
-        store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
-    runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
+    turn = Turn()
+    store = make_store(config, *layout.describe(layers), plugin_registry(config.plugins))
+    try:
+        for layer in layers:
+            store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
+        runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
+    except BaseException:
+        store.close()
+        raise
     return PagedModel(model, layers, runtime, implementation, turn)
 
 
@@ -133,6 +146,7 @@ class PagedModel:
         loaded: bool = False,
     ) -> None:
         self.model, self._layers, self._runtime, self._turn = model, layers, runtime, turn
+        self._asked: RemovableHandle | None = None
         self._previous = None if loaded else model.get_experts_implementation()
         self._handle = handle = op.attach(runtime.pager)
         # A model that is dropped while paged takes its arenas with it.
@@ -238,13 +252,49 @@ class PagedModel:
             BudgetTooSmallError: It cannot hold one layer's experts (in each bank).
             SubstrateError: The system refused. As after every error, nothing has changed.
         """
-        where = "PagedModel.resize"
-        budget = int(settings(where, memory).memory.budget)
+        self._resize(memory, "PagedModel.resize")
+
+    def _resize(self, memory: int | str, where: str, *, at_least: bool = False) -> None:
+        budget = settings(where, memory).memory.size
         with self._turn:
             runtime = self._open()
-            runtime.resize(Room(runtime.geometry, runtime.page_class).within(budget, where))
+            room = Room(runtime.geometry, runtime.page_class)
+            if at_least:
+                budget = max(budget, room.least * runtime.pager.table.num_banks)
+            budget = room.within(budget, where)
+            if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
+                return
+            runtime.resize(budget)
             for index, layer in enumerate(self._layers):
                 experts.resize(layer, self._arenas(index))
+
+    def follow(self, room: Callable[[], int | str] | None) -> None:
+        """Ask before each forward pass how much room the expert pages may have, and ``resize``.
+
+        This is arbitration for whoever keeps a KV cache of his own. A compiled model does not ask.
+
+        Args:
+            room: Gives bytes, or text such as "4GiB". Less than the least that is possible counts
+                as that; what it raises, or what ``resize`` does, ends the pass before it begins.
+                None: ask no more.
+
+        Raises:
+            ConfigError: The handle is closed.
+        """
+        self._open()
+        if self._asked is not None:
+            self._asked.remove()
+            self._asked = None
+        if room is None:
+            return
+
+        def ask(*_: object) -> None:
+            if not torch.compiler.is_compiling() and not self.closed:
+                wanted = room()
+                self._resize(1 if wanted == 0 else wanted, "room", at_least=True)
+
+        # The outermost module, and before all else: the pass must not have taken its turn yet.
+        self._asked = self.model.register_forward_pre_hook(ask, prepend=True)
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies as new."""

@@ -26,7 +26,8 @@ from fluxmoe.backends.vllm.compat.connector import (
     SupportsHMA,
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.backends.vllm.metrics import METRICS, Meter
+from fluxmoe.backends.vllm.histograms import Histograms
+from fluxmoe.backends.vllm.metrics import DECISION, METRICS, Meter
 from fluxmoe.backends.vllm.requests import RequestWatch
 from fluxmoe.backends.vllm.settings import paging_config
 
@@ -99,8 +100,13 @@ class PagingProm(KVConnectorPromMetrics):
         while _collectors:
             with contextlib.suppress(KeyError):
                 prometheus_client.REGISTRY.unregister(_collectors.pop())
-        self._metrics = {}
+        self._metrics: dict[str, Any] = {}
+        self._ages = Histograms([m for m in METRICS if m.kind == "histogram"], labelnames)
+        prometheus_client.REGISTRY.register(self._ages)
+        _collectors.append(self._ages)
         for metric in METRICS:
+            if metric.kind == "histogram":
+                continue
             options = {
                 "name": metric.name,
                 "documentation": metric.help,
@@ -116,8 +122,13 @@ class PagingProm(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: metrics.Samples, engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
         for name, samples in transfer_stats_data.items():
+            if name not in self._metrics:
+                self._ages.add(name, engine, samples)
+                continue
             for labels, change in samples.items():
                 self._metrics[name].labels(*engine, *labels).inc(change)
+                if name == DECISION and change < 0:  # no longer among the last
+                    self._metrics[name].remove(*engine, *labels)
 
 
 class PagingConnector(KVConnectorBase_V1, SupportsHMA):
@@ -142,8 +153,9 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self.arbitration: Arbitration | None = None
         self._meter = Meter(self._split)
         self._worker: WorkerSide | None = None
+        self._begun = False
 
-    def _split(self) -> metrics.Samples:
+    def _split(self) -> metrics.Readings:
         arbitration = self.arbitration
         return metrics.read_split(None if arbitration is None else arbitration.controller)
 
@@ -184,6 +196,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests.admitted(request.request_id)
 
     def build_connector_meta(self, scheduler_output: object) -> StepMetadata:
+        self._begun = True
         if self.arbitration is None:
             return StepMetadata()
         self._requests.scheduled(scheduler_output)
@@ -201,7 +214,12 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """Whether the engine must go on stepping although it is idle: a move is under way."""
+        """Whether the engine must step although it is idle.
+
+        Once at the start, so that metrics are there before the first request; and to end a move.
+        """
+        if not self._begun:
+            return True
         return self.arbitration is not None and self.arbitration.controller.busy
 
     # --- worker ----------------------------------------------------------------------------------
@@ -222,6 +240,10 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         report = self._worker.report() if self._worker is not None else None
         return None if report is None else WorkerMetadata([report])
+
+    def has_connector_metadata(self) -> bool:
+        """None for attention layers: they would call ``wait_for_layer_load`` and so on, each."""
+        return False
 
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
         pass
@@ -244,7 +266,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         if self.role == KVConnectorRole.SCHEDULER:
             changes = self._meter.take()
         else:
-            changes = self._worker.meter.take() if self._worker is not None else {}
+            changes = self._worker.changes() if self._worker is not None else {}
         return PagingStats(changes) if changes else None
 
     @classmethod

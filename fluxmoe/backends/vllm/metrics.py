@@ -6,9 +6,11 @@ added up over steps and over workers without anybody knowing what they mean, gau
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE
 
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
@@ -16,17 +18,28 @@ if TYPE_CHECKING:
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
+#: A metric's name and the values of its own labels.
+Series = tuple[str, tuple[str, ...]]
+#: Values in the order of their series. Whoever is read in every step returns the same list of these
+#: each time: a dictionary with such keys takes longer to make than all else here.
+Readings = tuple[list[Series], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric: its name, kind, own labels (vLLM adds the model's and the engine's), and help."""
+    """A metric: its name, kind, own labels (vLLM adds the model's and the engine's), and help.
+
+    The samples of a histogram are its buckets, labelled by their upper ends, and its ``sum``.
+    """
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
 
+
+#: A metric whose labels are words: a series goes when it is not among the last any more.
+DECISION = "fluxmoe_split_decision"
 
 METRICS = (
     Metric(
@@ -91,67 +104,141 @@ METRICS = (
         "counter",
         "Moves of memory that were rolled back, or left their frames free.",
     ),
+    Metric(
+        DECISION,
+        "gauge",
+        "The last decisions to move memory, 1 each: where to, and the numbers that led to it.",
+        ("number", "policy", "direction", "reason"),
+    ),
+    Metric(
+        "fluxmoe_page_lifetime_events",
+        "histogram",
+        "Executions of MoE layers from the loading of an expert page to its leaving.",
+    ),
+    Metric(
+        "fluxmoe_page_idle_before_evict_events",
+        "histogram",
+        "Executions of MoE layers from the last use of an expert page to its leaving.",
+    ),
+    Metric(
+        "fluxmoe_page_reuse_gap_events",
+        "histogram",
+        "Executions of MoE layers from one use of an expert page to the next; a sample.",
+    ),
     Metric("fluxmoe_budget_frames", "gauge", "Frames of the whole budget."),
     Metric("fluxmoe_budget_bytes", "gauge", "Bytes of the whole budget."),
     Metric("fluxmoe_expert_slots", "gauge", "Slots for expert pages."),
     Metric("fluxmoe_expert_pages", "gauge", "Expert pages of the model."),
 )
 
-_COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind == "counter")
+#: Those whose sources begin at zero again when the pager is reset.
+_COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind != "gauge")
+_AGES = (
+    ("fluxmoe_page_lifetime_events", LIFETIME),
+    ("fluxmoe_page_idle_before_evict_events", IDLE),
+    ("fluxmoe_page_reuse_gap_events", REUSE),
+)
+#: Upper ends of the buckets of ages.
+BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
+_AGE_SERIES: list[Series] = [(name, (end,)) for name, _ in _AGES for end in (*BUCKETS, "sum")]
+_BOUNDS = ("min", "target", "max")
 
 
-def read(runtime: Runtime) -> Samples:
-    """All metrics of one worker as they are now."""
-    counters, transfer = runtime.pager.counters(), runtime.pager.transfer
-    table, arbiter = runtime.pager.table, runtime.arbiter
-    store = runtime.config.stores[0].kind
-    policies = (("eviction", runtime.eviction), ("prefetch", runtime.prefetch))
-    committed = arbiter.frames()
-    frames: dict[tuple[str, ...], float] = {}
-    for tenant, budget in (("experts", runtime.experts_budget), ("kv", runtime.kv_budget)):
-        frames[tenant, "committed"] = committed[tenant]
-        frames[tenant, "min"] = budget.min
-        frames[tenant, "target"] = budget.target
-        frames[tenant, "max"] = budget.max
-    return {
-        "fluxmoe_expert_hits_total": {(): counters.hits},
-        "fluxmoe_expert_misses_total": {
-            ("cold",): counters.cold,
-            ("capacity",): counters.misses - counters.cold,
-        },
-        "fluxmoe_prefetch_hits_total": {(): counters.prefetch_hits},
-        "fluxmoe_expert_evictions_total": {
-            ("victim",): counters.evictions,
-            ("released",): counters.released,
-            ("resized",): counters.resized,
-        },
-        "fluxmoe_transfer_bytes_total": {
-            (store, "demand"): transfer.bytes_demand,
-            (store, "prefetch"): transfer.bytes_prefetch,
-        },
-        "fluxmoe_stall_seconds_total": {(): transfer.stall_seconds},
-        "fluxmoe_policy_faults_total": {(k, guard.name): guard.faults for k, guard in policies},
-        "fluxmoe_policy_slow_calls_total": {(k, guard.name): guard.slow for k, guard in policies},
-        "fluxmoe_tenant_frames": frames,
-        "fluxmoe_budget_frames": {(): arbiter.pool.count},
-        "fluxmoe_budget_bytes": {(): arbiter.budget_bytes},
-        "fluxmoe_expert_slots": {(): sum(table.slots)},
-        "fluxmoe_expert_pages": {(): table.geometry.num_pages},
-    }
+def reader(runtime: Runtime) -> Callable[[], Readings]:
+    """What reads all metrics of one worker but the histograms, in every step: so it is short."""
+    # Here, because it imports numba, which a process without a worker does not need.
+    from fluxmoe.core.pages import (
+        C_COLD,
+        C_EVICTIONS,
+        C_HITS,
+        C_MISSES,
+        C_PREFETCH_HITS,
+        C_RELEASED,
+        C_RESIZED,
+    )
+
+    store = "+".join(store.kind for store in runtime.config.stores)
+    policies = [("eviction", runtime.eviction.name), ("prefetch", runtime.prefetch.name)]
+    tenants = ("experts", runtime.experts_budget), ("kv", runtime.kv_budget)
+    pager, pool = runtime.pager, runtime.arbiter.pool
+    counts, transfer = pager.table.books.counts, pager.transfer
+    bounds = [getattr(budget, kind) for _, budget in tenants for kind in _BOUNDS]
+    pages = pager.table.geometry.num_pages
+    series = [
+        *(("fluxmoe_tenant_frames", (tenant, "committed")) for tenant, _ in tenants),
+        ("fluxmoe_expert_slots", ()),
+        ("fluxmoe_budget_frames", ()),
+        ("fluxmoe_budget_bytes", ()),
+        ("fluxmoe_expert_hits_total", ()),
+        ("fluxmoe_expert_misses_total", ("cold",)),
+        ("fluxmoe_expert_misses_total", ("capacity",)),
+        ("fluxmoe_prefetch_hits_total", ()),
+        ("fluxmoe_expert_evictions_total", ("victim",)),
+        ("fluxmoe_expert_evictions_total", ("released",)),
+        ("fluxmoe_expert_evictions_total", ("resized",)),
+        ("fluxmoe_transfer_bytes_total", (store, "demand")),
+        ("fluxmoe_transfer_bytes_total", (store, "prefetch")),
+        ("fluxmoe_stall_seconds_total", ()),
+        *(("fluxmoe_policy_faults_total", policy) for policy in policies),
+        *(("fluxmoe_policy_slow_calls_total", policy) for policy in policies),
+        *(("fluxmoe_tenant_frames", (name, kind)) for name, _ in tenants for kind in _BOUNDS),
+        ("fluxmoe_expert_pages", ()),
+    ]
+
+    def read() -> Readings:
+        count = counts.tolist()
+        return series, (
+            pool.owned_by("experts"),
+            pool.owned_by("kv"),
+            sum(pager.table.slots),
+            pool.limit,
+            pool.nbytes,
+            count[C_HITS],
+            count[C_COLD],
+            count[C_MISSES] - count[C_COLD],
+            count[C_PREFETCH_HITS],
+            count[C_EVICTIONS],
+            count[C_RELEASED],
+            count[C_RESIZED],
+            transfer.bytes_demand,
+            transfer.bytes_prefetch,
+            transfer.stall_seconds,
+            runtime.eviction.faults,
+            runtime.prefetch.faults,
+            runtime.eviction.slow,
+            runtime.prefetch.slow,
+            *bounds,
+            pages,
+        )
+
+    return read
 
 
-def read_split(controller: SplitController | None) -> Samples:
+def read_ages(runtime: Runtime) -> Readings:
+    """The histograms of one worker."""
+    ages = runtime.ages
+    return _AGE_SERIES, [
+        n for _, kind in _AGES for n in (*ages.counts[kind].tolist(), int(ages.sums[kind]))
+    ]
+
+
+def read_split(controller: SplitController | None) -> Readings:
     """Metrics of the scheduler's side; zeros if the split is fixed."""
     changes = {"to_kv": 0, "to_experts": 0} if controller is None else controller.changes
-    samples: Samples = {
-        "fluxmoe_split_changes_total": {(name,): count for name, count in changes.items()},
-        "fluxmoe_split_failures_total": {(): 0 if controller is None else controller.failures},
-    }
+    series: list[Series] = [("fluxmoe_split_changes_total", (name,)) for name in changes]
+    values: list[float] = list(changes.values())
+    series.append(("fluxmoe_split_failures_total", ()))
+    values.append(0 if controller is None else controller.failures)
     if controller is not None:
         policy = ("arbitration", controller.policy)
-        samples["fluxmoe_policy_faults_total"] = {policy: controller.faults}
-        samples["fluxmoe_policy_slow_calls_total"] = {policy: controller.slow}
-    return samples
+        series.append(("fluxmoe_policy_faults_total", policy))
+        series.append(("fluxmoe_policy_slow_calls_total", policy))
+        values += [controller.faults, controller.slow]
+        for d in controller.decisions:
+            labels = (str(d.number), controller.policy, d.direction, d.reason)
+            series.append((DECISION, labels))
+            values.append(1)
+    return series, values
 
 
 class Meter:
@@ -159,34 +246,44 @@ class Meter:
 
     Args:
         source: Gives all samples as they are now.
+        every: Look at it only each so many times.
     """
 
-    def __init__(self, source: Callable[[], Samples]) -> None:
-        self._source = source
-        self._last: Samples = {}
+    def __init__(self, source: Callable[[], Readings], *, every: int = 1) -> None:
+        self._source, self._every = source, every
+        self._series: list[Series] = []
+        self._values: Sequence[float] = []
+        self._asked = 0
 
     def take(self) -> Samples:
         """The changes; at first all samples, zeros included, so that every series exists."""
-        now, last = self._source(), self._last
-        self._last = now
+        self._asked += 1
+        if (self._asked - 1) % self._every:
+            return {}
+        series, values = self._source()
         changes: Samples = {}
-        for name, samples in now.items():
-            before = last.get(name, {})
-            changed = {
-                labels: value - before.get(labels, 0)
-                for labels, value in samples.items()
-                if value != before.get(labels)
-            }
-            if changed:
-                changes[name] = changed
+        if series is self._series:
+            for (name, labels), value, before in zip(series, values, self._values, strict=True):
+                if value != before:
+                    changes.setdefault(name, {})[labels] = value - before
+        else:
+            last = dict(zip(self._series, self._values, strict=True))
+            for (name, labels), value in zip(series, values, strict=True):
+                known = (name, labels) in last
+                before = last.pop((name, labels), 0.0)
+                if value != before or not known:
+                    changes.setdefault(name, {})[labels] = value - before
+            for (name, labels), before in last.items():  # gone
+                changes.setdefault(name, {})[labels] = -before
+        self._series, self._values = series, values
         return changes
 
     def restarted(self) -> None:
         """The source's counters have gone back to zero; those shown go on."""
-        self._last = {
-            name: {labels: 0 if name in _COUNTERS else value for labels, value in samples.items()}
-            for name, samples in self._last.items()
-        }
+        self._values = [
+            0 if name in _COUNTERS else value
+            for (name, _), value in zip(self._series, self._values, strict=True)
+        ]
 
 
 def add(total: Samples, changes: Samples) -> None:

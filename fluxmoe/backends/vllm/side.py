@@ -8,7 +8,11 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm import metrics
 from fluxmoe.core.controller import Inventory
 from fluxmoe.core.demand import DemandMeter, StepReport
-from fluxmoe.core.protocol import Answer, Follower, Order
+from fluxmoe.core.protocol import Answer, ByHand, Follower, Order
+from fluxmoe.errors import InvariantError
+
+#: Steps from one look at the histograms to the next: they have many buckets, and nobody waits.
+AGES_EVERY = 32
 
 
 class WorkerSide:
@@ -21,7 +25,10 @@ class WorkerSide:
 
     def __init__(self, runtime: Runtime, rank: int) -> None:
         self._runtime = runtime
-        self.meter = metrics.Meter(lambda: metrics.read(runtime))
+        self._meters = (
+            metrics.Meter(metrics.reader(runtime)),
+            metrics.Meter(lambda: metrics.read_ages(runtime), every=AGES_EVERY),
+        )
         self._answer: Answer | None = None
         self._demand: DemandMeter | None = None
         if runtime.dynamic:
@@ -37,6 +44,12 @@ class WorkerSide:
         """What the scheduler needs to know; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
 
+    def limit(self, limits: ByHand) -> None:
+        """Tell the scheduler, with the next step, what a person wants."""
+        if self._demand is None:
+            raise InvariantError("the split is fixed")
+        self._demand.limits = limits
+
     def receive(self, order: Order | None) -> None:
         """A step begins."""
         self._answer = self._follower.receive(order)
@@ -45,8 +58,16 @@ class WorkerSide:
         """A step has ended."""
         return None if self._demand is None else self._demand.report(self._answer)
 
+    def changes(self) -> metrics.Samples:
+        """What has changed on the metrics since the last step."""
+        changes: metrics.Samples = {}
+        for meter in self._meters:
+            changes |= meter.take()
+        return changes
+
     def restarted(self) -> None:
         """The pager was reset: its counters are zero, what was told before stands."""
-        self.meter.restarted()
+        for meter in self._meters:
+            meter.restarted()
         if self._demand is not None:
             self._demand.restarted()

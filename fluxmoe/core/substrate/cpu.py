@@ -2,7 +2,7 @@
 
 The whole budget is one anonymous file; frame ``i`` is the range ``[i, i+1) * frame_bytes`` of it.
 Committing maps a run of frames with ``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: populated at once,
-because first-touch faults on the engine's hot path cost twice as much (FACTS §4). An uncommitted
+because first-touch faults on the engine's hot path cost twice as much. An uncommitted
 address reads as NaN from a read-only poison page, so a bookkeeping error shows up in the output
 instead of passing for a weight of zero; ``debug=True`` makes it a segmentation fault instead.
 """

@@ -1,4 +1,4 @@
-"""The trace format (DESIGN §6): columns, metadata, and the arrays that a file becomes in memory.
+"""The trace format (docs/traces.md): columns, metadata, and the arrays a file becomes in memory.
 
 A row is one token in one MoE layer of one step; rows are sorted by step, layer, token. The rows of
 one (step, layer) are one event. What the numbers mean lies in the file's metadata (``TraceMeta``).

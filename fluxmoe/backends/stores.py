@@ -1,0 +1,49 @@
+"""The store that a configuration asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fluxmoe.config import Config, FileStoreConfig
+from fluxmoe.core.types import Geometry, PageClass
+from fluxmoe.plugins import Registry
+from fluxmoe.stores.coding import Coder
+from fluxmoe.stores.file import FileTier
+from fluxmoe.stores.host import HostStore, HostTier
+from fluxmoe.stores.tiers import Tier, TieredStore
+
+
+def coders(config: Config, registry: Registry) -> list[Coder]:
+    """Per store, how it keeps pages.
+
+    Raises:
+        UnknownCodecError, ConfigError, PluginLoadError, MissingDependencyError: A codec cannot be
+            had.
+    """
+    return [
+        Coder(
+            registry.create("codec", store.codec),
+            str(store.codec["kind"]),
+            strict=config.strict_policies,
+        )
+        for store in config.stores
+    ]
+
+
+def make_store(
+    config: Config, geometry: Geometry, page_class: PageClass, registry: Registry
+) -> HostStore | TieredStore:
+    """An empty store, which adopts layer by layer. Raises what ``coders`` does."""
+    made = coders(config, registry)
+    first = config.stores[0]
+    if first.kind == "host" and first.limit is None and first.codec["kind"] == "none":
+        return HostStore(geometry, page_class)  # without a copy; nothing is left for the others
+    tiers: list[Tier] = []
+    for store, coder in zip(config.stores, made, strict=True):
+        limit = None if store.limit is None else int(store.limit)
+        if isinstance(store, FileStoreConfig):
+            folder = Path(store.path).expanduser()
+            tiers.append(FileTier(geometry, page_class, folder, coder, limit, direct=store.direct))
+        else:
+            tiers.append(HostTier(coder, limit))
+    return TieredStore(geometry, page_class, tiers)

@@ -1,0 +1,94 @@
+"""``fluxmoe codec``: what a lossless codec makes of a checkpoint's experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fluxmoe.cli import output
+from fluxmoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from fluxmoe.stores.survey import Survey
+
+
+def codec(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a checkpoint in safetensors; by default the shipped model."),
+    ] = None,
+    name: Annotated[str, typer.Option("--codec", metavar="NAME", help="The codec.")] = "fixed4",
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="FILE", help="A .py file or module; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how far a codec shortens a checkpoint's experts, and what it meets there."""
+    from fluxmoe import plugins
+    from fluxmoe.backends.checkpoint import require_readable
+    from fluxmoe.demo.model import SHIPPED
+    from fluxmoe.stores.survey import Survey, survey
+
+    model = SHIPPED if model is None else model
+    made = plugins.load(plugin or ()).create("codec", name)
+    if not model.is_dir():
+        raise CheckpointError(
+            "no such folder", where=str(model), fix="name the folder of a checkpoint"
+        )
+    require_readable(str(model))
+    layers = survey(model, made, name)
+    total = Survey("all layers")
+    for layer in layers:
+        total.add(layer)
+    if as_json:
+        output.print_json(
+            {
+                "model": str(model),
+                "codec": name,
+                "total": _as_json(total),
+                "layers": [_as_json(layer) for layer in layers],
+            }
+        )
+        return
+    from rich.table import Table
+
+    table = Table("layer", title=f"{name} on {model.name}", title_justify="left")
+    columns = ("experts", "kept in", "ratio", "escapes", "zero-coded", "raw", "zeros")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for each in (*layers, total):
+        if each is total:
+            table.add_section()
+        table.add_row(*_row(each))
+    console = output.console()
+    console.print(table)
+    console.print(
+        "escapes, zero-coded and raw: per 100 segments; zeros: weights that are exactly 0"
+        + (f"\n{total.plain} of {total.parts} parts stay as they are" if total.plain else ""),
+        highlight=False,
+    )
+
+
+def _row(survey: Survey) -> list[str]:
+    def per_cent(count: int) -> str:
+        return f"{count / survey.segments:.3%}"[:-1] if survey.segments else ""
+
+    return [
+        survey.name,
+        output.nbytes(survey.raw_bytes),
+        output.nbytes(survey.coded_bytes),
+        f"{survey.ratio:.3f}",
+        per_cent(survey.escapes),
+        per_cent(survey.zero_coded),
+        per_cent(survey.raw_segments),
+        f"{survey.zeros / survey.weights:.3%}" if survey.weights else "",
+    ]
+
+
+def _as_json(survey: Survey) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(survey), "ratio": round(survey.ratio, 5)}

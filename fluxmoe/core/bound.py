@@ -1,0 +1,72 @@
+"""Many arrays handed to compiled code as one.
+
+For every call from Python, numba takes a named tuple apart, array by array: 23 of them for the
+books, which costs more than the whole event rule, most of all in an engine between whose events
+other work empties the caches. A *directory* is one array with the address and the shape of each;
+compiled code makes the tuple from it, and reads what it uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
+
+from fluxmoe.core.types import Int64s
+
+_DIMENSIONS = 2  # at most; per array the directory has its address and so many lengths
+_ENTRY = 1 + _DIMENSIONS
+
+
+def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
+    """Where ``arrays`` lie, C-contiguous and of at most two dimensions each: int64 ``[3 n]``.
+
+    They must live, and stay where they are, as long as the directory is used.
+    """
+    entries = np.zeros((len(arrays), _ENTRY), np.int64)
+    for entry, array in zip(entries, arrays, strict=True):
+        entry[: 1 + array.ndim] = array.ctypes.data, *array.shape
+    return entries.reshape(-1)
+
+
+def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
+    """A function for compiled code: the directory of a tuple like ``example`` → that tuple."""
+    tuple_type = numba.typeof(example)
+
+    @intrinsic
+    def open_directory(typing: Any, where: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            words = make_array(signature.args[0])(context, builder, args[0]).data
+
+            def word(index: int) -> Any:
+                return builder.load(cgutils.gep_inbounds(builder, words, index))
+
+            arrays = []
+            for number, array_type in enumerate(tuple_type):
+                array = make_array(array_type)(context, builder)
+                first = number * _ENTRY
+                itemsize = array_type.dtype.bitwidth // 8 if array_type.dtype != types.bool_ else 1
+                shape = [word(first + 1 + axis) for axis in range(array_type.ndim)]
+                stride = ir.Constant(ir.IntType(64), itemsize)
+                strides = [stride]
+                for length in shape[:0:-1]:
+                    strides.insert(0, builder.mul(strides[0], length))
+                populate_array(
+                    array,
+                    data=builder.inttoptr(word(first), array.data.type),
+                    shape=shape,
+                    strides=strides,
+                    itemsize=stride,
+                    meminfo=None,
+                )
+                arrays.append(array._getvalue())
+            return context.make_tuple(builder, tuple_type, arrays)
+
+        return tuple_type(where), generate
+
+    return open_directory

@@ -1,0 +1,55 @@
+"""Tokens sorted by expert and padded to whole blocks, as stock's ``moe_align_block_size`` does.
+
+Plain torch without a synchronisation with the host: every shape depends on shapes only. Inside
+vLLM its own operator gives the same arrays in one launch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Blocks(NamedTuple):
+    """Rows of the two products, in blocks that belong to one expert each. All int32.
+
+    ``rows`` ``[blocks * block]``: index into the flattened ``[tokens, top_k]`` ids; their number
+    where a row is padding. ``experts`` ``[blocks]``: *logical* expert of each block. ``padded``
+    ``[1]``: rows in use; what lies beyond is not computed.
+    """
+
+    rows: torch.Tensor
+    experts: torch.Tensor
+    padded: torch.Tensor
+
+
+def align_blocks(ids: torch.Tensor, block: int, experts: int) -> Blocks:
+    """Sort the routed ids of a batch.
+
+    Args:
+        ids: ``[tokens, top_k]`` int32 or int64, logical expert ids; negative ones are padding rows
+            of the batch, which get no row.
+        block: Rows per block (``Tiles.block_m``).
+        experts: Experts of the layer.
+    """
+    flat = ids.reshape(-1).long()
+    count = flat.numel()
+    flat = torch.where(flat < 0, experts, flat)
+    routed = torch.zeros(experts + 1, dtype=torch.long, device=ids.device)
+    routed.scatter_add_(0, flat, torch.ones_like(flat))
+    ends = ((routed[:experts] + block - 1) // block * block).cumsum(0)
+    begins = torch.cat([torch.zeros_like(ends[:1]), ends])
+
+    most = min(count * block, count + experts * (block - 1))
+    size = -(-most // block) * block
+    order = flat.argsort(stable=True)
+    expert = flat[order]
+    rank = torch.arange(count, device=ids.device) - (routed.cumsum(0) - routed)[expert]
+    place = torch.where(expert < experts, begins[expert] + rank, size)  # padding: behind the end
+    rows = torch.full((size + 1,), count, dtype=torch.int32, device=ids.device)
+    rows.scatter_(0, place, order.int())
+
+    first = torch.arange(0, size, block, device=ids.device)
+    owner = torch.searchsorted(ends, first, right=True).clamp_(max=experts - 1)
+    return Blocks(rows[:size], owner.int(), ends[-1:].int())

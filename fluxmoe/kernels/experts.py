@@ -1,0 +1,170 @@
+"""The experts of one MoE layer, run by the kernels: both projections over paged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import silu
+
+from fluxmoe.errors import UnsupportedError
+from fluxmoe.kernels.align import Blocks, align_blocks
+from fluxmoe.kernels.gemm import grouped_gemm_kernel
+from fluxmoe.kernels.language import triton
+from fluxmoe.kernels.pages import CompressedPages, RawSlots
+from fluxmoe.kernels.tiles import Tiles
+from fluxmoe.stores.codec.fixed4 import Layout
+
+#: Left to itself the assembler spills registers to make room for one more block per processor.
+MOST_REGISTERS = 255
+#: Of an expert that is nowhere, in the table that kernels read.
+ABSENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where one part (w13 or w2) of a layer's experts lies; at least one of the two."""
+
+    raw: RawSlots | None = None
+    compressed: CompressedPages | None = None
+
+
+def page_entry(page: int) -> int:
+    """The entry of the kernels' expert table for compressed page ``page``; raw slots are plain."""
+    return -2 - page
+
+
+def run_experts(
+    x: torch.Tensor,
+    w13: Part,
+    w2: Part,
+    table: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    tiles: Tiles,
+    *,
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``sum over k of topk_weights · (act(x @ w13.T) @ w2.T)``, with stock's roundings.
+
+    Args:
+        x: ``[tokens, H]`` bfloat16, dense.
+        w13: Matrices ``[2I, H]``.
+        w2: Matrices ``[H, I]``.
+        table: ``[experts]`` int32: raw slot ≥ 0, ``ABSENT``, or ``page_entry``.
+        topk_weights: ``[tokens, top_k]`` float32.
+        topk_ids: ``[tokens, top_k]`` integers, logical experts; negative for padding rows.
+        tiles: From ``tiles_for(tokens, experts)``.
+        activation: ``[rows, 2I] → [rows, I]``; by default SiLU of the first half, rounded, times
+            the second, as vLLM's ``silu_and_mul``. Inside vLLM pass its own operator.
+        reduce: ``[tokens, top_k, H] → [tokens, H]``; by default torch's sum. The same holds.
+
+    Raises:
+        UnsupportedError: A dtype or a layout that the kernels do not read.
+    """
+    tokens, top_k = topk_ids.shape
+    blocks = align_blocks(topk_ids, tiles.block_m, table.numel())
+    first = project(x, w13, table, blocks, tiles, top_k=top_k, valid=tokens * top_k)
+    middle = (activation or silu_and_mul)(first)
+    second = project(
+        middle, w2, table, blocks, tiles, top_k=1, valid=tokens * top_k, scale=topk_weights
+    )
+    return (reduce or _sum)(second.view(tokens, top_k, -1))
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SiLU of the left half, rounded to the dtype, times the right half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def _sum(parts: torch.Tensor) -> torch.Tensor:
+    return parts.sum(1)
+
+
+def project(
+    x: torch.Tensor,
+    part: Part,
+    table: torch.Tensor,
+    blocks: Blocks,
+    tiles: Tiles,
+    *,
+    top_k: int,
+    valid: int,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One projection of every routed row: ``[valid, N]`` bfloat16, 0 for padding rows.
+
+    Args:
+        x: ``[valid / top_k, K]`` bfloat16.
+        part: The weights; raw and compressed ones are one launch each.
+        table: As in ``run_experts``.
+        blocks: From ``align_blocks`` with ``tiles.block_m``.
+        tiles: Launch configuration.
+        top_k: Rows that share a row of ``x``.
+        valid: Rows: tokens times the layer's top-k.
+        scale: ``valid`` float32 factors of the rows, applied before rounding.
+
+    Raises:
+        UnsupportedError: A dtype or a layout that the kernel does not read.
+    """
+    sides = [side for side in (part.raw, part.compressed) if side is not None]
+    outputs = {_shape(side)[0] for side in sides}
+    if len(outputs) != 1:
+        raise UnsupportedError("a part needs weights, and raw and compressed ones of one shape")
+    if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
+        raise UnsupportedError(f"the kernel reads dense bfloat16, not {x.dtype}")
+    out = torch.zeros(valid, outputs.pop(), dtype=torch.bfloat16, device=x.device)
+    for side in sides:
+        _launch(x, side, table, blocks, tiles, top_k, scale, out)
+    return out
+
+
+def _shape(side: RawSlots | CompressedPages) -> tuple[int, int]:
+    if isinstance(side, CompressedPages):
+        return side.rows, side.cols
+    return side.weights.shape[1], side.weights.shape[2]
+
+
+def _launch(
+    x: torch.Tensor,
+    side: RawSlots | CompressedPages,
+    table: torch.Tensor,
+    blocks: Blocks,
+    tiles: Tiles,
+    top_k: int,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    n, k = _shape(side)
+    if x.shape[1] != k:
+        raise UnsupportedError(f"inputs of {x.shape[1]} columns for weights of {k}")
+    if isinstance(side, CompressedPages):
+        if n % 64 or k % 64:
+            raise UnsupportedError(
+                f"a compressed matrix of {n} × {k} cannot be read in place",
+                fix="both sizes must be multiples of 64; decode it to a slot",
+            )
+        place = Layout(n, k)
+        words, offsets, stride = side.data.view(torch.int32), side.offsets, 0
+        sections = place.headers, place.flags, place.pool
+        flags, registers = side.data, MOST_REGISTERS
+    else:
+        if side.weights.dtype != torch.bfloat16 or not side.weights[0].is_contiguous():
+            raise UnsupportedError("raw slots must be dense bfloat16 matrices")
+        words = flags = side.weights
+        offsets, stride, sections = table, side.weights.stride(0), (0, 0, 0)
+        registers = None
+    size = blocks.rows.numel()
+    grid = (triton.cdiv(size, tiles.block_m) * triton.cdiv(n, tiles.block_n),)
+    grouped_gemm_kernel[grid](
+        x, words, flags, offsets, out, out if scale is None else scale, table,
+        blocks.rows, blocks.experts, blocks.padded,
+        n, k, size, out.shape[0], x.stride(0), stride, out.stride(0), *sections,
+        COMPRESSED=isinstance(side, CompressedPages), TOP_K=top_k, SCALE=scale is not None,
+        EVEN_K=k % tiles.block_k == 0,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=registers,
+    )  # fmt: skip

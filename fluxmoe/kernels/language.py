@@ -1,0 +1,16 @@
+"""Triton, or an error that says what to install. Kernel modules import it from here."""
+
+from __future__ import annotations
+
+from fluxmoe.errors import MissingDependencyError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise MissingDependencyError(
+        "the GPU kernels need Triton, which is not installed",
+        fix="pip install triton (a CUDA build of torch brings the version that it goes with)",
+    ) from error
+
+__all__ = ["tl", "triton"]

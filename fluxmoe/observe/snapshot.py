@@ -1,0 +1,221 @@
+"""Snapshot: the state of a server at one moment, read from its ``/metrics``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from fluxmoe.errors import EngineError
+from fluxmoe.observe import server
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A decision to move memory: the ``number``-th, ``to_kv`` or ``to_experts``, and why."""
+
+    number: int
+    policy: str
+    direction: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A server's state. Counters count from its start; all its workers together.
+
+    Attributes:
+        schema_version: Rises when a field changes its meaning or goes.
+        url: The server's.
+        model: As vLLM calls it.
+        budget_bytes, expert_bytes, kv_bytes: The budget and what its tenants hold.
+        slots, pages: Slots for expert pages, and pages of the model.
+        hits, misses, prefetch_hits: Of distinct experts per execution of a layer.
+        evictions: Pages given up.
+        loaded_bytes: Copied into slots.
+        stall_seconds: That layers waited for pages.
+        moves_to_kv, moves_to_experts, moves_failed: Of memory.
+        faults: Of policies, contained.
+        decisions: The last ones, the oldest first.
+        running, waiting: Requests.
+        kv_usage: Share of the KV cache's blocks that requests use.
+        preemptions: Requests that lost their KV cache.
+        tokens: Generated.
+        prefix_hits, prefix_queries: Tokens looked up in the prefix cache, and found there.
+        token_gaps, token_gap_seconds: Pauses between two tokens of a request: about the steps that
+            requests have waited for, and how long.
+    """
+
+    schema_version: int
+    url: str
+    model: str
+    budget_bytes: int
+    expert_bytes: int
+    kv_bytes: int
+    slots: int
+    pages: int
+    hits: int
+    misses: int
+    prefetch_hits: int
+    evictions: int
+    loaded_bytes: int
+    stall_seconds: float
+    moves_to_kv: int
+    moves_to_experts: int
+    moves_failed: int
+    faults: int
+    decisions: tuple[Told, ...]
+    running: int
+    waiting: int
+    kv_usage: float
+    preemptions: int
+    tokens: int
+    prefix_hits: int
+    prefix_queries: int
+    token_gaps: int
+    token_gap_seconds: float
+
+
+def fetch(url: str) -> Snapshot:
+    """Read a server's metrics.
+
+    Args:
+        url: ``http://host:port``, with or without ``/metrics``.
+
+    Raises:
+        ConfigError: It is no address.
+        EngineError: Nothing answers there, or not with FluxMoE's metrics.
+    """
+    base = server.address(url)
+    status, body = server.ask(base, "/metrics")
+    if status != 200:
+        raise EngineError(
+            f"the server answers with status {status}",
+            where=f"{base}/metrics",
+            fix="name the address of a vLLM server",
+        )
+    return read(body.decode(errors="replace"), base)
+
+
+def read(text: str, url: str) -> Snapshot:
+    """The snapshot in what a server's ``/metrics`` says.
+
+    Raises:
+        EngineError: It is not in Prometheus' text format, or FluxMoE's metrics are not there.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    labelled: dict[tuple[str, str], float] = defaultdict(float)
+    decisions: list[Told] = []
+    model, workers = "", 0
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                name, labels = sample.name, sample.labels
+                sums[name] += sample.value
+                for label in ("tenant", "direction"):
+                    if label in labels and labels.get("kind", "committed") == "committed":
+                        labelled[name, labels[label]] += sample.value
+                if name == "fluxmoe_budget_bytes":
+                    model, workers = labels.get("model_name", ""), workers + 1
+                if name == "fluxmoe_split_decision" and sample.value > 0:
+                    decisions.append(_told(labels))
+    except ValueError as error:
+        raise EngineError(
+            "the answer is not in Prometheus' text format",
+            where=f"{url}/metrics",
+            fix="name the address of a vLLM server",
+        ) from error
+    if not workers:
+        raise EngineError(
+            "the server shows no metrics of FluxMoE",
+            where=f"{url}/metrics",
+            fix="start it with `fluxmoe serve`, and without disable-log-stats",
+        )
+    frame = sums["fluxmoe_budget_bytes"] / max(sums["fluxmoe_budget_frames"], 1)
+
+    def count(name: str) -> int:
+        return int(sums[name])
+
+    return Snapshot(
+        schema_version=SCHEMA_VERSION,
+        url=url,
+        model=model,
+        budget_bytes=count("fluxmoe_budget_bytes"),
+        expert_bytes=int(labelled["fluxmoe_tenant_frames", "experts"] * frame),
+        kv_bytes=int(labelled["fluxmoe_tenant_frames", "kv"] * frame),
+        slots=count("fluxmoe_expert_slots"),
+        pages=count("fluxmoe_expert_pages"),
+        hits=count("fluxmoe_expert_hits_total"),
+        misses=count("fluxmoe_expert_misses_total"),
+        prefetch_hits=count("fluxmoe_prefetch_hits_total"),
+        evictions=count("fluxmoe_expert_evictions_total"),
+        loaded_bytes=count("fluxmoe_transfer_bytes_total"),
+        stall_seconds=sums["fluxmoe_stall_seconds_total"],
+        moves_to_kv=int(labelled["fluxmoe_split_changes_total", "to_kv"]),
+        moves_to_experts=int(labelled["fluxmoe_split_changes_total", "to_experts"]),
+        moves_failed=count("fluxmoe_split_failures_total"),
+        faults=count("fluxmoe_policy_faults_total"),
+        decisions=tuple(sorted(decisions, key=lambda told: told.number)),
+        running=count("vllm:num_requests_running"),
+        waiting=count("vllm:num_requests_waiting"),
+        kv_usage=sums["vllm:kv_cache_usage_perc"],
+        preemptions=count("vllm:num_preemptions_total"),
+        tokens=count("vllm:generation_tokens_total"),
+        prefix_hits=count("vllm:prefix_cache_hits_total"),
+        prefix_queries=count("vllm:prefix_cache_queries_total"),
+        token_gaps=count("vllm:inter_token_latency_seconds_count"),
+        token_gap_seconds=sums["vllm:inter_token_latency_seconds_sum"],
+    )
+
+
+def _told(labels: Mapping[str, str]) -> Told:
+    return Told(int(labels["number"]), labels["policy"], labels["direction"], labels["reason"])
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What happened between two snapshots, or since the server's start.
+
+    Attributes:
+        seconds: Between them; 0 if that is not known, and rates per second are 0, too.
+        hit_rate, prefix_rate: Shares; None if nothing was looked up.
+        token_ms: Mean pause between two tokens of a request; None if there was none.
+        tokens_per_s, loaded_per_s: Tokens and bytes.
+        stall_share: The part of the time that layers waited for pages.
+    """
+
+    seconds: float
+    hit_rate: float | None
+    prefix_rate: float | None
+    token_ms: float | None
+    tokens_per_s: float
+    loaded_per_s: float
+    stall_share: float
+
+
+def rates(now: Snapshot, before: Snapshot | None = None, seconds: float = 0.0) -> Rates:
+    """Compare two snapshots, ``seconds`` apart; without ``before``: since the start.
+
+    A server that was started again in between counts from its start.
+    """
+
+    def change(field: str) -> float:
+        value = float(getattr(now, field))
+        old = 0.0 if before is None else float(getattr(before, field))
+        return value - old if value >= old else value
+
+    looked_up = change("hits") + change("misses")
+    gaps, queries = change("token_gaps"), change("prefix_queries")
+    return Rates(
+        seconds=seconds,
+        hit_rate=change("hits") / looked_up if looked_up else None,
+        prefix_rate=change("prefix_hits") / queries if queries else None,
+        token_ms=change("token_gap_seconds") / gaps * 1e3 if gaps else None,
+        tokens_per_s=change("tokens") / seconds if seconds else 0.0,
+        loaded_per_s=change("loaded_bytes") / seconds if seconds else 0.0,
+        stall_share=min(change("stall_seconds") / seconds, 1.0) if seconds else 0.0,
+    )

@@ -1,0 +1,1 @@
+"""What a budget of memory is worth for a model on a machine, before anything is loaded."""

@@ -1,0 +1,220 @@
+"""A plan: the splits of a budget, the best one, and whether paging pays, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fluxmoe.core import planner
+from fluxmoe.core.substrate.cpu import frame_bytes_for
+from fluxmoe.errors import BudgetTooSmallError
+from fluxmoe.plan import cost
+from fluxmoe.plan.cost import Floats, Splits, Workload
+from fluxmoe.plan.model import Model
+from fluxmoe.sim.hardware import Profile
+
+#: A split must promise so much more than one that changes nothing. As ``marginal`` has it.
+GAIN = 0.05
+#: Among splits as good as the best but for this, the one that streams least is recommended.
+_ALIKE = 0.005
+#: Points of the curve that is shown.
+_POINTS = 65
+
+#: ``nothing``: all experts fit, and paging earns nothing. ``share``: all fit, but some are better
+#: given up for KV cache. ``needed``: they do not fit.
+Verdict = Literal["nothing", "share", "needed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One split and what to expect of it; sizes in bytes, times in milliseconds."""
+
+    expert_bytes: int
+    resident_pages: int
+    resident_share: float
+    kv_bytes: int
+    requests: int
+    step_ms: float
+    stall_ms: float
+    tokens_per_s: float
+    prefetch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer of ``fluxmoe plan``.
+
+    Attributes:
+        memory: The budget, in bytes.
+        hardware: Name of the profile.
+        assumption: What the miss-ratio curve is.
+        verdict: Whether paging pays.
+        resident: All experts resident, which needs no paging; None if they do not fit.
+        automatic: Where FluxMoE begins if no target is set (docs/memory.md).
+        recommended: The best split.
+        curve: Splits from the fewest experts to the most.
+        advice: The plan in sentences.
+    """
+
+    model: Model
+    memory: int
+    work: Workload
+    hardware: str
+    assumption: str
+    verdict: Verdict
+    resident: Point | None
+    automatic: Point
+    recommended: Point
+    curve: tuple[Point, ...]
+    advice: tuple[str, ...]
+
+
+def make(
+    model: Model, profile: Profile, work: Workload, memory: int, curve: Floats, assumption: str
+) -> Plan:
+    """Compare all splits of ``memory`` bytes.
+
+    Args:
+        model, profile, work: Who, where, what.
+        memory: The budget of experts and KV cache.
+        curve: Miss ratio for 0 … pages slots, and the ``assumption`` behind it in words.
+
+    Raises:
+        BudgetTooSmallError: Not even one layer's experts and one request fit.
+    """
+    one = model.request_bytes(work.tokens)
+    least = model.experts * model.page_bytes + one
+    if memory < least:
+        raise BudgetTooSmallError(
+            f"{memory} bytes are too little: one layer of {model.experts} experts and one request "
+            f"of {work.tokens} tokens need {least}",
+            where="--memory",
+            fix=f"give at least {least} bytes, or lower --context",
+        )
+    most = min(model.pages, (memory - one) // model.page_bytes)
+    slots = np.arange(model.experts, most + 1)
+    splits = cost.splits(model, profile, work, memory, slots, curve)
+    rates = splits.tokens_per_s
+    best = int(np.flatnonzero(rates >= rates.max() * (1 - _ALIKE))[-1])
+    whole = len(slots) - 1 if most == model.pages else None
+    verdict: Verdict = "needed"
+    if whole is not None:
+        verdict = "share" if rates[best] > rates[whole] * (1 + GAIN) else "nothing"
+        best = best if verdict == "share" else whole
+
+    def point(index: int) -> Point:
+        return _point(model, memory, splits, index)
+
+    shown = np.unique(np.append(np.linspace(0, len(slots) - 1, _POINTS).round().astype(int), best))
+    resident = None if whole is None else point(whole)
+    recommended, automatic = point(best), point(_first_split(model, work, memory, most))
+    return Plan(
+        model,
+        memory,
+        work,
+        profile.name,
+        assumption,
+        verdict,
+        resident,
+        automatic,
+        recommended,
+        tuple(point(int(index)) for index in shown),
+        tuple(_words(model, memory, work, verdict, resident, recommended, automatic)),
+    )
+
+
+def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:
+    slots = int(splits.slots[index])
+    experts = slots * model.page_bytes
+    streams = slots < model.pages
+    return Point(
+        expert_bytes=experts,
+        resident_pages=slots,
+        resident_share=slots / model.pages,
+        kv_bytes=memory - experts,
+        requests=int(splits.requests[index]),
+        step_ms=float(splits.seconds[index]) * 1e3,
+        stall_ms=float(splits.waits[index]) * 1e3,
+        tokens_per_s=float(splits.tokens_per_s[index]),
+        prefetch="next-layer" if streams and splits.ahead[index] else "none",
+    )
+
+
+def _first_split(model: Model, work: Workload, memory: int, most: int) -> int:
+    """The split that the engine would begin with, by its own rule: its place among all splits."""
+    frame = frame_bytes_for(memory)
+    need = model.experts * model.page_bytes
+    one = model.request_bytes(work.tokens)
+    experts, _ = planner.first_split(
+        memory // frame,
+        frame,
+        planner.Wish(need // frame, -(-model.experts_bytes // frame)),
+        planner.Wish(one // frame, -(-one * work.requests // frame)),
+    )
+    slots = np.clip(experts.target * frame // model.page_bytes, model.experts, most)
+    return int(slots) - model.experts
+
+
+def _words(
+    model: Model,
+    memory: int,
+    work: Workload,
+    verdict: Verdict,
+    resident: Point | None,
+    best: Point,
+    automatic: Point,
+) -> list[str]:
+    asked = f"{work.requests} requests of {work.tokens} tokens"
+    words = [
+        f"{model.pages} experts take {_size(model.experts_bytes)}; a request of {work.tokens} "
+        f"tokens takes {_size(model.request_bytes(work.tokens))} of KV cache. The other weights, "
+        f"{_size(model.other_bytes)}, lie outside the budget of {_size(memory)}."
+    ]
+    if resident is None:
+        short = model.experts_bytes + model.request_bytes(work.tokens) - memory
+        words.append(
+            f"The experts and one request do not fit: {_size(short)} are missing. Without paging "
+            "this model cannot be served in this budget."
+        )
+    else:
+        words.append(
+            f"All experts fit. Beside them there is room for {resident.requests} of {asked}: "
+            f"{resident.tokens_per_s:.0f} tokens/s."
+        )
+    if verdict == "nothing":
+        words.append(
+            "Paging does not pay here: no split promises more than "
+            f"{GAIN:.0%} above that. Do nothing: serve it without paging."
+        )
+        return words
+    gain = ""
+    if resident is not None:
+        gain = f" ({best.tokens_per_s / resident.tokens_per_s:.2f} times as many as without paging)"
+    words.append(
+        f"The best split keeps {best.resident_share:.1%} of the experts resident "
+        f"({_size(best.expert_bytes)}) and leaves {_size(best.kv_bytes)} of KV cache, "
+        f"for {best.requests} requests at once: {best.tokens_per_s:.0f} tokens/s{gain}, "
+        f"{best.stall_ms:.1f} of {best.step_ms:.1f} ms a step waiting for experts."
+    )
+    if best.stall_ms > best.step_ms / 2:
+        words.append("The link is the bottleneck: most of a step is waiting for experts.")
+    if best.requests < work.requests:
+        words.append(f"The KV cache holds {best.requests} of {asked}; the others wait.")
+    if best.prefetch == "next-layer":
+        words.append("Copying whole layers ahead beats loading on demand: prefetch next-layer.")
+    if automatic.tokens_per_s * (1 + GAIN) < best.tokens_per_s:
+        words.append(
+            f"Set memory.experts.target: {best.expert_bytes >> 20}MiB. Without a target FluxMoE "
+            f"begins with KV cache for all requests: {automatic.tokens_per_s:.0f} tokens/s."
+        )
+    words.append("The load changes while serving: arbitration: marginal follows it.")
+    return words
+
+
+def _size(nbytes: int) -> str:
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if nbytes >= 1024**power:
+            return f"{nbytes / 1024**power:.1f} {unit}"
+    return f"{nbytes / 1024:.0f} KiB"

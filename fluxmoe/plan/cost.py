@@ -1,0 +1,127 @@
+"""What a step of decoding costs at each split of a budget: a roofline, for all splits at once.
+
+A step reads the experts that its requests use, the other weights and the requests' KV cache, and
+computes with them. Experts that are not resident come over the link in one of two ways: *on demand*
+(the layer waits for what it misses) or *ahead* (whole layers are copied while others compute, so
+that the longer of the two counts, but everything is copied that is not resident).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.mrc import MissRatioCurve, convex_hull
+from fluxmoe.errors import ConfigError
+from fluxmoe.plan.model import Model
+from fluxmoe.sim.events import Events
+from fluxmoe.sim.hardware import Profile
+
+Floats = npt.NDArray[np.float64]
+
+#: Of a trace, about so many pages are looked at: sampling events keeps a long one short.
+_LOOKS = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is to be served: ``requests`` at once, each of up to ``tokens`` tokens."""
+
+    tokens: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Splits of a budget, all arrays ``[splits]``.
+
+    Attributes:
+        slots: Expert pages that are resident.
+        requests: Requests that run at once: those asked for, or as many as the KV cache holds.
+        seconds: Duration of a step.
+        waits: The part of it that layers wait for experts.
+        ahead: Whether copying whole layers ahead is the better way.
+    """
+
+    slots: npt.NDArray[np.int64]
+    requests: npt.NDArray[np.int64]
+    seconds: Floats
+    waits: Floats
+    ahead: npt.NDArray[np.bool_]
+
+    @property
+    def tokens_per_s(self) -> Floats:
+        return self.requests / self.seconds
+
+
+def even_curve(pages: int) -> Floats:
+    """Miss ratio for 0 … ``pages`` slots if every expert is as likely as any other.
+
+    No policy does worse that keeps what it has: a budget for x % of the pages hits x %.
+    """
+    curve: Floats = np.linspace(1.0, 0.0, pages + 1)
+    return curve
+
+
+def traced_curve(events: Events, model: Model) -> Floats:
+    """Miss ratio for 0 … ``pages`` slots as in a trace: the convex hull of LRU's.
+
+    Raises:
+        ConfigError: The trace is of a model of another shape.
+    """
+    meta = events.meta
+    if (meta.num_layers, meta.experts_per_layer) != (model.moe_layers, model.experts):
+        raise ConfigError(
+            f"the trace is of {meta.num_layers} layers x {meta.experts_per_layer} experts, "
+            f"the model has {model.moe_layers} x {model.experts}",
+            where="--trace",
+            fix="record one of this model: fluxmoe trace record",
+        )
+    every = 1 + len(events) * model.pages // _LOOKS
+    curve = MissRatioCurve(model.pages, model.experts, every=every, window=0)
+    last_use = np.full(model.pages, -1, np.int64)
+    for index, (_, layer, _, where) in enumerate(events):
+        ids = events.ids[where]
+        curve.observe(last_use, layer, ids)
+        last_use[layer * model.experts + ids] = index
+    return convex_hull(curve.curve())
+
+
+def splits(
+    model: Model,
+    profile: Profile,
+    work: Workload,
+    memory: int,
+    slots: npt.NDArray[np.int64],
+    curve: Floats,
+) -> Splits:
+    """Evaluate splits of ``memory`` bytes: ``slots`` for experts, the rest for the KV cache.
+
+    Args:
+        model, profile, work: Who, where, what.
+        memory: The budget of experts and KV cache.
+        slots: Per split; each leaves room for one request.
+        curve: Miss ratio for 0 … pages slots.
+    """
+    each = model.request_bytes(work.tokens)
+    room = (memory - slots * model.page_bytes) // max(each, 1)
+    requests = np.clip(room, 1, work.requests)
+    # Every token uses top_k experts of a layer, independently of the others.
+    share = 1 - (1 - model.top_k / model.experts) ** requests
+    used = model.pages * share
+    read = used * model.page_bytes + model.read_bytes + requests * each
+    paired = model.moe_layers * model.top_k * model.page_bytes + model.read_bytes
+    reading = read / (profile.memory_gbps * 1e9)
+    computing = requests * (2 * paired / profile.weight_bytes / (profile.tflops * 1e12))
+    busy = np.maximum(reading, computing) if profile.roofline else reading + computing
+    busy = busy + profile.step_us * 1e-6
+    busy += model.layers * (profile.layer_us + requests * profile.token_us) * 1e-6
+
+    page, call = model.page_bytes / (profile.load_gbps * 1e9), profile.load_us * 1e-6
+    missed = used * curve[slots]
+    demanded = busy + missed * page + np.minimum(missed, model.moe_layers) * call
+    copied = np.maximum(busy, (model.pages - slots) * (page + call))
+    seconds = np.minimum(demanded, copied)
+    return Splits(slots, requests, seconds, seconds - busy, copied < demanded)

@@ -1,0 +1,184 @@
+"""Pages in a page file: built at the first start, recognised by their contents at the next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fluxmoe.core.types import Bytes, Geometry, PageClass
+from fluxmoe.errors import PageFileError, StoreError
+from fluxmoe.stores.coding import Coder
+from fluxmoe.stores.pagefile import (
+    LENGTH,
+    OFFSET,
+    RAW_SUM,
+    SECTOR,
+    PageFile,
+    PageFileWriter,
+    checksum,
+    sectors,
+)
+
+logger = logging.getLogger("fluxmoe")
+
+
+class FileTier:
+    """Pages on disk.
+
+    The file's name comes from what is in it: the layout, the codec and the first page. A file that
+    is there already is used as long as every page that is put is the one it holds, by checksum;
+    at the first that is not, it is built anew.
+
+    Args:
+        folder: Where the file is, or will be.
+        coder: How pages are kept.
+        limit: Bytes that they may occupy; None if there is no limit.
+        direct: Read past the system's cache what is not in it.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        page_class: PageClass,
+        folder: Path,
+        coder: Coder,
+        limit: int | None,
+        *,
+        direct: bool = True,
+    ) -> None:
+        self._shape = (geometry.num_pages, len(page_class.parts))
+        self._about = {
+            "codec": coder.name,
+            "num_layers": geometry.num_layers,
+            "experts_per_layer": geometry.experts_per_layer,
+            "parts": [[part.name, part.nbytes] for part in page_class.parts],
+        }
+        self._folder, self._coder, self._limit, self._direct = folder, coder, limit, direct
+        self._largest = max(part.nbytes for part in page_class.parts)
+        self._path: Path | None = None
+        self._file: PageFile | None = None
+        self._writer: PageFileWriter | None = None
+        self._taken: list[int] = []
+        self._scratch = threading.local()
+        self.nbytes = 0
+
+    def put(self, page: int, parts: Sequence[Bytes]) -> bool:
+        sums = [checksum(np.ascontiguousarray(part)) for part in parts]
+        if self._path is None:
+            self._path = self._begin(page, sums)
+        if self._file is not None and not self._has(page, sums):
+            self._build_anew()
+        if self._file is not None:
+            nbytes = sum(sectors(int(length)) for length in self._file.index[page, :, LENGTH])
+            if not self._has_room(nbytes):
+                return False
+        else:
+            kept = [self._coder.encode(np.ascontiguousarray(part)) for part in parts]
+            nbytes = sum(sectors(len(part)) for part in kept)
+            if not self._has_room(nbytes):
+                return False
+            assert self._writer is not None
+            for part, (data, total) in enumerate(zip(kept, sums, strict=True)):
+                self._writer.append(page, part, data, total)
+        self._taken.append(page)
+        self.nbytes += nbytes
+        return True
+
+    def finish(self) -> None:
+        """Make the file appear, if it was not there.
+
+        Raises:
+            PageFileError: It cannot be written.
+        """
+        if self._writer is not None and self._path is not None:
+            self._writer.finish()
+            self._writer = None
+            self._file = self._open(self._path)
+
+    def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
+        """A read that fails is tried once more.
+
+        Raises:
+            StoreError: The second try failed, too.
+        """
+        try:
+            self._read(page, parts)
+        except StoreError as error:
+            logger.warning("a read failed, trying once more: %s", error)
+            self._read(page, parts)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.abandon()
+            self._writer = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self.nbytes = 0
+
+    def _begin(self, page: int, sums: list[int]) -> Path:
+        contents = json.dumps([self._about, page, sums]).encode()
+        path = self._folder / f"{hashlib.sha256(contents).hexdigest()[:16]}.pages"
+        if path.exists():
+            try:
+                self._file = self._open(path)
+                return path
+            except PageFileError as error:
+                logger.warning("%s is built anew: %s", path, error)
+        self._writer = PageFileWriter(path, self._about, *self._shape)
+        return path
+
+    def _open(self, path: Path) -> PageFile:
+        return PageFile(path, self._about, *self._shape, direct=self._direct)
+
+    def _has(self, page: int, sums: list[int]) -> bool:
+        assert self._file is not None
+        entry = self._file.index[page]
+        return bool(entry[:, OFFSET].all()) and entry[:, RAW_SUM].tolist() == sums
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self._limit is None or self.nbytes + nbytes <= self._limit
+
+    def _build_anew(self) -> None:
+        """Begin a new file, with the pages of the old one that have been put already."""
+        old, self._file = self._file, None
+        assert old is not None and self._path is not None
+        logger.warning("%s is built anew: it holds other pages", self._path)
+        try:
+            self._writer = PageFileWriter(self._path, self._about, *self._shape)
+            for page in self._taken:
+                for part, (_, length, _, total) in enumerate(old.index[page].tolist()):
+                    data = np.empty(length, np.uint8)
+                    old.read(page, part, data, self._room(length))
+                    self._writer.append(page, part, data, total)
+        finally:
+            old.close()
+
+    def _read(self, page: int, parts: Sequence[Bytes]) -> None:
+        file = self._file
+        if file is None:
+            raise StoreError(f"page {page} is not in the store")
+        for part, out in enumerate(parts):
+            length = int(file.index[page, part, LENGTH])
+            room = self._room(length)
+            if length == len(out):
+                file.read(page, part, out, room)
+            else:
+                kept = room[sectors(length) :][:length]
+                file.read(page, part, kept, room)
+                self._coder.decode(kept, out)
+
+    def _room(self, nbytes: int) -> Bytes:
+        """Memory of this thread, for a part in whole sectors twice; it begins at one."""
+        room: Bytes | None = getattr(self._scratch, "room", None)
+        if room is None:
+            memory = mmap.mmap(-1, 2 * sectors(self._largest) + SECTOR)
+            room = self._scratch.room = np.frombuffer(memory, np.uint8)
+        return room

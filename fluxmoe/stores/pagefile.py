@@ -1,0 +1,259 @@
+"""The page file: expert pages on disk, each part at a multiple of 4096 bytes, for direct reads.
+
+Format, version 1, little-endian. First 4096 bytes of header: ``FXMPAGES``, version (u32), length of
+the text that follows (u32), its CRC-32 (u32), and that text: JSON with ``about`` (what is in the
+file: codec, layers, experts, parts), ``index`` (where the index begins) and ``index_crc``. Then the
+parts as they are kept; what is left of their last 4096 bytes is zero. Then the index: per page and
+part four u64: where the part begins (0: it is not here), its length as kept, the checksum of that,
+and the checksum of the original. Checksums are those of docs/code.md.
+
+A file is written under another name and renamed when all of it is on disk, so one that was not
+finished is never seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import struct
+import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.types import Bytes
+from fluxmoe.errors import PageFileError
+from fluxmoe.stores.codec import kernel
+
+SECTOR = 4096
+_MAGIC, _VERSION = b"FXMPAGES", 1
+_HEAD = struct.Struct("<8sIII")
+
+#: A read of at least this many bytes that must go to the disk is split over this many threads.
+_SPLIT_FROM, _SPLIT = 1 << 20, 4
+
+#: Columns of the index.
+OFFSET, LENGTH, SUM, RAW_SUM = range(4)
+Index = npt.NDArray[np.uint64]
+
+
+def checksum(data: Bytes) -> int:
+    """The checksum of docs/code.md over whole words; what is left counts as one more."""
+    whole = len(data) // 4
+    words = data[: 4 * whole].view(np.uint32)
+    total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))
+    rest = int.from_bytes(data[4 * whole :].tobytes(), "little")
+    return (total + (2 * whole + 1) * rest) % 2**64
+
+
+def sectors(nbytes: int) -> int:
+    """``nbytes`` rounded up to whole sectors."""
+    return -(-nbytes // SECTOR) * SECTOR
+
+
+class PageFileWriter:
+    """Writes a page file; it appears at ``path`` when ``finish`` returns.
+
+    Raises (all methods):
+        PageFileError: The system refused; nothing is left behind.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], pages: int, parts: int) -> None:
+        self._path, self._about = path, about
+        self._index: Index = np.zeros((pages, parts, 4), np.uint64)
+        self._end = SECTOR
+        self._part_name = ""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd, self._part_name = tempfile.mkstemp(".part", path.stem + "-", path.parent)
+        except OSError as error:
+            raise _failure(error, path, "cannot be made") from error
+
+    def append(self, page: int, part: int, kept: Bytes, raw_sum: int) -> None:
+        """Write one part of a page as it is kept."""
+        self._write(kept, self._end)
+        self._index[page, part] = self._end, len(kept), checksum(kept), raw_sum
+        self._end += sectors(len(kept))
+
+    def finish(self) -> None:
+        """Write the index and the header, and see that all of it is on disk."""
+        index = self._index.reshape(-1).view(np.uint8)
+        self._write(index, self._end)
+        head = {"about": self._about, "index": self._end, "index_crc": zlib.crc32(index.data)}
+        text = json.dumps(head).encode()
+        if _HEAD.size + len(text) > SECTOR:
+            raise self._abandon(PageFileError(f"a header of {len(text)} bytes is too long"))
+        header = _HEAD.pack(_MAGIC, _VERSION, len(text), zlib.crc32(text)) + text
+        self._write(np.frombuffer(header, np.uint8), 0)
+        try:
+            os.ftruncate(self._fd, sectors(self._end + index.nbytes))
+            os.fsync(self._fd)
+            os.close(self._fd)
+            os.replace(self._part_name, self._path)
+            self._part_name = ""
+        except OSError as error:
+            raise self._abandon(_failure(error, self._path, "cannot be written")) from error
+
+    def abandon(self) -> None:
+        """Leave nothing behind. Idempotent, and nothing after ``finish``."""
+        if self._part_name:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.unlink(self._part_name)
+            self._part_name = ""
+
+    def _write(self, data: Bytes, offset: int) -> None:
+        left = np.ascontiguousarray(data).data
+        try:
+            while left:
+                done = os.pwrite(self._fd, left, offset)
+                left, offset = left[done:], offset + done
+        except OSError as error:
+            raise self._abandon(_failure(error, self._path, "cannot be written")) from error
+
+    def _abandon(self, error: PageFileError) -> PageFileError:
+        self.abandon()
+        return error
+
+
+class PageFile:
+    """A page file that is whole, opened for reading from several threads.
+
+    Args:
+        path: The file.
+        about: What it must be about.
+        direct: Read past the system's cache what is not in it.
+
+    Raises:
+        PageFileError: There is none, or it is not whole, or it is about something else.
+    """
+
+    def __init__(
+        self, path: Path, about: dict[str, Any], pages: int, parts: int, *, direct: bool = True
+    ) -> None:
+        self.path = path
+        self._threads: ThreadPoolExecutor | None = None
+        self._direct = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _failure(error, path, "cannot be read") from error
+        try:
+            self.nbytes = os.fstat(self._fd).st_size
+            self.index = self._checked_index(about, pages, parts)
+            if direct and hasattr(os, "O_DIRECT"):
+                with contextlib.suppress(OSError):  # file systems in memory have none
+                    self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            self.close()
+            raise _failure(error, path, "cannot be read") from error
+        except BaseException:
+            self.close()
+            raise
+        if self._direct >= 0:
+            self._threads = ThreadPoolExecutor(_SPLIT - 1, "fluxmoe-read")
+
+    def _checked_index(self, about: dict[str, Any], pages: int, parts: int) -> Index:
+        header = os.pread(self._fd, SECTOR, 0)
+        if len(header) < SECTOR or header[: len(_MAGIC)] != _MAGIC:
+            raise PageFileError("it is no page file", where=str(self.path))
+        _, version, length, crc = _HEAD.unpack_from(header)
+        if version != _VERSION:
+            raise PageFileError(f"it is of version {version}", where=str(self.path))
+        text = header[_HEAD.size : _HEAD.size + length]
+        if zlib.crc32(text) != crc:
+            raise PageFileError("its header is damaged", where=str(self.path))
+        head = json.loads(text)
+        if head["about"] != about:
+            raise PageFileError("it holds the pages of something else", where=str(self.path))
+        nbytes = pages * parts * 4 * 8
+        if self.nbytes != sectors(head["index"] + nbytes):
+            raise PageFileError("it is cut off, or longer than it was", where=str(self.path))
+        raw = os.pread(self._fd, nbytes, head["index"])
+        if zlib.crc32(raw) != head["index_crc"]:
+            raise PageFileError("its index is damaged", where=str(self.path))
+        return np.frombuffer(raw, np.uint64).reshape(pages, parts, 4)
+
+    def read(self, page: int, part: int, target: Bytes, scratch: Bytes) -> None:
+        """Read a part of a page as it is kept, and check it.
+
+        Args:
+            target: As long as it.
+            scratch: Memory at a multiple of 4096, as long as it in whole sectors.
+
+        Raises:
+            PageFileError: It cannot be read, or is damaged.
+        """
+        offset, length, expected, _ = (int(value) for value in self.index[page, part])
+        try:
+            if not self._read_cached(offset, target):
+                if self._direct >= 0:
+                    self._read_direct(offset, scratch[: sectors(length)])
+                    np.copyto(target, scratch[:length])
+                else:
+                    _read(self._fd, target.data, offset)
+        except OSError as error:
+            raise _failure(error, self.path, f"cannot be read at {offset}") from error
+        if checksum(target) != expected:
+            raise PageFileError(
+                f"part {part} of page {page} is damaged",
+                where=str(self.path),
+                fix="delete the file; the next start builds it anew",
+            )
+
+    def _read_cached(self, offset: int, target: Bytes) -> bool:
+        """Read what the system has in memory already, or nothing."""
+        try:
+            return os.preadv(self._fd, [target.data], offset, os.RWF_NOWAIT) == len(target)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS):
+                return False
+            raise
+
+    def _read_direct(self, offset: int, scratch: Bytes) -> None:
+        pieces = _SPLIT if len(scratch) >= _SPLIT_FROM else 1
+        share = sectors(-(-len(scratch) // pieces))
+        parts = [(scratch[i : i + share].data, offset + i)
+                 for i in range(0, len(scratch), share)]  # fmt: skip
+        assert self._threads is not None
+        others = [self._threads.submit(_read, self._direct, *part) for part in parts[1:]]
+        try:
+            _read(self._direct, *parts[0])
+        finally:
+            errors = [other.exception() for other in others]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._threads is not None:
+            self._threads.shutdown()
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
+
+
+def _read(fd: int, target: memoryview, offset: int) -> None:
+    while target:
+        done = os.preadv(fd, [target], offset)
+        if done == 0:
+            raise OSError(errno.EIO, "the file ends here")
+        target, offset = target[done:], offset + done
+
+
+def _failure(error: OSError, path: Path, what: str) -> PageFileError:
+    fix = {
+        errno.ENOSPC: "make room, or name a folder on another disk",
+        errno.EACCES: "name a folder that may be written to",
+        errno.EROFS: "name a folder that may be written to",
+    }.get(error.errno or 0, "")
+    return PageFileError(f"the page file {what}: {error.strerror}", where=str(path), fix=fix)

@@ -1,0 +1,135 @@
+"""What a codec makes of a checkpoint's experts, layer by layer, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fluxmoe.core.codec import Codec
+from fluxmoe.core.types import Bytes
+from fluxmoe.errors import NoExpertsError
+from fluxmoe.stores.codec.fixed4 import Fixed4, inspect
+from fluxmoe.stores.coding import Coder
+
+#: Names of experts' weights: a tensor for each expert, or one for all experts of a layer.
+_ONE = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<part>.*)\.weight")
+_ALL = re.compile(r"(?P<layer>.*)\.experts\.(?P<part>(gate_up|gate|up|down)_proj)(\.weight)?")
+#: Engines put these two together; what a page has is both of them.
+_HALVES = ("gate_proj", "up_proj", "w1", "w3")
+
+
+@dataclass(slots=True)
+class Survey:
+    """Sums over some experts' weights.
+
+    Attributes:
+        name: The layer, as the checkpoint calls it.
+        parts: How many parts of pages, as engines have them.
+        plain: How many of them a store would keep as they are.
+        raw_bytes, coded_bytes: As they are, and as a store would keep them.
+        segments, escapes, raw_segments, zero_coded: Of ``fixed4``; see docs/code.md.
+        weights, zeros: bf16 weights in all, and those that are exactly 0 or −0.
+    """
+
+    name: str
+    parts: int = 0
+    plain: int = 0
+    raw_bytes: int = 0
+    coded_bytes: int = 0
+    segments: int = 0
+    escapes: int = 0
+    raw_segments: int = 0
+    zero_coded: int = 0
+    weights: int = 0
+    zeros: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Bytes as they are by bytes as kept."""
+        return self.raw_bytes / self.coded_bytes if self.coded_bytes else 1.0
+
+    def add(self, other: Survey) -> None:
+        """Count another's experts, too."""
+        for field in self.__dataclass_fields__:
+            if field != "name":
+                setattr(self, field, getattr(self, field) + getattr(other, field))
+
+
+def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
+    """One ``Survey`` per MoE layer of a checkpoint in safetensors.
+
+    Every expert is encoded, decoded and compared on the way.
+
+    Raises:
+        NoExpertsError: There are none.
+        CodecError: The codec fails.
+    """
+    coder = Coder(codec, name, strict=True)
+    layers: dict[str, Survey] = {}
+    for layer, dtype, part in parts_of(folder):
+        layers.setdefault(layer, Survey(layer)).add(_one(coder, codec, dtype, part))
+    if not layers:
+        raise NoExpertsError(
+            "the checkpoint has no experts that are called so",
+            where=str(folder),
+            fix="name a mixture-of-experts model in safetensors",
+        )
+    return [layers[layer] for layer in sorted(layers, key=_natural)]
+
+
+def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
+    kept = coder.encode(raw)
+    found = Survey("", parts=1, raw_bytes=len(raw), coded_bytes=len(kept))
+    found.plain = int(len(kept) == len(raw))
+    if isinstance(codec, Fixed4) and not found.plain:
+        facts = inspect(kept)
+        found.segments, found.escapes = facts.segments, facts.escapes
+        found.raw_segments, found.zero_coded = facts.layout.raw, facts.zero_coded
+    if dtype == "BF16":
+        weights = raw.view(np.uint16)
+        found.weights = len(weights)
+        found.zeros = found.weights - int(np.count_nonzero(weights & 0x7FFF))
+    return found
+
+
+def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
+    """Layer, type and bytes of every part of every expert, as a page has it."""
+    halves: dict[tuple[str, str], Bytes] = {}
+    for name, dtype, shape, data in _tensors(folder):
+        if match := _ALL.fullmatch(name):
+            for row in data.reshape(shape[0], -1):
+                yield match["layer"], dtype, row
+        elif match := _ONE.fullmatch(name):
+            if match["part"] in _HALVES:
+                expert = (match["layer"], match["expert"])
+                other = halves.pop(expert, None)
+                if other is None:
+                    halves[expert] = data
+                    continue
+                data = np.concatenate([other, data])
+            yield match["layer"], dtype, data
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, str, list[int], Bytes]]:
+    """Name, type, shape and bytes of all experts' tensors of a checkpoint."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, entry in json.loads(file.read(length)).items():
+                if ".experts." in name:
+                    begin, end = entry["data_offsets"]
+                    file.seek(8 + length + begin)
+                    data = np.frombuffer(bytearray(file.read(end - begin)), np.uint8)
+                    yield name, entry["dtype"], entry["shape"], data
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """For sorting: layer 2 before layer 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

@@ -1,0 +1,86 @@
+"""Several stores that share the pages: each takes what it has room for, in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+import numpy as np
+
+from fluxmoe.core.types import Bytes, Geometry, PageClass
+from fluxmoe.errors import ConfigError, StoreError
+from fluxmoe.stores.host import require_layer
+
+
+class Tier(Protocol):
+    """A place for some of the pages."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it occupies, in bytes."""
+
+    def put(self, page: int, parts: Sequence[Bytes]) -> bool:
+        """Keep a page, if there is room for it; its parts may change afterwards."""
+
+    def finish(self) -> None:
+        """All pages have been put."""
+
+    def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
+        """As a store's. Called for pages that were put, from several threads."""
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""
+
+
+class TieredStore:
+    """A store whose pages lie in the first of its tiers that had room.
+
+    Raises (``adopt``):
+        ConfigError: No tier has room for a page.
+        StoreError: A layer of another layout, or a tier that fails.
+    """
+
+    def __init__(self, geometry: Geometry, page_class: PageClass, tiers: Sequence[Tier]) -> None:
+        self._geometry, self._page_class, self._tiers = geometry, page_class, tiers
+        self._tier_of = np.full(geometry.num_pages, -1, np.int8)
+        self._adopted = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tier.nbytes for tier in self._tiers)
+
+    def adopt(self, parts: Sequence[Bytes]) -> None:
+        """Take the next layer: one array ``[experts, nbytes]`` per part of the page class."""
+        layer = self._adopted
+        require_layer(self._geometry, self._page_class, layer, parts)
+        for expert in range(self._geometry.experts_per_layer):
+            page = self._geometry.page(layer, expert)
+            self._tier_of[page] = self._put(page, [part[expert] for part in parts])
+        self._adopted += 1
+        if self._adopted == self._geometry.num_layers:
+            for tier in self._tiers:
+                tier.finish()
+
+    def _put(self, page: int, parts: Sequence[Bytes]) -> int:
+        for index, tier in enumerate(self._tiers):
+            if tier.put(page, parts):
+                return index
+        raise ConfigError(
+            f"no store has room for page {page} of {self._geometry.num_pages}, "
+            f"{self._page_class.nbytes} bytes each",
+            where="stores",
+            fix="raise a limit, or add a store without one",
+        )
+
+    def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
+        index = self._tier_of[page] if 0 <= page < len(self._tier_of) else -1
+        if index < 0:
+            raise StoreError(f"page {page} is not in the store")
+        self._tiers[index].read_into(page, parts)
+
+    def close(self) -> None:
+        self._tier_of[:] = -1
+        with ExitStack() as each:  # goes on if one fails
+            for tier in self._tiers:
+                each.callback(tier.close)

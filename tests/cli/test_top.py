@@ -1,0 +1,182 @@
+"""``fluxmoe top``: frames and JSON from what servers say, and what is said of those that do not."""
+
+import dataclasses
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from fluxmoe.cli import output, top
+from fluxmoe.observe import snapshot
+from tests.cli.test_cli import command, fails, succeeds
+
+LABELS = {"model_name": "m", "engine": "0"}
+
+
+def metrics(**changes):
+    """What a server with two tenants and two decisions shows."""
+    values = {
+        ("fluxmoe_budget_bytes", ()): 1000 * 4096,
+        ("fluxmoe_budget_frames", ()): 1000,
+        ("fluxmoe_tenant_frames", (("tenant", "experts"), ("kind", "committed"))): 600,
+        ("fluxmoe_tenant_frames", (("tenant", "kv"), ("kind", "committed"))): 300,
+        ("fluxmoe_tenant_frames", (("tenant", "kv"), ("kind", "max"))): 900,
+        ("fluxmoe_expert_slots", ()): 60,
+        ("fluxmoe_expert_pages", ()): 64,
+        ("fluxmoe_expert_hits_total", ()): 300,
+        ("fluxmoe_expert_misses_total", (("cause", "cold"),)): 60,
+        ("fluxmoe_expert_misses_total", (("cause", "capacity"),)): 40,
+        ("fluxmoe_transfer_bytes_total", (("store", "host"), ("cause", "demand"))): 1 << 20,
+        ("fluxmoe_stall_seconds_total", ()): 0.5,
+        ("fluxmoe_split_changes_total", (("direction", "to_kv"),)): 7,
+        ("fluxmoe_split_changes_total", (("direction", "to_experts"),)): 5,
+        ("vllm:num_requests_running", ()): 3,
+        ("vllm:num_requests_waiting", ()): 9,
+        ("vllm:kv_cache_usage_perc", ()): 0.5,
+        ("vllm:generation_tokens_total", ()): 1000,
+        ("vllm:inter_token_latency_seconds_count", ()): 500,
+        ("vllm:inter_token_latency_seconds_sum", ()): 10.0,
+        **{(name, ()): value for name, value in changes.items()},
+    }
+    for number, direction in ((9, "to_kv"), (10, "to_experts")):
+        told = {"number": number, "policy": "marginal", "direction": direction,
+                "reason": f"[{number}] running"}  # fmt: skip
+        values["fluxmoe_split_decision", tuple(told.items())] = 1
+    registry, made = CollectorRegistry(), {}
+    for (name, labels), value in values.items():
+        names = [*LABELS, *(label for label, _ in labels)]
+        if name not in made:
+            made[name] = Gauge(name, "help", names, registry=registry)
+        made[name].labels(*LABELS.values(), *(text for _, text in labels)).set(value)
+    return generate_latest(registry)
+
+
+@pytest.fixture
+def serve():
+    """Serve bodies, one after the other, the last one again and again."""
+    servers = []
+
+    def start(*bodies, status=200):
+        waiting = list(bodies)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+                found = self.path == "/metrics"
+                self.send_response(status if found else 404)
+                self.end_headers()
+                self.wfile.write(body if found else b"")
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_json_is_the_snapshot(serve):
+    url = serve(metrics())
+    shown = json.loads(succeeds("top", url, "--json"))
+    assert set(shown) == {f.name for f in dataclasses.fields(snapshot.Snapshot)} | {"rates"}
+    assert (shown["schema_version"], shown["model"], shown["url"]) == (1, "m", url)
+    assert shown["budget_bytes"] == 4096000
+    assert (shown["expert_bytes"], shown["kv_bytes"]) == (600 * 4096, 300 * 4096)
+    assert (shown["hits"], shown["misses"]) == (300, 100)
+    assert (shown["moves_to_kv"], shown["moves_to_experts"]) == (7, 5)
+    assert [told["number"] for told in shown["decisions"]] == [9, 10]
+    assert shown["rates"]["hit_rate"] == 0.75
+    assert shown["rates"]["token_ms"] == 20
+    for address in (url.removeprefix("http://"), f"{url}/", f"{url}/metrics"):
+        assert json.loads(succeeds("top", address, "--json"))["url"] == url
+
+
+def test_one_frame(serve):
+    frame = succeeds("top", serve(metrics()), "--once")
+    for words in (
+        r"experts +█+ +2\.3 MiB +60% +60 of 64 pages",
+        r"KV cache +█+ +1\.2 MiB +30% +50% in use",
+        r"3 running, 9 waiting",
+        r"expert hit rate +75\.0%",
+        r"time per token +20\.0 ms",
+        r"7 to the KV cache, 5 to the experts",
+        r"memory moves to the KV cache \(marginal\): \[9\] running",  # no markup
+        r"memory moves to the experts \(marginal\)",
+        r"since the start",
+    ):
+        assert re.search(words, frame), words
+    assert "policies failed" not in frame
+    assert "policies failed 3 times" in succeeds(
+        "top", serve(metrics(fluxmoe_policy_faults_total=3)), "--once"
+    )
+
+
+def test_rates_are_those_of_the_interval():
+    before = snapshot.read(metrics().decode(), "u")
+    after = snapshot.read(
+        metrics(
+            **{"fluxmoe_expert_hits_total": 390, "vllm:generation_tokens_total": 1100}
+        ).decode(),
+        "u",
+    )
+    rates = snapshot.rates(after, before, 2.0)
+    assert rates.hit_rate == 1.0
+    assert rates.tokens_per_s == 50
+    assert rates.token_ms is None and rates.stall_share == 0
+    again = snapshot.rates(before, after, 2.0)  # a server that was started again
+    assert again.hit_rate == 1.0 and again.tokens_per_s == 500
+    console = output.console()
+    with console.capture() as shown:
+        console.print(top.frame(after, rates))
+    assert "last 2 s" in shown.get() and "50.0/s" in shown.get()
+
+
+def test_it_watches_until_told_to_stop_and_waits_for_a_server_that_is_gone(serve, monkeypatch):
+    url = serve(metrics())
+    frames, seconds = [], iter(range(5))
+    monkeypatch.setattr("rich.live.Live.update", lambda self, frame, **_: frames.append(frame))
+
+    def sleep(_):
+        second = next(seconds)
+        if second == 1:
+            monkeypatch.setattr(snapshot, "fetch", gone)
+        if second == 4:
+            raise KeyboardInterrupt
+
+    def gone(url):
+        from fluxmoe.errors import EngineError
+
+        raise EngineError("no server answers: gone")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    succeeds("top", url)
+    assert len(frames) == 4
+    console = output.console()
+    with console.capture() as shown:
+        console.print(frames[-1])
+    assert "gone; waiting" in shown.get() and "Last decisions" in shown.get()
+
+
+def test_what_does_not_answer_as_it_should(serve):
+    fails("top", "http://127.0.0.1:9", "--once", code="FM405", message="no server answers.*serve")
+    fails("top", "http://127.0.0.1:9", code="FM405", message="no server answers")
+    fails("top", "x y", "--json", code="FM101", message="'x y' is no address")
+    fails("top", "ftp://host", "--json", code="FM101", message="no address")
+    stock = b"# TYPE x gauge\nx 1\n"
+    fails("top", serve(stock), "--once", code="FM405", message="no metrics of FluxMoE.*serve")
+    fails("top", serve(b"<html>hello there</html>"), "--once", code="FM405", message="")
+    fails("top", serve(b"", status=401), "--once", code="FM405", message="status 401")
+    fails("top", serve(b"\xff\xfe"), "--once", code="FM405", message="")
+
+
+def test_from_a_process_of_its_own(serve):
+    assert "Last decisions" in succeeds("top", serve(metrics()), "--once", run=command)

@@ -1,0 +1,365 @@
+"""Stores that share the pages: every page comes back, from wherever there was room."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fluxmoe
+from fluxmoe import config, plugins
+from fluxmoe.backends.stores import make_store
+from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.errors import CodecError, ConfigError, StoreError
+from fluxmoe.stores import HostStore
+from fluxmoe.stores.coding import Coder
+from fluxmoe.stores.file import FileTier
+from fluxmoe.stores.host import HostTier
+from fluxmoe.stores.tiers import TieredStore
+from tests.stores.weights import bf16
+
+GEOMETRY = Geometry(3, 4)
+#: The second part straddles everything and is too short for a block.
+PAGE_CLASS = PageClass((Part("w13", 40_960, 20_480), Part("w2", 20_482, 10_241), Part("b", 70, 35)))
+PAGES = GEOMETRY.num_pages
+
+
+def layers(seed: int = 0) -> list[list[np.ndarray]]:
+    """Per layer and part uint8 ``[experts, part bytes]``."""
+    rng = np.random.default_rng(seed)
+    shape = lambda part: (GEOMETRY.experts_per_layer, part.elements)  # noqa: E731
+    return [
+        [bf16(rng.standard_normal(shape(part)) * 0.02).view(np.uint8) for part in PAGE_CLASS.parts]
+        for _ in range(GEOMETRY.num_layers)
+    ]
+
+
+def filled(store, seed: int = 0):
+    for parts in layers(seed):
+        store.adopt(parts)
+    return store
+
+
+def rows() -> list[np.ndarray]:
+    return [np.full(part.nbytes, 0xEE, np.uint8) for part in PAGE_CLASS.parts]
+
+
+def check(store, seed: int = 0) -> None:
+    for page in reversed(range(PAGES)):
+        store.read_into(page, target := rows())
+        layer, expert = divmod(page, GEOMETRY.experts_per_layer)
+        for part, row in enumerate(target):
+            assert (row == layers(seed)[layer][part][expert]).all()
+
+
+def store_of(stores: list[dict]) -> TieredStore | HostStore:
+    made = config.parse({"memory": {"budget": "1MiB"}, "stores": stores}, where="test")
+    return make_store(made, GEOMETRY, PAGE_CLASS, plugins.load(made.plugins))
+
+
+@pytest.fixture(params=["host", "file"])
+def kind(request, tmp_path: Path) -> dict:
+    return {"kind": "host"} if request.param == "host" else {"kind": "file", "path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("codec", ["none", "fixed4"])
+def test_every_page_comes_back_as_it_was_adopted(kind, codec) -> None:
+    store = filled(store_of([{**kind, "codec": codec, "limit": "1GiB"}]))
+    check(store)
+    raw = PAGES * PAGE_CLASS.nbytes
+    if kind["kind"] == "host":
+        assert store.nbytes / raw < 1.01 if codec == "none" else store.nbytes / raw < 0.78
+    store.close()
+    store.close()
+    assert store.nbytes == 0
+    with pytest.raises(StoreError, match="page 0 is not in the store"):
+        store.read_into(0, rows())
+
+
+def test_without_a_codec_or_a_limit_pages_in_host_memory_are_not_copied() -> None:
+    assert isinstance(store_of([{"kind": "host"}]), HostStore)
+    assert isinstance(store_of([{"kind": "host", "codec": "fixed4"}]), TieredStore)
+
+
+def test_what_is_adopted_may_change_afterwards(kind) -> None:
+    store = store_of([{**kind, "limit": "1GiB"}])
+    for parts in layers():
+        store.adopt(parts)
+        for part in parts:
+            part[:] = 0
+    check(store)
+    store.close()
+
+
+def test_stores_take_pages_in_order_up_to_their_limits(tmp_path: Path) -> None:
+    stores = [
+        {"kind": "host", "limit": 3 * 61_632, "codec": "none"},
+        {"kind": "host", "limit": 200_000, "codec": "fixed4"},
+        {"kind": "file", "path": str(tmp_path), "codec": "fixed4"},
+    ]
+    store = filled(store_of(stores))
+    check(store)
+    assert [len(tier._pages) for tier in store._tiers[:2]] == [3, 4]
+    assert len(store._tiers[2]._taken) == PAGES - 7
+    store.close()
+
+
+def test_pages_that_no_store_has_room_for_are_a_clear_error() -> None:
+    store = store_of([{"kind": "host", "limit": 200_000}])
+    with pytest.raises(ConfigError, match=r"no store has room for page 3 of 12.*raise a limit"):
+        filled(store)
+
+
+def test_a_layer_of_another_layout_is_refused(kind) -> None:
+    store = store_of([{**kind, "limit": "1GiB"}])
+    with pytest.raises(StoreError, match="layer 0 has parts of shape"):
+        store.adopt(layers()[0][:1])
+    filled(store)
+    with pytest.raises(StoreError, match="already has all 3 layers"):
+        store.adopt(layers()[0])
+    store.close()
+
+
+@pytest.mark.parametrize("page", [-1, PAGES])
+def test_a_page_that_is_not_there_is_an_error(kind, page) -> None:
+    store = filled(store_of([{**kind, "codec": "fixed4"}]))
+    with pytest.raises(StoreError, match=f"page {page} is not in the store"):
+        store.read_into(page, rows())
+    store.close()
+
+
+# --- codecs that fail ----------------------------------------------------------------------------
+
+
+class Faulty(fluxmoe.Codec):
+    """Keeps the first half, which is enough where the second is zero; or fails."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def encode(self, raw):
+        if self.fault == "raises":
+            raise ZeroDivisionError
+        if self.fault == "gives a list":
+            return [1, 2]
+        return raw[: len(raw) // 2].copy()
+
+    def decode(self, coded, out):
+        if self.fault == "raises at decoding":
+            raise ZeroDivisionError
+        out[: len(coded)] = coded
+        out[len(coded) :] = 0
+
+
+@pytest.mark.parametrize("fault", ["raises", "gives a list", "loses", "raises at decoding"])
+def test_a_codec_that_fails_costs_room_but_no_data(fault, caplog) -> None:
+    coder = Coder(Faulty(fault), "faulty")
+    store = filled(TieredStore(GEOMETRY, PAGE_CLASS, [HostTier(coder, None)]))
+    check(store)
+    assert coder.faults == PAGES * len(PAGE_CLASS.parts)
+    assert caplog.text.count("codec 'faulty' failed") == 1
+
+
+def test_under_strict_policies_a_codec_that_fails_raises() -> None:
+    coder = Coder(Faulty("loses"), "faulty", strict=True)
+    with pytest.raises(CodecError, match=r"codec 'faulty' failed: .*not what was encoded"):
+        filled(TieredStore(GEOMETRY, PAGE_CLASS, [HostTier(coder, None)]))
+
+
+def test_a_codec_that_fails_while_serving_is_named(tmp_path: Path) -> None:
+    codec = Faulty("")
+    part = np.zeros(100, np.uint8)
+    coder = Coder(codec, "faulty")
+    kept = coder.encode(part)
+    assert len(kept) == 50
+    codec.fault = "raises at decoding"
+    with pytest.raises(CodecError, match="codec 'faulty' failed: ZeroDivisionError"):
+        coder.decode(kept, np.zeros(100, np.uint8))
+
+
+# --- page files ----------------------------------------------------------------------------------
+
+
+def page_files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def in_file(folder: Path, codec: str = "fixed4", **more) -> TieredStore:
+    store = store_of([{"kind": "file", "path": str(folder), "codec": codec, **more}])
+    assert isinstance(store, TieredStore)
+    return store
+
+
+def test_a_page_file_is_built_once_and_found_again(tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "made" / "for it"
+    filled(in_file(folder)).close()
+    (path,) = page_files(folder)
+    before = path.stat()
+    store = filled(in_file(folder))
+    check(store)
+    store.close()
+    after = path.stat()
+    assert page_files(folder) == [path] and not caplog.records
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+
+
+def test_other_weights_codecs_and_layouts_have_files_of_their_own(tmp_path: Path) -> None:
+    filled(in_file(tmp_path)).close()
+    filled(in_file(tmp_path, codec="none")).close()
+    store = filled(in_file(tmp_path), seed=1)
+    check(store, seed=1)
+    store.close()
+    assert len(page_files(tmp_path)) == 3
+
+
+def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplog) -> None:
+    filled(in_file(tmp_path)).close()
+    store = in_file(tmp_path)
+    changed = layers()
+    changed[1][1][2, 5] ^= 1  # a model that was trained a little more
+    for parts in changed:
+        store.adopt(parts)
+    assert "is built anew: it holds other pages" in caplog.text
+    for page in range(PAGES):
+        store.read_into(page, target := rows())
+        layer, expert = divmod(page, GEOMETRY.experts_per_layer)
+        assert all((row == changed[layer][part][expert]).all() for part, row in enumerate(target))
+    store.close()
+    assert len(page_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[:-1], "it is cut off"),
+        (lambda data: data[: len(data) // 2], "it is cut off"),
+        (lambda data: data + bytes(4096), "it is cut off, or longer"),
+        (lambda data: data[:100], "it is no page file"),
+        (lambda data: b"", "it is no page file"),
+        (lambda data: b"PK" + data[2:], "it is no page file"),
+        (lambda data: data[:8] + b"\2" + data[9:], "it is of version 2"),
+        (lambda data: data[:30] + b"x" + data[31:], "its header is damaged"),
+        (lambda data: data[:-4096] + b"\1" + data[-4095:], "its index is damaged"),
+    ],
+)
+def test_a_torn_or_foreign_file_is_refused_and_built_anew(tmp_path, caplog, damage, said) -> None:
+    filled(in_file(tmp_path)).close()
+    (path,) = page_files(tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    store = filled(in_file(tmp_path))
+    assert said in caplog.text and "is built anew" in caplog.text
+    check(store)
+    store.close()
+    assert page_files(tmp_path) == [path]
+
+
+def test_a_file_of_another_model_under_this_name_is_refused(tmp_path: Path, caplog) -> None:
+    filled(in_file(tmp_path)).close()
+    (mine,) = page_files(tmp_path)
+    filled(in_file(tmp_path, codec="none")).close()
+    (other,) = set(page_files(tmp_path)) - {mine}
+    mine.write_bytes(other.read_bytes())
+    store = filled(in_file(tmp_path))
+    assert "it holds the pages of something else" in caplog.text
+    check(store)
+    store.close()
+
+
+@pytest.mark.parametrize("codec", ["none", "fixed4"])
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_bit_that_flips_on_the_disk_is_noticed_at_the_read(
+    tmp_path, codec, direct, caplog
+) -> None:
+    store = filled(in_file(tmp_path, codec, direct=direct))
+    (path,) = page_files(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(4096 + 1000)
+        byte = file.read(1)
+        file.seek(4096 + 1000)
+        file.write(bytes([byte[0] ^ 4]))
+    with pytest.raises(StoreError, match=r"part 0 of page 0 is damaged.*delete the file") as info:
+        store.read_into(0, rows())
+    assert info.value.code == "FM307" and "trying once more" in caplog.text
+    store.read_into(1, rows())
+    store.close()
+
+
+def test_a_read_that_fails_once_is_made_again(tmp_path: Path, monkeypatch, caplog) -> None:
+    store = filled(in_file(tmp_path))
+    real, failures = os.preadv, [OSError(5, "Input/output error")]
+
+    def preadv(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    check(store)
+    assert "Input/output error" in caplog.text
+    failures[:] = [OSError(5, "Input/output error")] * 2
+    with pytest.raises(StoreError, match="cannot be read at 4096: Input/output error"):
+        store.read_into(0, rows())
+    store.close()
+
+
+@pytest.mark.parametrize("size", [40_960, 3 << 20])
+def test_what_the_system_has_not_in_memory_is_read_past_its_cache(
+    tmp_path, monkeypatch, size
+) -> None:
+    geometry, page_class = Geometry(1, 2), PageClass((Part("w", size + 6, size // 2 + 3),))
+    weights = np.random.default_rng(0).integers(0, 256, (2, size + 6), np.uint8)
+    coder = Coder(plugins.load().create("codec", "none"), "none")
+    tier = FileTier(geometry, page_class, tmp_path, coder, None)
+    store = TieredStore(geometry, page_class, [tier])
+    store.adopt([weights])
+    if tier._file._direct < 0:
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(type(tier._file), "_read_cached", lambda *_: False)
+    for page in (1, 0):
+        store.read_into(page, [row := np.zeros(size + 6, np.uint8)])
+        assert (row == weights[page]).all()
+    store.close()
+
+
+@pytest.mark.parametrize("at", ["mkstemp", "pwrite", "fsync", "replace"])
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, monkeypatch, at) -> None:
+    import tempfile
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    store = in_file(tmp_path)
+    monkeypatch.setattr(tempfile if at == "mkstemp" else os, at, full)
+    with pytest.raises(StoreError, match=r"No space left on device.*make room") as info:
+        filled(store)
+    assert info.value.code == "FM307" and str(tmp_path) in info.value.where
+    monkeypatch.undo()
+    store.close()
+    assert not page_files(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be made: Not a directory"):
+        filled(in_file(tmp_path / "file" / "below"))
+
+
+def test_a_store_that_is_closed_while_it_is_filled_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = in_file(tmp_path)
+    store.adopt(layers()[0])
+    store.close()
+    assert not page_files(tmp_path)
+
+
+def test_page_files_have_limits_too_and_keep_them_when_found_again(tmp_path: Path) -> None:
+    stores = [
+        {"kind": "file", "path": str(tmp_path), "limit": 400_000, "codec": "fixed4"},
+        {"kind": "host"},
+    ]
+    for _ in range(2):
+        store = filled(store_of(stores))
+        check(store)
+        assert 0 < len(store._tiers[0]._taken) < PAGES and store._tiers[0].nbytes <= 400_000
+        store.close()

@@ -1,0 +1,104 @@
+"""Wherever and however the pages are kept, the answers are the stock model's, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fluxmoe
+from fluxmoe import errors
+from fluxmoe.backends.torch import loader
+from tests.torch.conftest import Load, answer, same, sizes
+
+CODED = {"kind": "host", "codec": "fixed4"}
+
+
+def stores(folder: Path, page_bytes: int) -> dict[str, list[dict[str, Any]]]:
+    file = {"kind": "file", "path": str(folder)}
+    return {
+        "coded": [CODED],
+        "file": [file],
+        "coded file": [{**file, "codec": "fixed4", "direct": False}],
+        "some of each": [
+            {"kind": "host", "limit": 5 * page_bytes},
+            {**CODED, "limit": 5 * page_bytes},
+            {**file, "codec": {"kind": "fixed4"}},
+        ],
+    }
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("name", ["coded", "file", "coded file", "some of each"])
+def test_a_loaded_model_answers_what_stock_answers(
+    load: Load, checkpoint: Callable[..., Path], tmp_path: Path, name: str, threads: int
+) -> None:
+    stock = load()
+    experts, pages, page_bytes = sizes(stock)
+    for _ in range(2):  # the second time there is a page file
+        with fluxmoe.load(
+            checkpoint(),
+            (experts + 2) * page_bytes,
+            stores=stores(tmp_path, page_bytes)[name],
+            copy_threads=threads,
+            prefetch="next-layer" if threads else "none",
+        ) as paged:
+            assert same(answer(paged.model), answer(stock))
+            stats = paged.stats()
+            paged.check()
+        assert stats["misses"] > 0
+        if "coded" in name:
+            assert stats["store_bytes"] < 0.95 * pages * page_bytes  # whole sectors, small pages
+    assert bool(list(tmp_path.iterdir())) == (name != "coded")
+
+
+def test_layers_are_kept_as_they_are_loaded(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after all of them were, which would need room for all of them."""
+    waiting, most = loader._Catch._take, 0
+
+    def take(self: Any, *args: Any) -> Any:
+        nonlocal most
+        found = waiting(self, *args)
+        most = max(most, len(self._rows))
+        return found
+
+    monkeypatch.setattr(loader._Catch, "_take", take)
+    with fluxmoe.load(checkpoint(num_hidden_layers=12), "1MiB", stores=[CODED]) as paged:
+        assert paged.stats()["pages"] == 12 * 16
+    assert most == 1  # one part of a layer, while the other is on its way
+
+
+def test_an_error_of_a_store_is_not_taken_for_one_of_the_checkpoint(
+    checkpoint: Callable[..., Path],
+) -> None:
+    with pytest.raises(errors.ConfigError, match="no store has room for page 16 of 64"):
+        fluxmoe.load(checkpoint(), "1MiB", stores=[{"kind": "host", "limit": 16 * 49_152}])
+
+
+def test_a_paged_model_answers_what_it_did(load: Load) -> None:
+    model = load("mixtral")
+    before = answer(model)
+    with fluxmoe.page(model, "1MiB", stores=[CODED]) as paged:
+        assert same(answer(paged.model), before)
+    assert same(answer(model), before)
+
+
+@pytest.mark.parametrize(
+    ("stores", "kind", "message"),
+    [
+        ([{"kind": "host", "codec": "zip"}], errors.UnknownCodecError, "unknown codec 'zip'"),
+        ([{"kind": "host", "limit": 1000}], errors.ConfigError, "no store has room for page 0"),
+        ([{"kind": "file"}], errors.ConfigError, r"'stores\.0\.path' is missing"),
+        ([{"kind": "file", "path": "/proc/nowhere"}], errors.PageFileError, "cannot be made"),
+        ([], errors.ConfigError, r"stores: .*at least 1"),
+    ],
+)
+def test_stores_that_cannot_be_had(load: Load, stores: Any, kind: type, message: str) -> None:
+    model = load()
+    with pytest.raises(kind, match=message):
+        fluxmoe.page(model, "1MiB", stores=stores)
+    answer(model)  # it is as it was
