@@ -128,7 +128,7 @@ class EvictionPolicy:
 
     In place of ``score``, ``score_kernel``, ``make_kernel`` or ``select`` will do.
 
-    Class attributes:
+    Attributes:
         stable_score: Promise that a page's score changes only when it is accessed or loaded. The
             host then keeps the pages in order and asks for scores only after a change.
         score_kernel: A static function ``(last_use, use_count, loaded_at, event, page) -> float``
@@ -203,7 +203,7 @@ class EvictionPolicy:
 class PrefetchPolicy(ABC):
     """Proposes pages to load before their layer asks for them.
 
-    Class attributes:
+    Attributes:
         lead: How many layers ahead the proposals reach; a policy that leads by 0 is never asked.
     """
 
@@ -306,7 +306,7 @@ class ArbitrationView:
 class ArbitrationPolicy(ABC):
     """Decides how the budget is split between tenants, between steps.
 
-    Class attributes:
+    Attributes:
         fixed: The split never changes: the policy is never asked, nothing is reserved for growth.
     """
 

@@ -90,7 +90,9 @@ def _section(verb: str, command: Any) -> str:
     lines += ["```text", " ".join(usage), "```", ""]
     if command.params:
         lines += ["| argument or option | default | meaning |", "|---|---|---|"]
-        lines += [f"| {_name(each)} | {_default(each)} | {_help(each)} |" for each in command.params]
+        lines += [
+            f"| {_name(each)} | {_default(each)} | {_help(each)} |" for each in command.params
+        ]
         lines.append("")
     return "\n".join(lines)
 

@@ -85,7 +85,9 @@ def promise(requests: int) -> str:
     base = plan.resident.tokens_per_s
     lines = [
         Line("no paging", 0, [(0, 1, ""), (100, 1, "")]),
-        Line("paging", 1, [(100 * p.resident_share, p.tokens_per_s / base, "") for p in plan.curve]),
+        Line(
+            "paging", 1, [(100 * p.resident_share, p.tokens_per_s / base, "") for p in plan.curve]
+        ),
     ]
     shares = [(value, str(value)) for value in (0, 25, 50, 75, 100)]
     ratios = [(value / 4, f"{value / 4:.2f}") for value in range(6)]
@@ -110,7 +112,9 @@ def _sheet(chart: Chart) -> str:
 
 #: Every computed picture and what draws it.
 MADE: dict[str, Callable[[], str]] = {
-    **{f"hit-rate-{trace}.svg": partial(hit_rates, trace, title) for trace, title in TRACES.items()},
+    **{
+        f"hit-rate-{trace}.svg": partial(hit_rates, trace, title) for trace, title in TRACES.items()
+    },
     **{f"plan-{requests}.svg": partial(promise, requests) for requests in (16, 256)},
 }
 

@@ -44,7 +44,9 @@ def test_every_page_is_there_with_a_heading(site: Path) -> None:
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
-        loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"", page.read_text())
+        loaded = re.findall(
+            r"<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"", page.read_text()
+        )
         assert loaded
         assert not [each for each in loaded if each.startswith(("http", "//"))], page
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from benchmarks import __main__ as benchmarks
 
 from . import commands
@@ -103,8 +104,11 @@ def _run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         ("```python\nfrom fluxmoe.backends import vllm\n```\n", 1),
         ("<!-- not run: it fails -->\n```bash\nexit 1\n```\n", 0),
         ("```bash\nfluxmoe --version > version\ngrep fluxmoe version\n```\n", 1),
-        ('```yaml title="a.yaml"\nmemory: {budget: 1GiB}\n```\n'
-         "```console\n$ fluxmoe config check a.yaml\n```\n", 1),
+        (
+            '```yaml title="a.yaml"\nmemory: {budget: 1GiB}\n```\n'
+            "```console\n$ fluxmoe config check a.yaml\n```\n",
+            1,
+        ),
     ],
 )
 def test_right_pages_pass(

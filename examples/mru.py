@@ -1,0 +1,18 @@
+"""An eviction policy in three lines: evict the page that was used last.
+
+It is right where every layer uses all of its experts, one layer after the other, and wrong elsewhere.
+"""
+
+import fluxmoe
+
+
+class MostRecentlyUsed(fluxmoe.EvictionPolicy):
+    """Evict the page that was used last."""
+
+    def score(self, view, pages):  # keep the highest, evict the lowest
+        return -view.last_use[pages]
+
+
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    register("mru", MostRecentlyUsed)
