@@ -106,6 +106,8 @@ class SplitController:
         #: What was set by hand; None if nothing ever was.
         self._by_hand: ByHand | None = None
         self._pause_per_frame = 0.0
+        #: Seconds of the longest move so far, both halves together.
+        self.longest_pause = 0.0
         self._steps, self._told, self._line = 0, -QUIET, ""
         #: The last decisions that were told of, the oldest first.
         self.decisions: deque[Decision] = deque(maxlen=REMEMBERED)
@@ -219,6 +221,7 @@ class SplitController:
             self._inventory.layout.frames(groups),
             abs(self._expert_frames(move.slots) - self._expert_frames(move.before)),
         )
+        self.longest_pause = max(self.longest_pause, result.seconds)
         pause = result.seconds / max(moved, 1)
         self._pause_per_frame += (pause - self._pause_per_frame) / 4
 
