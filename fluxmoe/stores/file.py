@@ -73,17 +73,17 @@ class FileTier:
         sums = [checksum(np.ascontiguousarray(part)) for part in parts]
         if self._path is None:
             self._path = self._begin(page, sums)
-        if self._file is not None and not self._has(page, sums):
-            self._build_anew()
-        if self._file is not None:
+        kept: list[Bytes] = []
+        if self._file is not None and self._has(page, sums):
             nbytes = sum(sectors(int(length)) for length in self._file.index[page, :, LENGTH])
-            if not self._has_room(nbytes):
-                return False
         else:
             kept = [self._coder.encode(np.ascontiguousarray(part)) for part in parts]
             nbytes = sum(sectors(len(part)) for part in kept)
-            if not self._has_room(nbytes):
-                return False
+        if self._limit is not None and self.nbytes + nbytes > self._limit:
+            return False
+        if kept:
+            if self._file is not None:
+                self._build_anew()
             assert self._writer is not None
             for part, (data, total) in enumerate(zip(kept, sums, strict=True)):
                 self._writer.append(page, part, data, total)
@@ -97,10 +97,14 @@ class FileTier:
         Raises:
             PageFileError: It cannot be written.
         """
-        if self._writer is not None and self._path is not None:
+        if self._writer is None or self._path is None:
+            return
+        if not self._taken:  # there was room for none
+            self._writer.abandon()
+        else:
             self._writer.finish()
-            self._writer = None
             self._file = self._open(self._path)
+        self._writer = None
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """A read that fails is tried once more.
@@ -142,9 +146,6 @@ class FileTier:
         assert self._file is not None
         entry = self._file.index[page]
         return bool(entry[:, OFFSET].all()) and entry[:, RAW_SUM].tolist() == sums
-
-    def _has_room(self, nbytes: int) -> bool:
-        return self._limit is None or self.nbytes + nbytes <= self._limit
 
     def _build_anew(self) -> None:
         """Begin a new file, with the pages of the old one that have been put already."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import struct
@@ -37,6 +38,9 @@ _HEAD = struct.Struct("<8sIII")
 
 #: A read of at least this many bytes that must go to the disk is split over this many threads.
 _SPLIT_FROM, _SPLIT = 1 << 20, 4
+
+#: How the name of a file ends that is not finished.
+_PART = ".part"
 
 #: Columns of the index.
 OFFSET, LENGTH, SUM, RAW_SUM = range(4)
@@ -71,7 +75,9 @@ class PageFileWriter:
         self._part_name = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd, self._part_name = tempfile.mkstemp(".part", path.stem + "-", path.parent)
+            _remove_orphans(path)
+            self._fd, self._part_name = tempfile.mkstemp(_PART, path.stem + "-", path.parent)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)  # until this process ends, however it does
         except OSError as error:
             raise _failure(error, path, "cannot be made") from error
 
@@ -121,6 +127,14 @@ class PageFileWriter:
     def _abandon(self, error: PageFileError) -> PageFileError:
         self.abandon()
         return error
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove what processes that were killed had written of the file at ``path``."""
+    for orphan in path.parent.glob(f"{path.stem}-*{_PART}"):
+        with contextlib.suppress(OSError), orphan.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            orphan.unlink()
 
 
 class PageFile:
