@@ -7,8 +7,9 @@ import json
 import logging
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class FileTier:
         folder: Where the file is, or will be.
         coder: How pages are kept.
         limit: Bytes that they may occupy; None if there is no limit.
+        options: Of the codec.
         direct: Read past the system's cache what is not in it.
     """
 
@@ -51,11 +53,14 @@ class FileTier:
         coder: Coder,
         limit: int | None,
         *,
+        options: Mapping[str, Any] | None = None,
         direct: bool = True,
     ) -> None:
         self._shape = (geometry.num_pages, len(page_class.parts))
         self._about = {
             "codec": coder.name,
+            # Some codecs need the same to decode; as JSON will give them back.
+            "options": json.loads(json.dumps(dict(options or {}), default=str)),
             "num_layers": geometry.num_layers,
             "experts_per_layer": geometry.experts_per_layer,
             "parts": [[part.name, part.nbytes] for part in page_class.parts],

@@ -2,10 +2,10 @@
 
 Format, version 1, little-endian. First 4096 bytes of header: ``FXMPAGES``, version (u32), length of
 the text that follows (u32), its CRC-32 (u32), and that text: JSON with ``about`` (what is in the
-file: codec, layers, experts, parts), ``index`` (where the index begins) and ``index_crc``. Then the
-parts as they are kept; what is left of their last 4096 bytes is zero. Then the index: per page and
-part four u64: where the part begins (0: it is not here), its length as kept, the checksum of that,
-and the checksum of the original. Checksums are those of docs/code.md.
+file: codec and its options, layers, experts, parts), ``index`` (where the index begins) and
+``index_crc``. Then the parts as they are kept; what is left of their last 4096 bytes is zero. Then
+the index: per page and part four u64: where the part begins (0: it is not here), its length as
+kept, the checksum of that, and the checksum of the original. Checksums are those of docs/code.md.
 
 A file is written under another name and renamed when all of it is on disk, so one that was not
 finished is never seen.

@@ -216,6 +216,15 @@ def test_other_weights_codecs_and_layouts_have_files_of_their_own(tmp_path: Path
     assert len(page_files(tmp_path)) == 3
 
 
+def test_other_options_of_a_codec_make_another_file(tmp_path: Path) -> None:
+    """Some codecs cannot decode what was encoded with others."""
+    for options in ({}, {"key": 1}, {"key": 2}, {"key": 1}):
+        coder = Coder(plugins.load().create("codec", "fixed4"), "fixed4")
+        tier = FileTier(GEOMETRY, PAGE_CLASS, tmp_path, coder, None, options=options)
+        filled(TieredStore(GEOMETRY, PAGE_CLASS, [tier])).close()
+    assert len(page_files(tmp_path)) == 3
+
+
 def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplog) -> None:
     filled(in_file(tmp_path)).close()
     store = in_file(tmp_path)
