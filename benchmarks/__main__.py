@@ -14,13 +14,14 @@ BENCHMARKS = {
     "http": "http",
     "phases": "phases",
     "policies": "policies",
+    "reaction": "reaction",
     "recording": "recording",
     "serving": "serving",
     "simulated_speed": "simulated_speed",
     "simulator": "simulator",
 }
-#: What compares answers instead of times; it takes hours and is run by name only.
-CHECKS = {"identity": "identity.command"}
+#: Run by name only: what compares answers instead of times and takes hours, and what needs a GPU.
+CHECKS = {"gpu": "gpu.command", "identity": "identity.command"}
 
 
 def main() -> None:
