@@ -401,7 +401,7 @@ def test_page_files_have_limits_too_and_keep_them_when_found_again(tmp_path: Pat
 
 
 def test_a_page_file_that_may_grow_is_built_anew_with_more_pages(tmp_path: Path) -> None:
-    for limit in ("400KB", "500KB", "auto"):
+    for limit in ("400KB", "500KB", "1GiB"):
         file = {"kind": "file", "path": str(tmp_path), "limit": limit}
         store = filled(store_of([file, {"kind": "host"}]))
         check(store)
