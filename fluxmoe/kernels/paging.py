@@ -104,7 +104,7 @@ def resolve_event(books: DeviceBooks, layer: int, ids: torch.Tensor) -> None:
     experts = books.missing.numel()
     resolve_event_kernel[(1,)](
         *books, ids, ids.numel(), layer * experts, books.slot_of.numel(),
-        EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), num_warps=8,
+        EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), num_warps=8, maxnreg=128,
     )  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def test_show_fills_in_defaults_also_of_policies(write):
         "prefetch": {"kind": "next-layer", "depth": 1},
         "arbitration": "fixed",
         "policy_limits": {"strikes": 16, "soft_ms": 5.0, "hard_s": 2.0},
-        "stores": [{"kind": "host"}],
+        "stores": [{"kind": "host", "limit": "auto", "codec": "none"}],
         "control": False, "plugins": [], "strict_policies": False, "copy_threads": 1, "seed": 0,
         "vllm": {"port": None},
     }  # fmt: skip

@@ -406,6 +406,7 @@ class _Engine:
             "changes": dict(controller.changes),
             "failures": controller.failures,
             "faults": controller.faults,
+            "longest_pause": controller.longest_pause,
         }
 
     def told(self) -> list[str]:
