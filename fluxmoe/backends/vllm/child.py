@@ -314,10 +314,10 @@ class _Engine:
         from fluxmoe.backends.vllm import engine_options
         from fluxmoe.backends.vllm.compat import engine
 
-        self._paged = fluxmoe is not None and fluxmoe.get("preset") != "off"
         if fluxmoe is not None:
             options = {**engine_options(fluxmoe), **options}
         self._llm = LLM(model=model, skip_tokenizer_init=True, seed=0, **options)
+        self._paged = fluxmoe is not None and fluxmoe.get("preset") != "off"
         self._engine = self._llm.llm_engine
         self._scheduler = engine.scheduler_of(self._llm)
         self.info = engine.engine_info(self._llm)
