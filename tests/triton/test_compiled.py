@@ -111,6 +111,13 @@ def sums(needs: Needs) -> dict[str, int]:
     return {name: n for name, n in needs.instructions.items() if name.startswith(names)}
 
 
+def test_sixteen_warps_fit_a_processor() -> None:
+    """Stock's tables have such tiles; all registers of a processor are shared by 512 threads."""
+    tiles = Tiles(64, 128, 64, 1, 16, 3)
+    needs = gemm(tiles, 90, compressed=True)
+    assert needs.spills == 0 and needs.registers * 32 * tiles.num_warps <= 65536
+
+
 def test_a_spill_would_be_seen() -> None:
     """The check itself: stock's tiles for an H200 are too large for the registers of an A100."""
     assert gemm(Tiles(128, 256, 64, 16, 8, 4), 80, compressed=False).spills > 0
