@@ -14,6 +14,7 @@ BENCHMARKS = {
     "http": "http",
     "phases": "phases",
     "policies": "policies",
+    "reaction": "reaction",
     "recording": "recording",
     "serving": "serving",
     "simulated_speed": "simulated_speed",

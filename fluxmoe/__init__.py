@@ -12,8 +12,8 @@ from fluxmoe.core.policy import (
     Split,
 )
 from fluxmoe.core.types import Access, Counters, Phase
-from fluxmoe.errors import FluxMoEError, MissingDependencyError
-from fluxmoe.hookspecs import hookimpl, hookspec
+from fluxmoe.errors import CodecError, FluxMoEError, MissingDependencyError
+from fluxmoe.hookspecs import PLUGIN_API, hookimpl, hookspec
 
 if TYPE_CHECKING:
     from fluxmoe.backends.torch import load, page
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PLUGIN_API",
     "Access",
     "ArbitrationPolicy",
     "ArbitrationView",
     "Codec",
+    "CodecError",
     "Counters",
     "EvictionPolicy",
     "FluxMoEError",

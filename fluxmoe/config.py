@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, InvariantError
 
 AUTO = "auto"
 
@@ -50,6 +50,19 @@ Size = Annotated[ByteSize, BeforeValidator(_size, json_schema_input_type=ByteSiz
 AutoSize = Annotated[
     ByteSize | None,
     BeforeValidator(_auto, json_schema_input_type=ByteSize | Literal["auto"] | None),
+]
+
+
+def _budget(value: object) -> object:
+    if value is None:  # an empty line in YAML; "auto" must be asked for
+        raise PydanticCustomError("byte_size", "a size is needed")
+    return _auto(value)
+
+
+#: The same for the budget, which must be given and more than nothing.
+Budget = Annotated[
+    Annotated[ByteSize, Field(gt=0)] | None,
+    BeforeValidator(_budget, json_schema_input_type=ByteSize | Literal["auto"]),
 ]
 
 
@@ -106,8 +119,8 @@ class Share(_Model):
 class Memory(_Model):
     """The budget of one worker: experts and KV cache together."""
 
-    budget: Size = Field(gt=0)
-    """Bytes for experts and KV cache together, such as 24GiB."""
+    budget: Budget
+    """Bytes for experts and KV cache together, such as 24GiB; auto: half of what is free."""
     experts: Share = Share()
     """Bounds of the expert pages."""
     kv: Share = Share()
@@ -116,6 +129,34 @@ class Memory(_Model):
     """Unit in which memory moves between the two; auto: budget/8192 within 4KiB … 2MiB."""
     banks: int = Field(default=1, ge=1)
     """Banks to spread the slots over at least; more where the kernel's slot index is narrow."""
+
+    @property
+    def size(self) -> int:
+        """The budget in bytes; ``auto`` must have been resolved (``backends.machine``)."""
+        if self.budget is None:
+            raise InvariantError("memory.budget is still auto")
+        return int(self.budget)
+
+
+class Bounds(_Model):
+    """What a tenant must and may have; ``auto`` is as at the start."""
+
+    min: AutoSize = None
+    max: AutoSize = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise PydanticCustomError("order", "min must not be above max")
+        return self
+
+
+class HandLimits(_Model):
+    """Limits that are set while serving (``control``)."""
+
+    budget: AutoSize = None
+    experts: Bounds = Bounds()
+    kv: Bounds = Bounds()
 
 
 class PolicyLimits(_Model):
@@ -163,6 +204,7 @@ StoreConfig = Annotated[HostStoreConfig | FileStoreConfig, Field(discriminator="
 #: What a preset chooses where nothing is said. ``paper``: arXiv 2604.02715, a window of two layers.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "off": {},
     "paper": {
         "eviction": {"kind": "immediate"},
         "prefetch": {"kind": "next-layer", "depth": 1},
@@ -177,8 +219,8 @@ class Config(_Model):
     model: str | None = None
     """Folder or Hugging Face name of the model; needed to serve."""
     memory: Memory
-    preset: Literal["default", "paper"] = "default"
-    """A named set of policies; those that are named themselves win over it."""
+    preset: Literal["default", "paper", "off"] = "default"
+    """A named set of policies; those named themselves win over it. off: no paging at all."""
     eviction: Policy = {"kind": "next-use"}
     """Policy that decides which expert is given up: a name, or {kind: NAME, option: value}."""
     prefetch: Policy = {"kind": "none"}
@@ -190,6 +232,8 @@ class Config(_Model):
         default=[HostStoreConfig(kind="host")], min_length=1, max_length=8
     )
     """Where the expert pages lie that are not resident: in the first store that has room."""
+    control: bool = False
+    """Whether limits can be set by hand while serving: fluxmoe limit. Reserves room for growth."""
     plugins: list[str] = []
     """Files (.py) or modules that register further policies or codecs."""
     strict_policies: bool = False
@@ -209,18 +253,30 @@ class Config(_Model):
         return data
 
 
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
+
+
 def parse(data: object, *, where: str) -> Config:
     """Validate a configuration.
 
     Raises:
         ConfigError: Names the first wrong field, its value and the way out.
     """
+    return _parse(Config, data, where)
+
+
+def parse_limits(data: object, *, where: str) -> HandLimits:
+    """The same for limits that are set while serving."""
+    return _parse(HandLimits, data, where)
+
+
+def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
     if data is None:
         raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a map of settings, not {data!r}", where=where)
     try:
-        return Config.model_validate(dict(data))
+        return model.model_validate(dict(data))
     except ValidationError as error:
         first = error.errors()[0]
         place = list(map(str, first["loc"]))

@@ -6,7 +6,7 @@ Codes are never reused: scripts and other people's documentation may refer to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 
@@ -59,11 +59,19 @@ class UnknownPolicyError(FluxMoEError):
 
     code = "FM201"
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        super().__init__(
-            f"unknown {kind} policy {name!r}",
-            fix=f"known {kind} policies: {', '.join(sorted(known))}",
-        )
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
+    ) -> None:
+        fix = _known(f"{kind} policies", known, broken)
+        super().__init__(f"unknown {kind} policy {name!r}", fix=fix)
+
+
+def _known(what: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
+    """The known names, and plugins that could not be loaded and may have had the unknown one."""
+    parts = [f"known {what}: {', '.join(sorted(known))}"]
+    for plugin, reason in (broken or {}).items():
+        parts.append(f"the installed plugin {plugin} is broken: {reason}")
+    return "; ".join(parts)
 
 
 class PluginLoadError(FluxMoEError):
@@ -128,8 +136,10 @@ class UnknownCodecError(FluxMoEError):
 
     code = "FM306"
 
-    def __init__(self, name: str, known: Iterable[str]) -> None:
-        super().__init__(f"unknown codec {name!r}", fix=f"known codecs: {', '.join(sorted(known))}")
+    def __init__(
+        self, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(f"unknown codec {name!r}", fix=_known("codecs", known, broken))
 
 
 class DeviceMemoryError(SubstrateError):

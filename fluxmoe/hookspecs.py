@@ -8,6 +8,12 @@ from typing import Any, Protocol
 import pluggy
 from pydantic import BaseModel
 
+#: The version of this page, the contracts and what they may read. It is raised when plugins that
+#: keep to it would have to be changed; docs/plugins/compatibility.md tells how that goes.
+PLUGIN_API = 1
+#: The oldest that still works; between the two, loading a plugin warns.
+OLDEST_PLUGIN_API = 1
+
 hookspec = pluggy.HookspecMarker("fluxmoe")
 hookimpl = pluggy.HookimplMarker("fluxmoe")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fluxmoe.errors import CheckpointError
+from fluxmoe.errors import CheckpointError, ConfigError
 
 _INDEX = "model.safetensors.index.json"
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.*\bweight)")
@@ -38,6 +38,22 @@ def require_readable(model: str) -> None:
         raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
     elif not _HUB_NAME.fullmatch(model):
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
+
+
+def weight_bytes(model: str) -> int:
+    """The size of a checkpoint's files of weights.
+
+    Raises:
+        ConfigError: ``model`` is no folder with such files.
+    """
+    files = [*Path(model).glob("*.safetensors")] if Path(model).is_dir() else []
+    if not files:
+        raise ConfigError(
+            f"auto needs the size of the weights, and {model} is no folder with safetensors",
+            where="memory.budget",
+            fix="give a size such as 24GiB, or a folder as the model",
+        )
+    return sum(path.stat().st_size for path in files)
 
 
 def _config(folder: Path) -> None:

@@ -89,8 +89,8 @@ class Runtime:
         )
         eviction, prefetch, arbitration = plugins.load(config.plugins).serving(config)
         #: Whether the split may change while serving.
-        self.dynamic = not arbitration.fixed
-        budget = int(config.memory.budget)
+        self.dynamic = not arbitration.fixed or config.control
+        budget = config.memory.size
         require_free(budget)
         unit = kv.block if self.dynamic else 0
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget, unit))

@@ -18,8 +18,10 @@ from fluxmoe.cli import (
     demo,
     doctor,
     generate,
+    limit,
     output,
     plan,
+    plugin,
     policies,
     serve,
     simulate,
@@ -65,8 +67,10 @@ def _app() -> typer.Typer:
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
     app.command("codec")(codec.codec)
+    app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
     app.command("top")(top.top)
+    app.command("limit")(limit.limit)
     app.command("doctor")(doctor.doctor)
     return app
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fluxmoe.cli import output
+
+if TYPE_CHECKING:
+    from fluxmoe.config import Config
 
 app = typer.Typer(help="Check and explain configurations.", no_args_is_help=True)
 
@@ -19,8 +22,12 @@ _KINDS = ("eviction", "prefetch", "arbitration")
 @app.command()
 def check(file: _File) -> None:
     """Check keys, values, policies and their options; exit code 2 if something is wrong."""
+    from fluxmoe import config
+
     _load(file)
     print(f"{file}: ok")
+    for line in _resolved(config.load(file)):
+        print(line)
 
 
 @app.command()
@@ -39,11 +46,15 @@ def show(
     """Print the configuration with all defaults filled in. It is one itself."""
     import yaml
 
+    from fluxmoe import config
+
     shown = _load(file)
     if as_json:
         output.print_json(shown)
     else:
         yaml.safe_dump(shown, sys.stdout, sort_keys=False, allow_unicode=True)
+        for line in _resolved(config.load(file)):
+            print(f"# {line}")
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -66,6 +77,23 @@ def _load(file: Path) -> dict[str, Any]:
         else:
             shown[kind] = spec["kind"]
     return shown
+
+
+def _resolved(loaded: Config) -> list[str]:
+    """What words in a configuration amount to here and now."""
+    from fluxmoe.backends import machine
+    from fluxmoe.backends.vllm import launch
+
+    lines = []
+    if loaded.preset == "off":
+        lines.append("preset: off serves without paging; policies have no effect")
+    if loaded.memory.budget is None and loaded.model is not None:
+        size = output.nbytes(launch.resolved(loaded).memory.size)
+        lines.append(
+            f"memory.budget: auto is {size} per worker at present, {machine.SHARE:.0%} of the "
+            "memory that is free beside the model's weights"
+        )
+    return lines
 
 
 def _readable(value: Any) -> Any:

@@ -264,12 +264,16 @@ def _plugins() -> Finding:
     from fluxmoe import plugins
 
     try:
-        names = {policy.plugin for policy in plugins.load()} - {"fluxmoe"}
+        found = [plugin for plugin in plugins.load().plugins if plugin.origin == "installed"]
     except FluxMoEError as error:
         return Finding(
             "plugins", "note", error.what, "; ".join(filter(None, [error.where, error.fix]))
         )
-    return Finding("plugins", "ok", ", ".join(sorted(names)) or "none installed")
+    for plugin in found:
+        if plugin.status == "broken":
+            return Finding("plugins", "note", f"{plugin.name} is broken", plugin.problem)
+    names = [plugin.name for plugin in found if plugin.status == "ok"]
+    return Finding("plugins", "ok", ", ".join(names) or "none installed")
 
 
 def _backends() -> Iterator[Finding]:

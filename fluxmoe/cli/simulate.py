@@ -64,7 +64,7 @@ def simulate(
     events = Events.load(trace)
     sizes = _items(capacity, "--capacity")
     asked = [
-        Run(_spec(name), size, _spec(ahead))
+        Run(spec(name), size, spec(ahead))
         for name in _items(policy, "--policy")
         for size in sizes
         for ahead in _items(prefetch, "--prefetch")
@@ -112,7 +112,7 @@ def _items(text: str, option: str) -> list[str]:
     return items
 
 
-def _spec(text: str) -> PolicySpec:
+def spec(text: str) -> PolicySpec:
     """``name`` or ``name:option=value:…`` as the registry takes it."""
     name, *settings = text.split(":")
     if not settings:

@@ -10,7 +10,7 @@ import numpy as np
 from fluxmoe.core.mrc import MissRatioCurve, convex_hull
 from fluxmoe.core.pager import ExpertPager
 from fluxmoe.core.policy import ExpertDemand
-from fluxmoe.core.protocol import Answer
+from fluxmoe.core.protocol import Answer, ByHand
 from fluxmoe.core.types import PageClass
 
 #: Points of the curve that is sent, and the steps from one to the next.
@@ -28,6 +28,7 @@ class StepReport:
         stall_seconds: Time that layers waited for pages.
         load_seconds: Time to load one page, averaged over recent steps.
         curve: ``ExpertDemand.curve``; None if it was not sent with this step.
+        limits: What a person has told the worker last, if anything.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class StepReport:
     stall_seconds: float
     load_seconds: float
     curve: tuple[float, ...] | None
+    limits: ByHand | None = None
 
 
 class DemandMeter:
@@ -56,6 +58,8 @@ class DemandMeter:
         pager.curve = self._curve
         self._grid = np.linspace(0, geometry.num_pages, POINTS).round().astype(np.int64)
         self._load_seconds, self._steps = 0.0, 0
+        #: Sent with every report from now on.
+        self.limits: ByHand | None = None
         self.restarted()
 
     def restarted(self) -> None:
@@ -92,6 +96,7 @@ class DemandMeter:
             stalled,
             self._load_seconds,
             curve,
+            self.limits,
         )
 
 

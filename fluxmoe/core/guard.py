@@ -17,7 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.kernel import Kernel, Rows, compile_kernel
-from fluxmoe.core.limits import DEFAULT_LIMITS, HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.limits import (
+    DEFAULT_LIMITS,
+    HardLimitExceeded,
+    Limits,
+    Stopwatch,
+    from_signal,
+)
 from fluxmoe.core.lowest import lowest
 from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.types import Access, Int64s
@@ -62,7 +68,8 @@ class FaultCounter:
     ) -> npt.NDArray[Any] | None:
         """The answer as an array, not yet validated; None after a fault, or if it is out."""
         answer = self.call(method, function, args)
-        if answer is not _NO_ANSWER and not isinstance(answer, np.ndarray):
+        # An array of a subclass, say a masked one, would not do what the host expects of arrays.
+        if answer is not _NO_ANSWER and type(answer) is not np.ndarray:
             # Limited, too: it may be an object that takes its time to make an array.
             answer = self.call(method, np.asarray, (answer,))
         return None if answer is _NO_ANSWER else answer
@@ -77,7 +84,9 @@ class FaultCounter:
         except HardLimitExceeded:
             self.note(method, f"took more than {self.limits.hard_s:g} s")
             return _NO_ANSWER
-        except Exception as error:
+        except BaseException as error:  # sys.exit() in a policy must not end the engine
+            if isinstance(error, KeyboardInterrupt) or from_signal(error):
+                raise
             self.note(method, error)
             return _NO_ANSWER
         # One slow call may be the machine's doing; as many as there are strikes are the policy's.
@@ -89,11 +98,11 @@ class FaultCounter:
             )
         return answer
 
-    def note(self, method: str, problem: Exception | str) -> None:
+    def note(self, method: str, problem: BaseException | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
         what = f"{self.kind} policy {self.name!r}: {method} {_describe(problem)}"
         if self.strict:
-            cause = problem if isinstance(problem, Exception) else None
+            cause = problem if isinstance(problem, BaseException) else None
             raise PolicyFaultError(
                 what, fix="run without --strict-policies to contain it"
             ) from cause
@@ -107,10 +116,18 @@ class FaultCounter:
             )
 
 
-def _describe(problem: Exception | str) -> str:
-    if isinstance(problem, Exception):
-        return f"raised {type(problem).__name__}: {problem}"
+def _describe(problem: BaseException | str) -> str:
+    if isinstance(problem, BaseException):
+        return f"raised {type(problem).__name__}: {_told(str, problem)}"
     return problem
+
+
+def _told(how: Callable[[object], str], value: object) -> str:
+    """``str`` or ``repr`` of what a policy made, which may fail at that, too."""
+    try:
+        return how(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be printed"
 
 
 class PolicyGuard:
@@ -152,6 +169,7 @@ class EvictionGuard(PolicyGuard):
     ) -> None:
         super().__init__(FaultCounter("eviction", name, strict, limits))
         self._policy, self._view = policy, view
+        self._promises_stable = policy.stable_score  # once: it may be a property that fails
         self._kernel = _compile(policy, view, name)
         overrides = {
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
@@ -167,7 +185,7 @@ class EvictionGuard(PolicyGuard):
     @property
     def stable(self) -> bool:
         """Whether the host keeps the order (``order.VictimHeap``) from ``scores``."""
-        return self._policy.stable_score and not self._selects and not self._faults.out
+        return self._promises_stable and not self._selects and not self._faults.out
 
     @property
     def kernel(self) -> Kernel | None:
@@ -296,11 +314,12 @@ class PrefetchGuard(PolicyGuard):
     ) -> None:
         super().__init__(FaultCounter("prefetch", name, strict, limits))
         self._policy, self._view = policy, view
+        self._leads = policy.lead > 0
         self._num_pages = view.num_layers * view.experts_per_layer
 
     @property
     def active(self) -> bool:
-        return self._policy.lead > 0 and not self._faults.out
+        return self._leads and not self._faults.out
 
     def reset(self) -> None:
         self._faults.contain("reset", self._policy.reset)
@@ -326,7 +345,7 @@ class PrefetchGuard(PolicyGuard):
 
 def _shape(array: npt.NDArray[Any]) -> str:
     if array.ndim == 0 and array.dtype == object:
-        return repr(array.item())
+        return _told(repr, array.item())
     return f"{array.dtype} of shape {array.shape}"
 
 
@@ -349,9 +368,13 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str) -> Kernel | None
         if "score" in vars(cls):
             return None
     try:
-        kernel = policy.make_kernel(view)
+        kernel = Stopwatch(DEFAULT_LIMITS).call(policy.make_kernel, (view,))
         return None if kernel is None else compile_kernel(kernel)
-    except Exception as error:
+    except HardLimitExceeded:
+        raise PolicyFaultError(
+            f"eviction policy {name!r}: make_kernel took more than {DEFAULT_LIMITS.hard_s:g} s"
+        ) from None
+    except (Exception, SystemExit) as error:
         raise PolicyFaultError(
             f"eviction policy {name!r}: numba cannot compile score_kernel: {error}",
             fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "

@@ -46,16 +46,35 @@ class PageView:
 
     NO_NEXT_USE: ClassVar[int] = np.iinfo(np.int64).max
 
+    last_use: Int64s
+    use_count: Int64s
+    loaded_at: Int64s
+    #: ``next_use`` as the simulator keeps it up to date; for the host only.
+    future: Int64s | None
+    num_layers: int
+    experts_per_layer: int
+    rng: np.random.Generator
+    _table: PageTable
+
     def __init__(self, table: PageTable, *, seed: int = 0, next_use: Int64s | None = None) -> None:
-        self._table = table
-        self.last_use = read_only(table.books.last_use)
-        self.use_count = read_only(table.books.use_count)
-        self.loaded_at = read_only(table.books.loaded_at)
-        #: ``next_use`` as the simulator keeps it up to date; for the host only.
-        self.future = next_use
-        self.num_layers = table.geometry.num_layers
-        self.experts_per_layer = table.geometry.experts_per_layer
-        self.rng = np.random.default_rng(seed)
+        books, geometry = table.books, table.geometry
+        vars(self).update(
+            last_use=_locked(books.last_use),
+            use_count=_locked(books.use_count),
+            loaded_at=_locked(books.loaded_at),
+            future=next_use,
+            num_layers=geometry.num_layers,
+            experts_per_layer=geometry.experts_per_layer,
+            rng=np.random.default_rng(seed),
+            _table=table,
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The host reads the view, too: a policy that writes to it must not lead it astray.
+        raise AttributeError(f"a policy cannot set view.{name}: views are read-only")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a policy cannot delete view.{name}: views are read-only")
 
     @property
     def event(self) -> int:
@@ -97,6 +116,11 @@ def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _locked(array: Int64s) -> Int64s:
+    """Like ``read_only``, but not even a change of its flags makes it writable."""
+    return np.asarray(array.data.toreadonly())
 
 
 class EvictionPolicy:

@@ -101,6 +101,20 @@ class Move:
         return SetSlots(self.before) if self.to_kv else TakeKV(self.groups)
 
 
+@dataclass(frozen=True, slots=True)
+class ByHand:
+    """Limits that a person has set, in frames; None leaves one as it was at the start.
+
+    What requests use of the KV cache is not taken away, whatever is said here.
+    """
+
+    total: int | None = None
+    experts_min: int | None = None
+    experts_max: int | None = None
+    kv_min: int | None = None
+    kv_max: int | None = None
+
+
 class Outcome(Enum):
     """How a move ended.
 

@@ -157,8 +157,9 @@ def test_policies(plugin):
         ("prefetch", "none"), ("prefetch", "next-layer"), ("arbitration", "fixed"),
     }  # fmt: skip
     [mru] = [policy for policy in listed if policy["name"] == "mru"]
-    assert mru == {"kind": "eviction", "name": "mru", "plugin": str(plugin), "oracle": False,
-                   "summary": "Evict the newest."}  # fmt: skip
+    assert mru == {"kind": "eviction", "name": "mru", "plugin": str(plugin), "origin": "named",
+                   "version": "", "status": "ok", "problem": "", "oracle": False,
+                   "summary": "Evict the newest.", "faults": None}  # fmt: skip
     assert [policy["name"] for policy in listed if policy["oracle"]] == ["belady"]
     assert "belady (oracle)" in succeeds("policies")
 

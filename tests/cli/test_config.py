@@ -5,11 +5,13 @@ import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from fluxmoe import config
+from fluxmoe.backends.vllm import launch
 from fluxmoe.cli import main, output
 from fluxmoe.core.limits import Limits
 from fluxmoe.errors import ConfigError
@@ -56,6 +58,44 @@ def test_check_of_what_is_right(write):
     assert succeeds("check", path) == f"{path}: ok\n"
 
 
+def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
+    from fluxmoe.demo.model import SHIPPED
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    weights = sum(path.stat().st_size for path in SHIPPED.glob("*.safetensors"))
+    budget = ((1 << 30) - weights) // 2 >> 20
+    path = write({"model": str(SHIPPED), "memory": {"budget": "auto"}})
+    told = f"memory.budget: auto is {budget:.1f} MiB per worker at present, 50%"
+    assert told in succeeds("check", path)
+    shown = succeeds("show", path)
+    assert yaml.safe_load(shown)["memory"]["budget"] == "auto"
+    assert f"# {told}" in shown
+    flags = launch.arguments(config.load(path))
+    given = json.loads(flags[flags.index("--additional-config") + 1])["fluxmoe"]
+    assert given == {"memory": {"budget": budget << 20}}
+    two = write({"model": str(SHIPPED), "memory": {"budget": "auto"},
+                 "vllm": {"tensor_parallel_size": 2}})  # fmt: skip
+    assert f"auto is {((1 << 30) - weights) // 4 >> 20:.1f} MiB" in succeeds("check", two)
+    assert succeeds("check", write({"memory": {"budget": "auto"}})).count("\n") == 1
+
+    for broken, message in (
+        ({"model": "org/name", "memory": {"budget": "auto"}}, "no folder with safetensors"),
+        ({"model": str(tmp_path), "memory": {"budget": "auto"}}, "no folder with safetensors"),
+    ):
+        code, _, err = run("check", write(broken))
+        assert code == 2 and "error[FM101]" in err and message in err
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    two.write_text(yaml.safe_dump({"model": str(SHIPPED), "memory": {"budget": "auto"}}))
+    code, _, err = run("check", two)
+    assert code == 2 and "nothing is left" in err
+
+
+def test_off_is_told(write):
+    path = write({**SMALL, "preset": "off", "eviction": "lru"})
+    assert "policies have no effect" in succeeds("check", path)
+    assert yaml.safe_load(succeeds("show", path))["preset"] == "off"
+
+
 BAD = {
     "unknown key": ({**SMALL, "evict": "lru"}, "FM101", r"'evict'.*check its spelling"),
     "unknown key below": ({"memory": {"budget": 1, "kvs": {}}}, "FM101", r"'memory\.kvs'"),
@@ -63,6 +103,7 @@ BAD = {
     "missing below": ({"memory": {}}, "FM101", r"'memory\.budget' is missing"),
     "no size": ({"memory": {"budget": "lots"}}, "FM101", r"memory\.budget: .*'lots'.*24GiB"),
     "no unit": ({"memory": {"budget": "3 ponies"}}, "FM101", r"memory\.budget: .*ponies.*MiB"),
+    "no budget after all": ("memory: {budget: }", "FM101", r"memory\.budget: a size.*None.*24GiB"),
     "a budget of 0": ({"memory": {"budget": 0}}, "FM101", r"memory\.budget: .*greater than 0"),
     "a budget below 0": ({"memory": {"budget": -1}}, "FM101", r"memory\.budget: .*not -1"),
     "a bound": (
@@ -169,7 +210,7 @@ def test_show_fills_in_defaults_also_of_policies(write):
         "arbitration": "fixed",
         "policy_limits": {"strikes": 16, "soft_ms": 5.0, "hard_s": 2.0},
         "stores": [{"kind": "host", "limit": "auto", "codec": "none"}],
-        "plugins": [], "strict_policies": False, "copy_threads": 1, "seed": 0,
+        "control": False, "plugins": [], "strict_policies": False, "copy_threads": 1, "seed": 0,
         "vllm": {"port": None},
     }  # fmt: skip
     assert json.loads(succeeds("show", path, "--json")) == shown

@@ -177,7 +177,8 @@ def test_a_plugin_that_works_and_one_that_does_not(tmp_path):
     module.write_text("import saddle")
     ok, checks, _ = findings(doctor("--json", site=site, FLUXMOE_PLUGINS="pony"))
     assert ok and checks["plugins"]["status"] == "note"
-    assert "No module named 'saddle'" in checks["plugins"]["found"]
+    assert checks["plugins"]["found"] == "pony is broken"
+    assert "No module named 'saddle'" in checks["plugins"]["fix"]
     assert "FLUXMOE_PLUGINS" in checks["plugins"]["fix"]
 
 

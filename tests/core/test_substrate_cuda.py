@@ -118,7 +118,7 @@ def test_out_of_memory_is_told_apart_and_takes_nothing(make):
         DeviceMemoryError, match=f"beside {4 * FRAME} .* 0 of {4 * FRAME} bytes"
     ) as info:
         s.commit(address + 2 * FRAME, frames(2, 3, 4))
-    assert info.value.code == "FM306"
+    assert info.value.code == "FM308"
     assert info.value.where == "cuMemCreate"
     assert "memory.budget" in info.value.fix
     assert s.allocated() == 2 * FRAME

@@ -198,7 +198,9 @@ def options(command: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("verb, page", [("simulate", "simulator.md"), ("plan", "plan.md")])
+@pytest.mark.parametrize(
+    "verb, page", [("simulate", "simulator.md"), ("plan", "plan.md"), ("limit", "arbitration.md")]
+)
 def test_every_option_of_a_command_is_listed(verb: str, page: str) -> None:
     import typer
 

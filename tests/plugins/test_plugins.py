@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,60 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 import fluxmoe
 from fluxmoe import plugins
 from fluxmoe.errors import ConfigError, PluginLoadError, UnknownPolicyError
-
-MRU = """
-import fluxmoe
-
-class MostRecentlyUsed(fluxmoe.EvictionPolicy):
-    '''Evict the page that was used last.
-
-    More about it.
-    '''
-    def score(self, view, pages):
-        return -view.last_use[pages]
-
-@fluxmoe.hookimpl
-def fluxmoe_register_policies(register):
-    register("NAME", MostRecentlyUsed)
-"""
+from tests.plugins.rig import install, write
 
 BUILT_IN = {
     "eviction": ["belady", "immediate", "lfru", "lfu", "lru", "next-use", "s3-fifo"],
     "prefetch": ["gate", "markov", "next-layer", "none"],
     "arbitration": ["fixed", "kv-first", "marginal", "rho"],
 }
-
-
-@pytest.fixture(autouse=True)
-def no_installed_plugins(monkeypatch):
-    monkeypatch.setenv("FLUXMOE_PLUGINS", "")
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder on ``sys.path``, like ``site-packages``."""
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    before = set(sys.modules)
-    yield path
-    for name in set(sys.modules) - before:
-        if str(path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def write(path: Path, text: str = MRU, name: str = "mru") -> str:
-    path.write_text(textwrap.dedent(text).replace("NAME", name))
-    return str(path)
-
-
-def install(site: Path, dist: str, entries: dict[str, str]) -> None:
-    """What pip leaves of a distribution: its metadata with the entry points."""
-    info = site / f"{dist.replace('-', '_')}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
-    lines = "".join(f"{entry} = {module}\n" for entry, module in entries.items())
-    (info / "entry_points.txt").write_text(f"[fluxmoe]\n{lines}")
 
 
 # --- what is there without plugins ---------------------------------------------------------------
@@ -270,6 +222,12 @@ def test_one_name_may_stand_for_a_policy_of_each_kind():
     assert registry.get("eviction", "lru").plugin == "fluxmoe"
 
 
+def test_what_is_named_twice_is_loaded_once(tmp_path):
+    path = write(tmp_path / "mru.py")
+    found = [p.name for p in plugins.load([path, path]).plugins if p.origin == "named"]
+    assert found == [path]
+
+
 def test_two_plugins_of_one_name_are_refused():
     registry = registry_with("one", Good)
     with pytest.raises(PluginLoadError, match="pony"):
@@ -436,15 +394,6 @@ def test_the_allow_list_does_not_concern_plugins_that_are_named_explicitly(
     monkeypatch.setenv("FLUXMOE_PLUGINS", "")
     path = write(tmp_path / "mine.py", name="mine")
     assert extra(plugins.load([path])) == {"mine": path}
-
-
-def test_an_installed_plugin_that_fails_to_import_is_named_with_the_way_out(installed):
-    write(installed / "pony_policy.py", "import saddle")
-    with pytest.raises(PluginLoadError) as info:
-        plugins.load()
-    assert info.value.what.startswith("cannot import pony_policy: ModuleNotFoundError")
-    assert info.value.where == "plugin pony"
-    assert "FLUXMOE_PLUGINS" in info.value.fix
 
 
 def test_a_file_cannot_take_the_name_of_an_installed_policy(installed, tmp_path):

@@ -170,3 +170,52 @@ def test_a_system_that_refuses_changes_nothing(
         assert same(answer(model), stock)
         paged.resize(pages * page_bytes)
         assert same(answer(model), stock)
+
+
+@pytest.mark.parametrize("banks", [1, 2])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_a_room_that_is_asked_for_before_each_pass(
+    load: Load, implementation: str, banks: int
+) -> None:
+    model = load("qwen3-moe", implementation)
+    stock = answer(model, 30)
+    experts, pages, page_bytes = sizes(model)
+    draw, asked, seen = random.Random(1), [], set()
+
+    def room() -> int | str:
+        asked.append(draw.randint(0, 2 * pages) * page_bytes)  # too little and too much, too
+        seen.add(paged.stats()["slots"])
+        paged.check()
+        return asked[-1] if draw.random() < 0.5 else f"{asked[-1] + 1}B"
+
+    with fluxmoe.page(model, 2 * experts * page_bytes, prefetch="next-layer", banks=banks) as paged:
+        paged.follow(room)
+        assert same(answer(model, 30), stock)
+        count = len(asked)
+        assert count >= 30 and len(seen) > 4
+        assert min(seen) == banks * experts and max(seen) == pages
+        assert paged.stats()["resized"] > 0
+        paged.follow(None)
+        slots = paged.stats()["slots"]
+        assert same(answer(model, 30), stock)
+        assert (len(asked), paged.stats()["slots"]) == (count, slots)
+    with pytest.raises(errors.ConfigError):
+        paged.follow(room)
+
+
+def test_a_room_that_is_nonsense_ends_the_pass_and_nothing_else(load: Load) -> None:
+    model = load()
+    stock = answer(model)
+    experts, _, page_bytes = sizes(model)
+    with fluxmoe.page(model, 2 * experts * page_bytes) as paged:
+        slots = paged.stats()["slots"]
+        for room in (lambda: "lots", lambda: None, lambda: -1, lambda: 1 / 0):
+            paged.follow(room)  # type: ignore[arg-type]
+            with pytest.raises((errors.ConfigError, ZeroDivisionError)):
+                answer(model)
+        paged.follow(None)
+        assert paged.stats()["slots"] == slots
+        assert same(answer(model), stock)
+        paged.check()
+        paged.follow(lambda: experts * page_bytes)
+    assert same(answer(model), stock)  # a closed handle is not asked

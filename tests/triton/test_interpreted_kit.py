@@ -115,9 +115,8 @@ def test_events(card, monkeypatch, capsys):
 def test_mapping(monkeypatch):
     """Over the driver that the substrate's own tests use."""
     driver = pytest.importorskip("fluxmoe.core.driver")
-    from fluxmoe.testing.cuda import FakeDriver
-
     from benchmarks.gpu import mapping
+    from fluxmoe.testing.cuda import FakeDriver
 
     row = mapping.measure(driver.Cuda(FakeDriver()), 8, repeats=2, frame_bytes=4096)
     assert row["frames"] == 8 and min(row["first"], row["again"], row["decommit"]) > 0

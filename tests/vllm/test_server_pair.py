@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -33,7 +34,7 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def complete(self, prompt: Prompt) -> list[int]:
+    def complete(self, prompt: Prompt, key: str = "") -> list[int]:
         body = {
             "model": self.model,
             "prompt": prompt.tokens,
@@ -43,7 +44,8 @@ class Server:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120,
+                            headers={"Authorization": f"Bearer {key}"})  # fmt: skip
         assert answer.status_code == 200, answer.text
         tokens: list[int] = answer.json()["choices"][0]["token_ids"]
         return tokens
@@ -82,12 +84,18 @@ class Server:
             self.process.wait()
 
 
-def start(folder: Path, checkpoint: Path, cache: Path) -> Server:
+def start(
+    folder: Path,
+    checkpoint: Path,
+    cache: Path,
+    change: Callable[[dict[str, Any]], None] = lambda settings: None,
+) -> Server:
+    """A server with a configuration that may be changed first."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = {
+    settings: dict[str, Any] = {
         "model": str(checkpoint),
         "memory": {"budget": KV_BYTES + (2 << 20), "experts": {"target": "1MiB"}},
         "eviction": "lru",
@@ -100,6 +108,7 @@ def start(folder: Path, checkpoint: Path, cache: Path) -> Server:
             "port": port,
         },
     }
+    change(settings)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     environment.update(VLLM_CACHE_ROOT=str(cache), NUMBA_CACHE_DIR=str(cache / "numba"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
@@ -145,6 +146,7 @@ class PagedModel:
         loaded: bool = False,
     ) -> None:
         self.model, self._layers, self._runtime, self._turn = model, layers, runtime, turn
+        self._asked: RemovableHandle | None = None
         self._previous = None if loaded else model.get_experts_implementation()
         self._handle = handle = op.attach(runtime.pager)
         # A model that is dropped while paged takes its arenas with it.
@@ -250,13 +252,49 @@ class PagedModel:
             BudgetTooSmallError: It cannot hold one layer's experts (in each bank).
             SubstrateError: The system refused. As after every error, nothing has changed.
         """
-        where = "PagedModel.resize"
-        budget = int(settings(where, memory).memory.budget)
+        self._resize(memory, "PagedModel.resize")
+
+    def _resize(self, memory: int | str, where: str, *, at_least: bool = False) -> None:
+        budget = settings(where, memory).memory.size
         with self._turn:
             runtime = self._open()
-            runtime.resize(Room(runtime.geometry, runtime.page_class).within(budget, where))
+            room = Room(runtime.geometry, runtime.page_class)
+            if at_least:
+                budget = max(budget, room.least * runtime.pager.table.num_banks)
+            budget = room.within(budget, where)
+            if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
+                return
+            runtime.resize(budget)
             for index, layer in enumerate(self._layers):
                 experts.resize(layer, self._arenas(index))
+
+    def follow(self, room: Callable[[], int | str] | None) -> None:
+        """Ask before each forward pass how much room the expert pages may have, and ``resize``.
+
+        This is arbitration for whoever keeps a KV cache of his own. A compiled model does not ask.
+
+        Args:
+            room: Gives bytes, or text such as "4GiB". Less than the least that is possible counts
+                as that; what it raises, or what ``resize`` does, ends the pass before it begins.
+                None: ask no more.
+
+        Raises:
+            ConfigError: The handle is closed.
+        """
+        self._open()
+        if self._asked is not None:
+            self._asked.remove()
+            self._asked = None
+        if room is None:
+            return
+
+        def ask(*_: object) -> None:
+            if not torch.compiler.is_compiling() and not self.closed:
+                wanted = room()
+                self._resize(1 if wanted == 0 else wanted, "room", at_least=True)
+
+        # The outermost module, and before all else: the pass must not have taken its turn yet.
+        self._asked = self.model.register_forward_pre_hook(ask, prepend=True)
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies as new."""

@@ -11,7 +11,7 @@ from fluxmoe import config as fluxmoe_config
 from fluxmoe.core.substrate.cpu import frame_bytes_for
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Geometry, PageClass
-from fluxmoe.errors import BudgetTooSmallError
+from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
 PolicySpec = str | Mapping[str, Any]
 StoreSpec = Mapping[str, Any]
@@ -38,6 +38,10 @@ def settings(
     Raises:
         ConfigError: One of them has an unusable value.
     """
+    if memory == fluxmoe_config.AUTO:
+        raise ConfigError(
+            "auto is not possible here", where=f"memory of {where}", fix="give a size, as 4GiB"
+        )
     return fluxmoe_config.parse(
         {
             "memory": {"budget": memory, "kv": {"max": 0}, "banks": banks},
@@ -86,6 +90,6 @@ class Room:
 
     def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Config:
         """The configuration with a budget that is neither too small nor more than can be used."""
-        budget = self.within(int(config.memory.budget), where)
+        budget = self.within(config.memory.size, where)
         memory = config.memory.model_copy(update={"budget": budget, "frame": self.frame_bytes})
         return config.model_copy(update={"memory": memory})

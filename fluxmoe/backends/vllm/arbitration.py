@@ -14,7 +14,7 @@ from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.controller import Inventory, SplitController
 from fluxmoe.core.demand import DemandView, StepReport
 from fluxmoe.core.policy import ArbitrationView
-from fluxmoe.core.protocol import Order
+from fluxmoe.core.protocol import ByHand, Order
 from fluxmoe.errors import InvariantError
 
 
@@ -60,12 +60,14 @@ class Arbitration:
         self._layout, self._max_running = inventory.layout, max_running
         self._requests = requests
         self._reports: list[StepReport] = []
+        self._told: ByHand | None = None
         self._steps, self._started, self._step_seconds = 0, 0.0, 0.0
 
     def order(self) -> Order | None:
         """A step begins: what to tell the workers with it."""
         reports, self._reports = self._reports, []
         self._demand.update(reports)
+        self._obey(reports)
         requests, layout = self._requests, self._layout
         cached = self.balloon.cached() * layout.block_bytes // layout.frame_bytes
         view = ArbitrationView(
@@ -87,6 +89,13 @@ class Arbitration:
         self._steps += 1
         self._started = time.perf_counter()
         return order
+
+    def _obey(self, reports: Sequence[StepReport]) -> None:
+        """Take in what a person has told the workers, all of them the same."""
+        told = reports[0].limits if reports else None
+        if told is not None and told != self._told:
+            self._told = told
+            self.controller.set_limits(told)
 
     def reported(self, reports: Sequence[StepReport]) -> None:
         """The step has ended."""

@@ -314,7 +314,7 @@ class _Engine:
         from fluxmoe.backends.vllm import engine_options
         from fluxmoe.backends.vllm.compat import engine
 
-        self._paged = fluxmoe is not None
+        self._paged = fluxmoe is not None and fluxmoe.get("preset") != "off"
         if fluxmoe is not None:
             options = {**engine_options(fluxmoe), **options}
         self._llm = LLM(model=model, skip_tokenizer_init=True, seed=0, **options)
@@ -406,11 +406,17 @@ class _Engine:
             "changes": dict(controller.changes),
             "failures": controller.failures,
             "faults": controller.faults,
+            "longest_pause": controller.longest_pause,
         }
+
+    def told(self) -> list[str]:
+        """The reasons of the last decisions."""
+        controller = self._scheduler.connector.arbitration.controller
+        return [decision.reason for decision in controller.decisions]
 
     def limit(self, share: float) -> None:
         """Use only this share of the budget from now on."""
-        from fluxmoe.core.controller import ByHand
+        from fluxmoe.core.protocol import ByHand
 
         controller = self._scheduler.connector.arbitration.controller
         controller.set_limits(ByHand(int(sum(controller.frames.values()) * share)))

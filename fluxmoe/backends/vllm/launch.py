@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from fluxmoe.backends import machine
 from fluxmoe.backends.vllm import preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config
@@ -20,6 +21,8 @@ OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--m
 
 #: Ends the requests in flight when the server stops (``hangup``).
 MIDDLEWARE = "fluxmoe.backends.vllm.hangup.EndWithServer"
+#: Answers to ``fluxmoe limit`` (``control``).
+CONTROL = "fluxmoe.backends.vllm.control.Control"
 
 #: vLLM's options that FluxMoE sets itself.
 _OURS = (
@@ -46,6 +49,15 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     return extra
 
 
+def resolved(config: Config) -> Config:
+    """The configuration with a budget in bytes, the same for all workers (``machine.resolved``)."""
+    options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
+    workers = options.get("tensor-parallel-size", 1)
+    if not isinstance(workers, int) or workers < 1:
+        workers = 1  # vLLM refuses it, in its own words
+    return machine.resolved(config, model=config.model, workers=workers)
+
+
 def arguments(config: Config) -> list[str]:
     """The options of ``vllm serve``: the model, FluxMoE's own, and the user's untouched.
 
@@ -60,8 +72,12 @@ def arguments(config: Config) -> list[str]:
             raise ConfigError(
                 f"{key} is set by FluxMoE", where=f"vllm.{key}", fix="remove it from vllm:"
             )
-    settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
+    settings = resolved(config).model_dump(
+        mode="json", exclude={"model", "vllm"}, exclude_defaults=True
+    )
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
+    if config.control:
+        result += ["--middleware", CONTROL]
     for key, value in options.items():
         result += _option(key, value)
     return result
@@ -111,6 +127,7 @@ def serve(config: Config) -> None:
     Raises:
         FluxMoEError: See ``command`` and ``preflight.check``.
     """
+    config = resolved(config)
     args = command(config)
     preflight.check(config, os.environ)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})

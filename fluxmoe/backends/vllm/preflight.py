@@ -25,7 +25,7 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
         ConfigError: The budget is beyond the machine, the port is taken, or the cache folder that
             was asked for cannot be written.
     """
-    require_free(int(config.memory.budget))
+    require_free(config.memory.size)
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     if config.model is not None and options.get("load-format", "auto") == "auto":
         checkpoint.require_readable(config.model)

@@ -8,7 +8,8 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm import metrics
 from fluxmoe.core.controller import Inventory
 from fluxmoe.core.demand import DemandMeter, StepReport
-from fluxmoe.core.protocol import Answer, Follower, Order
+from fluxmoe.core.protocol import Answer, ByHand, Follower, Order
+from fluxmoe.errors import InvariantError
 
 #: Steps from one look at the histograms to the next: they have many buckets, and nobody waits.
 AGES_EVERY = 32
@@ -42,6 +43,12 @@ class WorkerSide:
     def inventory(self) -> Inventory | None:
         """What the scheduler needs to know; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
+
+    def limit(self, limits: ByHand) -> None:
+        """Tell the scheduler, with the next step, what a person wants."""
+        if self._demand is None:
+            raise InvariantError("the split is fixed")
+        self._demand.limits = limits
 
     def receive(self, order: Order | None) -> None:
         """A step begins."""

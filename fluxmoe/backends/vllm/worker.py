@@ -11,7 +11,8 @@ import torch
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
-from fluxmoe.backends import checkpoint, op
+from fluxmoe.backends import checkpoint, machine, op
+from fluxmoe.backends.limits import in_frames as limits_in_frames
 from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.stores import coders, make_store
@@ -32,9 +33,16 @@ from fluxmoe.backends.vllm.recording import Requests
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.side import WorkerSide
 from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
-from fluxmoe.config import Config
+from fluxmoe.config import Config, HandLimits
 from fluxmoe.core.types import Geometry, PageClass, Part, Phase
-from fluxmoe.errors import ConfigError, InvariantError, NoExpertsError, UnsupportedError
+from fluxmoe.errors import (
+    BudgetTooSmallError,
+    ConfigError,
+    FluxMoEError,
+    InvariantError,
+    NoExpertsError,
+    UnsupportedError,
+)
 
 tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
 
@@ -74,7 +82,11 @@ class PagedCPUWorker(CPUWorker):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
-        checks.refuse_unsupported(vllm_config)
+        #: Whether there is paging at all (``preset: off``).
+        self._paging = config.preset != "off"
+        if self._paging:
+            checks.refuse_unsupported(vllm_config)
+        config = _with_budget(config, vllm_config)
         if vllm_config.load_config.load_format == "auto":
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
@@ -83,14 +95,17 @@ class PagedCPUWorker(CPUWorker):
         coders(config, registry)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
-        vllm_config.cache_config.kv_cache_memory_bytes = int(config.memory.budget)
+        vllm_config.cache_config.kv_cache_memory_bytes = config.memory.size
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
         self._recorder: Recorder | None = None
+        self._limits = HandLimits()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
+        if not self._paging:
+            return
         layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
         if not layers:
             raise NoExpertsError(
@@ -161,15 +176,37 @@ class PagedCPUWorker(CPUWorker):
 
     def determine_available_memory(self) -> int:
         """The KV cache gets what the budget leaves. Warm-up runs happen here and are forgotten."""
-        assert self._runtime is not None
-        self.cache_config.kv_cache_memory_bytes = self._runtime.kv_reserved_bytes
+        if self._runtime is None:
+            self.cache_config.kv_cache_memory_bytes = self._beside_all_experts()
+        else:
+            self.cache_config.kv_cache_memory_bytes = self._runtime.kv_reserved_bytes
         available: int = super().determine_available_memory()
-        self._runtime.pager.reset()
+        if self._runtime is not None:
+            self._runtime.pager.reset()
         return available
+
+    def _beside_all_experts(self) -> int:
+        """Without paging the KV cache gets what all experts leave of the budget."""
+        memory, need = self._config.memory, self._kv_need()
+        layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
+        experts = sum(int(weight.nbytes) for layer in layers for weight in layer.parameters())
+        room = memory.size - experts
+        if room < need.min:
+            raise BudgetTooSmallError(
+                f"a budget of {memory.size} bytes is too small without paging: at least "
+                f"{experts + need.min} are needed, {experts} for all experts and {need.min} for "
+                f"the KV cache ({need.reason})",
+                where="memory.budget",
+                fix="raise it, or do not set preset: off",
+            )
+        wanted = [int(size) for size in (memory.kv.target, memory.kv.max) if size is not None]
+        return max(min(room, *wanted) if wanted else room, need.min)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """The KV cache gets its place in the arena, and the connector its worker."""
-        assert self._runtime is not None
+        if self._runtime is None:
+            super().initialize_from_config(kv_cache_config)
+            return
         kv_cache_config = copy.deepcopy(kv_cache_config)  # in one process the scheduler has it too
         self._kv_buffer = kv.place(self._runtime, kv_cache_config)
         super().initialize_from_config(kv_cache_config)
@@ -181,7 +218,7 @@ class PagedCPUWorker(CPUWorker):
         weakref.finalize(self, drop_connector, connector)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> Any:
-        if tag == "kv_cache":
+        if tag == "kv_cache" and self._runtime is not None:
             return self._kv_buffer
         return super()._maybe_get_memory_pool_context(tag)
 
@@ -195,17 +232,51 @@ class PagedCPUWorker(CPUWorker):
                 self._runtime = None
                 self._release()
 
+    @property
+    def _paged(self) -> Runtime:
+        """Raises UnsupportedError: nothing is paged."""
+        if self._runtime is None:
+            raise UnsupportedError("paging is off", where="preset", fix="remove preset: off")
+        return self._runtime
+
     # --- called through collective_rpc -----------------------------------------------------------
 
     def fluxmoe_stats(self) -> dict[str, Any]:
         """Counters and sizes, as plain numbers."""
-        assert self._runtime is not None
-        return {**self._runtime.stats(), "orders": self._side.orders}
+        return {**self._paged.stats(), "orders": self._side.orders}
 
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books agree."""
-        assert self._runtime is not None
-        self._runtime.check()
+        self._paged.check()
+
+    def fluxmoe_limit(self, limits: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Set limits of the split; they hold from the next step on. None: only tell.
+
+        Args:
+            limits: ``config.HandLimits``: ``budget``, ``experts`` and ``kv`` with ``min`` and
+                ``max``. Those that are not there are as at the start again.
+
+        Returns:
+            ``limits`` that are set and the present ``split``, in bytes; or ``error``, where
+            something is wrong with them and nothing has changed. (An exception would end vLLM's
+            engine where there are several workers.)
+        """
+        try:
+            runtime = self._paged
+            if limits is not None:
+                wanted = fluxmoe_config.parse_limits(limits, where="limits")
+                self._side.limit(limits_in_frames(runtime, wanted))
+                self._limits = wanted
+            elif not runtime.config.control:
+                limits_in_frames(runtime, self._limits)
+        except FluxMoEError as error:
+            return {"error": {"code": error.code, "message": str(error)}}
+        frame = runtime.arbiter.pool.frame_bytes
+        return {
+            "limits": self._limits.model_dump(mode="json"),
+            "split": {name: count * frame for name, count in runtime.arbiter.frames().items()},
+            "budget": runtime.arbiter.budget_bytes,
+        }
 
     def fluxmoe_record(
         self,
@@ -233,10 +304,9 @@ class PagedCPUWorker(CPUWorker):
             self._note_weights(False)
             recorder.close()
         if path is not None:
-            assert self._runtime is not None
             self._recorder = Recorder(
                 path,
-                self._runtime.trace_meta(
+                self._paged.trace_meta(
                     model=str(self.model_config.model), top_k=self._top_k, source="vllm"
                 ),
                 columns=["weights"] if weights else [],
@@ -262,8 +332,7 @@ class PagedCPUWorker(CPUWorker):
 
     def fluxmoe_reset(self) -> None:
         """Start cold: no page resident, counters zero; those on ``/metrics`` go on."""
-        assert self._runtime is not None
-        self._runtime.pager.reset()
+        self._paged.pager.reset()
         self._side.restarted()
 
 
@@ -274,6 +343,19 @@ for _call in WEIGHT_CALLS:
 def _release(handle: int, runtime: Runtime) -> None:
     op.detach(handle)
     runtime.close()
+
+
+def _with_budget(config: Config, vllm_config: VllmConfig) -> Config:
+    """An automatic budget in bytes."""
+    workers = vllm_config.parallel_config.world_size
+    if config.memory.budget is None and workers > 1:
+        # Each would see less free memory than the one that began before it.
+        raise ConfigError(
+            f"auto is not possible for {workers} workers that start by themselves",
+            where="memory.budget",
+            fix="give a size, or start with `fluxmoe serve`",
+        )
+    return machine.resolved(config, model=vllm_config.model_config.model, workers=1)
 
 
 def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:

@@ -1,25 +1,11 @@
-"""Finding plugins, loading them, and the registry of policies and codecs that results.
-
-Sources, in order: what is built in, entry points of the group ``fluxmoe`` (restricted by the
-allow-list ``FLUXMOE_PLUGINS``), then files and modules named on the command line or in the
-configuration. A plugin that cannot be loaded is an error that names it; nothing is skipped
-silently.
-"""
+"""The registry: what plugins have registered, and what became of every plugin."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.metadata
-import importlib.util
-import os
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any, get_type_hints
+from functools import partial
+from typing import Any, Literal, get_type_hints
 
 import pluggy
 from pydantic import BaseModel, ValidationError
@@ -30,36 +16,63 @@ from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
-    MissingDependencyError,
     NeedsFutureError,
     PluginLoadError,
     UnknownCodecError,
     UnknownPolicyError,
 )
-
-GROUP = "fluxmoe"
-ALLOW_LIST = "FLUXMOE_PLUGINS"
+from fluxmoe.plugins.api import check_api
+from fluxmoe.plugins.attempt import attempt
 
 _KINDS: dict[str, type] = {
     "eviction": EvictionPolicy,
     "prefetch": PrefetchPolicy,
     "arbitration": ArbitrationPolicy,
+    "codec": Codec,
 }
 
 #: Hook → kinds of what it may register.
 _HOOKS: dict[str, tuple[str, ...]] = {
-    "fluxmoe_register_policies": tuple(_KINDS),
+    "fluxmoe_register_policies": ("eviction", "prefetch", "arbitration"),
     "fluxmoe_register_codecs": ("codec",),
 }
-_KINDS["codec"] = Codec
+
+#: Class attributes that the host reads, and of which type they must be.
+_DECLARED: dict[str, dict[str, type]] = {
+    "eviction": {"stable_score": bool, "needs_future": bool},
+    "prefetch": {"lead": int},
+    "arbitration": {"fixed": bool},
+    "codec": {},
+}
 
 #: How a configuration or a command line names a policy: ``lru`` or ``{kind: lru, option: value}``.
 PolicySpec = str | Mapping[str, Any]
 
+Origin = Literal["built in", "installed", "named"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """What became of a plugin.
+
+    Attributes:
+        name: Its entry point's, or the file or module as it was named.
+        origin: ``named``: on the command line or in the configuration.
+        version: Of its distribution, or the ``__version__`` of its module; may be empty.
+        status: ``ok``, ``broken``, or ``left out`` by the allow-list.
+        problem: What is wrong with it.
+    """
+
+    name: str
+    origin: Origin
+    version: str = ""
+    status: Literal["ok", "broken", "left out"] = "ok"
+    problem: str = ""
+
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One registered policy or codec."""
+    """One registered policy or codec. ``plugin`` is the name of the plugin that brought it."""
 
     kind: str
     name: str
@@ -72,52 +85,98 @@ class Registration:
         """First line of the factory's docstring."""
         return (self.factory.__doc__ or "").strip().partition("\n")[0]
 
+    def create(self, options: Mapping[str, Any]) -> Any:
+        """A new policy with checked options. Raises PluginLoadError."""
+
+        def made() -> Any:
+            policy = self.factory(**options)
+            for attribute, kind in _DECLARED[self.kind].items():
+                value: object = getattr(policy, attribute)
+                if type(value) is not kind:
+                    raise TypeError(f"{attribute} is {value!r}, not {kind.__name__}")
+            return policy
+
+        return attempt(
+            made,
+            f"{_noun(self.kind)} {self.name!r} cannot be made: ",
+            where=f"plugin {self.plugin}",
+        )
+
 
 class Registry:
-    """All policies and codecs that are known in this process, by kind and name."""
+    """All policies and codecs that are known, by kind and name.
+
+    Attributes:
+        plugins: Every plugin that was found, those that are broken too.
+    """
 
     def __init__(self) -> None:
-        self._manager = pluggy.PluginManager(GROUP)
+        self._manager = pluggy.PluginManager("fluxmoe")
         self._manager.add_hookspecs(hookspecs)
         self._policies: dict[tuple[str, str], Registration] = {}
+        self.plugins: list[Plugin] = []
 
     def __iter__(self) -> Iterator[Registration]:
-        policies = (r for r in self._policies.values() if r.kind != "codec")
-        return iter(sorted(policies, key=lambda r: (r.kind, r.name)))
+        """The policies."""
+        return (made for made in self.everything() if made.kind != "codec")
 
-    def add(self, plugin: object, name: str) -> None:
-        """Register a plugin object or module and everything its hooks register.
+    def everything(self) -> list[Registration]:
+        """Policies and codecs."""
+        return sorted(self._policies.values(), key=lambda r: (r.kind, r.name))
+
+    def knows(self, plugin: object) -> bool:
+        """Whether a plugin object or module has been added."""
+        return self._manager.is_registered(plugin)
+
+    def require(self, name: str) -> None:
+        """Raise PluginLoadError if the plugin of that name was found, but is not in use."""
+        for plugin in self.plugins:
+            if plugin.name == name and plugin.status != "ok":
+                problem = f"it is {plugin.status}: {plugin.problem}"
+                raise PluginLoadError(problem, where=f"plugin {name}")
+
+    def add(
+        self, plugin: object, name: str, *, origin: Origin = "named", version: str = ""
+    ) -> None:
+        """Register a plugin object or module and everything its hooks register, or nothing of it.
 
         Raises:
             PluginLoadError: Its hooks raised, or registered something unusable.
         """
+        if self._manager.has_plugin(name) or self.knows(plugin):
+            raise PluginLoadError(
+                f"a plugin called {name!r} is already there",
+                where=f"plugin {name}",
+                fix="name it once, or give its entry point another name",
+            )
+        before = dict(self._policies)
+        try:
+            check_api(plugin, name)
+            self._register_hooks(plugin, name)
+        except BaseException:
+            self._manager.unregister(name=name)
+            self._policies = before
+            raise
+        self.plugins.append(Plugin(name, origin, version))
+
+    def _register_hooks(self, plugin: object, name: str) -> None:
+        where = f"plugin {name}"
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
         except (ValueError, pluggy.PluginValidationError) as error:
-            raise PluginLoadError(str(error), where=f"plugin {name}") from error
-        implemented = self._manager.get_hookcallers(plugin) or []
-        if not implemented:
+            raise PluginLoadError(str(error), where=where) from error
+        if not self._manager.get_hookcallers(plugin):
             raise PluginLoadError(
                 "no hook was found",
-                where=f"plugin {name}",
+                where=where,
                 fix=f"decorate {' or '.join(_HOOKS)} with @fluxmoe.hookimpl",
             )
-        for hook in _HOOKS:
-            self._call(hook, plugin, name)
-
-    def _call(self, hook: str, plugin: object, name: str) -> None:
         others = [p for p in self._manager.get_plugins() if p is not plugin]
-        call = self._manager.subset_hook_caller(hook, others)
-        try:
-            call(register=lambda *a, **k: self._register(name, hook, *a, **k))
-        except PluginLoadError:
-            raise
-        except Exception as error:
-            raise PluginLoadError(
-                f"{hook} raised {type(error).__name__}: {error}",
-                where=f"plugin {name}",
-            ) from error
+        for hook in _HOOKS:
+            call = self._manager.subset_hook_caller(hook, others)
+            register = partial(self._register, name, hook)
+            attempt(partial(call, register=register), f"{hook} raised ", where=where)
 
     def _register(
         self,
@@ -168,9 +227,10 @@ class Registry:
         try:
             return self._policies[kind, name]
         except KeyError:
+            broken = {p.name: p.problem for p in self.plugins if p.status == "broken"}
             if kind == "codec":
-                raise UnknownCodecError(name, self.names(kind)) from None
-            raise UnknownPolicyError(kind, name, self.names(kind)) from None
+                raise UnknownCodecError(name, self.names(kind), broken) from None
+            raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
 
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """A new policy or codec from ``name`` or ``{kind: name, option: value}``.
@@ -211,15 +271,7 @@ class Registry:
                 where=f"{kind} {name!r}",
                 fix="it has no options",
             )
-        try:
-            return registration.factory(**options)
-        except MissingDependencyError:
-            raise
-        except Exception as error:
-            raise PluginLoadError(
-                f"{_noun(kind)} {name!r} cannot be made: {type(error).__name__}: {error}",
-                where=f"plugin {registration.plugin}",
-            ) from error
+        return registration.create(options)
 
     def serving(self, config: Config) -> tuple[EvictionPolicy, PrefetchPolicy, ArbitrationPolicy]:
         """New policies as a configuration asks for them, for an engine.
@@ -259,36 +311,6 @@ def _options(model: type[BaseModel]) -> set[str] | None:
     return {*model.model_fields, *(alias for alias in aliases if isinstance(alias, str))}
 
 
-def load(extra: Iterable[str] = ()) -> Registry:
-    """The registry of built-in, installed and explicitly named plugins.
-
-    Args:
-        extra: Paths of ``.py`` files, or dotted module names.
-
-    Raises:
-        PluginLoadError: One of them cannot be loaded; the message names it.
-    """
-    from fluxmoe import policies
-    from fluxmoe.stores import codec
-
-    registry = Registry()
-    registry.add(policies, "fluxmoe")
-    registry.add(codec, "fluxmoe.stores.codec")
-    for entry in _installed():
-        try:
-            module = entry.load()
-        except Exception as error:
-            raise PluginLoadError(
-                f"cannot import {entry.value}: {type(error).__name__}: {error}",
-                where=f"plugin {entry.name}",
-                fix=f"uninstall it, or leave it out of {ALLOW_LIST}",
-            ) from error
-        registry.add(module, entry.name)
-    for name in extra:
-        registry.add(_import(name), name)
-    return registry
-
-
 def _class_made_by(factory: Callable[..., Any]) -> type:
     """The class a factory makes: itself, or what its return annotation says."""
     if isinstance(factory, type):
@@ -298,58 +320,3 @@ def _class_made_by(factory: Callable[..., Any]) -> type:
     except (TypeError, NameError):
         made = None
     return made if isinstance(made, type) else object
-
-
-def _installed() -> list[importlib.metadata.EntryPoint]:
-    allowed = os.environ.get(ALLOW_LIST)
-    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name)
-    if allowed is None:
-        return entries
-    wanted = {name.strip() for name in allowed.split(",") if name.strip()}
-    called = {name: [entry for entry in entries if _is_called(entry, name)] for name in wanted}
-    if missing := sorted(name for name, found in called.items() if not found):
-        raise PluginLoadError(
-            f"no installed plugin is called {missing[0]!r}",
-            where=ALLOW_LIST,
-            fix=f"installed: {', '.join(e.name for e in entries) or 'none'}",
-        )
-    return [entry for entry in entries if any(entry in found for found in called.values())]
-
-
-def _is_called(entry: importlib.metadata.EntryPoint, name: str) -> bool:
-    """Whether ``name`` is the entry point's, or its distribution's as pip compares them."""
-    return name == entry.name or (entry.dist is not None and _same(name, entry.dist.name))
-
-
-def _same(a: str, b: str) -> bool:
-    """Whether two names of distributions are the same name (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", a).lower() == re.sub(r"[-_.]+", "-", b).lower()
-
-
-def _import(name: str) -> ModuleType:
-    path = Path(name)
-    is_file = path.suffix == ".py" or os.sep in name
-    try:
-        if not is_file:
-            return importlib.import_module(name)
-        if not path.is_file():
-            raise PluginLoadError("no such file", where=f"plugin {name}")
-        # A name of its own per path, so that two files of the same name do not collide.
-        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-        spec = importlib.util.spec_from_file_location(f"fluxmoe_plugin_{path.stem}_{digest}", path)
-        if spec is None or spec.loader is None:
-            raise PluginLoadError("not a Python file", where=f"plugin {name}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[spec.name]
-            raise
-        return module
-    except PluginLoadError:
-        raise
-    except Exception as error:
-        raise PluginLoadError(
-            f"cannot import it: {type(error).__name__}: {error}", where=f"plugin {name}"
-        ) from error

@@ -1,0 +1,52 @@
+"""Limits that a person sets while serving, checked against what a worker has."""
+
+from __future__ import annotations
+
+from fluxmoe.backends.runtime import Runtime
+from fluxmoe.config import HandLimits
+from fluxmoe.core.protocol import ByHand
+from fluxmoe.errors import ConfigError
+
+
+def in_frames(runtime: Runtime, limits: HandLimits) -> ByHand:
+    """Limits of the split in frames.
+
+    Raises:
+        ConfigError: ``control`` is off, or a limit cannot be kept to.
+    """
+    if not runtime.config.control:
+        raise ConfigError(
+            "limits cannot be set while serving", where="control", fix="set control: true"
+        )
+    frame, total = runtime.arbiter.pool.frame_bytes, runtime.arbiter.budget_bytes
+    experts, kv = runtime.experts_budget.min * frame, runtime.kv_budget.min * frame
+    for name, value, least in (
+        ("budget", limits.budget, experts + kv),
+        ("experts.min", limits.experts.min, experts),
+        ("experts.max", limits.experts.max, experts),
+        ("kv.min", limits.kv.min, kv),
+        ("kv.max", limits.kv.max, kv),
+    ):
+        if value is not None and not least <= value <= total:
+            raise ConfigError(
+                f"{value} bytes are not possible",
+                where=name,
+                fix=f"give {least} to {total} bytes, or auto",
+            )
+    if (limits.experts.min or experts) + (limits.kv.min or kv) > (limits.budget or total):
+        raise ConfigError(
+            "the minimums are more than the budget",
+            where="experts.min, kv.min",
+            fix="lower one of them",
+        )
+
+    def frames(value: int | None, *, up: bool = False) -> int | None:
+        return None if value is None else (-(-value // frame) if up else value // frame)
+
+    return ByHand(
+        frames(limits.budget),
+        frames(limits.experts.min, up=True),
+        frames(limits.experts.max),
+        frames(limits.kv.min, up=True),
+        frames(limits.kv.max),
+    )

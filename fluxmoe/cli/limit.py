@@ -1,0 +1,112 @@
+"""``fluxmoe limit``: limits of a running server's split, set by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+
+from fluxmoe.cli import output
+
+
+def limit(
+    url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Use no more for experts and KV cache.")
+    ] = None,
+    experts_min: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Experts never get less.")
+    ] = None,
+    experts_max: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Experts never get more.")
+    ] = None,
+    kv_min: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The KV cache never gets less.")
+    ] = None,
+    kv_max: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The KV cache never gets more.")
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Take all limits back.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(help="The server's API key; by default $VLLM_API_KEY.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Set limits of a running server's split; those not given are taken back.
+
+    Without any, show which are set. The server must have control: true.
+    """
+    from fluxmoe import config
+    from fluxmoe.errors import ConfigError, EngineError
+    from fluxmoe.observe import server
+
+    wanted: dict[str, Any] = {
+        "budget": budget,
+        "experts": {"min": experts_min, "max": experts_max},
+        "kv": {"min": kv_min, "max": kv_max},
+    }
+    wanted = {key: _given(value) for key, value in wanted.items() if _given(value)}
+    if wanted and reset:
+        raise ConfigError(
+            "limits and their end at once", where="--reset", fix="give one or the other"
+        )
+    body = None
+    if wanted or reset:
+        # Checked here, too: whoever mistypes a size need not have a server.
+        body = config.parse_limits({} if reset else wanted, where="limits").model_dump(mode="json")
+    base = server.address(url)
+    key = api_key or os.environ.get("VLLM_API_KEY")
+    status, answer = server.ask(base, "/v1/fluxmoe/limits", body=body, key=key)
+    if status != 200:
+        raise _refused(status, answer, base)
+    try:
+        told: dict[str, Any] = json.loads(answer)
+        if as_json:
+            output.print_json(told)
+        else:
+            _print(told)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(
+            "the answer is not FluxMoE's", where=base, fix="name the address of a vLLM server"
+        ) from error
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if item is not None}
+    return value
+
+
+def _print(told: dict[str, Any]) -> None:
+    split, limits = told["split"], told["limits"]
+    print(f"experts have {output.nbytes(split['experts'])}, the KV cache "
+          f"{output.nbytes(split['kv'])}, of {output.nbytes(told['budget'])}")  # fmt: skip
+    words = [
+        ("budget", limits["budget"]),
+        *(
+            (f"{name}.{end}", limits[name][end])
+            for name in ("experts", "kv")
+            for end in ("min", "max")
+        ),
+    ]
+    given = [f"{name} {output.exact_size(size)}" for name, size in words if size is not None]
+    print("limits: " + (", ".join(given) if given else "none"))
+
+
+def _refused(status: int, answer: bytes, base: str) -> Exception:
+    from fluxmoe.errors import ConfigError, EngineError
+
+    where = f"{base}/v1/fluxmoe/limits"
+    if status == 401:
+        return ConfigError("the server wants its API key", where=where, fix="give --api-key")
+    if status in (404, 405):
+        return EngineError(
+            "the server has no such door", where=where, fix="start it with control: true"
+        )
+    try:
+        said = str(json.loads(answer)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        said = f"it answers with status {status}"
+    return ConfigError(said, where=where) if status == 400 else EngineError(said, where=where)

@@ -1,0 +1,180 @@
+"""``fluxmoe plugin check``: whether what a plugin registers keeps to its contracts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fluxmoe.cli import output
+
+if TYPE_CHECKING:
+    from fluxmoe.plugins import PolicySpec, Registration, Registry
+    from fluxmoe.testing.conformance.report import Finding
+
+_MARKS = {"kept": "ok", "broken": "BROKEN", "does not apply": "-", "not tried": "?"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one policy or codec.
+
+    Attributes:
+        misses: Golden trace → misses at half of its pages, beside those of built-in policies;
+            eviction policies only.
+    """
+
+    kind: str
+    name: str
+    findings: list[Finding]
+    misses: Mapping[str, Mapping[str, int]]
+
+    @property
+    def conforms(self) -> bool:
+        return not any(finding.status == "broken" for finding in self.findings)
+
+
+def check(
+    plugin: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLUGIN",
+            help="A .py file, a module, an installed distribution or its entry point.",
+        ),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:OPTION=VALUE",
+            help="Check this one only, with these options; repeatable.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Try every policy and codec of a plugin on what its contract demands.
+
+    Exit code 1 if one of them breaks a rule.
+    """
+    from fluxmoe import plugins
+    from fluxmoe.plugins.sources import entries_called
+
+    entries = [found.name for found in entries_called(plugin)]
+    registry = plugins.load([] if entries else [plugin])
+    for name in entries:
+        registry.require(name)
+    brought = [r for r in registry.everything() if r.plugin in (entries or [plugin])]
+    verdicts = [
+        _tried(registry, registration, spec)
+        for registration, spec in _wanted(brought, policy or [], plugin)
+    ]
+    if as_json:
+        output.print_json([_as_json(verdict) for verdict in verdicts])
+    else:
+        for verdict in verdicts:
+            _print(verdict)
+    if not all(verdict.conforms for verdict in verdicts):
+        sys.exit(1)
+
+
+def _wanted(
+    registrations: list[Registration], asked: list[str], plugin: str
+) -> list[tuple[Registration, PolicySpec]]:
+    """What to check, each as it is to be made."""
+    from fluxmoe.cli.simulate import spec
+    from fluxmoe.errors import ConfigError
+
+    if not asked:
+        return [(registration, registration.name) for registration in registrations]
+    found = []
+    for text in asked:
+        made = spec(text)
+        name = made if isinstance(made, str) else made["kind"]
+        matching = [registration for registration in registrations if registration.name == name]
+        if not matching:
+            raise ConfigError(
+                f"{plugin} has no {name!r}",
+                where="--policy",
+                fix=f"it has {', '.join(r.name for r in registrations)}",
+            )
+        found += [(registration, made) for registration in matching]
+    return found
+
+
+def _tried(registry: Registry, registration: Registration, spec: PolicySpec) -> Verdict:
+    from fluxmoe.testing.conformance import arbitration, codec, eviction, prefetch
+
+    kind = registration.kind
+    try_all: dict[str, Callable[[Callable[[], Any]], list[Finding]]] = {
+        "eviction": eviction.findings,
+        "prefetch": prefetch.findings,
+        "arbitration": arbitration.findings,
+        "codec": codec.findings,
+    }
+    findings = try_all[kind](partial(registry.create, kind, spec))
+    verdict = Verdict(kind, registration.name, findings, {})
+    if kind != "eviction" or not verdict.conforms:
+        return verdict
+    return Verdict(kind, registration.name, findings, _misses(registry, spec))
+
+
+def _misses(registry: Registry, spec: PolicySpec) -> dict[str, dict[str, int]]:
+    from fluxmoe.sim.simulator import simulate
+    from fluxmoe.testing.golden import GOLDEN
+
+    table = {}
+    for name in ("sparse", "mixed", "scan"):
+        trace = GOLDEN[name]
+        own = simulate(trace.events, spec, trace.capacities[1], registry=registry).misses
+        known = {policy: misses[1] for policy, misses in trace.misses.items()}
+        table[name] = {"this": own, **known}
+    return table
+
+
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "kind": verdict.kind,
+        "name": verdict.name,
+        "conforms": verdict.conforms,
+        "rules": [
+            {
+                "rule": finding.rule,
+                "sentence": finding.sentence,
+                "status": finding.status,
+                "detail": finding.detail,
+                "call": finding.call,
+                "mend": finding.mend,
+            }
+            for finding in verdict.findings
+        ],
+        "misses": verdict.misses,
+    }
+
+
+def _print(verdict: Verdict) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    noun = verdict.kind if verdict.kind == "codec" else f"{verdict.kind} policy"
+    console = output.console()
+    title = f"{noun} {escape(verdict.name)}"
+    table = Table("", "rule", "what it demands", title=title, title_justify="left")
+    for finding in verdict.findings:
+        said = finding.sentence
+        if finding.status == "does not apply":
+            said = f"does not apply: {finding.detail}"
+        table.add_row(_MARKS[finding.status], finding.rule, escape(said))
+    console.print(table)
+    for finding in verdict.findings:
+        if finding.status == "broken":
+            console.print(finding.text(), markup=False, highlight=False)
+    if verdict.misses:
+        compared = Table("golden trace", *next(iter(verdict.misses.values())))
+        for trace, misses in verdict.misses.items():
+            compared.add_row(trace, *map(str, misses.values()))
+        console.print("misses with room for half of the pages:")
+        console.print(compared)
+    console.print(f"{title} {'conforms' if verdict.conforms else 'does not conform'}")

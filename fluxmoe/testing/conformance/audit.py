@@ -1,0 +1,277 @@
+"""Audited guards: the host's guards, but every call is looked at for all that a contract demands.
+
+A guard makes each call of its policy through one ``FaultCounter``. In its place an ``Auditor``
+looks at the state before and after, asks what must be pure a second time, and takes no fault.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.arbitration import ArbitrationGuard
+from fluxmoe.core.guard import EvictionGuard, FaultCounter, PrefetchGuard
+from fluxmoe.core.limits import DEFAULT_LIMITS, HardLimitExceeded
+from fluxmoe.core.pages import PageTable
+from fluxmoe.core.policy import (
+    ArbitrationPolicy,
+    ArbitrationView,
+    EvictionPolicy,
+    PageView,
+    PrefetchPolicy,
+)
+from fluxmoe.core.types import Access, Int64s
+from fluxmoe.testing.conformance.report import Broken, told
+
+_MEND = {
+    "score": "return one number per page of `pages`, for instance an array made from view.last_use"
+    "[pages]; ±inf is allowed, NaN is not",
+    "score_kernel": "return a float for any page, also one that was never used (last_use -1, "
+    "use_count 0)",
+    "select": "return n different pages out of `pages`, as integers",
+    "retain": "return one bool per page of access.pages",
+    "propose": "return pages of other layers as integers, or an empty list",
+    "split": "return fluxmoe.Split with whole, non-negative frames for each tenant of view.frames, "
+    "together at most view.total_frames; Split(view.frames) changes nothing",
+}
+#: The fastest of so many calls says something about the method, and not about the machine.
+_ENOUGH = 10
+_KEEP_OFF = "the view belongs to the host: compute into arrays of your own"
+
+
+class Auditor(FaultCounter):
+    """Makes the calls of one policy and notes what is wrong with them.
+
+    Args:
+        kind, view: Of the policy; arbitration has no lasting view.
+        where: What is being replayed, for messages.
+
+    Attributes:
+        wrote: The first call that changed what it was shown.
+        impure: The first call that gave another answer when it was asked again.
+        fastest: Method → seconds of its fastest call.
+        calls: Method → how often it was called.
+    """
+
+    def __init__(self, kind: str, view: PageView | None, where: str) -> None:
+        super().__init__(kind, "", True, DEFAULT_LIMITS)
+        self._view, self._where = view, where
+        self.wrote: Broken | None = None
+        self.impure: Broken | None = None
+        self.fastest: dict[str, float] = {}
+        self.calls: Counter[str] = Counter()
+
+    def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        """The answer. Raises Broken if there is none."""
+        # Compiled code sees no view; and of an answer the guard makes an array.
+        if method == "score_kernel" or function is np.asarray:
+            return self._made(method, function, args)
+        shown = args if self._view is None else (self._view, *args)
+        before = _Shown(shown)
+        dice = None if self._view is None else self._view.rng.bit_generator.state
+        started = perf_counter()
+        answer = self._made(method, function, args)
+        took = perf_counter() - started
+        self.calls[method] += 1
+        self.fastest[method] = min(took, self.fastest.get(method, took))
+        changed = before.changed(_Shown(shown))
+        if changed and self.wrote is None:
+            self.wrote = Broken(f"it changed {changed}", call=self._called(method), mend=_KEEP_OFF)
+        if method == "score" and self.impure is None:
+            assert self._view is not None
+            assert dice is not None
+            self._view.rng.bit_generator.state = dice
+            answer = np.array(answer)  # a copy: the second call may write into the same array
+            self._compare(method, answer, np.asarray(self._made(method, function, args)), args)
+        return answer
+
+    def note(self, method: str, problem: BaseException | str) -> None:
+        """An answer that the guard has refused."""
+        found = told(problem) if isinstance(problem, BaseException) else f"it {problem}"
+        raise Broken(found, call=self._called(method), mend=_MEND.get(method, ""))
+
+    def _made(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        call = self._called(method)
+        try:
+            return self._watch.call(function, args)
+        except HardLimitExceeded:
+            raise Broken(
+                f"it took more than {self.limits.hard_s:g} s and was interrupted",
+                call=call,
+                mend="the engine waits for every call: 5 ms are slow",
+            ) from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # an exit, too
+            raise Broken(
+                f"it raised {told(error)}", call=call, mend=_mend(error, method)
+            ) from error
+
+    def _compare(
+        self, method: str, first: npt.NDArray[Any], second: npt.NDArray[Any], args: tuple[Any, ...]
+    ) -> None:
+        if first.shape == second.shape and np.array_equal(first, second, equal_nan=_floats(first)):
+            return
+        found = "asked twice in the same state, it gave two answers"
+        if first.shape == second.shape and first.shape == args[1].shape:
+            at = int(np.flatnonzero(first != second)[0])
+            found += f": page {args[1][at]} got {first[at]}, then {second[at]}"
+        self.impure = Broken(
+            found,
+            call=self._called(method),
+            mend="compute from view and pages only, draw from view.rng only; change nothing of the "
+            "policy in score: on_access and on_load are there for that",
+        )
+
+    def _called(self, method: str) -> str:
+        view = self._view
+        if view is None:
+            return f"{method}(view), {self._where}"
+        return (
+            f"{method} in event {view.event} (step {view.step}, layer {view.layer}), {self._where}"
+        )
+
+
+def _mend(error: BaseException, method: str) -> str:
+    if "read-only" in str(error) or "mappingproxy" in str(error):
+        return _KEEP_OFF
+    if isinstance(error, AttributeError) and "next_use" in str(error):
+        return "set needs_future = True, which confines the policy to the simulator, or do without"
+    return _MEND.get(method, "")
+
+
+def _floats(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.kind in "fc"
+
+
+class _Shown:
+    """A copy of everything a call is shown."""
+
+    def __init__(self, args: tuple[object, ...]) -> None:
+        self._values: dict[str, Any] = {}
+        for arg in args:
+            if isinstance(arg, PageView):
+                names: tuple[str, ...] = ("last_use", "use_count", "loaded_at", "resident")
+                self._take("view", arg, names)
+            elif isinstance(arg, Access):
+                self._take("access", arg, tuple(field.name for field in fields(arg)))
+            elif isinstance(arg, ArbitrationView):
+                self._take("view", arg, ("frames", "bounds"))
+                self._take("view.experts", arg.experts, ("curve",))
+            elif isinstance(arg, np.ndarray):
+                self._values["pages"] = arg.copy()
+
+    def _take(self, of: str, holder: object, names: tuple[str, ...]) -> None:
+        for name in names:
+            value = getattr(holder, name)
+            copied = value.copy() if isinstance(value, np.ndarray) else value
+            self._values[f"{of}.{name}"] = dict(value) if hasattr(value, "items") else copied
+
+    def changed(self, now: _Shown) -> str:
+        """What is not as it was; empty if all is."""
+        for name, value in self._values.items():
+            other = now._values[name]
+            if isinstance(value, np.ndarray):
+                if not np.array_equal(value, other):
+                    return name
+            elif value != other:
+                return name
+        return ""
+
+
+class WatchedView(PageView):
+    """A view that notes in which events the future was looked at, in ``looks``."""
+
+    looks: list[int]
+
+    def __init__(self, table: PageTable, *, seed: int, next_use: Int64s | None) -> None:
+        object.__setattr__(self, "looks", [])  # views cannot be written to
+        super().__init__(table, seed=seed, next_use=next_use)
+
+    @property
+    def next_use(self) -> Int64s:
+        self.looks.append(self.event)
+        return super().next_use
+
+
+class AuditedEviction(EvictionGuard):
+    """An eviction policy whose every call is audited."""
+
+    def __init__(self, policy: EvictionPolicy, view: PageView, where: str) -> None:
+        super().__init__(policy, view, name="", strict=True)
+        self._faults = self.auditor = Auditor("eviction", view, where)
+
+
+class AuditedPrefetch(PrefetchGuard):
+    """A prefetch policy whose every call is audited.
+
+    Attributes:
+        reached: The first event whose proposals reached further than ``lead`` says.
+    """
+
+    def __init__(self, policy: PrefetchPolicy, view: PageView, where: str) -> None:
+        super().__init__(policy, view, name="", strict=True)
+        self._faults = self.auditor = Auditor("prefetch", view, where)
+        self.reached: Broken | None = None
+
+    def propose(self, access: Access) -> Int64s:
+        pages = super().propose(access)
+        ahead = (pages // self._view.experts_per_layer - access.layer) % self._view.num_layers
+        if len(pages) and ahead.max() > self._policy.lead and self.reached is None:
+            page = pages[ahead.argmax()]
+            self.reached = Broken(
+                f"page {page} lies {ahead.max()} layers ahead, lead is {self._policy.lead}",
+                call=f"propose in event {self._view.event}, layer {access.layer}",
+                mend="set `lead` to how many layers ahead the proposals reach",
+            )
+        return pages
+
+
+class AuditedArbitration(ArbitrationGuard):
+    """An arbitration policy whose every call is audited."""
+
+    def __init__(self, policy: ArbitrationPolicy, where: str) -> None:
+        super().__init__(policy, name="", strict=True)
+        self._faults = self.auditor = Auditor("arbitration", None, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the auditors of several replays have noted, the first of each kind."""
+
+    wrote: Broken | None
+    impure: Broken | None
+    reached: Broken | None
+    slow: Broken | None
+
+
+def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
+    """Put together what several replays have shown."""
+    fastest: dict[str, float] = {}
+    calls: Counter[str] = Counter()
+    for auditor in auditors:
+        calls += auditor.calls
+        for method, seconds in auditor.fastest.items():
+            fastest[method] = min(seconds, fastest.get(method, seconds))
+    limit = DEFAULT_LIMITS.soft_s
+    late = (name for name in fastest if fastest[name] > limit and calls[name] >= _ENOUGH)
+    slow = next(late, None)
+    return Seen(
+        wrote=next((a.wrote for a in auditors if a.wrote), None),
+        impure=next((a.impure for a in auditors if a.impure), None),
+        reached=reached,
+        slow=None
+        if slow is None
+        else Broken(
+            f"its fastest call took {fastest[slow] * 1e3:.1f} ms",
+            call=slow,
+            mend=f"beyond {limit * 1e3:g} ms a call counts as slow, and the engine waits for it; "
+            "work on whole arrays, keep what was computed",
+        ),
+    )

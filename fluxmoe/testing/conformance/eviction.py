@@ -1,0 +1,193 @@
+"""What an eviction policy must keep to."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+
+from fluxmoe.core.policy import EvictionPolicy
+from fluxmoe.core.types import Int64s
+from fluxmoe.testing.conformance.audit import AuditedEviction, gather
+from fluxmoe.testing.conformance.common import (
+    Tried,
+    check_alone,
+    check_fast,
+    check_made,
+    check_repeats,
+    check_resets,
+    check_sees_only,
+    check_signatures,
+)
+from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, told, try_rules
+from fluxmoe.testing.conformance.stage import SOME, USUAL, Replay, Stage, stages
+
+Factory = Callable[[], EvictionPolicy]
+
+_CALLS = {
+    "score": ("view", "pages"),
+    "make_kernel": ("view",),
+    "on_access": ("view", "access"),
+    "on_load": ("view", "pages"),
+    "on_evict": ("view", "pages"),
+    "retain": ("view", "access"),
+    "select": ("view", "pages", "n"),
+    "reset": (),
+}
+
+
+def check_eviction_policy(factory: Factory) -> None:
+    """Try an eviction policy on everything that its contract demands.
+
+    Args:
+        factory: The policy's class, or a function that makes a new policy each time.
+
+    Raises:
+        ConformanceError: It breaks a rule; the message tells which, where and how to mend it.
+    """
+    raise_broken("an eviction policy does not conform", findings(factory))
+
+
+def findings(factory: Factory) -> list[Finding]:
+    """What became of every rule."""
+    return try_rules(RULES, Tried(factory, EvictionPolicy, _replay, SOME))
+
+
+def _replay(stage: Stage, policy: EvictionPolicy) -> Replay:
+    try:
+        return Replay(stage, policy)
+    except Broken:
+        raise
+    except Exception as error:  # its kernel cannot be compiled
+        raise Broken(told(error), call=str(stage)) from error
+
+
+def _declares(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
+    policy = tried.new()
+    check_signatures(policy, EvictionPolicy, _CALLS)
+    for name in ("stable_score", "needs_future"):
+        value = getattr(policy, name)
+        if not isinstance(value, bool):
+            raise Broken(f"{name} is {value!r}", mend="set it to True or False in the class")
+    kind = type(policy)
+    kernel = inspect.getattr_static(kind, "score_kernel", None)
+    if kernel is not None and not isinstance(kernel, staticmethod):
+        raise Broken("score_kernel takes self", mend="put @staticmethod before it")
+    own = ("score", "make_kernel", "select")
+    if kernel is None and all(getattr(kind, m) is getattr(EvictionPolicy, m) for m in own):
+        raise Broken(
+            "it has neither score nor select, score_kernel or make_kernel",
+            mend="define score(self, view, pages)",
+        )
+    return None
+
+
+def _answers(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
+    auditors, looks = [], False
+    for stage in stages():
+        replay = tried.play(stage)
+        replay.run()
+        auditors.append(replay.eviction.auditor)
+        looks = looks or bool(replay.view.looks)
+    tried.seen, tried.looks = gather(auditors), looks
+    return None
+
+
+def _pure(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
+    assert tried.seen is not None
+    if tried.seen.impure is not None:
+        raise tried.seen.impure
+    kind = type(tried.new())
+    return None if kind.select is EvictionPolicy.select else "it selects, and select may learn"
+
+
+def _stable(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
+    policy = tried.new()
+    if not policy.stable_score:
+        return "stable_score is False"
+    if type(policy).select is not EvictionPolicy.select:
+        return "a policy with select is not asked for scores"
+    known: dict[int, float] = {}
+
+    def look(replay: Replay) -> None:
+        view = replay.view
+        pages = np.flatnonzero(view.resident)
+        scores = np.asarray(policy.score(view, pages), np.float64)
+        now = dict(zip(pages.tolist(), scores.tolist(), strict=True))
+        for page, score in now.items():
+            fresh = view.event in (view.last_use[page], view.loaded_at[page])
+            if page in known and score != known[page] and not fresh:
+                raise Broken(
+                    f"page {page} was worth {known[page]} and is worth {score} now, though it was "
+                    "neither accessed nor loaded since",
+                    call=f"score in event {view.event}, {replay.stage}",
+                    mend="set stable_score = False: the host would go on with the old score",
+                )
+        known.clear()
+        known.update(now)
+
+    for stage in SOME:
+        known.clear()
+        policy = tried.new()
+        _replay(stage, policy).run(watch=look)
+    return None
+
+
+def _agrees(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
+    policy = tried.new()
+    kind = next((c for c in type(policy).__mro__ if "score" in vars(c)), EvictionPolicy)
+    kernels = [c for c in type(policy).__mro__ if {"score_kernel", "make_kernel"} & set(vars(c))]
+    if kernels[0] is EvictionPolicy or kind is not kernels[0]:
+        return "there are not both score and score_kernel"
+
+    def look(replay: Replay) -> None:
+        pages = np.flatnonzero(replay.view.resident)
+        asked = np.asarray(policy.score(replay.view, pages), np.float64)
+        compiled = _kernel_scores(replay.eviction, pages)
+        for page, one, other in zip(pages.tolist(), asked, compiled, strict=True):
+            if not np.isclose(one, other, rtol=1e-9, equal_nan=True):
+                raise Broken(
+                    f"page {page} is worth {one} to score and {other} to score_kernel",
+                    call=f"event {replay.view.event}, {replay.stage}",
+                    mend="leave score out: the kernel is used in its place",
+                )
+
+    _replay(USUAL, policy).run(watch=look)
+    return None
+
+
+def _kernel_scores(guard: AuditedEviction, pages: Int64s) -> Int64s:
+    scores = guard.scores(pages)
+    assert scores is not None  # or the audit would have raised
+    return scores.astype(np.float64)
+
+
+def _foresight(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
+    policy = tried.new()
+    if not policy.needs_future:
+        return "needs_future is False"  # and looking ahead has raised, then
+    kernel = policy.make_kernel(tried.play(USUAL).view)
+    asks = kernel is not None and "next_use" in inspect.signature(kernel).parameters
+    if not tried.looks and not asks:
+        raise Broken(
+            "needs_future is True, but view.next_use was never read",
+            mend="set needs_future = False, or no engine will take the policy",
+        )
+    return None
+
+
+RULES: list[Rule[Tried[EvictionPolicy, Stage, Replay]]] = [
+    Rule("made", "the factory makes a new eviction policy each time", check_made, essential=True),
+    Rule("declared", "declarations and parameters are as the host expects", _declares, True),
+    Rule("answers", "every call is answered rightly, at every size", _answers, essential=True),
+    Rule("looks only", "nothing that it is shown is changed", check_sees_only),
+    Rule("pure", "score gives the same answer in the same state", _pure),
+    Rule("repeats", "the same events and seed lead to the same misses", check_repeats),
+    Rule("resets", "after reset() it is as if newly made", check_resets),
+    Rule("alone", "two policies of a kind do not share what they learn", check_alone),
+    Rule("stable", "stable_score is true only of scores that are", _stable),
+    Rule("agrees", "score and score_kernel are of one opinion", _agrees),
+    Rule("foresight", "needs_future is set where the future is read", _foresight),
+    Rule("fast", "no call takes longer than 5 ms each time", check_fast),
+]

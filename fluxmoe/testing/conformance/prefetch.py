@@ -1,0 +1,86 @@
+"""What a prefetch policy must keep to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fluxmoe.core.policy import PrefetchPolicy
+from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
+from fluxmoe.testing.conformance.audit import Auditor, gather
+from fluxmoe.testing.conformance.common import (
+    Tried,
+    check_alone,
+    check_fast,
+    check_made,
+    check_repeats,
+    check_resets,
+    check_sees_only,
+    check_signatures,
+)
+from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
+from fluxmoe.testing.conformance.stage import SOME, Replay, Stage, stages
+
+Factory = Callable[[], PrefetchPolicy]
+
+
+def check_prefetch_policy(factory: Factory) -> None:
+    """Try a prefetch policy on everything that its contract demands.
+
+    Args:
+        factory: The policy's class, or a function that makes a new policy each time.
+
+    Raises:
+        ConformanceError: It breaks a rule; the message tells which, where and how to mend it.
+    """
+    raise_broken("a prefetch policy does not conform", findings(factory))
+
+
+def findings(factory: Factory) -> list[Finding]:
+    """What became of every rule."""
+    return try_rules(RULES, Tried(factory, PrefetchPolicy, _replay, SOME))
+
+
+def _replay(stage: Stage, policy: PrefetchPolicy) -> Replay:
+    # Now a policy that keeps what comes next, now one that does not.
+    return Replay(stage, LeastRecentlyUsed() if stage.banks > 1 else None, policy)
+
+
+def _declares(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
+    policy = tried.new()
+    check_signatures(policy, PrefetchPolicy, {"propose": ("view", "access"), "reset": ()})
+    lead: object = policy.lead
+    if isinstance(lead, bool) or not isinstance(lead, int) or lead < 0:
+        raise Broken(f"lead is {lead!r}", mend="set it to a number of layers; 0 = never asked")
+    return None
+
+
+def _answers(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
+    auditors: list[Auditor] = []
+    reached: list[Broken] = []
+    for stage in stages():
+        replay = tried.play(stage)
+        replay.run()
+        auditors.append(replay.prefetch.auditor)
+        reached += [replay.prefetch.reached] if replay.prefetch.reached else []
+    tried.seen = gather(auditors, next(iter(reached), None))
+    return None if tried.new().lead else "lead is 0: it is never asked"
+
+
+def _leads(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
+    assert tried.seen is not None
+    if tried.seen.reached is not None:
+        raise tried.seen.reached
+    return None
+
+
+RULES: list[Rule[Tried[PrefetchPolicy, Stage, Replay]]] = [
+    Rule("made", "the factory makes a new prefetch policy each time", check_made, essential=True),
+    Rule("declared", "declarations and parameters are as the host expects", _declares, True),
+    Rule("answers", "every call is answered rightly, at every size", _answers, essential=True),
+    Rule("looks only", "nothing that it is shown is changed", check_sees_only),
+    Rule("leads", "proposals reach no further than lead says", _leads),
+    Rule("repeats", "the same events and seed lead to the same misses", check_repeats),
+    Rule("resets", "after reset() it is as if newly made", check_resets),
+    Rule("alone", "two policies of a kind do not share what they learn", check_alone),
+    Rule("fast", "no call takes longer than 5 ms each time", check_fast),
+]

@@ -1,0 +1,45 @@
+"""What a piece of code leaves behind: open files, mapped frames, threads, child processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class LeakError(AssertionError):
+    """Something was left behind; the message lists it."""
+
+
+@contextmanager
+def no_leaks() -> Iterator[None]:
+    """Raise LeakError if the block leaves more behind than it found.
+
+    Counts open files, mappings of frames, threads and child processes of this process. What
+    only waits for the garbage collector does not count. Linux only.
+    """
+    before = _held()
+    yield
+    left = _held() - before
+    if left:
+        listed = ", ".join(f"{n} x {what}" if n > 1 else what for what, n in sorted(left.items()))
+        raise LeakError(f"left behind: {listed}")
+
+
+def _held() -> Counter[str]:
+    gc.collect()
+    held = Counter(f"thread {thread.name}" for thread in threading.enumerate())
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the folder itself, which was open while it was listed
+            held[f"open file {os.readlink(f'/proc/self/fd/{entry}')}"] += 1
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/memfd:" in line:
+            held["mapping of " + line.split("/memfd:", 1)[1]] += 1
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    if children.exists():
+        held.update(f"child process {child}" for child in children.read_text().split())
+    return held

@@ -1,0 +1,80 @@
+"""Squeeze the experts until it begins to hurt, as Senpai squeezes containers.
+
+Weiner et al.: "TMO: Transparent Memory Offloading in Datacenters", ASPLOS 2022. Senpai, its
+controller, takes a little memory from a container in every period, as long as the pressure, the
+share of time that work waits for memory, stays below a target. The amount is
+
+    memory × ratio × max(0, 1 − pressure / target)
+
+so it shrinks as the target comes near, and nothing is taken beyond it.
+
+Here the experts are the container: layers that wait for pages are its pressure, and what is taken
+goes to the KV cache. What is different:
+
+* There the kernel gives memory back when a container faults pages in. Here nobody does: above the
+  target the experts get back as much as would have been taken from them that far below it.
+* The KV cache has a pressure of its own: while requests wait, a preemption counts as a period, and
+  what requests use is never taken (the host sees to that).
+* Pressure is averaged over the period, by time, as the kernel's is.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+import fluxmoe
+
+__version__ = "0.1.0"
+fluxmoe_plugin_api = 1
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    target: float = Field(default=0.1, gt=0, lt=1, description="Share of time that may be waited.")
+    ratio: float = Field(default=0.05, gt=0, le=1, description="Share that is taken at most.")
+    period: int = Field(default=16, ge=1, description="Steps between two decisions.")
+
+
+class Senpai(fluxmoe.ArbitrationPolicy):
+    """Take memory from the experts while layers hardly wait for pages (TMO, ASPLOS 2022)."""
+
+    def __init__(self, target=0.1, ratio=0.05, period=16):
+        self._target, self._ratio, self._period = target, ratio, period
+        self.reset()
+
+    def reset(self):
+        self._steps = self._preemptions = 0
+        self._seconds = self._stalled = 0.0
+        self._wish = None
+
+    def split(self, view):
+        if view.tokens and view.step_seconds > 0:
+            self._steps += 1
+            self._seconds += view.step_seconds
+            self._stalled += min(view.stall_seconds, view.step_seconds)
+        pressed = view.preemptions > self._preemptions
+        self._preemptions = view.preemptions
+        if self._steps and (self._steps >= self._period or pressed):
+            self._wish = self._decide(view, self._stalled / self._seconds)
+            self._steps, self._seconds, self._stalled = 0, 0.0, 0.0
+        if self._wish is None or sum(self._wish.frames.values()) > view.total_frames:
+            return fluxmoe.Split(view.frames)
+        return self._wish
+
+    def _decide(self, view, pressure):
+        have = view.frames["experts"]
+        change = -have * self._ratio * (1 - pressure / self._target)
+        change = min(change, have * self._ratio)  # up as fast as down
+        least, most = view.bounds["experts"].min, view.bounds["experts"].max
+        experts = round(min(max(have + change, least), most))
+        kv = max(view.total_frames - experts, view.bounds["kv"].min)
+        kv = min(kv, view.bounds["kv"].max, view.total_frames - least)
+        experts = min(experts, view.total_frames - kv)
+        return fluxmoe.Split(
+            {"experts": experts, "kv": kv},
+            f"layers waited {pressure:.1%} of the time, {self._target:.0%} is the target",
+        )
+
+
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    register("senpai", Senpai, Options)

@@ -1,0 +1,81 @@
+"""SIEVE for expert pages.
+
+Zhang, Yang, Yue, Vigfusson, Rashmi: "SIEVE is Simpler than LRU: an Efficient Turn-Key Eviction
+Algorithm for Web Caches", NSDI 2024. Pages stand in a queue in the order in which they came. A hand
+moves from the oldest towards the newest: it passes over pages that were used since it last came by,
+taking their mark, and evicts the first that was not. Unlike CLOCK it moves nothing: what survives
+keeps its place, so newcomers are tried soon and old favourites rarely.
+
+What is different here:
+
+* FluxMoE evicts for a whole event at once. The hand takes as many victims as are asked for, one
+  after the other; pages of the running event are no candidates and are passed over with their mark.
+* A page counts as used when an event routes to it, once per event, however many tokens do.
+* Layers take their turns in a fixed order, so pages are scanned in a cycle. Where a layer uses all
+  of its experts, every page is marked when the hand comes by: SIEVE turns into first in, first out,
+  which evicts what is needed next. It is made for skewed use, small batches that is.
+"""
+
+import numpy as np
+
+import fluxmoe
+
+__version__ = "0.1.0"
+fluxmoe_plugin_api = 1
+
+
+class Sieve(fluxmoe.EvictionPolicy):
+    """Evict the oldest page that was not used since the hand came by (SIEVE, NSDI 2024)."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self._queue = {}  # page -> None: a dictionary keeps the order of insertion, oldest first
+        self._marked = set()
+        self._hand = None  # the page that is looked at next; None = the oldest
+
+    def on_access(self, view, access):
+        self._marked.update(access.pages[access.hit].tolist())
+
+    def on_load(self, view, pages):
+        for page in pages.tolist():
+            self._drop(page)  # it may have left without being a victim
+            self._queue[page] = None
+
+    def on_evict(self, view, pages):
+        for page in pages.tolist():
+            self._drop(page)
+
+    def select(self, view, pages, n):
+        candidates, victims = set(pages.tolist()), []
+        order = list(self._queue)
+        if not order:
+            return pages[:n]
+        at = order.index(self._hand) if self._hand in self._queue else 0
+        # Two rounds: the first may take marks only, the second then finds no mark.
+        for _ in range(2 * len(order)):
+            page = order[at]
+            at = (at + 1) % len(order)
+            if page not in candidates:
+                continue
+            if page in self._marked:
+                self._marked.discard(page)
+                continue
+            candidates.discard(page)
+            victims.append(page)
+            if len(victims) == n:
+                break
+        self._hand = order[at]
+        # Pages that it never saw come last: they were resident before the policy was.
+        victims += sorted(candidates)[: n - len(victims)]
+        return np.asarray(victims, np.int64)
+
+    def _drop(self, page):
+        self._queue.pop(page, None)
+        self._marked.discard(page)
+
+
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    register("sieve", Sieve)

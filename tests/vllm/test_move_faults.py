@@ -1,0 +1,91 @@
+"""Two workers in processes of their own, one of which fails or dies in the middle of a move."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.errors import EngineError
+from tests.vllm.conftest import KV_BYTES
+from tests.vllm.test_arbitration import FEW, TRAFFIC, books, config, disturb, fail_commits, same
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+OPTIONS = {**FEW, "tensor_parallel_size": 2}
+PROMPTS = TRAFFIC[:16]
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Iterator[ChildEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Faults are functions of this file, and so is how they get into the workers.
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        with ChildEngine(
+            checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **OPTIONS
+        ) as engine:
+            yield engine
+
+
+def of_rank(worker: Any, rank: int, fault: Any, *args: Any) -> None:
+    if worker._side._follower._rank == rank:
+        fault(worker, *args)
+
+
+def die_in_a_move(worker: Any, after: int) -> None:
+    """The ``after``-th order from now on ends the process, half carried out."""
+    follower = worker._side._follower
+    execute, left = follower._execute, iter(range(after, -1, -1))
+
+    def dying(action: Any) -> None:
+        execute(action)
+        if not next(left):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    follower._execute = dying
+
+
+def undone(engine: ChildEngine) -> int:
+    """Moves that were rolled back, as the scheduler's process has logged."""
+    return Path(engine._log).read_text().count("arbitration: a move was undone")
+
+
+def test_one_worker_that_fails_or_does_not_hear_costs_no_token(engine: ChildEngine) -> None:
+    stock = engine.generate(PROMPTS)
+    engine.restart(fluxmoe=config(), **OPTIONS)
+    same(engine.generate(PROMPTS), stock)
+    assert undone(engine) == 0
+    engine.call("rpc", of_rank, 1, fail_commits, 4)
+    same(engine.generate(PROMPTS), stock)
+    assert undone(engine) > 5
+    engine.call("rpc", of_rank, 1, fail_commits, 0)
+    engine.call("rpc", of_rank, 0, disturb, 0.3)  # the two hear and answer at different times
+    before = engine.call("everyone")[0]["orders"]
+    same(engine.generate(PROMPTS), stock)
+    everyone = engine.call("everyone")
+    assert everyone[0]["orders"] > before + 10
+    # One may have carried out an order that the other has yet to hear of; the books are each right.
+    assert abs(everyone[0]["orders"] - everyone[1]["orders"]) <= 1
+    engine.call("rpc", books)
+
+
+@pytest.mark.timeout(600)  # it must not wait for an answer that never comes
+def test_a_worker_that_dies_in_a_move_ends_the_engine_and_leaves_nothing(
+    engine: ChildEngine,
+) -> None:
+    engine.restart(fluxmoe=config(), **OPTIONS)
+    parent = psutil.Process(engine._process.pid)
+    family = parent.children(recursive=True)
+    assert len(family) >= 3  # scheduler, two workers
+    engine.call("rpc", of_rank, 1, die_in_a_move, 6)
+    with pytest.raises(EngineError, match=r"[Dd]ie|dead|[Ee]ngine"):
+        engine.generate(PROMPTS)
+    engine.close()
+    _, alive = psutil.wait_procs(family, 30)
+    assert not alive
