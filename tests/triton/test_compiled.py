@@ -93,6 +93,7 @@ def test_resolving_an_event(experts: int, arch: int) -> None:
     assert needs.shared <= 16 * 1024
 
 
+@pytest.mark.xdist_group("vllm")  # which takes long to import
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", ["1 token", "96 tokens", "1024 tokens", "tuned, 16 tokens"])
 def test_sums_are_taken_by_the_instructions_of_stocks_kernel(
