@@ -59,6 +59,7 @@ def test_check_notices_a_wrong_kernel(card, monkeypatch, capsys):
     assert verdicts == {"gather": False, "event rule": True}
 
 
+@pytest.mark.xdist_group("vllm")  # which takes long to import
 def test_results_have_the_bits_of_stocks_kernel(card, stock, capsys, tmp_path):
     path = tmp_path / "deep" / "kernel.json"
     rows = results(capsys, "kernel", "--shape", "tiny", "--tokens", "1,70", "--save", str(path))
@@ -67,6 +68,7 @@ def test_results_have_the_bits_of_stocks_kernel(card, stock, capsys, tmp_path):
     assert json.loads(path.read_text()) == {"machine": {"gpu": "the interpreter"}, "results": rows}
 
 
+@pytest.mark.xdist_group("vllm")
 def test_a_difference_from_stock_is_noticed(card, stock, monkeypatch, capsys):
     wrong = kernel.vllm_stock
 
