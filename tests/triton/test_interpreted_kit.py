@@ -14,7 +14,6 @@ from fluxmoe.errors import CodecError
 from fluxmoe.kernels.pages import pack_pages
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
-
 # Random bits overflow, on purpose; torch warns of itself when vLLM is imported.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow:RuntimeWarning", "ignore:.*torch.jit.*:DeprecationWarning"
