@@ -14,6 +14,11 @@ from fluxmoe.errors import CodecError
 from fluxmoe.kernels.pages import pack_pages
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
+# Random bits overflow, on purpose; torch warns of itself when vLLM is imported.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow:RuntimeWarning", "ignore:.*torch.jit.*:DeprecationWarning"
+)
+
 
 class Clock:
     """Stands in for the timer on the card: the work done once."""
@@ -42,7 +47,7 @@ def results(capsys, *argv: str):
 
 
 def test_check(card, monkeypatch, capsys):
-    for name, value in dict(N=64, K=192, TOKENS=9).items():
+    for name, value in dict(N=64, K=128, TOKENS=5).items():
         monkeypatch.setattr(check, name, value)
     rows = results(capsys, "check")
     assert len(rows) == 5 * 6 + 2 and all(row["passed"] for row in rows)
