@@ -1,6 +1,7 @@
 """An eviction policy in three lines: evict the page that was used last.
 
-It is right where every layer uses all of its experts, one layer after the other, and wrong elsewhere.
+It is right where every layer uses all of its experts, one layer after the other, and wrong
+elsewhere.
 """
 
 import fluxmoe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import fluxmoe
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,11 +28,10 @@ slow = pytest.mark.slow
 
 
 def do(*command: object, cwd: Path, status: int = 0) -> str:
-    hidden = ("PYTHONPATH", "FLUXMOE_PLUGINS", "PYTEST_ADDOPTS")
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env={name: value for name, value in os.environ.items() if name not in hidden},
+        env=fresh.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

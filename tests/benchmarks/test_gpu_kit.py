@@ -185,3 +185,48 @@ def test_the_table(capsys) -> None:
     out = capsys.readouterr().out
     assert "results" in out and "1235" in out and "0.0001234" in out and "–" in out and "NO" in out
     device.show("nothing", [])
+
+
+SANITIZER = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER $*"
+case "$1" in --tool={bad}) echo "========= ERROR SUMMARY: 3 errors"; exit 99;; esac
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.fixture
+def sanitizer(monkeypatch, tmp_path):
+    """A compute-sanitizer that finds something with the tool it is told."""
+
+    def put(bad: str) -> None:
+        monkeypatch.setattr(device, "require", lambda: torch.device("cpu"))
+        path = tmp_path / "compute-sanitizer"
+        path.write_text(SANITIZER.replace("{bad}", bad))
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return put
+
+
+def test_sanitizer_clean(sanitizer, capsys) -> None:
+    sanitizer("none")
+    command.main(["sanitize", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["tool"] for row in rows] == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert all(row["status"] == 0 and "0 errors" in row["summary"] for row in rows)
+
+
+def test_sanitizer_with_findings(sanitizer, capsys) -> None:
+    sanitizer("initcheck")
+    with pytest.raises(SystemExit, match="found something"):
+        command.main(["sanitize", "--tool=memcheck", "--tool=initcheck"])
+    out, err = capsys.readouterr()
+    assert "3 errors" in out and "benchmarks gpu check" in err
+
+
+def test_no_sanitizer(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(device, "require", lambda: torch.device("cpu"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit):
+        command.main(["sanitize"])
+    assert "error[FM404]: compute-sanitizer is not on PATH" in capsys.readouterr().err

@@ -24,13 +24,13 @@ EXPLAINED = {
     "plan": ("Planning", "plan.md"),
     "generate": ("PyTorch", "torch.md#from-the-command-line"),
     "simulate": ("Simulator", "simulator.md"),
-    "policies": ("Policies", "policies.md"),
+    "policies": ("Plugins", "plugins/index.md#what-is-broken"),
     "codec": ("The lossless code", "code.md"),
     "top": ("Metrics", "metrics.md#watching-a-server"),
     "limit": ("Arbitration", "arbitration.md#limits-by-hand"),
     "doctor": ("Get started", "getting-started.md#what-works-here"),
     "trace": ("Traces", "traces.md"),
-    "plugin": ("Policies", "policies.md"),
+    "plugin": ("Plugins", "plugins/index.md"),
     "config": ("Configuration", "configuration.md#checking-a-configuration"),
 }
 
@@ -39,9 +39,10 @@ _HEAD = """\
 
 <!-- Made by `python -m tests.docs.commands`. -->
 
-`fluxmoe --help` lists the verbs, `fluxmoe VERB --help` a verb's options. What a verb prints for programs
-comes with `--json`: pure JSON on standard output. Errors go to standard error as
-`error[FM…]: what; where; what to do` ([all codes](errors.md)); the exit status is then 2, after Ctrl-C 130, else 0.
+`fluxmoe --help` lists the verbs, `fluxmoe VERB --help` a verb's options. With `--json` a verb
+prints pure JSON on standard output. Errors go to standard error as
+`error[FM…]: what; where; what to do` ([all codes](errors.md)); the exit status is then 2, after
+Ctrl-C 130, else 0.
 
 | before the verb | meaning |
 |---|---|

@@ -14,8 +14,12 @@ from . import commands
 from .commands import options
 from .pages import PAGES, ROOT, WrongPage, blocks, run, run_with_vllm
 
+FRESH = [page for page in PAGES if any("fresh" in b.directives for b in blocks(page))]
 RUNNABLE = [
-    page for page in PAGES if any(b.language in ("python", "console", "bash") for b in blocks(page))
+    page
+    for page in PAGES
+    if page not in FRESH
+    and any(block.language in ("python", "console", "bash") for block in blocks(page))
 ]
 WITH_VLLM = [page for page in PAGES if any(b.needs_vllm for b in blocks(page))]
 
@@ -77,7 +81,7 @@ def test_what_is_not_run_exists(page: Path) -> None:
                 assert words[1] in _targets(), line
             elif words[:3] == ["python", "-m", "benchmarks"]:
                 assert words[3] in benchmarks.BENCHMARKS | benchmarks.CHECKS, line
-            elif words[:1] == ["python"]:
+            elif words[:1] == ["python"] and words[1] != "-m":
                 assert (ROOT / words[1]).is_file(), line
             elif words[:1] == ["fluxmoe"]:
                 verb = next(v for v in (" ".join(words[1:3]), words[1]) if v in known)

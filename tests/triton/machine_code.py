@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fluxmoe.kernels.experts import MOST_REGISTERS
+from fluxmoe.kernels.experts import most_registers
 from fluxmoe.kernels.gemm import grouped_gemm_kernel
 from fluxmoe.kernels.tiles import Tiles
 
@@ -103,7 +103,7 @@ def gemm(tiles: Tiles, arch: int, *, compressed: bool, even: bool = True) -> Nee
     return compile_kernel(
         grouped_gemm_kernel, types, constants, arch, unaligned=frozenset({"valid"}),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        maxnreg=MOST_REGISTERS if compressed else None,
+        maxnreg=most_registers(tiles) if compressed else None,
     )  # fmt: skip
 
 

@@ -93,6 +93,7 @@ def test_resolving_an_event(experts: int, arch: int) -> None:
     assert needs.shared <= 16 * 1024
 
 
+@pytest.mark.xdist_group("vllm")  # which takes long to import
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", ["1 token", "96 tokens", "1024 tokens", "tuned, 16 tokens"])
 def test_sums_are_taken_by_the_instructions_of_stocks_kernel(
@@ -109,6 +110,13 @@ def test_sums_are_taken_by_the_instructions_of_stocks_kernel(
 def sums(needs: Needs) -> dict[str, int]:
     names = ("HMMA", "HGMMA", "FADD", "FFMA")
     return {name: n for name, n in needs.instructions.items() if name.startswith(names)}
+
+
+def test_sixteen_warps_fit_a_processor() -> None:
+    """Stock's tables have such tiles; all registers of a processor are shared by 512 threads."""
+    tiles = Tiles(64, 128, 64, 1, 16, 3)
+    needs = gemm(tiles, 90, compressed=True)
+    assert needs.spills == 0 and needs.registers * 32 * tiles.num_warps <= 65536
 
 
 def test_a_spill_would_be_seen() -> None:

@@ -27,15 +27,15 @@ class Dice(fluxmoe.ArbitrationPolicy):
 
 
 class Spite(fluxmoe.ArbitrationPolicy):
-    """Gives the KV cache all there is until requests use all of it, and then wants it back."""
+    """Lets the KV cache grow for a while, and wants it back whenever requests use all of it."""
 
     def __init__(self) -> None:
         self._full = 0
 
     def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
         kv = min(view.bounds["kv"].max, view.total_frames // 2)
-        if view.kv_used_frames >= 0.9 * view.frames["kv"]:
-            self._full += 1
+        if view.step // 24 % 2:
+            self._full += view.kv_used_frames >= 0.9 * view.frames["kv"]
             kv = view.bounds["kv"].min
         return fluxmoe.Split(
             {"experts": view.total_frames - kv, "kv": kv}, f"full {self._full} times"

@@ -22,9 +22,9 @@ from fluxmoe.stores.codec import kernel
 _TRAILER = struct.Struct("<4sHxx6IQ16xQ")
 _MAGIC, _VERSION = struct.pack("<I", kernel.MAGIC), kernel.VERSION
 
-# Above this, caches gain nothing by keeping what was decoded: it is the size of most second-level
-# ones.
-_PAST_CACHES = 1 << 20
+# From this size on what was decoded is not kept in the caches: an event's other experts would
+# drive it out of them before a kernel reads it, and writing past them is faster.
+_PAST_CACHES = 1 << 18
 _LINE = 64
 
 
