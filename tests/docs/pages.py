@@ -139,7 +139,8 @@ def run_with_vllm(path: Path, folder: Path) -> None:
     """Run the page's ``needs vllm`` snippets, one after the other, in one process of its own."""
     for block in blocks(path):
         if block.needs_vllm and block.language == "bash":
-            run(path, folder)  # what the script finds in its folder
+            with contextlib.chdir(folder):
+                run(path, folder)  # what the script finds in its folder
             _run_script(block, folder)
     parts = [b for b in blocks(path) if b.needs_vllm and b.language == "python"]
     script = folder / "snippets.py"
