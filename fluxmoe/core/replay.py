@@ -134,7 +134,7 @@ def _event_by_event(
     for at in range(begin, end):
         step, layer = int(events.step[at]), int(events.layer[at])
         table.phase = Phase(int(events.phase[at]))
-        if future.size:
+        if events.later.size:
             look_ahead(future, events, at, experts)
         ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
         rule.run(step, layer, ids, _predicted(events, at, layers, experts))
@@ -173,7 +173,7 @@ def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None
 @jit
 def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) -> int:
     """Open an event; how many slots it is short of."""
-    if future.size:
+    if events.later.size:
         look_ahead(future, events, at, b.tokens.size)
     ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
     misses = open_event(b, events.step[at], events.layer[at], ids, ids[:0])
