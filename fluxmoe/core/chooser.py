@@ -71,17 +71,17 @@ def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> C
 def take_dirty(b: Books, out: Int64s) -> int:
     """Move the dirty pages that may be evicted into ``out``; how many.
 
-    Pages of the running event stay dirty: they are no candidates yet. Absent pages are scored when
-    they have come back.
+    Pages of the running event stay dirty, those that it is about to load, too, so that ``order``
+    is told of them in ascending order. Other absent pages are scored when they have come back.
     """
     n = kept = 0
     for i in range(b.now[DIRTIES]):
         page = b.dirty[i]
-        if b.slot_of[page] == ABSENT:
-            b.flags[page] &= ~np.uint8(DIRTY)
-        elif b.last_use[page] == b.now[EVENT]:
+        if b.last_use[page] == b.now[EVENT]:
             b.dirty[kept] = page
             kept += 1
+        elif b.slot_of[page] == ABSENT:
+            b.flags[page] &= ~np.uint8(DIRTY)
         else:
             b.flags[page] &= ~np.uint8(DIRTY)
             out[n] = page

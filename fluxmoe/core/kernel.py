@@ -107,7 +107,7 @@ def _compile(function: Callable[..., float], by_slot: bool) -> Kernel:
     return Kernel(_entry(_looped(score, by_slot=True) if by_slot else fill), fill)
 
 
-def _looped(score: Any, *, by_slot: bool) -> Callable[..., None]:
+def _looped(score: Any, *, by_slot: bool) -> Any:
     @numba.njit(nogil=True, error_model="numpy")
     def fill(  # type: ignore[no-untyped-def]
         last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
@@ -124,7 +124,7 @@ def _looped(score: Any, *, by_slot: bool) -> Callable[..., None]:
     return fill
 
 
-def _entry(fill: Callable[..., None]) -> Any:
+def _entry(fill: Any) -> Any:
     @numba.cfunc(_ENTRY, nopython=True)
     def entry(  # type: ignore[no-untyped-def]
         last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
