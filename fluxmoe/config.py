@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -72,10 +73,13 @@ _WHAT = {
     "string_type": "a text is needed",
     "dict_type": "a map is needed",
     "model_type": "a map is needed",
+    "model_attributes_type": "a map is needed",
+    "string_too_short": "a text is needed",
     "list_type": "a list is needed",
 }
 _FIXES = {
     "byte_size": "write a size as 24GiB, or as a number of bytes",
+    "unused": "give all stores but the last a limit",
     "byte_size_unit": "units are KiB, MiB, GiB, TiB; KB, MB, GB, TB",
 }
 
@@ -244,6 +248,16 @@ class Config(_Model):
     """Seed of the random numbers that policies may use."""
     vllm: dict[str, Any] = {}
     """Options passed to vLLM untouched."""
+
+    @field_validator("stores")
+    @classmethod
+    def _all_stores_are_used(cls, stores: list[StoreConfig]) -> list[StoreConfig]:
+        for index, store in enumerate(stores[:-1]):
+            if store.limit is None:
+                raise PydanticCustomError(
+                    "unused", f"number {index} has no limit, so those after it would hold nothing"
+                )
+        return stores
 
     @model_validator(mode="before")
     @classmethod

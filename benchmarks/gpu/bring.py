@@ -110,13 +110,18 @@ def download(
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--implementation=cp"]
     command += [f"--python-version={python}", f"--dest={into}"]
     command += [f"--platform={platform}" for platform in platforms]
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", lock.read_text(), re.M)) if lock else {}
-    pins = {normal(name): version for name, version in pins.items()}
+    versions = pins(lock)
     for requirement in requirements:
-        pin = pins.get(normal(requirement))
+        pin = versions.get(normal(requirement))
         command.append(f"{requirement}=={pin}" if pin else requirement)
     if subprocess.run([*command, *options]).returncode:
         sys.exit("pip could not download these wheels; see above")
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Versions of a lock file, by normal name."""
+    lines = re.findall(r"^([\w.-]+)==([\w.]+)", lock.read_text(), re.M)
+    return {normal(name): version for name, version in lines}
 
 
 def normal(name: str) -> str:

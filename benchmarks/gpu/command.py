@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from benchmarks.gpu import bring, device
 from fluxmoe.errors import FluxMoEError
 
 #: Command → what it does. The module here of that name has ``main(options)``.
@@ -31,9 +32,13 @@ def main(argv: list[str]) -> None:
         return
     if name not in COMMANDS:
         sys.exit(f"no command of the kit is called {name!r}; there are: {', '.join(COMMANDS)}")
-    module = "bring" if name in _BRINGING else name
     try:
-        import_module(f"benchmarks.gpu.{module}").main(argv if module == "bring" else options)
+        if name in _BRINGING:
+            bring.main(argv)
+        else:
+            if not {"-h", "--help"} & set(options):
+                device.require()  # before a module says that it needs Triton
+            import_module(f"benchmarks.gpu.{name}").main(options)
     except FluxMoEError as error:
         print(f"error[{error.code}]: {error}", file=sys.stderr)
         sys.exit(2)

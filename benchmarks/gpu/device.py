@@ -32,6 +32,11 @@ def require() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of the host that the device can read."""
+    return tensor.pin_memory()
+
+
 def describe() -> dict[str, Any]:
     """Card, driver and what ``machine.describe`` tells."""
     properties = torch.cuda.get_device_properties(require())
@@ -64,7 +69,7 @@ def report(options: argparse.Namespace, title: str, rows: list[dict[str, Any]]) 
         show(title, rows)
 
 
-def show(title: str, rows: list[dict[str, Any]], width: int = 140) -> None:
+def show(title: str, rows: list[dict[str, Any]], width: int = 200) -> None:
     """One table: a column per key, in the order of the first row."""
     table = Table(title=title, title_justify="left")
     columns = list(rows[0]) if rows else []

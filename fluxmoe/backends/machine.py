@@ -30,8 +30,8 @@ def require_free(budget: int, *, held: int = 0) -> None:
 def resolved(config: Config, *, model: str | None, workers: int) -> Config:
     """The configuration with a budget in bytes, whole MiB, where it was ``auto``.
 
-    Workers share the machine. Weights that are not loaded yet are counted as used: all experts
-    lie in host memory, whatever the budget is.
+    Workers share the machine. Weights that are not loaded yet are counted as used, all of them:
+    vLLM loads them before the stores take the experts over.
 
     Args:
         config: As the user wrote it.

@@ -43,7 +43,17 @@ def make_store(
         limit = None if store.limit is None else int(store.limit)
         if isinstance(store, FileStoreConfig):
             folder = Path(store.path).expanduser()
-            tiers.append(FileTier(geometry, page_class, folder, coder, limit, direct=store.direct))
+            tiers.append(
+                FileTier(
+                    geometry,
+                    page_class,
+                    folder,
+                    coder,
+                    limit,
+                    options=store.codec,
+                    direct=store.direct,
+                )
+            )
         else:
             tiers.append(HostTier(coder, limit))
     return TieredStore(geometry, page_class, tiers)

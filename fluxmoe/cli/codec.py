@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def codec(
-    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint in safetensors.")],
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a checkpoint in safetensors; by default the shipped model."),
+    ] = None,
     name: Annotated[str, typer.Option("--codec", metavar="NAME", help="The codec.")] = "fixed4",
     plugin: Annotated[
         list[str] | None,
@@ -26,8 +29,10 @@ def codec(
     """Say how far a codec shortens a checkpoint's experts, and what it meets there."""
     from fluxmoe import plugins
     from fluxmoe.backends.checkpoint import require_readable
+    from fluxmoe.demo.model import SHIPPED
     from fluxmoe.stores.survey import Survey, survey
 
+    model = SHIPPED if model is None else model
     made = plugins.load(plugin or ()).create("codec", name)
     if not model.is_dir():
         raise CheckpointError(
@@ -50,7 +55,7 @@ def codec(
         return
     from rich.table import Table
 
-    table = Table("layer", title=f"{name} on {model}", title_justify="left")
+    table = Table("layer", title=f"{name} on {model.name}", title_justify="left")
     columns = ("experts", "kept in", "ratio", "escapes", "zero-coded", "raw", "zeros")
     for column in columns:
         table.add_column(column, justify="right")

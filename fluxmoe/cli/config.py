@@ -105,6 +105,8 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):
-        # The only fields below the top that may be None are sizes left to the planner.
+        # The only fields below the top that may be None are sizes left to us.
         return {key: "auto" if item is None else _readable(item) for key, item in value}
+    if isinstance(value, dict) and value.keys() == {"kind"}:
+        return value["kind"]
     return value

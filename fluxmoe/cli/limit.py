@@ -10,18 +10,24 @@ import typer
 
 from fluxmoe.cli import output
 
-_Size = Annotated[str | None, typer.Option(metavar="SIZE")]
-
 
 def limit(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
     budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Use no more for experts and KV cache.")
     ] = None,
-    experts_min: _Size = None,
-    experts_max: _Size = None,
-    kv_min: _Size = None,
-    kv_max: _Size = None,
+    experts_min: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Experts never get less.")
+    ] = None,
+    experts_max: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Experts never get more.")
+    ] = None,
+    kv_min: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The KV cache never gets less.")
+    ] = None,
+    kv_max: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The KV cache never gets more.")
+    ] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Take all limits back.")] = False,
     api_key: Annotated[
         str | None, typer.Option(help="The server's API key; by default $VLLM_API_KEY.")
@@ -33,7 +39,7 @@ def limit(
     Without any, show which are set. The server must have control: true.
     """
     from fluxmoe import config
-    from fluxmoe.errors import EngineError
+    from fluxmoe.errors import ConfigError, EngineError
     from fluxmoe.observe import server
 
     wanted: dict[str, Any] = {
@@ -42,6 +48,10 @@ def limit(
         "kv": {"min": kv_min, "max": kv_max},
     }
     wanted = {key: _given(value) for key, value in wanted.items() if _given(value)}
+    if wanted and reset:
+        raise ConfigError(
+            "limits and their end at once", where="--reset", fix="give one or the other"
+        )
     body = None
     if wanted or reset:
         # Checked here, too: whoever mistypes a size need not have a server.

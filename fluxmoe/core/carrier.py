@@ -6,8 +6,7 @@ Here is the one for memory that the processor writes to; ``streams`` has the one
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -85,20 +84,21 @@ class HostCarrier:
         self.stall_seconds = 0.0
 
     def demand(self, bank: int, pairs: Pairs) -> None:
-        with self._stalled():
-            share = -(-len(pairs) // (self._threads + 1))
-            rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
-            others = [(self._copiers.order(partial(self._copy, bank, p)), p) for p in rest]
-            try:
-                self._copy(bank, pairs[:share])
-                for copy, part in others:  # threads that are busy with prefetches do not matter
-                    if copy.withdraw():
-                        self._copy(bank, part)
-            finally:
-                errors = [copy.error() for copy, _ in others if not copy.withdraw()]
-            for error in errors:
-                if error is not None:
-                    raise error
+        started = time.perf_counter()
+        share = -(-len(pairs) // (self._threads + 1))
+        rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
+        others = [(self._copiers.order(partial(self._copy, bank, p)), p) for p in rest]
+        try:
+            self._copy(bank, pairs[:share])
+            for copy, part in others:  # threads that are busy with prefetches do not matter
+                if copy.withdraw():
+                    self._copy(bank, part)
+        finally:
+            errors = [copy.error() for copy, _ in others if not copy.withdraw()]
+        for error in errors:
+            if error is not None:
+                raise error
+        self.stall_seconds += time.perf_counter() - started
 
     def prefetch(self, bank: int, pairs: Pairs) -> Sequence[Copy | None]:
         return [self._prefetch(partial(self._copy, bank, [pair])) for pair in pairs]
@@ -113,8 +113,10 @@ class HostCarrier:
         return None
 
     def arrive(self, copy: Ordered) -> Exception | None:
-        with self._stalled():
-            return copy.error()
+        started = time.perf_counter()
+        error = copy.error()
+        self.stall_seconds += time.perf_counter() - started
+        return error
 
     def move(self, bank: int, source: int, target: int) -> None:
         for rows in self._rows[bank]:
@@ -122,14 +124,6 @@ class HostCarrier:
 
     def close(self) -> None:
         self._copiers.close()
-
-    @contextmanager
-    def _stalled(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stall_seconds += time.perf_counter() - started
 
     def _copy(self, bank: int, pairs: Pairs) -> None:
         parts = self._rows[bank]

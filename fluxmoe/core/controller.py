@@ -103,8 +103,11 @@ class SplitController:
         self._groups = set(range(inventory.groups))
         self._limit = inventory.frames
         self._bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
-        self._by_hand = ByHand()
+        #: What was set by hand; None if nothing ever was.
+        self._by_hand: ByHand | None = None
         self._pause_per_frame = 0.0
+        #: Seconds of the longest move so far, both halves together.
+        self.longest_pause = 0.0
         self._steps, self._told, self._line = 0, -QUIET, ""
         #: The last decisions that were told of, the oldest first.
         self.decisions: deque[Decision] = deque(maxlen=REMEMBERED)
@@ -190,7 +193,9 @@ class SplitController:
         if not self._mover.busy and (view.tokens or over):
             move = self._plan(self._within(split, view), view)
             if move is not None:
-                self._report(move, split, by_hand=over)
+                # Also where a policy that wants nothing gets what a person took from the other.
+                told = self._by_hand is not None and dict(split.frames) == frames
+                self._report(move, split, by_hand=over or told)
                 self._mover.begin(move)
         return self._mover.order()
 
@@ -216,6 +221,7 @@ class SplitController:
             self._inventory.layout.frames(groups),
             abs(self._expert_frames(move.slots) - self._expert_frames(move.before)),
         )
+        self.longest_pause = max(self.longest_pause, result.seconds)
         pause = result.seconds / max(moved, 1)
         self._pause_per_frame += (pause - self._pause_per_frame) / 4
 
@@ -231,7 +237,9 @@ class SplitController:
         wanted_kv = min(max(split.frames[KV], floor), kv.max, view.total_frames - experts.min)
         wanted = min(max(split.frames[EXPERTS], experts.min), experts.max)
         room = max(view.total_frames - wanted_kv, experts.min)
-        return {KV: wanted_kv, EXPERTS: min(wanted, room)}
+        wishes = {EXPERTS: min(wanted, room), KV: wanted_kv}
+        # Policies need not use all of their bounds. What a person takes from one is the other's.
+        return wishes if self._by_hand is None else _filled(wishes, view)
 
     def _plan(self, wanted: dict[str, int], view: ArbitrationView) -> Move | None:
         """The next move towards ``wanted``; None if there is none worth making."""
@@ -327,7 +335,9 @@ class SplitController:
         """A line per decision; moves on the way to the same wish are not worth one each."""
         direction = "to_kv" if move.to_kv else "to_experts"
         words = "to the KV cache" if move.to_kv else "to the experts"
-        reason = f"limits set by hand: {_words(self._by_hand)}" if by_hand else split.reason
+        reason = split.reason
+        if by_hand:
+            reason = f"limits set by hand: {_words(self._by_hand or ByHand())}"
         line = f"{words}; {reason}" if reason else words
         turned = not self.decisions or self.decisions[-1].direction != direction
         if line == self._line or self._steps - self._told < (TURN if turned else QUIET):
@@ -350,6 +360,17 @@ def _within(bounds: Budget, least: int | None, most: int | None) -> Budget:
     upper = bounds.max if most is None else min(max(most, bounds.min), bounds.max)
     lower = bounds.min if least is None else min(max(least, bounds.min), upper)
     return Budget(lower, bounds.target, upper)
+
+
+def _filled(wishes: dict[str, int], view: ArbitrationView) -> dict[str, int]:
+    """Share out what nobody wants: up to what each began with, then up to what each may have."""
+    for goal in ("target", "max"):
+        for name in (EXPERTS, KV):
+            bounds = view.bounds[name]
+            rest = view.total_frames - sum(wishes.values())
+            room = min(getattr(bounds, goal), bounds.max) - wishes[name]
+            wishes[name] += max(min(rest, room), 0)
+    return wishes
 
 
 def _words(limits: ByHand) -> str:

@@ -13,6 +13,7 @@ what has not been delivered yet before it returns.
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import threading
 import traceback
@@ -123,15 +124,20 @@ class _Watchdog:
     """The thread that looks after all stopwatches; it runs while there are any."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._watches: WeakSet[Stopwatch] = WeakSet()
+        self._start()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._news = threading.Event()
 
     def watch(self, watch: Stopwatch) -> None:
+        if self._process != os.getpid():
+            self._start()  # forked: the thread is not here, and may have held the lock just then
         with self._lock:
             self._watches.add(watch)
-            # A process that was forked has the object, but not the thread.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._run, name="fluxmoe-watchdog", daemon=True

@@ -32,10 +32,11 @@ class Source:
     def __init__(self, cuda: Cuda, store: Store, part_bytes: Sequence[int]) -> None:
         self.page_bytes = sum(part_bytes)
         self._store = store
+        self._addressed = store if isinstance(store, AddressedStore) else None
         self._memory: PinnedMemory | None = None
         self._buffers: list[list[Bytes]] = []
         self._free: list[int] = []
-        if not isinstance(store, AddressedStore):
+        if self._addressed is None:
             self._memory = PinnedMemory(cuda, BUFFERS * self.page_bytes)
             cuts = np.cumsum(part_bytes)[:-1].tolist()
             pages = self._memory.array.reshape(BUFFERS, self.page_bytes)
@@ -45,7 +46,7 @@ class Source:
     @property
     def room(self) -> int:
         """Pages that can be fetched now."""
-        return _ENDLESS if self._memory is None else len(self._free)
+        return _ENDLESS if self._addressed is not None else len(self._free)
 
     def fetch(self, page: int, flight: Flight) -> Sequence[int]:
         """The addresses of a page's parts, valid until ``flight`` is given back.
@@ -53,8 +54,8 @@ class Source:
         Raises:
             StoreError: The page could not be read.
         """
-        if isinstance(self._store, AddressedStore) and self._memory is None:
-            return locate(self._store, page)
+        if self._addressed is not None:
+            return locate(self._addressed, page)
         flight.buffers.append(self._free.pop())
         parts = self._buffers[flight.buffers[-1]]
         read(self._store, page, parts)

@@ -138,14 +138,16 @@ class StreamCarrier:
     def arrive(self, copy: Ordered) -> Exception | None:
         if not isinstance(copy, StreamedCopy):
             raise InvariantError(f"a copy of another carrier: {copy!r}")
-        if copy.flight is None:
+        flight = copy.flight
+        if flight is None:
             return copy.failed
+        if flight.mark is not None or (flight.event is None and not self._orders):
+            return None  # the kernels wait for it already, or need not wait any more
         with self._driving("arrive"):
-            flight = copy.flight
             if flight.event is not None:
-                if flight.mark is None:
-                    flight.mark = self._events.record(self._kernels())
+                mark = self._events.record(self._kernels())
                 self._events.wait(self._kernels(), flight.event)
+                flight.mark = mark
             self._pump()
         return None
 

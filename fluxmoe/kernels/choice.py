@@ -2,7 +2,7 @@
 
 Decoding in registers trades arithmetic for bandwidth: it pays while a weight is read for few
 tokens. The thresholds are what instruction counts of the compiled kernels let one expect; no card
-has confirmed them yet (docs/kernels.md). ``python -m benchmarks.gpu kernel`` measures them.
+has confirmed them yet (docs/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ from fluxmoe.kernels.pages import CompressedPages, RawSlots
 from fluxmoe.kernels.tiles import Tiles
 from fluxmoe.stores.codec.fixed4 import Layout
 
-#: Left to itself the assembler spills registers to make room for one more block per processor.
-MOST_REGISTERS = 255
 #: Of an expert that is nowhere, in the table that kernels read.
 ABSENT = -1
 
@@ -28,6 +26,14 @@ class Part:
 
     raw: RawSlots | None = None
     compressed: CompressedPages | None = None
+
+
+def most_registers(tiles: Tiles) -> int:
+    """What a thread that decodes may use: all there are.
+
+    Left to itself the assembler spills some to make room for one more block per processor.
+    """
+    return min(255, 65536 // (32 * tiles.num_warps) // 8 * 8)
 
 
 def page_entry(page: int) -> int:
@@ -116,6 +122,8 @@ def project(
         raise UnsupportedError("a part needs weights, and raw and compressed ones of one shape")
     if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
         raise UnsupportedError(f"the kernel reads dense bfloat16, not {x.dtype}")
+    if scale is not None and (scale.dtype != torch.float32 or not scale.is_contiguous()):
+        raise UnsupportedError(f"the router's weights must be dense float32, not {scale.dtype}")
     out = torch.zeros(valid, outputs.pop(), dtype=torch.bfloat16, device=x.device)
     for side in sides:
         _launch(x, side, table, blocks, tiles, top_k, scale, out)
@@ -150,7 +158,7 @@ def _launch(
         place = Layout(n, k)
         words, offsets, stride = side.data.view(torch.int32), side.offsets, 0
         sections = place.headers, place.flags, place.pool
-        flags, registers = side.data, MOST_REGISTERS
+        flags, registers = side.data, most_registers(tiles)
     else:
         if side.weights.dtype != torch.bfloat16 or not side.weights[0].is_contiguous():
             raise UnsupportedError("raw slots must be dense bfloat16 matrices")

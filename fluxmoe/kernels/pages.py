@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from fluxmoe.errors import UnsupportedError
+from fluxmoe.core.types import Bytes
+from fluxmoe.errors import CodecError, UnsupportedError
 from fluxmoe.kernels.decode import decode, load_flags, load_headers
 from fluxmoe.kernels.language import tl, triton
-from fluxmoe.stores.codec.fixed4 import Layout
+from fluxmoe.stores.codec.fixed4 import Layout, inspect
+from fluxmoe.stores.codec.kernel import checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,36 @@ class CompressedPages:
     offsets: torch.Tensor
     rows: int
     cols: int
+
+
+def pack_pages(
+    blocks: Sequence[Bytes], rows: int, cols: int, device: torch.device | str
+) -> CompressedPages:
+    """Blocks of the code, one per page, checked and put behind each other on a device.
+
+    Kernels trust what they read: a damaged header could lead them anywhere.
+
+    Args:
+        blocks: What ``Fixed4(cols).encode`` made of matrices of ``rows × cols``; not empty.
+
+    Raises:
+        CodecError: A block is damaged, or of another matrix.
+    """
+    sizes = [-(-len(block) // 128) for block in blocks]
+    starts = np.cumsum([0, *sizes])
+    data = np.zeros(int(starts[-1]) * 128, np.uint8)
+    for block, start in zip(blocks, starts[:-1].tolist(), strict=True):
+        facts = inspect(block)
+        found = facts.layout
+        if (found.rows, found.cols, found.tail) != (rows, cols, 0):
+            raise CodecError(f"a block of {found.rows} × {found.cols}, not of {rows} × {cols}")
+        place = data[start * 128 : start * 128 + len(block)]
+        place[:] = block
+        words = place.view(np.uint32)
+        if int(checksum(words, 0, len(words) - 2)) != facts.checksum:
+            raise CodecError("the block is damaged: its checksum is wrong")
+    offsets = torch.from_numpy(starts[:-1].astype(np.int32)).to(device)
+    return CompressedPages(torch.from_numpy(data).to(device), offsets, rows, cols)
 
 
 def decode_to_slots(

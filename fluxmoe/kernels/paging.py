@@ -104,7 +104,7 @@ def resolve_event(books: DeviceBooks, layer: int, ids: torch.Tensor) -> None:
     experts = books.missing.numel()
     resolve_event_kernel[(1,)](
         *books, ids, ids.numel(), layer * experts, books.slot_of.numel(),
-        EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), num_warps=8,
+        EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), num_warps=8, maxnreg=128,
     )  # fmt: skip
 
 
@@ -127,7 +127,6 @@ def resolve_event_kernel(
     slot = tl.load(slot_of + page, mask=there, other=0)
     miss = asked & (slot == -1)
     now = tl.load(event) + 1
-    tl.store(event, now)
     tl.store(last_use + page, tl.zeros_like(expert).to(tl.int64) + now, mask=asked)
     tl.store(use_count + page, tl.load(use_count + page, mask=asked, other=0) + 1, mask=asked)
     flag = tl.load(flags + page, mask=there, other=0) & (255 - _PROTECTED)
@@ -169,7 +168,9 @@ def resolve_event_kernel(
     tl.store(loaded_at + page, tl.zeros_like(expert).to(tl.int64) + now, mask=miss)
     tl.store(missing + rank, page, mask=miss)
     tl.store(slots + rank, given, mask=miss)
+    # What all threads have read may change only behind a barrier: some of them are late.
     tl.store(num_free, (spare + found - misses).to(tl.int64))
+    tl.store(event, now)
 
 
 def gather_pages(

@@ -14,7 +14,14 @@ T = TypeVar("T")
 LIMITS = Limits(hard_s=30.0)
 
 
-def attempt(function: Callable[[], T], what: str, *, where: str, fix: str = "") -> T:
+def attempt(
+    function: Callable[[], T],
+    what: str,
+    *,
+    where: str,
+    fix: str = "",
+    passed: type[FluxMoEError] = PluginLoadError,
+) -> T:
     """Call ``function``; how it failed is added to ``what``.
 
     An exit is a failure like any other, and so is a call that takes longer than ``LIMITS``: it is
@@ -22,14 +29,14 @@ def attempt(function: Callable[[], T], what: str, *, where: str, fix: str = "") 
 
     Raises:
         PluginLoadError: It failed.
-        FluxMoEError: It says itself what is wrong.
+        FluxMoEError: It raised one of the kind ``passed``, which says itself what is wrong.
     """
     try:
         return Stopwatch(LIMITS).call(function, ())
     except HardLimitExceeded:
         reason = f"it took more than {LIMITS.hard_s:g} s"
         raise PluginLoadError(f"{what}TimeoutError: {reason}", where=where, fix=fix) from None
-    except (FluxMoEError, KeyboardInterrupt):
+    except (passed, KeyboardInterrupt):
         raise
     except BaseException as error:
         if from_signal(error):

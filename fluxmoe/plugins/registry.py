@@ -16,6 +16,7 @@ from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
+    FluxMoEError,
     NeedsFutureError,
     PluginLoadError,
     UnknownCodecError,
@@ -83,7 +84,8 @@ class Registration:
     @property
     def summary(self) -> str:
         """First line of the factory's docstring."""
-        return (self.factory.__doc__ or "").strip().partition("\n")[0]
+        doc: object = self.factory.__doc__
+        return doc.strip().partition("\n")[0] if isinstance(doc, str) else ""
 
     def create(self, options: Mapping[str, Any]) -> Any:
         """A new policy with checked options. Raises PluginLoadError."""
@@ -100,6 +102,7 @@ class Registration:
             made,
             f"{_noun(self.kind)} {self.name!r} cannot be made: ",
             where=f"plugin {self.plugin}",
+            passed=FluxMoEError,  # a package that is missing, say
         )
 
 

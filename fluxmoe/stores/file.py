@@ -7,8 +7,9 @@ import json
 import logging
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class FileTier:
         folder: Where the file is, or will be.
         coder: How pages are kept.
         limit: Bytes that they may occupy; None if there is no limit.
+        options: Of the codec.
         direct: Read past the system's cache what is not in it.
     """
 
@@ -51,11 +53,14 @@ class FileTier:
         coder: Coder,
         limit: int | None,
         *,
+        options: Mapping[str, Any] | None = None,
         direct: bool = True,
     ) -> None:
         self._shape = (geometry.num_pages, len(page_class.parts))
         self._about = {
             "codec": coder.name,
+            # Some codecs need the same to decode; as JSON will give them back.
+            "options": json.loads(json.dumps(dict(options or {}), default=str)),
             "num_layers": geometry.num_layers,
             "experts_per_layer": geometry.experts_per_layer,
             "parts": [[part.name, part.nbytes] for part in page_class.parts],
@@ -73,17 +78,17 @@ class FileTier:
         sums = [checksum(np.ascontiguousarray(part)) for part in parts]
         if self._path is None:
             self._path = self._begin(page, sums)
-        if self._file is not None and not self._has(page, sums):
-            self._build_anew()
-        if self._file is not None:
+        kept: list[Bytes] = []
+        if self._file is not None and self._has(page, sums):
             nbytes = sum(sectors(int(length)) for length in self._file.index[page, :, LENGTH])
-            if not self._has_room(nbytes):
-                return False
         else:
             kept = [self._coder.encode(np.ascontiguousarray(part)) for part in parts]
             nbytes = sum(sectors(len(part)) for part in kept)
-            if not self._has_room(nbytes):
-                return False
+        if self._limit is not None and self.nbytes + nbytes > self._limit:
+            return False
+        if kept:
+            if self._file is not None:
+                self._build_anew()
             assert self._writer is not None
             for part, (data, total) in enumerate(zip(kept, sums, strict=True)):
                 self._writer.append(page, part, data, total)
@@ -97,10 +102,14 @@ class FileTier:
         Raises:
             PageFileError: It cannot be written.
         """
-        if self._writer is not None and self._path is not None:
+        if self._writer is None or self._path is None:
+            return
+        if not self._taken:  # there was room for none
+            self._writer.abandon()
+        else:
             self._writer.finish()
-            self._writer = None
             self._file = self._open(self._path)
+        self._writer = None
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """A read that fails is tried once more.
@@ -142,9 +151,6 @@ class FileTier:
         assert self._file is not None
         entry = self._file.index[page]
         return bool(entry[:, OFFSET].all()) and entry[:, RAW_SUM].tolist() == sums
-
-    def _has_room(self, nbytes: int) -> bool:
-        return self._limit is None or self.nbytes + nbytes <= self._limit
 
     def _build_anew(self) -> None:
         """Begin a new file, with the pages of the old one that have been put already."""

@@ -2,10 +2,10 @@
 
 Format, version 1, little-endian. First 4096 bytes of header: ``FXMPAGES``, version (u32), length of
 the text that follows (u32), its CRC-32 (u32), and that text: JSON with ``about`` (what is in the
-file: codec, layers, experts, parts), ``index`` (where the index begins) and ``index_crc``. Then the
-parts as they are kept; what is left of their last 4096 bytes is zero. Then the index: per page and
-part four u64: where the part begins (0: it is not here), its length as kept, the checksum of that,
-and the checksum of the original. Checksums are those of docs/code.md.
+file: codec and its options, layers, experts, parts), ``index`` (where the index begins) and
+``index_crc``. Then the parts as they are kept; what is left of their last 4096 bytes is zero. Then
+the index: per page and part four u64: where the part begins (0: it is not here), its length as
+kept, the checksum of that, and the checksum of the original. Checksums are those of docs/code.md.
 
 A file is written under another name and renamed when all of it is on disk, so one that was not
 finished is never seen.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import struct
@@ -37,6 +38,9 @@ _HEAD = struct.Struct("<8sIII")
 
 #: A read of at least this many bytes that must go to the disk is split over this many threads.
 _SPLIT_FROM, _SPLIT = 1 << 20, 4
+
+#: How the name of a file ends that is not finished.
+_PART = ".part"
 
 #: Columns of the index.
 OFFSET, LENGTH, SUM, RAW_SUM = range(4)
@@ -71,7 +75,9 @@ class PageFileWriter:
         self._part_name = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd, self._part_name = tempfile.mkstemp(".part", path.stem + "-", path.parent)
+            _remove_orphans(path)
+            self._fd, self._part_name = tempfile.mkstemp(_PART, path.stem + "-", path.parent)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)  # until this process ends, however it does
         except OSError as error:
             raise _failure(error, path, "cannot be made") from error
 
@@ -121,6 +127,14 @@ class PageFileWriter:
     def _abandon(self, error: PageFileError) -> PageFileError:
         self.abandon()
         return error
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove what processes that were killed had written of the file at ``path``."""
+    for orphan in path.parent.glob(f"{path.stem}-*{_PART}"):
+        with contextlib.suppress(OSError), orphan.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            orphan.unlink()
 
 
 class PageFile:

@@ -29,6 +29,8 @@ class PinnedStore(HostStore):
         super().__init__(geometry, page_class)
         self._cuda = cuda
         self._memory: list[PinnedMemory] = []
+        #: Per layer and part, where expert 0 lies and the bytes of an expert.
+        self._places: list[list[tuple[int, int]]] = []
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
         """Copy the next layer: one array ``[experts, nbytes]`` per part of the page class.
@@ -46,17 +48,21 @@ class PinnedStore(HostStore):
             for part, copy in zip(parts, copies, strict=True):
                 np.copyto(copy, part)
             self._memory += memory
+            sizes = [part.nbytes for part in self._page_class.parts]
+            places = [copy.ctypes.data for copy in copies]
+            self._places.append(list(zip(places, sizes, strict=True)))
             undo.pop_all()
 
     def addresses(self, page: int) -> Sequence[int]:
         """Where a page's parts begin, in order."""
         layer, expert = divmod(page, self._geometry.experts_per_layer)
-        if not 0 <= layer < len(self._layers):
+        if not 0 <= layer < len(self._places):
             raise StoreError(f"page {page} is not in the store")
-        return [part.ctypes.data + expert * part.shape[1] for part in self._layers[layer]]
+        return [first + expert * nbytes for first, nbytes in self._places[layer]]
 
     def close(self) -> None:
         super().close()
+        self._places.clear()
         with ExitStack() as each:  # goes on if one fails
             for memory in self._memory:
                 each.callback(memory.close)

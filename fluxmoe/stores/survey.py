@@ -72,7 +72,7 @@ def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
     """
     coder = Coder(codec, name, strict=True)
     layers: dict[str, Survey] = {}
-    for layer, dtype, part in _parts(folder):
+    for layer, dtype, part in parts_of(folder):
         layers.setdefault(layer, Survey(layer)).add(_one(coder, codec, dtype, part))
     if not layers:
         raise NoExpertsError(
@@ -98,7 +98,7 @@ def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
     return found
 
 
-def _parts(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
+def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
     """Layer, type and bytes of every part of every expert, as a page has it."""
     halves: dict[tuple[str, str], Bytes] = {}
     for name, dtype, shape, data in _tensors(folder):

@@ -11,11 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxmoe.demo.model import ASSETS
 from fluxmoe.testing import checkpoints
 from tests.cli.test_cli import fails, succeeds
-
-MODEL = ASSETS / "prose-moe-12m"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_shipped_model_is_shortened_as_promised() -> None:
-    printed = json.loads(succeeds("codec", MODEL, "--json"))
+    printed = json.loads(succeeds("codec", "--json"))
     total = printed["total"]
     assert printed["codec"] == "fixed4" and len(printed["layers"]) == 6
     assert total["ratio"] >= 1.30 and total["plain"] == 0 and total["parts"] == 6 * 64 * 2

@@ -87,6 +87,7 @@ LEFT = {
     "cuEventDestroy": "events",
     "cuCtxPopCurrent": "contexts",
     "cuMemFreeHost": "pinned",
+    "cuCtxPushCurrent": "pinned",
 }
 
 

@@ -383,3 +383,26 @@ except HardLimitExceeded:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+def test_a_forked_process_watches_even_if_it_was_forked_at_a_bad_moment():
+    script = """if True:
+        import os
+        from fluxmoe.core import limits
+
+        def loop():
+            while True:
+                pass
+
+        limits.Stopwatch(limits.DEFAULT_LIMITS).call(int, ())  # the thread is there
+        limits._watchdog._lock.acquire()  # and looks at its watches when the process is forked
+        child = os.fork()
+        if child == 0:
+            try:
+                limits.Stopwatch(limits.Limits(hard_s=0.1)).call(loop, ())
+            except limits.HardLimitExceeded:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

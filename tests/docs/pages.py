@@ -4,6 +4,10 @@ A fenced block may be preceded by a comment that says how to treat it, its direc
 commas: ``exact`` (the output shown must be what is printed), ``exit N`` (the commands end with
 status N), ``slow``, ``needs vllm`` (run in a process of its own). Nothing else is marked: every
 ``python`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs.
+
+A page with ``fresh`` blocks is followed word for word (``follow``): its files are written and all
+of its ``$`` lines given to a shell, in an environment that has a wheel of FluxMoE and nothing else
+of this checkout.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ _FENCE = re.compile(
     r"(?P<body>.*?)^(?P=indent)```[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
+_DIRECTIVE = re.compile(r"exact|fresh|slow|needs vllm|exit \d+")
 _TITLE = re.compile(r'title="([^"]+)"')
 
 
@@ -58,11 +63,15 @@ class Block:
 
     def commands(self) -> Iterator[tuple[list[str], str]]:
         """The ``$`` lines of a console block as words, each with the output shown below it."""
+        for line, output in self.lines():
+            yield shlex.split(line, comments=True), output
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """The same as they are written."""
         parts = re.split(r"^\$ (.*)$", self.body, flags=re.MULTILINE)
         if parts[0].strip():
             raise WrongPage(f"{self.where}: a console block begins with a $ line")
-        for line, output in zip(parts[1::2], parts[2::2], strict=True):
-            yield shlex.split(line, comments=True), output
+        yield from zip(parts[1::2], parts[2::2], strict=True)
 
 
 def blocks(path: Path) -> list[Block]:
@@ -74,7 +83,7 @@ def blocks(path: Path) -> list[Block]:
         title = _TITLE.search(match["attributes"])
         words = (match["directives"] or "").split(",")
         directives = frozenset(word.strip() for word in words if word.strip())
-        unknown = [d for d in directives if not re.fullmatch(r"exact|slow|needs vllm|exit \d+", d)]
+        unknown = [d for d in directives if not _DIRECTIVE.fullmatch(d)]
         if unknown and match["language"] in ("python", "console"):
             raise WrongPage(f"{path.name}:{line}: unknown directive {unknown[0]!r}")
         found.append(
@@ -127,6 +136,34 @@ def run_with_vllm(path: Path, folder: Path) -> None:
     done = _process([sys.executable, script.name], folder)
     if done.returncode:
         raise WrongPage(f"{path.name}: status {done.returncode}\n{done.stdout[-4000:]}")
+
+
+def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
+    """Do what a page with ``fresh`` blocks says, beginning in ``folder``; how many commands."""
+    ran, here = 0, folder
+    for block in blocks(path):
+        if block.title is not None:
+            (here / block.title).write_text(block.body)
+        if "fresh" not in block.directives:
+            continue
+        for line, shown in block.lines():
+            done = subprocess.run(
+                ["bash", "-c", f"{line}\nstatus=$?\npwd > {folder}/.here\nexit $status"],
+                cwd=here,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=600,
+                check=False,
+                env={**environment, "COLUMNS": "100"},
+            )
+            if done.returncode != block.status:
+                raise WrongPage(f"{block.where}: $ {line}: {done.returncode}\n{done.stdout}")
+            if "exact" in block.directives and _lines(done.stdout) != _lines(shown):
+                raise WrongPage(f"{block.where}: $ {line} printed\n{done.stdout}\nnot\n{shown}")
+            here = Path((folder / ".here").read_text().strip())
+            ran += 1
+    return ran
 
 
 def _compiled(block: Block, path: Path) -> Any:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pydantic
 import pytest
@@ -74,11 +74,14 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         inner, entry = field.annotation, ""
         if getattr(inner, "__origin__", None) is list:
             inner, entry = inner.__args__[0], "[]"  # type: ignore[union-attr]
-        nested = isinstance(inner, type) and issubclass(inner, pydantic.BaseModel)
+        union = get_args(get_args(inner)[0]) if get_origin(inner) is Annotated else (inner,)
+        nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        if nested:
-            yield from keys(inner, f"{prefix}{name}{entry}.")  # type: ignore[arg-type]
+        # What several kinds have is the same in all of them.
+        yield from {
+            key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
+        }.items()
 
 
 def shown(key: str, field: FieldInfo) -> str:

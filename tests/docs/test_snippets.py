@@ -8,8 +8,11 @@ import pytest
 
 from .pages import PAGES, ROOT, WrongPage, blocks, run, run_with_vllm
 
+FRESH = [page for page in PAGES if any("fresh" in b.directives for b in blocks(page))]
 RUNNABLE = [
-    page for page in PAGES if any(b.language in ("python", "console") for b in blocks(page))
+    page
+    for page in PAGES
+    if page not in FRESH and any(b.language in ("python", "console") for b in blocks(page))
 ]
 WITH_VLLM = [page for page in PAGES if any(b.needs_vllm for b in blocks(page))]
 

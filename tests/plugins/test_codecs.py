@@ -42,7 +42,7 @@ def write(tmp_path: Path, text: str) -> str:
 
 def test_the_built_in_codecs_are_known_and_are_no_policies() -> None:
     registry = plugins.load()
-    assert registry.names("codec") == ["fixed4", "zipnn"]
+    assert registry.names("codec") == ["fixed4", "none", "zipnn"]
     assert isinstance(registry.create("codec", "fixed4"), Fixed4)
     assert all(policy.kind != "codec" for policy in registry)
     assert registry.get("codec", "fixed4").summary.startswith("Fixed-width code")
@@ -58,7 +58,7 @@ def test_a_plugin_may_bring_a_codec_and_its_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
-        ("xor", errors.UnknownCodecError, "unknown codec 'xor'; known codecs: fixed4, zipnn"),
+        ("xor", errors.UnknownCodecError, "unknown codec 'xor'; known codecs: fixed4, none, zipnn"),
         (
             {"kind": "fixed4", "cols": 64},
             errors.ConfigError,

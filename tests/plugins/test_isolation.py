@@ -28,6 +28,10 @@ BROKEN = {
     "syntax": ("def broken(:", "SyntaxError"),
     "exit at import": ("import sys\nsys.exit(0)", "SystemExit: 0"),
     "raises at import": ("raise RuntimeError('no GPU here')", "RuntimeError: no GPU here"),
+    "fluxmoe's own error": (
+        "import fluxmoe\nraise fluxmoe.FluxMoEError('no torch')",
+        "no torch",
+    ),
     "unprintable error": (
         "class Odd(BaseException):\n    def __str__(self): 1 / 0\nraise Odd",
         "cannot import",
@@ -330,4 +334,4 @@ def test_a_server_that_tells_nothing(server, capsys, text):
     with pytest.raises(SystemExit) as info:
         main(["policies", "--server", url])
     assert info.value.code == 2
-    assert "error[FM101]" in capsys.readouterr().err
+    assert "error[FM405]" in capsys.readouterr().err

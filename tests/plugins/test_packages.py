@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests import fresh
+from tests.fresh import do
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted((ROOT / "plugins").glob("fluxmoe-*"))
@@ -20,59 +18,18 @@ NAMES = [package.name.removeprefix("fluxmoe-") for package in PACKAGES]
 pytestmark = pytest.mark.slow
 
 
-def environment() -> dict[str, str]:
-    """Nothing of the checkout, and no plugins left out."""
-    hidden = ("PYTHONPATH", "FLUXMOE_PLUGINS", "PYTEST_ADDOPTS")
-    return {name: value for name, value in os.environ.items() if name not in hidden}
-
-
-def do(*command: object, cwd: Path) -> str:
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory) -> Path:
-    """Wheels of fluxmoe and of all packages; nothing is downloaded."""
-    folder = tmp_path_factory.mktemp("wheels")
-    quiet = "--quiet", "--no-deps", "--no-index", "--no-build-isolation"
-    do(
-        *(sys.executable, "-m", "pip", "wheel", *quiet, "--wheel-dir", folder, ROOT, *PACKAGES),
-        cwd=folder,
-    )
-    return folder
+def wheels(tmp_path_factory) -> list[Path]:
+    return fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT, *PACKAGES])
 
 
 @pytest.fixture(scope="module")
 def python(wheels, tmp_path_factory) -> Path:
-    """An interpreter that has the wheels, and from this environment all but fluxmoe."""
-    home = tmp_path_factory.mktemp("fresh")
-    venv.create(home, with_pip=False)
-    python = home / "bin" / "python"
-    site = Path(do(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))",
-                   cwd=home).strip())  # fmt: skip
-    quiet = "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"
-    do(
-        *(sys.executable, "-m", "pip", "--python", python, "install", *quiet),
-        *sorted(wheels.glob("*.whl")),
-        cwd=home,
-    )
-    # Last on the path, so that the wheels come first; its own .pth files are not followed.
-    paths = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))
-    (site / "others.pth").write_text("\n".join([*paths, sysconfig.get_path("purelib")]) + "\n")
-    return python
+    return fresh.install(tmp_path_factory.mktemp("fresh"), wheels)
 
 
 def test_the_wheel_has_the_template_the_types_and_the_fixtures(wheels):
-    [wheel] = wheels.glob("fluxmoe-0*.whl")
+    [wheel] = [wheel for wheel in wheels if wheel.name.startswith("fluxmoe-0")]
     names = zipfile.ZipFile(wheel).namelist()
     assert "fluxmoe/py.typed" in names
     assert "_fluxmoe_pytest.py" in names

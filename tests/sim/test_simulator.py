@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fluxmoe
 from fluxmoe.core.event import EventRule
 from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
 from fluxmoe.core.limits import Limits
@@ -218,7 +219,7 @@ def test_the_phase_of_an_event_reaches_the_policy(tmp_path):
             seen.append(access.phase)
 
     class Plugin:
-        @plugins.hookspecs.hookimpl
+        @fluxmoe.hookimpl
         def fluxmoe_register_policies(self, register):
             register("watching", Watching)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +216,15 @@ def test_other_weights_codecs_and_layouts_have_files_of_their_own(tmp_path: Path
     assert len(page_files(tmp_path)) == 3
 
 
+def test_other_options_of_a_codec_make_another_file(tmp_path: Path) -> None:
+    """Some codecs cannot decode what was encoded with others."""
+    for options in ({}, {"key": 1}, {"key": 2}, {"key": 1}):
+        coder = Coder(plugins.load().create("codec", "fixed4"), "fixed4")
+        tier = FileTier(GEOMETRY, PAGE_CLASS, tmp_path, coder, None, options=options)
+        filled(TieredStore(GEOMETRY, PAGE_CLASS, [tier])).close()
+    assert len(page_files(tmp_path)) == 3
+
+
 def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplog) -> None:
     filled(in_file(tmp_path)).close()
     store = in_file(tmp_path)
@@ -353,13 +364,54 @@ def test_a_store_that_is_closed_while_it_is_filled_leaves_nothing_behind(tmp_pat
     assert not page_files(tmp_path)
 
 
-def test_page_files_have_limits_too_and_keep_them_when_found_again(tmp_path: Path) -> None:
+def test_what_a_killed_process_leaves_behind_is_removed(tmp_path: Path) -> None:
+    program = (
+        "import os; from pathlib import Path; from tests.stores.test_tiers import *;"
+        f"store = in_file(Path({str(tmp_path)!r})); store.adopt(layers()[0]); os._exit(9)"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[2])
+        (orphan,) = page_files(tmp_path)
+        assert orphan.suffix == ".part"
+    under_way = in_file(tmp_path)
+    under_way.adopt(layers()[0])  # removes the orphan
+    store = filled(in_file(tmp_path))  # leaves alone what another one is writing
+    assert orphan not in page_files(tmp_path) and len(page_files(tmp_path)) == 2
+    for parts in layers()[1:]:
+        under_way.adopt(parts)
+    for each in (store, under_way):
+        check(each)
+        each.close()
+    assert len(page_files(tmp_path)) == 1
+
+
+def test_page_files_have_limits_too_and_keep_them_when_found_again(tmp_path: Path, caplog) -> None:
     stores = [
         {"kind": "file", "path": str(tmp_path), "limit": 400_000, "codec": "fixed4"},
         {"kind": "host"},
     ]
+    written = []
     for _ in range(2):
         store = filled(store_of(stores))
         check(store)
         assert 0 < len(store._tiers[0]._taken) < PAGES and store._tiers[0].nbytes <= 400_000
         store.close()
+        written += [path.stat().st_mtime_ns for path in page_files(tmp_path)]
+    assert written[0] == written[1] and not caplog.records
+
+
+def test_a_page_file_that_may_grow_is_built_anew_with_more_pages(tmp_path: Path) -> None:
+    for limit in ("400KB", "500KB", "1GiB"):
+        file = {"kind": "file", "path": str(tmp_path), "limit": limit}
+        store = filled(store_of([file, {"kind": "host"}]))
+        check(store)
+        store.close()
+    assert len(store._tiers[0]._taken) == PAGES and len(page_files(tmp_path)) == 1
+
+
+def test_a_page_file_without_room_for_a_page_is_not_made(tmp_path: Path) -> None:
+    file = {"kind": "file", "path": str(tmp_path), "limit": 1000}
+    store = filled(store_of([file, {"kind": "host"}]))
+    check(store)
+    store.close()
+    assert not page_files(tmp_path)

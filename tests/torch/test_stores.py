@@ -10,6 +10,7 @@ import pytest
 
 import fluxmoe
 from fluxmoe import errors
+from fluxmoe.backends.torch import loader
 from tests.torch.conftest import Load, answer, same, sizes
 
 CODED = {"kind": "host", "codec": "fixed4"}
@@ -51,6 +52,31 @@ def test_a_loaded_model_answers_what_stock_answers(
         if "coded" in name:
             assert stats["store_bytes"] < 0.95 * pages * page_bytes  # whole sectors, small pages
     assert bool(list(tmp_path.iterdir())) == (name != "coded")
+
+
+def test_layers_are_kept_as_they_are_loaded(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after all of them were, which would need room for all of them."""
+    waiting, most = loader._Catch._take, 0
+
+    def take(self: Any, *args: Any) -> Any:
+        nonlocal most
+        found = waiting(self, *args)
+        most = max(most, len(self._rows))
+        return found
+
+    monkeypatch.setattr(loader._Catch, "_take", take)
+    with fluxmoe.load(checkpoint(num_hidden_layers=12), "1MiB", stores=[CODED]) as paged:
+        assert paged.stats()["pages"] == 12 * 16
+    assert most == 1  # one part of a layer, while the other is on its way
+
+
+def test_an_error_of_a_store_is_not_taken_for_one_of_the_checkpoint(
+    checkpoint: Callable[..., Path],
+) -> None:
+    with pytest.raises(errors.ConfigError, match="no store has room for page 16 of 64"):
+        fluxmoe.load(checkpoint(), "1MiB", stores=[{"kind": "host", "limit": 16 * 49_152}])
 
 
 def test_a_paged_model_answers_what_it_did(load: Load) -> None:

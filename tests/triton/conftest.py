@@ -42,3 +42,18 @@ def _bf16_products() -> None:
             return TensorHandle(product + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's module with its fused MoE kernel: without a GPU vLLM hides Triton from it."""
+    fused_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
+    import triton
+    import vllm.triton_utils
+
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", True)
+    monkeypatch.setattr(fused_moe, "triton", triton)
+    monkeypatch.setattr(fused_moe, "tl", triton.language)
+    for name in ("write_zeros_to_output", "fused_moe_kernel"):
+        monkeypatch.setattr(fused_moe, name, triton.jit(getattr(fused_moe, name)))
+    return fused_moe

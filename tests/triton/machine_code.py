@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fluxmoe.kernels.experts import MOST_REGISTERS
+from fluxmoe.kernels.experts import most_registers
 from fluxmoe.kernels.gemm import grouped_gemm_kernel
 from fluxmoe.kernels.tiles import Tiles
 
@@ -102,5 +103,27 @@ def gemm(tiles: Tiles, arch: int, *, compressed: bool, even: bool = True) -> Nee
     return compile_kernel(
         grouped_gemm_kernel, types, constants, arch, unaligned=frozenset({"valid"}),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        maxnreg=MOST_REGISTERS if compressed else None,
+        maxnreg=most_registers(tiles) if compressed else None,
+    )  # fmt: skip
+
+
+def stock_gemm(kernel: Any, tiles: Tiles, arch: int) -> Needs:
+    """vLLM's ``fused_moe_kernel``, launched as for the same."""
+    types = {name: "i32" for name in kernel.arg_names}
+    types |= {name: "*bf16" for name in ("a_ptr", "b_ptr", "c_ptr")}
+    types |= {name: "*i32" for name in ("sorted_token_ids_ptr", "expert_ids_ptr")}
+    types |= {"num_tokens_post_padded_ptr": "*i32", "topk_weights_ptr": "*fp32"}
+    constants = dict.fromkeys(("b_bias_ptr", "a_scale_ptr", "b_scale_ptr"))
+    constants |= dict.fromkeys(("stride_ak", "stride_bk", "stride_cn", "SPLIT_K"), 1)
+    constants |= {name: 0 for name in types if name[:9] in ("stride_as", "stride_bs", "stride_bb")}
+    switches = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "per_channel_quant", "HAS_BIAS",
+                "SWAP_AB", "USE_TD", "naive_block_assignment", "group_n", "group_k")  # fmt: skip
+    constants |= dict.fromkeys(switches, False)
+    constants |= dict(
+        MUL_ROUTED_WEIGHT=True, top_k=8, compute_type=tl.bfloat16, BLOCK_SIZE_M=tiles.block_m,
+        BLOCK_SIZE_N=tiles.block_n, BLOCK_SIZE_K=tiles.block_k, GROUP_SIZE_M=tiles.group_m,
+    )  # fmt: skip
+    return compile_kernel(
+        kernel, types, constants, arch, unaligned=frozenset({"num_valid_tokens"}),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

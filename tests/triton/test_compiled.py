@@ -6,12 +6,14 @@ when a change makes a kernel twice as hungry, not to say how fast it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fluxmoe.kernels.pages import decode_to_slots_kernel
 from fluxmoe.kernels.paging import gather_pages_kernel, resolve_event_kernel
 from fluxmoe.kernels.tiles import Tiles, default_tiles
-from tests.triton.machine_code import compile_kernel, gemm
+from tests.triton.machine_code import Needs, compile_kernel, gemm, stock_gemm
 
 ARCHS = (80, 89, 90)
 
@@ -85,10 +87,36 @@ def test_resolving_an_event(experts: int, arch: int) -> None:
     types |= {"flags": "*u8", "num_ids": "i32", "first": "i32", "pages": "i32"}
     needs = compile_kernel(
         resolve_event_kernel, types, {"EXPERTS": experts, "WIDTH": max(experts, 8)}, arch,
-        num_warps=8,
+        num_warps=8, maxnreg=128,
     )  # fmt: skip
     assert needs.spills == 0 and needs.stack == 0 and needs.registers <= 128
     assert needs.shared <= 16 * 1024
+
+
+@pytest.mark.xdist_group("vllm")  # which takes long to import
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["1 token", "96 tokens", "1024 tokens", "tuned, 16 tokens"])
+def test_sums_are_taken_by_the_instructions_of_stocks_kernel(
+    stock: Any, name: str, arch: int
+) -> None:
+    """As many of the same shape, and nothing else adds: one chain per sum, in order of K."""
+    tiles = TILES[name][0]
+    want = sums(stock_gemm(stock.fused_moe_kernel, tiles, arch))
+    assert want
+    for compressed in (False, True):
+        assert sums(gemm(tiles, arch, compressed=compressed)) == want
+
+
+def sums(needs: Needs) -> dict[str, int]:
+    names = ("HMMA", "HGMMA", "FADD", "FFMA")
+    return {name: n for name, n in needs.instructions.items() if name.startswith(names)}
+
+
+def test_sixteen_warps_fit_a_processor() -> None:
+    """Stock's tables have such tiles; all registers of a processor are shared by 512 threads."""
+    tiles = Tiles(64, 128, 64, 1, 16, 3)
+    needs = gemm(tiles, 90, compressed=True)
+    assert needs.spills == 0 and needs.registers * 32 * tiles.num_warps <= 65536
 
 
 def test_a_spill_would_be_seen() -> None:

@@ -172,6 +172,9 @@ def test_what_cannot_be_read_is_refused():
         project(x.float(), Part(raw=raw_slots(w)), table, blocks, tiles, **call)
     with pytest.raises(UnsupportedError, match="columns"):
         project(x[:, :32], Part(raw=raw_slots(w)), table, blocks, tiles, **call)
+    for scale in (torch.ones(2).bfloat16(), torch.ones(4)[::2]):
+        with pytest.raises(UnsupportedError, match="float32"):
+            project(x, Part(raw=raw_slots(w)), table, blocks, tiles, scale=scale, **call)
     with pytest.raises(UnsupportedError, match="one shape"):
         project(x, Part(), table, blocks, tiles, **call)
     odd = compressed(next(weights((1, 70, 64)))[1])

@@ -26,6 +26,22 @@ class Dice(fluxmoe.ArbitrationPolicy):
         return fluxmoe.Split({"experts": experts, "kv": view.total_frames - experts}, "dice")
 
 
+class Spite(fluxmoe.ArbitrationPolicy):
+    """Lets the KV cache grow for a while, and wants it back whenever requests use all of it."""
+
+    def __init__(self) -> None:
+        self._full = 0
+
+    def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
+        kv = min(view.bounds["kv"].max, view.total_frames // 2)
+        if view.step // 24 % 2:
+            self._full += view.kv_used_frames >= 0.9 * view.frames["kv"]
+            kv = view.bounds["kv"].min
+        return fluxmoe.Split(
+            {"experts": view.total_frames - kv, "kv": kv}, f"full {self._full} times"
+        )
+
+
 class Broken(fluxmoe.ArbitrationPolicy):
     """Answers nonsense, and raises from time to time."""
 
@@ -38,4 +54,5 @@ class Broken(fluxmoe.ArbitrationPolicy):
 @fluxmoe.hookimpl
 def fluxmoe_register_policies(register) -> None:
     register("dice", Dice)
+    register("spite", Spite)
     register("broken", Broken)

@@ -170,6 +170,17 @@ def test_a_lowered_budget_is_kept_to_while_requests_run(engine: ChildEngine, sto
     assert engine.call("rpc", books)[1] <= 0.76 * full
 
 
+def test_memory_that_is_wanted_back_when_every_block_is_in_use(
+    engine: ChildEngine, stock: Run
+) -> None:
+    engine.restart(fluxmoe=config("spite", strict_policies=True), **FEW)
+    same(engine.generate(TRAFFIC, watch=True), stock)
+    state = engine.call("arbitration")
+    assert state["failures"] == 0 and min(state["changes"].values()) > 0
+    assert int(engine.call("told")[-1].split()[1]) > 5
+    assert engine.call("rpc", books)[0] == state["frames"]
+
+
 def test_a_broken_policy_costs_no_token(engine: ChildEngine, stock: Run) -> None:
     engine.restart(fluxmoe=config("broken"), **FEW)
     same(engine.generate(TRAFFIC[:20]), engine_stock(stock, 20))

@@ -43,3 +43,28 @@ print([name for name in {HEAVY} if name in sys.modules])
         check=False,
     )
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("level, shown", [("INFO", True), ("WARNING", False)])
+def test_what_fluxmoe_tells_is_in_vllms_log(level: str, shown: bool) -> None:
+    program = """
+import logging
+from fluxmoe.backends.vllm import register
+register()
+from vllm.logger import _configure_vllm_root_logger
+_configure_vllm_root_logger()
+logging.getLogger("fluxmoe").info("memory moves")
+logging.getLogger("fluxmoe").warning("a move was undone")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": level},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    log = done.stdout + done.stderr
+    assert ("memory moves" in log) == shown, log
+    assert log.count("a move was undone") == 1, log
+    assert "WARNING" in log.split("a move was undone")[0].splitlines()[-1]  # in vLLM's format

@@ -44,8 +44,9 @@ class Server:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120,
-                            headers={"Authorization": f"Bearer {key}"})  # fmt: skip
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"{self.url}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=120, headers=headers)
         assert answer.status_code == 200, answer.text
         tokens: list[int] = answer.json()["choices"][0]["token_ids"]
         return tokens

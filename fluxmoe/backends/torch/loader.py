@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from fluxmoe.backends.torch.paged import PagedModel, implementation_of, runtime_
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, StoreSpec, settings
 from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError
+from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
 from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.load"
@@ -102,7 +102,7 @@ def load(
     store = make_store(config, *layout.describe(layers), plugin_registry(config.plugins))
     runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
     try:
-        with _loading(name), _Catch() as caught, _one_at_a_time():
+        with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
             )
@@ -115,8 +115,7 @@ def load(
                 fix="get the whole checkpoint; random weights would take their place",
             )
         layers = layout.experts_of(model)
-        for layer in layers:
-            store.adopt(caught.of(layer))
+        caught.finish(layers)
     except BaseException:
         runtime.close()
         raise
@@ -124,11 +123,23 @@ def load(
 
 
 class _Catch:
-    """Takes the weights of experts away from the modules that this thread loads them into."""
+    """Takes the weights of experts away from the modules that this thread loads them into.
 
-    def __init__(self) -> None:
+    A layer is handed on as soon as it is whole and those before it are, so that a store that keeps
+    something else than the weights themselves need not wait for all of them. The layers' order is
+    that in which the model was built, on the meta device, before anything is loaded.
+
+    Args:
+        adopt: Takes the next layer: per part uint8 ``[experts, part bytes]``.
+    """
+
+    def __init__(self, adopt: Callable[[list[Bytes]], None]) -> None:
+        self._adopt = adopt
         self._thread = threading.get_ident()
+        self._built: list[torch.nn.Module] = []
         self._rows: dict[tuple[torch.nn.Module, str], Bytes] = {}
+        self._adopted: list[torch.nn.Module] = []
+        self._error: Exception | None = None
 
     def __enter__(self) -> _Catch:
         self._hook = register_module_parameter_registration_hook(self._take)
@@ -137,18 +148,51 @@ class _Catch:
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
-    def of(self, layer: torch.nn.Module) -> list[Bytes]:
-        """What a layer's experts are: per part uint8 ``[experts, part bytes]``."""
-        return [self._rows.pop((layer, part)) for part in layout.PARTS]
+    def finish(self, layers: list[torch.nn.Module]) -> None:
+        """Hand on what is left; ``layers`` are all layers, in order.
+
+        Raises:
+            UnsupportedError: The model was not built in that order.
+            FluxMoEError: What ``adopt`` raised.
+        """
+        if self._error is not None:
+            raise self._error
+        if any(a is not b for a, b in zip(self._adopted, layers, strict=False)):
+            raise UnsupportedError(
+                "the model's layers were not built in the order in which they run",
+                fix="load it with transformers, and page it with fluxmoe.page()",
+            )
+        for layer in layers[len(self._adopted) :]:
+            self._hand_on(layer)
+
+    def _hand_on(self, layer: torch.nn.Module) -> None:
+        self._adopt([self._rows.pop((layer, part)) for part in layout.PARTS])
+        self._adopted.append(layer)
+
+    def _hand_on_what_is_whole(self) -> None:
+        """Errors wait for ``finish``: transformers would make something else of them."""
+        try:
+            for layer in self._built[len(self._adopted) :]:
+                if not all((layer, part) in self._rows for part in layout.PARTS):
+                    return
+                self._hand_on(layer)
+        except Exception as error:
+            self._error = error
 
     def _take(
         self, module: torch.nn.Module, name: str, weight: torch.nn.Parameter | None
     ) -> torch.nn.Parameter | None:
-        if weight is None or weight.is_meta or name not in layout.PARTS:
+        if weight is None or name not in layout.PARTS or threading.get_ident() != self._thread:
             return None
-        if not layout.is_experts(module) or threading.get_ident() != self._thread:
+        if weight.is_meta:
+            if module not in self._built:
+                self._built.append(module)
+            return None
+        if not layout.is_experts(module):
             return None
         self._rows[module, name] = _kept(as_rows(weight))
+        if self._error is None:
+            self._hand_on_what_is_whole()
         stand_in = absent(weight)
         vars(stand_in).update(vars(weight))  # or transformers would initialise it
         return stand_in

@@ -35,8 +35,27 @@ def register() -> None:
     KVConnectorFactory.register_connector(
         CONNECTOR, "fluxmoe.backends.vllm.connector", "PagingConnector"
     )
+    _log_as_vllm_does()
     if "llvmlite" in sys.modules:
         from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 
         tolerate_numba()
     _registered = True
+
+
+class _ToVllm(logging.Handler):
+    """Hands on to vLLM's log, which vLLM sets up later than it calls plugins."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        theirs = logging.getLogger("vllm.fluxmoe")
+        # Somebody who has set logging up for all has it there; vLLM's own does not propagate.
+        if not logging.getLogger().handlers and theirs.isEnabledFor(record.levelno):
+            theirs.handle(record)
+
+
+def _log_as_vllm_does() -> None:
+    """Show what FluxMoE tells, as why memory moves, in vLLM's log."""
+    ours = logging.getLogger("fluxmoe")
+    ours.addHandler(_ToVllm())
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)

@@ -258,8 +258,8 @@ class PagedCPUWorker(CPUWorker):
 
         Returns:
             ``limits`` that are set and the present ``split``, in bytes; or ``error``, where
-            something is wrong with them and nothing has changed. (An exception would end vLLM's
-            engine where there are several workers.)
+            something is wrong with them and nothing has changed (an exception would lose its code
+            on the way through vLLM's processes).
         """
         try:
             runtime = self._paged

@@ -1,10 +1,10 @@
 """Frames of device memory: CUDA's virtual memory calls, one to one with the CPU substrate's.
 
 Frame ``i`` is one allocation of the driver (``cuMemCreate``), made when it is first committed and
-kept for the next commit, because making one costs a hundred times what mapping it costs (FACTS §4).
-Committing maps each frame and allows access to the whole range at once. A committed frame that is
-new, or was released, reads as zero. An address without a frame faults: the kernel that touches it
-loses the device's context, and every later call says so.
+kept for the next commit, because making one costs a hundred times what mapping it costs
+(kvcached on an A100: 193 µs and 1.45 µs). Committing maps each frame and allows access to the whole
+range at once. A committed frame that is new, or was released, reads as zero. An address without a
+frame faults: the kernel that touches it loses the device's context, and every later call says so.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class CudaSubstrate:
         """As the protocol says. What the driver refuses to take back now, ``close`` tries again."""
         if self._ranges.get(address) != nbytes:
             raise SubstrateError(f"no range of {nbytes} bytes was reserved at {address:#x}")
-        self._stale |= self._inside(address, nbytes)
+        self._stale |= self._mapped.intersection(self._places(address, nbytes // self.frame_bytes))
         with suppress(SubstrateError):
             self._unreserve(address)
 
@@ -98,7 +98,7 @@ class CudaSubstrate:
         nbytes = len(frames) * self.frame_bytes
         places = self._places(address, len(frames))
         with self._cuda.current():
-            self._unmap(self._stale & self._inside(address, nbytes))
+            self._unmap(self._stale.intersection(places))
             made: list[int] = []
             mapped: list[int] = []
             try:
@@ -125,7 +125,7 @@ class CudaSubstrate:
         """As the protocol says, when the device has done all work that was given to it before."""
         if count:
             with self._cuda.current():
-                self._unmap(self._inside(address, count * self.frame_bytes))
+                self._unmap(self._mapped.intersection(self._places(address, count)))
 
     def release(self, frames: Int64s) -> None:
         self._dirty[frames] = True
@@ -157,9 +157,6 @@ class CudaSubstrate:
 
     def _places(self, address: int, count: int) -> range:
         return range(address, address + count * self.frame_bytes, self.frame_bytes)
-
-    def _inside(self, address: int, nbytes: int) -> set[int]:
-        return {at for at in self._mapped if address <= at < address + nbytes}
 
     def _create(self, frame: int) -> Any:
         try:
@@ -197,7 +194,8 @@ class CudaSubstrate:
     def _unreserve(self, address: int) -> None:
         nbytes = self._ranges[address]
         with self._cuda.current():
-            self._unmap(self._inside(address, nbytes))
+            places = self._places(address, nbytes // self.frame_bytes)
+            self._unmap(self._mapped.intersection(places))
             self._cuda.call("cuMemAddressFree", address, nbytes)
         del self._ranges[address]
 

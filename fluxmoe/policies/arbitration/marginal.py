@@ -119,7 +119,7 @@ class Marginal(ArbitrationPolicy):
 
 
 class StepModel:
-    """What steps cost, from those that were seen: exponentially weighted averages."""
+    """What steps cost, from those that were seen: exponentially weighted averages, mostly."""
 
     def __init__(self, window: int) -> None:
         self._keep = 1 - 1 / window
@@ -144,7 +144,8 @@ class StepModel:
         self._average("hits", hits)
         self._average("token", compute / view.tokens)
         self._average("running", running)
-        self._average("request", view.kv_used_frames / running)
+        # Not averaged: it is exact, and a burst of long requests must be seen at once.
+        self._averages["request"] = view.kv_used_frames / running
         self._average("accesses", view.experts.accesses)
         expected = view.experts.accesses * float(view.experts.miss_ratio(view.frames["experts"]))
         self._average("misses", view.experts.misses)

@@ -20,11 +20,11 @@ from fluxmoe.stores.codec import kernel
 # What a block ends with: magic, version, rows, cols, raw segments, bytes of tail, escapes,
 # zero-coded segments, bytes of the block, checksum.
 _TRAILER = struct.Struct("<4sHxx6IQ16xQ")
-_MAGIC, _VERSION = b"FXM4", 1
+_MAGIC, _VERSION = struct.pack("<I", kernel.MAGIC), kernel.VERSION
 
-# Above this, caches gain nothing by keeping what was decoded: it is the size of most second-level
-# ones.
-_PAST_CACHES = 1 << 20
+# From this size on what was decoded is not kept in the caches: an event's other experts would
+# drive it out of them before a kernel reads it, and writing past them is faster.
+_PAST_CACHES = 1 << 18
 _LINE = 64
 
 
@@ -148,33 +148,31 @@ class Fixed4(Codec):
         Raises:
             CodecError: The block is damaged, or of another size than ``out``.
         """
-        facts = inspect(coded)
-        layout = facts.layout
-        rows, cols, tail = layout.rows, layout.cols, layout.tail
-        nbytes = 2 * rows * cols
-        if len(out) != nbytes + tail:
-            raise CodecError(f"the block holds {nbytes + tail} bytes, not {len(out)}")
-        target = out[:nbytes].view(np.uint16)
+        if len(coded) < _TRAILER.size or len(coded) % 16:
+            raise CodecError(f"{len(coded)} bytes are no block")
+        target = out[: len(out) // 2 * 2].view(np.uint16)
         weights = target if target.flags.aligned else np.empty_like(target)
-        result = kernel.decode(
-            _as(np.uint32, coded),
-            rows,
-            cols,
-            layout.headers,
-            layout.pool,
-            layout.raw,
-            np.uint64(facts.checksum),
-            weights,
-            nbytes >= _PAST_CACHES and weights.ctypes.data % _LINE == 0,
-        )
-        if result == kernel.NO_POOL_ROW:
-            raise CodecError("the block is damaged: a header names a raw segment that is not there")
-        if result == kernel.WRONG_SUM:
-            raise CodecError("the block is damaged: its checksum is wrong")
+        past_caches = target.nbytes >= _PAST_CACHES and weights.ctypes.data % _LINE == 0
+        tail = kernel.decode(_as(np.uint32, coded), len(out), weights, past_caches)
+        if tail < 0:
+            raise _problem(tail, coded, len(out))
         if weights is not target:
             target[:] = weights
         if tail:
-            out[nbytes:] = coded[layout.tail_at : layout.tail_at + tail]
+            at = inspect(coded).layout.tail_at
+            out[len(out) - tail :] = coded[at : at + tail]
+
+
+def _problem(result: int, coded: Bytes, wanted: int) -> CodecError:
+    """What is wrong with a block that ``kernel.decode`` refused."""
+    if result == kernel.NO_POOL_ROW:
+        return CodecError("the block is damaged: a header names a raw segment that is not there")
+    if result == kernel.WRONG_SUM:
+        return CodecError("the block is damaged: its checksum is wrong")
+    layout = inspect(coded).layout
+    return CodecError(
+        f"the block holds {2 * layout.rows * layout.cols + layout.tail} bytes, not {wanted}"
+    )
 
 
 def inspect(block: Bytes) -> Facts:

@@ -1,8 +1,7 @@
 """The lossless code, segment by segment: numba loops over the steps of ``vector``.
 
 All arrays belong to the caller, and are views of one block (docs/code.md) and of its weights.
-Nothing here checks sizes; ``fixed4`` does, once per block. What a damaged block may say inside its
-sections is checked here.
+``decode`` believes nothing that a block says of itself.
 """
 
 from __future__ import annotations
@@ -34,8 +33,11 @@ U32s: TypeAlias = npt.NDArray[np.uint32]
 Int: TypeAlias = Any
 Bool: TypeAlias = Any
 
-#: What ``decode`` returns.
-FINE, WRONG_SUM, NO_POOL_ROW = 0, 1, 2
+#: What ``decode`` returns if it fails.
+MISFIT, WRONG_SUM, NO_POOL_ROW = -1, -2, -3
+
+#: The trailer, in words: how many there are, and the first two.
+TRAILER, MAGIC, VERSION = 16, 0x344D5846, 1
 
 _RAW = 1 << 31
 _ESCAPES = 3 << 28
@@ -187,68 +189,83 @@ def encode(
 
 
 @jit
-def decode(
-    words: U32s,
-    rows: Int,
-    cols: Int,
-    headers: Int,
-    pool: Int,
-    pool_rows: Int,
-    expected: Int,
-    out: U16s,
-    past_caches: bool,
-) -> Int:
-    """Decode a whole block, and check its sum on the way.
+def _whole(nbytes: Int) -> Int:
+    return (nbytes + 15) // 16 * 16
+
+
+@jit
+def decode(words: U32s, nbytes: Int, out: U16s, past_caches: bool) -> Int:
+    """Decode a whole block, and check it on the way.
 
     Args:
-        words: The block.
-        headers, pool: Where these sections begin, in bytes.
-        pool_rows: How many raw segments there are.
-        expected: The sum of all words but the last two.
-        out: The weights, ``rows · cols`` of them.
+        words: The block, 16 words at least.
+        nbytes: What it should hold, in bytes.
+        out: Gets the weights; has room for the whole numbers of the tail, too.
         past_caches: Do not keep in the caches what is written; ``out`` lies at a multiple of 64.
 
     Returns:
-        FINE, WRONG_SUM or NO_POOL_ROW.
+        Bytes of the tail, which is left where it is, or MISFIT, WRONG_SUM or NO_POOL_ROW.
     """
-    tiles = cols // 64
-    headers, pool = headers // 4, pool // 4
-    total = checksum(words, headers, words.size - 2)
+    trailer = words.size - TRAILER
+    if words[trailer] != np.uint32(MAGIC) or words[trailer + 1] != np.uint32(VERSION):
+        return MISFIT
+    rows: Int = np.int64(words[trailer + 2])
+    cols: Int = np.int64(words[trailer + 3])
+    pool_rows: Int = np.int64(words[trailer + 4])
+    tail: Int = np.int64(words[trailer + 5])
+    if cols == 0 or cols % 64 != 0 or rows > nbytes // (2 * cols):  # no product is too large
+        return MISFIT
+    if 2 * rows * cols + tail != nbytes:
+        return MISFIT
+    segments = (cols + 127) // 128
+    headers = 96 * rows * (cols // 64)
+    flags = headers + _whole(4 * segments * rows)
+    pool = flags + _whole((rows + 63) // 64 * segments)
+    if pool + 128 * pool_rows + _whole(tail) != 4 * trailer:
+        return MISFIT
+    expected = np.uint64(words[trailer + 15]) << np.uint64(32) | np.uint64(words[trailer + 14])
+    tiles, headers, pool = cols // 64, headers // 4, pool // 4
+    for at in range(0, min(_AHEAD, headers), 16):
+        prefetch(words, at)
+    total = checksum(words, headers, trailer + 14)
     for rt in range((rows + 63) // 64):
         height = min(64, rows - 64 * rt)
-        for ct in range(tiles):
-            tile = _TILE * (64 * rt * tiles + height * ct)
-            total += checksum(words, tile, tile + _TILE * height)
+        for s in range(segments):
+            halves = min(2, tiles - 2 * s)
+            begin = _TILE * (64 * rt * tiles + height * 2 * s)
+            total += checksum(words, begin, begin + _TILE * height * halves)
             for r in range(height):
                 row = 64 * rt + r
-                at = row * cols + 64 * ct
-                a = tile + 8 * r
-                b, n = a + 8 * height, a + 16 * height
-                header = words[headers + (ct >> 1) * rows + row]
-                prefetch(words, tile + _TILE * r + _AHEAD)
-                prefetch(words, tile + _TILE * r + _AHEAD + 16)
+                header = words[headers + s * rows + row]
                 base = header & np.uint32(127)
-                if header & np.uint32(_RAW | _ESCAPES | _ZERO) == 0:
-                    if past_caches:
+                plain = header & np.uint32(_RAW | _ESCAPES | _ZERO) == 0
+                for half in range(halves):
+                    ahead = begin + _TILE * (halves * r + half) + _AHEAD
+                    prefetch(words, ahead)
+                    prefetch(words, ahead + 16)
+                    a = begin + _TILE * height * half + 8 * r
+                    b, n = a + 8 * height, a + 16 * height
+                    at = row * cols + 128 * s + 64 * half
+                    if plain and past_caches:
                         decode_past_caches(words, a, b, n, base, out, at)
-                    else:
+                    elif plain:
                         decode_plain(words, a, b, n, base, out, at)
-                elif header & np.uint32(_RAW):
-                    index = np.int64(header & np.uint32(_RAW - 1))
-                    if index >= pool_rows:
-                        return NO_POOL_ROW
-                    high = pool + 32 * index + 8 * (ct & 1)
-                    decode_raw(words, a, b, high, high + 16, out, at)
-                else:
-                    if header & np.uint32(_ZERO):
-                        decode_zero(words, a, b, n, base, out, at)
+                    elif header & np.uint32(_RAW):
+                        index = np.int64(header & np.uint32(_RAW - 1))
+                        if index >= pool_rows:
+                            return NO_POOL_ROW
+                        high = pool + 32 * index + 8 * half
+                        decode_raw(words, a, b, high, high + 16, out, at)
                     else:
-                        decode_plain(words, a, b, n, base, out, at)
-                    if header >> np.uint32(28 + (ct & 1)) & np.uint32(1):
-                        _put_escape(words, n, np.int64(header), ct & 1, out, at)
+                        if header & np.uint32(_ZERO):
+                            decode_zero(words, a, b, n, base, out, at)
+                        else:
+                            decode_plain(words, a, b, n, base, out, at)
+                        if header >> np.uint32(28 + half) & np.uint32(1):
+                            _put_escape(words, n, np.int64(header), half, out, at)
     if past_caches:
         fence()
-    return FINE if total == np.uint64(expected) else WRONG_SUM
+    return tail if total == expected else WRONG_SUM
 
 
 @jit

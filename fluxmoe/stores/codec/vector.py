@@ -119,7 +119,7 @@ decode_past_caches = _decoder(zero=False, past_caches=True)
 
 @intrinsic
 def decode_raw(
-    typing: Any, words: Any, a: Any, side: Any, high_a: Any, high_b: Any, out: Any, at: Any
+    typing: Any, words: Any, a: Any, b: Any, high_a: Any, high_b: Any, out: Any, at: Any
 ) -> Any:
     """``(words, a, b, high_a, high_b, out, at)``: the same with the high bytes as they are."""
     signature = types.void(
@@ -217,7 +217,7 @@ encode_zero = _encoder(zero=True)
 
 
 @intrinsic
-def high_bytes(typing: Any, weights: Any, at: Any, words: Any, a: Any, side: Any) -> Any:
+def high_bytes(typing: Any, weights: Any, at: Any, words: Any, a: Any, b: Any) -> Any:
     """``(weights, at, words, a, b)``: write the high bytes of 64 weights as they are."""
     signature = types.void(weights, types.int64, words, types.int64, types.int64)
 

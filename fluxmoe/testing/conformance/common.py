@@ -160,7 +160,7 @@ def check_repeats(tried: Tried[Any, Any, Any]) -> None:
             second,
             scene,
             "two new policies decide differently",
-            "draw from view.rng only; no time, no hash of strings, no order of a set",
+            "draw from view.rng only; no time, no hash, no order of a set, nothing in the class",
         )
 
 

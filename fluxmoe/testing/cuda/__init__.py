@@ -162,6 +162,16 @@ class FakeDriver(Memory):
     # --- copies, streams, events -----------------------------------------------------------------
 
     @driver_call()
+    def cuMemcpyHtoD(self, dstDevice: Any, srcHost: Any, ByteCount: int) -> None:
+        require(self._covered(int(dstDevice), ByteCount))
+        ctypes.memmove(int(dstDevice), int(srcHost), ByteCount)
+
+    @driver_call()
+    def cuMemcpyDtoH(self, dstHost: Any, srcDevice: Any, ByteCount: int) -> None:
+        require(self._covered(int(srcDevice), ByteCount))
+        ctypes.memmove(int(dstHost), int(srcDevice), ByteCount)
+
+    @driver_call()
     def cuMemcpyHtoDAsync(self, dstDevice: Any, srcHost: Any, ByteCount: int, hStream: Any) -> None:
         self._copy(int(dstDevice), int(srcHost), ByteCount, hStream, pinned=True)
 

@@ -189,17 +189,18 @@ class Memory:
 
     def _accessible(self, address: int, nbytes: int) -> bool:
         """Whether a stream may touch a range; if not, the context is lost."""
-        rest = [
-            (at, at + mapping.memory.nbytes)
-            for at, mapping in self._maps.items()
-            if mapping.accessible and at < address + nbytes
-        ]
-        covered = sum(
-            max(0, min(last, address + nbytes) - max(first, address)) for first, last in rest
-        )
-        if covered < nbytes:
+        covered = self._covered(address, nbytes)
+        if not covered:
             self.lost = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
-        return covered == nbytes
+        return covered
+
+    def _covered(self, address: int, nbytes: int) -> bool:
+        """Whether there is memory, and access to it, in all of a range."""
+        last, found = address + nbytes, 0
+        for at, mapping in self._maps.items():
+            if mapping.accessible:
+                found += max(0, min(at + mapping.memory.nbytes, last) - max(at, address))
+        return found == nbytes
 
     def _is_pinned(self, address: int, nbytes: int) -> bool:
         return any(at <= address <= at + len(b) - nbytes for at, b in self._pinned.items())

@@ -1,0 +1,89 @@
+"""Random MoE layers of real models' shapes on the GPU, raw and compressed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fluxmoe.kernels.experts import Part
+from fluxmoe.kernels.pages import CompressedPages, RawSlots, pack_pages
+from fluxmoe.stores.codec.fixed4 import Fixed4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one layer."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Matrices of an expert: w13 and w2."""
+        return (2 * self.inner, self.hidden), (self.hidden, self.inner)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of an uncompressed expert."""
+        return sum(2 * n * k for n, k in self.parts)
+
+
+SHAPES = {
+    "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
+    "mixtral-8x7b": Shape(8, 2, 4096, 14336),
+    "tiny": Shape(4, 2, 128, 64),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """w13 and w2 of all experts, both ways, slot and page number = expert."""
+
+    shape: Shape
+    raw: tuple[Part, Part]
+    compressed: tuple[Part, Part]
+
+    @property
+    def ratio(self) -> float:
+        """Raw bytes per compressed byte."""
+        packed = sum(pages(part).data.numel() for part in self.compressed)
+        return self.shape.experts * self.shape.expert_bytes / packed
+
+
+def pages(part: Part) -> CompressedPages:
+    assert part.compressed is not None
+    return part.compressed
+
+
+def slots(part: Part) -> RawSlots:
+    assert part.raw is not None
+    return part.raw
+
+
+def make(shape: Shape, device: torch.device, seed: int = 0) -> Layer:
+    """Normal weights with a standard deviation of 0.02."""
+    generator = torch.Generator(device).manual_seed(seed)
+    raw, compressed = [], []
+    for n, k in shape.parts:
+        weights = torch.empty(shape.experts, n, k, dtype=torch.bfloat16, device=device)
+        weights.normal_(0, 0.02, generator=generator)
+        raw.append(Part(raw=RawSlots(weights)))
+        compressed.append(Part(compressed=compress(weights)))
+    return Layer(shape, (raw[0], raw[1]), (compressed[0], compressed[1]))
+
+
+def compress(weights: torch.Tensor) -> CompressedPages:
+    """``[pages, N, K]`` on the device, encoded on the host."""
+    count, n, k = weights.shape
+    codec = Fixed4(k)
+
+    def block(page: int) -> np.ndarray:
+        return codec.encode(weights[page].cpu().view(torch.uint8).numpy().reshape(-1))
+
+    with ThreadPoolExecutor() as pool:
+        return pack_pages(list(pool.map(block, range(count))), n, k, weights.device)

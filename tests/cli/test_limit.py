@@ -1,0 +1,79 @@
+"""``fluxmoe limit`` without a server, or with one that is not FluxMoE's."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.cli.test_cli import fails, succeeds
+
+SPLIT = {"experts": 3 << 20, "kv": 1 << 20}
+NONE = {"budget": None, "experts": {"min": None, "max": None}, "kv": {"min": None, "max": None}}
+
+
+@pytest.fixture
+def door():
+    """A server that answers all with one status and body, and notes what it was asked."""
+    servers, asked = [], []
+
+    def start(status, body):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                sent = json.loads(self.rfile.read(length)) if length else None
+                asked.append((self.command, self.path, self.headers.get("Authorization"), sent))
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+            do_POST = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_is_sent_and_shown(door, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    told = {"limits": {**NONE, "kv": {"min": 4096, "max": None}}, "split": SPLIT, "budget": 4 << 20}
+    url, asked = door(200, told)
+    shown = succeeds("limit", url)
+    assert "experts have 3.0 MiB, the KV cache 1.0 MiB, of 4.0 MiB" in shown
+    assert "limits: kv.min 4KiB" in shown
+    path = "/v1/fluxmoe/limits"
+    assert asked.pop() == ("GET", path, None, None)
+    assert json.loads(succeeds("limit", url, "--kv-min", "4KiB", "--budget", 9, "--json")) == told
+    sent = {**NONE, "budget": 9, "kv": {"min": 4096, "max": None}}
+    assert asked.pop() == ("POST", path, None, sent)
+    succeeds("limit", url, "--reset", "--api-key", "k")
+    assert asked.pop() == ("POST", path, "Bearer k", NONE)
+    monkeypatch.setenv("VLLM_API_KEY", "from the environment")
+    succeeds("limit", url, "--experts-max", "auto")
+    assert asked.pop() == ("POST", path, "Bearer from the environment", NONE)
+
+
+def test_what_is_refused(door):
+    fails("limit", "127.0.0.1:9", code="FM405", message="no server answers")
+    fails("limit", "x y", code="FM101", message="no address")
+    fails("limit", "--kv-min", "2MiB", "--kv-max", "1MiB", code="FM101", message="min must not")
+    fails("limit", "--kv-min", "lots", code="FM101", message=r"kv\.min: a size is needed")
+    fails("limit", "--kv-min", "1MiB", "--reset", code="FM101", message="--reset; give one")
+    for status, body, code, message in (
+        (401, b"{}", "FM101", "API key.*--api-key"),
+        (404, b"{}", "FM405", "no such door.*control: true"),
+        (400, {"error": {"message": "kv.max; give more"}}, "FM101", "kv.max; give more"),
+        (500, b"oh", "FM405", "status 500"),
+        (200, b"<html>", "FM405", "not FluxMoE's"),
+        (200, {"split": {}}, "FM405", "not FluxMoE's"),
+    ):
+        fails("limit", door(status, body)[0], code=code, message=message)

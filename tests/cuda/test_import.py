@@ -1,0 +1,27 @@
+"""Nothing of FluxMoE needs a CUDA package to be imported."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import pkgutil, sys
+for name in ("cuda", "nvtx", "pynvml", "cupy"):
+    sys.modules[name] = None  # importing it fails
+import fluxmoe, fluxmoe.core, fluxmoe.stores, fluxmoe.testing.cuda
+for package in (fluxmoe.core, fluxmoe.stores):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        __import__(module.name)
+from fluxmoe.core.driver import no_range, nvtx_ranges
+assert nvtx_ranges() is no_range
+try:
+    fluxmoe.core.driver.Cuda()
+except fluxmoe.FluxMoEError as error:
+    print(error.code, error.fix)
+"""
+
+
+def test_no_cuda_package_is_needed_until_a_device_is_opened():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("FM404 pip install 'fluxmoe[cuda]'\n", "")

@@ -1,0 +1,52 @@
+"""The tutorials, word for word, in a clean environment."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests import fresh
+
+from .pages import ROOT, WrongPage, follow
+from .test_snippets import FRESH
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a shell has after `pip install fluxmoe`, but pip finds nothing on a network."""
+    wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
+    python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
+    base = fresh.environment(VIRTUAL_ENV=str(python.parents[1]))
+    # "0": for an option that says no, pip takes the variable for its opposite.
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    return {**base, **offline, "PATH": f"{python.parent}:{base['PATH']}"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("copier") is None, reason="copier is not installed")
+@pytest.mark.parametrize("page", FRESH, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_tutorial_can_be_followed(
+    page: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    assert follow(page, tmp_path, environment) > 10
+
+
+def test_a_wrong_turn_is_noticed(tmp_path: Path, environment: dict[str, str]) -> None:
+    page = tmp_path / "page.md"
+    block = "<!-- fresh, exact -->\n```console\n$ mkdir a\n$ cd a\n$ basename $PWD\n{}\n```\n"
+    page.write_text(block.format("a"))
+    assert follow(page, tmp_path, environment) == 3
+    (tmp_path / "a").rmdir()
+    page.write_text(block.format("b"))
+    with pytest.raises(WrongPage, match=r"page.md:3: .*basename"):
+        follow(page, tmp_path, environment)
+    page.write_text("<!-- fresh -->\n```console\n$ false\n```\n")
+    with pytest.raises(WrongPage, match=r"\$ false: 1"):
+        follow(page, tmp_path, environment)
+
+
+def test_there_is_a_tutorial() -> None:
+    assert [page.name for page in FRESH] == ["tutorial.md"]
