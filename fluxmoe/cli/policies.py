@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +13,6 @@ if TYPE_CHECKING:
     from fluxmoe.plugins import Plugin, Registration
 
 Faults = Mapping[tuple[str, str], int]
-
-_FAULTS = re.compile(
-    r"^fluxmoe_policy_faults_total\{(?P<labels>[^}]*)\} (?P<count>[\d.e+]+)", re.MULTILINE
-)
 
 
 def policies(
@@ -33,9 +28,10 @@ def policies(
 ) -> None:
     """List all policies: built in, installed, and from --plugin; and plugins that are broken."""
     from fluxmoe import plugins
+    from fluxmoe.observe.snapshot import policy_faults
 
     registry = plugins.load(plugin or ())
-    faults = None if server is None else _faults(server)
+    faults = None if server is None else policy_faults(server)
     brought = {p.name: p for p in registry.plugins if p.status == "ok"}
     rows = [_row(policy, brought[policy.plugin], faults) for policy in registry]
     rows += [_without_policy(p) for p in registry.plugins if p.status != "ok"]
@@ -92,36 +88,3 @@ def _version(plugin: Plugin) -> str:
     from fluxmoe import __version__
 
     return __version__ if plugin.origin == "built in" else plugin.version
-
-
-def _faults(server: str) -> Faults:
-    """Contained faults per policy, from a server's metrics.
-
-    Raises:
-        ConfigError: It does not answer, or is not served with fluxmoe.
-    """
-    import urllib.error
-    import urllib.request
-
-    from fluxmoe.errors import ConfigError
-
-    url = server.rstrip("/") + "/metrics"
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            text = answer.read().decode()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{url} does not answer: {error}", where="--server", fix="write http://HOST:PORT"
-        ) from error
-    faults: dict[tuple[str, str], int] = {}
-    for found in _FAULTS.finditer(text):
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', found["labels"]))
-        key = labels.get("kind", ""), labels.get("policy", "")
-        faults[key] = faults.get(key, 0) + int(float(found["count"]))
-    if not faults:
-        raise ConfigError(
-            f"{url} counts no faults of policies",
-            where="--server",
-            fix="start the server with `fluxmoe serve`",
-        )
-    return faults

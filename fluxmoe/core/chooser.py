@@ -34,7 +34,7 @@ FAILED = -1
 
 
 class Columns(NamedTuple):
-    """What the kernel reads. ``[B, M]``: a row per slot; for stable scores ``[1, P]``, scratch."""
+    """What the kernel reads, a row per slot ``[B, M]``; ``[0, 0]`` for stable scores."""
 
     last_use: Int64s
     use_count: Int64s
@@ -43,26 +43,27 @@ class Columns(NamedTuple):
     layer: Int64s
     next_use: Int64s
     score: npt.NDArray[np.float64]
-    kept: npt.NDArray[np.float64]  # [P] scratch
 
 
 class Chooser(NamedTuple):
-    """A kernel's memory. ``next_use`` is the view's, ``[P]`` for oracles and ``[0]`` for others."""
+    """A kernel's memory."""
 
     columns: Columns
-    next_use: Int64s
+    next_use: Int64s  # [P], the view's for oracles; zeros for others
     dirty: Int64s  # [P] scratch
+    scores: npt.NDArray[np.float64]  # [P] scratch
 
 
 def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> Chooser:
     """The memory of a kernel over the pages of a table."""
     pages = table.geometry.num_pages
-    shape = (1, pages) if stable else table.books.page_at.shape
+    shape = (0, 0) if stable else table.books.page_at.shape
     columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in Rows._fields}
     return Chooser(
-        columns=Columns(**columns, score=np.zeros(shape), kept=np.zeros(pages)),
-        next_use=np.zeros(0, np.int64) if next_use is None else next_use,
+        columns=Columns(**columns, score=np.zeros(shape)),
+        next_use=np.zeros(pages, np.int64) if next_use is None else next_use,
         dirty=np.zeros(pages, np.int64),
+        scores=np.zeros(pages),
     )
 
 
@@ -70,17 +71,17 @@ def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> C
 def take_dirty(b: Books, out: Int64s) -> int:
     """Move the dirty pages that may be evicted into ``out``; how many.
 
-    Pages of the running event stay dirty: they are no candidates yet. Absent pages are scored when
-    they have come back.
+    Pages of the running event stay dirty, those that it is about to load, too, so that ``order``
+    is told of them in ascending order. Other absent pages are scored when they have come back.
     """
     n = kept = 0
     for i in range(b.now[DIRTIES]):
         page = b.dirty[i]
-        if b.slot_of[page] == ABSENT:
-            b.flags[page] &= ~np.uint8(DIRTY)
-        elif b.last_use[page] == b.now[EVENT]:
+        if b.last_use[page] == b.now[EVENT]:
             b.dirty[kept] = page
             kept += 1
+        elif b.slot_of[page] == ABSENT:
+            b.flags[page] &= ~np.uint8(DIRTY)
         else:
             b.flags[page] &= ~np.uint8(DIRTY)
             out[n] = page
@@ -128,28 +129,17 @@ def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
     columns.loaded_at[at, row] = b.loaded_at[page]
     columns.page[at, row] = page
     columns.layer[at, row] = b.layer_of[page]
-    if c.next_use.size:
-        columns.next_use[at, row] = c.next_use[page]
-
-
-@jit
-def _run(b: Books, c: Chooser, entry: Any, at: int, rows: int) -> bool:
-    """Score the first rows; whether the kernel did not raise."""
-    k = c.columns
-    failed = entry(
-        k.last_use[at], k.use_count[at], k.loaded_at[at], k.page[at], k.layer[at], k.next_use[at],
-        b.now[EVENT], b.now[LAYER], b.bank_of.size, rows, k.score[at],
-    )  # fmt: skip
-    return bool(failed == 0)
+    columns.next_use[at, row] = c.next_use[page]
 
 
 @jit
 def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> bool:
     """Note the scores of the dirty pages; if the kernel fails they stay dirty."""
-    for i in range(n):
-        _put(b, c, 0, i, c.dirty[i])
-    scores = c.columns.score[0][:n]
-    good = _run(b, c, entry, 0, n)
+    scores = c.scores[:n]
+    good = entry(
+        b.last_use, b.use_count, b.loaded_at, c.dirty, b.layer_of, c.next_use,
+        b.now[EVENT], b.now[LAYER], b.bank_of.size, n, scores,
+    ) == 0  # fmt: skip
     for i in range(n):
         good &= scores[i] == scores[i]
     if not good:
@@ -165,8 +155,13 @@ def _scan(
     b: Books, c: Chooser, entry: Any, bank: int, count: int, protect: bool, out: Int64s
 ) -> int:
     """Score every slot of a bank and keep the lowest. Rows of other than candidates are noise."""
-    slots, kept, scores = b.num_slots[bank], c.columns.kept, c.columns.score[bank]
-    if not _run(b, c, entry, bank, slots):
+    slots, kept, k = b.num_slots[bank], c.scores, c.columns
+    scores = k.score[bank]
+    failed = entry(
+        k.last_use[bank], k.use_count[bank], k.loaded_at[bank], k.page[bank], k.layer[bank],
+        k.next_use[bank], b.now[EVENT], b.now[LAYER], b.bank_of.size, slots, scores,
+    )  # fmt: skip
+    if failed:
         return FAILED
     found = 0
     for slot in range(slots):

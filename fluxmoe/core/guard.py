@@ -170,7 +170,7 @@ class EvictionGuard(PolicyGuard):
         super().__init__(FaultCounter("eviction", name, strict, limits))
         self._policy, self._view = policy, view
         self._promises_stable = policy.stable_score  # once: it may be a property that fails
-        self._kernel = _compile(policy, view, name)
+        self._kernel = _compile(policy, view, name, self._promises_stable)
         overrides = {
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
             for method in ("on_access", "on_load", "on_evict", "retain", "select")
@@ -288,15 +288,11 @@ class EvictionGuard(PolicyGuard):
 
     def _kernel_scores(self, pages: Int64s) -> npt.NDArray[np.float64]:
         assert self._kernel is not None
-        view, future = self._view, self._view.future
-        rows = Rows(
-            last_use=view.last_use[pages],
-            use_count=view.use_count[pages],
-            loaded_at=view.loaded_at[pages],
-            page=pages,
-            layer=pages // view.experts_per_layer,
-            next_use=np.zeros_like(pages) if future is None else future[pages],
-        )
+        view = self._view
+        numbers = view.last_use, view.use_count, view.loaded_at
+        layer = np.repeat(np.arange(view.num_layers), view.experts_per_layer)
+        future = np.zeros_like(layer) if view.future is None else view.future
+        rows = Rows(*numbers, pages, layer, future)
         return self._kernel.scores(rows, view.event, view.layer, view.num_layers)
 
 
@@ -359,7 +355,7 @@ def _lowest(scores: npt.NDArray[Any], pages: Int64s, count: int) -> Int64s:
     return out
 
 
-def _compile(policy: EvictionPolicy, view: PageView, name: str) -> Kernel | None:
+def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) -> Kernel | None:
     # The more derived definition wins: who subclasses a policy with a kernel and defines `score`
     # means it. Defined by one class, the kernel takes the place of `score`.
     for cls in type(policy).__mro__:
@@ -369,7 +365,9 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str) -> Kernel | None
             return None
     try:
         kernel = Stopwatch(DEFAULT_LIMITS).call(policy.make_kernel, (view,))
-        return None if kernel is None else compile_kernel(kernel)
+        if kernel is None:
+            return None
+        return compile_kernel(kernel, by_slot=not stable)
     except HardLimitExceeded:
         raise PolicyFaultError(
             f"eviction policy {name!r}: make_kernel took more than {DEFAULT_LIMITS.hard_s:g} s"

@@ -28,7 +28,10 @@ _ENTRY = types.int64(*[_INTS] * 6, types.int64, types.int64, types.int64, types.
 
 
 class Rows(NamedTuple):
-    """What kernels read, one row per page, in an order of the caller's. Each int64 ``[n]``."""
+    """What kernels read, each int64: one row per page of the model, or per slot of a bank.
+
+    ``page`` is the page of a slot; with a row per page, the ``[n]`` pages that shall be scored.
+    """
 
     last_use: Int64s
     use_count: Int64s
@@ -44,8 +47,9 @@ class Kernel:
 
     Attributes:
         entry: For compiled callers: ``entry(*rows, event, layer, num_layers, n, out)`` writes the
-            scores of the first ``n`` rows into ``out``; 0, or 1 if the kernel has raised.
-        fill: The same for Python, where an exception of the kernel arrives as itself.
+            scores of the first ``n`` slots, or of ``n`` pages, into ``out``; 0, or 1 if the kernel
+            has raised.
+        fill: The same for Python, by page, where an exception of the kernel arrives as itself.
     """
 
     entry: Any
@@ -60,8 +64,11 @@ class Kernel:
         return out
 
 
-def compile_kernel(function: Callable[..., float]) -> Kernel:
+def compile_kernel(function: Callable[..., float], *, by_slot: bool) -> Kernel:
     """Compile a kernel of the signature that ``EvictionPolicy.score_kernel`` describes.
+
+    ``by_slot`` says whether ``entry`` takes a row per slot, to score a whole bank: it need not
+    look up where a page's numbers are. Few pages are looked up faster than copied into rows.
 
     Division follows numpy: by zero it gives an infinity or NaN and does not raise, since a branch
     per page would keep the loop from being vectorised. The same function, or another one of the
@@ -72,13 +79,13 @@ def compile_kernel(function: Callable[..., float]) -> Kernel:
         Exception: Whatever numba says about code that it cannot compile.
     """
     cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
-    key = function.__code__, id(function.__globals__), function.__defaults__, cells
+    key = function.__code__, id(function.__globals__), function.__defaults__, cells, by_slot
     try:
         known = _compiled.get(key)
     except TypeError:  # something in its closure cannot be compared
-        return _compile(function)
+        return _compile(function, by_slot)
     if known is None:
-        known = _compiled[key] = _compile(function), function
+        known = _compiled[key] = _compile(function, by_slot), function
     return known[0]
 
 
@@ -86,7 +93,7 @@ def compile_kernel(function: Callable[..., float]) -> Kernel:
 _compiled: dict[object, tuple[Kernel, Callable[..., float]]] = {}
 
 
-def _compile(function: Callable[..., float]) -> Kernel:
+def _compile(function: Callable[..., float], by_slot: bool) -> Kernel:
     extras = tuple(inspect.signature(function).parameters)[len(_FIRST) :]
     unknown = [name for name in extras if name not in EXTRAS]
     if unknown:
@@ -95,22 +102,29 @@ def _compile(function: Callable[..., float]) -> Kernel:
     one = numba.njit(types.float64(*integers), nogil=True, error_model="numpy")(function)
     # The names are ours, from _FIRST and EXTRAS: a call that passes on what the kernel asks for.
     call = f"lambda {', '.join(_FIRST + EXTRAS)}: one({', '.join(_FIRST + extras)})"
-    return _looped(numba.njit(nogil=True, error_model="numpy")(eval(call, {"one": one})))
+    score = numba.njit(nogil=True, error_model="numpy")(eval(call, {"one": one}))
+    fill = _looped(score, by_slot=False)
+    return Kernel(_entry(_looped(score, by_slot=True) if by_slot else fill), fill)
 
 
-def _looped(score: Any) -> Kernel:
+def _looped(score: Any, *, by_slot: bool) -> Any:
     @numba.njit(nogil=True, error_model="numpy")
     def fill(  # type: ignore[no-untyped-def]
         last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
     ):
         for i in range(n):
-            distance = layer_of[i] - layer
+            row = i if by_slot else page[i]  # decided when it is compiled
+            distance = layer_of[row] - layer
             distance += layers if distance <= 0 else 0
             out[i] = score(
-                last_use[i], use_count[i], loaded_at[i], event, page[i],
-                distance, layer_of[i], layers, next_use[i],
+                last_use[row], use_count[row], loaded_at[row], event, page[i],
+                distance, layer_of[row], layers, next_use[row],
             )  # fmt: skip
 
+    return fill
+
+
+def _entry(fill: Any) -> Any:
     @numba.cfunc(_ENTRY, nopython=True)
     def entry(  # type: ignore[no-untyped-def]
         last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
@@ -125,4 +139,4 @@ def _looped(score: Any) -> Kernel:
             return 1
         return 0
 
-    return Kernel(entry, fill)
+    return entry

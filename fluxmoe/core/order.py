@@ -7,6 +7,10 @@ its score has risen (lru, lfu: every hit), and is put right only if it comes to 
 that fell (belady) gets a second entry; the outdated one is recognised by its key and dropped.
 Ties go to the lowest page id, because entries compare as (score, page).
 
+A score above all that came before it (lru: every one) is not put into the heap but at the end of a
+*queue*, which is in order without any work; the next victim is the lower of the two heads. Entries
+of the queue become outdated like those of the heap.
+
 Most pages are never near the bottom of the order, so the heap of a large bank holds only pages
 that compare no higher than a *limit*. When it runs out of them, or has grown, a new limit is drawn
 from a sample of the bank and all pages are looked over once; any limit gives the same victims.
@@ -27,6 +31,9 @@ from fluxmoe.core.types import Bools, Int64s
 #: pages is kept in the heap whole.
 _SAMPLE, _RANK, _SMALL = 32, 1, 128
 
+#: Entries that the queue has room for, per slot.
+_QUEUE = 4
+
 
 class VictimHeap(NamedTuple):
     """Arrays of a heap per bank. P pages, B banks, M slots reserved per bank, H entries."""
@@ -36,7 +43,12 @@ class VictimHeap(NamedTuple):
     key: npt.NDArray[np.float64]  # [B, H]
     page: Int64s  # [B, H]
     size: Int64s  # [B]
-    # [B] every resident page whose (score, page) is not above the limit has a valid entry
+    # [B, Q] the queue, ascending: entries queue_ends[bank, 0] … queue_ends[bank, 1] - 1
+    queue_key: npt.NDArray[np.float64]
+    queue_page: Int64s
+    queue_ends: Int64s  # [B, 2]
+    # [B] every resident page whose (score, page) is not above the limit has a valid entry, in the
+    # heap or in the queue; the heap's are never above it
     limit: npt.NDArray[np.float64]
     limit_page: Int64s
     chosen: Bools  # [P] out of the heap while victims are being chosen
@@ -54,6 +66,9 @@ def new_heap(pages: int, banks: int, slots: int) -> VictimHeap:
         key=np.zeros((banks, entries)),
         page=np.zeros((banks, entries), np.int64),
         size=np.zeros(banks, np.int64),
+        queue_key=np.zeros((banks, _QUEUE * slots)),
+        queue_page=np.zeros((banks, _QUEUE * slots), np.int64),
+        queue_ends=np.zeros((banks, 2), np.int64),
         limit=np.full(banks, np.inf),
         limit_page=np.full(banks, pages, np.int64),
         chosen=np.zeros(pages, np.bool_),
@@ -67,6 +82,7 @@ def clear(heap: VictimHeap) -> None:
     """Make the heap empty."""
     heap.bound[...] = np.nan
     heap.size[...] = 0
+    heap.queue_ends[...] = 0
     heap.limit[...] = np.inf
     heap.limit_page[...] = len(heap.bound)
 
@@ -78,8 +94,13 @@ def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.flo
         page = pages[i]
         bank = b.bank_of[b.layer_of[page]]
         heap.score[bank, b.slot_of[page]] = scores[i]
+        end = heap.queue_ends[bank, 1] - 1
+        if end < heap.queue_ends[bank, 0] or _less(
+            heap.queue_key[bank, end], heap.queue_page[bank, end], scores[i], page
+        ):
+            _append(heap, b, bank, page, scores[i])
         # The first is also true where bound is nan.
-        if not heap.bound[page] <= scores[i] and _within(heap, bank, scores[i], page):
+        elif not heap.bound[page] <= scores[i] and _within(heap, bank, scores[i], page):
             _push(heap, b, bank, page, scores[i])
 
 
@@ -92,30 +113,46 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
     """
     found = parked = 0
     key, pages = heap.key[bank], heap.page[bank]
+    queue_key, queue_page, ends = heap.queue_key[bank], heap.queue_page[bank], heap.queue_ends[bank]
     if heap.size[bank] > _SMALL // 2 + _held(b, bank) // 2:
         _refill(heap, b, bank)
-    size = heap.size[bank]
+    size, head = heap.size[bank], ends[0]
     while found < count:
-        if size == 0:
+        queued = head < ends[1] and (
+            size == 0 or _less(queue_key[head], queue_page[head], key[0], pages[0])
+        )
+        if queued:
+            bound, page = queue_key[head], queue_page[head]
+        else:
+            bound, page = key[0], pages[0]
+        if (size == 0 and not queued) or not _within(heap, bank, bound, page):
             if heap.limit_page[bank] == heap.bound.size:  # nothing lies above the limit
                 break
             _refill(heap, b, bank)
             size = heap.size[bank]
             continue
-        page, slot = pages[0], b.slot_of[pages[0]]
-        valid = slot != ABSENT and key[0] == heap.bound[page]
+        slot = b.slot_of[page]
+        valid = slot != ABSENT and bound == heap.bound[page]
         score = heap.score[bank, slot]  # of no meaning if the page is absent
-        if valid and score > key[0] and _within(heap, bank, score, page):
+        risen = valid and score > bound and _within(heap, bank, score, page)
+        if risen and not queued:
             key[0] = heap.bound[page] = score
             _sift_down(key, pages, size, 0)
             continue
         # Evicted since, outdated by an entry with a lower key, above the limit, or a victim.
         if valid or slot == ABSENT:
             heap.bound[page] = np.nan
-        chosen = valid and not score > key[0]
-        size -= 1
-        key[0], pages[0] = key[size], pages[size]
-        _sift_down(key, pages, size, 0)
+        chosen = valid and not score > bound
+        if queued:
+            head += 1
+        else:
+            size -= 1
+            key[0], pages[0] = key[size], pages[size]
+            _sift_down(key, pages, size, 0)
+        if risen:
+            heap.size[bank] = size
+            _push(heap, b, bank, page, score)
+            size = heap.size[bank]
         if chosen:
             heap.chosen[page] = True
             if b.last_use[page] == b.now[EVENT] or (protect and b.flags[page] & PROTECTED):
@@ -124,7 +161,7 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
             else:
                 out[found] = page
                 found += 1
-    heap.size[bank] = size
+    heap.size[bank], ends[0] = size, head
     for i in range(found):
         heap.chosen[out[i]] = False
     for i in range(parked):
@@ -153,19 +190,26 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
     """Draw a new limit and put into the heap exactly the pages that it covers."""
     slots, key, pages = b.num_slots[bank], heap.key[bank], heap.page[bank]
     for i in range(heap.size[bank]):
-        heap.bound[pages[i]] = np.nan
+        if key[i] == heap.bound[pages[i]]:
+            heap.bound[pages[i]] = np.nan
     heap.limit[bank], heap.limit_page[bank] = np.inf, heap.bound.size
     if _held(b, bank) > _SMALL:
         _draw_limit(heap, b, bank, slots)
-    size, scores, limit = 0, heap.score[bank], heap.limit[bank]
+    size, scores, limit, covered = 0, heap.score[bank], heap.limit[bank], True
     for slot in range(slots):
-        if scores[slot] > limit:
+        if scores[slot] > limit and not covered:
             continue
-        page = b.page_at[bank, slot]
-        if page != ABSENT and not heap.chosen[page] and _within(heap, bank, scores[slot], page):
-            key[size] = heap.bound[page] = scores[slot]
+        page, score = b.page_at[bank, slot], scores[slot]
+        if page == ABSENT or heap.chosen[page] or heap.bound[page] == score:
+            continue
+        if _within(heap, bank, score, page):
+            key[size] = heap.bound[page] = score
             pages[size] = page
             size += 1
+        else:
+            covered = False
+    if covered:  # what is not in the heap is in the queue
+        heap.limit[bank], heap.limit_page[bank] = np.inf, heap.bound.size
     heap.size[bank] = size
     for i in range(size // 2 - 1, -1, -1):
         _sift_down(key, pages, size, i)
@@ -229,6 +273,26 @@ def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: float) -> Non
         key[i], pages[i] = key[(i - 1) // 2], pages[(i - 1) // 2]
         i = (i - 1) // 2
     key[i], pages[i] = score, page
+
+
+@jit
+def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: float) -> None:
+    """Put an entry at the end of the queue; when there is no room, drop the outdated ones."""
+    keys, pages, ends = heap.queue_key[bank], heap.queue_page[bank], heap.queue_ends[bank]
+    if ends[1] == keys.size:
+        kept = 0
+        for i in range(ends[0], ends[1]):
+            if keys[i] != heap.bound[pages[i]]:
+                continue
+            if b.slot_of[pages[i]] == ABSENT:
+                heap.bound[pages[i]] = np.nan
+            else:
+                keys[kept], pages[kept] = keys[i], pages[i]
+                kept += 1
+        ends[0], ends[1] = 0, kept
+    keys[ends[1]], pages[ends[1]] = score, page
+    heap.bound[page] = score
+    ends[1] += 1
 
 
 @jit

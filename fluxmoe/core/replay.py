@@ -19,7 +19,7 @@ from fluxmoe.core.chooser import FAILED, Chooser, victims
 from fluxmoe.core.event import EventRule, candidates, evict, load_missing, open_event
 from fluxmoe.core.jit import jit
 from fluxmoe.core.order import VictimHeap
-from fluxmoe.core.pages import C_EVICTIONS, LAYER, MISSES, Books
+from fluxmoe.core.pages import C_EVICTIONS, LAYER, MISSES, Books, open_books
 from fluxmoe.core.policy import read_only
 from fluxmoe.core.types import Int64s, Phase
 
@@ -103,12 +103,14 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
 
 def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
     """All events, with one trip for each that is short of slots."""
-    table, guard, books, pages = rule.table, rule.eviction, rule.table.books, rule.scratch
+    table, guard, pages = rule.table, rule.eviction, rule.scratch
     future = rule.chooser.next_use
     at, last = begin - 1, -1
     chosen = np.zeros(0, np.int64)
     while True:
-        at, short, n = _run_until_short(books, future, events, at, end, chosen, missed, pages)
+        at, short, n = _run_until_short(
+            table.directory, future, events, at, end, chosen, missed, pages
+        )
         if at >= end:
             return end
         if events.phase[at] != last:
@@ -134,7 +136,7 @@ def _event_by_event(
     for at in range(begin, end):
         step, layer = int(events.step[at]), int(events.layer[at])
         table.phase = Phase(int(events.phase[at]))
-        if future.size:
+        if events.later.size:
             look_ahead(future, events, at, experts)
         ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
         rule.run(step, layer, ids, _predicted(events, at, layers, experts))
@@ -173,7 +175,7 @@ def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None
 @jit
 def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) -> int:
     """Open an event; how many slots it is short of."""
-    if future.size:
+    if events.later.size:
         look_ahead(future, events, at, b.tokens.size)
     ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
     misses = open_event(b, events.step[at], events.layer[at], ids, ids[:0])
@@ -210,7 +212,7 @@ def _run_kernel(
 
 @jit
 def _run_until_short(
-    b: Books,
+    books: Int64s,
     future: Int64s,
     events: EventList,
     at: int,
@@ -224,6 +226,7 @@ def _run_until_short(
     Returns:
         That event, open, or ``end``; the slots it is short of; how many candidates ``pages`` has.
     """
+    b = open_books(books)  # a trip for every event that is short of slots: see ``bound``
     if chosen.size:
         evict(b, chosen, C_EVICTIONS)
         load_missing(b)

@@ -91,6 +91,26 @@ def fetch(url: str) -> Snapshot:
         EngineError: Nothing answers there, or not with FluxMoE's metrics.
     """
     base = server.address(url)
+    return read(_metrics(base), base)
+
+
+def policy_faults(url: str) -> dict[tuple[str, str], int]:
+    """Contained faults of a server's policies, by kind and name.
+
+    Raises:
+        ConfigError, EngineError: See ``fetch``.
+    """
+    base = server.address(url)
+    faults: dict[tuple[str, str], int] = defaultdict(int)
+    for name, labels, value in _samples(_metrics(base), base):
+        if name == "fluxmoe_policy_faults_total":
+            faults[labels["kind"], labels["policy"]] += int(value)
+    if not faults:
+        raise _foreign(base)
+    return faults
+
+
+def _metrics(base: str) -> str:
     status, body = server.ask(base, "/metrics")
     if status != 200:
         raise EngineError(
@@ -98,7 +118,30 @@ def fetch(url: str) -> Snapshot:
             where=f"{base}/metrics",
             fix="name the address of a vLLM server",
         )
-    return read(body.decode(errors="replace"), base)
+    return body.decode(errors="replace")
+
+
+def _samples(text: str, base: str) -> list[tuple[str, dict[str, str], float]]:
+    try:
+        return [
+            (sample.name, sample.labels, sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+    except ValueError as error:
+        raise EngineError(
+            "the answer is not in Prometheus' text format",
+            where=f"{base}/metrics",
+            fix="name the address of a vLLM server",
+        ) from error
+
+
+def _foreign(base: str) -> EngineError:
+    return EngineError(
+        "the server shows no metrics of FluxMoE",
+        where=f"{base}/metrics",
+        fix="start it with `fluxmoe serve`, and without disable-log-stats",
+    )
 
 
 def read(text: str, url: str) -> Snapshot:
@@ -111,30 +154,17 @@ def read(text: str, url: str) -> Snapshot:
     labelled: dict[tuple[str, str], float] = defaultdict(float)
     decisions: list[Told] = []
     model, workers = "", 0
-    try:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                name, labels = sample.name, sample.labels
-                sums[name] += sample.value
-                for label in ("tenant", "direction"):
-                    if label in labels and labels.get("kind", "committed") == "committed":
-                        labelled[name, labels[label]] += sample.value
-                if name == "fluxmoe_budget_bytes":
-                    model, workers = labels.get("model_name", ""), workers + 1
-                if name == "fluxmoe_split_decision" and sample.value > 0:
-                    decisions.append(_told(labels))
-    except ValueError as error:
-        raise EngineError(
-            "the answer is not in Prometheus' text format",
-            where=f"{url}/metrics",
-            fix="name the address of a vLLM server",
-        ) from error
+    for name, labels, value in _samples(text, url):
+        sums[name] += value
+        for label in ("tenant", "direction"):
+            if label in labels and labels.get("kind", "committed") == "committed":
+                labelled[name, labels[label]] += value
+        if name == "fluxmoe_budget_bytes":
+            model, workers = labels.get("model_name", ""), workers + 1
+        if name == "fluxmoe_split_decision" and value > 0:
+            decisions.append(_told(labels))
     if not workers:
-        raise EngineError(
-            "the server shows no metrics of FluxMoE",
-            where=f"{url}/metrics",
-            fix="start it with `fluxmoe serve`, and without disable-log-stats",
-        )
+        raise _foreign(url)
     frame = sums["fluxmoe_budget_bytes"] / max(sums["fluxmoe_budget_frames"], 1)
 
     def count(name: str) -> int:

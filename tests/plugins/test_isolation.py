@@ -334,4 +334,4 @@ def test_a_server_that_tells_nothing(server, capsys, text):
     with pytest.raises(SystemExit) as info:
         main(["policies", "--server", url])
     assert info.value.code == 2
-    assert "error[FM101]" in capsys.readouterr().err
+    assert "error[FM405]" in capsys.readouterr().err

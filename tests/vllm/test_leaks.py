@@ -25,7 +25,7 @@ pytestmark = pytest.mark.vllm
 SCRIPT = """
 import gc, json, os, sys, threading
 from fluxmoe.backends import op
-from fluxmoe.backends.vllm.child import Prompt, _Engine
+from fluxmoe.backends.vllm.inside import Engine, Prompt
 
 def left():
     gc.collect()
@@ -49,7 +49,7 @@ def engine(**options):
         "prefetch": "next-layer",
         "copy_threads": 2,
     }
-    return _Engine(sys.argv[1], fluxmoe, {**json.loads(sys.argv[2]), **options})
+    return Engine(sys.argv[1], fluxmoe, {**json.loads(sys.argv[2]), **options})
 
 states = []
 for _ in range(3):

@@ -44,7 +44,8 @@ class LeastFrequentlyRecentlyUsed(EvictionPolicy):
             # processor does several at a time.
             rounds = np.floor(event / num_layers)
             turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
-            missed = np.floor((event - last_use) / num_layers)
+            # The whole quotient, too: half an event is more than what rounding loses.
+            missed = np.floor((event - last_use + 0.5) * (1.0 / num_layers))
             # One over the probability; one use in two turns is assumed of a page that was never
             # seen, and washes out.
             tries = max(1.0, (turns + 1.0) / (use_count + 0.5))

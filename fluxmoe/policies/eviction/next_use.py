@@ -34,9 +34,12 @@ class NextUse(EvictionPolicy):
         # does several at a time.
         rounds = np.floor(event / num_layers)
         turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
-        missed = np.floor((event - last_use) / num_layers)
+        # The whole quotient, too: half an event is more than what rounding loses.
+        missed = np.floor((event - last_use + 0.5) * (1.0 / num_layers))
         # One use in two turns is assumed of a page that was never seen, and washes out.
         tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
-        p = 1.0 / (tries + _RECENCY * missed)
-        p += _AGAIN * (1.0 - p) / ((missed + 1.0) * (missed + 1.0))
-        return -float(distance + (1.0 / p - 1.0) * num_layers)
+        wait = tries + _RECENCY * missed  # in turns: one over p, without what follows
+        late = (missed + 1.0) * (missed + 1.0)
+        # 1 / (p + _AGAIN * (1 - p) / late), with one division in place of three
+        wait = wait * late / (late + _AGAIN * (wait - 1.0))
+        return -float(distance + (wait - 1.0) * num_layers)
