@@ -14,8 +14,9 @@ TRITON   := .triton
 PYTHON      ?=
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
-# Test processes; files are never split, because their tests share an engine.
-JOBS        ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && n=4; echo $$n)
+# Test processes; files are never split, because their tests share an engine. One more than there
+# are cores, because engines that start leave theirs idle now and then.
+JOBS        ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && n=4; echo $$((n + 1)))
 DEMO_ARGS   ?=
 TRITON_SPEC ?= triton==3.9.0
 BENCH_ARGS  ?=

@@ -20,6 +20,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a shell has after `pip install fluxmoe`, but pip finds nothing on a network."""
     wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
     python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
+    script = python.parent / "pytest"  # pip finds pytest there already, and makes none
+    script.write_text(f'#!/bin/sh\nexec {python} -m pytest "$@"\n')
+    script.chmod(0o755)
     base = fresh.environment(VIRTUAL_ENV=str(python.parents[1]))
     # "0": for an option that says no, pip takes the variable for its opposite.
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
