@@ -48,8 +48,9 @@ def test_several_engines_at_once(first):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # they die
 @pytest.mark.parametrize("site", SITES)
 def test_every_fault_site_in_turn(site):
-    outcome = fail_everywhere(site, runs=3, operations=300, most=10)
-    assert outcome.injected >= 3
+    runs = 1 if SITES[site].gpu else 3  # the driver has many calls, and its runs are slow
+    outcome = fail_everywhere(site, runs=runs, operations=300, most=10)
+    assert outcome.injected >= runs
     # Where the core cannot go on without what was refused, it says so. What a thread fails to copy,
     # the engine copies itself; whether that was too late depends on who was faster.
     assert outcome.errors or site in SURVIVED
