@@ -11,6 +11,7 @@ the output of some models (docs/adr/0001).
 from __future__ import annotations
 
 import torch
+from torch.library import Library, register_fake
 
 from fluxmoe.backends.recorder import Recorder
 from fluxmoe.core.pager import ExpertPager
@@ -78,10 +79,10 @@ def _fake_note(
     return torch.empty_like(topk_ids)
 
 
-_library = torch.library.Library("fluxmoe", "FRAGMENT")
+_library = Library("fluxmoe", "FRAGMENT")
 _library.define("acquire(Tensor topk_ids, int handle, int layer) -> Tensor")
 _library.impl("acquire", _acquire, "CPU")
-torch.library.register_fake("fluxmoe::acquire", _fake, lib=_library)
+register_fake("fluxmoe::acquire", _fake, lib=_library)
 
 
 def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
@@ -103,6 +104,6 @@ def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
 # Returns the ids anew, for `acquire`: whatever has no result that is used is compiled away.
 _library.define("note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle) -> Tensor")
 _library.impl("note", _note, "CPU")
-torch.library.register_fake("fluxmoe::note", _fake_note, lib=_library)
+register_fake("fluxmoe::note", _fake_note, lib=_library)
 
 note = torch.ops.fluxmoe.note
