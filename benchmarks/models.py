@@ -1,4 +1,4 @@
-"""The models that serving is measured with: the shipped one, and one a hundred times its size."""
+"""The models that serving is measured with: the shipped one, and larger ones of random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from pathlib import Path
 from fluxmoe.demo.model import SHIPPED, DemoModel
 from fluxmoe.testing import checkpoints
 
-#: 2.3 GiB of experts; the weights are random.
+#: 9 MiB of experts, 2 KiB of KV cache per token, half of the experts for every token: a model for
+#: which both tenants matter in every phase, and steps of a few milliseconds.
+BALANCED = {
+    "num_hidden_layers": 4,
+    "num_experts": 16,
+    "num_experts_per_tok": 8,
+    "hidden_size": 256,
+    "moe_intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+#: 2.3 GiB of experts.
 MID = {
     "num_hidden_layers": 12,
     "num_experts": 64,
@@ -21,11 +33,15 @@ MID = {
 }
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=("shipped", "mid"), default="shipped")
+RANDOM = {"balanced": BALANCED, "mid": MID}
+
+
+def add_option(parser: argparse.ArgumentParser, *, default: str = "shipped") -> None:
+    parser.add_argument("--model", choices=("shipped", *RANDOM), default=default)
 
 
 def get(name: str, scratch: Path) -> DemoModel:
-    """The model of that name; the large one is written below ``scratch``."""
-    mid = name == "mid"
-    return DemoModel.read(checkpoints.write(scratch / "mid", **MID) if mid else SHIPPED)
+    """The model of that name; one of random weights is written below ``scratch``."""
+    if name in RANDOM:
+        return DemoModel.read(checkpoints.write(scratch / name, **RANDOM[name]))
+    return DemoModel.read(SHIPPED)

@@ -101,6 +101,7 @@ class SplitController:
         self._slots = inventory.slots
         #: KV groups whose memory is committed on every worker.
         self._groups = set(range(inventory.groups))
+        self._frames = self._counted()
         self._limit = inventory.frames
         self._bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
         #: What was set by hand; None if nothing ever was.
@@ -126,6 +127,9 @@ class SplitController:
     @property
     def frames(self) -> dict[str, int]:
         """The split that all workers have confirmed: tenant → frames."""
+        return dict(self._frames)
+
+    def _counted(self) -> dict[str, int]:
         return {EXPERTS: self._expert_frames(self._slots), KV: self._kv_frames(self._groups)}
 
     @property
@@ -190,7 +194,7 @@ class SplitController:
             not bounds.min <= frames[name] <= bounds.max for name, bounds in self._bounds.items()
         )
         # An idle engine ends the move that is under way, and begins none: moves keep it stepping.
-        if not self._mover.busy and (view.tokens or over):
+        if not self._mover.busy and (view.running_requests or over):
             move = self._plan(self._within(split, view), view)
             if move is not None:
                 # Also where a policy that wants nothing gets what a person took from the other.
@@ -217,6 +221,7 @@ class SplitController:
                 self._blocks.release(groups)
             elif result.outcome is Outcome.STRANDED:
                 self._slots = move.slots if move.to_kv else move.before
+        self._frames = self._counted()
         moved = max(
             self._inventory.layout.frames(groups),
             abs(self._expert_frames(move.slots) - self._expert_frames(move.before)),
@@ -243,7 +248,9 @@ class SplitController:
 
     def _plan(self, wanted: dict[str, int], view: ArbitrationView) -> Move | None:
         """The next move towards ``wanted``; None if there is none worth making."""
-        have, per_group = self.frames, self._inventory.layout.frames_per_group
+        have, per_group = self._frames, self._inventory.layout.frames_per_group
+        if wanted == have:  # as in most steps
+            return None
         free = view.total_frames - have[EXPERTS] - have[KV]
         most = self._most(view)
         grow = min(wanted[KV] - have[KV], most)
@@ -300,7 +307,8 @@ class SplitController:
         if not groups:
             return None  # all in use: the wish stays, and the next step tries again
         self._groups -= set(groups)
-        have = self._expert_frames(self._slots)
+        self._frames = self._counted()
+        have = self._frames[EXPERTS]
         room = have + free + self._kv_frames(groups)
         slots = self._sizes(max(min(wanted, room), have)) or self._slots
         return Move(False, groups, self._slots, slots)

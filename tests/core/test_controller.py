@@ -113,7 +113,7 @@ class World:
         guard = ArbitrationGuard(self.policy, name="wish", strict=strict)
         self.controller = SplitController(inventory, guard, self.blocks, workers)
         self.answers: list = []
-        self.tokens = 1
+        self.running = 1
         self.rng = np.random.default_rng(0)
 
     def want(self, experts: int, kv: int) -> None:
@@ -121,7 +121,7 @@ class World:
 
     def step(self) -> None:
         order = self.controller.step(
-            ArbitrationView({}, 0, step_seconds=1.0, tokens=self.tokens), self.answers
+            ArbitrationView({}, 0, step_seconds=1.0, running_requests=self.running), self.answers
         )
         answers = [follower.receive(order) for follower in self.followers]
         self.answers = [answer for answer in answers if answer is not None]
@@ -361,7 +361,7 @@ def test_limits_by_hand_move_an_idle_engines_memory_and_let_it_rest(world):
     w = world()
     w.want(20, 20)
     w.settle()
-    w.tokens, w.policy.answer = 0, None
+    w.running, w.policy.answer = 0, None
     w.blocks.in_use = set(w.blocks.usable)
     w.controller.set_limits(ByHand(kv_max=4))
     for _ in range(3):
@@ -379,7 +379,7 @@ def test_an_idle_engine_ends_a_move_and_begins_none(world):
     w.want(8, 30)
     w.step()
     assert w.controller.busy
-    w.tokens = 0
+    w.running = 0
     for _ in range(4):
         w.step()
     assert not w.controller.busy

@@ -161,6 +161,14 @@ def test_marginal_says_why():
         assert word in reason
 
 
+def test_marginal_remembers_what_a_batch_costs_through_a_long_quiet_time():
+    e = engine("marginal", **BURST)
+    e.run(200)
+    e.requests = 1
+    e.run(3000)
+    assert e.policy._model.line() == pytest.approx((5e-3, 2e-4), rel=0.1)
+
+
 def test_rho_balances_computing_and_loading():
     e = engine("rho", requests=4, page_seconds=1e-3)  # loading takes ten times as long
     e.run(300)

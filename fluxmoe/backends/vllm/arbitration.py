@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from fluxmoe import plugins
 from fluxmoe.backends.vllm.balloon import Balloon
 from fluxmoe.backends.vllm.requests import RequestWatch
+from fluxmoe.backends.vllm.stepclock import StepClock
 from fluxmoe.config import Config
 from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.controller import Inventory, SplitController
@@ -61,10 +61,11 @@ class Arbitration:
         self._requests = requests
         self._reports: list[StepReport] = []
         self._told: ByHand | None = None
-        self._steps, self._started, self._step_seconds = 0, 0.0, 0.0
+        self._steps, self._clock = 0, StepClock()
 
     def order(self) -> Order | None:
         """A step begins: what to tell the workers with it."""
+        self._clock.begins(rested=self._requests.rested)
         reports, self._reports = self._reports, []
         self._demand.update(reports)
         self._obey(reports)
@@ -79,15 +80,14 @@ class Arbitration:
             max_running_requests=self._max_running,
             kv_cached_frames=cached,
             preemptions=requests.preemptions,
-            tokens=requests.tokens,
+            tokens=requests.computed,
             prefix_hits=requests.prefix_hits,
-            step_seconds=self._step_seconds,
+            step_seconds=self._clock.seconds,
             stall_seconds=self._demand.stall_seconds,
             experts=self._demand.latest,
         )
         order = self.controller.step(view, [r.answer for r in reports if r.answer is not None])
         self._steps += 1
-        self._started = time.perf_counter()
         return order
 
     def _obey(self, reports: Sequence[StepReport]) -> None:
@@ -99,5 +99,5 @@ class Arbitration:
 
     def reported(self, reports: Sequence[StepReport]) -> None:
         """The step has ended."""
-        self._step_seconds = time.perf_counter() - self._started
+        self._clock.answered()
         self._reports += reports

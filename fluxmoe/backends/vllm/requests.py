@@ -11,7 +11,11 @@ class RequestWatch:
     def __init__(self) -> None:
         self.known: set[str] = set()
         self._hits: dict[str, int] = {}
-        self.running = self.tokens = self.preemptions = self.prefix_hits = 0
+        self.running = self.preemptions = self.prefix_hits = 0
+        #: Tokens of the step that was scheduled last, and of the one before, whose end is known.
+        self.tokens = self.computed = 0
+        #: Whether there was a time without requests between the last two steps.
+        self.rested = self._emptied = False
 
     def arrived(self, request: str) -> None:
         self.known.add(request)
@@ -26,11 +30,13 @@ class RequestWatch:
     def gone(self, request: str) -> None:
         self.known.discard(request)
         self._hits.pop(request, None)
+        self._emptied |= not self.known
 
     def scheduled(self, output: Any) -> None:
         """A step was scheduled: vLLM's ``SchedulerOutput``."""
+        self.rested, self._emptied = self._emptied, False
         self.running = len(output.num_scheduled_tokens)
-        self.tokens = output.total_num_scheduled_tokens
+        self.computed, self.tokens = self.tokens, output.total_num_scheduled_tokens
         self.preemptions += len(output.preempted_req_ids or ())
 
     @property

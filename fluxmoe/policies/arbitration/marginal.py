@@ -31,7 +31,7 @@ class MarginalOptions(BaseModel):
 
     goal: Literal["throughput", "latency"] = "throughput"
     """Tokens per second of all requests, or of each request that runs."""
-    gain: float = Field(default=0.05, ge=0)
+    gain: float = Field(default=0.02, ge=0)
     """How much better a split must be to be worth a move."""
     dwell: int = Field(default=64, ge=0)
     """Steps before the direction may be reversed, unless requests wait for KV cache."""
@@ -49,7 +49,7 @@ class Marginal(ArbitrationPolicy):
     def __init__(
         self,
         goal: str = "throughput",
-        gain: float = 0.05,
+        gain: float = 0.02,
         dwell: int = 64,
         headroom: float = 0.25,
         interval: int = 4,
@@ -62,16 +62,17 @@ class Marginal(ArbitrationPolicy):
     def reset(self) -> None:
         self._model = StepModel(self._window)
         self._wish: Split | None = None
-        self._turned, self._direction, self._seen = 0, 0, 0
+        self._turned, self._direction, self._seen, self._present = 0, 0, 0, -1
 
     def split(self, view: ArbitrationView) -> Split:
-        if not view.tokens:
-            return self._wish_within(view)
         self._model.observe(view)
+        if not view.running_requests:
+            return self._wish_within(view)
         self._seen += 1
         if self._seen % self._interval or not self._model.ready:
             return self._wish_within(view)
-        present = view.frames["experts"]
+        present, before = view.frames["experts"], self._present
+        self._present = present
         experts = self._candidates(view)
         values = self._model.value(view, experts, self._headroom, self._goal)
         here = float(np.interp(present, experts, values))
@@ -79,9 +80,9 @@ class Marginal(ArbitrationPolicy):
         if values[best] <= here * (1 + self._gain):
             if self._wish is None:
                 return Split(view.frames)
-            # What is under way is dropped only if it has become worthless.
+            # What is under way is dropped if it has become worthless, or came as close as it could.
             goal = float(np.interp(self._wish.frames["experts"], experts, values))
-            if goal < here * (1 - self._gain):
+            if goal < here * (1 - self._gain) or present == before:
                 self._wish = None
             return self._wish_within(view)
         direction = 1 if experts[best] > present else -1
@@ -123,29 +124,41 @@ class StepModel:
 
     def __init__(self, window: int) -> None:
         self._keep = 1 - 1 / window
-        self._sums = np.zeros(5)  # of weights, x, y, xx, xy: tokens and seconds of decode steps
+        # Of decode steps: weights, x, y, xx, xy of requests x and seconds y. A row per power of two
+        # of requests forgets only when it learns: a long quiet time leaves it known what a batch
+        # costs, and the burst that ends it is not met with a guess.
+        self._sums = [[0.0] * 5 for _ in range(16)]
         self._averages: dict[str, float] = {}
-        self._hits = -1
+        self._hits, self._running = -1, 0
 
     @property
     def ready(self) -> bool:
         """Whether enough was seen: a few steps, and what a page costs to load."""
-        return bool(self._sums[0] > 4)
+        return sum(row[0] for row in self._sums) > 4
 
     def observe(self, view: ArbitrationView) -> None:
-        """Take in a step that computed something."""
+        """Take in the last step, and how many requests run in the next."""
+        running, self._running = self._running, view.running_requests
+        # What the requests need is seen at once and forgotten slowly: a burst must not wait, but
+        # where one wave of requests ends the next may begin, and young ones will grow.
+        each = view.kv_used_frames / max(view.running_requests, 1)
+        demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
+        self._hold("request", each)
+        self._hold("demand", demand)
+        if not view.tokens or not running:
+            return
         compute = max(view.step_seconds - view.stall_seconds, 1e-9)
-        running = max(view.running_requests, 1)
         if view.tokens <= 2 * running:  # mostly decode: prefill tokens are far cheaper
             x, y = float(running), compute
-            self._sums = self._sums * self._keep + np.array([1.0, x, y, x * x, x * y])
+            row, new = min(running.bit_length(), len(self._sums)) - 1, (1.0, x, y, x * x, x * y)
+            self._sums[row] = [
+                old * self._keep + add for old, add in zip(self._sums[row], new, strict=True)
+            ]
         hits = 0 if self._hits < 0 else view.prefix_hits - self._hits
         self._hits = view.prefix_hits
         self._average("hits", hits)
         self._average("token", compute / view.tokens)
         self._average("running", running)
-        # Not averaged: it is exact, and a burst of long requests must be seen at once.
-        self._averages["request"] = view.kv_used_frames / running
         self._average("accesses", view.experts.accesses)
         expected = view.experts.accesses * float(view.experts.miss_ratio(view.frames["experts"]))
         self._average("misses", view.experts.misses)
@@ -155,9 +168,13 @@ class StepModel:
         old = self._averages.get(name, value)
         self._averages[name] = old + (value - old) * (1 - self._keep)
 
+    def _hold(self, name: str, value: float) -> None:
+        self._average(name, value)
+        self._averages[name] = max(self._averages[name], value)
+
     def line(self) -> tuple[float, float]:
         """Seconds of a decode step: without requests, and per request."""
-        n, x, y, xx, xy = self._sums
+        n, x, y, xx, xy = map(sum, zip(*self._sums, strict=True))
         x, y = x / n, y / n
         # One weak observation of the usual shape, or a constant batch would leave it open.
         weight = 0.02 * n
@@ -169,9 +186,10 @@ class StepModel:
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
         """Expected tokens per second with so many frames for experts."""
         kv = view.total_frames - experts
-        each = max(self._averages["request"], 1e-9) * (1 + headroom)
-        demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
-        batch = np.clip(kv / each, 1.0, max(demand, 1))
+        # Where the KV cache is full it is full of requests of all ages; else those that run will grow.
+        full = view.waiting_requests and view.running_requests < view.max_running_requests
+        each = max(self._averages["request"], 1e-9) * (1.0 if full else 1 + headroom)
+        batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
         flat, slope = self.line()
         seconds = (
             flat + slope * batch + self._misses(view, experts, batch) * (view.experts.load_seconds)
