@@ -133,8 +133,8 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
             continue
         slot = b.slot_of[page]
         valid = slot != ABSENT and bound == heap.bound[page]
-        score = heap.score[bank, slot]  # of no meaning if the page is absent
-        risen = valid and score > bound and _within(heap, bank, score, page)
+        score = heap.score[bank, slot] if valid else bound
+        risen = score > bound and _within(heap, bank, score, page)
         if risen and not queued:
             key[0] = heap.bound[page] = score
             _sift_down(key, pages, size, 0)
