@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.bits import lowest_bit
 from fluxmoe.core.jit import jit
 from fluxmoe.core.kernel import Rows
-from fluxmoe.core.lowest import ascending, not_above, offer
+from fluxmoe.core.lowest import ascending, low_bits, not_above, offer
 from fluxmoe.core.order import VictimHeap, choose, update
 from fluxmoe.core.pages import (
     ABSENT,
@@ -163,21 +164,24 @@ def _scan(
     )  # fmt: skip
     if failed:
         return FAILED
-    found = 0
-    for slot in range(slots):
-        score = scores[slot]
-        if found == count and score > kept[0]:  # nearly always, and false for NaN
-            continue
-        page = b.page_at[bank, slot]
-        if (
-            page == ABSENT
-            or b.last_use[page] == b.now[EVENT]
-            or (protect and b.flags[page] & PROTECTED)
-        ):
-            continue
-        if score != score:
-            return FAILED
-        if found < count or not_above(score, page, kept[0], out[0]):
-            found = offer(kept, out, found, count, score, page)
+    found, limit = 0, np.inf
+    for first in range(0, slots, 64):
+        low = low_bits(scores, first, slots, limit)
+        while low != 0:
+            slot = first + lowest_bit(low)
+            low &= low - np.uint64(1)
+            page, score = b.page_at[bank, slot], scores[slot]
+            if (
+                score > limit  # which may have fallen
+                or page == ABSENT
+                or b.last_use[page] == b.now[EVENT]
+                or (protect and b.flags[page] & PROTECTED)
+            ):
+                continue
+            if score != score:
+                return FAILED
+            if found < count or not_above(score, page, kept[0], out[0]):
+                found = offer(kept, out, found, count, score, page)
+                limit = kept[0] if found == count else np.inf
     ascending(kept, out, found)
     return found
