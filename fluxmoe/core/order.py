@@ -94,10 +94,10 @@ def clear(heap: VictimHeap) -> None:
 
 
 @jit
-def as_integer(score: float) -> np.int64:
+def as_integer(score: float) -> int:
     """An int64 for every float64 but NaN, in the same order; 0.0 and −0.0 have the same."""
     bits = np.float64(score + 0.0).view(np.int64)
-    return bits ^ (bits >> 63 & NONE)  # below zero, the higher the bits, the lower the number
+    return int(bits ^ (bits >> 63 & NONE))  # below zero, the higher the bits, the lower the number
 
 
 @jit
