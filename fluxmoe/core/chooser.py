@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.bits import lowest_bit
+from fluxmoe.core.bound import directory
 from fluxmoe.core.jit import jit
 from fluxmoe.core.kernel import Rows
-from fluxmoe.core.lowest import ascending, not_above, offer
+from fluxmoe.core.lowest import ascending, low_bits, not_above, offer
 from fluxmoe.core.order import VictimHeap, choose, update
 from fluxmoe.core.pages import (
     ABSENT,
@@ -49,6 +51,7 @@ class Chooser(NamedTuple):
     """A kernel's memory."""
 
     columns: Columns
+    rows: Int64s  # [B, …] what the kernel reads, as directories; those of the columns, or but one
     next_use: Int64s  # [P], the view's for oracles; zeros for others
     dirty: Int64s  # [P] scratch
     scores: npt.NDArray[np.float64]  # [P] scratch
@@ -56,13 +59,20 @@ class Chooser(NamedTuple):
 
 def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> Chooser:
     """The memory of a kernel over the pages of a table."""
-    pages = table.geometry.num_pages
-    shape = (0, 0) if stable else table.books.page_at.shape
+    pages, b = table.geometry.num_pages, table.books
+    shape = (0, 0) if stable else b.page_at.shape
     columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in Rows._fields}
+    dirty = np.zeros(pages, np.int64)
+    future = np.zeros(pages, np.int64) if next_use is None else next_use
+    if stable:
+        rows = [Rows(b.last_use, b.use_count, b.loaded_at, dirty, b.layer_of, future)]
+    else:
+        rows = [Rows(*banks) for banks in zip(*columns.values(), strict=True)]
     return Chooser(
         columns=Columns(**columns, score=np.zeros(shape)),
-        next_use=np.zeros(pages, np.int64) if next_use is None else next_use,
-        dirty=np.zeros(pages, np.int64),
+        rows=np.stack([directory(row) for row in rows]),
+        next_use=future,
+        dirty=dirty,
         scores=np.zeros(pages),
     )
 
@@ -136,10 +146,8 @@ def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
 def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> bool:
     """Note the scores of the dirty pages; if the kernel fails they stay dirty."""
     scores = c.scores[:n]
-    good = entry(
-        b.last_use, b.use_count, b.loaded_at, c.dirty, b.layer_of, c.next_use,
-        b.now[EVENT], b.now[LAYER], b.bank_of.size, n, scores,
-    ) == 0  # fmt: skip
+    event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
+    good = entry(c.rows[0], event, layer, layers, n, scores) == 0
     for i in range(n):
         good &= scores[i] == scores[i]
     if not good:
@@ -155,29 +163,28 @@ def _scan(
     b: Books, c: Chooser, entry: Any, bank: int, count: int, protect: bool, out: Int64s
 ) -> int:
     """Score every slot of a bank and keep the lowest. Rows of other than candidates are noise."""
-    slots, kept, k = b.num_slots[bank], c.scores, c.columns
-    scores = k.score[bank]
-    failed = entry(
-        k.last_use[bank], k.use_count[bank], k.loaded_at[bank], k.page[bank], k.layer[bank],
-        k.next_use[bank], b.now[EVENT], b.now[LAYER], b.bank_of.size, slots, scores,
-    )  # fmt: skip
-    if failed:
+    slots, kept, scores = b.num_slots[bank], c.scores, c.columns.score[bank]
+    event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
+    if entry(c.rows[bank], event, layer, layers, slots, scores) != 0:
         return FAILED
-    found = 0
-    for slot in range(slots):
-        score = scores[slot]
-        if found == count and score > kept[0]:  # nearly always, and false for NaN
-            continue
-        page = b.page_at[bank, slot]
-        if (
-            page == ABSENT
-            or b.last_use[page] == b.now[EVENT]
-            or (protect and b.flags[page] & PROTECTED)
-        ):
-            continue
-        if score != score:
-            return FAILED
-        if found < count or not_above(score, page, kept[0], out[0]):
-            found = offer(kept, out, found, count, score, page)
+    found, limit = 0, np.inf
+    for first in range(0, slots, 64):
+        low = low_bits(scores, first, slots, limit)
+        while low != 0:
+            slot = first + lowest_bit(low)
+            low &= low - np.uint64(1)
+            page, score = b.page_at[bank, slot], scores[slot]
+            if (
+                score > limit  # which may have fallen
+                or page == ABSENT
+                or b.last_use[page] == b.now[EVENT]
+                or (protect and b.flags[page] & PROTECTED)
+            ):
+                continue
+            if score != score:
+                return FAILED
+            if found < count or not_above(score, page, kept[0], out[0]):
+                found = offer(kept, out, found, count, score, page)
+                limit = kept[0] if found == count else np.inf
     ascending(kept, out, found)
     return found

@@ -142,7 +142,7 @@ def evict(b: Books, victims: Int64s, counter: int) -> None:
     """Free the slots of ``victims`` and count them in ``counts[counter]``."""
     for i in range(victims.size):
         unload(b, victims[i])
-        b.counts[counter] += 1
+    b.counts[counter] += victims.size
 
 
 @jit

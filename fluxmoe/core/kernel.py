@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from fluxmoe.core.bound import opener
 from fluxmoe.core.types import Int64s
 
 #: What a kernel may ask for after its first five parameters, by the parameter's name.
@@ -24,7 +25,7 @@ EXTRAS = ("distance", "layer", "num_layers", "next_use")
 
 _FIRST = ("last_use", "use_count", "loaded_at", "event", "page")
 _INTS, _FLOATS = types.Array(types.int64, 1, "C"), types.Array(types.float64, 1, "C")
-_ENTRY = types.int64(*[_INTS] * 6, types.int64, types.int64, types.int64, types.int64, _FLOATS)
+_ENTRY = types.int64(_INTS, types.int64, types.int64, types.int64, types.int64, _FLOATS)
 
 
 class Rows(NamedTuple):
@@ -41,14 +42,17 @@ class Rows(NamedTuple):
     next_use: Int64s  # filled for oracles only
 
 
+_open_rows = opener(Rows(*[np.zeros(0, np.int64)] * len(Rows._fields)))
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A compiled score kernel.
 
     Attributes:
-        entry: For compiled callers: ``entry(*rows, event, layer, num_layers, n, out)`` writes the
+        entry: For compiled callers: ``entry(rows, event, layer, num_layers, n, out)`` writes the
             scores of the first ``n`` slots, or of ``n`` pages, into ``out``; 0, or 1 if the kernel
-            has raised.
+            has raised. ``rows`` is the directory of ``Rows`` (see ``bound``).
         fill: The same for Python, by page, where an exception of the kernel arrives as itself.
     """
 
@@ -60,7 +64,7 @@ class Kernel:
     ) -> npt.NDArray[np.float64]:
         """The score of every row. Raises what the kernel raises."""
         out = np.empty(len(rows.page))
-        self.fill(*rows, event, layer, num_layers, len(out), out)
+        self.fill(rows, event, layer, num_layers, len(out), out)
         return out
 
 
@@ -109,16 +113,14 @@ def _compile(function: Callable[..., float], by_slot: bool) -> Kernel:
 
 def _looped(score: Any, *, by_slot: bool) -> Any:
     @numba.njit(nogil=True, error_model="numpy")
-    def fill(  # type: ignore[no-untyped-def]
-        last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
-    ):
+    def fill(rows, event, layer, layers, n, out):  # type: ignore[no-untyped-def]
         for i in range(n):
-            row = i if by_slot else page[i]  # decided when it is compiled
-            distance = layer_of[row] - layer
+            row = i if by_slot else rows.page[i]  # decided when it is compiled
+            distance = rows.layer[row] - layer
             distance += layers if distance <= 0 else 0
             out[i] = score(
-                last_use[row], use_count[row], loaded_at[row], event, page[i],
-                distance, layer_of[row], layers, next_use[row],
+                rows.last_use[row], rows.use_count[row], rows.loaded_at[row], event, rows.page[i],
+                distance, rows.layer[row], layers, rows.next_use[row],
             )  # fmt: skip
 
     return fill
@@ -126,15 +128,10 @@ def _looped(score: Any, *, by_slot: bool) -> Any:
 
 def _entry(fill: Any) -> Any:
     @numba.cfunc(_ENTRY, nopython=True)
-    def entry(  # type: ignore[no-untyped-def]
-        last_use, use_count, loaded_at, page, layer_of, next_use, event, layer, layers, n, out
-    ):
+    def entry(rows, event, layer, layers, n, out):  # type: ignore[no-untyped-def]
         # An exception cannot pass a function pointer: the caller is told, and Python asks again.
         try:
-            fill(
-                last_use, use_count, loaded_at, page, layer_of, next_use,
-                event, layer, layers, n, out,
-            )  # fmt: skip
+            fill(_open_rows(rows), event, layer, layers, n, out)
         except Exception:
             return 1
         return 0

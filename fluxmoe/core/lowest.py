@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.bits import bits_not_above, lowest_bit
 from fluxmoe.core.jit import jit
 from fluxmoe.core.types import Int64s
 
@@ -12,22 +13,42 @@ Numbers = npt.NDArray[np.generic]
 
 
 @jit
-def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64s) -> int:
-    """Write the ``count`` pages of lowest score into ``out``, lowest first; how many there were.
+def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64s) -> None:
+    """Write the ``count`` pages of lowest score into ``out``, lowest first.
 
     Args:
         scores: One number per page, any integer or float dtype that numba knows, no NaN.
         pages: Ties go to the lowest page id.
-        count: How many are wanted, at least 1 and at most ``len(out)``.
+        count: How many are wanted, at least 1 and at most as many as there are.
         kept: As long as ``out``, dtype of ``scores``; filled with the scores.
         out: Filled.
     """
     found = 0
-    for i in range(scores.size):
-        if found < count or not_above(scores[i], pages[i], kept[0], out[0]):
-            found = offer(kept, out, found, count, scores[i], pages[i])
+    for i in range(count):
+        found = offer(kept, out, found, count, scores[i], pages[i])
+    for first in range(count, scores.size, 64):
+        low = low_bits(scores, first, scores.size, kept[0])
+        while low != 0:
+            i = first + lowest_bit(low)
+            low &= low - np.uint64(1)
+            if not_above(scores[i], pages[i], kept[0], out[0]):
+                offer(kept, out, found, count, scores[i], pages[i])
     ascending(kept, out, found)
-    return found
+
+
+@jit
+def low_bits(scores: Numbers, first: int, end: int, limit: float) -> np.uint64:
+    """A bit for each of ``scores[first : first + 64]`` before ``end``: not above ``limit``, or NaN.
+
+    Nearly always none: of many scores, few are as low as the few lowest so far.
+    """
+    bits = np.uint64(0)
+    if first + 64 <= end:
+        bits |= bits_not_above(scores, first, limit)
+    else:
+        for i in range(first, end):
+            bits |= np.uint64(not scores[i] > limit) << np.uint64(i - first)
+    return bits
 
 
 @jit

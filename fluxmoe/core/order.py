@@ -14,6 +14,9 @@ of the queue become outdated like those of the heap.
 Most pages are never near the bottom of the order, so the heap of a large bank holds only pages
 that compare no higher than a *limit*. When it runs out of them, or has grown, a new limit is drawn
 from a sample of the bank and all pages are looked over once; any limit gives the same victims.
+
+Scores are kept as integers in the same order (``as_integer``): a heap is little else than
+comparisons that wait for each other, and those of integers take one cycle, not six.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from fluxmoe.core.types import Bools, Int64s
 #: pages is kept in the heap whole.
 _SAMPLE, _RANK, _SMALL = 32, 1, 128
 
+#: Above every score.
+NONE = 2**63 - 1
+
 #: Entries that the queue has room for, per slot.
 _QUEUE = 4
 
@@ -38,22 +44,22 @@ _QUEUE = 4
 class VictimHeap(NamedTuple):
     """Arrays of a heap per bank. P pages, B banks, M slots reserved per bank, H entries."""
 
-    score: npt.NDArray[np.float64]  # [B, M] the latest score of the page in a slot
-    bound: npt.NDArray[np.float64]  # [P] key of the page's valid entry; nan = it has none
-    key: npt.NDArray[np.float64]  # [B, H]
+    score: Int64s  # [B, M] the latest score of the page in a slot
+    bound: Int64s  # [P] key of the page's valid entry; NONE = it has none
+    key: Int64s  # [B, H]
     page: Int64s  # [B, H]
     size: Int64s  # [B]
     # [B, Q] the queue, ascending: entries queue_ends[bank, 0] … queue_ends[bank, 1] - 1
-    queue_key: npt.NDArray[np.float64]
+    queue_key: Int64s
     queue_page: Int64s
     queue_ends: Int64s  # [B, 2]
     # [B] every resident page whose (score, page) is not above the limit has a valid entry, in the
     # heap or in the queue; the heap's are never above it
-    limit: npt.NDArray[np.float64]
+    limit: Int64s
     limit_page: Int64s
     chosen: Bools  # [P] out of the heap while victims are being chosen
     aside: Int64s  # [P] scratch, as are the lowest of the sample
-    sample: npt.NDArray[np.float64]
+    sample: Int64s
     sample_page: Int64s
 
 
@@ -61,47 +67,54 @@ def new_heap(pages: int, banks: int, slots: int) -> VictimHeap:
     """An empty heap for a table of ``pages`` pages with banks of up to ``slots`` slots."""
     entries = 2 * pages + 1
     return VictimHeap(
-        score=np.zeros((banks, slots)),
-        bound=np.full(pages, np.nan),
-        key=np.zeros((banks, entries)),
+        score=np.zeros((banks, slots), np.int64),
+        bound=np.full(pages, NONE),
+        key=np.zeros((banks, entries), np.int64),
         page=np.zeros((banks, entries), np.int64),
         size=np.zeros(banks, np.int64),
-        queue_key=np.zeros((banks, _QUEUE * slots)),
+        queue_key=np.zeros((banks, _QUEUE * slots), np.int64),
         queue_page=np.zeros((banks, _QUEUE * slots), np.int64),
         queue_ends=np.zeros((banks, 2), np.int64),
-        limit=np.full(banks, np.inf),
+        limit=np.full(banks, NONE),
         limit_page=np.full(banks, pages, np.int64),
         chosen=np.zeros(pages, np.bool_),
         aside=np.zeros(pages, np.int64),
-        sample=np.zeros(_RANK + 1),
+        sample=np.zeros(_RANK + 1, np.int64),
         sample_page=np.zeros(_RANK + 1, np.int64),
     )
 
 
 def clear(heap: VictimHeap) -> None:
     """Make the heap empty."""
-    heap.bound[...] = np.nan
+    heap.bound[...] = NONE
     heap.size[...] = 0
     heap.queue_ends[...] = 0
-    heap.limit[...] = np.inf
+    heap.limit[...] = NONE
     heap.limit_page[...] = len(heap.bound)
+
+
+@jit
+def as_integer(score: float) -> int:
+    """An int64 for every float64 but NaN, in the same order; 0.0 and −0.0 have the same."""
+    bits = np.float64(score + 0.0).view(np.int64)
+    return int(bits ^ (bits >> 63 & NONE))  # below zero, the higher the bits, the lower the number
 
 
 @jit
 def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.float64]) -> None:
     """Note the scores of resident ``pages``."""
     for i in range(pages.size):
-        page = pages[i]
+        page, score = pages[i], as_integer(scores[i])
         bank = b.bank_of[b.layer_of[page]]
-        heap.score[bank, b.slot_of[page]] = scores[i]
+        heap.score[bank, b.slot_of[page]] = score
         end = heap.queue_ends[bank, 1] - 1
         if end < heap.queue_ends[bank, 0] or _less(
-            heap.queue_key[bank, end], heap.queue_page[bank, end], scores[i], page
+            heap.queue_key[bank, end], heap.queue_page[bank, end], score, page
         ):
-            _append(heap, b, bank, page, scores[i])
-        # The first is also true where bound is nan.
-        elif not heap.bound[page] <= scores[i] and _within(heap, bank, scores[i], page):
-            _push(heap, b, bank, page, scores[i])
+            _append(heap, b, bank, page, score)
+        # The first is also true where bound is NONE.
+        elif heap.bound[page] > score and _within(heap, bank, score, page):
+            _push(heap, b, bank, page, score)
 
 
 @jit
@@ -133,15 +146,15 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
             continue
         slot = b.slot_of[page]
         valid = slot != ABSENT and bound == heap.bound[page]
-        score = heap.score[bank, slot]  # of no meaning if the page is absent
-        risen = valid and score > bound and _within(heap, bank, score, page)
+        score = heap.score[bank, slot] if valid else bound
+        risen = score > bound and _within(heap, bank, score, page)
         if risen and not queued:
             key[0] = heap.bound[page] = score
             _sift_down(key, pages, size, 0)
             continue
         # Evicted since, outdated by an entry with a lower key, above the limit, or a victim.
         if valid or slot == ABSENT:
-            heap.bound[page] = np.nan
+            heap.bound[page] = NONE
         chosen = valid and not score > bound
         if queued:
             head += 1
@@ -174,7 +187,7 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
 
 
 @jit
-def _within(heap: VictimHeap, bank: int, score: float, page: int) -> bool:
+def _within(heap: VictimHeap, bank: int, score: int, page: int) -> bool:
     limit = heap.limit[bank]
     return bool(score < limit or (score == limit and page <= heap.limit_page[bank]))
 
@@ -191,8 +204,8 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
     slots, key, pages = b.num_slots[bank], heap.key[bank], heap.page[bank]
     for i in range(heap.size[bank]):
         if key[i] == heap.bound[pages[i]]:
-            heap.bound[pages[i]] = np.nan
-    heap.limit[bank], heap.limit_page[bank] = np.inf, heap.bound.size
+            heap.bound[pages[i]] = NONE
+    heap.limit[bank], heap.limit_page[bank] = NONE, heap.bound.size
     if _held(b, bank) > _SMALL:
         _draw_limit(heap, b, bank, slots)
     size, scores, limit, covered = 0, heap.score[bank], heap.limit[bank], True
@@ -209,7 +222,7 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
         else:
             covered = False
     if covered:  # what is not in the heap is in the queue
-        heap.limit[bank], heap.limit_page[bank] = np.inf, heap.bound.size
+        heap.limit[bank], heap.limit_page[bank] = NONE, heap.bound.size
     heap.size[bank] = size
     for i in range(size // 2 - 1, -1, -1):
         _sift_down(key, pages, size, i)
@@ -236,12 +249,12 @@ def _draw_limit(heap: VictimHeap, b: Books, bank: int, slots: int) -> None:
 
 
 @jit
-def _less(a: float, page_a: int, b: float, page_b: int) -> bool:
+def _less(a: int, page_a: int, b: int, page_b: int) -> bool:
     return bool(a < b or (a == b and page_a < page_b))
 
 
 @jit
-def _sift_down(key: npt.NDArray[np.float64], page: Int64s, size: int, top: int) -> None:
+def _sift_down(key: Int64s, page: Int64s, size: int, top: int) -> None:
     """Restore the heap below ``top``: sink to a leaf along the lower children, then rise again.
 
     What is sunk comes from the bottom nearly always, so comparing it on the way down would tell
@@ -263,7 +276,7 @@ def _sift_down(key: npt.NDArray[np.float64], page: Int64s, size: int, top: int) 
 
 
 @jit
-def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: float) -> None:
+def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
     if heap.size[bank] == heap.key.shape[1]:
         _compact(heap, b, bank)
     key, pages, i = heap.key[bank], heap.page[bank], heap.size[bank]
@@ -276,7 +289,7 @@ def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: float) -> Non
 
 
 @jit
-def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: float) -> None:
+def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
     """Put an entry at the end of the queue; when there is no room, drop the outdated ones."""
     keys, pages, ends = heap.queue_key[bank], heap.queue_page[bank], heap.queue_ends[bank]
     if ends[1] == keys.size:
@@ -285,7 +298,7 @@ def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: float) -> N
             if keys[i] != heap.bound[pages[i]]:
                 continue
             if b.slot_of[pages[i]] == ABSENT:
-                heap.bound[pages[i]] = np.nan
+                heap.bound[pages[i]] = NONE
             else:
                 keys[kept], pages[kept] = keys[i], pages[i]
                 kept += 1
@@ -302,7 +315,7 @@ def _compact(heap: VictimHeap, b: Books, bank: int) -> None:
     for i in range(heap.size[bank]):
         page = heap.page[bank, i]
         if heap.key[bank, i] == heap.bound[page]:
-            heap.bound[page] = np.nan  # a second entry with the same key is no longer valid
+            heap.bound[page] = NONE  # a second entry with the same key is no longer valid
             if b.slot_of[page] != ABSENT:
                 heap.key[bank, kept], heap.page[bank, kept] = heap.key[bank, i], page
                 kept += 1

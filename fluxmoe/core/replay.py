@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.bound import directory, opener
 from fluxmoe.core.chooser import FAILED, Chooser, victims
 from fluxmoe.core.event import EventRule, candidates, evict, load_missing, open_event
 from fluxmoe.core.jit import jit
@@ -45,6 +46,17 @@ class EventList(NamedTuple):
     later: Int64s
     guess_offsets: Int64s
     guesses: Int32s
+
+
+def _typed(*arrays: npt.NDArray[Any]) -> EventList:
+    """The list of these arrays with the dtypes above, copied only where they have others."""
+    kinds = np.int32, np.int16, np.int8, np.int64, np.int32, np.int64, np.int64, np.int32
+    pairs = zip(arrays, kinds, strict=True)
+    return EventList(*(np.ascontiguousarray(array, kind) for array, kind in pairs))
+
+
+#: For compiled code: the directory of an event list → that list.
+open_events = opener(_typed(*[np.zeros(0)] * 8))
 
 
 def replay(
@@ -106,10 +118,11 @@ def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, misse
     table, guard, pages = rule.table, rule.eviction, rule.scratch
     future = rule.chooser.next_use
     at, last = begin - 1, -1
-    chosen = np.zeros(0, np.int64)
+    chosen, events = np.zeros(0, np.int64), _typed(*events)
+    listed = directory(events)
     while True:
         at, short, n = _run_until_short(
-            table.directory, future, events, at, end, chosen, missed, pages
+            table.directory, future, listed, at, end, chosen, missed, pages
         )
         if at >= end:
             return end
@@ -214,7 +227,7 @@ def _run_kernel(
 def _run_until_short(
     books: Int64s,
     future: Int64s,
-    events: EventList,
+    listed: Int64s,
     at: int,
     end: int,
     chosen: Int64s,
@@ -226,7 +239,8 @@ def _run_until_short(
     Returns:
         That event, open, or ``end``; the slots it is short of; how many candidates ``pages`` has.
     """
-    b = open_books(books)  # a trip for every event that is short of slots: see ``bound``
+    # A trip for every event that is short of slots: see ``bound``.
+    b, events = open_books(books), open_events(listed)
     if chosen.size:
         evict(b, chosen, C_EVICTIONS)
         load_missing(b)

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 import fluxmoe
+from fluxmoe.core.jit import jit
 
 COUNT = """
 import numpy as np
@@ -79,3 +82,25 @@ def test_it_runs_where_the_disk_is_full_and_from_damaged_machine_code(copy):
         for path in files[kind == "*.nbi" :: 2]:
             path.write_bytes(path.read_bytes()[:40])
     assert run(copy, NUMBA_CACHE_DIR=str(cache)).startswith("2 [1, 2, 0, 2,")
+
+
+def get(row: npt.NDArray[np.int64], grid: npt.NDArray[np.int64], i: int) -> int:
+    return int(row[i] + 100 * grid[1, i] + 10_000 * row[1:][i] + 1_000_000 * row[-1])
+
+
+def put(row: npt.NDArray[np.int64], grid: npt.NDArray[np.int64], i: int) -> int:
+    row[i], grid[1, i] = 70, 71
+    return 0
+
+
+def test_no_index_is_looked_at_whether_it_is_negative():
+    # So −1 is what lies before: in an array that is part of another one, that can be told. A
+    # constant counts from the end.
+    whole, grid = np.arange(10), np.arange(40).reshape(2, 20)
+    row = whole[5:]
+    compiled = jit(get)
+    assert compiled(row, grid, 2) == get(row, grid, 2) == 9_082_207
+    assert compiled(row, grid, -1) == 9_051_904
+    jit(put)(row, grid, -1)
+    assert whole[4] == 70 and whole[9] == 9
+    assert grid[0, 19] == 71 and grid[1, 19] == 39

@@ -138,7 +138,7 @@ def test_scores_in_ascending_order_need_no_heap(random):
         fullest, dropped = max(fullest, end), dropped + (end < before)
         if turn % 3 == 0:
             both.choose(0, 5, set(used), set(), False)
-            assert both.heap.limit[0] == np.inf
+            assert both.heap.limit[0] == order.NONE
     assert fullest <= room
     assert dropped >= 1, "the queue was never full: the test proves nothing"
     both.choose(0, both.pages, set(), set(), False)
@@ -148,12 +148,12 @@ def test_ascending_scores_take_over_from_a_heap_with_a_limit():
     both = Both(1, experts=60)
     both.score({page: float(-page) for page in range(both.pages)})
     both.choose(0, 1, set(), set(), False)
-    assert both.heap.limit[0] < np.inf, "the heap holds all pages: the test proves nothing"
+    assert both.heap.limit[0] < order.NONE, "the heap holds all pages: the test proves nothing"
     for turn in range(1, both.pages + 1):
         page = turn - 1
         both.score({page: float(turn)})
         both.choose(0, 1, {page}, set(), False)
-    assert both.heap.limit[0] == np.inf and both.heap.size[0] == 0
+    assert both.heap.limit[0] == order.NONE and both.heap.size[0] == 0
     both.choose(0, both.pages, set(), set(), False)
 
 
@@ -200,3 +200,11 @@ def test_clear_empties_the_heap():
     both.score({1: 3.0})
     both.truth = {1: 3.0}
     both.choose(0, 2, set(), set(), False)
+
+
+def test_integers_are_in_the_order_of_the_scores():
+    inf, tiny = np.inf, 5e-324
+    scores = [-inf, -1e308, -2.0, -1.5, -1.0, -tiny, 0.0, tiny, 1.0, 1.5, 2.0**53, 1e308, inf]
+    numbers = [order.as_integer(score) for score in scores]
+    assert numbers == sorted(set(numbers)) and numbers[-1] < order.NONE
+    assert order.as_integer(-0.0) == order.as_integer(0.0) == 0

@@ -33,13 +33,15 @@ class NextUse(EvictionPolicy):
         # Whole divisions in floating point: exact far beyond any event number, and the processor
         # does several at a time.
         rounds = np.floor(event / num_layers)
-        turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
+        # Turns of its layer, and one more. What is the same for all pages is added first.
+        turns = rounds + 1.0 + (1.0 if layer <= event - rounds * num_layers else 0.0)
         # The whole quotient, too: half an event is more than what rounding loses.
-        missed = np.floor((event - last_use + 0.5) * (1.0 / num_layers))
+        missed = np.floor((event + 0.5 - last_use) * (1.0 / num_layers))
         # One use in two turns is assumed of a page that was never seen, and washes out.
-        tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
-        wait = tries + _RECENCY * missed  # in turns: one over p, without what follows
+        uses = use_count + 0.5
+        # In turns and times ``uses``: one over p, without what follows.
+        wait = max(uses, turns) + _RECENCY * missed * uses
         late = (missed + 1.0) * (missed + 1.0)
-        # 1 / (p + _AGAIN * (1 - p) / late), with one division in place of three
-        wait = wait * late / (late + _AGAIN * (wait - 1.0))
+        # 1 / (p + _AGAIN * (1 - p) / late), with one division in place of four
+        wait = wait * late / (late * uses + _AGAIN * (wait - uses))
         return -float(distance + (wait - 1.0) * num_layers)
