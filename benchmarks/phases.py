@@ -1,7 +1,7 @@
 """A day in a minute: phases with different demands, one budget, fixed splits against policies.
 
 python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--policy NAME …]
-                            [--share S …] [--phase NAME …] [--json] [--save FILE] [--picture FILE]
+                            [--share S …] [--link GB/s] [--save FILE]
 
 Every engine lives through day after day in a process of its own; what a phase leaves behind (split,
 caches) is where the next one begins, so transitions are part of the figures. All engines go through
@@ -12,7 +12,6 @@ minute is slower for all. A quiet stream comes before the first day.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -68,9 +67,7 @@ def phases() -> list[Phase]:
     def turns(sessions: int, count: int) -> tuple[tuple[Prompt, ...], ...]:
         talks = [tokens(64 * count) for _ in range(sessions)]
         return tuple(
-            tuple(
-                Prompt(talk[: 64 * turn] + tokens(12), 45, temperature=1.0) for talk in talks
-            )
+            tuple(Prompt(talk[: 64 * turn] + tokens(12), 45, temperature=1.0) for talk in talks)
             for turn in range(1, count + 1)
         )
 

@@ -1,6 +1,6 @@
 """How soon the KV cache has its room after a burst begins, and what moving memory costs a step.
 
-python -m benchmarks reaction [--model shipped|mid] [--policy marginal|kv-first] [--rounds N]
+python -m benchmarks reaction [--model NAME] [--link GB/s] [--policy marginal|kv-first] [--rounds N]
                               [--json] [--save FILE]
 
 An engine serves two quiet streams until the experts have what they want, then a burst of long
@@ -24,7 +24,7 @@ from rich.table import Table
 
 import fluxmoe
 from benchmarks import machine, models
-from benchmarks.phases import BLOCK, OPTIONS, budget_of, phases
+from benchmarks.phases import BLOCK, OPTIONS, configurations, live, phases
 from fluxmoe import plugins
 from fluxmoe.backends.vllm.child import ChildEngine
 from fluxmoe.demo.model import DemoModel
@@ -62,20 +62,17 @@ def fluxmoe_register_policies(register: Any) -> None:
     register("watched", Watched, WatchedOptions)
 
 
-def measure(model: DemoModel, policy: str, folder: Path) -> dict[str, float]:
+def measure(model: DemoModel, link: float, policy: str, folder: Path) -> dict[str, float]:
     """One quiet time and one burst."""
     log = folder / "steps.jsonl"
-    quiet, burst = phases(1.0)[2], phases(1.0)[0]
-    fluxmoe_config = {
-        "memory": {"budget": budget_of(model)},
-        "arbitration": {"kind": "watched", "policy": policy, "file": str(log)},
-        "plugins": [__file__],
-        "copy_threads": 0,
-    }
+    quiet, burst = phases()[2], phases()[0]
+    fluxmoe_config = configurations(model, link, [], [policy])[policy]
+    fluxmoe_config["arbitration"] = {"kind": "watched", "policy": policy, "file": str(log)}
+    fluxmoe_config["plugins"].append(__file__)
     with ChildEngine(model.folder, fluxmoe=fluxmoe_config, **OPTIONS) as engine:
-        engine.generate(quiet.prompts)
+        live(engine, quiet)
         before = len(log.read_text().splitlines())
-        engine.generate(burst.prompts, cold=False)
+        live(engine, burst)
         state = engine.call("arbitration")
     steps = [json.loads(line) for line in log.read_text().splitlines()][before:]
     begin = next(i for i, step in enumerate(steps) if step["running"] + step["waiting"] > 4)
@@ -95,7 +92,8 @@ def measure(model: DemoModel, policy: str, folder: Path) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("reaction", description=__doc__.partition("\n")[0])
-    models.add_option(parser)
+    models.add_option(parser, default="balanced")
+    parser.add_argument("--link", type=float, default=1.0, help="GB/s to the store; 0: memory")
     parser.add_argument("--policy", nargs="*", default=["marginal", "kv-first"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -104,7 +102,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = replace(models.get(arguments.model, Path(scratch)), block_tokens=BLOCK)
         rows = [
-            {"policy": policy, **measure(model, policy, Path(scratch))}
+            {"policy": policy, **measure(model, arguments.link, policy, Path(scratch))}
             for _ in range(arguments.rounds)
             for policy in arguments.policy
         ]

@@ -1,11 +1,13 @@
 """Simulated against measured tokens per second, decode on the torch backend.
 
-    python -m benchmarks simulated_speed [--profile FILE.yaml] [--json] [--save FILE]
+    python -m benchmarks simulated_speed [--rounds N] [--profile FILE.yaml] [--json] [--save FILE]
 
-The machine is measured first (``fluxmoe doctor --measure``): steps with every expert resident and
-copies alone, nothing of what is compared here. Then, at each batch size and capacity, the shipped
-model decodes from cold twice with the same tokens: once timed, once recorded. The recording is
-simulated at the same capacity with the profile. One thread; run it on a quiet machine.
+Each round measures the machine first (``fluxmoe doctor --measure``): steps with every expert
+resident and copies alone, nothing of what is compared here. Then, at each batch size and capacity,
+the shipped model decodes from cold, always with the same tokens; what was recorded of them in the
+first round is simulated at the same capacity with the round's profile. The error is the median of
+the rounds', for a machine is not as fast now as it was a minute ago. One thread; run it on a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import argparse
 import itertools
 import json
 import os
+import statistics
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +37,13 @@ from fluxmoe.sim import hardware
 from fluxmoe.sim.simulator import simulate
 
 BATCHES, SHARES, POLICY = (1, 4, 16), (0.25, 0.5, 0.75), "next-use"
-STEPS, REPEATS, WITHIN = 64, 3, 0.15
+STEPS, REPEATS, WITHIN = 64, 2, 0.15
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("simulated_speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=str(SHIPPED), help="a checkpoint")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", type=Path, help="a profile measured before")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -46,14 +51,27 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
-    given = arguments.profile
-    profile = hardware.load(given) if given else measure(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
-    rows = [
-        compare(model, profile, batch, share, arguments.steps)
+    geometry, _ = layout.describe(layout.experts_of(model))
+    settings = [
+        Setting(batch, max(int(geometry.num_pages * share), geometry.experts_per_layer))
         for batch, share in itertools.product(BATCHES, SHARES)
     ]
-    results = {"load_average": load, "profile": profile.model_dump(), "settings": rows}
+    profiles = []
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in settings:
+            setting.record(model, arguments.steps, Path(folder))
+        for _ in range(arguments.rounds):
+            given = arguments.profile
+            profiles.append(hardware.load(given) if given else measure(arguments.model))
+            for setting in settings:
+                setting.compare(model, profiles[-1], arguments.steps)
+    rows = [setting.row(geometry.num_pages) for setting in settings]
+    results = {
+        "load_average": load,
+        "profiles": [profile.model_dump() for profile in profiles],
+        "settings": rows,
+    }
     if arguments.save:
         machine.save(arguments.save, results)
     if arguments.json:
@@ -62,33 +80,51 @@ def main(argv: list[str]) -> None:
         show(rows, load)
 
 
-def compare(
-    model: Any, profile: hardware.Profile, batch: int, share: float, steps: int
-) -> dict[str, Any]:
-    """One setting; the measured speed is the best of several runs, which have the same tokens."""
-    geometry, _ = layout.describe(layout.experts_of(model))
-    memory = room(model, max(int(geometry.num_pages * share), geometry.experts_per_layer))
-    with (
-        fluxmoe.page(model, memory, eviction=POLICY) as handle,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        seconds = min(_decode(model, handle, batch, steps) for _ in range(REPEATS))
-        slots, hit_rate = int(handle.stats()["slots"]), handle.stats()["hit_rate"]
-        trace = Path(folder) / "trace.parquet"
-        _decode(model, handle, batch, steps, trace)
-        result = simulate(trace, POLICY, slots, hardware=profile)
-    assert result.timing is not None
-    assert abs(result.hit_rate - hit_rate) < 1e-12, "the simulator counts what the engine counts"
-    measured, simulated = batch * steps / seconds, result.timing.tokens_per_s
-    return {
-        "batch": batch,
-        "slots": slots,
-        "pages": geometry.num_pages,
-        "hit_rate": round(hit_rate, 4),
-        "measured_tokens_per_s": round(measured, 1),
-        "simulated_tokens_per_s": round(simulated, 1),
-        "error": round(simulated / measured - 1, 4),
-    }
+@dataclass
+class Setting:
+    """One batch size and capacity."""
+
+    batch: int
+    pages: int
+    trace: Path = Path()
+    slots: int = 0
+    hit_rate: float = 0.0
+    #: Tokens per second by round.
+    measured: list[float] = field(default_factory=list)
+    simulated: list[float] = field(default_factory=list)
+
+    def record(self, model: Any, steps: int, folder: Path) -> None:
+        """What is routed to; the same in every run."""
+        self.trace = folder / f"{self.batch}-{self.pages}.parquet"
+        with self._paged(model) as handle:
+            _decode(model, handle, self.batch, steps, self.trace)
+            self.slots, self.hit_rate = handle.stats()["slots"], handle.stats()["hit_rate"]
+
+    def compare(self, model: Any, profile: hardware.Profile, steps: int) -> None:
+        """One round."""
+        with self._paged(model) as handle:
+            seconds = min(_decode(model, handle, self.batch, steps) for _ in range(REPEATS))
+        result = simulate(self.trace, POLICY, self.slots, hardware=profile)
+        assert result.timing is not None
+        assert abs(result.hit_rate - self.hit_rate) < 1e-12, "both count the same"
+        self.measured.append(self.batch * steps / seconds)
+        self.simulated.append(result.timing.tokens_per_s)
+
+    def row(self, pages: int) -> dict[str, Any]:
+        errors = [s / m - 1 for s, m in zip(self.simulated, self.measured, strict=True)]
+        return {
+            "batch": self.batch,
+            "slots": self.slots,
+            "pages": pages,
+            "hit_rate": round(self.hit_rate, 4),
+            "measured_tokens_per_s": round(statistics.median(self.measured), 1),
+            "simulated_tokens_per_s": round(statistics.median(self.simulated), 1),
+            "error": round(statistics.median(errors), 4),
+            "errors": [round(error, 4) for error in errors],
+        }
+
+    def _paged(self, model: Any) -> Any:
+        return fluxmoe.page(model, room(model, self.pages), eviction=POLICY)
 
 
 def _decode(model: Any, handle: Any, batch: int, steps: int, record: Path | None = None) -> float:

@@ -174,7 +174,7 @@ class StepModel:
 
     def line(self) -> tuple[float, float]:
         """Seconds of a decode step: without requests, and per request."""
-        n, x, y, xx, xy = map(sum, zip(*self._sums, strict=True))
+        n, x, y, xx, xy = (sum(column, 0.0) for column in zip(*self._sums, strict=True))
         x, y = x / n, y / n
         # One weak observation of the usual shape, or a constant batch would leave it open.
         weight = 0.02 * n
@@ -186,7 +186,7 @@ class StepModel:
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
         """Expected tokens per second with so many frames for experts."""
         kv = view.total_frames - experts
-        # Where the KV cache is full it is full of requests of all ages; else those that run will grow.
+        # A full KV cache is full of requests of all ages; else those that run will grow.
         full = view.waiting_requests and view.running_requests < view.max_running_requests
         each = max(self._averages["request"], 1e-9) * (1.0 if full else 1 + headroom)
         batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
