@@ -30,10 +30,10 @@ from fluxmoe.backends.vllm.child import ChildEngine, Prompt
 from fluxmoe.demo.model import DemoModel
 
 BLOCK = 32
-LENGTH = 512
+LENGTH = 384
 OPTIONS = {"enforce_eager": True, "max_model_len": LENGTH, "max_num_seqs": 64, "block_size": BLOCK}
-#: Stock's KV cache beside all experts: one sequence of the greatest length, and some more.
-STOCK_BLOCKS = LENGTH // BLOCK + 8
+#: Stock's KV cache beside all experts: one sequence of the greatest length, and vLLM's null block.
+STOCK_BLOCKS = LENGTH // BLOCK + 1
 #: Bytes of experts that the fixed splits have, as shares of all experts.
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -72,11 +72,11 @@ def phases() -> list[Phase]:
         )
 
     return [
-        Phase("long contexts", (wave(28, 320, 180),)),
+        Phase("long contexts", (wave(40, 240, 136),)),
         Phase("chat at 64", (wave(640, 12, 52),)),
-        Phase("quiet stream", tuple(wave(1, 24, 480) for _ in range(4))),
-        Phase("prefix-heavy turns", turns(12, 6) + turns(12, 6)),
-        Phase("long contexts again", (wave(28, 320, 180),)),
+        Phase("quiet stream", tuple(wave(1, 24, 344) for _ in range(5))),
+        Phase("prefix-heavy turns", turns(12, 5) + turns(12, 5) + turns(12, 5)),
+        Phase("long contexts again", (wave(40, 240, 136),)),
     ]
 
 
