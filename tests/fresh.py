@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -50,4 +51,21 @@ def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Pa
     # Last on the path, so that the wheels come first; .pth files over there are not followed.
     others = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))
     (site / "others.pth").write_text("".join(f"{path}\n" for path in others))
+    _take_machine_code(site)
     return python
+
+
+def _take_machine_code(site: Path) -> None:
+    """Spare the wheel the minute in which numba makes again what it has made for the checkout.
+
+    It knows a source by its time and size, and so the same source gets the same time.
+    """
+    for source in (ROOT / "fluxmoe").rglob("*.py"):
+        copy = site / source.relative_to(ROOT)
+        if copy.exists() and copy.read_bytes() == source.read_bytes():
+            os.utime(copy, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
+    for code in (ROOT / "fluxmoe").rglob("__pycache__/*.nb?"):
+        folder = (site / code.relative_to(ROOT)).parent
+        if folder.parent.exists():
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(code, folder / code.name)
