@@ -182,26 +182,42 @@ def test_unknown_policy_lists_the_known(registry):
         simulate(events, "lrru", 2, registry=registry)
 
 
-def test_faults_are_contained_and_counted_or_raised(registry, tmp_path):
+#: What a policy does wrong, and how its fault is named.
+FAULTS = {
+    "raises": ("return 1 / 0", "ZeroDivisionError"),
+    "not a number": ("return np.full(len(pages), np.nan)", "not finite|NaN|nan"),
+    "one too few": ("return np.zeros(len(pages) - 1)", "shape|length|scores"),
+    "words": ("return np.array(['low'] * len(pages))", "dtype|numbers"),
+    "nothing": ("return None", "None"),
+    "writes": ("view.last_use[:] = 0; return -view.last_use[pages]", "read-only"),
+    "sleeps": ("time.sleep(9); return -view.last_use[pages]", "more than 2 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_contained_and_counted_or_raised(fault, registry, tmp_path):
     from fluxmoe import plugins
 
+    body, words = FAULTS[fault]
     plugin = tmp_path / "broken.py"
     plugin.write_text(
+        "import time\n"
+        "import numpy as np\n"
         "import fluxmoe\n"
         "class Broken(fluxmoe.EvictionPolicy):\n"
         "    def score(self, view, pages):\n"
-        "        return 1 / 0\n"
+        f"        {body}\n"
         "@fluxmoe.hookimpl\n"
         "def fluxmoe_register_policies(register):\n"
         "    register('broken', Broken)\n"
     )
     known = plugins.load([str(plugin)])
-    rows = [(step, 0, [step % 3]) for step in range(9)]
-    events = in_memory(rows, 1, 4, 1)
+    steps = 3 if fault == "sleeps" else 9  # it is woken after two seconds, each time
+    events = in_memory([(step, 0, [step % 3]) for step in range(steps)], 1, 4, 1)
     contained = simulate(events, "broken", 2, registry=known)
-    assert contained.policy_faults == 7
+    assert contained.policy_faults == steps - 2
     assert contained.evictions == simulate(events, "lru", 2, registry=known).evictions
-    with pytest.raises(PolicyFaultError, match=r"'broken'.*ZeroDivisionError"):
+    with pytest.raises(PolicyFaultError, match=rf"'broken'.*({words})"):
         simulate(events, "broken", 2, registry=known, strict=True)
 
 
