@@ -156,17 +156,18 @@ class StepModel:
             ]
         hits = 0 if self._hits < 0 else view.prefix_hits - self._hits
         self._hits = view.prefix_hits
-        self._average("hits", hits)
-        self._average("token", compute / view.tokens)
+        # Between a prefix and its next use lie whole waves of requests.
+        self._average("hits", hits, slower=8)
+        self._average("token", compute / view.tokens, slower=8)
         self._average("running", running)
         self._average("accesses", view.experts.accesses)
         expected = view.experts.accesses * float(view.experts.miss_ratio(view.frames["experts"]))
         self._average("misses", view.experts.misses)
         self._average("expected", expected)
 
-    def _average(self, name: str, value: float) -> None:
+    def _average(self, name: str, value: float, slower: int = 1) -> None:
         old = self._averages.get(name, value)
-        self._averages[name] = old + (value - old) * (1 - self._keep)
+        self._averages[name] = old + (value - old) * (1 - self._keep) / slower
 
     def _hold(self, name: str, value: float) -> None:
         self._average(name, value)
