@@ -8,17 +8,18 @@ from pathlib import Path
 from fluxmoe.demo.model import SHIPPED, DemoModel
 from fluxmoe.testing import checkpoints
 
-#: 9 MiB of experts, 2 KiB of KV cache per token, half of the experts for every token: a model for
-#: which both tenants matter in every phase, and steps of a few milliseconds.
+#: 18 MiB of experts, half of them for every token, 0.5 KiB of KV cache per token: both tenants
+#: matter in every phase (a hundredth of the experts is the KV cache of one long request), and steps
+#: take a few milliseconds.
 BALANCED = {
     "num_hidden_layers": 4,
     "num_experts": 16,
     "num_experts_per_tok": 8,
     "hidden_size": 256,
-    "moe_intermediate_size": 96,
+    "moe_intermediate_size": 192,
     "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
 }
 #: 2.3 GiB of experts.
 MID = {

@@ -4,9 +4,9 @@ python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--polic
                             [--share S …] [--link GB/s] [--save FILE]
 
 Every engine lives through day after day in a process of its own; what a phase leaves behind (split,
-caches) is where the next one begins, so transitions are part of the figures. All engines go through
-a phase before any goes on to the next, in an order that changes: a machine that is slower for a
-minute is slower for all. A quiet stream comes before the first day.
+caches) is where the next one begins, so transitions are part of the figures. All engines serve a
+wave of requests before any goes on to the next, in an order that changes: a machine that is slower
+for a minute is slower for all. A quiet stream comes before the first day.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import argparse
 import random
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import link as link_plugin
 from benchmarks import machine, models
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
 from fluxmoe.demo.model import DemoModel
 
 BLOCK = 32
@@ -34,8 +36,11 @@ LENGTH = 384
 OPTIONS = {"enforce_eager": True, "max_model_len": LENGTH, "max_num_seqs": 64, "block_size": BLOCK}
 #: Stock's KV cache beside all experts: one sequence of the greatest length, and vLLM's null block.
 STOCK_BLOCKS = LENGTH // BLOCK + 1
+#: GB/s to the store: loading all experts takes as long as ten steps of a single request. For a
+#: model of 30 billion parameters on an H100 with PCIe 5 it is more than a hundred.
+LINK = 0.5
 #: Bytes of experts that the fixed splits have, as shares of all experts.
-SHARES = (0.25, 0.5, 0.75, 1.0)
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +70,18 @@ def phases() -> list[Phase]:
         return tuple(Prompt(tokens(prompt), answer, temperature=1.0) for _ in range(count))
 
     def turns(sessions: int, count: int) -> tuple[tuple[Prompt, ...], ...]:
-        talks = [tokens(64 * count) for _ in range(sessions)]
+        talks = [tokens(BLOCK * count) for _ in range(sessions)]
         return tuple(
-            tuple(Prompt(talk[: 64 * turn] + tokens(12), 45, temperature=1.0) for talk in talks)
+            tuple(Prompt(talk[: BLOCK * turn] + tokens(12), 16, temperature=1.0) for talk in talks)
             for turn in range(1, count + 1)
         )
 
     return [
-        Phase("long contexts", (wave(40, 240, 136),)),
-        Phase("chat at 64", (wave(640, 12, 52),)),
-        Phase("quiet stream", tuple(wave(1, 24, 344) for _ in range(5))),
-        Phase("prefix-heavy turns", turns(12, 5) + turns(12, 5) + turns(12, 5)),
-        Phase("long contexts again", (wave(40, 240, 136),)),
+        Phase("long contexts", (wave(32, 128, 256), wave(32, 128, 256))),
+        Phase("chat at 64", (wave(224, 24, 72), wave(256, 24, 72))),
+        Phase("quiet stream", tuple(wave(1, 24, 344) for _ in range(8))),
+        Phase("prefix-heavy turns", sum((turns(40, 10) for _ in range(3)), ())),
+        Phase("long contexts again", (wave(32, 128, 256), wave(32, 128, 256))),
     ]
 
 
@@ -112,10 +117,22 @@ class Lived:
     steps: int
 
 
-def live(engine: ChildEngine, phase: Phase) -> Lived:
-    """Go through a phase with what the phases before have left behind."""
-    runs = [engine.generate(wave, cold=False) for wave in phase.waves]
-    return Lived(phase.tokens / sum(run.seconds for run in runs), sum(run.steps for run in runs))
+def live(engines: dict[str, ChildEngine], phase: Phase, at_once: int = 1) -> dict[str, Lived]:
+    """All engines go through a phase, with what the phases before have left behind."""
+    runs: dict[str, list[Run]] = {name: [] for name in engines}
+
+    def serve(name: str, wave: tuple[Prompt, ...]) -> None:
+        runs[name].append(engines[name].generate(wave, cold=False))
+
+    for number, wave in enumerate(phase.waves):
+        first = number % len(engines)
+        names = [*engines][first:] + [*engines][:first]
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(serve, names, repeat(wave)))
+    return {
+        name: Lived(phase.tokens / sum(run.seconds for run in each), sum(run.steps for run in each))
+        for name, each in runs.items()
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -124,9 +141,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="days")
     parser.add_argument("--share", nargs="*", type=float, default=SHARES, help="fixed splits")
     parser.add_argument("--policy", nargs="*", default=["marginal", "kv-first", "rho"])
-    parser.add_argument("--link", type=float, default=1.0, help="GB/s to the store; 0: memory")
+    parser.add_argument("--link", type=float, default=LINK, help="GB/s to the store; 0: memory")
     parser.add_argument("--phase", nargs="*", help="only these")
     parser.add_argument("--no-stock", action="store_true", help="spare the time that stock takes")
+    parser.add_argument("--at-once", type=int, default=1, help="engines that serve side by side")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
     day = [phase for phase in phases() if not arguments.phase or phase.name in arguments.phase]
@@ -142,17 +160,12 @@ def main(argv: list[str]) -> None:
             engines[name] = ChildEngine(model.folder, fluxmoe=fluxmoe, **OPTIONS)
         for engine in engines.values():
             stack.enter_context(engine)
-        names = list(engines)
         for engine in engines.values():
             engine.generate(phases()[2].waves[0])
         for _ in range(arguments.rounds):
-            today: dict[str, list[Lived]] = {name: [] for name in engines}
-            for phase in day:
-                names = names[1:] + names[:1]
-                for name in names:
-                    today[name].append(live(engines[name], phase))
-            for name, lived in today.items():
-                seen.setdefault(name, []).append(lived)
+            today = [live(engines, phase, arguments.at_once) for phase in day]
+            for name in engines:
+                seen.setdefault(name, []).append([lived[name] for lived in today])
         for name in arguments.policy:
             changes[name] = engines[name].call("arbitration")["changes"]
     rates = {

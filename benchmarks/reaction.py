@@ -24,7 +24,7 @@ from rich.table import Table
 
 import fluxmoe
 from benchmarks import machine, models
-from benchmarks.phases import BLOCK, OPTIONS, configurations, live, phases
+from benchmarks.phases import BLOCK, LINK, OPTIONS, configurations, live, phases
 from fluxmoe import plugins
 from fluxmoe.backends.vllm.child import ChildEngine
 from fluxmoe.demo.model import DemoModel
@@ -70,9 +70,9 @@ def measure(model: DemoModel, link: float, policy: str, folder: Path) -> dict[st
     fluxmoe_config["arbitration"] = {"kind": "watched", "policy": policy, "file": str(log)}
     fluxmoe_config["plugins"].append(__file__)
     with ChildEngine(model.folder, fluxmoe=fluxmoe_config, **OPTIONS) as engine:
-        live(engine, quiet)
+        live({policy: engine}, quiet)
         before = len(log.read_text().splitlines())
-        live(engine, burst)
+        live({policy: engine}, burst)
         state = engine.call("arbitration")
     steps = [json.loads(line) for line in log.read_text().splitlines()][before:]
     begin = next(i for i, step in enumerate(steps) if step["running"] + step["waiting"] > 4)
@@ -93,7 +93,7 @@ def measure(model: DemoModel, link: float, policy: str, folder: Path) -> dict[st
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("reaction", description=__doc__.partition("\n")[0])
     models.add_option(parser, default="balanced")
-    parser.add_argument("--link", type=float, default=1.0, help="GB/s to the store; 0: memory")
+    parser.add_argument("--link", type=float, default=LINK, help="GB/s to the store; 0: memory")
     parser.add_argument("--policy", nargs="*", default=["marginal", "kv-first"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print JSON")

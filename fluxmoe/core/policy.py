@@ -256,13 +256,41 @@ class ExpertDemand:
 
     def miss_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """The curve at that many frames, one number or many; zero before anything is known."""
-        asked = np.asarray(frames, np.float64)
-        steps = len(self.curve) - 1
-        if steps < 1 or not self.frames:
-            return np.zeros_like(asked)
-        position = asked * (steps / (self.frames * self.pages))
-        ratio: npt.NDArray[np.float64] = np.interp(position, np.arange(steps + 1), self.curve)
-        return ratio
+        return _at(self.curve, np.asarray(frames, np.float64), self.frames * self.pages)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixDemand:
+    """What is asked of the prefix cache.
+
+    Attributes:
+        asked: Tokens of the prompts that were looked up, since the start.
+        found: How many of them were there, and need not be computed.
+        frames: KV cache at the curve's end.
+        curve: float64, share of the prompts' blocks that are found with KV caches at equal
+            distances from none to ``frames``, those included that requests use; empty before
+            anything was asked (``core.prefixes``).
+    """
+
+    asked: int = 0
+    found: int = 0
+    frames: float = 0.0
+    curve: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def hit_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """The curve at that much KV cache, one number or many; zero before anything is known."""
+        return _at(self.curve, np.asarray(frames, np.float64), self.frames)
+
+
+def _at(
+    curve: npt.NDArray[np.float64], asked: npt.NDArray[np.float64], end: float
+) -> npt.NDArray[np.float64]:
+    """A curve from 0 to ``end`` at the numbers asked for."""
+    steps = len(curve) - 1
+    if steps < 1 or not end:
+        return np.zeros_like(asked)
+    values: npt.NDArray[np.float64] = np.interp(asked * (steps / end), np.arange(steps + 1), curve)
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +308,10 @@ class ArbitrationView:
         kv_cached_frames: KV cache that only holds prefixes nobody uses at present.
         preemptions: Requests that lost their KV cache because it was full, since the start.
         tokens: Tokens computed in the last step.
-        prefix_hits: Tokens since the start that were found in the prefix cache, not computed.
         step_seconds: Duration of the last step.
         stall_seconds: The part of it that layers waited for pages.
         experts: What expert pages cost.
+        prefixes: What the prefix cache is asked for.
     """
 
     frames: Mapping[str, int]
@@ -297,10 +325,10 @@ class ArbitrationView:
     kv_cached_frames: int = 0
     preemptions: int = 0
     tokens: int = 0
-    prefix_hits: int = 0
     step_seconds: float = 0.0
     stall_seconds: float = 0.0
     experts: ExpertDemand = ExpertDemand()
+    prefixes: PrefixDemand = PrefixDemand()
 
 
 class ArbitrationPolicy(ABC):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxmoe import plugins
-from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, ExpertDemand
+from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, ExpertDemand, PrefixDemand
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import ConfigError
 
@@ -28,6 +28,13 @@ class Engine:
     per_step: int = 40
     flat: float = 5e-3
     per_request: float = 2e-4
+    #: Every 20 steps a prompt of so many tokens is looked up, and found if the KV cache has so many
+    #: frames; each token that is not found takes its time.
+    prompt: int = 0
+    cliff: float = 0.0
+    token_seconds: float = 1e-4
+    asked: int = 0
+    found: int = 0
     step: int = 0
     running: int = 0
     preemptions: int = 0
@@ -49,6 +56,14 @@ class Engine:
         for _ in range(steps):
             self.running = min(self.requests, self.max_running, int(self.kv / self.frames_each))
             compute, stall = self.seconds(self.experts, self.running)
+            tokens = self.running
+            if self.prompt and self.step % 20 == 0:
+                new = 0 if self.kv >= self.cliff else self.prompt
+                self.asked += self.prompt
+                self.found += self.prompt - new
+                compute += new * self.token_seconds
+                tokens += new
+            known = np.linspace(0, 400, 65) >= self.cliff if self.asked else np.zeros(0)
             curve = np.linspace(1, 0, 65)
             view = ArbitrationView(
                 frames={"experts": self.experts, "kv": self.kv},
@@ -60,7 +75,7 @@ class Engine:
                 max_running_requests=self.max_running,
                 kv_used_frames=round(self.running * self.frames_each),
                 preemptions=self.preemptions,
-                tokens=self.running,
+                tokens=tokens,
                 step_seconds=compute + stall,
                 stall_seconds=stall,
                 experts=ExpertDemand(
@@ -72,6 +87,7 @@ class Engine:
                     load_seconds=self.page_seconds,
                     curve=curve,
                 ),
+                prefixes=PrefixDemand(self.asked, self.found, 400.0, known.astype(np.float64)),
             )
             wanted = self.policy.split(view).frames
             assert sum(wanted.values()) <= TOTAL
@@ -127,6 +143,21 @@ def test_marginal_comes_close_to_the_best_fixed_split_of_each_load(load):
     e = engine("marginal", **load)
     e.run(400)
     assert e.throughput(e.experts) >= 0.93 * best_fixed(e)
+
+
+def test_marginal_makes_room_for_prefixes_that_are_not_found_yet():
+    e = engine("marginal", experts=300, requests=4, frames_each=8.0, prompt=2000, cliff=220.0)
+    e.run(400)
+    assert 220 <= e.kv <= 260
+    e.prompt = 0
+    e.run(3000)
+    assert e.experts > 280
+
+
+def test_marginal_makes_no_room_for_prefixes_that_cost_less_than_experts():
+    e = engine("marginal", experts=300, requests=4, frames_each=8.0, prompt=8, cliff=220.0)
+    e.run(400)
+    assert e.experts == 300
 
 
 def test_marginal_moves_nothing_where_nothing_is_to_be_earned():

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from fluxmoe.backends.vllm.requests import RequestWatch
 from fluxmoe.backends.vllm.stepclock import StepClock
+from fluxmoe.core.prefixes import PrefixCurve
 
 
 def scheduled(watch, **tokens):
@@ -14,6 +15,10 @@ def scheduled(watch, **tokens):
             preempted_req_ids=None,
         )
     )
+
+
+def request(name, tokens=100, blocks=()):
+    return SimpleNamespace(request_id=name, num_tokens=tokens, block_hashes=list(blocks))
 
 
 def test_tokens_are_those_of_the_step_whose_time_is_known():
@@ -30,14 +35,36 @@ def test_a_rest_is_a_time_without_requests_between_two_steps():
     watch.arrived("a")
     scheduled(watch, a=1)
     assert not watch.rested
-    watch.gone("a")
+    watch.gone(request("a"))
     watch.arrived("b")
     scheduled(watch, b=1)
     assert watch.rested
     watch.arrived("c")
-    watch.gone("b")
+    watch.gone(request("b"))
     scheduled(watch, c=1)
     assert not watch.rested
+
+
+def test_prompts_count_when_they_are_admitted_and_their_blocks_are_remembered():
+    watch = RequestWatch()
+    watch.prefixes = PrefixCurve(16)
+    blocks = [bytes([i] * 8) for i in range(3)]
+    watch.arrived("a")
+    watch.looked_up("a", 0)
+    watch.looked_up("a", 32)  # it had to wait: only the last look counts
+    assert (watch.prompt_tokens, watch.prefix_hits) == (0, 0)
+    watch.admitted(request("a", 100, blocks[:2]))
+    assert (watch.prompt_tokens, watch.prefix_hits) == (100, 32)
+    watch.gone(request("a", 140, blocks))
+    watch.admitted(request("b", 100, blocks))
+    assert watch.prefixes.curve()[-1] > 0.5
+
+
+def test_without_arbitration_nobody_follows_prefixes():
+    watch = RequestWatch()
+    watch.admitted(request("a", 7))
+    watch.gone(request("a", 9))
+    assert (watch.prompt_tokens, watch.prefixes) == (7, None)
 
 
 def test_a_busy_engines_step_lasts_until_the_next_begins():

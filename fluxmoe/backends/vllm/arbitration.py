@@ -13,7 +13,8 @@ from fluxmoe.config import Config
 from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.controller import Inventory, SplitController
 from fluxmoe.core.demand import DemandView, StepReport
-from fluxmoe.core.policy import ArbitrationView
+from fluxmoe.core.policy import ArbitrationView, PrefixDemand
+from fluxmoe.core.prefixes import PrefixCurve
 from fluxmoe.core.protocol import ByHand, Order
 from fluxmoe.errors import InvariantError
 
@@ -59,6 +60,7 @@ class Arbitration:
         )
         self._layout, self._max_running = inventory.layout, max_running
         self._requests = requests
+        requests.prefixes = self._prefixes = PrefixCurve(inventory.layout.blocks)
         self._reports: list[StepReport] = []
         self._told: ByHand | None = None
         self._steps, self._clock = 0, StepClock()
@@ -81,10 +83,15 @@ class Arbitration:
             kv_cached_frames=cached,
             preemptions=requests.preemptions,
             tokens=requests.computed,
-            prefix_hits=requests.prefix_hits,
             step_seconds=self._clock.seconds,
             stall_seconds=self._demand.stall_seconds,
             experts=self._demand.latest,
+            prefixes=PrefixDemand(
+                requests.prompt_tokens,
+                requests.prefix_hits,
+                layout.blocks * layout.block_bytes / layout.frame_bytes,
+                self._prefixes.curve(),
+            ),
         )
         order = self.controller.step(view, [r.answer for r in reports if r.answer is not None])
         self._steps += 1

@@ -193,7 +193,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(
         self, request: Any, blocks: object, num_external_tokens: int
     ) -> None:
-        self._requests.admitted(request.request_id)
+        self._requests.admitted(request)
 
     def build_connector_meta(self, scheduler_output: object) -> StepMetadata:
         self._begun = True
@@ -210,7 +210,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: object
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._requests.gone(request.request_id)
+        self._requests.gone(request)
         return False, None
 
     def has_pending_push_work(self) -> bool:

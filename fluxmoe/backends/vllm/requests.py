@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fluxmoe.core.prefixes import PrefixCurve
+
 
 class RequestWatch:
     """Counts what the scheduler tells its connector about requests."""
@@ -11,7 +13,9 @@ class RequestWatch:
     def __init__(self) -> None:
         self.known: set[str] = set()
         self._hits: dict[str, int] = {}
-        self.running = self.preemptions = self.prefix_hits = 0
+        self.running = self.preemptions = self.prompt_tokens = self.prefix_hits = 0
+        #: Told of prompts, where somebody wants to know.
+        self.prefixes: PrefixCurve | None = None
         #: Tokens of the step that was scheduled last, and of the one before, whose end is known.
         self.tokens = self.computed = 0
         #: Whether there was a time without requests between the last two steps.
@@ -24,12 +28,19 @@ class RequestWatch:
         """A waiting request would find so many of its tokens in the prefix cache."""
         self._hits[request] = computed
 
-    def admitted(self, request: str) -> None:
-        self.prefix_hits += self._hits.pop(request, 0)
+    def admitted(self, request: Any) -> None:
+        """vLLM's ``Request`` has its KV cache and begins to run."""
+        self.prompt_tokens += request.num_tokens
+        self.prefix_hits += self._hits.pop(request.request_id, 0)
+        if self.prefixes is not None:
+            self.prefixes.admitted(request.block_hashes)
 
-    def gone(self, request: str) -> None:
-        self.known.discard(request)
-        self._hits.pop(request, None)
+    def gone(self, request: Any) -> None:
+        """vLLM's ``Request`` has ended."""
+        self.known.discard(request.request_id)
+        self._hits.pop(request.request_id, None)
+        if self.prefixes is not None:
+            self.prefixes.freed(request.block_hashes)
         self._emptied |= not self.known
 
     def scheduled(self, output: Any) -> None:

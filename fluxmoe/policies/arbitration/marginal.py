@@ -129,7 +129,9 @@ class StepModel:
         # costs, and the burst that ends it is not met with a guess.
         self._sums = [[0.0] * 5 for _ in range(16)]
         self._averages: dict[str, float] = {}
-        self._hits, self._running = -1, 0
+        #: Of prompts beside decode steps: tokens, seconds.
+        self._prefill = [0.0, 0.0]
+        self._asked, self._running = 0, 0
 
     @property
     def ready(self) -> bool:
@@ -154,11 +156,16 @@ class StepModel:
             self._sums[row] = [
                 old * self._keep + add for old, add in zip(self._sums[row], new, strict=True)
             ]
-        hits = 0 if self._hits < 0 else view.prefix_hits - self._hits
-        self._hits = view.prefix_hits
-        # Between a prefix and its next use lie whole waves of requests.
-        self._average("hits", hits, slower=8)
-        self._average("token", compute / view.tokens, slower=8)
+        elif self.ready:
+            flat, slope = self.line()
+            beyond = view.tokens - running, max(compute - flat - slope * running, 0.0)
+            self._prefill = [
+                old * self._keep + new for old, new in zip(self._prefill, beyond, strict=True)
+            ]
+        # Between a prompt and the next lie whole answers.
+        self._average("prompt", view.prefixes.asked - self._asked, slower=8)
+        self._average("answer", running, slower=8)
+        self._asked = view.prefixes.asked
         self._average("running", running)
         self._average("accesses", view.experts.accesses)
         expected = view.experts.accesses * float(view.experts.miss_ratio(view.frames["experts"]))
@@ -184,6 +191,12 @@ class StepModel:
         slope = min(max(slope, 0.05 * y / x), y / x)
         return y - slope * x, slope
 
+    def prompt_token(self) -> float:
+        """Seconds that a token of a prompt takes."""
+        tokens, seconds = self._prefill
+        # Many at once, so cheaper than those of requests that decode, at least until one was seen.
+        return seconds / tokens if tokens else self.line()[1] / 2
+
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
         """Expected tokens per second with so many frames for experts."""
         kv = view.total_frames - experts
@@ -192,15 +205,12 @@ class StepModel:
         each = max(self._averages["request"], 1e-9) * (1.0 if full else 1 + headroom)
         batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
         flat, slope = self.line()
-        seconds = (
-            flat + slope * batch + self._misses(view, experts, batch) * (view.experts.load_seconds)
-        )
-        # Prefixes that are found save computing; the more of them are kept, the more are found.
-        cached = max(view.kv_cached_frames, 1)
-        kept = np.clip(kv - batch * each, 0.0, 2.0 * cached) / cached
-        saved = self._averages["hits"] * self._averages["token"] * np.sqrt(kept)
+        loading = self._misses(view, experts, batch) * view.experts.load_seconds
+        # Of the prompts, what the prefix cache does not find.
+        prompts = batch * self._averages["prompt"] / max(self._averages["answer"], 1.0)
+        computed = prompts * (1 - view.prefixes.hit_ratio(kv)) * self.prompt_token()
         served = batch if goal == "throughput" else np.ones_like(batch)
-        value: Floats = served * (seconds + saved) / seconds / seconds
+        value: Floats = served / (flat + slope * batch + loading + computed)
         return value
 
     def _misses(self, view: ArbitrationView, experts: Floats, batch: Floats) -> Floats:

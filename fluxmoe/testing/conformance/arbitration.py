@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, ExpertDemand, Split
+from fluxmoe.core.policy import (
+    ArbitrationPolicy,
+    ArbitrationView,
+    ExpertDemand,
+    PrefixDemand,
+    Split,
+)
 from fluxmoe.core.types import Budget
 from fluxmoe.testing.conformance.audit import AuditedArbitration, gather
 from fluxmoe.testing.conformance.common import (
@@ -70,7 +76,7 @@ def _steps(total: int, count: int = 240) -> Iterator[ArbitrationView]:
     rng = np.random.default_rng(7)
     demand = ExpertDemand(frames=total / 100, pages=80)
     preemptions = hits = 0
-    curve = np.zeros(0)
+    curve, prefixes = np.zeros(0), np.linspace(0.0, 0.9, 65)
     for step in range(count):
         part = step * 6 // count
         busy = part in (1, 2, 3)
@@ -93,7 +99,7 @@ def _steps(total: int, count: int = 240) -> Iterator[ArbitrationView]:
             kv_cached_frames=total * (0, 0, 1, 1, 5, 0)[part] // 16,
             preemptions=preemptions,
             tokens=running if busy else 0,
-            prefix_hits=hits,
+            prefixes=PrefixDemand(2 * hits, hits, float(total), prefixes if hits else np.zeros(0)),
             step_seconds=seconds,
             stall_seconds=stall,
             experts=replace(

@@ -1,0 +1,81 @@
+"""The prefix curve against prefix caches of every size that really forget the oldest block."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluxmoe.core.policy import PrefixDemand
+from fluxmoe.core.prefixes import POINTS, PrefixCurve
+
+BLOCKS = 64
+
+
+def hashes(talk: int, count: int) -> list[bytes]:
+    """The first blocks of a conversation."""
+    return [hashlib.sha256(f"{talk}:{block}".encode()).digest() for block in range(count)]
+
+
+def lru(requests: list[tuple[int, int]], blocks: int) -> int:
+    """Blocks found by a cache of that size, each request ending before the next begins."""
+    cache: list[bytes] = []
+    found = 0
+    for talk, count in requests:
+        names = hashes(talk, count)
+        found += sum(name in cache for name in names)
+        cache = [name for name in cache if name not in names] + names[::-1]
+        cache = cache[max(0, len(cache) - blocks) :]
+    return found
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(1, 8)), min_size=1, max_size=60))
+def test_it_is_what_caches_of_every_size_find(requests):
+    curve = PrefixCurve(BLOCKS, window=10**9)
+    for talk, count in requests:
+        curve.admitted(hashes(talk, count))
+        curve.freed(hashes(talk, count))
+    asked = sum(count for _, count in requests)
+    for point, share in enumerate(curve.curve()):
+        assert share == pytest.approx(lru(requests, point * BLOCKS // (POINTS - 1)) / asked)
+
+
+def test_a_sample_of_the_blocks_sees_the_cliff():
+    # 100 talks in turn, 10 blocks each: with less than 1000 blocks nothing is found, with more all.
+    curve = PrefixCurve(4000, sampled=400)
+    for _ in range(8):
+        for talk in range(100):
+            curve.admitted(hashes(talk, 10))
+    demand = PrefixDemand(0, 0, 4000.0, curve.curve())
+    assert demand.hit_ratio(700) == 0
+    assert demand.hit_ratio(1300) > 0.95
+    assert np.all(np.diff(curve.curve()) >= 0)
+
+
+def test_blocks_that_a_request_has_filled_are_found_by_the_next():
+    curve = PrefixCurve(BLOCKS)
+    curve.admitted(hashes(0, 2))
+    curve.freed(hashes(0, 6))
+    assert curve.curve()[-1] == 0
+    curve.admitted(hashes(0, 6))
+    assert curve.curve()[-1] == pytest.approx(6 / 8, rel=0.01)
+
+
+def test_what_was_long_ago_counts_less():
+    curve = PrefixCurve(BLOCKS, window=16)
+    for talk in range(100):
+        curve.admitted(hashes(talk, 4))
+    for _ in range(100):
+        curve.admitted(hashes(0, 4))
+    assert curve.curve()[-1] > 0.95
+
+
+def test_nothing_is_known_before_anything_was_asked():
+    curve = PrefixCurve(BLOCKS)
+    curve.admitted([])
+    assert curve.curve().size == 0
+    assert PrefixDemand(curve=curve.curve()).hit_ratio([1.0, 2.0]).tolist() == [0.0, 0.0]
+    assert PrefixDemand().hit_ratio(3) == 0
