@@ -72,7 +72,7 @@ def phases() -> list[Phase]:
     def turns(sessions: int, count: int) -> tuple[tuple[Prompt, ...], ...]:
         talks = [tokens(BLOCK * count) for _ in range(sessions)]
         return tuple(
-            tuple(Prompt(talk[: BLOCK * turn] + tokens(12), 16, temperature=1.0) for talk in talks)
+            tuple(Prompt(talk[: BLOCK * turn] + tokens(12), 17, temperature=1.0) for talk in talks)
             for turn in range(1, count + 1)
         )
 

@@ -6,14 +6,12 @@ A policy that raises, takes too long or answers nonsense changes nothing: the pr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 
 from fluxmoe.core.guard import FaultCounter, PolicyGuard
 from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
-from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split, read_only
+from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
 
 
 class ArbitrationGuard(PolicyGuard):
@@ -32,7 +30,7 @@ class ArbitrationGuard(PolicyGuard):
 
     def split(self, view: ArbitrationView) -> Split:
         """What the policy wants, or the present split after a fault."""
-        answer = self._faults.answer("split", self._policy.split, _frozen(view))
+        answer = self._faults.answer("split", self._policy.split, view)
         if answer is None:
             return Split(view.frames)
         problem = _problem(answer, view)
@@ -41,17 +39,6 @@ class ArbitrationGuard(PolicyGuard):
             return Split(view.frames)
         assert isinstance(answer, Split)
         return Split({name: int(count) for name, count in answer.frames.items()}, answer.reason)
-
-
-def _frozen(view: ArbitrationView) -> ArbitrationView:
-    """The view as a policy gets it: nothing in it can be written to."""
-    curve = read_only(view.experts.curve)
-    return replace(
-        view,
-        frames=MappingProxyType(dict(view.frames)),
-        bounds=MappingProxyType(dict(view.bounds)),
-        experts=replace(view.experts, curve=curve),
-    )
 
 
 def _problem(answer: object, view: ArbitrationView) -> str:

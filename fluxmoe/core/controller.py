@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Protocol
 
 from fluxmoe.core.arbitration import ArbitrationGuard
@@ -103,7 +104,7 @@ class SplitController:
         self._groups = set(range(inventory.groups))
         self._frames = self._counted()
         self._limit = inventory.frames
-        self._bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
+        self._bounds = MappingProxyType({EXPERTS: inventory.experts, KV: inventory.kv})
         #: What was set by hand; None if nothing ever was.
         self._by_hand: ByHand | None = None
         self._pause_per_frame = 0.0
@@ -129,8 +130,9 @@ class SplitController:
         """The split that all workers have confirmed: tenant → frames."""
         return dict(self._frames)
 
-    def _counted(self) -> dict[str, int]:
-        return {EXPERTS: self._expert_frames(self._slots), KV: self._kv_frames(self._groups)}
+    def _counted(self) -> Mapping[str, int]:
+        experts, kv = self._expert_frames(self._slots), self._kv_frames(self._groups)
+        return MappingProxyType({EXPERTS: experts, KV: kv})
 
     @property
     def policy(self) -> str:
@@ -161,15 +163,18 @@ class SplitController:
         experts = _within(self._inventory.experts, limits.experts_min, limits.experts_max)
         if experts.min + kv.min > total:  # both cannot be had: the KV cache wins
             experts = replace(experts, min=total - kv.min)
-        self._bounds = {EXPERTS: experts, KV: kv}
+        self._bounds = MappingProxyType({EXPERTS: experts, KV: kv})
 
     # --- every step ------------------------------------------------------------------------------
 
-    def step(self, view: ArbitrationView, answers: Iterable[Answer]) -> Order | None:
+    def step(
+        self, make_view: Callable[..., ArbitrationView], answers: Iterable[Answer]
+    ) -> Order | None:
         """Before each step of the engine.
 
         Args:
-            view: The state of the engine; what the controller knows itself is filled in here.
+            make_view: Makes the state of the engine from what the controller knows itself:
+                ``frames``, ``total_frames``, ``bounds`` and ``kv_used_frames``.
             answers: What the workers have said since.
 
         Returns:
@@ -181,9 +186,8 @@ class SplitController:
         layout = self._inventory.layout
         self._steps += 1
         used = -(-self._blocks.used() * layout.block_bytes // layout.frame_bytes)
-        frames = self.frames
-        view = replace(
-            view,
+        frames = self._frames
+        view = make_view(
             frames=frames,
             total_frames=max(self._limit, self._least()),
             bounds=self._bounds,
@@ -198,7 +202,7 @@ class SplitController:
             move = self._plan(self._within(split, view), view)
             if move is not None:
                 # Also where a policy that wants nothing gets what a person took from the other.
-                told = self._by_hand is not None and dict(split.frames) == frames
+                told = self._by_hand is not None and split.frames == frames
                 self._report(move, split, by_hand=over or told)
                 self._mover.begin(move)
         return self._mover.order()

@@ -14,7 +14,7 @@ from fluxmoe.core.protocol import Answer, ByHand
 from fluxmoe.core.types import PageClass
 
 #: Points of the curve that is sent, and the steps from one to the next.
-POINTS, EVERY = 65, 8
+POINTS, EVERY = 65, 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class MissRatioCurve:
         pages: Pages of the model.
         experts: Experts per layer.
         every: Events from one sample to the next, on average; 1 = all. By default so many that the
-            sampling costs about a microsecond per event.
+            sampling costs less than a microsecond per event.
         window: Samples after which the weight of older ones has fallen to 1/e; 0 = never.
         seed: The distances between samples are random, so that no layer is preferred.
     """
@@ -109,7 +109,7 @@ class MissRatioCurve:
         seed: int = 0,
     ) -> None:
         self._pages = pages
-        self._every = max(1, pages // 48) if every is None else every
+        self._every = max(4, pages // 48) if every is None else every
         self._growth = 1.0 + 1.0 / window if window else 1.0
         self._random = random.Random(seed)
         self._seen = np.zeros(experts, np.int64)

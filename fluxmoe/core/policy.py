@@ -16,6 +16,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
@@ -254,6 +255,9 @@ class ExpertDemand:
     load_seconds: float = 0.0
     curve: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
+    def __post_init__(self) -> None:
+        _lock_curve(self)
+
     def miss_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """The curve at that many frames, one number or many; zero before anything is known."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames * self.pages)
@@ -277,9 +281,18 @@ class PrefixDemand:
     frames: float = 0.0
     curve: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
+    def __post_init__(self) -> None:
+        _lock_curve(self)
+
     def hit_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """The curve at that much KV cache, one number or many; zero before anything is known."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames)
+
+
+def _lock_curve(demand: ExpertDemand | PrefixDemand) -> None:
+    """Nothing that a policy is shown can be written to."""
+    if demand.curve.flags.writeable:
+        object.__setattr__(demand, "curve", read_only(demand.curve))
 
 
 def _at(
@@ -295,7 +308,7 @@ def _at(
 
 @dataclass(frozen=True, slots=True)
 class ArbitrationView:
-    """What an arbitration policy may see between two steps.
+    """What an arbitration policy may see between two steps. Nothing in it changes.
 
     Attributes:
         frames: Tenant → frames it owns.
@@ -305,6 +318,8 @@ class ArbitrationView:
         waiting_requests, running_requests: In the engine's queues.
         max_running_requests: What the engine allows to run at once.
         kv_used_frames: KV cache in use by requests, without merely cached blocks.
+        request_frames: KV cache that a request needs at its end, as far as can be foreseen from
+            the prompts that are known and from how long answers have become; 0 before one ended.
         kv_cached_frames: KV cache that only holds prefixes nobody uses at present.
         preemptions: Requests that lost their KV cache because it was full, since the start.
         tokens: Tokens computed in the last step.
@@ -322,6 +337,7 @@ class ArbitrationView:
     running_requests: int = 0
     max_running_requests: int = 0
     kv_used_frames: int = 0
+    request_frames: float = 0.0
     kv_cached_frames: int = 0
     preemptions: int = 0
     tokens: int = 0
@@ -329,6 +345,12 @@ class ArbitrationView:
     stall_seconds: float = 0.0
     experts: ExpertDemand = ExpertDemand()
     prefixes: PrefixDemand = PrefixDemand()
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "bounds"):
+            given = getattr(self, name)
+            if not isinstance(given, MappingProxyType):
+                object.__setattr__(self, name, MappingProxyType(dict(given)))
 
 
 class ArbitrationPolicy(ABC):

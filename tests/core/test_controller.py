@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ class World:
 
     def step(self) -> None:
         order = self.controller.step(
-            ArbitrationView({}, 0, step_seconds=1.0, running_requests=self.running), self.answers
+            partial(ArbitrationView, step_seconds=1.0, running_requests=self.running), self.answers
         )
         answers = [follower.receive(order) for follower in self.followers]
         self.answers = [answer for answer in answers if answer is not None]

@@ -17,13 +17,19 @@ def scheduled(watch, **tokens):
     )
 
 
-def request(name, tokens=100, blocks=()):
-    return SimpleNamespace(request_id=name, num_tokens=tokens, block_hashes=list(blocks))
+def request(name, tokens=100, blocks=(), prompt=100, limit=1000):
+    return SimpleNamespace(
+        request_id=name,
+        num_tokens=tokens,
+        num_prompt_tokens=prompt,
+        max_tokens=limit,
+        block_hashes=list(blocks),
+    )
 
 
 def test_tokens_are_those_of_the_step_whose_time_is_known():
     watch = RequestWatch()
-    watch.arrived("a")
+    watch.arrived(request("a"))
     scheduled(watch, a=300)
     assert (watch.running, watch.computed) == (1, 0)
     scheduled(watch, a=1)
@@ -32,14 +38,14 @@ def test_tokens_are_those_of_the_step_whose_time_is_known():
 
 def test_a_rest_is_a_time_without_requests_between_two_steps():
     watch = RequestWatch()
-    watch.arrived("a")
+    watch.arrived(request("a"))
     scheduled(watch, a=1)
     assert not watch.rested
     watch.gone(request("a"))
-    watch.arrived("b")
+    watch.arrived(request("b"))
     scheduled(watch, b=1)
     assert watch.rested
-    watch.arrived("c")
+    watch.arrived(request("c"))
     watch.gone(request("b"))
     scheduled(watch, c=1)
     assert not watch.rested
@@ -49,7 +55,7 @@ def test_prompts_count_when_they_are_admitted_and_their_blocks_are_remembered():
     watch = RequestWatch()
     watch.prefixes = PrefixCurve(16)
     blocks = [bytes([i] * 8) for i in range(3)]
-    watch.arrived("a")
+    watch.arrived(request("a"))
     watch.looked_up("a", 0)
     watch.looked_up("a", 32)  # it had to wait: only the last look counts
     assert (watch.prompt_tokens, watch.prefix_hits) == (0, 0)
@@ -58,6 +64,25 @@ def test_prompts_count_when_they_are_admitted_and_their_blocks_are_remembered():
     watch.gone(request("a", 140, blocks))
     watch.admitted(request("b", 100, blocks))
     assert watch.prefixes.curve()[-1] > 0.5
+
+
+def test_the_size_of_requests_is_foreseen_from_those_that_ended():
+    watch = RequestWatch()
+    watch.arrived(request("a", prompt=100))
+    assert watch.foreseen_tokens == 0  # nobody knows how long answers are
+    watch.gone(request("a", tokens=100, prompt=100))  # aborted before it said a word
+    watch.arrived(request("b", prompt=100))
+    assert watch.foreseen_tokens == 0
+    watch.gone(request("b", tokens=160))
+    watch.arrived(request("c", prompt=20))
+    assert watch.foreseen_tokens == 20 + 60
+    watch.arrived(request("d", prompt=40))
+    assert watch.foreseen_tokens == 30 + 60
+    watch.gone(request("c", tokens=21))
+    watch.gone(request("d", tokens=41))
+    assert 30 + 50 < watch.foreseen_tokens < 30 + 60  # as it was last, while nobody asks anything
+    watch.arrived(request("e", prompt=10, limit=5))
+    assert watch.foreseen_tokens == 10 + 5  # a request says how much it wants at most
 
 
 def test_without_arbitration_nobody_follows_prefixes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fluxmoe import plugins
@@ -28,6 +29,8 @@ class Arbitration:
         manager: vLLM's ``KVCacheManager``.
         watermark: vLLM's setting of that name.
         max_running: Requests that vLLM runs at once at most.
+        block_tokens: Tokens per KV block.
+        requests: What the scheduler says of requests.
 
     Raises:
         InvariantError: The workers do not have the same.
@@ -41,6 +44,7 @@ class Arbitration:
         *,
         watermark: float,
         max_running: int,
+        block_tokens: int,
         requests: RequestWatch,
     ) -> None:
         inventory = inventories[0]
@@ -59,6 +63,7 @@ class Arbitration:
             inventory.page_class, inventory.geometry.num_pages, inventory.layout.frame_bytes
         )
         self._layout, self._max_running = inventory.layout, max_running
+        self._block_tokens = block_tokens
         self._requests = requests
         requests.prefixes = self._prefixes = PrefixCurve(inventory.layout.blocks)
         self._reports: list[StepReport] = []
@@ -72,15 +77,17 @@ class Arbitration:
         self._demand.update(reports)
         self._obey(reports)
         requests, layout = self._requests, self._layout
-        cached = self.balloon.cached() * layout.block_bytes // layout.frame_bytes
-        view = ArbitrationView(
-            frames={},
-            total_frames=0,
+        per_block = layout.block_bytes / layout.frame_bytes
+        # On average the last block of a request is half full.
+        foreseen = requests.foreseen_tokens and requests.foreseen_tokens / self._block_tokens + 0.5
+        make_view = partial(
+            ArbitrationView,
             step=self._steps,
             waiting_requests=requests.waiting,
             running_requests=requests.running,
             max_running_requests=self._max_running,
-            kv_cached_frames=cached,
+            request_frames=foreseen * per_block,
+            kv_cached_frames=int(self.balloon.cached() * per_block),
             preemptions=requests.preemptions,
             tokens=requests.computed,
             step_seconds=self._clock.seconds,
@@ -89,11 +96,12 @@ class Arbitration:
             prefixes=PrefixDemand(
                 requests.prompt_tokens,
                 requests.prefix_hits,
-                layout.blocks * layout.block_bytes / layout.frame_bytes,
+                layout.blocks * per_block,
                 self._prefixes.curve(),
             ),
         )
-        order = self.controller.step(view, [r.answer for r in reports if r.answer is not None])
+        answers = [report.answer for report in reports if report.answer is not None]
+        order = self.controller.step(make_view, answers)
         self._steps += 1
         return order
 

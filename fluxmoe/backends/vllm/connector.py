@@ -178,11 +178,12 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
             self._manager,
             watermark=scheduler.watermark,
             max_running=scheduler.max_num_seqs,
+            block_tokens=self._config.cache_config.block_size,
             requests=self._requests,
         )
 
     def on_new_request(self, request: Any) -> None:
-        self._requests.arrived(request.request_id)
+        self._requests.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int

@@ -36,9 +36,9 @@ class MarginalOptions(BaseModel):
     dwell: int = Field(default=64, ge=0)
     """Steps before the direction may be reversed, unless requests wait for KV cache."""
     headroom: float = Field(default=0.25, ge=0)
-    """KV cache beyond what requests use, as a share of it: they grow."""
+    """KV cache beyond what requests use, as a share of it, while it is unknown how they grow."""
     interval: int = Field(default=4, ge=1)
-    """Steps from one comparison to the next."""
+    """Steps from one comparison to the next, four times as many while nothing happens."""
     window: int = Field(default=32, ge=1)
     """Steps to average over."""
 
@@ -62,14 +62,22 @@ class Marginal(ArbitrationPolicy):
     def reset(self) -> None:
         self._model = StepModel(self._window)
         self._wish: Split | None = None
-        self._turned, self._direction, self._seen, self._present = 0, 0, 0, -1
+        self._turned, self._direction, self._present = 0, 0, -1
+        self._steps: list[ArbitrationView] = []  # since the last comparison
+        self._load = (0, 0)
 
     def split(self, view: ArbitrationView) -> Split:
-        self._model.observe(view)
-        if not view.running_requests:
+        self._steps.append(view)
+        load = view.running_requests, view.waiting_requests
+        calm = load == self._load and self._wish is None
+        if len(self._steps) < self._interval * (4 if calm else 1):
             return self._wish_within(view)
-        self._seen += 1
-        if self._seen % self._interval or not self._model.ready:
+        self._load = load
+        # Many steps at once cost hardly more than one: this code has left the processor's caches.
+        for step in self._steps:
+            self._model.observe(step)
+        self._steps.clear()
+        if not view.running_requests or not self._model.ready:
             return self._wish_within(view)
         present, before = view.frames["experts"], self._present
         self._present = present
@@ -95,7 +103,7 @@ class Marginal(ArbitrationPolicy):
         wanted = int(experts[best])
         self._wish = Split(
             {"experts": wanted, "kv": view.total_frames - wanted},
-            self._model.words(view, here, float(values[best])),
+            self._model.words(view, self._headroom, here, float(values[best])),
         )
         return self._wish
 
@@ -141,12 +149,11 @@ class StepModel:
     def observe(self, view: ArbitrationView) -> None:
         """Take in the last step, and how many requests run in the next."""
         running, self._running = self._running, view.running_requests
-        # What the requests need is seen at once and forgotten slowly: a burst must not wait, but
-        # where one wave of requests ends the next may begin, and young ones will grow.
-        each = view.kv_used_frames / max(view.running_requests, 1)
+        # How many requests there are is seen at once and forgotten slowly: a burst must not wait,
+        # but where one wave of requests ends the next may begin.
         demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
-        self._hold("request", each)
-        self._hold("demand", demand)
+        self._average("demand", demand)
+        self._averages["demand"] = max(self._averages["demand"], demand)
         if not view.tokens or not running:
             return
         compute = max(view.step_seconds - view.stall_seconds, 1e-9)
@@ -176,10 +183,6 @@ class StepModel:
         old = self._averages.get(name, value)
         self._averages[name] = old + (value - old) * (1 - self._keep) / slower
 
-    def _hold(self, name: str, value: float) -> None:
-        self._average(name, value)
-        self._averages[name] = max(self._averages[name], value)
-
     def line(self) -> tuple[float, float]:
         """Seconds of a decode step: without requests, and per request."""
         n, x, y, xx, xy = (sum(column, 0.0) for column in zip(*self._sums, strict=True))
@@ -200,10 +203,7 @@ class StepModel:
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
         """Expected tokens per second with so many frames for experts."""
         kv = view.total_frames - experts
-        # A full KV cache is full of requests of all ages; else those that run will grow.
-        full = view.waiting_requests and view.running_requests < view.max_running_requests
-        each = max(self._averages["request"], 1e-9) * (1.0 if full else 1 + headroom)
-        batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
+        batch = np.clip(kv / self._each(view, headroom), 1.0, max(self._averages["demand"], 1.0))
         flat, slope = self.line()
         loading = self._misses(view, experts, batch) * view.experts.load_seconds
         # Of the prompts, what the prefix cache does not find.
@@ -212,6 +212,15 @@ class StepModel:
         served = batch if goal == "throughput" else np.ones_like(batch)
         value: Floats = served / (flat + slope * batch + loading + computed)
         return value
+
+    def _each(self, view: ArbitrationView, headroom: float) -> float:
+        """Frames that a request needs."""
+        each = view.kv_used_frames / max(view.running_requests, 1)
+        if view.request_frames:
+            return max(each, view.request_frames)
+        # A full KV cache is full of requests of all ages; else those that run will grow.
+        full = view.waiting_requests and view.running_requests < view.max_running_requests
+        return max(each, 1e-9) * (1.0 if full else 1 + headroom)
 
     def _misses(self, view: ArbitrationView, experts: Floats, batch: Floats) -> Floats:
         """Pages missed per step: the curve, scaled to what this eviction policy really misses."""
@@ -225,13 +234,13 @@ class StepModel:
         misses: Floats = np.minimum(used * ratio * min(max(scale, 0.25), 4.0), used)
         return misses
 
-    def words(self, view: ArbitrationView, here: float, there: float) -> str:
+    def words(self, view: ArbitrationView, headroom: float, here: float, there: float) -> str:
         """The numbers behind a decision."""
         flat, slope = self.line()
         return (
             f"{there:.1f} expected tokens/s instead of {here:.1f}: "
             f"{view.running_requests} running, {view.waiting_requests} waiting, "
-            f"{self._averages['request']:.1f} frames each; "
+            f"{self._each(view, headroom):.1f} frames each; "
             f"step {flat * 1e3:.1f} ms + {slope * 1e3:.2f} ms per request; "
             f"{self._averages['misses']:.1f} misses at {view.experts.load_seconds * 1e6:.0f} µs"
         )
