@@ -15,7 +15,8 @@ PYTHON      ?=
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 # Test processes; files are never split, because their tests share an engine. One more than there
-# are cores, because engines that start leave theirs idle now and then.
+# are cores, because engines that start leave theirs idle now and then. tests/conftest.py says which
+# files start first; pytest-xdist would begin with those of many tests, however short.
 JOBS        ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && n=4; echo $$((n + 1)))
 DEMO_ARGS   ?=
 TRITON_SPEC ?= triton==3.9.0
@@ -71,7 +72,7 @@ demo: $(READY)  ## stock vLLM and FluxMoE at the same memory budget, compared
 	$(BIN)/fluxmoe demo $(DEMO_ARGS)
 
 test: $(READY)  ## the test suite (real CPU vLLM included)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 $(TRITON)/.installed: $(LOCKED)
 	@rm -rf $(TRITON)

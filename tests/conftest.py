@@ -1,6 +1,8 @@
-"""Shared by all tests: how Hypothesis runs, and the identity matrix at the end of the output."""
+"""Shared by all tests: how Hypothesis runs, in which order files start, the identity matrix at
+the end of the output."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,6 +15,34 @@ settings.register_profile(
     "fluxmoe", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))
 )
 settings.load_profile("fluxmoe")
+
+#: Files that take a minute or more. They start first: one that started late would run alone.
+LONGEST = (
+    "vllm/test_identity_matrix.py",
+    "docs/test_snippets.py",
+    "vllm/test_arbitration.py",
+    "vllm/test_leaks.py",
+    "core/test_pager.py",
+    "vllm/test_control.py",
+    "vllm/test_move_faults.py",
+    "vllm/test_server_pair.py",
+    "vllm/test_errors.py",
+    "docs/test_tutorial.py",
+    "docs/test_complete.py",
+    "torch/test_compiled.py",
+    "vllm/test_serve.py",
+    "fuzz/test_fuzz.py",
+    "testing/test_conformance.py",
+    "test_examples.py",
+    "vllm/test_plugin.py",
+    "test_demo.py",
+    "vllm/test_three_lines.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {Path(__file__).parent / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

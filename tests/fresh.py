@@ -51,11 +51,11 @@ def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Pa
     # Last on the path, so that the wheels come first; .pth files over there are not followed.
     others = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))
     (site / "others.pth").write_text("".join(f"{path}\n" for path in others))
-    _take_machine_code(site)
+    take_machine_code(site)
     return python
 
 
-def _take_machine_code(site: Path) -> None:
+def take_machine_code(site: Path) -> None:
     """Spare the wheel the minute in which numba makes again what it has made for the checkout.
 
     It knows a source by its time and size, and so the same source gets the same time.

@@ -148,6 +148,7 @@ def bare(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [wheel] = built.glob("*.whl")
     quiet = "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"
     do(sys.executable, "-m", "pip", "--python", python, "install", *quiet, wheel, cwd=home)
+    fresh.take_machine_code(site)
     return home
 
 

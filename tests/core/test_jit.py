@@ -15,12 +15,15 @@ import pytest
 import fluxmoe
 from fluxmoe.core.jit import jit
 
+#: Few functions, of two files: every run below compiles them anew.
 COUNT = """
 import numpy as np
-from tests.core.test_event import make
-rule = make()
-rule.run(0, 0, np.array([0, 1]))
-print(rule.table.counters().misses, rule.table.books.counts.tolist())
+from fluxmoe.core.event import open_event
+from fluxmoe.core.pages import PageTable
+from fluxmoe.core.types import Geometry
+table = PageTable(Geometry(4, 4), [6])
+open_event(table.books, 0, 0, np.array([0, 1]), np.zeros(0, np.int32))
+print(table.counters().misses, table.books.counts.tolist())
 """
 
 
@@ -29,7 +32,6 @@ def copy(tmp_path: Path) -> Path:
     """A copy of the package, that may be changed, without machine code."""
     no_cache = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(fluxmoe.__file__).parent, tmp_path / "fluxmoe", ignore=no_cache)
-    shutil.copytree(Path(__file__).parents[1], tmp_path / "tests", ignore=no_cache)
     return tmp_path
 
 

@@ -119,6 +119,10 @@ def _spend(view):
     return fluxmoe.Split(view.frames)
 
 
+def _none(self, view, access):
+    return [False] * len(access.pages)
+
+
 def _slow(self, view, pages):
     time.sleep(0.006)
 
@@ -256,7 +260,7 @@ EVICTION = [
     ),
     (TwoMinds, "agrees", "to score_kernel"),
     (spoilt(Eviction, needs_future=True), "foresight", "never read"),
-    (spoilt(Eviction, on_load=_slow), "fast", "its fastest call took"),
+    (spoilt(Eviction, retain=_none, on_evict=_slow), "fast", "its fastest call took"),
 ]
 
 PREFETCH = [

@@ -75,6 +75,13 @@ def eager(checkpoint: Path) -> Iterator[ChildEngine]:
         yield engine
 
 
+@pytest.fixture
+def borrowed(eager: ChildEngine, checkpoint: Path) -> Iterator[ChildEngine]:
+    """``eager`` for a test that restarts it with another model; the others get theirs back."""
+    yield eager
+    eager.restart(model=checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER)
+
+
 @pytest.fixture(scope="session")
 def stock_outputs(eager: ChildEngine) -> Outputs:
     """What eager stock vLLM answers to ``BATCHES``."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
@@ -99,9 +99,9 @@ def books(worker: Any) -> tuple[dict[str, int], int]:
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Iterator[ChildEngine]:
-    with ChildEngine(checkpoint, kv_cache_memory_bytes=KV_BYTES, **FEW) as engine:
-        yield engine
+def engine(eager: ChildEngine) -> ChildEngine:
+    eager.restart(kv_cache_memory_bytes=KV_BYTES, **FEW)
+    return eager
 
 
 @pytest.fixture(scope="module")
@@ -213,18 +213,33 @@ def test_compiled(engine: ChildEngine) -> None:
     assert sum(engine.call("arbitration")["changes"].values()) >= 60
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_scheduler_and_workers_in_processes_of_their_own(checkpoint: Path, workers: int) -> None:
+def in_step(engine: ChildEngine, workers: int) -> None:
+    """All workers have carried out the same orders, and many."""
+    everyone = engine.call("everyone")
+    assert len(everyone) == workers
+    assert everyone[0]["orders"] >= 100  # two for each move
+    for key in ("orders", "slots", "kv_bytes", "expert_bytes", "committed_bytes"):
+        assert len({stats[key] for stats in everyone}) == 1, key
+
+
+def family(engine: ChildEngine) -> list[psutil.Process]:
+    """The processes of an engine of three or more: client, scheduler, workers."""
+    client = psutil.Process(engine._process.pid)
+    everyone = [client, *client.children(recursive=True)]
+    # Not that one of multiprocessing that waits for all others to go.
+    return [p for p in everyone if "resource_tracker" not in " ".join(p.cmdline())]
+
+
+def test_scheduler_and_worker_in_processes_of_their_own(checkpoint: Path) -> None:
+    """``test_move_faults`` has two workers; ``test_leaks`` has a client that is killed."""
     few = TRAFFIC[:16]
-    options = {**FEW, "tensor_parallel_size": workers}
     with ChildEngine(
-        checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **options
+        checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **FEW
     ) as engine:
         stock = engine.generate(few)
-        engine.restart(fluxmoe=config(), **options)
+        engine.restart(fluxmoe=config(), **FEW)
         same(engine.generate(few), stock)
-        everyone = engine.call("everyone")
-        assert len(everyone) == workers
-        assert everyone[0]["orders"] >= 100  # two for each move
-        for key in ("orders", "slots", "kv_bytes", "expert_bytes", "committed_bytes"):
-            assert len({stats[key] for stats in everyone}) == 1, key
+        in_step(engine, workers=1)
+        processes = family(engine)
+        assert len(processes) >= 3
+    assert psutil.wait_procs(processes, timeout=20)[1] == []

@@ -34,44 +34,45 @@ def limit(engine: ChildEngine, **limits: Any) -> dict[str, Any]:
     return answer
 
 
-def test_limits_while_requests_run_change_no_token(checkpoint: Path) -> None:
-    with ChildEngine(checkpoint, kv_cache_memory_bytes=KV_BYTES, **FEW) as engine:
-        stock = engine.generate(TRAFFIC)
-        engine.restart(fluxmoe=FIXED, **FEW)
-        begun, budget = limit(engine)["split"], FIXED["memory"]["budget"]
-        same(engine.generate(TRAFFIC, watch=True), stock)
-        assert limit(engine)["split"] == begun  # nobody wanted anything
-        for limits in (
-            {"kv": {"max": budget // 4}},
-            {"experts": {"max": budget // 3}},
-            {"kv": {"min": budget // 2}},
-            {"budget": budget * 3 // 4},
-            {},
-        ):
-            assert "error" not in limit(engine, **limits)
-            same(engine.generate(TRAFFIC, watch=True), stock)
-            state = engine.call("arbitration")
-            split, (frames, allocated) = limit(engine)["split"], engine.call("rpc", books)
-            assert frames == state["frames"]
-            assert allocated == sum(split.values()) <= limits.get("budget", budget)
-            for tenant in ("experts", "kv"):
-                bounds = limits.get(tenant, {})
-                assert bounds.get("min", 0) <= split[tenant] <= bounds.get("max", budget), limits
-        assert state["faults"] == state["failures"] == 0
-        assert sum(state["changes"].values()) > 4
-        assert "limits set by hand" in engine.call("told")[-1]
+def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
+    few = TRAFFIC[:24]
+    eager.restart(kv_cache_memory_bytes=KV_BYTES, **FEW)
+    stock = eager.generate(few)
+    eager.restart(fluxmoe=FIXED, **FEW)
+    begun, budget = limit(eager)["split"], FIXED["memory"]["budget"]
+    same(eager.generate(few, watch=True), stock)
+    assert limit(eager)["split"] == begun  # nobody wanted anything
+    for limits in (
+        {"kv": {"max": budget // 4}},
+        {"experts": {"max": budget // 3}},
+        {"kv": {"min": budget // 2}},
+        {"budget": budget * 3 // 4},
+        {},
+    ):
+        assert "error" not in limit(eager, **limits)
+        same(eager.generate(few, watch=True), stock)
+        state = eager.call("arbitration")
+        split, (frames, allocated) = limit(eager)["split"], eager.call("rpc", books)
+        assert frames == state["frames"]
+        assert allocated == sum(split.values()) <= limits.get("budget", budget)
+        for tenant in ("experts", "kv"):
+            bounds = limits.get(tenant, {})
+            assert bounds.get("min", 0) <= split[tenant] <= bounds.get("max", budget), limits
+    assert state["faults"] == state["failures"] == 0
+    assert sum(state["changes"].values()) > 4
+    assert "limits set by hand" in eager.call("told")[-1]
 
-        for wrong, message in (
-            ({"kv": {"max": 1}}, "kv.max; give"),
-            ({"budget": 2 * budget}, "budget; give"),
-            ({"experts": {"min": budget}, "kv": {"min": budget}}, "more than the budget"),
-            ({"kv": {"max": "much"}}, "a size is needed"),
-            ({"kvs": 1}, "unknown key"),
-        ):
-            assert message in limit(engine, **wrong)["error"]["message"]
-        assert limit(engine)["limits"]["kv"] == {"min": None, "max": None}
-        engine.restart(fluxmoe=config("fixed"), **FEW)
-        assert "control: true" in limit(engine, budget="1MiB")["error"]["message"]
+    for wrong, message in (
+        ({"kv": {"max": 1}}, "kv.max; give"),
+        ({"budget": 2 * budget}, "budget; give"),
+        ({"experts": {"min": budget}, "kv": {"min": budget}}, "more than the budget"),
+        ({"kv": {"max": "much"}}, "a size is needed"),
+        ({"kvs": 1}, "unknown key"),
+    ):
+        assert message in limit(eager, **wrong)["error"]["message"]
+    assert limit(eager)["limits"]["kv"] == {"min": None, "max": None}
+    eager.restart(fluxmoe=config("fixed"), **FEW)
+    assert "control: true" in limit(eager, budget="1MiB")["error"]["message"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         settings["control"] = True
         settings["vllm"] |= {"api-key": KEY, "max-num-seqs": 8}
 
-    server = start(folder / "server", checkpoint, folder / "cache", controlled)
+    server = start(folder / "server", checkpoint, change=controlled)
     try:
         server.wait()
         yield server

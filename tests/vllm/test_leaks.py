@@ -18,6 +18,7 @@ import pytest
 from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES
+from tests.vllm.test_arbitration import family
 
 pytestmark = pytest.mark.vllm
 
@@ -144,26 +145,17 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
     engine.close()
 
 
-def family_of(checkpoint: Path) -> tuple[ChildEngine, list[psutil.Process]]:
-    """An engine of three processes: client, scheduler, worker."""
+def test_three_processes_go_together_when_one_is_killed(checkpoint: Path) -> None:
+    """And when they are closed: ``test_arbitration`` looks, at the end of its three."""
     engine = ChildEngine(checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **EAGER)
-    client = psutil.Process(engine._process.pid)
-    family = [client, *client.children(recursive=True)]
-    # Not that one of multiprocessing that waits for all others to go.
-    return engine, [p for p in family if "resource_tracker" not in " ".join(p.cmdline())]
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_three_processes_go_together(checkpoint: Path, killed: bool) -> None:
-    engine, family = family_of(checkpoint)
-    assert len(family) >= 3
+    processes = family(engine)
+    assert len(processes) >= 3
     assert len(engine.generate([Prompt([5, 6, 7], 4)]).tokens[0]) == 4
-    if killed:
-        family[0].kill()
-        with pytest.raises(EngineError, match="ended unexpectedly"):
-            engine.generate(LONG)
+    processes[0].kill()
+    with pytest.raises(EngineError, match="ended unexpectedly"):
+        engine.generate(LONG)
     engine.close()
-    assert psutil.wait_procs(family, timeout=20)[1] == []
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
 
 
 PARENT = """

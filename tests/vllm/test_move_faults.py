@@ -11,10 +11,19 @@ from typing import Any
 import psutil
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child import ChildEngine, Run
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import KV_BYTES
-from tests.vllm.test_arbitration import FEW, TRAFFIC, books, config, disturb, fail_commits, same
+from tests.vllm.test_arbitration import (
+    FEW,
+    TRAFFIC,
+    books,
+    config,
+    disturb,
+    fail_commits,
+    in_step,
+    same,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -33,9 +42,22 @@ def engine(checkpoint: Path) -> Iterator[ChildEngine]:
             yield engine
 
 
+@pytest.fixture(scope="module")
+def stock(engine: ChildEngine) -> Run:
+    """What stock answers; ``engine`` pages from then on."""
+    run = engine.generate(PROMPTS)
+    engine.restart(fluxmoe=config(), **OPTIONS)
+    return run
+
+
 def of_rank(worker: Any, rank: int, fault: Any, *args: Any) -> None:
     if worker._side._follower._rank == rank:
         fault(worker, *args)
+
+
+def undisturbed(worker: Any) -> None:
+    """The end of ``disturb``."""
+    del worker._side.receive, worker._side.report
 
 
 def die_in_a_move(worker: Any, after: int) -> None:
@@ -56,10 +78,11 @@ def undone(engine: ChildEngine) -> int:
     return Path(engine._log).read_text().count("arbitration: a move was undone")
 
 
-def test_one_worker_that_fails_or_does_not_hear_costs_no_token(engine: ChildEngine) -> None:
-    stock = engine.generate(PROMPTS)
-    engine.restart(fluxmoe=config(), **OPTIONS)
+def test_one_worker_that_fails_or_does_not_hear_costs_no_token(
+    engine: ChildEngine, stock: Run
+) -> None:
     same(engine.generate(PROMPTS), stock)
+    in_step(engine, workers=2)
     assert undone(engine) == 0
     engine.call("rpc", of_rank, 1, fail_commits, 4)
     same(engine.generate(PROMPTS), stock)
@@ -73,13 +96,13 @@ def test_one_worker_that_fails_or_does_not_hear_costs_no_token(engine: ChildEngi
     # One may have carried out an order that the other has yet to hear of; the books are each right.
     assert abs(everyone[0]["orders"] - everyone[1]["orders"]) <= 1
     engine.call("rpc", books)
+    engine.call("rpc", of_rank, 0, undisturbed)
 
 
 @pytest.mark.timeout(600)  # it must not wait for an answer that never comes
 def test_a_worker_that_dies_in_a_move_ends_the_engine_and_leaves_nothing(
-    engine: ChildEngine,
+    engine: ChildEngine, stock: Run
 ) -> None:
-    engine.restart(fluxmoe=config(), **OPTIONS)
     parent = psutil.Process(engine._process.pid)
     family = parent.children(recursive=True)
     assert len(family) >= 3  # scheduler, two workers

@@ -33,10 +33,10 @@ def test_off_is_stock_with_the_same_budget(eager: ChildEngine, stock_outputs: Ou
         eager.restart(fluxmoe={**OFF, "memory": {"budget": PAGES * PAGE}}, **EAGER)
 
 
-def test_off_serves_what_cannot_be_paged(eager: ChildEngine, tmp_path: Path) -> None:
+def test_off_serves_what_cannot_be_paged(borrowed: ChildEngine, tmp_path: Path) -> None:
     dense = checkpoints.write(tmp_path / "dense", "qwen3-dense")
-    with ChildEngine(dense, fluxmoe=OFF, **EAGER) as engine:
-        assert len(engine.generate(prompts(2)).tokens) == 2
+    borrowed.restart(model=dense, fluxmoe=OFF, **EAGER)
+    assert len(borrowed.generate(prompts(2)).tokens) == 2
 
 
 def test_an_automatic_budget(eager: ChildEngine, stock_outputs: Outputs) -> None:

@@ -104,10 +104,10 @@ def complete(server: dict[str, Any], prompt: Prompt) -> list[int]:
     return tokens
 
 
-def test_served_tokens_are_stock_tokens(server: dict[str, Any], checkpoint: Path) -> None:
+def test_served_tokens_are_stock_tokens(server: dict[str, Any], eager: ChildEngine) -> None:
     requests = prompts(24, seed=5)
-    with ChildEngine(checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER) as stock:
-        expected = stock.generate(requests).tokens
+    eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
+    expected = eager.generate(requests).tokens
     with ThreadPoolExecutor(8) as pool:  # concurrent clients: batches form as they come
         assert list(pool.map(lambda prompt: complete(server, prompt), requests)) == expected
     # And once more, from the prefix cache.

@@ -88,10 +88,10 @@ class Server:
 def start(
     folder: Path,
     checkpoint: Path,
-    cache: Path,
+    cache: Path | None = None,
     change: Callable[[dict[str, Any]], None] = lambda settings: None,
 ) -> Server:
-    """A server with a configuration that may be changed first."""
+    """A server with a configuration that may be changed first, and its own caches if told."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -112,7 +112,8 @@ def start(
     change(settings)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    environment.update(VLLM_CACHE_ROOT=str(cache), NUMBA_CACHE_DIR=str(cache / "numba"))
+    if cache is not None:
+        environment.update(VLLM_CACHE_ROOT=str(cache), NUMBA_CACHE_DIR=str(cache / "numba"))
     program = "from fluxmoe.cli import main; main()"
     log = folder / "log"
     with log.open("w") as out:
