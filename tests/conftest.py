@@ -16,22 +16,22 @@ settings.register_profile(
 )
 settings.load_profile("fluxmoe")
 
-#: Files that take a minute or more. They start first: one that started late would run alone.
+#: Files that take about a minute or more. They start first: started late, one would run alone.
 LONGEST = (
     "vllm/test_identity_matrix.py",
     "docs/test_snippets.py",
     "vllm/test_arbitration.py",
     "vllm/test_leaks.py",
-    "core/test_pager.py",
+    "fuzz/test_fuzz.py",
     "vllm/test_control.py",
     "vllm/test_move_faults.py",
     "vllm/test_server_pair.py",
+    "torch/test_identity.py",
     "vllm/test_errors.py",
     "docs/test_tutorial.py",
-    "docs/test_complete.py",
     "torch/test_compiled.py",
     "vllm/test_serve.py",
-    "fuzz/test_fuzz.py",
+    "torch/test_faulty_policies.py",
     "testing/test_conformance.py",
     "test_examples.py",
     "vllm/test_plugin.py",
