@@ -4,9 +4,9 @@ python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--polic
                             [--share S …] [--link GB/s] [--save FILE]
 
 Every engine lives through day after day in a process of its own; what a phase leaves behind (split,
-caches) is where the next one begins, so transitions are part of the figures. All engines serve a
-wave of requests before any goes on to the next, in an order that changes: a machine that is slower
-for a minute is slower for all. A quiet stream comes before the first day.
+caches) is where the next one begins, so transitions are part of the figures. All engines go through
+a phase before any goes on to the next, in an order that changes: a machine that is slower for a
+minute is slower for all. A quiet stream comes before the first day.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +27,7 @@ from rich.table import Table
 
 from benchmarks import link as link_plugin
 from benchmarks import machine, models
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
+from fluxmoe.backends.vllm.child import ChildEngine, Prompt
 from fluxmoe.demo.model import DemoModel
 
 BLOCK = 32
@@ -45,15 +44,15 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Waves of requests: those of a wave arrive together, the next wave when all are answered."""
+    """Users who ask one question after the other, each when the one before is answered."""
 
     name: str
-    waves: tuple[tuple[Prompt, ...], ...]
+    prompts: tuple[Prompt, ...]
 
     @property
     def tokens(self) -> int:
         """What is to be generated."""
-        return sum(prompt.max_tokens for wave in self.waves for prompt in wave)
+        return sum(prompt.max_tokens for prompt in self.prompts)
 
 
 def phases() -> list[Phase]:
@@ -66,22 +65,26 @@ def phases() -> list[Phase]:
     def tokens(count: int) -> list[int]:
         return [rng.randrange(3, 250) for _ in range(count)]
 
-    def wave(count: int, prompt: int, answer: int) -> tuple[Prompt, ...]:
-        return tuple(Prompt(tokens(prompt), answer, temperature=1.0) for _ in range(count))
+    def phase(name: str, users: int, asked: Callable[[], Iterable[list[int]]], size: int) -> Phase:
+        prompts: list[Prompt] = []
+        for _ in range(users):
+            for number, question in enumerate(asked()):
+                after = len(prompts) - 1 if number else None
+                prompts.append(Prompt(question, size, temperature=1.0, after=after))
+        return Phase(name, tuple(prompts))
 
-    def turns(sessions: int, count: int) -> tuple[tuple[Prompt, ...], ...]:
-        talks = [tokens(BLOCK * count) for _ in range(sessions)]
-        return tuple(
-            tuple(Prompt(talk[: BLOCK * turn] + tokens(12), 17, temperature=1.0) for talk in talks)
-            for turn in range(1, count + 1)
-        )
+    def talks() -> Iterable[list[int]]:
+        """Three conversations of ten turns: each prompt is all that was said before, and more."""
+        for _ in range(3):
+            said = tokens(10 * BLOCK)
+            yield from (said[: turn * BLOCK] + tokens(12) for turn in range(1, 11))
 
     return [
-        Phase("long contexts", (wave(32, 128, 256), wave(32, 128, 256))),
-        Phase("chat at 64", (wave(224, 24, 72), wave(256, 24, 72))),
-        Phase("quiet stream", tuple(wave(1, 24, 344) for _ in range(8))),
-        Phase("prefix-heavy turns", sum((turns(40, 10) for _ in range(3)), ())),
-        Phase("long contexts again", (wave(32, 128, 256), wave(32, 128, 256))),
+        phase("long contexts", 32, lambda: [tokens(128) for _ in range(2)], 256),
+        phase("chat at 64", 64, lambda: [tokens(24) for _ in range(8)], 72),
+        phase("quiet stream", 1, lambda: [tokens(24) for _ in range(8)], 344),
+        phase("prefix-heavy turns", 40, talks, 17),
+        phase("long contexts again", 32, lambda: [tokens(128) for _ in range(2)], 256),
     ]
 
 
@@ -119,20 +122,13 @@ class Lived:
 
 def live(engines: dict[str, ChildEngine], phase: Phase, at_once: int = 1) -> dict[str, Lived]:
     """All engines go through a phase, with what the phases before have left behind."""
-    runs: dict[str, list[Run]] = {name: [] for name in engines}
 
-    def serve(name: str, wave: tuple[Prompt, ...]) -> None:
-        runs[name].append(engines[name].generate(wave, cold=False))
+    def serve(engine: ChildEngine) -> Lived:
+        run = engine.generate(phase.prompts, cold=False)
+        return Lived(phase.tokens / run.seconds, run.steps)
 
-    for number, wave in enumerate(phase.waves):
-        first = number % len(engines)
-        names = [*engines][first:] + [*engines][:first]
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(serve, names, repeat(wave)))
-    return {
-        name: Lived(phase.tokens / sum(run.seconds for run in each), sum(run.steps for run in each))
-        for name, each in runs.items()
-    }
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(engines, pool.map(serve, engines.values()), strict=True))
 
 
 def main(argv: list[str]) -> None:
@@ -148,7 +144,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
     day = [phase for phase in phases() if not arguments.phase or phase.name in arguments.phase]
-    seen: dict[str, list[list[Lived]]] = {}
     changes: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         model = replace(models.get(arguments.model, Path(scratch)), block_tokens=BLOCK)
@@ -158,14 +153,19 @@ def main(argv: list[str]) -> None:
             model, arguments.link, arguments.share, arguments.policy
         ).items():
             engines[name] = ChildEngine(model.folder, fluxmoe=fluxmoe, **OPTIONS)
+        seen: dict[str, list[list[Lived]]] = {name: [] for name in engines}
         for engine in engines.values():
             stack.enter_context(engine)
         for engine in engines.values():
-            engine.generate(phases()[2].waves[0])
+            engine.generate(phases()[2].prompts[:2])
         for _ in range(arguments.rounds):
-            today = [live(engines, phase, arguments.at_once) for phase in day]
-            for name in engines:
-                seen.setdefault(name, []).append([lived[name] for lived in today])
+            today = []
+            for phase in day:
+                first, *others = engines
+                engines = {name: engines[name] for name in [*others, first]}
+                today.append(live(engines, phase, arguments.at_once))
+            for name, days in seen.items():
+                days.append([lived[name] for lived in today])
         for name in arguments.policy:
             changes[name] = engines[name].call("arbitration")["changes"]
     rates = {

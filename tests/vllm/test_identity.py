@@ -5,11 +5,12 @@ That all built-in policies answer what stock answers is test_identity_matrix.py'
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child import ChildEngine, Prompt
 from tests.vllm.conftest import BATCHES, EAGER, PAGES, Outputs, config, outputs
 
 pytestmark = pytest.mark.vllm
@@ -78,3 +79,15 @@ def test_the_budget_holds_in_every_step(eager: ChildEngine) -> None:
     # Watched: mapped expert frames and the KV buffer's real size, and all books, after each step.
     assert 0.9 * budget < run.peak_committed <= budget
     assert run.stats["budget_bytes"] <= budget
+
+
+def test_a_prompt_that_comes_after_another_finds_what_that_one_left(eager: ChildEngine) -> None:
+    eager.restart(fluxmoe=config(20), **EAGER, enable_prefix_caching=True)
+    said = [3 + i % 90 for i in range(eager.info["block_size"] + 8)]
+    prompts = [Prompt(said, 4, after=2), Prompt([5] * 9, 4), Prompt(said, 3, after=1)]
+    together = eager.generate([replace(prompt, after=None) for prompt in prompts])
+    run = eager.generate(prompts)
+    assert run.cached == [eager.info["block_size"], 0, 0]
+    assert run.tokens == together.tokens
+    assert run.steps >= 4 + 3 + 4
+    assert together.steps < run.steps

@@ -104,7 +104,7 @@ class ChildEngine:
         """Run all prompts at once to their end.
 
         Args:
-            prompts: The requests, all added before the first step.
+            prompts: The requests, all added before the first step but those that come after others.
             watch: Check all books and the committed bytes after every step (slow).
             cold: Start from a cold page table and an empty prefix cache.
         """

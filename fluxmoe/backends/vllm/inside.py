@@ -14,6 +14,8 @@ class Prompt:
     """One request: token ids in, token ids out, if asked for with ``logprobs``.
 
     There are ``max_tokens`` of them, or fewer if one of ``stop`` comes, which is the last then.
+    ``after`` is an earlier prompt of the same call that must be answered first, as of a user who
+    reads before he writes.
     """
 
     tokens: list[int]
@@ -22,6 +24,7 @@ class Prompt:
     seed: int | None = None
     logprobs: bool = False
     stop: tuple[int, ...] = ()
+    after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,6 @@ class Engine:
         self.info = engine.engine_info(self._llm)
 
     def generate(self, prompts: list[Prompt], watch: bool, cold: bool) -> Run:
-        from vllm import SamplingParams
-
         if cold:
             if self._paged:
                 self._llm.collective_rpc("fluxmoe_reset")
@@ -94,17 +95,7 @@ class Engine:
         cached = [0] * len(prompts)
         started = time.perf_counter()
         try:
-            for index, prompt in enumerate(prompts):
-                params = SamplingParams(
-                    max_tokens=prompt.max_tokens,
-                    temperature=prompt.temperature,
-                    seed=prompt.seed,
-                    logprobs=0 if prompt.logprobs else None,  # 0: of the chosen token only
-                    stop_token_ids=list(prompt.stop),
-                    ignore_eos=True,
-                    detokenize=False,
-                )
-                self._engine.add_request(str(index), {"prompt_token_ids": prompt.tokens}, params)
+            self._add(prompts, None)
             if self._scheduler is None:
                 self._llm.wake_up(tags=["scheduling"])
             while self._engine.has_unfinished_requests():
@@ -113,6 +104,7 @@ class Engine:
                         index = int(output.request_id.split("-")[0])
                         outputs[index] = output.outputs[0]
                         cached[index] = output.num_cached_tokens or 0
+                        self._add(prompts, index)
                 steps += 1
                 if self._scheduler is not None:
                     peak = max(peak, len(self._scheduler.running))
@@ -134,6 +126,24 @@ class Engine:
             for chosen, answer in zip(tokens, answers, strict=True)
         ]
         return Run(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
+
+    def _add(self, prompts: list[Prompt], after: int | None) -> None:
+        """Add the requests that come after that one; those that come first."""
+        from vllm import SamplingParams
+
+        for index, prompt in enumerate(prompts):
+            if prompt.after != after:
+                continue
+            params = SamplingParams(
+                max_tokens=prompt.max_tokens,
+                temperature=prompt.temperature,
+                seed=prompt.seed,
+                logprobs=0 if prompt.logprobs else None,  # 0: of the chosen token only
+                stop_token_ids=list(prompt.stop),
+                ignore_eos=True,
+                detokenize=False,
+            )
+            self._engine.add_request(str(index), {"prompt_token_ids": prompt.tokens}, params)
 
     def stats(self) -> dict[str, Any]:
         result: dict[str, Any] = self._llm.collective_rpc("fluxmoe_stats")[0]
