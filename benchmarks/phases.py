@@ -166,41 +166,56 @@ def main(argv: list[str]) -> None:
                 today.append(live(engines, phase, arguments.at_once))
             for name, days in seen.items():
                 days.append([lived[name] for lived in today])
-        for name in arguments.policy:
-            changes[name] = engines[name].call("arbitration")["changes"]
-    rates = {
+            for name in arguments.policy:
+                changes[name] = engines[name].call("arbitration")["changes"]
+            if arguments.save:  # after every day: it is long
+                save(arguments.save, arguments.model, budget_of(model), day, seen, changes)
+    report(budget_of(model), day, seen, changes)
+
+
+def medians(seen: dict[str, list[list[Lived]]]) -> dict[str, list[float]]:
+    """Tokens per second of each engine in each phase."""
+    return {
         name: [median(lived.tokens_per_s for lived in column) for column in zip(*days, strict=True)]
         for name, days in seen.items()
     }
-    steps = {name: [lived.steps for lived in days[-1]] for name, days in seen.items()}
-    report(budget_of(model), day, rates, steps, changes)
-    if arguments.save:
-        machine.save(
-            arguments.save,
-            {
-                "model": arguments.model,
-                "budget_bytes": budget_of(model),
-                "phases": [phase.name for phase in day],
-                "tokens": [phase.tokens for phase in day],
-                "tokens_per_s": rates,
-                "steps": steps,
-                "changes": changes,
-                "runs": {
-                    name: [[lived.tokens_per_s for lived in column] for column in days]
-                    for name, days in seen.items()
-                },
+
+
+def save(
+    path: Path,
+    model: str,
+    budget: int,
+    day: Sequence[Phase],
+    seen: dict[str, list[list[Lived]]],
+    changes: dict[str, dict[str, int]],
+) -> None:
+    """All that was measured."""
+    machine.save(
+        path,
+        {
+            "model": model,
+            "budget_bytes": budget,
+            "phases": [phase.name for phase in day],
+            "tokens": [phase.tokens for phase in day],
+            "tokens_per_s": medians(seen),
+            "steps": {name: [lived.steps for lived in days[-1]] for name, days in seen.items()},
+            "changes": changes,
+            "runs": {
+                name: [[lived.tokens_per_s for lived in column] for column in days]
+                for name, days in seen.items()
             },
-        )
+        },
+    )
 
 
 def report(
     budget: int,
     day: Sequence[Phase],
-    rates: dict[str, list[float]],
-    steps: dict[str, list[int]],
+    seen: dict[str, list[list[Lived]]],
     changes: dict[str, dict[str, int]],
 ) -> None:
     """Tokens per second, and what they are worth: per phase against the best fixed split."""
+    rates = medians(seen)
     fixed = [name for name in rates if name.startswith("fixed")]
     best = [max(rates[name][i] for name in fixed) for i in range(len(day))]
     seconds = {
@@ -213,8 +228,8 @@ def report(
         table.add_column(column, justify="right" if column else "left")
     for name, row in rates.items():
         cells = [
-            f"{rate:.0f} ({rate / top:.2f}) {count}"
-            for rate, top, count in zip(row, best, steps[name], strict=True)
+            f"{rate:.0f} ({rate / top:.2f}) {lived.steps}"
+            for rate, top, lived in zip(row, best, seen[name][-1], strict=True)
         ]
         whole = f"{seconds[name]:.0f} s ({quickest / seconds[name]:.2f})"
         table.add_row(name, *cells, whole, str(sum(changes.get(name, {}).values()) or ""))

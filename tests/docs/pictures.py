@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,9 @@ TRACES = {
 }
 #: Where the shipped model's largest event still fits.
 SHARES = range(20, 101, 5)
+
+#: The measured day.
+PHASES = "2026-11-23-phases.json"
 
 #: Follows the browser's setting, like the site.
 _STYLE = """\
@@ -95,6 +99,25 @@ def promise(requests: int) -> str:
     return _sheet(Chart(title, "experts resident, %", lines, shares, ratios, dots=False))
 
 
+def demands() -> str:
+    """What each phase of a day earns with each split, as it was measured."""
+    results = json.loads((ROOT / "benchmarks" / "results" / PHASES).read_text())["results"]
+    rates = {
+        int(name.split()[1][:-1]): row
+        for name, row in results["tokens_per_s"].items()
+        if name.startswith("fixed")
+    }
+    lines = []
+    for slot, label in enumerate(("contexts", "chat", "quiet", "prefixes")):
+        best = max(row[slot] for row in rates.values())
+        points = [(share, 100 * row[slot] / best, "") for share, row in sorted(rates.items())]
+        lines.append(Line(label, slot, points))
+    shares = [(share, str(share)) for share in sorted(rates)]
+    percent = [(value, str(value)) for value in (0, 25, 50, 75, 100)]
+    title = "tokens/s, % of each phase's best"
+    return _sheet(Chart(title, "experts resident, %", lines, shares, percent, dots=False))
+
+
 def _sheet(chart: Chart) -> str:
     """A chart below its title and legend, as a file."""
     parts = [
@@ -115,6 +138,7 @@ MADE: dict[str, Callable[[], str]] = {
     **{
         f"hit-rate-{trace}.svg": partial(hit_rates, trace, title) for trace, title in TRACES.items()
     },
+    "phases.svg": demands,
     **{f"plan-{requests}.svg": partial(promise, requests) for requests in (16, 256)},
 }
 

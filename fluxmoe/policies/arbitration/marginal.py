@@ -64,15 +64,15 @@ class Marginal(ArbitrationPolicy):
         self._wish: Split | None = None
         self._turned, self._direction, self._present = 0, 0, -1
         self._steps: list[ArbitrationView] = []  # since the last comparison
-        self._load = (0, 0)
+        self._running, self._calm = 0, 0
 
     def split(self, view: ArbitrationView) -> Split:
         self._steps.append(view)
-        load = view.running_requests, view.waiting_requests
-        calm = load == self._load and self._wish is None
-        if len(self._steps) < self._interval * (4 if calm else 1):
+        same = view.running_requests == self._running and not view.waiting_requests
+        if len(self._steps) < self._interval * (4 if same and self._calm > 4 else 1):
             return self._wish_within(view)
-        self._load = load
+        self._calm = self._calm + 1 if same and self._wish is None else 0
+        self._running = view.running_requests
         # Many steps at once cost hardly more than one: this code has left the processor's caches.
         for step in self._steps:
             self._model.observe(step)
