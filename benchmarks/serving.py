@@ -40,6 +40,10 @@ def scenarios(model: DemoModel) -> list[Scenario]:
         for n, policy in ((2, "next-use"), (3, "next-use"), (4, "next-use"), (3, "lru"))
     ]
     rows += [Scenario(f"all fits, batch {n}", 64, n, {}, cold=False) for n in (1, 8, 64)]
+    rows += [
+        Scenario(f"all fits, marginal, batch {n}", 64, n, {"arbitration": "marginal"}, cold=False)
+        for n in (1, 8, 64)
+    ]
     rows += [Scenario("all fits, cold, batch 8", 64, 8, {})]
     rows += [Scenario(f"1/4 of the experts in slots, batch {n}", 64, n, few) for n in (1, 8, 64)]
     return rows
