@@ -270,9 +270,9 @@ class PrefixDemand:
     Attributes:
         asked: Tokens of the prompts that were looked up, since the start.
         found: How many of them were there, and need not be computed.
-        frames: KV cache at the curve's end.
-        curve: float64, share of the prompts' blocks that are found with KV caches at equal
-            distances from none to ``frames``, those included that requests use; empty before
+        frames: The prefix cache at the curve's end.
+        curve: float64, share of the prompts' blocks that are found with prefix caches at equal
+            distances from none to ``frames``; KV cache that requests use comes on top. Empty before
             anything was asked (``core.prefixes``).
     """
 
@@ -285,7 +285,7 @@ class PrefixDemand:
         _lock_curve(self)
 
     def hit_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The curve at that much KV cache, one number or many; zero before anything is known."""
+        """The curve with so much KV cache that no request uses; zero before anything is known."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames)
 
 

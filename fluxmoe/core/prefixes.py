@@ -1,14 +1,15 @@
-"""PrefixCurve: what the prefix cache would find with any number of KV blocks.
+"""PrefixCurve: what the prefix cache would find if it had any number of blocks.
 
-vLLM forgets the block first that was freed longest ago, the end of a request before its beginning.
-That is LRU, so a block is still there if fewer blocks than there are were used since (Mattson,
-1970). The stack holds a sample of the blocks, chosen by their hash: the same ones in every request
-(SHARDS, Waldspurger 2015). A split that finds nothing today is thus known to find much with more
-room, before it is tried.
+The blocks that no request uses are the prefix cache. vLLM forgets the one first that was freed
+longest ago, the end of a request before its beginning. That is LRU, so a block is still there if
+fewer blocks than there are were freed since (Mattson, 1970). The stack holds a sample of the
+blocks, chosen by their hash: the same ones in every request (SHARDS, Waldspurger 2015). A split
+that finds nothing today is thus known to find much with more room, before it is tried.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ POINTS = 65
 
 
 class PrefixCurve:
-    """The share of prompt blocks that LRU finds, as a function of blocks, over the recent past.
+    """The share of prompt blocks that are found, by free blocks, over the recent past.
 
     Args:
         blocks: Most blocks that the KV cache can have.
@@ -33,37 +34,56 @@ class PrefixCurve:
         self._rate = min(1.0, sampled / blocks)
         self._depth = max(1, round(blocks * self._rate))
         self._growth, self._weight = 1.0 + 1.0 / window, 1.0
-        #: Hashes, the one used longest ago first.
+        #: Hashes of blocks that nobody uses, the one freed longest ago first.
         self._stack: dict[bytes, None] = {}
+        #: Request → hashes of the blocks that it uses; how many requests use each.
+        self._used: dict[str, list[bytes]] = {}
+        self._users: Counter[bytes] = Counter()
         self._histogram = np.zeros(self._depth + 1)  # by depth; the last entry: not in the stack
         self._curve = np.zeros(0)
 
-    def admitted(self, hashes: Sequence[bytes]) -> None:
+    def admitted(self, request: str, hashes: Sequence[bytes]) -> None:
         """A request begins to run: its prompt was looked up.
 
         Args:
+            request: Its name. One that was running has been preempted since.
             hashes: Of the full blocks of its tokens, from the first on; each stands for all tokens
                 up to the block's end.
         """
-        chosen = self._sample(hashes)
-        if not chosen:
+        if request in self._used:
+            self.freed(request, self._used[request])
+        names = self._sample(hashes)
+        if not names:
             return
         depths = {name: depth for depth, name in enumerate(reversed(self._stack))}
-        for name in chosen:
-            self._histogram[depths.get(name, self._depth)] += self._weight
-        self._use(chosen)
+        for name in names:
+            depth = 0 if self._users[name] else depths.get(name, self._depth)
+            self._histogram[depth] += self._weight
+        for name in names:
+            self._stack.pop(name, None)
+        self._users.update(names)
+        self._used[request] = names
         self._curve = np.zeros(0)
         self._weight *= self._growth
         if self._weight > 1e12:
             self._histogram /= self._weight
             self._weight = 1.0
 
-    def freed(self, hashes: Sequence[bytes]) -> None:
-        """A request has ended: all blocks that it has filled are now the last to be forgotten."""
-        self._use(self._sample(hashes))
+    def freed(self, request: str, hashes: Sequence[bytes]) -> None:
+        """A request has ended: the blocks that it has filled are the last to be forgotten."""
+        for name in self._used.pop(request, ()):
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name]
+        for name in reversed(self._sample(hashes)):
+            if name not in self._users:
+                self._stack.pop(name, None)
+                self._stack[name] = None
+        while len(self._stack) > self._depth:
+            del self._stack[next(iter(self._stack))]
 
     def curve(self) -> Floats:
-        """Share found with blocks at ``POINTS`` equal distances from none to all; empty if unknown.
+        """Share found with ``POINTS`` numbers of free blocks, from none to all; empty if unknown.
 
         It never decreases.
         """
@@ -77,10 +97,3 @@ class PrefixCurve:
     def _sample(self, hashes: Sequence[bytes]) -> list[bytes]:
         most = int(self._rate * 2**32)
         return [name for name in hashes if int.from_bytes(name[:4], "little") < most]
-
-    def _use(self, names: Sequence[bytes]) -> None:
-        for name in reversed(names):
-            self._stack.pop(name, None)
-            self._stack[name] = None
-        while len(self._stack) > self._depth:
-            del self._stack[next(iter(self._stack))]

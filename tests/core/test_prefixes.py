@@ -36,8 +36,8 @@ def lru(requests: list[tuple[int, int]], blocks: int) -> int:
 def test_it_is_what_caches_of_every_size_find(requests):
     curve = PrefixCurve(BLOCKS, window=10**9)
     for talk, count in requests:
-        curve.admitted(hashes(talk, count))
-        curve.freed(hashes(talk, count))
+        curve.admitted("one", hashes(talk, count))
+        curve.freed("one", hashes(talk, count))
     asked = sum(count for _, count in requests)
     for point, share in enumerate(curve.curve()):
         assert share == pytest.approx(lru(requests, point * BLOCKS // (POINTS - 1)) / asked)
@@ -48,7 +48,8 @@ def test_a_sample_of_the_blocks_sees_the_cliff():
     curve = PrefixCurve(4000, sampled=400)
     for _ in range(8):
         for talk in range(100):
-            curve.admitted(hashes(talk, 10))
+            curve.admitted("one", hashes(talk, 10))
+            curve.freed("one", hashes(talk, 10))
     demand = PrefixDemand(0, 0, 4000.0, curve.curve())
     assert demand.hit_ratio(700) == 0
     assert demand.hit_ratio(1300) > 0.95
@@ -57,25 +58,53 @@ def test_a_sample_of_the_blocks_sees_the_cliff():
 
 def test_blocks_that_a_request_has_filled_are_found_by_the_next():
     curve = PrefixCurve(BLOCKS)
-    curve.admitted(hashes(0, 2))
-    curve.freed(hashes(0, 6))
+    curve.admitted("first", hashes(0, 2))
+    curve.freed("first", hashes(0, 6))
     assert curve.curve()[-1] == 0
-    curve.admitted(hashes(0, 6))
+    curve.admitted("second", hashes(0, 6))
     assert curve.curve()[-1] == pytest.approx(6 / 8, rel=0.01)
 
 
 def test_what_was_long_ago_counts_less():
     curve = PrefixCurve(BLOCKS, window=16)
     for talk in range(100):
-        curve.admitted(hashes(talk, 4))
-    for _ in range(100):
-        curve.admitted(hashes(0, 4))
+        curve.admitted(str(talk), hashes(talk, 4))
+    for again in range(100):
+        curve.admitted(f"again {again}", hashes(0, 4))
     assert curve.curve()[-1] > 0.95
 
 
 def test_nothing_is_known_before_anything_was_asked():
     curve = PrefixCurve(BLOCKS)
-    curve.admitted([])
+    curve.admitted("one", [])
     assert curve.curve().size == 0
     assert PrefixDemand(curve=curve.curve()).hit_ratio([1.0, 2.0]).tolist() == [0.0, 0.0]
     assert PrefixDemand().hit_ratio(3) == 0
+
+
+def test_blocks_in_use_are_found_without_a_free_one_and_forgotten_when_their_last_user_ends():
+    curve = PrefixCurve(BLOCKS, window=10**9)
+    curve.admitted("a", hashes(0, 4))
+    curve.admitted("b", hashes(0, 4))
+    assert curve.curve()[0] == 0  # there is no cache without a block
+    assert curve.curve()[1] == curve.curve()[-1] == pytest.approx(4 / 8)
+    curve.freed("a", hashes(0, 4))
+    curve.admitted("c", hashes(0, 4))  # b still has them
+    assert curve.curve()[1] == pytest.approx(8 / 12)
+    for request in ("b", "c"):
+        curve.freed(request, hashes(0, 4))
+    curve.admitted("d", hashes(1, 8))
+    curve.freed("d", hashes(1, 8))
+    curve.admitted("e", hashes(0, 4))  # below eight others
+    assert curve.curve()[1] == pytest.approx(8 / 24)
+    assert curve.curve()[-1] == pytest.approx(12 / 24)
+
+
+def test_a_request_that_was_preempted_leaves_its_blocks_behind():
+    curve = PrefixCurve(BLOCKS, window=10**9)
+    curve.admitted("a", hashes(0, 4))
+    curve.admitted("a", hashes(0, 4))
+    assert curve.curve()[1] < curve.curve()[4] == pytest.approx(4 / 8)
+    curve.freed("a", hashes(0, 4))
+    assert not curve._users
+    assert not curve._used

@@ -29,7 +29,7 @@ class Engine:
     flat: float = 5e-3
     per_request: float = 2e-4
     #: Every 20 steps a prompt of so many tokens is looked up, and found if the KV cache has so many
-    #: frames; each token that is not found takes its time.
+    #: frames free; each token that is not found takes its time.
     prompt: int = 0
     cliff: float = 0.0
     token_seconds: float = 1e-4
@@ -58,7 +58,8 @@ class Engine:
             compute, stall = self.seconds(self.experts, self.running)
             tokens = self.running
             if self.prompt and self.step % 20 == 0:
-                new = 0 if self.kv >= self.cliff else self.prompt
+                free = self.kv - self.running * self.frames_each
+                new = 0 if free >= self.cliff else self.prompt
                 self.asked += self.prompt
                 self.found += self.prompt - new
                 compute += new * self.token_seconds
@@ -146,7 +147,7 @@ def test_marginal_comes_close_to_the_best_fixed_split_of_each_load(load):
 
 
 def test_marginal_makes_room_for_prefixes_that_are_not_found_yet():
-    e = engine("marginal", experts=300, requests=4, frames_each=8.0, prompt=2000, cliff=220.0)
+    e = engine("marginal", experts=300, requests=4, frames_each=8.0, prompt=2000, cliff=188.0)
     e.run(400)
     assert 220 <= e.kv <= 260
     e.prompt = 0
@@ -155,7 +156,7 @@ def test_marginal_makes_room_for_prefixes_that_are_not_found_yet():
 
 
 def test_marginal_makes_no_room_for_prefixes_that_cost_less_than_experts():
-    e = engine("marginal", experts=300, requests=4, frames_each=8.0, prompt=8, cliff=220.0)
+    e = engine("marginal", experts=300, requests=4, frames_each=8.0, prompt=8, cliff=188.0)
     e.run(400)
     assert e.experts == 300
 

@@ -49,7 +49,7 @@ class RequestWatch:
         self.prompt_tokens += request.num_tokens
         self.prefix_hits += self._hits.pop(request.request_id, 0)
         if self.prefixes is not None:
-            self.prefixes.admitted(request.block_hashes)
+            self.prefixes.admitted(request.request_id, request.block_hashes)
 
     def gone(self, request: Any) -> None:
         """It has ended, whether it ever ran or not."""
@@ -62,7 +62,7 @@ class RequestWatch:
             self._answer += (answer - self._answer) / (ANSWERS if self._answer else 1)
         self._emptied |= not self._known
         if self.prefixes is not None:
-            self.prefixes.freed(request.block_hashes)
+            self.prefixes.freed(request.request_id, request.block_hashes)
 
     def scheduled(self, output: Any) -> None:
         """A step was scheduled: vLLM's ``SchedulerOutput``."""

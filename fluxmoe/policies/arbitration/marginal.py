@@ -203,12 +203,14 @@ class StepModel:
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
         """Expected tokens per second with so many frames for experts."""
         kv = view.total_frames - experts
-        batch = np.clip(kv / self._each(view, headroom), 1.0, max(self._averages["demand"], 1.0))
+        each = self._each(view, headroom)
+        batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
         flat, slope = self.line()
         loading = self._misses(view, experts, batch) * view.experts.load_seconds
         # Of the prompts, what the prefix cache does not find.
         prompts = batch * self._averages["prompt"] / max(self._averages["answer"], 1.0)
-        computed = prompts * (1 - view.prefixes.hit_ratio(kv)) * self.prompt_token()
+        found = view.prefixes.hit_ratio(np.maximum(kv - batch * each, 0.0))
+        computed = prompts * (1 - found) * self.prompt_token()
         served = batch if goal == "throughput" else np.ones_like(batch)
         value: Floats = served / (flat + slope * batch + loading + computed)
         return value
