@@ -27,12 +27,23 @@ class ArbitrationGuard(PolicyGuard):
     ) -> None:
         self._policy = policy
         super().__init__(FaultCounter("arbitration", name, strict, limits))
+        self.interval = self._steps("interval")
+        self.calm_interval = self._steps("calm_interval")
+
+    def _steps(self, attribute: str) -> int:
+        steps: object = getattr(self._policy, attribute)
+        if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+            return steps
+        self._faults.note(attribute, f"is {steps!r}, not a number of steps")
+        return 1
 
     def split(self, view: ArbitrationView) -> Split:
         """What the policy wants, or the present split after a fault."""
         answer = self._faults.answer("split", self._policy.split, view)
         if answer is None:
             return Split(view.frames)
+        if isinstance(answer, Split) and answer.frames is view.frames and answer.reason == "":
+            return answer  # as in most steps
         problem = _problem(answer, view)
         if problem:
             self._faults.note("split", f"gave {problem}")

@@ -10,21 +10,21 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
 from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.banks import sizes
-from fluxmoe.core.kv import KVLayout, KVTenant
-from fluxmoe.core.policy import ArbitrationView, Split
+from fluxmoe.core.hand import EXPERTS, KV, filled, in_words, narrowed
+from fluxmoe.core.kv import KVLayout
+from fluxmoe.core.pace import Pace
+from fluxmoe.core.policy import ArbitrationView, Split, StepSample
 from fluxmoe.core.protocol import Answer, ByHand, Move, Mover, Order, Outcome, Result
-from fluxmoe.core.tenants import ExpertTenant, frames_for
+from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Budget, Geometry, PageClass
 
 logger = logging.getLogger("fluxmoe")
-
-EXPERTS, KV = ExpertTenant.NAME, KVTenant.NAME
 
 #: A move may pause the engine for this part of a step.
 PAUSE = 0.25
@@ -99,12 +99,16 @@ class SplitController:
     ) -> None:
         self._inventory, self._policy, self._blocks = inventory, policy, blocks
         self._mover = Mover(workers)
+        self._pace = Pace(policy.interval, policy.calm_interval)
+        #: What the policy wants; None if it wants what there is.
+        self._wish: Split | None = None
         self._slots = inventory.slots
         #: KV groups whose memory is committed on every worker.
         self._groups = set(range(inventory.groups))
         self._frames = self._counted()
         self._limit = inventory.frames
-        self._bounds = MappingProxyType({EXPERTS: inventory.experts, KV: inventory.kv})
+        bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
+        self._bounds = self._initial_bounds = MappingProxyType(bounds)
         #: What was set by hand; None if nothing ever was.
         self._by_hand: ByHand | None = None
         self._pause_per_frame = 0.0
@@ -150,31 +154,34 @@ class SplitController:
         return self._policy.slow
 
     def set_limits(self, limits: ByHand) -> None:
-        """Keep to these limits from now on, in as many moves as it takes.
-
-        What cannot be kept to (less than a tenant's minimum, more than there is) is cut.
-        """
+        """Keep to these limits from now on, in as many moves as it takes. See ``narrowed``."""
         total = self._inventory.frames
         self._by_hand = limits
         self._limit = total if limits.total is None else min(max(limits.total, 0), total)
-        group = self._inventory.layout.frames_per_group
-        least = None if limits.kv_min is None else -(-limits.kv_min // group) * group
-        kv = _within(self._inventory.kv, least, limits.kv_max)
-        experts = _within(self._inventory.experts, limits.experts_min, limits.experts_max)
-        if experts.min + kv.min > total:  # both cannot be had: the KV cache wins
-            experts = replace(experts, min=total - kv.min)
-        self._bounds = MappingProxyType({EXPERTS: experts, KV: kv})
+        self._bounds = narrowed(
+            self._initial_bounds,
+            limits,
+            total=total,
+            group=self._inventory.layout.frames_per_group,
+        )
 
     # --- every step ------------------------------------------------------------------------------
 
     def step(
-        self, make_view: Callable[..., ArbitrationView], answers: Iterable[Answer]
+        self,
+        last: StepSample,
+        running: int,
+        waiting: int,
+        make_view: Callable[..., ArbitrationView],
+        answers: Iterable[Answer],
     ) -> Order | None:
         """Before each step of the engine.
 
         Args:
-            make_view: Makes the state of the engine from what the controller knows itself:
-                ``frames``, ``total_frames``, ``bounds`` and ``kv_used_frames``.
+            last: The step before.
+            running, waiting: Requests of the step that begins.
+            make_view: Makes the state of the engine from what is said here and what the controller
+                knows itself; called only where it is needed.
             answers: What the workers have said since.
 
         Returns:
@@ -183,29 +190,60 @@ class SplitController:
         result = self._mover.receive(answers)
         if result is not None:
             self._finish(result)
-        layout = self._inventory.layout
         self._steps += 1
-        used = -(-self._blocks.used() * layout.block_bytes // layout.frame_bytes)
-        frames = self._frames
-        view = make_view(
-            frames=frames,
+        due = self._pace.due(last, running, waiting, content=self._wish is None)
+        wanting = self._wish is not None or self._by_hand is not None
+        # In most steps there is nothing to do, and that should cost nothing.
+        if due or (wanting and not self._mover.busy):
+            view = self._seen(last, running, waiting, make_view)
+            if due:
+                self._ask(view)
+            split = self._wish or Split(view.frames)
+            if not self._mover.busy:
+                self._begin(split, view)
+        return self._mover.order()
+
+    def _seen(
+        self,
+        last: StepSample,
+        running: int,
+        waiting: int,
+        make_view: Callable[..., ArbitrationView],
+    ) -> ArbitrationView:
+        layout = self._inventory.layout
+        return make_view(
+            frames=self._frames,
             total_frames=max(self._limit, self._least()),
             bounds=self._bounds,
-            kv_used_frames=used,
+            waiting_requests=waiting,
+            running_requests=running,
+            kv_used_frames=-(-self._blocks.used() * layout.block_bytes // layout.frame_bytes),
+            tokens=last.tokens,
+            step_seconds=last.seconds,
+            stall_seconds=last.stall_seconds,
+            steps=tuple(self._pace.steps),
         )
+
+    def _ask(self, view: ArbitrationView) -> None:
         split = self._policy.split(view)
+        self._wish = None if split.frames == view.frames else split
+        self._pace.asked(view.running_requests, view.waiting_requests, content=self._wish is None)
+
+    def _begin(self, split: Split, view: ArbitrationView) -> None:
+        """Begin the next move towards ``split``, if there is one."""
+        frames = view.frames
         over = sum(frames.values()) > view.total_frames or any(
             not bounds.min <= frames[name] <= bounds.max for name, bounds in self._bounds.items()
         )
         # An idle engine ends the move that is under way, and begins none: moves keep it stepping.
-        if not self._mover.busy and (view.running_requests or over):
-            move = self._plan(self._within(split, view), view)
-            if move is not None:
-                # Also where a policy that wants nothing gets what a person took from the other.
-                told = self._by_hand is not None and split.frames == frames
-                self._report(move, split, by_hand=over or told)
-                self._mover.begin(move)
-        return self._mover.order()
+        if not view.running_requests and not over:
+            return
+        move = self._plan(self._within(split, view), view)
+        if move is not None:
+            # Also where a policy that wants nothing gets what a person took from the other.
+            told = self._by_hand is not None and split.frames == frames
+            self._report(move, split, by_hand=over or told)
+            self._mover.begin(move)
 
     def _finish(self, result: Result) -> None:
         move, groups = result.move, set(result.move.groups)
@@ -248,7 +286,7 @@ class SplitController:
         room = max(view.total_frames - wanted_kv, experts.min)
         wishes = {EXPERTS: min(wanted, room), KV: wanted_kv}
         # Policies need not use all of their bounds. What a person takes from one is the other's.
-        return wishes if self._by_hand is None else _filled(wishes, view)
+        return wishes if self._by_hand is None else filled(wishes, view)
 
     def _plan(self, wanted: dict[str, int], view: ArbitrationView) -> Move | None:
         """The next move towards ``wanted``; None if there is none worth making."""
@@ -349,7 +387,7 @@ class SplitController:
         words = "to the KV cache" if move.to_kv else "to the experts"
         reason = split.reason
         if by_hand:
-            reason = f"limits set by hand: {_words(self._by_hand or ByHand())}"
+            reason = f"limits set by hand: {in_words(self._by_hand or ByHand())}"
         line = f"{words}; {reason}" if reason else words
         turned = not self.decisions or self.decisions[-1].direction != direction
         if line == self._line or self._steps - self._told < (TURN if turned else QUIET):
@@ -365,26 +403,3 @@ class SplitController:
             *(self._policy.name, line),
             *(have[EXPERTS], want[EXPERTS], have[KV], want[KV]),
         )
-
-
-def _within(bounds: Budget, least: int | None, most: int | None) -> Budget:
-    """Bounds narrowed by hand, the maximum first: what cannot be had is cut."""
-    upper = bounds.max if most is None else min(max(most, bounds.min), bounds.max)
-    lower = bounds.min if least is None else min(max(least, bounds.min), upper)
-    return Budget(lower, bounds.target, upper)
-
-
-def _filled(wishes: dict[str, int], view: ArbitrationView) -> dict[str, int]:
-    """Share out what nobody wants: up to what each began with, then up to what each may have."""
-    for goal in ("target", "max"):
-        for name in (EXPERTS, KV):
-            bounds = view.bounds[name]
-            rest = view.total_frames - sum(wishes.values())
-            room = min(getattr(bounds, goal), bounds.max) - wishes[name]
-            wishes[name] += max(min(rest, room), 0)
-    return wishes
-
-
-def _words(limits: ByHand) -> str:
-    given = [(field.name, getattr(limits, field.name)) for field in fields(limits)]
-    return ", ".join(f"{name} {value} frames" for name, value in given if value is not None)

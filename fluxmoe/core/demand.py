@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import sub
 
 import numpy as np
 
 from fluxmoe.core.mrc import MissRatioCurve, convex_hull
 from fluxmoe.core.pager import ExpertPager
-from fluxmoe.core.policy import ExpertDemand
+from fluxmoe.core.pages import C_ACCESSES, C_LOADS_DEMAND, C_LOADS_PREFETCH, C_MISSES
+from fluxmoe.core.policy import ExpertDemand, read_only
 from fluxmoe.core.protocol import Answer, ByHand
 from fluxmoe.core.types import PageClass
 
@@ -68,17 +70,15 @@ class DemandMeter:
 
     def report(self, answer: Answer | None) -> StepReport:
         """The report of the step that has just ended."""
-        counters, stall = self._pager.counters(), self._pager.transfer.stall_seconds
+        counts, stall = self._pager.table.books.counts.tolist(), self._pager.transfer.stall_seconds
         now = (
-            counters.accesses,
-            counters.misses,
-            counters.loads_demand,
-            counters.loads_prefetch,
+            counts[C_ACCESSES],
+            counts[C_MISSES],
+            counts[C_LOADS_DEMAND],
+            counts[C_LOADS_PREFETCH],
             stall,
         )
-        accesses, misses, demanded, ahead, stalled = (
-            new - old for new, old in zip(now, self._last, strict=True)
-        )
+        accesses, misses, demanded, ahead, stalled = map(sub, now, self._last)
         self._last = now
         if demanded:
             rate = stalled / demanded
@@ -90,9 +90,9 @@ class DemandMeter:
         return StepReport(
             self._rank,
             answer,
-            int(accesses),
-            int(misses),
-            int(demanded + ahead),
+            accesses,
+            misses,
+            demanded + ahead,
             stalled,
             self._load_seconds,
             curve,
@@ -110,23 +110,30 @@ class DemandView:
     def __init__(self, page_class: PageClass, pages: int, frame_bytes: int) -> None:
         self._frames, self._pages = page_class.nbytes / frame_bytes, pages
         self._curve = np.zeros(0)
+        self._load_seconds = 0.0
+        #: Of the last step.
+        self.accesses = self.misses = self.loads = 0
         self.stall_seconds = 0.0
-        self.latest = ExpertDemand(frames=self._frames, pages=pages)
 
     def update(self, reports: Sequence[StepReport]) -> None:
         """Take in the reports of one step."""
         if not reports:
             return
-        first = min(reports, key=lambda report: report.rank)
+        first = reports[0] if len(reports) == 1 else min(reports, key=lambda report: report.rank)
         if first.curve is not None:
-            self._curve = np.asarray(first.curve)
-        self.stall_seconds = max(report.stall_seconds for report in reports)
-        self.latest = ExpertDemand(
+            self._curve = read_only(np.asarray(first.curve))
+        self.accesses, self.misses, self.loads = first.accesses, first.misses, first.loads
+        self.stall_seconds = max([report.stall_seconds for report in reports])
+        self._load_seconds = max([report.load_seconds for report in reports])
+
+    def latest(self) -> ExpertDemand:
+        """As policies see it."""
+        return ExpertDemand(
             frames=self._frames,
             pages=self._pages,
-            accesses=first.accesses,
-            misses=first.misses,
-            loads=first.loads,
-            load_seconds=max(report.load_seconds for report in reports),
+            accesses=self.accesses,
+            misses=self.misses,
+            loads=self.loads,
+            load_seconds=self._load_seconds,
             curve=self._curve,
         )

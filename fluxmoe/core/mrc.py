@@ -153,6 +153,7 @@ class MissRatioCurve:
         return float(self._histogram[-1] / total) if total else 0.0
 
 
+@jit_allocating
 def convex_hull(curve: Floats) -> Floats:
     """The lower convex hull of a miss-ratio curve.
 
@@ -160,15 +161,21 @@ def convex_hull(curve: Floats) -> Floats:
     everything until all fit) a better policy can avoid: by keeping a fixed part of the pages it
     reaches every point of the hull (Talus, Beckmann and Sanchez, 2015).
     """
-    corners: list[int] = []
-    for k in range(len(curve)):
-        while len(corners) > 1 and _above(curve, corners[-2], corners[-1], k):
-            corners.pop()
-        corners.append(k)
-    hull: Floats = np.interp(np.arange(len(curve)), corners, curve[corners])
+    hull = np.zeros(curve.size)
+    corners, n = np.zeros(curve.size, np.int64), 0
+    for k in range(curve.size):
+        # Corners that lie on or above the line from the one before them to this point are none.
+        while n > 1:
+            i, j = corners[n - 2], corners[n - 1]
+            if (curve[j] - curve[i]) * (k - i) < (curve[k] - curve[i]) * (j - i):
+                break
+            n -= 1
+        corners[n] = k
+        n += 1
+    for corner in range(1, n):
+        i, j = corners[corner - 1], corners[corner]
+        for k in range(i, j):
+            hull[k] = curve[i] + (curve[j] - curve[i]) * (k - i) / (j - i)
+    if n:
+        hull[corners[n - 1]] = curve[corners[n - 1]]
     return hull
-
-
-def _above(curve: Floats, i: int, j: int, k: int) -> bool:
-    """Whether corner ``j`` lies on or above the line from ``i`` to ``k``."""
-    return bool((curve[j] - curve[i]) * (k - i) >= (curve[k] - curve[i]) * (j - i))

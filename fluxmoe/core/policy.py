@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -306,6 +306,24 @@ def _at(
     return values
 
 
+class StepSample(NamedTuple):
+    """One step of the engine, as ``ArbitrationView`` tells of the last one.
+
+    Attributes:
+        requests: How many ran in it.
+        tokens: Computed in it.
+        seconds, stall_seconds: Its duration, and the part of it that layers waited for pages.
+        accesses, misses: See ``ExpertDemand``.
+    """
+
+    requests: int
+    tokens: int
+    seconds: float
+    stall_seconds: float = 0.0
+    accesses: float = 0.0
+    misses: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class ArbitrationView:
     """What an arbitration policy may see between two steps. Nothing in it changes.
@@ -325,6 +343,7 @@ class ArbitrationView:
         tokens: Tokens computed in the last step.
         step_seconds: Duration of the last step.
         stall_seconds: The part of it that layers waited for pages.
+        steps: All steps since the policy was asked last, the oldest first.
         experts: What expert pages cost.
         prefixes: What the prefix cache is asked for.
     """
@@ -343,6 +362,7 @@ class ArbitrationView:
     tokens: int = 0
     step_seconds: float = 0.0
     stall_seconds: float = 0.0
+    steps: tuple[StepSample, ...] = ()
     experts: ExpertDemand = ExpertDemand()
     prefixes: PrefixDemand = PrefixDemand()
 
@@ -358,16 +378,23 @@ class ArbitrationPolicy(ABC):
 
     Attributes:
         fixed: The split never changes: the policy is never asked, nothing is reserved for growth.
+        interval: Steps from one call to the next; ``view.steps`` has them all.
+        calm_interval: The same after a while in which the same requests run, none waits and the
+            policy wants no other split than the present one. If anything of that ends, the policy
+            is asked within ``interval``.
     """
 
     fixed: ClassVar[bool] = False
+    interval: int = 1
+    calm_interval: int = 1
 
     @abstractmethod
     def split(self, view: ArbitrationView) -> Split:
         """The split wanted from now on; returning the present one is the normal answer.
 
-        Asked in every step, while frames are moving, too. The host keeps to the bounds, never
-        takes KV cache that is in use, and moves a limited number of frames per step.
+        Asked every ``interval`` steps, while frames are moving, too; until then the last answer
+        stands. The host keeps to the bounds, never takes KV cache that is in use, and moves a
+        limited number of frames per step.
         """
 
     def reset(self) -> None:

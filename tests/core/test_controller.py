@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import fluxmoe
 from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.controller import Inventory, SplitController
-from fluxmoe.core.policy import ArbitrationView, Split
+from fluxmoe.core.policy import ArbitrationView, Split, StepSample
 from fluxmoe.core.protocol import ByHand, Follower
 from fluxmoe.core.tenants import frames_for
 from fluxmoe.core.types import Budget
@@ -122,7 +121,7 @@ class World:
 
     def step(self) -> None:
         order = self.controller.step(
-            partial(ArbitrationView, step_seconds=1.0, running_requests=self.running), self.answers
+            StepSample(self.running, 1, 1.0), self.running, 0, ArbitrationView, self.answers
         )
         answers = [follower.receive(order) for follower in self.followers]
         self.answers = [answer for answer in answers if answer is not None]

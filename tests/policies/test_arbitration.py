@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from fluxmoe import plugins
-from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, ExpertDemand, PrefixDemand
+from fluxmoe.core.pace import Pace
+from fluxmoe.core.policy import (
+    ArbitrationPolicy,
+    ArbitrationView,
+    ExpertDemand,
+    PrefixDemand,
+    StepSample,
+)
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import ConfigError
 
@@ -39,6 +47,10 @@ class Engine:
     running: int = 0
     preemptions: int = 0
     history: list[int] = field(default_factory=list)
+    wish: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.policy.interval, self.policy.calm_interval)
 
     @property
     def kv(self) -> int:
@@ -66,12 +78,17 @@ class Engine:
                 tokens += new
             known = np.linspace(0, 400, 65) >= self.cliff if self.asked else np.zeros(0)
             curve = np.linspace(1, 0, 65)
+            used = self.per_step
+            missed = used * float(np.interp(self.experts / 300, [0, 1], [1, 0]))
+            sample = StepSample(self.running, tokens, compute + stall, stall, used, missed)
+            waiting = self.requests - self.running
+            due = self.pace.due(sample, self.running, waiting, content=self.wish is None)
             view = ArbitrationView(
                 frames={"experts": self.experts, "kv": self.kv},
                 total_frames=TOTAL,
                 bounds={"experts": Budget(20, 0, 300), "kv": Budget(12, 0, 380)},
                 step=self.step,
-                waiting_requests=self.requests - self.running,
+                waiting_requests=waiting,
                 running_requests=self.running,
                 max_running_requests=self.max_running,
                 kv_used_frames=round(self.running * self.frames_each),
@@ -79,18 +96,23 @@ class Engine:
                 tokens=tokens,
                 step_seconds=compute + stall,
                 stall_seconds=stall,
+                steps=tuple(self.pace.steps),
                 experts=ExpertDemand(
                     frames=FRAMES_PER_PAGE,
                     pages=PAGES,
-                    accesses=self.per_step,
-                    misses=self.per_step * float(np.interp(self.experts / 300, [0, 1], [1, 0])),
+                    accesses=used,
+                    misses=missed,
                     loads=stall / self.page_seconds if self.page_seconds else 0,
                     load_seconds=self.page_seconds,
                     curve=curve,
                 ),
                 prefixes=PrefixDemand(self.asked, self.found, 400.0, known.astype(np.float64)),
             )
-            wanted = self.policy.split(view).frames
+            if due:
+                wish = self.policy.split(view).frames
+                self.wish = None if wish == view.frames else wish
+                self.pace.asked(self.running, waiting, content=self.wish is None)
+            wanted = self.wish or view.frames
             assert sum(wanted.values()) <= TOTAL
             # As the host: a part of the way, within the bounds, never what is in use.
             kv = max(wanted["kv"], 12, min(view.kv_used_frames, self.kv))
@@ -233,7 +255,8 @@ def test_idle_steps_and_a_lowered_limit_are_no_trouble(policy):
         bounds={"experts": Budget(20, 0, 300), "kv": Budget(12, 0, 380)},
     )
     for tokens in (0, 5):
-        frames = e.policy.split(view).frames
+        idle = replace(view, steps=(StepSample(0, tokens, 0.0),))
+        frames = e.policy.split(idle).frames
         assert sum(frames.values()) <= 400 and min(frames.values()) >= 0, tokens
     e.policy.reset()
     e.run(50)

@@ -281,6 +281,8 @@ ARBITRATION = [
     (Eviction, "made", "the factory made"),
     (spoilt(Arbitration, split=lambda self: None), "declared", "cannot be called"),
     (spoilt(Arbitration, fixed=1), "declared", "fixed is 1"),
+    (spoilt(Arbitration, interval=0), "declared", "interval is 0"),
+    (spoilt(Arbitration, calm_interval=None), "declared", "calm_interval is None"),
     (spoilt(Arbitration, split=lambda s, v: dict(v.frames)), "answers", "not a Split"),
     (spoilt(Arbitration, split=lambda s, v: None), "answers", "None"),
     (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from fluxmoe import plugins
@@ -14,7 +13,7 @@ from fluxmoe.config import Config
 from fluxmoe.core.arbitration import ArbitrationGuard
 from fluxmoe.core.controller import Inventory, SplitController
 from fluxmoe.core.demand import DemandView, StepReport
-from fluxmoe.core.policy import ArbitrationView, PrefixDemand
+from fluxmoe.core.policy import ArbitrationView, PrefixDemand, StepSample
 from fluxmoe.core.prefixes import PrefixCurve
 from fluxmoe.core.protocol import ByHand, Order
 from fluxmoe.errors import InvariantError
@@ -66,6 +65,7 @@ class Arbitration:
         self._block_tokens = block_tokens
         self._requests = requests
         requests.prefixes = self._prefixes = PrefixCurve(inventory.layout.blocks)
+        self._asked = PrefixDemand()
         self._reports: list[StepReport] = []
         self._told: ByHand | None = None
         self._steps, self._clock = 0, StepClock()
@@ -76,34 +76,50 @@ class Arbitration:
         reports, self._reports = self._reports, []
         self._demand.update(reports)
         self._obey(reports)
+        requests, demand = self._requests, self._demand
+        sample = StepSample(
+            requests.ran,
+            requests.computed,
+            self._clock.seconds,
+            demand.stall_seconds,
+            demand.accesses,
+            demand.misses,
+        )
+        answers = [report.answer for report in reports if report.answer is not None]
+        order = self.controller.step(
+            sample, requests.running, requests.waiting, self._view, answers
+        )
+        self._steps += 1
+        return order
+
+    def _view(self, **known: Any) -> ArbitrationView:
+        """The state of the engine, from what the controller knows and what this side does."""
         requests, layout = self._requests, self._layout
         per_block = layout.block_bytes / layout.frame_bytes
         # On average the last block of a request is half full.
         foreseen = requests.foreseen_tokens and requests.foreseen_tokens / self._block_tokens + 0.5
-        make_view = partial(
-            ArbitrationView,
+        return ArbitrationView(
             step=self._steps,
-            waiting_requests=requests.waiting,
-            running_requests=requests.running,
             max_running_requests=self._max_running,
             request_frames=foreseen * per_block,
             kv_cached_frames=int(self.balloon.cached() * per_block),
             preemptions=requests.preemptions,
-            tokens=requests.computed,
-            step_seconds=self._clock.seconds,
-            stall_seconds=self._demand.stall_seconds,
-            experts=self._demand.latest,
-            prefixes=PrefixDemand(
+            experts=self._demand.latest(),
+            prefixes=self._prefix_demand(per_block),
+            **known,
+        )
+
+    def _prefix_demand(self, per_block: float) -> PrefixDemand:
+        """Another one only after a request was admitted."""
+        requests = self._requests
+        if self._asked.asked != requests.prompt_tokens:
+            self._asked = PrefixDemand(
                 requests.prompt_tokens,
                 requests.prefix_hits,
-                layout.blocks * per_block,
+                self._layout.blocks * per_block,
                 self._prefixes.curve(),
-            ),
-        )
-        answers = [report.answer for report in reports if report.answer is not None]
-        order = self.controller.step(make_view, answers)
-        self._steps += 1
-        return order
+            )
+        return self._asked
 
     def _obey(self, reports: Sequence[StepReport]) -> None:
         """Take in what a person has told the workers, all of them the same."""

@@ -151,13 +151,9 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager: Any = None
         #: The scheduler's side, where the split may change.
         self.arbitration: Arbitration | None = None
-        self._meter = Meter(self._split)
+        self._meter = Meter(metrics.split_reader(None))
         self._worker: WorkerSide | None = None
         self._begun = False
-
-    def _split(self) -> metrics.Readings:
-        arbitration = self.arbitration
-        return metrics.read_split(None if arbitration is None else arbitration.controller)
 
     # --- scheduler -------------------------------------------------------------------------------
 
@@ -181,6 +177,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
             block_tokens=self._config.cache_config.block_size,
             requests=self._requests,
         )
+        self._meter = Meter(metrics.split_reader(self.arbitration.controller))
 
     def on_new_request(self, request: Any) -> None:
         self._requests.arrived(request)

@@ -222,23 +222,37 @@ def read_ages(runtime: Runtime) -> Readings:
     ]
 
 
-def read_split(controller: SplitController | None) -> Readings:
-    """Metrics of the scheduler's side; zeros if the split is fixed."""
-    changes = {"to_kv": 0, "to_experts": 0} if controller is None else controller.changes
-    series: list[Series] = [("fluxmoe_split_changes_total", (name,)) for name in changes]
-    values: list[float] = list(changes.values())
-    series.append(("fluxmoe_split_failures_total", ()))
-    values.append(0 if controller is None else controller.failures)
-    if controller is not None:
-        policy = ("arbitration", controller.policy)
-        series.append(("fluxmoe_policy_faults_total", policy))
-        series.append(("fluxmoe_policy_slow_calls_total", policy))
-        values += [controller.faults, controller.slow]
-        for d in controller.decisions:
-            labels = (str(d.number), controller.policy, d.direction, d.reason)
-            series.append((DECISION, labels))
-            values.append(1)
-    return series, values
+def split_reader(controller: SplitController | None) -> Callable[[], Readings]:
+    """What reads the metrics of the scheduler's side; zeros if the split is fixed."""
+    always: list[Series] = [
+        ("fluxmoe_split_changes_total", ("to_kv",)),
+        ("fluxmoe_split_changes_total", ("to_experts",)),
+        ("fluxmoe_split_failures_total", ()),
+    ]
+    if controller is None:
+        return lambda: (always, (0, 0, 0))
+    policy = controller.policy
+    always.append(("fluxmoe_policy_faults_total", ("arbitration", policy)))
+    always.append(("fluxmoe_policy_slow_calls_total", ("arbitration", policy)))
+    series, newest = always, 0
+
+    def read() -> Readings:
+        nonlocal series, newest
+        changes, decisions = controller.changes, controller.decisions
+        if decisions and decisions[-1].number != newest:
+            newest = decisions[-1].number
+            labels = [(str(d.number), policy, d.direction, d.reason) for d in decisions]
+            series = [*always, *((DECISION, label) for label in labels)]
+        return series, (
+            changes["to_kv"],
+            changes["to_experts"],
+            controller.failures,
+            controller.faults,
+            controller.slow,
+            *(1 for _ in decisions),
+        )
+
+    return read
 
 
 class Meter:
@@ -263,6 +277,8 @@ class Meter:
         series, values = self._source()
         changes: Samples = {}
         if series is self._series:
+            if values == self._values:  # as on the scheduler's side in most steps
+                return changes
             for (name, labels), value, before in zip(series, values, self._values, strict=True):
                 if value != before:
                     changes.setdefault(name, {})[labels] = value - before

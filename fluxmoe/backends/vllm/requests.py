@@ -14,7 +14,7 @@ class RequestWatch:
     """Counts what the scheduler tells its connector about requests, all of them vLLM's ``Request``.
 
     Attributes:
-        running: Requests in the step that was scheduled last.
+        running, ran: Requests in the step that was scheduled last, and in the one before.
         preemptions: Since the start.
         prompt_tokens, prefix_hits: Tokens of requests that were admitted, and how many of them the
             prefix cache had, since the start.
@@ -29,7 +29,7 @@ class RequestWatch:
         self._prompts = self._limits = 0
         self._answer, self._foreseen = 0.0, 0.0
         self._hits: dict[str, int] = {}
-        self.running = self.preemptions = self.prompt_tokens = self.prefix_hits = 0
+        self.running = self.ran = self.preemptions = self.prompt_tokens = self.prefix_hits = 0
         self.tokens = self.computed = 0
         self.rested = self._emptied = False
         self.prefixes: PrefixCurve | None = None
@@ -67,7 +67,7 @@ class RequestWatch:
     def scheduled(self, output: Any) -> None:
         """A step was scheduled: vLLM's ``SchedulerOutput``."""
         self.rested, self._emptied = self._emptied, False
-        self.running = len(output.num_scheduled_tokens)
+        self.ran, self.running = self.running, len(output.num_scheduled_tokens)
         self.computed, self.tokens = self.tokens, output.total_num_scheduled_tokens
         self.preemptions += len(output.preempted_req_ids or ())
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split, StepSample
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,7 +38,7 @@ class MarginalOptions(BaseModel):
     headroom: float = Field(default=0.25, ge=0)
     """KV cache beyond what requests use, as a share of it, while it is unknown how they grow."""
     interval: int = Field(default=4, ge=1)
-    """Steps from one comparison to the next, four times as many while nothing happens."""
+    """Steps from one comparison to the next, up to 16 times as many while nothing happens."""
     window: int = Field(default=32, ge=1)
     """Steps to average over."""
 
@@ -56,27 +56,17 @@ class Marginal(ArbitrationPolicy):
         window: int = 32,
     ) -> None:
         self._goal, self._gain, self._dwell = goal, gain, dwell
-        self._headroom, self._interval, self._window = headroom, interval, window
+        self._headroom, self._window = headroom, window
+        self.interval, self.calm_interval = interval, 16 * interval
         self.reset()
 
     def reset(self) -> None:
         self._model = StepModel(self._window)
         self._wish: Split | None = None
         self._turned, self._direction, self._present = 0, 0, -1
-        self._steps: list[ArbitrationView] = []  # since the last comparison
-        self._running, self._calm = 0, 0
 
     def split(self, view: ArbitrationView) -> Split:
-        self._steps.append(view)
-        same = view.running_requests == self._running and not view.waiting_requests
-        if len(self._steps) < self._interval * (4 if same and self._calm > 4 else 1):
-            return self._wish_within(view)
-        self._calm = self._calm + 1 if same and self._wish is None else 0
-        self._running = view.running_requests
-        # Many steps at once cost hardly more than one: this code has left the processor's caches.
-        for step in self._steps:
-            self._model.observe(step)
-        self._steps.clear()
+        self._model.observe(view)
         if not view.running_requests or not self._model.ready:
             return self._wish_within(view)
         present, before = view.frames["experts"], self._present
@@ -139,7 +129,7 @@ class StepModel:
         self._averages: dict[str, float] = {}
         #: Of prompts beside decode steps: tokens, seconds.
         self._prefill = [0.0, 0.0]
-        self._asked, self._running = 0, 0
+        self._asked = 0
 
     @property
     def ready(self) -> bool:
@@ -147,17 +137,31 @@ class StepModel:
         return sum(row[0] for row in self._sums) > 4
 
     def observe(self, view: ArbitrationView) -> None:
-        """Take in the last step, and how many requests run in the next."""
-        running, self._running = self._running, view.running_requests
+        """Take in the last steps, and how many requests run in the next."""
         # How many requests there are is seen at once and forgotten slowly: a burst must not wait,
         # but where one wave of requests ends the next may begin.
         demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
-        self._average("demand", demand)
+        self._average("demand", demand, steps=len(view.steps))
         self._averages["demand"] = max(self._averages["demand"], demand)
-        if not view.tokens or not running:
+        steps = [step for step in view.steps if step.tokens and step.requests]
+        if not steps:
             return
-        compute = max(view.step_seconds - view.stall_seconds, 1e-9)
-        if view.tokens <= 2 * running:  # mostly decode: prefill tokens are far cheaper
+        # Between a prompt and the next lie whole answers.
+        asked, self._asked = view.prefixes.asked - self._asked, view.prefixes.asked
+        self._average("prompt", asked / len(steps), steps=len(steps) / 8)
+        ratio = float(view.experts.miss_ratio(view.frames["experts"]))
+        for step in steps:
+            self._learn(step)
+            self._average("answer", step.requests, steps=1 / 8)
+            self._average("running", step.requests)
+            self._average("accesses", step.accesses)
+            self._average("misses", step.misses)
+            self._average("expected", step.accesses * ratio)
+
+    def _learn(self, step: StepSample) -> None:
+        """Take in how long a step was."""
+        running, compute = step.requests, max(step.seconds - step.stall_seconds, 1e-9)
+        if step.tokens <= 2 * running:  # mostly decode: prefill tokens are far cheaper
             x, y = float(running), compute
             row, new = min(running.bit_length(), len(self._sums)) - 1, (1.0, x, y, x * x, x * y)
             self._sums[row] = [
@@ -165,23 +169,14 @@ class StepModel:
             ]
         elif self.ready:
             flat, slope = self.line()
-            beyond = view.tokens - running, max(compute - flat - slope * running, 0.0)
+            beyond = step.tokens - running, max(compute - flat - slope * running, 0.0)
             self._prefill = [
                 old * self._keep + new for old, new in zip(self._prefill, beyond, strict=True)
             ]
-        # Between a prompt and the next lie whole answers.
-        self._average("prompt", view.prefixes.asked - self._asked, slower=8)
-        self._average("answer", running, slower=8)
-        self._asked = view.prefixes.asked
-        self._average("running", running)
-        self._average("accesses", view.experts.accesses)
-        expected = view.experts.accesses * float(view.experts.miss_ratio(view.frames["experts"]))
-        self._average("misses", view.experts.misses)
-        self._average("expected", expected)
 
-    def _average(self, name: str, value: float, slower: int = 1) -> None:
+    def _average(self, name: str, value: float, *, steps: float = 1) -> None:
         old = self._averages.get(name, value)
-        self._averages[name] = old + (value - old) * (1 - self._keep) / slower
+        self._averages[name] = value + (old - value) * self._keep**steps
 
     def line(self) -> tuple[float, float]:
         """Seconds of a decode step: without requests, and per request."""

@@ -14,6 +14,7 @@ from fluxmoe.core.policy import (
     ExpertDemand,
     PrefixDemand,
     Split,
+    StepSample,
 )
 from fluxmoe.core.types import Budget
 from fluxmoe.testing.conformance.audit import AuditedArbitration, gather
@@ -102,6 +103,9 @@ def _steps(total: int, count: int = 240) -> Iterator[ArbitrationView]:
             prefixes=PrefixDemand(2 * hits, hits, float(total), prefixes if hits else np.zeros(0)),
             step_seconds=seconds,
             stall_seconds=stall,
+            steps=(
+                StepSample(running, running * busy, seconds, stall, 8.0 * running, 2.0 * running),
+            ),
             experts=replace(
                 demand,
                 accesses=float(8 * running),
@@ -170,6 +174,10 @@ def _declares(tried: Tried[ArbitrationPolicy, Day, Run]) -> str | None:
     check_signatures(policy, ArbitrationPolicy, {"split": ("view",), "reset": ()})
     if not isinstance(policy.fixed, bool):
         raise Broken(f"fixed is {policy.fixed!r}", mend="set it to True or False in the class")
+    for name in ("interval", "calm_interval"):
+        steps = getattr(policy, name)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise Broken(f"{name} is {steps!r}", mend="set it to a number of steps, 1 or more")
     return None
 
 
