@@ -81,7 +81,7 @@ def phases() -> list[Phase]:
 
     return [
         phase("long contexts", 32, lambda: [tokens(128) for _ in range(2)], 256),
-        phase("chat at 64", 64, lambda: [tokens(24) for _ in range(8)], 72),
+        phase("chat at 64", 64, lambda: [tokens(24) for _ in range(5)], 104),
         phase("quiet stream", 1, lambda: [tokens(24) for _ in range(8)], 344),
         phase("prefix-heavy turns", 40, talks, 17),
         phase("long contexts again", 32, lambda: [tokens(128) for _ in range(2)], 256),
