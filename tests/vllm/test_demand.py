@@ -69,20 +69,31 @@ def test_prompts_count_when_they_are_admitted_and_their_blocks_are_remembered():
 def test_the_size_of_requests_is_foreseen_from_those_that_ended():
     watch = RequestWatch()
     watch.arrived(request("a", prompt=100))
-    assert watch.foreseen_tokens == 0  # nobody knows how long answers are
+    assert watch.foreseen_blocks(1) == 0  # nobody knows how long answers are
     watch.gone(request("a", tokens=100, prompt=100))  # aborted before it said a word
     watch.arrived(request("b", prompt=100))
-    assert watch.foreseen_tokens == 0
+    assert watch.foreseen_blocks(1) == 0
     watch.gone(request("b", tokens=160))
     watch.arrived(request("c", prompt=20))
-    assert watch.foreseen_tokens == 20 + 60
+    assert watch.foreseen_blocks(1) == 20 + 60 - 1  # the last token is answered, not computed
     watch.arrived(request("d", prompt=40))
-    assert watch.foreseen_tokens == 30 + 60
-    watch.gone(request("c", tokens=21))
-    watch.gone(request("d", tokens=41))
-    assert watch.foreseen_tokens == 30 + 60  # as it was last, while nobody asks anything
+    assert watch.foreseen_blocks(1) == 30 + 60 - 1
+    assert watch.foreseen_blocks(32) == (3 + 4) / 2
+    watch.gone(request("c", tokens=21, prompt=20))
+    watch.gone(request("d", tokens=41, prompt=40))
+    assert watch.foreseen_blocks(32) == (3 + 4) / 2  # as it was last: nobody asks anything
     watch.arrived(request("e", prompt=10, limit=5))
-    assert watch.foreseen_tokens == 10 + 5  # a request says how much it wants at most
+    assert watch.foreseen_blocks(1) == 10 + (5 + 1 + 1) / 3 - 1  # what it wants at most
+    assert watch.foreseen_blocks(128) == 1
+
+
+def test_old_answers_are_forgotten():
+    watch = RequestWatch()
+    for length in [500] + [10] * 16:
+        watch.arrived(request("a"))
+        watch.gone(request("a", tokens=100 + length))
+    watch.arrived(request("a"))
+    assert watch.foreseen_blocks(1) == 109
 
 
 def test_without_arbitration_nobody_follows_prefixes():

@@ -96,12 +96,10 @@ class Arbitration:
         """The state of the engine, from what the controller knows and what this side does."""
         requests, layout = self._requests, self._layout
         per_block = layout.block_bytes / layout.frame_bytes
-        # On average the last block of a request is half full.
-        foreseen = requests.foreseen_tokens and requests.foreseen_tokens / self._block_tokens + 0.5
         return ArbitrationView(
             step=self._steps,
             max_running_requests=self._max_running,
-            request_frames=foreseen * per_block,
+            request_frames=requests.foreseen_blocks(self._block_tokens) * per_block,
             kv_cached_frames=int(self.balloon.cached() * per_block),
             preemptions=requests.preemptions,
             experts=self._demand.latest(),

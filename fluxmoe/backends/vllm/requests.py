@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from fluxmoe.core.prefixes import PrefixCurve
 
-#: Answers after which the weight of older ones has fallen to 1/e.
+#: The last answers, whose lengths are expected again.
 ANSWERS = 16
+#: The oldest requests, which run or are next: whose sizes are foreseen.
+REQUESTS = 256
 
 
 class RequestWatch:
@@ -26,8 +32,8 @@ class RequestWatch:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, int]] = {}  # tokens of the prompt, most of the answer
-        self._prompts = self._limits = 0
-        self._answer, self._foreseen = 0.0, 0.0
+        self._answers: deque[int] = deque(maxlen=ANSWERS)
+        self._foreseen = 0.0
         self._hits: dict[str, int] = {}
         self.running = self.ran = self.preemptions = self.prompt_tokens = self.prefix_hits = 0
         self.tokens = self.computed = 0
@@ -36,9 +42,7 @@ class RequestWatch:
 
     def arrived(self, request: Any) -> None:
         """A request waits."""
-        self._known[request.request_id] = size = request.num_prompt_tokens, request.max_tokens
-        self._prompts += size[0]
-        self._limits += size[1]
+        self._known[request.request_id] = request.num_prompt_tokens, request.max_tokens
 
     def looked_up(self, request: str, computed: int) -> None:
         """A waiting request would find so many of its tokens in the prefix cache."""
@@ -53,13 +57,10 @@ class RequestWatch:
 
     def gone(self, request: Any) -> None:
         """It has ended, whether it ever ran or not."""
-        prompt, limit = self._known.pop(request.request_id, (0, 0))
-        self._prompts -= prompt
-        self._limits -= limit
+        prompt, _ = self._known.pop(request.request_id, (0, 0))
         self._hits.pop(request.request_id, None)
-        answer = request.num_tokens - prompt
-        if answer > 0:
-            self._answer += (answer - self._answer) / (ANSWERS if self._answer else 1)
+        if request.num_tokens > prompt:
+            self._answers.append(request.num_tokens - prompt)
         self._emptied |= not self._known
         if self.prefixes is not None:
             self.prefixes.freed(request.request_id, request.block_hashes)
@@ -75,10 +76,14 @@ class RequestWatch:
     def waiting(self) -> int:
         return max(len(self._known) - self.running, 0)
 
-    @property
-    def foreseen_tokens(self) -> float:
-        """What a request will have at its end: its prompt, and an answer like those that ended."""
-        known = len(self._known)
-        if known and self._answer:
-            self._foreseen = self._prompts / known + min(self._limits / known, self._answer)
+    def foreseen_blocks(self, tokens: int) -> float:
+        """KV blocks of so many tokens that a request has at its end, on average.
+
+        It has a prompt, and an answer as long as one of those that have ended, unless it says that
+        it wants less. The last token of an answer is never computed.
+        """
+        if self._known and self._answers:
+            sizes = np.array([*islice(self._known.values(), REQUESTS)])
+            answers = np.minimum(sizes[:, 1:], np.array(self._answers))
+            self._foreseen = float(np.ceil((sizes[:, :1] + answers - 1) / tokens).mean())
         return self._foreseen
