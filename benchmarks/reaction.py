@@ -31,7 +31,7 @@ from fluxmoe.demo.model import DemoModel
 
 
 class WatchedOptions(BaseModel):
-    """Which policy is watched, and the file that a line per step is written to."""
+    """Which policy is watched, and the file that a line per call is written to."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,18 +40,19 @@ class WatchedOptions(BaseModel):
 
 
 class Watched(fluxmoe.ArbitrationPolicy):
-    """Any built-in arbitration policy, and a line per step about what it was shown."""
+    """Any built-in arbitration policy, and a line per call about what it was shown."""
 
     def __init__(self, policy: str, file: str) -> None:
         self._policy: fluxmoe.ArbitrationPolicy = plugins.load().create("arbitration", policy)
+        self.interval, self.calm_interval = self._policy.interval, self._policy.calm_interval
         self._file = open(file, "w", buffering=1)  # noqa: SIM115 - as long as the engine
 
     def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
         seen = {
+            "step": view.step,
             "kv": view.frames["kv"],
-            "running": view.running_requests,
-            "waiting": view.waiting_requests,
-            "seconds": view.step_seconds,
+            "requests": view.running_requests + view.waiting_requests,
+            "seconds": [step.seconds for step in view.steps if step.tokens],
         }
         print(json.dumps(seen), file=self._file)
         return self._policy.split(view)
@@ -74,15 +75,18 @@ def measure(model: DemoModel, link: float, policy: str, folder: Path) -> dict[st
         before = len(log.read_text().splitlines())
         live({policy: engine}, burst)
         state = engine.call("arbitration")
-    steps = [json.loads(line) for line in log.read_text().splitlines()][before:]
-    begin = next(i for i, step in enumerate(steps) if step["running"] + step["waiting"] > 4)
-    room = [step["kv"] for step in steps[begin:]]
-    step_seconds = median(step["seconds"] for step in steps[begin:] if step["seconds"])
+    calls = [json.loads(line) for line in log.read_text().splitlines()][before:]
+    burst_calls = [call for call in calls if call["requests"] > 4]
+    room = [call["kv"] for call in burst_calls]
+    there = next(call for call in burst_calls if call["kv"] >= 0.9 * max(room))
+    # The policy may not have been asked in the very step in which it began.
+    begin = burst_calls[0]["step"] - (plugins.load().create("arbitration", policy).interval - 1)
+    step_seconds = median(seconds for call in burst_calls for seconds in call["seconds"])
     return {
         "frames_before": room[0],
         "frames_final": max(room),
-        "steps_to_90_percent": next(i for i, kv in enumerate(room) if kv >= 0.9 * max(room)),
-        "steps": len(room),
+        "steps_to_90_percent": there["step"] - begin,
+        "steps": burst_calls[-1]["step"] - begin,
         "moves": sum(state["changes"].values()),
         "median_step_ms": step_seconds * 1e3,
         "longest_pause_ms": state["longest_pause"] * 1e3,
