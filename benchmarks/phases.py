@@ -1,7 +1,8 @@
 """A day in a minute: phases with different demands, one budget, fixed splits against policies.
 
 python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--policy NAME …]
-                            [--share S …] [--link GB/s] [--save FILE]
+                            [--share S …] [--link GB/s] [--phase NAME …] [--no-stock]
+                            [--at-once N] [--save FILE]
 
 Every engine lives through day after day in a process of its own; what a phase leaves behind (split,
 caches) is where the next one begins, so transitions are part of the figures. All engines go through
@@ -135,7 +136,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("phases", description=__doc__.partition("\n")[0])
     models.add_option(parser, default="balanced")
     parser.add_argument("--rounds", type=int, default=3, help="days")
-    parser.add_argument("--share", nargs="*", type=float, default=SHARES, help="fixed splits")
+    parser.add_argument("--share", nargs="+", type=float, default=SHARES, help="fixed splits")
     parser.add_argument("--policy", nargs="*", default=["marginal", "kv-first", "rho"])
     parser.add_argument("--link", type=float, default=LINK, help="GB/s to the store; 0: memory")
     parser.add_argument("--phase", nargs="*", help="only these")

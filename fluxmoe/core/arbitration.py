@@ -27,6 +27,7 @@ class ArbitrationGuard(PolicyGuard):
     ) -> None:
         self._policy = policy
         super().__init__(FaultCounter("arbitration", name, strict, limits))
+        self.fixed = policy.fixed
         self.interval = self._steps("interval")
         self.calm_interval = self._steps("calm_interval")
 
@@ -42,7 +43,7 @@ class ArbitrationGuard(PolicyGuard):
         answer = self._faults.answer("split", self._policy.split, view)
         if answer is None:
             return Split(view.frames)
-        if isinstance(answer, Split) and answer.frames is view.frames and answer.reason == "":
+        if type(answer) is Split and answer.frames is view.frames and type(answer.reason) is str:
             return answer  # as in most steps
         problem = _problem(answer, view)
         if problem:

@@ -111,6 +111,8 @@ class SplitController:
         self._bounds = self._initial_bounds = MappingProxyType(bounds)
         #: What was set by hand; None if nothing ever was.
         self._by_hand: ByHand | None = None
+        #: Whether the present split is as it should be, as long as the policy wants no other.
+        self._settled = True
         self._pause_per_frame = 0.0
         #: Seconds of the longest move so far, both halves together.
         self.longest_pause = 0.0
@@ -156,7 +158,7 @@ class SplitController:
     def set_limits(self, limits: ByHand) -> None:
         """Keep to these limits from now on, in as many moves as it takes. See ``narrowed``."""
         total = self._inventory.frames
-        self._by_hand = limits
+        self._by_hand, self._settled = limits, False
         self._limit = total if limits.total is None else min(max(limits.total, 0), total)
         self._bounds = narrowed(
             self._initial_bounds,
@@ -191,10 +193,10 @@ class SplitController:
         if result is not None:
             self._finish(result)
         self._steps += 1
-        due = self._pace.due(last, running, waiting, content=self._wish is None)
-        wanting = self._wish is not None or self._by_hand is not None
+        content = self._wish is None
+        due = not self._policy.fixed and self._pace.due(last, running, waiting, content=content)
         # In most steps there is nothing to do, and that should cost nothing.
-        if due or (wanting and not self._mover.busy):
+        if due or not (self._mover.busy or (content and self._settled)):
             view = self._seen(last, running, waiting, make_view)
             if due:
                 self._ask(view)
@@ -239,6 +241,7 @@ class SplitController:
         if not view.running_requests and not over:
             return
         move = self._plan(self._within(split, view), view)
+        self._settled = move is None and not over
         if move is not None:
             # Also where a policy that wants nothing gets what a person took from the other.
             told = self._by_hand is not None and split.frames == frames

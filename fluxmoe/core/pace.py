@@ -13,6 +13,8 @@ from fluxmoe.core.policy import StepSample
 class Pace:
     """Counts the steps from one call of a policy to the next.
 
+    Nothing happens while as many requests run, none waits and the policy wants what there is.
+
     Args:
         interval, calm: ``ArbitrationPolicy.interval`` and ``calm_interval``.
     """
@@ -38,6 +40,7 @@ class Pace:
     def asked(self, running: int, waiting: int, *, content: bool) -> None:
         """It was: with so many requests, and that is what came of it."""
         calm = content and not waiting and running == self._running
-        self._pause = min(2 * self._pause, self._calm) if calm else self._interval
+        longer = min(2 * self._pause, self._calm) if calm else 0
+        self._pause = max(longer, self._interval)
         self._running = running
         self.steps.clear()

@@ -40,6 +40,7 @@ class PrefixCurve:
         self._used: dict[str, list[bytes]] = {}
         self._users: Counter[bytes] = Counter()
         self._histogram = np.zeros(self._depth + 1)  # by depth; the last entry: not in the stack
+        self._shared = 0.0  # found because other requests use them at the time
         self._curve = np.zeros(0)
 
     def admitted(self, request: str, hashes: Sequence[bytes]) -> None:
@@ -51,27 +52,32 @@ class PrefixCurve:
                 up to the block's end.
         """
         if request in self._used:
-            self.freed(request, self._used[request])
+            self.freed(request, hashes)
         names = self._sample(hashes)
-        if not names:
-            return
-        depths = {name: depth for depth, name in enumerate(reversed(self._stack))}
-        for name in names:
-            depth = 0 if self._users[name] else depths.get(name, self._depth)
-            self._histogram[depth] += self._weight
-        for name in names:
-            self._stack.pop(name, None)
-        self._users.update(names)
         self._used[request] = names
         self._curve = np.zeros(0)
         self._weight *= self._growth
         if self._weight > 1e12:
             self._histogram /= self._weight
+            self._shared /= self._weight
             self._weight = 1.0
+        depths = {name: depth for depth, name in enumerate(reversed(self._stack))}
+        for name in names:
+            if name in self._users:
+                self._shared += self._weight
+            else:
+                self._histogram[depths.get(name, self._depth)] += self._weight
+                self._stack.pop(name, None)
+        self._users.update(names)
 
     def freed(self, request: str, hashes: Sequence[bytes]) -> None:
-        """A request has ended: the blocks that it has filled are the last to be forgotten."""
-        for name in self._used.pop(request, ()):
+        """A request has ended: the blocks that it has filled are the last to be forgotten.
+
+        One that was never admitted has filled none.
+        """
+        if request not in self._used:
+            return
+        for name in self._used.pop(request):
             self._users[name] -= 1
             if not self._users[name]:
                 del self._users[name]
@@ -85,14 +91,20 @@ class PrefixCurve:
     def curve(self) -> Floats:
         """Share found with ``POINTS`` numbers of free blocks, from none to all; empty if unknown.
 
-        It never decreases.
+        It never decreases. What running requests share is found without a free block.
         """
-        if not self._curve.size and self._histogram.any():
-            found = np.concatenate(([0.0], np.cumsum(self._histogram[:-1])))
+        total = self._histogram.sum() + self._shared
+        if not self._curve.size and total:
+            found = np.concatenate(([0.0], np.cumsum(self._histogram[:-1]))) + self._shared
             grid = np.linspace(0, self._depth, POINTS)
-            self._curve = np.interp(grid, np.arange(self._depth + 1), found)
-            self._curve /= self._histogram.sum()
+            self._curve = np.interp(grid, np.arange(self._depth + 1), found) / total
         return self._curve
+
+    def saved(self) -> float:
+        """Blocks that a running request does not need because another one has them, on average."""
+        if not self._used:
+            return 0.0
+        return (self._users.total() - len(self._users)) / self._rate / len(self._used)
 
     def _sample(self, hashes: Sequence[bytes]) -> list[bytes]:
         most = int(self._rate * 2**32)

@@ -37,6 +37,10 @@ def test_less_and_less_often_while_nothing_happens():
     assert asked(Pace(4, 16), [CALM] * 80) == [0, 4, 12, 28, 44, 60, 76]
 
 
+def test_an_engine_that_is_idle_at_first():
+    assert asked(Pace(4, 64), [(0, 0, True)] * 30) == [0, 4, 12, 28]
+
+
 @pytest.mark.parametrize("news", [(4, 0, True), (3, 1, True)])
 def test_soon_when_something_happens(news):
     steps = asked(Pace(4, 64), [CALM] * 70 + [news] * 20)

@@ -86,8 +86,7 @@ def test_blocks_in_use_are_found_without_a_free_one_and_forgotten_when_their_las
     curve = PrefixCurve(BLOCKS, window=10**9)
     curve.admitted("a", hashes(0, 4))
     curve.admitted("b", hashes(0, 4))
-    assert curve.curve()[0] == 0  # there is no cache without a block
-    assert curve.curve()[1] == curve.curve()[-1] == pytest.approx(4 / 8)
+    assert curve.curve()[0] == curve.curve()[-1] == pytest.approx(4 / 8)
     curve.freed("a", hashes(0, 4))
     curve.admitted("c", hashes(0, 4))  # b still has them
     assert curve.curve()[1] == pytest.approx(8 / 12)
@@ -96,15 +95,34 @@ def test_blocks_in_use_are_found_without_a_free_one_and_forgotten_when_their_las
     curve.admitted("d", hashes(1, 8))
     curve.freed("d", hashes(1, 8))
     curve.admitted("e", hashes(0, 4))  # below eight others
-    assert curve.curve()[1] == pytest.approx(8 / 24)
+    assert curve.curve()[0] == pytest.approx(8 / 24)
     assert curve.curve()[-1] == pytest.approx(12 / 24)
 
 
 def test_a_request_that_was_preempted_leaves_its_blocks_behind():
     curve = PrefixCurve(BLOCKS, window=10**9)
-    curve.admitted("a", hashes(0, 4))
-    curve.admitted("a", hashes(0, 4))
-    assert curve.curve()[1] < curve.curve()[4] == pytest.approx(4 / 8)
-    curve.freed("a", hashes(0, 4))
+    curve.admitted("a", hashes(0, 2))
+    curve.admitted("a", hashes(0, 8))  # it had filled all of them when it lost its KV cache
+    assert curve.curve()[0] == 0
+    assert curve.curve()[4] < curve.curve()[8] == pytest.approx(8 / 10)
+    curve.freed("a", hashes(0, 8))
     assert not curve._users
     assert not curve._used
+
+
+def test_a_request_that_never_ran_has_filled_nothing():
+    curve = PrefixCurve(BLOCKS)
+    curve.freed("impatient", hashes(0, 4))
+    curve.admitted("again", hashes(0, 4))
+    assert curve.curve()[-1] == 0
+
+
+def test_what_running_requests_share_is_saved():
+    curve = PrefixCurve(BLOCKS)
+    assert curve.saved() == 0
+    for name in range(4):
+        curve.admitted(str(name), hashes(0, 6) + hashes(name + 1, 2))
+    assert curve.saved() == pytest.approx(6 * 3 / 4)
+    for name in range(1, 4):
+        curve.freed(str(name), hashes(0, 6))
+    assert curve.saved() == 0

@@ -36,11 +36,14 @@ class Engine:
     per_step: int = 40
     flat: float = 5e-3
     per_request: float = 2e-4
-    #: Every 20 steps a prompt of so many tokens is looked up, and found if the KV cache has so many
-    #: frames free; each token that is not found takes its time.
+    #: Every so many steps a prompt of so many tokens is looked up, and found if the KV cache has so
+    #: many frames free; each token that is not found takes its time.
+    every: int = 20
     prompt: int = 0
     cliff: float = 0.0
     token_seconds: float = 1e-4
+    #: The step in which the first miss-ratio curve comes.
+    late: int = 0
     asked: int = 0
     found: int = 0
     step: int = 0
@@ -69,7 +72,7 @@ class Engine:
             self.running = min(self.requests, self.max_running, int(self.kv / self.frames_each))
             compute, stall = self.seconds(self.experts, self.running)
             tokens = self.running
-            if self.prompt and self.step % 20 == 0:
+            if self.prompt and self.step % self.every == 0:
                 free = self.kv - self.running * self.frames_each
                 new = 0 if free >= self.cliff else self.prompt
                 self.asked += self.prompt
@@ -77,7 +80,7 @@ class Engine:
                 compute += new * self.token_seconds
                 tokens += new
             known = np.linspace(0, 400, 65) >= self.cliff if self.asked else np.zeros(0)
-            curve = np.linspace(1, 0, 65)
+            curve = np.linspace(1, 0, 65 if self.step >= self.late else 0)
             used = self.per_step
             missed = used * float(np.interp(self.experts / 300, [0, 1], [1, 0]))
             sample = StepSample(self.running, tokens, compute + stall, stall, used, missed)
@@ -237,6 +240,23 @@ def test_rho_spares_what_the_kv_cache_uses():
     e = engine("rho", experts=100, requests=25, frames_each=10.0, page_seconds=1e-2)
     e.run(200)
     assert e.kv >= 250
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [(1000, 200), (128, 256), (2000, 20)])
+def test_a_burst_is_served_although_nothing_was_seen_before_it(prompt, answer):
+    e = engine("marginal", experts=280, requests=40, frames_each=8.0, token_seconds=2e-5)
+    e.prompt, e.every = 12 * prompt, answer  # all who can run begin at once, and again
+    e.cliff = float("inf")
+    e.run(60)
+    assert e.kv >= 0.9 * 320
+
+
+def test_the_first_misses_are_not_counted_many_times():
+    policy = plugins.load().create("arbitration", "marginal")
+    e = Engine(policy, experts=150, late=40)
+    e.run(80)
+    model = policy._model
+    assert model._averages["misses"] / model._averages["expected"] == pytest.approx(1, rel=0.1)
 
 
 def test_fixed_never_moves():

@@ -65,7 +65,6 @@ class Arbitration:
         self._block_tokens = block_tokens
         self._requests = requests
         requests.prefixes = self._prefixes = PrefixCurve(inventory.layout.blocks)
-        self._asked = PrefixDemand()
         self._reports: list[StepReport] = []
         self._told: ByHand | None = None
         self._steps, self._clock = 0, StepClock()
@@ -96,28 +95,24 @@ class Arbitration:
         """The state of the engine, from what the controller knows and what this side does."""
         requests, layout = self._requests, self._layout
         per_block = layout.block_bytes / layout.frame_bytes
+        blocks = requests.foreseen_blocks(self._block_tokens)
+        if blocks:  # what is shared is not needed twice
+            blocks = max(blocks - self._prefixes.saved(), 1.0)
         return ArbitrationView(
             step=self._steps,
             max_running_requests=self._max_running,
-            request_frames=requests.foreseen_blocks(self._block_tokens) * per_block,
+            request_frames=blocks * per_block,
             kv_cached_frames=int(self.balloon.cached() * per_block),
             preemptions=requests.preemptions,
             experts=self._demand.latest(),
-            prefixes=self._prefix_demand(per_block),
-            **known,
-        )
-
-    def _prefix_demand(self, per_block: float) -> PrefixDemand:
-        """Another one only after a request was admitted."""
-        requests = self._requests
-        if self._asked.asked != requests.prompt_tokens:
-            self._asked = PrefixDemand(
+            prefixes=PrefixDemand(
                 requests.prompt_tokens,
                 requests.prefix_hits,
-                self._layout.blocks * per_block,
+                layout.blocks * per_block,
                 self._prefixes.curve(),
-            )
-        return self._asked
+            ),
+            **known,
+        )
 
     def _obey(self, reports: Sequence[StepReport]) -> None:
         """Take in what a person has told the workers, all of them the same."""

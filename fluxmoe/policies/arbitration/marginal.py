@@ -1,8 +1,9 @@
 """What would another split earn? Expected tokens per second, from what was measured.
 
-For each split the policy asks how many requests could run (what is in use per request, who waits),
-how long a step of that many takes (a line fitted to the last steps), and how long it would wait for
-experts (the miss-ratio curve, scaled to what is really missed, times the measured time per page).
+For each split the policy asks how many requests could run (what each will need, who waits), how
+long a step of that many takes (a line fitted to the last steps), how long it would wait for experts
+(the miss-ratio curve, scaled to what is really missed, times the measured time per page), and how
+long it would compute prompts (what a prefix cache of that size does not find).
 It moves when the best split promises clearly more than the present one.
 """
 
@@ -39,7 +40,7 @@ class MarginalOptions(BaseModel):
     """KV cache beyond what requests use, as a share of it, while it is unknown how they grow."""
     interval: int = Field(default=4, ge=1)
     """Steps from one comparison to the next, up to 16 times as many while nothing happens."""
-    window: int = Field(default=32, ge=1)
+    window: int = Field(default=32, ge=8)
     """Steps to average over."""
 
 
@@ -126,14 +127,15 @@ class StepModel:
         # of requests forgets only when it learns: a long quiet time leaves it known what a batch
         # costs, and the burst that ends it is not met with a guess.
         self._sums = [[0.0] * 5 for _ in range(16)]
-        self._averages: dict[str, float] = {}
+        # Prompts come in bursts: the first one says nothing about how many there are in a while.
+        self._averages = {"prompt": 0.0}
         #: Of prompts beside decode steps: tokens, seconds.
         self._prefill = [0.0, 0.0]
         self._asked = 0
 
     @property
     def ready(self) -> bool:
-        """Whether enough was seen: a few steps, and what a page costs to load."""
+        """Whether a few steps were seen."""
         return sum(row[0] for row in self._sums) > 4
 
     def observe(self, view: ArbitrationView) -> None:
@@ -149,14 +151,16 @@ class StepModel:
         # Between a prompt and the next lie whole answers.
         asked, self._asked = view.prefixes.asked - self._asked, view.prefixes.asked
         self._average("prompt", asked / len(steps), steps=len(steps) / 8)
-        ratio = float(view.experts.miss_ratio(view.frames["experts"]))
+        known, have = view.experts.curve.size, view.frames["experts"]
+        ratio = float(view.experts.miss_ratio(have))
         for step in steps:
             self._learn(step)
             self._average("answer", step.requests, steps=1 / 8)
             self._average("running", step.requests)
             self._average("accesses", step.accesses)
-            self._average("misses", step.misses)
-            self._average("expected", step.accesses * ratio)
+            if known:
+                self._average("misses", step.misses)
+                self._average("expected", step.accesses * ratio)
 
     def _learn(self, step: StepSample) -> None:
         """Take in how long a step was."""
@@ -223,7 +227,8 @@ class StepModel:
         """Pages missed per step: the curve, scaled to what this eviction policy really misses."""
         demand, seen = view.experts, self._averages
         pages = max(demand.pages, 1)
-        scale = seen["misses"] / seen["expected"] if seen["expected"] > 1 else 1.0
+        expected = seen.get("expected", 0.0)
+        scale = seen["misses"] / expected if expected > 1 else 1.0
         # More requests use more of the experts: each uses some of them, independently.
         share = min(seen["accesses"] / pages, 0.999)
         used = pages * (1 - (1 - share) ** (batch / max(seen["running"], 1.0)))
@@ -234,10 +239,11 @@ class StepModel:
     def words(self, view: ArbitrationView, headroom: float, here: float, there: float) -> str:
         """The numbers behind a decision."""
         flat, slope = self.line()
+        misses = self._averages.get("misses", 0.0)
         return (
             f"{there:.1f} expected tokens/s instead of {here:.1f}: "
             f"{view.running_requests} running, {view.waiting_requests} waiting, "
             f"{self._each(view, headroom):.1f} frames each; "
             f"step {flat * 1e3:.1f} ms + {slope * 1e3:.2f} ms per request; "
-            f"{self._averages['misses']:.1f} misses at {view.experts.load_seconds * 1e6:.0f} µs"
+            f"{misses:.1f} misses at {view.experts.load_seconds * 1e6:.0f} µs"
         )
