@@ -65,8 +65,10 @@ class Wish(fluxmoe.ArbitrationPolicy):
     """Wants what the test says; by default what there is."""
 
     answer: object = None
+    asked = 0
 
     def split(self, view):
+        self.asked += 1
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer or Split(view.frames)
@@ -76,7 +78,13 @@ class World:
     """A scheduler and its workers, each with arenas, page table and pager."""
 
     def __init__(
-        self, workers: int = 1, *, strict: bool = False, frames: int = FRAMES, blocks: int = BLOCKS
+        self,
+        workers: int = 1,
+        *,
+        strict: bool = False,
+        frames: int = FRAMES,
+        blocks: int = BLOCKS,
+        **declared: object,
     ) -> None:
         self.substrates = [FaultySubstrate(frames_of_memory(frames)) for _ in range(workers)]
         self.rigs = []
@@ -98,6 +106,8 @@ class World:
         ]
         self.blocks = Blocks(self.layout, GROUPS_AT_START)
         self.policy = Wish()
+        for name, value in declared.items():
+            setattr(self.policy, name, value)
         least = frames_for(PAGE_CLASS, EXPERTS, FRAME)
         inventory = Inventory(
             frames=frames,
@@ -114,15 +124,19 @@ class World:
         self.controller = SplitController(inventory, guard, self.blocks, workers)
         self.answers: list = []
         self.running = 1
+        self.views = 0
         self.rng = np.random.default_rng(0)
 
     def want(self, experts: int, kv: int) -> None:
         self.policy.answer = Split({"experts": experts, "kv": kv}, "the test says so")
 
     def step(self) -> None:
-        order = self.controller.step(
-            StepSample(self.running, 1, 1.0), self.running, 0, ArbitrationView, self.answers
-        )
+        def view(**known) -> ArbitrationView:
+            self.views += 1
+            return ArbitrationView(**known)
+
+        sample = StepSample(self.running, 1, 1.0)
+        order = self.controller.step(sample, self.running, 0, view, self.answers)
         answers = [follower.receive(order) for follower in self.followers]
         self.answers = [answer for answer in answers if answer is not None]
         for rig in self.rigs:
@@ -430,6 +444,64 @@ def test_a_slow_move_makes_the_next_one_small(world):
 
     assert moves(10.0) > 100  # a move takes ten steps: the least possible each time
     assert 5 <= moves(1e-9) < 20
+
+
+def test_a_wish_is_approached_until_the_policy_is_asked_again(world):
+    w = world(interval=60, calm_interval=60)
+    w.want(8, 32)
+    w.settle(50)
+    assert w.policy.asked == 1
+    assert w.frames == {"experts": 10, "kv": 30}
+    w.want(20, 9)
+    w.settle(9)
+    assert w.frames == {"experts": 10, "kv": 30}
+    w.settle(40)
+    assert w.policy.asked == 2
+    assert w.frames["experts"] == frames_for(PAGE_CLASS, 16, FRAME)
+
+
+def test_without_news_no_view_is_made(world):
+    w = world(interval=4, calm_interval=32)
+    w.settle(128)
+    assert w.views == w.policy.asked == 7  # in steps 0, 4, 12, 28, 60, 92, 124
+    w.controller.set_limits(ByHand(total=35))
+    w.settle(10)
+    assert sum(w.frames.values()) <= 35
+    w.controller.set_limits(ByHand())
+    w.settle(128)
+    views = w.views
+    w.settle(128)
+    assert w.views - views <= 5
+
+
+def test_limits_do_not_wait_for_the_policy(world):
+    w = world(interval=100, calm_interval=100)
+    w.settle(3)
+    w.controller.set_limits(ByHand(kv_max=12))
+    w.settle(40)
+    assert w.policy.asked == 1
+    assert w.frames["kv"] == 12
+
+
+def test_a_fixed_policy_is_never_asked_but_limits_are_kept_to(world):
+    w = world(fixed=True)
+    w.settle(10)
+    w.controller.set_limits(ByHand(kv_max=12))
+    w.settle(40)
+    assert w.policy.asked == 0
+    assert w.frames["kv"] == 12
+
+
+def test_a_fault_ends_the_wish_before_it(world):
+    w = world(interval=4, calm_interval=4)
+    before = w.frames
+    w.want(8, 32)
+    w.step()
+    w.policy.answer = RuntimeError("not today")
+    w.settle(40)
+    assert w.policy.asked == 11
+    assert w.controller.faults == 10
+    assert before["kv"] < w.frames["kv"] < 30
 
 
 class ControllerMachine(RuleBasedStateMachine):

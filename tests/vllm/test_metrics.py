@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import prometheus_client
@@ -18,8 +20,10 @@ from fluxmoe.backends.vllm.metrics import (
     Samples,
     Series,
     add,
+    split_reader,
     summary,
 )
+from fluxmoe.core.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
@@ -68,6 +72,38 @@ def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
     assert rare.take() == {HITS: {(): 0}}
     hits = 5
     assert [rare.take() for _ in range(3)] == [{}, {}, {HITS: {(): 5}}]
+
+
+def test_the_last_decisions_are_shown_and_older_ones_taken_back() -> None:
+    decided = [Decision(n, "to_kv", f"reason {n}") for n in range(1, REMEMBERED + 2)]
+    controller: Any = SimpleNamespace(
+        policy="marginal", changes={"to_kv": 0, "to_experts": 0}, failures=0, faults=0, slow=0
+    )
+    controller.decisions = deque(maxlen=REMEMBERED)
+    meter = Meter(split_reader(controller))
+    first = meter.take()
+    assert first["fluxmoe_policy_faults_total"] == {("arbitration", "marginal"): 0}
+    assert DECISION not in first
+    assert meter.take() == {}
+    for decision in decided:
+        controller.changes["to_kv"] += 2
+        controller.decisions.append(decision)
+        changes = meter.take()
+        assert changes["fluxmoe_split_changes_total"] == {("to_kv",): 2}
+        labels = (str(decision.number), "marginal", "to_kv", decision.reason)
+        assert changes[DECISION].pop(labels) == 1
+    assert changes[DECISION] == {("1", "marginal", "to_kv", "reason 1"): -1}
+    controller.failures += 1
+    assert meter.take() == {"fluxmoe_split_failures_total": {(): 1}}
+
+
+def test_a_fixed_split_shows_zeros_once() -> None:
+    meter = Meter(split_reader(None))
+    assert meter.take() == {
+        "fluxmoe_split_changes_total": {("to_kv",): 0, ("to_experts",): 0},
+        "fluxmoe_split_failures_total": {(): 0},
+    }
+    assert meter.take() == {}
 
 
 def test_histograms_add_up_what_was_counted_elsewhere() -> None:

@@ -164,6 +164,7 @@ class _Shown:
             elif isinstance(arg, ArbitrationView):
                 self._take("view", arg, ("frames", "bounds"))
                 self._take("view.experts", arg.experts, ("curve",))
+                self._take("view.prefixes", arg.prefixes, ("curve",))
             elif isinstance(arg, np.ndarray):
                 self._values["pages"] = arg.copy()
 
