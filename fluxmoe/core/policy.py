@@ -379,7 +379,7 @@ class ArbitrationPolicy(ABC):
     Attributes:
         fixed: The split never changes: the policy is never asked, nothing is reserved for growth.
         interval: Steps from one call to the next; ``view.steps`` has them all.
-        calm_interval: The same after a while in which the same requests run, none waits and the
+        calm_interval: The same after a while in which as many requests run, none waits and the
             policy wants no other split than the present one. If anything of that ends, the policy
             is asked within ``interval``.
     """
