@@ -6,8 +6,9 @@ python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--polic
 
 Every engine lives through day after day in a process of its own; what a phase leaves behind (split,
 caches) is where the next one begins, so transitions are part of the figures. All engines go through
-a phase before any goes on to the next, in an order that changes: a machine that is slower for a
-minute is slower for all. A quiet stream comes before the first day.
+a phase before any goes on to the next, in an order that is drawn anew each time, and take turns at
+the questions of a single user: a machine that is slower for a minute is slower for all. A quiet
+stream comes before the first day.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,21 +41,26 @@ STOCK_BLOCKS = LENGTH // BLOCK + 1
 #: GB/s to the store: loading all experts takes as long as ten steps of a single request. For a
 #: model of 30 billion parameters on an H100 with PCIe 5 it is more than a hundred.
 LINK = 0.5
+#: Those that serve one long context at a time.
+SLOW = ("stock", "fixed 100%")
 #: Bytes of experts that the fixed splits have, as shares of all experts.
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Users who ask one question after the other, each when the one before is answered."""
+    """Users who ask one question after the other, each when the one before is answered.
+
+    The engines take turns at its parts.
+    """
 
     name: str
-    prompts: tuple[Prompt, ...]
+    parts: tuple[tuple[Prompt, ...], ...]
 
     @property
     def tokens(self) -> int:
         """What is to be generated."""
-        return sum(prompt.max_tokens for prompt in self.prompts)
+        return sum(prompt.max_tokens for part in self.parts for prompt in part)
 
 
 def phases() -> list[Phase]:
@@ -72,7 +79,9 @@ def phases() -> list[Phase]:
             for number, question in enumerate(asked()):
                 after = len(prompts) - 1 if number else None
                 prompts.append(Prompt(question, size, temperature=1.0, after=after))
-        return Phase(name, tuple(prompts))
+        if users > 1:
+            return Phase(name, (tuple(prompts),))
+        return Phase(name, tuple((replace(prompt, after=None),) for prompt in prompts))
 
     def talks() -> Iterable[list[int]]:
         """Three conversations of ten turns: each prompt is all that was said before, and more."""
@@ -123,13 +132,19 @@ class Lived:
 
 def live(engines: dict[str, ChildEngine], phase: Phase, at_once: int = 1) -> dict[str, Lived]:
     """All engines go through a phase, with what the phases before have left behind."""
+    seconds, steps = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0)
 
-    def serve(engine: ChildEngine) -> Lived:
-        run = engine.generate(phase.prompts, cold=False)
-        return Lived(phase.tokens / run.seconds, run.steps)
+    def serve(name: str, part: Sequence[Prompt]) -> None:
+        run = engines[name].generate(part, cold=False)
+        seconds[name] += run.seconds
+        steps[name] += run.steps
 
     with ThreadPoolExecutor(at_once) as pool:
-        return dict(zip(engines, pool.map(serve, engines.values()), strict=True))
+        for part in phase.parts:
+            # None but the slow ones, which come first, runs alone at the end.
+            order = sorted(engines, key=lambda name: (name not in SLOW, random.random()))
+            list(pool.map(serve, order, repeat(part)))
+    return {name: Lived(phase.tokens / seconds[name], steps[name]) for name in engines}
 
 
 def main(argv: list[str]) -> None:
@@ -158,12 +173,10 @@ def main(argv: list[str]) -> None:
         for engine in engines.values():
             stack.enter_context(engine)
         for engine in engines.values():
-            engine.generate(phases()[2].prompts[:2])
+            engine.generate(phases()[2].parts[0])
         for _ in range(arguments.rounds):
             today = []
             for phase in day:
-                first, *others = engines
-                engines = {name: engines[name] for name in [*others, first]}
                 today.append(live(engines, phase, arguments.at_once))
             for name, days in seen.items():
                 days.append([lived[name] for lived in today])
