@@ -1,8 +1,8 @@
 """SplitController: the scheduler's side of arbitration. Asks the policy, turns its wish into moves.
 
 In every step it takes in what the workers say, asks the policy if that is due, and, if no move is
-under way, begins the next one: at most so many frames that the pause they cause stays a fraction of a step.
-A wish that is far away is reached in many moves, and can be changed or dropped at any time.
+under way, begins the next one: at most so many frames that the pause they cause stays a fraction of
+a step. A wish that is far away is reached in many moves, and can be changed or dropped at any time.
 """
 
 from __future__ import annotations
