@@ -3,7 +3,8 @@
 Numba notices when the file of a cached function has changed, but not when a function, a constant or
 a class that it uses from *another* file has: it would then run stale code, or fail to read its own
 index. The functions of ``event`` and ``order`` use those of ``pages``, so the machine code is filed
-under a name that contains a digest of all compiled sources of its folder.
+under a name that contains a digest of all compiled sources of the core, subfolders included, and of
+its own folder where that lies elsewhere.
 
 Numba looks before every access whether the index is negative, which in Python counts from the end.
 The event rule consists of accesses, and the look took a third of its time; so indices are unsigned
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -30,10 +32,16 @@ from numba.core.typed_passes import NopythonTypeInference
 F = TypeVar("F", bound=Callable[..., object])
 
 
+_CORE = Path(__file__).parent
+#: A source that is compiled, or that says how. `Rows` of ``kernel`` is of the second kind.
+_COMPILED = re.compile(rb"^(@jit|import numba|from numba)", re.MULTILINE)
+
+
 @cache
 def _digest(folder: Path) -> str:
-    texts = (path.read_bytes() for path in [Path(__file__), *sorted(folder.glob("*.py"))])
-    compiled = (text for text in texts if b"@jit" in text or b"intrinsic" in text)
+    sources = [*sorted(_CORE.rglob("*.py")), *sorted(folder.glob("*.py"))]
+    texts = (path.read_bytes() for path in sources)
+    compiled = (text for text in texts if _COMPILED.search(text))
     return hashlib.sha256(b"".join(compiled)).hexdigest()[:8]
 
 

@@ -35,9 +35,9 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(copy: Path, before: str = "", **environment: str) -> str:
+def run(copy: Path, before: str = "", program: str = COUNT, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", before + COUNT],
+        [sys.executable, "-c", before + program],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", **environment},
         capture_output=True,
@@ -58,6 +58,28 @@ def test_a_change_in_one_file_reaches_the_compiled_code_of_another(copy):
     assert swapped != text
     pages.write_text(swapped)
     assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is as it was, its constants are not
+
+
+@pytest.mark.parametrize("user", ["core/first", "outside"])
+def test_a_change_in_one_folder_reaches_the_compiled_code_of_another(copy, user):
+    package = copy / "fluxmoe"
+    for folder in (package / user, package / "core/second/inner"):
+        folder.mkdir(parents=True)
+    give, use = package / "core/second/inner/give.py", package / user / "use.py"
+    head = "from fluxmoe.core.jit import jit\n"
+    give.write_text(f"{head}@jit\ndef give():\n    return 1\n")
+    use.write_text(
+        f"{head}from fluxmoe.core.second.inner.give import give\n"
+        "@jit\ndef use():\n    return give() + 10\n"
+    )
+    call = f"from fluxmoe.{user.replace('/', '.')}.use import use; print(use())"
+    assert run(copy, program=call) == "11\n"
+    machine_code = list(use.parent.glob("__pycache__/use.use*.nbc"))
+    assert len(machine_code) == 1
+    assert run(copy, program=call) == "11\n"
+    assert list(use.parent.glob("__pycache__/use.use*.nbc")) == machine_code
+    give.write_text(give.read_text().replace("return 1", "return 2"))
+    assert run(copy, program=call) == "12\n"
 
 
 def test_machine_code_of_another_version_is_no_obstacle(copy):
