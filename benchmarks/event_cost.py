@@ -23,16 +23,16 @@ from rich.table import Table
 
 from benchmarks import machine
 from fluxmoe import plugins
-from fluxmoe.core.arbiter import MemoryArbiter
-from fluxmoe.core.carrier import HostCarrier
-from fluxmoe.core.event import EventRule, Slots
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.pager import ExpertPager
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import PageView
-from fluxmoe.core.substrate.cpu import CpuSubstrate
-from fluxmoe.core.tenants import ExpertTenant, frames_for
-from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.memory.experts import ExpertTenant, frames_for
+from fluxmoe.core.memory.host import CpuSubstrate
+from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.paging.rule import EventRule, Slots
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import PageView
+from fluxmoe.core.transfer.engine import TransferEngine
+from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores import HostStore

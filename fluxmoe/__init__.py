@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fluxmoe.core.codec import Codec
-from fluxmoe.core.policy import (
+from fluxmoe.core.policy.paging import (
     ArbitrationPolicy,
     ArbitrationView,
     EvictionPolicy,

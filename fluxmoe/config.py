@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 from fluxmoe.errors import ConfigError, InvariantError
 
 AUTO = "auto"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu import device as gpu
-from fluxmoe.core.pages import PageTable
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
 from fluxmoe.kernels.align import align_blocks
 from fluxmoe.kernels.experts import Part, project

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu import device as gpu
-from fluxmoe.core.pages import PageTable
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
 from fluxmoe.kernels.paging import by_score, resolve_event, upload
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fluxmoe.demo
 from benchmarks.identity.cells import RANDOM, SHIPPED
-from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.testing import checkpoints
 

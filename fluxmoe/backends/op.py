@@ -14,7 +14,7 @@ import torch
 from torch.library import Library, register_fake
 
 from fluxmoe.backends.recorder import Recorder
-from fluxmoe.core.pager import ExpertPager
+from fluxmoe.core.paging.pager import ExpertPager
 
 # A traced operator can only carry numbers, so pagers and recorders are known to it by number.
 _pagers: dict[int, ExpertPager] = {}

@@ -12,23 +12,23 @@ import numpy as np
 from fluxmoe import plugins
 from fluxmoe.backends.machine import require_free
 from fluxmoe.config import Config, Share
-from fluxmoe.core import planner
-from fluxmoe.core.ages import PageAges
-from fluxmoe.core.arbiter import MemoryArbiter
-from fluxmoe.core.banks import sizes, spread
-from fluxmoe.core.carrier import HostCarrier
-from fluxmoe.core.controller import Inventory
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.kv import KVLayout, KVTenant
-from fluxmoe.core.pager import ExpertPager
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import PageView
-from fluxmoe.core.protocol import Action, SetSlots
-from fluxmoe.core.store import Store
-from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
-from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
-from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.arbitration.controller import Inventory
+from fluxmoe.core.arbitration.moves import Action, SetSlots
+from fluxmoe.core.memory import sizing
+from fluxmoe.core.memory.banks import sizes, spread
+from fluxmoe.core.memory.experts import ExpertTenant, frames_for, slots_within
+from fluxmoe.core.memory.host import CpuSubstrate, frame_bytes_for
+from fluxmoe.core.memory.kv import KVLayout, KVTenant
+from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.paging.ages import PageAges
+from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import PageView
+from fluxmoe.core.transfer.engine import TransferEngine
+from fluxmoe.core.transfer.host import HostCarrier
+from fluxmoe.core.transfer.store import Store
 from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
 from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError, UnsupportedError
 from fluxmoe.sim.trace import TraceMeta
@@ -305,12 +305,12 @@ class Runtime:
         least = frames_for(self.page_class, experts, frame_bytes)
         most = frames_for(self.page_class, pages, frame_bytes)
         memory = self.config.memory
-        return planner.first_split(
+        return sizing.first_split(
             frames,
             frame_bytes,
             _wish(
                 memory.experts,
-                planner.Wish(
+                sizing.Wish(
                     least,
                     most,
                     reason=f"one layer of {experts} experts, {self.page_class.nbytes} bytes each",
@@ -320,16 +320,14 @@ class Runtime:
             ),
             _wish(
                 memory.kv,
-                planner.Wish(
-                    -(-kv.min // frame_bytes), -(-kv.max // frame_bytes), reason=kv.reason
-                ),
+                sizing.Wish(-(-kv.min // frame_bytes), -(-kv.max // frame_bytes), reason=kv.reason),
                 frame_bytes,
                 "kv",
             ),
         )
 
 
-def _wish(share: Share, need: planner.Wish, frame_bytes: int, name: str) -> planner.Wish:
+def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizing.Wish:
     """The need of a tenant, tightened by what the configuration says."""
     least = need.min if share.min is None else -(-int(share.min) // frame_bytes)
     if least < need.min:
@@ -348,7 +346,7 @@ def _wish(share: Share, need: planner.Wish, frame_bytes: int, name: str) -> plan
         )
     target = None if share.target is None else int(share.target) // frame_bytes
     most = need.max if cap is None else min(need.max, cap)
-    return planner.Wish(least, most, target, need.reason, cap)
+    return sizing.Wish(least, most, target, need.reason, cap)
 
 
 def _banks(

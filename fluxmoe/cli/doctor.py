@@ -122,7 +122,7 @@ def _system() -> Iterator[Finding]:
     if sys.platform != "linux":
         yield Finding("platform", "broken", here, "FluxMoE needs Linux")
         return
-    from fluxmoe.core.substrate.cpu import huge_pages
+    from fluxmoe.core.memory.host import huge_pages
 
     yield Finding("platform", "ok", here)
     yield _substrate()
@@ -153,7 +153,7 @@ def _substrate() -> Finding:
 
     import numpy as np
 
-    from fluxmoe.core.substrate.cpu import CpuSubstrate
+    from fluxmoe.core.memory.host import CpuSubstrate
 
     name, size = "memfd and mmap", 1 << 20
     try:

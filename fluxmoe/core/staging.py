@@ -9,7 +9,7 @@ import numpy as np
 
 from fluxmoe.core.driver import Cuda
 from fluxmoe.core.flights import Flight
-from fluxmoe.core.store import AddressedStore, Store, locate, read
+from fluxmoe.core.transfer.store import AddressedStore, Store, locate, read
 from fluxmoe.core.types import Bytes
 
 #: Pages that are read into buffers before the first of them has been copied.

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from fluxmoe.core.carrier import Ordered, Pairs
-from fluxmoe.core.dlpack import Exported
 from fluxmoe.core.driver import Cuda, no_range
 from fluxmoe.core.flights import Copier, Events, Flight, Transfers
+from fluxmoe.core.memory.dlpack import Exported
 from fluxmoe.core.staging import Source
-from fluxmoe.core.store import Store
+from fluxmoe.core.transfer.host import Ordered, Pairs
+from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import InvariantError, StoreError, SubstrateError
 
 #: Bytes of prefetches that are given to the device at a time: about a millisecond of PCIe 5.

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from fluxmoe.core import planner
-from fluxmoe.core.substrate.cpu import frame_bytes_for
+from fluxmoe.core.memory import sizing
+from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.errors import BudgetTooSmallError
 from fluxmoe.plan import cost
 from fluxmoe.plan.cost import Floats, Splits, Workload
@@ -147,11 +147,11 @@ def _first_split(model: Model, work: Workload, memory: int, most: int) -> int:
     frame = frame_bytes_for(memory)
     need = model.experts * model.page_bytes
     one = model.request_bytes(work.tokens)
-    experts, _ = planner.first_split(
+    experts, _ = sizing.first_split(
         memory // frame,
         frame,
-        planner.Wish(need // frame, -(-model.experts_bytes // frame)),
-        planner.Wish(one // frame, -(-one * work.requests // frame)),
+        sizing.Wish(need // frame, -(-model.experts_bytes // frame)),
+        sizing.Wish(one // frame, -(-one * work.requests // frame)),
     )
     slots = np.clip(experts.target * frame // model.page_bytes, model.experts, most)
     return int(slots) - model.experts

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.mrc import MissRatioCurve, convex_hull
+from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
 from fluxmoe.errors import ConfigError
 from fluxmoe.plan.model import Model
 from fluxmoe.sim.events import Events

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from fluxmoe.core.limits import HardLimitExceeded, Limits, Stopwatch, from_signal
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch, from_signal
 from fluxmoe.errors import FluxMoEError, PluginLoadError
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.codec import Codec
-from fluxmoe.core.policy import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
+from fluxmoe.core.policy.paging import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,

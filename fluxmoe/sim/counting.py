@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.jit import jit
+from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.types import Int64s
 from fluxmoe.sim.trace import Rows, TraceMeta
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.jit import jit
-from fluxmoe.core.policy import PageView
-from fluxmoe.core.replay import EventList
+from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.paging.replay import EventList
+from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import Int64s, Phase
 from fluxmoe.sim.trace import EventBlock, TraceMeta, TraceReader
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from fluxmoe import plugins
-from fluxmoe.core.banks import spread
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
-from fluxmoe.core.replay import replay
+from fluxmoe.core.memory.banks import spread
+from fluxmoe.core.paging.replay import replay
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.errors import CapacityError, ConfigError
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.sim.capacity import pages_of

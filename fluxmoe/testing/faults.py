@@ -7,8 +7,8 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
-from fluxmoe.core.store import AddressedStore, Store
-from fluxmoe.core.substrate import Substrate
+from fluxmoe.core.memory.substrate import Substrate
+from fluxmoe.core.transfer.store import AddressedStore, Store
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
 

@@ -13,7 +13,7 @@ import yaml
 from fluxmoe import config
 from fluxmoe.backends.vllm import launch
 from fluxmoe.cli import main, output
-from fluxmoe.core.limits import Limits
+from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

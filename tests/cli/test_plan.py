@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from fluxmoe.core.mrc import convex_hull
+from fluxmoe.core.paging.measures import convex_hull
 from fluxmoe.errors import ConfigError
 from fluxmoe.plan import advice, cost
 from fluxmoe.plan import model as models

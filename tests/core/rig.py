@@ -13,22 +13,22 @@ from functools import cache
 import numpy as np
 
 import fluxmoe
-from fluxmoe.core.arbiter import MemoryArbiter
-from fluxmoe.core.carrier import Carrier, HostCarrier
 from fluxmoe.core.driver import Cuda
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.kv import KVLayout
-from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
-from fluxmoe.core.pager import ExpertPager
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.memory.host import CpuSubstrate
+from fluxmoe.core.memory.kv import KVLayout
+from fluxmoe.core.memory.substrate import Substrate
+from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 from fluxmoe.core.streams import StreamCarrier
-from fluxmoe.core.substrate import Substrate
-from fluxmoe.core.substrate.cpu import CpuSubstrate
 from fluxmoe.core.substrate.cuda import CudaSubstrate
-from fluxmoe.core.tenants import ExpertTenant
-from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.transfer.engine import TransferEngine
+from fluxmoe.core.transfer.host import Carrier, HostCarrier
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import fluxmoe
-from fluxmoe.core.arbitration import ArbitrationGuard
-from fluxmoe.core.controller import Inventory, SplitController
-from fluxmoe.core.policy import ArbitrationView, Split, StepSample
-from fluxmoe.core.protocol import ByHand, Follower
-from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.arbitration.controller import Inventory, SplitController
+from fluxmoe.core.arbitration.moves import ByHand, Follower
+from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.paging import ArbitrationView, Split, StepSample
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import PolicyFaultError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import fluxmoe
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import PageView
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import CapacityError
 from fluxmoe.policies.eviction.immediate import Immediate

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmoe.core.frames import FramePool
+from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.errors import InvariantError, OutOfFramesError
 
 

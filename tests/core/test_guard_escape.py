@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import fluxmoe
-from fluxmoe.core.arbitration import ArbitrationGuard
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import ArbitrationView, PageView
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import ArbitrationView, PageView
 from fluxmoe.core.types import Access, Geometry
 from fluxmoe.errors import PolicyFaultError
 

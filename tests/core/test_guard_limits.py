@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import fluxmoe
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.limits import DEFAULT_LIMITS, HardLimitExceeded, Limits, Stopwatch
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import PageView
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import PageView
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded, Limits, Stopwatch
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import PolicyFaultError
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
@@ -354,7 +354,7 @@ def test_there_is_one_watchdog_and_it_ends_when_there_is_nothing_to_watch():
     # A process of its own: other tests leave stopwatches behind.
     program = """
 import threading, time
-from fluxmoe.core.limits import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
 
 def dogs():
     return [t for t in threading.enumerate() if t.name == "fluxmoe-watchdog"]

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import pytest
 
 import fluxmoe
-from fluxmoe.core.jit import jit
+from fluxmoe.core.compiled.jit import jit
 
 #: Few functions, of two files: every run below compiles them anew.
 COUNT = """
 import numpy as np
-from fluxmoe.core.event import open_event
-from fluxmoe.core.pages import PageTable
+from fluxmoe.core.paging.rule import open_event
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
 table = PageTable(Geometry(4, 4), [6])
 open_event(table.books, 0, 0, np.array([0, 1]), np.zeros(0, np.int32))
@@ -51,13 +51,13 @@ def run(copy: Path, before: str = "", program: str = COUNT, **environment: str) 
 
 def test_a_change_in_one_file_reaches_the_compiled_code_of_another(copy):
     assert run(copy).startswith("2 [1, 2, 0, 2,")
-    assert list((copy / "fluxmoe/core/__pycache__").glob("event.open_event*.nbc"))
-    pages = copy / "fluxmoe/core/pages.py"
+    assert list((copy / "fluxmoe/core/paging/__pycache__").glob("rule.open_event*.nbc"))
+    pages = copy / "fluxmoe/core/paging/table.py"
     text = pages.read_text()
     swapped = text.replace("    C_HITS,\n    C_MISSES,\n", "    C_MISSES,\n    C_HITS,\n")
     assert swapped != text
     pages.write_text(swapped)
-    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is as it was, its constants are not
+    assert run(copy).startswith("0 [1, 2, 2, 0,")  # rule.py is as it was, its constants are not
 
 
 @pytest.mark.parametrize("user", ["core/first", "outside"])
@@ -66,7 +66,7 @@ def test_a_change_in_one_folder_reaches_the_compiled_code_of_another(copy, user)
     for folder in (package / user, package / "core/second/inner"):
         folder.mkdir(parents=True)
     give, use = package / "core/second/inner/give.py", package / user / "use.py"
-    head = "from fluxmoe.core.jit import jit\n"
+    head = "from fluxmoe.core.compiled.jit import jit\n"
     give.write_text(f"{head}@jit\ndef give():\n    return 1\n")
     use.write_text(
         f"{head}from fluxmoe.core.second.inner.give import give\n"
@@ -84,7 +84,7 @@ def test_a_change_in_one_folder_reaches_the_compiled_code_of_another(copy, user)
 
 def test_machine_code_of_another_version_is_no_obstacle(copy):
     run(copy)
-    for path in (copy / "fluxmoe/core").glob("*.py"):  # numba's index names the class it has seen
+    for path in (copy / "fluxmoe/core").rglob("*.py"):  # numba's index names the class it has seen
         path.write_text(path.read_text().replace("Books", "Ledger"))
     assert run(copy).startswith("2 [1, 2, 0, 2,")
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.core.arbiter import MemoryArbiter
-from fluxmoe.core.kv import KVLayout
-from fluxmoe.core.substrate.cpu import frame_bytes_for
+from fluxmoe.core.memory.host import frame_bytes_for
+from fluxmoe.core.memory.kv import KVLayout
+from fluxmoe.core.memory.worker import MemoryArbiter
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
 from tests.core.rig import FRAME, Leaks, frames_of_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmoe.core.lowest import low_bits, lowest
+from fluxmoe.core.compiled.lowest import low_bits, lowest
 
 #: Around the width of a block of rows, which are compared at once.
 SIZES = (1, 2, 63, 64, 65, 127, 129, 500)

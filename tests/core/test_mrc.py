@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.core.mrc import MissRatioCurve, convex_hull
+from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from tests.core.rig import Rig
 

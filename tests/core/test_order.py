@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxmoe.core import order
-from fluxmoe.core.pages import EVENT, LOADED, PROTECTED, PageTable, load, unload
+from fluxmoe.core.paging import heap
+from fluxmoe.core.paging.table import EVENT, LOADED, PROTECTED, PageTable, load, unload
 from fluxmoe.core.types import Geometry
 
 LAYERS, EXPERTS = 3, 4
@@ -30,7 +30,7 @@ class Both:
             bank_of=[layer % banks for layer in range(LAYERS)],
         )
         self.books = self.table.books
-        self.heap = order.new_heap(self.pages, *self.books.page_at.shape)
+        self.heap = heap.new_heap(self.pages, *self.books.page_at.shape)
         self.truth: dict[int, float] = {}
 
     def score(self, changes: dict[int, float]) -> None:
@@ -41,7 +41,7 @@ class Both:
                 load(self.books, page)
         self.truth.update(changes)
         pages = np.array(sorted(changes), np.int64)
-        order.update(self.heap, self.books, pages, np.array([changes[p] for p in sorted(changes)]))
+        heap.update(self.heap, self.books, pages, np.array([changes[p] for p in sorted(changes)]))
 
     def drop(self, page: int) -> None:
         """Released or resized away: the heap is not told."""
@@ -60,7 +60,7 @@ class Both:
             if page not in spared and self.table.bank(page // self.experts) == bank
         )[:count]
         out = np.full(count, -1, np.int64)
-        found = order.choose(self.heap, self.books, bank, count, protect, out)
+        found = heap.choose(self.heap, self.books, bank, count, protect, out)
         assert out[:found].tolist() == [page for _, page in expected]
         for page in out[:found].tolist():
             self.drop(page)
@@ -138,7 +138,7 @@ def test_scores_in_ascending_order_need_no_heap(random):
         fullest, dropped = max(fullest, end), dropped + (end < before)
         if turn % 3 == 0:
             both.choose(0, 5, set(used), set(), False)
-            assert both.heap.limit[0] == order.NONE
+            assert both.heap.limit[0] == heap.NONE
     assert fullest <= room
     assert dropped >= 1, "the queue was never full: the test proves nothing"
     both.choose(0, both.pages, set(), set(), False)
@@ -148,12 +148,12 @@ def test_ascending_scores_take_over_from_a_heap_with_a_limit():
     both = Both(1, experts=60)
     both.score({page: float(-page) for page in range(both.pages)})
     both.choose(0, 1, set(), set(), False)
-    assert both.heap.limit[0] < order.NONE, "the heap holds all pages: the test proves nothing"
+    assert both.heap.limit[0] < heap.NONE, "the heap holds all pages: the test proves nothing"
     for turn in range(1, both.pages + 1):
         page = turn - 1
         both.score({page: float(turn)})
         both.choose(0, 1, {page}, set(), False)
-    assert both.heap.limit[0] == order.NONE and both.heap.size[0] == 0
+    assert both.heap.limit[0] == heap.NONE and both.heap.size[0] == 0
     both.choose(0, both.pages, set(), set(), False)
 
 
@@ -194,9 +194,9 @@ def test_a_large_bank_keeps_a_part_in_the_heap_and_chooses_as_a_sort(banks, seed
 def test_clear_empties_the_heap():
     both = Both(1)
     both.score({0: 1.0, 1: 2.0})
-    order.clear(both.heap)
+    heap.clear(both.heap)
     out = np.zeros(2, np.int64)
-    assert order.choose(both.heap, both.books, 0, 2, False, out) == 0
+    assert heap.choose(both.heap, both.books, 0, 2, False, out) == 0
     both.score({1: 3.0})
     both.truth = {1: 3.0}
     both.choose(0, 2, set(), set(), False)
@@ -205,6 +205,6 @@ def test_clear_empties_the_heap():
 def test_integers_are_in_the_order_of_the_scores():
     inf, tiny = np.inf, 5e-324
     scores = [-inf, -1e308, -2.0, -1.5, -1.0, -tiny, 0.0, tiny, 1.0, 1.5, 2.0**53, 1e308, inf]
-    numbers = [order.as_integer(score) for score in scores]
-    assert numbers == sorted(set(numbers)) and numbers[-1] < order.NONE
-    assert order.as_integer(-0.0) == order.as_integer(0.0) == 0
+    numbers = [heap.as_integer(score) for score in scores]
+    assert numbers == sorted(set(numbers)) and numbers[-1] < heap.NONE
+    assert heap.as_integer(-0.0) == heap.as_integer(0.0) == 0

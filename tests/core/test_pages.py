@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmoe.core.ages import REUSE_EVERY, PageAges
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.pages import PageTable, load, unload
-from fluxmoe.core.policy import PageView
+from fluxmoe.core.paging.ages import REUSE_EVERY, PageAges
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable, load, unload
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Geometry
 from fluxmoe.errors import CapacityError, InvariantError
 from fluxmoe.policies.eviction.immediate import Immediate

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.core.planner import Wish, first_split
+from fluxmoe.core.memory.sizing import Wish, first_split
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
 MIB = 1 << 20

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.core.policy import PrefixDemand
-from fluxmoe.core.prefixes import POINTS, PrefixCurve
+from fluxmoe.core.arbitration.prefixes import POINTS, PrefixCurve
+from fluxmoe.core.policy.paging import PrefixDemand
 
 BLOCKS = 64
 

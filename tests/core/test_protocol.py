@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fluxmoe.core.protocol import (
+from fluxmoe.core.arbitration.moves import (
     Answer,
     Follower,
     FreeKV,

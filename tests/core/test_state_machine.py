@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fluxmoe.core.pages import LEAVING
-from fluxmoe.core.protocol import FreeKV, SetSlots, TakeKV
-from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.arbitration.moves import FreeKV, SetSlots, TakeKV
+from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.paging.table import LEAVING
 from fluxmoe.errors import CapacityError, OutOfFramesError
 from fluxmoe.policies.eviction.immediate import Immediate
 from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed

@@ -11,15 +11,15 @@ import contextlib
 import numpy as np
 import pytest
 
-from fluxmoe.core import dlpack
-from fluxmoe.core.dlpack import Exported
 from fluxmoe.core.driver import Cuda, no_range, nvtx_ranges
 from fluxmoe.core.flights import Copier
-from fluxmoe.core.frames import FramePool
+from fluxmoe.core.memory import dlpack
+from fluxmoe.core.memory.dlpack import Exported
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.staging import BUFFERS
 from fluxmoe.core.streams import MOST_DEMANDS, StreamCarrier
-from fluxmoe.core.tenants import ExpertTenant
-from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Geometry, Loads
 from fluxmoe.errors import FluxMoEError, StoreError, SubstrateError
 from fluxmoe.policies.prefetch.next_layer import NextLayer

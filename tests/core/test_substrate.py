@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.core.arena import Arena
-from fluxmoe.core.substrate.cpu import CpuSubstrate, frame_bytes_for
+from fluxmoe.core.memory.arena import Arena
+from fluxmoe.core.memory.host import CpuSubstrate, frame_bytes_for
 from fluxmoe.errors import InvariantError, SubstrateError
 from tests.core.rig import FRAME, Leaks, frames_of_memory, host_only
 
@@ -137,7 +137,7 @@ def in_a_child(*lines: str) -> int:
     script = "\n".join(
         [
             "import ctypes, numpy as np",
-            "from fluxmoe.core.substrate.cpu import CpuSubstrate",
+            "from fluxmoe.core.memory.host import CpuSubstrate",
             *lines,
         ]
     )

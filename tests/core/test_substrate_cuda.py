@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fluxmoe.core import dlpack
-from fluxmoe.core.arena import Arena
-from fluxmoe.core.dlpack import Exported
 from fluxmoe.core.driver import Cuda
+from fluxmoe.core.memory import dlpack
+from fluxmoe.core.memory.arena import Arena
+from fluxmoe.core.memory.dlpack import Exported
 from fluxmoe.core.substrate.cuda import FRAME_BYTES, CudaSubstrate
 from fluxmoe.errors import DeviceMemoryError, MissingDependencyError, SubstrateError
 from fluxmoe.testing.cuda import FakeDriver, Refused

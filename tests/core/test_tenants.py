@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.core.arbiter import MemoryArbiter
-from fluxmoe.core.frames import FramePool
-from fluxmoe.core.kv import KVLayout
-from fluxmoe.core.tenants import ExpertTenant, frames_for, slots_within
+from fluxmoe.core.memory.experts import ExpertTenant, frames_for, slots_within
+from fluxmoe.core.memory.frames import FramePool
+from fluxmoe.core.memory.kv import KVLayout
+from fluxmoe.core.memory.worker import MemoryArbiter
 from fluxmoe.core.types import PageClass, Part
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate

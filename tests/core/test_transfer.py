@@ -7,13 +7,13 @@ import threading
 import numpy as np
 import pytest
 
-from fluxmoe.core.carrier import HostCarrier
-from fluxmoe.core.copies import Copy
-from fluxmoe.core.frames import FramePool
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.memory.frames import FramePool
+from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.streams import StreamCarrier
-from fluxmoe.core.substrate.cpu import CpuSubstrate
-from fluxmoe.core.tenants import ExpertTenant
-from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.transfer.copies import Copy
+from fluxmoe.core.transfer.engine import TransferEngine
+from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.types import Geometry, Loads
 from fluxmoe.errors import ConfigError, FluxMoEError, StoreError
 from fluxmoe.testing.cuda.timeline import KERNELS

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fluxmoe.core.arena import Arena
 from fluxmoe.core.driver import Cuda
+from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.substrate.cuda import FRAME_BYTES, CudaSubstrate
 from fluxmoe.errors import FluxMoEError
 from fluxmoe.testing.cuda import FakeDriver

@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmoe.core.arena import Arena
-from fluxmoe.core.frames import FramePool
-from fluxmoe.core.kv import KVLayout, KVTenant
+from fluxmoe.core.memory.arena import Arena
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.memory.frames import FramePool
+from fluxmoe.core.memory.kv import KVLayout, KVTenant
 from fluxmoe.core.streams import StreamCarrier
-from fluxmoe.core.tenants import ExpertTenant
-from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Geometry, Loads, PageClass, Part
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 from fluxmoe.stores.host import HostStore

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fluxmoe.core.arena import ABSENT, Arena
+from fluxmoe.core.memory.arena import ABSENT, Arena
 from tests.core.rig import FRAME, FakeCuda
 
 

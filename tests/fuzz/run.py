@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.core.limits import Limits
-from fluxmoe.core.protocol import FreeKV, TakeKV
-from fluxmoe.core.substrate.cpu import CpuSubstrate
-from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.arbitration.moves import FreeKV, TakeKV
+from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.memory.host import CpuSubstrate
+from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import (
     CapacityError,
     FluxMoEError,

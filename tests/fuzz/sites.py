@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import fluxmoe
-from fluxmoe.core.copies import Copy
-from fluxmoe.core.substrate import cpu
+from fluxmoe.core.memory import host
+from fluxmoe.core.transfer.copies import Copy
 from fluxmoe.errors import FluxMoEError, OutOfFramesError, StoreError, SubstrateError
 from fluxmoe.testing.cuda import FakeDriver
 from fluxmoe.testing.cuda import Refused as DriverRefused
@@ -43,7 +43,7 @@ class _Libc:
         return getattr(self._real, name)
 
     def mmap(self, *args):
-        return cpu._MAP_FAILED if self._refused("mmap") else self._real.mmap(*args)
+        return host._MAP_FAILED if self._refused("mmap") else self._real.mmap(*args)
 
     def fallocate(self, *args):
         return -1 if self._refused("fallocate") else self._real.fallocate(*args)
@@ -52,19 +52,19 @@ class _Libc:
         try:
             self._plan.reach(site)
         except Refused:
-            cpu.ctypes.set_errno(errno.ENOMEM)
+            host.ctypes.set_errno(errno.ENOMEM)
             return True
         return False
 
 
 @contextmanager
 def system_calls(plan: FaultPlan) -> Iterator[None]:
-    real = cpu._libc
-    cpu._libc = _Libc(real, plan)
+    real = host._libc
+    host._libc = _Libc(real, plan)
     try:
         yield
     finally:
-        cpu._libc = real
+        host._libc = real
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 
-from fluxmoe.core import order
-from fluxmoe.core.guard import EvictionGuard
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.tenants import ExpertTenant
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.paging import heap
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard
 from tests.fuzz import __main__ as command
 from tests.fuzz.driver import Failure, attempt, fuzz, together
 from tests.fuzz.run import Run
@@ -75,7 +75,7 @@ def keep_pages_that_failed(table, pages):
     pass
 
 
-def order_some(heap, b, pages, scores, update=order.update):
+def order_some(heap, b, pages, scores, update=heap.update):
     few = slice(None) if len(pages) < 4 else slice(1, None)
     update(heap, b, pages[few], scores[few])
 
@@ -88,7 +88,7 @@ def forget_a_frame(tenant, frames):
 BUGS = {
     "ties by the highest page": (EvictionGuard, "_lowest", unstable_ties),
     "pages that could not be read": (PageTable, "discard", keep_pages_that_failed),
-    "pages missing in the heap": (order, "update", order_some),
+    "pages missing in the heap": (heap, "update", order_some),
     "lost frames": (ExpertTenant, "_give_up", forget_a_frame),
 }
 

@@ -14,7 +14,7 @@ import fluxmoe
 from fluxmoe import plugins
 from fluxmoe.cli import main
 from fluxmoe.config import parse
-from fluxmoe.core.limits import Limits
+from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import PluginLoadError, UnknownPolicyError
 from fluxmoe.plugins import api, attempt, loading
 from tests.plugins.rig import MRU, install, write

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fluxmoe import plugins
-from fluxmoe.core.pace import Pace
-from fluxmoe.core.policy import (
+from fluxmoe.core.arbitration.pace import Pace
+from fluxmoe.core.policy.paging import (
     ArbitrationPolicy,
     ArbitrationView,
     ExpertDemand,

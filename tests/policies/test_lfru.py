@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from fluxmoe import plugins
-from fluxmoe.core.event import open_event
-from fluxmoe.core.guard import EvictionGuard
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import PageView
+from fluxmoe.core.paging.rule import open_event
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import EvictionGuard
+from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import ConfigError
 from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fluxmoe import hookspecs, plugins
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Geometry, Phase
 from fluxmoe.errors import ConfigError
 from fluxmoe.policies.prefetch.gate import Gate

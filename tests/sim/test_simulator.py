@@ -6,12 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fluxmoe
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.limits import Limits
-from fluxmoe.core.pages import MISSES, PageTable
-from fluxmoe.core.policy import EvictionPolicy, PageView
-from fluxmoe.core.replay import replay as replay_events
+from fluxmoe.core.paging.replay import replay as replay_events
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import MISSES, PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView
+from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import CapacityError, ConfigError, PolicyFaultError, UnknownPolicyError
 from fluxmoe.policies.prefetch.none import NoPrefetch
@@ -223,7 +223,7 @@ def test_faults_are_contained_and_counted_or_raised(fault, registry, tmp_path):
 
 def test_the_phase_of_an_event_reaches_the_policy(tmp_path):
     from fluxmoe import plugins
-    from fluxmoe.core.policy import EvictionPolicy
+    from fluxmoe.core.policy.paging import EvictionPolicy
 
     seen = []
 

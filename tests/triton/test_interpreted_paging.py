@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.pages import DIRTY, PROTECTED, UNUSED, PageTable
-from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import DIRTY, PROTECTED, UNUSED, PageTable
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.kernels.paging import (

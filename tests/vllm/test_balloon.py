@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fluxmoe.core.kv import KVLayout
+from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.errors import InvariantError
 
 pytestmark = pytest.mark.vllm

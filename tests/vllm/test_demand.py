@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from fluxmoe.backends.vllm.requests import RequestWatch
 from fluxmoe.backends.vllm.stepclock import StepClock
-from fluxmoe.core.prefixes import PrefixCurve
+from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
 
 def scheduled(watch, **tokens):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fluxmoe.backends.runtime import _banks
 from fluxmoe.backends.vllm.child import ENVIRONMENT
-from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import UnsupportedError
 
@@ -31,8 +31,8 @@ import torch
 import vllm._custom_ops as ops
 from fluxmoe.backends.tensors import as_weight
 from fluxmoe.backends.vllm.worker import bank_limit, require_addressable
-from fluxmoe.core.arena import Arena
-from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.memory.arena import Arena
+from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.errors import InvariantError
 
 H, I, FRAME, LIMIT = 2048, 768, 1 << 20, 683

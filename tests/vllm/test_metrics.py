@@ -23,7 +23,7 @@ from fluxmoe.backends.vllm.metrics import (
     split_reader,
     summary,
 )
-from fluxmoe.core.controller import REMEMBERED, Decision
+from fluxmoe.core.arbitration.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.vllm
 HEAVY = [
     "numba",
     "pyarrow",
-    "fluxmoe.core.event",
+    "fluxmoe.core.paging.rule",
     "fluxmoe.backends.runtime",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.layers.fused_moe.routed_experts",

@@ -21,8 +21,8 @@ from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
 from fluxmoe.backends.torch.shield import Shield, gone
 from fluxmoe.backends.torch.turn import Turn
-from fluxmoe.core.pager import ExpertPager
-from fluxmoe.core.store import Store
+from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.transfer.store import Store
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.plugins import load as plugin_registry

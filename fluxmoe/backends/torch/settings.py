@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 
 from fluxmoe import config as fluxmoe_config
-from fluxmoe.core.substrate.cpu import frame_bytes_for
-from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
 

@@ -10,12 +10,12 @@ from fluxmoe.backends.vllm.balloon import Balloon
 from fluxmoe.backends.vllm.requests import RequestWatch
 from fluxmoe.backends.vllm.stepclock import StepClock
 from fluxmoe.config import Config
-from fluxmoe.core.arbitration import ArbitrationGuard
-from fluxmoe.core.controller import Inventory, SplitController
-from fluxmoe.core.demand import DemandView, StepReport
-from fluxmoe.core.policy import ArbitrationView, PrefixDemand, StepSample
-from fluxmoe.core.prefixes import PrefixCurve
-from fluxmoe.core.protocol import ByHand, Order
+from fluxmoe.core.arbitration.controller import Inventory, SplitController
+from fluxmoe.core.arbitration.demand import DemandView, StepReport
+from fluxmoe.core.arbitration.moves import ByHand, Order
+from fluxmoe.core.arbitration.prefixes import PrefixCurve
+from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.paging import ArbitrationView, PrefixDemand, StepSample
 from fluxmoe.errors import InvariantError
 
 

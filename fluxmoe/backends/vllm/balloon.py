@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fluxmoe.backends.vllm.compat.blocks import BlockPool
-from fluxmoe.core.kv import KVLayout
+from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.errors import InvariantError
 
 

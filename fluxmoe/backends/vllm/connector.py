@@ -34,9 +34,9 @@ from fluxmoe.backends.vllm.settings import paging_config
 if TYPE_CHECKING:  # they import numba, which a process without a worker does not need
     from fluxmoe.backends.vllm.arbitration import Arbitration
     from fluxmoe.backends.vllm.side import WorkerSide
-    from fluxmoe.core.controller import Inventory
-    from fluxmoe.core.demand import StepReport
-    from fluxmoe.core.protocol import Order
+    from fluxmoe.core.arbitration.controller import Inventory
+    from fluxmoe.core.arbitration.demand import StepReport
+    from fluxmoe.core.arbitration.moves import Order
 
 
 @dataclass

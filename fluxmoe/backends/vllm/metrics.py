@@ -14,7 +14,7 @@ from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE
 
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
-    from fluxmoe.core.controller import SplitController
+    from fluxmoe.core.arbitration.controller import SplitController
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
@@ -147,7 +147,7 @@ _BOUNDS = ("min", "target", "max")
 def reader(runtime: Runtime) -> Callable[[], Readings]:
     """What reads all metrics of one worker but the histograms, in every step: so it is short."""
     # Here, because it imports numba, which a process without a worker does not need.
-    from fluxmoe.core.pages import (
+    from fluxmoe.core.paging.table import (
         C_COLD,
         C_EVICTIONS,
         C_HITS,

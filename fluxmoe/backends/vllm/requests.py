@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.core.prefixes import PrefixCurve
+from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
 #: The last answers, whose lengths are expected again.
 ANSWERS = 16

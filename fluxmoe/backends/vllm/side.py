@@ -6,9 +6,9 @@ import time
 
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm import metrics
-from fluxmoe.core.controller import Inventory
-from fluxmoe.core.demand import DemandMeter, StepReport
-from fluxmoe.core.protocol import Answer, ByHand, Follower, Order
+from fluxmoe.core.arbitration.controller import Inventory
+from fluxmoe.core.arbitration.demand import DemandMeter, StepReport
+from fluxmoe.core.arbitration.moves import Answer, ByHand, Follower, Order
 from fluxmoe.errors import InvariantError
 
 #: Steps from one look at the histograms to the next: they have many buckets, and nobody waits.

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.core import dlpack
 from fluxmoe.core.driver import Cuda
-from fluxmoe.core.substrate import runs
+from fluxmoe.core.memory import dlpack
+from fluxmoe.core.memory.substrate import runs
 from fluxmoe.core.types import Int64s
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 

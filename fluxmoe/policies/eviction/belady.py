@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmoe.core.policy import EvictionPolicy
+from fluxmoe.core.policy.paging import EvictionPolicy
 
 
 class Belady(EvictionPolicy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.types import Access, Bools, Int64s
 
 

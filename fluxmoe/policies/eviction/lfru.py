@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy import EvictionPolicy, PageView, ScoreKernel
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView, ScoreKernel
 
 
 class LfruOptions(BaseModel):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxmoe.core.policy import EvictionPolicy
+from fluxmoe.core.policy.paging import EvictionPolicy
 
 # Found on synthetic traces of seed 1; docs/policies.md has what else was tried.
 _RECENCY, _AGAIN = 0.3, 0.1

@@ -14,7 +14,7 @@ from collections import deque
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy import EvictionPolicy, PageView
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.types import Access, Int64s
 
 #: Uses are counted no further, as in the paper: two bits per page.

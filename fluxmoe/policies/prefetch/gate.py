@@ -7,7 +7,7 @@ arXiv 2411.01433, and others). Whoever runs the events works that out; the polic
 
 from __future__ import annotations
 
-from fluxmoe.core.policy import PageView, PrefetchPolicy
+from fluxmoe.core.policy.paging import PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Int64s
 
 

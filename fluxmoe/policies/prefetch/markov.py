@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy import PageView, PrefetchPolicy
+from fluxmoe.core.policy.paging import PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Int64s
 
 #: Uses of an expert after which its counts are halved.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy import PageView, PrefetchPolicy
+from fluxmoe.core.policy.paging import PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Int64s
 
 

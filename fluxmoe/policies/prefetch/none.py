@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmoe.core.policy import PageView, PrefetchPolicy
+from fluxmoe.core.policy.paging import PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Int64s
 
 

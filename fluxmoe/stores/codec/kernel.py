@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.jit import jit
+from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.stores.codec.vector import (
     decode_past_caches,

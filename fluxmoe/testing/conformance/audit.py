@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.arbitration import ArbitrationGuard
-from fluxmoe.core.guard import EvictionGuard, FaultCounter, PrefetchGuard
-from fluxmoe.core.limits import DEFAULT_LIMITS, HardLimitExceeded
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import (
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.guards import EvictionGuard, FaultCounter, PrefetchGuard
+from fluxmoe.core.policy.paging import (
     ArbitrationPolicy,
     ArbitrationView,
     EvictionPolicy,
     PageView,
     PrefetchPolicy,
 )
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s
 from fluxmoe.testing.conformance.report import Broken, told
 

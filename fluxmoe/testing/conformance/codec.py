@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from fluxmoe.core.codec import Codec
-from fluxmoe.core.limits import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError
 from fluxmoe.testing.conformance.common import check_signature, new

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fluxmoe.core.policy import EvictionPolicy
+from fluxmoe.core.policy.paging import EvictionPolicy
 from fluxmoe.core.types import Int64s
 from fluxmoe.testing.conformance.audit import AuditedEviction, gather
 from fluxmoe.testing.conformance.common import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fluxmoe.core.policy import PrefetchPolicy
+from fluxmoe.core.policy.paging import PrefetchPolicy
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.testing.conformance.audit import Auditor, gather
 from fluxmoe.testing.conformance.common import (

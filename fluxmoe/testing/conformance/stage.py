@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.banks import spread
-from fluxmoe.core.event import EventRule
-from fluxmoe.core.pages import PageTable
-from fluxmoe.core.policy import EvictionPolicy, PrefetchPolicy
-from fluxmoe.core.replay import replay
+from fluxmoe.core.memory.banks import spread
+from fluxmoe.core.paging.replay import replay
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.policies.eviction.next_use import NextUse
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.policies.prefetch.none import NoPrefetch

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.core.substrate.cpu import CpuSubstrate
+from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.testing.cuda import names
 from fluxmoe.testing.cuda.calls import driver_call, require
 from fluxmoe.testing.cuda.names import CUresult, Refused

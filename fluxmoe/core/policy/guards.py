@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.kernel import Kernel, Rows, compile_kernel
-from fluxmoe.core.limits import (
+from fluxmoe.core.compiled.lowest import lowest
+from fluxmoe.core.compiled.score_kernel import Kernel, Rows, compile_kernel
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy, read_only
+from fluxmoe.core.policy.watchdog import (
     DEFAULT_LIMITS,
     HardLimitExceeded,
     Limits,
     Stopwatch,
     from_signal,
 )
-from fluxmoe.core.lowest import lowest
-from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.types import Access, Int64s
 from fluxmoe.errors import PolicyFaultError
 

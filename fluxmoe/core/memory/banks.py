@@ -6,7 +6,7 @@ is too narrow for all of them (docs/adr/0001). Consecutive layers share a bank.
 
 from __future__ import annotations
 
-from fluxmoe.core.tenants import frames_for, slots_within
+from fluxmoe.core.memory.experts import frames_for, slots_within
 from fluxmoe.core.types import Geometry, PageClass
 
 

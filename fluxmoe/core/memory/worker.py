@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fluxmoe.core.frames import FramePool
-from fluxmoe.core.kv import KVLayout, KVTenant
-from fluxmoe.core.pager import ExpertPager
-from fluxmoe.core.protocol import Action, FreeKV, SetSlots, TakeKV
-from fluxmoe.core.substrate import Substrate
-from fluxmoe.core.tenants import ExpertTenant
+from fluxmoe.core.arbitration.moves import Action, FreeKV, SetSlots, TakeKV
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.memory.frames import FramePool
+from fluxmoe.core.memory.kv import KVLayout, KVTenant
+from fluxmoe.core.memory.substrate import Substrate
+from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.errors import InvariantError
 
 

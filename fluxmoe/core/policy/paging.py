@@ -25,7 +25,7 @@ import numpy.typing as npt
 from fluxmoe.core.types import Access, Bools, Budget, Int64s
 
 if TYPE_CHECKING:
-    from fluxmoe.core.pages import PageTable
+    from fluxmoe.core.paging.table import PageTable
 
 T = TypeVar("T", bound=np.generic)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.bits import bits_not_above, lowest_bit
-from fluxmoe.core.jit import jit
+from fluxmoe.core.compiled.bits import bits_not_above, lowest_bit
+from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.types import Int64s
 
 Numbers = npt.NDArray[np.generic]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.bound import directory, opener
-from fluxmoe.core.jit import jit
+from fluxmoe.core.compiled.directory import directory, opener
+from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.types import Bools, Bytes, Counters, Geometry, Int64s, Phase
 from fluxmoe.errors import CapacityError, InvariantError
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxmoe.core import dlpack
-from fluxmoe.core.substrate import runs
+from fluxmoe.core.memory import dlpack
+from fluxmoe.core.memory.substrate import runs
 from fluxmoe.core.types import Int64s
 from fluxmoe.errors import SubstrateError
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluxmoe.core.arena import Arena
-from fluxmoe.core.dlpack import Exported
-from fluxmoe.core.frames import FramePool
-from fluxmoe.core.substrate import Substrate
+from fluxmoe.core.memory.arena import Arena
+from fluxmoe.core.memory.dlpack import Exported
+from fluxmoe.core.memory.frames import FramePool
+from fluxmoe.core.memory.substrate import Substrate
 from fluxmoe.core.types import Bools, Bytes
 from fluxmoe.errors import InvariantError
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fluxmoe.core.guard import FaultCounter, PolicyGuard
-from fluxmoe.core.limits import DEFAULT_LIMITS, Limits
-from fluxmoe.core.policy import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy.guards import FaultCounter, PolicyGuard
+from fluxmoe.core.policy.paging import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 
 
 class ArbitrationGuard(PolicyGuard):

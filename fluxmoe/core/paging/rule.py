@@ -13,13 +13,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core import order
-from fluxmoe.core.ages import PageAges
-from fluxmoe.core.bits import lowest_bit
-from fluxmoe.core.chooser import FAILED, new_chooser, take_dirty, victims
-from fluxmoe.core.guard import EvictionGuard, PrefetchGuard
-from fluxmoe.core.jit import jit
-from fluxmoe.core.pages import (
+from fluxmoe.core.compiled.bits import lowest_bit
+from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.paging import heap
+from fluxmoe.core.paging.ages import PageAges
+from fluxmoe.core.paging.table import (
     ABSENT,
     C_ACCESSES,
     C_COLD,
@@ -51,7 +49,9 @@ from fluxmoe.core.pages import (
     release_leaving,
     unload,
 )
-from fluxmoe.core.policy import read_only
+from fluxmoe.core.paging.victims import FAILED, new_chooser, take_dirty, victims
+from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.paging import read_only
 from fluxmoe.core.types import Access, Int64s, Ints, Loads
 from fluxmoe.errors import CapacityError
 
@@ -215,7 +215,7 @@ class EventRule:
         self.table, self.eviction, self._prefetch = table, eviction, prefetch
         stable = eviction.stable
         shape = table.books.page_at.shape
-        self.heap = order.new_heap(table.geometry.num_pages, *shape) if stable else None
+        self.heap = heap.new_heap(table.geometry.num_pages, *shape) if stable else None
         self.chooser = new_chooser(table, stable=stable, next_use=eviction.future)
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
@@ -241,7 +241,7 @@ class EventRule:
         """Cold start: books, counters and policies forget everything."""
         self.table.reset()
         if self.heap is not None:
-            order.clear(self.heap)
+            heap.clear(self.heap)
         self.eviction.reset()
         self._prefetch.reset()
         if self.ages is not None:
@@ -410,9 +410,9 @@ class EventRule:
                     for page in dirty.tolist():
                         mark_dirty(b, page)
             if scores is not None:
-                order.update(self.heap, b, dirty, scores)
+                heap.update(self.heap, b, dirty, scores)
                 out = np.empty(count, np.int64)
-                return out[: order.choose(self.heap, b, bank, count, protect, out)]
+                return out[: heap.choose(self.heap, b, bank, count, protect, out)]
             return guard.least_recent(self._candidates(bank, protect), count)
         # A kernel that failed is asked once more, in the guard, to learn how.
         pages = self._candidates(bank, protect)

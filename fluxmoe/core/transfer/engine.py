@@ -8,7 +8,7 @@ again. How bytes are moved is the ``Carrier``'s business.
 
 from __future__ import annotations
 
-from fluxmoe.core.carrier import Carrier, Ordered
+from fluxmoe.core.transfer.host import Carrier, Ordered
 from fluxmoe.core.types import Loads
 
 

@@ -8,11 +8,11 @@ from operator import sub
 
 import numpy as np
 
-from fluxmoe.core.mrc import MissRatioCurve, convex_hull
-from fluxmoe.core.pager import ExpertPager
-from fluxmoe.core.pages import C_ACCESSES, C_LOADS_DEMAND, C_LOADS_PREFETCH, C_MISSES
-from fluxmoe.core.policy import ExpertDemand, read_only
-from fluxmoe.core.protocol import Answer, ByHand
+from fluxmoe.core.arbitration.moves import Answer, ByHand
+from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
+from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.paging.table import C_ACCESSES, C_LOADS_DEMAND, C_LOADS_PREFETCH, C_MISSES
+from fluxmoe.core.policy.paging import ExpertDemand, read_only
 from fluxmoe.core.types import PageClass
 
 #: Points of the curve that is sent, and the steps from one to the next.

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-from fluxmoe.core.copies import Copy, CopyThreads
-from fluxmoe.core.store import Store, read
+from fluxmoe.core.transfer.copies import Copy, CopyThreads
+from fluxmoe.core.transfer.store import Store, read
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import StoreError
 

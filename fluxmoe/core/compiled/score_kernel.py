@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from fluxmoe.core.bound import opener
+from fluxmoe.core.compiled.directory import opener
 from fluxmoe.core.types import Int64s
 
 #: What a kernel may ask for after its first five parameters, by the parameter's name.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import MappingProxyType
 
-from fluxmoe.core.kv import KVTenant
-from fluxmoe.core.policy import ArbitrationView
-from fluxmoe.core.protocol import ByHand
-from fluxmoe.core.tenants import ExpertTenant
+from fluxmoe.core.arbitration.moves import ByHand
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.memory.kv import KVTenant
+from fluxmoe.core.policy.paging import ArbitrationView
 from fluxmoe.core.types import Budget
 
 EXPERTS, KV = ExpertTenant.NAME, KVTenant.NAME

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.bits import lowest_bit
-from fluxmoe.core.bound import directory
-from fluxmoe.core.jit import jit
-from fluxmoe.core.kernel import Rows
-from fluxmoe.core.lowest import ascending, low_bits, not_above, offer
-from fluxmoe.core.order import VictimHeap, choose, update
-from fluxmoe.core.pages import (
+from fluxmoe.core.compiled.bits import lowest_bit
+from fluxmoe.core.compiled.directory import directory
+from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.compiled.lowest import ascending, low_bits, not_above, offer
+from fluxmoe.core.compiled.score_kernel import Rows
+from fluxmoe.core.paging.heap import VictimHeap, choose, update
+from fluxmoe.core.paging.table import (
     ABSENT,
     DIRTIES,
     DIRTY,

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.bound import directory, opener
-from fluxmoe.core.chooser import FAILED, Chooser, victims
-from fluxmoe.core.event import EventRule, candidates, evict, load_missing, open_event
-from fluxmoe.core.jit import jit
-from fluxmoe.core.order import VictimHeap
-from fluxmoe.core.pages import C_EVICTIONS, LAYER, MISSES, Books, open_books
-from fluxmoe.core.policy import read_only
+from fluxmoe.core.compiled.directory import directory, opener
+from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.paging.heap import VictimHeap
+from fluxmoe.core.paging.rule import EventRule, candidates, evict, load_missing, open_event
+from fluxmoe.core.paging.table import C_EVICTIONS, LAYER, MISSES, Books, open_books
+from fluxmoe.core.paging.victims import FAILED, Chooser, victims
+from fluxmoe.core.policy.paging import read_only
 from fluxmoe.core.types import Int64s, Phase
 
 Int32s = npt.NDArray[np.int32]

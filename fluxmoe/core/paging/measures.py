@@ -17,7 +17,7 @@ import random
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.jit import jit_allocating
+from fluxmoe.core.compiled.jit import jit_allocating
 from fluxmoe.core.types import Int64s, Ints
 
 Floats = npt.NDArray[np.float64]

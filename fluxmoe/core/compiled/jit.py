@@ -2,9 +2,9 @@
 
 Numba notices when the file of a cached function has changed, but not when a function, a constant or
 a class that it uses from *another* file has: it would then run stale code, or fail to read its own
-index. The functions of ``event`` and ``order`` use those of ``pages``, so the machine code is filed
-under a name that contains a digest of all compiled sources of the core, subfolders included, and of
-its own folder where that lies elsewhere.
+index. The functions of ``paging.rule`` use those of ``paging.table`` and ``compiled.lowest``, so the
+machine code is filed under a name that contains a digest of all compiled sources of the core,
+subfolders included, and of its own folder where that lies elsewhere.
 
 Numba looks before every access whether the index is negative, which in Python counts from the end.
 The event rule consists of accesses, and the look took a third of its time; so indices are unsigned
@@ -32,8 +32,8 @@ from numba.core.typed_passes import NopythonTypeInference
 F = TypeVar("F", bound=Callable[..., object])
 
 
-_CORE = Path(__file__).parent
-#: A source that is compiled, or that says how. `Rows` of ``kernel`` is of the second kind.
+_CORE = Path(__file__).parents[1]
+#: A source that is compiled, or that says how. `Rows` of ``score_kernel`` is of the second kind.
 _COMPILED = re.compile(rb"^(@jit|import numba|from numba)", re.MULTILINE)
 
 

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from fluxmoe.core.arena import Arena
-from fluxmoe.core.dlpack import Exported
-from fluxmoe.core.frames import FramePool
-from fluxmoe.core.substrate import Substrate
+from fluxmoe.core.memory.arena import Arena
+from fluxmoe.core.memory.dlpack import Exported
+from fluxmoe.core.memory.frames import FramePool
+from fluxmoe.core.memory.substrate import Substrate
 from fluxmoe.core.types import Bytes, Int64s, PageClass
 from fluxmoe.errors import CapacityError, InvariantError
 

@@ -6,8 +6,8 @@ import ctypes
 
 import numpy as np
 
-from fluxmoe.core.dlpack import Exported
-from fluxmoe.core.substrate import Substrate
+from fluxmoe.core.memory.dlpack import Exported
+from fluxmoe.core.memory.substrate import Substrate
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import InvariantError
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 
 import numpy as np
 
-from fluxmoe.core.event import EventRule, Slots
-from fluxmoe.core.mrc import MissRatioCurve
-from fluxmoe.core.pages import LOADED, PAGES, PageTable
-from fluxmoe.core.tenants import ExpertTenant
-from fluxmoe.core.transfer import TransferEngine
+from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.paging.measures import MissRatioCurve
+from fluxmoe.core.paging.rule import EventRule, Slots
+from fluxmoe.core.paging.table import LOADED, PAGES, PageTable
+from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Counters, Ints, Phase
 from fluxmoe.errors import FluxMoEError, InvariantError, StoreError
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from fluxmoe.core.arbitration import ArbitrationGuard
-from fluxmoe.core.banks import sizes
-from fluxmoe.core.hand import EXPERTS, KV, filled, in_words, narrowed
-from fluxmoe.core.kv import KVLayout
-from fluxmoe.core.pace import Pace
-from fluxmoe.core.policy import ArbitrationView, Split, StepSample
-from fluxmoe.core.protocol import Answer, ByHand, Move, Mover, Order, Outcome, Result
-from fluxmoe.core.tenants import frames_for
+from fluxmoe.core.arbitration.limits import EXPERTS, KV, filled, in_words, narrowed
+from fluxmoe.core.arbitration.moves import Answer, ByHand, Move, Mover, Order, Outcome, Result
+from fluxmoe.core.arbitration.pace import Pace
+from fluxmoe.core.memory.banks import sizes
+from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.memory.kv import KVLayout
+from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.paging import ArbitrationView, Split, StepSample
 from fluxmoe.core.types import Budget, Geometry, PageClass
 
 logger = logging.getLogger("fluxmoe")
