@@ -18,11 +18,11 @@ import torch
 from benchmarks.gpu import device as gpu
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
-from fluxmoe.kernels.align import align_blocks
-from fluxmoe.kernels.experts import Part, project
-from fluxmoe.kernels.pages import RawSlots, decode_to_slots, pack_pages
-from fluxmoe.kernels.paging import by_score, gather_pages, resolve_event, upload
-from fluxmoe.kernels.tiles import Tiles, default_tiles
+from fluxmoe.cuda.kernels.align import align_blocks
+from fluxmoe.cuda.kernels.experts import Part, project
+from fluxmoe.cuda.kernels.pages import RawSlots, decode_to_slots, pack_pages
+from fluxmoe.cuda.kernels.paging import by_score, gather_pages, resolve_event, upload
+from fluxmoe.cuda.kernels.tiles import Tiles, default_tiles
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
 N, K, EXPERTS, TOP_K, TOKENS = 256, 512, 4, 2, 70

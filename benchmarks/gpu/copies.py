@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import device as gpu
-from fluxmoe.kernels.paging import gather_pages
+from fluxmoe.cuda.kernels.paging import gather_pages
 
 WHOLE = 1 << 30
 SIZES = {"64 KiB": 1 << 16, "1 MiB": 1 << 20, "4.5 MiB": 9 << 19, "9 MiB": 9 << 20}

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu import device as gpu
 from benchmarks.gpu.layers import SHAPES, make, pages, slots
-from fluxmoe.kernels.pages import CompressedPages, RawSlots, decode_to_slots
+from fluxmoe.cuda.kernels.pages import CompressedPages, RawSlots, decode_to_slots
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu import device as gpu
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
-from fluxmoe.kernels.paging import by_score, resolve_event, upload
+from fluxmoe.cuda.kernels.paging import by_score, resolve_event, upload
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 

@@ -21,11 +21,11 @@ import torch
 
 from benchmarks.gpu import device as gpu
 from benchmarks.gpu.layers import SHAPES, Layer, make, pages, slots
-from fluxmoe.kernels.align import Blocks, align_blocks
-from fluxmoe.kernels.choice import Variant, choose
-from fluxmoe.kernels.experts import Part, project, silu_and_mul
-from fluxmoe.kernels.pages import RawSlots, decode_to_slots
-from fluxmoe.kernels.tiles import Tiles, read_table, tiles_for
+from fluxmoe.cuda.kernels.align import Blocks, align_blocks
+from fluxmoe.cuda.kernels.choice import Variant, choose
+from fluxmoe.cuda.kernels.experts import Part, project, silu_and_mul
+from fluxmoe.cuda.kernels.pages import RawSlots, decode_to_slots
+from fluxmoe.cuda.kernels.tiles import Tiles, read_table, tiles_for
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 Run = Callable[[], torch.Tensor]

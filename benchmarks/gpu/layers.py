@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fluxmoe.kernels.experts import Part
-from fluxmoe.kernels.pages import CompressedPages, RawSlots, pack_pages
+from fluxmoe.cuda.kernels.experts import Part
+from fluxmoe.cuda.kernels.pages import CompressedPages, RawSlots, pack_pages
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
 

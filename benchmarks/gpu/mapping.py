@@ -21,7 +21,7 @@ FRAME_BYTES = 2 << 20
 
 
 def main(argv: list[str]) -> None:
-    from fluxmoe.core.driver import Cuda
+    from fluxmoe.cuda.driver import Cuda
 
     parser = gpu.arguments("mapping", __doc__)
     parser.add_argument("--repeats", type=int, default=20)
@@ -40,7 +40,7 @@ def measure(cuda: Any, count: int, repeats: int, frame_bytes: int = FRAME_BYTES)
 
 def once(cuda: Any, count: int, frame_bytes: int) -> tuple[float, float, float]:
     """µs of the first commit, of another one, and of a decommit."""
-    from fluxmoe.core.substrate.cuda import CudaSubstrate
+    from fluxmoe.cuda.frames import CudaSubstrate
 
     substrate = CudaSubstrate(cuda, count, frame_bytes)
     nbytes, frames = count * frame_bytes, np.arange(count)

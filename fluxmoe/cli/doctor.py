@@ -174,8 +174,8 @@ def _gpu() -> Finding:
     """Bindings, driver and device; on the device, what ``_substrate`` does in host memory."""
     import numpy as np
 
-    from fluxmoe.core.driver import Cuda
-    from fluxmoe.core.substrate.cuda import FRAME_BYTES, CudaSubstrate
+    from fluxmoe.cuda.driver import Cuda
+    from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 
     bindings = _version("cuda-bindings")
     if bindings is None:

@@ -74,7 +74,7 @@ def bindings(site: Path, driver: str) -> Path:
 
 
 FAKE = """
-from fluxmoe.testing.cuda import FakeDriver, Refused
+from fluxmoe.cuda.fake import FakeDriver, Refused
 fake = FakeDriver(8, 2 << 20)
 def __getattr__(name):
     return getattr(fake, name)

@@ -13,7 +13,6 @@ from functools import cache
 import numpy as np
 
 import fluxmoe
-from fluxmoe.core.driver import Cuda
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.memory.kv import KVLayout
@@ -25,15 +24,16 @@ from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
-from fluxmoe.core.streams import StreamCarrier
-from fluxmoe.core.substrate.cuda import CudaSubstrate
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import Carrier, HostCarrier
 from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.fake import FakeDriver
+from fluxmoe.cuda.frames import CudaSubstrate
+from fluxmoe.cuda.streams import StreamCarrier
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores import HostStore, PinnedStore
-from fluxmoe.testing.cuda import FakeDriver
 from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
 
 FRAME = 4096

@@ -11,21 +11,21 @@ import contextlib
 import numpy as np
 import pytest
 
-from fluxmoe.core.driver import Cuda, no_range, nvtx_ranges
-from fluxmoe.core.flights import Copier
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.dlpack import Exported
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
-from fluxmoe.core.staging import BUFFERS
-from fluxmoe.core.streams import MOST_DEMANDS, StreamCarrier
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Geometry, Loads
+from fluxmoe.cuda.driver import Cuda, no_range, nvtx_ranges
+from fluxmoe.cuda.fake import FakeDriver, Refused
+from fluxmoe.cuda.fake.timeline import KERNELS
+from fluxmoe.cuda.flights import Copier
+from fluxmoe.cuda.pinned import BUFFERS
+from fluxmoe.cuda.streams import MOST_DEMANDS, StreamCarrier
 from fluxmoe.errors import FluxMoEError, StoreError, SubstrateError
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.stores import PinnedStore
-from fluxmoe.testing.cuda import FakeDriver, Refused
-from fluxmoe.testing.cuda.timeline import KERNELS
 from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
 from tests.core.rig import FRAME, PAGE_CLASS, FakeCuda, Leaks, Rig, content, contents, host_store
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fluxmoe.core.driver import Cuda
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.dlpack import Exported
-from fluxmoe.core.substrate.cuda import FRAME_BYTES, CudaSubstrate
+from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.fake import FakeDriver, Refused
+from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 from fluxmoe.errors import DeviceMemoryError, MissingDependencyError, SubstrateError
-from fluxmoe.testing.cuda import FakeDriver, Refused
 from fluxmoe.testing.faults import FaultPlan
 from tests.core.rig import FRAME, FakeCuda, Leaks
 

@@ -10,13 +10,13 @@ import pytest
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.host import CpuSubstrate
-from fluxmoe.core.streams import StreamCarrier
 from fluxmoe.core.transfer.copies import Copy
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.types import Geometry, Loads
+from fluxmoe.cuda.fake.timeline import KERNELS
+from fluxmoe.cuda.streams import StreamCarrier
 from fluxmoe.errors import ConfigError, FluxMoEError, StoreError
-from fluxmoe.testing.cuda.timeline import KERNELS
 from fluxmoe.testing.faults import FaultyAddressedStore, FaultyStore
 from tests.core.rig import FRAME, PAGE_CLASS, FakeCuda, content, fake_cuda, host_store
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fluxmoe.core.driver import Cuda
 from fluxmoe.core.memory.arena import Arena
-from fluxmoe.core.substrate.cuda import FRAME_BYTES, CudaSubstrate
+from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.fake import FakeDriver
+from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 from fluxmoe.errors import FluxMoEError
-from fluxmoe.testing.cuda import FakeDriver
 
 FRAME = FRAME_BYTES
 

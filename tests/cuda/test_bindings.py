@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import fluxmoe
-from fluxmoe.core.driver import Cuda
-from fluxmoe.testing.cuda import FakeDriver, names
+from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.fake import FakeDriver, names
 
 real = pytest.importorskip("cuda.bindings.driver")
 

@@ -14,12 +14,12 @@ from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.kv import KVLayout, KVTenant
-from fluxmoe.core.streams import StreamCarrier
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Geometry, Loads, PageClass, Part
+from fluxmoe.cuda.pinned_store import PinnedStore
+from fluxmoe.cuda.streams import StreamCarrier
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 from fluxmoe.stores.host import HostStore
-from fluxmoe.stores.pinned import PinnedStore
 from tests.cuda.card import FRAME, fake_card, real_card
 
 #: Neither part divides a frame: slots straddle frames, and no address is round.

@@ -7,14 +7,14 @@ PROGRAM = """
 import pkgutil, sys
 for name in ("cuda", "nvtx", "pynvml", "cupy"):
     sys.modules[name] = None  # importing it fails
-import fluxmoe, fluxmoe.core, fluxmoe.stores, fluxmoe.testing.cuda
+import fluxmoe, fluxmoe.core, fluxmoe.stores, fluxmoe.cuda.fake
 for package in (fluxmoe.core, fluxmoe.stores):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         __import__(module.name)
-from fluxmoe.core.driver import no_range, nvtx_ranges
+from fluxmoe.cuda.driver import no_range, nvtx_ranges
 assert nvtx_ranges() is no_range
 try:
-    fluxmoe.core.driver.Cuda()
+    fluxmoe.cuda.driver.Cuda()
 except fluxmoe.FluxMoEError as error:
     print(error.code, error.fix)
 """

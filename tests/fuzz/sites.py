@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import fluxmoe
 from fluxmoe.core.memory import host
 from fluxmoe.core.transfer.copies import Copy
+from fluxmoe.cuda.fake import FakeDriver
+from fluxmoe.cuda.fake import Refused as DriverRefused
 from fluxmoe.errors import FluxMoEError, OutOfFramesError, StoreError, SubstrateError
-from fluxmoe.testing.cuda import FakeDriver
-from fluxmoe.testing.cuda import Refused as DriverRefused
 from fluxmoe.testing.faults import FaultPlan
 from tests.core.rig import Leaks
 from tests.fuzz.run import MOVING_MEMORY, Run

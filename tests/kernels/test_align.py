@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.kernels.align import align_blocks
+from fluxmoe.cuda.kernels.align import align_blocks
 
 
 @given(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluxmoe.kernels.choice import IN_PLACE_UP_TO, Variant, choose
+from fluxmoe.cuda.kernels.choice import IN_PLACE_UP_TO, Variant, choose
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fluxmoe.cuda.kernels.tiles import Tiles, default_tiles, read_table, tiles_for
 from fluxmoe.errors import ConfigError
-from fluxmoe.kernels.tiles import Tiles, default_tiles, read_table, tiles_for
 
 ROW = {
     "BLOCK_SIZE_M": 16,

@@ -19,7 +19,7 @@ def run(code: str) -> str:
 
 
 def test_plain_modules_need_neither_triton_nor_torch() -> None:
-    code = "import fluxmoe.kernels.tiles, fluxmoe.kernels.choice; "
+    code = "import fluxmoe.cuda.kernels.tiles, fluxmoe.cuda.kernels.choice; "
     assert run(code + "print('torch' in sys.modules)").strip() == "False"
 
 
@@ -27,7 +27,7 @@ def test_plain_modules_need_neither_triton_nor_torch() -> None:
 def test_kernels_say_what_is_missing(module: str) -> None:
     code = (
         "from fluxmoe.errors import MissingDependencyError\n"
-        f"try: import fluxmoe.kernels.{module}\n"
+        f"try: import fluxmoe.cuda.kernels.{module}\n"
         "except MissingDependencyError as error: print(error.code, error)"
     )
     assert run(code).startswith("FM404 the GPU kernels need Triton")

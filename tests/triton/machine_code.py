@@ -14,9 +14,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fluxmoe.kernels.experts import most_registers
-from fluxmoe.kernels.gemm import grouped_gemm_kernel
-from fluxmoe.kernels.tiles import Tiles
+from fluxmoe.cuda.kernels.experts import most_registers
+from fluxmoe.cuda.kernels.gemm import grouped_gemm_kernel
+from fluxmoe.cuda.kernels.tiles import Tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

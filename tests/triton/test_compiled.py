@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fluxmoe.kernels.pages import decode_to_slots_kernel
-from fluxmoe.kernels.paging import gather_pages_kernel, resolve_event_kernel
-from fluxmoe.kernels.tiles import Tiles, default_tiles
+from fluxmoe.cuda.kernels.pages import decode_to_slots_kernel
+from fluxmoe.cuda.kernels.paging import gather_pages_kernel, resolve_event_kernel
+from fluxmoe.cuda.kernels.tiles import Tiles, default_tiles
 from tests.triton.machine_code import Needs, compile_kernel, gemm, stock_gemm
 
 ARCHS = (80, 89, 90)

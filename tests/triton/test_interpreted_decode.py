@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fluxmoe.cuda.kernels.pages import CompressedPages, RawSlots, decode_to_slots
 from fluxmoe.errors import UnsupportedError
-from fluxmoe.kernels.pages import CompressedPages, RawSlots, decode_to_slots
 from fluxmoe.stores.codec.fixed4 import Layout
 from tests.stores import reference
 from tests.triton.weights import bits, compressed, kinds, patterns, raw_slots, weights

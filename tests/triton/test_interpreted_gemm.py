@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fluxmoe.cuda.kernels.align import align_blocks
+from fluxmoe.cuda.kernels.experts import ABSENT, Part, page_entry, project, run_experts
+from fluxmoe.cuda.kernels.tiles import Tiles, default_tiles
 from fluxmoe.errors import UnsupportedError
-from fluxmoe.kernels.align import align_blocks
-from fluxmoe.kernels.experts import ABSENT, Part, page_entry, project, run_experts
-from fluxmoe.kernels.tiles import Tiles, default_tiles
 from tests.triton.weights import bits, compressed, kinds, raw_slots, weights
 
 # Weights of all patterns overflow, on purpose.

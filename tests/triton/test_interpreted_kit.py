@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import check, command, copies, decode, device, events, kernel
+from fluxmoe.cuda.kernels.pages import pack_pages
 from fluxmoe.errors import CodecError
-from fluxmoe.kernels.pages import pack_pages
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
 # Random bits overflow, on purpose; torch warns of itself when vLLM is imported.
@@ -121,9 +121,9 @@ def test_events(card, monkeypatch, capsys):
 
 def test_mapping(monkeypatch):
     """Over the driver that the substrate's own tests use."""
-    driver = pytest.importorskip("fluxmoe.core.driver")
+    driver = pytest.importorskip("fluxmoe.cuda.driver")
     from benchmarks.gpu import mapping
-    from fluxmoe.testing.cuda import FakeDriver
+    from fluxmoe.cuda.fake import FakeDriver
 
     row = mapping.measure(driver.Cuda(FakeDriver()), 8, repeats=2, frame_bytes=4096)
     assert row["frames"] == 8 and min(row["first"], row["again"], row["decommit"]) > 0

@@ -11,8 +11,7 @@ from fluxmoe.core.paging.table import DIRTY, PROTECTED, UNUSED, PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.types import Geometry
-from fluxmoe.errors import UnsupportedError
-from fluxmoe.kernels.paging import (
+from fluxmoe.cuda.kernels.paging import (
     EVICTIONS,
     HITS,
     MISSES,
@@ -21,6 +20,7 @@ from fluxmoe.kernels.paging import (
     resolve_event,
     upload,
 )
+from fluxmoe.errors import UnsupportedError
 from fluxmoe.policies.prefetch.none import NoPrefetch
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fluxmoe.kernels.pages import CompressedPages, RawSlots
+from fluxmoe.cuda.kernels.pages import CompressedPages, RawSlots
 from fluxmoe.stores.codec.fixed4 import Fixed4
 from tests.stores import reference
 

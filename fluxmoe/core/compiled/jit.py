@@ -2,9 +2,9 @@
 
 Numba notices when the file of a cached function has changed, but not when a function, a constant or
 a class that it uses from *another* file has: it would then run stale code, or fail to read its own
-index. The functions of ``paging.rule`` use those of ``paging.table`` and ``compiled.lowest``, so the
-machine code is filed under a name that contains a digest of all compiled sources of the core,
-subfolders included, and of its own folder where that lies elsewhere.
+index. The functions of ``paging`` use those of ``compiled``, so the machine code is filed under a
+name that contains a digest of all compiled sources of the core, subfolders included, and of its
+own folder where that lies elsewhere.
 
 Numba looks before every access whether the index is negative, which in Python counts from the end.
 The event rule consists of accesses, and the look took a third of its time; so indices are unsigned

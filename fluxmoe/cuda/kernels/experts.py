@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
+from fluxmoe.cuda.kernels.align import Blocks, align_blocks
+from fluxmoe.cuda.kernels.gemm import grouped_gemm_kernel
+from fluxmoe.cuda.kernels.language import triton
+from fluxmoe.cuda.kernels.pages import CompressedPages, RawSlots
+from fluxmoe.cuda.kernels.tiles import Tiles
 from fluxmoe.errors import UnsupportedError
-from fluxmoe.kernels.align import Blocks, align_blocks
-from fluxmoe.kernels.gemm import grouped_gemm_kernel
-from fluxmoe.kernels.language import triton
-from fluxmoe.kernels.pages import CompressedPages, RawSlots
-from fluxmoe.kernels.tiles import Tiles
 from fluxmoe.stores.codec.fixed4 import Layout
 
 #: Of an expert that is nowhere, in the table that kernels read.

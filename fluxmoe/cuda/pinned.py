@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fluxmoe.core.driver import Cuda
-from fluxmoe.core.flights import Flight
 from fluxmoe.core.transfer.store import AddressedStore, Store, locate, read
 from fluxmoe.core.types import Bytes
+from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.flights import Flight
 
 #: Pages that are read into buffers before the first of them has been copied.
 BUFFERS = 4

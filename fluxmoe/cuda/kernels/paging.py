@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from fluxmoe.core.paging.table import ABSENT, EVENT, PROTECTED, UNUSED, Books
+from fluxmoe.cuda.kernels.language import tl, triton
 from fluxmoe.errors import UnsupportedError
-from fluxmoe.kernels.language import tl, triton
 
 _PROTECTED, _UNUSED = tl.constexpr(PROTECTED), tl.constexpr(UNUSED)
 #: Pages looked at together when victims are picked, ids looked at together when hits are found.

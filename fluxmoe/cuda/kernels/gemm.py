@@ -7,8 +7,8 @@ come from is all that differs: through the expert table, and out of raw slots or
 
 from __future__ import annotations
 
-from fluxmoe.kernels.decode import decode, load_flags, load_headers, next_step, step_words
-from fluxmoe.kernels.language import tl, triton
+from fluxmoe.cuda.kernels.decode import decode, load_flags, load_headers, next_step, step_words
+from fluxmoe.cuda.kernels.language import tl, triton
 
 
 @triton.jit

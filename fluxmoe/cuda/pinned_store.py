@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from fluxmoe.core.driver import Cuda
-from fluxmoe.core.staging import PinnedMemory
 from fluxmoe.core.types import Bytes, Geometry, PageClass
+from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.pinned import PinnedMemory
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 

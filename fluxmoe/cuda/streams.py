@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from fluxmoe.core.driver import Cuda, no_range
-from fluxmoe.core.flights import Copier, Events, Flight, Transfers
 from fluxmoe.core.memory.dlpack import Exported
-from fluxmoe.core.staging import Source
 from fluxmoe.core.transfer.host import Ordered, Pairs
 from fluxmoe.core.transfer.store import Store
+from fluxmoe.cuda.driver import Cuda, no_range
+from fluxmoe.cuda.flights import Copier, Events, Flight, Transfers
+from fluxmoe.cuda.pinned import Source
 from fluxmoe.errors import InvariantError, StoreError, SubstrateError
 
 #: Bytes of prefetches that are given to the device at a time: about a millisecond of PCIe 5.

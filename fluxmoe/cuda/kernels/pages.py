@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from fluxmoe.core.types import Bytes
+from fluxmoe.cuda.kernels.decode import decode, load_flags, load_headers
+from fluxmoe.cuda.kernels.language import tl, triton
 from fluxmoe.errors import CodecError, UnsupportedError
-from fluxmoe.kernels.decode import decode, load_flags, load_headers
-from fluxmoe.kernels.language import tl, triton
 from fluxmoe.stores.codec.fixed4 import Layout, inspect
 from fluxmoe.stores.codec.kernel import checksum
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fluxmoe.testing.cuda.names import CUresult, Refused
+from fluxmoe.cuda.fake.names import CUresult, Refused
 
 
 def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], Any]:

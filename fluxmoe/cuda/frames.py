@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.core.driver import Cuda
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.substrate import runs
 from fluxmoe.core.types import Int64s
+from fluxmoe.cuda.driver import Cuda
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 
 #: The frame on CUDA, which is also what its devices map as one piece.

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluxmoe.core.driver import Cuda
+from fluxmoe.cuda.driver import Cuda
 from fluxmoe.errors import SubstrateError
 
 #: The first CUDA whose driver takes a batch of copies in one call, and has the present way to time.

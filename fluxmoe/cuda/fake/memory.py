@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from fluxmoe.core.memory.host import CpuSubstrate
-from fluxmoe.testing.cuda import names
-from fluxmoe.testing.cuda.calls import driver_call, require
-from fluxmoe.testing.cuda.names import CUresult, Refused
-from fluxmoe.testing.cuda.timeline import Pace, Timeline, Work
+from fluxmoe.cuda.fake import names
+from fluxmoe.cuda.fake.calls import driver_call, require
+from fluxmoe.cuda.fake.names import CUresult, Refused
+from fluxmoe.cuda.fake.timeline import Pace, Timeline, Work
 from fluxmoe.testing.faults import FaultPlan
 
 

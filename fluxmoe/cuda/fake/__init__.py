@@ -12,11 +12,11 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from fluxmoe.testing.cuda import names
-from fluxmoe.testing.cuda.calls import driver_call, require
-from fluxmoe.testing.cuda.memory import Memory
-from fluxmoe.testing.cuda.names import CUresult, Refused
-from fluxmoe.testing.cuda.timeline import KERNELS, Event, Pace, Work
+from fluxmoe.cuda.fake import names
+from fluxmoe.cuda.fake.calls import driver_call, require
+from fluxmoe.cuda.fake.memory import Memory
+from fluxmoe.cuda.fake.names import CUresult, Refused
+from fluxmoe.cuda.fake.timeline import KERNELS, Event, Pace, Work
 from fluxmoe.testing.faults import FaultPlan
 
 __all__ = ["FakeDriver", "Refused"]

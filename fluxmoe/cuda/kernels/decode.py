@@ -11,7 +11,7 @@ A *step* is ``BLOCK_K`` columns, 32 to 256.
 
 from __future__ import annotations
 
-from fluxmoe.kernels.language import tl, triton
+from fluxmoe.cuda.kernels.language import tl, triton
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 The driver's functions come from ``cuda.bindings.driver``, imported when the first device is opened
 and not before. Each of them answers with a tuple whose first member is a ``CUresult``; here the
 rest is returned, or a ``SubstrateError`` raised that names the call and the result. Tests hand in
-``fluxmoe.testing.cuda.FakeDriver`` instead of the bindings.
+``fluxmoe.cuda.fake.FakeDriver`` instead of the bindings.
 """
 
 from __future__ import annotations
