@@ -28,11 +28,11 @@ from rich.table import Table
 
 from benchmarks import machine
 from fluxmoe import plugins
-from fluxmoe.sim import shipped
 from fluxmoe.sim.capacity import pages_of
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.synth import Workload, write
+from fluxmoe.trace import shipped
+from fluxmoe.trace.synth import Workload, write
 
 CAPACITIES = ("15%", "20%", "25%", "37.5%", "50%", "62.5%", "75%", "87.5%")
 SIMPLE, BOUND = ("lru", "lfu", "lfru"), 1.01

@@ -1,4 +1,4 @@
-"""Record the traces that are shipped in ``fluxmoe/sim/assets``, from the demonstration's model.
+"""Record the traces that are shipped in ``fluxmoe/trace/assets``, from the demonstration's model.
 
     python -m benchmarks.record_traces [--model FOLDER] [--prompts FILE] [--out FOLDER]
 
@@ -19,8 +19,7 @@ import fluxmoe
 from fluxmoe.backends.torch.sampling import sample
 from fluxmoe.cli import models
 from fluxmoe.core.types import Phase
-from fluxmoe.sim import shipped
-from fluxmoe.sim.trace import TraceReader
+from fluxmoe.trace import TraceReader, shipped
 
 ASSETS = Path(fluxmoe.__file__).parent / "demo" / "assets"
 TEMPERATURE, SEED = 0.8, 2026

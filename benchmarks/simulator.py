@@ -33,7 +33,7 @@ from benchmarks import machine
 from fluxmoe import plugins
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation
-from fluxmoe.sim.trace import EventBlock, TraceMeta
+from fluxmoe.trace import EventBlock, TraceMeta
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 #: Million accesses per second that issue 4 asks for.

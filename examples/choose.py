@@ -6,9 +6,9 @@ Usage: python examples/choose.py [TRACE.parquet]
 import sys
 
 from fluxmoe import plugins
-from fluxmoe.sim import shipped
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
+from fluxmoe.trace import shipped
 
 ORACLE = "belady"
 

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fluxmoe.backends import recorder as module
-from fluxmoe.backends.recorder import Recorder
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import TraceError
-from fluxmoe.sim.trace import StepRows, TraceMeta, TraceReader
+from fluxmoe.trace import StepRows, TraceMeta, TraceReader
+from fluxmoe.trace import recorder as module
+from fluxmoe.trace.recorder import Recorder
 
 META = TraceMeta("m", num_layers=3, experts_per_layer=16, top_k=2, page_bytes=None, source="test")
 

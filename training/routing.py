@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fluxmoe
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.trace import TraceMeta, TraceReader, TraceWriter
+from fluxmoe.trace import TraceMeta, TraceReader, TraceWriter
 
 #: Beginnings of what is written, one after the other, and bytes written for each.
 PROMPTS = ("And the LORD said", "She had never been", "The function returns", "It is said that")

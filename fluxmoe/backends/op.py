@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch.library import Library, register_fake
 
-from fluxmoe.backends.recorder import Recorder
 from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.trace.recorder import Recorder
 
 # A traced operator can only carry numbers, so pagers and recorders are known to it by number.
 _pagers: dict[int, ExpertPager] = {}

@@ -31,7 +31,7 @@ from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
 from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError, UnsupportedError
-from fluxmoe.sim.trace import TraceMeta
+from fluxmoe.trace import TraceMeta
 
 
 @dataclass(frozen=True, slots=True)

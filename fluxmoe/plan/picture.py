@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fluxmoe.draw.plot import ACCENT, GREY, INK, Plot, canvas_for, round_up, save
 from fluxmoe.plan.advice import Plan
-from fluxmoe.sim.plot import ACCENT, GREY, INK, Plot, canvas_for, round_up, save
 
 _WIDTH, _HEIGHT, _HEAD = 1000, 440, 64
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from fluxmoe.errors import ConfigError
-from fluxmoe.sim.trace import TraceMeta
+from fluxmoe.trace import TraceMeta
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 

@@ -14,7 +14,7 @@ from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.replay import EventList
 from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import Int64s, Phase
-from fluxmoe.sim.trace import EventBlock, TraceMeta, TraceReader
+from fluxmoe.trace import EventBlock, TraceMeta, TraceReader
 
 
 @dataclass(frozen=True, slots=True)

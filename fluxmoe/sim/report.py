@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxmoe.draw.charts import Chart, Line
 from fluxmoe.errors import ConfigError, MissingDependencyError
-from fluxmoe.sim.charts import Chart, Line
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.runs import Outcome
 from fluxmoe.sim.simulator import Result

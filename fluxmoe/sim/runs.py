@@ -22,7 +22,7 @@ from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile
 from fluxmoe.sim.simulator import Result, Simulation
-from fluxmoe.sim.trace import EventBlock, TraceMeta
+from fluxmoe.trace import EventBlock, TraceMeta
 
 Progress = Callable[[int], None]
 

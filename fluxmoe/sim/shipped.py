@@ -1,19 +1,5 @@
-"""The traces that come with FluxMoE: recorded from the demonstration's model (assets/README.md)."""
+"""Deprecated: ``fluxmoe.trace.shipped`` has the names that were published here."""
 
-from __future__ import annotations
+from fluxmoe.sim.moved import moved
 
-from pathlib import Path
-
-from fluxmoe.errors import ConfigError
-
-FOLDER = Path(__file__).parent / "assets"
-
-#: Sampled decode at batch 1, 8 and 64, and prefill of prompts of several lengths.
-NAMES = ("decode-1", "decode-8", "decode-64", "prefill")
-
-
-def path(name: str) -> Path:
-    """The file of a shipped trace. Raises ConfigError: there is none of this name."""
-    if name not in NAMES:
-        raise ConfigError(f"no trace is called {name!r}", fix=f"there are {', '.join(NAMES)}")
-    return FOLDER / f"{name}.parquet"
+__getattr__ = moved(__name__, "fluxmoe.trace.shipped", ("FOLDER", "NAMES", "path"))

@@ -25,7 +25,7 @@ from fluxmoe.sim.capacity import pages_of
 from fluxmoe.sim.clock import Clock, Timing
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile, load
-from fluxmoe.sim.trace import TraceMeta
+from fluxmoe.trace import TraceMeta
 
 #: Events between two looks at the progress, or at Ctrl-C.
 _CHUNK = 1 << 16

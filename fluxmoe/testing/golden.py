@@ -14,8 +14,8 @@ import numpy as np
 
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.events import Events
-from fluxmoe.sim.synth import Workload
-from fluxmoe.sim.trace import EventBlock, TraceMeta
+from fluxmoe.trace import EventBlock, TraceMeta
+from fluxmoe.trace.synth import Workload
 
 
 @dataclass(frozen=True)

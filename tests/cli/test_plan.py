@@ -10,9 +10,10 @@ from fluxmoe.core.paging.measures import convex_hull
 from fluxmoe.errors import ConfigError
 from fluxmoe.plan import advice, cost
 from fluxmoe.plan import model as models
-from fluxmoe.sim import hardware, shipped
+from fluxmoe.sim import hardware
 from fluxmoe.sim.events import Events
 from fluxmoe.testing import checkpoints
+from fluxmoe.trace import shipped
 from tests.cli.test_cli import fails, succeeds
 
 QWEN3_30B = {

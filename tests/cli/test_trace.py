@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fluxmoe.sim.statistics import Statistics
-from fluxmoe.sim.trace import TraceReader
 from fluxmoe.testing import checkpoints
+from fluxmoe.trace import TraceReader
+from fluxmoe.trace.statistics import Statistics
 from tests.cli.test_cli import command, fails, succeeds
 
 

@@ -213,7 +213,7 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
     import typer
 
     from fluxmoe.cli import trace
-    from fluxmoe.sim.formats import FORMATS
+    from fluxmoe.trace.formats import FORMATS
 
     group = typer.main.get_command(trace.app)
     for verb, command in group.commands.items():  # type: ignore[attr-defined]

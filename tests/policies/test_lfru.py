@@ -13,7 +13,7 @@ from fluxmoe.errors import ConfigError
 from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.synth import Workload, write
+from fluxmoe.trace.synth import Workload, write
 
 LAYERS, EXPERTS = 4, 16
 

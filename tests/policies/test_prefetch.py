@@ -10,10 +10,9 @@ from fluxmoe.core.types import Access, Geometry, Phase
 from fluxmoe.errors import ConfigError
 from fluxmoe.policies.prefetch.gate import Gate
 from fluxmoe.policies.prefetch.markov import Markov
-from fluxmoe.sim import shipped
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.trace import StepRows, TraceMeta, TraceWriter
+from fluxmoe.trace import StepRows, TraceMeta, TraceWriter, shipped
 
 LAYERS, EXPERTS = 3, 4
 

@@ -8,7 +8,7 @@ from fluxmoe.errors import ConfigError
 from fluxmoe.policies.eviction.s3_fifo import S3Fifo
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.synth import Workload, write
+from fluxmoe.trace.synth import Workload, write
 from tests.core.rig import Rig
 
 LAYERS, EXPERTS = 3, 16

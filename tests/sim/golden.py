@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fluxmoe import plugins
 from fluxmoe import policies as built_in
-from fluxmoe.sim import shipped
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
+from fluxmoe.trace import shipped
 
 FILE = Path(__file__).with_name("golden.json")
 #: Of 384 pages; the largest event of decode-64 and prefill has 64.

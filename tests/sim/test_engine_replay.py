@@ -11,7 +11,7 @@ from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.eviction.next_use import NextUse
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.trace import TraceMeta, TraceWriter
+from fluxmoe.trace import TraceMeta, TraceWriter
 from tests.core.rig import PAGE_CLASS, Rig
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fluxmoe.errors import ConfigError, TraceError
-from fluxmoe.sim.formats import FORMATS, Options, convert, detect
-from fluxmoe.sim.trace import TraceReader
+from fluxmoe.trace import TraceReader
+from fluxmoe.trace.formats import FORMATS, Options, convert, detect
 
 
 def rows(path):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from fluxmoe.core.types import Phase
-from fluxmoe.sim import shipped
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.trace import EventBlock, TraceMeta
+from fluxmoe.trace import EventBlock, TraceMeta, shipped
 
 from . import golden
 

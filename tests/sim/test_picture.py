@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from fluxmoe.errors import ConfigError, MissingDependencyError, TraceError
-from fluxmoe.sim.picture import draw
-from fluxmoe.sim.statistics import describe
-from fluxmoe.sim.synth import Workload, write
+from fluxmoe.trace.picture import draw
+from fluxmoe.trace.statistics import describe
+from fluxmoe.trace.synth import Workload, write
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -11,7 +11,7 @@ from fluxmoe.errors import ConfigError, UnknownPolicyError
 from fluxmoe.sim import hardware, report
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.runs import Plan, Run, default_jobs, execute
-from fluxmoe.sim.synth import Workload, write
+from fluxmoe.trace.synth import Workload, write
 
 RUNS = [
     Run(policy, capacity, prefetch)

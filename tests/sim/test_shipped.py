@@ -7,8 +7,8 @@ import pytest
 
 import fluxmoe
 from fluxmoe.errors import ConfigError
-from fluxmoe.sim import shipped
-from fluxmoe.sim.statistics import describe
+from fluxmoe.trace import shipped
+from fluxmoe.trace.statistics import describe
 
 ASSETS = Path(fluxmoe.__file__).parent / "demo" / "assets"
 

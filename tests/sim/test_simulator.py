@@ -17,8 +17,8 @@ from fluxmoe.errors import CapacityError, ConfigError, PolicyFaultError, Unknown
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation, simulate
-from fluxmoe.sim.synth import Workload, write
-from fluxmoe.sim.trace import EventBlock, TraceMeta
+from fluxmoe.trace import EventBlock, TraceMeta
+from fluxmoe.trace.synth import Workload, write
 from tests.reference import replay
 
 POLICIES = ["lru", "lfu", "lfru", "belady", "immediate", "mru"]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import TraceError
-from fluxmoe.sim.statistics import WINDOWS, describe, entropy, gini, top_share
-from fluxmoe.sim.trace import StepRows, TraceMeta, TraceWriter, reader
+from fluxmoe.trace import StepRows, TraceMeta, TraceWriter, reader
+from fluxmoe.trace.statistics import WINDOWS, describe, entropy, gini, top_share
 
 LAYERS, EXPERTS, TOP_K = 3, 6, 2
 
@@ -143,7 +143,7 @@ def test_a_request_that_every_batch_shows_is_never_forgotten(tmp_path, monkeypat
 def test_memory_does_not_grow_with_requests(tmp_path, monkeypatch):
     write(tmp_path / "t", [(s, 0, Phase.DECODE, [(s, [0, 1], [0, 0])]) for s in range(500)])
     monkeypatch.setattr(reader, "GROUP_ROWS", 10)
-    from fluxmoe.sim import statistics
+    from fluxmoe.trace import statistics
 
     made = []
     original = statistics.Streams

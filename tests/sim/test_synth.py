@@ -6,7 +6,7 @@ import pytest
 
 from fluxmoe.errors import ConfigError
 from fluxmoe.sim.events import Events
-from fluxmoe.sim.synth import Workload, write
+from fluxmoe.trace.synth import Workload, write
 
 
 def routing(**changes):
@@ -113,7 +113,7 @@ def test_scans_are_prefill_and_decode_has_requests(tmp_path):
 
 def test_it_is_written_in_a_stream(tmp_path, monkeypatch):
     """A step is written before the next but a few is made."""
-    from fluxmoe.sim import synth
+    from fluxmoe.trace import synth
 
     made, held = [0], []
     original = Workload.routing

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.sim.events import Events
-from fluxmoe.sim.synth import Workload, write
-from fluxmoe.sim.trace import OPTIONAL, StepRows, TraceMeta, TraceReader, TraceWriter, reader
+from fluxmoe.trace import OPTIONAL, StepRows, TraceMeta, TraceReader, TraceWriter, reader
+from fluxmoe.trace.synth import Workload, write
 
 META = TraceMeta("m", num_layers=2, experts_per_layer=8, top_k=2, page_bytes=4096, source="test")
 COLUMNS = {
@@ -369,7 +369,7 @@ def test_a_large_trace_passes_through_little_memory(tmp_path):
     path = tmp_path / "t"
     program = (
         "import sys, resource, numpy as np, pyarrow as pa\n"
-        "from fluxmoe.sim.trace import TraceMeta, TraceReader, TraceWriter, reader\n"
+        "from fluxmoe.trace import TraceMeta, TraceReader, TraceWriter, reader\n"
         "meta = TraceMeta('m', 48, 128, 8, 1, 'test')\n"
         "reader.GROUP_ROWS = 1 << 13\n"
         "def run(path, steps):\n"

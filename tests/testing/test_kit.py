@@ -17,10 +17,10 @@ import pytest
 import _fluxmoe_pytest
 import fluxmoe.testing
 from fluxmoe.core.types import Phase
-from fluxmoe.sim import synth
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.testing import GOLDEN, LeakError, events_of, no_leaks
+from fluxmoe.trace import synth
 from tests.core import reference
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ import fluxmoe
 from fluxmoe import errors
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.trace import TraceReader
+from fluxmoe.trace import TraceReader
 from tests.torch.conftest import Load, answer, held, prompts, same, sizes
 
 

@@ -14,7 +14,7 @@ from fluxmoe import errors, plugins
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.trace import TraceReader
+from fluxmoe.trace import TraceReader
 from tests.torch.conftest import Load, answer, prompts, same
 
 #: Every built-in policy that an engine can run.

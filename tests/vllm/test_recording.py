@@ -13,7 +13,7 @@ from fluxmoe import errors, plugins
 from fluxmoe.backends.vllm.child import ChildEngine, Prompt
 from fluxmoe.backends.vllm.traces import record
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.sim.trace import TraceReader
+from fluxmoe.trace import TraceReader
 from tests.vllm.conftest import EAGER, PAGE, PAGES, config, prompts
 
 pytestmark = pytest.mark.vllm

@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
-from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
@@ -26,7 +25,8 @@ from fluxmoe.core.transfer.store import Store
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.plugins import load as plugin_registry
-from fluxmoe.sim.trace import TraceMeta
+from fluxmoe.trace import TraceMeta
+from fluxmoe.trace.recorder import Recorder
 
 _WHERE = "fluxmoe.page"
 

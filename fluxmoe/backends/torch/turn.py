@@ -15,7 +15,7 @@ import torch
 
 from fluxmoe.backends.torch.shield import Uncopyable
 from fluxmoe.core.types import Phase
-from fluxmoe.sim.trace import StepRows
+from fluxmoe.trace import StepRows
 
 
 class Turn(Uncopyable):

@@ -8,7 +8,7 @@ import numpy as np
 
 from fluxmoe.backends.vllm.compat.worker import scheduled_requests
 from fluxmoe.core.types import Phase
-from fluxmoe.sim.trace import StepRows
+from fluxmoe.trace import StepRows
 
 
 class Requests:

@@ -13,7 +13,6 @@ from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
 from fluxmoe.backends import checkpoint, machine, op
 from fluxmoe.backends.limits import in_frames as limits_in_frames
-from fluxmoe.backends.recorder import Recorder
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
@@ -43,6 +42,7 @@ from fluxmoe.errors import (
     NoExpertsError,
     UnsupportedError,
 )
+from fluxmoe.trace.recorder import Recorder
 
 tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
 

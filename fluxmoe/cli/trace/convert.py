@@ -32,8 +32,8 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a routing trace of another tool into one of ours."""
-    from fluxmoe.sim.formats import Options, convert
-    from fluxmoe.sim.trace import TraceReader
+    from fluxmoe.trace import TraceReader
+    from fluxmoe.trace.formats import Options, convert
 
     meta = convert(
         source,

@@ -12,7 +12,7 @@ from fluxmoe.cli import output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fluxmoe.sim.statistics import Statistics
+    from fluxmoe.trace.statistics import Statistics
 
 
 def info(
@@ -23,8 +23,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe a trace: skew, working sets, reuse distances, overlap, union per batch."""
-    from fluxmoe.sim import picture as pictures
-    from fluxmoe.sim.statistics import describe
+    from fluxmoe.trace import picture as pictures
+    from fluxmoe.trace.statistics import describe
 
     statistics = describe(trace)
     if picture is not None:

@@ -72,7 +72,7 @@ def record(
     Requests always run to --max-new-tokens: the end-of-text token is like any other.
     """
     from fluxmoe.core.types import Phase
-    from fluxmoe.sim.trace import TraceReader
+    from fluxmoe.trace import TraceReader
 
     if predict and backend is Backend.VLLM:
         raise UnsupportedError(

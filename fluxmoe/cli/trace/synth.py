@@ -40,7 +40,7 @@ def synth(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a synthetic trace; the same arguments give the same file."""
-    from fluxmoe.sim.synth import Workload, write
+    from fluxmoe.trace.synth import Workload, write
 
     workload = Workload(
         layers,

@@ -1,13 +1,9 @@
-"""Traces: which experts a model routed to, as one Parquet file, written and read in a stream.
+"""Deprecated: ``fluxmoe.trace`` has the names that were published here."""
 
-``format`` says what is in a file, ``writer`` and ``reader`` never hold more of it than a few row
-groups.
-"""
+from fluxmoe.sim.moved import moved
 
-from __future__ import annotations
-
-from fluxmoe.sim.trace.format import OPTIONAL, EventBlock, Rows, StepRows, TraceMeta
-from fluxmoe.sim.trace.reader import TraceReader
-from fluxmoe.sim.trace.writer import TraceWriter
-
-__all__ = ["OPTIONAL", "EventBlock", "Rows", "StepRows", "TraceMeta", "TraceReader", "TraceWriter"]
+__getattr__ = moved(
+    __name__,
+    "fluxmoe.trace",
+    ("OPTIONAL", "EventBlock", "Rows", "StepRows", "TraceMeta", "TraceReader", "TraceWriter"),
+)

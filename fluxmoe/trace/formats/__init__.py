@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from fluxmoe.errors import ConfigError, TraceError
-from fluxmoe.sim.formats.base import ForeignEvent, Options, Reader
-from fluxmoe.sim.formats.flame import Flame
-from fluxmoe.sim.formats.jsonl import JsonLines
-from fluxmoe.sim.formats.selection import Selection
-from fluxmoe.sim.formats.sglang import ExpertDistribution
-from fluxmoe.sim.formats.vllm import RoutedExperts
-from fluxmoe.sim.trace import StepRows, TraceMeta, TraceWriter
-from fluxmoe.sim.trace.format import KEY
+from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
+from fluxmoe.trace.format import KEY
+from fluxmoe.trace.formats.base import ForeignEvent, Options, Reader
+from fluxmoe.trace.formats.flame import Flame
+from fluxmoe.trace.formats.jsonl import JsonLines
+from fluxmoe.trace.formats.selection import Selection
+from fluxmoe.trace.formats.sglang import ExpertDistribution
+from fluxmoe.trace.formats.vllm import RoutedExperts
 
 #: Known formats by the value of ``--from``.
 FORMATS: dict[str, type[Reader]] = {

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.types import Int64s
-from fluxmoe.sim.trace import Rows, TraceMeta
+from fluxmoe.trace import Rows, TraceMeta
 
 Floats = npt.NDArray[np.float64]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from fluxmoe.sim.plot import ACCENT, GREY, INK, Plot, canvas_for, round_up, save
-from fluxmoe.sim.statistics import Statistics
+from fluxmoe.draw.plot import ACCENT, GREY, INK, Plot, canvas_for, round_up, save
+from fluxmoe.trace.statistics import Statistics
 
 _WIDTH, _HEIGHT, _HEAD = 1260, 800, 64
 

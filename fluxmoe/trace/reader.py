@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Bools, Int64s, Phase
 from fluxmoe.errors import TraceError
-from fluxmoe.sim.trace.format import (
+from fluxmoe.trace.format import (
     GROUP_ROWS,
     KEY,
     OPTIONAL,

@@ -15,15 +15,7 @@ import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Bools, Ints, Phase
 from fluxmoe.errors import TraceError
-from fluxmoe.sim.trace.format import (
-    GROUP_ROWS,
-    KEY,
-    OPTIONAL,
-    SCHEMA,
-    Array,
-    StepRows,
-    TraceMeta,
-)
+from fluxmoe.trace.format import GROUP_ROWS, KEY, OPTIONAL, SCHEMA, Array, StepRows, TraceMeta
 
 
 class Header(NamedTuple):

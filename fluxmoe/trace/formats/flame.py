@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Phase
-from fluxmoe.sim.formats.base import ForeignEvent, Reader
+from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 _LAYER = re.compile(r"layer_(\d+)\.parquet")
 _BATCH_ROWS = 1 << 14

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from fluxmoe.core.types import Ints, Phase
 from fluxmoe.errors import TraceError
-from fluxmoe.sim.trace import StepRows, TraceMeta, TraceWriter
-from fluxmoe.sim.trace.writer import Header
+from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
+from fluxmoe.trace.writer import Header
 
 #: Asked at the first event of a step, with its number of tokens, whose tokens they are.
 AskRows: TypeAlias = Callable[[int], StepRows | None]
@@ -48,7 +48,7 @@ class Recorder:
     Args:
         path: The file to make.
         meta: What the trace is a trace of.
-        columns: Optional columns of the trace (``sim.trace.OPTIONAL``); the engine then has to
+        columns: Optional columns of the trace (``trace.OPTIONAL``); the engine then has to
             call ``note`` before every event.
         replace: Whether an existing file may be replaced.
         max_steps: Ignore all that comes after so many steps.

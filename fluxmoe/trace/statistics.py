@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.sim.counting import Floats, Streams, compare_predictions, count_events
-from fluxmoe.sim.trace import Rows, TraceMeta, TraceReader
+from fluxmoe.trace import Rows, TraceMeta, TraceReader
+from fluxmoe.trace.counting import Floats, Streams, compare_predictions, count_events
 
 #: Window lengths of the working sets, in steps.
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

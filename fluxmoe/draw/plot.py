@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxmoe.draw.canvas import Canvas, Png, Svg
 from fluxmoe.errors import ConfigError, TraceError
-from fluxmoe.sim.canvas import Canvas, Png, Svg
 
 INK, GREY, PALE, ACCENT = "#2f6fb4", "#8a8f98", "#dfe3e8", "#d1603d"
 _KINDS: dict[str, type[Canvas]] = {".svg": Svg, ".png": Png}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fluxmoe.core.types import Phase
-from fluxmoe.sim.formats.base import ForeignEvent, Reader
+from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 
 class Selection(Reader):

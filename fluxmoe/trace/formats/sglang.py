@@ -19,7 +19,7 @@ import numpy as np
 
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import MissingDependencyError
-from fluxmoe.sim.formats.base import ForeignEvent, Reader
+from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 _DECODE = 2  # ForwardMode.DECODE
 
