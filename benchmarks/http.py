@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, models
-from fluxmoe.backends.vllm import launch
+from fluxmoe.backends.vllm.server import launch
 from fluxmoe.config import parse
 from fluxmoe.demo.model import DemoModel
 

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import link as link_plugin
 from benchmarks import machine, models
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.demo.model import DemoModel
 
 BLOCK = 32

@@ -26,7 +26,7 @@ import fluxmoe
 from benchmarks import machine, models
 from benchmarks.phases import BLOCK, LINK, OPTIONS, configurations, live, phases
 from fluxmoe import plugins
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.demo.model import DemoModel
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.identity import models, requests
 from benchmarks.identity.cells import MLA
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.errors import EngineError, FluxMoEError
 from fluxmoe.testing import checkpoints
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fluxmoe.backends.vllm.child import Prompt
+from fluxmoe.backends.vllm.child.child import Prompt
 
 #: Tokens of one step: fewer than the first prompt has where prefill is chunked.
 CHUNK = 96

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.identity import models, requests
 from benchmarks.identity.cells import MLA, Cell
 from benchmarks.identity.outcome import COUNTERS, Outcome
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.errors import FluxMoEError
 
 

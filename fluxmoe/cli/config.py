@@ -82,7 +82,7 @@ def _load(file: Path) -> dict[str, Any]:
 def _resolved(loaded: Config) -> list[str]:
     """What words in a configuration amount to here and now."""
     from fluxmoe.backends import machine
-    from fluxmoe.backends.vllm import launch
+    from fluxmoe.backends.vllm.server import launch
 
     lines = []
     if loaded.preset == "off":

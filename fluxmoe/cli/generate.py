@@ -133,7 +133,7 @@ def _torch(task: _Task) -> _Answer:
 def _vllm(task: _Task) -> _Answer:
     import torch
 
-    from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+    from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 
     engine = ChildEngine(
         task.model,

@@ -17,7 +17,7 @@ def serve(
     """Start vLLM's OpenAI server with paged experts."""
     from fluxmoe import config as configuration
     from fluxmoe import plugins
-    from fluxmoe.backends.vllm import launch
+    from fluxmoe.backends.vllm.server import launch
 
     loaded = configuration.load(config)
     plugins.load(loaded.plugins).serving(loaded)  # its errors belong here, not into a worker

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from fluxmoe import config, plugins
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt, Run
 from fluxmoe.demo.model import ASSETS
 from fluxmoe.errors import MissingDependencyError
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fluxmoe import config
-from fluxmoe.backends.vllm import launch
+from fluxmoe.backends.vllm.server import launch
 from fluxmoe.cli import main, output
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import ConfigError

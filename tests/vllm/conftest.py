@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.testing import checkpoints
 
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 64, "block_size": 32}

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt, Run
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt, Run
 from tests.vllm.conftest import KV_BYTES, OPTIONS, PAGE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

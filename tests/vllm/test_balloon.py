@@ -20,7 +20,7 @@ LAYOUT = KVLayout(blocks=20, block_bytes=6144, frame_bytes=4096)
 def balloon(groups: int, *, blocks: int = 20, watermark: float = 0.0) -> tuple[Any, Any]:
     from vllm.v1.core.block_pool import BlockPool
 
-    from fluxmoe.backends.vllm.balloon import Balloon
+    from fluxmoe.backends.vllm.scheduler.balloon import Balloon
 
     manager = SimpleNamespace(block_pool=BlockPool(blocks, True, 32), watermark_blocks=0)
     return Balloon(manager, LAYOUT, groups, watermark), manager

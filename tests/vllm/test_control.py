@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.cli import main
 from fluxmoe.observe import snapshot
 from tests.vllm.conftest import KV_BYTES
@@ -176,7 +176,7 @@ def fluxmoe_quiet(server: Server, option: str, size: str) -> int:
 
 def test_a_server_without_control_has_no_door(checkpoint: Path, tmp_path: Path) -> None:
     from fluxmoe import config as fluxmoe_config
-    from fluxmoe.backends.vllm import launch
+    from fluxmoe.backends.vllm.server import launch
 
     settings = {"model": str(checkpoint), "memory": {"budget": "8MiB"}}
     plain = launch.arguments(fluxmoe_config.parse(settings, where=""))

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from fluxmoe.backends.vllm.requests import RequestWatch
-from fluxmoe.backends.vllm.stepclock import StepClock
+from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
+from fluxmoe.backends.vllm.scheduler.stepclock import StepClock
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from fluxmoe.backends.vllm import engine_options
-from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
-from fluxmoe.backends.vllm.weights import WEIGHT_CALLS
+from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS
 from fluxmoe.errors import (
     BudgetTooSmallError,
     CheckpointError,
@@ -344,7 +344,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 assert not op_registry_oot
 from fluxmoe.errors import UnsupportedVersionError
 try:
-    import fluxmoe.backends.vllm.worker
+    import fluxmoe.backends.vllm.worker.cpu
 except UnsupportedVersionError as error:
     print("refused:", error)
 """)

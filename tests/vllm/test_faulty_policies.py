@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from tests.vllm.conftest import EAGER, Outputs, config, outputs, prompts
 
 pytestmark = pytest.mark.vllm

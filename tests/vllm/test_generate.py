@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.cli import main
 from tests.vllm.conftest import EAGER, KV_BYTES
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fluxmoe.backends.vllm import hangup
-from fluxmoe.backends.vllm.hangup import EndWithServer
+from fluxmoe.backends.vllm.server import hangup
+from fluxmoe.backends.vllm.server.hangup import EndWithServer
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 END = {"type": "http.response.body", "body": b"done"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from tests.vllm.conftest import BATCHES, EAGER, PAGES, Outputs, config, outputs
 
 pytestmark = pytest.mark.vllm

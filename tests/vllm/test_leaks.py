@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES
 from tests.vllm.test_arbitration import family
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.vllm
 SCRIPT = """
 import gc, json, os, sys, threading
 from fluxmoe.backends import op
-from fluxmoe.backends.vllm.inside import Engine, Prompt
+from fluxmoe.backends.vllm.child.inside import Engine, Prompt
 
 def left():
     gc.collect()
@@ -160,7 +160,7 @@ def test_three_processes_go_together_when_one_is_killed(checkpoint: Path) -> Non
 
 PARENT = """
 import json, sys
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 
 if __name__ == "__main__":
     engine = ChildEngine(sys.argv[1], kv_cache_memory_bytes=8 << 20, **json.loads(sys.argv[2]))

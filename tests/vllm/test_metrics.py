@@ -10,8 +10,7 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine
-from fluxmoe.backends.vllm.histograms import Histograms
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.backends.vllm.metrics import (
     DECISION,
     METRICS,
@@ -23,6 +22,7 @@ from fluxmoe.backends.vllm.metrics import (
     split_reader,
     summary,
 )
+from fluxmoe.backends.vllm.server.prometheus import Histograms
 from fluxmoe.core.arbitration.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts

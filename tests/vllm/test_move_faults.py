@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine, Run
+from fluxmoe.backends.vllm.child.child import ChildEngine, Run
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import KV_BYTES
 from tests.vllm.test_arbitration import (

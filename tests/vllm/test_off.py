@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from fluxmoe.backends.machine import SHARE
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.errors import BudgetTooSmallError, UnsupportedError
 from fluxmoe.testing import checkpoints
 from tests.vllm.conftest import EAGER, KV_BYTES, PAGE, PAGES, Outputs, outputs, prompts

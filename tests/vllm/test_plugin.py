@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ENVIRONMENT
+from fluxmoe.backends.vllm.child.child import ENVIRONMENT
 
 pytestmark = pytest.mark.vllm
 

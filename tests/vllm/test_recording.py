@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fluxmoe import errors, plugins
-from fluxmoe.backends.vllm.child import ChildEngine, Prompt
-from fluxmoe.backends.vllm.traces import record
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.traces import record
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.trace import TraceReader
 from tests.vllm.conftest import EAGER, PAGE, PAGES, config, prompts

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
 from tests.vllm.conftest import EAGER, KV_BYTES, prompts
 
 pytestmark = pytest.mark.vllm
@@ -161,7 +161,7 @@ def test_the_printed_command_has_everything(tmp_path: Path) -> None:
     assert words[words.index("--max-model-len") + 1] == "256"
     assert "--enforce-eager" in words
     middleware = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
-    assert middleware == ["fluxmoe.backends.vllm.hangup.EndWithServer", "mine.A", "mine.B"]
+    assert middleware == ["fluxmoe.backends.vllm.server.hangup.EndWithServer", "mine.A", "mine.B"]
 
 
 @pytest.mark.parametrize(

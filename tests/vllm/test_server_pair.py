@@ -20,7 +20,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from fluxmoe.backends.vllm.child import ENVIRONMENT, Prompt
+from fluxmoe.backends.vllm.child.child import ENVIRONMENT, Prompt
 from fluxmoe.backends.vllm.metrics import DECISION, METRICS
 from tests.vllm.conftest import KV_BYTES, prompts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from tests.vllm.conftest import EAGER, PAGE, PAGES, Outputs, config, outputs
 
 pytestmark = pytest.mark.vllm

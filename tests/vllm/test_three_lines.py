@@ -19,7 +19,7 @@ import fluxmoe
 from benchmarks.identity.torch_cells import answer, same
 from fluxmoe import config as configuration
 from fluxmoe import plugins
-from fluxmoe.backends.vllm.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.testing import GOLDEN
 from tests.plugins.rig import install

@@ -24,14 +24,14 @@ def register() -> None:
     if _registered:
         return
     try:
-        from fluxmoe.backends.vllm import guard
+        from fluxmoe.backends.vllm import half_configured
         from fluxmoe.backends.vllm.compat.plugin import KVConnectorFactory
     except UnsupportedVersionError as error:
         # Whoever does not page must not lose vLLM; whoever does names the worker class, which
         # raises this error again.
         logging.getLogger("vllm.fluxmoe").warning("FluxMoE is off: %s", error)
         return
-    guard.register()
+    half_configured.register()
     KVConnectorFactory.register_connector(
         CONNECTOR, "fluxmoe.backends.vllm.connector", "PagingConnector"
     )

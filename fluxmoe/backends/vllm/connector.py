@@ -26,14 +26,14 @@ from fluxmoe.backends.vllm.compat.connector import (
     SupportsHMA,
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.backends.vllm.histograms import Histograms
 from fluxmoe.backends.vllm.metrics import DECISION, METRICS, Meter
-from fluxmoe.backends.vllm.requests import RequestWatch
+from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
+from fluxmoe.backends.vllm.server.prometheus import Histograms
 from fluxmoe.backends.vllm.settings import paging_config
 
 if TYPE_CHECKING:  # they import numba, which a process without a worker does not need
-    from fluxmoe.backends.vllm.arbitration import Arbitration
-    from fluxmoe.backends.vllm.side import WorkerSide
+    from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
+    from fluxmoe.backends.vllm.worker.side import WorkerSide
     from fluxmoe.core.arbitration.controller import Inventory
     from fluxmoe.core.arbitration.demand import StepReport
     from fluxmoe.core.arbitration.moves import Order
@@ -165,7 +165,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         if not metadata:
             return
         from fluxmoe import config as fluxmoe_config
-        from fluxmoe.backends.vllm.arbitration import Arbitration
+        from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
 
         scheduler = self._config.scheduler_config
         self.arbitration = Arbitration(

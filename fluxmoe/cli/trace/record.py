@@ -171,8 +171,8 @@ def _with_vllm(
     sampling: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    from fluxmoe.backends.vllm.child import ChildEngine, Prompt
-    from fluxmoe.backends.vllm.traces import record
+    from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
+    from fluxmoe.backends.vllm.child.traces import record
 
     prompts = [
         Prompt(

@@ -12,11 +12,9 @@ import torch
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import plugins
 from fluxmoe.backends import checkpoint, machine, op
-from fluxmoe.backends.limits import in_frames as limits_in_frames
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm import checks, kv
 from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
@@ -27,11 +25,13 @@ from fluxmoe.backends.vllm.compat.worker import (
     max_memory_usage_bytes,
     worker_connector,
 )
-from fluxmoe.backends.vllm.layer import PagedRoutedExperts
-from fluxmoe.backends.vllm.recording import Requests
 from fluxmoe.backends.vllm.settings import paging_config
-from fluxmoe.backends.vllm.side import WorkerSide
-from fluxmoe.backends.vllm.weights import WEIGHT_CALLS, refusing
+from fluxmoe.backends.vllm.worker import checks, kv
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
+from fluxmoe.backends.vllm.worker.recording import Requests
+from fluxmoe.backends.vllm.worker.side import WorkerSide
+from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS, refusing
 from fluxmoe.config import Config, HandLimits
 from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import (

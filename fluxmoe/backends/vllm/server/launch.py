@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxmoe.backends import machine
-from fluxmoe.backends.vllm import preflight
+from fluxmoe.backends.vllm.server import preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError, MissingDependencyError
@@ -20,9 +20,9 @@ from fluxmoe.errors import ConfigError, MissingDependencyError
 OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--middleware")
 
 #: Ends the requests in flight when the server stops (``hangup``).
-MIDDLEWARE = "fluxmoe.backends.vllm.hangup.EndWithServer"
+MIDDLEWARE = "fluxmoe.backends.vllm.server.hangup.EndWithServer"
 #: Answers to ``fluxmoe limit`` (``control``).
-CONTROL = "fluxmoe.backends.vllm.control.Control"
+CONTROL = "fluxmoe.backends.vllm.server.control.Control"
 
 #: vLLM's options that FluxMoE sets itself.
 _OURS = (

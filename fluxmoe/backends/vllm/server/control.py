@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from fluxmoe.backends.vllm.compat.client import collective_rpc, is_idle, run_a_step
-from fluxmoe.backends.vllm.hangup import App, Receive, Scope, Send
+from fluxmoe.backends.vllm.server.hangup import App, Receive, Scope, Send
 
 PATH = "/v1/fluxmoe/limits"
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fluxmoe.backends.vllm.inside import Engine, Prompt, Run
+from fluxmoe.backends.vllm.child.inside import Engine, Prompt, Run
 from fluxmoe.errors import EngineError, FluxMoEError
 
 __all__ = ["ENVIRONMENT", "ChildEngine", "Prompt", "Run"]

@@ -9,7 +9,7 @@ from fluxmoe.backends.vllm.compat.layers import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
 )
-from fluxmoe.backends.vllm.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
 from fluxmoe.errors import UnsupportedError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""vLLM in a child process, for commands that need an engine for a while."""
