@@ -2,8 +2,7 @@
 
 from types import SimpleNamespace
 
-from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
-from fluxmoe.backends.vllm.scheduler.stepclock import StepClock
+from fluxmoe.backends.vllm.scheduler.requests import RequestWatch, StepClock
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
 

@@ -7,28 +7,23 @@ does that for an extension, and it switches nothing off.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import prometheus_client
 
 from fluxmoe.backends.vllm import metrics
 from fluxmoe.backends.vllm.compat.connector import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
-    KVConnectorPromMetrics,
     KVConnectorRole,
-    KVConnectorStats,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.backends.vllm.metrics import DECISION, METRICS, Meter
+from fluxmoe.backends.vllm.metrics import Meter
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
-from fluxmoe.backends.vllm.server.prometheus import Histograms
+from fluxmoe.backends.vllm.server.prometheus import PagingProm, PagingStats
 from fluxmoe.backends.vllm.settings import paging_config
 
 if TYPE_CHECKING:  # they import numba, which a process without a worker does not need
@@ -61,74 +56,6 @@ class WorkerInventory(KVConnectorHandshakeMetadata):
     """What a worker tells the scheduler at the start."""
 
     inventory: Inventory
-
-
-class PagingStats(KVConnectorStats):
-    """Changes of metrics (``metrics.Samples``), of one step or of many, of one worker or of all."""
-
-    data: metrics.Samples
-
-    def reset(self) -> None:
-        self.data = {}
-
-    def aggregate(self, other: PagingStats) -> PagingStats:
-        metrics.add(self.data, other.data)
-        return self
-
-    def reduce(self) -> dict[str, str]:
-        return metrics.summary(self.data)
-
-    def is_empty(self) -> bool:
-        return not self.data
-
-
-#: Collectors of this process, so that a second engine in it can replace them as it does vLLM's.
-_collectors: list[Any] = []
-
-
-class PagingProm(KVConnectorPromMetrics):
-    """The metrics in the process that serves ``/metrics``, per engine."""
-
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        metric_types: Mapping[type, Any],
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
-    ) -> None:
-        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        while _collectors:
-            with contextlib.suppress(KeyError):
-                prometheus_client.REGISTRY.unregister(_collectors.pop())
-        self._metrics: dict[str, Any] = {}
-        self._ages = Histograms([m for m in METRICS if m.kind == "histogram"], labelnames)
-        prometheus_client.REGISTRY.register(self._ages)
-        _collectors.append(self._ages)
-        for metric in METRICS:
-            if metric.kind == "histogram":
-                continue
-            options = {
-                "name": metric.name,
-                "documentation": metric.help,
-                "labelnames": [*labelnames, *metric.labels],
-            }
-            if metric.kind == "counter":
-                shown = self._counter_cls(**options)
-            else:  # several server processes: each has seen a part of the changes
-                shown = self._gauge_cls(**options, multiprocess_mode="sum")
-            self._metrics[metric.name] = shown
-            _collectors.append(shown)
-
-    def observe(self, transfer_stats_data: metrics.Samples, engine_idx: int = 0) -> None:
-        engine = self.per_engine_labelvalues[engine_idx]
-        for name, samples in transfer_stats_data.items():
-            if name not in self._metrics:
-                self._ages.add(name, engine, samples)
-                continue
-            for labels, change in samples.items():
-                self._metrics[name].labels(*engine, *labels).inc(change)
-                if name == DECISION and change < 0:  # no longer among the last
-                    self._metrics[name].remove(*engine, *labels)
 
 
 class PagingConnector(KVConnectorBase_V1, SupportsHMA):

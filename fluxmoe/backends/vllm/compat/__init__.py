@@ -2,7 +2,7 @@
 
 One module per part of vLLM, so that each of its processes imports what it needs and no more:
 ``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` and ``layers``
-(workers that page), ``engine`` (engines within this process).
+(workers that page), ``engine`` (engines within this process, and as the server sees them).
 """
 
 from __future__ import annotations

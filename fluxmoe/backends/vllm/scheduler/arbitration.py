@@ -7,8 +7,7 @@ from typing import Any
 
 from fluxmoe import plugins
 from fluxmoe.backends.vllm.scheduler.balloon import Balloon
-from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
-from fluxmoe.backends.vllm.scheduler.stepclock import StepClock
+from fluxmoe.backends.vllm.scheduler.requests import RequestWatch, StepClock
 from fluxmoe.config import Config
 from fluxmoe.core.arbitration.controller import Inventory, SplitController
 from fluxmoe.core.arbitration.demand import DemandView, StepReport

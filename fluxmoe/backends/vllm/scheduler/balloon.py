@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fluxmoe.backends.vllm.compat.blocks import BlockPool
+from fluxmoe.backends.vllm.compat.connector import BlockPool
 from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.errors import InvariantError
 

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from fluxmoe.backends.vllm.compat.client import collective_rpc, is_idle, run_a_step
+from fluxmoe.backends.vllm.compat.engine import collective_rpc, is_idle, run_a_step
 from fluxmoe.backends.vllm.server.hangup import App, Receive, Scope, Send
 
 PATH = "/v1/fluxmoe/limits"

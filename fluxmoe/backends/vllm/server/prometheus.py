@@ -1,17 +1,24 @@
-"""Histograms whose buckets were counted elsewhere.
+"""FluxMoE's metrics in the process that serves ``/metrics``.
 
-Those of ``prometheus_client`` count one value a call, which is too slow for thousands a step.
+The histograms of ``prometheus_client`` count one value a call, which is too slow for thousands a
+step: those here have buckets that were counted elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import prometheus_client
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from fluxmoe.backends.vllm.metrics import BUCKETS, Metric
+from fluxmoe.backends.vllm import metrics
+from fluxmoe.backends.vllm.compat.connector import KVConnectorPromMetrics, KVConnectorStats
+from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.metrics import BUCKETS, DECISION, METRICS, Metric
 
 
 class Histograms(Collector):
@@ -50,3 +57,71 @@ class Histograms(Collector):
                         buckets.append((end, total))
                     family.add_metric(list(engine), buckets, counts.get("sum", 0))
                 yield family
+
+
+class PagingStats(KVConnectorStats):
+    """Changes of metrics (``metrics.Samples``), of one step or of many, of one worker or of all."""
+
+    data: metrics.Samples
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: PagingStats) -> PagingStats:
+        metrics.add(self.data, other.data)
+        return self
+
+    def reduce(self) -> dict[str, str]:
+        return metrics.summary(self.data)
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+#: Collectors of this process, so that a second engine in it can replace them as it does vLLM's.
+_collectors: list[Any] = []
+
+
+class PagingProm(KVConnectorPromMetrics):
+    """The metrics in the process that serves ``/metrics``, per engine."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: Mapping[type, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        while _collectors:
+            with contextlib.suppress(KeyError):
+                prometheus_client.REGISTRY.unregister(_collectors.pop())
+        self._metrics: dict[str, Any] = {}
+        self._ages = Histograms([m for m in METRICS if m.kind == "histogram"], labelnames)
+        prometheus_client.REGISTRY.register(self._ages)
+        _collectors.append(self._ages)
+        for metric in METRICS:
+            if metric.kind == "histogram":
+                continue
+            options = {
+                "name": metric.name,
+                "documentation": metric.help,
+                "labelnames": [*labelnames, *metric.labels],
+            }
+            if metric.kind == "counter":
+                shown = self._counter_cls(**options)
+            else:  # several server processes: each has seen a part of the changes
+                shown = self._gauge_cls(**options, multiprocess_mode="sum")
+            self._metrics[metric.name] = shown
+            _collectors.append(shown)
+
+    def observe(self, transfer_stats_data: metrics.Samples, engine_idx: int = 0) -> None:
+        engine = self.per_engine_labelvalues[engine_idx]
+        for name, samples in transfer_stats_data.items():
+            if name not in self._metrics:
+                self._ages.add(name, engine, samples)
+                continue
+            for labels, change in samples.items():
+                self._metrics[name].labels(*engine, *labels).inc(change)
+                if name == DECISION and change < 0:  # no longer among the last
+                    self._metrics[name].remove(*engine, *labels)
