@@ -28,10 +28,10 @@ from rich.table import Table
 
 from benchmarks import machine
 from fluxmoe import plugins
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.types import Bytes
 from fluxmoe.demo.model import SHIPPED
 from fluxmoe.errors import MissingDependencyError
+from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.survey import parts_of
 
 #: Bytes of w13 and w2: of the shipped model, and of Qwen3-30B-A3B.

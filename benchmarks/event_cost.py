@@ -35,7 +35,7 @@ from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.prefetch.none import NoPrefetch
-from fluxmoe.stores import HostStore
+from fluxmoe.stores.host import HostStore
 
 EXPERTS, TOP_K = 64, 8
 SLOTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy.paging import (
     ArbitrationPolicy,
     ArbitrationView,
@@ -14,6 +13,7 @@ from fluxmoe.core.policy.paging import (
 from fluxmoe.core.types import Access, Counters, Phase
 from fluxmoe.errors import CodecError, FluxMoEError, MissingDependencyError
 from fluxmoe.hookspecs import PLUGIN_API, hookimpl, hookspec
+from fluxmoe.stores.codec.base import Codec
 
 if TYPE_CHECKING:
     from fluxmoe.backends.torch import load, page

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxmoe.backends.checkpoint import require_readable
+from fluxmoe.checkpoint import require_readable
 from fluxmoe.errors import CheckpointError
 from fluxmoe.testing import checkpoints
 

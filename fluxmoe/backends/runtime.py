@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from fluxmoe import plugins
-from fluxmoe.backends.machine import require_free
+from fluxmoe.backends.budget import require_free
 from fluxmoe.config import Config, Share
 from fluxmoe.core.arbitration.controller import Inventory
 from fluxmoe.core.arbitration.moves import Action, SetSlots

@@ -28,7 +28,7 @@ def codec(
 ) -> None:
     """Say how far a codec shortens a checkpoint's experts, and what it meets there."""
     from fluxmoe import plugins
-    from fluxmoe.backends.checkpoint import require_readable
+    from fluxmoe.checkpoint import require_readable
     from fluxmoe.demo.model import SHIPPED
     from fluxmoe.stores.survey import Survey, survey
 

@@ -81,7 +81,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _resolved(loaded: Config) -> list[str]:
     """What words in a configuration amount to here and now."""
-    from fluxmoe.backends import machine
+    from fluxmoe.backends import budget
     from fluxmoe.backends.vllm.server import launch
 
     lines = []
@@ -90,7 +90,7 @@ def _resolved(loaded: Config) -> list[str]:
     if loaded.memory.budget is None and loaded.model is not None:
         size = output.nbytes(launch.resolved(loaded).memory.size)
         lines.append(
-            f"memory.budget: auto is {size} per worker at present, {machine.SHARE:.0%} of the "
+            f"memory.budget: auto is {size} per worker at present, {budget.SHARE:.0%} of the "
             "memory that is free beside the model's weights"
         )
     return lines

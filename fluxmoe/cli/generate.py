@@ -67,8 +67,7 @@ def generate(
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
 
-    from fluxmoe import config, plugins
-    from fluxmoe.backends import checkpoint
+    from fluxmoe import checkpoint, config, plugins
 
     settings = {
         "memory": {"budget": memory},

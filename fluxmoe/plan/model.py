@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from fluxmoe.backends.checkpoint import read_map, require_readable
+from fluxmoe.checkpoint import read_map, require_readable
 from fluxmoe.errors import (
     CheckpointError,
     ConfigError,

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ValidationError
 
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy.paging import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
@@ -24,6 +23,7 @@ from fluxmoe.errors import (
 )
 from fluxmoe.plugins.api import check_api
 from fluxmoe.plugins.attempt import attempt
+from fluxmoe.stores.codec.base import Codec
 
 _KINDS: dict[str, type] = {
     "eviction": EvictionPolicy,

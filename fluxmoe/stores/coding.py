@@ -6,9 +6,9 @@ import logging
 
 import numpy as np
 
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError, StoreError
+from fluxmoe.stores.codec.base import Codec
 
 logger = logging.getLogger("fluxmoe")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import NoExpertsError
+from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.codec.fixed4 import Fixed4, inspect
 from fluxmoe.stores.coding import Coder
 

@@ -30,10 +30,11 @@ from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.cuda.driver import Cuda
 from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.frames import CudaSubstrate
+from fluxmoe.cuda.pinned import PinnedStore
 from fluxmoe.cuda.streams import StreamCarrier
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
-from fluxmoe.stores import HostStore, PinnedStore
+from fluxmoe.stores.host import HostStore
 from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
 
 FRAME = 4096

@@ -5,7 +5,7 @@ import pytest
 
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import StoreError
-from fluxmoe.stores import HostStore
+from fluxmoe.stores.host import HostStore
 from tests.core.rig import PAGE_CLASS, content, host_store
 
 

@@ -21,11 +21,10 @@ from fluxmoe.cuda.driver import Cuda, no_range, nvtx_ranges
 from fluxmoe.cuda.fake import FakeDriver, Refused
 from fluxmoe.cuda.fake.timeline import KERNELS
 from fluxmoe.cuda.flights import Copier
-from fluxmoe.cuda.pinned import BUFFERS
+from fluxmoe.cuda.pinned import BUFFERS, PinnedStore
 from fluxmoe.cuda.streams import MOST_DEMANDS, StreamCarrier
 from fluxmoe.errors import FluxMoEError, StoreError, SubstrateError
 from fluxmoe.policies.prefetch.next_layer import NextLayer
-from fluxmoe.stores import PinnedStore
 from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
 from tests.core.rig import FRAME, PAGE_CLASS, FakeCuda, Leaks, Rig, content, contents, host_store
 

@@ -16,7 +16,7 @@ from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.kv import KVLayout, KVTenant
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Geometry, Loads, PageClass, Part
-from fluxmoe.cuda.pinned_store import PinnedStore
+from fluxmoe.cuda.pinned import PinnedStore
 from fluxmoe.cuda.streams import StreamCarrier
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 from fluxmoe.stores.host import HostStore

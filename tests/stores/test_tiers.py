@@ -15,10 +15,9 @@ from fluxmoe import config, plugins
 from fluxmoe.backends.stores import make_store
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import CodecError, ConfigError, StoreError
-from fluxmoe.stores import HostStore
 from fluxmoe.stores.coding import Coder
 from fluxmoe.stores.file import FileTier
-from fluxmoe.stores.host import HostTier
+from fluxmoe.stores.host import HostStore, HostTier
 from fluxmoe.stores.tiers import TieredStore
 from tests.stores.weights import bf16
 

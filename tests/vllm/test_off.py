@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fluxmoe.backends.machine import SHARE
+from fluxmoe.backends.budget import SHARE
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.errors import BudgetTooSmallError, UnsupportedError
 from fluxmoe.testing import checkpoints

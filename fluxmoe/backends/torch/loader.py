@@ -20,7 +20,6 @@ import transformers
 from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fluxmoe.backends.checkpoint import require_readable
 from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
@@ -28,6 +27,7 @@ from fluxmoe.backends.torch.experts import absent
 from fluxmoe.backends.torch.paged import PagedModel, implementation_of, runtime_for
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, StoreSpec, settings
 from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.checkpoint import require_readable
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
 from fluxmoe.plugins import load as plugin_registry

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError
 from fluxmoe.hookspecs import RegisterCodec, hookimpl
-from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions
+from fluxmoe.stores.codec.base import Codec
 
 
 class NoCodec(Codec):
@@ -33,6 +32,8 @@ def make_fixed4() -> Codec:
 @hookimpl
 def fluxmoe_register_codecs(register: RegisterCodec) -> None:
     """Register the built-in codecs."""
+    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # pydantic; Codec comes without it
+
     register("none", NoCodec)
     register("fixed4", make_fixed4)
     register("zipnn", ZipNN, ZipNNOptions)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec import kernel
+from fluxmoe.stores.codec.base import Codec
 
 # What a block ends with: magic, version, rows, cols, raw segments, bytes of tail, escapes,
 # zero-coded segments, bytes of the block, checksum.

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError, MissingDependencyError
+from fluxmoe.stores.codec.base import Codec
 
 _HEAD = struct.Struct("<QIxxxx")
 

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fluxmoe.core.codec import Codec
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError
+from fluxmoe.stores.codec.base import Codec
 from fluxmoe.testing.conformance.common import check_signature, new
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, told, try_rules
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fluxmoe.backends import machine
+from fluxmoe.backends import budget
 from fluxmoe.backends.vllm.server import preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config
@@ -55,7 +55,7 @@ def resolved(config: Config) -> Config:
     workers = options.get("tensor-parallel-size", 1)
     if not isinstance(workers, int) or workers < 1:
         workers = 1  # vLLM refuses it, in its own words
-    return machine.resolved(config, model=config.model, workers=workers)
+    return budget.resolved(config, model=config.model, workers=workers)
 
 
 def arguments(config: Config) -> list[str]:

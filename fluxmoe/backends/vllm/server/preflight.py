@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxmoe.backends import checkpoint
-from fluxmoe.backends.machine import require_free
+from fluxmoe import checkpoint
+from fluxmoe.backends.budget import require_free
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError
 

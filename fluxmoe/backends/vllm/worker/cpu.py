@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from fluxmoe import checkpoint, plugins
 from fluxmoe import config as fluxmoe_config
-from fluxmoe import plugins
-from fluxmoe.backends import checkpoint, machine, op
+from fluxmoe.backends import budget, op
 from fluxmoe.backends.runtime import KVNeed, Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
@@ -355,7 +355,7 @@ def _with_budget(config: Config, vllm_config: VllmConfig) -> Config:
             where="memory.budget",
             fix="give a size, or start with `fluxmoe serve`",
         )
-    return machine.resolved(config, model=vllm_config.model_config.model, workers=1)
+    return budget.resolved(config, model=vllm_config.model_config.model, workers=1)
 
 
 def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:

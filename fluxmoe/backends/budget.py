@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from fluxmoe.backends.checkpoint import weight_bytes
+from fluxmoe.checkpoint import weight_bytes
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError
 
