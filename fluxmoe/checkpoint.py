@@ -7,18 +7,35 @@ in place loads without complaint, here as anywhere.
 from __future__ import annotations
 
 import json
+import math
 import re
+import struct
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fluxmoe.errors import CheckpointError, ConfigError
+from fluxmoe.core.types import Bytes
+from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
 
 _INDEX = "model.safetensors.index.json"
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.*\bweight)")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class Tensor(NamedTuple):
+    """A weight that was not read."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
 
 
 def require_readable(model: str) -> None:
@@ -138,3 +155,41 @@ def read_map(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError("it is no map", where=str(path))
     return data
+
+
+def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name, shape and size of every weight of a checkpoint, from the headers of its files.
+
+    Raises:
+        UnsupportedError: Experts of a type that cannot be paged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "numpy") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no map
+                header = file.get_slice(key)
+                dtype = header.get_dtype()
+                if dtype not in _BYTES and ".experts." in key:
+                    raise quantised(f"{key} is {dtype}", str(path))
+                yield key, Tensor(tuple(header.get_shape()), _BYTES.get(dtype, 1))
+
+
+def expert_tensors(folder: Path) -> Iterator[tuple[str, str, list[int], Bytes]]:
+    """Name, type, shape and bytes of all experts' tensors of a checkpoint."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, entry in json.loads(file.read(length)).items():
+                if ".experts." in name:
+                    begin, end = entry["data_offsets"]
+                    file.seek(8 + length + begin)
+                    data = np.frombuffer(bytearray(file.read(end - begin)), np.uint8)
+                    yield name, entry["dtype"], entry["shape"], data
+
+
+def quantised(what: str, where: str) -> UnsupportedError:
+    """The error for experts that are quantised, as ``what`` tells."""
+    return UnsupportedError(
+        f"{what}, and quantised experts cannot be paged yet",
+        where=where,
+        fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
+    )

@@ -6,17 +6,14 @@ of the parameters that ``transformers`` would make.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors import safe_open
-
-from fluxmoe.checkpoint import read_map, require_readable
+from fluxmoe.checkpoint import Tensor, headers, quantised, read_map, require_readable
 from fluxmoe.errors import (
     CheckpointError,
     ConfigError,
@@ -31,18 +28,6 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 #: ``experts.7.down_proj.weight``, or ``experts.down_proj`` for all experts of a layer.
 _ONE = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
 _ALL = re.compile(r"(.*)\.experts\.([a-z]\w*)(?:\.weight)?")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
-
-class Tensor(NamedTuple):
-    """A weight that was not read."""
-
-    shape: tuple[int, ...]
-    itemsize: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +91,7 @@ def read(name: str) -> Model:
     folder = Path(name)
     if folder.is_dir() and any(folder.glob("*.safetensors*")):
         require_readable(name)
-        return _describe(name, read_map(folder / "config.json"), dict(_headers(folder)))
+        return _describe(name, read_map(folder / "config.json"), dict(headers(folder)))
     if folder.is_dir() and any(folder.glob("*.bin")):
         raise UnsupportedError(
             "its weights are not in safetensors", where=name, fix="convert the checkpoint"
@@ -118,17 +103,6 @@ def read(name: str) -> Model:
     if not folder.exists():
         require_readable(name)  # which tells a name on a hub from a path that is wrong
     return _describe(name, *_parameters(name))
-
-
-def _headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "numpy") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no map
-                header = file.get_slice(key)
-                dtype = header.get_dtype()
-                if dtype not in _BYTES and ".experts." in key:
-                    raise _quantised(f"{key} is {dtype}", str(path))
-                yield key, Tensor(tuple(header.get_shape()), _BYTES.get(dtype, 1))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -177,7 +151,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     text = {**config, **(config.get("text_config") or {})}
     experts, top_k = _first(text, _EXPERTS), _first(text, _TOP_K)
     if config.get("quantization_config"):
-        raise _quantised("the checkpoint is quantised", name)
+        raise quantised("the checkpoint is quantised", name)
     layers = text.get("num_hidden_layers")
     pages: dict[str, int] = defaultdict(int)  # bytes of the experts of each layer
     other = embedding = item = 0
@@ -264,14 +238,6 @@ def _dense(name: str, architecture: str) -> NoExpertsError:
         f"{architecture} has no MoE layers: there is nothing to page",
         where=name,
         fix="use it without FluxMoE",
-    )
-
-
-def _quantised(what: str, where: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{what}, and quantised experts cannot be paged yet",
-        where=where,
-        fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
     )
 
 

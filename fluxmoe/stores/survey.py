@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fluxmoe.checkpoint import expert_tensors
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import NoExpertsError
 from fluxmoe.stores.codec.base import Codec
@@ -101,7 +100,7 @@ def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
 def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
     """Layer, type and bytes of every part of every expert, as a page has it."""
     halves: dict[tuple[str, str], Bytes] = {}
-    for name, dtype, shape, data in _tensors(folder):
+    for name, dtype, shape, data in expert_tensors(folder):
         if match := _ALL.fullmatch(name):
             for row in data.reshape(shape[0], -1):
                 yield match["layer"], dtype, row
@@ -114,19 +113,6 @@ def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
                     continue
                 data = np.concatenate([other, data])
             yield match["layer"], dtype, data
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, str, list[int], Bytes]]:
-    """Name, type, shape and bytes of all experts' tensors of a checkpoint."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            for name, entry in json.loads(file.read(length)).items():
-                if ".experts." in name:
-                    begin, end = entry["data_offsets"]
-                    file.seek(8 + length + begin)
-                    data = np.frombuffer(bytearray(file.read(end - begin)), np.uint8)
-                    yield name, entry["dtype"], entry["shape"], data
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
