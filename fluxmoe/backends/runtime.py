@@ -5,20 +5,19 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 
 import numpy as np
 
 from fluxmoe import plugins
-from fluxmoe.backends.budget import require_free
-from fluxmoe.config import Config, Share
+from fluxmoe.backends.budget import KVNeed, require_free, split, widened
+from fluxmoe.config import Config
 from fluxmoe.core.arbitration.controller import Inventory
 from fluxmoe.core.arbitration.moves import Action, SetSlots
-from fluxmoe.core.memory import sizing
-from fluxmoe.core.memory.banks import sizes, spread
-from fluxmoe.core.memory.experts import ExpertTenant, frames_for, slots_within
+from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.host import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.memory.kv import KVLayout, KVTenant
+from fluxmoe.core.memory.sizing import fewest_banks, sizes, spread
 from fluxmoe.core.memory.worker import MemoryArbiter
 from fluxmoe.core.paging.ages import PageAges
 from fluxmoe.core.paging.pager import ExpertPager
@@ -29,25 +28,9 @@ from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.transfer.store import Store
-from fluxmoe.core.types import Budget, Geometry, PageClass, Phase
-from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError, UnsupportedError
+from fluxmoe.core.types import Geometry, PageClass, Phase
+from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError
 from fluxmoe.trace import TraceMeta
-
-
-@dataclass(frozen=True, slots=True)
-class KVNeed:
-    """What the engine's KV cache needs, in bytes.
-
-    Attributes:
-        min: It cannot serve with less, for the ``reason`` that is shown where that does not fit.
-        max: All that can ever run at once.
-        block: One KV block, all layers; 0 if unknown. Frames are chosen to suit it.
-    """
-
-    min: int
-    max: int
-    reason: str
-    block: int = 0
 
 
 class Runtime:
@@ -101,10 +84,14 @@ class Runtime:
                 fix="use a power of two, or auto",
             )
         frames = budget // frame_bytes
-        self.experts_budget, self.kv_budget = self._split(frames, frame_bytes, kv)
+        self.experts_budget, self.kv_budget = split(
+            config.memory, geometry, page_class, frames, frame_bytes, kv
+        )
         if self.dynamic:
-            self._widen(frames)
-        reserved, bank_of = _banks(
+            self.experts_budget, self.kv_budget = widened(
+                config.memory, frames, self.experts_budget, self.kv_budget
+            )
+        reserved, bank_of = fewest_banks(
             geometry,
             page_class,
             self.experts_budget.max if self.dynamic else self.experts_budget.target,
@@ -292,92 +279,3 @@ class Runtime:
             each.callback(self.store.close)
             each.callback(self.arbiter.close)
             each.callback(self.pager.close)
-
-    def _widen(self, frames: int) -> None:
-        """Let each tenant have all that the other can do without, but for what the user forbids."""
-        experts, kv, memory = self.experts_budget, self.kv_budget, self.config.memory
-        cap = frames if memory.kv.max is None else kv.max
-        self.experts_budget = replace(experts, max=min(experts.max, frames - kv.min))
-        self.kv_budget = replace(kv, max=min(cap, frames - experts.min))
-
-    def _split(self, frames: int, frame_bytes: int, kv: KVNeed) -> tuple[Budget, Budget]:
-        experts, pages = self.geometry.experts_per_layer, self.geometry.num_pages
-        least = frames_for(self.page_class, experts, frame_bytes)
-        most = frames_for(self.page_class, pages, frame_bytes)
-        memory = self.config.memory
-        return sizing.first_split(
-            frames,
-            frame_bytes,
-            _wish(
-                memory.experts,
-                sizing.Wish(
-                    least,
-                    most,
-                    reason=f"one layer of {experts} experts, {self.page_class.nbytes} bytes each",
-                ),
-                frame_bytes,
-                "experts",
-            ),
-            _wish(
-                memory.kv,
-                sizing.Wish(-(-kv.min // frame_bytes), -(-kv.max // frame_bytes), reason=kv.reason),
-                frame_bytes,
-                "kv",
-            ),
-        )
-
-
-def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizing.Wish:
-    """The need of a tenant, tightened by what the configuration says."""
-    least = need.min if share.min is None else -(-int(share.min) // frame_bytes)
-    if least < need.min:
-        raise ConfigError(
-            f"{share.min} bytes are less than the minimum of {need.min * frame_bytes} "
-            f"({need.reason})",
-            where=f"memory.{name}.min",
-            fix="raise it, or set it to auto",
-        )
-    cap = None if share.max is None else int(share.max) // frame_bytes
-    if cap is not None and cap < least:
-        raise ConfigError(
-            f"{share.max} bytes are less than the minimum of {least * frame_bytes} ({need.reason})",
-            where=f"memory.{name}.max",
-            fix="raise it, or set it to auto",
-        )
-    target = None if share.target is None else int(share.target) // frame_bytes
-    most = need.max if cap is None else min(need.max, cap)
-    return sizing.Wish(least, most, target, need.reason, cap)
-
-
-def _banks(
-    geometry: Geometry,
-    page_class: PageClass,
-    frames: int,
-    frame_bytes: int,
-    limit: int | None,
-    wanted: int,
-    *,
-    least: int,
-) -> tuple[list[int], list[int]]:
-    """The most slots per bank within ``frames`` frames, and the bank of each layer.
-
-    The fewest banks that waste no slot, but ``wanted`` if there can be so many: within ``least``
-    frames, too, each must hold one layer's experts, so a small budget cannot have many.
-    """
-    layers, experts = geometry.num_layers, geometry.experts_per_layer
-    if limit is not None and limit < experts:
-        raise UnsupportedError(
-            f"the kernel can address {limit} slots of this size, a layer has {experts} experts"
-        )
-    total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
-    needed = 1
-    while limit is not None and max(spread(geometry, total, needed)[0]) > limit:
-        needed += 1
-    for banks in range(min(max(needed, wanted), layers), 0, -1):
-        small, slots = (
-            sizes(geometry, page_class, count, frame_bytes, banks=banks, limit=limit)
-            for count in (least, frames)
-        )
-        if small is not None and slots is not None:
-            return slots, spread(geometry, total, banks)[1]
-    raise InvariantError("the minimum of the experts does not hold one layer")

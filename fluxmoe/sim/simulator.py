@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxmoe import plugins
-from fluxmoe.core.memory.banks import spread
+from fluxmoe.core.memory.sizing import spread
 from fluxmoe.core.paging.replay import replay
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable

@@ -252,7 +252,8 @@ def test_limits_reach_the_core():
 
 
 def test_limits_reach_the_policies_of_a_worker():
-    from fluxmoe.backends.runtime import KVNeed, Runtime
+    from fluxmoe.backends.budget import KVNeed
+    from fluxmoe.backends.runtime import Runtime
     from fluxmoe.core.types import Geometry
     from tests.core.rig import PAGE_CLASS, host_store
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fluxmoe.core.memory.banks import spread
+from fluxmoe.core.memory.sizing import spread
 from fluxmoe.core.types import Geometry
 from fluxmoe.policies.eviction.immediate import Immediate
 from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmoe.backends.runtime import _banks
 from fluxmoe.backends.vllm.child.child import ENVIRONMENT
 from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.memory.sizing import fewest_banks
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import UnsupportedError
 
@@ -161,7 +161,7 @@ def cases(draw: st.DrawFn) -> tuple[Geometry, PageClass, int, int | None, int]:
 def test_banks(case: tuple[Geometry, PageClass, int, int | None, int]) -> None:
     geometry, page_class, frames, limit, wanted = case
     experts = geometry.experts_per_layer
-    slots, bank_of = _banks(geometry, page_class, frames, FRAME, limit, wanted, least=frames)
+    slots, bank_of = fewest_banks(geometry, page_class, frames, FRAME, limit, wanted, least=frames)
 
     assert len(bank_of) == geometry.num_layers
     assert bank_of[0] == 0
@@ -178,7 +178,7 @@ def test_one_bank_where_one_is_enough(
     case: tuple[Geometry, PageClass, int, int | None, int],
 ) -> None:
     geometry, page_class, frames, _, _ = case
-    slots, _ = _banks(geometry, page_class, frames, FRAME, None, 1, least=frames)
+    slots, _ = fewest_banks(geometry, page_class, frames, FRAME, None, 1, least=frames)
     assert len(slots) == 1
     assert slots[0] == geometry.num_pages or frames_for(page_class, slots[0] + 1, FRAME) > frames
 
@@ -190,9 +190,9 @@ def test_where_all_pages_fit_all_have_a_slot(
     geometry, page_class, _, limit, wanted = case
     layers, experts = geometry.num_layers, geometry.experts_per_layer
     room = layers * len(page_class.parts) + frames_for(page_class, geometry.num_pages, FRAME)
-    slots, _ = _banks(geometry, page_class, room, FRAME, limit, wanted, least=room)
+    slots, _ = fewest_banks(geometry, page_class, room, FRAME, limit, wanted, least=room)
     assert sum(slots) == geometry.num_pages
-    slots, _ = _banks(geometry, page_class, room, FRAME, limit, layers, least=room)
+    slots, _ = fewest_banks(geometry, page_class, room, FRAME, limit, layers, least=room)
     assert slots == [experts] * layers
 
 
@@ -202,11 +202,11 @@ def test_each_bank_can_shrink_to_one_layer(
 ) -> None:
     geometry, page_class, frames, _, wanted = case
     layer = frames_for(page_class, geometry.experts_per_layer, FRAME)
-    slots, _ = _banks(geometry, page_class, frames, FRAME, None, wanted, least=layer)
+    slots, _ = fewest_banks(geometry, page_class, frames, FRAME, None, wanted, least=layer)
     assert len(slots) * layer <= layer
 
 
 def test_a_layer_that_the_kernel_cannot_address() -> None:
     page_class = PageClass((Part("w13", FRAME, FRAME),))
     with pytest.raises(UnsupportedError, match=r"can address 255 slots.* has 256 experts"):
-        _banks(Geometry(2, 256), page_class, 10_000, FRAME, 255, 1, least=10_000)
+        fewest_banks(Geometry(2, 256), page_class, 10_000, FRAME, 255, 1, least=10_000)

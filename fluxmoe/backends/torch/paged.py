@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
-from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.budget import KVNeed
+from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.torch import experts, layout, recording

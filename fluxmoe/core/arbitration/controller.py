@@ -17,9 +17,9 @@ from typing import Protocol
 from fluxmoe.core.arbitration.limits import EXPERTS, KV, filled, in_words, narrowed
 from fluxmoe.core.arbitration.moves import Answer, ByHand, Move, Mover, Order, Outcome, Result
 from fluxmoe.core.arbitration.pace import Pace
-from fluxmoe.core.memory.banks import sizes
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.kv import KVLayout
+from fluxmoe.core.memory.sizing import sizes
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
 from fluxmoe.core.policy.paging import ArbitrationView, Split, StepSample
 from fluxmoe.core.types import Budget, Geometry, PageClass

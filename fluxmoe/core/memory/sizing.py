@@ -1,16 +1,22 @@
-"""The first split of the budget: what experts and KV cache start with.
+"""Bytes as slots: the first split of the budget, and banks.
 
-Both tenants get their minimum, then what the user asked for. What is left goes to the KV cache
-until it holds all that can ever run at once, because a waiting request costs more than a page that
-is streamed; then to the experts until all are resident; the rest is room for cached prefixes.
+The first split is what experts and KV cache start with. Both get their minimum, then what the user
+asked for. What is left goes to the KV cache until it holds all that can ever run at once, because a
+waiting request costs more than a page that is streamed; then to the experts until all are resident;
+the rest is room for cached prefixes.
+
+A bank is the slots that one kernel call can address. One is best, because any layer can use any
+slot. More are needed where a kernel's slot index is too narrow for all of them (docs/adr/0001).
+Consecutive layers share a bank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fluxmoe.core.types import Budget
-from fluxmoe.errors import BudgetTooSmallError, ConfigError
+from fluxmoe.core.memory.experts import frames_for, slots_within
+from fluxmoe.core.types import Budget, Geometry, PageClass
+from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +86,94 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
         Budget(experts.min, to_experts, experts.max),
         Budget(kv.min, to_kv, max(to_kv, kv.max)),
     )
+
+
+def spread(geometry: Geometry, slots: int, banks: int) -> tuple[list[int], list[int]]:
+    """Spread layers and slots over banks, slots in proportion to layers.
+
+    Args:
+        geometry: Layers and experts.
+        slots: Slots over all banks.
+        banks: Number of banks, at most one per layer.
+
+    Returns:
+        Slots per bank, never more than the bank has pages, and the bank of each layer.
+    """
+    layers = geometry.num_layers
+    bank_of = [layer * banks // layers for layer in range(layers)]
+    ends = [bank_of.index(bank) for bank in range(banks)] + [layers]
+    shares = [
+        min(
+            slots * ends[bank + 1] // layers - slots * ends[bank] // layers,
+            (ends[bank + 1] - ends[bank]) * geometry.experts_per_layer,
+        )
+        for bank in range(banks)
+    ]
+    return shares, bank_of
+
+
+def sizes(
+    geometry: Geometry,
+    page_class: PageClass,
+    frames: int,
+    frame_bytes: int,
+    *,
+    banks: int = 1,
+    limit: int | None = None,
+) -> list[int] | None:
+    """The most slots per bank that commit at most ``frames`` frames.
+
+    Args:
+        geometry: Layers and experts.
+        page_class: Layout of a page.
+        frames: Frames for all banks together.
+        frame_bytes: Bytes of a frame.
+        banks: Number of banks.
+        limit: Most slots a bank may have; None if there is no limit.
+
+    Returns:
+        Slots per bank; None if a bank could not hold one layer's experts.
+    """
+    experts = geometry.experts_per_layer
+    total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
+    # Each bank fills whole frames of its own, so several may need a few more than one does.
+    for slots in range(total, banks * experts - 1, -1):
+        shares = [min(share, limit or share) for share in spread(geometry, slots, banks)[0]]
+        used = sum(frames_for(page_class, share, frame_bytes) for share in shares)
+        if min(shares) >= experts and used <= frames:
+            return shares
+    return None
+
+
+def fewest_banks(
+    geometry: Geometry,
+    page_class: PageClass,
+    frames: int,
+    frame_bytes: int,
+    limit: int | None,
+    wanted: int,
+    *,
+    least: int,
+) -> tuple[list[int], list[int]]:
+    """The most slots per bank within ``frames`` frames, and the bank of each layer.
+
+    The fewest banks that waste no slot, but ``wanted`` if there can be so many: within ``least``
+    frames, too, each must hold one layer's experts, so a small budget cannot have many.
+    """
+    layers, experts = geometry.num_layers, geometry.experts_per_layer
+    if limit is not None and limit < experts:
+        raise UnsupportedError(
+            f"the kernel can address {limit} slots of this size, a layer has {experts} experts"
+        )
+    total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
+    needed = 1
+    while limit is not None and max(spread(geometry, total, needed)[0]) > limit:
+        needed += 1
+    for banks in range(min(max(needed, wanted), layers), 0, -1):
+        small, slots = (
+            sizes(geometry, page_class, count, frame_bytes, banks=banks, limit=limit)
+            for count in (least, frames)
+        )
+        if small is not None and slots is not None:
+            return slots, spread(geometry, total, banks)[1]
+    raise InvariantError("the minimum of the experts does not hold one layer")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.memory.banks import spread
+from fluxmoe.core.memory.sizing import spread
 from fluxmoe.core.paging.replay import replay
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable

@@ -12,7 +12,8 @@ import torch
 from fluxmoe import checkpoint, plugins
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import budget, op
-from fluxmoe.backends.runtime import KVNeed, Runtime
+from fluxmoe.backends.budget import KVNeed
+from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
