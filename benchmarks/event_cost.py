@@ -26,8 +26,9 @@ from fluxmoe import plugins
 from fluxmoe.core.memory.experts import ExpertTenant, frames_for
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.paging.event import Slots
 from fluxmoe.core.paging.pager import ExpertPager
-from fluxmoe.core.paging.rule import EventRule, Slots
+from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView

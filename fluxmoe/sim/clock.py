@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.paging.books import ABSENT, LOADED, PAGES
 from fluxmoe.core.paging.rule import EventRule
-from fluxmoe.core.paging.table import ABSENT, LOADED, PAGES
 from fluxmoe.errors import ConfigError
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile

@@ -18,7 +18,7 @@ from fluxmoe.core.compiled.jit import jit
 #: Few functions, of two files: every run below compiles them anew.
 COUNT = """
 import numpy as np
-from fluxmoe.core.paging.rule import open_event
+from fluxmoe.core.paging.event import open_event
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
 table = PageTable(Geometry(4, 4), [6])
@@ -51,13 +51,13 @@ def run(copy: Path, before: str = "", program: str = COUNT, **environment: str) 
 
 def test_a_change_in_one_file_reaches_the_compiled_code_of_another(copy):
     assert run(copy).startswith("2 [1, 2, 0, 2,")
-    assert list((copy / "fluxmoe/core/paging/__pycache__").glob("rule.open_event*.nbc"))
-    pages = copy / "fluxmoe/core/paging/table.py"
+    assert list((copy / "fluxmoe/core/paging/__pycache__").glob("event.open_event*.nbc"))
+    pages = copy / "fluxmoe/core/paging/books.py"
     text = pages.read_text()
     swapped = text.replace("    C_HITS,\n    C_MISSES,\n", "    C_MISSES,\n    C_HITS,\n")
     assert swapped != text
     pages.write_text(swapped)
-    assert run(copy).startswith("0 [1, 2, 2, 0,")  # rule.py is as it was, its constants are not
+    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is as it was, its constants are not
 
 
 @pytest.mark.parametrize("user", ["core/first", "outside"])

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxmoe.core.paging import heap
-from fluxmoe.core.paging.table import EVENT, LOADED, PROTECTED, PageTable, load, unload
+from fluxmoe.core.paging.books import EVENT, LOADED, PROTECTED, load, unload
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
 
 LAYERS, EXPERTS = 3, 4

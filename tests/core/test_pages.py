@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from fluxmoe.core.paging.ages import REUSE_EVERY, PageAges
+from fluxmoe.core.paging.books import load, unload
 from fluxmoe.core.paging.rule import EventRule
-from fluxmoe.core.paging.table import PageTable, load, unload
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Geometry

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fluxmoe.core.arbitration.moves import FreeKV, SetSlots, TakeKV
 from fluxmoe.core.memory.experts import frames_for
-from fluxmoe.core.paging.table import LEAVING
+from fluxmoe.core.paging.books import LEAVING
 from fluxmoe.errors import CapacityError, OutOfFramesError
 from fluxmoe.policies.eviction.immediate import Immediate
 from fluxmoe.policies.eviction.lfru import LeastFrequentlyRecentlyUsed

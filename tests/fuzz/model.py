@@ -6,7 +6,7 @@ from collections import deque
 
 import numpy as np
 
-from fluxmoe.core.paging.table import LEAVING, PROTECTED, UNUSED
+from fluxmoe.core.paging.books import LEAVING, PROTECTED, UNUSED
 from tests.core.reference import Reference, lru
 from tests.core.rig import Rig
 from tests.fuzz.policies import Entry, wild

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fluxmoe import plugins
-from fluxmoe.core.paging.rule import open_event
+from fluxmoe.core.paging.event import open_event
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard
 from fluxmoe.core.policy.paging import PageView

@@ -6,9 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fluxmoe
+from fluxmoe.core.paging.books import MISSES
 from fluxmoe.core.paging.replay import replay as replay_events
 from fluxmoe.core.paging.rule import EventRule
-from fluxmoe.core.paging.table import MISSES, PageTable
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.policy.watchdog import Limits

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fluxmoe.core.paging.books import DIRTY, PROTECTED, UNUSED
 from fluxmoe.core.paging.rule import EventRule
-from fluxmoe.core.paging.table import DIRTY, PROTECTED, UNUSED, PageTable
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.types import Geometry

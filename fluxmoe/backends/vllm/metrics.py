@@ -147,7 +147,7 @@ _BOUNDS = ("min", "target", "max")
 def reader(runtime: Runtime) -> Callable[[], Readings]:
     """What reads all metrics of one worker but the histograms, in every step: so it is short."""
     # Here, because it imports numba, which a process without a worker does not need.
-    from fluxmoe.core.paging.table import (
+    from fluxmoe.core.paging.books import (
         C_COLD,
         C_EVICTIONS,
         C_HITS,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxmoe.core.paging.table import EVENT, NEVER, Books
+from fluxmoe.core.paging.books import EVENT, NEVER, Books
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Int64s, Ints
 
 #: Reuse is noted in one event of so many; a prime, so that no layer is preferred.

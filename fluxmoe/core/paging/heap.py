@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.compiled.jit import jit
-from fluxmoe.core.paging.table import ABSENT, EVENT, PROTECTED, Books
+from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, Books
 from fluxmoe.core.types import Bools, Int64s
 
 #: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. A bank of no more than _SMALL

@@ -12,9 +12,11 @@ from contextlib import suppress
 import numpy as np
 
 from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.paging.books import LOADED, PAGES
+from fluxmoe.core.paging.event import Slots
 from fluxmoe.core.paging.measures import MissRatioCurve
-from fluxmoe.core.paging.rule import EventRule, Slots
-from fluxmoe.core.paging.table import LOADED, PAGES, PageTable
+from fluxmoe.core.paging.rule import EventRule
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Counters, Ints, Phase
 from fluxmoe.errors import FluxMoEError, InvariantError, StoreError

@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from fluxmoe.core.compiled.directory import directory, opener
 from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.paging.books import C_EVICTIONS, LAYER, MISSES, Books, open_books
+from fluxmoe.core.paging.event import candidates, evict, load_missing, open_event
 from fluxmoe.core.paging.heap import VictimHeap
-from fluxmoe.core.paging.rule import EventRule, candidates, evict, load_missing, open_event
-from fluxmoe.core.paging.table import C_EVICTIONS, LAYER, MISSES, Books, open_books
+from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.victims import FAILED, Chooser, victims
 from fluxmoe.core.policy.paging import read_only
 from fluxmoe.core.types import Int64s, Phase

@@ -17,8 +17,7 @@ from fluxmoe.core.compiled.directory import directory
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.compiled.lowest import ascending, low_bits, not_above, offer
 from fluxmoe.core.compiled.score_kernel import Rows
-from fluxmoe.core.paging.heap import VictimHeap, choose, update
-from fluxmoe.core.paging.table import (
+from fluxmoe.core.paging.books import (
     ABSENT,
     DIRTIES,
     DIRTY,
@@ -26,9 +25,10 @@ from fluxmoe.core.paging.table import (
     LAYER,
     PROTECTED,
     Books,
-    PageTable,
     mark_dirty,
 )
+from fluxmoe.core.paging.heap import VictimHeap, choose, update
+from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Int64s
 
 #: What ``victims`` returns when the kernel has raised or given NaN: nothing has changed.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fluxmoe.core.paging.table import ABSENT, EVENT, PROTECTED, UNUSED, Books
+from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, UNUSED, Books
 from fluxmoe.cuda.kernels.language import tl, triton
 from fluxmoe.errors import UnsupportedError
 

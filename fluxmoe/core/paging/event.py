@@ -1,0 +1,186 @@
+"""The points of the event rule as compiled functions over the books (docs/event-rule.md)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.compiled.bits import lowest_bit
+from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.paging.books import (
+    ABSENT,
+    C_ACCESSES,
+    C_COLD,
+    C_EVENTS,
+    C_HITS,
+    C_LOADS_DEMAND,
+    C_LOADS_PREFETCH,
+    C_MISSES,
+    C_PREFETCH_HITS,
+    EVENT,
+    LAYER,
+    LOADED,
+    MISSES,
+    NEVER,
+    PAGES,
+    PROTECTED,
+    STEP,
+    UNUSED,
+    Books,
+    bit,
+    load,
+    mark_dirty,
+    open_books,
+    release_leaving,
+    unload,
+)
+from fluxmoe.core.types import Int64s, Ints
+
+Slots = npt.NDArray[np.int32]
+
+
+@jit
+def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
+    """Points 1–3 and 6: free what the last event left, then count hits and misses of this one.
+
+    Args:
+        b: The books.
+        step: Forward pass of the engine.
+        layer: MoE layer.
+        ids: Routed experts, 1-D, repeats allowed; negative entries are padding.
+        slots: Filled with the slot of every entry of ``ids`` if there is no miss; may be empty.
+
+    Returns:
+        Number of misses.
+
+    Raises:
+        IndexError: A layer or an expert that does not exist; the event has not begun.
+    """
+    experts = b.tokens.size
+    first = layer * experts
+    # Compiled code does not check indices, and would write into somebody else's memory.
+    if layer < 0 or layer >= b.bank_of.size:
+        raise IndexError("no such MoE layer")
+    if slots.size != 0 and slots.size != ids.size:
+        raise IndexError("as many slots as expert ids are needed")
+    for i in range(ids.size):
+        if ids[i] >= experts:
+            raise IndexError("an expert id beyond the layer's experts")
+    for i in range(ids.size):
+        if ids[i] >= 0:
+            b.routed[ids[i]] += 1
+            b.asked[ids[i] >> 6] |= bit(ids[i])
+
+    release_leaving(b)
+    b.now[LOADED] = 0
+    b.now[EVENT] += 1
+    b.now[STEP], b.now[LAYER] = step, layer
+    event = b.now[EVENT]
+    for page in range(first, first + experts):
+        b.flags[page] &= ~np.uint8(PROTECTED)
+    n = misses = 0
+    for word in range(b.asked.size):
+        asked, b.asked[word] = b.asked[word], 0
+        while asked != 0:
+            expert = 64 * word + lowest_bit(asked)
+            asked &= asked - np.uint64(1)
+            page = first + expert
+            hit = b.slot_of[page] != ABSENT
+            b.pages[n], b.tokens[n], b.hit[n] = page, b.routed[expert], hit
+            b.routed[expert] = 0
+            n += 1
+            if not hit:
+                b.missing[misses] = page
+                misses += 1
+                if b.loaded_at[page] == NEVER:
+                    b.counts[C_COLD] += 1
+            elif b.flags[page] & UNUSED:
+                b.counts[C_PREFETCH_HITS] += 1
+                b.flags[page] &= ~np.uint8(UNUSED)
+            b.last_use[page] = event
+            b.use_count[page] += 1
+            mark_dirty(b, page)
+    b.now[PAGES], b.now[MISSES] = n, misses
+    b.counts[C_EVENTS] += 1
+    b.counts[C_ACCESSES] += n
+    b.counts[C_HITS] += n - misses
+    b.counts[C_MISSES] += misses
+    if misses == 0:
+        lookup(b, layer, ids, slots)
+    return misses
+
+
+@jit
+def lookup(b: Books, layer: int, ids: Ints, slots: Slots) -> None:
+    """The expert table applied: ``slots[i]`` is the slot of expert ``ids[i]``, 0 for padding."""
+    first = layer * b.tokens.size
+    for i in range(slots.size):
+        slots[i] = b.slot_of[first + ids[i]] if ids[i] >= 0 else 0
+
+
+@jit
+def evict(b: Books, victims: Int64s, counter: int) -> None:
+    """Free the slots of ``victims`` and count them in ``counts[counter]``."""
+    for i in range(victims.size):
+        unload(b, victims[i])
+    b.counts[counter] += victims.size
+
+
+@jit
+def load_missing(b: Books) -> None:
+    """Point 5: the event's misses take slots, in ascending page id."""
+    for i in range(b.now[MISSES]):
+        load(b, b.missing[i])
+    b.counts[C_LOADS_DEMAND] += b.now[MISSES]
+
+
+@jit
+def load_ahead(b: Books, pages: Int64s) -> None:
+    """Point 7: prefetched pages take slots, in order of urgency, and are protected."""
+    for i in range(pages.size):
+        load(b, pages[i])
+        b.flags[pages[i]] |= np.uint8(PROTECTED | UNUSED)
+    b.counts[C_LOADS_PREFETCH] += pages.size
+
+
+@jit
+def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
+    """Write the pages of a bank that may be evicted into ``out``, ascending; how many."""
+    n, banks = 0, b.num_slots.size
+    for word in range(b.present.size):
+        present = b.present[word]
+        while present != 0:
+            page = 64 * word + lowest_bit(present)
+            present &= present - np.uint64(1)
+            if (
+                b.last_use[page] != b.now[EVENT]
+                and not (protect and b.flags[page] & PROTECTED)
+                and (banks == 1 or b.bank_of[b.layer_of[page]] == bank)
+            ):
+                out[n] = page
+                n += 1
+    return n
+
+
+@jit
+def open_in(books: Int64s, step: int, layer: int, ids: Ints, slots: Slots) -> int:
+    """``open_event`` for Python, which hands over the directory of the books."""
+    return open_event(open_books(books), step, layer, ids, slots)
+
+
+@jit
+def evict_in(books: Int64s, victims: Int64s, counter: int) -> None:
+    """``evict`` for Python, which hands over the directory of the books."""
+    evict(open_books(books), victims, counter)
+
+
+@jit
+def load_missing_in(books: Int64s) -> None:
+    """``load_missing`` for Python, which hands over the directory of the books."""
+    load_missing(open_books(books))
+
+
+@jit
+def lookup_in(books: Int64s, layer: int, ids: Ints, slots: Slots) -> None:
+    """``lookup`` for Python, which hands over the directory of the books."""
+    lookup(open_books(books), layer, ids, slots)
