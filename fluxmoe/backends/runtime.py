@@ -19,7 +19,7 @@ from fluxmoe.core.memory.host import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.memory.kv import KVLayout, KVTenant
 from fluxmoe.core.memory.sizing import fewest_banks, sizes, spread
 from fluxmoe.core.memory.worker import MemoryArbiter
-from fluxmoe.core.paging.ages import PageAges
+from fluxmoe.core.paging.measures import PageAges
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmoe.core.paging.ages import REUSE_EVERY, PageAges
 from fluxmoe.core.paging.books import load, unload
+from fluxmoe.core.paging.measures import REUSE_EVERY, PageAges
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.compiled.bits import lowest_bit
 from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.compiled.lowest import lowest_bit
 from fluxmoe.core.paging.books import (
     ABSENT,
     C_ACCESSES,

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from fluxmoe.core.paging import heap
-from fluxmoe.core.paging.ages import PageAges
 from fluxmoe.core.paging.books import (
     ABSENT,
     C_EVICTIONS,
@@ -38,6 +37,7 @@ from fluxmoe.core.paging.event import (
     lookup_in,
     open_in,
 )
+from fluxmoe.core.paging.measures import PageAges
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.paging.victims import FAILED, new_chooser, take_dirty, victims
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard

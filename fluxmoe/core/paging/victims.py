@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.compiled.bits import lowest_bit
 from fluxmoe.core.compiled.directory import directory
 from fluxmoe.core.compiled.jit import jit
-from fluxmoe.core.compiled.lowest import ascending, low_bits, not_above, offer
+from fluxmoe.core.compiled.lowest import ascending, low_bits, lowest_bit, not_above, offer
 from fluxmoe.core.compiled.score_kernel import Rows
 from fluxmoe.core.paging.books import (
     ABSENT,
