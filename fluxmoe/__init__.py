@@ -2,14 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fluxmoe.core.policy.paging import (
-    ArbitrationPolicy,
-    ArbitrationView,
-    EvictionPolicy,
-    PageView,
-    PrefetchPolicy,
-    Split,
-)
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Counters, Phase
 from fluxmoe.errors import CodecError, FluxMoEError, MissingDependencyError
 from fluxmoe.hookspecs import PLUGIN_API, hookimpl, hookspec

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
-from fluxmoe.core.policy.paging import ArbitrationPolicy, EvictionPolicy, PrefetchPolicy
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy
+from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,

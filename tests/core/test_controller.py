@@ -14,8 +14,8 @@ import fluxmoe
 from fluxmoe.core.arbitration.controller import Inventory, SplitController
 from fluxmoe.core.arbitration.moves import ByHand, Follower
 from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
-from fluxmoe.core.policy.paging import ArbitrationView, Split, StepSample
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import PolicyFaultError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate

@@ -8,8 +8,8 @@ import pytest
 
 import fluxmoe
 from fluxmoe.core.arbitration.pace import Pace
+from fluxmoe.core.policy.arbitration import Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
-from fluxmoe.core.policy.paging import Split, StepSample
 from fluxmoe.errors import PolicyFaultError
 
 #: Requests that run, requests that wait, and whether the policy would then want what there is.

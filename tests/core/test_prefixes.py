@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmoe.core.arbitration.prefixes import POINTS, PrefixCurve
-from fluxmoe.core.policy.paging import PrefixDemand
+from fluxmoe.core.policy.arbitration import PrefixDemand
 
 BLOCKS = 64
 

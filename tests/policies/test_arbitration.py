@@ -10,7 +10,7 @@ import pytest
 
 from fluxmoe import plugins
 from fluxmoe.core.arbitration.pace import Pace
-from fluxmoe.core.policy.paging import (
+from fluxmoe.core.policy.arbitration import (
     ArbitrationPolicy,
     ArbitrationView,
     ExpertDemand,

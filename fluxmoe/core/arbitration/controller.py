@@ -20,8 +20,8 @@ from fluxmoe.core.arbitration.pace import Pace
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.core.memory.sizing import sizes
+from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
-from fluxmoe.core.policy.paging import ArbitrationView, Split, StepSample
 from fluxmoe.core.types import Budget, Geometry, PageClass
 
 logger = logging.getLogger("fluxmoe")

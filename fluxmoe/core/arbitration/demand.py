@@ -12,7 +12,8 @@ from fluxmoe.core.arbitration.moves import Answer, ByHand
 from fluxmoe.core.paging.books import C_ACCESSES, C_LOADS_DEMAND, C_LOADS_PREFETCH, C_MISSES
 from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
 from fluxmoe.core.paging.pager import ExpertPager
-from fluxmoe.core.policy.paging import ExpertDemand, read_only
+from fluxmoe.core.policy.arbitration import ExpertDemand
+from fluxmoe.core.policy.paging import read_only
 from fluxmoe.core.types import PageClass
 
 #: Points of the curve that is sent, and the steps from one to the next.

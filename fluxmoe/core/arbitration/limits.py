@@ -9,7 +9,7 @@ from types import MappingProxyType
 from fluxmoe.core.arbitration.moves import ByHand
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.kv import KVTenant
-from fluxmoe.core.policy.paging import ArbitrationView
+from fluxmoe.core.policy.arbitration import ArbitrationView
 from fluxmoe.core.types import Budget
 
 EXPERTS, KV = ExpertTenant.NAME, KVTenant.NAME

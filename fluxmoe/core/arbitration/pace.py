@@ -7,7 +7,7 @@ asked, and is shown all the steps since.
 
 from __future__ import annotations
 
-from fluxmoe.core.policy.paging import StepSample
+from fluxmoe.core.policy.arbitration import StepSample
 
 
 class Pace:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
 from fluxmoe.core.policy.guards import FaultCounter, PolicyGuard
-from fluxmoe.core.policy.paging import ArbitrationPolicy, ArbitrationView, Split
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmoe.core.policy.paging import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
 
 
 class Fixed(ArbitrationPolicy):

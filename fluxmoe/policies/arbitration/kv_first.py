@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy.paging import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
 
 
 class KvFirstOptions(BaseModel):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxmoe.core.policy.paging import ArbitrationPolicy, ArbitrationView, Split, StepSample
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split, StepSample
 
 Floats = npt.NDArray[np.float64]
 

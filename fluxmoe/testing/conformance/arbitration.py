@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.policy.paging import (
+from fluxmoe.core.policy.arbitration import (
     ArbitrationPolicy,
     ArbitrationView,
     ExpertDemand,

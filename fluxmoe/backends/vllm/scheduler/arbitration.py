@@ -13,8 +13,8 @@ from fluxmoe.core.arbitration.controller import Inventory, SplitController
 from fluxmoe.core.arbitration.demand import DemandView, StepReport
 from fluxmoe.core.arbitration.moves import ByHand, Order
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
+from fluxmoe.core.policy.arbitration import ArbitrationView, PrefixDemand, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
-from fluxmoe.core.policy.paging import ArbitrationView, PrefixDemand, StepSample
 from fluxmoe.errors import InvariantError
 
 
