@@ -12,8 +12,7 @@ import numpy as np
 from fluxmoe import plugins
 from fluxmoe.backends.budget import KVNeed, require_free, split, widened
 from fluxmoe.config import Config
-from fluxmoe.core.arbitration.controller import Inventory
-from fluxmoe.core.arbitration.moves import Action, SetSlots
+from fluxmoe.core.arbitration.messages import Action, Inventory, SetSlots
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.host import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.memory.kv import KVLayout, KVTenant

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import fluxmoe
-from fluxmoe.core.arbitration.controller import Inventory, SplitController
-from fluxmoe.core.arbitration.moves import ByHand, Follower
+from fluxmoe.core.arbitration.controller import SplitController
+from fluxmoe.core.arbitration.messages import ByHand, Inventory
+from fluxmoe.core.arbitration.moves import Follower
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxmoe.core.arbitration.demand import DemandMeter, DemandView, StepReport
+from fluxmoe.core.arbitration.demand import DemandMeter, DemandView
+from fluxmoe.core.arbitration.messages import StepReport
 from tests.core.rig import PAGE_CLASS, Rig
 
 REPORT = StepReport(0, None, 10, 4, 4, 0.02, 0.005, (1.0, 0.5, 0.0))

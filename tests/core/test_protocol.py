@@ -9,17 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fluxmoe.core.arbitration.moves import (
-    Answer,
-    Follower,
-    FreeKV,
-    Move,
-    Mover,
-    Order,
-    Outcome,
-    SetSlots,
-    TakeKV,
-)
+from fluxmoe.core.arbitration.messages import Answer, FreeKV, Order, SetSlots, TakeKV
+from fluxmoe.core.arbitration.moves import Follower, Move, Mover, Outcome
 from fluxmoe.errors import OutOfFramesError, SubstrateError
 
 GROUP, SLOT = 3, 2  # frames

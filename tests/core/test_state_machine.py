@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fluxmoe.core.arbitration.moves import FreeKV, SetSlots, TakeKV
+from fluxmoe.core.arbitration.messages import FreeKV, SetSlots, TakeKV
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.paging.books import LEAVING
 from fluxmoe.errors import CapacityError, OutOfFramesError

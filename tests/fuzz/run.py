@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.core.arbitration.moves import FreeKV, TakeKV
+from fluxmoe.core.arbitration.messages import FreeKV, TakeKV
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.policy.watchdog import Limits

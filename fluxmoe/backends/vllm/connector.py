@@ -29,9 +29,7 @@ from fluxmoe.backends.vllm.settings import paging_config
 if TYPE_CHECKING:  # they import numba, which a process without a worker does not need
     from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
     from fluxmoe.backends.vllm.worker.side import WorkerSide
-    from fluxmoe.core.arbitration.controller import Inventory
-    from fluxmoe.core.arbitration.demand import StepReport
-    from fluxmoe.core.arbitration.moves import Order
+    from fluxmoe.core.arbitration.messages import Inventory, Order, StepReport
 
 
 @dataclass

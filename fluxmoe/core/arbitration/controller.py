@@ -15,14 +15,13 @@ from types import MappingProxyType
 from typing import Protocol
 
 from fluxmoe.core.arbitration.limits import EXPERTS, KV, filled, in_words, narrowed
-from fluxmoe.core.arbitration.moves import Answer, ByHand, Move, Mover, Order, Outcome, Result
+from fluxmoe.core.arbitration.messages import Answer, ByHand, Inventory, Order
+from fluxmoe.core.arbitration.moves import Move, Mover, Outcome, Result
 from fluxmoe.core.arbitration.pace import Pace
 from fluxmoe.core.memory.experts import frames_for
-from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.core.memory.sizing import sizes
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
-from fluxmoe.core.types import Budget, Geometry, PageClass
 
 logger = logging.getLogger("fluxmoe")
 
@@ -35,31 +34,6 @@ FIRST = 1 / 64
 QUIET, TURN = 64, 8
 #: Decisions that are remembered.
 REMEMBERED = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """What the workers have, all of them the same: the scheduler's side knows nothing else of them.
-
-    Attributes:
-        frames: The budget.
-        geometry, page_class: The experts.
-        bank_limit: Most slots per bank; None if there is no limit.
-        slots: Slots per bank at the start.
-        experts, kv: What the tenants must and may have, in frames.
-        layout: The KV cache's.
-        groups: KV groups that are committed at the start, from the first on.
-    """
-
-    frames: int
-    geometry: Geometry
-    page_class: PageClass
-    bank_limit: int | None
-    slots: tuple[int, ...]
-    experts: Budget
-    kv: Budget
-    layout: KVLayout
-    groups: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import sub
 
 import numpy as np
 
-from fluxmoe.core.arbitration.moves import Answer, ByHand
+from fluxmoe.core.arbitration.messages import Answer, ByHand, StepReport
 from fluxmoe.core.paging.books import C_ACCESSES, C_LOADS_DEMAND, C_LOADS_PREFETCH, C_MISSES
 from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
 from fluxmoe.core.paging.pager import ExpertPager
@@ -18,31 +17,6 @@ from fluxmoe.core.types import PageClass
 
 #: Points of the curve that is sent, and the steps from one to the next.
 POINTS, EVERY = 65, 16
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One worker's last step. Plain data: it crosses processes.
-
-    Attributes:
-        rank: The worker's.
-        answer: To the last order it carried out, if any.
-        accesses, misses, loads: Of the step, see ``ExpertDemand``.
-        stall_seconds: Time that layers waited for pages.
-        load_seconds: Time to load one page, averaged over recent steps.
-        curve: ``ExpertDemand.curve``; None if it was not sent with this step.
-        limits: What a person has told the worker last, if anything.
-    """
-
-    rank: int
-    answer: Answer | None
-    accesses: int
-    misses: int
-    loads: int
-    stall_seconds: float
-    load_seconds: float
-    curve: tuple[float, ...] | None
-    limits: ByHand | None = None
 
 
 class DemandMeter:

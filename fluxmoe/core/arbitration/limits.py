@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import MappingProxyType
 
-from fluxmoe.core.arbitration.moves import ByHand
+from fluxmoe.core.arbitration.messages import ByHand
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.kv import KVTenant
 from fluxmoe.core.policy.arbitration import ArbitrationView

@@ -20,52 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
 
-
-@dataclass(frozen=True, slots=True)
-class FreeKV:
-    """Give up the memory of KV groups. Nobody may use their blocks any more."""
-
-    groups: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TakeKV:
-    """Commit memory for KV groups."""
-
-    groups: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SetSlots:
-    """Give each bank of expert slots this size."""
-
-    slots: tuple[int, ...]
-
-
-Action: TypeAlias = FreeKV | TakeKV | SetSlots
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """Scheduler to all workers: carry out ``action``, the ``number``-th, counted from 1."""
-
-    number: int
-    action: Action
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Worker to scheduler: order ``number`` is done, or failed for a reason.
-
-    ``seconds`` is what carrying it out took; it costs the step that long.
-    """
-
-    rank: int
-    number: int
-    problem: str = ""
-    seconds: float = 0.0
+from fluxmoe.core.arbitration.messages import Action, Answer, FreeKV, Order, SetSlots, TakeKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +55,6 @@ class Move:
     def grow_back(self) -> Action:
         """Undo ``shrink``."""
         return SetSlots(self.before) if self.to_kv else TakeKV(self.groups)
-
-
-@dataclass(frozen=True, slots=True)
-class ByHand:
-    """Limits that a person has set, in frames; None leaves one as it was at the start.
-
-    What requests use of the KV cache is not taken away, whatever is said here.
-    """
-
-    total: int | None = None
-    experts_min: int | None = None
-    experts_max: int | None = None
-    kv_min: int | None = None
-    kv_max: int | None = None
 
 
 class Outcome(Enum):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fluxmoe.core.arbitration.moves import Action, FreeKV, SetSlots, TakeKV
+from fluxmoe.core.arbitration.messages import Action, FreeKV, SetSlots, TakeKV
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.kv import KVLayout, KVTenant

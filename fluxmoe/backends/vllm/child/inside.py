@@ -182,7 +182,7 @@ class Engine:
 
     def limit(self, share: float) -> None:
         """Use only this share of the budget from now on."""
-        from fluxmoe.core.arbitration.moves import ByHand
+        from fluxmoe.core.arbitration.messages import ByHand
 
         controller = self._scheduler.connector.arbitration.controller
         controller.set_limits(ByHand(int(sum(controller.frames.values()) * share)))

@@ -9,9 +9,9 @@ from fluxmoe import plugins
 from fluxmoe.backends.vllm.scheduler.balloon import Balloon
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch, StepClock
 from fluxmoe.config import Config
-from fluxmoe.core.arbitration.controller import Inventory, SplitController
-from fluxmoe.core.arbitration.demand import DemandView, StepReport
-from fluxmoe.core.arbitration.moves import ByHand, Order
+from fluxmoe.core.arbitration.controller import SplitController
+from fluxmoe.core.arbitration.demand import DemandView
+from fluxmoe.core.arbitration.messages import ByHand, Inventory, Order, StepReport
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 from fluxmoe.core.policy.arbitration import ArbitrationView, PrefixDemand, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.config import HandLimits
-from fluxmoe.core.arbitration.moves import ByHand
+from fluxmoe.core.arbitration.messages import ByHand
 from fluxmoe.errors import ConfigError
 
 

@@ -6,9 +6,9 @@ import time
 
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm import metrics
-from fluxmoe.core.arbitration.controller import Inventory
-from fluxmoe.core.arbitration.demand import DemandMeter, StepReport
-from fluxmoe.core.arbitration.moves import Answer, ByHand, Follower, Order
+from fluxmoe.core.arbitration.demand import DemandMeter
+from fluxmoe.core.arbitration.messages import Answer, ByHand, Inventory, Order, StepReport
+from fluxmoe.core.arbitration.moves import Follower
 from fluxmoe.errors import InvariantError
 
 #: Steps from one look at the histograms to the next: they have many buckets, and nobody waits.
