@@ -13,6 +13,7 @@ from fluxmoe import plugins
 from fluxmoe.backends.budget import KVNeed, require_free, split, widened
 from fluxmoe.config import Config
 from fluxmoe.core.arbitration.messages import Action, Inventory, SetSlots
+from fluxmoe.core.arbitration.moves import execute
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.host import CpuSubstrate, frame_bytes_for
 from fluxmoe.core.memory.kv import KVLayout, KVTenant
@@ -181,8 +182,8 @@ class Runtime:
         )
 
     def execute(self, action: Action) -> None:
-        """Between steps: carry out one action of a move. Raises what ``MemoryArbiter`` does."""
-        self.arbiter.execute(self.pager, action)
+        """Between steps: carry out one action of a move. Raises what ``moves.execute`` does."""
+        execute(self.arbiter, self.pager, action)
 
     def resize(self, budget: int) -> None:
         """Between steps: raise or lower the budget, in bytes; the difference is the experts'.

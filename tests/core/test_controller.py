@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import fluxmoe
 from fluxmoe.core.arbitration.controller import SplitController
 from fluxmoe.core.arbitration.messages import ByHand, Inventory
-from fluxmoe.core.arbitration.moves import Follower
+from fluxmoe.core.arbitration.moves import Follower, execute
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
@@ -102,7 +102,7 @@ class World:
             self.rigs.append(rig)
         self.layout = self.rigs[0].arbiter.kv.layout
         self.followers = [
-            Follower(rank, lambda action, rig=rig: rig.arbiter.execute(rig.pager, action), float)
+            Follower(rank, lambda action, rig=rig: execute(rig.arbiter, rig.pager, action), float)
             for rank, rig in enumerate(self.rigs)
         ]
         self.blocks = Blocks(self.layout, GROUPS_AT_START)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fluxmoe.core.arbitration.messages import FreeKV, SetSlots, TakeKV
+from fluxmoe.core.arbitration.moves import execute
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.paging.books import LEAVING
 from fluxmoe.errors import CapacityError, OutOfFramesError
@@ -132,15 +133,15 @@ class CoreMachine(RuleBasedStateMachine):
         arbiter, kv = self.rig.arbiter, self.rig.arbiter.kv
         groups = st.sets(st.integers(0, kv.layout.groups - 1), max_size=5)
         freed, taken = data.draw(groups, label="free"), data.draw(groups, label="take")
-        arbiter.execute(self.rig.pager, FreeKV(tuple(freed)))
+        execute(arbiter, self.rig.pager, FreeKV(tuple(freed)))
         before = set(np.flatnonzero(kv.committed).tolist())
         assert not before & freed
         if kv.layout.frames(taken - before) > arbiter.pool.free:
             with pytest.raises(OutOfFramesError):
-                arbiter.execute(self.rig.pager, TakeKV(tuple(taken)))
+                execute(arbiter, self.rig.pager, TakeKV(tuple(taken)))
             after = before
         else:
-            arbiter.execute(self.rig.pager, TakeKV(tuple(taken)))
+            execute(arbiter, self.rig.pager, TakeKV(tuple(taken)))
             after = before | taken
         assert set(np.flatnonzero(kv.committed).tolist()) == after
         buffer = kv.buffer().reshape(kv.layout.blocks, -1)
@@ -161,12 +162,12 @@ class CoreMachine(RuleBasedStateMachine):
         needed = [frames_for(PAGE_CLASS, count, FRAME) for count in (*slots, *before)]
         if sum(needed[: self.banks]) - sum(needed[self.banks :]) > rig.arbiter.pool.free:
             with pytest.raises(OutOfFramesError):
-                rig.arbiter.execute(rig.pager, SetSlots(slots))
+                execute(rig.arbiter, rig.pager, SetSlots(slots))
             assert table.slots == before
             after = before
             # The banks that shrank at first have lost pages for it.
         else:
-            rig.arbiter.execute(rig.pager, SetSlots(slots))
+            execute(rig.arbiter, rig.pager, SetSlots(slots))
             assert table.slots == list(slots)
             after = slots
         if not table.books.now[LEAVING]:  # a bank has changed, if only for a moment

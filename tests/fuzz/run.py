@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fluxmoe.core.arbitration.messages import FreeKV, TakeKV
+from fluxmoe.core.arbitration.moves import execute
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.policy.watchdog import Limits
@@ -271,7 +272,7 @@ class Run:
             wanted = {group for group in groups if rng.random() < 0.3}
             before, room = set(self.stamps), rig.arbiter.pool.free
             refused = self._refused()
-            outcome = self._while_refusing(rig.arbiter.execute, rig.pager, action(tuple(wanted)))
+            outcome = self._while_refusing(execute, rig.arbiter, rig.pager, action(tuple(wanted)))
             after = set(np.flatnonzero(kv.committed).tolist())
             if self._refused() > refused:
                 assert outcome in (SubstrateError, OutOfFramesError)

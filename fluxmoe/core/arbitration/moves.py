@@ -1,4 +1,6 @@
-"""How scheduler and workers agree on a move of memory: pure state machines, no engine, no clock.
+"""Moves of memory: how scheduler and workers agree on one, and how a worker carries it out.
+
+The two sides are pure state machines, without an engine and without a clock.
 
 A move is a *shrink* of one tenant and a *grow* of the other. The scheduler's ``Mover`` sends one
 order at a time to all workers and sends the next one only when every worker has answered::
@@ -17,11 +19,14 @@ What an action asks for is absolute, so it does no harm where it was carried out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from fluxmoe.core.arbitration.messages import Action, Answer, FreeKV, Order, SetSlots, TakeKV
+from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.errors import InvariantError
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +197,40 @@ class Follower:
                 problem = f"{type(error).__name__}: {error}"
             self._last = Answer(self._rank, order.number, problem, self._clock() - started)
         return self._last
+
+
+def execute(arbiter: MemoryArbiter, pager: ExpertPager, action: Action) -> None:
+    """Between steps: carry out one action of a move, all of it or nothing.
+
+    Raises:
+        OutOfFramesError, SubstrateError: It cannot grow, or the system refused.
+        CapacityError: Slots that a bank cannot have.
+        InvariantError: KV groups that do not exist.
+    """
+    if isinstance(action, SetSlots):
+        _set_slots(pager, action.slots)
+        return
+    if arbiter.kv is None:
+        raise InvariantError("there is no KV cache in this budget")
+    if isinstance(action, TakeKV):
+        arbiter.kv.commit(action.groups)
+    elif isinstance(action, FreeKV):
+        arbiter.kv.free(action.groups)
+
+
+def _set_slots(pager: ExpertPager, slots: Sequence[int]) -> None:
+    """Resize all banks, those that shrink first. What was done is undone if a bank cannot."""
+    before = list(pager.table.slots)
+    if len(slots) != len(before):
+        raise InvariantError(f"{len(slots)} sizes for {len(before)} banks")
+    order = sorted(range(len(before)), key=lambda bank: slots[bank] - before[bank])
+    done = []
+    try:
+        for bank in order:
+            if slots[bank] != before[bank]:
+                pager.resize(bank, slots[bank])
+                done.append(bank)
+    except BaseException:
+        for bank in reversed(done):  # those that grew are the last, and give their frames back
+            pager.resize(bank, before[bank])
+        raise

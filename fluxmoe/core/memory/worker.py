@@ -1,19 +1,17 @@
-"""MemoryArbiter: one worker's budget of frames, the tenants that share it, and moves between them.
+"""MemoryArbiter: one worker's budget of frames and the tenants that share it.
 
 It owns the pool and the substrate and can tell at any moment that what is committed stays within
-the budget. It carries out what the scheduler's side has decided (``controller``, ``protocol``).
+the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from fluxmoe.core.arbitration.messages import Action, FreeKV, SetSlots, TakeKV
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.kv import KVLayout, KVTenant
 from fluxmoe.core.memory.substrate import Substrate
-from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.errors import InvariantError
 
 
@@ -60,24 +58,6 @@ class MemoryArbiter:
         self.kv = kv
         return kv
 
-    def execute(self, pager: ExpertPager, action: Action) -> None:
-        """Between steps: carry out one action of a move, all of it or nothing.
-
-        Raises:
-            OutOfFramesError, SubstrateError: It cannot grow, or the system refused.
-            CapacityError: Slots that a bank cannot have.
-            InvariantError: KV groups that do not exist.
-        """
-        if isinstance(action, SetSlots):
-            _set_slots(pager, action.slots)
-            return
-        if self.kv is None:
-            raise InvariantError("there is no KV cache in this budget")
-        if isinstance(action, TakeKV):
-            self.kv.commit(action.groups)
-        elif isinstance(action, FreeKV):
-            self.kv.free(action.groups)
-
     def check(self) -> None:
         """Raise InvariantError unless the books add up and stay within the budget."""
         self.pool.check()
@@ -101,21 +81,3 @@ class MemoryArbiter:
             if self.pool.owned:
                 raise InvariantError(f"tenants still hold frames: {self.frames()}")
             self.substrate.close()
-
-
-def _set_slots(pager: ExpertPager, slots: Sequence[int]) -> None:
-    """Resize all banks, those that shrink first. What was done is undone if a bank cannot."""
-    before = list(pager.table.slots)
-    if len(slots) != len(before):
-        raise InvariantError(f"{len(slots)} sizes for {len(before)} banks")
-    order = sorted(range(len(before)), key=lambda bank: slots[bank] - before[bank])
-    done = []
-    try:
-        for bank in order:
-            if slots[bank] != before[bank]:
-                pager.resize(bank, slots[bank])
-                done.append(bank)
-    except BaseException:
-        for bank in reversed(done):  # those that grew are the last, and give their frames back
-            pager.resize(bank, before[bank])
-        raise
