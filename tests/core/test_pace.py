@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 import fluxmoe
-from fluxmoe.core.arbitration.pace import Pace
+from fluxmoe.core.arbitration.controller import Pace
 from fluxmoe.core.policy.arbitration import Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
 from fluxmoe.errors import PolicyFaultError

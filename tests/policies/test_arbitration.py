@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxmoe import plugins
-from fluxmoe.core.arbitration.pace import Pace
+from fluxmoe.core.arbitration.controller import Pace
 from fluxmoe.core.policy.arbitration import (
     ArbitrationPolicy,
     ArbitrationView,

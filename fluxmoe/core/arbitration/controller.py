@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from fluxmoe.core.arbitration.limits import EXPERTS, KV, filled, in_words, narrowed
+from fluxmoe.core.arbitration.limits import EXPERTS, KV, in_words, narrowed
 from fluxmoe.core.arbitration.messages import Answer, ByHand, Inventory, Order
 from fluxmoe.core.arbitration.moves import Move, Mover, Outcome, Result
-from fluxmoe.core.arbitration.pace import Pace
-from fluxmoe.core.memory.experts import frames_for
-from fluxmoe.core.memory.sizing import sizes
+from fluxmoe.core.arbitration.planning import Held, Planner
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
 from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
 
 logger = logging.getLogger("fluxmoe")
 
-#: A move may pause the engine for this part of a step.
-PAUSE = 0.25
-#: A move is at most this part of the budget, at least one group and one slot.
-LARGEST = 1 / 16
-FIRST = 1 / 64
 #: Steps before a decision is told of again that goes the same way as the last, or the other way.
 QUIET, TURN = 64, 8
 #: Decisions that are remembered.
@@ -58,6 +51,46 @@ class BlockSource(Protocol):
         """Blocks that requests use."""
 
 
+class Pace:
+    """Counts the steps from one call of a policy to the next.
+
+    A policy that looks at many steps at once costs hardly more than one that looks at one: between
+    two steps of the engine its code has left the processor's caches. So it says how often it wants
+    to be asked, and is shown all the steps since.
+
+    Nothing happens while as many requests run, none waits and the policy wants what there is.
+
+    Args:
+        interval, calm: ``ArbitrationPolicy.interval`` and ``calm_interval``.
+    """
+
+    def __init__(self, interval: int, calm: int) -> None:
+        self._interval, self._calm = interval, max(interval, calm)
+        self._pause, self._running = 1, 0
+        #: Since it was asked last, the oldest first.
+        self.steps: list[StepSample] = []
+
+    def due(self, step: StepSample, running: int, waiting: int, *, content: bool) -> bool:
+        """Whether to ask now.
+
+        Args:
+            step: The one that has just ended.
+            running, waiting: Requests of the step that begins.
+            content: Whether the policy wanted what there is when it was asked last.
+        """
+        self.steps.append(step)
+        calm = content and not waiting and running == self._running
+        return len(self.steps) >= (self._pause if calm else min(self._pause, self._interval))
+
+    def asked(self, running: int, waiting: int, *, content: bool) -> None:
+        """It was: with so many requests, and that is what came of it."""
+        calm = content and not waiting and running == self._running
+        longer = min(2 * self._pause, self._calm) if calm else 0
+        self._pause = max(longer, self._interval)
+        self._running = running
+        self.steps.clear()
+
+
 class SplitController:
     """Moves frames between experts and KV cache as a policy wishes.
 
@@ -76,10 +109,11 @@ class SplitController:
         self._pace = Pace(policy.interval, policy.calm_interval)
         #: What the policy wants; None if it wants what there is.
         self._wish: Split | None = None
+        self._planner = Planner(inventory, blocks.hold)
         self._slots = inventory.slots
         #: KV groups whose memory is committed on every worker.
         self._groups = set(range(inventory.groups))
-        self._frames = self._counted()
+        self._frames = self._planner.frames(self._slots, self._groups)
         self._limit = inventory.frames
         bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
         self._bounds = self._initial_bounds = MappingProxyType(bounds)
@@ -109,10 +143,6 @@ class SplitController:
     def frames(self) -> dict[str, int]:
         """The split that all workers have confirmed: tenant → frames."""
         return dict(self._frames)
-
-    def _counted(self) -> Mapping[str, int]:
-        experts, kv = self._expert_frames(self._slots), self._kv_frames(self._groups)
-        return MappingProxyType({EXPERTS: experts, KV: kv})
 
     @property
     def policy(self) -> str:
@@ -214,9 +244,14 @@ class SplitController:
         # An idle engine ends the move that is under way, and begins none: moves keep it stepping.
         if not view.running_requests and not over:
             return
-        move = self._plan(self._within(split, view), view)
+        wanted = self._planner.within(split, view, fill=self._by_hand is not None)
+        held = Held(self._slots, self._groups, self._frames)
+        move = self._planner.move(wanted, view, held, self._pause_per_frame)
         self._settled = move is None and not over
         if move is not None:
+            if not move.to_kv:  # their blocks are on hold already
+                self._groups -= set(move.groups)
+                self._count()
             # Also where a policy that wants nothing gets what a person took from the other.
             told = self._by_hand is not None and split.frames == frames
             self._report(move, split, by_hand=over or told)
@@ -240,123 +275,20 @@ class SplitController:
                 self._blocks.release(groups)
             elif result.outcome is Outcome.STRANDED:
                 self._slots = move.slots if move.to_kv else move.before
-        self._frames = self._counted()
+        self._count()
         moved = max(
             self._inventory.layout.frames(groups),
-            abs(self._expert_frames(move.slots) - self._expert_frames(move.before)),
+            abs(self._planner.expert_frames(move.slots) - self._planner.expert_frames(move.before)),
         )
         self.longest_pause = max(self.longest_pause, result.seconds)
         pause = result.seconds / max(moved, 1)
         self._pause_per_frame += (pause - self._pause_per_frame) / 4
 
-    # --- planning --------------------------------------------------------------------------------
+    def _count(self) -> None:
+        self._frames = self._planner.frames(self._slots, self._groups)
 
     def _least(self) -> int:
         return sum(bounds.min for bounds in self._bounds.values())
-
-    def _within(self, split: Split, view: ArbitrationView) -> dict[str, int]:
-        """What the policy wants, within the bounds; KV cache in use always wins."""
-        experts, kv = view.bounds[EXPERTS], view.bounds[KV]
-        floor = max(kv.min, min(view.kv_used_frames, view.frames[KV]))
-        wanted_kv = min(max(split.frames[KV], floor), kv.max, view.total_frames - experts.min)
-        wanted = min(max(split.frames[EXPERTS], experts.min), experts.max)
-        room = max(view.total_frames - wanted_kv, experts.min)
-        wishes = {EXPERTS: min(wanted, room), KV: wanted_kv}
-        # Policies need not use all of their bounds. What a person takes from one is the other's.
-        return wishes if self._by_hand is None else filled(wishes, view)
-
-    def _plan(self, wanted: dict[str, int], view: ArbitrationView) -> Move | None:
-        """The next move towards ``wanted``; None if there is none worth making."""
-        have, per_group = self._frames, self._inventory.layout.frames_per_group
-        if wanted == have:  # as in most steps
-            return None
-        free = view.total_frames - have[EXPERTS] - have[KV]
-        most = self._most(view)
-        grow = min(wanted[KV] - have[KV], most)
-        if grow >= per_group:
-            return self._to_kv(grow, free)
-        slots = self._sizes(wanted[EXPERTS]) or self._slots
-        experts = self._expert_frames(slots)
-        surplus = max(-free, have[EXPERTS] - view.bounds[EXPERTS].max)
-        if experts < have[EXPERTS] and surplus > 0:
-            return self._resize(max(experts, have[EXPERTS] - min(surplus, most)))
-        # The KV cache gives no more than the experts can use, or than the limit demands.
-        needed = max(experts - have[EXPERTS] - free, have[KV] - view.bounds[KV].max, 0)
-        needed = -(-needed // per_group) * per_group
-        gap = have[KV] - wanted[KV]
-        limited = free < 0 or have[KV] > view.bounds[KV].max
-        if limited and have[KV] - per_group >= view.bounds[KV].min:
-            gap = -(-gap // per_group) * per_group  # a limit is kept to, not come close to
-        shrink = min(gap, needed, most)
-        if shrink >= per_group:
-            return self._to_experts(shrink // per_group, experts, free)
-        if experts > have[EXPERTS] and free > 0:
-            return self._resize(have[EXPERTS] + min(experts - have[EXPERTS], free, most))
-        return None
-
-    def _most(self, view: ArbitrationView) -> int:
-        """Frames of the next move: what the pause allows, but enough to change something."""
-        layout, total = self._inventory.layout, self._inventory.frames
-        slot = self._expert_frames(tuple(n + 1 for n in self._slots)) - self.frames[EXPERTS]
-        least = layout.frames_per_group * -(-slot // layout.frames_per_group)
-        most = total * FIRST
-        if self._pause_per_frame and view.step_seconds:
-            most = PAUSE * view.step_seconds / self._pause_per_frame
-        return max(least, int(min(most, total * LARGEST)))
-
-    def _to_kv(self, count: int, free: int) -> Move | None:
-        """Commit as many of the lowest groups as ``count`` frames hold; experts give the rest."""
-        layout, groups, needed = self._inventory.layout, [], -free
-        for group in range(layout.groups):
-            if group not in self._groups:
-                if needed + free + layout.frames_of(group) > count:
-                    break
-                groups.append(group)
-                needed += layout.frames_of(group)
-        slots: tuple[int, ...] | None = self._slots
-        if needed > 0:
-            slots = self._sizes(self._expert_frames(self._slots) - needed)
-        if not groups or slots is None:
-            return None
-        return Move(True, tuple(groups), self._slots, slots)
-
-    def _to_experts(self, count: int, wanted: int, free: int) -> Move | None:
-        """Give up groups that nobody uses; experts get their frames, and what else is free."""
-        groups = self._blocks.hold(count)
-        if not groups:
-            return None  # all in use: the wish stays, and the next step tries again
-        self._groups -= set(groups)
-        self._frames = self._counted()
-        have = self._frames[EXPERTS]
-        room = have + free + self._kv_frames(groups)
-        slots = self._sizes(max(min(wanted, room), have)) or self._slots
-        return Move(False, groups, self._slots, slots)
-
-    def _resize(self, frames: int) -> Move | None:
-        """A move of the experts alone, to at most ``frames`` frames."""
-        slots = self._sizes(frames)
-        if slots is None or slots == self._slots:
-            return None
-        return Move(slots < self._slots, (), self._slots, slots)
-
-    def _sizes(self, frames: int) -> tuple[int, ...] | None:
-        i = self._inventory
-        slots = sizes(
-            i.geometry,
-            i.page_class,
-            frames,
-            i.layout.frame_bytes,
-            banks=len(i.slots),
-            limit=i.bank_limit,
-        )
-        return None if slots is None else tuple(slots)
-
-    def _expert_frames(self, slots: Sequence[int]) -> int:
-        i = self._inventory
-        return sum(frames_for(i.page_class, count, i.layout.frame_bytes) for count in slots)
-
-    def _kv_frames(self, groups: Collection[int]) -> int:
-        return self._inventory.layout.frames(groups)
 
     def _report(self, move: Move, split: Split, *, by_hand: bool) -> None:
         """A line per decision; moves on the way to the same wish are not worth one each."""
