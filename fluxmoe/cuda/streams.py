@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from fluxmoe.core.memory.dlpack import Exported
-from fluxmoe.core.transfer.host import Ordered, Pairs
+from fluxmoe.core.transfer.engine import Ordered, Pairs
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.cuda.driver import Cuda, no_range
 from fluxmoe.cuda.flights import Copier, Events, Flight, Transfers

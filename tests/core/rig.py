@@ -24,8 +24,8 @@ from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
-from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.transfer.host import Carrier, HostCarrier
+from fluxmoe.core.transfer.engine import Carrier, TransferEngine
+from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.cuda.driver import Cuda
 from fluxmoe.cuda.fake import FakeDriver

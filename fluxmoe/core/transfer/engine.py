@@ -8,8 +8,59 @@ again. How bytes are moved is the ``Carrier``'s business.
 
 from __future__ import annotations
 
-from fluxmoe.core.transfer.host import Carrier, Ordered
+from collections.abc import Sequence
+from typing import Protocol
+
 from fluxmoe.core.types import Loads
+
+#: Pages and the slots they are to lie in.
+Pairs = Sequence[tuple[int, int]]
+
+
+class Ordered(Protocol):
+    """A copy that was ordered ahead of time."""
+
+    def withdraw(self) -> bool:
+        """Whether it has not begun; then it never will."""
+
+    def error(self) -> Exception | None:
+        """See that a copy that was begun is over before its slot is written again.
+
+        Returns what went wrong with it, if anything.
+        """
+
+
+class Carrier(Protocol):
+    """Copies pages into slots. Called on the engine's thread.
+
+    Attributes:
+        stall_seconds: How long the layers had to wait for their pages.
+    """
+
+    stall_seconds: float
+
+    def demand(self, bank: int, pairs: Pairs) -> None:
+        """Copy before the next kernel runs, ahead of all that was only prefetched.
+
+        Raises:
+            StoreError: A page cannot be had; which of the others were copied is undefined.
+        """
+
+    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[Ordered | None]:
+        """Order copies, most urgent first; None in place of one that is over already."""
+
+    def arrive(self, copy: Ordered) -> Exception | None:
+        """See that a copy that was begun is over before the next kernel runs."""
+
+    def move(self, bank: int, source: int, target: int) -> None:
+        """Copy one slot to another before the next kernel runs.
+
+        Raises:
+            StoreError: It cannot be done.
+        """
+
+    def close(self) -> None:
+        """Finish what has begun, and end. Idempotent."""
 
 
 class TransferEngine:
