@@ -16,7 +16,7 @@ from fluxmoe.core.arbitration.messages import ByHand, Inventory
 from fluxmoe.core.arbitration.moves import Follower, execute
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
-from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import PolicyFaultError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate

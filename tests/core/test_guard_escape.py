@@ -11,8 +11,7 @@ import pytest
 import fluxmoe
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.arbitration import ArbitrationView
-from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
-from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
+from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import Access, Geometry
 from fluxmoe.errors import PolicyFaultError

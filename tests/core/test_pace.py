@@ -9,7 +9,7 @@ import pytest
 import fluxmoe
 from fluxmoe.core.arbitration.controller import Pace
 from fluxmoe.core.policy.arbitration import Split, StepSample
-from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.errors import PolicyFaultError
 
 #: Requests that run, requests that wait, and whether the policy would then want what there is.

@@ -19,7 +19,7 @@ from fluxmoe.core.arbitration.messages import Answer, ByHand, Inventory, Order
 from fluxmoe.core.arbitration.moves import Move, Mover, Outcome, Result
 from fluxmoe.core.arbitration.planning import Held, Planner
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
-from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.guards import ArbitrationGuard
 
 logger = logging.getLogger("fluxmoe")
 

@@ -1,16 +1,14 @@
-"""Guards: the host's side of a policy. Validates every answer and contains every fault.
+"""Guards: the host's side of a policy. Each validates the answers of its kind of policy.
 
 A policy is trusted code that may be wrong: if it raises, or answers with nonsense, that one call
-falls back to LRU, the fault is counted and logged once under the name the policy was registered
-with, and after ``strikes`` faults the policy is out for good. ``strict`` raises instead. A call
-that takes too long is counted, or interrupted, which is a fault (see ``limits``). Attacks are not
-contained: a plugin runs with the rights of the engine.
+falls back to LRU, to no prefetch or to the present split (see ``faults``). A call that takes too
+long is counted, or interrupted, which is a fault (see ``watchdog``). Attacks are not contained: a
+plugin runs with the rights of the engine.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,141 +16,17 @@ import numpy.typing as npt
 
 from fluxmoe.core.compiled.lowest import lowest
 from fluxmoe.core.compiled.score_kernel import Kernel, Rows, compile_kernel
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy.faults import NO_ANSWER, FaultCounter, PolicyGuard, told
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.policy.watchdog import (
     DEFAULT_LIMITS,
     HardLimitExceeded,
     Limits,
     Stopwatch,
-    from_signal,
 )
 from fluxmoe.core.types import Access, Int64s
 from fluxmoe.errors import PolicyFaultError
-
-logger = logging.getLogger("fluxmoe")
-
-_NO_ANSWER: Any = object()  # None is an answer, and a wrong one
-
-
-class FaultCounter:
-    """Calls one policy, counts its faults and decides what follows."""
-
-    def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
-        self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
-        self.count = 0
-        self._watch = Stopwatch(limits)
-        self._reported: set[str] = set()
-        self._reported_slow = False
-
-    @property
-    def out(self) -> bool:
-        return self.count >= self.limits.strikes
-
-    @property
-    def slow(self) -> int:
-        return self._watch.slow
-
-    def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
-        """Call a hook, which answers nothing; a policy that is out is not called any more."""
-        self.call(method, hook, args)
-
-    def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
-        """Whatever a method answers, not yet validated; None after a fault, or if it is out."""
-        answer = self.call(method, function, args)
-        if answer is None:
-            self.note(method, "gave None")
-        return None if answer is _NO_ANSWER else answer
-
-    def ask(
-        self, method: str, function: Callable[..., npt.ArrayLike], *args: object
-    ) -> npt.NDArray[Any] | None:
-        """The answer as an array, not yet validated; None after a fault, or if it is out."""
-        answer = self.call(method, function, args)
-        # An array of a subclass, say a masked one, would not do what the host expects of arrays.
-        if answer is not _NO_ANSWER and type(answer) is not np.ndarray:
-            # Limited, too: it may be an object that takes its time to make an array.
-            answer = self.call(method, np.asarray, (answer,))
-        return None if answer is _NO_ANSWER else answer
-
-    def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """The answer; ``_NO_ANSWER`` after a fault, or if the policy is out."""
-        if self.count >= self.limits.strikes:
-            return _NO_ANSWER
-        watch = self._watch
-        try:
-            answer = watch.call(function, args)
-        except HardLimitExceeded:
-            self.note(method, f"took more than {self.limits.hard_s:g} s")
-            return _NO_ANSWER
-        except BaseException as error:  # sys.exit() in a policy must not end the engine
-            if isinstance(error, KeyboardInterrupt) or from_signal(error):
-                raise
-            self.note(method, error)
-            return _NO_ANSWER
-        # One slow call may be the machine's doing; as many as there are strikes are the policy's.
-        if watch.slow >= self.limits.strikes and not self._reported_slow:
-            self._reported_slow = True
-            logger.warning(
-                "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
-                *(self.kind, self.name, watch.slow, self.limits.soft_s * 1e3, method),
-            )
-        return answer
-
-    def note(self, method: str, problem: BaseException | str) -> None:
-        """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        what = f"{self.kind} policy {self.name!r}: {method} {_describe(problem)}"
-        if self.strict:
-            cause = problem if isinstance(problem, BaseException) else None
-            raise PolicyFaultError(
-                what, fix="run without --strict-policies to contain it"
-            ) from cause
-        self.count += 1
-        if method not in self._reported:
-            self._reported.add(method)
-            logger.warning("%s; this call falls back to the default (reported once)", what)
-        if self.count == self.limits.strikes:
-            logger.warning(
-                "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
-            )
-
-
-def _describe(problem: BaseException | str) -> str:
-    if isinstance(problem, BaseException):
-        return f"raised {type(problem).__name__}: {_told(str, problem)}"
-    return problem
-
-
-def _told(how: Callable[[object], str], value: object) -> str:
-    """``str`` or ``repr`` of what a policy made, which may fail at that, too."""
-    try:
-        return how(value)
-    except Exception:
-        return f"a {type(value).__name__} that cannot be printed"
-
-
-class PolicyGuard:
-    """What every guard can tell about its policy."""
-
-    def __init__(self, faults: FaultCounter) -> None:
-        self._faults = faults
-
-    @property
-    def name(self) -> str:
-        return self._faults.name
-
-    @property
-    def faults(self) -> int:
-        """Faults contained so far."""
-        return self._faults.count
-
-    @property
-    def limits(self) -> Limits:
-        return self._faults.limits
-
-    @property
-    def slow(self) -> int:
-        """Calls so far that were answered, but took longer than the soft limit."""
-        return self._faults.slow
 
 
 class EvictionGuard(PolicyGuard):
@@ -206,7 +80,7 @@ class EvictionGuard(PolicyGuard):
     def limited(self, function: Callable[..., int], *args: object) -> int | None:
         """Call compiled code that runs the kernel; None if that took too long."""
         found = self._faults.call("score_kernel", function, args)
-        return None if found is _NO_ANSWER else found
+        return None if found is NO_ANSWER else found
 
     def reset(self) -> None:
         self._faults.contain("reset", self._policy.reset)
@@ -341,7 +215,7 @@ class PrefetchGuard(PolicyGuard):
 
 def _shape(array: npt.NDArray[Any]) -> str:
     if array.ndim == 0 and array.dtype == object:
-        return _told(repr, array.item())
+        return told(repr, array.item())
     return f"{array.dtype} of shape {array.shape}"
 
 
@@ -378,3 +252,61 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) ->
             fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "
             "or leave score_kernel out and define score",
         ) from error
+
+
+class ArbitrationGuard(PolicyGuard):
+    """Calls an arbitration policy, validates its answers and contains its faults."""
+
+    def __init__(
+        self,
+        policy: ArbitrationPolicy,
+        *,
+        name: str,
+        strict: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self._policy = policy
+        super().__init__(FaultCounter("arbitration", name, strict, limits))
+        self.fixed = policy.fixed
+        self.interval = self._steps("interval")
+        self.calm_interval = self._steps("calm_interval")
+
+    def _steps(self, attribute: str) -> int:
+        steps: object = getattr(self._policy, attribute)
+        if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+            return steps
+        self._faults.note(attribute, f"is {steps!r}, not a number of steps")
+        return 1
+
+    def split(self, view: ArbitrationView) -> Split:
+        """What the policy wants, or the present split after a fault."""
+        answer = self._faults.answer("split", self._policy.split, view)
+        if answer is None:
+            return Split(view.frames)
+        if type(answer) is Split and answer.frames is view.frames and type(answer.reason) is str:
+            return answer  # as in most steps
+        problem = _problem(answer, view)
+        if problem:
+            self._faults.note("split", f"gave {problem}")
+            return Split(view.frames)
+        assert isinstance(answer, Split)
+        return Split({name: int(count) for name, count in answer.frames.items()}, answer.reason)
+
+
+def _problem(answer: object, view: ArbitrationView) -> str:
+    """What is wrong with an answer; nothing if it can be used."""
+    frames: object = getattr(answer, "frames", None)
+    if not isinstance(answer, Split) or not isinstance(frames, Mapping):
+        return f"{answer!r}, not a Split"
+    if set(frames) != set(view.frames):
+        return f"frames for {sorted(map(str, frames))}, not for {sorted(view.frames)}"
+    for name, count in frames.items():
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+            return f"{count!r} frames for {name}"
+    # The present split is always an answer, even if the limit has just been lowered.
+    if sum(frames.values()) > max(view.total_frames, sum(view.frames.values())):
+        return f"{sum(frames.values())} frames of {view.total_frames}"
+    reason: object = answer.reason
+    if not isinstance(reason, str):
+        return f"{reason!r} as a reason"
+    return ""

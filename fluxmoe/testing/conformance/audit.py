@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView
-from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
-from fluxmoe.core.policy.guards import EvictionGuard, FaultCounter, PrefetchGuard
+from fluxmoe.core.policy.faults import FaultCounter
+from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s

@@ -14,7 +14,7 @@ from fluxmoe.core.arbitration.demand import DemandView
 from fluxmoe.core.arbitration.messages import ByHand, Inventory, Order, StepReport
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 from fluxmoe.core.policy.arbitration import ArbitrationView, PrefixDemand, StepSample
-from fluxmoe.core.policy.arbitration_guard import ArbitrationGuard
+from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.errors import InvariantError
 
 

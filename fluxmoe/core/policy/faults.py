@@ -1,0 +1,142 @@
+"""Faults of policies: counted, logged once, and contained or raised.
+
+A policy that raises, takes too long or answers with nonsense has a fault. That one call falls back
+to the default, and after ``strikes`` faults the policy is out for good; ``strict`` raises instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch, from_signal
+from fluxmoe.errors import PolicyFaultError
+
+logger = logging.getLogger("fluxmoe")
+
+NO_ANSWER: Any = object()  # None is an answer, and a wrong one
+
+
+class FaultCounter:
+    """Calls one policy, counts its faults and decides what follows."""
+
+    def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
+        self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
+        self.count = 0
+        self._watch = Stopwatch(limits)
+        self._reported: set[str] = set()
+        self._reported_slow = False
+
+    @property
+    def out(self) -> bool:
+        return self.count >= self.limits.strikes
+
+    @property
+    def slow(self) -> int:
+        return self._watch.slow
+
+    def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
+        """Call a hook, which answers nothing; a policy that is out is not called any more."""
+        self.call(method, hook, args)
+
+    def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
+        """Whatever a method answers, not yet validated; None after a fault, or if it is out."""
+        answer = self.call(method, function, args)
+        if answer is None:
+            self.note(method, "gave None")
+        return None if answer is NO_ANSWER else answer
+
+    def ask(
+        self, method: str, function: Callable[..., npt.ArrayLike], *args: object
+    ) -> npt.NDArray[Any] | None:
+        """The answer as an array, not yet validated; None after a fault, or if it is out."""
+        answer = self.call(method, function, args)
+        # An array of a subclass, say a masked one, would not do what the host expects of arrays.
+        if answer is not NO_ANSWER and type(answer) is not np.ndarray:
+            # Limited, too: it may be an object that takes its time to make an array.
+            answer = self.call(method, np.asarray, (answer,))
+        return None if answer is NO_ANSWER else answer
+
+    def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        """The answer; ``NO_ANSWER`` after a fault, or if the policy is out."""
+        if self.count >= self.limits.strikes:
+            return NO_ANSWER
+        watch = self._watch
+        try:
+            answer = watch.call(function, args)
+        except HardLimitExceeded:
+            self.note(method, f"took more than {self.limits.hard_s:g} s")
+            return NO_ANSWER
+        except BaseException as error:  # sys.exit() in a policy must not end the engine
+            if isinstance(error, KeyboardInterrupt) or from_signal(error):
+                raise
+            self.note(method, error)
+            return NO_ANSWER
+        # One slow call may be the machine's doing; as many as there are strikes are the policy's.
+        if watch.slow >= self.limits.strikes and not self._reported_slow:
+            self._reported_slow = True
+            logger.warning(
+                "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
+                *(self.kind, self.name, watch.slow, self.limits.soft_s * 1e3, method),
+            )
+        return answer
+
+    def note(self, method: str, problem: BaseException | str) -> None:
+        """Count a fault of ``method``; raises PolicyFaultError if strict."""
+        what = f"{self.kind} policy {self.name!r}: {method} {_describe(problem)}"
+        if self.strict:
+            cause = problem if isinstance(problem, BaseException) else None
+            raise PolicyFaultError(
+                what, fix="run without --strict-policies to contain it"
+            ) from cause
+        self.count += 1
+        if method not in self._reported:
+            self._reported.add(method)
+            logger.warning("%s; this call falls back to the default (reported once)", what)
+        if self.count == self.limits.strikes:
+            logger.warning(
+                "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
+            )
+
+
+def _describe(problem: BaseException | str) -> str:
+    if isinstance(problem, BaseException):
+        return f"raised {type(problem).__name__}: {told(str, problem)}"
+    return problem
+
+
+def told(how: Callable[[object], str], value: object) -> str:
+    """``str`` or ``repr`` of what a policy made, which may fail at that, too."""
+    try:
+        return how(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be printed"
+
+
+class PolicyGuard:
+    """What every guard can tell about its policy."""
+
+    def __init__(self, faults: FaultCounter) -> None:
+        self._faults = faults
+
+    @property
+    def name(self) -> str:
+        return self._faults.name
+
+    @property
+    def faults(self) -> int:
+        """Faults contained so far."""
+        return self._faults.count
+
+    @property
+    def limits(self) -> Limits:
+        return self._faults.limits
+
+    @property
+    def slow(self) -> int:
+        """Calls so far that were answered, but took longer than the soft limit."""
+        return self._faults.slow
