@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
             setting.record(model, arguments.steps, Path(folder))
         for _ in range(arguments.rounds):
             given = arguments.profile
-            profiles.append(hardware.load(given) if given else measure(arguments.model))
+            fresh = None if given else hardware.Profile(**measure(arguments.model))
+            profiles.append(fresh or hardware.load(given))
             for setting in settings:
                 setting.compare(model, profiles[-1], arguments.steps)
     rows = [setting.row(geometry.num_pages) for setting in settings]

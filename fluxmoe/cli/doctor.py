@@ -89,9 +89,9 @@ def _measure(path: Path, model: str | None, as_json: bool) -> None:
         )
     from fluxmoe.backends.torch.measure import measure
     from fluxmoe.demo.model import SHIPPED
-    from fluxmoe.sim.hardware import save
+    from fluxmoe.sim.hardware import Profile, save
 
-    profile = measure(model or SHIPPED)
+    profile = Profile(**measure(model or SHIPPED))
     save(profile, path)
     if as_json:
         output.print_json(profile.model_dump())

@@ -42,7 +42,7 @@ def test_a_measured_profile_times_a_recording(checkpoint, load, tmp_path, monkey
     monkeypatch.setattr(measure, "BATCHES", (1, 2, 3))
     monkeypatch.setattr(measure, "_STEPS", 3)
     monkeypatch.setattr(measure, "_COPIES", 20)
-    profile = measure.measure(checkpoint())
+    profile = hardware.Profile(**measure.measure(checkpoint()))
     assert profile.name == "this-cpu" and not profile.roofline
     hardware.save(profile, tmp_path / "cpu.yaml")
     model = load()

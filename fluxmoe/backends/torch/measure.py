@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.paged import page
-from fluxmoe.sim.hardware import Profile
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200
@@ -32,12 +31,15 @@ _FAST = 1e6
 Floats = npt.NDArray[np.float64]
 
 
-def measure(folder: str | Path, *, threads: int = 1) -> Profile:
+def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
     """Measure a model on the torch backend; takes about a minute for a small one.
 
     Args:
         folder: A Hugging Face checkpoint, or its name.
         threads: Of torch, while this runs and in what the profile is used for.
+
+    Returns:
+        The fields of a ``sim.hardware.Profile``.
 
     Raises:
         NoExpertsError, UnsupportedError: The model cannot be paged.
@@ -52,7 +54,7 @@ def measure(folder: str | Path, *, threads: int = 1) -> Profile:
         torch.set_num_threads(before)
     step_us, token_us, expert_us = _fit(*steps)
     load_us, page_us = _fit(*copies)
-    return Profile(
+    return dict(
         name="this-cpu",
         description=f"measured with {threads} thread(s): {Path(folder).name}, torch backend",
         load_gbps=_gbps(page_bytes, page_us),
