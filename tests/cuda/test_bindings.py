@@ -70,14 +70,14 @@ def test_a_batch_wants_handles_as_the_fake_does():
     fake.close()
 
 
-#: How the names begin that the core takes from the bindings.
+#: How the names begin that FluxMoE takes from the bindings.
 OURS = re.compile(r"(cu[A-Z]|CU_|CUDA_ERROR_|CU[a-z])\w*[^_]")
 
 
-def test_whatever_the_core_takes_from_the_bindings_is_there():
-    """Every name in the core's sources that looks like the driver's, in strings, too."""
+def test_whatever_is_taken_from_the_bindings_is_there():
+    """Every name in the sources below ``cuda`` that looks like the driver's, in strings, too."""
     words = set()
-    for path in Path(fluxmoe.__file__).parent.glob("core/**/*.py"):
+    for path in Path(fluxmoe.__file__).parent.glob("cuda/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             word = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
             if isinstance(word, str) and OURS.fullmatch(word):
