@@ -36,7 +36,7 @@ def check(config: Config, environment: Mapping[str, str], *, moving: bool) -> No
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     if config.model is not None and options.get("load-format", "auto") == "auto":
         checkpoint.require_readable(config.model)
-    if moving and config.model is not None and "VLLM_MLA_DISABLE" not in environment:
+    if moving and config.model is not None and environment.get("VLLM_MLA_DISABLE", "0") == "0":
         _require_plain_attention(Path(config.model))
     if "uds" not in options:
         _require_open(options.get("host") or "", options.get("port", 8000))
