@@ -13,9 +13,11 @@ from fluxmoe import plugins
 #: The model trained for this project, if its checkpoint is in the package.
 SHIPPED = "shipped"
 #: Random checkpoints: plain, and with shared experts from Qwen2-MoE on; the first layer is dense
-#: from GLM4-MoE on; DeepSeek has multi-head latent attention (MLA).
-RANDOM = ("mixtral", "olmoe", "qwen3-moe", "qwen2-moe", "glm4-moe", "deepseek-v2", "deepseek-v3")
+#: from GLM4-MoE on; DeepSeek has multi-head latent attention (MLA). Hybrids have layers that keep
+#: a state instead of keys and values.
+HYBRID = ("qwen3-next", "qwen3.5-moe", "lfm2-moe", "granite-hybrid")
 MLA = ("deepseek-v2", "deepseek-v3")
+RANDOM = ("mixtral", "olmoe", "qwen3-moe", "qwen2-moe", "glm4-moe", *MLA, *HYBRID)
 
 VLLM_MODES = ("vllm eager", "vllm compiled", "vllm three-process")
 TORCH_MODES = ("torch eager", "torch grouped_mm", "torch batched_mm", "torch compiled")
@@ -74,9 +76,14 @@ def policies() -> tuple[list[str], list[str]]:
 
 
 def settings(model: str) -> list[tuple[bool, bool]]:
-    """Prefix caching and chunked prefill. vLLM forces both off for MLA on a CPU."""
+    """Prefix caching and chunked prefill.
+
+    vLLM forces both off for MLA on a CPU, and caches prefixes of hybrids only in chunks.
+    """
     if model in MLA:
         return [(False, False)] * 4
+    if model in HYBRID:
+        return [(True, True), (False, False), (False, True), (False, False)]
     return [(True, True), (False, False), (True, False), (False, True)]
 
 
@@ -110,8 +117,9 @@ def covering(models: Sequence[str], modes: Sequence[str]) -> list[Cell]:
     """What ``make test`` runs.
 
     vLLM eager: every model with every eviction policy, chosen so that they cover all pairs of
-    values that there are. Compiled: every eviction policy. Three-process: a model with shared
-    experts. A model keeps to two of vLLM's settings, or to one where a start takes long: each
+    values that there are; a hybrid, whose steps take long, meets one policy in each setting.
+    Compiled: every eviction policy. Three-process: a model with shared experts. Hybrids take turns
+    in these two. A model keeps to two of vLLM's settings, or to one where a start takes long: each
     needs a stock run.
     """
     evictions, _ = policies()
@@ -129,10 +137,15 @@ def covering(models: Sequence[str], modes: Sequence[str]) -> list[Cell]:
             chosen.append(best)
 
     eager, compiled, three = VLLM_MODES
-    for number, model in enumerate(models):
+    for number, model in enumerate(name for name in models if name not in HYBRID):
         kept = settings(model)[:2] if number % 2 else settings(model)[2:]
         for eviction in evictions:
             choose(model, eager, eviction, kept)
+    for number, model in enumerate(name for name in models if name in HYBRID):
+        for turn, setting in enumerate(settings(model)[:2]):
+            choose(model, eager, evictions[(2 * number + turn) % len(evictions)], [setting])
+        mode = (compiled, three)[number % 2]
+        choose(model, mode, evictions[number % len(evictions)], settings(model)[:1])
     # A shared expert, a dense first layer and a router in fp32 make GLM4-MoE the touchy one.
     touchy = [*([SHIPPED] if SHIPPED in models else []), "glm4-moe"]
     for turn, eviction in enumerate(evictions):
@@ -145,10 +158,16 @@ def covering(models: Sequence[str], modes: Sequence[str]) -> list[Cell]:
 def covering_torch(models: Sequence[str]) -> list[Cell]:
     """What ``make test`` runs under torch: three shapes for every model, implementation and policy.
 
+    A hybrid, whose steps take long, meets one policy in each implementation.
     Compiled models are a test of their own, on one model.
     """
     chosen = []
-    for model, mode, eviction in product(models, TORCH_MODES[:3], policies()[0]):
+    evictions = policies()[0]
+    for model, mode, eviction in product(models, TORCH_MODES[:3], evictions):
+        if model in HYBRID:
+            turn = HYBRID.index(model) + TORCH_MODES.index(mode)
+            if eviction != evictions[turn % len(evictions)]:
+                continue
         rng = random.Random(f"covering {model} {mode} {eviction}")
         for prefetch, (slots, banks) in rng.sample(_shapes(), 3):
             chosen.append(Cell(model, mode, eviction, prefetch, slots, banks))

@@ -16,7 +16,13 @@ from fluxmoe.testing import checkpoints
 FRAME = 4096
 
 #: A dense first layer is no MoE layer: four are left, as in the other models.
-DENSE_FIRST = ("glm4-moe", "deepseek-v2", "deepseek-v3")
+DENSE_FIRST = {"num_hidden_layers": 5}
+SETTINGS: dict[str, dict[str, object]] = {
+    "glm4-moe": DENSE_FIRST,
+    "deepseek-v2": DENSE_FIRST,
+    "deepseek-v3": DENSE_FIRST,
+    "lfm2-moe": {**DENSE_FIRST, "layer_types": ["conv", "full_attention", *["conv"] * 3]},
+}
 
 
 def shipped() -> Path | None:
@@ -37,8 +43,7 @@ def write(folder: Path, model: str) -> Path:
         path = shipped()
         assert path is not None
         return path
-    settings = {"num_hidden_layers": 5} if model in DENSE_FIRST else {}
-    return checkpoints.write(folder / model, model, **settings)
+    return checkpoints.write(folder / model, model, **SETTINGS.get(model, {}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from benchmarks.identity.cells import MLA, Cell
 from benchmarks.identity.outcome import COUNTERS, Outcome
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.errors import FluxMoEError
+
+#: Models whose module of vLLM imports torchvision, which the lock does not have.
+MULTIMODAL = ("qwen3.5-moe",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Engines:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._stack = folder, ExitStack()
-        self._children: dict[bool, ChildEngine] = {}
+        self._children: dict[tuple[bool, bool], ChildEngine] = {}
         self._stock: dict[tuple[Any, ...], Answers | str] = {}
 
     def close(self) -> None:
@@ -90,7 +95,7 @@ class Engines:
             options["kv_cache_memory_bytes"] = requests.KV_BYTES
         waves = requests.waves(models.shape(path).vocabulary, seeded=not cell.chunked_prefill)
         try:
-            engine = self._start(cell.mode, path, fluxmoe, options)
+            engine = self._start(cell, path, fluxmoe, options)
             for setting in ("prefix_caching", "chunked_prefill"):
                 if engine.info[setting] != getattr(cell, setting):
                     return f"vLLM changed {setting} to {engine.info[setting]}", {}
@@ -107,15 +112,31 @@ class Engines:
         return answers, {key: stats[key] for key in COUNTERS if key in stats}
 
     def _start(
-        self, mode: str, path: Path, fluxmoe: dict[str, Any] | None, options: dict[str, Any]
+        self, cell: Cell, path: Path, fluxmoe: dict[str, Any] | None, options: dict[str, Any]
     ) -> ChildEngine:
-        three = mode == "vllm three-process"
-        if three in self._children:
-            self._children[three].restart(model=path, fluxmoe=fluxmoe, **options)
+        kind = three, _ = cell.mode == "vllm three-process", cell.model in MULTIMODAL
+        if kind in self._children:
+            self._children[kind].restart(model=path, fluxmoe=fluxmoe, **options)
         else:
-            child = ChildEngine(path, fluxmoe=fluxmoe, three_processes=three, **options)
-            self._children[three] = self._stack.enter_context(child)
-        return self._children[three]
+            with _torchvision() if cell.model in MULTIMODAL else nullcontext():
+                child = ChildEngine(path, fluxmoe=fluxmoe, three_processes=three, **options)
+            self._children[kind] = self._stack.enter_context(child)
+        return self._children[kind]
+
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """Processes that start here can import torchvision's names."""
+    folder, before = str(Path(__file__).with_name("stand_ins")), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
+    sys.path.insert(0, folder)  # what multiprocessing hands on
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 @contextmanager

@@ -20,8 +20,9 @@ def serve(
     from fluxmoe.backends.vllm.server import launch
 
     loaded = configuration.load(config)
-    plugins.load(loaded.plugins).serving(loaded)  # its errors belong here, not into a worker
+    # Errors of plugins belong here, not into a worker.
+    _, _, arbitration = plugins.load(loaded.plugins).serving(loaded)
     if print_command:
         print(launch.shell_line(loaded))
     else:
-        launch.serve(loaded)
+        launch.serve(loaded, moving=loaded.control or not arbitration.fixed)

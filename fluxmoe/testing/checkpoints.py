@@ -25,6 +25,22 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+# Its state of a layer is so small, and its keys and values so large, that a KV block (vLLM makes
+# them as large as a state) has few enough tokens for prefixes of tests to fill it.
+_GATED_DELTA_NET: dict[str, Any] = {
+    "head_dim": 64,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
 
 #: Architecture → (class stem in transformers, settings of a small model).
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,6 +131,41 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 32,
         },
     ),
+    # Hybrids: of four layers one is full attention, the others keep a state of fixed size. Each
+    # kind is a KV cache group of its own under vLLM. Qwen: gated delta net.
+    "qwen3-next": ("Qwen3Next", {**_GATED_DELTA_NET, "norm_topk_prob": True}),
+    # As published its text configuration is nested in a multimodal one; vLLM reads it by itself.
+    "qwen3.5-moe": ("Qwen3_5Moe", _GATED_DELTA_NET),
+    # Short convolutions, a dense first layer and a router with a correction bias.
+    "lfm2-moe": (
+        "Lfm2Moe",
+        {
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv", "conv"],
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Mamba-2 and experts whose gate and up projections are stored as one tensor of a layer.
+    "granite-hybrid": (
+        "GraniteMoeHybrid",
+        {
+            "intermediate_size": 64,
+            "shared_intermediate_size": 128,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 4,
+            "layer_types": ["mamba", "mamba", "mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 32,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 64,
+            "position_embedding_type": "rope",
+        },
+    ),
     # No experts at all: what must be refused.
     "qwen3-dense": ("Qwen3", {"head_dim": 32, "intermediate_size": 256}),
 }
@@ -146,7 +197,9 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
     if done.is_file() and done.read_text() == recipe:
         return path
     path.mkdir(parents=True, exist_ok=True)
-    config = getattr(transformers, f"{stem}Config")(**wanted, dtype="bfloat16")
+    text = f"{stem}TextConfig"  # of a multimodal family
+    config_class = getattr(transformers, text, None) or getattr(transformers, f"{stem}Config")
+    config = config_class(**wanted, dtype="bfloat16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{stem}ForCausalLM")(config).to(torch.bfloat16)

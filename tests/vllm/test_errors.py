@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
@@ -242,11 +243,61 @@ def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
     assert eager.generate([Prompt([5, 6, 7], 4)]).tokens == before
 
 
+def test_weights_are_not_loaded_into_slots(eager: ChildEngine) -> None:
+    """Refused on the model, on the module inside and for a single expert's parameter (E4)."""
+    doors = (through_model, through_inner_module, through_parameter)
+    prompt = [Prompt(list(range(5, 105)), 4, logprobs=True)]  # routes to every expert
+    eager.restart(fluxmoe=config(), **EAGER)
+    before = eager.generate(prompt).logprobs
+    for door in doors:
+        with pytest.raises(UnsupportedError, match=r"load_weights|weight_loader"):
+            eager.call("rpc", door)
+    assert eager.generate(prompt).logprobs == before
+    # The doors of stock are open: each of them changes what the model answers.
+    eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
+    answers = [before]
+    for door in doors:
+        eager.call("rpc", door)
+        answers.append(eager.generate(prompt).logprobs)
+        assert answers[-1] != answers[-2], door
+
+
+def through_model(worker: Any) -> None:
+    """Called in the engine's process, as are the next two."""
+    name = "model.layers.0.mlp.experts.1.down_proj.weight"
+    worker.model_runner.model.load_weights([(name, torch.ones(128, 64))])
+
+
+def through_inner_module(worker: Any) -> None:
+    name = "layers.0.mlp.experts.2.down_proj.weight"
+    worker.model_runner.model.model.load_weights([(name, torch.ones(128, 64))])
+
+
+def through_parameter(worker: Any) -> None:
+    parameters = dict(worker.model_runner.model.named_parameters())
+    name = next(name for name in parameters if name.endswith("w2_weight"))
+    weight = parameters[name]
+    weight.weight_loader(weight, torch.ones(128, 64), name, shard_id="w2", expert_id=3)
+
+
 def unknown_calls(worker: object) -> list[str]:
     """Called in the engine's process: what vLLM's worker no longer calls so."""
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     return [call for call in WEIGHT_CALLS if not hasattr(CPUWorker, call)]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def test_latent_attention_with_a_moving_split(eager: ChildEngine, tmp_path: Path) -> None:
+    """A8: vLLM's kernel flattens the cache, so its layers' pages cannot lie side by side."""
+    model = checkpoints.write(tmp_path / "mla", "deepseek-v2")
+    for settings in ({"arbitration": "marginal"}, {"control": True}):
+        error = refusal(eager, UnsupportedError, config(**settings), model=model, block_size=16)
+        assert "MLA" in error.what
+        assert error.where == "arbitration"
+        assert "fixed" in error.fix
 
 
 # --- configuration -------------------------------------------------------------------------------

@@ -31,11 +31,12 @@ def serve(
     *more: str,
     budget: str = "10MiB",
     vllm: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
     config = tmp_path / "config.yaml"
-    settings = {"model": str(model), "memory": {"budget": budget}, "vllm": vllm or {}}
-    config.write_text(yaml.safe_dump(settings))
+    wanted = {"model": str(model), "memory": {"budget": budget}, "vllm": vllm or {}}
+    config.write_text(yaml.safe_dump(wanted | (settings or {})))
     # Whatever goes as far as starting vLLM ends there.
     program = "import os; os.execvpe = None; from fluxmoe.cli import main; main()"
     return subprocess.run(
@@ -85,6 +86,17 @@ def test_addresses(tmp_path: Path, model: Path, options: dict[str, Any], says: s
 
 def test_a_budget_beyond_the_machine(tmp_path: Path, model: Path) -> None:
     refused(serve(tmp_path, model, budget="900TiB"), "bytes that are free; memory.budget")
+
+
+@pytest.mark.parametrize("setting", [{"arbitration": "marginal"}, {"control": True}])
+def test_latent_attention_with_a_moving_split(tmp_path: Path, setting: dict[str, Any]) -> None:
+    model = checkpoints.write(tmp_path / "mla", "deepseek-v2")
+    done = serve(tmp_path, model, settings=setting, vllm={"port": 0})
+    refused(done, "error[FM402]", "multi-head latent attention", "arbitration")
+    assert "FM402" not in serve(tmp_path, model, vllm={"port": 0}).stderr
+    # vLLM then expands the latent vectors: its ordinary attention can do what is asked.
+    done = serve(tmp_path, model, settings=setting, vllm={"port": 0}, VLLM_MLA_DISABLE="1")
+    assert "FM402" not in done.stderr
 
 
 def test_a_folder_instead_of_a_configuration(model: Path) -> None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from fluxmoe.backends.vllm.compat.plugin import VllmConfig
@@ -39,6 +39,15 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         words += [f"--{key.replace('_', '-')}", text]
     return words
+
+
+def moving_latent_attention() -> UnsupportedError:
+    """The error for a moving split of a model with multi-head latent attention."""
+    return UnsupportedError(
+        "the KV cache of multi-head latent attention (MLA) cannot grow and shrink while serving",
+        where="arbitration",
+        fix="set arbitration: fixed, and control: false",
+    )
 
 
 def paging_config(config: VllmConfig) -> object | None:

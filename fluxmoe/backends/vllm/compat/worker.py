@@ -11,6 +11,8 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from fluxmoe.core.types import Phase
+
 
 def worker_connector() -> Any:
     """The KV connector of this worker process."""
@@ -43,11 +45,22 @@ def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
     return runner.input_batch.req_ids[:count], runner.query_start_loc.np[: count + 1].copy()
 
 
+def step_phase(runner: Any) -> Phase:
+    """Prefill if a request of the running step computes more than one token, else decode.
+
+    Taken from the batch and not from attention metadata: a hybrid model has several kinds of
+    these. A prompt of one token cannot be told from a decode.
+    """
+    _, starts = scheduled_requests(runner)
+    return Phase.PREFILL if np.diff(starts).max(initial=0) > 1 else Phase.DECODE
+
+
 __all__ = [
     "CPUWorker",
     "drop_connector",
     "get_tensor_model_parallel_rank",
     "max_memory_usage_bytes",
     "scheduled_requests",
+    "step_phase",
     "worker_connector",
 ]

@@ -121,15 +121,19 @@ def shell_line(config: Config) -> str:
     return " ".join([*words, shlex.join(command(config))])
 
 
-def serve(config: Config) -> None:
+def serve(config: Config, *, moving: bool) -> None:
     """Become the server. Does not return.
+
+    Args:
+        config: The configuration.
+        moving: Whether the split between experts and KV cache may change while serving.
 
     Raises:
         FluxMoEError: See ``command`` and ``preflight.check``.
     """
     config = resolved(config)
     args = command(config)
-    preflight.check(config, os.environ)
+    preflight.check(config, os.environ, moving=moving)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})
 
 

@@ -11,28 +11,46 @@ from typing import Any
 
 from fluxmoe import checkpoint
 from fluxmoe.backends.budget import require_free
+from fluxmoe.backends.vllm.settings import moving_latent_attention
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError
 
 _CACHE = "VLLM_CACHE_ROOT"
 
 
-def check(config: Config, environment: Mapping[str, str]) -> None:
+def check(config: Config, environment: Mapping[str, str], *, moving: bool) -> None:
     """Refuse a start that cannot succeed.
+
+    Args:
+        config: The configuration, with a budget in bytes.
+        environment: The server's.
+        moving: Whether the split between experts and KV cache may change while serving.
 
     Raises:
         CheckpointError: The model's files are missing or damaged.
         ConfigError: The budget is beyond the machine, the port is taken, or the cache folder that
             was asked for cannot be written.
+        UnsupportedError: The KV cache of this model cannot be moved.
     """
     require_free(config.memory.size)
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     if config.model is not None and options.get("load-format", "auto") == "auto":
         checkpoint.require_readable(config.model)
+    if moving and config.model is not None and environment.get("VLLM_MLA_DISABLE", "0") == "0":
+        _require_plain_attention(Path(config.model))
     if "uds" not in options:
         _require_open(options.get("host") or "", options.get("port", 8000))
     if _CACHE in environment:
         _require_writable(Path(environment[_CACHE]).expanduser())
+
+
+def _require_plain_attention(folder: Path) -> None:
+    """Refuse a checkpoint with MLA, which ``kv_lora_rank`` tells; the worker refuses the others."""
+    path = folder / "config.json"
+    if path.is_file():
+        config = checkpoint.read_map(path)
+        if config.get("text_config", config).get("kv_lora_rank") is not None:
+            raise moving_latent_attention()
 
 
 def _require_open(host: Any, port: Any) -> None:

@@ -9,6 +9,7 @@ from fluxmoe.backends.vllm.compat.layers import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
 )
+from fluxmoe.backends.vllm.settings import moving_latent_attention
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
 from fluxmoe.errors import UnsupportedError
 
@@ -37,6 +38,17 @@ def refuse_unsupported(config: VllmConfig) -> None:
     for feature, asked in refused.items():
         if asked:
             raise UnsupportedError(f"FluxMoE does not support {feature} yet", fix="turn it off")
+
+
+def refuse_moving_split(config: VllmConfig) -> None:
+    """Refuse models whose KV cache cannot be resized while serving.
+
+    Raises:
+        UnsupportedError: vLLM's CPU kernel for MLA flattens the cache of a layer, so blocks cannot
+            lie side by side, layer by layer.
+    """
+    if config.model_config.use_mla:
+        raise moving_latent_attention()
 
 
 def refuse_unpageable(experts: RoutedExperts) -> None:

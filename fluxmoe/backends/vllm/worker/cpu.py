@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm.compat.layers import RoutedExperts, current_phase
+from fluxmoe.backends.vllm.compat.layers import RoutedExperts
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
@@ -24,6 +25,7 @@ from fluxmoe.backends.vllm.compat.worker import (
     drop_connector,
     get_tensor_model_parallel_rank,
     max_memory_usage_bytes,
+    step_phase,
     worker_connector,
 )
 from fluxmoe.backends.vllm.settings import paging_config
@@ -32,7 +34,7 @@ from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.recording import Requests
 from fluxmoe.backends.vllm.worker.side import WorkerSide
-from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS, refusing
+from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS, refuse_loading, refusing
 from fluxmoe.config import Config, HandLimits
 from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import (
@@ -92,7 +94,9 @@ class PagedCPUWorker(CPUWorker):
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
         registry = plugins.load(config.plugins)
-        registry.serving(config)
+        _, _, arbitration = registry.serving(config)
+        if self._paging and (config.control or not arbitration.fixed):
+            checks.refuse_moving_split(vllm_config)
         coders(config, registry)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
@@ -116,6 +120,7 @@ class PagedCPUWorker(CPUWorker):
         for layer in layers:
             checks.refuse_unpageable(layer)
         self._page_out(layers)
+        refuse_loading(self.model_runner.model)
 
     def _page_out(self, layers: list[PagedRoutedExperts]) -> None:
         shapes = {
@@ -141,7 +146,7 @@ class PagedCPUWorker(CPUWorker):
             store,
             self._kv_need(),
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
-            phase=current_phase,
+            phase=partial(step_phase, self.model_runner),
         )
         self._handle = handle = op.attach(runtime.pager)
         # vLLM does not shut a worker down whose start failed later on: it is only collected.

@@ -26,7 +26,7 @@ class Requests:
         """Request and phase of each token of the running step.
 
         A request that computes more than one token is in prefill: the same rule that decides what
-        the step as a whole does (``current_phase``). Tokens beyond those of the requests
+        the step as a whole does (``step_phase``). Tokens beyond those of the requests
         are padding of the engine and belong to no request.
         """
         names, starts = scheduled_requests(self._runner)

@@ -1,8 +1,9 @@
-"""Calls of vLLM's worker that cannot be answered while experts are paged."""
+"""Doors to a model's weights that are closed while its experts are paged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from fluxmoe.errors import UnsupportedError
 
@@ -18,12 +19,28 @@ WEIGHT_CALLS = (
 
 
 def refusing(call: str) -> Callable[..., None]:
-    """A method that stands for ``call`` and refuses it."""
+    """A function or method that stands for ``call`` and refuses it."""
 
-    def refuse(worker: object, *args: object, **kwargs: object) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
         raise UnsupportedError(
             f"{call} is not supported for a model whose experts are paged",
-            fix="start a stock engine for it; a server with new weights must be started anew",
+            fix="start a stock engine for it; restart a server to give it new weights",
         )
 
     return refuse
+
+
+def refuse_loading(model: Any) -> None:
+    """Refuse ``load_weights`` of a model and of its modules, and the loaders of its experts.
+
+    They would write into slots and leave the page store as it was: old and new experts would mix.
+
+    Args:
+        model: vLLM's model, already paged.
+    """
+    for module in model.modules():
+        if hasattr(module, "load_weights"):
+            module.load_weights = refusing("load_weights")
+        for weight in module.parameters(recurse=False):
+            if hasattr(weight, "weight_loader"):
+                weight.weight_loader = refusing("weight_loader")

@@ -1,0 +1,25 @@
+"""Names of torchvision to be imported, none to be used.
+
+vLLM's module for Qwen3.5 has the text model and the vision tower, and imports torchvision for the
+latter. No build of torchvision for the lock's CPU torch is on PyPI.
+"""
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
+
+__version__ = "0.28.0"
+
+
+class _Names(MetaPathFinder, Loader):
+    """Makes any module below this package, and any name in it."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.startswith("torchvision.") else None
+
+    def exec_module(self, module):
+        module.__getattr__ = lambda name: MagicMock(name=f"{module.__name__}.{name}")
+
+
+sys.meta_path.insert(0, _Names())
