@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import fluxmoe
 from fluxmoe.core.memory import host
-from fluxmoe.core.transfer.copies import Copy
+from fluxmoe.core.transfer.host import Copy
 from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.fake import Refused as DriverRefused
 from fluxmoe.errors import FluxMoEError, OutOfFramesError, StoreError, SubstrateError

@@ -10,9 +10,8 @@ import pytest
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.host import CpuSubstrate
-from fluxmoe.core.transfer.copies import Copy
 from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.transfer.host import HostCarrier
+from fluxmoe.core.transfer.host import Copy, HostCarrier
 from fluxmoe.core.types import Geometry, Loads
 from fluxmoe.cuda.fake.timeline import KERNELS
 from fluxmoe.cuda.streams import StreamCarrier

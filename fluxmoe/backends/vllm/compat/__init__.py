@@ -1,8 +1,8 @@
 """All names of vLLM that are not its public interface, and the versions they were checked with.
 
 One module per part of vLLM, so that each of its processes imports what it needs and no more:
-``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` and ``layers``
-(workers that page), ``engine`` (engines within this process, and as the server sees them).
+``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` (workers
+that page), ``engine`` (engines within this process, and as the server sees them).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The worker and its end of the KV connector."""
+"""The worker, its MoE layers and its end of the KV connector."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import numpy as np
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -56,7 +61,10 @@ def step_phase(runner: Any) -> Phase:
 
 
 __all__ = [
+    "CPUUnquantizedExperts",
     "CPUWorker",
+    "RoutedExperts",
+    "UnquantizedFusedMoEMethod",
     "drop_connector",
     "get_tensor_model_parallel_rank",
     "max_memory_usage_bytes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxmoe.backends.vllm.compat.layers import (
+from fluxmoe.backends.vllm.compat.worker import (
     CPUUnquantizedExperts,
     RoutedExperts,
     UnquantizedFusedMoEMethod,

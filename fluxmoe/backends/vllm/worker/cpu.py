@@ -17,11 +17,11 @@ from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm.compat.layers import RoutedExperts
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
     CPUWorker,
+    RoutedExperts,
     drop_connector,
     get_tensor_model_parallel_rank,
     max_memory_usage_bytes,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fluxmoe.backends import op
-from fluxmoe.backends.vllm.compat.layers import RoutedExperts
+from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
 
 class PagedRoutedExperts(RoutedExperts):
