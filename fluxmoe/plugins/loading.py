@@ -1,5 +1,7 @@
 """``load``: the registry of everything that is built in, installed or named.
 
+Plugins come from entry points of installed distributions, from files and from modules.
+
 A plugin that is *named*, on the command line or in the configuration, must load: if it does not,
 that is an error. One that is merely *installed* must not stop a server that does not use it: it is
 reported, and an error only for who asks for a policy that nobody has.
@@ -7,15 +9,27 @@ reported, and an error only for who asks for a policy that nobody has.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
 import logging
+import os
+import re
+import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 from fluxmoe import policies
 from fluxmoe.errors import PluginLoadError
-from fluxmoe.plugins import sources
-from fluxmoe.plugins.registry import Plugin, Registry
+from fluxmoe.plugins.registry import Plugin, Registry, attempt
 from fluxmoe.stores import codec
+
+GROUP = "fluxmoe"
+ALLOW_LIST = "FLUXMOE_PLUGINS"
 
 logger = logging.getLogger("fluxmoe")
 
@@ -35,7 +49,7 @@ def load(extra: Iterable[str] = ()) -> Registry:
     registry = Registry()
     registry.add(policies, "fluxmoe", origin="built in")
     registry.add(codec, codec.__name__, origin="built in")
-    for found in sources.installed():
+    for found in installed():
         try:
             if found.allowed:
                 registry.add(found.module(), found.name, origin="installed", version=found.version)
@@ -45,7 +59,7 @@ def load(extra: Iterable[str] = ()) -> Registry:
                 "installed",
                 found.version,
                 "left out",
-                f"not in {sources.ALLOW_LIST}",
+                f"not in {ALLOW_LIST}",
             )
         except PluginLoadError as error:
             problem = "; ".join(filter(None, (error.what, error.fix)))
@@ -53,7 +67,7 @@ def load(extra: Iterable[str] = ()) -> Registry:
             plugin = Plugin(found.name, "installed", found.version, "broken", problem)
         registry.plugins.append(plugin)
     for name in dict.fromkeys(extra):
-        module = sources.named(name)
+        module = named(name)
         if not registry.knows(module):  # it may be installed as well
             registry.add(module, name, version=str(getattr(module, "__version__", "")))
     return registry
@@ -63,3 +77,87 @@ def load(extra: Iterable[str] = ()) -> Registry:
 def _warn(message: str) -> None:
     """Once per process, however often plugins are loaded in it."""
     logger.warning("%s", message)
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """An entry point of the group ``fluxmoe``, and whether the allow-list has it."""
+
+    entry: importlib.metadata.EntryPoint
+    allowed: bool
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def version(self) -> str:
+        return self.entry.dist.version if self.entry.dist else ""
+
+    def module(self) -> object:
+        """Import it. Raises PluginLoadError."""
+        return attempt(
+            self.entry.load,
+            f"cannot import {self.entry.value}: ",
+            where=f"plugin {self.name}",
+            fix=f"uninstall it, or leave it out of {ALLOW_LIST}",
+        )
+
+
+def installed() -> list[Installed]:
+    """All entry points, by name. Raises PluginLoadError if the allow-list has one that is not."""
+    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name)
+    allowed = os.environ.get(ALLOW_LIST)
+    if allowed is None:
+        return [Installed(entry, True) for entry in entries]
+    wanted = {name.strip() for name in allowed.split(",") if name.strip()}
+    called = {name: [entry for entry in entries if _is_called(entry, name)] for name in wanted}
+    if missing := sorted(name for name, found in called.items() if not found):
+        raise PluginLoadError(
+            f"no installed plugin is called {missing[0]!r}",
+            where=ALLOW_LIST,
+            fix=f"installed: {', '.join(e.name for e in entries) or 'none'}",
+        )
+    return [Installed(entry, any(entry in found for found in called.values())) for entry in entries]
+
+
+def entries_called(name: str) -> list[Installed]:
+    """The installed plugins whose entry point or distribution is called that."""
+    return [found for found in installed() if _is_called(found.entry, name)]
+
+
+def named(name: str) -> ModuleType:
+    """Import what a command line or a configuration names: a file or a module.
+
+    Raises:
+        PluginLoadError: It is not there, or cannot be imported.
+    """
+    path, where = Path(name), f"plugin {name}"
+    if path.suffix != ".py" and os.sep not in name:
+        return attempt(lambda: importlib.import_module(name), "cannot import it: ", where=where)
+    if not path.is_file():
+        raise PluginLoadError("no such file", where=where)
+    # A name of its own per path, so that two files of the same name do not collide.
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"fluxmoe_plugin_{path.stem}_{digest}", path)
+    if spec is None or spec.loader is None:
+        raise PluginLoadError("not a Python file", where=where)
+    module = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    sys.modules[spec.name] = module
+    try:
+        attempt(lambda: loader.exec_module(module), "cannot import it: ", where=where)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def _is_called(entry: importlib.metadata.EntryPoint, name: str) -> bool:
+    """Whether ``name`` is the entry point's, or its distribution's as pip compares them."""
+    return name == entry.name or (entry.dist is not None and _same(name, entry.dist.name))
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether two names of distributions are the same name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", a).lower() == re.sub(r"[-_.]+", "-", b).lower()

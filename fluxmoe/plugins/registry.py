@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, get_type_hints
+from functools import cache, partial
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import pluggy
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,7 @@ from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch, from_signal
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,
@@ -22,9 +24,18 @@ from fluxmoe.errors import (
     UnknownCodecError,
     UnknownPolicyError,
 )
-from fluxmoe.plugins.api import check_api
-from fluxmoe.plugins.attempt import attempt
+from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 from fluxmoe.stores.codec.base import Codec
+
+T = TypeVar("T")
+
+#: Imports may take their time; a loop that never ends must not.
+LIMITS = Limits(hard_s=30.0)
+
+logger = logging.getLogger("fluxmoe")
+
+#: How a plugin's module says what it was written for; who does not say means 1.
+DECLARATION = "fluxmoe_plugin_api"
 
 _KINDS: dict[str, type] = {
     "eviction": EvictionPolicy,
@@ -324,3 +335,80 @@ def _class_made_by(factory: Callable[..., Any]) -> type:
     except (TypeError, NameError):
         made = None
     return made if isinstance(made, type) else object
+
+
+def attempt(
+    function: Callable[[], T],
+    what: str,
+    *,
+    where: str,
+    fix: str = "",
+    passed: type[FluxMoEError] = PluginLoadError,
+) -> T:
+    """Call ``function``; how it failed is added to ``what``.
+
+    An exit is a failure like any other, and so is a call that takes longer than ``LIMITS``: it is
+    interrupted between two instructions of Python.
+
+    Raises:
+        PluginLoadError: It failed.
+        FluxMoEError: It raised one of the kind ``passed``, which says itself what is wrong.
+    """
+    try:
+        return Stopwatch(LIMITS).call(function, ())
+    except HardLimitExceeded:
+        reason = f"it took more than {LIMITS.hard_s:g} s"
+        raise PluginLoadError(f"{what}TimeoutError: {reason}", where=where, fix=fix) from None
+    except (passed, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if from_signal(error):
+            raise
+        try:
+            reason = f"{type(error).__name__}: {error}"
+        except Exception:  # it cannot even say what it is
+            reason = type(error).__name__
+        raise PluginLoadError(f"{what}{reason}", where=where, fix=fix) from error
+
+
+def check_api(
+    plugin: object, name: str, *, current: int = PLUGIN_API, oldest: int = OLDEST_PLUGIN_API
+) -> None:
+    """Refuse a plugin of another API, warn of one that will not work for long.
+
+    Args:
+        plugin: Its module or object.
+        name: Of the plugin.
+        current, oldest: Which APIs there are.
+
+    Raises:
+        PluginLoadError: It declares a newer API, one that is no longer there, or nonsense.
+    """
+    declared: object = getattr(plugin, DECLARATION, 1)
+    where = f"plugin {name}"
+    if isinstance(declared, bool) or not isinstance(declared, int) or declared < 1:
+        raise PluginLoadError(
+            f"{DECLARATION} is {declared!r}", where=where, fix=f"write {DECLARATION} = {current}"
+        )
+    if declared > current:
+        raise PluginLoadError(
+            f"it was written for plugin API {declared}, this is {current}",
+            where=where,
+            fix="upgrade fluxmoe, or take an older version of the plugin",
+        )
+    if declared < oldest:
+        raise PluginLoadError(
+            f"it was written for plugin API {declared}, the oldest that works is {oldest}",
+            where=where,
+            fix="take a newer version of the plugin, or an older fluxmoe",
+        )
+    if declared < current:
+        _warn(name, declared, current)
+
+
+@cache
+def _warn(name: str, declared: int, current: int) -> None:
+    logger.warning(
+        "plugin %s was written for plugin API %d; %d is current, and %d will not work for ever",
+        *(name, declared, current, declared),
+    )

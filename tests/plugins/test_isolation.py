@@ -16,7 +16,7 @@ from fluxmoe.cli import main
 from fluxmoe.config import parse
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import PluginLoadError, UnknownPolicyError
-from fluxmoe.plugins import api, attempt, loading
+from fluxmoe.plugins import loading, registry
 from tests.plugins.rig import MRU, install, write
 
 HOOK = "import fluxmoe, sys\n@fluxmoe.hookimpl\ndef fluxmoe_register_policies(register):\n"
@@ -56,7 +56,7 @@ BROKEN = {
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(attempt, "LIMITS", Limits(hard_s=0.2))
+    monkeypatch.setattr(registry, "LIMITS", Limits(hard_s=0.2))
     loading._warn.cache_clear()
 
 
@@ -218,13 +218,13 @@ class Declares:
 
 def test_the_present_api_is_one():
     assert fluxmoe.PLUGIN_API == 1
-    api.check_api(object(), "silent")
-    api.check_api(Declares(1), "says so")
+    registry.check_api(object(), "silent")
+    registry.check_api(Declares(1), "says so")
 
 
 def test_an_older_api_works_for_a_while_with_a_warning(caplog):
     for _ in range(2):
-        api.check_api(Declares(2), "pony", current=3, oldest=2)
+        registry.check_api(Declares(2), "pony", current=3, oldest=2)
     [record] = caplog.records
     assert "plugin pony was written for plugin API 2; 3 is current" in record.getMessage()
 
@@ -241,7 +241,7 @@ def test_an_older_api_works_for_a_while_with_a_warning(caplog):
 )
 def test_other_apis_are_refused(declared, message):
     with pytest.raises(PluginLoadError) as info:
-        api.check_api(Declares(declared), "pony", current=3, oldest=2)
+        registry.check_api(Declares(declared), "pony", current=3, oldest=2)
     assert message in str(info.value)
 
 

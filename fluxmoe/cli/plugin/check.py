@@ -60,7 +60,7 @@ def check(
     Exit code 1 if one of them breaks a rule.
     """
     from fluxmoe import plugins
-    from fluxmoe.plugins.sources import entries_called
+    from fluxmoe.plugins.loading import entries_called
 
     entries = [found.name for found in entries_called(plugin)]
     registry = plugins.load([] if entries else [plugin])
