@@ -6,22 +6,22 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-#: Name → the module here whose ``main(options)`` it is.
+#: Name → the module whose ``main(options)`` it is.
 BENCHMARKS = {
-    "codec": "codec",
-    "event_cost": "event_cost",
-    "fuzz": "fuzz",
-    "http": "http",
-    "phases": "phases",
-    "policies": "policies",
-    "reaction": "reaction",
-    "recording": "recording",
-    "serving": "serving",
-    "simulated_speed": "simulated_speed",
-    "simulator": "simulator",
+    "codec": "benchmarks.codec",
+    "event_cost": "benchmarks.event_cost",
+    "fuzz": "benchmarks.fuzz",
+    "http": "benchmarks.http",
+    "phases": "benchmarks.phases",
+    "policies": "benchmarks.policies",
+    "reaction": "benchmarks.reaction",
+    "recording": "benchmarks.recording",
+    "serving": "benchmarks.serving",
+    "simulated_speed": "benchmarks.simulated_speed",
+    "simulator": "benchmarks.simulator",
 }
 #: Run by name only: what compares answers instead of times and takes hours, and what needs a GPU.
-CHECKS = {"gpu": "gpu.command", "identity": "identity.command"}
+CHECKS = {"gpu": "benchmarks.gpu.command", "identity": "tests.identity.command"}
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _run(name: str, options: list[str]) -> None:
-    import_module(f"benchmarks.{(BENCHMARKS | CHECKS)[name]}").main(options)
+    import_module((BENCHMARKS | CHECKS)[name]).main(options)
 
 
 if __name__ == "__main__":

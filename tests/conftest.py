@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from benchmarks.identity import report
-from benchmarks.identity.cells import Cell
-from benchmarks.identity.outcome import Outcome
+from tests.identity import report
+from tests.identity.cells import Cell
+from tests.identity.outcome import Outcome
 
 settings.register_profile(
     "fluxmoe", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))

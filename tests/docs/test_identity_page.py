@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.identity import command, record, report
+from tests.identity import command, record, report
 
 
 def test_the_page_shows_the_committed_results() -> None:

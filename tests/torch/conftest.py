@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.identity.torch_cells import answer, prompts, same
 from fluxmoe.backends.torch import layout
 from fluxmoe.testing import checkpoints
+from tests.identity.torch_cells import answer, prompts, same
 
 Load = Callable[..., Any]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fluxmoe
-from benchmarks.identity import cells, models, record
-from benchmarks.identity.torch_cells import Models
+from tests.identity import cells, models, record
+from tests.identity.torch_cells import Models
 from tests.torch.conftest import Load, answer, same, sizes
 
 COVERING = cells.covering_torch(models.names())

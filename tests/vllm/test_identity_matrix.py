@@ -10,9 +10,9 @@ from itertools import combinations, product
 
 import pytest
 
-from benchmarks.identity import cells, models, record, requests
-from benchmarks.identity.cells import Cell
-from benchmarks.identity.vllm_cells import Engines, engines
+from tests.identity import cells, models, record, requests
+from tests.identity.cells import Cell
+from tests.identity.vllm_cells import Engines, engines
 
 pytestmark = pytest.mark.vllm
 

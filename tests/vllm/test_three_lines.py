@@ -16,12 +16,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import fluxmoe
-from benchmarks.identity.torch_cells import answer, same
 from fluxmoe import config as configuration
 from fluxmoe import plugins
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.testing import GOLDEN
+from tests.identity.torch_cells import answer, same
 from tests.plugins.rig import install
 from tests.vllm.conftest import EAGER, KV_BYTES, PAGE, config, prompts
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.identity import models, requests
-from benchmarks.identity.cells import MLA
 from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.errors import EngineError, FluxMoEError
 from fluxmoe.testing import checkpoints
+from tests.identity import models, requests
+from tests.identity.cells import MLA
 
 
 @dataclass(frozen=True, slots=True)

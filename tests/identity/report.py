@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from benchmarks.identity.cells import TORCH_MODES, VLLM_MODES, Cell
-from benchmarks.identity.limits import Found
-from benchmarks.identity.outcome import Outcome
+from tests.identity.cells import TORCH_MODES, VLLM_MODES, Cell
+from tests.identity.limits import Found
+from tests.identity.outcome import Outcome
 
 MODES = (*VLLM_MODES, *TORCH_MODES)
 

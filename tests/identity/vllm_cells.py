@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.identity import models, requests
-from benchmarks.identity.cells import MLA, Cell
-from benchmarks.identity.outcome import COUNTERS, Outcome
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.errors import FluxMoEError
+from tests.identity import models, requests
+from tests.identity.cells import MLA, Cell
+from tests.identity.outcome import COUNTERS, Outcome
 
 #: Models whose module of vLLM imports torchvision, which the lock does not have.
 MULTIMODAL = ("qwen3.5-moe",)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.identity import cells, limits, models, record, report
-from benchmarks.identity.cells import Cell
-from benchmarks.identity.outcome import Outcome
-from benchmarks.identity.vllm_cells import engines
+from tests.identity import cells, limits, models, record, report
+from tests.identity.cells import Cell
+from tests.identity.outcome import Outcome
+from tests.identity.vllm_cells import engines
 
 PAGE = Path(__file__).parents[2] / "docs" / "identity.md"
 
@@ -99,7 +99,7 @@ def _runner(backend: str, scratch: Path, stack: ExitStack) -> Callable[[Cell], O
         return stack.enter_context(engines(scratch)).run
     import torch
 
-    from benchmarks.identity.torch_cells import Models
+    from tests.identity.torch_cells import Models
 
     torch.set_num_threads(1)
     return Models(scratch).run

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.identity.cells import Cell
-from benchmarks.identity.limits import Found
-from benchmarks.identity.outcome import Outcome
+from tests.identity.cells import Cell
+from tests.identity.limits import Found
+from tests.identity.outcome import Outcome
 
-RESULTS = Path(__file__).parents[1] / "results" / "identity"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "identity"
 
 
 def as_row(part: Cell | Outcome) -> dict[str, object]:

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fluxmoe
-from benchmarks.identity import models
-from benchmarks.identity.cells import Cell
-from benchmarks.identity.outcome import COUNTERS, Outcome
 from fluxmoe.errors import FluxMoEError
+from tests.identity import models
+from tests.identity.cells import Cell
+from tests.identity.outcome import COUNTERS, Outcome
 
 Answer = tuple[torch.Tensor, ...]
 

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import fluxmoe.demo
-from benchmarks.identity.cells import RANDOM, SHIPPED
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.testing import checkpoints
+from tests.identity.cells import RANDOM, SHIPPED
 
 FRAME = 4096
 
