@@ -1,7 +1,7 @@
 """The memory manager itself: knows no model, no engine and no plugin system.
 
-Read it in this order: ``types`` (words), ``frames`` (the ledger), ``substrate`` and ``arena``
-(memory behind stable addresses), ``pages`` (who lies where), ``policy`` and ``guard`` (who decides,
-and what if they are wrong), ``order`` and ``event`` (the event rule), ``transfer`` (copies),
-``pager`` (all of that for one layer), ``tenants``, ``planner`` and ``arbiter`` (one budget).
+Read it in this order: ``types`` (words), ``compiled`` (numba), ``transfer`` (stores and copies),
+``memory`` (frames, stable addresses, the tenants of one budget), ``policy`` (who decides, and what
+if they are wrong), ``paging`` (who lies where, the event rule, the pager), ``arbitration`` (the
+split while serving). Each imports those before it only.
 """

@@ -52,7 +52,7 @@ class Kernel:
     Attributes:
         entry: For compiled callers: ``entry(rows, event, layer, num_layers, n, out)`` writes the
             scores of the first ``n`` slots, or of ``n`` pages, into ``out``; 0, or 1 if the kernel
-            has raised. ``rows`` is the directory of ``Rows`` (see ``bound``).
+            has raised. ``rows`` is the directory of ``Rows`` (see ``directory``).
         fill: The same for Python, by page, where an exception of the kernel arrives as itself.
     """
 

@@ -1,6 +1,6 @@
 """Substrates: address space without memory, memory without addresses, and the mapping of both.
 
-One protocol, mirrored one to one by the operating system's calls on a CPU (``cpu.py``) and by the
+One protocol, mirrored one to one by the operating system's calls on a CPU (``host.py``) and by the
 driver's on CUDA. Frames are numbered ``0 … count-1`` and exist for the substrate's whole life.
 """
 

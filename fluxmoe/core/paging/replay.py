@@ -240,7 +240,7 @@ def _run_until_short(
     Returns:
         That event, open, or ``end``; the slots it is short of; how many candidates ``pages`` has.
     """
-    # A trip for every event that is short of slots: see ``bound``.
+    # A trip for every event that is short of slots: see ``compiled.directory``.
     b, events = open_books(books), open_events(listed)
     if chosen.size:
         evict(b, chosen, C_EVICTIONS)

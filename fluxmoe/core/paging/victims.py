@@ -1,6 +1,6 @@
 """Chooser: victims for a policy with a compiled score kernel, without a call into Python.
 
-A kernel with stable scores keeps the heap of ``order``. Any other kernel scores all pages of the
+A kernel with stable scores keeps a ``VictimHeap``. Any other kernel scores all pages of the
 bank anew for every event that is short of slots; what it reads then lies in *columns*, one row per
 slot, which are put right from the dirty list, so that the loop over them needs no gather.
 """
@@ -80,7 +80,7 @@ def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> C
 def take_dirty(b: Books, out: Int64s) -> int:
     """Move the dirty pages that may be evicted into ``out``; how many.
 
-    Pages of the running event stay dirty, those that it is about to load, too, so that ``order``
+    Pages of the running event stay dirty, those that it is about to load, too, so that ``heap``
     is told of them in ascending order. Other absent pages are scored when they have come back.
     """
     n = kept = 0
@@ -114,7 +114,7 @@ def victims(
 
     The rule is point 4 of the event rule: never a page of the running event, a protected one only
     if ``protect`` is false. ``heap`` is for stable scores, None for others; ``entry`` is that of a
-    ``kernel.Kernel``. The caller evicts the victims.
+    ``score_kernel.Kernel``. The caller evicts the victims.
 
     Returns:
         Their number, or ``FAILED``.

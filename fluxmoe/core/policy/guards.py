@@ -58,7 +58,7 @@ class EvictionGuard(PolicyGuard):
 
     @property
     def stable(self) -> bool:
-        """Whether the host keeps the order (``order.VictimHeap``) from ``scores``."""
+        """Whether the host keeps the order (``heap.VictimHeap``) from ``scores``."""
         return self._promises_stable and not self._selects and not self._faults.out
 
     @property

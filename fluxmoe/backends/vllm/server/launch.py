@@ -50,7 +50,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with a budget in bytes, the same for all workers (``machine.resolved``)."""
+    """The configuration with a budget in bytes, the same for all workers (``budget.resolved``)."""
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     workers = options.get("tensor-parallel-size", 1)
     if not isinstance(workers, int) or workers < 1:
