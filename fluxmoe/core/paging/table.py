@@ -1,8 +1,8 @@
 """PageTable: which expert page lies in which slot, and all that is known about each page.
 
-The books are plain numpy arrays (``books.Books``), because three readers share them: the event rule,
-compiled by numba (``event``), policies, which see read-only views, and kernels, which need the
-expert table ``slot_of``. Slots are counted per *bank*; nearly every model has one bank.
+The books are plain numpy arrays (``books.Books``), because three readers share them: the event
+rule, compiled by numba (``event``), policies, which see read-only views, and kernels, which need
+the expert table ``slot_of``. Slots are counted per *bank*; nearly every model has one bank.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ HITS, MISSES, EVICTIONS = range(3)
 
 
 class DeviceBooks(NamedTuple):
-    """The books of a page table on the device, as ``core.paging.books.Books`` has them. P pages, M slots.
+    """The books of a page table on the device, as in ``core.paging.books``. P pages, M slots.
 
     ``order`` ``[P]``: pages by score. ``missing`` and ``slots`` ``[E]``: what the running event
     loads, and where to, as many as ``count`` says; ``victims`` ``[E]`` what it evicted.

@@ -296,8 +296,8 @@ def test_a_kernel_that_answers_too_late_loses_no_page(rig, policy, monkeypatch):
     model = Reference(3, 8, (11,), [0] * 3, reference_keys[policy])
     call, late, rng = faults.FaultCounter.call, [], np.random.default_rng(3)
 
-    def sometimes_late(faults, method, function, args):
-        answer = call(faults, method, function, args)
+    def sometimes_late(counter, method, function, args):
+        answer = call(counter, method, function, args)
         late.append(function is victims and len(late) % 3 == 0)
         return faults.NO_ANSWER if late[-1] else answer
 

@@ -388,19 +388,19 @@ except HardLimitExceeded:
 def test_a_forked_process_watches_even_if_it_was_forked_at_a_bad_moment():
     script = """if True:
         import os
-        from fluxmoe.core import limits
+        from fluxmoe.core.policy import watchdog
 
         def loop():
             while True:
                 pass
 
-        limits.Stopwatch(limits.DEFAULT_LIMITS).call(int, ())  # the thread is there
-        limits._watchdog._lock.acquire()  # and looks at its watches when the process is forked
+        watchdog.Stopwatch(watchdog.DEFAULT_LIMITS).call(int, ())  # the thread is there
+        watchdog._watchdog._lock.acquire()  # and looks at its watches when the process is forked
         child = os.fork()
         if child == 0:
             try:
-                limits.Stopwatch(limits.Limits(hard_s=0.1)).call(loop, ())
-            except limits.HardLimitExceeded:
+                watchdog.Stopwatch(watchdog.Limits(hard_s=0.1)).call(loop, ())
+            except watchdog.HardLimitExceeded:
                 os._exit(7)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
