@@ -155,7 +155,7 @@ class PagedModel:
         table = torch.from_numpy(runtime.pager.table.expert_table)
         for index, layer in enumerate(layers):
             experts.bind(
-                layer, handle, index, implementation, self._arenas(index), table[index], lease
+                layer, handle, index, implementation, self._arenas(index), table[index], turn, lease
             )
         self._shield = Shield(model, layers, experts.NAME)
         turn.watch(model.base_model)
@@ -211,8 +211,7 @@ class PagedModel:
             TraceError: The file cannot be written, or nothing was recorded.
             UnsupportedError: ``predict``, and the model's routers were not found.
         """
-        pager = self._open().pager
-        if pager.watcher is not None:
+        if self._open().pager.watcher is not None:
             raise ConfigError("a recording is under way", where=str(path), fix="end it first")
         columns = {"weights": weights, "predicted": predict}
         notes = recording.notes(
@@ -228,15 +227,19 @@ class PagedModel:
             rows=self._turn.rows,
         ) as recorder:
             try:
-                op.record(self._handle, recorder)
-                for layer, note in zip(self._layers, notes, strict=True):
-                    experts.set_note(layer, note)
+                self._show(recorder, notes)
                 yield recorder
             finally:
-                if not self.closed:
-                    op.record(self._handle, None)
-                    for layer in self._layers:
-                        experts.set_note(layer, None)
+                if self._turn.here:
+                    self._show(None, [None] * len(self._layers))
+
+    def _show(self, recorder: Recorder | None, notes: Sequence[experts.Note | None]) -> None:
+        with self._turn.lock():  # no event may see half of it
+            if self.closed:
+                return
+            op.record(self._handle, recorder)
+            for layer, note in zip(self._layers, notes, strict=True):
+                experts.set_note(layer, note)
 
     def resize(self, memory: int | str) -> None:
         """Give the expert pages more or less memory, between forward passes.
@@ -256,7 +259,7 @@ class PagedModel:
 
     def _resize(self, memory: int | str, where: str, *, at_least: bool = False) -> None:
         budget = settings(where, memory).memory.size
-        with self._turn:
+        with self._turn.lock():
             runtime = self._open()
             room = Room(runtime.geometry, runtime.page_class)
             if at_least:
@@ -298,24 +301,26 @@ class PagedModel:
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies as new."""
-        with self._turn:
+        with self._turn.lock():
             self._open().pager.reset()
 
     def check(self) -> None:
         """Raise InvariantError unless all books agree."""
-        with self._turn:
+        with self._turn.lock():
             self._open().check()
 
     def close(self) -> None:
         """Give the memory back, and put the model back exactly as it was. Idempotent.
 
         A model from ``fluxmoe.load`` has nothing to be put back: from now on it has no experts,
-        and using it is an error.
+        and using it is an error. In a forked process nothing happens: all is the parent's.
         """
-        with self._turn:
+        if not self._turn.here:
+            return
+        with self._turn.lock():
             if self.closed:
                 return
-            self._turn.remove()
+            self._turn.leave(self.model.base_model)
             self._shield.remove()
             for layer in self._layers:
                 experts.release(layer)
@@ -338,6 +343,7 @@ class PagedModel:
         self.close()
 
     def _open(self) -> Runtime:
+        self._runtime.pager.owner.require()
         if self.closed:
             raise ConfigError("the model is not paged any more: its handle was closed")
         return self._runtime
