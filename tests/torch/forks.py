@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -82,36 +83,35 @@ def run(model: Any) -> torch.Tensor:
         return model(**prompts()).logits
 
 
-def use_everything() -> None:
+def use_everything(model: Any, handle: Any) -> None:
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    for name, model in models.items():
-        handle = handles[name]
-        for use in (
-            lambda: run(model),
-            lambda: torch.no_grad()(model.model.layers[1].mlp)(
-                torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
-            ),
-            lambda: torch.ops.fluxmoe.acquire(ids, handle._handle, 0),  # as compiled models do
-            lambda: op.acquire(ids, handle._handle, 0),
-            handle.stats,
-            handle.check,
-            handle.reset,
-            lambda: handle.pager,
-            lambda: handle.resize("2MiB"),
-            lambda: handle.follow(lambda: "2MiB"),
-            lambda: handle.record(FOLDER / "no").__enter__(),
-            lambda: handle._runtime.pager.resize(0, 20),
-            lambda: handle._runtime.arbiter.substrate.reserve(1 << 21),
-            lambda: handle._runtime.arbiter.substrate.commit(0, np.arange(1)),
-        ):
-            refused(use)
-        handle.close()
-        handle.close()
-        refused(lambda: run(model))  # it is not unpaged, either
+    states = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
+    substrate = handle._runtime.arbiter.substrate
+    for use in (
+        lambda: run(model),
+        lambda: torch.no_grad()(model.model.layers[1].mlp)(states),
+        lambda: torch.ops.fluxmoe.acquire(ids, handle._handle, 0),  # as compiled models do
+        lambda: op.acquire(ids, handle._handle, 0),
+        handle.stats,
+        handle.check,
+        handle.reset,
+        lambda: handle.pager,
+        lambda: handle.resize("2MiB"),
+        lambda: handle.follow(lambda: "2MiB"),
+        lambda: handle.record(FOLDER / "no").__enter__(),
+        lambda: handle._runtime.pager.resize(0, 20),
+        lambda: substrate.reserve(1 << 21),
+        lambda: substrate.commit(0, np.arange(1)),
+    ):
+        refused(use)
+    handle.close()
+    handle.close()
+    refused(lambda: run(model))  # it is not unpaged, either
 
 
 def use_and_leave() -> None:
-    use_everything()
+    for name, model in models.items():
+        use_everything(model, handles[name])
     os._exit(0)
 
 
@@ -220,7 +220,10 @@ def while_recording(child: Callable[[], Any]) -> list[Any]:
                 found.append(forked(child))
             run(models["all"])
     rows = [TraceReader(trace).num_rows for trace in traces]
-    events = [[(s, l, i.tolist()) for s, l, _, i in TraceReader(t).events()] for t in traces]
+    events = [
+        [(step, layer, ids.tolist()) for step, layer, _, ids in TraceReader(trace).events()]
+        for trace in traces
+    ]
     return [*found, rows[0] > 0, events[0] == events[1], sorted(p.name for p in FOLDER.iterdir())]
 
 
@@ -259,7 +262,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(End):
         main()
-    except End:
-        pass
