@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +169,7 @@ def test_inside_an_event_nothing_may_change(
             lambda: run(model),
             lambda: model.model.layers[0].mlp(states),
         ):
-            with pytest.raises(errors.UnsupportedError, match="are being computed") as caught:
+            with pytest.raises(errors.UnsupportedError, match="pages are in use") as caught:
                 call()
             refused.append(caught.value)
 
@@ -186,6 +187,55 @@ def test_inside_an_event_nothing_may_change(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_close_within_a_pass(load: Load) -> None:
+    model = load()
+    stock = run(model)
+    paged = fluxmoe.page(model, room(model, 1))
+    hook = model.model.layers[2].register_forward_pre_hook(lambda *_: paged.close())
+    assert torch.equal(run(model), stock)
+    assert paged.closed
+    hook.remove()
+    assert torch.equal(run(model), stock)
+
+
+def test_a_policy_may_not_use_the_handle(load: Load, tmp_path: Path) -> None:
+    """Neither while it is asked in a pass nor while it is asked by a resize."""
+    plugin = tmp_path / "meddler.py"
+    plugin.write_text(
+        "import fluxmoe\n"
+        "handles, errors = [], []\n"
+        "class Meddler(fluxmoe.EvictionPolicy):\n"
+        "    def score(self, view, pages):\n"
+        "        for use in handles:\n"
+        "            try:\n"
+        "                use()\n"
+        "            except Exception as error:\n"
+        "                errors.append(error)\n"
+        "        return pages\n"
+        "@fluxmoe.hookimpl\n"
+        "def fluxmoe_register_policies(register):\n"
+        "    import sys, types\n"
+        "    module = sys.modules.setdefault('meddler_shared', types.SimpleNamespace())\n"
+        "    module.handles, module.errors = handles, errors\n"
+        "    register('meddler', Meddler)\n"
+    )
+    model = load()
+    stock = run(model)
+    with fluxmoe.page(model, room(model, 1), eviction="meddler", plugins=[str(plugin)]) as paged:
+        shared: Any = sys.modules.pop("meddler_shared")
+        shared.handles += [lambda: paged.resize(room(model, 3)), paged.reset, lambda: run(model, 1)]
+        assert torch.equal(run(model), stock)
+        seen = len(shared.errors)
+        assert seen > 0
+        paged.resize(room(model, 3))
+        assert torch.equal(run(model), stock)
+        paged.resize(room(model, 1))
+        assert len(shared.errors) > seen
+        assert all("pages are in use" in str(error) for error in shared.errors)
+        assert torch.equal(run(model), stock)
+        paged.check()
+
+
 def test_a_layer_that_waited_for_close(load: Load) -> None:
     """The pager's number may be another's by the time it goes on."""
     model, other = load(), load("mixtral")
@@ -194,17 +244,18 @@ def test_a_layer_that_waited_for_close(load: Load) -> None:
         alone = block(states)
     paged = fluxmoe.page(model, room(model, 1))
     turn = block.experts._fluxmoe.turn
-    event, waiting = turn.event, threading.Event()
+    alone_in, waiting = turn.alone, threading.Event()
 
     def late(compute: Any) -> torch.Tensor:
         waiting.set()
-        return event(compute)
+        return alone_in(compute)
 
-    turn.event = late
+    turn.alone = late
     with ThreadPoolExecutor(1) as pool:
         with turn.lock():
             result = pool.submit(lambda: torch.no_grad()(block)(states))
             assert waiting.wait(60)
+            turn.alone = alone_in
             paged.close()
             again = fluxmoe.page(other, "1MiB")
             assert again._handle == paged._handle
@@ -259,7 +310,7 @@ def test_steps_of_a_trace_are_passes(load: Load, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             model(ids[:2, :1])  # 2 tokens of 2 requests
         hook.remove()
-        layer.mlp(torch.ones(1, 2, model.config.hidden_size).bfloat16())  # 2 tokens of nobody
+        layer.mlp(torch.ones(1, 2, model.config.hidden_size).bfloat16())  # 2 tokens of no request
         hook = layer.register_forward_pre_hook(within)
         model(ids)  # 3 × 10, after 3 × 1
         model(ids[:, :1])

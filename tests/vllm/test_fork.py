@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from fluxmoe.backends.vllm.child import ENVIRONMENT
+from fluxmoe.backends.vllm.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.errors import UnsupportedError
 from tests.vllm.conftest import EAGER, PAGES, config
 
 pytestmark = pytest.mark.vllm
@@ -125,3 +126,20 @@ def test_a_child_that_ends(found: Any, case: str) -> None:
 
 def test_harm_would_be_seen(found: Any) -> None:
     assert found["control"] is False
+
+
+def test_a_forked_client_leaves_its_engine_alone(eager: ChildEngine) -> None:
+    prompt = [Prompt([5, 6, 7], 4)]
+    before = eager.generate(prompt).tokens
+    if not (child := os.fork()):
+        try:
+            with pytest.raises(UnsupportedError, match="forked"):
+                eager.generate(prompt)
+            eager.close()
+            eager._remove_log()  # as at the end of a process
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert Path(eager._log).exists()
+    assert eager.generate(prompt).tokens == before

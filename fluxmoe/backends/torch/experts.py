@@ -72,7 +72,7 @@ class Binding(Uncopyable):
         twin: The module as the computing implementation sees it.
         compute: That implementation, by slot; None for ``eager``.
         original: The module's own parameters; of a loaded model they are on the meta device.
-        turn: Keeps all that would change the arenas out of an event.
+        turn: Keeps out what would change the arenas from ``acquire`` to the kernel's end.
         lease: Keeps the arenas alive.
         note: Shows a recorder more than the expert ids, where it wants more.
     """
@@ -187,7 +187,7 @@ def forward(
     if torch.compiler.is_compiling():  # a lock would break the graph
         return _event(self, binding, hidden_states, top_k_index, top_k_weights)
     event = partial(_event, self, binding, hidden_states, top_k_index, top_k_weights)
-    return binding.turn.event(event)
+    return binding.turn.alone(event)
 
 
 def _event(

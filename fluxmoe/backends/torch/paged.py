@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from types import TracebackType
 
@@ -227,19 +228,18 @@ class PagedModel:
             rows=self._turn.rows,
         ) as recorder:
             try:
-                self._show(recorder, notes)
+                self._turn.alone(partial(self._show, recorder, notes))
                 yield recorder
             finally:
                 if self._turn.here:
-                    self._show(None, [None] * len(self._layers))
+                    self._turn.alone(partial(self._show, None, [None] * len(notes)))
 
     def _show(self, recorder: Recorder | None, notes: Sequence[experts.Note | None]) -> None:
-        with self._turn.lock():  # no event may see half of it
-            if self.closed:
-                return
-            op.record(self._handle, recorder)
-            for layer, note in zip(self._layers, notes, strict=True):
-                experts.set_note(layer, note)
+        if self.closed:
+            return
+        op.record(self._handle, recorder)
+        for layer, note in zip(self._layers, notes, strict=True):
+            experts.set_note(layer, note)
 
     def resize(self, memory: int | str) -> None:
         """Give the expert pages more or less memory, between forward passes.
@@ -259,17 +259,19 @@ class PagedModel:
 
     def _resize(self, memory: int | str, where: str, *, at_least: bool = False) -> None:
         budget = settings(where, memory).memory.size
-        with self._turn.lock():
-            runtime = self._open()
-            room = Room(runtime.geometry, runtime.page_class)
-            if at_least:
-                budget = max(budget, room.least * runtime.pager.table.num_banks)
-            budget = room.within(budget, where)
-            if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
-                return
-            runtime.resize(budget)
-            for index, layer in enumerate(self._layers):
-                experts.resize(layer, self._arenas(index))
+        self._turn.alone(partial(self._give, budget, where, at_least))
+
+    def _give(self, budget: int, where: str, at_least: bool) -> None:
+        runtime = self._open()
+        room = Room(runtime.geometry, runtime.page_class)
+        if at_least:
+            budget = max(budget, room.least * runtime.pager.table.num_banks)
+        budget = room.within(budget, where)
+        if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
+            return
+        runtime.resize(budget)
+        for index, layer in enumerate(self._layers):
+            experts.resize(layer, self._arenas(index))
 
     def follow(self, room: Callable[[], int | str] | None) -> None:
         """Ask before each forward pass how much room the expert pages may have, and ``resize``.
@@ -301,13 +303,11 @@ class PagedModel:
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies as new."""
-        with self._turn.lock():
-            self._open().pager.reset()
+        self._turn.alone(lambda: self._open().pager.reset())
 
     def check(self) -> None:
         """Raise InvariantError unless all books agree."""
-        with self._turn.lock():
-            self._open().check()
+        self._turn.alone(lambda: self._open().check())
 
     def close(self) -> None:
         """Give the memory back, and put the model back exactly as it was. Idempotent.
@@ -315,21 +315,22 @@ class PagedModel:
         A model from ``fluxmoe.load`` has nothing to be put back: from now on it has no experts,
         and using it is an error. In a forked process nothing happens: all is the parent's.
         """
-        if not self._turn.here:
+        if self._turn.here:
+            self._turn.alone(self._close)
+
+    def _close(self) -> None:
+        if self.closed:
             return
-        with self._turn.lock():
-            if self.closed:
-                return
-            self._turn.leave(self.model.base_model)
-            self._shield.remove()
+        self._turn.leave(self.model.base_model)
+        self._shield.remove()
+        for layer in self._layers:
+            experts.release(layer)
+        if self._previous is not None:
+            self.model.set_experts_implementation(self._previous)
+        else:
             for layer in self._layers:
-                experts.release(layer)
-            if self._previous is not None:
-                self.model.set_experts_implementation(self._previous)
-            else:
-                for layer in self._layers:
-                    layer.register_forward_pre_hook(gone)
-            self._release()
+                layer.register_forward_pre_hook(gone)
+        self._release()
 
     def __enter__(self) -> PagedModel:
         return self

@@ -1,10 +1,10 @@
 """Turns: one forward pass at a time, and what it does.
 
-Between a layer's ``acquire`` and the end of its kernel, an *event*, the arenas must not change.
-Threads that share a paged model therefore take turns. A forward pass is a turn, so that the steps
-of a trace are passes; an event outside of one, where a layer is called by itself, is a turn, too,
-and so is each call of the handle. A compiled model takes no turns, so its threads are not kept
-apart.
+Between a layer's ``acquire`` and the end of its kernel the arenas must not change. Threads that
+share a paged model therefore take turns. A forward pass is a turn, so that the steps of a trace are
+passes. Within it, or outside where a layer is called by itself, each layer and each call of the
+handle is a turn in which its thread, too, may do nothing else with the model. A compiled model
+takes no turns, so its threads are not kept apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from fluxmoe.core.types import Phase
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.sim.trace import StepRows
 
+T = TypeVar("T")
+
 
 class Turn(Uncopyable):
-    """A re-entrant lock for passes, events and all that changes the arenas."""
+    """A re-entrant lock for passes, and what may run within them ``alone``."""
 
     def __init__(self) -> None:
         self._lock, self._owner = threading.RLock(), Owner()
-        self._event = 0  # the thread that is inside one
+        self._alone = 0  # the thread that is
         self._phase = Phase.DECODE
         self._shape: tuple[int, int] | None = None
 
@@ -43,26 +45,27 @@ class Turn(Uncopyable):
         """The lock, for a ``with`` statement: entering one in C, Ctrl-C cannot lose it.
 
         Raises:
-            UnsupportedError: In a forked process, where nobody may ever release it; or this thread
-                is inside an event.
+            UnsupportedError: In a forked process, where it may be held for ever; or this thread
+                has it ``alone``.
         """
         self._owner.require()
-        if self._event == threading.get_ident():
+        if self._alone == threading.get_ident():
             raise UnsupportedError(
-                "the model's experts are being computed: until they are, the model can neither be "
-                "called nor resized, reset, checked, recorded or closed",
-                fix="do it before or after the layer, not in a hook or policy inside its experts",
+                "the model's pages are in use: until a layer's experts are computed, or a call of "
+                "the handle has ended, the model can neither be called nor resized, reset, "
+                "checked, recorded or closed",
+                fix="do it before or after that, not in a policy or a hook inside the experts",
             )
         return self._lock
 
-    def event(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Make pages resident and compute on them, while nothing else touches the arenas."""
+    def alone(self, work: Callable[[], T]) -> T:
+        """Do what uses or moves pages, while nothing else does."""
         with self.lock():
             try:
-                self._event = threading.get_ident()
-                return compute()
+                self._alone = threading.get_ident()
+                return work()
             finally:
-                self._event = 0
+                self._alone = 0
 
     def watch(self, model: torch.nn.Module) -> None:
         """Let the model's forward passes take their turn.
