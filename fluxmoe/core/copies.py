@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from fluxmoe.core.owner import Owner
 from fluxmoe.errors import ConfigError, StoreError
 
 
@@ -68,6 +69,7 @@ class CopyThreads:
     def __init__(self, count: int) -> None:
         self._orders: SimpleQueue[Copy | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._owner = Owner()
         try:
             for number in range(count):
                 thread = threading.Thread(
@@ -90,6 +92,8 @@ class CopyThreads:
 
     def close(self) -> None:
         """Let the threads make what was ordered and not withdrawn, and end. Idempotent."""
+        if not self._owner.here:
+            return  # they run in the parent only, and could be waited for without end
         for _ in self._threads:
             self._orders.put(None)
         for thread in self._threads:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fluxmoe.core.event import EventRule, Slots
 from fluxmoe.core.mrc import MissRatioCurve
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.pages import LOADED, PAGES, PageTable
 from fluxmoe.core.tenants import ExpertTenant
 from fluxmoe.core.transfer import TransferEngine
@@ -45,6 +46,8 @@ class ExpertPager:
         self._books = rule.table.books
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
+        #: The process whose memory it fills. In any other one pages do not move.
+        self.owner = Owner()
         self.watcher: EventWatcher | None = None
         #: Estimates what other sizes would miss, where the split may change.
         self.curve: MissRatioCurve | None = None
@@ -71,7 +74,9 @@ class ExpertPager:
         Raises:
             StoreError: A page could not be read. It is not resident; the books are right.
             PolicyFaultError: A policy failed and is strict. The same holds.
+            UnsupportedError: This process was forked from the pager's.
         """
+        self.owner.require()
         if layer <= self._layer:
             self._step += 1
             self.table.phase = self._phase()
@@ -128,6 +133,7 @@ class ExpertPager:
             OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are as before,
                 unless the system refuses that as well: then as many as have memory.
         """
+        self.owner.require()
         self.table.require(slots)
         before = self.table.slots[bank]
         if slots >= before:
@@ -152,6 +158,7 @@ class ExpertPager:
 
     def reset(self) -> None:
         """Forget all residency and counters, as after warm-up."""
+        self.owner.require()
         self._transfer.reset()
         self._rule.reset()
         if self.curve is not None:

@@ -237,11 +237,18 @@ class PagedCPUWorker(CPUWorker):
                 self._runtime = None
                 self._release()
 
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock's; not in a forked process, whose keys and values would be its parent's."""
+        if self._runtime is not None:
+            self._runtime.pager.owner.require()
+        return super().execute_model(*args, **kwargs)
+
     @property
     def _paged(self) -> Runtime:
-        """Raises UnsupportedError: nothing is paged."""
+        """Raises UnsupportedError: nothing is paged, or in another process."""
         if self._runtime is None:
             raise UnsupportedError("paging is off", where="preset", fix="remove preset: off")
+        self._runtime.pager.owner.require()
         return self._runtime
 
     # --- called through collective_rpc -----------------------------------------------------------
