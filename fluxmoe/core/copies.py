@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError, StoreError
 
 
@@ -35,7 +36,7 @@ class Copy:
         self._ended.wait()
         if self._error is None or isinstance(self._error, Exception):
             return self._error
-        error = StoreError(f"a copy thread was stopped: {self._error!r}")
+        error = StoreError(f"a copy thread was stopped: {line(self._error, repr)}")
         error.__cause__ = self._error
         return error
 
