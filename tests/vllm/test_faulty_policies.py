@@ -63,6 +63,5 @@ def test_a_reason_that_nothing_can_print_holds_up_no_request(
         for reason in reasons:
             assert reason.startswith("step ") and " \\ud800\\x00\\x1b[2Jxxx" in reason
             assert len(reason) == LIMIT and reason.isprintable()
-        assert "arbitration (mumbles): memory moves" in server.log.read_text()
     finally:
         server.end()
