@@ -27,7 +27,7 @@ def check(config: Config, environment: Mapping[str, str]) -> None:
     """
     require_free(config.memory.size)
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
-    if config.model is not None and options.get("load-format", "auto") == "auto":
+    if config.model is not None and options.get("load-format", "auto") in checkpoint.LOAD_FORMATS:
         checkpoint.require_readable(config.model)
     if "uds" not in options:
         _require_open(options.get("host") or "", options.get("port", 8000))

@@ -87,7 +87,7 @@ class PagedCPUWorker(CPUWorker):
         if self._paging:
             checks.refuse_unsupported(vllm_config)
         config = _with_budget(config, vllm_config)
-        if vllm_config.load_config.load_format == "auto":
+        if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
         registry = plugins.load(config.plugins)
