@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxmoe.backends.checkpoint import require_readable
+from fluxmoe.backends.checkpoint import downloaded, require_readable
 from fluxmoe.backends.inventory import require_experts
 from fluxmoe.errors import CheckpointError
 from fluxmoe.testing import checkpoints
@@ -226,7 +226,7 @@ def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path)
         assert said in refused(broken).what
         (broken / "config.json").write_text(json.dumps(nested))
         assert said in refused(broken).what
-    # As Granite has them: neither the name nor the config's key is the same.
+    # As Granite calls them.
     granite = tmp_path / "granite"
 
     def renamed(tensors: Tensors) -> None:
@@ -236,9 +236,6 @@ def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path)
             tensors[to] = tensors.pop(name)
 
     changed(whole, granite, renamed)
-    config = json.loads((granite / "config.json").read_text())
-    config["num_local_experts"] = config.pop("num_experts")
-    (granite / "config.json").write_text(json.dumps(config))
     require_readable(str(granite))
     name = "model.layers.1.block_sparse_moe.input_linear"
     broken = changed(granite, tmp_path / "granite cut", cut(f"{name}.weight", 8))
@@ -366,3 +363,16 @@ def test_names(model: Path) -> None:
         assert refused(wrong).what == "no such folder"
     require_readable("Qwen/Qwen3-30B-A3B")  # whoever loads it looks on the hub
     require_readable("gpt2")
+
+
+def test_names_that_have_been_downloaded(pristine: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models--some--model"
+    shutil.copytree(pristine, folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    found = downloaded("some/model", cache=str(tmp_path))
+    assert found == str(folder / "snapshots" / "abc")
+    require_readable(found)
+    for name in ("some/other", "./some/model", str(pristine)):
+        assert downloaded(name, cache=str(tmp_path)) == name
+    assert downloaded("some/model", "other", str(tmp_path)) == "some/model"

@@ -45,6 +45,16 @@ def require_readable(model: str) -> None:
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
 
 
+def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
+    """The folder of the hub's cache that a name stands for, if there is one; else the name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).exists() or not _HUB_NAME.fullmatch(model):
+        return model
+    found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
+    return str(Path(found).parent) if isinstance(found, str) else model
+
+
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a ``config.json`` says of the language model, which may be one part among others."""
     for key in _PARTS:

@@ -104,6 +104,12 @@ class PagedCPUWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
+        load = self.vllm_config.load_config
+        if load.load_format in checkpoint.LOAD_FORMATS:
+            model, revision = self.model_config.model, self.model_config.revision
+            folder = checkpoint.downloaded(model, revision, load.download_dir)
+            if folder != model:  # a name on a hub, which stands for files only now
+                checkpoint.require_readable(folder)
         if not self._paging:
             return
         layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
