@@ -15,9 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fluxmoe
+from fluxmoe import config
 from fluxmoe.backends.checkpoint import downloaded, require_readable
 from fluxmoe.backends.inventory import require_experts
+from fluxmoe.backends.vllm import preflight
 from fluxmoe.errors import CheckpointError
+from fluxmoe.plan import model as plan
 from fluxmoe.testing import checkpoints
 
 Tensors = dict[str, torch.Tensor]
@@ -376,3 +380,20 @@ def test_names_that_have_been_downloaded(pristine: Path, tmp_path: Path) -> None
     for name in ("some/other", "./some/model", str(pristine)):
         assert downloaded(name, cache=str(tmp_path)) == name
     assert downloaded("some/model", "other", str(tmp_path)) == "some/model"
+
+
+def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """Before an engine starts, whoever starts it, and whatever vLLM reads the files with."""
+    lacking = without(r"layers\.1\.mlp\.experts\.15\.")
+    model = str(changed(originals("qwen3-moe"), tmp_path / "model", lacking))
+    said = r"model\.layers\.1\.mlp\.experts\.15\.down_proj\.weight is missing"
+    with pytest.raises(CheckpointError, match=said):
+        fluxmoe.load(model, "8MiB")
+    for load_format in ("auto", "safetensors", "hf"):
+        settings = {"model": model, "memory": {"budget": "8MiB"}, "vllm": {"uds": "x"}}
+        settings["vllm"]["load-format"] = load_format  # type: ignore[index]
+        with pytest.raises(CheckpointError, match=said):
+            preflight.check(config.parse(settings, where=""), {})
+    with pytest.raises(CheckpointError, match=said):
+        plan.read(model)
+    assert "experts.15" in refused(model).what
