@@ -12,6 +12,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from fluxmoe.core.owner import Owner
+from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError, StoreError
 
 
@@ -36,7 +37,7 @@ class Copy:
         self._ended.wait()
         if self._error is None or isinstance(self._error, Exception):
             return self._error
-        error = StoreError(f"a copy thread was stopped: {self._error!r}")
+        error = StoreError(f"a copy thread was stopped: {line(self._error, repr)}")
         error.__cause__ = self._error
         return error
 

@@ -27,6 +27,7 @@ from fluxmoe.core.limits import (
 from fluxmoe.core.lowest import lowest
 from fluxmoe.core.policy import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.types import Access, Int64s
+from fluxmoe.core.words import LIMIT, line, raised
 from fluxmoe.errors import PolicyFaultError
 
 logger = logging.getLogger("fluxmoe")
@@ -100,7 +101,9 @@ class FaultCounter:
 
     def note(self, method: str, problem: BaseException | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        what = f"{self.kind} policy {self.name!r}: {method} {_describe(problem)}"
+        # Here whatever a policy has said or raised becomes words of ours.
+        said = f"raised {raised(problem)}" if isinstance(problem, BaseException) else problem
+        what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
         if self.strict:
             cause = problem if isinstance(problem, BaseException) else None
             raise PolicyFaultError(
@@ -114,20 +117,6 @@ class FaultCounter:
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
-
-
-def _describe(problem: BaseException | str) -> str:
-    if isinstance(problem, BaseException):
-        return f"raised {type(problem).__name__}: {_told(str, problem)}"
-    return problem
-
-
-def _told(how: Callable[[object], str], value: object) -> str:
-    """``str`` or ``repr`` of what a policy made, which may fail at that, too."""
-    try:
-        return how(value)
-    except Exception:
-        return f"a {type(value).__name__} that cannot be printed"
 
 
 class PolicyGuard:
@@ -341,7 +330,7 @@ class PrefetchGuard(PolicyGuard):
 
 def _shape(array: npt.NDArray[Any]) -> str:
     if array.ndim == 0 and array.dtype == object:
-        return _told(repr, array.item())
+        return line(array.item(), repr)
     return f"{array.dtype} of shape {array.shape}"
 
 
@@ -374,7 +363,8 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) ->
         ) from None
     except (Exception, SystemExit) as error:
         raise PolicyFaultError(
-            f"eviction policy {name!r}: numba cannot compile score_kernel: {error}",
+            f"eviction policy {name!r}: numba cannot compile score_kernel: "
+            f"{line(error, limit=2000)}",
             fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "
             "or leave score_kernel out and define score",
         ) from error

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
+from fluxmoe.core.words import raised
+
 
 @dataclass(frozen=True, slots=True)
 class FreeKV:
@@ -247,6 +249,6 @@ class Follower:
             try:
                 self._execute(order.action)
             except Exception as error:  # whatever it is, the engine must go on serving
-                problem = f"{type(error).__name__}: {error}"
+                problem = raised(error)
             self._last = Answer(self._rank, order.number, problem, self._clock() - started)
         return self._last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 
+from fluxmoe.core.words import line
 from fluxmoe.errors import PluginLoadError
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 
@@ -31,7 +32,9 @@ def check_api(
     where = f"plugin {name}"
     if isinstance(declared, bool) or not isinstance(declared, int) or declared < 1:
         raise PluginLoadError(
-            f"{DECLARATION} is {declared!r}", where=where, fix=f"write {DECLARATION} = {current}"
+            f"{DECLARATION} is {line(declared, repr)}",
+            where=where,
+            fix=f"write {DECLARATION} = {current}",
         )
     if declared > current:
         raise PluginLoadError(

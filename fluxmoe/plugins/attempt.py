@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fluxmoe.core.limits import HardLimitExceeded, Limits, Stopwatch, from_signal
+from fluxmoe.core.words import raised
 from fluxmoe.errors import FluxMoEError, PluginLoadError
 
 T = TypeVar("T")
@@ -41,8 +42,4 @@ def attempt(
     except BaseException as error:
         if from_signal(error):
             raise
-        try:
-            reason = f"{type(error).__name__}: {error}"
-        except Exception:  # it cannot even say what it is
-            reason = type(error).__name__
-        raise PluginLoadError(f"{what}{reason}", where=where, fix=fix) from error
+        raise PluginLoadError(f"{what}{raised(error)}", where=where, fix=fix) from error

@@ -89,7 +89,7 @@ class PagedCPUWorker(CPUWorker):
         if self._paging:
             checks.refuse_unsupported(vllm_config)
         config = _with_budget(config, vllm_config)
-        if vllm_config.load_config.load_format == "auto":
+        if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
         registry = plugins.load(config.plugins)
@@ -108,6 +108,12 @@ class PagedCPUWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
+        load = self.vllm_config.load_config
+        if load.load_format in checkpoint.LOAD_FORMATS:
+            model, revision = self.model_config.model, self.model_config.revision
+            folder = checkpoint.downloaded(model, revision, load.download_dir)
+            if folder != model:  # a name on a hub, which stands for files only now
+                checkpoint.require_readable(folder)
         if not self._paging:
             return
         layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
