@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,14 @@ from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.inventory import Shapes, require_experts
 
 _INDEX = "model.safetensors.index.json"
-_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.*\bweight)")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+#: Keys below which a model of several parts describes the one that has experts, outermost first.
+_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
+#: vLLM's ways to read a checkpoint that take its safetensors wherever there are some.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -49,12 +53,30 @@ def require_readable(model: str) -> None:
     """
     folder = Path(model)
     if folder.is_dir():
-        _config(folder)
-        _weights(folder)
+        config = _config(folder)
+        require_experts(_weights(folder), text_part(config), where=model)
     elif folder.exists():
         raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
     elif not _HUB_NAME.fullmatch(model):
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
+
+
+def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
+    """The folder of the hub's cache that a name stands for, if there is one; else the name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).exists() or not _HUB_NAME.fullmatch(model):
+        return model
+    found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
+    return str(Path(found).parent) if isinstance(found, str) else model
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a ``config.json`` says of the language model, which may be one part among others."""
+    for key in _PARTS:
+        if isinstance(part := config.get(key), Mapping):
+            config = {**config, **part}
+    return config
 
 
 def weight_bytes(model: str) -> int:
@@ -73,7 +95,7 @@ def weight_bytes(model: str) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _config(folder: Path) -> None:
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(
@@ -81,11 +103,13 @@ def _config(folder: Path) -> None:
             where=str(folder),
             fix="name the folder of a checkpoint",
         )
-    if "model_type" not in read_map(path):
+    config = read_map(path)
+    if "model_type" not in config:
         raise CheckpointError("it names no model_type", where=str(path))
+    return config
 
 
-def _weights(folder: Path) -> None:
+def _weights(folder: Path) -> Shapes:
     index = folder / _INDEX
     listed: dict[str, set[str]] = defaultdict(set)
     if index.exists():
@@ -97,24 +121,25 @@ def _weights(folder: Path) -> None:
     else:
         for path in folder.glob("*.safetensors"):
             listed[path.name] = set()
-    found: set[str] = set()
+    found: Shapes = {}
     for name, tensors in sorted(listed.items()):
         there = _tensors(folder / name)
-        if tensors - there:
+        if missing := tensors - there.keys():
             raise CheckpointError(
-                f"it has no {min(tensors - there)}, which {_INDEX} promises",
+                f"it has no {min(missing)}, which {_INDEX} promises",
                 where=str(folder / name),
                 fix="download or copy it again",
             )
         found |= there
-    _experts(folder, found)
+    return found
 
 
-def _tensors(path: Path) -> set[str]:
-    """The names in a safetensors file whose header describes exactly the bytes that are there."""
+def _tensors(path: Path) -> Shapes:
+    """What is in a safetensors file whose header describes exactly the bytes that are there."""
     try:
         with safe_open(path, "numpy") as file:
-            return set(file.keys())
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(
             f"the file is missing, but {_INDEX} names it",
@@ -125,23 +150,6 @@ def _tensors(path: Path) -> set[str]:
         raise CheckpointError(
             f"it is damaged or cut off: {error}", where=str(path), fix="download or copy it again"
         ) from error
-
-
-def _experts(folder: Path, tensors: set[str]) -> None:
-    """Every expert of a layer has what the others have: engines would not miss a single one."""
-    layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for tensor in tensors:
-        if match := _EXPERT.fullmatch(tensor):
-            layers[match[1]][int(match[2])].add(match[3])
-    for layer, experts in sorted(layers.items()):
-        parts = set().union(*experts.values())
-        for expert in range(max(experts) + 1):
-            if missing := parts - experts.get(expert, set()):
-                raise CheckpointError(
-                    f"{layer}.experts.{expert}.{min(missing)} is missing",
-                    where=str(folder),
-                    fix="download or copy it again",
-                )
 
 
 def read_map(path: Path) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from fluxmoe import sizes
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
+from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError, InvariantError
 
 AUTO = "auto"
@@ -31,45 +32,41 @@ def _policy(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
 
 
-def _size(value: object) -> object:
-    if isinstance(value, bool):  # would pass for 1 byte
-        raise PydanticCustomError("byte_size", "a size is needed")
-    return value
+def _size(value: object) -> int:
+    try:
+        return sizes.parse(value)
+    except ValueError as error:
+        raise PydanticCustomError("size", "{said}", {"said": str(error)}) from None
 
 
 def _auto(value: object) -> object:
-    return None if value == AUTO else _size(value)
+    return None if value is None else _budget(value)
+
+
+def _budget(value: object) -> object:
+    # An empty line in YAML is not "auto", which must be asked for.
+    return None if isinstance(value, str) and value == AUTO else _size(value)
 
 
 #: A policy: its name, or a map with ``kind`` and the policy's own options.
 Policy = Annotated[
     dict[str, Any], BeforeValidator(_policy, json_schema_input_type=str | dict[str, Any])
 ]
-#: A size in bytes or as text with a unit.
-Size = Annotated[ByteSize, BeforeValidator(_size, json_schema_input_type=ByteSize)]
-#: The same; None stands for ``auto``.
+_Written = Annotated[str, Field(pattern=sizes.PATTERN)] | Annotated[int, Field(ge=0)]
+#: A size in bytes or as text with a unit; None stands for ``auto``.
 AutoSize = Annotated[
     ByteSize | None,
-    BeforeValidator(_auto, json_schema_input_type=ByteSize | Literal["auto"] | None),
+    BeforeValidator(_auto, json_schema_input_type=_Written | Literal["auto"] | None),
 ]
-
-
-def _budget(value: object) -> object:
-    if value is None:  # an empty line in YAML; "auto" must be asked for
-        raise PydanticCustomError("byte_size", "a size is needed")
-    return _auto(value)
-
-
 #: The same for the budget, which must be given and more than nothing.
 Budget = Annotated[
     Annotated[ByteSize, Field(gt=0)] | None,
-    BeforeValidator(_budget, json_schema_input_type=ByteSize | Literal["auto"]),
+    BeforeValidator(_budget, json_schema_input_type=_Written | Literal["auto"]),
 ]
 
 
 #: What pydantic says in words of Python, in words of YAML.
 _WHAT = {
-    "byte_size": "a size is needed",
     "string_type": "a text is needed",
     "dict_type": "a map is needed",
     "model_type": "a map is needed",
@@ -78,25 +75,20 @@ _WHAT = {
     "list_type": "a list is needed",
 }
 _FIXES = {
-    "byte_size": "write a size as 24GiB, or as a number of bytes",
     "unused": "give all stores but the last a limit",
-    "byte_size_unit": "units are KiB, MiB, GiB, TiB; KB, MB, GB, TB",
+    "size": "",  # it is in what was said
 }
 
 
-_SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[Size, Field(gt=0)])
-
-
-def size(text: str, *, where: str) -> int:
-    """A size given on the command line. Raises ConfigError."""
+def size(text: object, *, where: str) -> int:
+    """A size given on the command line, more than nothing. Raises ConfigError."""
     try:
-        return int(_SIZE.validate_python(text))
-    except ValidationError as error:
-        raise ConfigError(
-            f"{text!r} is no size",
-            where=where,
-            fix=_FIXES.get(error.errors()[0]["type"], _FIXES["byte_size"]),
-        ) from error
+        found = sizes.parse(text)
+    except ValueError as error:
+        raise ConfigError(str(error), where=where) from None
+    if not found:
+        raise ConfigError(f"it must be greater than 0, not {text!r}", where=where)
+    return found
 
 
 class _Model(BaseModel):
@@ -288,7 +280,7 @@ def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
     if data is None:
         raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
     if not isinstance(data, Mapping):
-        raise ConfigError(f"expected a map of settings, not {data!r}", where=where)
+        raise ConfigError(f"expected a map of settings, not {line(data, repr)}", where=where)
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
@@ -308,7 +300,9 @@ def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
             fix = "see `fluxmoe config schema`"
         else:
             what = _WHAT.get(first["type"], first["msg"].replace("Input should", "it must"))
-            what = f"{field}: {what}, not {first['input']!r}"
+            what = f"{field}: {what}"
+            if first["type"] != "size":  # which says what it has found
+                what += f", not {line(first['input'], repr)}"
             fix = _FIXES.get(first["type"], "see `fluxmoe config schema`")
             if field in ("eviction", "prefetch", "arbitration"):
                 fix = "write the name of a policy, or {kind: NAME, option: value}"

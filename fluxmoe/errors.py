@@ -182,7 +182,7 @@ class EngineError(FluxMoEError):
 
 
 class CheckpointError(FluxMoEError):
-    """A model's files are missing, damaged or cut off."""
+    """A model's files are missing, damaged or cut off, or lack experts."""
 
     code = "FM406"
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxmoe.checkpoint import require_readable
+import fluxmoe
+from fluxmoe import config
+from fluxmoe.backends.vllm.server import preflight
+from fluxmoe.checkpoint import downloaded, require_readable
 from fluxmoe.errors import CheckpointError
+from fluxmoe.inventory import require_experts
+from fluxmoe.plan import model as plan
 from fluxmoe.testing import checkpoints
 
+Tensors = dict[str, torch.Tensor]
 Damage = Callable[[Path], object]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -104,6 +113,235 @@ def test_files_in_shards(model: Path) -> None:
     assert "is missing" in refused(model).what  # half of the experts, and nothing says so
 
 
+#: Architecture → where its experts are, how many, and their parts.
+PLACES = {
+    "qwen3-moe": ("mlp.experts", 16, ("down_proj", "gate_proj", "up_proj")),
+    "mixtral": ("block_sparse_moe.experts", 8, ("w1", "w2", "w3")),
+    "deepseek-v2": ("mlp.experts", 16, ("down_proj", "gate_proj", "up_proj")),
+    "glm4-moe": ("mlp.experts", 16, ("down_proj", "gate_proj", "up_proj")),
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("originals")
+    return lambda name: checkpoints.write(folder / name, name)
+
+
+def changed(model: Path, into: Path, change: Callable[[Tensors], object]) -> Path:
+    """A checkpoint whose tensors were changed, and nothing else."""
+    shutil.copytree(model, into)
+    tensors = {
+        name: tensor
+        for path in model.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    for path in into.glob("*.safetensors*"):
+        path.unlink()
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, into / WEIGHTS)
+    return into
+
+
+def without(*patterns: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for name in [n for n in tensors if any(re.search(pattern, n) for pattern in patterns)]:
+            del tensors[name]
+
+    return change
+
+
+@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
+def test_whole_checkpoints(architecture: str, originals: Callable[[str], Path]) -> None:
+    require_readable(str(originals(architecture)))
+
+
+@pytest.mark.parametrize("architecture", PLACES)
+def test_experts_that_config_json_promises(
+    architecture: str, originals: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Layers are numbered from 0; the first one of two of these is dense."""
+    path, count, parts = PLACES[architecture]
+    whole, layer = originals(architecture), rf"model\.layers\.2\.{path}"
+    head = f"model.layers.2.{path}"
+    last = count - 1
+    cases = {
+        "the last expert of a layer": (
+            [rf"{layer}\.{last}\."],
+            f"{head}.{last}.{parts[0]}.weight is",
+        ),
+        "half of a layer": (
+            [rf"{layer}\.([{count // 2}-9]|1\d)\."],
+            f"{head}.{count // 2}.{parts[0]}",
+        ),
+        "the last one of all": (
+            [rf"{path}\.{last}\."],
+            f".{path}.{last}.{parts[0]}.weight is missing",
+        ),
+        "a part of all experts": ([rf"{layer}\.\d+\.{parts[1]}"], f"{head}.0.{parts[1]}.weight is"),
+        "all experts of a layer": ([rf"{layer}\."], f"{head} is missing: the layer has none"),
+        "and its router": ([rf"layers\.2\.{path.split('.')[0]}\."], f"{head} is missing"),
+        "a whole layer": ([r"model\.layers\.2\."], f"{head} is missing"),
+        "all experts": ([rf"{path}\."], "the experts of model.layers."),
+    }
+    for index, (what, (patterns, said)) in enumerate(cases.items()):
+        error = refused(changed(whole, tmp_path / str(index), without(*patterns)))
+        assert said in error.what, what
+
+
+def fused(tensors: Tensors) -> None:
+    """The experts of each layer in two tensors."""
+    names = [name for name in tensors if ".experts." in name]
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name in names:
+        layer, expert, part = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]
+        layers.setdefault(layer, {})[f"{part} {int(expert):03}"] = tensors.pop(name)
+    for layer, of in layers.items():
+        stacked = {
+            part: torch.stack([of[name] for name in sorted(of) if name.startswith(part)])
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        tensors[f"{layer}.gate_up_proj"] = torch.cat([stacked["gate_proj"], stacked["up_proj"]], 1)
+        tensors[f"{layer}.down_proj"] = stacked["down_proj"]
+
+
+def cut(name: str, rows: int) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[name] = torch.cat([tensors[name]] * 2)[:rows]
+
+    return change
+
+
+def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = changed(originals("qwen3-moe"), tmp_path / "fused", fused)
+    require_readable(str(whole))
+    nested = json.loads((whole / "config.json").read_text())
+    nested = {"model_type": "x", "text_config": nested}
+    head = "model.layers.3.mlp.experts"
+    for number, (change, said) in enumerate(
+        (
+            (cut(f"{head}.down_proj", 15), f"{head}.down_proj has 15 experts, config.json says 16"),
+            (cut(f"{head}.gate_up_proj", 17), f"{head}.gate_up_proj has 17 experts, config.json"),
+            (without(rf"{head}\.down_proj"), f"{head}.down_proj is missing"),
+            (without(rf"{head}\."), f"{head} is missing: the layer has none"),
+        )
+    ):
+        broken = changed(whole, tmp_path / str(number), change)
+        assert said in refused(broken).what
+        (broken / "config.json").write_text(json.dumps(nested))
+        assert said in refused(broken).what
+    # As Granite calls them.
+    granite = tmp_path / "granite"
+
+    def renamed(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            to = name.replace("mlp.experts.gate_up_proj", "block_sparse_moe.input_linear.weight")
+            to = to.replace("mlp.experts.down_proj", "block_sparse_moe.output_linear.weight")
+            tensors[to] = tensors.pop(name)
+
+    changed(whole, granite, renamed)
+    require_readable(str(granite))
+    name = "model.layers.1.block_sparse_moe.input_linear"
+    broken = changed(granite, tmp_path / "granite cut", cut(f"{name}.weight", 8))
+    assert refused(broken).what == f"{name} has 8 experts, config.json says 16"
+
+
+def judged(tensors: dict[str, tuple[int, ...]], **config: object) -> str:
+    """What is said of these tensors; nothing if they will do."""
+    try:
+        require_experts(tensors, {"num_hidden_layers": 4, "num_experts": 4, **config}, where="")
+    except CheckpointError as error:
+        return error.what
+    return ""
+
+
+def layer(index: int, *names: str, stack: str = "model.layers") -> dict[str, tuple[int, ...]]:
+    rest = ("self_attn.q_proj.weight", "norm.weight", *names)
+    return {f"{stack}.{index}.{name}": (8, 8) for name in rest}
+
+
+def experts(count: int = 4, at: str = "mlp.experts", end: str = "weight") -> list[str]:
+    return ["mlp.gate.weight", *(f"{at}.{e}.{p}.{end}" for e in range(count) for p in ("w1", "w2"))]
+
+
+MOE = {name: shape for index in range(4) for name, shape in layer(index, *experts()).items()}
+DENSE = layer(0, "mlp.down_proj.weight")
+LATER = {name: shape for name, shape in MOE.items() if "layers.0." not in name}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config"),
+    [
+        (MOE, {}),
+        (MOE | {"model.embed_tokens.weight": (9, 8), "lm_head.weight": (9, 8)}, {}),
+        (LATER | DENSE, {"first_k_dense_replace": 1}),
+        (LATER | layer(0, "feed_forward.w1.weight"), {"num_dense_layers": 1}),
+        # Layers of speculative decoding: beyond the last one, or in a stack of their own.
+        (MOE | layer(4, *experts(3)), {}),
+        (MOE | layer(4, "mlp.down_proj.weight", "eh_proj.weight"), {}),
+        (MOE | layer(0, *experts(2), stack="mtp.layers"), {}),
+        (MOE | layer(0, "fc1.weight", stack="visual.blocks"), {}),
+        # Some numbers say nothing of a layer, or something else of each.
+        (MOE, {"num_experts": [2, 2]}),
+        (LATER | layer(0, *experts(2)), {"num_experts": [2, 4, 4, 4]}),
+        (MOE, {"num_experts": None}),
+        (MOE, {"num_hidden_layers": None}),
+        # Other layers that mix, but with attention or a state in place of experts.
+        (LATER | layer(0, "mixer.in_proj.weight"), {}),
+        # Quantised ones, whose scales not all experts need have.
+        (
+            {n: s for i in range(4) for n, s in layer(i, *experts(end="weight_packed")).items()}
+            | {"model.layers.1.mlp.experts.2.w1.input_scale": ()},
+            {},
+        ),
+        (
+            {n: s for i in range(4) for n, s in layer(i, *experts(end="qweight")).items()}
+            | {f"model.layers.1.mlp.experts.{e}.w1.scales": (2, 2) for e in range(2)},
+            {},
+        ),
+        (LATER | layer(0, *experts(end="qweight")), {}),
+        (
+            {f"model.layers.{i}.mlp.experts.{name}": shape for i in range(4) for name, shape in
+             (("gate_up_proj_blocks", (4, 8, 2, 16)), ("gate_up_proj_scales", (4, 8, 2)),
+              ("gate_up_proj_bias", (4, 8)), ("down_proj", (4, 8, 8)))},
+            {},
+        ),
+        # Whatever is 3-dimensional and no expert.
+        (MOE | {f"model.layers.{i}.linear_attn.conv1d.weight": (32, 1, 4) for i in range(4)}, {}),
+        # A dense model whose config.json speaks of experts, and names that nobody knows.
+        ({n: s for i in range(4) for n, s in layer(i, "mlp.down_proj.weight").items()}, {}),
+        ({n: s for i in range(4) for n, s in layer(i, "ffn.experts.mlp.w1").items()}, {}),
+    ],
+    ids=count(),
+)  # fmt: skip
+def test_what_must_not_be_refused(
+    tensors: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> None:
+    assert judged(tensors, **config) == ""
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "said"),
+    [
+        (MOE, {"num_experts": 5}, "layers.0.mlp.experts.4.w1.weight is missing"),
+        (MOE, {"num_experts": [4, 4, 4, 5]}, "layers.3.mlp.experts.4.w1.weight is missing"),
+        (LATER | layer(0, *experts(3)), {"num_experts": None}, "layers.0.mlp.experts.3.w1.weight"),
+        (LATER | layer(0, *experts(3)), {"num_hidden_layers": None}, "layers.0.mlp.experts.3.w1"),
+        (LATER | layer(0, "mlp.gate.weight"), {}, "layers.0.mlp.experts is missing"),
+        (LATER | layer(0), {"num_experts": None}, "layers.0.mlp.experts is missing"),
+        (MOE | layer(4, *experts()[:-1]), {}, "layers.4.mlp.experts.3.w2.weight is missing"),
+        (MOE | layer(0, *experts()[:-1], stack="mtp"), {}, "mtp.0.mlp.experts.3.w2.weight is"),
+        (LATER | layer(0, *experts(3, end="qweight")), {}, "layers.0.mlp.experts.3.w1."),
+        ({n: (4, 8) for i in range(4) for n in layer(i, "mlp.gate.weight")}, {}, "all of them"),
+    ],
+    ids=count(),
+)
+def test_what_must_be_refused(
+    tensors: dict[str, tuple[int, ...]], config: dict[str, Any], said: str
+) -> None:
+    assert said in judged(tensors, **config)
+
+
 def test_other_formats_are_left_to_the_engine(model: Path) -> None:
     torch.save(load_file(model / WEIGHTS), model / "pytorch_model.bin")
     (model / WEIGHTS).unlink()
@@ -129,3 +367,33 @@ def test_names(model: Path) -> None:
         assert refused(wrong).what == "no such folder"
     require_readable("Qwen/Qwen3-30B-A3B")  # whoever loads it looks on the hub
     require_readable("gpt2")
+
+
+def test_names_that_have_been_downloaded(pristine: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models--some--model"
+    shutil.copytree(pristine, folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    found = downloaded("some/model", cache=str(tmp_path))
+    assert found == str(folder / "snapshots" / "abc")
+    require_readable(found)
+    for name in ("some/other", "./some/model", str(pristine)):
+        assert downloaded(name, cache=str(tmp_path)) == name
+    assert downloaded("some/model", "other", str(tmp_path)) == "some/model"
+
+
+def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """Before an engine starts, whoever starts it, and whatever vLLM reads the files with."""
+    lacking = without(r"layers\.1\.mlp\.experts\.15\.")
+    model = str(changed(originals("qwen3-moe"), tmp_path / "model", lacking))
+    said = r"model\.layers\.1\.mlp\.experts\.15\.down_proj\.weight is missing"
+    with pytest.raises(CheckpointError, match=said):
+        fluxmoe.load(model, "8MiB")
+    for load_format in ("auto", "safetensors", "hf"):
+        settings = {"model": model, "memory": {"budget": "8MiB"}, "vllm": {"uds": "x"}}
+        settings["vllm"]["load-format"] = load_format  # type: ignore[index]
+        with pytest.raises(CheckpointError, match=said):
+            preflight.check(config.parse(settings, where=""), {})
+    with pytest.raises(CheckpointError, match=said):
+        plan.read(model)
+    assert "experts.15" in refused(model).what

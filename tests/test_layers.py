@@ -28,15 +28,18 @@ import fluxmoe
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fluxmoe.__file__).parent
 
+GROUND = {"types", "owner", "words"}
 #: Room of the core → rooms that it may import.
 CORE: dict[str, set[str]] = {
     "types": set(),
-    "compiled": {"types"},
-    "transfer": {"types"},
-    "memory": {"types", "compiled", "transfer"},
-    "policy": {"types", "compiled", "transfer"},
-    "paging": {"types", "compiled", "transfer", "memory", "policy"},
-    "arbitration": {"types", "compiled", "transfer", "memory", "policy", "paging"},
+    "owner": set(),
+    "words": set(),
+    "compiled": GROUND,
+    "transfer": GROUND,
+    "memory": GROUND | {"compiled", "transfer"},
+    "policy": GROUND | {"compiled", "transfer"},
+    "paging": GROUND | {"compiled", "transfer", "memory", "policy"},
+    "arbitration": GROUND | {"compiled", "transfer", "memory", "policy", "paging"},
 }
 #: The same for the whole package: each line may import the lines below it.
 PACKAGES = (
@@ -45,7 +48,8 @@ PACKAGES = (
     ("backends", "sim", "observe"),
     ("plugins", "trace", "cuda"),
     ("policies", "stores", "config", "draw"),
-    ("hookspecs", "checkpoint"),
+    ("hookspecs", "checkpoint", "sizes"),
+    ("inventory",),
     ("core",),
     ("errors",),
 )

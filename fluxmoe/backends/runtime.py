@@ -274,7 +274,12 @@ class Runtime:
         self.arbiter.check()
 
     def close(self) -> None:
-        """Give all memory back. Nothing may read the arenas any more."""
+        """Give all memory back. Nothing may read the arenas any more.
+
+        A forked child gives nothing back: it is its parent's.
+        """
+        if not self.pager.owner.here:
+            return
         with ExitStack() as each:  # goes on if one fails
             each.callback(self.store.close)
             each.callback(self.arbiter.close)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxmoe.checkpoint import Tensor, headers, quantised, read_map, require_readable
+from fluxmoe.checkpoint import Tensor, headers, quantised, read_map, require_readable, text_part
 from fluxmoe.errors import (
     CheckpointError,
     ConfigError,
@@ -21,8 +21,8 @@ from fluxmoe.errors import (
     NoExpertsError,
     UnsupportedError,
 )
+from fluxmoe.inventory import EXPERTS
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 #: ``experts.7.down_proj.weight``, or ``experts.down_proj`` for all experts of a layer.
@@ -126,7 +126,7 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             fix="name a folder with a Hugging Face checkpoint",
         ) from error
     data = config.to_dict()
-    if not _first(data.get("text_config", data), _EXPERTS):
+    if not _first(text_part(data), EXPERTS):
         raise _dense(name, str(config.model_type))
     with torch.device("meta"):
         try:
@@ -148,8 +148,8 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
     architecture = str(config.get("model_type"))
-    text = {**config, **(config.get("text_config") or {})}
-    experts, top_k = _first(text, _EXPERTS), _first(text, _TOP_K)
+    text = text_part(config)
+    experts, top_k = _first(text, EXPERTS), _first(text, _TOP_K)
     if config.get("quantization_config"):
         raise quantised("the checkpoint is quantised", name)
     layers = text.get("num_hidden_layers")

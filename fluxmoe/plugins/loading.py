@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fluxmoe import policies
+from fluxmoe.core.words import line
 from fluxmoe.errors import PluginLoadError
 from fluxmoe.plugins.registry import Plugin, Registry, attempt
 from fluxmoe.stores import codec
@@ -62,14 +63,14 @@ def load(extra: Iterable[str] = ()) -> Registry:
                 f"not in {ALLOW_LIST}",
             )
         except PluginLoadError as error:
-            problem = "; ".join(filter(None, (error.what, error.fix)))
+            problem = line("; ".join(filter(None, (error.what, error.fix))))
             _warn(f"plugin {found.name} {found.version} is broken and left out: {problem}")
             plugin = Plugin(found.name, "installed", found.version, "broken", problem)
         registry.plugins.append(plugin)
     for name in dict.fromkeys(extra):
         module = named(name)
         if not registry.knows(module):  # it may be installed as well
-            registry.add(module, name, version=str(getattr(module, "__version__", "")))
+            registry.add(module, name, version=line(getattr(module, "__version__", "")))
     return registry
 
 

@@ -15,7 +15,8 @@ from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
-from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch, from_signal
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.words import from_signal, line, raised
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,
@@ -97,7 +98,7 @@ class Registration:
     def summary(self) -> str:
         """First line of the factory's docstring."""
         doc: object = self.factory.__doc__
-        return doc.strip().partition("\n")[0] if isinstance(doc, str) else ""
+        return line(doc.strip().partition("\n")[0]) if isinstance(doc, str) else ""
 
     def create(self, options: Mapping[str, Any]) -> Any:
         """A new policy with checked options. Raises PluginLoadError."""
@@ -107,7 +108,7 @@ class Registration:
             for attribute, kind in _DECLARED[self.kind].items():
                 value: object = getattr(policy, attribute)
                 if type(value) is not kind:
-                    raise TypeError(f"{attribute} is {value!r}, not {kind.__name__}")
+                    raise TypeError(f"{attribute} is {line(value, repr)}, not {kind.__name__}")
             return policy
 
         return attempt(
@@ -180,7 +181,7 @@ class Registry:
             self._manager.register(plugin, name)
             self._manager.check_pending()
         except (ValueError, pluggy.PluginValidationError) as error:
-            raise PluginLoadError(str(error), where=where) from error
+            raise PluginLoadError(line(error), where=where) from error
         if not self._manager.get_hookcallers(plugin):
             raise PluginLoadError(
                 "no hook was found",
@@ -201,27 +202,27 @@ class Registry:
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
     ) -> None:
-        if not isinstance(name, str) or not name:
-            raise PluginLoadError(f"{name!r} is not a name", where=f"plugin {plugin}")
+        if type(name) is not str or not name or line(name) != name:
+            raise PluginLoadError(f"{line(name, repr)} is not a name", where=f"plugin {plugin}")
         made = _class_made_by(factory)
         kinds = [kind for kind in _HOOKS[hook] if issubclass(made, _KINDS[kind])]
         if not kinds and hook == "fluxmoe_register_codecs":
             raise PluginLoadError(
-                f"{name!r} is not a codec class: {factory!r}",
+                f"{name!r} is not a codec class: {line(factory, repr)}",
                 where=f"plugin {plugin}",
                 fix="derive it from fluxmoe.Codec; a function that makes codecs must say so in its "
                 "return annotation",
             )
         if not kinds:
             raise PluginLoadError(
-                f"{name!r} is not a policy class: {factory!r}",
+                f"{name!r} is not a policy class: {line(factory, repr)}",
                 where=f"plugin {plugin}",
                 fix="derive it from fluxmoe.EvictionPolicy, PrefetchPolicy or ArbitrationPolicy; "
                 "a function that makes policies must say which kind in its return annotation",
             )
         if isinstance(factory, type) and kinds[0] == "eviction" and not _decides(factory):
             raise PluginLoadError(
-                f"eviction policy {name!r} decides nothing: {factory!r}",
+                f"eviction policy {name!r} decides nothing: {line(factory, repr)}",
                 where=f"plugin {plugin}",
                 fix="define score(self, view, pages), score_kernel or select",
             )
@@ -277,7 +278,12 @@ class Registry:
                 first = error.errors()[0]
                 field = "".join(f"{part}: " for part in first["loc"])
                 raise ConfigError(
-                    f"{field}{first['msg']}, not {first['input']!r}", where=f"{kind} {name!r}"
+                    line(f"{field}{first['msg']}, not {line(first['input'], repr)}"),
+                    where=f"{kind} {name!r}",
+                ) from error
+            except Exception as error:  # of a validator, which may raise anything
+                raise ConfigError(
+                    f"its options cannot be checked: {raised(error)}", where=f"{kind} {name!r}"
                 ) from error
             options = checked.model_dump()
         elif options:
@@ -364,11 +370,7 @@ def attempt(
     except BaseException as error:
         if from_signal(error):
             raise
-        try:
-            reason = f"{type(error).__name__}: {error}"
-        except Exception:  # it cannot even say what it is
-            reason = type(error).__name__
-        raise PluginLoadError(f"{what}{reason}", where=where, fix=fix) from error
+        raise PluginLoadError(f"{what}{raised(error)}", where=where, fix=fix) from error
 
 
 def check_api(
@@ -388,7 +390,9 @@ def check_api(
     where = f"plugin {name}"
     if isinstance(declared, bool) or not isinstance(declared, int) or declared < 1:
         raise PluginLoadError(
-            f"{DECLARATION} is {declared!r}", where=where, fix=f"write {DECLARATION} = {current}"
+            f"{DECLARATION} is {line(declared, repr)}",
+            where=where,
+            fix=f"write {DECLARATION} = {current}",
         )
     if declared > current:
         raise PluginLoadError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
-
+from fluxmoe import sizes
+from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError
 from fluxmoe.trace import TraceMeta
 
-_SIZE: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
+_PAGES = re.compile(r"[0-9]{1,18}")
+_SHARE = re.compile(r"([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*%")
 
 
 def pages_of(capacity: int | str, meta: TraceMeta) -> int:
@@ -23,19 +25,19 @@ def pages_of(capacity: int | str, meta: TraceMeta) -> int:
     Raises:
         ConfigError: It is none of these, or bytes for a trace that does not know its page size.
     """
-    text = str(capacity).strip()
-    if text.isdecimal():
+    text = line(capacity).strip()
+    if _PAGES.fullmatch(text):
         return int(text)
+    if share := _SHARE.fullmatch(text):
+        # A fraction, because 29 % of 100 pages in floating point is 28.
+        return int(Fraction(share[1]) / 100 * meta.geometry.num_pages)
     try:
-        if text.endswith("%"):
-            # A fraction, because 29 % of 100 pages in floating point is 28.
-            return int(_share(text[:-1]) * meta.geometry.num_pages)
         if not text[-1:].isalpha():
             raise ValueError("neither whole pages nor a size with a unit")
-        size = _SIZE.validate_python(text)
-    except (ValueError, ZeroDivisionError, ValidationError) as error:
+        size = sizes.parse(text)
+    except ValueError as error:
         raise ConfigError(
-            f"{text!r} is no capacity",
+            f"{line(text, repr, limit=80)} is no capacity",
             where="--capacity",
             fix="write pages (96), a share of all pages (25%) or bytes (2GiB)",
         ) from error
@@ -45,11 +47,4 @@ def pages_of(capacity: int | str, meta: TraceMeta) -> int:
             where="--capacity",
             fix="write pages (96) or a share of all pages (25%)",
         )
-    return int(size) // meta.page_bytes
-
-
-def _share(percent: str) -> Fraction:
-    share = Fraction(percent) / 100
-    if share < 0:
-        raise ValueError("a share is not negative")
-    return share
+    return size // meta.page_bytes

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from fluxmoe.core.types import Bytes
+from fluxmoe.core.words import line
 from fluxmoe.errors import CodecError, StoreError
 from fluxmoe.stores.codec.base import Codec
 
@@ -50,9 +51,11 @@ class Coder:
                 raise CodecError("what was decoded is not what was encoded")
         except Exception as error:
             if self._strict:
-                raise CodecError(f"codec {self.name!r} failed: {error!r}") from error
+                raise CodecError(f"codec {self.name!r} failed: {line(error, repr)}") from error
             if not self.faults:
-                logger.warning("codec %r failed, pages stay as they are: %r", self.name, error)
+                logger.warning(
+                    "codec %r failed, pages stay as they are: %s", self.name, line(error, repr)
+                )
             self.faults += 1
             return raw
         return coded
@@ -71,4 +74,4 @@ class Coder:
         except StoreError:
             raise
         except Exception as error:
-            raise CodecError(f"codec {self.name!r} failed: {error!r}") from error
+            raise CodecError(f"codec {self.name!r} failed: {line(error, repr)}") from error

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import PageFileError
 from fluxmoe.stores.codec import kernel
@@ -69,7 +70,7 @@ class PageFileWriter:
     """
 
     def __init__(self, path: Path, about: dict[str, Any], pages: int, parts: int) -> None:
-        self._path, self._about = path, about
+        self._path, self._about, self._owner = path, about, Owner()
         self._index: Index = np.zeros((pages, parts, 4), np.uint64)
         self._end = SECTOR
         self._part_name = ""
@@ -108,7 +109,7 @@ class PageFileWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind. Idempotent, and nothing after ``finish``."""
-        if self._part_name:
+        if self._part_name and self._owner.here:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             with contextlib.suppress(OSError):

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Ints, Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
@@ -82,7 +83,7 @@ class Recorder:
         self.steps, self.first_request, self._layer = 0, 0, meta.num_layers
         self._rows: StepRows | None = None
         self._noted: _Noted = (None, None)
-        self._closed = False
+        self._closed, self._owner = False, Owner()
         self._error: BaseException | None = None
         self._free: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
@@ -182,8 +183,8 @@ class Recorder:
         return self._chunk
 
     def _stop(self) -> bool:
-        """End the thread; whether it was running."""
-        if self._closed:
+        """End the thread; whether it was running. In a forked process there is none."""
+        if self._closed or not self._owner.here:
             return False
         self._closed = True
         self._full.put(self._chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bools, Ints, Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.trace.format import GROUP_ROWS, KEY, OPTIONAL, SCHEMA, Array, StepRows, TraceMeta
@@ -33,8 +35,24 @@ class Header(NamedTuple):
     predicted: Array | None = None
 
 
+class _OwnFile(io.FileIO):
+    """A file that no forked process writes to: there, too, pyarrow ends a file that it collects."""
+
+    def __init__(self, path: Path) -> None:
+        self._owner = Owner()
+        super().__init__(path, "wb")
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        nbytes = len(left)
+        while left and self._owner.here:
+            left = left[super().write(left) :]
+        return nbytes
+
+
 class TraceWriter:
     """Writes a trace event by event. The file appears under its name only when it is complete.
+    In a forked process nothing is written, and closing does nothing.
 
     Use it as a context manager: an exception inside leaves no file behind. ``append`` fits
     ``ExpertPager.watcher``.
@@ -72,11 +90,12 @@ class TraceWriter:
         self._schema = SCHEMA
         for name in self._columns:
             self._schema = self._schema.append(pa.field(name, OPTIONAL[name]))
-        self._group_rows = group_rows
+        self._group_rows, self._owner = group_rows, Owner()
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
+            self._out = _OwnFile(self._temporary)
             self._file = pq.ParquetWriter(
-                self._temporary, self._schema.with_metadata({KEY: meta.dump()}), compression="zstd"
+                self._out, self._schema.with_metadata({KEY: meta.dump()}), compression="zstd"
             )
         except OSError as error:
             raise self._unwritable(error) from error
@@ -142,6 +161,7 @@ class TraceWriter:
         Raises:
             TraceError: See ``append``.
         """
+        self._owner.require()
         self._headers += headers
         self._ids.append(ids)
         self._rows += len(ids)
@@ -154,12 +174,15 @@ class TraceWriter:
         Raises:
             TraceError: No event was appended, or the disk is full; no file is made.
         """
+        if not self._owner.here:
+            return
         try:
             self._flush()
             if self._last == (-1, -1):
                 raise TraceError("the trace has no events", where=str(self.path))
             try:
                 self._file.close()
+                self._out.close()
                 os.replace(self._temporary, self.path)
             except OSError as error:
                 raise self._unwritable(error) from error
@@ -169,12 +192,15 @@ class TraceWriter:
 
     def discard(self) -> None:
         """Give up: leave no file behind."""
+        if not self._owner.here:
+            return
         try:
             self._file.close()
         except OSError:
             pass  # a full disk; the file goes anyway
         finally:
             self._temporary.unlink(missing_ok=True)
+            self._out.close()
 
     def __enter__(self) -> TraceWriter:
         return self

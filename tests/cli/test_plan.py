@@ -202,8 +202,17 @@ def test_what_is_refused(large, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     fails("plan", empty, *enough, code="FM406", message="no config.json")
-    fails("plan", large, "--memory", "much", code="FM101", message="no size; --memory; write")
-    fails("plan", large, "--memory", "-1", code="FM101", message="no size; --memory")
+    fails(
+        "plan",
+        large,
+        "--memory",
+        "much",
+        code="FM101",
+        message="not a valid size: 'much' .*24GiB.*; --memory",
+    )
+    fails(
+        "plan", large, "--memory", "-1", code="FM101", message="not a valid size: '-1' .*; --memory"
+    )
     fails("plan", large, "--memory", "1GiB", code="FM102", message="need .*--memory; give")
     fails("plan", large, *enough, "--hardware", "abacus", code="FM101", message="abacus.*h100")
     fails("plan", large, *enough, "--context", 10**6, code="FM101", message="--context")

@@ -66,7 +66,7 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
         ({"kv": {"max": 1}}, "kv.max; give"),
         ({"budget": 2 * budget}, "budget; give"),
         ({"experts": {"min": budget}, "kv": {"min": budget}}, "more than the budget"),
-        ({"kv": {"max": "much"}}, "a size is needed"),
+        ({"kv": {"max": "much"}}, "not a valid size"),
         ({"kvs": 1}, "unknown key"),
     ):
         assert message in limit(eager, **wrong)["error"]["message"]
@@ -130,7 +130,7 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "1B")
     assert code == 2 and "kv.max; give" in err
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "much")
-    assert code == 2 and "kv.max: a size is needed" in err
+    assert code == 2 and "kv.max: not a valid size" in err
     assert fluxmoe("limit", server.url, "--reset")[0] == 0
     assert "limits: none" in fluxmoe("limit", server.url)[1]
 

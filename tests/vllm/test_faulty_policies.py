@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fluxmoe.backends.vllm.child.child import ChildEngine
+from fluxmoe.backends.vllm.metrics import DECISION
+from fluxmoe.core.words import LIMIT
 from tests.vllm.conftest import EAGER, Outputs, config, outputs, prompts
+from tests.vllm.test_server_pair import start
 
 pytestmark = pytest.mark.vllm
 
+MUMBLES = str(Path(__file__).with_name("mumbles.py"))
 PLUGIN = str(Path(__file__).parents[1] / "plugins" / "faulty.py")
 
 
@@ -32,3 +38,30 @@ def test_many_faults_in_all_policies_change_no_token(
     assert run.stats["policy_faults"] > 100
     assert run.stats["misses"] > 0
     assert eager.call("arbitration")["faults"] > 10
+
+
+@pytest.mark.slow
+def test_a_reason_that_nothing_can_print_holds_up_no_request(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """It goes from the scheduler's process to the server's: what cannot be encoded stops all."""
+
+    def mumbling(settings: dict[str, Any]) -> None:
+        settings |= {"arbitration": "mumbles", "plugins": [MUMBLES]}
+        settings["vllm"]["max-num-seqs"] = 8
+
+    server = start(tmp_path / "server", checkpoint, change=mumbling)
+    try:
+        server.wait()
+        requests = prompts(8, tokens=60)
+        for _ in range(3):
+            with ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(server.complete, requests))
+            assert [len(tokens) for tokens in answers] == [p.max_tokens for p in requests]
+        reasons = [series[-1] for series in server.metrics() if series[0] == DECISION]
+        assert reasons
+        for reason in reasons:
+            assert reason.startswith("step ") and " \\ud800\\x00\\x1b[2Jxxx" in reason
+            assert len(reason) == LIMIT and reason.isprintable()
+    finally:
+        server.end()

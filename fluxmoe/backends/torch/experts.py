@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from transformers.integrations.moe import (
 from fluxmoe.backends import op
 from fluxmoe.backends.torch.layout import Weights, weights_of
 from fluxmoe.backends.torch.shield import Uncopyable
+from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.errors import UnsupportedError
 
 NAME = "fluxmoe"
@@ -70,6 +72,7 @@ class Binding(Uncopyable):
         twin: The module as the computing implementation sees it.
         compute: That implementation, by slot; None for ``eager``.
         original: The module's own parameters; of a loaded model they are on the meta device.
+        turn: Keeps out what would change the arenas from ``acquire`` to the kernel's end.
         lease: Keeps the arenas alive.
         note: Shows a recorder more than the expert ids, where it wants more.
     """
@@ -79,6 +82,7 @@ class Binding(Uncopyable):
     twin: torch.nn.Module
     compute: Compute | None
     original: Weights
+    turn: Turn
     lease: Lease
     note: Note | None = None
 
@@ -100,6 +104,7 @@ def bind(
     implementation: str,
     arenas: Arenas,
     table: torch.Tensor,
+    turn: Turn,
     lease: Lease,
 ) -> None:
     """Take the experts out of a module and let it compute on arenas.
@@ -111,6 +116,7 @@ def bind(
         implementation: Who computes, one of ``IMPLEMENTATIONS``.
         arenas: Part → ``[slots, …]`` of the layer's bank.
         table: The layer's expert table, ``[experts]`` → slot.
+        turn: Of the model.
         lease: Keeps the arenas alive.
     """
     original = weights_of(module)
@@ -119,7 +125,8 @@ def bind(
     if implementation == EAGER:
         for part, arena in arenas.items():
             setattr(twin, part, ByExpert(arena, table))
-    module._fluxmoe = Binding(handle, layer, twin, BY_SLOT.get(implementation), original, lease)
+    compute = BY_SLOT.get(implementation)
+    module._fluxmoe = Binding(handle, layer, twin, compute, original, turn, lease)
     resize(module, arenas)
     for part, weight in original.items():
         module._parameters[part] = absent(weight)
@@ -177,11 +184,27 @@ def forward(
         raise UnsupportedError(
             "a paged model computes no gradients", fix="call it under torch.no_grad()"
         )
+    if torch.compiler.is_compiling():  # a lock would break the graph
+        return _event(self, binding, hidden_states, top_k_index, top_k_weights)
+    event = partial(_event, self, binding, hidden_states, top_k_index, top_k_weights)
+    return binding.turn.alone(event)
+
+
+def _event(
+    module: torch.nn.Module,
+    binding: Binding,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    if getattr(module, "_fluxmoe", None) is not binding:
+        # Closed while this thread waited: its number may be another pager's by now.
+        return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
     if binding.note is not None:
         top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
     slots = op.acquire(top_k_index, binding.handle, binding.layer)
     if binding.compute is None:
-        stock: Compute = type(self).forward.__wrapped__
+        stock: Compute = type(module).forward.__wrapped__
         return stock(binding.twin, hidden_states, top_k_index, top_k_weights)
     slots = slots.to(top_k_index.dtype)
     return binding.compute(binding.twin, hidden_states, slots, top_k_weights)

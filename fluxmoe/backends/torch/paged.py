@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from types import TracebackType
 
@@ -156,7 +157,7 @@ class PagedModel:
         table = torch.from_numpy(runtime.pager.table.expert_table)
         for index, layer in enumerate(layers):
             experts.bind(
-                layer, handle, index, implementation, self._arenas(index), table[index], lease
+                layer, handle, index, implementation, self._arenas(index), table[index], turn, lease
             )
         self._shield = Shield(model, layers, experts.NAME)
         turn.watch(model.base_model)
@@ -212,8 +213,7 @@ class PagedModel:
             TraceError: The file cannot be written, or nothing was recorded.
             UnsupportedError: ``predict``, and the model's routers were not found.
         """
-        pager = self._open().pager
-        if pager.watcher is not None:
+        if self._open().pager.watcher is not None:
             raise ConfigError("a recording is under way", where=str(path), fix="end it first")
         columns = {"weights": weights, "predicted": predict}
         notes = recording.notes(
@@ -229,15 +229,18 @@ class PagedModel:
             rows=self._turn.rows,
         ) as recorder:
             try:
-                op.record(self._handle, recorder)
-                for layer, note in zip(self._layers, notes, strict=True):
-                    experts.set_note(layer, note)
+                self._turn.alone(partial(self._show, recorder, notes))
                 yield recorder
             finally:
-                if not self.closed:
-                    op.record(self._handle, None)
-                    for layer in self._layers:
-                        experts.set_note(layer, None)
+                if self._turn.here:
+                    self._turn.alone(partial(self._show, None, [None] * len(notes)))
+
+    def _show(self, recorder: Recorder | None, notes: Sequence[experts.Note | None]) -> None:
+        if self.closed:
+            return
+        op.record(self._handle, recorder)
+        for layer, note in zip(self._layers, notes, strict=True):
+            experts.set_note(layer, note)
 
     def resize(self, memory: int | str) -> None:
         """Give the expert pages more or less memory, between forward passes.
@@ -257,17 +260,19 @@ class PagedModel:
 
     def _resize(self, memory: int | str, where: str, *, at_least: bool = False) -> None:
         budget = settings(where, memory).memory.size
-        with self._turn:
-            runtime = self._open()
-            room = Room(runtime.geometry, runtime.page_class)
-            if at_least:
-                budget = max(budget, room.least * runtime.pager.table.num_banks)
-            budget = room.within(budget, where)
-            if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
-                return
-            runtime.resize(budget)
-            for index, layer in enumerate(self._layers):
-                experts.resize(layer, self._arenas(index))
+        self._turn.alone(partial(self._give, budget, where, at_least))
+
+    def _give(self, budget: int, where: str, at_least: bool) -> None:
+        runtime = self._open()
+        room = Room(runtime.geometry, runtime.page_class)
+        if at_least:
+            budget = max(budget, room.least * runtime.pager.table.num_banks)
+        budget = room.within(budget, where)
+        if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
+            return
+        runtime.resize(budget)
+        for index, layer in enumerate(self._layers):
+            experts.resize(layer, self._arenas(index))
 
     def follow(self, room: Callable[[], int | str] | None) -> None:
         """Ask before each forward pass how much room the expert pages may have, and ``resize``.
@@ -299,33 +304,34 @@ class PagedModel:
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies as new."""
-        with self._turn:
-            self._open().pager.reset()
+        self._turn.alone(lambda: self._open().pager.reset())
 
     def check(self) -> None:
         """Raise InvariantError unless all books agree."""
-        with self._turn:
-            self._open().check()
+        self._turn.alone(lambda: self._open().check())
 
     def close(self) -> None:
         """Give the memory back, and put the model back exactly as it was. Idempotent.
 
         A model from ``fluxmoe.load`` has nothing to be put back: from now on it has no experts,
-        and using it is an error.
+        and using it is an error. In a forked process nothing happens: all is the parent's.
         """
-        with self._turn:
-            if self.closed:
-                return
-            self._turn.remove()
-            self._shield.remove()
+        if self._turn.here:
+            self._turn.alone(self._close)
+
+    def _close(self) -> None:
+        if self.closed:
+            return
+        self._turn.leave(self.model.base_model)
+        self._shield.remove()
+        for layer in self._layers:
+            experts.release(layer)
+        if self._previous is not None:
+            self.model.set_experts_implementation(self._previous)
+        else:
             for layer in self._layers:
-                experts.release(layer)
-            if self._previous is not None:
-                self.model.set_experts_implementation(self._previous)
-            else:
-                for layer in self._layers:
-                    layer.register_forward_pre_hook(gone)
-            self._release()
+                layer.register_forward_pre_hook(gone)
+        self._release()
 
     def __enter__(self) -> PagedModel:
         return self
@@ -339,6 +345,7 @@ class PagedModel:
         self.close()
 
     def _open(self) -> Runtime:
+        self._runtime.pager.owner.require()
         if self.closed:
             raise ConfigError("the model is not paged any more: its handle was closed")
         return self._runtime

@@ -1,38 +1,79 @@
-"""Whose turn it is: one forward pass at a time, and what it does.
+"""Turns: one forward pass at a time, and what it does.
 
 Between a layer's ``acquire`` and the end of its kernel the arenas must not change. Threads that
-share a paged model therefore take turns, a forward pass each; so do calls of the handle.
-A compiled model runs no hooks, so its threads are not kept apart.
+share a paged model therefore take turns. A forward pass is a turn, so that the steps of a trace are
+passes. Within it, or outside where a layer is called by itself, each layer and each call of the
+handle is a turn in which its thread, too, may do nothing else with the model. A compiled model
+takes no turns, so its threads are not kept apart.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fluxmoe.backends.torch.shield import Uncopyable
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Phase
+from fluxmoe.errors import UnsupportedError
 from fluxmoe.trace import StepRows
+
+T = TypeVar("T")
 
 
 class Turn(Uncopyable):
-    """A lock that the model's forward pass holds. Use it as a context manager elsewhere."""
+    """A re-entrant lock for passes, and what may run within them ``alone``."""
 
     def __init__(self) -> None:
-        self._free, self._owner = threading.Lock(), 0
+        self._lock, self._owner = threading.RLock(), Owner()
+        self._alone = 0  # the thread that is
         self._phase = Phase.DECODE
         self._shape: tuple[int, int] | None = None
-        self._hooks: list[Any] = []
+
+    @property
+    def here(self) -> bool:
+        """Whether this is the process that pages, not one forked from it."""
+        return self._owner.here
+
+    def lock(self) -> AbstractContextManager[object]:
+        """The lock, for a ``with`` statement: entering one in C, Ctrl-C cannot lose it.
+
+        Raises:
+            UnsupportedError: In a forked process, where it may be held for ever; or this thread
+                has it ``alone``.
+        """
+        self._owner.require()
+        if self._alone == threading.get_ident():
+            raise UnsupportedError(
+                "the model's pages are in use: until a layer's experts are computed, or a call of "
+                "the handle has ended, the model can neither be called nor resized, reset, "
+                "checked, recorded or closed",
+                fix="do it before or after that, not in a policy or a hook inside the experts",
+            )
+        return self._lock
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """Do what uses or moves pages, while nothing else does."""
+        with self.lock():
+            try:
+                self._alone = threading.get_ident()
+                return work()
+            finally:
+                self._alone = 0
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Let the model's forward passes take their turn."""
-        self._hooks = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
+        """Let the model's forward passes take their turn.
+
+        The method is wrapped: hooks would not be called at the end of a pass that Ctrl-C ended.
+        """
+        before = model.forward
+        model.forward = functools.update_wrapper(functools.partial(self._run, before), before)
 
     def phase(self) -> Phase:
         """What the running pass does, seen from the length of its input; compiled: decode."""
@@ -46,33 +87,33 @@ class Turn(Uncopyable):
         request = np.repeat(np.arange(shape[0], dtype=np.int32), shape[1])
         return StepRows(request, np.full(tokens, self._phase, np.int8))
 
-    def remove(self) -> None:
-        """Leave the model alone from now on. Idempotent."""
-        for hook in self._hooks:
-            hook.remove()
+    def leave(self, model: torch.nn.Module) -> None:
+        """Leave the model alone from now on. Idempotent.
 
-    def __enter__(self) -> None:
-        # A pass that was ended by KeyboardInterrupt has never called its last hook: whoever
-        # asks for the turn that is his goes on with it.
-        if self._owner != threading.get_ident():
-            self._free.acquire()
-            self._owner = threading.get_ident()
+        A method that has been wrapped again meanwhile stays as it is, and goes on to take turns.
+        """
+        wrapped = vars(model).get("forward")
+        if isinstance(wrapped, functools.partial) and wrapped.func == self._run:
+            del model.forward
+            if model.forward != wrapped.args[0]:  # another wrapper, not the method of the class
+                model.forward = wrapped.args[0]
 
-    def __exit__(self, *_: object) -> None:
-        if self._owner == threading.get_ident():
-            self._owner = 0
-            self._free.release()
-
-    def _begin(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return
-        self.__enter__()
-        for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-            if value is not None:
-                self._shape = (value.shape[0], value.shape[1])
-                self._phase = Phase.PREFILL if value.shape[1] > 1 else Phase.DECODE
-                return
+            return forward(*args, **kwargs)
+        with self.lock():
+            outer = self._phase, self._shape
+            try:
+                self._phase, self._shape = _seen(args, kwargs)
+                return forward(*args, **kwargs)
+            finally:
+                self._phase, self._shape = outer
 
-    def _end(self, *_: object) -> None:
-        if not torch.compiler.is_compiling():
-            self.__exit__()
+
+def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Phase, tuple[int, int] | None]:
+    """What a pass with these arguments does, and its rows and their length."""
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if value is not None:
+            rows, length = value.shape[:2]
+            return (Phase.PREFILL if length > 1 else Phase.DECODE), (rows, length)
+    return Phase.DECODE, None

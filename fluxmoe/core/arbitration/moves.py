@@ -26,6 +26,7 @@ from enum import Enum
 from fluxmoe.core.arbitration.messages import Action, Answer, FreeKV, Order, SetSlots, TakeKV
 from fluxmoe.core.memory.worker import MemoryArbiter
 from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.words import raised
 from fluxmoe.errors import InvariantError
 
 
@@ -194,7 +195,7 @@ class Follower:
             try:
                 self._execute(order.action)
             except Exception as error:  # whatever it is, the engine must go on serving
-                problem = f"{type(error).__name__}: {error}"
+                problem = raised(error)
             self._last = Answer(self._rank, order.number, problem, self._clock() - started)
         return self._last
 

@@ -5,6 +5,9 @@ Committing maps a run of frames with ``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: 
 because first-touch faults on the engine's hot path cost twice as much. An uncommitted
 address reads as NaN from a read-only poison page, so a bookkeeping error shows up in the output
 instead of passing for a weight of zero; ``debug=True`` makes it a segmentation fault instead.
+
+A forked child shares the file: it can map no frame, and what it releases keeps its bytes. Its own
+mappings are its own affair.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.substrate import runs
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Int64s
 from fluxmoe.errors import SubstrateError
 
@@ -88,7 +92,7 @@ class CpuSubstrate:
                 where="frame_bytes",
             )
         self.count, self.frame_bytes = count, frame_bytes
-        self._debug = debug
+        self._debug, self._owner = debug, Owner()
         self._huge = frame_bytes >= _HUGE_PAGE and huge_pages()
         self._ranges: dict[int, int] = {}
         self._fd = self._poison = -1
@@ -105,6 +109,7 @@ class CpuSubstrate:
             ) from error
 
     def reserve(self, nbytes: int) -> int:
+        self._owner.require()
         address = self._map(
             0, nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0
         )
@@ -122,6 +127,7 @@ class CpuSubstrate:
         _libc.munmap(address, nbytes)
 
     def commit(self, address: int, frames: Int64s) -> None:
+        self._owner.require()
         done = 0
         for first, count in runs(frames):
             try:
@@ -152,6 +158,8 @@ class CpuSubstrate:
             self._forbid(address, count * self.frame_bytes)
 
     def release(self, frames: Int64s) -> None:
+        if not self._owner.here:
+            return
         for first, count in runs(np.sort(frames)):
             offset, nbytes = first * self.frame_bytes, count * self.frame_bytes
             if _libc.fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, nbytes):

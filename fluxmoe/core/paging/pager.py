@@ -12,6 +12,7 @@ from contextlib import suppress
 import numpy as np
 
 from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.paging.books import LOADED, PAGES
 from fluxmoe.core.paging.event import Slots
 from fluxmoe.core.paging.measures import MissRatioCurve
@@ -47,6 +48,8 @@ class ExpertPager:
         self._books = rule.table.books
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
+        #: The process whose memory it fills. In any other one pages do not move.
+        self.owner = Owner()
         self.watcher: EventWatcher | None = None
         #: Estimates what other sizes would miss, where the split may change.
         self.curve: MissRatioCurve | None = None
@@ -73,7 +76,9 @@ class ExpertPager:
         Raises:
             StoreError: A page could not be read. It is not resident; the books are right.
             PolicyFaultError: A policy failed and is strict. The same holds.
+            UnsupportedError: This process was forked from the pager's.
         """
+        self.owner.require()
         if layer <= self._layer:
             self._step += 1
             self.table.phase = self._phase()
@@ -130,6 +135,7 @@ class ExpertPager:
             OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are as before,
                 unless the system refuses that as well: then as many as have memory.
         """
+        self.owner.require()
         self.table.require(slots)
         before = self.table.slots[bank]
         if slots >= before:
@@ -154,6 +160,7 @@ class ExpertPager:
 
     def reset(self) -> None:
         """Forget all residency and counters, as after warm-up."""
+        self.owner.require()
         self._transfer.reset()
         self._rule.reset()
         if self.curve is not None:

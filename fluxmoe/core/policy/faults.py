@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch, from_signal
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.words import LIMIT, from_signal, line, raised
 from fluxmoe.errors import PolicyFaultError
 
 logger = logging.getLogger("fluxmoe")
@@ -87,7 +88,9 @@ class FaultCounter:
 
     def note(self, method: str, problem: BaseException | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        what = f"{self.kind} policy {self.name!r}: {method} {_describe(problem)}"
+        # Here whatever a policy has said or raised becomes words of ours.
+        said = f"raised {raised(problem)}" if isinstance(problem, BaseException) else problem
+        what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
         if self.strict:
             cause = problem if isinstance(problem, BaseException) else None
             raise PolicyFaultError(
@@ -101,20 +104,6 @@ class FaultCounter:
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
-
-
-def _describe(problem: BaseException | str) -> str:
-    if isinstance(problem, BaseException):
-        return f"raised {type(problem).__name__}: {told(str, problem)}"
-    return problem
-
-
-def told(how: Callable[[object], str], value: object) -> str:
-    """``str`` or ``repr`` of what a policy made, which may fail at that, too."""
-    try:
-        return how(value)
-    except Exception:
-        return f"a {type(value).__name__} that cannot be printed"
 
 
 class PolicyGuard:

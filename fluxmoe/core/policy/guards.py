@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fluxmoe.core.compiled.lowest import lowest
 from fluxmoe.core.compiled.score_kernel import Kernel, Rows, compile_kernel
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
-from fluxmoe.core.policy.faults import NO_ANSWER, FaultCounter, PolicyGuard, told
+from fluxmoe.core.policy.faults import NO_ANSWER, FaultCounter, PolicyGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.policy.watchdog import (
     DEFAULT_LIMITS,
@@ -26,6 +26,7 @@ from fluxmoe.core.policy.watchdog import (
     Stopwatch,
 )
 from fluxmoe.core.types import Access, Int64s
+from fluxmoe.core.words import line
 from fluxmoe.errors import PolicyFaultError
 
 
@@ -215,7 +216,7 @@ class PrefetchGuard(PolicyGuard):
 
 def _shape(array: npt.NDArray[Any]) -> str:
     if array.ndim == 0 and array.dtype == object:
-        return told(repr, array.item())
+        return line(array.item(), repr)
     return f"{array.dtype} of shape {array.shape}"
 
 
@@ -248,7 +249,8 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) ->
         ) from None
     except (Exception, SystemExit) as error:
         raise PolicyFaultError(
-            f"eviction policy {name!r}: numba cannot compile score_kernel: {error}",
+            f"eviction policy {name!r}: numba cannot compile score_kernel: "
+            f"{line(error, limit=2000)}",
             fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "
             "or leave score_kernel out and define score",
         ) from error
@@ -275,7 +277,7 @@ class ArbitrationGuard(PolicyGuard):
         steps: object = getattr(self._policy, attribute)
         if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
             return steps
-        self._faults.note(attribute, f"is {steps!r}, not a number of steps")
+        self._faults.note(attribute, f"is {line(steps, repr)}, not a number of steps")
         return 1
 
     def split(self, view: ArbitrationView) -> Split:
@@ -283,30 +285,31 @@ class ArbitrationGuard(PolicyGuard):
         answer = self._faults.answer("split", self._policy.split, view)
         if answer is None:
             return Split(view.frames)
-        if type(answer) is Split and answer.frames is view.frames and type(answer.reason) is str:
-            return answer  # as in most steps
-        problem = _problem(answer, view)
+        reason: object = getattr(answer, "reason", None)
+        if type(answer) is Split and answer.frames is view.frames and type(reason) is str:
+            return Split(view.frames, line(reason))  # as in most steps
+        problem = _problem(answer, reason, view)
         if problem:
             self._faults.note("split", f"gave {problem}")
             return Split(view.frames)
         assert isinstance(answer, Split)
-        return Split({name: int(count) for name, count in answer.frames.items()}, answer.reason)
+        # It ends in the log, in a message between processes and in a label of a metric.
+        return Split({name: int(count) for name, count in answer.frames.items()}, line(reason))
 
 
-def _problem(answer: object, view: ArbitrationView) -> str:
+def _problem(answer: object, reason: object, view: ArbitrationView) -> str:
     """What is wrong with an answer; nothing if it can be used."""
     frames: object = getattr(answer, "frames", None)
     if not isinstance(answer, Split) or not isinstance(frames, Mapping):
-        return f"{answer!r}, not a Split"
+        return f"{line(answer, repr)}, not a Split"
     if set(frames) != set(view.frames):
-        return f"frames for {sorted(map(str, frames))}, not for {sorted(view.frames)}"
+        return f"frames for {line(sorted(map(line, frames)))}, not for {sorted(view.frames)}"
     for name, count in frames.items():
         if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
-            return f"{count!r} frames for {name}"
+            return f"{line(count, repr)} frames for {name}"
     # The present split is always an answer, even if the limit has just been lowered.
     if sum(frames.values()) > max(view.total_frames, sum(view.frames.values())):
-        return f"{sum(frames.values())} frames of {view.total_frames}"
-    reason: object = answer.reason
+        return f"{line(sum(frames.values()))} frames of {view.total_frames}"
     if not isinstance(reason, str):
-        return f"{reason!r} as a reason"
+        return f"{line(reason, repr)} as a reason"
     return ""

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import get_ident
@@ -47,14 +45,6 @@ DEFAULT_LIMITS = Limits()
 
 class HardLimitExceeded(BaseException):
     """Raised inside a policy. Not an Exception, so that its ``except Exception`` lets it pass."""
-
-
-def from_signal(error: BaseException) -> bool:
-    """Whether a signal handler raised ``error`` while a policy happened to run: not its fault."""
-    handlers = {
-        getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()
-    } - {None}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class Stopwatch:

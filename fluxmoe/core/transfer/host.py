@@ -16,9 +16,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.transfer.engine import Ordered, Pairs
 from fluxmoe.core.transfer.store import Store, read
 from fluxmoe.core.types import Bytes
+from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError, StoreError
 
 
@@ -43,7 +45,7 @@ class Copy:
         self._ended.wait()
         if self._error is None or isinstance(self._error, Exception):
             return self._error
-        error = StoreError(f"a copy thread was stopped: {self._error!r}")
+        error = StoreError(f"a copy thread was stopped: {line(self._error, repr)}")
         error.__cause__ = self._error
         return error
 
@@ -76,6 +78,7 @@ class CopyThreads:
     def __init__(self, count: int) -> None:
         self._orders: SimpleQueue[Copy | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._owner = Owner()
         try:
             for number in range(count):
                 thread = threading.Thread(
@@ -98,6 +101,8 @@ class CopyThreads:
 
     def close(self) -> None:
         """Let the threads make what was ordered and not withdrawn, and end. Idempotent."""
+        if not self._owner.here:
+            return  # they run in the parent only, and could be waited for without end
         for _ in self._threads:
             self._orders.put(None)
         for thread in self._threads:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from fluxmoe.core.types import Bytes
+from fluxmoe.core.words import line
 from fluxmoe.errors import StoreError
 
 
@@ -60,4 +61,4 @@ def locate(store: AddressedStore, page: int) -> Sequence[int]:
 
 
 def _unreadable(page: int, error: Exception) -> StoreError:
-    return StoreError(f"page {page} cannot be read: {error!r}")
+    return StoreError(f"page {page} cannot be read: {line(error, repr)}")

@@ -17,6 +17,7 @@ from fluxmoe.core.policy.arbitration import (
     StepSample,
 )
 from fluxmoe.core.types import Budget
+from fluxmoe.core.words import line
 from fluxmoe.testing.conformance.audit import AuditedArbitration, gather
 from fluxmoe.testing.conformance.common import (
     Tried,
@@ -173,11 +174,15 @@ def _declares(tried: Tried[ArbitrationPolicy, Day, Run]) -> str | None:
     policy = tried.new()
     check_signatures(policy, ArbitrationPolicy, {"split": ("view",), "reset": ()})
     if not isinstance(policy.fixed, bool):
-        raise Broken(f"fixed is {policy.fixed!r}", mend="set it to True or False in the class")
+        raise Broken(
+            f"fixed is {line(policy.fixed, repr)}", mend="set it to True or False in the class"
+        )
     for name in ("interval", "calm_interval"):
         steps = getattr(policy, name)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise Broken(f"{name} is {steps!r}", mend="set it to a number of steps, 1 or more")
+            raise Broken(
+                f"{name} is {line(steps, repr)}", mend="set it to a number of steps, 1 or more"
+            )
     return None
 
 

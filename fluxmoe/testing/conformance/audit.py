@@ -22,7 +22,8 @@ from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, Prefetch
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s
-from fluxmoe.testing.conformance.report import Broken, told
+from fluxmoe.core.words import line, raised
+from fluxmoe.testing.conformance.report import Broken
 
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"
@@ -88,7 +89,7 @@ class Auditor(FaultCounter):
 
     def note(self, method: str, problem: BaseException | str) -> None:
         """An answer that the guard has refused."""
-        found = told(problem) if isinstance(problem, BaseException) else f"it {problem}"
+        found = raised(problem) if isinstance(problem, BaseException) else f"it {problem}"
         raise Broken(found, call=self._called(method), mend=_MEND.get(method, ""))
 
     def _made(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
@@ -105,7 +106,7 @@ class Auditor(FaultCounter):
             raise
         except BaseException as error:  # an exit, too
             raise Broken(
-                f"it raised {told(error)}", call=call, mend=_mend(error, method)
+                f"it raised {raised(error)}", call=call, mend=_mend(error, method)
             ) from error
 
     def _compare(
@@ -134,9 +135,10 @@ class Auditor(FaultCounter):
 
 
 def _mend(error: BaseException, method: str) -> str:
-    if "read-only" in str(error) or "mappingproxy" in str(error):
+    said = line(error)
+    if "read-only" in said or "mappingproxy" in said:
         return _KEEP_OFF
-    if isinstance(error, AttributeError) and "next_use" in str(error):
+    if isinstance(error, AttributeError) and "next_use" in said:
         return "set needs_future = True, which confines the policy to the simulator, or do without"
     return _MEND.get(method, "")
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
 from fluxmoe.core.types import Bytes
+from fluxmoe.core.words import line, raised
 from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.testing.conformance.common import check_signature, new
-from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, told, try_rules
+from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 
 Factory = Callable[[], Codec]
 
@@ -59,7 +60,9 @@ def parts() -> Iterator[tuple[str, Bytes]]:
 def _made(factory: Factory) -> None:
     codec = new(factory)
     if not isinstance(codec, Codec):
-        raise Broken(f"the factory made {codec!r}", mend="derive the codec from fluxmoe.Codec")
+        raise Broken(
+            f"the factory made {line(codec, repr)}", mend="derive the codec from fluxmoe.Codec"
+        )
 
 
 def _declares(factory: Factory) -> None:
@@ -81,7 +84,9 @@ def _encode(codec: Codec, name: str, raw: Bytes) -> Bytes:
     shown.flags.writeable = False  # a page in a file that is mapped is read-only, too
     coded = _call(lambda: codec.encode(shown), call)
     if not isinstance(coded, np.ndarray) or coded.dtype != np.uint8 or coded.ndim != 1:
-        raise Broken(f"it gave {coded!r}"[:200], call=call, mend="return a uint8 array")
+        raise Broken(
+            f"it gave {line(coded, repr, limit=200)}", call=call, mend="return a uint8 array"
+        )
     if np.shares_memory(coded, shown):
         raise Broken(
             "it gave a view of `raw`",
@@ -99,7 +104,11 @@ def _decode(codec: Codec, name: str, coded: Bytes, size: int) -> Bytes:
     answer = _call(lambda: codec.decode(shown, field[_FENCE : _FENCE + size]), call)
     _check_fence(field, call)
     if answer is not None:
-        raise Broken(f"it gave {answer!r}"[:200], call=call, mend="write to `out`, return nothing")
+        raise Broken(
+            f"it gave {line(answer, repr, limit=200)}",
+            call=call,
+            mend="write to `out`, return nothing",
+        )
     return field[_FENCE : _FENCE + size]
 
 
@@ -117,8 +126,8 @@ def _call(function: Callable[[], object], call: str) -> object:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        mend = "copy `raw`: it is read-only" if "read-only" in str(error) else ""
-        raise Broken(f"it raised {told(error)}", call=call, mend=mend) from error
+        mend = "copy `raw`: it is read-only" if "read-only" in line(error) else ""
+        raise Broken(f"it raised {raised(error)}", call=call, mend=mend) from error
 
 
 def _same(raw: Bytes, back: Bytes, name: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import Seen
-from fluxmoe.testing.conformance.report import Broken, told
+from fluxmoe.testing.conformance.report import Broken
 
 Counts = npt.NDArray[np.int32]
 
@@ -88,7 +89,7 @@ def new(factory: Callable[[], Policy]) -> Policy:
         raise
     except BaseException as error:
         raise Broken(
-            f"the factory raised {told(error)}",
+            f"the factory raised {raised(error)}",
             mend="give every option a default, or pass a function that sets it",
         ) from error
 
@@ -98,7 +99,7 @@ def check_made(tried: Tried[Any, Any, Any]) -> None:
     first, second = tried.new(), tried.new()
     if not isinstance(first, tried.base):
         raise Broken(
-            f"the factory made {first!r}",
+            f"the factory made {line(first, repr)}",
             mend=f"derive the policy from fluxmoe.{tried.base.__name__}",
         )
     if first is second:
@@ -126,7 +127,9 @@ def check_signatures(policy: object, base: type, calls: Mapping[str, tuple[str, 
 def check_signature(method: object, name: str, arguments: tuple[str, ...]) -> None:
     """A bound method can be called with so many arguments."""
     if not callable(method):
-        raise Broken(f"{name} is {method!r}, not a method", mend=f"define {name} as a method")
+        raise Broken(
+            f"{name} is {line(method, repr)}, not a method", mend=f"define {name} as a method"
+        )
     try:
         inspect.signature(method).bind(*arguments)
     except TypeError as error:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fluxmoe.core.policy.paging import EvictionPolicy
 from fluxmoe.core.types import Int64s
+from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import AuditedEviction, gather
 from fluxmoe.testing.conformance.common import (
     Tried,
@@ -20,7 +21,7 @@ from fluxmoe.testing.conformance.common import (
     check_sees_only,
     check_signatures,
 )
-from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, told, try_rules
+from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 from fluxmoe.testing.conformance.stage import SOME, USUAL, Replay, Stage, stages
 
 Factory = Callable[[], EvictionPolicy]
@@ -60,7 +61,7 @@ def _replay(stage: Stage, policy: EvictionPolicy) -> Replay:
     except Broken:
         raise
     except Exception as error:  # its kernel cannot be compiled
-        raise Broken(told(error), call=str(stage)) from error
+        raise Broken(raised(error), call=str(stage)) from error
 
 
 def _declares(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
@@ -69,7 +70,9 @@ def _declares(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
     for name in ("stable_score", "needs_future"):
         value = getattr(policy, name)
         if not isinstance(value, bool):
-            raise Broken(f"{name} is {value!r}", mend="set it to True or False in the class")
+            raise Broken(
+                f"{name} is {line(value, repr)}", mend="set it to True or False in the class"
+            )
     kind = type(policy)
     kernel = inspect.getattr_static(kind, "score_kernel", None)
     if kernel is not None and not isinstance(kernel, staticmethod):

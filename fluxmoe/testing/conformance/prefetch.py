@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fluxmoe.core.policy.paging import PrefetchPolicy
+from fluxmoe.core.words import line
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.testing.conformance.audit import Auditor, gather
 from fluxmoe.testing.conformance.common import (
@@ -50,7 +51,9 @@ def _declares(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
     check_signatures(policy, PrefetchPolicy, {"propose": ("view", "access"), "reset": ()})
     lead: object = policy.lead
     if isinstance(lead, bool) or not isinstance(lead, int) or lead < 0:
-        raise Broken(f"lead is {lead!r}", mend="set it to a number of layers; 0 = never asked")
+        raise Broken(
+            f"lead is {line(lead, repr)}", mend="set it to a number of layers; 0 = never asked"
+        )
     return None
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from fluxmoe.core.words import line
+
 Subject = TypeVar("Subject")
 Status = Literal["kept", "broken", "does not apply", "not tried"]
 
@@ -21,8 +23,9 @@ class Broken(Exception):
     """
 
     def __init__(self, found: str, *, call: str = "", mend: str = "") -> None:
-        self.found, self.call, self.mend = found, call, mend
-        super().__init__(found)
+        # Values and exceptions of the code that was tried are in them.
+        self.found, self.call, self.mend = line(found), line(call), line(mend)
+        super().__init__(self.found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +108,3 @@ def raise_broken(subject: str, findings: Sequence[Finding]) -> None:
     broken = [finding for finding in findings if finding.status == "broken"]
     if broken:
         raise ConformanceError(subject, broken)
-
-
-def told(error: BaseException) -> str:
-    """An exception in words. It may come from code that fails even at telling what failed."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return type(error).__name__

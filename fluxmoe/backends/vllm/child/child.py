@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from fluxmoe.backends.vllm.child.inside import Engine, Prompt, Run
+from fluxmoe.core.owner import Owner
 from fluxmoe.errors import EngineError, FluxMoEError
 
 __all__ = ["ENVIRONMENT", "ChildEngine", "Prompt", "Run"]
@@ -73,7 +74,8 @@ class ChildEngine:
         self._model = str(model)
         log, self._log = tempfile.mkstemp(prefix="fluxmoe-engine-", suffix=".log")
         os.close(log)
-        self._remove_log = weakref.finalize(self, Path(self._log).unlink, missing_ok=True)
+        self._owner = Owner()
+        self._remove_log = weakref.finalize(self, _remove, self._log, self._owner)
         self._family = three_processes
         self._busy = True  # with a call that was not answered yet, the start to begin with
         environment = {
@@ -128,6 +130,7 @@ class ChildEngine:
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of ``inside.Engine``."""
+        self._owner.require()  # requests of two processes would mix in the pipe
         try:
             self._connection.send((method, args))
         except OSError as error:
@@ -136,7 +139,9 @@ class ChildEngine:
         return self._receive()
 
     def close(self) -> None:
-        """End the child, whatever it is doing. Idempotent."""
+        """End the child, whatever it is doing. Idempotent; nothing in a forked process."""
+        if not self._owner.here:
+            return
         if self._process.is_alive():
             if not self._busy:
                 with contextlib.suppress(OSError):
@@ -188,6 +193,11 @@ class ChildEngine:
         except OSError:
             return ""
         return "\n".join(["the end of its log:", *lines[-15:]]) if lines else ""
+
+
+def _remove(log: str, owner: Owner) -> None:
+    if owner.here:
+        Path(log).unlink(missing_ok=True)
 
 
 def _main(

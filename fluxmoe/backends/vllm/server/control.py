@@ -16,6 +16,8 @@ from starlette.responses import JSONResponse
 
 from fluxmoe.backends.vllm.compat.engine import collective_rpc, is_idle, run_a_step
 from fluxmoe.backends.vllm.server.hangup import App, Receive, Scope, Send
+from fluxmoe.config import parse_limits
+from fluxmoe.errors import ConfigError
 
 PATH = "/v1/fluxmoe/limits"
 
@@ -39,10 +41,14 @@ async def limits(request: Request) -> JSONResponse:
     if request.method == "POST":
         try:
             wanted = json.loads(await request.body())
-        except ValueError:
+        except (ValueError, RecursionError):
             return _refused("FM101", "the body is no JSON; send a map such as {}")
         if not isinstance(wanted, dict):
             return _refused("FM101", 'the body is no map; send one such as {"kv": {"max": "4GiB"}}')
+        try:  # here: text that has no UTF-8 would not even reach the workers
+            parse_limits(wanted, where="limits")
+        except ConfigError as error:
+            return _refused(error.code, str(error))
     client = request.app.state.engine_client
     answers = await collective_rpc(client, "fluxmoe_limit", wanted)
     for answer in answers:

@@ -34,7 +34,7 @@ def check(config: Config, environment: Mapping[str, str], *, moving: bool) -> No
     """
     require_free(config.memory.size)
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
-    if config.model is not None and options.get("load-format", "auto") == "auto":
+    if config.model is not None and options.get("load-format", "auto") in checkpoint.LOAD_FORMATS:
         checkpoint.require_readable(config.model)
     if moving and config.model is not None and environment.get("VLLM_MLA_DISABLE", "0") == "0":
         _require_plain_attention(Path(config.model))

@@ -90,7 +90,7 @@ class PagedCPUWorker(CPUWorker):
         if self._paging:
             checks.refuse_unsupported(vllm_config)
         config = _with_budget(config, vllm_config)
-        if vllm_config.load_config.load_format == "auto":
+        if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
         # For its errors: now, not after the weights are loaded.
         registry = plugins.load(config.plugins)
@@ -109,6 +109,12 @@ class PagedCPUWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as stock does, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
+        load = self.vllm_config.load_config
+        if load.load_format in checkpoint.LOAD_FORMATS:
+            model, revision = self.model_config.model, self.model_config.revision
+            folder = checkpoint.downloaded(model, revision, load.download_dir)
+            if folder != model:  # a name on a hub, which stands for files only now
+                checkpoint.require_readable(folder)
         if not self._paging:
             return
         layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
@@ -238,11 +244,18 @@ class PagedCPUWorker(CPUWorker):
                 self._runtime = None
                 self._release()
 
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock's; not in a forked process, whose keys and values would be its parent's."""
+        if self._runtime is not None:
+            self._runtime.pager.owner.require()
+        return super().execute_model(*args, **kwargs)
+
     @property
     def _paged(self) -> Runtime:
-        """Raises UnsupportedError: nothing is paged."""
+        """Raises UnsupportedError: nothing is paged, or in another process."""
         if self._runtime is None:
             raise UnsupportedError("paging is off", where="preset", fix="remove preset: off")
+        self._runtime.pager.owner.require()
         return self._runtime
 
     # --- called through collective_rpc -----------------------------------------------------------

@@ -1,0 +1,171 @@
+"""Experts that a checkpoint must have: engines would not miss them.
+
+They load what is there into memory that was never set, and compute with what it happens to hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fluxmoe.errors import CheckpointError
+
+#: The shapes of tensors by name.
+Shapes = dict[str, tuple[int, ...]]
+
+#: Keys of ``config.json`` that say how many experts a layer has, by family.
+EXPERTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_moe_experts",
+)
+
+_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.*)")
+#: ``mlp.experts.7.up_proj.weight``, quantised or not. Scales and biases are another matter.
+_ONE = re.compile(
+    r"(?P<path>.*\bexperts)\.(?P<expert>\d+)\.(?P<part>.+)(?P<end>\.(?:q?weight|weight_packed))"
+)
+#: ``mlp.experts.up_proj`` or ``block_sparse_moe.input_linear.weight``: all experts of a layer.
+_ALL = re.compile(
+    r"(?P<path>.*\bexperts|.*\bmoe|.*(?=\.(?:in|out)put_linear\.))\.(?P<part>[a-z]\w*?)"
+    r"(?P<end>(?:_(?:blocks|packed|q?weight))?(?:\.weight)?)"
+)
+_NO_WEIGHT = re.compile("scale|bias|zero")
+_ROUTER = re.compile(r".*\.(?:gate|router)(?:\.\w+)*\.weight")
+
+
+class _Place(NamedTuple):
+    """The experts of a stack of layers: ``model.layers``, ``mlp.experts``."""
+
+    stack: str
+    path: str
+    #: Behind the last layer, where layers of speculative decoding lie.
+    beyond: bool
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What a layer has of its experts."""
+
+    #: Part → experts that have a tensor of their own for it.
+    each: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    #: Part → experts in its tensor for all of them.
+    fused: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """One more than the largest number."""
+        return max(*(max(held) + 1 for held in self.each.values()), *self.fused.values(), 0, 0)
+
+
+@dataclass(slots=True)
+class _Found:
+    """The experts of a checkpoint, and the other tensors of its layers."""
+
+    layers: dict[_Place, dict[int, _Layer]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(_Layer))
+    )
+    #: How a part's name ends.
+    ends: dict[tuple[_Place, str], str] = field(default_factory=dict)
+    rest: dict[str, dict[int, set[str]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(set))
+    )
+
+
+def require_experts(tensors: Shapes, config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a checkpoint without all experts that its layers must have.
+
+    How many they are, ``config.json`` says; where it does not, the largest number does. Which
+    layers have experts, the tensors say: one that has none must have something else in their place,
+    which those with experts do not have. What one expert has, all of them must have.
+
+    Layers in other stacks, or beyond ``num_hidden_layers``, are compared with each other only.
+
+    Raises:
+        CheckpointError: Names the layer and the expert.
+    """
+    depth = config.get("num_hidden_layers")
+    found = _sorted(tensors, depth if isinstance(depth, int) else 1 << 30)
+    # A draft model's layers, or a vision tower's, are fewer than those of the language model.
+    stack = max(found.layers, key=lambda place: len(found.layers[place]), default=_NOWHERE).stack
+    for problem in _problems(found, stack, tensors, config):
+        raise CheckpointError(problem, where=where, fix="download or copy it again")
+
+
+_NOWHERE = _Place("", "", False)
+
+
+def _sorted(tensors: Shapes, depth: int) -> _Found:
+    found = _Found()
+    for name, shape in tensors.items():
+        if (at := _LAYER.fullmatch(name)) is None:
+            continue
+        index, rest = int(at["layer"]), at["rest"]
+        one = _ONE.fullmatch(rest)
+        what = one or (_ALL.fullmatch(rest) if len(shape) > 2 else None)
+        if what is None or _NO_WEIGHT.search(rest):
+            if index < depth and not re.search(r"\bexperts\.", rest):
+                found.rest[at["stack"]][index].add(rest)
+            continue
+        place, part = _Place(at["stack"], what["path"], index >= depth), what["part"]
+        found.ends[place, part] = what["end"]
+        if one:
+            found.layers[place][index].each[part].add(int(one["expert"]))
+        else:
+            found.layers[place][index].fused[part] = shape[0]
+    return found
+
+
+def _problems(
+    found: _Found, main: str, tensors: Shapes, config: Mapping[str, Any]
+) -> Iterator[str]:
+    """What is missing, layer by layer; the first is enough."""
+    if not found.layers:
+        yield from _nothing(tensors, config)
+    for place, layers in sorted(found.layers.items()):
+        own = place.stack == main and not place.beyond
+        parts = sorted({part for layer in layers.values() for part in (*layer.each, *layer.fused)})
+        most = max(layer.count for layer in layers.values())
+        rest = found.rest[place.stack]
+        usual = set().union(*(rest[index] for index in layers))
+        for index in range(max([*rest, *layers]) + 1) if own else sorted(layers):
+            head = f"{place.stack}.{index}.{place.path}"
+            if index not in layers:
+                if not rest[index] - usual:
+                    yield f"{head} is missing: the layer has none of its experts"
+                continue
+            said = _count(config, index) if own else 0
+            count, layer = said or most, layers[index]
+            for part, rows in sorted(layer.fused.items()):
+                if rows != count:
+                    told = "config.json says" if said else "other layers have"
+                    yield f"{head}.{part} has {rows} experts, {told} {count}"
+            for expert in range(count):
+                for part in parts:
+                    if part not in layer.fused and expert not in layer.each.get(part, ()):
+                        number = f".{expert}" if layer.each else ""
+                        yield f"{head}{number}.{part}{found.ends[place, part]} is missing"
+
+
+def _nothing(tensors: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
+    """Routers, but nothing that could be the experts under any name."""
+    for name, shape in tensors.items():
+        if "expert" in name.replace("shared_expert", "") or (len(shape) > 2 and "conv" not in name):
+            return
+    for name, shape in sorted(tensors.items()):
+        at = _LAYER.match(name) if _ROUTER.fullmatch(name) and len(shape) == 2 else None
+        if at and shape[0] == _count(config, int(at["layer"])):
+            yield f"the experts of {at['stack']}.{at['layer']} are missing, all of them"
+
+
+def _count(config: Mapping[str, Any], layer: int) -> int:
+    """How many experts a layer has, as ``config.json`` says; 0 if it does not."""
+    for key in EXPERTS:
+        value = config.get(key)
+        if isinstance(value, list):  # a number per layer; or per modality, which says nothing here
+            value = value[layer] if len(value) == config.get("num_hidden_layers") else None
+        if isinstance(value, int) and value:
+            return value
+    return 0

@@ -1,0 +1,68 @@
+"""Sizes in bytes as people write them: ``parse``, for whatever takes a size.
+
+YAML, command line, Python and HTTP all come here, so that what one of them refuses no other takes.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from fractions import Fraction
+
+from fluxmoe.core.words import line
+
+#: A size as text, to its end; also for editors, as a JSON schema has no flags.
+PATTERN = (
+    r"^\s*([0-9]*\.?[0-9]+)\s*"
+    r"(([kKmMgGtTpPeE])([iI]?)([bB]([iI][tT])?)?|[bB]([iI][tT])?)?\s*$"
+)
+VALID = "bytes, or a number with a unit such as 24GiB, 512MiB, 24Gi"
+#: No machine has as much, and 64 bits hold what is less.
+LARGEST = 2**63 - 1
+
+_SIZE = re.compile(PATTERN)
+_LONGEST = 64
+
+
+def parse(value: object) -> int:
+    """A size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
+
+    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in capitals or not. What a unit
+    leaves of a byte is dropped.
+
+    Raises:
+        ValueError: Says in one line what was found, and what is valid.
+    """
+    size = _text(value) if isinstance(value, str) else _number(value)
+    if size is None or size < 0:
+        raise _invalid(value)
+    if size > LARGEST:
+        raise _invalid(value, ", which is beyond 8EiB")
+    return size
+
+
+def _number(value: object) -> int | None:
+    if isinstance(value, float) and value.is_integer():  # 1e9, of JSON
+        return int(value)
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _text(text: str) -> int | None:
+    if text.rstrip().endswith("%"):
+        raise _invalid(text, ", a percentage")
+    found = _SIZE.fullmatch(text) if len(text) <= _LONGEST else None
+    if found is None:
+        return None
+    number, _, prefix, binary, _, *bits = found.groups()
+    power = "kmgtpe".index(prefix.lower()) + 1 if prefix else 0
+    size = Fraction(number) * (1024 if binary else 1000) ** power / (8 if any(bits) else 1)
+    if size.denominator > 1 and not prefix:
+        raise _invalid(text, ", a fraction of a byte")
+    return int(size)
+
+
+def _invalid(value: object, detail: str = "") -> ValueError:
+    return ValueError(f"not a valid size: {line(value, repr, limit=80)}{detail} (valid: {VALID})")

@@ -1,0 +1,266 @@
+"""A process that pages, and forks: what its children get, and what they leave of it.
+
+``python -m tests.torch.forks CHECKPOINT FOLDER`` prints one JSON object: case → what was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+import fluxmoe
+from fluxmoe.backends import op
+from fluxmoe.errors import FluxMoEError, UnsupportedError
+from fluxmoe.trace import TraceReader
+from tests.identity.torch_cells import answer, prompts, same
+
+CHECKPOINT, FOLDER = map(Path, sys.argv[1:3]) if len(sys.argv) == 3 else (Path(), Path())
+
+#: A child that hangs is ended by a signal after so many seconds.
+PATIENCE = 120
+
+models: dict[str, Any] = {}
+handles: dict[str, Any] = {}
+stock: list[Any] = []
+
+
+class End(BaseException):
+    """The child has nothing left to do, and reaches the end of the program."""
+
+
+def start() -> None:
+    """All pages resident, where a lost one is never read again; and few, with much to copy."""
+    torch.set_num_threads(1)
+    for name, settings in {
+        "all": {"memory": "1GiB"},
+        "few": {
+            "memory": "1MiB",
+            "prefetch": "next-layer",
+            "copy_threads": 2,
+            "stores": [{"kind": "file", "path": str(FOLDER / "pages")}],
+        },
+    }.items():
+        models[name] = AutoModelForCausalLM.from_pretrained(
+            CHECKPOINT, dtype="auto", experts_implementation="grouped_mm"
+        ).eval()
+        stock[:] = [answer(models[name], 2)]
+        handles[name] = fluxmoe.page(models[name], **settings)
+
+
+def unharmed() -> bool:
+    for handle in handles.values():
+        handle.check()
+    return all(same(answer(model, 2), stock[0]) for model in models.values())
+
+
+def refused(use: Callable[[], Any]) -> None:
+    try:
+        use()
+    except UnsupportedError as error:
+        assert error.code == "FM402" and "forked" in str(error), error
+    else:
+        raise AssertionError(f"{use} was not refused")
+
+
+def run(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**prompts()).logits
+
+
+def use_everything(model: Any, handle: Any) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    states = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
+    substrate = handle._runtime.arbiter.substrate
+    for use in (
+        lambda: run(model),
+        lambda: torch.no_grad()(model.model.layers[1].mlp)(states),
+        lambda: torch.ops.fluxmoe.acquire(ids, handle._handle, 0),  # as compiled models do
+        lambda: op.acquire(ids, handle._handle, 0),
+        handle.stats,
+        handle.check,
+        handle.reset,
+        lambda: handle.pager,
+        lambda: handle.resize("2MiB"),
+        lambda: handle.follow(lambda: "2MiB"),
+        lambda: handle.record(FOLDER / "no").__enter__(),
+        lambda: handle._runtime.pager.resize(0, 20),
+        lambda: substrate.reserve(1 << 21),
+        lambda: substrate.commit(0, np.arange(1)),
+    ):
+        refused(use)
+    handle.close()
+    handle.close()
+    refused(lambda: run(model))  # it is not unpaged, either
+
+
+def use_and_leave() -> None:
+    for name, model in models.items():
+        use_everything(model, handles[name])
+    os._exit(0)
+
+
+def collect() -> None:
+    gone = [weakref.ref(model) for model in models.values()]
+    models.clear()
+    handles.clear()
+    gc.collect()
+    assert not any(model() for model in gone)
+    os._exit(0)
+
+
+def page_another() -> None:
+    with fluxmoe.page(AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="auto"), "1MiB") as h:
+        assert same(answer(h.model, 2), stock[0])
+        h.resize("2MiB")
+        h.check()
+    os._exit(0)
+
+
+def end() -> None:
+    raise End
+
+
+def forked(child: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
+    """The exit status of a child, negative for a signal."""
+    sys.stdout.flush()
+    if pid := fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.alarm(PATIENCE)
+    try:
+        child()
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(2)  # it was to end by itself
+
+
+def evaluate(name: str) -> Any:
+    return run(models[name])
+
+
+def pool() -> list[str]:
+    found = []
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        for result in [workers.apply_async(evaluate, [name]) for name in [*models] * 2]:
+            try:
+                found.append(str(result.get(PATIENCE)))
+            except FluxMoEError as error:
+                found.append(error.code)
+    return found
+
+
+def while_another_thread_runs(child: Callable[[], Any]) -> int:
+    """Fork while a pass has its turn."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        begun.set()
+        go_on.wait()
+
+    hook = models["all"].model.layers[1].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=run, args=[models["all"]])
+    thread.start()
+    begun.wait()
+    status = forked(child)
+    go_on.set()
+    thread.join()
+    hook.remove()
+    return status
+
+
+def while_pages_are_copied(child: Callable[[], Any]) -> int:
+    """Fork while copy threads are inside the store."""
+    store = handles["few"]._runtime.store
+    begun, go_on = threading.Event(), threading.Event()
+    read = store.read_into
+
+    def slow(*args: Any) -> None:
+        if threading.current_thread().name.startswith("fluxmoe-copy"):
+            begun.set()
+            go_on.wait()
+        begun.wait()  # or the caller might have taken all copies back before one began
+        read(*args)
+
+    handles["few"].reset()
+    store.read_into = slow
+    thread = threading.Thread(target=run, args=[models["few"]])
+    thread.start()
+    begun.wait()
+    status = forked(child)
+    go_on.set()
+    thread.join()
+    del store.read_into
+    return status
+
+
+def while_recording(child: Callable[[], Any]) -> list[Any]:
+    found = []
+    traces = [FOLDER / "plain", FOLDER / "forked"]
+    for trace in traces:
+        with handles["all"].record(trace, weights=True) as recorder:
+            recorder._writer._group_rows = 1  # part of the file is written, and more of it is held
+            run(models["all"])
+            if trace is traces[1]:
+                found.append(forked(child))
+            run(models["all"])
+    rows = [TraceReader(trace).num_rows for trace in traces]
+    events = [
+        [(step, layer, ids.tolist()) for step, layer, _, ids in TraceReader(trace).events()]
+        for trace in traces
+    ]
+    return [*found, rows[0] > 0, events[0] == events[1], sorted(p.name for p in FOLDER.iterdir())]
+
+
+def main() -> None:
+    start()
+    assert unharmed()
+    found: dict[str, Any] = {}
+    c_fork = ctypes.PyDLL(None).fork
+    cases: dict[str, Callable[[], Any]] = {
+        "use": lambda: forked(use_and_leave),
+        "sys.exit": lambda: forked(lambda: sys.exit(0)),
+        "os._exit": lambda: forked(lambda: os._exit(0)),
+        "end": lambda: forked(end),
+        "collect": lambda: forked(collect),
+        "another model": lambda: forked(page_another),
+        "C fork, use": lambda: forked(use_and_leave, c_fork),
+        "C fork, sys.exit": lambda: forked(lambda: sys.exit(0), c_fork),
+        "pool": pool,
+        "thread, use": lambda: while_another_thread_runs(use_and_leave),
+        "thread, sys.exit": lambda: while_another_thread_runs(lambda: sys.exit(0)),
+        "copies, use": lambda: while_pages_are_copied(use_and_leave),
+        "copies, sys.exit": lambda: while_pages_are_copied(lambda: sys.exit(0)),
+        "recording, sys.exit": lambda: while_recording(lambda: sys.exit(0)),
+        "recording, end": lambda: while_recording(end),
+    }
+    for name, case in cases.items():
+        found[name] = [case(), unharmed()]
+        if not found[name][1]:
+            handles["all"].reset()  # for the next one
+        print(name, found[name], file=sys.stderr, flush=True)  # tells where it hangs
+    # What the children used to do: it would be seen.
+    substrate = handles["all"]._runtime.arbiter.substrate
+    substrate.release(np.arange(substrate.count))
+    found["control"] = unharmed()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(End):
+        main()
