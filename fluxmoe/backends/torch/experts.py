@@ -21,17 +21,21 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
+
+from fluxmoe.backends import op
+from fluxmoe.backends.torch.layout import Weights, weights_of
+from fluxmoe.backends.torch.names import NAMES
+from fluxmoe.backends.torch.shield import Uncopyable
+from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.errors import UnsupportedError
+
+NAMES.require("experts")  # an ImportError of the lines below would not say what to do
+
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     batched_mm_experts_forward,
     grouped_mm_experts_forward,
 )
-
-from fluxmoe.backends import op
-from fluxmoe.backends.torch.layout import Weights, weights_of
-from fluxmoe.backends.torch.shield import Uncopyable
-from fluxmoe.backends.torch.turn import Turn
-from fluxmoe.errors import UnsupportedError
 
 NAME = "fluxmoe"
 EAGER = "eager"

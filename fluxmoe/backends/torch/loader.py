@@ -24,6 +24,7 @@ from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.experts import absent
+from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel, implementation_of, runtime_for
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, StoreSpec, settings
 from fluxmoe.backends.torch.turn import Turn
@@ -31,6 +32,8 @@ from fluxmoe.checkpoint import require_readable
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
 from fluxmoe.plugins import load as plugin_registry
+
+NAMES.require("loader")
 
 _WHERE = "fluxmoe.load"
 

@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from fluxmoe.backends.torch.names import NAMES
+
+NAMES.require("sampling")
+
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fluxmoe.backends.vllm.compat.names import NAMES
+
+NAMES.require("connector")  # an ImportError of the lines below would not say what to do
+
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fluxmoe.backends.vllm.compat.names import NAMES
+
+NAMES.require("engine")  # an ImportError of the lines below would not say what to do
+
 from vllm import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ def engine_info(llm: LLM) -> dict[str, int]:
 
 async def collective_rpc(client: Any, method: str, argument: object) -> list[Any]:
     """Call a method of all workers; their answers."""
+    NAMES.require_on("AsyncLLM", client)
     answers: list[Any] = await client.collective_rpc(method, args=(argument,))
     return answers
 

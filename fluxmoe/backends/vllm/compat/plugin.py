@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fluxmoe.backends.vllm.compat.names import NAMES
+
+NAMES.require("plugin")  # an ImportError of the lines below would not say what to do
+
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.model_executor.layers.logits_processor import LogitsProcessor

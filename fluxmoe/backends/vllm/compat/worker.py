@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+from fluxmoe.backends.vllm.compat.names import NAMES
+from fluxmoe.core.types import Phase
+
+NAMES.require("worker")  # an ImportError of the lines below would not say what to do
+
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.forward_context import get_forward_context
@@ -15,8 +21,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.worker.cpu_worker import CPUWorker
-
-from fluxmoe.core.types import Phase
 
 
 def worker_connector() -> Any:

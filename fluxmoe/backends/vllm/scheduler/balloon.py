@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fluxmoe.backends.vllm.compat.connector import BlockPool
+from fluxmoe.backends.vllm.compat.names import NAMES
 from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.errors import InvariantError
 
@@ -48,6 +49,8 @@ class Balloon:
     """
 
     def __init__(self, manager: Any, layout: KVLayout, groups: int, watermark: float) -> None:
+        NAMES.require_on("KVCacheManager", manager)
+        NAMES.require_on("BlockPool", manager.block_pool)
         self._manager, self._watermark = manager, watermark
         self._pool = pool = manager.block_pool
         self._layout = layout

@@ -17,6 +17,7 @@ from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
+from fluxmoe.backends.vllm.compat.names import NAMES
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
@@ -123,8 +124,10 @@ class PagedCPUWorker(CPUWorker):
                 f"{self.model_config.model} has no MoE layers: there is nothing to page",
                 fix="serve it without FluxMoE",
             )
+        NAMES.require_on("model_runner", self.model_runner)
         for layer in layers:
             checks.refuse_unpageable(layer)
+            NAMES.require_on("RoutedExperts", layer)
         self._page_out(layers)
         refuse_loading(self.model_runner.model)
 

@@ -1,0 +1,85 @@
+"""Names of an engine's library that FluxMoE uses or overrides, asserted at start.
+
+To mypy the libraries are ``Any``, and an override whose original was renamed is simply never
+called. So each part of a backend asserts its own names before it imports them, and the attributes
+of the library's objects when it is given one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fluxmoe.errors import UnsupportedVersionError
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of one library.
+
+    Attributes:
+        library: Its module, which has a ``__version__``.
+        fix: Remedy for a name that is missing.
+        table: Part of a backend → ``module:name`` or ``module:Class.name`` → the parameters that
+            FluxMoE passes or takes, separated by spaces, in their order, without ``self``.
+        on: An object that the library makes → dotted attributes of it that no class declares.
+    """
+
+    library: str
+    fix: str
+    table: Mapping[str, Mapping[str, str]]
+    on: Mapping[str, tuple[str, ...]]
+
+    def require(self, part: str) -> None:
+        """Assert the names of a part.
+
+        Args:
+            part: A key of ``table``.
+
+        Raises:
+            UnsupportedVersionError: A module, a name or a parameter is missing; says which.
+        """
+        for name, parameters in self.table[part].items():
+            try:
+                found = _found(name)
+            except (ImportError, AttributeError) as error:
+                raise self._missing(name) from error
+            if parameters:
+                there = [each for each in inspect.signature(found).parameters if each != "self"]
+                wanted = parameters.split()
+                if there[: len(wanted)] != wanted:
+                    raise self._missing(f"{name}({', '.join(wanted)}); it has ({', '.join(there)})")
+
+    def require_on(self, kind: str, thing: Any) -> None:
+        """Assert the attributes of an object.
+
+        Args:
+            kind: A key of ``on``.
+            thing: The object.
+
+        Raises:
+            UnsupportedVersionError: Names the attribute that is missing.
+        """
+        for path in self.on[kind]:
+            found = thing
+            for name in path.split("."):
+                if not hasattr(found, name):
+                    raise self._missing(f"{kind}.{path}")
+                found = getattr(found, name)
+
+    def _missing(self, name: str) -> UnsupportedVersionError:
+        version = importlib.import_module(self.library).__version__
+        return UnsupportedVersionError(f"{self.library} {version} has no {name}", fix=self.fix)
+
+
+def _found(name: str) -> Any:
+    module, _, path = name.partition(":")
+    found = importlib.import_module(module)
+    *owners, last = path.split(".")
+    for owner in owners:
+        found = getattr(found, owner)
+    fields = getattr(found, "__dataclass_fields__", {})  # those without default are no attributes
+    return fields[last] if last in fields else getattr(found, last)

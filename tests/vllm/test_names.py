@@ -1,0 +1,180 @@
+"""Each name of vLLM and transformers that FluxMoE relies on, renamed in turn: a clear error."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import fluxmoe.backends
+from fluxmoe.backends.names import Names
+from fluxmoe.backends.torch.names import NAMES as TRANSFORMERS
+from fluxmoe.backends.vllm.compat.names import NAMES as VLLM
+from fluxmoe.errors import UnsupportedVersionError
+
+pytestmark = pytest.mark.vllm
+
+FOLDER = Path(fluxmoe.backends.__file__).parent
+LIBRARIES = {"vllm": VLLM, "transformers": TRANSFORMERS}
+ALL = [
+    pytest.param(names, part, name, id=name)
+    for names in LIBRARIES.values()
+    for part, table in names.table.items()
+    for name in table
+]
+CALLED = [row for row in ALL if row.values[0].table[row.values[1]][row.values[2]]]
+
+#: Class of ours → class of vLLM's, by dotted path.
+OVERRIDING = {
+    "connector:PagingConnector": "connector",
+    "server.prometheus:PagingStats": "connector",
+    "server.prometheus:PagingProm": "connector",
+    "scheduler.balloon:BalloonPool": "connector",
+    "worker.cpu:PagedCPUWorker": "worker",
+    "worker.layer:PagedRoutedExperts": "worker",
+    "half_configured:GuardedLogitsProcessor": "plugin",
+}
+
+
+def owners(name: str) -> tuple[list[Any], str]:
+    """Where a name may be defined, a module or classes; and its last part."""
+    module, _, path = name.partition(":")
+    found: Any = importlib.import_module(module)
+    *heads, last = path.split(".")
+    for head in heads:
+        found = getattr(found, head)
+    if inspect.ismodule(found):
+        return [found], last
+    return list((found if inspect.isclass(found) else type(found)).__mro__), last
+
+
+def rename(patch: pytest.MonkeyPatch, name: str) -> None:
+    found, last = owners(name)
+    for each in found:
+        fields = vars(each).get("__dataclass_fields__", {})
+        if last in fields:
+            patch.delitem(fields, last)
+        if last in vars(each):
+            patch.delattr(each, last)
+    if inspect.ismodule(found[0]):  # lazy ones would find it again
+        module = found[0]
+        lazy = module if "__getattr__" in vars(module) else type(module)
+        if lazy is not ModuleType:
+            before = lazy.__getattr__
+
+            def without(*args: Any) -> Any:
+                if args[-1] == last:
+                    raise AttributeError(last)
+                return before(*args)
+
+            patch.setattr(lazy, "__getattr__", without)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_installed_version_has_them_all(library: str) -> None:
+    for part in LIBRARIES[library].table:
+        LIBRARIES[library].require(part)
+
+
+@pytest.mark.parametrize(("names", "part", "name"), ALL)
+def test_a_name_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, names: Names, part: str, name: str
+) -> None:
+    rename(monkeypatch, name)
+    with pytest.raises(UnsupportedVersionError) as caught:
+        names.require(part)
+    version = importlib.import_module(names.library).__version__
+    assert caught.value.what == f"{names.library} {version} has no {name}"
+
+
+@pytest.mark.parametrize(("names", "part", "name"), CALLED)
+def test_a_parameter_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, names: Names, part: str, name: str
+) -> None:
+    (found, *_), last = owners(name)
+    if inspect.isclass(getattr(found, last)):
+        kind = getattr(found, last)
+        monkeypatch.setattr(kind, "__signature__", inspect.Signature(), raising=False)
+    else:
+        monkeypatch.setattr(found, last, lambda self: None)
+    with pytest.raises(UnsupportedVersionError, match="it has"):
+        names.require(part)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [(kind, path) for kind, paths in VLLM.on.items() for path in paths]
+)
+def test_an_attribute_that_is_gone(kind: str, path: str) -> None:
+    def build(without: str | None) -> SimpleNamespace:
+        thing = SimpleNamespace()
+        for each in VLLM.on[kind]:
+            *owners, last = each.split(".")
+            found = thing
+            for name in owners:
+                found.__dict__.setdefault(name, SimpleNamespace())
+                found = getattr(found, name)
+            if each != without:
+                setattr(found, last, None)
+        return thing
+
+    VLLM.require_on(kind, build(None))
+    with pytest.raises(UnsupportedVersionError, match=rf"{kind}\.{path}"):
+        VLLM.require_on(kind, build(path))
+
+
+def imported(library: str) -> Iterator[str]:
+    """Names that modules of the backends import from a library, as ``module:name``."""
+    for file in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == library:
+                yield from (f"{node.module}:{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_table_has_what_is_imported(library: str) -> None:
+    table = {name for part in LIBRARIES[library].table.values() for name in part}
+    modules = {name.partition(":")[0] for name in table}
+    classes = {f"{name.partition(':')[0]}:{name.partition(':')[2].split('.')[0]}" for name in table}
+    missing = {
+        name
+        for name in imported(library)
+        if name not in classes and name.replace(":", ".") not in modules
+    }
+    # vLLM's public door, and what names the type of an argument only.
+    assert missing <= {"vllm:LLM", "vllm.config:VllmConfig"}
+
+
+@pytest.mark.parametrize("ours", OVERRIDING)
+def test_the_table_has_what_is_overridden(ours: str) -> None:
+    module, _, name = ours.partition(":")
+    kind = getattr(importlib.import_module(f"fluxmoe.backends.vllm.{module}"), name)
+    theirs = [base for base in kind.__mro__ if base.__module__.partition(".")[0] == "vllm"]
+    table = {entry.rpartition(".")[2] for entry in VLLM.table[OVERRIDING[ours]]}
+    overridden = {
+        attribute
+        for attribute in vars(kind)
+        if not attribute.startswith("__")
+        and attribute != "_abc_impl"
+        and any(attribute in vars(base) for base in theirs)
+    }
+    assert overridden <= table | {"name"}, overridden - table
+
+
+def test_every_class_that_overrides_is_listed() -> None:
+    found = set()
+    for file in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+                if bases & {
+                    *("BlockPool", "CPUWorker", "KVConnectorBase_V1", "KVConnectorPromMetrics"),
+                    *("KVConnectorStats", "LogitsProcessor", "RoutedExperts"),
+                }:
+                    found.add(node.name)
+    assert found == {name.partition(":")[2] for name in OVERRIDING}
