@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
-from pydantic import BaseModel
+
+if TYPE_CHECKING:  # for the annotations alone it would double the time of `import fluxmoe`
+    from pydantic import BaseModel
 
 #: The version of this page, the contracts and what they may read. It is raised when plugins that
 #: keep to it would have to be changed; docs/plugins/compatibility.md tells how that goes.
