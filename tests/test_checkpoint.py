@@ -393,7 +393,7 @@ def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) ->
         settings = {"model": model, "memory": {"budget": "8MiB"}, "vllm": {"uds": "x"}}
         settings["vllm"]["load-format"] = load_format  # type: ignore[index]
         with pytest.raises(CheckpointError, match=said):
-            preflight.check(config.parse(settings, where=""), {})
+            preflight.check(config.parse(settings, where=""), {}, moving=False)
     with pytest.raises(CheckpointError, match=said):
         plan.read(model)
     assert "experts.15" in refused(model).what
