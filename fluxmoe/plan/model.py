@@ -25,9 +25,12 @@ from fluxmoe.inventory import EXPERTS
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-#: ``experts.7.down_proj.weight``, or ``experts.down_proj`` for all experts of a layer.
+#: ``experts.7.down_proj.weight``, or ``experts.down_proj`` for all experts of a layer, which
+#: GraniteMoE calls ``block_sparse_moe.output_linear``.
 _ONE = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
-_ALL = re.compile(r"(.*)\.experts\.([a-z]\w*)(?:\.weight)?")
+_ALL = re.compile(
+    r"(.*)\.(?:experts\.([a-z]\w*)|block_sparse_moe\.((?:in|out)put_linear))(?:\.weight)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
