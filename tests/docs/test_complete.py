@@ -48,6 +48,21 @@ def rows(name: str, section: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
+# --- design --------------------------------------------------------------------------
+
+
+def test_the_files_and_packages_of_the_design_page_are_there() -> None:
+    package = Path(fluxmoe.__file__).parent
+    named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("design.md"))
+    assert len(named) > 30
+    assert [name for name in named if not (package / name).exists()] == []
+    # All packages and modules of the first level, but for data, are in the table of parts.
+    table = "\n".join(row[0] for row in rows("design.md", "Parts"))
+    there = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")}
+    there -= {"__init__", "__pycache__", "errors", "templates"}
+    assert {name for name in there if f"`{name}`" not in table} == set()
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
