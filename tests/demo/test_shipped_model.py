@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fluxmoe.demo.compare import PROMPTS, Workload
 from fluxmoe.demo.model import SHIPPED, DemoModel
@@ -23,11 +22,15 @@ WINDOW = 512
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(SHIPPED)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
+    from transformers import AutoModelForCausalLM
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()

@@ -22,7 +22,6 @@ from fluxmoe.backends.vllm.metrics import (
     split_reader,
     summary,
 )
-from fluxmoe.backends.vllm.server.prometheus import Histograms
 from fluxmoe.core.arbitration.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
@@ -108,6 +107,8 @@ def test_a_fixed_split_shows_zeros_once() -> None:
 
 def test_histograms_add_up_what_was_counted_elsewhere() -> None:
     metric = next(metric for metric in METRICS if metric.kind == "histogram")
+    from fluxmoe.backends.vllm.server.prometheus import Histograms  # imports vLLM
+
     shown = Histograms([metric], ["model_name", "engine"])
     shown.add(metric.name, ["m", "0"], {("1",): 2, ("8",): 1, ("sum",): 10})
     shown.add(metric.name, ["m", "0"], {("8",): 4, ("+Inf",): 1, ("sum",): 5})

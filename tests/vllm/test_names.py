@@ -15,7 +15,7 @@ import pytest
 import fluxmoe.backends
 from fluxmoe.backends.names import Names
 from fluxmoe.backends.torch.names import NAMES as TRANSFORMERS
-from fluxmoe.backends.vllm.compat.names import NAMES as VLLM
+from fluxmoe.backends.vllm.names import NAMES as VLLM
 from fluxmoe.errors import UnsupportedVersionError
 
 pytestmark = pytest.mark.vllm

@@ -2,8 +2,8 @@
 
 One module per part of vLLM, so that each of its processes imports what it needs and no more:
 ``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` (workers
-that page), ``engine`` (engines within this process, and as the server sees them). ``names`` has
-the table of all names and asserts them.
+that page), ``engine`` (engines within this process, and as the server sees them). Each first
+asserts its names (``backends/vllm/names.py``).
 """
 
 from __future__ import annotations

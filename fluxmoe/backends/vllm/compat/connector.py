@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmoe.backends.vllm.compat.names import NAMES
+from fluxmoe.backends.vllm.names import NAMES
 
 NAMES.require("connector")  # an ImportError of the lines below would not say what to do
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fluxmoe.backends.vllm.compat.names import NAMES
+from fluxmoe.backends.vllm.names import NAMES
 
 NAMES.require("engine")  # an ImportError of the lines below would not say what to do
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.backends.vllm.compat.names import NAMES
+from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.core.types import Phase
 
 NAMES.require("worker")  # an ImportError of the lines below would not say what to do

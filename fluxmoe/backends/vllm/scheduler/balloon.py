@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fluxmoe.backends.vllm.compat.connector import BlockPool
-from fluxmoe.backends.vllm.compat.names import NAMES
+from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.errors import InvariantError
 

@@ -17,7 +17,6 @@ from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.vllm.compat.names import NAMES
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
@@ -29,6 +28,7 @@ from fluxmoe.backends.vllm.compat.worker import (
     step_phase,
     worker_connector,
 )
+from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.worker import checks, kv
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts

@@ -1,4 +1,7 @@
-"""The names of vLLM that FluxMoE uses or overrides, by module of ``compat`` that imports them."""
+"""The names of vLLM that FluxMoE uses or overrides, by module of ``compat`` that imports them.
+
+Imports no vLLM.
+"""
 
 from __future__ import annotations
 
