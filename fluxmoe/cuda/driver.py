@@ -72,7 +72,7 @@ class Cuda:
         found = int(self.call("cuDeviceGetCount"))
         if not 0 <= ordinal < found:
             raise SubstrateError(
-                f"there is no CUDA device {ordinal}; the driver reports {found} devices",
+                f"there is no CUDA device {ordinal}; devices found: {found}",
                 fix=_FIXES["CUDA_ERROR_NO_DEVICE"],
             )
         self.device = self.call("cuDeviceGet", ordinal)
