@@ -1,7 +1,7 @@
-"""The memory manager itself: knows no model, no engine and no plugin system.
+"""The memory manager itself, independent of any model, engine or plugin system.
 
-Read it in this order: ``types``, ``owner`` and ``words``, ``compiled`` (numba), ``transfer``
-(stores and copies), ``memory`` (frames, stable addresses, the tenants of one budget), ``policy``
-(who decides, and what if they are wrong), ``paging`` (who lies where, the event rule, the pager),
-``arbitration`` (the split while serving). Each imports those before it only.
+Reading order: ``types``, ``owner`` and ``words``, ``compiled`` (numba), ``transfer`` (stores and
+copies), ``memory`` (frames, stable addresses, the tenants of one budget), ``policy`` (contracts of
+policies, guards against faulty ones), ``paging`` (page table, event rule, pager), ``arbitration``
+(the split while serving). Each imports only those before it.
 """

@@ -1,8 +1,8 @@
-"""Owner: the process that something belongs to.
+"""Owner: the process that a resource belongs to.
 
 A forked child gets copies of all books and locks, but shares the frames and every open file with
-its parent, and has none of its threads. So it may neither use what the parent made nor give it
-back: each use asks first, and each release does nothing.
+its parent, and has none of its threads. So it may neither use nor release what the parent
+created: each use checks first, and each release does nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fluxmoe.errors import UnsupportedError
 
 
 class Owner:
-    """The process that runs now.
+    """The process that created this object.
 
-    It compares process numbers, which takes 50 ns. What Python calls after a fork would be for
-    nothing, but a fork in C does not call it.
+    Comparing process ids takes 50 ns. Python's after-fork hooks would cost nothing, but a fork in
+    C does not call them.
     """
 
     def __init__(self) -> None:
@@ -24,14 +24,14 @@ class Owner:
 
     @property
     def here(self) -> bool:
-        """Whether this is that process."""
+        """True if the current process is the owner."""
         return os.getpid() == self._process
 
     def require(self) -> None:
         """Raise UnsupportedError in any other process."""
         if not self.here:
             raise UnsupportedError(
-                f"this process was forked from process {self._process}, and cannot use what "
-                "FluxMoE made there: paged models, engines, traces that are being written",
-                fix="use them there; other processes start by spawn, and page models of their own",
+                f"this process was forked from process {self._process} and cannot use what "
+                "FluxMoE created there: paged models, engines, traces being written",
+                fix="use them there; start other processes with spawn and page models in each",
             )

@@ -1,4 +1,4 @@
-"""The words of FluxMoE as small frozen values: geometry, page layout, access, budget, counters."""
+"""Basic frozen types: geometry, page layout, access, budget, counters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-#: Kinds of age, all in events: how long a page was resident when it left; how long it had not been
-#: used by then; and from one use of a page to the next.
+#: Kinds of age, all in events: residency of a page when it left; time since its last use at that
+#: point; and the interval between two uses of a page.
 LIFETIME, IDLE, REUSE = range(3)
-#: Ages are counted by power of two: bucket n has those up to 2^n, the last one all others.
+#: Number of age buckets, by power of two: bucket n counts ages up to 2^n, the last one all others.
 AGES = 24
 
 
 class Phase(IntEnum):
-    """What a step mostly does. A batch that mixes both counts as prefill."""
+    """Kind of work in a step. A batch that mixes both counts as prefill."""
 
     PREFILL = 0
     DECODE = 1
@@ -30,7 +30,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How many expert pages a model has. Layers are MoE layers only, counted from 0."""
+    """Number of expert pages of a model. Layers are MoE layers only, counted from 0."""
 
     num_layers: int
     experts_per_layer: int
@@ -47,7 +47,7 @@ class Geometry:
 class Part:
     """One tensor of an expert (``w13``, ``w2`` …) as the kernel reads it.
 
-    ``elements`` is the number of weights, which kernels with narrow indices are limited by.
+    ``elements`` is the number of weights, which limits kernels with narrow indices.
     """
 
     name: str
@@ -68,7 +68,7 @@ class PageClass:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The frames a tenant must have, should have and may have."""
+    """Minimum, target and maximum number of frames of a tenant."""
 
     min: int
     target: int
@@ -83,12 +83,12 @@ class Access:
         step: Forward pass of the engine, from 0.
         layer: MoE layer, from 0.
         pages: Distinct pages in ascending order, int64.
-        hit: Per page, whether it was resident when the event began.
-        tokens: Per page, how many (token, expert) pairs were routed to it, int64.
-        phase: What the step mostly does.
+        hit: Per page, True if it was resident when the event began.
+        tokens: Per page, number of (token, expert) pairs routed to it, int64.
+        phase: Phase of the step.
         predicted: Pages of the next layer that its router chooses for this layer's hidden states,
-            those that most tokens want first. None where nobody can tell: always in the engines,
-            and in traces without the column.
+            most requested first. None if unknown: always in the engines, and in traces without
+            the column.
     """
 
     step: int
@@ -102,7 +102,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """Pages that were just given a slot: page ``pages[i]`` belongs into ``slots[i]`` of a bank."""
+    """Pages that were just assigned a slot: page ``pages[i]`` goes into ``slots[i]`` of a bank."""
 
     bank: int
     pages: Int64s
@@ -117,8 +117,8 @@ class Counters:
     """Counts since the last ``reset()``, as the event rule defines them.
 
     ``accesses = hits + misses`` counts distinct experts, once per event. ``prefetch_hits`` is the
-    part of ``hits`` that a prefetch brought in and nobody had used before. ``evictions`` are
-    victims for demand or prefetch, ``released`` pages were given up because the policy did not
+    part of ``hits`` that a prefetch loaded and that had not been used before. ``evictions`` are
+    victims for demand or prefetch; ``released`` pages were released because the policy did not
     retain them, ``resized`` ones because the tenant shrank.
     """
 

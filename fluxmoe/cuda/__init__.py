@@ -1,4 +1,4 @@
-"""Everything for GPUs: the driver, frames, streams, page-locked memory, kernels, a fake driver.
+"""GPU support: the driver, frames, streams, page-locked memory, kernels, a fake driver.
 
 No backend uses it yet. Imports the core, stores and codecs.
 """

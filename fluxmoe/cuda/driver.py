@@ -1,8 +1,8 @@
-"""Cuda: one device of the CUDA driver, its calls with errors as exceptions.
+"""Cuda: one device of the CUDA driver, whose errors become exceptions.
 
-The driver's functions come from ``cuda.bindings.driver``, imported when the first device is opened
-and not before. Each of them answers with a tuple whose first member is a ``CUresult``; here the
-rest is returned, or a ``SubstrateError`` raised that names the call and the result. Tests hand in
+The driver's functions come from ``cuda.bindings.driver``, imported only when the first device is
+opened. Each returns a tuple whose first member is a ``CUresult``; here the rest is returned, or a
+``SubstrateError`` raised that names the call and the result. Tests pass
 ``fluxmoe.cuda.fake.FakeDriver`` instead of the bindings.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 
 from fluxmoe.errors import DeviceMemoryError, MissingDependencyError, SubstrateError
 
-_LOST = "the device has lost its state: end this process and start anew; see dmesg for the cause"
+_LOST = "the device has lost its state: restart this process; see dmesg for the cause"
 _BUG = "a bug in FluxMoE, please report it"
-_SEE = "see nvidia-smi, and dmesg for what the kernel module says"
+_SEE = "see nvidia-smi, and dmesg for messages of the kernel module"
 _FIXES = {
-    "CUDA_ERROR_NO_DEVICE": "see whether nvidia-smi lists a GPU and CUDA_VISIBLE_DEVICES hides it",
-    "CUDA_ERROR_INVALID_DEVICE": "see whether nvidia-smi lists so many GPUs",
-    "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process has the GPU for itself; see nvidia-smi",
+    "CUDA_ERROR_NO_DEVICE": "check that nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES allows",
+    "CUDA_ERROR_INVALID_DEVICE": "check that nvidia-smi lists this many GPUs",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process has exclusive use of the GPU; see nvidia-smi",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine: driver and kernel module differ",
-    "CUDA_ERROR_NOT_SUPPORTED": "this GPU, or its driver, cannot do it",
+    "CUDA_ERROR_NOT_SUPPORTED": "this GPU, or its driver, does not support it",
     "CUDA_ERROR_ILLEGAL_ADDRESS": _LOST,
     "CUDA_ERROR_LAUNCH_FAILED": _LOST,
     "CUDA_ERROR_ECC_UNCORRECTABLE": _LOST,
@@ -33,7 +33,7 @@ _FIXES = {
 
 
 def load() -> Any:
-    """The bindings of the driver.
+    """Import the bindings of the driver.
 
     Raises:
         MissingDependencyError: They are not installed.
@@ -48,19 +48,19 @@ def load() -> Any:
 
 
 class Cuda:
-    """A device and its primary context, the one that torch uses, too.
+    """A device and its primary context, which torch also uses.
 
     Args:
-        api: The bindings, or what stands in for them; None imports them.
-        ordinal: Which of the visible devices.
+        api: The bindings, or a replacement; None imports them.
+        ordinal: Index among the visible devices.
 
     Attributes:
-        version: What the driver supports, 12080 for CUDA 12.8.
+        version: CUDA version of the driver, 12080 for CUDA 12.8.
         device: The driver's number of the device.
 
     Raises:
         MissingDependencyError: The bindings are not installed.
-        SubstrateError: There is no driver, or no such device.
+        SubstrateError: The driver or the device does not exist.
     """
 
     def __init__(self, api: Any = None, ordinal: int = 0) -> None:
@@ -72,14 +72,14 @@ class Cuda:
         found = int(self.call("cuDeviceGetCount"))
         if not 0 <= ordinal < found:
             raise SubstrateError(
-                f"there is no CUDA device {ordinal}, only {found} of them",
+                f"there is no CUDA device {ordinal}; devices found: {found}",
                 fix=_FIXES["CUDA_ERROR_NO_DEVICE"],
             )
         self.device = self.call("cuDeviceGet", ordinal)
         self._context = self.call("cuDevicePrimaryCtxRetain", self.device)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Call the driver: nothing, the one answer, or the tuple of answers.
+        """Call the driver; return None, its only result, or the tuple of its results.
 
         Raises:
             DeviceMemoryError: The device has no memory left.
@@ -91,14 +91,14 @@ class Cuda:
             raise SubstrateError(
                 f"the CUDA driver cannot be called: {error}",
                 where=name,
-                fix="install NVIDIA's driver, or a newer one; nvidia-smi shows which there is",
+                fix="install NVIDIA's driver, or a newer one; nvidia-smi shows the installed one",
             ) from error
         if result == self.api.CUresult.CUDA_SUCCESS:
             return answers[0] if len(answers) == 1 else tuple(answers) or None
         raise _refusal(name, result)
 
     def ready(self, name: str, *args: Any) -> bool:
-        """Ask the driver whether something is over, ``cuEventQuery``. Raises what ``call`` does."""
+        """Call a query such as ``cuEventQuery``; False if not ready. Raises like ``call``."""
         (result,) = getattr(self.api, name)(*args)
         if result == self.api.CUresult.CUDA_ERROR_NOT_READY:
             return False
@@ -108,9 +108,9 @@ class Cuda:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the device's context this thread's own, and the one before again afterwards.
+        """Make the device's context current on this thread; restore the previous one afterwards.
 
-        What was done is done even if the driver does not go back: who comes next will be told.
+        A failure to restore is ignored: the work is done, and the next call reports the error.
         """
         self.call("cuCtxPushCurrent", self._context)
         try:
@@ -119,37 +119,37 @@ class Cuda:
             self.api.cuCtxPopCurrent()
 
     def attribute(self, name: str) -> int:
-        """A property of the device, by the end of its name: ``ASYNC_ENGINE_COUNT``."""
+        """An attribute of the device, by the suffix of its name, such as ``ASYNC_ENGINE_COUNT``."""
         which = getattr(self.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(self.call("cuDeviceGetAttribute", which, self.device))
 
     @property
     def name(self) -> str:
-        """What the device is called, ``NVIDIA H100 PCIe``."""
+        """Name of the device, such as ``NVIDIA H100 PCIe``."""
         text: bytes = self.call("cuDeviceGetName", 128, self.device)
         return text.split(b"\0")[0].decode(errors="replace")
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of device memory that are free, and that there are."""
+        """Free and total bytes of device memory."""
         with self.current():
             free, total = self.call("cuMemGetInfo")
         return int(free), int(total)
 
     def close(self) -> None:
-        """Give the context back. Idempotent."""
+        """Release the context. Idempotent."""
         if self._context is not None:
             self.call("cuDevicePrimaryCtxRelease", self.device)
             self._context = None
 
 
 def _refusal(name: str, result: Any) -> SubstrateError:
-    """The error for what a call answered."""
+    """Make the error for the result of a call."""
     reason = getattr(result, "name", str(result))
     if reason == "CUDA_ERROR_OUT_OF_MEMORY":
         return DeviceMemoryError(
             f"the CUDA device is out of memory: {reason}",
             where=name,
-            fix="lower memory.budget, or end what else uses the GPU (see nvidia-smi)",
+            fix="lower memory.budget, or stop other processes on the GPU (see nvidia-smi)",
         )
     return SubstrateError(
         f"the CUDA driver refused: {reason}", where=name, fix=_FIXES.get(reason, _SEE)
@@ -157,12 +157,12 @@ def _refusal(name: str, result: Any) -> SubstrateError:
 
 
 def no_range(name: str) -> AbstractContextManager[None]:
-    """No range in a profiler."""
+    """A context manager that shows no range in a profiler."""
     return nullcontext()
 
 
 def nvtx_ranges() -> Callable[[str], AbstractContextManager[Any]]:
-    """What shows ranges in NVIDIA's profilers; nothing where the package ``nvtx`` is missing."""
+    """The function that makes ranges in NVIDIA's profilers; ``no_range`` without ``nvtx``."""
     try:
         import nvtx
     except ImportError:

@@ -1,4 +1,4 @@
-"""What ``streams`` is made of: flights, the events that follow them, and the driver's copies."""
+"""Building blocks of ``streams``: flights (batches of copies), events, the driver's copies."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from fluxmoe.cuda.driver import Cuda
 from fluxmoe.errors import SubstrateError
 
-#: The first CUDA whose driver takes a batch of copies in one call, and has the present way to time.
+#: First CUDA version whose driver copies batches in one call, and times events as used here.
 _LEAST = 12080
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """Copies that were given to a stream together.
+    """Copies that were submitted to a stream together.
 
     Attributes:
-        event: What the stream passes after them; None when they have arrived and been forgotten.
-        mark: What the kernels' stream passes before it waits for them.
-        nbytes: Of all of them.
+        event: Event recorded after them; None once they have arrived and were retired.
+        mark: Event recorded on the kernels' stream before it waits for them.
+        nbytes: Total bytes.
         buffers: Page-locked buffers that they read.
     """
 
@@ -31,7 +31,7 @@ class Flight:
 
 
 class Transfers:
-    """Pieces to be copied; what adjoins at both ends is one piece."""
+    """Pieces to copy; pieces adjacent in both source and target are merged."""
 
     def __init__(self) -> None:
         self.targets: list[int] = []
@@ -54,12 +54,12 @@ class Transfers:
 
 
 class Copier:
-    """Gives copies from the host to a stream: in one call where the driver can, else one by one."""
+    """Submits copies from the host to a stream: in one call if supported, else one by one."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         api = cuda.api
-        # The call has changed with CUDA 13: bindings for it find nothing in an older driver.
+        # The call changed with CUDA 13: bindings for it find no such function in an older driver.
         least = max(_LEAST, api.CUDA_VERSION // 1000 * 1000)
         self.batches = cuda.version >= least
         if self.batches:
@@ -93,7 +93,7 @@ class Copier:
 
 
 class Events:
-    """Events to be used again and again."""
+    """Pool of reusable events."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -101,7 +101,7 @@ class Events:
         self._free: list[Any] = []
 
     def record(self, stream: Any) -> Any:
-        """The event that ``stream`` passes after what it was given so far."""
+        """Record an event on ``stream``, after all work submitted so far, and return it."""
         if not self._free:
             event = self._cuda.call("cuEventCreate", 0)  # with timing, for the stalls
             self._made.append(event)
@@ -110,7 +110,7 @@ class Events:
         return self._free.pop()
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Let ``stream`` wait for an event; if the driver refuses, the processor waits for it."""
+        """Let ``stream`` wait for an event; if the driver refuses, the CPU waits for it."""
         try:
             self._cuda.call("cuStreamWaitEvent", stream, event, 0)
         except SubstrateError:
@@ -120,20 +120,20 @@ class Events:
         return self._cuda.ready("cuEventQuery", event)
 
     def seconds(self, first: Any, then: Any) -> float:
-        """From ``first`` to ``then``, which has passed; 0 if it was the other way round."""
+        """Seconds from ``first`` to ``then``, which has passed; 0 if ``then`` came first."""
         if first is None or self._cuda.version < _LEAST or not self.passed(first):
             return 0.0
         milliseconds: float = self._cuda.call("cuEventElapsedTime", first, then)
         return max(0.0, milliseconds / 1000)
 
     def free(self, event: Any) -> None:
-        """Nobody will wait for it again. (Who has been told to wait for it still does.)"""
+        """Return an event to the pool; no new waits. (Waits already submitted stay valid.)"""
         if event is not None:
             self._free.append(event)
 
     def close(self) -> None:
-        """Give all of them back, also those in use."""
-        with ExitStack() as each:  # goes on if one fails
+        """Destroy all events, including those in use."""
+        with ExitStack() as each:  # continues if one fails
             for event in self._made:
                 each.callback(self._cuda.call, "cuEventDestroy", event)
         self._made, self._free = [], []

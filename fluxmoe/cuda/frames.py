@@ -1,10 +1,11 @@
 """Frames of device memory: CUDA's virtual memory calls, one to one with the CPU substrate's.
 
 Frame ``i`` is one allocation of the driver (``cuMemCreate``), made when it is first committed and
-kept for the next commit, because making one costs a hundred times what mapping it costs
-(kvcached on an A100: 193 µs and 1.45 µs). Committing maps each frame and allows access to the whole
-range at once. A committed frame that is new, or was released, reads as zero. An address without a
-frame faults: the kernel that touches it loses the device's context, and every later call says so.
+kept for the next commit, because making one costs a hundred times as much as mapping it
+(kvcached on an A100: 193 µs and 1.45 µs). Committing maps each frame and enables access to the
+whole range at once. A committed frame that is new, or was released, reads as zero. An address
+without a frame faults: a kernel that accesses it loses the device's context, and every later call
+reports that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fluxmoe.core.types import Int64s
 from fluxmoe.cuda.driver import Cuda
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 
-#: The frame on CUDA, which is also what its devices map as one piece.
+#: Bytes of a frame on CUDA, equal to its devices' mapping granularity.
 FRAME_BYTES = 2 << 20
 
 
@@ -31,12 +32,12 @@ class CudaSubstrate:
     Args:
         cuda: The device; not closed with the substrate.
         count: Number of frames, the whole budget.
-        frame_bytes: Size of a frame, a multiple of what the device maps as one piece.
-        recycle: Keep the memory of released frames for the next commit. If not, it goes back to
-            the system.
+        frame_bytes: Bytes of a frame, a multiple of the device's mapping granularity.
+        recycle: True to keep the memory of released frames for the next commit, False to return it
+            to the system.
 
     Raises:
-        SubstrateError: The device has no virtual memory calls, or maps only larger pieces.
+        SubstrateError: The device has no virtual memory calls, or a larger mapping granularity.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class CudaSubstrate:
         self._handles: list[Any] = [None] * count
         self._dirty = np.ones(count, np.bool_)
         self._ranges: dict[int, int] = {}
-        #: Addresses that have a frame; also those that were to lose it and could not.
+        #: Addresses that have a frame, including those whose unmapping failed.
         self._mapped: set[int] = set()
         self._stale: set[int] = set()
         self._stream: Any = None
@@ -85,7 +86,7 @@ class CudaSubstrate:
         return address
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        """As the protocol says. What the driver refuses to take back now, ``close`` tries again."""
+        """Release a reserved range. If the driver refuses, ``close`` tries again."""
         if self._ranges.get(address) != nbytes:
             raise SubstrateError(f"no range of {nbytes} bytes was reserved at {address:#x}")
         self._stale |= self._mapped.intersection(self._places(address, nbytes // self.frame_bytes))
@@ -114,7 +115,7 @@ class CudaSubstrate:
             except BaseException:
                 self._mapped |= set(mapped)
                 self._stale |= set(mapped)
-                with suppress(SubstrateError):  # else the next commit, or close, tries again
+                with suppress(SubstrateError):  # if it fails, the next commit or close tries again
                     self._unmap(set(mapped))
                     self._free(made)
                 raise
@@ -122,7 +123,7 @@ class CudaSubstrate:
         self._dirty[frames] = False
 
     def decommit(self, address: int, count: int) -> None:
-        """As the protocol says, when the device has done all work that was given to it before."""
+        """Unmap ``count`` frames at ``address`` after the device has finished all earlier work."""
         if count:
             with self._cuda.current():
                 self._unmap(self._mapped.intersection(self._places(address, count)))
@@ -140,11 +141,11 @@ class CudaSubstrate:
         """Release everything. Idempotent.
 
         Raises:
-            SubstrateError: The driver kept something; all else was released. Call it again.
+            SubstrateError: The driver refused a release; everything else was released. Call again.
         """
         if not self._ranges and not self.allocated() and self._stream is None:
             return
-        with self._cuda.current(), ExitStack() as each:  # from the last to the first, all of them
+        with self._cuda.current(), ExitStack() as each:  # in reverse order, continuing on errors
             each.callback(self._end_stream)
             each.callback(self._free, range(self.count))
             for address in list(self._ranges):
@@ -164,14 +165,14 @@ class CudaSubstrate:
         except DeviceMemoryError as error:
             free, total = self._cuda.memory()
             raise DeviceMemoryError(
-                f"the GPU has no memory for another frame of {self.frame_bytes} bytes beside "
-                f"{self.allocated()} bytes of them: {free} of {total} bytes are free",
+                f"the GPU has no memory for another frame of {self.frame_bytes} bytes besides "
+                f"{self.allocated()} bytes of frames: {free} of {total} bytes are free",
                 where=error.where,
                 fix=error.fix,
             ) from error
 
     def _clear(self, address: int, frames: Int64s) -> None:
-        """Zero what was never, or is no longer, anybody's."""
+        """Zero the frames that are new or were released."""
         zero = np.flatnonzero(self._dirty[frames])
         for first, count in runs(zero):
             place = address + first * self.frame_bytes
@@ -181,10 +182,10 @@ class CudaSubstrate:
             self._cuda.call("cuStreamSynchronize", self._stream)
 
     def _unmap(self, addresses: set[int]) -> None:
-        """Unmap frames, neighbours in one call."""
+        """Unmap frames, adjacent ones in one call."""
         if not addresses:
             return
-        self._cuda.call("cuCtxSynchronize")  # unmapping alone waits for no kernel
+        self._cuda.call("cuCtxSynchronize")  # unmapping does not wait for kernels
         for address, count in runs(np.array(sorted(addresses), np.int64), self.frame_bytes):
             self._cuda.call("cuMemUnmap", address, count * self.frame_bytes)
             done = set(self._places(address, count))

@@ -1,4 +1,4 @@
-"""Page-locked host memory: pages that a device fetches by itself, and buffers for all others."""
+"""Page-locked host memory: pages that a device fetches directly, and buffers for all others."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fluxmoe.cuda.flights import Flight
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 
-#: Pages that are read into buffers before the first of them has been copied.
+#: Number of page buffers: pages that can be read before the first of them has been copied.
 BUFFERS = 4
 _ENDLESS = 1 << 30
 
 
 class Source:
-    """A store's pages, at addresses that a device can fetch them from.
+    """A store's pages, at addresses from which a device can fetch them.
 
     Args:
         cuda: The device.
-        store: Where pages come from.
+        store: Source of the pages.
         part_bytes: Bytes of a page's parts, in order.
 
     Raises:
-        SubstrateError: There is no page-locked memory left for the buffers.
+        SubstrateError: The system has no page-locked memory left for the buffers.
     """
 
     def __init__(self, cuda: Cuda, store: Store, part_bytes: Sequence[int]) -> None:
@@ -48,11 +48,11 @@ class Source:
 
     @property
     def room(self) -> int:
-        """Pages that can be fetched now."""
+        """Number of pages that can be fetched now."""
         return _ENDLESS if self._addressed is not None else len(self._free)
 
     def fetch(self, page: int, flight: Flight) -> Sequence[int]:
-        """The addresses of a page's parts, valid until ``flight`` is given back.
+        """Addresses of a page's parts, valid until ``give_back(flight)``.
 
         Raises:
             StoreError: The page could not be read.
@@ -65,7 +65,7 @@ class Source:
         return [part.ctypes.data for part in parts]
 
     def give_back(self, flight: Flight) -> None:
-        """A flight's copies are over."""
+        """Free the buffers of a flight whose copies are complete."""
         self._free += flight.buffers
 
     def close(self) -> None:
@@ -75,13 +75,13 @@ class Source:
 
 
 class PinnedMemory:
-    """Page-locked host memory, which a device reads by itself and at the link's full speed.
+    """Page-locked host memory, which a device reads directly and at the link's full speed.
 
     Attributes:
-        array: uint8 ``[nbytes]``; not to be used after ``close``.
+        array: uint8 ``[nbytes]``; must not be used after ``close``.
 
     Raises:
-        SubstrateError: The system has not so much to lock.
+        SubstrateError: The system cannot lock this much memory.
     """
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
@@ -92,7 +92,7 @@ class PinnedMemory:
         self.array: Bytes = np.ctypeslib.as_array(buffer)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Free the memory. Idempotent."""
         if self._address is not None:
             with self._cuda.current():
                 self._cuda.call("cuMemFreeHost", self._address)
@@ -114,14 +114,14 @@ class PinnedStore(HostStore):
         super().__init__(geometry, page_class)
         self._cuda = cuda
         self._memory: list[PinnedMemory] = []
-        #: Per layer and part, where expert 0 lies and the bytes of an expert.
+        #: Per layer and part, address of expert 0 and bytes of an expert.
         self._places: list[list[tuple[int, int]]] = []
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
         """Copy the next layer: one array ``[experts, nbytes]`` per part of the page class.
 
         Raises:
-            SubstrateError: The system has not so much memory to lock; the layer is not there.
+            SubstrateError: The system cannot lock this much memory; the layer was not added.
         """
         with ExitStack() as undo:
             copies, memory = [], []
@@ -139,7 +139,7 @@ class PinnedStore(HostStore):
             undo.pop_all()
 
     def addresses(self, page: int) -> Sequence[int]:
-        """Where a page's parts begin, in order."""
+        """Start addresses of a page's parts, in order."""
         layer, expert = divmod(page, self._geometry.experts_per_layer)
         if not 0 <= layer < len(self._places):
             raise StoreError(f"page {page} is not in the store")
@@ -148,6 +148,6 @@ class PinnedStore(HostStore):
     def close(self) -> None:
         super().close()
         self._places.clear()
-        with ExitStack() as each:  # goes on if one fails
+        with ExitStack() as each:  # continues if one fails
             for memory in self._memory:
                 each.callback(memory.close)

@@ -1,14 +1,14 @@
-"""StreamCarrier: pages into the slots of a CUDA device, by two streams beside the kernels' own.
+"""StreamCarrier: copies pages into the slots of a CUDA device on two streams besides the kernels'.
 
-The engine's thread gives copies to a stream and goes on. *Urgent* takes demands and moves, *behind*
-takes prefetches. Before a slot is written, its stream waits for the kernels given to the device so
+The engine's thread submits copies to a stream and continues. *Urgent* takes demands and moves,
+*behind* takes prefetches. Before a slot is written, its stream waits for the kernels submitted so
 far, which may read the slot's old page; before the next kernel, the kernels' stream waits for the
-pages it needs. All of that waiting is done by the device, on events. The processor waits only where
-too much is under way. A step whose pages are all there and long arrived makes no call at all.
+pages it needs. All this waiting is done by the device, on events. The CPU waits only if too much is
+in flight. A step whose pages are all resident and arrived earlier makes no call at all.
 
-A device's copy engine takes copies as they were given, whatever the streams' priorities, so a
-demand waits for the prefetches given before. Therefore few bytes of prefetches are given at a time;
-the others wait here, where they can still be called off.
+A device's copy engine processes copies in submission order, whatever the streams' priorities, so a
+demand waits for the prefetches submitted before it. Therefore few bytes of prefetches are submitted
+at a time; the others wait here, where they can still be cancelled.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fluxmoe.cuda.flights import Copier, Events, Flight, Transfers
 from fluxmoe.cuda.pinned import Source
 from fluxmoe.errors import InvariantError, StoreError, SubstrateError
 
-#: Bytes of prefetches that are given to the device at a time: about a millisecond of PCIe 5.
+#: Bytes of prefetches that are in flight at a time: about a millisecond of PCIe 5.
 AHEAD_BYTES = 64 << 20
-#: Demands that may be under way before the processor waits for the oldest.
+#: Most demands in flight before the CPU waits for the oldest.
 MOST_DEMANDS = 64
 
 
 class StreamedCopy:
-    """A prefetch, waiting for its turn, given to the device, failed, or called off."""
+    """A prefetch: waiting, submitted to the device, failed, or cancelled."""
 
     def __init__(self, carrier: StreamCarrier, bank: int, page: int, slot: int) -> None:
         self._carrier = carrier
@@ -57,15 +57,15 @@ class StreamCarrier:
 
     Args:
         cuda: The device; not closed with the carrier.
-        store: Where pages come from. Pages of an ``AddressedStore`` go straight to the device,
-            others through page-locked buffers that the caller's thread reads them into.
+        store: Source of the pages. Pages of an ``AddressedStore`` go straight to the device, others
+            through page-locked buffers, into which the caller's thread reads them.
         slots: Per bank and part, the arena ``[slots, part bytes]``.
-        kernels: Tells which stream the next kernel will be given to; by default CUDA's own.
-        ahead: Bytes of prefetches given to the device at a time, at least one page.
+        kernels: Returns the stream of the next kernel; by default CUDA's default stream.
+        ahead: Bytes of prefetches in flight at a time, at least one page.
         ranges: Makes the ranges that a profiler shows, e.g. ``nvtx.annotate``.
 
     Raises:
-        SubstrateError: The driver has no streams, events or page-locked memory left.
+        SubstrateError: The driver could not provide streams, events or page-locked memory.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class StreamCarrier:
     def _stream(self, undo: ExitStack, flag: int, priority: int) -> Any:
         stream = self._cuda.call("cuStreamCreateWithPriority", flag, priority)
         undo.callback(self._cuda.call, "cuStreamDestroy", stream)
-        undo.callback(self._cuda.call, "cuStreamSynchronize", stream)  # which goes first
+        undo.callback(self._cuda.call, "cuStreamSynchronize", stream)  # runs before the destroy
         return stream
 
     # --- the carrier -----------------------------------------------------------------------------
@@ -125,9 +125,9 @@ class StreamCarrier:
 
     def prefetch(self, bank: int, pairs: Pairs) -> Sequence[StreamedCopy]:
         copies = [StreamedCopy(self, bank, page, slot) for page, slot in pairs]
-        # What goes wrong here is met again by whoever needs the pages: then it is an error.
+        # Errors are suppressed here: they recur, and are raised, when the pages are needed.
         with suppress(StoreError), self._driving(f"prefetch {len(pairs)} pages"):
-            self._pump()  # what was ordered before need not wait for the kernels since then
+            self._pump()  # earlier orders need not wait for the kernels submitted since then
             fence = self._events.record(self._kernels())
             for copy in copies:
                 self._orders.append((fence, copy))
@@ -142,7 +142,7 @@ class StreamCarrier:
         if flight is None:
             return copy.failed
         if flight.mark is not None or (flight.event is None and not self._orders):
-            return None  # the kernels wait for it already, or need not wait any more
+            return None  # the kernels already wait for it, or no longer need to
         with self._driving("arrive"):
             if flight.event is not None:
                 mark = self._events.record(self._kernels())
@@ -152,7 +152,7 @@ class StreamCarrier:
         return None
 
     def follow(self, flight: Flight) -> None:
-        """What is given to the urgent stream from now on comes after ``flight``."""
+        """Order all later work of the urgent stream after ``flight``."""
         if flight.event is not None:
             with self._driving("settle"):
                 self._events.wait(self._urgent, flight.event)
@@ -181,13 +181,13 @@ class StreamCarrier:
     # --- the streams -----------------------------------------------------------------------------
 
     def _fence(self, stream: Any) -> Any:
-        """Let a stream wait for all kernels so far; the event that they pass."""
+        """Let a stream wait for all kernels so far; return the event recorded after them."""
         mark = self._events.record(self._kernels())
         self._events.wait(stream, mark)
         return mark
 
     def _send(self, stream: Any, bank: int, pairs: Pairs) -> Flight:
-        """Give the copies of some pages to a stream, and the event that comes after them."""
+        """Submit copies of pages to a stream, followed by an event."""
         flight, transfers = Flight(), Transfers()
         with self._undone(stream, flight):
             places = [self._source.fetch(page, flight) for page, _ in pairs]
@@ -201,7 +201,7 @@ class StreamCarrier:
 
     @contextmanager
     def _undone(self, stream: Any, flight: Flight) -> Iterator[None]:
-        """If not all of a flight could be given to its stream, wait for the part that was."""
+        """If not all of a flight could be submitted, wait for the part that was."""
         try:
             yield
         except BaseException:
@@ -212,7 +212,7 @@ class StreamCarrier:
             raise
 
     def _pump(self) -> None:
-        """Look what has arrived, and give as many prefetches to the device as may be under way."""
+        """Retire completed flights, and submit as many prefetches as may be in flight."""
         self._retire(self._demands)
         self._retire(self._prefetches)
         while self._orders and self._source.room:
@@ -223,7 +223,7 @@ class StreamCarrier:
             self._give(copies)
 
     def _next(self, room: int) -> list[StreamedCopy]:
-        """The next prefetches of one bank, as many as there is room for; at least one at a time."""
+        """The next prefetches of one bank, as many as fit; at least one if none is in flight."""
         page_bytes = self._source.page_bytes
         most = min(self._source.room, max(room // page_bytes, not self._prefetches))
         copies: list[StreamedCopy] = []
@@ -241,7 +241,7 @@ class StreamCarrier:
         return copies
 
     def _give(self, copies: list[StreamedCopy]) -> None:
-        """All in one flight. If that fails, each by itself, so that only the culprit fails."""
+        """Submit all in one flight; if that fails, one by one, so that only the culprit fails."""
         try:
             pairs = [(copy.page, copy.slot) for copy in copies]
             flight = self._send(self._behind, copies[0].bank, pairs)

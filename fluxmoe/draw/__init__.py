@@ -1,4 +1,4 @@
 """Drawing of figures: a canvas for SVG and PNG, axes, charts.
 
-Knows nothing of what is drawn; imports ``errors`` only.
+Independent of the data that is drawn; imports ``errors`` only.
 """

@@ -1,4 +1,4 @@
-"""Lines, boxes and text, drawn as SVG by hand or as PNG by Pillow. All sizes are in pixels."""
+"""Lines, boxes and text, drawn as SVG text or as PNG with Pillow. All sizes are in pixels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FONT = "Helvetica, Arial, sans-serif"
 
 
 class Canvas(ABC):
-    """A white sheet.
+    """A white drawing area.
 
     Args:
-        width, height: Its size.
+        width, height: Size in pixels.
     """
 
     def __init__(self, width: int, height: int) -> None:
@@ -28,13 +28,13 @@ class Canvas(ABC):
 
     @abstractmethod
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
-        """A filled rectangle; (x, y) is its upper left corner, ``colour`` is ``#rrggbb``."""
+        """Draw a filled rectangle with upper left corner (x, y); ``colour`` is ``#rrggbb``."""
 
     @abstractmethod
     def line(
         self, points: Sequence[Point], colour: str, width: float = 1, *, dashed: bool = False
     ) -> None:
-        """A polyline."""
+        """Draw a polyline."""
 
     @abstractmethod
     def text(
@@ -47,15 +47,15 @@ class Canvas(ABC):
         anchor: str = "start",
         colour: str = "#222222",
     ) -> None:
-        """A line of text; (x, y) is the start, middle or end of its base line."""
+        """Draw a line of text; (x, y) is the start, middle or end of its baseline."""
 
     @abstractmethod
     def encode(self) -> bytes:
-        """The file."""
+        """Contents of the file."""
 
 
 class Svg(Canvas):
-    """Text that any browser shows."""
+    """Canvas that makes an SVG file."""
 
     def __init__(self, width: int, height: int) -> None:
         super().__init__(width, height)
@@ -103,7 +103,7 @@ class Svg(Canvas):
 
 
 class Png(Canvas):
-    """Pixels, twice as many each way as the size says.
+    """Canvas that makes a PNG file, with two pixels per unit of size in each direction.
 
     Raises:
         MissingDependencyError: Pillow is not installed.

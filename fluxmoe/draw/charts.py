@@ -1,4 +1,4 @@
-"""Line charts as SVG fragments that take their colours from the page they stand in."""
+"""Line charts as SVG fragments that take their colours from the enclosing page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        label: Its name.
+        label: Name of the line.
         slot: Number of its colour on the page, from 1; 0 = that of the optimum, drawn dashed.
-        points: (x, y, what a pointer that rests on it is told).
+        points: (x, y, tooltip) of each point.
     """
 
     label: str
@@ -30,10 +30,10 @@ class Chart:
     """A chart. Both axes begin and end with their first and last tick.
 
     Attributes:
-        title, x_label: Texts.
-        lines: What it shows.
-        x_ticks, y_ticks: (value, text), ascending.
-        dots: Whether each point is marked.
+        title, x_label: Texts of the title and the x axis.
+        lines: Lines of the chart.
+        x_ticks, y_ticks: (value, text) of each tick, ascending.
+        dots: True to mark each point.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""A pair of axes on a canvas, and the files that canvases become."""
+"""A pair of axes on a canvas, and saving a canvas to a file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _KINDS: dict[str, type[Canvas]] = {".svg": Svg, ".png": Png}
 
 
 def canvas_for(path: Path, width: int, height: int) -> Canvas:
-    """An empty sheet of the kind that the file's name asks for.
+    """Make an empty canvas of the kind that the file's suffix names.
 
     Raises:
-        ConfigError: Neither ``.svg`` nor ``.png``.
-        MissingDependencyError: A PNG, and Pillow is not installed.
+        ConfigError: The suffix is neither ``.svg`` nor ``.png``.
+        MissingDependencyError: The file is a PNG, and Pillow is not installed.
     """
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
@@ -28,7 +28,7 @@ def canvas_for(path: Path, width: int, height: int) -> Canvas:
 
 
 def save(canvas: Canvas, path: Path) -> None:
-    """Write the picture. Raises TraceError: the file cannot be written."""
+    """Write the picture. Raises TraceError if the file cannot be written."""
     try:
         path.write_bytes(canvas.encode())
     except OSError as error:
@@ -36,14 +36,14 @@ def save(canvas: Canvas, path: Path) -> None:
 
 
 def round_up(value: float) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
+    """Round up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(max(value, 1e-9)))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value)
 
 
 @dataclass(slots=True)
 class Plot:
-    """A pair of axes; x and y are given as shares of them, y upwards."""
+    """A pair of axes; x and y are given as fractions of the axes, y upwards."""
 
     canvas: Canvas
     left: float
@@ -93,5 +93,5 @@ class Plot:
                 self.canvas.box(x, y, slot * 0.76 * self.width, height * self.height, colour)
 
     def level(self, y: float) -> None:
-        """A dashed line across."""
+        """Draw a dashed horizontal line."""
         self.canvas.line([self.at(0, y), self.at(1, y)], ACCENT, 1.4, dashed=True)

@@ -1,4 +1,7 @@
-"""The built-in policies, registered through the same hook as everyone's."""
+"""Built-in policies, registered through the same hook as those of plugins.
+
+Imports the contracts of ``core.policy``, ``core.types`` and ``hookspecs`` only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a simulated capacity may be written as: pages, a share of all pages, or bytes."""
+"""Notations of a simulated capacity: pages, a share of all pages, or bytes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _SHARE = re.compile(r"([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*%")
 
 
 def pages_of(capacity: int | str, meta: TraceMeta) -> int:
-    """A capacity in pages.
+    """Convert a capacity to pages.
 
     Args:
         capacity: A number of pages (``96``), a share of all pages (``"25%"``) or bytes
             (``"2GiB"``); the last two are rounded down.
-        meta: The trace the capacity is meant for.
+        meta: Metadata of the trace.
 
     Raises:
-        ConfigError: It is none of these, or bytes for a trace that does not know its page size.
+        ConfigError: It is none of these, or bytes for a trace without a page size.
     """
     text = line(capacity).strip()
     if _PAGES.fullmatch(text):
@@ -37,13 +37,13 @@ def pages_of(capacity: int | str, meta: TraceMeta) -> int:
         size = sizes.parse(text)
     except ValueError as error:
         raise ConfigError(
-            f"{line(text, repr, limit=80)} is no capacity",
+            f"not a valid capacity: {line(text, repr, limit=80)}",
             where="--capacity",
             fix="write pages (96), a share of all pages (25%) or bytes (2GiB)",
         ) from error
     if meta.page_bytes is None:
         raise ConfigError(
-            f"{text!r} is in bytes, but the trace does not tell the size of a page",
+            f"{text!r} is in bytes, but the trace has no page size",
             where="--capacity",
             fix="write pages (96) or a share of all pages (25%)",
         )

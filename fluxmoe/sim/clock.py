@@ -1,10 +1,10 @@
-"""The virtual clock: what a replay would have taken on a machine that a profile describes.
+"""The virtual clock: the time that a replay would have taken on a machine described by a profile.
 
-Demand copies stand in the way of their layer: the engine copies all that an event misses, then the
-kernel runs. Prefetched pages are copied one after the other, in the order of their proposal, while
-layers compute; a demand waits for the copy that is under way and goes before those that have not
-begun; a page that is used before its copy has begun is copied at once. That is what
-``TransferEngine`` does with one copy thread.
+Demand copies block their layer: the engine copies all pages that an event misses, then the kernel
+runs. Prefetched pages are copied one at a time, in the order of their proposal, while layers
+compute; a demand waits for the copy in progress and precedes those that have not begun; a page that
+is used before its copy has begun is copied immediately. This models ``TransferEngine`` with one
+copy thread.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What the virtual clock showed.
+    """Times by the virtual clock.
 
     Attributes:
         hardware: Name of the profile.
-        seconds: From the first step's beginning to the last one's end.
-        step_ms_mean, step_ms_p50, step_ms_p95: Duration of a step.
-        stall_share: The part of ``seconds`` that layers waited for pages.
+        seconds: Seconds from the first step's beginning to the last one's end.
+        step_ms_mean, step_ms_p50, step_ms_p95: Duration of a step, in milliseconds.
+        stall_share: Fraction of ``seconds`` that layers waited for pages.
         tokens_per_s: Tokens of all steps per second.
     """
 
@@ -49,36 +49,36 @@ class Clock:
     """Times one replay.
 
     Args:
-        profile: The machine.
-        events: The trace; it must know the size of a page.
+        profile: Profile of the machine.
+        events: The trace; it must have a page size.
 
     Raises:
-        ConfigError: The trace does not tell the size of a page.
+        ConfigError: The trace has no page size.
     """
 
     def __init__(self, profile: Profile, events: Events) -> None:
         size = events.meta.page_bytes
         if size is None:
             raise ConfigError(
-                "the trace does not tell the size of a page, so nothing can be timed",
+                "the trace has no page size, which timing needs",
                 where="--hardware",
             )
         self._profile, self._events = profile, events
         self._page = size / (profile.load_gbps * 1e9)
         self._call = profile.load_us * 1e-6
-        #: Seconds that each event's layer computes once its pages are there, ``[N]``.
+        #: Seconds that each event's layer computes once its pages are resident, ``[N]``.
         self.compute = _compute(profile, events, size)
         self.stall = np.zeros(len(events))
         self._now, self._link_free = 0.0, 0.0
-        self._queue: deque[tuple[int, float]] = deque()  # page, when it was proposed
+        self._queue: deque[tuple[int, float]] = deque()  # page, time of its proposal
         self._arrives: dict[int, float] = {}
 
     def demand_only(self, missed: npt.NDArray[np.int32]) -> None:
-        """All events at once, for a replay without prefetch."""
+        """Time all events at once, for a replay without prefetch."""
         self.stall = np.where(missed > 0, self._call + missed * self._page, 0.0)
 
     def watch(self, rule: EventRule, at: int) -> None:
-        """Event ``at`` has been run by a rule that prefetches."""
+        """Time event ``at``, after a rule that prefetches has run it."""
         b = rule.table.books
         count = b.now[PAGES]
         pages, hit = b.pages[:count], b.hit[:count]
@@ -96,7 +96,7 @@ class Clock:
         self._now = done + self.compute[at]
 
     def timing(self) -> Timing:
-        """The times of all steps."""
+        """Summary of all steps."""
         profile, block = self._profile, self._events.list(oracle=False)
         starts = np.flatnonzero(np.diff(block.step, prepend=block.step[:1] - 1))
         steps = np.add.reduceat(self.compute + self.stall, starts) + profile.step_us * 1e-6
@@ -114,7 +114,7 @@ class Clock:
         )
 
     def _advance(self, now: float, slot_of: npt.NDArray[np.int32]) -> None:
-        """Let the link work through what was proposed, until ``now``."""
+        """Let the link process the proposed pages until ``now``."""
         while self._queue:
             page, proposed = self._queue[0]
             start = max(self._link_free, proposed)
@@ -122,11 +122,11 @@ class Clock:
                 return
             self._queue.popleft()
             if slot_of[page] == ABSENT:
-                continue  # given up before its copy began
+                continue  # evicted before its copy began
             self._link_free = self._arrives[page] = start + self._call + self._page
 
     def _complete(self, page: int, now: float) -> float:
-        """A page that was prefetched is used: when it is there."""
+        """Time at which a page that is used at ``now`` has arrived."""
         arrives = self._arrives.pop(page, None)
         if arrives is not None:
             return max(now, arrives)

@@ -19,12 +19,12 @@ from fluxmoe.trace import EventBlock, TraceMeta, TraceReader
 
 @dataclass(frozen=True, slots=True)
 class Future:
-    """What oracles know. N events, A routed (token, expert) pairs, P pages.
+    """Knowledge of oracles. N events, A routed (token, expert) pairs, P pages.
 
     Attributes:
-        first: int64 ``[P]``, the event that uses the page first.
+        first: int64 ``[P]``, the first event that uses the page.
         later: int64 ``[A]``, the next event after the pair's own that uses the pair's page, in the
-            order of ``Events.ids``. ``PageView.NO_NEXT_USE`` where there is none, as in ``first``.
+            order of ``Events.ids``. ``PageView.NO_NEXT_USE`` if there is none, as in ``first``.
     """
 
     first: Int64s
@@ -35,8 +35,8 @@ class Events:
     """All events of a trace. Read-only by convention.
 
     Args:
-        meta: What the trace is a trace of.
-        block: Its events, already checked.
+        meta: Metadata of the trace.
+        block: Events of the trace, already checked.
     """
 
     def __init__(self, meta: TraceMeta, block: EventBlock) -> None:
@@ -73,11 +73,11 @@ class Events:
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:
-        """The routed experts of all events, one after the other, repeats included."""
+        """Routed experts of all events, concatenated, repeats included."""
         return self._block.ids
 
     def __iter__(self) -> Iterator[tuple[int, int, Phase, slice]]:
-        """(step, layer, phase, where in ``ids``) of every event."""
+        """(step, layer, phase, slice of ``ids``) of every event."""
         phases = (Phase.PREFILL, Phase.DECODE)
         step, layer, phase, bounds = (np.asarray(column).tolist() for column in self._block[:4])
         for i, start in enumerate(bounds[:-1]):
@@ -85,18 +85,18 @@ class Events:
 
     @property
     def predicted(self) -> tuple[Int64s, npt.NDArray[np.int32]] | None:
-        """What each event's layer predicts for the next: offsets ``[N + 1]`` and experts."""
+        """Predictions of each event's layer for the next: offsets ``[N + 1]`` and experts."""
         offsets, ids = self._block.predicted_offsets, self._block.predicted_ids
         return None if offsets is None or ids is None else (offsets, ids)
 
     @cached_property
     def largest(self) -> int:
-        """Distinct experts of the largest event."""
+        """Number of distinct experts of the largest event."""
         return int(self.sizes.max())
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int32]:
-        """Distinct experts of every event."""
+        """Number of distinct experts of every event."""
         sizes = np.zeros(len(self), np.int32)
         seen = np.full(self.meta.experts_per_layer, -1, np.int64)
         _count_distinct(self._block.offsets, self.ids, seen, sizes)
@@ -104,7 +104,7 @@ class Events:
 
     @cached_property
     def future(self) -> Future:
-        """The next use of every page at every event, from one pass backwards."""
+        """Next use of every page at every event, from one backward pass."""
         first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)
         later = np.empty(self.ids.size, np.int64)
         experts, block = self.meta.experts_per_layer, self._block
@@ -112,14 +112,14 @@ class Events:
         return Future(first, later)
 
     def list(self, *, oracle: bool) -> EventList:
-        """The events as the replay takes them; with their future if the policy is an oracle."""
+        """The events in the form of the replay, with their future if the policy is an oracle."""
         later = self.future.later if oracle else np.zeros(0, np.int64)
         guesses = self.predicted or (np.zeros(0, np.int64), np.zeros(0, np.int32))
         return EventList(*self._block[:5], later, *guesses)
 
 
 def _joined(offsets: Sequence[Int64s]) -> Int64s:
-    """The offsets of several arrays as those of all of them, one after the other."""
+    """Offsets of the concatenation of several arrays, from the offsets of each."""
     starts = np.cumsum([0, *(part[-1] for part in offsets)])
     ends = [part[1:] + start for part, start in zip(offsets, starts[:-1], strict=True)]
     return np.concatenate([np.zeros(1, np.int64), *ends])
@@ -148,6 +148,6 @@ def _look_ahead(
     for event in range(layer.size - 1, -1, -1):
         for i in range(offsets[event], offsets[event + 1]):
             later[i] = upcoming[np.int64(layer[event]) * experts + ids[i]]
-        # Only now: an expert that several tokens share must not see its own event as the next.
+        # In a second loop: an expert shared by several tokens must not see its own event as next.
         for i in range(offsets[event], offsets[event + 1]):
             upcoming[np.int64(layer[event]) * experts + ids[i]] = event

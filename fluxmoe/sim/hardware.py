@@ -1,4 +1,4 @@
-"""Hardware profiles: what a copy and a layer cost, for the simulator's virtual clock.
+"""Hardware profiles: costs of copies and layers, for the simulator's virtual clock.
 
 A profile is a YAML file. Some come with FluxMoE, from data sheets; ``fluxmoe doctor --measure``
 writes one for this machine.
@@ -21,42 +21,42 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Profile(BaseModel):
-    """What a machine can do. GB are 10⁹ bytes, TFLOPS 10¹² floating-point operations a second."""
+    """Performance of a machine. 1 GB = 10⁹ bytes, 1 TFLOPS = 10¹² floating-point operations/s."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
     name: str
     description: str = ""
     load_gbps: Positive
-    """From where the pages lie into a slot."""
+    """Bandwidth from the page store into a slot, in GB/s."""
     load_us: NotNegative = 0
-    """What a layer's demand for pages costs beside their bytes, and each prefetched page."""
+    """Fixed cost of a layer's demand for pages, and of each prefetched page, in microseconds."""
     memory_gbps: Positive
-    """At which a layer's kernel reads the experts it uses."""
+    """Bandwidth at which a layer's kernel reads the experts it uses, in GB/s."""
     tflops: Positive
-    """At which it computes, in the format of the weights: two operations per weight and token."""
+    """Compute rate in the format of the weights, in TFLOPS: two operations per weight and token."""
     weight_bytes: Positive = 2
     """Bytes of one weight in a page."""
     roofline: bool = True
-    """Whether reading and computing overlap, so that the longer one counts; else their sum."""
+    """True if reading and computing overlap, so that the longer one counts; else their sum."""
     step_us: NotNegative = 0
-    """Of a forward pass, whatever is in it."""
+    """Fixed cost of a forward pass, in microseconds."""
     layer_us: NotNegative = 0
-    """Of a layer beside its experts: attention, router, launches."""
+    """Cost of a layer without its experts (attention, router, launches), in microseconds."""
     token_us: NotNegative = 0
-    """Of a token in a layer, beside its experts."""
+    """Cost of a token in a layer, without its experts, in microseconds."""
 
 
 def names() -> list[str]:
-    """The profiles that come with FluxMoE."""
+    """Names of the profiles that come with FluxMoE."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load(name: str | Path) -> Profile:
-    """A profile by its name or from a file.
+    """Load a profile by name or from a file.
 
     Raises:
-        ConfigError: There is none of this name, or the file is no profile; the field is named.
+        ConfigError: The name is unknown, or the file is not a valid profile; the field is named.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -65,7 +65,7 @@ def load(name: str | Path) -> Profile:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(
-            f"no hardware profile {str(name)!r}",
+            f"unknown hardware profile {str(name)!r}",
             where="--hardware",
             fix=f"name a YAML file, or one of {', '.join(names())}",
         ) from error

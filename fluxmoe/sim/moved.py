@@ -1,4 +1,4 @@
-"""Names that have moved out of the simulator: for one minor version they stay where they were."""
+"""Names that have moved out of the simulator; the old ones stay valid for one minor version."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def moved(old: str, new: str, names: tuple[str, ...]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that warns and fetches ``names`` from where they are now.
+    """Make a module's ``__getattr__`` that warns and gets ``names`` from their new module.
 
     Args:
-        old: The module, as it was published.
-        new: The module that has the names now.
-        names: Which.
+        old: Published name of the old module.
+        new: Name of the module that has the names now.
+        names: Moved names.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""``--report``: one page of HTML that needs nothing else, with curves, timelines and a table."""
+"""``--report``: one self-contained HTML page, with curves, timelines and a table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fluxmoe.sim.events import Events
 from fluxmoe.sim.runs import Outcome
 from fluxmoe.sim.simulator import Result
 
-#: The run that all others are compared with; the report makes it if it was not asked for.
+#: The policy that all others are compared with; added to the runs if not requested.
 OPTIMUM = "belady"
-#: Parts of the trace in the timelines.
+#: Number of parts of the trace in the timelines.
 BINS = 120
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _COLOURS = 8
-#: Timelines on one page; of more capacities some at equal distances are shown.
+#: Most timelines on one page; of more capacities an evenly spaced selection is shown.
 _TIMELINES = 4
 
 
@@ -36,10 +36,10 @@ def write(path: Path, trace: str, events: Events, outcomes: Sequence[Outcome]) -
     """Write the report.
 
     Args:
-        path: The HTML file to make or replace.
+        path: HTML file to create or replace.
         trace: Name of the trace.
         events: The trace.
-        outcomes: The runs, with timelines, those of the optimum among them.
+        outcomes: The runs, with timelines, including those of the optimum.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.
@@ -79,7 +79,7 @@ def write(path: Path, trace: str, events: Events, outcomes: Sequence[Outcome]) -
 
 
 def name_of(result: Result) -> str:
-    """A run without its capacity."""
+    """Label of a run without its capacity."""
     return result.policy if result.prefetch == "none" else f"{result.policy} + {result.prefetch}"
 
 

@@ -1,7 +1,7 @@
 """Many runs over one trace: policies × capacities × prefetchers, in this process or in several.
 
-Processes are started afresh and read the trace's arrays from files that the first one wrote, so
-they share the memory and inherit no threads.
+Processes are spawned and map the trace's arrays from files that the first one wrote, so they share
+the memory and inherit no threads.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fluxmoe.trace import EventBlock, TraceMeta
 
 Progress = Callable[[int], None]
 
-#: Below so many accesses (tokens × top-k, over all runs) starting processes takes longer.
+#: Fewest accesses (tokens × top-k, over all runs) for which starting processes pays.
 _WORTH_IT = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What to run; ``plan`` has what all runs share."""
+    """One run; ``Plan`` has the settings that all runs share."""
 
     policy: PolicySpec
     capacity: str
@@ -44,9 +44,9 @@ class Plan:
     """Runs over one trace.
 
     Attributes:
-        runs: In the order of the results.
-        plugins: Files or modules with policies, for processes of their own.
-        banks, strict, hardware: As ``simulate`` takes them.
+        runs: Runs, in the order of the results.
+        plugins: Files or modules with policies, for the worker processes.
+        banks, strict, hardware: Arguments of ``simulate``.
     """
 
     runs: Sequence[Run]
@@ -56,7 +56,7 @@ class Plan:
     hardware: Profile | None = None
 
     def simulation(self, run: Run, events: Events, registry: Registry) -> Simulation:
-        """One run, checked. Raises what ``simulate`` raises."""
+        """Make one run, checked. Raises the same errors as ``simulate``."""
         return Simulation(
             events,
             run.policy,
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run's result, whether an oracle made it, and its hit rate over time.
+    """A run's result, and its hit rate over time; ``oracle`` is True for an oracle's run.
 
     ``timeline`` is float64 ``[bins]``: the hit rate in equal parts of the trace.
     """
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def default_jobs(events: Events, runs: int) -> int:
-    """As many processes as there are cores and runs, but one where the work is small."""
+    """Number of processes: the smaller of cores and runs, or 1 if the work is small."""
     if events.ids.size * runs < _WORTH_IT:
         return 1
     return min(runs, len(os.sched_getaffinity(0)))
@@ -97,22 +97,22 @@ def execute(
     bins: int = 0,
     progress: Progress = lambda events: None,
 ) -> list[Outcome]:
-    """Make all runs.
+    """Execute all runs.
 
     Args:
-        plan: What to run.
+        plan: The runs.
         events: The trace.
         registry: Known policies, in this process.
-        jobs: Processes.
-        bins: Parts of the timeline; 0 = no timeline.
-        progress: Called with events that were run since the last call.
+        jobs: Number of processes.
+        bins: Number of parts of the timeline; 0 = no timeline.
+        progress: Called with the number of events run since the last call.
 
     Raises:
-        UnknownPolicyError, ConfigError, CapacityError: A run that cannot be made; none is begun.
+        UnknownPolicyError, ConfigError, CapacityError: A run is invalid; none is started.
         PolicyFaultError: Under ``strict``.
     """
     if jobs <= 1 or len(plan.runs) <= 1:
-        # All are made before the first runs, so that a mistake in the last shows at once.
+        # All are created before the first runs, so that a mistake in the last one shows at once.
         made = [plan.simulation(run, events, registry) for run in plan.runs]
         return [_outcome(simulation, events, bins, progress) for simulation in made]
     for run in plan.runs:
@@ -137,7 +137,7 @@ def execute(
 
 
 class _Worker:
-    """What a process of its own keeps between runs."""
+    """State that a worker process keeps between runs."""
 
     def __init__(self, folder: str, meta: TraceMeta, plan: Plan, bins: int) -> None:
         # Mapped, so that all processes share the memory; private, so that numba sees plain arrays.

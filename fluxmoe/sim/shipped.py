@@ -1,4 +1,4 @@
-"""Deprecated: ``fluxmoe.trace.shipped`` has the names that were published here."""
+"""Deprecated: use ``fluxmoe.trace.shipped``."""
 
 from fluxmoe.sim.moved import moved
 

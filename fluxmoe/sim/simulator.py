@@ -1,7 +1,7 @@
 """The simulator: a trace replayed through the engine's page table, event rule and policy guards.
 
-Nothing here knows what a hit is. A run builds the objects that the pager of an engine would use,
-feeds them one event after the other, and reads their counters.
+Hits and misses are not defined here. A run builds the objects that an engine's pager uses, feeds
+them the events in order, and reads their counters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile, load
 from fluxmoe.trace import TraceMeta
 
-#: Events between two looks at the progress, or at Ctrl-C.
+#: Number of events between updates of the progress, and checks for Ctrl-C.
 _CHUNK = 1 << 16
 
 
@@ -36,16 +36,16 @@ class Result:
     """Counters of one run, as the event rule defines them.
 
     Attributes:
-        policy, prefetch: The policies as they were asked for.
-        capacity_pages: Slots over all banks.
+        policy, prefetch: Labels of the policies as requested.
+        capacity_pages: Number of slots over all banks.
         accesses, hits, misses: Distinct experts, once per event; ``accesses = hits + misses``.
         hit_rate: hits / accesses.
-        prefetch_hits: The part of ``hits`` that a prefetch brought in.
-        evictions: Victims for demand or prefetch.
-        released: Pages given up because the policy did not retain them.
+        prefetch_hits: The part of ``hits`` that a prefetch loaded.
+        evictions: Number of victims for demand or prefetch.
+        released: Number of pages released because the policy did not retain them.
         bytes_demand, bytes_prefetch: Bytes loaded by cause; None if the page size is unknown.
-        policy_faults: Calls of a policy that were answered by the fallback instead.
-        timing: What it would have taken, if a hardware profile was given.
+        policy_faults: Number of calls of a policy that the fallback answered instead.
+        timing: Simulated times; None without a hardware profile.
     """
 
     policy: str
@@ -67,7 +67,7 @@ class Result:
     timing: Timing | None = None
 
     def to_json(self) -> dict[str, str | int | float | None]:
-        """Flat: the fields of ``timing`` beside the others, if there are any."""
+        """A flat dictionary, with the fields of ``timing``, if any, beside the others."""
         fields = asdict(self)
         timing = fields.pop("timing")
         return {**fields, **(timing or {})}
@@ -77,9 +77,9 @@ class Simulation:
     """One run, checked and ready to start. Arguments and errors are those of ``simulate``.
 
     Attributes:
-        policy: The eviction policy as it was asked for.
-        oracle: Whether it knows the future, so that no engine can run it.
-        missed: int32, the misses of every event once it has run.
+        policy: Label of the eviction policy as requested.
+        oracle: True if the policy needs the future, so that no engine can run it.
+        missed: int32 ``[N]``, number of misses of every event once it has run.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Simulation:
         self._rule = EventRule(table, self._eviction, self._fetching)
 
     def run(self, progress: Callable[[int], None] = lambda events: None) -> Result:
-        """Replay the trace, from cold.
+        """Replay the trace from a cold start.
 
         Args:
-            progress: Called now and then with the events that were run since the last call.
+            progress: Called periodically with the number of events run since the last call.
 
         Raises:
             PolicyFaultError: A policy failed, and ``strict`` is set.
@@ -170,14 +170,15 @@ def simulate(
         policy: Eviction policy, ``name`` or ``{kind: name, option: value}``.
         capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), over all banks.
         prefetch: Prefetch policy.
-        banks: Banks that consecutive layers are spread over, each with its share of the capacity.
+        banks: Number of banks over which layers are spread, each with its share of the capacity.
         registry: Known policies; by default built-in and installed ones.
-        strict: Raise at the first fault of a policy instead of containing it.
-        hardware: A profile, the name of one, or its file: the result then has a ``timing``.
+        strict: True to raise at the first fault of a policy instead of containing it.
+        hardware: A profile, its name, or its file: the result then has a ``timing``.
 
     Raises:
-        TraceError: The trace cannot be used.
-        UnknownPolicyError, ConfigError: A policy, option, capacity, number of banks or profile.
+        TraceError: The trace is invalid or cannot be read.
+        UnknownPolicyError, ConfigError: A policy, option, capacity, number of banks or profile is
+            invalid.
         CapacityError: A bank could not hold the largest event of the trace.
         PolicyFaultError: Under ``strict``.
     """
@@ -197,7 +198,7 @@ def simulate(
 
 
 def label(spec: PolicySpec) -> str:
-    """A policy as the command line writes it: ``name`` or ``name:option=value:…``."""
+    """A policy in command-line notation: ``name`` or ``name:option=value:…``."""
     if isinstance(spec, str):
         return spec
     options = [f"{key}={value}" for key, value in spec.items() if key != "kind"]

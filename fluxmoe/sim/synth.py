@@ -1,4 +1,4 @@
-"""Deprecated: ``fluxmoe.trace.synth`` has the name that was published here."""
+"""Deprecated: use ``fluxmoe.trace.synth``."""
 
 from fluxmoe.sim.moved import moved
 

@@ -1,7 +1,7 @@
-"""Traces: which experts a model routed to, as one Parquet file, written and read in a stream.
+"""Traces: the experts that a model routed to, as one Parquet file, written and read in a stream.
 
-``format`` says what is in a file, ``writer`` and ``reader`` never hold more of it than a few row
-groups.
+``format`` defines the contents of a file; ``writer`` and ``reader`` never hold more than a few row
+groups of it. Imports the core, ``draw`` and ``errors``.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ class Streams:
     """The last token of each request, in each layer.
 
     Attributes:
-        overlaps: float64 ``[layers, 2]``: pairs of consecutive tokens, and the sum over them of the
-            share of experts that the second has in common with the first.
+        overlaps: float64 ``[layers, 2]``: number of pairs of consecutive tokens, and the sum of the
+            shares of experts that the second has in common with the first.
     """
 
     def __init__(self, meta: TraceMeta) -> None:
@@ -29,8 +29,8 @@ class Streams:
         self.overlaps = np.zeros((meta.num_layers, 2), np.float64)  # pairs, sum of shares
 
     def add(self, rows: Rows, offsets: Int64s) -> None:
-        """The next rows; ``offsets`` says where each row's experts begin and the last ones end."""
-        # Without requests: in decode the rows of the batch, in prefill one request.
+        """Add the next rows; row i's experts are at ``offsets[i] … offsets[i + 1] - 1``."""
+        # Without request numbers: a request per row of the batch in decode, one in all in prefill.
         unknown = np.where(rows["phase"] == 0, -1, -2 - rows["token"].astype(np.int64))
         keys = np.where(rows["request"] >= 0, rows["request"], unknown)
         distinct, slot_of = np.unique(keys, return_inverse=True)
@@ -39,7 +39,7 @@ class Streams:
         count_overlap(rows["layer"], slots[slot_of], offsets, ids, self._last, self.overlaps)
 
     def _assign(self, keys: Iterable[int]) -> Int64s:
-        """A slot per key; those that are not there any more give theirs up."""
+        """Assign a slot to each key, freeing the slots of keys that are no longer present."""
         keys = list(keys)
         kept = {key: self._slots[key] for key in keys if key in self._slots}
         used = set(kept.values())
@@ -74,11 +74,12 @@ def count_events(
     windows: Int64s,
     unions: Int64s,
 ) -> int:
-    """Count some events into all the arrays that follow ``lengths``; returns distinct experts.
+    """Count events into all arrays after ``lengths``; return the number of distinct experts.
 
-    ``windows`` is, per length: number of the running window, its pages so far; whole windows, the
-    sum of their pages, the most pages of one. ``seen_in`` tells which window saw a page last.
-    ``unions`` is, per bit length of tokens − 1: events, their tokens, their distinct experts.
+    ``windows`` has, per length: index of the running window, its pages so far; number of complete
+    windows, the sum of their pages, the most pages of one. ``seen_in`` is the last window that
+    used each page. ``unions`` has, per bit length of tokens − 1: events, their tokens, their
+    distinct experts.
     """
     accesses = 0
     farthest = distances.size - 1
@@ -128,7 +129,7 @@ def count_overlap(
     last: npt.NDArray[np.int16],
     overlaps: Floats,
 ) -> None:
-    """Compare every row with what ``last`` remembers of its slot, then let it remember the row."""
+    """Compare every row with its slot's previous row in ``last``, then store the row there."""
     for row in range(slots.size):
         mine = last[slots[row], layers[row]]
         start, end = offsets[row], offsets[row + 1]
@@ -158,9 +159,9 @@ def compare_predictions(
     guesses: npt.NDArray[np.int32],
     counted: Int64s,
 ) -> None:
-    """Per layer: experts that the layer before had predicted for the token, and experts in all.
+    """Count per layer: experts that the previous layer predicted for the token, and all experts.
 
-    ``bounds`` are the rows where events begin, and the end of the last one.
+    ``bounds`` are the first rows of events, and the end of the last one.
     """
     for e in range(bounds.size - 2):
         first, following = bounds[e], bounds[e + 1]

@@ -1,7 +1,7 @@
-"""The trace format (docs/traces.md): columns, metadata, and the arrays a file becomes in memory.
+"""The trace format (docs/traces.md): columns, metadata, and the arrays of a file in memory.
 
 A row is one token in one MoE layer of one step; rows are sorted by step, layer, token. The rows of
-one (step, layer) are one event. What the numbers mean lies in the file's metadata (``TraceMeta``).
+one (step, layer) are one event. The file's metadata (``TraceMeta``) describe the model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SCHEMA = pa.schema(
         ("experts", pa.list_(pa.int16())),
     ]
 )
-#: Columns that a trace may have: routing weights, one per expert of the row, and the experts that
-#: the next layer was predicted to route this token to (none in the last layer).
+#: Optional columns: routing weights, one per expert of the row, and the experts that the next layer
+#: was predicted to route this token to (none in the last layer).
 OPTIONAL = {"weights": pa.list_(pa.float16()), "predicted": pa.list_(pa.int16())}
 
-#: Rows that are held in memory and written, or read, together.
+#: Number of rows that are held in memory and written, or read, together.
 GROUP_ROWS = 1 << 17
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -43,15 +43,15 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class TraceMeta:
-    """What a trace is a trace of.
+    """Metadata of a trace: the model and the source.
 
     Attributes:
         model: Name or path of the model.
-        num_layers: MoE layers.
-        experts_per_layer: Routed experts of each layer.
-        top_k: Experts per token.
-        page_bytes: Bytes of one expert page, None if unknown.
-        source: Who wrote the trace.
+        num_layers: Number of MoE layers.
+        experts_per_layer: Number of routed experts per layer.
+        top_k: Number of experts per token.
+        page_bytes: Bytes of one expert page; None if unknown.
+        source: Name of the program or format that the trace came from.
     """
 
     model: str
@@ -66,7 +66,7 @@ class TraceMeta:
         return Geometry(self.num_layers, self.experts_per_layer)
 
     def check(self, where: str) -> None:
-        """Raise TraceError, naming ``where``, unless the numbers can be those of a model."""
+        """Raise TraceError, naming ``where``, unless the numbers are plausible for a model."""
         for name in ("num_layers", "experts_per_layer", "top_k"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
@@ -88,22 +88,22 @@ class TraceMeta:
 
     @classmethod
     def load(cls, raw: bytes | None, where: str) -> TraceMeta:
-        """The opposite of ``dump``. Raises TraceError, naming ``where``."""
+        """Parse the result of ``dump``. Raises TraceError, naming ``where``."""
         if raw is None:
             raise TraceError(
-                "the Parquet file has no metadata key 'fluxmoe': it is no trace",
+                "not a trace: the Parquet file has no metadata key 'fluxmoe'",
                 where=where,
                 fix="convert files of other formats with `fluxmoe trace convert`",
             )
         try:
             data = json.loads(raw)
         except ValueError as error:
-            raise TraceError("the metadata key 'fluxmoe' holds no JSON", where=where) from error
+            raise TraceError("the metadata key 'fluxmoe' is not valid JSON", where=where) from error
         if not isinstance(data, dict):
-            raise TraceError("the metadata key 'fluxmoe' holds no JSON object", where=where)
+            raise TraceError("the metadata key 'fluxmoe' is not a JSON object", where=where)
         if data.get("version") != VERSION:
             raise TraceError(
-                f"trace format version {data.get('version')!r}, this FluxMoE reads {VERSION}",
+                f"trace format version {data.get('version')!r}; this FluxMoE reads {VERSION}",
                 where=where,
             )
         meta = cls(
@@ -119,7 +119,7 @@ class TraceMeta:
 
 
 class StepRows(NamedTuple):
-    """What an engine knows about the T tokens of a step; the same in all layers.
+    """Request and phase of the T tokens of a step; the same in all layers.
 
     ``request`` is int32 ``[T]`` (−1 = unknown), ``phase`` int8 ``[T]``.
     """
@@ -131,8 +131,8 @@ class StepRows(NamedTuple):
 class EventBlock(NamedTuple):
     """N consecutive events. Event ``i`` routed to ``ids[offsets[i]:offsets[i + 1]]``.
 
-    ``predicted_ids`` with offsets of their own are the experts that each event's layer predicts
-    for the next one, repeats included; both are None unless they were asked for and are there.
+    ``predicted_ids``, with ``predicted_offsets``, are the experts that each event's layer predicts
+    for the next one, repeats included; both are None unless requested and present in the file.
     """
 
     step: npt.NDArray[np.int32]  # [N]
@@ -150,7 +150,7 @@ class Rows:
 
     Attributes:
         scalars: Column → array ``[N]``.
-        lists: Column → (entries of each row ``[N]``, all entries one after the other).
+        lists: Column → (number of entries per row ``[N]``, all entries concatenated).
     """
 
     scalars: dict[str, Array]
@@ -163,7 +163,7 @@ class Rows:
         return self.scalars[column]
 
     def then(self, more: Rows) -> Rows:
-        """These rows and those that follow them."""
+        """Concatenate these rows and ``more``."""
         return Rows(
             {name: np.concatenate([one, more[name]]) for name, one in self.scalars.items()},
             {
@@ -176,7 +176,7 @@ class Rows:
         )
 
     def split(self, row: int) -> tuple[Rows, Rows]:
-        """The rows before ``row``, and the others."""
+        """Split into the rows before ``row`` and the others."""
         cuts = {name: int(widths[:row].sum()) for name, (widths, _) in self.lists.items()}
         return (
             Rows(
@@ -190,6 +190,6 @@ class Rows:
         )
 
     def starts(self) -> Int64s:
-        """The first row of each event; the rows must be in order."""
+        """Index of the first row of each event; the rows must be sorted."""
         same = (np.diff(self["step"]) == 0) & (np.diff(self["layer"]) == 0)
         return np.concatenate([[0], np.flatnonzero(~same) + 1])

@@ -15,13 +15,13 @@ def draw(statistics: Statistics, path: Path, title: str) -> None:
     """Write the picture.
 
     Args:
-        statistics: What to draw.
+        statistics: Statistics to draw.
         path: An ``.svg`` or ``.png`` file.
-        title: Its heading.
+        title: Heading of the picture.
 
     Raises:
-        ConfigError: Another kind of file.
-        MissingDependencyError: A PNG, and Pillow is not installed.
+        ConfigError: The file is neither ``.svg`` nor ``.png``.
+        MissingDependencyError: The file is a PNG, and Pillow is not installed.
         TraceError: The file cannot be written.
     """
     canvas = canvas_for(path, _WIDTH, _HEIGHT)

@@ -1,4 +1,4 @@
-"""Reading a trace in a stream, and not trusting a single row of it."""
+"""Reading a trace in a stream, validating every row."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from fluxmoe.trace.format import (
     TraceMeta,
 )
 
-# What events are made of. ``request`` must be there but says nothing about them.
+# Columns that events are made of. ``request`` must exist but is not needed for them.
 _EVENTS = ("step", "layer", "token", "phase", "experts")
-# Of a column chunk, so that a file of one huge row group is read in a stream, too.
+# Buffer of a column chunk, so that even a file with one huge row group is read in a stream.
 _BUFFER_BYTES = 1 << 20
 
 
 class TraceReader:
-    """Reads a trace in a stream, checking every row. ``meta`` is known at once.
+    """Reads a trace in a stream, checking every row. ``meta`` is available immediately.
 
     Attributes:
-        meta: What the trace is a trace of.
-        columns: The optional columns that the file has.
-        num_rows: Rows of the file, one per (step, layer, token).
+        meta: Metadata of the trace.
+        columns: Optional columns that the file has.
+        num_rows: Number of rows of the file, one per (step, layer, token).
 
     Raises:
         TraceError: Not a trace: unreadable, damaged, or not of this format and version.
@@ -71,7 +71,7 @@ class TraceReader:
         """All events in order, as (step, layer, phase, routed experts with repeats, 1-D).
 
         Raises:
-            TraceError: A row is damaged, out of range or out of order, or there are no rows.
+            TraceError: A row is damaged, out of range or out of order, or the file has no rows.
         """
         phases = (Phase.PREFILL, Phase.DECODE)
         for block in self.blocks():
@@ -84,7 +84,7 @@ class TraceReader:
         """All events in order, many at a time.
 
         Args:
-            predicted: Also what each layer predicts for the next, if the file has it.
+            predicted: True to include each layer's predictions for the next, if the file has them.
 
         Raises:
             TraceError: Like ``events``.
@@ -97,7 +97,7 @@ class TraceReader:
         """All rows in order, many at a time; no event is split.
 
         Args:
-            more: Columns beside step, layer, token, phase and experts: ``request``, and the
+            more: Columns besides step, layer, token, phase and experts: ``request``, and the
                 optional ones that the file has.
 
         Raises:
@@ -112,7 +112,7 @@ class TraceReader:
             if held is not None:
                 rows = held.then(rows)
             self._require_order(rows, first)
-            # The last event may go on in the next batch.
+            # The last event may continue in the next batch.
             whole, held = rows.split(int(rows.starts()[-1]))
             first += len(whole)
             if len(whole):
@@ -189,7 +189,7 @@ def _block(rows: Rows) -> EventBlock:
     block = EventBlock(
         step=rows["step"][starts],
         layer=rows["layer"][starts],
-        # 0 is prefill: a batch that mixes both counts as prefill.
+        # Prefill is 0: a batch that mixes both counts as prefill.
         phase=np.minimum.reduceat(rows["phase"], starts),
         offsets=_offsets(width, starts),
         ids=ids,

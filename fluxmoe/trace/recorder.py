@@ -1,8 +1,8 @@
-"""Recording what an engine routes: copied into a ring in the engine's thread, written in another.
+"""Recording of an engine's routing: copied into a ring in the engine's thread, written in another.
 
-The engine's thread pays for one copy of the expert ids per event (about 1.5 µs). Chunks of events
-that are full go to a thread that builds the Parquet file; while it is behind by the whole ring the
-engine waits, so that no event is ever lost.
+The engine's thread pays for one copy of the expert ids per event (about 1.5 µs). Full chunks of
+events go to a thread that builds the Parquet file; while it lags by the whole ring the engine
+waits, so that no event is ever lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fluxmoe.errors import TraceError
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 from fluxmoe.trace.writer import Header
 
-#: Asked at the first event of a step, with its number of tokens, whose tokens they are.
+#: Called at the first event of a step with its number of tokens; returns their requests and phases.
 AskRows: TypeAlias = Callable[[int], StepRows | None]
 
 _Noted: TypeAlias = tuple[npt.NDArray[np.float16] | None, npt.NDArray[np.int16] | None]
@@ -32,7 +32,7 @@ _CHUNKS, _CHUNK_IDS = 4, 1 << 16
 
 
 class _Chunk:
-    """Some events: their headers, and their expert ids one after the other."""
+    """A chunk of events: their headers, and their expert ids concatenated."""
 
     def __init__(self) -> None:
         self.ids: npt.NDArray[np.int16] = np.empty(_CHUNK_IDS, np.int16)
@@ -43,26 +43,26 @@ class _Chunk:
 class Recorder:
     """Writes the routing of an engine's steps to a trace. ``observe`` fits ``ExpertPager.watcher``.
 
-    Use it as a context manager, or ``close`` it: only then the file appears under its name.
-    Errors of writing end the recording, never the engine's work; ``close`` raises them.
+    Use it as a context manager, or ``close`` it: only then does the file appear under its name.
+    Write errors end the recording, never the engine's work; ``close`` raises them.
 
     Args:
-        path: The file to make.
-        meta: What the trace is a trace of.
-        columns: Optional columns of the trace (``trace.OPTIONAL``); the engine then has to
-            call ``note`` before every event.
-        replace: Whether an existing file may be replaced.
-        max_steps: Ignore all that comes after so many steps.
-        phase: Record steps that mostly do this only. A replay then counts less than the engine.
-        rows: Tells the request and phase of each token of the step that begins.
+        path: File to write.
+        meta: Metadata of the trace.
+        columns: Optional columns of the trace (``trace.OPTIONAL``); the engine must then call
+            ``note`` before every event.
+        replace: True if an existing file may be replaced.
+        max_steps: Number of steps to record; later ones are ignored.
+        phase: Record only steps of this phase. A replay then counts less than the engine.
+        rows: Returns the request and phase of each token of the step that begins.
 
     Attributes:
-        steps: Steps that have begun.
-        first_request: Added to the requests that ``rows`` tells, for engines that number those
-            of each batch from 0.
+        steps: Number of steps that have begun.
+        first_request: Offset added to the requests from ``rows``, for engines that number those of
+            each batch from 0.
 
     Raises:
-        TraceError: The file cannot be written, or is there already.
+        TraceError: The file cannot be written, or already exists.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Recorder:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will be recorded: ``max_steps`` are complete, or writing failed."""
+        """True if nothing more will be recorded: ``max_steps`` are complete, or writing failed."""
         full = self._max_steps is not None and self.steps > self._max_steps
         last = self.steps == self._max_steps and self._layer == self._writer.meta.num_layers - 1
         return full or (last and not self._skip) or self._error is not None or self._closed
@@ -103,7 +103,7 @@ class Recorder:
     def note(
         self, weights: npt.NDArray[np.float16] | None, predicted: npt.NDArray[np.int16] | None
     ) -> None:
-        """What the optional columns of the next event hold; the arrays are kept.
+        """Set the optional columns of the next event; the arrays are kept, not copied.
 
         Args:
             weights: ``[tokens, top_k]``.
@@ -112,13 +112,13 @@ class Recorder:
         self._noted = weights, predicted
 
     def observe(self, step: int, layer: int, ids: Ints, phase: Phase) -> None:
-        """One event. Steps are counted anew: whoever resets the pager does not end a recording.
+        """Record one event. Steps are counted here, so a reset of the pager does not disturb them.
 
         Args:
             step: Ignored.
             layer: MoE layer; one not above the last begins a new step.
             ids: Routed experts, any integer dtype, token by token. Copied.
-            phase: What the step mostly does.
+            phase: Phase of the step.
         """
         tokens = ids.size // self._top_k
         if layer <= self._layer:
@@ -144,10 +144,10 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """Write what is held and give the file its name. Idempotent.
+        """Write pending events and give the file its name. Idempotent.
 
         Raises:
-            TraceError: Writing failed, or nothing was recorded; no file is made.
+            TraceError: Writing failed, or nothing was recorded; no file is created.
         """
         if self._stop():
             if self._error is None:
@@ -157,7 +157,7 @@ class Recorder:
                 raise self._error
 
     def discard(self) -> None:
-        """Give up: leave no file behind. Idempotent."""
+        """Abort the recording and leave no file behind. Idempotent."""
         if self._stop():
             self._writer.discard()
 
@@ -183,7 +183,7 @@ class Recorder:
         return self._chunk
 
     def _stop(self) -> bool:
-        """End the thread; whether it was running. In a forked process there is none."""
+        """End the thread; True if it was running. A forked process has none."""
         if self._closed or not self._owner.here:
             return False
         self._closed = True

@@ -1,4 +1,4 @@
-"""The traces that come with FluxMoE: recorded from the demonstration's model (assets/README.md)."""
+"""Traces that come with FluxMoE, recorded from the demonstration's model (assets/README.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("decode-1", "decode-8", "decode-64", "prefill")
 
 
 def path(name: str) -> Path:
-    """The file of a shipped trace. Raises ConfigError: there is none of this name."""
+    """The file of a shipped trace. Raises ConfigError for an unknown name."""
     if name not in NAMES:
-        raise ConfigError(f"no trace is called {name!r}", fix=f"there are {', '.join(NAMES)}")
+        raise ConfigError(f"unknown trace {name!r}", fix=f"valid names: {', '.join(NAMES)}")
     return FOLDER / f"{name}.parquet"

@@ -1,4 +1,4 @@
-"""What a trace is like: skew, working sets, reuse, overlap, unions; in one pass, in a stream."""
+"""Statistics of a trace: skew, working sets, reuse, overlap, unions; in one pass, in a stream."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """How one layer routes.
+    """Routing statistics of one layer.
 
     Attributes:
-        gini: Of the experts' shares: 0 = all alike, 1 = one expert does everything.
-        entropy: Of the experts' shares, over its largest possible value: 1 = all alike.
-        top_share: Share that the most popular tenth of the experts has (at least one expert).
-        experts_used: Experts that were routed to at all.
-        overlap: Mean share of a token's experts that the request's previous token had, too; None
-            if there are no consecutive tokens.
-        predicted: Share of the layer's experts that the layer before had predicted; None if the
+        gini: Gini coefficient of the experts' shares: 0 = all equal, 1 = one expert has all.
+        entropy: Entropy of the experts' shares, relative to its maximum: 1 = all equal.
+        top_share: Share of the most popular tenth of the experts (at least one expert).
+        experts_used: Number of experts that were routed to at all.
+        overlap: Mean share of a token's experts that the request's previous token also had; None
+            without consecutive tokens.
+        predicted: Share of the layer's experts that the previous layer had predicted; None if the
             trace has no predictions.
     """
 
@@ -43,7 +43,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class WorkingSet:
-    """Distinct pages within a window: the mean and the largest over all whole windows."""
+    """Distinct pages within a window of ``steps``: mean and maximum over all complete windows."""
 
     steps: int
     mean_pages: float
@@ -54,7 +54,7 @@ class WorkingSet:
 class Union:
     """Distinct experts of events with ``tokens_from`` to ``tokens_to`` tokens.
 
-    ``uniform`` is what independent uniform routing would give for their mean number of tokens.
+    ``uniform`` is the number that independent uniform routing gives for their mean token count.
     """
 
     tokens_from: int
@@ -69,10 +69,10 @@ class Reuse:
     """Events from one use of a page to the next.
 
     Attributes:
-        first_uses: Uses that had no use before them.
-        reuses: All others.
+        first_uses: Number of uses of a page without an earlier one.
+        reuses: Number of all other uses.
         quantiles: Quantile → events.
-        histogram: Reuses within 2^i … 2^(i+1) − 1 events, i from 0.
+        histogram: Number of reuses within 2^i … 2^(i+1) − 1 events, i from 0.
     """
 
     first_uses: int
@@ -83,7 +83,7 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """All of it. ``popularity`` is ``[layers][experts]``: shares, each layer's sum being 1."""
+    """Statistics of a trace. ``popularity`` ``[layers][experts]``: shares, sum 1 per layer."""
 
     meta: TraceMeta
     columns: tuple[str, ...]
@@ -106,10 +106,10 @@ class Statistics:
 
 
 def describe(path: str | Path) -> Statistics:
-    """Read a trace once and describe it. Memory does not depend on its length.
+    """Read a trace once and compute its statistics. Memory does not depend on its length.
 
     Raises:
-        TraceError: The trace cannot be used.
+        TraceError: The trace is invalid or cannot be read.
     """
     reader = TraceReader(path)
     more = ["request", *(["predicted"] if "predicted" in reader.columns else [])]
@@ -128,8 +128,8 @@ class _Counts:
         self._routed = np.zeros((layers, experts), np.int64)
         self._last_event = np.full(pages, -1, np.int64)
         self._distances = np.zeros(_FARTHEST + 1, np.int64)
-        # Per window length: the window that saw a page last; the running window, its pages;
-        # whole windows, their pages, the most pages of one.
+        # Per window length: the last window that used a page; the running window, its pages;
+        # complete windows, their pages, the most pages of one.
         self._seen_in = np.full((len(WINDOWS), pages), -1, np.int64)
         self._windows = np.zeros((len(WINDOWS), 5), np.int64)
         # By bit length of tokens - 1: events, their tokens, their distinct experts.
@@ -172,7 +172,7 @@ class _Counts:
             self._compare(rows)
 
     def _compare(self, rows: Rows) -> None:
-        """Predictions of each event with what its successor, one layer further, routed to."""
+        """Compare the predictions of each event with the routing of the next layer's event."""
         if self._held is not None:
             rows = self._held.then(rows)
         starts = rows.starts()
@@ -228,7 +228,7 @@ class _Counts:
         for length, (_, pages, whole, total, most) in zip(
             WINDOWS, self._windows.tolist(), strict=True
         ):
-            if self.steps % length == 0:  # the running window is whole, too
+            if self.steps % length == 0:  # the running window is also complete
                 whole, total, most = whole + 1, total + pages, max(most, pages)
             if whole:
                 found.append(WorkingSet(length, total / whole, most))
@@ -259,14 +259,14 @@ class _Counts:
 
 
 def gini(shares: Floats) -> float:
-    """Half the mean absolute difference of two shares, over their mean."""
+    """Gini coefficient: half the mean absolute difference of two shares, over their mean."""
     ordered, n = np.sort(shares), len(shares)
     total = ordered.sum()
     return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * total)) if total else 0.0
 
 
 def entropy(shares: Floats) -> float:
-    """Shannon entropy over that of equal shares; 1 if there is one expert only."""
+    """Shannon entropy relative to that of equal shares; 1 for a single expert."""
     positive = shares[shares > 0]
     if len(shares) < 2 or not len(positive):
         return 1.0
@@ -274,6 +274,6 @@ def entropy(shares: Floats) -> float:
 
 
 def top_share(shares: Floats) -> float:
-    """What the largest tenth of the shares comes to, at least one of them."""
+    """Sum of the largest tenth of the shares, at least one of them."""
     count = max(1, round(len(shares) / 10))
     return float(np.sort(shares)[::-1][:count].sum())

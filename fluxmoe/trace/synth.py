@@ -1,4 +1,4 @@
-"""Traces without a model: skewed routing that drifts, tokens that repeat themselves, scans."""
+"""Synthetic traces: skewed routing that drifts, tokens that repeat experts, scans."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 #: One expert of Qwen3-30B-A3B in bf16: three matrices of 768 x 2048.
 DEFAULT_PAGE_BYTES = 3 * 768 * 2048 * 2
 
-# Larger than any log-weight plus noise: what is kept comes first.
+# Larger than any log-weight plus noise, so that kept experts come first.
 _KEPT = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A synthetic workload: decode steps of a fixed batch, and scans between them if wanted.
+    """A synthetic workload: decode steps of a fixed batch, and optional scans between them.
 
     Attributes:
         layers, experts, top_k: Geometry of the model.
-        steps: Forward passes.
-        batch: Tokens per step.
-        seed: The same workload gives the same trace.
+        steps: Number of forward passes.
+        batch: Number of tokens per step.
+        seed: Random seed; equal workloads give equal traces.
         skew: Zipf exponent: the expert of rank r is chosen in proportion to r^-skew; 0 = uniform.
-        drift: How fast ranks change, 0 = never, 1 = anew in every step. The ranks are those of
-            one random number per expert, of which each step renews this share of the amplitude.
-        locality: Chance that a request keeps an expert of its previous token: in the first and in
-            the last layer, linear between them.
-        scan_every: Every so many steps a prefill comes instead, whose tokens together use every
-            expert of every layer, in a new random order; 1 = nothing but scans, 0 = none.
+        drift: Rate at which ranks change, 0 = never, 1 = redrawn in every step. The ranks are those
+            of one random number per expert, of which each step renews this share of the amplitude.
+        locality: Probability that a request keeps an expert of its previous token: in the first and
+            in the last layer, linear between them.
+        scan_every: Interval in steps at which a prefill replaces the decode step; its tokens
+            together use every expert of every layer, in a new random order; 1 = only scans,
+            0 = none.
     """
 
     layers: int
@@ -56,12 +57,12 @@ class Workload:
                 raise ConfigError(f"{getattr(self, name)} is not positive", where=_option(name))
         if self.top_k > self.experts:
             raise ConfigError(
-                f"{self.top_k} of {self.experts} experts cannot be chosen", where=_option("top_k")
+                f"{self.top_k} exceeds the {self.experts} experts", where=_option("top_k")
             )
         if self.seed < 0:
             raise ConfigError(f"{self.seed} is negative", where=_option("seed"))
         if not 0 <= self.skew < math.inf:
-            raise ConfigError(f"{self.skew} is no exponent", where=_option("skew"))
+            raise ConfigError(f"{self.skew} is not a finite number ≥ 0", where=_option("skew"))
         if not 0 <= self.drift <= 1:
             raise ConfigError(f"{self.drift} is not within 0…1", where=_option("drift"))
         if not all(0 <= chance <= 1 for chance in self.locality):
@@ -73,11 +74,11 @@ class Workload:
             raise ConfigError(f"{self.scan_every} is negative", where=_option("scan_every"))
 
     def is_scan(self, step: int) -> bool:
-        """Whether a step, counted from 0, is a scan."""
+        """True if a step, counted from 0, is a scan."""
         return self.scan_every > 0 and step % self.scan_every == self.scan_every - 1
 
     def routing(self) -> Iterator[npt.NDArray[np.int16]]:
-        """Per step the routed experts, int16 ``[layers, tokens, top_k]``, the strongest first."""
+        """Routed experts of each step, int16 ``[layers, tokens, top_k]``, strongest first."""
         rng = np.random.default_rng(self.seed)
         by_rank = -self.skew * np.log(np.arange(1, self.experts + 1))
         popularity = rng.standard_normal((self.layers, self.experts))
@@ -104,11 +105,11 @@ class Workload:
                 np.put_along_axis(last, order, True, axis=2)
             yield order.astype(np.int16)
             fresh = rng.standard_normal(popularity.shape)
-            # Keeps the variance at 1, so that the drift is the same all along.
+            # Keep the variance at 1, so that the drift is constant.
             popularity = np.sqrt(1 - self.drift**2) * popularity + self.drift * fresh
 
     def _scan(self, rng: np.random.Generator) -> npt.NDArray[np.int16]:
-        """The fewest tokens that use all experts; the last one begins again with the first."""
+        """The fewest tokens that use all experts; the last one wraps around to the first."""
         tokens = -(-self.experts // self.top_k)
         order = rng.permuted(np.tile(np.arange(self.experts), (self.layers, 1)), axis=1)
         cycle = np.resize(np.arange(self.experts), tokens * self.top_k)
@@ -122,7 +123,7 @@ def write(
     *,
     replace: bool = True,
 ) -> tuple[int, int]:
-    """Write the workload's trace, step by step; returns its events and its routed experts.
+    """Write the workload's trace, step by step; return its numbers of events and routed experts.
 
     Raises:
         TraceError: The file cannot be written, or an index does not fit the format.

@@ -1,4 +1,4 @@
-"""Writing a trace: events in, row groups out, never more than one group in memory."""
+"""Writing a trace: events in, row groups out, with at most one group in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fluxmoe.trace.format import GROUP_ROWS, KEY, OPTIONAL, SCHEMA, Array, StepR
 
 
 class Header(NamedTuple):
-    """One event as the writer holds it; its ``tokens`` rows of ids lie elsewhere.
+    """One event as the writer holds it; its ``tokens`` rows of ids are stored separately.
 
     ``weights`` is ``[tokens, top_k]``, ``predicted`` ``[tokens, anything]``.
     """
@@ -36,7 +36,7 @@ class Header(NamedTuple):
 
 
 class _OwnFile(io.FileIO):
-    """A file that no forked process writes to: there, too, pyarrow ends a file that it collects."""
+    """A file that forked processes do not write to, where pyarrow also closes collected files."""
 
     def __init__(self, path: Path) -> None:
         self._owner = Owner()
@@ -58,14 +58,14 @@ class TraceWriter:
     ``ExpertPager.watcher``.
 
     Args:
-        path: The file to make.
-        meta: What the trace is a trace of.
-        columns: Which of the ``OPTIONAL`` columns the file gets; every event must then have them.
-        replace: Whether an existing file may be replaced.
-        group_rows: Rows that are held in memory and written together.
+        path: File to write.
+        meta: Metadata of the trace.
+        columns: ``OPTIONAL`` columns of the file; every event must then have them.
+        replace: True if an existing file may be replaced.
+        group_rows: Number of rows that are held in memory and written together.
 
     Raises:
-        TraceError: The metadata make no sense, or the file cannot be created.
+        TraceError: The metadata are invalid, or the file cannot be created.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class TraceWriter:
         self.path, self.meta = Path(path), meta
         meta.check(str(path))
         if self.path.is_dir() or not self.path.parent.is_dir():
-            what = "it is a folder" if self.path.is_dir() else "there is no such folder"
+            what = "it is a folder" if self.path.is_dir() else "its folder does not exist"
             raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
         if not replace and self.path.exists():
             raise TraceError(
-                "the file is there already", where=str(path), fix="name another, or use --force"
+                "the file already exists", where=str(path), fix="name another, or use --force"
             )
         self._columns = [name for name in OPTIONAL if name in columns]
         self._schema = SCHEMA
@@ -121,20 +121,20 @@ class TraceWriter:
             step: Forward pass; (step, layer) must grow from event to event.
             layer: MoE layer, from 0.
             ids: Routed experts, any integer dtype, ``[tokens, top_k]`` or flat in that order.
-                Negative entries are padding; a token of nothing else is left out.
-            phase: What the step mostly does, for tokens that ``rows`` says nothing about.
+                Negative entries are padding; a token with only padding is omitted.
+            phase: Phase of the step, for tokens that ``rows`` does not cover.
             rows: Request and phase of each token.
             weights: Routing weights, floats like ``ids``; needed if the file has the column.
             predicted: Experts predicted for the next layer, ``[tokens, any]``, negative = none.
 
         Raises:
-            TraceError: Out of order, out of range, or not ``top_k`` experts per token. It may come
-                as late as the next ``append`` or ``close``.
+            TraceError: Out of order, out of range, or not ``top_k`` experts per token. May be
+                raised as late as the next ``append`` or ``close``.
         """
         top_k = self.meta.top_k
         if ids.size % top_k:
             raise TraceError(
-                f"step {step}, layer {layer}: {ids.size} expert ids are no multiple of "
+                f"step {step}, layer {layer}: {ids.size} expert ids are not a multiple of "
                 f"top_k = {top_k}",
                 where=str(self.path),
             )
@@ -152,7 +152,7 @@ class TraceWriter:
         self.extend([header], ids.reshape(tokens, top_k).astype(np.int16))
 
     def extend(self, headers: Sequence[Header], ids: npt.NDArray[np.int16]) -> None:
-        """Add many events, which the writer keeps as they are: nothing is copied.
+        """Add many events, which the writer keeps without copying.
 
         Args:
             headers: The events, in order.
@@ -169,10 +169,10 @@ class TraceWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is held and give the file its name.
+        """Write pending events and give the file its name.
 
         Raises:
-            TraceError: No event was appended, or the disk is full; no file is made.
+            TraceError: No event was appended, or the disk is full; no file is created.
         """
         if not self._owner.here:
             return
@@ -191,13 +191,13 @@ class TraceWriter:
             raise
 
     def discard(self) -> None:
-        """Give up: leave no file behind."""
+        """Abort and leave no file behind."""
         if not self._owner.here:
             return
         try:
             self._file.close()
         except OSError:
-            pass  # a full disk; the file goes anyway
+            pass  # a full disk; the file is removed anyway
         finally:
             self._temporary.unlink(missing_ok=True)
             self._out.close()
@@ -256,7 +256,7 @@ class TraceWriter:
             raise TraceError(
                 f"an event without {name}, which every event of this file must have",
                 where=str(self.path),
-                fix="compiled models do not tell; use eager mode" if name == "weights" else "",
+                fix="compiled models omit them; use eager mode" if name == "weights" else "",
             )
         return found
 
@@ -281,7 +281,8 @@ class TraceWriter:
     def _require_range(self, ids: Ints) -> None:
         if ids.size and ids.max() >= self.meta.experts_per_layer:
             raise TraceError(
-                f"expert {ids.max()} of {self.meta.experts_per_layer}", where=str(self.path)
+                f"expert {ids.max()} is not within 0…{self.meta.experts_per_layer - 1}",
+                where=str(self.path),
             )
 
     def _unwritable(self, error: OSError) -> TraceError:
@@ -289,7 +290,7 @@ class TraceWriter:
 
 
 def _kept(ids: Array, token: Array) -> Bools:
-    """Rows that are no padding; an event of nothing but padding keeps its first, and so remains."""
+    """Rows that are not padding; an event of only padding keeps its first row."""
     kept: Bools = np.any(ids >= 0, axis=1)
     if kept.all():
         return kept
@@ -301,7 +302,7 @@ def _kept(ids: Array, token: Array) -> Bools:
 def _of_rows(
     headers: Sequence[Header], name: str, otherwise: Array, tokens: Array, dtype: npt.DTypeLike
 ) -> Array:
-    """A column that ``StepRows`` may tell; else the event's ``otherwise``."""
+    """A column from ``StepRows`` if known; else the event's ``otherwise``."""
     column = np.repeat(otherwise, tokens).astype(dtype)
     start = 0
     for header in headers:
@@ -319,7 +320,7 @@ def _lists(values: Array, valid: Bools) -> Any:
 
 
 def _stacked(parts: Sequence[Array]) -> Array:
-    """2-D arrays of several widths below each other, filled up with −1."""
+    """Stack 2-D arrays of several widths vertically, padded with −1."""
     width = max(part.shape[1] for part in parts)
     stacked = np.full((sum(map(len, parts)), width), -1, np.int64)
     start = 0

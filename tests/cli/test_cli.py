@@ -145,7 +145,7 @@ def test_everything_at_once(trace, plugin, tmp_path):
 
 def test_wrong_hardware_and_report(trace, tmp_path):
     run = "simulate", trace, "--policy", "lru", "--capacity", "25%"
-    fails(*run, "--hardware", "abacus", code="FM101", message="no hardware profile 'abacus'")
+    fails(*run, "--hardware", "abacus", code="FM101", message="unknown hardware profile 'abacus'")
     fails(*run, "--report", tmp_path, code="FM101", message="cannot write it")
 
 
@@ -192,7 +192,7 @@ def test_capacities(trace):
     run = ["simulate", trace, "--policy", "lru", "--capacity"]
     largest = Events.load(trace).largest
     fails(*run, "50%,3", code="FM502", message=f"3 slots .*{largest} experts; capacity 3")
-    fails(*run, "lots", code="FM101", message="'lots' is no capacity")
+    fails(*run, "lots", code="FM101", message="not a valid capacity: 'lots'")
     fails(*run, ",", code="FM101", message="nothing is given")
 
 

@@ -95,7 +95,7 @@ def test_a_gpu_that_works(tmp_path):
         ("fake.plan.arm('cuInit', Refused(fake.CUresult.CUDA_ERROR_NO_DEVICE))",
          "CUDA_ERROR_NO_DEVICE (cuInit)", "nvidia-smi"),
         ("fake.plan.arm('cuMemCreate', Refused(fake.CUresult.CUDA_ERROR_OUT_OF_MEMORY))",
-         "no memory for another frame", "end what else uses"),
+         "no memory for another frame", "stop other processes"),
     ],
 )  # fmt: skip
 def test_a_gpu_that_does_not_work_is_no_reason_to_fail(tmp_path, more, found, fix):

@@ -81,7 +81,7 @@ def test_record_errors(model: Path, tmp_path: Path) -> None:
     fails("trace", "record", tmp_path / "no", "--out", tmp_path / "t", "--prompt-ids", "1",
           code="FM101", message="cannot load the model")  # fmt: skip
     fails("trace", "record", model, "--out", tmp_path / "no" / "t", "--prompt", "x", code="FM501",
-          message="cannot write a trace: there is no such folder")  # fmt: skip
+          message="cannot write a trace: its folder does not exist")  # fmt: skip
     bad = tmp_path / "p.jsonl"
     for line, message in (
         ("{", "no JSON"), ("[]", "neither a"), ('{"prompt": 3}', "neither a"),
@@ -118,7 +118,7 @@ def test_convert(tmp_path: Path) -> None:
     run = ["trace", "convert", source, "--out", out]
     assert "3 rows, 1 layers x 8 experts, top 2" in succeeds(*run, "--experts", 8, "--model", "m")
     assert TraceReader(out).meta.model == "m"
-    fails(*run, code="FM501", message="the file is there already.*--force")
+    fails(*run, code="FM501", message="the file already exists.*--force")
     succeeds(*run, "--force", "--max-steps", 1)
     assert len(table(out)) == 2
     fails(*run, "--force", "--from", "csv", code="FM101", message="unknown format 'csv'; --from")
@@ -132,7 +132,7 @@ def test_info(tmp_path: Path) -> None:
     run = ["trace", "synth", "--layers", 2, "--experts", 8, "--top-k", 2, "--steps", 30, "--batch",
            4, "--out", out]  # fmt: skip
     succeeds(*run)
-    fails(*run, code="FM501", message="the file is there already.*--force")
+    fails(*run, code="FM501", message="the file already exists.*--force")
     succeeds(*run, "--force", "--locality", "0.5:0.1", "--scan-every", 10)
     fails(*run, "--force", "--locality", "a", code="FM101", message="'a' is neither a number")
     printed = succeeds("trace", "info", out, "--picture", tmp_path / "p.svg")

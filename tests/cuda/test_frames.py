@@ -115,7 +115,7 @@ def test_out_of_memory_is_told_apart_and_takes_nothing(make):
     address = s.reserve(8 * FRAME)
     s.commit(address, frames(0, 1))
     with pytest.raises(
-        DeviceMemoryError, match=f"beside {4 * FRAME} .* 0 of {4 * FRAME} bytes"
+        DeviceMemoryError, match=f"besides {4 * FRAME} .* 0 of {4 * FRAME} bytes"
     ) as info:
         s.commit(address + 2 * FRAME, frames(2, 3, 4))
     assert info.value.code == "FM308"
@@ -220,7 +220,7 @@ def test_a_commit_that_fails_maps_nothing_even_if_that_cannot_be_undone_at_first
 
 def test_a_device_that_is_not_there():
     fake = FakeDriver()
-    with pytest.raises(SubstrateError, match="no CUDA device 3, only 1") as info:
+    with pytest.raises(SubstrateError, match="no CUDA device 3; devices found: 1") as info:
         Cuda(fake, 3)
     assert "nvidia-smi" in info.value.fix
     fake.close()

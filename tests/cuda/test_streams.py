@@ -329,7 +329,7 @@ def test_a_copy_that_fails_under_way_is_told_by_the_next_call(gpu):
     g.fake.lost = FakeDriver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(StoreError, match="ILLEGAL_ADDRESS") as info:
         g.demand({1: 2})
-    assert "start anew" in info.value.fix
+    assert "restart this process" in info.value.fix
     g.fake.lost = None
 
 

@@ -75,7 +75,7 @@ def test_timing_changes_no_counter(registry):
 
 def test_a_trace_without_page_size_cannot_be_timed(registry):
     events = in_memory(ROWS, 2, 2, 1, page_bytes=None)
-    with pytest.raises(ConfigError, match="size of a page"):
+    with pytest.raises(ConfigError, match="no page size"):
         simulate(events, "lru", 4, hardware=SIMPLE, registry=registry)
 
 
@@ -110,5 +110,5 @@ def test_a_wrong_profile_names_the_field(tmp_path, text, message):
 
 
 def test_an_unknown_profile_lists_the_known():
-    with pytest.raises(ConfigError, match=r"no hardware profile 'abacus'.*h100-pcie5"):
+    with pytest.raises(ConfigError, match=r"unknown hardware profile 'abacus'.*h100-pcie5"):
         hardware.load("abacus")

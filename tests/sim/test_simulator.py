@@ -151,13 +151,13 @@ def test_capacities(registry, written, pages):
 @pytest.mark.parametrize("written", ["", "many", "-3", "-5%", "1/0%", "12 parsecs"])
 def test_what_is_no_capacity(registry, written):
     events = in_memory([(0, 0, [0])], 1, 2, 1)
-    with pytest.raises(ConfigError, match="is no capacity"):
+    with pytest.raises(ConfigError, match="not a valid capacity"):
         simulate(events, "lru", written, registry=registry)
 
 
 def test_bytes_need_a_page_size(registry):
     events = in_memory([(0, 0, [0])], 1, 2, 1, page_bytes=None)
-    with pytest.raises(ConfigError, match="does not tell the size of a page"):
+    with pytest.raises(ConfigError, match="the trace has no page size"):
         simulate(events, "lru", "2GiB", registry=registry)
     assert simulate(events, "lru", 2, registry=registry).bytes_demand is None
 

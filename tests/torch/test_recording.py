@@ -151,7 +151,7 @@ def test_an_existing_file_and_one_that_fails(load: Load, tmp_path: Path) -> None
     trace.write_text("precious")
     with fluxmoe.page(model) as paged:
         with (
-            pytest.raises(errors.TraceError, match="is there already"),
+            pytest.raises(errors.TraceError, match="already exists"),
             paged.record(trace, replace=False),
         ):
             raise AssertionError("began")

@@ -117,7 +117,7 @@ def test_notes_belong_to_the_next_event_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [([1, 2, 3], "recording failed"), ([1, 16], "expert 16 of 16")]
+    ("ids", "message"), [([1, 2, 3], "recording failed"), ([1, 16], "expert 16 is not within")]
 )
 def test_what_cannot_be_written_is_told_at_the_end(tmp_path: Path, ids, message) -> None:
     recorder = Recorder(tmp_path / "t", META)

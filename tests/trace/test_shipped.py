@@ -65,5 +65,5 @@ def test_they_are_small():
 
 def test_there_are_no_others():
     assert {path.stem for path in shipped.FOLDER.glob("*.parquet")} == set(shipped.NAMES)
-    with pytest.raises(ConfigError, match=r"no trace is called 'decode'.*decode-1, decode-8"):
+    with pytest.raises(ConfigError, match=r"unknown trace 'decode'.*decode-1, decode-8"):
         shipped.path("decode")

@@ -128,8 +128,8 @@ def test_padding_is_left_out_and_the_caller_may_reuse_its_array(tmp_path):
     [
         (0, 0, [1, 2], "cannot follow"),
         (1, 2, [1, 2], "cannot follow"),
-        (1, 0, [1, 2, 3], "no multiple of top_k = 2"),
-        (1, 0, [1, 8], "expert 8 of 8"),
+        (1, 0, [1, 2, 3], "not a multiple of top_k = 2"),
+        (1, 0, [1, 8], "expert 8 is not within 0…7"),
     ],
 )
 def test_a_wrong_event_leaves_no_file(tmp_path, step, layer, ids, message):
@@ -206,8 +206,8 @@ def test_a_directory(tmp_path):
     ("document", "message"),
     [
         (None, "no metadata key 'fluxmoe'"),
-        ("{", "holds no JSON"),
-        ("[1]", "no JSON object"),
+        ("{", "is not valid JSON"),
+        ("[1]", "is not a JSON object"),
         ({**DOCUMENT, "version": 2}, "version 2, this FluxMoE reads 1"),
         ({k: v for k, v in DOCUMENT.items() if k != "version"}, "version None"),
         ({**DOCUMENT, "num_layers": 0}, "num_layers is 0"),
@@ -392,7 +392,7 @@ def test_a_large_trace_passes_through_little_memory(tmp_path):
 
 def test_an_existing_file_is_replaced_only_if_wanted(tmp_path):
     path = make(tmp_path / "t")
-    with pytest.raises(TraceError, match=r"is there already.*--force"):
+    with pytest.raises(TraceError, match=r"already exists.*--force"):
         TraceWriter(path, META, replace=False)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,4 +1,4 @@
 """The split between experts and KV cache while serving: messages, moves, planning, the controller.
 
-Imports every other room of the core, and none of them imports it.
+Imports every other folder of the core; none of them imports it.
 """

@@ -1,8 +1,8 @@
 """SplitController: the scheduler's side of arbitration. Asks the policy, turns its wish into moves.
 
-In every step it takes in what the workers say, asks the policy if that is due, and, if no move is
-under way, begins the next one: at most so many frames that the pause they cause stays a fraction of
-a step. A wish that is far away is reached in many moves, and can be changed or dropped at any time.
+In every step it processes the workers' answers, asks the policy if that is due, and, if no move is
+in progress, begins the next one, with few enough frames that the resulting pause stays a fraction
+of a step. A distant wish is reached in many moves, and can be changed or dropped at any time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fluxmoe.core.policy.guards import ArbitrationGuard
 
 logger = logging.getLogger("fluxmoe")
 
-#: Steps before a decision is told of again that goes the same way as the last, or the other way.
+#: Steps before the next decision is reported, in the same direction as the last or in the other.
 QUIET, TURN = 64, 8
-#: Decisions that are remembered.
+#: Number of decisions that are remembered.
 REMEMBERED = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Why memory began to move: the ``number``-th decision, ``to_kv`` or ``to_experts``."""
+    """Reason of a move: the ``number``-th decision, direction ``to_kv`` or ``to_experts``."""
 
     number: int
     direction: str
@@ -39,26 +39,27 @@ class Decision:
 
 
 class BlockSource(Protocol):
-    """The scheduler's KV blocks, by group. Blocks of held groups are handed out to nobody."""
+    """The scheduler's KV blocks, by group. Blocks of held groups are not handed out."""
 
     def hold(self, groups: int) -> tuple[int, ...]:
-        """Hold up to so many wholly free groups, those first that are worth least; which."""
+        """Hold up to ``groups`` wholly free groups, least valuable first; return them."""
 
     def release(self, groups: Iterable[int]) -> None:
-        """Blocks of these held groups may be handed out again."""
+        """Allow blocks of these held groups to be handed out again."""
 
     def used(self) -> int:
-        """Blocks that requests use."""
+        """Number of blocks that requests use."""
 
 
 class Pace:
     """Counts the steps from one call of a policy to the next.
 
-    A policy that looks at many steps at once costs hardly more than one that looks at one: between
-    two steps of the engine its code has left the processor's caches. So it says how often it wants
-    to be asked, and is shown all the steps since.
+    Evaluating many steps at once costs hardly more than evaluating one: between two steps of the
+    engine the policy's code has left the CPU caches. So a policy declares how often to ask it, and
+    sees all steps since the last call.
 
-    Nothing happens while as many requests run, none waits and the policy wants what there is.
+    Calls become rarer while the number of running requests is constant, none waits and the policy
+    keeps the current split.
 
     Args:
         interval, calm: ``ArbitrationPolicy.interval`` and ``calm_interval``.
@@ -67,23 +68,23 @@ class Pace:
     def __init__(self, interval: int, calm: int) -> None:
         self._interval, self._calm = interval, max(interval, calm)
         self._pause, self._running = 1, 0
-        #: Since it was asked last, the oldest first.
+        #: Steps since the policy was last asked, oldest first.
         self.steps: list[StepSample] = []
 
     def due(self, step: StepSample, running: int, waiting: int, *, content: bool) -> bool:
-        """Whether to ask now.
+        """True if the policy should be asked now.
 
         Args:
-            step: The one that has just ended.
-            running, waiting: Requests of the step that begins.
-            content: Whether the policy wanted what there is when it was asked last.
+            step: The step that has just ended.
+            running, waiting: Number of requests in the step that begins.
+            content: True if the policy's last answer was the current split.
         """
         self.steps.append(step)
         calm = content and not waiting and running == self._running
         return len(self.steps) >= (self._pause if calm else min(self._pause, self._interval))
 
     def asked(self, running: int, waiting: int, *, content: bool) -> None:
-        """It was: with so many requests, and that is what came of it."""
+        """Record that the policy was asked, with the arguments of ``due``."""
         calm = content and not waiting and running == self._running
         longer = min(2 * self._pause, self._calm) if calm else 0
         self._pause = max(longer, self._interval)
@@ -95,10 +96,10 @@ class SplitController:
     """Moves frames between experts and KV cache as a policy wishes.
 
     Args:
-        inventory: What the workers have.
-        policy: Whom to ask.
-        blocks: The scheduler's KV blocks; groups that are not committed are held already.
-        workers: How many must answer.
+        inventory: Resources of the workers.
+        policy: Policy to ask.
+        blocks: The scheduler's KV blocks; uncommitted groups are already held.
+        workers: Number of workers that must answer.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class SplitController:
         self._inventory, self._policy, self._blocks = inventory, policy, blocks
         self._mover = Mover(workers)
         self._pace = Pace(policy.interval, policy.calm_interval)
-        #: What the policy wants; None if it wants what there is.
+        #: Split that the policy wants; None if it wants the current one.
         self._wish: Split | None = None
         self._planner = Planner(inventory, blocks.hold)
         self._slots = inventory.slots
@@ -117,15 +118,15 @@ class SplitController:
         self._limit = inventory.frames
         bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
         self._bounds = self._initial_bounds = MappingProxyType(bounds)
-        #: What was set by hand; None if nothing ever was.
+        #: Limits set by hand; None if none were ever set.
         self._by_hand: ByHand | None = None
-        #: Whether the present split is as it should be, as long as the policy wants no other.
+        #: True if the current split needs no move unless the policy wants another.
         self._settled = True
         self._pause_per_frame = 0.0
         #: Seconds of the longest move so far, both halves together.
         self.longest_pause = 0.0
         self._steps, self._told, self._line = 0, -QUIET, ""
-        #: The last decisions that were told of, the oldest first.
+        #: The last reported decisions, oldest first.
         self.decisions: deque[Decision] = deque(maxlen=REMEMBERED)
         #: Moves that took effect, by direction.
         self.changes = {"to_kv": 0, "to_experts": 0}
@@ -136,7 +137,7 @@ class SplitController:
 
     @property
     def busy(self) -> bool:
-        """Whether a move is under way, so that steps are needed."""
+        """True if a move is in progress, so that steps are needed."""
         return self._mover.busy
 
     @property
@@ -151,16 +152,16 @@ class SplitController:
 
     @property
     def faults(self) -> int:
-        """Faults of the policy."""
+        """Number of faults of the policy."""
         return self._policy.faults
 
     @property
     def slow(self) -> int:
-        """Slow calls of the policy."""
+        """Number of slow calls of the policy."""
         return self._policy.slow
 
     def set_limits(self, limits: ByHand) -> None:
-        """Keep to these limits from now on, in as many moves as it takes. See ``narrowed``."""
+        """Enforce these limits from now on, in as many moves as needed. See ``narrowed``."""
         total = self._inventory.frames
         self._by_hand, self._settled = limits, False
         self._limit = total if limits.total is None else min(max(limits.total, 0), total)
@@ -181,17 +182,17 @@ class SplitController:
         make_view: Callable[..., ArbitrationView],
         answers: Iterable[Answer],
     ) -> Order | None:
-        """Before each step of the engine.
+        """Called before each step of the engine.
 
         Args:
-            last: The step before.
-            running, waiting: Requests of the step that begins.
-            make_view: Makes the state of the engine from what is said here and what the controller
-                knows itself; called only where it is needed.
-            answers: What the workers have said since.
+            last: The previous step.
+            running, waiting: Number of requests in the step that begins.
+            make_view: Makes the policy's view from the engine's state and the keyword arguments
+                that the controller passes; called only if needed.
+            answers: Answers of the workers since the last call.
 
         Returns:
-            What to tell all workers with this step.
+            The order to send to all workers with this step, if any.
         """
         result = self._mover.receive(answers)
         if result is not None:
@@ -199,7 +200,7 @@ class SplitController:
         self._steps += 1
         content = self._wish is None
         due = not self._policy.fixed and self._pace.due(last, running, waiting, content=content)
-        # In most steps there is nothing to do, and that should cost nothing.
+        # Most steps need no work, and should cost nothing.
         if due or not (self._mover.busy or (content and self._settled)):
             view = self._seen(last, running, waiting, make_view)
             if due:
@@ -241,7 +242,7 @@ class SplitController:
         over = sum(frames.values()) > view.total_frames or any(
             not bounds.min <= frames[name] <= bounds.max for name, bounds in self._bounds.items()
         )
-        # An idle engine ends the move that is under way, and begins none: moves keep it stepping.
+        # An idle engine finishes the current move and begins no other: moves keep it stepping.
         if not view.running_requests and not over:
             return
         wanted = self._planner.within(split, view, fill=self._by_hand is not None)
@@ -249,10 +250,10 @@ class SplitController:
         move = self._planner.move(wanted, view, held, self._pause_per_frame)
         self._settled = move is None and not over
         if move is not None:
-            if not move.to_kv:  # their blocks are on hold already
+            if not move.to_kv:  # their blocks are already held
                 self._groups -= set(move.groups)
                 self._count()
-            # Also where a policy that wants nothing gets what a person took from the other.
+            # Also if a limit set by hand frees memory for a tenant whose policy wants no change.
             told = self._by_hand is not None and split.frames == frames
             self._report(move, split, by_hand=over or told)
             self._mover.begin(move)
@@ -291,7 +292,7 @@ class SplitController:
         return sum(bounds.min for bounds in self._bounds.values())
 
     def _report(self, move: Move, split: Split, *, by_hand: bool) -> None:
-        """A line per decision; moves on the way to the same wish are not worth one each."""
+        """Log a line per decision, not per move towards the same wish."""
         direction = "to_kv" if move.to_kv else "to_experts"
         words = "to the KV cache" if move.to_kv else "to the experts"
         reason = split.reason

@@ -1,4 +1,4 @@
-"""What a worker tells the scheduler with each step: the demand for expert pages, and its answer."""
+"""Reports from workers to the scheduler in each step: demand for expert pages, and answers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fluxmoe.core.policy.arbitration import ExpertDemand
 from fluxmoe.core.policy.paging import read_only
 from fluxmoe.core.types import PageClass
 
-#: Points of the curve that is sent, and the steps from one to the next.
+#: Number of points of the curve that is sent, and of steps from one to the next.
 POINTS, EVERY = 65, 16
 
 
 class DemandMeter:
-    """A worker's side: what has happened since the last report.
+    """The worker's side: measures the demand since the last report.
 
     Args:
-        rank: The worker's.
-        pager: Whose counters are read, and to whom the curve is attached.
-        seed: For the sampling of events.
+        rank: Rank of the worker.
+        pager: The pager whose counters are read, and to which the curve is attached.
+        seed: Seed for the sampling of events.
     """
 
     def __init__(self, rank: int, pager: ExpertPager, *, seed: int = 0) -> None:
@@ -35,12 +35,12 @@ class DemandMeter:
         pager.curve = self._curve
         self._grid = np.linspace(0, geometry.num_pages, POINTS).round().astype(np.int64)
         self._load_seconds, self._steps = 0.0, 0
-        #: Sent with every report from now on.
+        #: Limits sent with every report from now on.
         self.limits: ByHand | None = None
         self.restarted()
 
     def restarted(self) -> None:
-        """The counters have gone back to zero."""
+        """Called when the pager's counters were reset to zero."""
         self._last = (0, 0, 0, 0, 0.0)
 
     def report(self, answer: Answer | None) -> StepReport:
@@ -79,19 +79,19 @@ class DemandView:
     """The scheduler's side: the reports of all workers as one ``ExpertDemand``.
 
     Workers hold different parts of the same pages and see the same routing, so counts are those of
-    the first; of times the longest counts, because all wait for the slowest.
+    the first worker; times are the longest, because all wait for the slowest.
     """
 
     def __init__(self, page_class: PageClass, pages: int, frame_bytes: int) -> None:
         self._frames, self._pages = page_class.nbytes / frame_bytes, pages
         self._curve = np.zeros(0)
         self._load_seconds = 0.0
-        #: Of the last step.
+        #: Counts of the last step.
         self.accesses = self.misses = self.loads = 0
         self.stall_seconds = 0.0
 
     def update(self, reports: Sequence[StepReport]) -> None:
-        """Take in the reports of one step."""
+        """Process the reports of one step."""
         if not reports:
             return
         first = reports[0] if len(reports) == 1 else min(reports, key=lambda report: report.rank)
@@ -102,7 +102,7 @@ class DemandView:
         self._load_seconds = max([report.load_seconds for report in reports])
 
     def latest(self) -> ExpertDemand:
-        """As policies see it."""
+        """The demand as policies see it."""
         return ExpertDemand(
             frames=self._frames,
             pages=self._pages,

@@ -1,7 +1,7 @@
-"""Everything of arbitration that crosses processes, as plain data.
+"""Messages of arbitration that cross processes, as plain data.
 
-``Inventory`` goes from worker to scheduler at the start, ``Order`` from scheduler to worker and
-``StepReport`` back, with ``Answer`` and ``ByHand`` in it, in each step.
+``Inventory`` goes from worker to scheduler at the start; in each step ``Order`` goes from scheduler
+to worker, and ``StepReport``, with ``Answer`` and ``ByHand`` in it, back.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from fluxmoe.core.types import Budget, Geometry, PageClass
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What the workers have, all of them the same: the scheduler's side knows nothing else of them.
+    """Resources of each worker, the same for all: all that the scheduler's side knows of them.
 
     Attributes:
-        frames: The budget.
-        geometry, page_class: The experts.
-        bank_limit: Most slots per bank; None if there is no limit.
+        frames: Budget in frames.
+        geometry, page_class: Geometry and page layout of the experts.
+        bank_limit: Most slots per bank; None if unlimited.
         slots: Slots per bank at the start.
-        experts, kv: What the tenants must and may have, in frames.
-        layout: The KV cache's.
-        groups: KV groups that are committed at the start, from the first on.
+        experts, kv: Minimum, target and maximum of each tenant, in frames.
+        layout: Layout of the KV cache.
+        groups: Number of KV groups that are committed at the start, from the first on.
     """
 
     frames: int
@@ -40,7 +40,7 @@ class Inventory:
 
 @dataclass(frozen=True, slots=True)
 class FreeKV:
-    """Give up the memory of KV groups. Nobody may use their blocks any more."""
+    """Release the memory of KV groups. Their blocks must no longer be used."""
 
     groups: tuple[int, ...]
 
@@ -54,7 +54,7 @@ class TakeKV:
 
 @dataclass(frozen=True, slots=True)
 class SetSlots:
-    """Give each bank of expert slots this size."""
+    """Resize each bank of expert slots to this number of slots."""
 
     slots: tuple[int, ...]
 
@@ -72,9 +72,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Worker to scheduler: order ``number`` is done, or failed for a reason.
+    """Worker to scheduler: order ``number`` is done, or failed because of ``problem``.
 
-    ``seconds`` is what carrying it out took; it costs the step that long.
+    ``seconds`` is the time it took to carry out, by which the step is longer.
     """
 
     rank: int
@@ -85,9 +85,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ByHand:
-    """Limits that a person has set, in frames; None leaves one as it was at the start.
+    """Limits set by an operator, in frames; None leaves a limit as configured.
 
-    What requests use of the KV cache is not taken away, whatever is said here.
+    KV cache that requests use is never taken away, whatever the limits.
     """
 
     total: int | None = None
@@ -102,13 +102,13 @@ class StepReport:
     """One worker's last step. Plain data: it crosses processes.
 
     Attributes:
-        rank: The worker's.
-        answer: To the last order it carried out, if any.
-        accesses, misses, loads: Of the step, see ``ExpertDemand``.
+        rank: Rank of the worker.
+        answer: Answer to the last order it carried out, if any.
+        accesses, misses, loads: Counts of the step, see ``ExpertDemand``.
         stall_seconds: Time that layers waited for pages.
         load_seconds: Time to load one page, averaged over recent steps.
-        curve: ``ExpertDemand.curve``; None if it was not sent with this step.
-        limits: What a person has told the worker last, if anything.
+        curve: ``ExpertDemand.curve``; None if not sent with this step.
+        limits: Limits that an operator last gave to the worker, if any.
     """
 
     rank: int

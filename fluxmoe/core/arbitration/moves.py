@@ -1,4 +1,4 @@
-"""Moves of memory: how scheduler and workers agree on one, and how a worker carries it out.
+"""Moves of memory: the protocol between scheduler and workers, and its execution on a worker.
 
 The two sides are pure state machines, without an engine and without a clock.
 
@@ -13,8 +13,8 @@ order at a time to all workers and sends the next one only when every worker has
        │ all done ──▶ UNDONE           one failed ──▶ shrink again ──▶ STRANDED (frames are free)
 
 Each order has a number, is repeated in every step until it is answered, and is carried out once:
-messages may be lost, doubled or late. Workers answer in every step with what they did last.
-What an action asks for is absolute, so it does no harm where it was carried out half.
+messages may be lost, duplicated or late. In every step workers repeat their last answer. Actions
+give absolute values, so repeating one that was carried out halfway is harmless.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from fluxmoe.errors import InvariantError
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What is to change: KV groups in one direction, the banks' slots in the other.
+    """Change of memory: KV groups in one direction, the banks' slots in the other.
 
-    A move of one tenant alone leaves ``slots == before``, or ``groups`` empty.
+    A move of one tenant alone has ``slots == before`` or empty ``groups``.
 
     Attributes:
-        to_kv: The direction: KV groups are committed, experts lose slots; else the reverse.
-        groups: The KV groups that change.
-        before: Slots per bank now.
-        slots: Slots per bank wanted.
+        to_kv: True if KV groups are committed and experts lose slots; else the reverse.
+        groups: KV groups that change.
+        before: Slots per bank before the move.
+        slots: Slots per bank after the move.
     """
 
     to_kv: bool
@@ -64,9 +64,9 @@ class Move:
 
 
 class Outcome(Enum):
-    """How a move ended.
+    """Outcome of a move.
 
-    ``STRANDED``: the shrink stands, nobody has grown; the frames are free.
+    ``STRANDED``: the shrink stands, neither tenant has grown; the frames are free.
     """
 
     MOVED = "moved"
@@ -76,9 +76,9 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A move that has ended, with the problems that workers reported on the way.
+    """A move that has ended, with the problems that workers reported during it.
 
-    ``seconds`` is the most that carrying out any one of its orders took.
+    ``seconds`` is the longest time that any of its orders took.
     """
 
     move: Move
@@ -95,11 +95,11 @@ class _Stage(Enum):
     SHRINK_AGAIN = "shrink again"
 
 
-#: Stage → what follows if all workers did it, and if one did not.
+#: Stage → next stage or outcome if all workers succeeded, and if one failed.
 _NEXT: dict[_Stage, tuple[_Stage | Outcome, _Stage | Outcome]] = {
     _Stage.SHRINK: (_Stage.GROW, _Stage.GROW_BACK),
     _Stage.GROW: (Outcome.MOVED, _Stage.SHRINK_BACK),
-    # A shrink that fails is not tried again: what is left shows in the grow that follows.
+    # A failed shrink is not repeated: the grow that follows shows what remained.
     _Stage.SHRINK_BACK: (_Stage.GROW_BACK, _Stage.GROW_BACK),
     _Stage.GROW_BACK: (Outcome.UNDONE, _Stage.SHRINK_AGAIN),
     _Stage.SHRINK_AGAIN: (Outcome.STRANDED, Outcome.STRANDED),
@@ -107,10 +107,10 @@ _NEXT: dict[_Stage, tuple[_Stage | Outcome, _Stage | Outcome]] = {
 
 
 class Mover:
-    """The scheduler's side: carries out one move after the other.
+    """The scheduler's side: carries out one move at a time.
 
     Args:
-        workers: Ranks that must answer.
+        workers: Number of workers that must answer.
     """
 
     def __init__(self, workers: int) -> None:
@@ -127,13 +127,13 @@ class Mover:
         return self._move is not None
 
     def begin(self, move: Move) -> None:
-        """Start a move. Blocks of KV groups that shrink must be out of the scheduler's hands."""
+        """Start a move. Blocks of KV groups to be freed must already be held."""
         assert self._move is None
         self._move, self._problems, self._seconds = move, [], 0.0
         self._enter(_Stage.SHRINK)
 
     def order(self) -> Order | None:
-        """What to send to all workers in this step; None if no move is under way."""
+        """The order to send to all workers in this step; None if no move is in progress."""
         if self._move is None:
             return None
         action = {
@@ -146,7 +146,7 @@ class Mover:
         return Order(self._number, action)
 
     def receive(self, answers: Iterable[Answer]) -> Result | None:
-        """Take note of answers; the result, once the move has ended."""
+        """Process answers; return the result once the move has ended."""
         if self._move is None:
             return None
         for answer in answers:
@@ -175,9 +175,9 @@ class Follower:
     """The worker's side: carries out each order once and remembers the answer.
 
     Args:
-        rank: The worker's.
-        execute: Carries out an action, all of it, or raises.
-        clock: Seconds, for ``Answer.seconds``.
+        rank: Rank of the worker.
+        execute: Carries out a whole action, or raises.
+        clock: Returns the time in seconds, for ``Answer.seconds``.
     """
 
     def __init__(
@@ -187,26 +187,26 @@ class Follower:
         self._last: Answer | None = None
 
     def receive(self, order: Order | None) -> Answer | None:
-        """Carry out ``order`` unless that was done before; the answer to the last one."""
+        """Carry out ``order`` unless already done; return the answer to the last one."""
         done = 0 if self._last is None else self._last.number
-        # The scheduler goes on only when all have answered: another number is an old message.
+        # The scheduler continues only after all answers: any other number is an old message.
         if order is not None and order.number == done + 1:
             started, problem = self._clock(), ""
             try:
                 self._execute(order.action)
-            except Exception as error:  # whatever it is, the engine must go on serving
+            except Exception as error:  # whatever it is, the engine must keep serving
                 problem = raised(error)
             self._last = Answer(self._rank, order.number, problem, self._clock() - started)
         return self._last
 
 
 def execute(arbiter: MemoryArbiter, pager: ExpertPager, action: Action) -> None:
-    """Between steps: carry out one action of a move, all of it or nothing.
+    """Carry out one action of a move, between steps, completely or not at all.
 
     Raises:
-        OutOfFramesError, SubstrateError: It cannot grow, or the system refused.
-        CapacityError: Slots that a bank cannot have.
-        InvariantError: KV groups that do not exist.
+        OutOfFramesError, SubstrateError: No room to grow, or the system refused.
+        CapacityError: A bank cannot have this many slots.
+        InvariantError: A KV group does not exist.
     """
     if isinstance(action, SetSlots):
         _set_slots(pager, action.slots)
@@ -220,7 +220,7 @@ def execute(arbiter: MemoryArbiter, pager: ExpertPager, action: Action) -> None:
 
 
 def _set_slots(pager: ExpertPager, slots: Sequence[int]) -> None:
-    """Resize all banks, those that shrink first. What was done is undone if a bank cannot."""
+    """Resize all banks, shrinking ones first. If one fails, the others are restored."""
     before = list(pager.table.slots)
     if len(slots) != len(before):
         raise InvariantError(f"{len(slots)} sizes for {len(before)} banks")
@@ -232,6 +232,6 @@ def _set_slots(pager: ExpertPager, slots: Sequence[int]) -> None:
                 pager.resize(bank, slots[bank])
                 done.append(bank)
     except BaseException:
-        for bank in reversed(done):  # those that grew are the last, and give their frames back
+        for bank in reversed(done):  # those that grew come first here, and release their frames
             pager.resize(bank, before[bank])
         raise

@@ -1,6 +1,6 @@
-"""Planning of moves: the next one on the way from what is held to what is wished.
+"""Planning of moves: the next one on the way from the current split to the wanted one.
 
-Nothing here is remembered, and nothing is asked for but blocks of groups that are to be given up.
+Stateless; its only side effect is holding blocks of groups that are to be freed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.sizing import sizes
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split
 
-#: A move may pause the engine for this part of a step.
+#: Largest pause of the engine by a move, as a fraction of a step.
 PAUSE = 0.25
-#: A move is at most this part of the budget, at least one group and one slot.
+#: Largest move, as a fraction of the budget (at least one group and one slot); FIRST applies before
+#: a pause was measured.
 LARGEST = 1 / 16
 FIRST = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The present split.
+    """The current split.
 
     Attributes:
         slots: Slots per bank.
@@ -39,29 +40,29 @@ class Held:
 
 
 class Planner:
-    """Plans moves within what the workers have.
+    """Plans moves within the resources of the workers.
 
     Args:
-        inventory: What they have.
-        hold: Holds up to so many wholly free KV groups and tells which (``BlockSource.hold``).
+        inventory: Resources of the workers.
+        hold: Holds up to this many wholly free KV groups and returns them (``BlockSource.hold``).
     """
 
     def __init__(self, inventory: Inventory, hold: Callable[[int], tuple[int, ...]]) -> None:
         self._inventory, self._hold = inventory, hold
 
     def frames(self, slots: Sequence[int], groups: Collection[int]) -> Mapping[str, int]:
-        """Slots and groups in frames: tenant → frames."""
+        """Convert slots and groups to frames: tenant → frames."""
         experts, kv = self.expert_frames(slots), self.kv_frames(groups)
         return MappingProxyType({EXPERTS: experts, KV: kv})
 
     def within(self, split: Split, view: ArbitrationView, *, fill: bool) -> dict[str, int]:
-        """What the policy wants, within the bounds; KV cache in use always wins.
+        """The split that the policy wants, within the bounds; KV cache in use always wins.
 
         Args:
-            split: What it wants.
-            view: What it was shown.
-            fill: Whether what it leaves over is shared out: policies need not use all of their
-                bounds, but what a person takes from one tenant is the other's.
+            split: Split that the policy wants.
+            view: View that the policy saw.
+            fill: True to distribute unclaimed frames: policies need not use all of their bounds,
+                but memory that an operator takes from one tenant goes to the other.
         """
         experts, kv = view.bounds[EXPERTS], view.bounds[KV]
         floor = max(kv.min, min(view.kv_used_frames, view.frames[KV]))
@@ -74,13 +75,13 @@ class Planner:
     def move(
         self, wanted: dict[str, int], view: ArbitrationView, held: Held, pause_per_frame: float
     ) -> Move | None:
-        """The next move towards ``wanted``; None if there is none worth making.
+        """The next move towards ``wanted``; None if none is worthwhile.
 
         Args:
             wanted: Tenant → frames, within the bounds.
-            view: What the policy was shown.
-            held: The present split. Groups of a move to the experts are on hold from now on.
-            pause_per_frame: Seconds that moving a frame took lately; 0 before anything moved.
+            view: View that the policy saw.
+            held: The current split. Groups of a move to the experts are held from now on.
+            pause_per_frame: Recent seconds per moved frame; 0 before anything moved.
         """
         have, per_group = held.frames, self._inventory.layout.frames_per_group
         if wanted == have:  # as in most steps
@@ -101,7 +102,7 @@ class Planner:
         gap = have[KV] - wanted[KV]
         limited = free < 0 or have[KV] > view.bounds[KV].max
         if limited and have[KV] - per_group >= view.bounds[KV].min:
-            gap = -(-gap // per_group) * per_group  # a limit is kept to, not come close to
+            gap = -(-gap // per_group) * per_group  # a limit must be met, not just approached
         shrink = min(gap, needed, most)
         if shrink >= per_group:
             return self._to_experts(held, shrink // per_group, experts, free)
@@ -110,7 +111,7 @@ class Planner:
         return None
 
     def _most(self, view: ArbitrationView, held: Held, pause_per_frame: float) -> int:
-        """Frames of the next move: what the pause allows, but enough to change something."""
+        """Most frames of the next move: as the pause allows, but enough to change something."""
         layout, total = self._inventory.layout, self._inventory.frames
         slot = self.expert_frames(tuple(n + 1 for n in held.slots)) - held.frames[EXPERTS]
         least = layout.frames_per_group * -(-slot // layout.frames_per_group)
@@ -120,7 +121,9 @@ class Planner:
         return max(least, int(min(most, total * LARGEST)))
 
     def _to_kv(self, held: Held, count: int, free: int) -> Move | None:
-        """Commit as many of the lowest groups as ``count`` frames hold; experts give the rest."""
+        """Commit as many of the lowest groups as ``count`` frames hold, free frames first, then the
+        experts'.
+        """
         layout, groups, needed = self._inventory.layout, [], -free
         for group in range(layout.groups):
             if group not in held.groups:
@@ -136,17 +139,17 @@ class Planner:
         return Move(True, tuple(groups), held.slots, slots)
 
     def _to_experts(self, held: Held, count: int, wanted: int, free: int) -> Move | None:
-        """Give up groups that nobody uses; experts get their frames, and what else is free."""
+        """Release unused groups; experts get their frames and any other free ones."""
         groups = self._hold(count)
         if not groups:
-            return None  # all in use: the wish stays, and the next step tries again
+            return None  # all in use: the wish remains, and the next step tries again
         have = held.frames[EXPERTS]
         room = have + free + self.kv_frames(groups)
         slots = self._sizes(max(min(wanted, room), have)) or held.slots
         return Move(False, groups, held.slots, slots)
 
     def _resize(self, held: Held, frames: int) -> Move | None:
-        """A move of the experts alone, to at most ``frames`` frames."""
+        """Resize the experts alone, to at most ``frames`` frames."""
         slots = self._sizes(frames)
         if slots is None or slots == held.slots:
             return None
@@ -165,10 +168,10 @@ class Planner:
         return None if slots is None else tuple(slots)
 
     def expert_frames(self, slots: Sequence[int]) -> int:
-        """Frames of slots per bank."""
+        """Number of frames for these slots per bank."""
         i = self._inventory
         return sum(frames_for(i.page_class, count, i.layout.frame_bytes) for count in slots)
 
     def kv_frames(self, groups: Collection[int]) -> int:
-        """Frames of KV groups."""
+        """Number of frames of these KV groups."""
         return self._inventory.layout.frames(groups)

@@ -1,10 +1,10 @@
-"""PrefixCurve: what the prefix cache would find if it had any number of blocks.
+"""PrefixCurve: the hit ratio of the prefix cache for any number of blocks.
 
-The blocks that no request uses are the prefix cache. vLLM forgets the one first that was freed
-longest ago, the end of a request before its beginning. That is LRU, so a block is still there if
-fewer blocks than there are were freed since (Mattson, 1970). The stack holds a sample of the
-blocks, chosen by their hash: the same ones in every request (SHARDS, Waldspurger 2015). A split
-that finds nothing today is thus known to find much with more room, before it is tried.
+The blocks that no request uses are the prefix cache. vLLM first evicts the block that was freed
+longest ago, the end of a request before its beginning. That is LRU, so a block is still cached if
+fewer blocks than the cache holds were freed since (Mattson, 1970). The stack holds a sample of the
+blocks, chosen by their hash: the same ones in every request (SHARDS, Waldspurger 2015). Thus the
+benefit of more room is known before it is tried, even if the current split finds nothing.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-#: Points of the curve, from no block to all.
+#: Number of points of the curve, from no block to all.
 POINTS = 65
 
 
 class PrefixCurve:
-    """The share of prompt blocks that are found, by free blocks, over the recent past.
+    """Share of prompt blocks that are found, by number of free blocks, over the recent past.
 
     Args:
         blocks: Most blocks that the KV cache can have.
-        sampled: About how many of them are followed.
-        window: Requests after which the weight of older ones has fallen to 1/e.
+        sampled: Approximate number of blocks in the sample.
+        window: Number of requests after which the weight of older ones has fallen to 1/e.
     """
 
     def __init__(self, blocks: int, *, sampled: int = 512, window: int = 128) -> None:
         self._rate = min(1.0, sampled / blocks)
         self._depth = max(1, round(blocks * self._rate))
         self._growth, self._weight = 1.0 + 1.0 / window, 1.0
-        #: Hashes of blocks that nobody uses, the one freed longest ago first.
+        #: Hashes of unused blocks, the one freed longest ago first.
         self._stack: dict[bytes, None] = {}
-        #: Request → hashes of the blocks that it uses; how many requests use each.
+        #: Request → hashes of the blocks that it uses; number of requests that use each.
         self._used: dict[str, list[bytes]] = {}
         self._users: Counter[bytes] = Counter()
         self._histogram = np.zeros(self._depth + 1)  # by depth; the last entry: not in the stack
-        self._shared = 0.0  # found because other requests use them at the time
+        self._shared = 0.0  # found because other requests were using them
         self._curve = np.zeros(0)
 
     def admitted(self, request: str, hashes: Sequence[bytes]) -> None:
-        """A request begins to run: its prompt was looked up.
+        """Record that a request begins to run and its prompt was looked up.
 
         Args:
-            request: Its name. One that was running has been preempted since.
-            hashes: Of the full blocks of its tokens, from the first on; each stands for all tokens
-                up to the block's end.
+            request: Name of the request. One already running was preempted in between.
+            hashes: Hashes of the full blocks of its tokens, from the first on; each covers all
+                tokens up to the block's end.
         """
         if request in self._used:
             self.freed(request, hashes)
@@ -71,9 +71,9 @@ class PrefixCurve:
         self._users.update(names)
 
     def freed(self, request: str, hashes: Sequence[bytes]) -> None:
-        """A request has ended: the blocks that it has filled are the last to be forgotten.
+        """Record that a request has ended: the blocks that it filled are the last to be evicted.
 
-        One that was never admitted has filled none.
+        A request that was never admitted filled none.
         """
         if request not in self._used:
             return
@@ -89,9 +89,9 @@ class PrefixCurve:
             del self._stack[next(iter(self._stack))]
 
     def curve(self) -> Floats:
-        """Share found with ``POINTS`` numbers of free blocks, from none to all; empty if unknown.
+        """Share found at ``POINTS`` numbers of free blocks, from none to all; empty if unknown.
 
-        It never decreases. What running requests share is found without a free block.
+        Never decreases. Blocks that running requests share are found without a free block.
         """
         total = self._histogram.sum() + self._shared
         if not self._curve.size and total:
@@ -101,7 +101,7 @@ class PrefixCurve:
         return self._curve
 
     def saved(self) -> float:
-        """Blocks that a running request does not need because another one has them, on average."""
+        """Average number of blocks that a running request shares with another one."""
         if not self._used:
             return 0.0
         return (self._users.total() - len(self._users)) / self._rate / len(self._used)

@@ -1,4 +1,4 @@
-"""Numba as the core uses it: compiling, arrays handed over as one, low scores, score kernels.
+"""Numba utilities of the core: compiling, directories of arrays, lowest scores, score kernels.
 
 Imports ``core.types`` only.
 """

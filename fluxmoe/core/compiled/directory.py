@@ -1,9 +1,9 @@
-"""Many arrays handed to compiled code as one.
+"""Many arrays passed to compiled code as one.
 
-For every call from Python, numba takes a named tuple apart, array by array: 23 of them for the
-books, which costs more than the whole event rule, most of all in an engine between whose events
-other work empties the caches. A *directory* is one array with the address and the shape of each;
-compiled code makes the tuple from it, and reads what it uses.
+On every call from Python, numba unpacks a named tuple array by array: 23 of them for the books,
+which costs more than the whole event rule, particularly in an engine, where other work evicts the
+CPU caches between events. A *directory* is one array with the address and the shape of each;
+compiled code rebuilds the tuple from it and reads only what it uses.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from numba.np.arrayobj import make_array, populate_array
 
 from fluxmoe.core.types import Int64s
 
-_DIMENSIONS = 2  # at most; per array the directory has its address and so many lengths
+_DIMENSIONS = 2  # at most; per array the directory holds its address and this many lengths
 _ENTRY = 1 + _DIMENSIONS
 
 
 def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
-    """Where ``arrays`` lie, C-contiguous and of at most two dimensions each: int64 ``[3 n]``.
+    """Addresses and shapes of ``arrays`` (C-contiguous, at most 2-D each) as int64 ``[3 n]``.
 
-    They must live, and stay where they are, as long as the directory is used.
+    The arrays must stay alive, at the same addresses, as long as the directory is used.
     """
     entries = np.zeros((len(arrays), _ENTRY), np.int64)
     for entry, array in zip(entries, arrays, strict=True):
@@ -35,7 +35,7 @@ def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
 
 
 def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
-    """A function for compiled code: the directory of a tuple like ``example`` → that tuple."""
+    """Make a function for compiled code: the directory of a tuple like ``example`` → that tuple."""
     tuple_type = numba.typeof(example)
 
     @intrinsic

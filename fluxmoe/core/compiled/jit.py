@@ -1,14 +1,14 @@
-"""How the core compiles its inner loops: numba, cached on disk, without the GIL, typed as plain.
+"""Compilation of the core's inner loops: numba, cached on disk, without the GIL.
 
 Numba notices when the file of a cached function has changed, but not when a function, a constant or
 a class that it uses from *another* file has: it would then run stale code, or fail to read its own
 index. The functions of ``paging`` use those of ``compiled``, so the machine code is filed under a
-name that contains a digest of all compiled sources of the core, subfolders included, and of its
-own folder where that lies elsewhere.
+name that contains a digest of all compiled sources of the core, subfolders included, and of the
+function's own folder if it is outside the core.
 
-Numba looks before every access whether the index is negative, which in Python counts from the end.
-The event rule consists of accesses, and the look took a third of its time; so indices are unsigned
-here, and a negative one is an error like one beyond the end: nobody notices. Constant ones may be
+Before every access numba checks for a negative index, which in Python counts from the end. The
+event rule consists of accesses, and the check took a third of its time; so indices are unsigned
+here, and a negative one, like one beyond the end, is an undetected error. Constant indices may be
 negative.
 """
 
@@ -33,7 +33,8 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 _CORE = Path(__file__).parents[1]
-#: A source that is compiled, or that says how. `Rows` of ``score_kernel`` is of the second kind.
+#: Matches sources with compiled functions or with definitions they use (`Rows` of
+#: ``score_kernel``).
 _COMPILED = re.compile(rb"^(@jit|import numba|from numba)", re.MULTILINE)
 
 
@@ -46,14 +47,14 @@ def _digest(folder: Path) -> str:
 
 
 class _Cache(FunctionCache):
-    """Numba's, but for a disk that is full and for files that are damaged: then it compiles."""
+    """Numba's cache, except that a full disk or damaged file triggers a recompile."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # whatever unpickling makes of such a file
+        except Exception:  # unpickling a damaged file can raise anything
             with contextlib.suppress(OSError):
-                self.flush()  # the next one to compile begins a new index
+                self.flush()  # the next compilation starts a new index
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -63,7 +64,7 @@ class _Cache(FunctionCache):
 
 @register_pass(mutates_CFG=False, analysis_only=False)
 class _NoNegativeIndex(FunctionPass):
-    """Gives every index of an array the type of an unsigned number, once all types are known."""
+    """Makes every array index unsigned, once all types are known."""
 
     _name = "no_negative_index"
 
@@ -76,7 +77,7 @@ class _NoNegativeIndex(FunctionPass):
             if subscript and isinstance(signature.args[0], types.Array):
                 array, index, *value = signature.args
                 unsigned = array, _unsigned(index), *value
-                del state.calltypes[node]  # numba's dictionary does not let itself be overwritten
+                del state.calltypes[node]  # numba's dictionary does not allow overwriting
                 state.calltypes[node] = signature.replace(args=unsigned)
         return True
 
@@ -88,7 +89,7 @@ def _unsigned(index: Any) -> Any:
 
 
 class _Compiler(CompilerBase):
-    """Numba's, for code without negative indices."""
+    """Numba's compiler, for code without negative indices."""
 
     def define_pipelines(self) -> list[Any]:
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
@@ -100,15 +101,15 @@ class _Compiler(CompilerBase):
 def jit(function: F) -> F:
     """Compile ``function`` on first use and keep the machine code beside its source file.
 
-    For inner loops over arrays that the caller owns: what is compiled cannot allocate, so no array
-    needs its references counted, and it is merged into its compiled callers. Both together make
+    For inner loops over arrays that the caller owns: compiled code cannot allocate, so no array
+    needs reference counting, and it is inlined into its compiled callers. Together this makes
     the event rule, with some thirty arrays, five to ten times as fast.
     """
     return _cached(function, {"_nrt": False, "forceinline": True})
 
 
 def jit_allocating(function: F) -> F:
-    """The same for functions that make arrays of their own."""
+    """Compile ``function`` like ``jit``, but allow it to allocate arrays."""
     return _cached(function, {})
 
 
@@ -116,7 +117,7 @@ def _cached(function: F, options: dict[str, bool]) -> F:
     folder = Path(function.__code__.co_filename).parent
     function.__qualname__ += f"_{_digest(folder)}"  # the name of the cache file comes from it
     compiled = numba.njit(nogil=True, pipeline_class=_Compiler, **options)(function)
-    # An error here means: neither beside the source nor in the user's cache may files be written.
+    # RuntimeError: neither the source's folder nor the user's cache is writable.
     with contextlib.suppress(RuntimeError):
         compiled._cache = _Cache(function)  # as enable_caching() does
     return cast(F, compiled)

@@ -1,7 +1,7 @@
-"""The few lowest of many scores, and sparse sets as the bits of a word.
+"""Selection of the few lowest of many scores, and sparse sets as the bits of a word.
 
-One pass over the scores mostly compares with the worst kept so far. No other way to find and visit
-a sparse set is as cheap as bits.
+One pass over the scores mostly compares with the worst kept so far. Bits are the cheapest way to
+find and visit a sparse set.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def lowest_bit(context: Any, word: Any) -> Any:
 
 @intrinsic
 def bits_not_above(context: Any, array: Any, first: Any, limit: Any) -> Any:
-    """A bit for each of ``array[first : first + 64]``: not above ``limit``. NaN is not.
+    """A bit for each of ``array[first : first + 64]``, set if not above ``limit`` or NaN.
 
     ``limit`` has the dtype of the array, which is contiguous. Compiled code only.
     """
@@ -63,9 +63,9 @@ def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64
     Args:
         scores: One number per page, any integer or float dtype that numba knows, no NaN.
         pages: Ties go to the lowest page id.
-        count: How many are wanted, at least 1 and at most as many as there are.
+        count: Number of pages wanted, from 1 to the number of scores.
         kept: As long as ``out``, dtype of ``scores``; filled with the scores.
-        out: Filled.
+        out: Filled with the pages.
     """
     found = 0
     for i in range(count):
@@ -84,7 +84,7 @@ def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64
 def low_bits(scores: Numbers, first: int, end: int, limit: float) -> np.uint64:
     """A bit for each of ``scores[first : first + 64]`` before ``end``: not above ``limit``, or NaN.
 
-    Nearly always none: of many scores, few are as low as the few lowest so far.
+    Nearly always 0: few of many scores are as low as the few lowest so far.
     """
     bits = np.uint64(0)
     if first + 64 <= end:
@@ -97,13 +97,13 @@ def low_bits(scores: Numbers, first: int, end: int, limit: float) -> np.uint64:
 
 @jit
 def not_above(score: float, page: int, limit: float, limit_page: int) -> bool:
-    """Whether (score, page) comes before (limit, limit_page)."""
+    """True if (score, page) comes before (limit, limit_page)."""
     return bool(score < limit or (score == limit and page < limit_page))
 
 
 @jit
 def offer(kept: Numbers, out: Int64s, found: int, count: int, score: float, page: int) -> int:
-    """Keep (score, page), in place of the worst if ``count`` are kept; how many are kept now.
+    """Keep (score, page), replacing the worst if ``count`` are kept; return the number kept.
 
     ``kept`` and ``out`` are a heap with the worst on top.
     """

@@ -1,8 +1,8 @@
 """Score kernels: a policy's formula for one page, compiled into a loop over the pages of a table.
 
 The event rule calls the loop through a function pointer (``Kernel.entry``), so the rule itself is
-compiled once and kept on disk, while the policy's formula is inlined into its own loop, where the
-compiler can make it score eight pages at a time.
+compiled once and kept on disk, while the policy's formula is inlined into its own loop, which the
+compiler can vectorise to score eight pages at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numba import types
 from fluxmoe.core.compiled.directory import opener
 from fluxmoe.core.types import Int64s
 
-#: What a kernel may ask for after its first five parameters, by the parameter's name.
+#: Names of the optional parameters of a kernel, after its first five.
 EXTRAS = ("distance", "layer", "num_layers", "next_use")
 
 _FIRST = ("last_use", "use_count", "loaded_at", "event", "page")
@@ -29,9 +29,9 @@ _ENTRY = types.int64(_INTS, types.int64, types.int64, types.int64, types.int64, 
 
 
 class Rows(NamedTuple):
-    """What kernels read, each int64: one row per page of the model, or per slot of a bank.
+    """Input of kernels, each int64: one row per page of the model, or per slot of a bank.
 
-    ``page`` is the page of a slot; with a row per page, the ``[n]`` pages that shall be scored.
+    ``page`` is the page of a slot; with a row per page, the ``[n]`` pages to score.
     """
 
     last_use: Int64s
@@ -51,9 +51,9 @@ class Kernel:
 
     Attributes:
         entry: For compiled callers: ``entry(rows, event, layer, num_layers, n, out)`` writes the
-            scores of the first ``n`` slots, or of ``n`` pages, into ``out``; 0, or 1 if the kernel
-            has raised. ``rows`` is the directory of ``Rows`` (see ``directory``).
-        fill: The same for Python, by page, where an exception of the kernel arrives as itself.
+            scores of the first ``n`` slots, or of ``n`` pages, into ``out``; returns 0, or 1 if the
+            kernel raised. ``rows`` is the directory of ``Rows`` (see ``directory``).
+        fill: The same for Python, by page; exceptions of the kernel propagate unchanged.
     """
 
     entry: Any
@@ -71,29 +71,29 @@ class Kernel:
 def compile_kernel(function: Callable[..., float], *, by_slot: bool) -> Kernel:
     """Compile a kernel of the signature that ``EvictionPolicy.score_kernel`` describes.
 
-    ``by_slot`` says whether ``entry`` takes a row per slot, to score a whole bank: it need not
-    look up where a page's numbers are. Few pages are looked up faster than copied into rows.
+    With ``by_slot``, ``entry`` takes a row per slot and scores a whole bank without looking up
+    each page's row. A few pages are faster to look up than to copy into rows.
 
     Division follows numpy: by zero it gives an infinity or NaN and does not raise, since a branch
-    per page would keep the loop from being vectorised. The same function, or another one of the
-    same code and closure, is compiled once in a process.
+    per page would prevent vectorising the loop. The same function, or another one with the same
+    code and closure, is compiled once per process.
 
     Raises:
-        TypeError: Too few parameters, or one that is not known.
-        Exception: Whatever numba says about code that it cannot compile.
+        TypeError: Too few parameters, or an unknown one.
+        Exception: Numba cannot compile the code.
     """
     cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
     key = function.__code__, id(function.__globals__), function.__defaults__, cells, by_slot
     try:
         known = _compiled.get(key)
-    except TypeError:  # something in its closure cannot be compared
+    except TypeError:  # its closure has a value that cannot be hashed
         return _compile(function, by_slot)
     if known is None:
         known = _compiled[key] = _compile(function, by_slot), function
     return known[0]
 
 
-#: Kernels by code and closure; the function is kept so that the identity of its globals stays.
+#: Kernels by code and closure; each function is kept alive so that the id of its globals is unique.
 _compiled: dict[object, tuple[Kernel, Callable[..., float]]] = {}
 
 
@@ -101,10 +101,10 @@ def _compile(function: Callable[..., float], by_slot: bool) -> Kernel:
     extras = tuple(inspect.signature(function).parameters)[len(_FIRST) :]
     unknown = [name for name in extras if name not in EXTRAS]
     if unknown:
-        raise TypeError(f"{unknown[0]!r} is no parameter of a kernel; known: {', '.join(EXTRAS)}")
+        raise TypeError(f"unknown parameter {unknown[0]!r} of a kernel; valid: {', '.join(EXTRAS)}")
     integers = [types.int64] * (len(_FIRST) + len(extras))
     one = numba.njit(types.float64(*integers), nogil=True, error_model="numpy")(function)
-    # The names are ours, from _FIRST and EXTRAS: a call that passes on what the kernel asks for.
+    # All names come from _FIRST and EXTRAS: a call that passes on the parameters the kernel takes.
     call = f"lambda {', '.join(_FIRST + EXTRAS)}: one({', '.join(_FIRST + extras)})"
     score = numba.njit(nogil=True, error_model="numpy")(eval(call, {"one": one}))
     fill = _looped(score, by_slot=False)
@@ -129,7 +129,7 @@ def _looped(score: Any, *, by_slot: bool) -> Any:
 def _entry(fill: Any) -> Any:
     @numba.cfunc(_ENTRY, nopython=True)
     def entry(rows, event, layer, layers, n, out):  # type: ignore[no-untyped-def]
-        # An exception cannot pass a function pointer: the caller is told, and Python asks again.
+        # An exception cannot cross a function pointer: return 1, and the Python side asks again.
         try:
             fill(_open_rows(rows), event, layer, layers, n, out)
         except Exception:

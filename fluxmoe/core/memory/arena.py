@@ -1,4 +1,4 @@
-"""Arena: a range of addresses that never moves, whose frames come and go while it lives."""
+"""Arena: a fixed range of addresses in which frames are mapped and unmapped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ABSENT = -1
 class Arena:
     """Reserved address space for at most ``nbytes`` bytes (rounded up to whole frames).
 
-    Kernels keep its address, so it is fixed for the arena's life. The arena remembers which frame
-    lies where; who owns the frames is the ``FramePool``'s business.
+    Kernels keep its address, so it is fixed for the arena's life. The arena records which frame is
+    mapped where; ownership of the frames is recorded by ``FramePool``.
     """
 
     def __init__(self, substrate: Substrate, nbytes: int) -> None:
@@ -42,7 +42,7 @@ class Arena:
             self.frame_at[place] = frames
 
     def decommit(self, first: int, count: int) -> Int64s:
-        """Unmap ``count`` positions from ``first`` on and return the frames that lay there."""
+        """Unmap ``count`` positions from ``first`` on and return the frames mapped there."""
         place = slice(first, first + count)
         frames = self.frame_at[place].copy()
         if len(frames) != count or np.any(frames == ABSENT):
@@ -52,7 +52,7 @@ class Arena:
         return frames
 
     def rows(self, count: int, nbytes: int) -> Bytes:
-        """The arena as a uint8 array ``[count, nbytes]``, without a copy. (Not of a GPU's memory.)
+        """The arena as a uint8 array ``[count, nbytes]``, without a copy. Host memory only.
 
         Only committed rows may be read or written. The array does not keep the arena alive.
         """
@@ -61,7 +61,7 @@ class Arena:
         return np.ctypeslib.as_array(buffer).reshape(count, nbytes)
 
     def export(self, count: int, nbytes: int) -> Exported:
-        """The same for ``torch.from_dlpack``, on whatever device the frames are."""
+        """The same rows for ``torch.from_dlpack``, on the frames' device."""
         self._require(count, nbytes)
         return Exported(self.address, count, nbytes, self._substrate.device)
 
@@ -70,7 +70,7 @@ class Arena:
             raise InvariantError(f"{count} rows of {nbytes} bytes do not fit the arena")
 
     def close(self) -> Int64s:
-        """Unmap everything, give the addresses back, return the frames that were committed."""
+        """Unmap everything, unreserve the addresses, and return the frames that were committed."""
         frames: Int64s = self.frame_at[self.frame_at != ABSENT]
         self._substrate.unreserve(self.address, len(self.frame_at) * self._substrate.frame_bytes)
         self.frame_at = np.full(0, ABSENT, np.int64)

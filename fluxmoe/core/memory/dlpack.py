@@ -1,7 +1,7 @@
-"""Memory at an address as a tensor of whatever library takes DLPack, without a copy.
+"""Memory at an address as a tensor of any library that accepts DLPack, without a copy.
 
-Torch has no way to wrap a pointer that it did not allocate, but takes DLPack from anybody, and asks
-no driver about the address: parts of a reserved range may have no memory behind them yet.
+Torch cannot wrap a pointer that it did not allocate, but accepts DLPack from any source, and does
+not query the driver about the address: parts of a reserved range may not be committed yet.
 Structures: https://dmlc.github.io/dlpack/latest/c_api.html, version 0.
 """
 
@@ -11,7 +11,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-#: DLPack's numbers of kinds of device.
+#: DLPack's device types.
 CPU, CUDA = 1, 2
 _UINT = 1
 _NAME = b"dltensor"
@@ -40,10 +40,10 @@ class _Managed(ctypes.Structure):
     )
 
 
-#: What consumers still point to, by address.
+#: Structures that consumers still point to, by address.
 _lent: dict[int, _Managed] = {}
 
-# Not `ctypes.pythonapi`, whose functions other libraries give other argument types.
+# Not `ctypes.pythonapi`: other libraries set other argument types on its functions.
 _python = ctypes.PyDLL(None)
 _python.PyCapsule_New.restype = ctypes.py_object
 _python.PyCapsule_New.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -59,7 +59,7 @@ def _delete(managed: int) -> None:
 
 @ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 def _drop(capsule: int) -> None:
-    """A capsule dies. Who has taken the tensor out of it has renamed it, and calls ``_delete``."""
+    """Destructor of a capsule. A consumer of the tensor has renamed it, and calls ``_delete``."""
     if _python.PyCapsule_IsValid(capsule, _NAME):
         _delete(_python.PyCapsule_GetPointer(capsule, _NAME))
 
@@ -68,10 +68,10 @@ def _drop(capsule: int) -> None:
 class Exported:
     """Bytes at an address, uint8 ``[rows, nbytes]``, for ``torch.from_dlpack``.
 
-    The tensor does not keep the memory alive, and only rows that have memory may be touched.
+    The tensor does not keep the memory alive, and only committed rows may be accessed.
 
     Attributes:
-        device: Kind and number of the device, as DLPack counts.
+        device: DLPack device type and device number.
     """
 
     address: int
@@ -83,7 +83,7 @@ class Exported:
         return self.device
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
-        """A capsule. Nothing is under way to the memory, so no ``stream`` has to wait."""
+        """Make a capsule. No writes to the memory are pending, so no ``stream`` has to wait."""
         shape = (ctypes.c_int64 * 2)(self.rows, self.nbytes)
         strides = (ctypes.c_int64 * 2)(self.nbytes, 1)
         tensor = _Tensor(self.address, *self.device, 2, _UINT, 8, 1, shape, strides, 0)

@@ -16,7 +16,7 @@ from fluxmoe.errors import CapacityError, InvariantError
 
 
 def frames_for(page_class: PageClass, slots: int, frame_bytes: int) -> int:
-    """Frames that ``slots`` slots of one bank commit: each part fills whole frames of its own."""
+    """Frames that ``slots`` slots of one bank commit: each part fills whole frames."""
     return sum(-(-slots * part.nbytes // frame_bytes) for part in page_class.parts)
 
 
@@ -35,9 +35,9 @@ class ExpertTenant:
 
     Args:
         pool: Ledger of the budget.
-        substrate: Where the frames live.
+        substrate: Physical memory of the frames.
         page_class: Layout of a page.
-        reserved: Slots per bank that address space is reserved for.
+        reserved: Slots per bank for which address space is reserved.
     """
 
     NAME = "experts"
@@ -78,7 +78,7 @@ class ExpertTenant:
         ]
 
     def export(self, bank: int) -> list[Exported]:
-        """The same for ``torch.from_dlpack``, on whatever device the arenas are."""
+        """The same arenas for ``torch.from_dlpack``, on their device."""
         return [
             arena.export(self._reserved[bank], part.nbytes)
             for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
@@ -87,15 +87,15 @@ class ExpertTenant:
     def resize(self, bank: int, slots: int) -> None:
         """Commit frames for exactly ``slots`` slots of a bank.
 
-        The memory of frames that are given up goes back to the system: whoever takes them next may
-        keep his bytes elsewhere, as the engine's KV cache does.
+        The memory of released frames returns to the system: the next owner of the frames may keep
+        its bytes elsewhere, as the engine's KV cache does.
 
         Raises:
             CapacityError: More than reserved; nothing has changed.
             OutOfFramesError: The budget has no room; nothing has changed.
-            SubstrateError: The system refused. A bank that was to grow has the slots it had. One
-                that was to shrink has ``slots``; what the system would not unmap still counts as
-                the tenant's, and goes at the next ``resize`` or ``close``.
+            SubstrateError: The system refused. A bank that was to grow keeps its slots. One that
+                was to shrink has ``slots``; frames that could not be unmapped still belong to the
+                tenant, and are released at the next ``resize`` or ``close``.
         """
         if slots > self._reserved[bank]:
             raise CapacityError(
@@ -106,7 +106,7 @@ class ExpertTenant:
             (arena, -(-slots * part.nbytes // self._pool.frame_bytes))
             for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
         ]
-        with ExitStack() as stack:  # which goes on if one of its calls fails
+        with ExitStack() as stack:  # continues if one of its callbacks fails
             if slots > self.slots[bank]:
                 for arena, want in wanted:
                     stack.callback(self._trim, arena, arena.committed)
@@ -137,21 +137,21 @@ class ExpertTenant:
         self._substrate.release(frames)
 
     def close(self) -> None:
-        """Give back all frames and addresses. Idempotent.
+        """Release all frames and addresses. Idempotent.
 
         Raises:
-            SubstrateError: The system would not take some memory back; all else was given back.
+            SubstrateError: The system refused to release some memory; the rest was released.
         """
         arenas = [arena for bank in self._arenas for arena in bank]
         self._arenas, self.slots = [], []
-        with ExitStack() as each:  # goes on if one fails
+        with ExitStack() as each:  # continues if one fails
             for arena in arenas:
                 each.callback(lambda arena: self._give_up(arena.close()), arena)
 
     def check(self) -> None:
         """Raise InvariantError unless the mapped frames are exactly those owned, each once.
 
-        There may be more of them than the slots need: see ``resize``.
+        More may be mapped than the slots need: see ``resize``.
         """
         arenas = [arena for bank in self._arenas for arena in bank]
         for arena in arenas:

@@ -1,8 +1,8 @@
-"""FramePool: who owns which frame of device memory, written down exactly once.
+"""FramePool: the single record of which tenant owns which frame of device memory.
 
 The pool knows nothing of addresses or mappings (see ``arena``): it is the ledger behind the
-budget. Committed memory can never exceed the budget because no more frames than that are given
-out. There may be more frames than the budget allows at present: a frame that nobody owns costs
+budget. Committed memory can never exceed the budget because no more frames than that are handed
+out. There may be more frames than the budget currently allows: a frame without an owner costs
 nothing, so the budget can be raised while serving.
 """
 
@@ -20,7 +20,7 @@ class FramePool:
     """``count`` frames of ``frame_bytes`` bytes, each owned by one tenant or free.
 
     Attributes:
-        limit: Frames that all tenants together may own, the budget; at first all of them.
+        limit: Budget in frames: the most that all tenants together may own; initially ``count``.
     """
 
     def __init__(self, count: int, frame_bytes: int) -> None:
@@ -28,45 +28,45 @@ class FramePool:
         self.frame_bytes = frame_bytes
         self._owner = np.full(count, FREE, np.int16)
         self._tenants: list[str] = []
-        #: Frames per tenant, so that nobody counts them in every step.
+        #: Frames per tenant, kept so that they need not be counted in every step.
         self._held: list[int] = []
 
     @property
     def nbytes(self) -> int:
-        """The budget."""
+        """The budget in bytes."""
         return self.limit * self.frame_bytes
 
     @property
     def owned(self) -> int:
-        """How many frames have an owner."""
+        """Number of frames that have an owner."""
         return sum(self._held)
 
     @property
     def free(self) -> int:
-        """How many frames can be taken now."""
+        """Number of frames that can be taken now."""
         return self.limit - self.owned
 
     def set_limit(self, frames: int) -> None:
         """Raise or lower the budget.
 
         Raises:
-            OutOfFramesError: More frames are owned, or there are fewer; the budget is unchanged.
+            OutOfFramesError: More frames are owned, or fewer exist; the budget is unchanged.
         """
         if not self.owned <= frames <= self.count:
             raise OutOfFramesError(
                 f"a budget of {frames} frames of {self.frame_bytes} bytes is not within "
-                f"{self.owned} (owned now) … {self.count} (all there are)"
+                f"{self.owned} (owned now) … {self.count} (total)"
             )
         self.limit = frames
 
     def owned_by(self, tenant: str) -> int:
-        """How many frames ``tenant`` has now."""
+        """Number of frames ``tenant`` owns now."""
         if tenant not in self._tenants:
             return 0
         return self._held[self._tenants.index(tenant)]
 
     def take(self, tenant: str, count: int) -> Int64s:
-        """Give ``count`` free frames to ``tenant``, lowest first, so that runs stay contiguous.
+        """Assign ``count`` free frames to ``tenant``, lowest first, so that runs stay contiguous.
 
         Raises:
             OutOfFramesError: Fewer are free; nothing was taken.
@@ -91,16 +91,16 @@ class FramePool:
         """Take ``frames`` back from ``tenant``.
 
         Raises:
-            InvariantError: One of them is not the tenant's; nothing was given back.
+            InvariantError: One of them is not the tenant's; nothing was returned.
         """
         if len(frames) == 0:
             return
         if tenant not in self._tenants or len(np.unique(frames)) != len(frames):
-            raise InvariantError(f"{tenant} gives back frames that it never had, or one twice")
+            raise InvariantError(f"{tenant} returns frames that it never owned, or one twice")
         if np.any((frames < 0) | (frames >= self.count)):
-            raise InvariantError(f"{tenant} gives back frames that do not exist")
+            raise InvariantError(f"{tenant} returns frames outside 0…{self.count - 1}")
         if np.any(self._owner[frames] != self._tenants.index(tenant)):
-            raise InvariantError(f"{tenant} gives back frames of somebody else")
+            raise InvariantError(f"{tenant} returns frames that it does not own")
         self._owner[frames] = FREE
         self._held[self._tenants.index(tenant)] -= len(frames)
 

@@ -4,10 +4,10 @@ The whole budget is one anonymous file; frame ``i`` is the range ``[i, i+1) * fr
 Committing maps a run of frames with ``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: populated at once,
 because first-touch faults on the engine's hot path cost twice as much. An uncommitted
 address reads as NaN from a read-only poison page, so a bookkeeping error shows up in the output
-instead of passing for a weight of zero; ``debug=True`` makes it a segmentation fault instead.
+instead of looking like a weight of zero; ``debug=True`` makes it a segmentation fault instead.
 
-A forked child shares the file: it can map no frame, and what it releases keeps its bytes. Its own
-mappings are its own affair.
+A forked child shares the file: it cannot map frames, and releasing one keeps its bytes. Its own
+mappings it may remove.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _HUGE_PAGE = 2 << 20
 _POISON_BYTES = 4 << 20
-# Each frame may need a mapping of its own, and the system allows 65,530 (vm.max_map_count).
+# Each frame may need a separate mapping, and the system allows 65,530 (vm.max_map_count).
 _MOST_FRAMES = 24 << 10
 
 
@@ -54,9 +54,9 @@ def frame_bytes_for(budget: int, unit: int = 0) -> int:
     """The CPU frame size for a budget: budget/8192, a power of two within 4 KiB … 2 MiB.
 
     Args:
-        budget: Bytes.
-        unit: Bytes of what will be committed and given up alone, a KV block. If it is no multiple
-            of the frame, smaller frames are tried, as far as the system can map so many.
+        budget: Budget in bytes.
+        unit: Bytes of the unit that is committed and released on its own, a KV block. If it is not
+            a multiple of the frame, smaller frames are tried, as far as the system can map them.
     """
     wanted = max(1, -(-budget // 8192))
     frame = min(max(1 << (wanted - 1).bit_length(), 4096), 2 << 20)
@@ -66,7 +66,7 @@ def frame_bytes_for(budget: int, unit: int = 0) -> int:
 
 
 def huge_pages() -> bool:
-    """Whether this system backs shared memory with huge pages on request."""
+    """True if this system backs shared memory with huge pages on request."""
     try:
         text = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
     except OSError:
@@ -133,7 +133,7 @@ class CpuSubstrate:
             try:
                 self._commit_run(address + done * self.frame_bytes, first, count)
             except SubstrateError:
-                # A failed MAP_FIXED may have left a hole where it was to map: fill that in too.
+                # A failed MAP_FIXED may have left a hole at its target: fill that in too.
                 self.decommit(address, done + count)
                 raise
             done += count
@@ -149,7 +149,7 @@ class CpuSubstrate:
             self._fd,
             first * self.frame_bytes,
         )
-        if self._huge:  # only now is the advice in time: populating first would use small pages
+        if self._huge:  # advise before populating, which would otherwise use small pages
             _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
             _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE)
 

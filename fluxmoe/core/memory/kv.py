@@ -1,9 +1,9 @@
-"""The KV cache as a tenant of the budget: one arena, of which groups of blocks are committed.
+"""The KV cache as a tenant of the budget: one arena, committed in groups of blocks.
 
 The engine numbers its KV blocks and knows nothing of frames. A *group* is the fewest consecutive
-blocks that fill whole frames, and the unit in which the cache grows and shrinks. All of a block
-lies together (block-outermost, docs/adr/0004), so a group is one block wherever the size of a
-block is a multiple of a frame's.
+blocks that fill whole frames, and the unit in which the cache grows and shrinks. Each block is
+contiguous (block-outermost, docs/adr/0004), so a group is one block if the block size is a
+multiple of the frame size.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fluxmoe.errors import InvariantError
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Where KV blocks lie: block ``b`` is the bytes ``[b, b + 1) * block_bytes`` of one buffer.
+    """Layout of KV blocks: block ``b`` is the bytes ``[b, b + 1) * block_bytes`` of one buffer.
 
     Attributes:
-        blocks: Blocks the cache may grow to.
-        block_bytes: One block, all layers.
-        frame_bytes: One frame.
+        blocks: Most blocks the cache may grow to.
+        block_bytes: Bytes of one block, all layers.
+        frame_bytes: Bytes of one frame.
     """
 
     blocks: int
@@ -43,7 +43,7 @@ class KVLayout:
 
     @property
     def frames_per_group(self) -> int:
-        """Of all groups but the last, which may have fewer blocks."""
+        """Frames of every group except the last, which may have fewer blocks."""
         return self.block_bytes // math.gcd(self.block_bytes, self.frame_bytes)
 
     @property
@@ -52,7 +52,7 @@ class KVLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole buffer; address space, not memory."""
+        """Bytes of the whole buffer; address space, not memory."""
         return self.blocks * self.block_bytes
 
     def blocks_of(self, group: int) -> range:
@@ -64,7 +64,7 @@ class KVLayout:
         return -(-nbytes // self.frame_bytes)
 
     def frames(self, groups: Collection[int]) -> int:
-        """Frames that distinct ``groups`` commit. Asked in every step, so nothing is added up."""
+        """Frames that distinct ``groups`` commit. Called in every step, so it does not iterate."""
         last, full = self.groups - 1, self.frames_per_group
         return len(groups) * full - (full - self.frames_of(last) if last in groups else 0)
 
@@ -79,13 +79,13 @@ class KVLayout:
 class KVTenant:
     """The buffer of the engine's KV cache, committed group by group.
 
-    A group that is committed reads as zero, as the engine expects of a fresh cache: whatever the
-    frames held before is cleared when they are given up. Elsewhere the buffer is read-only NaNs,
-    so an engine that uses a block it does not have crashes instead of answering nonsense.
+    A newly committed group reads as zero, as the engine expects of a fresh cache: the contents of
+    frames are cleared when they are released. Elsewhere the buffer is read-only NaNs, so an engine
+    that uses a block it does not have crashes instead of returning garbage.
 
     Args:
         pool: Ledger of the budget.
-        substrate: Where the frames live.
+        substrate: Physical memory of the frames.
         layout: Blocks, groups and frames.
     """
 
@@ -94,7 +94,7 @@ class KVTenant:
     def __init__(self, pool: FramePool, substrate: Substrate, layout: KVLayout) -> None:
         self._pool, self._substrate, self.layout = pool, substrate, layout
         self._arena = Arena(substrate, layout.nbytes)
-        #: Per group, whether it is committed.
+        #: Committed state of each group.
         self.committed: Bools = np.zeros(layout.groups, np.bool_)
 
     @property
@@ -112,15 +112,15 @@ class KVTenant:
         return buffer
 
     def export(self) -> Exported:
-        """All blocks ``[blocks, block_bytes]`` for ``torch.from_dlpack``, on whatever device."""
+        """All blocks ``[blocks, block_bytes]`` for ``torch.from_dlpack``, on the frames' device."""
         return self._arena.export(self.layout.blocks, self.layout.block_bytes)
 
     def commit(self, groups: Iterable[int]) -> None:
-        """Commit those of ``groups`` that are not. On failure nothing has changed.
+        """Commit those of ``groups`` that are not committed. On failure nothing has changed.
 
         Raises:
             OutOfFramesError: The budget has no room.
-            SubstrateError: The system refused. (If it refuses to unmap, too, see ``committed``.)
+            SubstrateError: The system refused. (If it also refuses to unmap, see ``committed``.)
         """
         done = []
         try:
@@ -141,12 +141,12 @@ class KVTenant:
             raise
 
     def free(self, groups: Iterable[int]) -> None:
-        """Give up those of ``groups`` that are committed; nobody may use their blocks.
+        """Release those of ``groups`` that are committed; their blocks must not be in use.
 
         Raises:
-            SubstrateError: The system refused; all groups but those it would not unmap are free.
+            SubstrateError: The system refused to unmap some groups; the others are free.
         """
-        with ExitStack() as each:  # goes on if one fails
+        with ExitStack() as each:  # continues if one fails
             for group in self._known(groups):
                 each.callback(self._free, group)
 
@@ -160,7 +160,7 @@ class KVTenant:
             self._substrate.release(frames)
 
     def close(self) -> None:
-        """Give back all frames and addresses. Idempotent."""
+        """Release all frames and addresses. Idempotent."""
         if len(self.committed):
             frames = self._arena.close()
             self.committed = np.zeros(0, np.bool_)
@@ -168,7 +168,7 @@ class KVTenant:
             self._substrate.release(frames)
 
     def check(self) -> None:
-        """Raise InvariantError unless exactly the committed groups are mapped, in own frames."""
+        """Raise InvariantError unless exactly the committed groups are mapped, in owned frames."""
         self._arena.check()
         mapped = self._arena.frame_at >= 0
         expected = np.zeros_like(mapped)
@@ -176,7 +176,7 @@ class KVTenant:
             first = group * self.layout.frames_per_group
             expected[first : first + self.layout.frames_of(group)] = True
         if np.any(mapped != expected):
-            raise InvariantError("not exactly the committed KV groups are mapped")
+            raise InvariantError("the mapped KV groups differ from the committed ones")
         if np.count_nonzero(mapped) != self.frames:
             raise InvariantError(
                 f"{np.count_nonzero(mapped)} frames of KV are mapped, {self.frames} are owned"
@@ -185,5 +185,5 @@ class KVTenant:
     def _known(self, groups: Iterable[int]) -> list[int]:
         wanted = list(groups)
         if any(not 0 <= group < len(self.committed) for group in wanted):
-            raise InvariantError(f"KV groups beyond {len(self.committed)}: {wanted}")
+            raise InvariantError(f"KV groups outside 0…{len(self.committed) - 1}: {wanted}")
         return wanted

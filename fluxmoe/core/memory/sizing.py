@@ -1,12 +1,12 @@
-"""Bytes as slots: the first split of the budget, and banks.
+"""Conversion of bytes to slots: the first split of the budget, and banks.
 
 The first split is what experts and KV cache start with. Both get their minimum, then what the user
-asked for. What is left goes to the KV cache until it holds all that can ever run at once, because a
-waiting request costs more than a page that is streamed; then to the experts until all are resident;
-the rest is room for cached prefixes.
+asked for. The rest goes to the KV cache until it holds everything that can run at once, because a
+waiting request costs more than a streamed page; then to the experts until all are resident; what
+remains is room for cached prefixes.
 
 A bank is the slots that one kernel call can address. One is best, because any layer can use any
-slot. More are needed where a kernel's slot index is too narrow for all of them (docs/adr/0001).
+slot. More are needed if a kernel's slot index is too narrow for all of them (docs/adr/0001).
 Consecutive layers share a bank.
 """
 
@@ -21,13 +21,14 @@ from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError, Uns
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a tenant wants, in frames.
+    """Demand of a tenant, in frames.
 
     Attributes:
-        min: It cannot do with less, for the ``reason`` that is shown when the budget is too small.
-        max: More would be of no use, but for what is left over.
-        target: What the user asked for; None where that was left open.
-        cap: More than that the user forbids.
+        min: Fewest frames it works with.
+        max: Most frames that are useful; beyond this, more memory only absorbs leftovers.
+        target: Frames the user asked for; None if left open.
+        reason: Explanation of ``min``, shown when the budget is too small.
+        cap: Most frames the user allows; None if unlimited.
     """
 
     min: int
@@ -93,11 +94,11 @@ def spread(geometry: Geometry, slots: int, banks: int) -> tuple[list[int], list[
 
     Args:
         geometry: Layers and experts.
-        slots: Slots over all banks.
+        slots: Number of slots over all banks.
         banks: Number of banks, at most one per layer.
 
     Returns:
-        Slots per bank, never more than the bank has pages, and the bank of each layer.
+        Slots per bank, at most the bank's number of pages, and the bank of each layer.
     """
     layers = geometry.num_layers
     bank_of = [layer * banks // layers for layer in range(layers)]
@@ -129,14 +130,14 @@ def sizes(
         frames: Frames for all banks together.
         frame_bytes: Bytes of a frame.
         banks: Number of banks.
-        limit: Most slots a bank may have; None if there is no limit.
+        limit: Most slots a bank may have; None if unlimited.
 
     Returns:
         Slots per bank; None if a bank could not hold one layer's experts.
     """
     experts = geometry.experts_per_layer
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
-    # Each bank fills whole frames of its own, so several may need a few more than one does.
+    # Each bank fills whole frames, so several may need a few more than one does.
     for slots in range(total, banks * experts - 1, -1):
         shares = [min(share, limit or share) for share in spread(geometry, slots, banks)[0]]
         used = sum(frames_for(page_class, share, frame_bytes) for share in shares)
@@ -157,13 +158,13 @@ def fewest_banks(
 ) -> tuple[list[int], list[int]]:
     """The most slots per bank within ``frames`` frames, and the bank of each layer.
 
-    The fewest banks that waste no slot, but ``wanted`` if there can be so many: within ``least``
-    frames, too, each must hold one layer's experts, so a small budget cannot have many.
+    The fewest banks that waste no slot, or ``wanted`` if that many are possible: even within
+    ``least`` frames each must hold one layer's experts, so a small budget cannot have many.
     """
     layers, experts = geometry.num_layers, geometry.experts_per_layer
     if limit is not None and limit < experts:
         raise UnsupportedError(
-            f"the kernel can address {limit} slots of this size, a layer has {experts} experts"
+            f"the kernel can address {limit} slots of this size, but a layer has {experts} experts"
         )
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
     needed = 1
@@ -176,4 +177,4 @@ def fewest_banks(
         )
         if small is not None and slots is not None:
             return slots, spread(geometry, total, banks)[1]
-    raise InvariantError("the minimum of the experts does not hold one layer")
+    raise InvariantError("the experts' minimum does not hold one layer")

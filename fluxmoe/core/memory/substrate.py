@@ -1,6 +1,6 @@
 """Substrates: address space without memory, memory without addresses, and the mapping of both.
 
-One protocol, mirrored one to one by the operating system's calls on a CPU (``host.py``) and by the
+One protocol that maps one to one to the operating system's calls on a CPU (``host.py``) and to the
 driver's on CUDA. Frames are numbered ``0 … count-1`` and exist for the substrate's whole life.
 """
 
@@ -15,12 +15,12 @@ from fluxmoe.core.types import Int64s
 
 
 class Substrate(Protocol):
-    """Physical frames and the calls that put them behind reserved addresses.
+    """Physical frames and the calls that map them at reserved addresses.
 
     Attributes:
         frame_bytes: Bytes of a frame.
         count: Number of frames.
-        device: Where they lie, as DLPack counts devices: kind and number.
+        device: DLPack device type and device number of the frames.
     """
 
     frame_bytes: int
@@ -31,7 +31,7 @@ class Substrate(Protocol):
         """Reserve address space (a multiple of the frame size) and return its start."""
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        """Give a reserved range back; whatever was committed there is unmapped."""
+        """Release a reserved range; any frames mapped there are unmapped."""
 
     def commit(self, address: int, frames: Int64s) -> None:
         """Map ``frames`` one after the other at ``address``, which is frame-aligned.
@@ -41,13 +41,13 @@ class Substrate(Protocol):
         """
 
     def decommit(self, address: int, count: int) -> None:
-        """Unmap ``count`` frames at ``address``. Reading there is an error from now on."""
+        """Unmap ``count`` frames at ``address``. Reading there is an error afterwards."""
 
     def release(self, frames: Int64s) -> None:
-        """Give the physical memory of unmapped frames back to the system; their number stays."""
+        """Return the physical memory of unmapped frames to the system; their numbers stay valid."""
 
     def allocated(self) -> int:
-        """Bytes of physical memory that the system has really given for the frames."""
+        """Bytes of physical memory that the system has actually allocated for the frames."""
 
     def close(self) -> None:
         """Release everything. Idempotent."""

@@ -1,6 +1,6 @@
 """MemoryArbiter: one worker's budget of frames and the tenants that share it.
 
-It owns the pool and the substrate and can tell at any moment that what is committed stays within
+It owns the pool and the substrate, and can check at any time that committed memory stays within
 the budget.
 """
 
@@ -19,13 +19,13 @@ class MemoryArbiter:
     """The budget of one worker.
 
     Args:
-        substrate: All frames of the budget; closed with the arbiter.
+        substrate: Frames of the budget; closed with the arbiter.
     """
 
     def __init__(self, substrate: Substrate) -> None:
         self.substrate = substrate
         self.pool = FramePool(substrate.count, substrate.frame_bytes)
-        #: The KV cache, once its layout is known; None where the engine's is not in the budget.
+        #: The KV cache, once its layout is known; None if the engine's is not in the budget.
         self.kv: KVTenant | None = None
 
     @property
@@ -38,7 +38,7 @@ class MemoryArbiter:
         return self.pool.owned * self.pool.frame_bytes
 
     def frames(self) -> dict[str, int]:
-        """The present split: tenant → frames."""
+        """The current split: tenant → frames."""
         return {name: self.pool.owned_by(name) for name in (ExpertTenant.NAME, KVTenant.NAME)}
 
     def place_kv(self, layout: KVLayout, groups: Iterable[int]) -> KVTenant:
@@ -48,7 +48,7 @@ class MemoryArbiter:
             OutOfFramesError, SubstrateError: There is no room; nothing is reserved.
         """
         if self.kv is not None:
-            raise InvariantError("the KV cache has its place already")
+            raise InvariantError("the KV cache is already placed")
         kv = KVTenant(self.pool, self.substrate, layout)
         try:
             kv.commit(groups)
@@ -59,19 +59,19 @@ class MemoryArbiter:
         return kv
 
     def check(self) -> None:
-        """Raise InvariantError unless the books add up and stay within the budget."""
+        """Raise InvariantError unless the books are consistent and within the budget."""
         self.pool.check()
         if self.kv is not None:
             self.kv.check()
         if sum(self.frames().values()) != self.pool.owned:
-            raise InvariantError("somebody else holds frames of the budget")
+            raise InvariantError("an unknown tenant owns frames of the budget")
 
     def close(self) -> None:
-        """Give everything back to the system. Idempotent.
+        """Release everything. Idempotent.
 
         Raises:
             InvariantError: The expert tenant has not been closed: its arenas would lose their
-                memory while it still answers for them.
+                memory while still in use.
         """
         try:
             if self.kv is not None:

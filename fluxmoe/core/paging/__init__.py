@@ -1,4 +1,4 @@
-"""The page table, the event rule, the choice of victims, the pager, and what is measured of pages.
+"""The page table, the event rule, the choice of victims, the pager, and measures of pages.
 
-Imports every other room of the core except ``core.arbitration``.
+Imports every other folder of the core except ``core.arbitration``.
 """

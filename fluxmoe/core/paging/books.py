@@ -55,17 +55,17 @@ class Books(NamedTuple):
     num_free: Int64s
     num_slots: Int64s  # usable slots [B]
     bank_of: Int64s  # layer -> bank [L]
-    layer_of: Int64s  # page -> layer [P]; a division would cost more than all else about a page
-    # the running event: its distinct pages [E], their tokens, hits, misses, the slots given out
+    layer_of: Int64s  # page -> layer [P]; a division would cost more than all other work per page
+    # the running event: its distinct pages [E], their tokens, hits, misses, the slots assigned
     pages: Int64s
     tokens: Int64s
-    routed: Int64s  # scratch, zero between events: tokens per expert [E], and which have any,
-    asked: npt.NDArray[np.uint64]  # a bit each [E / 64]
+    routed: Int64s  # scratch, zero between events: tokens per expert [E], and
+    asked: npt.NDArray[np.uint64]  # a bit per expert that has any [E / 64]
     hit: Bools
     missing: Int64s
-    loaded: Int64s  # pages given a slot, in order
+    loaded: Int64s  # pages assigned a slot, in order
     leaving: Int64s  # pages to be freed once the layer has run
-    dirty: Int64s  # pages whose score must be computed anew [P]
+    dirty: Int64s  # pages whose score must be recomputed [P]
     now: Int64s  # scalars, see EVENT …
     counts: Int64s  # see C_EVENTS …
 
@@ -125,7 +125,7 @@ def unload(b: Books, page: int) -> None:
 
 @jit
 def load(b: Books, page: int) -> None:
-    """Give ``page`` a free slot of its bank and note it among the loaded."""
+    """Assign ``page`` a free slot of its bank and append it to the loaded pages."""
     bank = b.bank_of[b.layer_of[page]]
     b.num_free[bank] -= 1
     slot = b.free[bank, b.num_free[bank]]
@@ -150,7 +150,7 @@ def release_leaving(b: Books) -> None:
 
 @jit
 def mark_dirty(b: Books, page: int) -> None:
-    """Note that the score of ``page`` may have changed."""
+    """Record that the score of ``page`` may have changed."""
     if not b.flags[page] & DIRTY:
         b.flags[page] |= DIRTY
         b.dirty[b.now[DIRTIES]] = page
@@ -159,10 +159,10 @@ def mark_dirty(b: Books, page: int) -> None:
 
 @jit
 def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> int:
-    """Move the pages of a bank that lie in slots ``slots …`` into free slots below; how many.
+    """Move the pages in slots ``slots …`` of a bank into free slots below; return their number.
 
-    ``moved[i]`` lay in slot ``source[i]``. There must be a free slot below for each of them.
-    Scores are kept by slot (``heap``, ``victims``): those of the moved pages are computed anew.
+    ``moved[i]`` was in slot ``source[i]``. There must be a free slot below for each of them.
+    Scores are kept by slot (``heap``, ``victims``): those of the moved pages are recomputed.
     """
     n = 0
     for slot in range(slots, b.page_at.shape[1]):
@@ -176,8 +176,8 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
         b.page_at[bank, source[i]] = ABSENT
         b.page_at[bank, free] = moved[i]
         b.slot_of[moved[i]] = free
-        mark_dirty(b, moved[i])  # what is known of its score is filed under its slot
-    # The stack of free slots anew, the lowest on top.
+        mark_dirty(b, moved[i])  # its score is recorded under the old slot
+    # Rebuild the stack of free slots, the lowest on top.
     b.num_free[bank] = 0
     for slot in range(slots - 1, -1, -1):
         if b.page_at[bank, slot] == ABSENT:

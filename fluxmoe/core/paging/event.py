@@ -41,12 +41,12 @@ Slots = npt.NDArray[np.int32]
 
 @jit
 def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
-    """Points 1–3 and 6: free what the last event left, then count hits and misses of this one.
+    """Points 1–3 and 6: free the last event's leaving pages, then count this one's hits and misses.
 
     Args:
         b: The books.
-        step: Forward pass of the engine.
-        layer: MoE layer.
+        step: Forward pass of the engine, from 0.
+        layer: MoE layer, from 0.
         ids: Routed experts, 1-D, repeats allowed; negative entries are padding.
         slots: Filled with the slot of every entry of ``ids`` if there is no miss; may be empty.
 
@@ -58,7 +58,7 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
     """
     experts = b.tokens.size
     first = layer * experts
-    # Compiled code does not check indices, and would write into somebody else's memory.
+    # Compiled code does not check indices, and would overwrite unrelated memory.
     if layer < 0 or layer >= b.bank_of.size:
         raise IndexError("no such MoE layer")
     if slots.size != 0 and slots.size != ids.size:
@@ -112,7 +112,7 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
 
 @jit
 def lookup(b: Books, layer: int, ids: Ints, slots: Slots) -> None:
-    """The expert table applied: ``slots[i]`` is the slot of expert ``ids[i]``, 0 for padding."""
+    """Look up slots: ``slots[i]`` becomes the slot of expert ``ids[i]``, 0 for padding."""
     first = layer * b.tokens.size
     for i in range(slots.size):
         slots[i] = b.slot_of[first + ids[i]] if ids[i] >= 0 else 0
@@ -128,7 +128,7 @@ def evict(b: Books, victims: Int64s, counter: int) -> None:
 
 @jit
 def load_missing(b: Books) -> None:
-    """Point 5: the event's misses take slots, in ascending page id."""
+    """Point 5: assign slots to the event's misses, in ascending page id."""
     for i in range(b.now[MISSES]):
         load(b, b.missing[i])
     b.counts[C_LOADS_DEMAND] += b.now[MISSES]
@@ -136,7 +136,7 @@ def load_missing(b: Books) -> None:
 
 @jit
 def load_ahead(b: Books, pages: Int64s) -> None:
-    """Point 7: prefetched pages take slots, in order of urgency, and are protected."""
+    """Point 7: assign slots to prefetched pages, in order of urgency, and protect them."""
     for i in range(pages.size):
         load(b, pages[i])
         b.flags[pages[i]] |= np.uint8(PROTECTED | UNUSED)
@@ -145,7 +145,7 @@ def load_ahead(b: Books, pages: Int64s) -> None:
 
 @jit
 def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
-    """Write the pages of a bank that may be evicted into ``out``, ascending; how many."""
+    """Write the evictable pages of a bank into ``out``, ascending; return their number."""
     n, banks = 0, b.num_slots.size
     for word in range(b.present.size):
         present = b.present[word]
@@ -164,23 +164,23 @@ def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
 
 @jit
 def open_in(books: Int64s, step: int, layer: int, ids: Ints, slots: Slots) -> int:
-    """``open_event`` for Python, which hands over the directory of the books."""
+    """``open_event`` for Python callers, which pass the directory of the books."""
     return open_event(open_books(books), step, layer, ids, slots)
 
 
 @jit
 def evict_in(books: Int64s, victims: Int64s, counter: int) -> None:
-    """``evict`` for Python, which hands over the directory of the books."""
+    """``evict`` for Python callers, which pass the directory of the books."""
     evict(open_books(books), victims, counter)
 
 
 @jit
 def load_missing_in(books: Int64s) -> None:
-    """``load_missing`` for Python, which hands over the directory of the books."""
+    """``load_missing`` for Python callers, which pass the directory of the books."""
     load_missing(open_books(books))
 
 
 @jit
 def lookup_in(books: Int64s, layer: int, ids: Ints, slots: Slots) -> None:
-    """``lookup`` for Python, which hands over the directory of the books."""
+    """``lookup`` for Python callers, which pass the directory of the books."""
     lookup(open_books(books), layer, ids, slots)

@@ -3,20 +3,20 @@
 ``stable_score`` promises that a page's score changes only when the page is accessed or loaded.
 So nothing is computed on a hit: the page is marked dirty, and only when victims are needed are the
 dirty pages scored, in one call. The heap holds *lower bounds*: a page's entry may lag behind when
-its score has risen (lru, lfu: every hit), and is put right only if it comes to the top. A score
+its score has risen (lru, lfu: every hit), and is corrected only if it reaches the top. A score
 that fell (belady) gets a second entry; the outdated one is recognised by its key and dropped.
 Ties go to the lowest page id, because entries compare as (score, page).
 
-A score above all that came before it (lru: every one) is not put into the heap but at the end of a
-*queue*, which is in order without any work; the next victim is the lower of the two heads. Entries
+A score above all earlier ones (lru: every one) is not put into the heap but at the end of a
+*queue*, which stays sorted without any work; the next victim is the lower of the two heads. Entries
 of the queue become outdated like those of the heap.
 
 Most pages are never near the bottom of the order, so the heap of a large bank holds only pages
 that compare no higher than a *limit*. When it runs out of them, or has grown, a new limit is drawn
-from a sample of the bank and all pages are looked over once; any limit gives the same victims.
+from a sample of the bank and all pages are scanned once; any limit gives the same victims.
 
-Scores are kept as integers in the same order (``as_integer``): a heap is little else than
-comparisons that wait for each other, and those of integers take one cycle, not six.
+Scores are kept as integers in the same order (``as_integer``): a heap consists mostly of dependent
+comparisons, which take one cycle for integers, not six.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, Books
 from fluxmoe.core.types import Bools, Int64s
 
-#: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. A bank of no more than _SMALL
-#: pages is kept in the heap whole.
+#: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. A bank of at most _SMALL pages
+#: is kept in the heap completely.
 _SAMPLE, _RANK, _SMALL = 32, 1, 128
 
 #: Above every score.
 NONE = 2**63 - 1
 
-#: Entries that the queue has room for, per slot.
+#: Capacity of the queue, in entries per slot.
 _QUEUE = 4
 
 
 class VictimHeap(NamedTuple):
     """Arrays of a heap per bank. P pages, B banks, M slots reserved per bank, H entries."""
 
-    score: Int64s  # [B, M] the latest score of the page in a slot
-    bound: Int64s  # [P] key of the page's valid entry; NONE = it has none
+    score: Int64s  # [B, M] latest score of the page in a slot
+    bound: Int64s  # [P] key of the page's valid entry; NONE if it has none
     key: Int64s  # [B, H]
     page: Int64s  # [B, H]
     size: Int64s  # [B]
@@ -57,8 +57,8 @@ class VictimHeap(NamedTuple):
     # heap or in the queue; the heap's are never above it
     limit: Int64s
     limit_page: Int64s
-    chosen: Bools  # [P] out of the heap while victims are being chosen
-    aside: Int64s  # [P] scratch, as are the lowest of the sample
+    chosen: Bools  # [P] removed from the heap while victims are being chosen
+    aside: Int64s  # [P] scratch, like the lowest of the sample
     sample: Int64s
     sample_page: Int64s
 
@@ -95,14 +95,14 @@ def clear(heap: VictimHeap) -> None:
 
 @jit
 def as_integer(score: float) -> int:
-    """An int64 for every float64 but NaN, in the same order; 0.0 and −0.0 have the same."""
+    """Map every float64 except NaN to an int64, keeping the order; 0.0 and −0.0 are equal."""
     bits = np.float64(score + 0.0).view(np.int64)
     return int(bits ^ (bits >> 63 & NONE))  # below zero, the higher the bits, the lower the number
 
 
 @jit
 def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.float64]) -> None:
-    """Note the scores of resident ``pages``."""
+    """Record the scores of resident ``pages``."""
     for i in range(pages.size):
         page, score = pages[i], as_integer(scores[i])
         bank = b.bank_of[b.layer_of[page]]
@@ -119,7 +119,7 @@ def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.flo
 
 @jit
 def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out: Int64s) -> int:
-    """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first; how many.
+    """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first; return how many.
 
     The running event's pages are never victims, protected ones only if ``protect`` is false.
     Victims leave the heap; the caller must evict them.
@@ -139,7 +139,7 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
         else:
             bound, page = key[0], pages[0]
         if (size == 0 and not queued) or not _within(heap, bank, bound, page):
-            if heap.limit_page[bank] == heap.bound.size:  # nothing lies above the limit
+            if heap.limit_page[bank] == heap.bound.size:  # there is nothing above the limit
                 break
             _refill(heap, b, bank)
             size = heap.size[bank]
@@ -152,7 +152,7 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
             key[0] = heap.bound[page] = score
             _sift_down(key, pages, size, 0)
             continue
-        # Evicted since, outdated by an entry with a lower key, above the limit, or a victim.
+        # Evicted meanwhile, outdated by an entry with a lower key, above the limit, or a victim.
         if valid or slot == ABSENT:
             heap.bound[page] = NONE
         chosen = valid and not score > bound
@@ -194,13 +194,13 @@ def _within(heap: VictimHeap, bank: int, score: int, page: int) -> bool:
 
 @jit
 def _held(b: Books, bank: int) -> int:
-    """Pages resident in a bank."""
+    """Number of pages resident in a bank."""
     return int(b.num_slots[bank] - b.num_free[bank])
 
 
 @jit
 def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
-    """Draw a new limit and put into the heap exactly the pages that it covers."""
+    """Draw a new limit and fill the heap with exactly the pages that it covers."""
     slots, key, pages = b.num_slots[bank], heap.key[bank], heap.page[bank]
     for i in range(heap.size[bank]):
         if key[i] == heap.bound[pages[i]]:
@@ -221,7 +221,7 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
             size += 1
         else:
             covered = False
-    if covered:  # what is not in the heap is in the queue
+    if covered:  # all pages are in the heap or the queue
         heap.limit[bank], heap.limit_page[bank] = NONE, heap.bound.size
     heap.size[bank] = size
     for i in range(size // 2 - 1, -1, -1):
@@ -230,7 +230,7 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
 
 @jit
 def _draw_limit(heap: VictimHeap, b: Books, bank: int, slots: int) -> None:
-    """The lowest few of pages from slots at equal distances; the limit is the last of them."""
+    """Set the limit to the page of rank ``_RANK`` among pages from equally spaced slots."""
     n = 0
     for k in range(_SAMPLE):
         slot = k * slots // _SAMPLE
@@ -257,8 +257,8 @@ def _less(a: int, page_a: int, b: int, page_b: int) -> bool:
 def _sift_down(key: Int64s, page: Int64s, size: int, top: int) -> None:
     """Restore the heap below ``top``: sink to a leaf along the lower children, then rise again.
 
-    What is sunk comes from the bottom nearly always, so comparing it on the way down would tell
-    nothing.
+    The sunk entry nearly always comes from the bottom, so comparing it on the way down would be
+    wasted work.
     """
     k, p, i, child = key[top], page[top], top, 2 * top + 1
     while child + 1 < size:
@@ -290,7 +290,7 @@ def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
 
 @jit
 def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
-    """Put an entry at the end of the queue; when there is no room, drop the outdated ones."""
+    """Append an entry to the queue; if it is full, drop the outdated ones first."""
     keys, pages, ends = heap.queue_key[bank], heap.queue_page[bank], heap.queue_ends[bank]
     if ends[1] == keys.size:
         kept = 0

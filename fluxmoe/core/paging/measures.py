@@ -1,18 +1,18 @@
 """Measures of pages while serving: the miss-ratio curve, and ages.
 
-``MissRatioCurve`` estimates what any number of slots would have missed.
+``MissRatioCurve`` estimates the miss ratio for any number of slots.
 
 LRU has the inclusion property: with ``k`` slots it holds the ``k`` pages used last, so an access
 hits if fewer than ``k`` other pages were used since (Mattson, 1970). The usual estimators sample
-*pages* and keep a stack of them (SHARDS, Waldspurger 2015). The books already know every page's
+*pages* and keep a stack of them (SHARDS, Waldspurger 2015). The books already record every page's
 last use, so here *events* are sampled instead and the stack distances of their pages counted by one
-pass over the books: exact for each sampled event, nothing to do for the others.
+pass over the books: exact for each sampled event, and no work for the others.
 
 The order of the stack is the event rule's: by last event, then by page id, because ties are evicted
 lowest id first. Distances are those at the beginning of an event, for all of its pages.
 
-``PageAges`` are for a person to see. They are counted where an engine evicts, beside the event
-rule, which a simulator runs millions of times.
+``PageAges`` are for display. They are counted where an engine evicts, outside the event rule, which
+a simulator runs millions of times.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def sample(
     """Add the stack distances of an event that has not begun yet to a histogram.
 
     Args:
-        last_use: Per page, the last event before this one, −1 = never.
+        last_use: Per page, the last event that used it, −1 = never.
         first: First page of the layer.
         ids: Routed experts, 1-D, repeats and padding (negative) allowed.
         seen: Scratch ``[experts]``.
         keys: Scratch ``[experts]``.
         histogram: ``[pages + 1]`` by distance; the last entry is for first uses.
-        weight: Added per distinct page.
+        weight: Amount added per distinct page.
     """
     pages, experts = last_use.size, seen.size
     seen[:] = 0
@@ -69,16 +69,16 @@ def sample(
                 n += 1
     if n == 0:
         return
-    for i in range(1, n):  # few, and compiled code allocates nothing
+    for i in range(1, n):  # insertion sort: n is small, and nothing is allocated
         key, at = keys[i], i
         while at > 0 and keys[at - 1] > key:
             keys[at] = keys[at - 1]
             at -= 1
         keys[at] = key
-    seen[:] = 0  # from here on: seen[i] counts the pages whose keys lie above keys[i], next below
+    seen[:] = 0  # from here on: seen[i] counts the pages with keys between keys[i] and the next
     for page in range(pages):
         key = last_use[page] * pages + page
-        if key > keys[0]:  # most pages of a large model are older: not worth a search
+        if key > keys[0]:  # most pages of a large model are older: skip the search
             low, high = 0, n
             while low + 1 < high:
                 middle = (low + high) // 2
@@ -97,12 +97,12 @@ class MissRatioCurve:
     """The miss ratio of LRU as a function of slots, over the recent past.
 
     Args:
-        pages: Pages of the model.
-        experts: Experts per layer.
-        every: Events from one sample to the next, on average; 1 = all. By default so many that the
+        pages: Number of pages of the model.
+        experts: Number of experts per layer.
+        every: Average number of events between samples; 1 = all. By default chosen so that
             sampling costs less than a microsecond per event.
-        window: Samples after which the weight of older ones has fallen to 1/e; 0 = never.
-        seed: The distances between samples are random, so that no layer is preferred.
+        window: Number of samples after which the weight of older ones has fallen to 1/e; 0 = never.
+        seed: Seed of the random distances between samples, which prevent a bias to some layers.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class MissRatioCurve:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear all samples."""
         self._histogram[:] = 0.0
         self._weight = 1.0
         self._wait = 0
 
     def observe(self, last_use: Int64s, layer: int, ids: Ints) -> None:
-        """Before each event: sample it, or do nothing but count."""
+        """Called before each event: sample it, or only count it."""
         if self._wait:
             self._wait -= 1
             return
@@ -143,7 +143,7 @@ class MissRatioCurve:
             self._weight = 1.0
 
     def curve(self) -> Floats:
-        """Miss ratio for 0, 1 … ``pages`` slots, first uses left out, never increasing.
+        """Miss ratio for 0, 1 … ``pages`` slots, without first uses, never increasing.
 
         All zeros before anything was sampled.
         """
@@ -163,14 +163,14 @@ class MissRatioCurve:
 def convex_hull(curve: Floats) -> Floats:
     """The lower convex hull of a miss-ratio curve.
 
-    What LRU misses where a curve has a cliff (a scan of all pages, step after step, misses
-    everything until all fit) a better policy can avoid: by keeping a fixed part of the pages it
-    reaches every point of the hull (Talus, Beckmann and Sanchez, 2015).
+    Where LRU's curve has a cliff (a scan of all pages in every step misses everything until all
+    fit), a better policy can avoid the misses: by keeping a fixed part of the pages it reaches
+    every point of the hull (Talus, Beckmann and Sanchez, 2015).
     """
     hull = np.zeros(curve.size)
     corners, n = np.zeros(curve.size, np.int64), 0
     for k in range(curve.size):
-        # Corners that lie on or above the line from the one before them to this point are none.
+        # Drop corners on or above the line from the one before them to this point.
         while n > 1:
             i, j = corners[n - 2], corners[n - 1]
             if (curve[j] - curve[i]) * (k - i) < (curve[k] - curve[i]) * (j - i):
@@ -187,7 +187,7 @@ def convex_hull(curve: Floats) -> Floats:
     return hull
 
 
-#: Reuse is noted in one event of so many; a prime, so that no layer is preferred.
+#: Reuse is sampled once in this many events; a prime, so that no layer is preferred.
 REUSE_EVERY = 61
 
 
@@ -195,8 +195,8 @@ class PageAges:
     """Ages of pages since the last reset.
 
     Attributes:
-        counts: int64 ``[3, AGES]``: pages by kind and bucket.
-        sums: int64 ``[3]``: the sum of their ages.
+        counts: int64 ``[3, AGES]``: number of pages by kind and bucket.
+        sums: int64 ``[3]``: sum of their ages by kind, in events.
     """
 
     def __init__(self) -> None:
@@ -204,21 +204,21 @@ class PageAges:
         self.sums = np.zeros(3, np.int64)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear all counts."""
         self.counts[:] = self.sums[:] = 0
 
     def routed(self, b: Books, layer: int, ids: Ints) -> None:
-        """The next event is about to begin."""
+        """Count reuse; called just before an event begins."""
         event = int(b.now[EVENT]) + 1
         if event % REUSE_EVERY == 0:
             last = b.last_use[np.unique(ids[ids >= 0]) + layer * b.tokens.size]
             self._note(REUSE, event - last[last != NEVER])
 
     def leave(self, b: Books, pages: Int64s) -> None:
-        """``pages`` are about to leave."""
+        """Count the ages of ``pages``, which are about to leave."""
         loaded = b.loaded_at[pages]
         self._note(LIFETIME, b.now[EVENT] - loaded)
-        # A page that was prefetched and never used was idle all the time.
+        # A page that was prefetched and never used was idle since it was loaded.
         self._note(IDLE, b.now[EVENT] - np.maximum(b.last_use[pages], loaded))
 
     def _note(self, kind: int, ages: Int64s) -> None:

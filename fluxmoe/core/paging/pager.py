@@ -1,7 +1,7 @@
 """ExpertPager: makes the experts of a layer resident just before its kernel runs.
 
 One pager per worker, called on the engine's thread only. It runs the event rule, orders the copies
-and answers with slot numbers; the kernel then reads the arenas as if they were the weights.
+and returns slot numbers; the kernel then reads the arenas as if they were the weights.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ExpertPager:
 
     Args:
         rule: The event rule over the page table, with its policies.
-        tenant: The arenas that the table's slots lie in.
+        tenant: The arenas with the table's slots.
         transfer: Copies pages from their store into those arenas.
-        phase: Asked once at the beginning of each step what the step does.
+        phase: Returns the phase of a step; called once at the beginning of each.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ExpertPager:
         self._books = rule.table.books
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
-        #: The process whose memory it fills. In any other one pages do not move.
+        #: The process whose memory it fills. In any other process pages do not move.
         self.owner = Owner()
         self.watcher: EventWatcher | None = None
-        #: Estimates what other sizes would miss, where the split may change.
+        #: Estimates the misses at other sizes; None if the split cannot change.
         self.curve: MissRatioCurve | None = None
 
     @property
@@ -66,7 +66,7 @@ class ExpertPager:
         return self.table.counters()
 
     def acquire(self, layer: int, ids: Ints, slots: Slots) -> None:
-        """Make the routed experts resident and tell where they are.
+        """Make the routed experts resident and return their slots.
 
         Args:
             layer: MoE layer, from 0. A layer not above the last one begins a new step.
@@ -74,8 +74,8 @@ class ExpertPager:
             slots: int32, same length: filled with slots of the layer's bank.
 
         Raises:
-            StoreError: A page could not be read. It is not resident; the books are right.
-            PolicyFaultError: A policy failed and is strict. The same holds.
+            StoreError: A page could not be read. It is not resident; the books are consistent.
+            PolicyFaultError: A policy failed and is strict. The books are consistent.
             UnsupportedError: This process was forked from the pager's.
         """
         self.owner.require()
@@ -93,12 +93,12 @@ class ExpertPager:
         try:
             self._fill(misses, layer, ids, slots)
         except BaseException:
-            # What was given slots, but perhaps not its bytes, must not pass for resident.
+            # Pages that have slots, but perhaps not their bytes, must not count as resident.
             self.table.discard(self._books.loaded[: self._books.now[LOADED]])
             raise
 
     def _fill(self, misses: int, layer: int, ids: Ints, slots: Slots) -> None:
-        """The rest of an event: copies, then prefetches."""
+        """Complete an event: copies, then prefetches."""
         rule = self._rule
         if self._transfer.busy:
             self._complete_prefetched(layer)
@@ -119,21 +119,21 @@ class ExpertPager:
             try:
                 self._transfer.complete(bank, page, int(b.slot_of[page]))
             except BaseException:
-                # The event's misses have no slot yet: only this page must go.
+                # The event's misses have no slot yet: only this page must be discarded.
                 self.table.discard(np.asarray([page]))
                 raise
 
     def resize(self, bank: int, slots: int) -> None:
-        """Between events: give a bank more or fewer slots.
+        """Change the number of slots of a bank, between events.
 
-        If it shrinks, the eviction policy chooses the pages that go, and the others move down into
+        If it shrinks, the eviction policy chooses the pages to evict, and the others move down into
         the slots that remain.
 
         Raises:
             CapacityError: Too few for one layer's experts, or more than reserved.
-            PolicyFaultError: A strict policy failed to say which pages go; the slots are as before.
-            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are as before,
-                unless the system refuses that as well: then as many as have memory.
+            PolicyFaultError: A strict policy failed to choose pages; the slots are unchanged.
+            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are unchanged,
+                unless the system refuses that as well: then those that have memory remain.
         """
         self.owner.require()
         self.table.require(slots)
@@ -159,7 +159,7 @@ class ExpertPager:
             raise
 
     def reset(self) -> None:
-        """Forget all residency and counters, as after warm-up."""
+        """Clear all residency and counters, as after warm-up."""
         self.owner.require()
         self._transfer.reset()
         self._rule.reset()
@@ -168,7 +168,7 @@ class ExpertPager:
         self._step, self._layer = -1, self.table.geometry.num_layers
 
     def close(self) -> None:
-        """Stop the copies and give all frames back."""
+        """Stop the copies and release all frames."""
         try:
             self._transfer.close()
         finally:

@@ -1,9 +1,9 @@
-"""Many events at once: the functions of the event rule in a compiled loop over a trace.
+"""Replay of many events: the functions of the event rule in a compiled loop over a trace.
 
-``EventRule.run`` goes from Python into compiled code and back several times per event, because a
-policy may want to have its say. Where it has none between events, or is a compiled kernel, that
-trip costs more than the rule itself. ``replay`` makes it as seldom as the policy allows. The rule
-is not written down again here: ``open_event``, ``victims``, ``evict`` and ``load_missing`` are the
+``EventRule.run`` goes from Python into compiled code and back several times per event, so that a
+policy can be called. If the policy is not called between events, or is a compiled kernel, that
+round trip costs more than the rule itself. ``replay`` makes it as seldom as the policy allows. The
+rule is not duplicated here: ``open_event``, ``victims``, ``evict`` and ``load_missing`` are the
 functions that the pager calls.
 """
 
@@ -34,9 +34,9 @@ class EventList(NamedTuple):
 
     ``step`` int32, ``layer`` int16, ``phase`` int8 (``types.Phase``), each ``[N]``; ``offsets``
     int64 ``[N + 1]``; ``ids`` int32, repeats allowed. ``later`` int64, as long as ``ids``: the next
-    event that uses the same page, or empty where no policy asks. ``guesses`` int32: event ``i``
+    event that uses the same page; empty if no policy needs it. ``guesses`` int32: event ``i``
     predicts ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, repeats
-    allowed; ``guess_offsets`` is empty where nobody predicts.
+    allowed; ``guess_offsets`` is empty without predictions.
     """
 
     step: npt.NDArray[np.int32]
@@ -50,7 +50,7 @@ class EventList(NamedTuple):
 
 
 def _typed(*arrays: npt.NDArray[Any]) -> EventList:
-    """The list of these arrays with the dtypes above, copied only where they have others."""
+    """An event list of these arrays with the dtypes above; copies only where dtypes differ."""
     kinds = np.int32, np.int16, np.int8, np.int64, np.int32, np.int64, np.int64, np.int32
     pairs = zip(arrays, kinds, strict=True)
     return EventList(*(np.ascontiguousarray(array, kind) for array, kind in pairs))
@@ -72,14 +72,14 @@ def replay(
 
     Args:
         rule: The event rule, after ``begin`` events.
-        events: What to run.
-        begin, end: Which part, so that the caller can show progress.
-        missed: int32 ``[N]``, filled with the misses of every event.
-        watch: Called with the rule and an event's index after each event, for what ``missed``
-            does not tell; it costs a trip into Python per event.
+        events: The trace.
+        begin, end: Range of events to run, so that the caller can show progress.
+        missed: int32 ``[N]``, filled with the number of misses of every event.
+        watch: Called with the rule and an event's index after each event, for data not in
+            ``missed``; it costs a call into Python per event.
 
     Raises:
-        PolicyFaultError: A policy failed, and is guarded strictly.
+        PolicyFaultError: A policy failed, and its guard is strict.
     """
     quiet = watch is None and rule.eviction.scored and not rule.prefetches
     while begin < end:
@@ -92,7 +92,7 @@ def replay(
 
 
 def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
-    """Until ``end``, or until the event after one in which the kernel failed; where it is."""
+    """Run until ``end``, or until the event after a failure of the kernel; return its index."""
     kernel = rule.eviction.kernel
     assert kernel is not None
     table = rule.table
@@ -115,7 +115,7 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
 
 
 def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
-    """All events, with one trip for each that is short of slots."""
+    """Run all events, with one call into Python for each that is short of slots."""
     table, guard, pages = rule.table, rule.eviction, rule.scratch
     future = rule.chooser.next_use
     at, last = begin - 1, -1
@@ -144,7 +144,7 @@ def _event_by_event(
     missed: Int32s,
     watch: Watcher | None,
 ) -> int:
-    """All events, each with every call that a policy asks for."""
+    """Run all events, each with every call that the policies require."""
     table, now, future = rule.table, rule.table.books.now, rule.chooser.next_use
     layers, experts = table.geometry.num_layers, table.geometry.experts_per_layer
     for at in range(begin, end):
@@ -161,7 +161,7 @@ def _event_by_event(
 
 
 def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s | None:
-    """Pages of the next layer as an event's tokens predict them: most tokens first, then by id."""
+    """Pages of the next layer that an event's tokens predict: most tokens first, then by id."""
     if not events.guess_offsets.size:
         return None
     following = int(events.layer[at]) + 1
@@ -175,11 +175,10 @@ def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s 
 
 @jit
 def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None:
-    """Let the event's pages look past the event; ``future`` is what oracles see, ``[P]``.
+    """Set the next use of the event's pages in ``future``, ``[P]``, which oracles see.
 
-    Before the event is run: it marks its pages as accessed and may score them at once. No other
-    page's next use changes, and none of the other pages is used by this event, so none of theirs
-    is outdated.
+    Called before the event runs, which marks its pages as accessed and may score them at once. The
+    event uses no other page, so no other page's next use changes or is outdated.
     """
     first = np.int64(events.layer[at]) * experts
     for i in range(events.offsets[at], events.offsets[at + 1]):
@@ -188,7 +187,7 @@ def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None
 
 @jit
 def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) -> int:
-    """Open an event; how many slots it is short of."""
+    """Open an event; return the number of slots it is short of."""
     if events.later.size:
         look_ahead(future, events, at, b.tokens.size)
     ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
@@ -209,7 +208,7 @@ def _run_kernel(
     missed: Int32s,
     scratch: Int64s,
 ) -> int:
-    """Run events until ``end``; the event in which the kernel failed if it did, open."""
+    """Run events until ``end``; return ``end``, or the open event in which the kernel failed."""
     for at in range(begin, end):
         short = _open(b, c.next_use, events, at, missed)
         if short > 0:
@@ -235,12 +234,13 @@ def _run_until_short(
     missed: Int32s,
     pages: Int64s,
 ) -> tuple[int, int, int]:
-    """Finish event ``at`` with the victims ``chosen``, then run on to one that is short of slots.
+    """Finish event ``at`` with the victims ``chosen``, then run to the next one short of slots.
 
     Returns:
-        That event, open, or ``end``; the slots it is short of; how many candidates ``pages`` has.
+        That event, open, or ``end``; the slots it is short of; the number of candidates in
+        ``pages``.
     """
-    # A trip for every event that is short of slots: see ``compiled.directory``.
+    # Called from Python for every event that is short of slots: see ``compiled.directory``.
     b, events = open_books(books), open_events(listed)
     if chosen.size:
         evict(b, chosen, C_EVICTIONS)

@@ -2,8 +2,8 @@
 
 An *event* is the set of distinct experts that one execution of one MoE layer routes to. The rule
 is applied to the whole event at once, by compiled functions over the page table's books and, only
-where a policy has a say, by one call of the policy. The pager runs it for one event after the
-other in the engine; the simulator runs the same object over a trace.
+where a policy decides, by one call of the policy. In the engine the pager runs it event by event;
+the simulator runs the same object over a trace.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from fluxmoe.errors import CapacityError
 class EventRule:
     """The rule bound to one page table, one eviction and one prefetch policy.
 
-    Usage: ``open`` for every event; if it returns misses, ``admit`` gives them slots; then
-    ``prefetch``. ``loads`` tells what to copy where after each of the two.
+    Usage: ``open`` for every event; if it returns misses, ``admit`` assigns them slots; then
+    ``prefetch``. After each of the two, ``loads`` returns the copies to make.
     """
 
     def __init__(self, table: PageTable, eviction: EvictionGuard, prefetch: PrefetchGuard) -> None:
@@ -62,25 +62,25 @@ class EventRule:
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
         self._predicted: Int64s | None = None
-        #: Told of pages that leave, where somebody wants to know; ``replay`` tells nobody.
+        #: Counts the ages of leaving pages; None if not needed. Not used by ``replay``.
         self.ages: PageAges | None = None
         if eviction.kernel is not None:
-            # Compiles it, or reads it from disk, at no policy's expense.
+            # Compile it, or read it from disk, outside any timed call of a policy.
             event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
             victims(*event, np.zeros(0, np.int64))
 
     @property
     def follows(self) -> bool:
-        """Whether an event is not over when it is open, although all its pages were resident."""
+        """True if an event needs more work after ``open`` even if all its pages were resident."""
         return self.eviction.retains or self._prefetch.active
 
     @property
     def prefetches(self) -> bool:
-        """Whether a prefetch policy is asked after each event."""
+        """True if a prefetch policy is called after each event."""
         return self._prefetch.active
 
     def reset(self) -> None:
-        """Cold start: books, counters and policies forget everything."""
+        """Cold start: clear books, counters and policies."""
         self.table.reset()
         if self.heap is not None:
             heap.clear(self.heap)
@@ -90,9 +90,9 @@ class EventRule:
             self.ages.reset()
 
     def run(self, step: int, layer: int, ids: Ints, predicted: Int64s | None = None) -> None:
-        """One whole event, for callers that copy nothing (the simulator).
+        """Run one whole event, for callers that copy nothing (the simulator).
 
-        ``predicted`` is what policies see as ``Access.predicted``.
+        Policies see ``predicted`` as ``Access.predicted``.
         """
         self._predicted = predicted
         self.open(step, layer, ids, self._no_slots)
@@ -109,7 +109,7 @@ class EventRule:
         return misses
 
     def lookup(self, layer: int, ids: Ints, slots: Slots) -> None:
-        """Fill ``slots`` for experts that are resident by now. See ``lookup``."""
+        """Fill ``slots`` for experts that are resident now. See ``lookup``."""
         lookup_in(self.table.directory, layer, ids, slots)
 
     def admit(self) -> None:
@@ -132,10 +132,10 @@ class EventRule:
             b.now[LEAVING] = len(leaving)
 
     def prefetch(self) -> bool:
-        """Point 7: proposals take free slots, then victims; what is proposed is protected.
+        """Point 7: proposals take free slots, then victims' slots; proposed pages are protected.
 
         Returns:
-            Whether there is a prefetch policy at all, so that ``loads`` tells of its pages.
+            True if there is a prefetch policy; then ``loads`` returns its pages.
         """
         if not self._prefetch.active:
             return False
@@ -158,13 +158,13 @@ class EventRule:
         return True
 
     def shrink(self, bank: int, slots: int) -> tuple[Int64s, Int64s]:
-        """Between events: make a bank need its first ``slots`` slots only.
+        """Reduce a bank to its first ``slots`` slots, between events.
 
-        The policy chooses the pages that have to go, counted as ``resized``. The others move from
-        the slots beyond into those that became free.
+        The policy chooses the pages to evict, counted as ``resized``. The others move from the
+        slots beyond into those that became free.
 
         Returns:
-            The pages that moved, and the slots they were in. Where they are now is in the table.
+            The pages that moved, and their previous slots. The table has their new slots.
         """
         b = self.table.books
         release_leaving(b)
@@ -177,7 +177,7 @@ class EventRule:
         return moved[:count].copy(), source[:count]
 
     def loads(self) -> Iterator[Loads]:
-        """What the last ``admit`` or ``prefetch`` gave slots to, per bank, in order of loading."""
+        """Pages that the last ``admit`` or ``prefetch`` loaded, per bank, in order of loading."""
         b = self.table.books
         pages = b.loaded[: b.now[LOADED]].copy()
         banks = b.bank_of[pages // self.table.geometry.experts_per_layer]
@@ -202,8 +202,8 @@ class EventRule:
     def _evict(self, bank: int, count: int, *, spare: bool, counter: int = C_EVICTIONS) -> None:
         """Evict ``count`` pages of a bank; fewer if ``spare`` forbids touching protected pages.
 
-        Demand spares them too while it can: a prefetched page is given up only when the event
-        could not be held otherwise.
+        Demand also spares them while it can: a prefetched page is evicted only if the event would
+        not fit otherwise.
         """
         victims = self.victims(bank, count, protect=True)
         if len(victims):
@@ -223,7 +223,7 @@ class EventRule:
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
-        finally:  # the heap has let go of them: they must leave, whatever the policy does
+        finally:  # the heap has dropped them: they must leave, whatever the policy does
             evict_in(self.table.directory, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
@@ -236,19 +236,19 @@ class EventRule:
             try:
                 found = guard.limited(victims, *event)
             finally:
-                if found is None:  # too late: the heap has let go of pages that will stay
+                if found is None:  # too late: the heap has dropped pages that will stay
                     for page in np.flatnonzero(self.table.resident).tolist():
                         mark_dirty(b, page)
             if found is not None and found != FAILED:
                 return out[:found]
         elif guard.stable and self.heap is not None:
             dirty = self.scratch[: take_dirty(b, self.scratch)]
-            dirty.sort()  # policies are shown pages in ascending order
+            dirty.sort()  # policies see pages in ascending order
             scores = None
             try:
                 scores = guard.scores(dirty)
             finally:
-                if scores is None:  # the policy failed: ask again at the next eviction
+                if scores is None:  # the policy failed: score again at the next eviction
                     for page in dirty.tolist():
                         mark_dirty(b, page)
             if scores is not None:
@@ -256,7 +256,7 @@ class EventRule:
                 out = np.empty(count, np.int64)
                 return out[: heap.choose(self.heap, b, bank, count, protect, out)]
             return guard.least_recent(self._candidates(bank, protect), count)
-        # A kernel that failed is asked once more, in the guard, to learn how.
+        # A kernel that failed is called once more, in the guard, to learn the reason.
         pages = self._candidates(bank, protect)
         return guard.choose(pages, min(count, len(pages)))
 

@@ -1,4 +1,4 @@
-"""PageTable: which expert page lies in which slot, and all that is known about each page.
+"""PageTable: the mapping of expert pages to slots, and the records of each page.
 
 The books are plain numpy arrays (``books.Books``), because three readers share them: the event
 rule, compiled by numba (``event``), policies, which see read-only views, and kernels, which need
@@ -36,8 +36,9 @@ class PageTable:
     Args:
         geometry: Layers and experts.
         slots: Usable slots per bank, each at least ``experts_per_layer``.
-        reserved: Slots that banks may grow to; by default ``max(slots)``.
-        bank_of: The bank of each layer; by default all in bank 0.
+        reserved: Most slots per bank; by default ``max(slots)``.
+        bank_of: Bank of each layer; by default 0 for all.
+        minimum: Fewest slots per bank; by default ``experts_per_layer``.
 
     Raises:
         CapacityError: A bank could not hold one layer's experts, so an event would be split.
@@ -57,7 +58,7 @@ class PageTable:
         self.minimum = geometry.experts_per_layer if minimum is None else minimum
         banks, width = len(slots), max(*slots, reserved or 0, self.minimum)
         self.books = new_books(geometry, banks, width, bank_of)
-        #: Where they lie, for compiled code (``open_books``).
+        #: Directory of the books, for compiled code (``open_books``).
         self.directory = directory(self.books)
         if not np.isin(self.books.bank_of, np.arange(banks)).all() or (
             len(self.books.bank_of) != geometry.num_layers
@@ -98,7 +99,7 @@ class PageTable:
 
     @property
     def resident(self) -> Bools:
-        """Per page, whether it has a slot."""
+        """Bool ``[pages]``, True for pages that have a slot."""
         mask: Bools = self.books.slot_of != ABSENT
         return mask
 
@@ -111,7 +112,7 @@ class PageTable:
     # --- changing --------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget everything: no page resident, counters zero, events from 0 again."""
+        """Clear everything: no page resident, counters zero, events from 0."""
         b = self.books
         for array, value in (
             (b.last_use, NEVER),
@@ -152,9 +153,9 @@ class PageTable:
             )
 
     def resize(self, bank: int, slots: int) -> None:
-        """Make ``slots`` slots of a bank usable. Pages in slots beyond are given up.
+        """Make ``slots`` slots of a bank usable. Pages in slots beyond are dropped.
 
-        Call it between events only. ``EventRule.shrink`` first moves the pages worth keeping.
+        Called between events only. ``EventRule.shrink`` first moves the pages worth keeping.
 
         Raises:
             CapacityError: Too few for one layer, or more than reserved.
@@ -183,12 +184,12 @@ class PageTable:
             held = np.flatnonzero(b.page_at[bank] != ABSENT)
             free = b.free[bank, : b.num_free[bank]]
             if sorted([*held.tolist(), *free.tolist()]) != list(range(usable)):
-                raise InvariantError(f"bank {bank}: slots are lost, doubled or out of range")
+                raise InvariantError(f"bank {bank}: slots are lost, duplicated or out of range")
             pages = b.page_at[bank, held]
             if np.any(b.slot_of[pages] != held) or np.any(b.bank_of[pages // experts] != bank):
                 raise InvariantError(f"bank {bank}: the two directions of the table disagree")
         if np.count_nonzero(self.resident) != np.count_nonzero(b.page_at != ABSENT):
-            raise InvariantError("a page is said to be resident but lies in no slot")
+            raise InvariantError("a page is marked resident but is not in any slot")
         present = np.unpackbits(b.present.view(np.uint8), bitorder="little")
         if np.any(present[: self.geometry.num_pages] != self.resident):
             raise InvariantError("the bits of the resident pages disagree with the table")

@@ -1,8 +1,8 @@
 """Chooser: victims for a policy with a compiled score kernel, without a call into Python.
 
-A kernel with stable scores keeps a ``VictimHeap``. Any other kernel scores all pages of the
-bank anew for every event that is short of slots; what it reads then lies in *columns*, one row per
-slot, which are put right from the dirty list, so that the loop over them needs no gather.
+A kernel with stable scores keeps a ``VictimHeap``. Any other kernel rescores all pages of the
+bank for every event that is short of slots; its input is in *columns*, one row per slot, which are
+updated from the dirty list, so that the loop over them needs no gather.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fluxmoe.core.paging.heap import VictimHeap, choose, update
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Int64s
 
-#: What ``victims`` returns when the kernel has raised or given NaN: nothing has changed.
+#: Result of ``victims`` if the kernel raised or returned NaN: nothing has changed.
 FAILED = -1
 
 
 class Columns(NamedTuple):
-    """What the kernel reads, a row per slot ``[B, M]``; ``[0, 0]`` for stable scores."""
+    """Input of the kernel, a row per slot ``[B, M]``; ``[0, 0]`` for stable scores."""
 
     last_use: Int64s
     use_count: Int64s
@@ -47,17 +47,17 @@ class Columns(NamedTuple):
 
 
 class Chooser(NamedTuple):
-    """A kernel's memory."""
+    """Working arrays of a kernel."""
 
     columns: Columns
-    rows: Int64s  # [B, …] what the kernel reads, as directories; those of the columns, or but one
+    rows: Int64s  # [B, …] directories of the kernel's input: of the columns, or one for all banks
     next_use: Int64s  # [P], the view's for oracles; zeros for others
     dirty: Int64s  # [P] scratch
     scores: npt.NDArray[np.float64]  # [P] scratch
 
 
 def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> Chooser:
-    """The memory of a kernel over the pages of a table."""
+    """Make the working arrays of a kernel over the pages of a table."""
     pages, b = table.geometry.num_pages, table.books
     shape = (0, 0) if stable else b.page_at.shape
     columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in Rows._fields}
@@ -78,10 +78,10 @@ def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> C
 
 @jit
 def take_dirty(b: Books, out: Int64s) -> int:
-    """Move the dirty pages that may be evicted into ``out``; how many.
+    """Move the dirty pages that may be evicted into ``out``; return their number.
 
-    Pages of the running event stay dirty, those that it is about to load, too, so that ``heap``
-    is told of them in ascending order. Other absent pages are scored when they have come back.
+    Pages of the running event stay dirty, including those it is about to load, so that ``heap``
+    receives them in ascending order. Other absent pages are scored when they return.
     """
     n = kept = 0
     for i in range(b.now[DIRTIES]):
@@ -110,17 +110,17 @@ def victims(
     protect: bool,
     out: Int64s,
 ) -> int:
-    """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first; how many.
+    """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first.
 
-    The rule is point 4 of the event rule: never a page of the running event, a protected one only
-    if ``protect`` is false. ``heap`` is for stable scores, None for others; ``entry`` is that of a
+    Follows point 4 of the event rule: never a page of the running event, a protected one only if
+    ``protect`` is false. ``heap`` is for stable scores, None for others; ``entry`` is that of a
     ``score_kernel.Kernel``. The caller evicts the victims.
 
     Returns:
         Their number, or ``FAILED``.
     """
     n = take_dirty(b, c.dirty)
-    if heap is not None:  # decided when it is compiled: only one of the two is
+    if heap is not None:  # decided at compile time: only one of the two branches is compiled
         if n != 0 and not _score_dirty(b, heap, c, entry, n):
             return FAILED
         return choose(heap, b, bank, count, protect, out)
@@ -143,7 +143,7 @@ def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
 
 @jit
 def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> bool:
-    """Note the scores of the dirty pages; if the kernel fails they stay dirty."""
+    """Record the scores of the dirty pages; if the kernel fails they stay dirty."""
     scores = c.scores[:n]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
     good = entry(c.rows[0], event, layer, layers, n, scores) == 0
@@ -161,7 +161,7 @@ def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> 
 def _scan(
     b: Books, c: Chooser, entry: Any, bank: int, count: int, protect: bool, out: Int64s
 ) -> int:
-    """Score every slot of a bank and keep the lowest. Rows of other than candidates are noise."""
+    """Score every slot of a bank and keep the lowest. Scores of non-candidates are ignored."""
     slots, kept, scores = b.num_slots[bank], c.scores, c.columns.score[bank]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
     if entry(c.rows[bank], event, layer, layers, slots, scores) != 0:

@@ -1,5 +1,5 @@
 """Contracts of policies, and the guards that call them: answers checked, faults contained.
 
-Imports ``core.types``, ``core.compiled`` and ``core.transfer``. Built-in policies see its contracts
-only.
+Imports ``core.types``, ``core.compiled`` and ``core.transfer``. Built-in policies import only the
+contracts.
 """

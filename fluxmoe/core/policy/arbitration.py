@@ -1,6 +1,6 @@
-"""The contract of arbitration policies: what they see between two steps, and what they answer.
+"""The contract of arbitration policies: their input between two steps, and their answer.
 
-The same rules hold as for the policies of ``paging``: nothing that is shown can be written to.
+As for the policies of ``paging``, all input is read-only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fluxmoe.core.types import Budget
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How many frames each tenant should own.
+    """Number of frames that each tenant should own.
 
     Attributes:
         frames: Tenant (``experts``, ``kv``) → frames, together at most ``view.total_frames``.
-        reason: The numbers that led to it, for the log.
+        reason: The numbers behind the decision, for the log.
     """
 
     frames: Mapping[str, int]
@@ -33,17 +33,17 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class ExpertDemand:
-    """What expert pages cost at present.
+    """Current cost of expert pages.
 
     Attributes:
         frames: Frames per page: ``frames × pages`` hold all experts.
-        pages: Pages of the model.
-        accesses: Distinct experts that a step uses, over all layers.
-        misses: How many of them were not resident.
-        loads: Pages copied, prefetched ones included.
-        load_seconds: Time to load one page, as measured; 0 before one was.
-        curve: float64, miss ratio with slots at equal distances from none to ``pages``; empty
-            before anything was sampled. It is the convex hull of LRU's, first uses left out: what
+        pages: Number of pages of the model.
+        accesses: Number of distinct experts that a step uses, over all layers.
+        misses: Number of them that were not resident.
+        loads: Number of pages copied, prefetched ones included.
+        load_seconds: Measured time to load one page; 0 before the first.
+        curve: float64, miss ratio at equally spaced numbers of slots from 0 to ``pages``; empty
+            before anything was sampled. It is the convex hull of LRU's, without first uses: what
             a policy that suits the workload comes close to (``core.paging.measures``).
     """
 
@@ -59,21 +59,21 @@ class ExpertDemand:
         _lock_curve(self)
 
     def miss_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The curve at that many frames, one number or many; zero before anything is known."""
+        """The curve at ``frames`` frames (a number or an array); zero before anything is known."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames * self.pages)
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixDemand:
-    """What is asked of the prefix cache.
+    """Demand for cached prefixes.
 
     Attributes:
-        asked: Tokens of the prompts that were looked up, since the start.
-        found: How many of them were there, and need not be computed.
-        frames: The prefix cache at the curve's end.
-        curve: float64, share of the prompts' blocks that are found with prefix caches at equal
-            distances from none to ``frames``; KV cache that requests use comes on top. Empty before
-            anything was asked (``core.arbitration.prefixes``).
+        asked: Number of prompt tokens that were looked up, since the start.
+        found: Number of them that were cached, and need not be computed.
+        frames: Frames of the prefix cache at the curve's end.
+        curve: float64, share of the prompts' blocks that are found with prefix caches at equally
+            spaced sizes from 0 to ``frames``, not counting KV cache that requests use. Empty before
+            the first lookup (``core.arbitration.prefixes``).
     """
 
     asked: int = 0
@@ -85,12 +85,12 @@ class PrefixDemand:
         _lock_curve(self)
 
     def hit_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The curve with so much KV cache that no request uses; zero before anything is known."""
+        """The curve at ``frames`` frames of KV cache not used by requests; zero if unknown."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames)
 
 
 def _lock_curve(demand: ExpertDemand | PrefixDemand) -> None:
-    """Nothing that a policy is shown can be written to."""
+    """Make the curve read-only, like everything that a policy is shown."""
     if demand.curve.flags.writeable:
         object.__setattr__(demand, "curve", read_only(demand.curve))
 
@@ -98,7 +98,7 @@ def _lock_curve(demand: ExpertDemand | PrefixDemand) -> None:
 def _at(
     curve: npt.NDArray[np.float64], asked: npt.NDArray[np.float64], end: float
 ) -> npt.NDArray[np.float64]:
-    """A curve from 0 to ``end`` at the numbers asked for."""
+    """Interpolate a curve from 0 to ``end`` at the points ``asked``."""
     steps = len(curve) - 1
     if steps < 1 or not end:
         return np.zeros_like(asked)
@@ -107,12 +107,12 @@ def _at(
 
 
 class StepSample(NamedTuple):
-    """One step of the engine, as ``ArbitrationView`` tells of the last one.
+    """One step of the engine, with the fields of ``ArbitrationView`` for the last one.
 
     Attributes:
-        requests: How many ran in it.
-        tokens: Computed in it.
-        seconds, stall_seconds: Its duration, and the part of it that layers waited for pages.
+        requests: Number of requests that ran.
+        tokens: Number of tokens computed.
+        seconds, stall_seconds: Duration, and the part of it that layers waited for pages.
         accesses, misses: See ``ExpertDemand``.
     """
 
@@ -126,26 +126,27 @@ class StepSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ArbitrationView:
-    """What an arbitration policy may see between two steps. Nothing in it changes.
+    """Input of an arbitration policy between two steps. Immutable.
 
     Attributes:
         frames: Tenant → frames it owns.
-        total_frames: The budget.
-        bounds: Tenant → what it must and may have (``target`` is what it started with).
-        step: Steps so far.
-        waiting_requests, running_requests: In the engine's queues.
-        max_running_requests: What the engine allows to run at once.
-        kv_used_frames: KV cache in use by requests, without merely cached blocks.
-        request_frames: KV cache that a request needs at its end, as far as can be foreseen from
-            the prompts that are known and from how long answers have become; 0 before one ended.
-        kv_cached_frames: KV cache that only holds prefixes nobody uses at present.
-        preemptions: Requests that lost their KV cache because it was full, since the start.
-        tokens: Tokens computed in the last step.
+        total_frames: Budget in frames.
+        bounds: Tenant → its minimum and maximum (``target`` is the initial number), in frames.
+        step: Number of steps so far.
+        waiting_requests, running_requests: Number of requests in the engine's queues.
+        max_running_requests: Most requests the engine runs at once.
+        kv_used_frames: Frames of KV cache in use by requests, without merely cached blocks.
+        request_frames: Frames of KV cache that a request needs at its end, estimated from known
+            prompts and the lengths of past answers; 0 before the first has ended.
+        kv_cached_frames: Frames of KV cache that only hold prefixes no request currently uses.
+        preemptions: Number of requests that lost their KV cache because it was full, since the
+            start.
+        tokens: Number of tokens computed in the last step.
         step_seconds: Duration of the last step.
-        stall_seconds: The part of it that layers waited for pages.
-        steps: All steps since the policy was asked last, the oldest first.
-        experts: What expert pages cost.
-        prefixes: What the prefix cache is asked for.
+        stall_seconds: Part of it that layers waited for pages.
+        steps: All steps since the policy was last asked, oldest first.
+        experts: Cost of expert pages.
+        prefixes: Demand for cached prefixes.
     """
 
     frames: Mapping[str, int]
@@ -177,11 +178,12 @@ class ArbitrationPolicy(ABC):
     """Decides how the budget is split between tenants, between steps.
 
     Attributes:
-        fixed: The split never changes: the policy is never asked, nothing is reserved for growth.
-        interval: Steps from one call to the next; ``view.steps`` has them all.
-        calm_interval: The same after a while in which as many requests run, none waits and the
-            policy wants no other split than the present one. If anything of that ends, the policy
-            is asked within ``interval``.
+        fixed: True if the split never changes: the policy is never asked, and nothing is reserved
+            for growth.
+        interval: Number of steps between calls; ``view.steps`` has them all.
+        calm_interval: The same after a period in which the number of running requests is constant,
+            none waits and the policy keeps the current split. When that ends, the policy is asked
+            within ``interval``.
     """
 
     fixed: ClassVar[bool] = False
@@ -190,12 +192,12 @@ class ArbitrationPolicy(ABC):
 
     @abstractmethod
     def split(self, view: ArbitrationView) -> Split:
-        """The split wanted from now on; returning the present one is the normal answer.
+        """The split wanted from now on; returning the current one is the normal answer.
 
-        Asked every ``interval`` steps, while frames are moving, too; until then the last answer
-        stands. The host keeps to the bounds, never takes KV cache that is in use, and moves a
+        Called every ``interval`` steps, even while frames are moving; in between, the last answer
+        stands. The host enforces the bounds, never takes KV cache that is in use, and moves a
         limited number of frames per step.
         """
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear all state."""

@@ -1,7 +1,8 @@
 """Faults of policies: counted, logged once, and contained or raised.
 
-A policy that raises, takes too long or answers with nonsense has a fault. That one call falls back
-to the default, and after ``strikes`` faults the policy is out for good; ``strict`` raises instead.
+A policy that raises, takes too long or returns an invalid answer commits a fault. That call falls
+back to the default; after ``strikes`` faults the policy is disabled for good. ``strict`` raises
+instead.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NO_ANSWER: Any = object()  # None is an answer, and a wrong one
 
 
 class FaultCounter:
-    """Calls one policy, counts its faults and decides what follows."""
+    """Calls one policy, counts its faults and contains or raises them."""
 
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
@@ -41,11 +42,11 @@ class FaultCounter:
         return self._watch.slow
 
     def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
-        """Call a hook, which answers nothing; a policy that is out is not called any more."""
+        """Call a hook, which returns nothing; a disabled policy is not called."""
         self.call(method, hook, args)
 
     def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
-        """Whatever a method answers, not yet validated; None after a fault, or if it is out."""
+        """The answer of a method, not yet validated; None after a fault or if disabled."""
         answer = self.call(method, function, args)
         if answer is None:
             self.note(method, "gave None")
@@ -54,16 +55,16 @@ class FaultCounter:
     def ask(
         self, method: str, function: Callable[..., npt.ArrayLike], *args: object
     ) -> npt.NDArray[Any] | None:
-        """The answer as an array, not yet validated; None after a fault, or if it is out."""
+        """The answer as an array, not yet validated; None after a fault or if disabled."""
         answer = self.call(method, function, args)
-        # An array of a subclass, say a masked one, would not do what the host expects of arrays.
+        # A subclass of ndarray, such as a masked array, may not behave as the host expects.
         if answer is not NO_ANSWER and type(answer) is not np.ndarray:
-            # Limited, too: it may be an object that takes its time to make an array.
+            # Also under the time limits: the object's conversion to an array may be slow.
             answer = self.call(method, np.asarray, (answer,))
         return None if answer is NO_ANSWER else answer
 
     def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """The answer; ``NO_ANSWER`` after a fault, or if the policy is out."""
+        """The answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
         if self.count >= self.limits.strikes:
             return NO_ANSWER
         watch = self._watch
@@ -77,7 +78,7 @@ class FaultCounter:
                 raise
             self.note(method, error)
             return NO_ANSWER
-        # One slow call may be the machine's doing; as many as there are strikes are the policy's.
+        # One slow call may be the machine's fault; ``strikes`` of them are the policy's.
         if watch.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
@@ -88,7 +89,7 @@ class FaultCounter:
 
     def note(self, method: str, problem: BaseException | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        # Here whatever a policy has said or raised becomes words of ours.
+        # Sanitise here whatever the policy returned or raised.
         said = f"raised {raised(problem)}" if isinstance(problem, BaseException) else problem
         what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
         if self.strict:
@@ -107,7 +108,7 @@ class FaultCounter:
 
 
 class PolicyGuard:
-    """What every guard can tell about its policy."""
+    """Properties of the policy common to all guards."""
 
     def __init__(self, faults: FaultCounter) -> None:
         self._faults = faults
@@ -127,5 +128,5 @@ class PolicyGuard:
 
     @property
     def slow(self) -> int:
-        """Calls so far that were answered, but took longer than the soft limit."""
+        """Calls so far that returned, but took longer than the soft limit."""
         return self._faults.slow

@@ -1,9 +1,9 @@
 """Guards: the host's side of a policy. Each validates the answers of its kind of policy.
 
-A policy is trusted code that may be wrong: if it raises, or answers with nonsense, that one call
-falls back to LRU, to no prefetch or to the present split (see ``faults``). A call that takes too
+A policy is trusted code that may be wrong: if it raises or returns an invalid answer, that call
+falls back to LRU, to no prefetch or to the current split (see ``faults``). A call that takes too
 long is counted, or interrupted, which is a fault (see ``watchdog``). Attacks are not contained: a
-plugin runs with the rights of the engine.
+plugin runs with the privileges of the engine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EvictionGuard(PolicyGuard):
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
             for method in ("on_access", "on_load", "on_evict", "retain", "select")
         }
-        # Hooks that a policy does not override are never called: they would cost for nothing.
+        # Hooks that a policy does not override are never called: the call would be wasted.
         self.watches_access = overrides["on_access"]
         self.watches_load = overrides["on_load"]
         self.watches_evict = overrides["on_evict"]
@@ -59,27 +59,27 @@ class EvictionGuard(PolicyGuard):
 
     @property
     def stable(self) -> bool:
-        """Whether the host keeps the order (``heap.VictimHeap``) from ``scores``."""
+        """True if the host keeps the order (``heap.VictimHeap``) from ``scores``."""
         return self._promises_stable and not self._selects and not self._faults.out
 
     @property
     def kernel(self) -> Kernel | None:
-        """What compiled code may ask in place of ``scores``; None if there is none or it is out."""
+        """Compiled replacement of ``scores``; None if there is none or the policy is disabled."""
         return None if self._selects or self._faults.out else self._kernel
 
     @property
     def scored(self) -> bool:
-        """Whether nothing but ``choose`` is ever asked, so that events need no call before it."""
+        """True if only ``choose`` is ever called, so that events need no call before it."""
         watches = self.watches_access or self.watches_load or self.watches_evict
         return not watches and not self.retains
 
     @property
     def future(self) -> Int64s | None:
-        """The next use of every page, if the policy knows the future."""
+        """Next use of every page, int64 ``[pages]``; None unless the policy needs the future."""
         return self._view.future
 
     def limited(self, function: Callable[..., int], *args: object) -> int | None:
-        """Call compiled code that runs the kernel; None if that took too long."""
+        """Call compiled code that runs the kernel; None after a fault."""
         found = self._faults.call("score_kernel", function, args)
         return None if found is NO_ANSWER else found
 
@@ -109,7 +109,7 @@ class EvictionGuard(PolicyGuard):
     def scores(self, pages: Int64s) -> npt.NDArray[np.float64] | None:
         """Valid scores of ``pages``, or None after a fault."""
         if len(pages) == 0:
-            return np.zeros(0)  # not worth a call, and not every policy can take none
+            return np.zeros(0)  # not worth a call, and not every policy handles an empty array
         raw = self._raw_scores(pages)
         return None if raw is None else raw.astype(np.float64)
 
@@ -122,7 +122,7 @@ class EvictionGuard(PolicyGuard):
         return self.least_recent(pages, count)
 
     def least_recent(self, pages: Int64s, count: int) -> Int64s:
-        """What a faulty policy falls back to: LRU."""
+        """Victims by LRU, the fallback of a faulty policy."""
         return _lowest(self._view.last_use[pages], pages, count)
 
     def _lowest(self, pages: Int64s, count: int) -> Int64s | None:
@@ -142,7 +142,7 @@ class EvictionGuard(PolicyGuard):
             return None
         victims = victims.astype(np.int64)
         if len(np.unique(victims)) != count or not np.isin(victims, pages).all():
-            self._faults.note("select", "gave a page twice, or one that was no candidate")
+            self._faults.note("select", "gave a page twice, or one that was not a candidate")
             return None
         return victims
 
@@ -172,7 +172,7 @@ class EvictionGuard(PolicyGuard):
 
 
 class PrefetchGuard(PolicyGuard):
-    """A prefetch policy as the event rule calls it. One that leads by no layer is never asked."""
+    """A prefetch policy as the event rule calls it. One with ``lead = 0`` is never asked."""
 
     def __init__(
         self,
@@ -231,8 +231,8 @@ def _lowest(scores: npt.NDArray[Any], pages: Int64s, count: int) -> Int64s:
 
 
 def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) -> Kernel | None:
-    # The more derived definition wins: who subclasses a policy with a kernel and defines `score`
-    # means it. Defined by one class, the kernel takes the place of `score`.
+    # The more derived definition wins: a subclass that defines `score` overrides an inherited
+    # kernel. If one class defines both, the kernel replaces `score`.
     for cls in type(policy).__mro__:
         if "score_kernel" in vars(cls) or "make_kernel" in vars(cls):
             break
@@ -281,7 +281,7 @@ class ArbitrationGuard(PolicyGuard):
         return 1
 
     def split(self, view: ArbitrationView) -> Split:
-        """What the policy wants, or the present split after a fault."""
+        """The split that the policy wants, or the current split after a fault."""
         answer = self._faults.answer("split", self._policy.split, view)
         if answer is None:
             return Split(view.frames)
@@ -293,12 +293,12 @@ class ArbitrationGuard(PolicyGuard):
             self._faults.note("split", f"gave {problem}")
             return Split(view.frames)
         assert isinstance(answer, Split)
-        # It ends in the log, in a message between processes and in a label of a metric.
+        # It ends up in the log, in a message between processes and in a label of a metric.
         return Split({name: int(count) for name, count in answer.frames.items()}, line(reason))
 
 
 def _problem(answer: object, reason: object, view: ArbitrationView) -> str:
-    """What is wrong with an answer; nothing if it can be used."""
+    """The problem with an answer; empty if it is valid."""
     frames: object = getattr(answer, "frames", None)
     if not isinstance(answer, Split) or not isinstance(frames, Mapping):
         return f"{line(answer, repr)}, not a Split"
@@ -307,7 +307,7 @@ def _problem(answer: object, reason: object, view: ArbitrationView) -> str:
     for name, count in frames.items():
         if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
             return f"{line(count, repr)} frames for {name}"
-    # The present split is always an answer, even if the limit has just been lowered.
+    # The current split is always valid, even if the limit has just been lowered.
     if sum(frames.values()) > max(view.total_frames, sum(view.frames.values())):
         return f"{line(sum(frames.values()))} frames of {view.total_frames}"
     if not isinstance(reason, str):

@@ -1,7 +1,7 @@
 """The contracts of eviction and prefetch policies, and the read-only view they decide from.
 
-A policy holds no copy of what the host keeps: recency, frequency and residency are in the view, as
-numpy arrays over all pages, and a policy answers with arrays. Three lines make a policy::
+A policy needs no copy of the host's records: recency, frequency and residency are in the view, as
+numpy arrays over all pages, and a policy returns arrays. A complete policy has three lines::
 
     class MostRecentlyUsed(fluxmoe.EvictionPolicy):
         def score(self, view, pages):
@@ -28,7 +28,7 @@ ScoreKernel = Callable[..., float]
 
 
 class Uses(Protocol):
-    """Books of the uses of pages, as ``PageView`` describes them: int64 ``[pages]`` each."""
+    """Usage records of pages, as ``PageView`` describes them: int64 ``[pages]`` each."""
 
     @property
     def last_use(self) -> Int64s: ...
@@ -39,7 +39,7 @@ class Uses(Protocol):
 
 
 class Residency(Protocol):
-    """A page table as far as a view shows it (``paging.table`` has the real one)."""
+    """The part of a page table that a view shows (``paging.table`` has the whole)."""
 
     @property
     def books(self) -> Uses: ...
@@ -58,16 +58,16 @@ class Residency(Protocol):
 
 
 class PageView:
-    """What an eviction or prefetch policy may see: arrays over all pages, read-only.
+    """Input of eviction and prefetch policies: arrays over all pages, read-only.
 
     Attributes:
         last_use: int64 ``[pages]``, event in which the page was last routed to, −1 = never.
-        use_count: int64 ``[pages]``, events it was routed to; survives eviction.
+        use_count: int64 ``[pages]``, number of events that routed to it; survives eviction.
         loaded_at: int64 ``[pages]``, event in which it last got a slot, −1 = never.
         next_use: int64 ``[pages]``, next event that routes to it; simulator only, for oracles
             (``needs_future``). ``NO_NEXT_USE`` if there is none.
-        num_layers, experts_per_layer, slots: geometry, and usable slots over all banks.
-        rng: The only randomness a policy may use, seeded.
+        num_layers, experts_per_layer, slots: Geometry, and number of usable slots over all banks.
+        rng: Seeded random generator, the only randomness a policy may use.
     """
 
     NO_NEXT_USE: ClassVar[int] = np.iinfo(np.int64).max
@@ -75,7 +75,7 @@ class PageView:
     last_use: Int64s
     use_count: Int64s
     loaded_at: Int64s
-    #: ``next_use`` as the simulator keeps it up to date; for the host only.
+    #: ``next_use``, kept up to date by the simulator; for the host only.
     future: Int64s | None
     num_layers: int
     experts_per_layer: int
@@ -96,7 +96,7 @@ class PageView:
         )
 
     def __setattr__(self, name: str, value: object) -> None:
-        # The host reads the view, too: a policy that writes to it must not lead it astray.
+        # The host reads the view as well: a policy must not be able to corrupt it.
         raise AttributeError(f"a policy cannot set view.{name}: views are read-only")
 
     def __delattr__(self, name: str) -> None:
@@ -123,7 +123,7 @@ class PageView:
 
     @property
     def resident(self) -> Bools:
-        """Per page, whether it has a slot."""
+        """Bool ``[pages]``, True for pages that have a slot."""
         return read_only(self._table.resident)
 
     @property
@@ -145,24 +145,25 @@ def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
 
 
 def _locked(array: Int64s) -> Int64s:
-    """Like ``read_only``, but not even a change of its flags makes it writable."""
+    """A read-only view of ``array`` that cannot be made writable by changing its flags."""
     return np.asarray(array.data.toreadonly())
 
 
 class EvictionPolicy:
     """Decides which resident page is worth least. Only ``score`` is required.
 
-    In place of ``score``, ``score_kernel``, ``make_kernel`` or ``select`` will do.
+    ``score_kernel``, ``make_kernel`` or ``select`` can replace ``score``.
 
     Attributes:
         stable_score: Promise that a page's score changes only when it is accessed or loaded. The
             host then keeps the pages in order and asks for scores only after a change.
         score_kernel: A static function ``(last_use, use_count, loaded_at, event, page) -> float``
-            in the subset of Python that numba compiles; used instead of ``score``. It divides as
-            numpy does: by zero gives an infinity or NaN. More parameters may follow, by name:
-            ``distance`` (layers until the page's layer has its turn, 1…num_layers), ``layer``
-            (that of the page), ``num_layers``, and for oracles ``next_use``.
-        needs_future: An oracle that reads ``view.next_use``: refused outside the simulator.
+            in the subset of Python that numba compiles; used instead of ``score``. Division follows
+            numpy: by zero it gives an infinity or NaN. More parameters may follow, by name:
+            ``distance`` (layers until the page's layer runs, 1…num_layers), ``layer`` (that of the
+            page), ``num_layers``, and for oracles ``next_use``.
+        needs_future: True for an oracle that reads ``view.next_use``; refused outside the
+            simulator.
     """
 
     stable_score: ClassVar[bool] = False
@@ -170,7 +171,7 @@ class EvictionPolicy:
     score_kernel: ClassVar[ScoreKernel | None] = None
 
     def score(self, view: PageView, pages: Int64s) -> npt.ArrayLike:
-        """The worth of each of ``pages``: the lowest is evicted, ties go to the lowest page id.
+        """The value of each of ``pages``: the lowest is evicted, ties go to the lowest page id.
 
         Args:
             view: The state of all pages.
@@ -200,22 +201,22 @@ class EvictionPolicy:
     def make_kernel(self, view: PageView) -> ScoreKernel | None:
         """The score kernel of this object, for kernels that depend on its options or on the model.
 
-        Called once, before the first event. It may be a function that closes over numbers, which
-        then are constants to the compiler. By default it is the class's ``score_kernel``.
+        Called once, before the first event. The function may close over numbers, which the
+        compiler treats as constants. The default is the class's ``score_kernel``.
         """
         return type(self).score_kernel
 
     def on_access(self, view: PageView, access: Access) -> None:
-        """An event has begun; ``last_use`` and ``use_count`` are up to date, nothing is loaded."""
+        """Called when an event begins; ``last_use`` and ``use_count`` already include it."""
 
     def on_load(self, view: PageView, pages: Int64s) -> None:
-        """``pages`` were given slots."""
+        """Called when ``pages`` were assigned slots."""
 
     def on_evict(self, view: PageView, pages: Int64s) -> None:
-        """``pages`` were chosen as victims and lose their slots now."""
+        """Called when ``pages`` were chosen as victims and are about to lose their slots."""
 
     def retain(self, view: PageView, access: Access) -> npt.ArrayLike:
-        """Per page of the event, False to free its slot as soon as the layer has run."""
+        """For each page of the event, False to free its slot as soon as the layer has run."""
         return np.ones(len(access.pages), np.bool_)
 
     def select(self, view: PageView, pages: Int64s, n: int) -> npt.ArrayLike:
@@ -223,14 +224,14 @@ class EvictionPolicy:
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget everything: the books start cold again."""
+        """Clear all state: the books were reset."""
 
 
 class PrefetchPolicy(ABC):
-    """Proposes pages to load before their layer asks for them.
+    """Proposes pages to load before their layer needs them.
 
     Attributes:
-        lead: How many layers ahead the proposals reach; a policy that leads by 0 is never asked.
+        lead: Number of layers that proposals reach ahead; a policy with 0 is never asked.
     """
 
     lead: int = 1
@@ -240,4 +241,4 @@ class PrefetchPolicy(ABC):
         """Pages of later layers, most urgent first. Resident ones among them are kept."""
 
     def reset(self) -> None:
-        """Forget everything: the books start cold again."""
+        """Clear all state: the books were reset."""

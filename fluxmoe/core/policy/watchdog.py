@@ -1,13 +1,13 @@
-"""How long a call of a policy may take, and how one that takes too long is interrupted.
+"""Time limits for calls of policies, and interruption of calls that exceed them.
 
-Beyond the soft limit a call is counted. Beyond the hard one the watchdog, one thread for the whole
-process that sleeps while nobody is late, raises ``HardLimitExceeded`` in the thread that made the
-call. Python delivers it between two of its own instructions: code in C (a NumPy function, a
-compiled kernel, a system call) runs to its end first, and such a call is late all the same.
+A call beyond the soft limit is counted. Beyond the hard limit the watchdog, one thread per process
+that sleeps while no call is late, raises ``HardLimitExceeded`` in the thread that made the call.
+Python delivers it between two bytecode instructions: C code (a NumPy function, a compiled kernel, a
+system call) runs to its end first, and such a call still counts as late.
 
-The exception must never reach the code after the call. A lock makes the end of a call and the shot
-exclude each other, at most one is fired per call, and a call that has been fired at takes back
-what has not been delivered yet before it returns.
+The exception must never reach the code after the call. A lock makes the end of a call and the
+interrupt mutually exclusive, at most one is fired per call, and an interrupted call withdraws an
+exception that has not been delivered yet before it returns.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a policy is allowed.
+    """Limits of a policy's faults and call times.
 
     Attributes:
-        strikes: Faults after which it is replaced for good, and slow calls that are worth a line.
+        strikes: Number of faults after which it is replaced for good; also the number of slow
+            calls after which they are logged.
         soft_s: Seconds beyond which a call is counted as slow.
         hard_s: Seconds beyond which a call is interrupted, which is a fault.
     """
@@ -51,7 +52,7 @@ class Stopwatch:
     """Times the calls of one policy, which come from one thread at a time and do not nest.
 
     Attributes:
-        slow: Calls that were answered, but beyond the soft limit.
+        slow: Number of calls that returned, but beyond the soft limit.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -66,7 +67,7 @@ class Stopwatch:
         """Call ``function(*args)``.
 
         Raises:
-            HardLimitExceeded: It took too long; it has been interrupted, or has ended after all.
+            HardLimitExceeded: It took too long; it was interrupted, or ended by itself.
         """
         if not self._watched:
             _watchdog.watch(self)
@@ -78,10 +79,10 @@ class Stopwatch:
                 answer = function(*args)
             finally:
                 self._stop()
-            if self._fired:  # too late for an interrupt, or the policy has swallowed it
+            if self._fired:  # too late for an interrupt, or the policy swallowed it
                 raise HardLimitExceeded
         except BaseException:
-            self._stop()  # the other one may have been cut short, but only once
+            self._stop()  # the first one may have been interrupted, but only once
             self._fired = False
             raise
         if perf_counter_ns() - started > self._soft:
@@ -95,7 +96,7 @@ class Stopwatch:
             _raise_in(self._thread, None)
 
     def due(self, now: int) -> int:
-        """Fire if the running call is late; nanoseconds until one can be late at the earliest."""
+        """Fire if the running call is late; return the ns until a call can be late."""
         started = self._started
         if not started or self._fired:
             return self._hard
@@ -111,7 +112,7 @@ class Stopwatch:
 
 
 class _Watchdog:
-    """The thread that looks after all stopwatches; it runs while there are any."""
+    """The thread that monitors all stopwatches; it runs while there are any."""
 
     def __init__(self) -> None:
         self._watches: WeakSet[Stopwatch] = WeakSet()
@@ -125,7 +126,7 @@ class _Watchdog:
 
     def watch(self, watch: Stopwatch) -> None:
         if self._process != os.getpid():
-            self._start()  # forked: the thread is not here, and may have held the lock just then
+            self._start()  # forked: the thread is gone, and may have held the lock at the fork
         with self._lock:
             self._watches.add(watch)
             if self._thread is None or not self._thread.is_alive():
@@ -144,7 +145,7 @@ class _Watchdog:
             self._news.wait(pause)
 
     def _look(self) -> float | None:
-        """See to all watches; seconds until the next look, None if there are no more."""
+        """Check all watches; return the seconds until the next check, None if there are no more."""
         with self._lock:
             watches = list(self._watches)
             if not watches:
@@ -155,7 +156,7 @@ class _Watchdog:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Make ``thread`` raise ``error`` soon; None takes back what it has not raised yet."""
+    """Make ``thread`` raise ``error`` soon; None withdraws an exception not raised yet."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error)
     )

@@ -1,9 +1,9 @@
-"""TransferEngine: the order of copies into slots, now or ahead of time, and which are called off.
+"""TransferEngine: orders copies into slots, immediately or ahead of time, and cancels them.
 
-Two orders exist. *Demand* copies must be over before the layer's kernel runs. *Prefetch* copies are
-made when nothing else is to be done. A slot may be given to another page while an old copy into it
-is still queued, so every copy is filed under its slot, and a slot is settled before it is written
-again. How bytes are moved is the ``Carrier``'s business.
+*Demand* copies must be complete before the layer's kernel runs. *Prefetch* copies are made when
+there is no other work. A slot may be assigned to another page while an old copy into it is still
+queued, so every copy is recorded under its slot, and a slot is settled before it is written again.
+The ``Carrier`` moves the bytes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Ordered(Protocol):
     """A copy that was ordered ahead of time."""
 
     def withdraw(self) -> bool:
-        """Whether it has not begun; then it never will."""
+        """Cancel the copy if it has not begun; True if it was cancelled."""
 
     def error(self) -> Exception | None:
-        """See that a copy that was begun is over before its slot is written again.
+        """Ensure that a copy that has begun is complete before its slot is written again.
 
-        Returns what went wrong with it, if anything.
+        Returns its error, if any.
         """
 
 
@@ -34,40 +34,43 @@ class Carrier(Protocol):
     """Copies pages into slots. Called on the engine's thread.
 
     Attributes:
-        stall_seconds: How long the layers had to wait for their pages.
+        stall_seconds: Time that layers waited for their pages.
     """
 
     stall_seconds: float
 
     def demand(self, bank: int, pairs: Pairs) -> None:
-        """Copy before the next kernel runs, ahead of all that was only prefetched.
+        """Copy before the next kernel runs, ahead of all prefetches.
 
         Raises:
-            StoreError: A page cannot be had; which of the others were copied is undefined.
+            StoreError: A page could not be read; which of the others were copied is undefined.
         """
 
     def prefetch(self, bank: int, pairs: Pairs) -> Sequence[Ordered | None]:
-        """Order copies, most urgent first; None in place of one that is over already."""
+        """Order copies, most urgent first; None in place of one that is already complete."""
 
     def arrive(self, copy: Ordered) -> Exception | None:
-        """See that a copy that was begun is over before the next kernel runs."""
+        """Ensure that a copy that has begun is complete before the next kernel runs.
+
+        Returns its error, if any.
+        """
 
     def move(self, bank: int, source: int, target: int) -> None:
         """Copy one slot to another before the next kernel runs.
 
         Raises:
-            StoreError: It cannot be done.
+            StoreError: The copy failed.
         """
 
     def close(self) -> None:
-        """Finish what has begun, and end. Idempotent."""
+        """Finish copies that have begun, and stop. Idempotent."""
 
 
 class TransferEngine:
     """Copies pages into the slots of all banks.
 
     Args:
-        carrier: What makes the copies.
+        carrier: Makes the copies.
         page_bytes: Bytes of one page, for the counters.
     """
 
@@ -78,25 +81,25 @@ class TransferEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether prefetches were queued that nobody has asked for yet."""
+        """True if there are queued prefetches whose pages have not been needed yet."""
         return bool(self._queued)
 
     @property
     def stall_seconds(self) -> float:
-        """How long the layers have waited for their pages."""
+        """Time that layers have waited for their pages."""
         return self._carrier.stall_seconds
 
     def reset(self) -> None:
-        """Settle everything and start counting anew."""
+        """Settle everything and reset the counters."""
         self._settle_all()
         self.bytes_demand = self.bytes_prefetch = 0
         self._carrier.stall_seconds = 0.0
 
     def demand(self, loads: Loads) -> None:
-        """Copy now: whatever reads the slots next finds all pages in them.
+        """Copy now: the next reader of the slots finds all pages in them.
 
         Raises:
-            StoreError: A page could not be read; which of the others were is undefined.
+            StoreError: A page could not be read; which of the others were copied is undefined.
         """
         slots = loads.slots.tolist()
         for slot in slots:
@@ -106,7 +109,7 @@ class TransferEngine:
         self.bytes_demand += len(loads) * self._page_bytes
 
     def prefetch(self, loads: Loads) -> None:
-        """Queue copies, in order. A copy that fails is made again when its page is needed."""
+        """Queue copies, in order. A copy that fails is repeated when its page is needed."""
         slots = loads.slots.tolist()
         for slot in slots:
             self._settle(loads.bank, slot)
@@ -117,12 +120,12 @@ class TransferEngine:
         self.bytes_prefetch += len(loads) * self._page_bytes
 
     def complete(self, bank: int, page: int, slot: int) -> None:
-        """See that a prefetched page, if it is still on its way, has arrived.
+        """Ensure that a prefetched page, if still in flight, has arrived.
 
-        A copy that has not begun, or that failed, is made here and now.
+        A copy that has not begun, or that failed, is made immediately.
 
         Raises:
-            StoreError: The page could not be read, at the second try either.
+            StoreError: The page could not be read, even at the second attempt.
         """
         copy = self._queued.pop((bank, slot), None)
         if copy is None:
@@ -134,22 +137,22 @@ class TransferEngine:
         """Copy a resident page from slot ``source`` to slot ``target`` of its bank.
 
         Raises:
-            StoreError: The page was still on its way, and could not be read.
+            StoreError: The page was still in flight, and could not be read.
         """
         self._settle(bank, target)
         self.complete(bank, page, source)
         self._carrier.move(bank, source, target)
 
     def settle_from(self, bank: int, first: int) -> None:
-        """See that no copy into slots ``first …`` of a bank is under way or queued any more.
+        """Ensure that no copy into slots ``first …`` of a bank is running or queued.
 
-        On a device a copy that has begun may go on: unmapping waits for all its work.
+        On a device a copy that has begun may continue: unmapping waits for all its work.
         """
         for key in [key for key in self._queued if key[0] == bank and key[1] >= first]:
             self._settle(*key)
 
     def close(self) -> None:
-        """Call off what is queued, and end the carrier. Idempotent."""
+        """Cancel queued copies and close the carrier. Idempotent."""
         self._settle_all()
         self._carrier.close()
 
@@ -158,7 +161,7 @@ class TransferEngine:
             self._settle(*key)
 
     def _settle(self, bank: int, slot: int) -> None:
-        """The page on its way to a slot is not wanted there any more."""
+        """Cancel or finish the copy into a slot; its page is no longer wanted there."""
         copy = self._queued.pop((bank, slot), None)
         if copy is not None and not copy.withdraw():
             copy.error()  # whether it failed no longer matters

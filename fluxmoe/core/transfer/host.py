@@ -1,11 +1,12 @@
-"""HostCarrier: brings pages into slots of memory that the processor writes to, and its threads.
+"""HostCarrier: copies pages into slots in host memory, with a pool of copy threads.
 
-Which pages, and in what order, ``TransferEngine`` says. The carrier for CUDA devices is in
+``TransferEngine`` decides which pages, and in what order. The carrier for CUDA devices is in
 ``cuda.streams``.
 
-All threads run from the start: one that cannot be started later would leave a job behind whose slot
-has long been given to another page. Whatever happens to a thread, nobody waits for its job for
-ever: a job that no thread has begun can be withdrawn, and one that was begun always ends.
+All threads are started at construction: a thread that fails to start later would leave a job
+behind whose slot has long been assigned to another page. Whatever happens to a thread, no caller
+waits for its job forever: a job that no thread has begun can be withdrawn, and one that was begun
+always ends.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fluxmoe.errors import ConfigError, StoreError
 
 
 class Copy:
-    """One job. Either a thread makes it, or whoever ordered it withdraws it."""
+    """One copy job. Either a thread runs it, or the caller that ordered it withdraws it."""
 
     def __init__(self, make: Callable[[], None]) -> None:
         self._make = make
@@ -35,13 +36,13 @@ class Copy:
         self._error: BaseException | None = None
 
     def withdraw(self) -> bool:
-        """Whether no thread has begun it; then none will."""
+        """Cancel the job if no thread has begun it; True if it was cancelled."""
         with self._lock:
             self._withdrawn = not self._begun
             return self._withdrawn
 
     def error(self) -> Exception | None:
-        """Wait for the end of a job that was begun; what went wrong, if anything."""
+        """Wait for the end of a job that has begun; return its error, if any."""
         self._ended.wait()
         if self._error is None or isinstance(self._error, Exception):
             return self._error
@@ -50,29 +51,29 @@ class Copy:
         return error
 
     def run(self) -> None:
-        """Make it, unless it was withdrawn. Called by a copy thread."""
+        """Run the job, unless it was withdrawn. Called by a copy thread."""
         with self._lock:
             if self._withdrawn:
                 return
             self._begun = True
         try:
             self._make()
-        except BaseException as error:  # not even SystemExit may pass: somebody waits
+        except BaseException as error:  # not even SystemExit may pass: a caller is waiting
             self._error = error
         self._ended.set()
 
     def abandon(self) -> None:
-        """The thread that had it is about to die."""
+        """End the job with an error, because its thread is about to die."""
         if not self._ended.is_set():
             self._error = StoreError("the copy thread died")
             self._ended.set()
 
 
 class CopyThreads:
-    """``count`` threads that make copies in the order in which they were ordered.
+    """Pool of ``count`` threads that make copies in the order in which they were ordered.
 
     Raises:
-        ConfigError: So many threads cannot be started.
+        ConfigError: This many threads cannot be started.
     """
 
     def __init__(self, count: int) -> None:
@@ -100,9 +101,9 @@ class CopyThreads:
         return copy
 
     def close(self) -> None:
-        """Let the threads make what was ordered and not withdrawn, and end. Idempotent."""
+        """Finish all jobs that were ordered and not withdrawn, and stop the threads. Idempotent."""
         if not self._owner.here:
-            return  # they run in the parent only, and could be waited for without end
+            return  # the threads run in the parent only: joining them would block forever
         for _ in self._threads:
             self._orders.put(None)
         for thread in self._threads:
@@ -121,15 +122,15 @@ def _work(orders: SimpleQueue[Copy | None]) -> None:
 
 
 class HostCarrier:
-    """Copies with the processor: the caller's thread, and copy threads beside it.
+    """Copies with the CPU: in the caller's thread and in copy threads.
 
     Args:
-        store: Where pages come from.
+        store: Source of the pages.
         rows: Per bank and part, the arena as uint8 ``[slots, part bytes]``.
-        threads: Copy threads. With 0, prefetches are copied by the caller at once.
+        threads: Number of copy threads. With 0, the caller copies prefetches immediately.
 
     Raises:
-        ConfigError: So many threads cannot be started.
+        ConfigError: This many threads cannot be started.
     """
 
     def __init__(self, store: Store, rows: Sequence[Sequence[Bytes]], *, threads: int = 1) -> None:
@@ -145,7 +146,7 @@ class HostCarrier:
         others = [(self._copiers.order(partial(self._copy, bank, p)), p) for p in rest]
         try:
             self._copy(bank, pairs[:share])
-            for copy, part in others:  # threads that are busy with prefetches do not matter
+            for copy, part in others:  # do not wait for threads that are busy with prefetches
                 if copy.withdraw():
                     self._copy(bank, part)
         finally:
@@ -164,7 +165,7 @@ class HostCarrier:
         try:
             make()
         except StoreError:
-            return Copy(make)  # made again when its page is needed
+            return Copy(make)  # repeated when its page is needed
         return None
 
     def arrive(self, copy: Ordered) -> Exception | None:

@@ -1,4 +1,4 @@
-"""What the pager asks of a store: to write a page's parts where the caller wants them."""
+"""The contract of stores: write a page's parts into rows that the caller provides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Store(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Memory or disk the store occupies, in bytes."""
+        """Bytes of memory or disk that the store occupies."""
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """Copy a page into ``parts``: one uint8 row per part of the page class, in order.
@@ -25,15 +25,15 @@ class Store(Protocol):
         """
 
     def close(self) -> None:
-        """Release what the store holds. Idempotent."""
+        """Release the store's resources. Idempotent."""
 
 
 @runtime_checkable
 class AddressedStore(Store, Protocol):
-    """A store whose pages lie where a device can fetch them by itself, in page-locked memory."""
+    """A store whose pages are in page-locked memory, from which a device can fetch them itself."""
 
     def addresses(self, page: int) -> Sequence[int]:
-        """Where a page's parts begin, in order. They stay there until the store is closed.
+        """Start addresses of a page's parts, in order, valid until the store is closed.
 
         Raises:
             StoreError: The page is not in the store.
@@ -41,7 +41,7 @@ class AddressedStore(Store, Protocol):
 
 
 def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
-    """``store.read_into``; whatever the store raises is a StoreError."""
+    """Call ``store.read_into``; any exception of the store becomes a StoreError."""
     try:
         store.read_into(page, parts)
     except StoreError:
@@ -51,7 +51,7 @@ def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
 
 
 def locate(store: AddressedStore, page: int) -> Sequence[int]:
-    """``store.addresses``; whatever the store raises is a StoreError."""
+    """Call ``store.addresses``; any exception of the store becomes a StoreError."""
     try:
         return store.addresses(page)
     except StoreError:

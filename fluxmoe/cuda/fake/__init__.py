@@ -1,9 +1,9 @@
-"""FakeDriver: stands in for ``cuda.bindings.driver``, with host memory instead of a GPU's.
+"""FakeDriver: a replacement of ``cuda.bindings.driver``, with host memory instead of a GPU's.
 
-Addresses are real, memory is mapped and unmapped, bytes arrive. It is stricter than the driver: an
-access to memory that was not mapped, to which no access was set, or that is unmapped under a
-stream's hands loses the context, and every call after that says so. Each call passes the site of
-its name in a ``FaultPlan``; armed with ``Refused``, it answers with that result and does nothing.
+Addresses are real, memory is mapped and unmapped, bytes are copied. It is stricter than the driver:
+an access to memory that is not mapped or not accessible, or unmapping while a stream uses it, loses
+the context, and every later call reports that. Each call passes the site of its name in a
+``FaultPlan``; armed with ``Refused``, it returns that result and does nothing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class FakeDriver(Memory):
 
     Args:
         pieces: Memory of the device, in pieces.
-        piece: Bytes that are mapped as one piece: the granularity.
-        version: CUDA's version of driver and bindings.
-        pace: When streams do what they are given.
-        seed: Of the streams' whims.
-        plan: Decides which calls fail.
+        piece: Bytes of a piece, the mapping granularity.
+        version: CUDA version of driver and bindings.
+        pace: Order in which streams do their work.
+        seed: Seed of random scheduling.
+        plan: Faults to inject.
 
     Attributes:
-        lost: What every call answers since the context was lost.
+        lost: Result of every call since the context was lost; None before.
     """
 
     CUresult = names.CUresult
@@ -71,7 +71,7 @@ class FakeDriver(Memory):
     # --- for tests -------------------------------------------------------------------------------
 
     def launch(self, kernel: Callable[[], None], stream: int = KERNELS) -> None:
-        """Give a stream a kernel, which sees memory as it is when its turn has come."""
+        """Submit a kernel to a stream; it sees memory as it is when it runs."""
 
         def run() -> float:
             kernel()
@@ -81,7 +81,7 @@ class FakeDriver(Memory):
             self.timeline.give(stream, Work(run))
 
     def live(self) -> dict[str, int]:
-        """What has been asked for and not given back."""
+        """Number of resources of each kind that were not released."""
         found = {
             "ranges": len(self._reserved),
             "memory": len(self._memory),
@@ -100,7 +100,7 @@ class FakeDriver(Memory):
         return numbers[0] if numbers else None
 
     def close(self) -> None:
-        """Give the host memory back."""
+        """Release the host memory."""
         self._ground.close()
 
     # --- start and context -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every function of the fake driver does: count itself, fail by plan, answer with a result."""
+"""Common behaviour of the fake driver's functions: fault injection, context check, result tuple."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fluxmoe.cuda.fake.names import CUresult, Refused
 
 
 def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], Any]:
-    """A function of the driver: a result and so many answers, or a result and nothing."""
+    """Make a function of the driver, which returns a result and ``answers`` values."""
 
     def wrap(function: Any) -> Any:
         @wraps(function)
@@ -33,6 +33,6 @@ def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], An
 
 
 def require(condition: bool, result: CUresult = CUresult.CUDA_ERROR_INVALID_VALUE) -> None:
-    """Answer with ``result`` unless a condition holds."""
+    """Let the call return ``result`` unless a condition holds."""
     if not condition:
         raise Refused(result)

@@ -20,7 +20,7 @@ from fluxmoe.testing.faults import FaultPlan
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """Physical memory: pieces of the ground, how often mapped, whether its handle was released."""
+    """Physical memory: its pieces, number of mappings, and True if its handle was released."""
 
     pieces: list[int]
     nbytes: int
@@ -35,7 +35,7 @@ class _Mapping:
 
 
 class Memory:
-    """The functions of memory; ``FakeDriver`` adds the others, and says what the arguments are."""
+    """The memory functions; ``FakeDriver`` adds the others, and documents the arguments."""
 
     def __init__(
         self, pieces: int, piece: int, version: int, pace: Pace, seed: int, plan: FaultPlan | None
@@ -128,7 +128,7 @@ class Memory:
     @driver_call(context=False)
     def cuMemUnmap(self, ptr: Any, size: int) -> None:
         found = list(self._mapped(int(ptr), size))
-        if self.timeline.pending:  # a kernel, or a copy, may be using it
+        if self.timeline.pending:  # a kernel or a copy may be using it
             self.lost = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
             return
         self._ground.decommit(int(ptr), size // self.piece)
@@ -188,14 +188,14 @@ class Memory:
             at += mapping.memory.nbytes
 
     def _accessible(self, address: int, nbytes: int) -> bool:
-        """Whether a stream may touch a range; if not, the context is lost."""
+        """True if a stream may access a range; if not, the context is lost."""
         covered = self._covered(address, nbytes)
         if not covered:
             self.lost = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
         return covered
 
     def _covered(self, address: int, nbytes: int) -> bool:
-        """Whether there is memory, and access to it, in all of a range."""
+        """True if all of a range is mapped and accessible."""
         last, found = address + nbytes, 0
         for at, mapping in self._maps.items():
             if mapping.accessible:

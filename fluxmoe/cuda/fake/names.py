@@ -1,6 +1,6 @@
-"""Numbers, structures and handles of ``cuda.bindings.driver``, as far as FluxMoE uses them.
+"""Numbers, structures and handles of ``cuda.bindings.driver`` that FluxMoE uses.
 
-``tests/cuda/test_bindings.py`` compares them with the real ones where those are installed.
+``tests/cuda/test_bindings.py`` compares them with the real ones if those are installed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class CUresult(IntEnum):
-    """What a call came to."""
+    """Result of a call."""
 
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
@@ -39,14 +39,14 @@ class CUmemAllocationType(IntEnum):
 
 
 class CUmemLocationType(IntEnum):
-    """Where memory is, or who accesses it."""
+    """Kind of location that holds or accesses memory."""
 
     CU_MEM_LOCATION_TYPE_INVALID = 0
     CU_MEM_LOCATION_TYPE_DEVICE = 1
 
 
 class CUmemAccess_flags(IntEnum):
-    """What may be done with memory."""
+    """Permitted access to memory."""
 
     CU_MEM_ACCESS_FLAGS_PROT_NONE = 0
     CU_MEM_ACCESS_FLAGS_PROT_READ = 1
@@ -54,14 +54,14 @@ class CUmemAccess_flags(IntEnum):
 
 
 class CUmemAllocationGranularity_flags(IntEnum):
-    """Which granularity is asked for."""
+    """Kind of granularity to query."""
 
     CU_MEM_ALLOC_GRANULARITY_MINIMUM = 0
     CU_MEM_ALLOC_GRANULARITY_RECOMMENDED = 1
 
 
 class CUmemcpySrcAccessOrder(IntEnum):
-    """When a batch reads its sources."""
+    """Order in which a batch reads its sources."""
 
     CU_MEMCPY_SRC_ACCESS_ORDER_INVALID = 0
     CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1
@@ -89,7 +89,7 @@ class CUdevice_attribute(IntEnum):
 
 
 class CUmemLocation:
-    """A device, for memory."""
+    """Location of memory: a device."""
 
     def __init__(self) -> None:
         self.type = CUmemLocationType.CU_MEM_LOCATION_TYPE_INVALID
@@ -97,7 +97,7 @@ class CUmemLocation:
 
 
 class CUmemAllocationProp:
-    """What kind of memory to create, and where."""
+    """Kind and location of memory to create."""
 
     def __init__(self) -> None:
         self.type = CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_INVALID
@@ -105,7 +105,7 @@ class CUmemAllocationProp:
 
 
 class CUmemAccessDesc:
-    """Who may do what with memory."""
+    """Access rights of a location to memory."""
 
     def __init__(self) -> None:
         self.location = CUmemLocation()
@@ -113,7 +113,7 @@ class CUmemAccessDesc:
 
 
 class CUmemcpyAttributes:
-    """How the copies of a batch are made."""
+    """Attributes of the copies of a batch."""
 
     def __init__(self) -> None:
         self.srcAccessOrder = CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_INVALID
@@ -121,7 +121,7 @@ class CUmemcpyAttributes:
 
 
 class Handle:
-    """Something of the driver's, which is a number to everybody else."""
+    """An object of the driver, represented by a number."""
 
     def __init__(self, init_value: Any = 0) -> None:
         self._number = int(init_value)
@@ -155,7 +155,7 @@ class CUevent(Handle):
 
 
 class Refused(Exception):
-    """What a call of the fake is made to answer: ``plan.arm("cuMemMap", Refused(result))``."""
+    """Injected result of a call of the fake: ``plan.arm("cuMemMap", Refused(result))``."""
 
     def __init__(self, result: CUresult) -> None:
         super().__init__(result.name)

@@ -1,4 +1,4 @@
-"""Streams that do their work when a test wants it: as soon, as late, or as oddly as is allowed."""
+"""Streams that do their work when a test wants it: as early, late or random as is allowed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-#: Who goes first where several streams could go on.
-#: ``at once``: whatever is given is done before the call returns. ``kernels``: the kernels' stream
-#: goes on as long as it can, so that copies come as late as they may. ``copies``: the other way
-#: round. ``random``: anything that is allowed.
+#: Order of streams that could all proceed.
+#: ``at once``: work is done before the submitting call returns. ``kernels``: the kernels' stream
+#: proceeds as long as it can, so that copies come as late as they may. ``copies``: the reverse.
+#: ``random``: any order that is allowed.
 Pace = Literal["at once", "kernels", "copies", "random"]
 
-#: The stream that kernels are given to, unless somebody makes one.
+#: The default stream, to which kernels are submitted.
 KERNELS = 0
 
 
 @dataclass(slots=True)
 class Event:
-    """How often it was recorded and passed, and when it was passed last, in milliseconds."""
+    """Numbers of times it was recorded and passed, and the time of the last pass, in ms."""
 
     recorded: int = 0
     passed: int = 0
@@ -29,7 +29,7 @@ class Event:
 
 @dataclass(slots=True)
 class Work:
-    """What a stream does next: wait for an event, then something, then pass an event."""
+    """An item of a stream: optionally wait for an event, then run, then pass an event."""
 
     do: Callable[[], float] | None = None
     wait: tuple[Event, int] | None = None
@@ -37,11 +37,11 @@ class Work:
 
 
 class Timeline:
-    """Streams and what they have been given to do.
+    """Streams and their pending work.
 
     Args:
-        pace: Who goes first.
-        seed: Of everything that is left to chance.
+        pace: Order of streams.
+        seed: Seed of random choices.
     """
 
     def __init__(self, pace: Pace, seed: int) -> None:
@@ -62,12 +62,12 @@ class Timeline:
 
     @property
     def pending(self) -> int:
-        """Pieces of work that nobody has done yet."""
+        """Number of work items not done yet."""
         return sum(map(len, self._streams.values()))
 
     @property
     def copying(self) -> bool:
-        """Whether a stream other than the kernels' has something to do."""
+        """True if a stream other than the kernels' has pending work."""
         return any(works for number, works in self._streams.items() if number != KERNELS)
 
     def give(self, stream: int, work: Work) -> None:
@@ -80,11 +80,11 @@ class Timeline:
         self.give(stream, Work(passes=event))
 
     def wait(self, stream: int, event: Event) -> None:
-        """As the driver has it: for the last ``record`` before this call."""
+        """Wait for the last ``record`` of an event before this call, like the driver."""
         self.give(stream, Work(wait=(event, event.recorded)))
 
     def finish(self, stream: int | None = None) -> None:
-        """Go on until a stream, or all of them, have nothing left to do."""
+        """Run until a stream, or all of them, have no pending work."""
         self.until(lambda: not (self.pending if stream is None else self._streams[stream]))
 
     def until(self, over: Callable[[], bool]) -> None:
@@ -92,16 +92,16 @@ class Timeline:
             self.step()
 
     def dawdle(self) -> None:
-        """Some time passes."""
+        """Let a random small amount of work happen."""
         for _ in range(self._rng.randint(0, 2)):
             if self.pending:
                 self.step()
 
     def step(self) -> None:
-        """One stream does one thing."""
+        """Run one work item of one stream."""
         able = [number for number, works in self._streams.items() if works and _able(works[0])]
         if not able:
-            raise AssertionError(f"streams wait for each other for ever: {self._streams}")
+            raise AssertionError(f"streams wait for each other forever: {self._streams}")
         first = [number for number in able if (number == KERNELS) == (self.pace == "kernels")]
         number = self._rng.choice(able if self.pace == "random" else first or able)
         work = self._streams[number].popleft()

@@ -1,7 +1,7 @@
-"""Tokens sorted by expert and padded to whole blocks, as stock's ``moe_align_block_size`` does.
+"""Tokens sorted by expert and padded to whole blocks, like stock vLLM's ``moe_align_block_size``.
 
-Plain torch without a synchronisation with the host: every shape depends on shapes only. Inside
-vLLM its own operator gives the same arrays in one launch.
+Plain torch without synchronising with the host: every shape depends on shapes only. Inside vLLM
+its own operator gives the same arrays in one launch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 class Blocks(NamedTuple):
     """Rows of the two products, in blocks that belong to one expert each. All int32.
 
-    ``rows`` ``[blocks * block]``: index into the flattened ``[tokens, top_k]`` ids; their number
-    where a row is padding. ``experts`` ``[blocks]``: *logical* expert of each block. ``padded``
-    ``[1]``: rows in use; what lies beyond is not computed.
+    ``rows`` ``[blocks * block]``: index into the flattened ``[tokens, top_k]`` ids; the number of
+    ids for padding rows. ``experts`` ``[blocks]``: *logical* expert of each block. ``padded``
+    ``[1]``: number of rows in use; rows beyond are not computed.
     """
 
     rows: torch.Tensor
@@ -30,8 +30,8 @@ def align_blocks(ids: torch.Tensor, block: int, experts: int) -> Blocks:
     Args:
         ids: ``[tokens, top_k]`` int32 or int64, logical expert ids; negative ones are padding rows
             of the batch, which get no row.
-        block: Rows per block (``Tiles.block_m``).
-        experts: Experts of the layer.
+        block: Number of rows per block (``Tiles.block_m``).
+        experts: Number of experts of the layer.
     """
     flat = ids.reshape(-1).long()
     count = flat.numel()

@@ -1,20 +1,20 @@
-"""Which variant of the fused MoE kernel to run for a batch. A pure function; thresholds live here.
+"""Choice of the fused MoE kernel's variant for a batch: a pure function and its thresholds.
 
 Decoding in registers trades arithmetic for bandwidth: it pays while a weight is read for few
-tokens. The thresholds are what instruction counts of the compiled kernels let one expect; no card
-has confirmed them yet (docs/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
+tokens. The thresholds are estimated from instruction counts of the compiled kernels; no card has
+confirmed them yet (docs/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-#: Up to this many tokens per expert of a layer on average, decoding in registers should be free.
+#: Average number of tokens per expert up to which decoding in registers should be free.
 IN_PLACE_UP_TO = 64
 
 
 class Variant(StrEnum):
-    """How the weights of a layer are read."""
+    """Ways to read the weights of a layer."""
 
     RAW = "raw"
     IN_PLACE = "in-place"
@@ -27,15 +27,15 @@ def choose(
     """The variant for one execution of one layer.
 
     Args:
-        tokens: Tokens of the batch.
-        top_k: Experts per token.
-        experts: Distinct experts that the batch is routed to, or the layer's experts if unknown.
-        raw_resident: All of these experts lie uncompressed in slots.
-        free_slots: Slots that pages may be decoded into for this layer; may be 0.
+        tokens: Number of tokens in the batch.
+        top_k: Number of experts per token.
+        experts: Number of distinct experts in the batch, or of the layer's experts if unknown.
+        raw_resident: True if all of these experts are uncompressed in slots.
+        free_slots: Number of slots that pages may be decoded into for this layer; may be 0.
 
     Returns:
         ``RAW`` if nothing is compressed; ``TO_SLOT`` if weights are read so often that decoding
-        them once is cheaper, and slots are there for all of them; else ``IN_PLACE``.
+        them once is cheaper, and there are slots for all of them; else ``IN_PLACE``.
     """
     if raw_resident:
         return Variant.RAW

@@ -1,10 +1,10 @@
-"""The lossless code decoded in registers.
+"""Decoding of the lossless code in registers.
 
 docs/code.md defines the code byte by byte. In short: a part of a page is a matrix in tiles of
 64 × 64 weights; eight weights of a row are three 32-bit words, two with their low bytes and one
 with eight nibbles; a header per row and 128 columns (a *segment*) has the base that the nibbles
-count from and two escapes. Segments that this does not fit are special; a byte of flags tells
-where they are. Four weights are decoded per 32-bit operation.
+count from and two escapes. Segments that do not fit this scheme are special; bytes of flags mark
+them. Four weights are decoded per 32-bit operation.
 
 A *step* is ``BLOCK_K`` columns, 32 to 256.
 """
@@ -22,7 +22,7 @@ def step_words(step, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def next_step(step, BLOCK_K: tl.constexpr):
-    """By how many words the pointers of full tiles advance after ``step``."""
+    """Number of words by which the pointers of full tiles advance after ``step``."""
     if BLOCK_K == 32:  # half a tile
         return tl.where(step % 2 == 0, 4, 1532)
     else:
@@ -31,9 +31,9 @@ def next_step(step, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_headers(ptr, stride, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, last):
-    """Headers of the rows ``ptr`` points at: ``[BLOCK_N]``, beyond 128 columns one per word.
+    """Load the headers of the rows at ``ptr``: ``[BLOCK_N]``, beyond 128 columns one per word.
 
-    ``stride`` words lie between the segments; ``last`` is the last segment.
+    ``stride`` is the number of words from one segment to the next; ``last`` is the last segment.
     """
     segment = step * BLOCK_K // 128
     if BLOCK_K <= 128:
@@ -47,7 +47,7 @@ def load_headers(ptr, stride, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def load_flags(ptr, segments, step, tile, tiles, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Not 0 if any segment of this step in row tiles ``tile …`` is special."""
+    """Load flags: not 0 if any segment of this step in row tiles ``tile …`` is special."""
     rows = tile + tl.arange(0, (BLOCK_N + 63) // 64)[:, None]
     columns = step * BLOCK_K // 128 + tl.arange(0, (BLOCK_K + 127) // 128)[None, :]
     there = (rows < tiles) & (columns < segments)
@@ -60,20 +60,20 @@ def decode(
     ptr, offset, plane, mask, header, pool_ptr, special, step,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The weights of one step of a block of rows.
+    """Decode the weights of one step of a block of rows.
 
     Args:
-        ptr: To the words of the step; a scalar, which is all that advances.
-        offset: ``[BLOCK_N, BLOCK_K / 8]``, of the words of plane A from there.
-        plane: Words from one plane to the next.
-        mask: Which words exist, or None.
-        header: From ``load_headers``.
-        pool_ptr: The part's pool.
-        special: From ``load_flags``; decides for all rows at once.
+        ptr: Scalar pointer to the words of the step; the only value that advances.
+        offset: ``[BLOCK_N, BLOCK_K / 8]``, offsets of plane A's words from ``ptr``.
+        plane: Number of words from one plane to the next.
+        mask: Mask of existing words, or None.
+        header: Result of ``load_headers``.
+        pool_ptr: Pointer to the part's pool.
+        special: Result of ``load_flags``; decides for all rows at once.
         step: Number of the step.
 
     Returns:
-        ``[BLOCK_N, BLOCK_K]`` bfloat16; where there is no word, finite values.
+        ``[BLOCK_N, BLOCK_K]`` bfloat16; finite values for words that do not exist.
     """
     low_a = _load(ptr + offset, mask)
     low_b = _load(ptr + plane + offset, mask)
@@ -132,13 +132,13 @@ def _load(ptr, mask):
 
 @triton.jit
 def _place(escape):
-    """Which of its half's 16 words (plane A even, plane B odd) the escape lies in."""
+    """Index of the escape's word among the 16 of its half (plane A even, plane B odd)."""
     return (escape >> 2) & 15
 
 
 @triton.jit
 def _change(escape):
-    """What to exclusive-or that word's high bytes with."""
+    """Value to exclusive-or with that word's high bytes."""
     return ((escape >> 3) & 0x78) << ((escape & 3) * 8)
 
 
@@ -152,7 +152,7 @@ def _kept(offset, here, escaped):
 
 @triton.jit
 def _weave(low_a, low_b, high_a, high_b, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Low and high bytes, in the order 0, 2, 1, 3 within a word, to bfloat16 in order."""
+    """Combine low and high bytes, in the order 0, 2, 1, 3 within a word, to bfloat16 in order."""
     a01 = (low_a & 0x00FF00FF) | ((high_a & 0x00FF00FF) << 8)
     a23 = ((low_a >> 8) & 0x00FF00FF) | (high_a & 0xFF00FF00)
     b01 = (low_b & 0x00FF00FF) | ((high_b & 0x00FF00FF) << 8)

@@ -1,4 +1,4 @@
-"""The experts of one MoE layer, run by the kernels: both projections over paged weights."""
+"""The experts of one MoE layer on the kernels: both projections over paged weights."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from fluxmoe.cuda.kernels.tiles import Tiles
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.stores.codec.fixed4 import Layout
 
-#: Of an expert that is nowhere, in the table that kernels read.
+#: Entry of an absent expert in the table that kernels read.
 ABSENT = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where one part (w13 or w2) of a layer's experts lies; at least one of the two."""
+    """Locations of one part (w13 or w2) of a layer's experts; at least one of the two is set."""
 
     raw: RawSlots | None = None
     compressed: CompressedPages | None = None
 
 
 def most_registers(tiles: Tiles) -> int:
-    """What a thread that decodes may use: all there are.
+    """Register limit of a decoding thread: all that are available.
 
-    Left to itself the assembler spills some to make room for one more block per processor.
+    By default the assembler spills some to make room for one more block per multiprocessor.
     """
     return min(255, 65536 // (32 * tiles.num_warps) // 8 * 8)
 
 
 def page_entry(page: int) -> int:
-    """The entry of the kernels' expert table for compressed page ``page``; raw slots are plain."""
+    """Entry of compressed page ``page`` in the kernels' expert table; a raw slot is its number."""
     return -2 - page
 
 
@@ -53,7 +53,7 @@ def run_experts(
     activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """``sum over k of topk_weights · (act(x @ w13.T) @ w2.T)``, with stock's roundings.
+    """Compute ``sum over k of topk_weights · (act(x @ w13.T) @ w2.T)``, rounding like stock vLLM.
 
     Args:
         x: ``[tokens, H]`` bfloat16, dense.
@@ -62,13 +62,14 @@ def run_experts(
         table: ``[experts]`` int32: raw slot ≥ 0, ``ABSENT``, or ``page_entry``.
         topk_weights: ``[tokens, top_k]`` float32.
         topk_ids: ``[tokens, top_k]`` integers, logical experts; negative for padding rows.
-        tiles: From ``tiles_for(tokens, experts)``.
+        tiles: Result of ``tiles_for(tokens, experts)``.
         activation: ``[rows, 2I] → [rows, I]``; by default SiLU of the first half, rounded, times
-            the second, as vLLM's ``silu_and_mul``. Inside vLLM pass its own operator.
-        reduce: ``[tokens, top_k, H] → [tokens, H]``; by default torch's sum. The same holds.
+            the second, like vLLM's ``silu_and_mul``. Inside vLLM pass its own operator.
+        reduce: ``[tokens, top_k, H] → [tokens, H]``; by default torch's sum. Inside vLLM pass its
+            own operator.
 
     Raises:
-        UnsupportedError: A dtype or a layout that the kernels do not read.
+        UnsupportedError: A dtype or layout that the kernels do not support.
     """
     tokens, top_k = topk_ids.shape
     blocks = align_blocks(topk_ids, tiles.block_m, table.numel())
@@ -101,25 +102,25 @@ def project(
     valid: int,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One projection of every routed row: ``[valid, N]`` bfloat16, 0 for padding rows.
+    """Compute one projection of every routed row: ``[valid, N]`` bfloat16, 0 for padding rows.
 
     Args:
         x: ``[valid / top_k, K]`` bfloat16.
-        part: The weights; raw and compressed ones are one launch each.
+        part: The weights; raw and compressed ones take one launch each.
         table: As in ``run_experts``.
-        blocks: From ``align_blocks`` with ``tiles.block_m``.
+        blocks: Result of ``align_blocks`` with ``tiles.block_m``.
         tiles: Launch configuration.
-        top_k: Rows that share a row of ``x``.
-        valid: Rows: tokens times the layer's top-k.
+        top_k: Number of rows that share a row of ``x``.
+        valid: Number of rows: tokens times the layer's top-k.
         scale: ``valid`` float32 factors of the rows, applied before rounding.
 
     Raises:
-        UnsupportedError: A dtype or a layout that the kernel does not read.
+        UnsupportedError: A dtype or layout that the kernel does not support.
     """
     sides = [side for side in (part.raw, part.compressed) if side is not None]
     outputs = {_shape(side)[0] for side in sides}
     if len(outputs) != 1:
-        raise UnsupportedError("a part needs weights, and raw and compressed ones of one shape")
+        raise UnsupportedError("a part needs weights, raw and compressed ones of the same shape")
     if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
         raise UnsupportedError(f"the kernel reads dense bfloat16, not {x.dtype}")
     if scale is not None and (scale.dtype != torch.float32 or not scale.is_contiguous()):
@@ -148,7 +149,7 @@ def _launch(
 ) -> None:
     n, k = _shape(side)
     if x.shape[1] != k:
-        raise UnsupportedError(f"inputs of {x.shape[1]} columns for weights of {k}")
+        raise UnsupportedError(f"inputs have {x.shape[1]} columns, weights have {k}")
     if isinstance(side, CompressedPages):
         if n % 64 or k % 64:
             raise UnsupportedError(

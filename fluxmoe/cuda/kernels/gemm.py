@@ -1,8 +1,8 @@
 """The kernel of both projections: a grouped GEMM over sorted token blocks, raw or compressed.
 
 Order of blocks and of summation, rounding and the multiplication by the router's weight are those
-of stock vLLM's ``fused_moe_kernel``, so that equal tiles give equal bits. Where the weights
-come from is all that differs: through the expert table, and out of raw slots or compressed pages.
+of stock vLLM's ``fused_moe_kernel``, so that equal tiles give equal bits. Only the source of the
+weights differs: raw slots or compressed pages, through the expert table.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def grouped_gemm_kernel(
     """``out[row] = x[row // TOP_K] @ w[table[expert of row]].T``, times ``scale[row]`` if SCALE.
 
     ``table_ptr`` has, per expert, s ≥ 0 for raw slot s, −1 if absent, −2 − p for compressed page
-    p. Each variant does the experts of its own kind; those of the other are left alone. Absent
-    ones become NaN, so that a mistake in the books is loud. For COMPRESSED ``w_ptr`` are words,
-    ``flag_ptr`` the same memory as bytes, ``offsets_ptr`` the pages' starts in units of 128 bytes.
+    p. Each variant computes the experts of its own kind and skips the others. Absent ones become
+    NaN, so that a mistake in the books is visible. For COMPRESSED ``w_ptr`` are words, ``flag_ptr``
+    the same memory as bytes, ``offsets_ptr`` the pages' starts in units of 128 bytes.
     """
     pid = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(size, BLOCK_M), tl.cdiv(N, BLOCK_N)

@@ -10,7 +10,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError(
         "the GPU kernels need Triton, which is not installed",
-        fix="pip install triton (a CUDA build of torch brings the version that it goes with)",
+        fix="pip install triton (a CUDA build of torch brings a matching version)",
     ) from error
 
 __all__ = ["tl", "triton"]

@@ -1,4 +1,4 @@
-"""Pages of one layout in device memory: compressed ones, and decoding them into raw slots."""
+"""Compressed pages of one layout in device memory, and their decoding into raw slots."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class CompressedPages:
 
     Args:
         data: 1-D uint8, begins at a multiple of 16; a block of the code per page (docs/code.md).
-        offsets: ``[pages]`` int32, where each block begins, in units of 128 bytes.
-        rows: N.
-        cols: K, a multiple of 64. Only if N is one, too, can the pages be read in place.
+        offsets: ``[pages]`` int32, start of each block, in units of 128 bytes.
+        rows: Number of rows, N.
+        cols: Number of columns, K, a multiple of 64. Pages can be read in place only if N also is.
     """
 
     data: torch.Tensor
@@ -43,15 +43,18 @@ class CompressedPages:
 def pack_pages(
     blocks: Sequence[Bytes], rows: int, cols: int, device: torch.device | str
 ) -> CompressedPages:
-    """Blocks of the code, one per page, checked and put behind each other on a device.
+    """Check blocks of the code, one per page, and concatenate them on a device.
 
-    Kernels trust what they read: a damaged header could lead them anywhere.
+    Kernels trust their input: a damaged header could make them read anywhere.
 
     Args:
-        blocks: What ``Fixed4(cols).encode`` made of matrices of ``rows × cols``; not empty.
+        blocks: Results of ``Fixed4(cols).encode`` for matrices of ``rows × cols``; not empty.
+        rows: Number of rows, N.
+        cols: Number of columns, K.
+        device: Target device.
 
     Raises:
-        CodecError: A block is damaged, or of another matrix.
+        CodecError: A block is damaged, or of a matrix of another shape.
     """
     sizes = [-(-len(block) // 128) for block in blocks]
     starts = np.cumsum([0, *sizes])
@@ -60,7 +63,7 @@ def pack_pages(
         facts = inspect(block)
         found = facts.layout
         if (found.rows, found.cols, found.tail) != (rows, cols, 0):
-            raise CodecError(f"a block of {found.rows} × {found.cols}, not of {rows} × {cols}")
+            raise CodecError(f"a block is {found.rows} × {found.cols}, not {rows} × {cols}")
         place = data[start * 128 : start * 128 + len(block)]
         place[:] = block
         words = place.view(np.uint32)
@@ -80,14 +83,14 @@ def decode_to_slots(
     """Write the matrices of ``pages`` into ``slots``, bit for bit.
 
     Args:
-        source: Where they come from.
-        pages: ``[n]`` int32, numbers of pages; as many as ``count`` says are decoded.
-        slots: ``[n]`` int32, where each goes.
+        source: The compressed pages.
+        pages: ``[n]`` int32, page numbers, of which the first ``count`` are decoded.
+        slots: ``[n]`` int32, target slot of each.
         count: ``[1]`` int32 on the device, at most n: nothing waits for the host.
-        target: The arena, slots of the pages' size.
+        target: The arena, with slots of the pages' size.
 
     Raises:
-        UnsupportedError: The arena's slots are of another size or not dense.
+        UnsupportedError: The arena's slots have another size or are not dense.
     """
     size = source.rows * source.cols
     weights = target.weights
@@ -109,7 +112,7 @@ def decode_to_slots_kernel(
     words_ptr, bytes_ptr, offsets_ptr, out_ptr, pages_ptr, slots_ptr, count_ptr,
     rows, column_tiles, headers_at, flags_at, pool_at, stride_out,
 ):  # fmt: skip
-    """One tile of one page per program. ``words_ptr`` and ``bytes_ptr`` are the same memory."""
+    """Decode one tile of one page per program. ``words_ptr``, ``bytes_ptr`` are the same memory."""
     item = tl.program_id(0)
     if item >= tl.load(count_ptr):
         return

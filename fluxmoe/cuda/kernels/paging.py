@@ -1,11 +1,10 @@
-"""The event rule on the device, and missing pages gathered out of the host's memory.
+"""The event rule on the device, and missing pages gathered from host memory.
 
-For steps without the host (full CUDA graphs): once a step the host uploads the order in which
-pages may be evicted, made from any policy's scores; one small kernel per layer then resolves hits,
-picks victims and hands out slots, and another copies the missing pages. What it does is points
-1–5 of the event rule (docs/event-rule.md) for one bank, without policies' callbacks: the tests
-compare every array with the core's after every event. Releasing (``retain``) and prefetching stay
-the host's business.
+For steps without the host (full CUDA graphs): once per step the host uploads the eviction order of
+the pages, made from any policy's scores; one small kernel per layer then resolves hits, picks
+victims and assigns slots, and another copies the missing pages. It implements points 1–5 of the
+event rule (docs/event-rule.md) for one bank, without policies' callbacks: the tests compare every
+array with the core's after every event. Releasing (``retain``) and prefetching stay on the host.
 """
 
 from __future__ import annotations
@@ -21,17 +20,18 @@ from fluxmoe.cuda.kernels.language import tl, triton
 from fluxmoe.errors import UnsupportedError
 
 _PROTECTED, _UNUSED = tl.constexpr(PROTECTED), tl.constexpr(UNUSED)
-#: Pages looked at together when victims are picked, ids looked at together when hits are found.
+#: Number of pages, when picking victims, or ids, when finding hits, that are processed at once.
 _CHUNK = tl.constexpr(1024)
-#: What ``DeviceBooks.counts`` counts.
+#: Indices into ``DeviceBooks.counts``.
 HITS, MISSES, EVICTIONS = range(3)
 
 
 class DeviceBooks(NamedTuple):
     """The books of a page table on the device, as in ``core.paging.books``. P pages, M slots.
 
-    ``order`` ``[P]``: pages by score. ``missing`` and ``slots`` ``[E]``: what the running event
-    loads, and where to, as many as ``count`` says; ``victims`` ``[E]`` what it evicted.
+    ``order`` ``[P]``: pages by score. ``missing`` and ``slots`` ``[E]``: pages that the running
+    event loads, and their slots, of which the first ``count`` are valid; ``victims`` ``[E]``: pages
+    that it evicted.
     """
 
     last_use: torch.Tensor  # int64 [P]
@@ -52,13 +52,13 @@ class DeviceBooks(NamedTuple):
 
 
 def upload(books: Books, device: torch.device | str) -> DeviceBooks:
-    """The books between two events, copied to the device.
+    """Copy the books to the device, between two events.
 
     Raises:
         UnsupportedError: More than one bank.
     """
     if len(books.num_slots) != 1:
-        raise UnsupportedError("the event rule on a device knows one bank of slots")
+        raise UnsupportedError("the event rule on a device supports one bank of slots only")
 
     def put(array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array.copy()).to(device)
@@ -86,7 +86,7 @@ def upload(books: Books, device: torch.device | str) -> DeviceBooks:
 
 
 def by_score(scores: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
-    """Pages in the order of eviction: lowest score first, ties by lowest page id (rule, point 4).
+    """Pages in eviction order: lowest score first, ties by lowest page id (rule, point 4).
 
     ``scores`` ``[P]`` of any integer or float dtype, no NaN.
     """
@@ -94,11 +94,11 @@ def by_score(scores: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
 
 
 def resolve_event(books: DeviceBooks, layer: int, ids: torch.Tensor) -> None:
-    """One event: hits, victims and slots; afterwards ``slot_of`` has every routed expert.
+    """Run one event: hits, victims and slots; afterwards ``slot_of`` has every routed expert.
 
     Args:
-        books: Changed in place; ``missing``, ``slots`` and ``count`` say what must be copied.
-        layer: MoE layer.
+        books: Changed in place; ``missing``, ``slots`` and ``count`` give the copies to make.
+        layer: MoE layer, from 0.
         ids: ``[tokens, top_k]`` int32 on the device; negative ones are padding.
     """
     experts = books.missing.numel()
@@ -114,7 +114,7 @@ def resolve_event_kernel(
     missing, slots, victims, count, ids, num_ids, first, pages,
     EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """All of an event in one block of threads; see ``resolve_event``."""
+    """Run a whole event in one thread block; see ``resolve_event``."""
     expert = tl.arange(0, WIDTH)
     routed = tl.zeros((WIDTH,), tl.int32)
     for at in range(0, num_ids, _CHUNK):
@@ -140,8 +140,8 @@ def resolve_event_kernel(
     spare = tl.load(num_free).to(tl.int32)
     short = misses - spare
     found = 0
-    tl.debug_barrier()  # victims are told by what was stored above
-    for spared in tl.static_range(2):  # protected pages are given up only for want of others
+    tl.debug_barrier()  # the choice of victims reads the values stored above
+    for spared in tl.static_range(2):  # protected pages are evicted only if there are no others
         at = 0
         while (found < short) & (at < pages):
             where = at + tl.arange(0, _CHUNK)
@@ -168,7 +168,7 @@ def resolve_event_kernel(
     tl.store(loaded_at + page, tl.zeros_like(expert).to(tl.int64) + now, mask=miss)
     tl.store(missing + rank, page, mask=miss)
     tl.store(slots + rank, given, mask=miss)
-    # What all threads have read may change only behind a barrier: some of them are late.
+    # Values that all threads read may change only after a barrier: some threads may be late.
     tl.store(num_free, (spare + found - misses).to(tl.int64))
     tl.store(event, now)
 
@@ -182,22 +182,23 @@ def gather_pages(
     *,
     programs: int = 128,
 ) -> None:
-    """Copy one part of pages into their slots, reading the host's memory from the device.
+    """Copy one part of pages into their slots, reading host memory from the device.
 
     Args:
-        addresses: ``[P]`` int64: where each page's part lies, as the device addresses it
-            (pinned and mapped on CUDA), at a multiple of 16.
-        pages: ``[n]`` int32; as many as ``count`` ``[1]`` int32 says.
-        slots: ``[n]`` int32.
+        addresses: ``[P]`` int64: device address of each page's part (pinned and mapped on CUDA), a
+            multiple of 16.
+        pages: ``[n]`` int32, page numbers, of which the first ``count`` are copied.
+        slots: ``[n]`` int32, target slot of each.
+        count: ``[1]`` int32 on the device, at most n.
         arena: ``[slots, …]``, dense slots of a multiple of 16 bytes.
-        programs: Blocks of threads that share the work.
+        programs: Number of thread blocks that share the work.
 
     Raises:
-        UnsupportedError: Slots that are not dense or not of such a size.
+        UnsupportedError: The slots are not dense or not a multiple of 16 bytes.
     """
     nbytes = arena[0].numel() * arena.element_size()
     if nbytes % 16 or not arena.is_contiguous():
-        raise UnsupportedError(f"slots of {nbytes} bytes cannot be gathered", fix="dense, 16 bytes")
+        raise UnsupportedError(f"cannot gather slots of {nbytes} bytes", fix="dense, 16 n bytes")
     gather_pages_kernel[(programs,)](
         addresses, pages, slots, count, arena.view(torch.int32), nbytes // 4, BLOCK=4096
     )
@@ -205,7 +206,7 @@ def gather_pages(
 
 @triton.jit
 def gather_pages_kernel(addresses, pages, slots, count, arena, words, BLOCK: tl.constexpr):
-    """Blocks of ``BLOCK`` words, dealt to the programs in turn."""
+    """Copy blocks of ``BLOCK`` words, distributed to the programs in turn."""
     per_page = tl.cdiv(words, BLOCK)
     for task in range(tl.program_id(0), tl.load(count) * per_page, tl.num_programs(0)):
         item, at = task // per_page, task % per_page * BLOCK + tl.arange(0, BLOCK)

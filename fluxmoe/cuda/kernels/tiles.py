@@ -1,7 +1,7 @@
-"""Tile sizes of the fused MoE kernel: stock vLLM's, so that sums are taken in stock's order.
+"""Tile sizes of the fused MoE kernel: stock vLLM's, to keep its order of summation.
 
-A sum over K in another number of steps rounds differently, so the tiles are chosen from what
-stock sees (tokens and experts of the *layer*) and never from the number of slots in an arena.
+A sum over K in another number of steps rounds differently, so the tiles are chosen from the inputs
+that stock uses (tokens and experts of the *layer*), never from the number of slots in an arena.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Tiles:
 
 
 def default_tiles(tokens: int, experts: int) -> Tiles:
-    """Stock's tiles for bf16 where no tuned table exists (vLLM 0.32, ``get_default_config``).
+    """Stock's tiles for bf16 without a tuned table (vLLM 0.32, ``get_default_config``).
 
     Args:
-        tokens: Tokens of the batch, before they are multiplied by top-k.
-        experts: Experts of the layer, resident or not.
+        tokens: Number of tokens in the batch, not multiplied by top-k.
+        experts: Number of experts of the layer, resident or not.
     """
     if tokens <= 32:
         block_m = 16
@@ -65,10 +65,10 @@ def default_tiles(tokens: int, experts: int) -> Tiles:
 
 
 def read_table(path: Path) -> dict[int, Tiles]:
-    """A tuned table in stock's format: JSON, batch size → tiles.
+    """Read a tuned table in stock's format: JSON, batch size → tiles.
 
     Raises:
-        ConfigError: The file is missing, is no such table, or lacks a key.
+        ConfigError: The file is missing, is not such a table, or lacks a key.
     """
     try:
         table = json.loads(path.read_text())
@@ -86,7 +86,7 @@ def read_table(path: Path) -> dict[int, Tiles]:
 
 
 def tiles_for(tokens: int, experts: int, table: Mapping[int, Tiles] | None = None) -> Tiles:
-    """What stock launches for a batch: the nearest entry of its tuned table, else the default."""
+    """Stock's tiles for a batch: the nearest entry of its tuned table, else the default."""
     if table:
         return table[min(table, key=lambda size: abs(size - tokens))]
     return default_tiles(tokens, experts)

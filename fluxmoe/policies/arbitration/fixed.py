@@ -1,4 +1,4 @@
-"""A fixed split: what each tenant got at the start is what it keeps."""
+"""``fixed``: each tenant keeps its initial memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, 
 
 
 class Fixed(ArbitrationPolicy):
-    """Never move memory."""
+    """Keep the initial split; the baseline without arbitration."""
 
     fixed = True
 

@@ -1,4 +1,4 @@
-"""KV cache first: requests never wait for memory that experts could be streamed from."""
+"""``kv-first``: requests never wait for memory as long as experts can be streamed instead."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class KvFirstOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     headroom: float = Field(default=0.25, ge=0)
-    """Room beyond what requests use, as a share of it."""
+    """KV cache beyond what requests use, as a fraction of it."""
     patience: int = Field(default=200, ge=0)
-    """Steps without a waiting request after which spare room goes back to the experts."""
+    """Number of steps without a waiting request after which spare memory returns to the experts."""
 
 
 class KvFirst(ArbitrationPolicy):
-    """Grow the KV cache while requests wait; give spare room back after a while."""
+    """Grow the KV cache while requests wait; return spare memory later. FluxMoE's own heuristic."""
 
     def __init__(self, headroom: float = 0.25, patience: int = 200) -> None:
         self._headroom, self._patience = headroom, patience
@@ -38,7 +38,7 @@ class KvFirst(ArbitrationPolicy):
         self._preemptions = view.preemptions
         self._calm = 0 if pressed or needed > kv else self._calm + 1
         if pressed:
-            # As many requests again as are waiting, of the size of those that run.
+            # Room for the waiting requests, each as large as the average running one.
             each = view.kv_used_frames / max(view.running_requests, 1)
             needed += round(each * view.waiting_requests)
         elif needed <= kv and self._calm <= self._patience:

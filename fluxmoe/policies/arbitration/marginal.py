@@ -1,10 +1,10 @@
-"""What would another split earn? Expected tokens per second, from what was measured.
+"""``marginal``: the split with the most expected tokens per second, estimated from measurements.
 
-For each split the policy asks how many requests could run (what each will need, who waits), how
-long a step of that many takes (a line fitted to the last steps), how long it would wait for experts
-(the miss-ratio curve, scaled to what is really missed, times the measured time per page), and how
-long it would compute prompts (what a prefix cache of that size does not find).
-It moves when the best split promises clearly more than the present one.
+For each split the policy estimates how many requests could run (from the memory each will need and
+the number waiting), the duration of a step of that many (a line fitted to recent steps), the wait
+for experts (the miss-ratio curve, scaled to the actual misses, times the measured time per page),
+and the time to compute prompts (the part that a prefix cache of that size does not find).
+It moves memory when the best split promises clearly more than the current one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, 
 
 Floats = npt.NDArray[np.float64]
 
-#: Splits that are compared.
+#: Number of splits that are compared.
 _POINTS = 33
-#: Without better knowledge: the part of a step's time that does not depend on the batch.
+#: Prior for the fraction of a step's time that does not depend on the batch.
 _FLAT = 0.6
 
 
@@ -31,21 +31,24 @@ class MarginalOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     goal: Literal["throughput", "latency"] = "throughput"
-    """Tokens per second of all requests, or of each request that runs."""
+    """Maximised quantity: tokens per second of all requests, or of each running request."""
     gain: float = Field(default=0.02, ge=0)
-    """How much better a split must be to be worth a move."""
+    """Smallest relative improvement that is worth a move."""
     dwell: int = Field(default=64, ge=0)
-    """Steps before the direction may be reversed, unless requests wait for KV cache."""
+    """Number of steps before the direction may be reversed, unless requests wait for KV cache."""
     headroom: float = Field(default=0.25, ge=0)
-    """KV cache beyond what requests use, as a share of it, while it is unknown how they grow."""
+    """KV cache beyond what requests use, as a fraction of it, while their growth is unknown."""
     interval: int = Field(default=4, ge=1)
-    """Steps from one comparison to the next, up to 16 times as many while nothing happens."""
+    """Number of steps between comparisons, up to 16 times as many while nothing changes."""
     window: int = Field(default=32, ge=8)
-    """Steps to average over."""
+    """Number of steps to average over."""
 
 
 class Marginal(ArbitrationPolicy):
-    """Give each tenant memory as long as it earns more there than with the other."""
+    """Move memory to the tenant where it yields more tokens per second. FluxMoE's own policy.
+
+    The idea of equalising marginal benefit, with miss-ratio curves (``core.paging.measures``).
+    """
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class Marginal(ArbitrationPolicy):
         if values[best] <= here * (1 + self._gain):
             if self._wish is None:
                 return Split(view.frames)
-            # What is under way is dropped if it has become worthless, or came as close as it could.
+            # Drop the current wish if it no longer pays, or cannot be approached any further.
             goal = float(np.interp(self._wish.frames["experts"], experts, values))
             if goal < here * (1 - self._gain) or present == before:
                 self._wish = None
@@ -99,14 +102,14 @@ class Marginal(ArbitrationPolicy):
         return self._wish
 
     def _wish_within(self, view: ArbitrationView) -> Split:
-        """What was decided last, as long as the budget still has room for it."""
+        """The last decision, if it still fits the budget; else the current split."""
         wish = self._wish
         if wish is None or sum(wish.frames.values()) > view.total_frames:
             return Split(view.frames)
         return wish
 
     def _candidates(self, view: ArbitrationView) -> Floats:
-        """Frames of the experts, from the least possible to the most, the present ones included."""
+        """Candidate numbers of expert frames, from fewest to most, including the current one."""
         bounds, total = view.bounds, view.total_frames
         used = min(view.kv_used_frames, view.frames["kv"])
         kv = max(bounds["kv"].min, min(round(used * (1 + self._headroom)), view.frames["kv"]))
@@ -119,36 +122,36 @@ class Marginal(ArbitrationPolicy):
 
 
 class StepModel:
-    """What steps cost, from those that were seen: exponentially weighted averages, mostly."""
+    """Cost model of steps, mostly exponentially weighted averages of observed ones."""
 
     def __init__(self, window: int) -> None:
         self._keep = 1 - 1 / window
-        # Of decode steps: weights, x, y, xx, xy of requests x and seconds y. A row per power of two
-        # of requests forgets only when it learns: a long quiet time leaves it known what a batch
-        # costs, and the burst that ends it is not met with a guess.
+        # Sums over decode steps: weights, x, y, xx, xy of requests x and seconds y. A row per power
+        # of two of requests decays only when it gets new data: the cost of large batches stays
+        # known through a long quiet period, until the next burst.
         self._sums = [[0.0] * 5 for _ in range(16)]
-        # Prompts come in bursts: the first one says nothing about how many there are in a while.
+        # Prompts come in bursts: the first one says nothing about their average rate.
         self._averages = {"prompt": 0.0}
-        #: Of prompts beside decode steps: tokens, seconds.
+        #: Prompt tokens computed besides decode steps, and their seconds.
         self._prefill = [0.0, 0.0]
         self._asked = 0
 
     @property
     def ready(self) -> bool:
-        """Whether a few steps were seen."""
+        """True once a few steps were observed."""
         return sum(row[0] for row in self._sums) > 4
 
     def observe(self, view: ArbitrationView) -> None:
-        """Take in the last steps, and how many requests run in the next."""
-        # How many requests there are is seen at once and forgotten slowly: a burst must not wait,
-        # but where one wave of requests ends the next may begin.
+        """Update the model with the last steps and the number of requests in the next."""
+        # The demand rises immediately and decays slowly: a burst must not wait, and after one wave
+        # of requests the next may follow.
         demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
         self._average("demand", demand, steps=len(view.steps))
         self._averages["demand"] = max(self._averages["demand"], demand)
         steps = [step for step in view.steps if step.tokens and step.requests]
         if not steps:
             return
-        # Between a prompt and the next lie whole answers.
+        # Whole answers lie between one prompt and the next.
         asked, self._asked = view.prefixes.asked - self._asked, view.prefixes.asked
         self._average("prompt", asked / len(steps), steps=len(steps) / 8)
         known, have = view.experts.curve.size, view.frames["experts"]
@@ -163,7 +166,7 @@ class StepModel:
                 self._average("expected", step.accesses * ratio)
 
     def _learn(self, step: StepSample) -> None:
-        """Take in how long a step was."""
+        """Update the model with the duration of a step."""
         running, compute = step.requests, max(step.seconds - step.stall_seconds, 1e-9)
         if step.tokens <= 2 * running:  # mostly decode: prefill tokens are far cheaper
             x, y = float(running), compute
@@ -183,10 +186,10 @@ class StepModel:
         self._averages[name] = value + (old - value) * self._keep**steps
 
     def line(self) -> tuple[float, float]:
-        """Seconds of a decode step: without requests, and per request."""
+        """Seconds of a decode step: fixed part, and per request."""
         n, x, y, xx, xy = (sum(column, 0.0) for column in zip(*self._sums, strict=True))
         x, y = x / n, y / n
-        # One weak observation of the usual shape, or a constant batch would leave it open.
+        # A weak prior of the usual shape: a constant batch alone would not determine the slope.
         weight = 0.02 * n
         spread = xx / n - x * x + weight / n * x * x
         slope = (xy / n - x * y + weight / n * x * (y - _FLAT * y)) / spread if spread else 0.0
@@ -194,19 +197,19 @@ class StepModel:
         return y - slope * x, slope
 
     def prompt_token(self) -> float:
-        """Seconds that a token of a prompt takes."""
+        """Seconds per prompt token."""
         tokens, seconds = self._prefill
-        # Many at once, so cheaper than those of requests that decode, at least until one was seen.
+        # Computed many at once, so assumed cheaper than decoded tokens until measured.
         return seconds / tokens if tokens else self.line()[1] / 2
 
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
-        """Expected tokens per second with so many frames for experts."""
+        """Expected tokens per second for these numbers of expert frames."""
         kv = view.total_frames - experts
         each = self._each(view, headroom)
         batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
         flat, slope = self.line()
         loading = self._misses(view, experts, batch) * view.experts.load_seconds
-        # Of the prompts, what the prefix cache does not find.
+        # Prompt tokens that the prefix cache does not find.
         prompts = batch * self._averages["prompt"] / max(self._averages["answer"], 1.0)
         found = view.prefixes.hit_ratio(np.maximum(kv - batch * each, 0.0))
         computed = prompts * (1 - found) * self.prompt_token()
@@ -215,21 +218,21 @@ class StepModel:
         return value
 
     def _each(self, view: ArbitrationView, headroom: float) -> float:
-        """Frames that a request needs."""
+        """Number of frames that a request needs."""
         each = view.kv_used_frames / max(view.running_requests, 1)
         if view.request_frames:
             return max(each, view.request_frames)
-        # A full KV cache is full of requests of all ages; else those that run will grow.
+        # A full KV cache holds requests of all ages; otherwise the running ones will grow.
         full = view.waiting_requests and view.running_requests < view.max_running_requests
         return max(each, 1e-9) * (1.0 if full else 1 + headroom)
 
     def _misses(self, view: ArbitrationView, experts: Floats, batch: Floats) -> Floats:
-        """Pages missed per step: the curve, scaled to what this eviction policy really misses."""
+        """Pages missed per step: the curve, scaled to the eviction policy's actual misses."""
         demand, seen = view.experts, self._averages
         pages = max(demand.pages, 1)
         expected = seen.get("expected", 0.0)
         scale = seen["misses"] / expected if expected > 1 else 1.0
-        # More requests use more of the experts: each uses some of them, independently.
+        # More requests use more experts: each is assumed to use some of them independently.
         share = min(seen["accesses"] / pages, 0.999)
         used = pages * (1 - (1 - share) ** (batch / max(seen["running"], 1.0)))
         ratio = demand.miss_ratio(experts)

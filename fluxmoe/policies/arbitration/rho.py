@@ -1,4 +1,7 @@
-"""The paper's planner: compare the time to compute a step with the time to load its experts."""
+"""``rho``: compares the time to compute a step with the time to load its experts.
+
+Source: the FluxMoE paper, arXiv 2604.02715, Algorithm 2.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ class RhoOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     low: float = Field(default=0.9, gt=0)
-    """Below this, loading is the bottleneck: experts get memory."""
+    """Lower threshold of ρ; below it loading is the bottleneck, and experts get memory."""
     high: float = Field(default=1.0, gt=0)
-    """Above this, loading hides behind computing: the KV cache gets memory."""
+    """Upper threshold of ρ; above it loading is hidden by compute, and the KV cache gets memory."""
     share: float = Field(default=1 / 32, gt=0, le=1)
-    """Part of the budget that moves at once."""
+    """Fraction of the budget that moves at once."""
     window: int = Field(default=8, ge=1)
-    """Steps to average over."""
+    """Number of steps to average over."""
 
     @model_validator(mode="after")
     def _in_order(self) -> RhoOptions:
@@ -58,7 +61,7 @@ class Rho(ArbitrationPolicy):
             experts += amount
         else:
             return Split(frames)
-        # The KV cache's present use always wins.
+        # KV cache in use always wins.
         experts = min(experts, total - view.kv_used_frames, view.bounds["experts"].max)
         experts = max(experts, view.bounds["experts"].min)
         return Split(

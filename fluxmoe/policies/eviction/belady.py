@@ -1,4 +1,8 @@
-"""Belady's MIN: the optimum for equal page sizes when every miss must be admitted."""
+"""``belady``: Belady's MIN, optimal for equal page sizes if every miss must be admitted.
+
+Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM
+Systems Journal, 1966.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from fluxmoe.core.policy.paging import EvictionPolicy
 
 
 class Belady(EvictionPolicy):
-    """Oracle: evict the page whose next use lies furthest ahead (Belady, 1966). Simulator only."""
+    """Oracle: evict the page with the farthest next use (Belady, 1966). Simulator only."""
 
     stable_score = True
     needs_future = True

@@ -1,4 +1,7 @@
-"""Immediate eviction: a page is given up as soon as its layer has run (the paper's policy)."""
+"""``immediate``: pages are released as soon as their layer has run.
+
+Source: the FluxMoE paper, arXiv 2604.02715.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from fluxmoe.core.types import Access, Bools, Int64s
 
 
 class Immediate(EvictionPolicy):
-    """Keep nothing: free every page once its layer has run (arXiv 2604.02715)."""
+    """Free every page once its layer has run (arXiv 2604.02715)."""
 
     stable_score = True
 

@@ -1,10 +1,11 @@
-"""Least frequently and least recently used: next-use for routing whose favourites change.
+"""``lfru``: frequency and recency combined, for routing whose favourite experts change.
 
-A page's expected wait is estimated from its frequency, as in ``next-use``. Frequencies cover the
-whole run, so a page that was popular long ago would be kept for long. Therefore each turn of its
-layer that has gone by since its last use adds ``recency`` turns to the wait. Turns, not events,
-are counted: by events the layer that has just run would look freshest, although it is the last to
-come round again, which is where lru, and lfu with a bonus for age, go wrong on scans.
+FluxMoE's own variant of ``next-use``. A page's expected wait is estimated from its frequency.
+Frequencies cover the whole run, so a page that was popular long ago would be kept for long.
+Therefore each turn of its layer that has passed since its last use adds ``recency`` turns to the
+wait. Turns are counted, not events: by events the layer that has just run would look freshest,
+although it is the last to come round again, which is where lru, and lfu with a bonus for age, fail
+on scans.
 """
 
 from __future__ import annotations
@@ -40,14 +41,13 @@ class LeastFrequentlyRecentlyUsed(EvictionPolicy):
             last_use: int, use_count: int, loaded_at: int, event: int, page: int,
             distance: int, layer: int, num_layers: int,
         ) -> float:  # fmt: skip
-            # Whole divisions in floating point: exact far beyond any event number, and the
-            # processor does several at a time.
+            # Integer divisions in floating point: exact far beyond any event number, and
+            # vectorisable.
             rounds = np.floor(event / num_layers)
             turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
-            # The whole quotient, too: half an event is more than what rounding loses.
+            # Also an exact quotient: half an event exceeds the rounding error.
             missed = np.floor((event - last_use + 0.5) * (1.0 / num_layers))
-            # One over the probability; one use in two turns is assumed of a page that was never
-            # seen, and washes out.
+            # One over the probability. The prior, one use in two turns, fades with more turns.
             tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
             return -float(distance + (tries - 1.0 + recency * missed) * num_layers)
 

@@ -1,4 +1,4 @@
-"""Least frequently used, over the whole run."""
+"""``lfu``: least frequently used, over the whole run. A classic policy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fluxmoe.core.policy.paging import EvictionPolicy
 
 
 class LeastFrequentlyUsed(EvictionPolicy):
-    """Evict the page that was used in the fewest events; counts survive eviction."""
+    """Evict the page used in the fewest events (classic LFU); counts survive eviction."""
 
     stable_score = True
 

@@ -1,4 +1,7 @@
-"""Least recently used. Worst case: every layer uses all its experts, so each step is one scan."""
+"""``lru``: least recently used. A classic policy.
+
+Worst case: every layer uses all its experts, so each step is one scan.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from fluxmoe.core.policy.paging import EvictionPolicy
 
 
 class LeastRecentlyUsed(EvictionPolicy):
-    """Evict the page that was used longest ago."""
+    """Evict the page that was used longest ago (classic LRU)."""
 
     stable_score = True
 

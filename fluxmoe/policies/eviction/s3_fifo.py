@@ -1,10 +1,10 @@
-"""S3-FIFO: three queues in place of a score.
+"""``s3-fifo``: S3-FIFO, three queues instead of a score.
 
 Pages enter a small queue. One that is used again while it waits there moves to the main queue when
-it comes to the head; the others leave, so that what is used once does not disturb the rest. Pages
-that left a short while ago are remembered by number only, and enter the main queue directly if
-they come back. Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache
-eviction", SOSP 2023.
+it reaches the head; the others leave, so that pages used once do not displace the rest. Pages that
+left recently are remembered by number only (ghosts), and enter the main queue directly if they
+return. Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache eviction",
+SOSP 2023.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.types import Access, Int64s
 
-#: Uses are counted no further, as in the paper: two bits per page.
+#: Highest count of uses, as in the paper: two bits per page.
 _MOST = 3
-#: Uses in the small queue that earn a page its place in the main queue.
+#: Number of uses in the small queue that move a page to the main queue.
 _EARNED = 2
 
 
@@ -27,19 +27,19 @@ class S3FifoOptions(BaseModel):
     """Options of ``s3-fifo``."""
 
     model_config = ConfigDict(extra="forbid")
-    small: float = Field(default=0.1, gt=0, lt=1, description="Share of slots of the small queue.")
+    small: float = Field(default=0.1, gt=0, lt=1, description="Share of slots in the small queue.")
 
 
 class S3Fifo(EvictionPolicy):
-    """Evict from a small queue what was not used again, else from the main queue in turn."""
+    """Evict pages not reused from a small queue, else from the main queue (SOSP 2023)."""
 
     def __init__(self, small: float = 0.1) -> None:
         self._share = small
         self.reset()
 
     def reset(self) -> None:
-        # Dictionaries keep the order of insertion: the first key is the head. The values of the
-        # queues are uses since the page entered.
+        # Dictionaries keep insertion order: the first key is the head. The values of the queues are
+        # the numbers of uses since the page entered.
         self._small: dict[int, int] = {}
         self._main: dict[int, int] = {}
         self._ghosts: dict[int, None] = {}
@@ -51,7 +51,7 @@ class S3Fifo(EvictionPolicy):
 
     def on_load(self, view: PageView, pages: Int64s) -> None:
         for page in pages.tolist():
-            self._forget(page)  # it may have left without being a victim: released or resized
+            self._forget(page)  # it may have left without being a victim (released or resized)
             queue = self._main if page in self._ghosts else self._small
             self._ghosts.pop(page, None)
             queue[page] = 0
@@ -71,7 +71,7 @@ class S3Fifo(EvictionPolicy):
         for queue in (self._small, self._main):
             for page in [page for page in queue if not resident[page]]:
                 del queue[page]
-        candidates = set(pages.tolist())  # others that come to the head are passed over
+        candidates = set(pages.tolist())  # other pages at the head are skipped
         small = deque(page for page in self._small if page in candidates)
         main = deque(page for page in self._main if page in candidates)
         passed_over = len(self._small) - len(small)

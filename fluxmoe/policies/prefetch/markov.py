@@ -1,9 +1,9 @@
-"""First-order transitions between the experts of two layers, counted while the model runs.
+"""``markov``: first-order transitions between the experts of two layers, counted at run time.
 
-Which experts a layer uses says something about those that a later layer will use, because a token
-takes its path through both. The counts are the whole memory: layers × experts² numbers of four
-bytes, whatever the length of the run. Routing changes, so a row whose total has reached a limit is
-halved, and what was seen long ago fades.
+A Markov predictor of FluxMoE's own: the experts of one layer predict those of a later layer,
+because a token's path leads through both. The counts are the whole state: layers × experts² numbers
+of four bytes, whatever the length of the run. Routing changes, so a row whose total has reached a
+limit is halved, and old observations fade.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class MarkovOptions(BaseModel):
     top: int | None = Field(
         default=None, ge=1, description="Pages to propose; by default as many as the event has."
     )
-    lead: int = Field(default=1, ge=1, description="How many layers ahead to predict.")
+    lead: int = Field(default=1, ge=1, description="Number of layers to predict ahead.")
 
 
 class Markov(PrefetchPolicy):
-    """Fetch the experts that have most often followed the running event's experts."""
+    """Fetch the experts that most often followed the running event's experts."""
 
     def __init__(self, top: int | None = None, lead: int = 1) -> None:
         self.lead, self._top = lead, top
         self.reset()
 
     def reset(self) -> None:
-        # The last `lead` events, and per (layer, expert) how often it was followed by which.
+        # The last `lead` events; per (layer, expert), counts of its uses and of its followers.
         self._recent: deque[tuple[int, Int64s]] = deque(maxlen=self.lead)
         self._seen: npt.NDArray[np.float32] | None = None
         self._followed: npt.NDArray[np.float32] | None = None
@@ -80,7 +80,7 @@ class Markov(PrefetchPolicy):
         access: Access,
         experts: Int64s,
     ) -> Int64s:
-        """The sum of the running experts' shares, weighted by their tokens; the highest first."""
+        """Pages by the running experts' transition shares, weighted by tokens, highest first."""
         known = experts[seen[access.layer, experts] > 0]
         weight = access.tokens[seen[access.layer, experts] > 0] / seen[access.layer, known]
         expected = weight.astype(np.float32) @ followed[access.layer, known]

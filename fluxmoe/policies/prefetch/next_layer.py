@@ -1,4 +1,7 @@
-"""Whole layers ahead: right where a layer uses most of its experts, wasteful where it does not."""
+"""``next-layer``: whole layers ahead, as in the FluxMoE paper (arXiv 2604.02715).
+
+Effective if a layer uses most of its experts, wasteful otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ class NextLayerOptions(BaseModel):
     """Options of ``next-layer``."""
 
     model_config = ConfigDict(extra="forbid")
-    depth: int = Field(default=1, ge=1, description="How many layers ahead to fetch.")
+    depth: int = Field(default=1, ge=1, description="Number of layers to fetch ahead.")
 
 
 class NextLayer(PrefetchPolicy):
-    """Fetch all experts of the next layers; the last layer is followed by the first."""
+    """Fetch all experts of the next layers, cyclically (arXiv 2604.02715)."""
 
     def __init__(self, depth: int = 1) -> None:
         self.lead = depth

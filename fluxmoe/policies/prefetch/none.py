@@ -1,4 +1,4 @@
-"""No prefetch: every page is loaded when its layer asks for it."""
+"""``none``: no prefetch; every page is loaded when its layer needs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fluxmoe.core.types import Access, Int64s
 
 
 class NoPrefetch(PrefetchPolicy):
-    """Fetch nothing ahead."""
+    """Fetch nothing ahead; the baseline."""
 
     lead = 0
 

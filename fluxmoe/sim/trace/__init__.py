@@ -1,4 +1,4 @@
-"""Deprecated: ``fluxmoe.trace`` has the names that were published here."""
+"""Deprecated: use ``fluxmoe.trace``."""
 
 from fluxmoe.sim.moved import moved
 

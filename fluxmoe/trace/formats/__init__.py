@@ -1,4 +1,4 @@
-"""Other people's traces, one small reader per format, and their conversion into ours."""
+"""Foreign trace formats, one small reader each, and conversion to FluxMoE's format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["FORMATS", "ForeignEvent", "Options", "Reader", "convert", "detect"]
 
 @dataclass(slots=True)
 class _Survey:
-    """What a file has, found out by reading it once."""
+    """Properties of a file, collected by reading it once."""
 
     layers: set[int] = field(default_factory=set)
     top_k: int = 0
@@ -52,14 +52,14 @@ def detect(path: Path) -> type[Reader]:
     """The format of a file or folder, from its content.
 
     Raises:
-        TraceError: It is not there, is a trace already, or is none of the known formats.
+        TraceError: It does not exist, is already a trace, or has an unknown format.
     """
     head = _head(path)
     for reader in FORMATS.values():
         if reader.recognises(path, head):
             return reader
     raise TraceError(
-        "none of the known formats",
+        "unknown trace format",
         where=str(path),
         fix="; ".join(f"{reader.name}: {reader.summary}" for reader in FORMATS.values()),
     )
@@ -81,18 +81,18 @@ def convert(
 
     Args:
         path: A file or folder.
-        out: The trace to make.
-        format_: A key of ``FORMATS``; None looks at the content.
-        options: What the file does not say about itself.
+        out: Trace file to write.
+        format_: A key of ``FORMATS``; None detects it from the content.
+        options: Facts that the file does not contain.
         model: Name of the model for the trace's metadata; by default the file's name.
-        experts: Experts per layer; by default the largest number found, plus one.
+        experts: Number of experts per layer; by default the largest expert number plus one.
         page_bytes: Bytes of an expert page.
-        max_steps: Leave out all that comes after so many steps.
-        replace: Whether ``out`` may be replaced.
+        max_steps: Number of steps to convert; later ones are omitted.
+        replace: True if ``out`` may be replaced.
 
     Raises:
         TraceError: The file is damaged or not of this format, or ``out`` cannot be written.
-        ConfigError: The format is not known, or ``experts`` is too small.
+        ConfigError: The format is unknown, or ``experts`` is too small.
     """
     path = Path(path)
     if format_ is not None and format_ not in FORMATS:
@@ -147,7 +147,7 @@ def _rows(event: ForeignEvent) -> StepRows:
 
 
 def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
-    """Ids and weights in ``top_k`` columns: the valid ones first, −1 behind them."""
+    """Ids and weights in ``top_k`` columns: valid ones first, then −1."""
     ids = np.asarray(ids, np.int64)
     order = np.argsort(ids < 0, axis=1, kind="stable")
     packed = np.full((len(ids), top_k), -1, np.int64)
@@ -161,7 +161,7 @@ def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a file; raises TraceError if it is not there, or is a trace already."""
+    """First bytes of a file; raises TraceError if it does not exist, or is already a trace."""
     if not path.exists():
         raise TraceError("no such file", where=str(path))
     if path.is_dir():
@@ -183,6 +183,6 @@ def _refuse_traces(path: Path) -> None:
     try:
         metadata = pq.read_schema(path).metadata or {}
     except pa.ArrowException:
-        return  # the reader will say what is wrong with it
+        return  # the reader will report the problem
     if KEY in metadata:
-        raise TraceError("it is a trace already", where=str(path))
+        raise TraceError("it is already a trace", where=str(path))

@@ -1,4 +1,4 @@
-"""What a reader of somebody else's format has to tell, and what it may be told."""
+"""The contract of readers of foreign formats, and their options."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fluxmoe.errors import TraceError
 
 
 class ForeignEvent(NamedTuple):
-    """What T tokens routed to in one layer, in the file's own terms.
+    """Routing of T tokens in one layer, with the file's own numbers.
 
     Attributes:
-        step: Forward pass; grows.
-        layer: The file's number of the layer; grows within a step. Dense layers may have numbers.
-        ids: ``[T, any]`` integers, negative = nothing.
-        phase: What the step does.
-        request: Whose tokens they are, −1 = unknown.
-        weights: Routing weights like ``ids``, or None.
+        step: Forward pass; increases.
+        layer: Layer number in the file; increases within a step. Dense layers may have numbers.
+        ids: ``[T, any]`` integers, negative = none.
+        phase: Phase of the step.
+        request: Request of the tokens, −1 = unknown.
+        weights: Routing weights, shaped like ``ids``, or None.
     """
 
     step: int
@@ -36,11 +36,11 @@ class ForeignEvent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a file may not say about itself.
+    """Facts that a file may not contain.
 
     Attributes:
-        step_tokens: Tokens that are to make a step, where the file knows no steps (flame).
-        prompt_tokens: Tokens of each request's prompt, which are one prefill step (vllm).
+        step_tokens: Number of tokens per step, for files without steps (flame).
+        prompt_tokens: Number of tokens of each request's prompt, which is one prefill step (vllm).
     """
 
     step_tokens: int = 1
@@ -48,11 +48,11 @@ class Options:
 
 
 class Reader(ABC):
-    """Reads one format, in a stream, as often as it is asked to.
+    """Reads one format in a stream; can be read repeatedly.
 
     Args:
         path: A file, or a folder of files.
-        options: See there.
+        options: Facts that the file does not contain.
     """
 
     #: Value of ``--from``.
@@ -66,11 +66,11 @@ class Reader(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """Whether this looks like the format.
+        """True if this looks like the format.
 
         Args:
-            path: A file or folder that exists.
-            head: The first 64 bytes of the file, nothing for a folder.
+            path: An existing file or folder.
+            head: First 64 bytes of the file; empty for a folder.
         """
 
     @abstractmethod
@@ -78,11 +78,11 @@ class Reader(ABC):
         """All events in order.
 
         Raises:
-            TraceError: The file is not what the format says.
+            TraceError: The file violates the format.
         """
 
     def wrong(self, what: str, where: str = "") -> TraceError:
-        """An error about this file; ``where`` is a place inside it."""
+        """Make an error about this file; ``where`` is a place inside it."""
         return TraceError(
             what,
             where=f"{self.path}, {where}" if where else str(self.path),

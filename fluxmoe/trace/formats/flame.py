@@ -31,13 +31,13 @@ class Flame(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """Any Parquet file that is no trace, or a folder with files ``layer_NN.parquet``."""
+        """True for any Parquet file that is not a trace, or a folder with ``layer_NN.parquet``."""
         if path.is_dir():
             return any(_LAYER.fullmatch(file.name) for file in path.iterdir())
         return head.startswith(b"PAR1")
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All layers' files side by side."""
+        """All events, reading all layers' files in parallel."""
         files = self._files()
         size = self.options.step_tokens
         phase = Phase.DECODE if size == 1 else Phase.PREFILL
@@ -62,7 +62,7 @@ class Flame(Reader):
         return dict(sorted(files.items())) or {0: self.path}
 
     def _steps(self, path: Path, size: int) -> Iterator[tuple[Any, Any]]:
-        """(ids, weights or None) of ``size`` rows each, the last of what is left."""
+        """(ids, weights or None) of ``size`` rows each; the last has the remainder."""
         held: list[Any] = []
         try:
             file = pq.ParquetFile(path, buffer_size=1 << 20)
@@ -80,7 +80,7 @@ class Flame(Reader):
                     yield part[0], part[1] if len(part) > 1 else None
                 held = [array[whole:] for array in arrays]
         except (OSError, pa.ArrowException) as error:
-            raise self.wrong(f"{path.name}: no Parquet file, or a damaged one: {error}") from error
+            raise self.wrong(f"{path.name}: not a valid Parquet file: {error}") from error
         if held and len(held[0]):
             yield held[0], held[1] if len(held) > 1 else None
 

@@ -1,7 +1,7 @@
 """JSON lines, one per (token, layer): ``{"layer_idx": 0, "token_idx": 0, "selected_ids": [3, 1]}``.
 
 Layout: https://github.com/ohdearquant/lattice/pull/903 (``crates/inference/src/moe_admission.rs``):
-``gate_weights`` may be there, other keys are ignored.
+``gate_weights`` is optional, other keys are ignored.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 
 class JsonLines(Reader):
-    """One token per step, layers ascending; a token number that starts over begins a request."""
+    """One token per step, layers ascending; a token number that restarts begins a new request."""
 
     name = "jsonl"
     summary = "JSON lines {layer_idx, token_idx, selected_ids}, sorted by token, then layer"
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """A text that begins with an object."""
+        """True for a text that begins with an object."""
         return head.lstrip().startswith(b"{")
 
     def events(self) -> Iterator[ForeignEvent]:
-        """Line by line."""
+        """All events, read line by line."""
         step, request, lowest = -1, 0, None
         last = (-1, -1)
         for number, line in enumerate(self._lines(), 1):
@@ -63,7 +63,7 @@ class JsonLines(Reader):
             ids = np.asarray([data["selected_ids"]])
             weights = data.get("gate_weights")
         except (ValueError, TypeError) as error:
-            raise self.wrong(f"no JSON object: {error}", where) from error
+            raise self.wrong(f"not a JSON object: {error}", where) from error
         except KeyError as error:
             raise self.wrong(f"{error.args[0]} is missing", where) from error
         numbers = type(token) is int and type(layer) is int and min(token, layer) >= 0

@@ -1,9 +1,9 @@
-"""The JSON files of the data set MoE_expert_selection_trace.
+"""JSON files of the data set MoE_expert_selection_trace.
 
 Layout: https://huggingface.co/datasets/core12345/MoE_expert_selection_trace (arXiv:2510.05497). A
 file is one request: a list whose element 0 is the prefill and whose others are decode steps. An
 element maps a layer's number to the experts of each of its tokens, ``[tokens][top_k]``, or to null
-where the layer is dense.
+if the layer is dense.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Selection(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """A JSON list, or a folder with files ``*.json``."""
+        """True for a JSON list, or a folder with files ``*.json``."""
         if path.is_dir():
             return any(path.glob("*.json"))
         return head.lstrip().startswith(b"[")
 
     def events(self) -> Iterator[ForeignEvent]:
-        """One request in memory at a time."""
+        """All events, with one request in memory at a time."""
         files = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
         first = 0
         for request, file in enumerate(files):
@@ -44,7 +44,7 @@ class Selection(Reader):
             for index, element in enumerate(steps):
                 where = f"{file.name}: element {index}"
                 if not isinstance(element, dict):
-                    raise self.wrong("no object", where)
+                    raise self.wrong("not an object", where)
                 phase = Phase.PREFILL if index == 0 else Phase.DECODE
                 for layer, rows in sorted(self._numbered(element, where)):
                     ids = self._matrix(rows, f"{where}, layer {layer}")
@@ -55,9 +55,9 @@ class Selection(Reader):
         try:
             data = json.loads(file.read_bytes())
         except (OSError, ValueError) as error:
-            raise self.wrong(f"no JSON: {error}", file.name) from error
+            raise self.wrong(f"not valid JSON: {error}", file.name) from error
         if not isinstance(data, list):
-            raise self.wrong("no list of steps", file.name)
+            raise self.wrong("not a list of steps", file.name)
         return data
 
     def _numbered(self, element: dict[str, Any], where: str) -> Iterator[tuple[int, Any]]:
@@ -65,7 +65,7 @@ class Selection(Reader):
             if rows is None:
                 continue
             if not key.isdecimal():
-                raise self.wrong(f"layer {key!r} is no number", where)
+                raise self.wrong(f"layer {key!r} is not a number", where)
             yield int(key), rows
 
     def _matrix(self, rows: Any, where: str) -> Any:

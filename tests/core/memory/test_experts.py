@@ -188,6 +188,6 @@ def test_the_arbiter_does_not_close_under_a_tenant(setup):
 def test_check_notices_a_stranger(setup):
     s = setup()
     stolen = s.pool.take("somebody", 2)
-    with pytest.raises(InvariantError, match="somebody else"):
+    with pytest.raises(InvariantError, match="an unknown tenant owns"):
         s.arbiter.check()
     s.pool.give("somebody", stolen)
