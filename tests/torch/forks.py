@@ -171,12 +171,12 @@ def while_another_thread_runs(child: Callable[[], Any]) -> int:
 
     def wait(*_: object) -> None:
         begun.set()
-        go_on.wait()
+        go_on.wait(PATIENCE)
 
     hook = models["all"].model.layers[1].register_forward_pre_hook(wait)
     thread = threading.Thread(target=run, args=[models["all"]])
     thread.start()
-    begun.wait()
+    assert begun.wait(PATIENCE)
     status = forked(child)
     go_on.set()
     thread.join()
@@ -193,15 +193,15 @@ def while_pages_are_copied(child: Callable[[], Any]) -> int:
     def slow(*args: Any) -> None:
         if threading.current_thread().name.startswith("fluxmoe-copy"):
             begun.set()
-            go_on.wait()
-        begun.wait()  # or the caller might have taken all copies back before one began
+            go_on.wait(PATIENCE)
+        begun.wait(PATIENCE)  # or the caller might have taken all copies back before one began
         read(*args)
 
     handles["few"].reset()
     store.read_into = slow
     thread = threading.Thread(target=run, args=[models["few"]])
     thread.start()
-    begun.wait()
+    assert begun.wait(PATIENCE)
     status = forked(child)
     go_on.set()
     thread.join()
