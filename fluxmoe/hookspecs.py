@@ -1,4 +1,4 @@
-"""The whole plugin surface. Hooks run once, at start-up, and only register factories."""
+"""The hooks of a plugin. They run once, at start-up, and only register factories."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import pluggy
 from pydantic import BaseModel
 
-#: The version of this page, the contracts and what they may read. It is raised when plugins that
-#: keep to it would have to be changed; docs/plugins/compatibility.md tells how that goes.
+#: Version of these hooks, the contracts and the data they may read. It is raised when a change
+#: breaks conforming plugins; docs/plugins/compatibility.md describes the procedure.
 PLUGIN_API = 1
-#: The oldest that still works; between the two, loading a plugin warns.
+#: Oldest version that still works; a plugin for a version between the two loads with a warning.
 OLDEST_PLUGIN_API = 1
 
 hookspec = pluggy.HookspecMarker("fluxmoe")
@@ -19,7 +19,7 @@ hookimpl = pluggy.HookimplMarker("fluxmoe")
 
 
 class RegisterPolicy(Protocol):
-    """The function that ``fluxmoe_register_policies`` is given."""
+    """The function passed to ``fluxmoe_register_policies``."""
 
     def __call__(
         self,
@@ -27,7 +27,7 @@ class RegisterPolicy(Protocol):
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
     ) -> None:
-        """Make ``factory`` known as ``name``.
+        """Register ``factory`` under ``name``.
 
         The kind (eviction, prefetch, arbitration) follows from the base class of ``factory``.
         Options from the configuration are validated by ``config_model`` and passed as keywords.
@@ -40,7 +40,7 @@ def fluxmoe_register_policies(register: RegisterPolicy) -> None:
 
 
 class RegisterCodec(Protocol):
-    """The function that ``fluxmoe_register_codecs`` is given."""
+    """The function passed to ``fluxmoe_register_codecs``."""
 
     def __call__(
         self,
@@ -48,7 +48,7 @@ class RegisterCodec(Protocol):
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
     ) -> None:
-        """Make ``factory``, which makes a ``fluxmoe.Codec``, known as ``name``.
+        """Register ``factory``, which makes a ``fluxmoe.Codec``, under ``name``.
 
         Options from the configuration are validated by ``config_model`` and passed as keywords.
         """

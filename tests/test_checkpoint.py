@@ -350,7 +350,12 @@ def test_other_formats_are_left_to_the_engine(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("{nonsense", "no JSON"), ("[]", "no map"), ("{}", "no model_type"), (None, "no config.json")],
+    [
+        ("{nonsense", "not valid JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "no model_type"),
+        (None, "no config.json"),
+    ],
 )
 def test_configurations(model: Path, text: str | None, what: str) -> None:
     path = model / "config.json"
