@@ -65,7 +65,7 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     weights = sum(path.stat().st_size for path in SHIPPED.glob("*.safetensors"))
     budget = ((1 << 30) - weights) // 2 >> 20
     path = write({"model": str(SHIPPED), "memory": {"budget": "auto"}})
-    told = f"memory.budget: auto is {budget:.1f} MiB per worker at present, 50%"
+    told = f"memory.budget: auto is currently {budget:.1f} MiB per worker, 50%"
     assert told in succeeds("check", path)
     shown = succeeds("show", path)
     assert yaml.safe_load(shown)["memory"]["budget"] == "auto"

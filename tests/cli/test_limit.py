@@ -70,7 +70,7 @@ def test_what_is_refused(door):
     fails("limit", "--kv-min", "1MiB", "--reset", code="FM101", message="--reset; give one")
     for status, body, code, message in (
         (401, b"{}", "FM101", "API key.*--api-key"),
-        (404, b"{}", "FM405", "no such door.*control: true"),
+        (404, b"{}", "FM405", "does not accept limits.*control: true"),
         (400, {"error": {"message": "kv.max; give more"}}, "FM101", "kv.max; give more"),
         (500, b"oh", "FM405", "status 500"),
         (200, b"<html>", "FM405", "not FluxMoE's"),

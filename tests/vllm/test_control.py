@@ -107,7 +107,7 @@ def eventually(true: Callable[[], bool]) -> None:
 
 def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "1MiB")
-    assert code == 2 and "wants its API key" in err
+    assert code == 2 and "requires an API key" in err
     assert httpx.get(f"{server.url}/v1/fluxmoe/limits").status_code == 401
     door = {"headers": {"Authorization": f"Bearer {KEY}"}}
     body = httpx.post(f"{server.url}/v1/fluxmoe/limits", content=b"x", **door)  # type: ignore[arg-type]
