@@ -22,9 +22,7 @@ _DIRECTIONS = {"to_kv": "memory moves to the KV cache", "to_experts": "memory mo
 def top(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
-    interval: Annotated[
-        float, typer.Option(min=0.1, help="Seconds between frames.")
-    ] = 1.0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between frames.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON.")] = False,
 ) -> None:
     """Show a running server's memory split, hit rates, moves, and the reasons for the moves."""

@@ -87,7 +87,7 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
     two.write_text(yaml.safe_dump({"model": str(SHIPPED), "memory": {"budget": "auto"}}))
     code, _, err = run("check", two)
-    assert code == 2 and "nothing is left" in err
+    assert code == 2 and "leave none of the" in err
 
 
 def test_off_is_told(write):

@@ -74,7 +74,7 @@ def test_record_errors(model: Path, tmp_path: Path) -> None:
     run = ["trace", "record", model, "--out", tmp_path / "t"]
     fails(*run, code="FM101", message="no prompt given")
     fails(*run, "--prompt", "", code="FM101", message="a prompt is empty")
-    fails(*run, "--prompt-ids", "a", code="FM101", message="not a list of numbers: 'a'; --prompt-id")
+    fails(*run, "--prompt-ids", "a", code="FM101", message="not a list of numbers: 'a'; --prompt")
     fails(*run, "--prompt-ids", "99999", code="FM101", message="invalid prompt tokens: .99999.")
     fails(*run, "--prompts", tmp_path / "no", code="FM101", message="cannot read the prompts")
     fails(*run, "--prompt", "x", "--predict", "--backend", "vllm", code="FM402", message=".*torch")

@@ -111,7 +111,7 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     assert httpx.get(f"{server.url}/v1/fluxmoe/limits").status_code == 401
     door = {"headers": {"Authorization": f"Bearer {KEY}"}}
     body = httpx.post(f"{server.url}/v1/fluxmoe/limits", content=b"x", **door)  # type: ignore[arg-type]
-    assert body.status_code == 400 and "no JSON" in body.text
+    assert body.status_code == 400 and "not valid JSON" in body.text
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     code, out, err = fluxmoe("limit", server.url)
     assert (code, err) == (0, "") and "limits: none" in out

@@ -4,8 +4,6 @@ import typer
 
 from fluxmoe.cli.plugin import check, new
 
-app = typer.Typer(
-    help="Create and check packages of policies or codecs.", no_args_is_help=True
-)
+app = typer.Typer(help="Create and check packages of policies or codecs.", no_args_is_help=True)
 app.command("new")(new.new)
 app.command("check")(check.check)

@@ -13,9 +13,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     from_: Annotated[
         str | None,
-        typer.Option(
-            "--from", help="flame, selection, vllm, sglang or jsonl; default: detected."
-        ),
+        typer.Option("--from", help="flame, selection, vllm, sglang or jsonl; default: detected."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model name for the metadata.")] = None,
     experts: Annotated[
@@ -25,9 +23,7 @@ def convert(
         int | None, typer.Option(min=1, help="Bytes of one expert page, for byte counts.")
     ] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="flame: tokens per step.")] = 1,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=0, help="vllm: prompt tokens per request.")
-    ] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="vllm: prompt tokens per request.")] = 0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after N steps.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:

@@ -48,8 +48,7 @@ def _print(console: Console, trace: Path, s: Statistics) -> None:
         f"{s.steps} steps, {s.events} events ({s.prefill_events} prefill, {decode} decode), "
         f"{s.requests or 'unknown'} requests\n"
         f"{s.routed} routed experts, {s.accesses} accesses (distinct per event), {s.pages_used} "
-        f"pages used"
-        + (f"\nadditional columns: {', '.join(s.columns)}" if s.columns else ""),
+        f"pages used" + (f"\nadditional columns: {', '.join(s.columns)}" if s.columns else ""),
         highlight=False,
     )
     table = Table("layer", title="Skew and locality", title_justify="left")

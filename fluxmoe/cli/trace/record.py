@@ -41,9 +41,7 @@ def record(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 1,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate per prompt.")
-    ] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of forward passes to record.")
     ] = None,
