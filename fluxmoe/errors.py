@@ -126,7 +126,7 @@ class CodecError(StoreError):
 
 
 class PageFileError(StoreError):
-    """A page file cannot be written or read, is damaged, or belongs to another checkpoint."""
+    """A page file cannot be written or read, is damaged, or holds other pages."""
 
     code = "FM307"
 

@@ -102,12 +102,12 @@ def test_gradients(load: Load) -> None:
     stock = answer(model)
     with fluxmoe.page(model, "1MiB"):
         assert same(answer(model), stock)  # without gradients, training mode is no matter
-        with pytest.raises(errors.UnsupportedError, match=r"cannot compute gradients.*torch\.no_grad"):
+        with pytest.raises(errors.UnsupportedError, match=r"compute gradients.*torch\.no_grad"):
             model(**prompts())
         model.get_input_embeddings().requires_grad_(False)
         for layer in model.model.layers:
             layer.self_attn.requires_grad_(False)
-        with pytest.raises(errors.UnsupportedError, match="cannot compute gradients"):  # the experts' own
+        with pytest.raises(errors.UnsupportedError, match="compute gradients"):  # the experts' own
             model(**prompts())
         model.requires_grad_(False)
         assert torch.equal(model(**prompts()).logits, stock[1])
