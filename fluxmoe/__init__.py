@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Policies and the simulator need no torch, so only what does need it imports it.
+    # Imported on first use: policies and the simulator do not need torch.
     if name not in ("load", "page"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

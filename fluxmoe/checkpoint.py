@@ -1,7 +1,7 @@
-"""Whether a checkpoint can be read at all: seen in milliseconds, before an engine takes minutes.
+"""Checks of a checkpoint's files that take milliseconds, before an engine spends minutes.
 
-Headers, sizes and names are checked, not the weights themselves: a file whose numbers were changed
-in place loads without complaint, here as anywhere.
+Headers, sizes and names are checked, not the weights themselves: a file whose values were changed
+in place loads without an error, as it does elsewhere.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from fluxmoe.inventory import Shapes, require_experts
 
 _INDEX = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-#: Keys below which a model of several parts describes the one that has experts, outermost first.
+#: Keys under which a multi-part model describes the part with experts, outermost first.
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
-#: vLLM's ways to read a checkpoint that take its safetensors wherever there are some.
+#: vLLM's load formats that read safetensors files if present.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Tensor(NamedTuple):
-    """A weight that was not read."""
+    """Shape and item size of a weight, without its data."""
 
     shape: tuple[int, ...]
     itemsize: int
@@ -43,13 +43,13 @@ class Tensor(NamedTuple):
 
 
 def require_readable(model: str) -> None:
-    """Refuse a model that cannot be loaded. Names on a hub are left to whoever loads them.
+    """Refuse a model that cannot be loaded. Names on a hub are left to the code that loads them.
 
     Args:
         model: A folder, or the name of a model on a hub (``organisation/name``).
 
     Raises:
-        CheckpointError: Names the file, and what is wrong with it.
+        CheckpointError: Names the file and its problem.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -62,7 +62,7 @@ def require_readable(model: str) -> None:
 
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
-    """The folder of the hub's cache that a name stands for, if there is one; else the name."""
+    """The cached folder of a model on the hub if it exists, else the name unchanged."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(model).exists() or not _HUB_NAME.fullmatch(model):
@@ -72,7 +72,7 @@ def downloaded(model: str, revision: str | None = None, cache: str | None = None
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a ``config.json`` says of the language model, which may be one part among others."""
+    """The part of a ``config.json`` about the language model, which may be one among several."""
     for key in _PARTS:
         if isinstance(part := config.get(key), Mapping):
             config = {**config, **part}
@@ -80,15 +80,15 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def weight_bytes(model: str) -> int:
-    """The size of a checkpoint's files of weights.
+    """The total size of a checkpoint's weight files in bytes.
 
     Raises:
-        ConfigError: ``model`` is no folder with such files.
+        ConfigError: ``model`` is not a folder with such files.
     """
     files = [*Path(model).glob("*.safetensors")] if Path(model).is_dir() else []
     if not files:
         raise ConfigError(
-            f"auto needs the size of the weights, and {model} is no folder with safetensors",
+            f"auto needs the size of the weights; {model} is not a folder with safetensors files",
             where="memory.budget",
             fix="give a size such as 24GiB, or a folder as the model",
         )
@@ -135,7 +135,7 @@ def _weights(folder: Path) -> Shapes:
 
 
 def _tensors(path: Path) -> Shapes:
-    """What is in a safetensors file whose header describes exactly the bytes that are there."""
+    """Shapes in a safetensors file; its header must describe exactly the bytes in the file."""
     try:
         with safe_open(path, "numpy") as file:
             names = file.keys()
@@ -159,9 +159,9 @@ def read_map(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
     except ValueError as error:
-        raise CheckpointError(f"it is no JSON: {error}", where=str(path)) from error
+        raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict):
-        raise CheckpointError("it is no map", where=str(path))
+        raise CheckpointError("it holds no JSON object", where=str(path))
     return data
 
 
@@ -173,7 +173,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "numpy") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no map
+            for key in file.keys():  # noqa: SIM118 - it is not a mapping
                 header = file.get_slice(key)
                 dtype = header.get_dtype()
                 if dtype not in _BYTES and ".experts." in key:
@@ -182,7 +182,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def expert_tensors(folder: Path) -> Iterator[tuple[str, str, list[int], Bytes]]:
-    """Name, type, shape and bytes of all experts' tensors of a checkpoint."""
+    """Name, type, shape and bytes of every expert tensor of a checkpoint."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -195,7 +195,7 @@ def expert_tensors(folder: Path) -> Iterator[tuple[str, str, list[int], Bytes]]:
 
 
 def quantised(what: str, where: str) -> UnsupportedError:
-    """The error for experts that are quantised, as ``what`` tells."""
+    """The error for quantised experts, described by ``what``."""
     return UnsupportedError(
         f"{what}, and quantised experts cannot be paged yet",
         where=where,

@@ -44,7 +44,7 @@ def _auto(value: object) -> object:
 
 
 def _budget(value: object) -> object:
-    # An empty line in YAML is not "auto", which must be asked for.
+    # An empty value in YAML is not "auto", which must be written out.
     return None if isinstance(value, str) and value == AUTO else _size(value)
 
 
@@ -58,30 +58,30 @@ AutoSize = Annotated[
     ByteSize | None,
     BeforeValidator(_auto, json_schema_input_type=_Written | Literal["auto"] | None),
 ]
-#: The same for the budget, which must be given and more than nothing.
+#: The same for the budget, which must be given and greater than 0.
 Budget = Annotated[
     Annotated[ByteSize, Field(gt=0)] | None,
     BeforeValidator(_budget, json_schema_input_type=_Written | Literal["auto"]),
 ]
 
 
-#: What pydantic says in words of Python, in words of YAML.
+#: pydantic's error types → messages in the terms of YAML instead of Python.
 _WHAT = {
-    "string_type": "a text is needed",
-    "dict_type": "a map is needed",
-    "model_type": "a map is needed",
-    "model_attributes_type": "a map is needed",
-    "string_too_short": "a text is needed",
-    "list_type": "a list is needed",
+    "string_type": "it must be text",
+    "dict_type": "it must be a map",
+    "model_type": "it must be a map",
+    "model_attributes_type": "it must be a map",
+    "string_too_short": "it must be non-empty text",
+    "list_type": "it must be a list",
 }
 _FIXES = {
     "unused": "give all stores but the last a limit",
-    "size": "",  # it is in what was said
+    "size": "",  # the message already contains it
 }
 
 
 def size(text: object, *, where: str) -> int:
-    """A size given on the command line, more than nothing. Raises ConfigError."""
+    """Parse a size given on the command line; it must be greater than 0. Raises ConfigError."""
     try:
         found = sizes.parse(text)
     except ValueError as error:
@@ -92,7 +92,7 @@ def size(text: object, *, where: str) -> int:
 
 
 class _Model(BaseModel):
-    # The docstrings below fields are the descriptions that editors show from the JSON schema.
+    # The docstrings below fields become the descriptions in the JSON schema, shown by editors.
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -116,15 +116,15 @@ class Memory(_Model):
     """The budget of one worker: experts and KV cache together."""
 
     budget: Budget
-    """Bytes for experts and KV cache together, such as 24GiB; auto: half of what is free."""
+    """Bytes for experts and KV cache together, such as 24GiB; auto: half of the free memory."""
     experts: Share = Share()
     """Bounds of the expert pages."""
     kv: Share = Share()
     """Bounds of the KV cache."""
     frame: AutoSize = None
-    """Unit in which memory moves between the two; auto: budget/8192 within 4KiB … 2MiB."""
+    """Bytes of the unit in which memory moves between the two; auto: budget/8192, 4KiB … 2MiB."""
     banks: int = Field(default=1, ge=1)
-    """Banks to spread the slots over at least; more where the kernel's slot index is narrow."""
+    """Minimum number of banks for the slots; more where the kernel's slot index is narrow."""
 
     @property
     def size(self) -> int:
@@ -135,7 +135,7 @@ class Memory(_Model):
 
 
 class Bounds(_Model):
-    """What a tenant must and may have; ``auto`` is as at the start."""
+    """Minimum and maximum bytes of a tenant; ``auto``: as configured."""
 
     min: AutoSize = None
     max: AutoSize = None
@@ -148,7 +148,7 @@ class Bounds(_Model):
 
 
 class HandLimits(_Model):
-    """Limits that are set while serving (``control``)."""
+    """Limits set while serving (``control``)."""
 
     budget: AutoSize = None
     experts: Bounds = Bounds()
@@ -156,17 +156,17 @@ class HandLimits(_Model):
 
 
 class PolicyLimits(_Model):
-    """What a policy is allowed before it is interrupted or replaced."""
+    """Limits beyond which a policy is interrupted or replaced."""
 
     strikes: int = Field(default=DEFAULT_LIMITS.strikes, ge=1)
-    """Faults after which a policy is replaced for good, and slow calls worth a line in the log."""
+    """Number of faults before a policy is replaced for good, or of slow calls before a log line."""
     soft_ms: float = Field(default=DEFAULT_LIMITS.soft_s * 1e3, gt=0, le=3.6e6)
     """Milliseconds beyond which a call is counted as slow."""
     hard_s: float = Field(default=DEFAULT_LIMITS.hard_s, gt=0, le=3600)
-    """Seconds beyond which a call is interrupted, which is a fault."""
+    """Seconds beyond which a call is interrupted, which counts as a fault."""
 
     def limits(self) -> Limits:
-        """The same as the core takes it."""
+        """The same limits in the form the core takes."""
         return Limits(self.strikes, self.soft_ms / 1e3, self.hard_s)
 
 
@@ -185,19 +185,19 @@ class FileStoreConfig(_Model):
 
     kind: Literal["file"]
     path: str = Field(min_length=1)
-    """Folder of the page file; it is made if there is none."""
+    """Folder of the page file; created if missing."""
     limit: AutoSize = None
     """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
     codec: Policy = {"kind": "none"}
     """Lossless codec that the pages are kept in."""
     direct: bool = True
-    """Read past the system's cache what is not in it; false where memory has room for the file."""
+    """Read uncached parts with direct I/O; set false if the file fits in the system's cache."""
 
 
 StoreConfig = Annotated[HostStoreConfig | FileStoreConfig, Field(discriminator="kind")]
 
 
-#: What a preset chooses where nothing is said. ``paper``: arXiv 2604.02715, a window of two layers.
+#: Settings that a preset fills in if absent. ``paper``: arXiv 2604.02715, window of two layers.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "off": {},
@@ -210,15 +210,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Config(_Model):
-    """Everything FluxMoE can be told. Keys of ``vllm`` are passed to vLLM untouched."""
+    """All settings of FluxMoE. Keys of ``vllm`` are passed to vLLM untouched."""
 
     model: str | None = None
     """Folder or Hugging Face name of the model; needed to serve."""
     memory: Memory
     preset: Literal["default", "paper", "off"] = "default"
-    """A named set of policies; those named themselves win over it. off: no paging at all."""
+    """A named set of policies; explicit policies override it. off: no paging at all."""
     eviction: Policy = {"kind": "next-use"}
-    """Policy that decides which expert is given up: a name, or {kind: NAME, option: value}."""
+    """Policy that decides which expert is evicted: a name, or {kind: NAME, option: value}."""
     prefetch: Policy = {"kind": "none"}
     """Policy that decides which experts are loaded ahead."""
     arbitration: Policy = {"kind": "fixed"}
@@ -227,17 +227,17 @@ class Config(_Model):
     stores: list[StoreConfig] = Field(
         default=[HostStoreConfig(kind="host")], min_length=1, max_length=8
     )
-    """Where the expert pages lie that are not resident: in the first store that has room."""
+    """Stores for expert pages that are not resident; a page goes to the first that has room."""
     control: bool = False
-    """Whether limits can be set by hand while serving: fluxmoe limit. Reserves room for growth."""
+    """True if limits can be set while serving (fluxmoe limit). Reserves room for growth."""
     plugins: list[str] = []
     """Files (.py) or modules that register further policies or codecs."""
     strict_policies: bool = False
     """Stop at the first fault of a policy instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
-    """Threads that copy pages; 0 = the engine's own thread does."""
+    """Number of threads that copy pages; 0: the engine's own thread copies them."""
     seed: int = 0
-    """Seed of the random numbers that policies may use."""
+    """Seed of the random numbers available to policies."""
     vllm: dict[str, Any] = {}
     """Options passed to vLLM untouched."""
 
@@ -266,13 +266,13 @@ def parse(data: object, *, where: str) -> Config:
     """Validate a configuration.
 
     Raises:
-        ConfigError: Names the first wrong field, its value and the way out.
+        ConfigError: Names the first invalid field, its value and the remedy.
     """
     return _parse(Config, data, where)
 
 
 def parse_limits(data: object, *, where: str) -> HandLimits:
-    """The same for limits that are set while serving."""
+    """Validate limits set while serving; see ``parse``."""
     return _parse(HandLimits, data, where)
 
 
@@ -287,7 +287,7 @@ def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
         first = error.errors()[0]
         place = list(map(str, first["loc"]))
         if place[:1] == ["stores"]:
-            del place[2:3]  # the store's kind, which nobody wrote there
+            del place[2:3]  # the store's kind, which pydantic added
         field = ".".join(place)
         if first["type"] == "extra_forbidden":
             what, fix = f"unknown key {field!r}", "remove it, or check its spelling"
@@ -301,7 +301,7 @@ def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
         else:
             what = _WHAT.get(first["type"], first["msg"].replace("Input should", "it must"))
             what = f"{field}: {what}"
-            if first["type"] != "size":  # which says what it has found
+            if first["type"] != "size":  # its message already names the value
                 what += f", not {line(first['input'], repr)}"
             fix = _FIXES.get(first["type"], "see `fluxmoe config schema`")
             if field in ("eviction", "prefetch", "arbitration"):
@@ -319,7 +319,7 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice; of which YAML's own reader would take the last."""
+    """A loader that refuses duplicate keys; YAML's own takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -328,7 +328,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
                 )
             seen.add(key.value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
@@ -339,11 +339,11 @@ def load(path: Path) -> Config:
     """Read a YAML file.
 
     Raises:
-        ConfigError: It cannot be read, is no YAML, or does not validate.
+        ConfigError: The file is unreadable, not valid YAML, or does not validate.
     """
     if path.is_dir():
         raise ConfigError(
-            "it is a folder", where=str(path), fix="give a YAML file; it names the model: FOLDER"
+            "it is a folder", where=str(path), fix="give a YAML file with model: FOLDER in it"
         )
     try:
         data = yaml.load(path.read_text(), _Loader)
@@ -354,7 +354,7 @@ def load(path: Path) -> Config:
     except yaml.YAMLError as error:
         where, problem = str(path), str(error)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-            mark, problem = error.problem_mark, error.problem or "cannot be read"
+            mark, problem = error.problem_mark, error.problem or "could not be parsed"
             where = f"{path}, line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"not valid YAML: {problem}", where=where) from error
     return parse(data, where=str(path))

@@ -1,7 +1,7 @@
-"""Every error a user can meet, each with a stable code.
+"""All errors a user can encounter, each with a stable code.
 
 The command line prints them as ``error[FMxxx]: what, where, what to do`` and exits with status 2.
-Codes are never reused: scripts and other people's documentation may refer to them.
+Codes are never reused: scripts and third-party documentation may refer to them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import ClassVar
 
 
 class FluxMoEError(Exception):
-    """Base of all errors that FluxMoE raises on purpose.
+    """Base class of all errors that FluxMoE raises on purpose.
 
     Args:
-        what: What is wrong, naming the value.
-        where: The field, file or call it was found in (may be empty).
-        fix: What the user can do about it (may be empty).
+        what: The problem, naming the value.
+        where: The field, file or call in which it was found (may be empty).
+        fix: The remedy available to the user (may be empty).
     """
 
     code: ClassVar[str] = "FM000"
@@ -55,7 +55,7 @@ class BudgetTooSmallError(ConfigError):
 
 
 class UnknownPolicyError(FluxMoEError):
-    """A policy name that nobody has registered."""
+    """A policy name that no plugin has registered."""
 
     code = "FM201"
 
@@ -67,7 +67,7 @@ class UnknownPolicyError(FluxMoEError):
 
 
 def _known(what: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
-    """The known names, and plugins that could not be loaded and may have had the unknown one."""
+    """List the known names, and the plugins that failed to load and may define the unknown one."""
     parts = [f"known {what}: {', '.join(sorted(known))}"]
     for plugin, reason in (broken or {}).items():
         parts.append(f"the installed plugin {plugin} is broken: {reason}")
@@ -81,13 +81,13 @@ class PluginLoadError(FluxMoEError):
 
 
 class PolicyFaultError(FluxMoEError):
-    """A policy raised or gave an unusable answer (raised only under ``--strict-policies``)."""
+    """A policy raised or returned an unusable answer (raised only under ``--strict-policies``)."""
 
     code = "FM203"
 
 
 class NeedsFutureError(FluxMoEError):
-    """An oracle policy was asked for where the future is not known."""
+    """An oracle policy was requested where the future is not known."""
 
     code = "FM204"
 
@@ -108,7 +108,7 @@ class OutOfFramesError(FluxMoEError):
 
 
 class InvariantError(FluxMoEError):
-    """The books contradict themselves or the memory: a bug in FluxMoE, please report it."""
+    """The accounts contradict themselves or the memory: a bug in FluxMoE, please report it."""
 
     code = "FM303"
 
@@ -120,19 +120,19 @@ class StoreError(FluxMoEError):
 
 
 class CodecError(StoreError):
-    """What a lossless code was given to decode is damaged, or is something else."""
+    """The data given to a lossless codec to decode is damaged or of another format."""
 
     code = "FM305"
 
 
 class PageFileError(StoreError):
-    """A page file cannot be written or read, is damaged, or holds the pages of something else."""
+    """A page file cannot be written or read, is damaged, or holds other pages."""
 
     code = "FM307"
 
 
 class UnknownCodecError(FluxMoEError):
-    """A codec name that nobody has registered."""
+    """A codec name that no plugin has registered."""
 
     code = "FM306"
 

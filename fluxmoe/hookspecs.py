@@ -1,4 +1,4 @@
-"""The whole plugin surface. Hooks run once, at start-up, and only register factories."""
+"""The hooks of a plugin. They run once, at start-up, and only register factories."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pluggy
 if TYPE_CHECKING:  # for the annotations alone it would double the time of `import fluxmoe`
     from pydantic import BaseModel
 
-#: The version of this page, the contracts and what they may read. It is raised when plugins that
-#: keep to it would have to be changed; docs/plugins/compatibility.md tells how that goes.
+#: Version of these hooks, the contracts and the data they may read. It is raised when a change
+#: breaks conforming plugins; docs/plugins/compatibility.md describes the procedure.
 PLUGIN_API = 1
-#: The oldest that still works; between the two, loading a plugin warns.
+#: Oldest version that still works; a plugin for a version between the two loads with a warning.
 OLDEST_PLUGIN_API = 1
 
 hookspec = pluggy.HookspecMarker("fluxmoe")
@@ -21,7 +21,7 @@ hookimpl = pluggy.HookimplMarker("fluxmoe")
 
 
 class RegisterPolicy(Protocol):
-    """The function that ``fluxmoe_register_policies`` is given."""
+    """The function passed to ``fluxmoe_register_policies``."""
 
     def __call__(
         self,
@@ -29,7 +29,7 @@ class RegisterPolicy(Protocol):
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
     ) -> None:
-        """Make ``factory`` known as ``name``.
+        """Register ``factory`` under ``name``.
 
         The kind (eviction, prefetch, arbitration) follows from the base class of ``factory``.
         Options from the configuration are validated by ``config_model`` and passed as keywords.
@@ -42,7 +42,7 @@ def fluxmoe_register_policies(register: RegisterPolicy) -> None:
 
 
 class RegisterCodec(Protocol):
-    """The function that ``fluxmoe_register_codecs`` is given."""
+    """The function passed to ``fluxmoe_register_codecs``."""
 
     def __call__(
         self,
@@ -50,7 +50,7 @@ class RegisterCodec(Protocol):
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
     ) -> None:
-        """Make ``factory``, which makes a ``fluxmoe.Codec``, known as ``name``.
+        """Register ``factory``, which makes a ``fluxmoe.Codec``, under ``name``.
 
         Options from the configuration are validated by ``config_model`` and passed as keywords.
         """

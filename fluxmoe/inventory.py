@@ -1,6 +1,6 @@
-"""Experts that a checkpoint must have: engines would not miss them.
+"""Experts that a checkpoint must have; engines do not notice missing ones.
 
-They load what is there into memory that was never set, and compute with what it happens to hold.
+They load the existing weights into uninitialised memory and compute with whatever the rest holds.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 
 from fluxmoe.errors import CheckpointError
 
-#: The shapes of tensors by name.
+#: Shapes of tensors by name.
 Shapes = dict[str, tuple[int, ...]]
 
-#: Keys of ``config.json`` that say how many experts a layer has, by family.
+#: Keys of ``config.json`` for the number of experts per layer, by model family.
 EXPERTS = (
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "num_moe_experts",
 )
 
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.*)")
-#: ``mlp.experts.7.up_proj.weight``, quantised or not. Scales and biases are another matter.
+#: ``mlp.experts.7.up_proj.weight``, quantised or not. Scales and biases are excluded elsewhere.
 _ONE = re.compile(
     r"(?P<path>.*\bexperts)\.(?P<expert>\d+)\.(?P<part>.+)(?P<end>\.(?:q?weight|weight_packed))"
 )
@@ -41,22 +41,22 @@ class _Place(NamedTuple):
 
     stack: str
     path: str
-    #: Behind the last layer, where layers of speculative decoding lie.
+    #: True for layers after the last one, which belong to speculative decoding.
     beyond: bool
 
 
 @dataclass(slots=True)
 class _Layer:
-    """What a layer has of its experts."""
+    """The experts found in one layer."""
 
-    #: Part → experts that have a tensor of their own for it.
+    #: Part → experts that have a separate tensor for it.
     each: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    #: Part → experts in its tensor for all of them.
+    #: Part → number of experts in the fused tensor.
     fused: dict[str, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """One more than the largest number."""
+        """The largest expert index plus one."""
         return max(*(max(held) + 1 for held in self.each.values()), *self.fused.values(), 0, 0)
 
 
@@ -67,7 +67,7 @@ class _Found:
     layers: dict[_Place, dict[int, _Layer]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(_Layer))
     )
-    #: How a part's name ends.
+    #: (Place, part) → suffix of the tensor's name.
     ends: dict[tuple[_Place, str], str] = field(default_factory=dict)
     rest: dict[str, dict[int, set[str]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(set))
@@ -75,20 +75,20 @@ class _Found:
 
 
 def require_experts(tensors: Shapes, config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a checkpoint without all experts that its layers must have.
+    """Refuse a checkpoint that lacks experts its layers must have.
 
-    How many they are, ``config.json`` says; where it does not, the largest number does. Which
-    layers have experts, the tensors say: one that has none must have something else in their place,
-    which those with experts do not have. What one expert has, all of them must have.
+    The number of experts comes from ``config.json``, else from the largest index found. The tensors
+    show which layers have experts: a layer without any must have other tensors in their place that
+    layers with experts do not have. Every expert must have the same parts.
 
-    Layers in other stacks, or beyond ``num_hidden_layers``, are compared with each other only.
+    Layers in other stacks, or beyond ``num_hidden_layers``, are compared only with each other.
 
     Raises:
         CheckpointError: Names the layer and the expert.
     """
     depth = config.get("num_hidden_layers")
     found = _sorted(tensors, depth if isinstance(depth, int) else 1 << 30)
-    # A draft model's layers, or a vision tower's, are fewer than those of the language model.
+    # A draft model or a vision tower has fewer layers than the language model.
     stack = max(found.layers, key=lambda place: len(found.layers[place]), default=_NOWHERE).stack
     for problem in _problems(found, stack, tensors, config):
         raise CheckpointError(problem, where=where, fix="download or copy it again")
@@ -121,7 +121,7 @@ def _sorted(tensors: Shapes, depth: int) -> _Found:
 def _problems(
     found: _Found, main: str, tensors: Shapes, config: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What is missing, layer by layer; the first is enough."""
+    """Describe what is missing, layer by layer; the caller needs only the first."""
     if not found.layers:
         yield from _nothing(tensors, config)
     for place, layers in sorted(found.layers.items()):
@@ -150,21 +150,21 @@ def _problems(
 
 
 def _nothing(tensors: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
-    """Routers, but nothing that could be the experts under any name."""
+    """Report routers in a checkpoint that has no tensors which could be experts."""
     for name, shape in tensors.items():
         if "expert" in name.replace("shared_expert", "") or (len(shape) > 2 and "conv" not in name):
             return
     for name, shape in sorted(tensors.items()):
         at = _LAYER.match(name) if _ROUTER.fullmatch(name) and len(shape) == 2 else None
         if at and shape[0] == _count(config, int(at["layer"])):
-            yield f"the experts of {at['stack']}.{at['layer']} are missing, all of them"
+            yield f"all experts of {at['stack']}.{at['layer']} are missing"
 
 
 def _count(config: Mapping[str, Any], layer: int) -> int:
-    """How many experts a layer has, as ``config.json`` says; 0 if it does not."""
+    """Number of experts of a layer according to ``config.json``; 0 if it is not given."""
     for key in EXPERTS:
         value = config.get(key)
-        if isinstance(value, list):  # a number per layer; or per modality, which says nothing here
+        if isinstance(value, list):  # one number per layer; or per modality, which is of no use
             value = value[layer] if len(value) == config.get("num_hidden_layers") else None
         if isinstance(value, int) and value:
             return value

@@ -1,6 +1,6 @@
-"""Sizes in bytes as people write them: ``parse``, for whatever takes a size.
+"""Sizes in bytes as users write them.
 
-YAML, command line, Python and HTTP all come here, so that what one of them refuses no other takes.
+YAML, command line, Python and HTTP all use ``parse``, so all accept and refuse the same text.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from fractions import Fraction
 
 from fluxmoe.core.words import line
 
-#: A size as text, to its end; also for editors, as a JSON schema has no flags.
+#: A size as text, anchored at both ends; without flags, as the JSON schema uses it too.
 PATTERN = (
     r"^\s*([0-9]*\.?[0-9]+)\s*"
     r"(([kKmMgGtTpPeE])([iI]?)([bB]([iI][tT])?)?|[bB]([iI][tT])?)?\s*$"
 )
 VALID = "bytes, or a number with a unit such as 24GiB, 512MiB, 24Gi"
-#: No machine has as much, and 64 bits hold what is less.
+#: Larger than any machine's memory, and fits in 64 bits.
 LARGEST = 2**63 - 1
 
 _SIZE = re.compile(PATTERN)
@@ -27,11 +27,11 @@ _LONGEST = 64
 def parse(value: object) -> int:
     """A size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
 
-    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in capitals or not. What a unit
-    leaves of a byte is dropped.
+    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in either case. With a unit, a
+    remaining fraction of a byte is dropped.
 
     Raises:
-        ValueError: Says in one line what was found, and what is valid.
+        ValueError: One line that says what was found and what is valid.
     """
     size = _text(value) if isinstance(value, str) else _number(value)
     if size is None or size < 0:
@@ -42,7 +42,7 @@ def parse(value: object) -> int:
 
 
 def _number(value: object) -> int | None:
-    if isinstance(value, float) and value.is_integer():  # 1e9, of JSON
+    if isinstance(value, float) and value.is_integer():  # 1e9 in JSON
         return int(value)
     try:
         return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]

@@ -182,7 +182,7 @@ def test_experts_that_config_json_promises(
         "all experts of a layer": ([rf"{layer}\."], f"{head} is missing: the layer has none"),
         "and its router": ([rf"layers\.2\.{path.split('.')[0]}\."], f"{head} is missing"),
         "a whole layer": ([r"model\.layers\.2\."], f"{head} is missing"),
-        "all experts": ([rf"{path}\."], "the experts of model.layers."),
+        "all experts": ([rf"{path}\."], "all experts of model.layers."),
     }
     for index, (what, (patterns, said)) in enumerate(cases.items()):
         error = refused(changed(whole, tmp_path / str(index), without(*patterns)))
@@ -332,7 +332,7 @@ def test_what_must_not_be_refused(
         (MOE | layer(4, *experts()[:-1]), {}, "layers.4.mlp.experts.3.w2.weight is missing"),
         (MOE | layer(0, *experts()[:-1], stack="mtp"), {}, "mtp.0.mlp.experts.3.w2.weight is"),
         (LATER | layer(0, *experts(3, end="qweight")), {}, "layers.0.mlp.experts.3.w1."),
-        ({n: (4, 8) for i in range(4) for n in layer(i, "mlp.gate.weight")}, {}, "all of them"),
+        ({n: (4, 8) for i in range(4) for n in layer(i, "mlp.gate.weight")}, {}, "all experts of"),
     ],
     ids=count(),
 )
@@ -350,7 +350,12 @@ def test_other_formats_are_left_to_the_engine(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("{nonsense", "no JSON"), ("[]", "no map"), ("{}", "no model_type"), (None, "no config.json")],
+    [
+        ("{nonsense", "not valid JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "no model_type"),
+        (None, "no config.json"),
+    ],
 )
 def test_configurations(model: Path, text: str | None, what: str) -> None:
     path = model / "config.json"

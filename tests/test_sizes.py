@@ -123,7 +123,7 @@ def test_nothing(zero):
 def test_what_is_left_out(door):
     take = DOORS[door]
     if door == "load and page":
-        assert "auto is not possible" in said_by(take, "auto")
+        assert "auto is not supported" in said_by(take, "auto")
     elif door != "the budget":
         assert take("auto") is None and take(None) is None
     else:

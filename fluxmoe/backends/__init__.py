@@ -1,1 +1,1 @@
-"""Backends put the pager under an inference engine."""
+"""Integrations of the pager with inference engines: ``torch`` and ``vllm``. May import the core."""

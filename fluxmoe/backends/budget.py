@@ -1,4 +1,4 @@
-"""A budget as the user wrote it: what ``auto`` is on this machine, and how it is split at first."""
+"""The user's budget in bytes and frames: ``auto`` resolved on this machine, the first split."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.types import Budget, Geometry, PageClass
 from fluxmoe.errors import ConfigError
 
-#: ``memory.budget: auto`` is this part of the memory that is free beside the model's weights.
+#: Fraction of the free memory after the model's weights that ``memory.budget: auto`` takes.
 SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class KVNeed:
-    """What the engine's KV cache needs, in bytes.
+    """Memory needed by the engine's KV cache, in bytes.
 
     Attributes:
-        min: It cannot serve with less, for the ``reason`` that is shown where that does not fit.
-        max: All that can ever run at once.
-        block: One KV block, all layers; 0 if unknown. Frames are chosen to suit it.
+        min: Least with which the engine can serve.
+        max: Enough for all requests that can ever run at once.
+        reason: Explanation of ``min``, shown in errors.
+        block: One KV block of all layers, 0 if unknown. Frames are sized to suit it.
     """
 
     min: int
@@ -34,7 +35,7 @@ class KVNeed:
 
 
 def require_free(budget: int, *, held: int = 0) -> None:
-    """Refuse a budget, in bytes, beyond the memory that is free, or that it holds already.
+    """Refuse a budget in bytes that exceeds the free memory plus the bytes already held.
 
     Raises:
         ConfigError: Names both.
@@ -42,37 +43,37 @@ def require_free(budget: int, *, held: int = 0) -> None:
     available = psutil.virtual_memory().available + held
     if budget > available:
         raise ConfigError(
-            f"a budget of {budget} bytes is more than the {available} bytes that are free",
+            f"a budget of {budget} bytes exceeds the {available} bytes of free memory",
             where="memory.budget",
             fix="lower it",
         )
 
 
 def resolved(config: Config, *, model: str | None, workers: int) -> Config:
-    """The configuration with a budget in bytes, whole MiB, where it was ``auto``.
+    """The configuration with an ``auto`` budget replaced by bytes, in whole MiB.
 
-    Workers share the machine. Weights that are not loaded yet are counted as used, all of them:
-    vLLM loads them before the stores take the experts over.
+    Workers share the machine. All weights not loaded yet are counted as used, because
+    vLLM loads them before the stores take over the experts.
 
     Args:
-        config: As the user wrote it.
+        config: The user's configuration.
         model: The model's folder.
-        workers: How many there are on this machine.
+        workers: Number of workers on this machine.
 
     Raises:
-        ConfigError: The size of the model's weights is not known, or nothing is left beside them.
+        ConfigError: The size of the model's weights is unknown, or they leave no memory.
     """
     if config.memory.budget is not None:
         return config
     if model is None:
         raise ConfigError(
-            "auto needs to know the model", where="memory.budget", fix="add model: FOLDER"
+            "auto needs the model's path", where="memory.budget", fix="add model: FOLDER"
         )
     weights, free = weight_bytes(model), psutil.virtual_memory().available
     budget = int((free - weights) * SHARE / workers) >> 20 << 20
     if budget <= 0:
         raise ConfigError(
-            f"{free} bytes are free, the weights of {model} need {weights}: nothing is left",
+            f"the weights of {model} need {weights} bytes and leave none of the {free} bytes free",
             where="memory.budget",
             fix="free some memory, or choose a smaller model",
         )
@@ -88,11 +89,11 @@ def split(
     frame_bytes: int,
     kv: KVNeed,
 ) -> tuple[Budget, Budget]:
-    """The first split of ``frames`` frames: experts and KV cache.
+    """The initial split of ``frames`` frames between experts and KV cache.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
-        ConfigError: The configuration asks for less than a minimum, or for more than there is.
+        ConfigError: A configured size is below a minimum or beyond the budget.
     """
     experts, pages = geometry.experts_per_layer, geometry.num_pages
     least = frames_for(page_class, experts, frame_bytes)
@@ -120,7 +121,7 @@ def split(
 
 
 def widened(memory: Memory, frames: int, experts: Budget, kv: Budget) -> tuple[Budget, Budget]:
-    """Let each tenant have all that the other can do without, but for what the user forbids."""
+    """Raise each tenant's maximum to what the other's minimum leaves, within the user's limits."""
     cap = frames if memory.kv.max is None else kv.max
     return (
         replace(experts, max=min(experts.max, frames - kv.min)),
@@ -129,7 +130,7 @@ def widened(memory: Memory, frames: int, experts: Budget, kv: Budget) -> tuple[B
 
 
 def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizing.Wish:
-    """The need of a tenant, tightened by what the configuration says."""
+    """The need of a tenant, narrowed by the configuration."""
     least = need.min if share.min is None else -(-int(share.min) // frame_bytes)
     if least < need.min:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""``fluxmoe::acquire``: the one operator through which compiled and eager models call the pager.
+"""``fluxmoe::acquire``: the operator through which compiled and eager models call the pager.
 
-``fluxmoe::note`` stands before it while a trace is recorded that holds more than expert ids.
+``fluxmoe::note`` precedes it while a trace is recorded that holds more than expert ids.
 
 The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
 the kernel that follows depends on it and cannot be moved before it. It is declared functional.
@@ -16,26 +16,26 @@ from torch.library import Library, register_fake
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.trace.recorder import Recorder
 
-# A traced operator can only carry numbers, so pagers and recorders are known to it by number.
+# A traced operator can only carry numbers, so it refers to pagers and recorders by number.
 _pagers: dict[int, ExpertPager] = {}
 _recorders: dict[int, Recorder] = {}
 
 
 def attach(pager: ExpertPager) -> int:
-    """Make a pager reachable from the operator; returns its handle, the lowest free number."""
+    """Make a pager reachable from the operator; return its handle, the lowest free number."""
     handle = next(i for i in range(len(_pagers) + 1) if i not in _pagers)
     _pagers[handle] = pager
     return handle
 
 
 def detach(handle: int) -> None:
-    """Forget a pager, and who records it. Idempotent."""
+    """Remove a pager and its recorder. Idempotent."""
     _pagers.pop(handle, None)
     _recorders.pop(handle, None)
 
 
 def record(handle: int, recorder: Recorder | None) -> None:
-    """From now on the events of a pager are shown to a recorder; None ends that."""
+    """Pass the events of a pager to a recorder from now on; None stops it."""
     if recorder is None:
         _recorders.pop(handle, None)
         _pagers[handle].watcher = None
@@ -94,14 +94,14 @@ def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
         layer: The MoE layer, from 0.
 
     Returns:
-        int32 of the same shape: the slot of each.
+        int32 of the same shape: the slot of each expert.
     """
     if torch.compiler.is_compiling():
         return torch.ops.fluxmoe.acquire(topk_ids, handle, layer)
-    return _acquire(topk_ids, handle, layer)  # an operator costs more than what it does here
+    return _acquire(topk_ids, handle, layer)  # dispatching the operator costs more than the call
 
 
-# Returns the ids anew, for `acquire`: whatever has no result that is used is compiled away.
+# Returns a copy of the ids for `acquire`: an operator whose result is unused is compiled away.
 _library.define("note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle) -> Tensor")
 _library.impl("note", _note, "CPU")
 register_fake("fluxmoe::note", _fake_note, lib=_library)

@@ -1,4 +1,4 @@
-"""The store that a configuration asks for."""
+"""Creation of the configured store."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fluxmoe.stores.tiers import Tier, TieredStore
 
 
 def coders(config: Config, registry: Registry) -> list[Coder]:
-    """Per store, how it keeps pages.
+    """One coder per configured store.
 
     Raises:
-        UnknownCodecError, ConfigError, PluginLoadError, MissingDependencyError: A codec cannot be
-            had.
+        UnknownCodecError, ConfigError, PluginLoadError, MissingDependencyError: A codec could not
+            be loaded.
     """
     return [
         Coder(
@@ -33,11 +33,11 @@ def coders(config: Config, registry: Registry) -> list[Coder]:
 def make_store(
     config: Config, geometry: Geometry, page_class: PageClass, registry: Registry
 ) -> HostStore | TieredStore:
-    """An empty store, which adopts layer by layer. Raises what ``coders`` does."""
+    """Create an empty store, which adopts layer by layer. Raises the errors of ``coders``."""
     made = coders(config, registry)
     first = config.stores[0]
     if first.kind == "host" and first.limit is None and first.codec["kind"] == "none":
-        return HostStore(geometry, page_class)  # without a copy; nothing is left for the others
+        return HostStore(geometry, page_class)  # without a copy; takes all pages
     tiers: list[Tier] = []
     for store, coder in zip(config.stores, made, strict=True):
         limit = None if store.limit is None else int(store.limit)

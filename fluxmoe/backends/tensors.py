@@ -1,4 +1,4 @@
-"""Weights as bytes, arenas as weights: the two views between torch and the core, no copies."""
+"""Views between torch and the core, without copies: weights as bytes, arenas as weights."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from fluxmoe.errors import UnsupportedError
 
 
 def as_rows(weight: torch.Tensor) -> Bytes:
-    """``[experts, …]`` as uint8 ``[experts, bytes]``.
+    """View ``[experts, …]`` as uint8 ``[experts, bytes]``.
 
     Raises:
-        UnsupportedError: An expert's weights are not one block of memory.
+        UnsupportedError: An expert's weights are not contiguous.
     """
     if not weight.is_contiguous():
-        raise UnsupportedError(
-            f"expert weights of strides {weight.stride()} are not one block each"
-        )
+        raise UnsupportedError(f"expert weights with strides {weight.stride()} are not contiguous")
     rows: Bytes = weight.detach().view(len(weight), -1).view(torch.uint8).numpy()
     return rows
 
 
 def as_weight(rows: Bytes, like: torch.Tensor) -> torch.Tensor:
-    """An arena's uint8 rows as weights ``[slots, …]`` of the shape and dtype of ``like``'s."""
+    """View an arena's uint8 rows as weights ``[slots, …]`` with the shape and dtype of ``like``."""
     return torch.from_numpy(rows).view(like.dtype).view(len(rows), *like.shape[1:])

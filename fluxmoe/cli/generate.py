@@ -1,4 +1,4 @@
-"""``fluxmoe generate``: one prompt through a paged model, with what paging cost."""
+"""``fluxmoe generate``: one prompt through a paged model, with the cost of paging."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxmoe.errors import ConfigError
 
 
 class Backend(StrEnum):
-    """What runs the model."""
+    """The engine that runs the model."""
 
     TORCH = "torch"
     VLLM = "vllm"
@@ -22,7 +22,7 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What both backends are asked to do; ``settings`` are a valid configuration."""
+    """A request to either backend; ``settings`` are a valid configuration."""
 
     model: str
     prompt: list[int]
@@ -32,7 +32,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What they answer; ``stats`` are those of ``Runtime.stats``."""
+    """A backend's answer; ``stats`` are those of ``Runtime.stats``."""
 
     tokens: list[int]
     seconds: float
@@ -40,29 +40,29 @@ class _Answer:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face checkpoint: folder or name.")],
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: folder or name.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_ids: Annotated[
         str | None,
         typer.Option(
-            metavar="1,2,3", help="Token numbers instead of a text, for models without tokenizer."
+            metavar="1,2,3", help="Token ids instead of text, for models without a tokenizer."
         ),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.TORCH,
+    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
     memory: Annotated[
         str,
-        typer.Option(help="Room for expert pages, such as 2GiB; with vllm, KV cache included."),
+        typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache."),
     ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="A .py file or module; repeatable."),
+        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Continue one prompt, always with the likeliest token, and print text and statistics."""
+    """Continue one prompt with greedy decoding, and print text and statistics."""
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
@@ -75,7 +75,7 @@ def generate(
         "prefetch": prefetch,
         "plugins": plugin or [],
     }
-    # For their errors: now, not after the model has been loaded.
+    # Raises their errors before the model is loaded.
     parsed = config.parse(settings, where="fluxmoe generate")
     plugins.load(parsed.plugins).serving(parsed)
     checkpoint.require_readable(model)
@@ -85,9 +85,9 @@ def generate(
     ids = given if given is not None else models.encode(tokenizer, prompt or "")
     if not ids or not all(0 <= token < vocabulary for token in ids):
         raise ConfigError(
-            f"the prompt has the tokens {ids}",
+            f"invalid prompt tokens: {ids}",
             where="--prompt" if given is None else "--prompt-ids",
-            fix=f"give at least one, each within 0…{vocabulary - 1}",
+            fix=f"give at least one token, each within 0…{vocabulary - 1}",
         )
     task = _Task(model, ids, max_new_tokens, settings)
     answer = _torch(task) if backend is Backend.TORCH else _vllm(task)

@@ -1,4 +1,4 @@
-"""``fluxmoe limit``: limits of a running server's split, set by hand."""
+"""``fluxmoe limit``: set limits on the memory split of a running server."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from fluxmoe.cli import output
 def limit(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
     budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Use no more for experts and KV cache.")
+        str | None, typer.Option(metavar="SIZE", help="Maximum for experts and KV cache together.")
     ] = None,
     experts_min: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Experts never get less.")
+        str | None, typer.Option(metavar="SIZE", help="Minimum for experts.")
     ] = None,
     experts_max: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Experts never get more.")
+        str | None, typer.Option(metavar="SIZE", help="Maximum for experts.")
     ] = None,
     kv_min: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="The KV cache never gets less.")
+        str | None, typer.Option(metavar="SIZE", help="Minimum for the KV cache.")
     ] = None,
     kv_max: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="The KV cache never gets more.")
+        str | None, typer.Option(metavar="SIZE", help="Maximum for the KV cache.")
     ] = None,
-    reset: Annotated[bool, typer.Option("--reset", help="Take all limits back.")] = False,
+    reset: Annotated[bool, typer.Option("--reset", help="Remove all limits.")] = False,
     api_key: Annotated[
-        str | None, typer.Option(help="The server's API key; by default $VLLM_API_KEY.")
+        str | None, typer.Option(help="API key of the server; default: $VLLM_API_KEY.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Set limits of a running server's split; those not given are taken back.
+    """Set limits on a running server's memory split; limits not given are removed.
 
-    Without any, show which are set. The server must have control: true.
+    Without options, show the current limits. The server must run with control: true.
     """
     from fluxmoe import config
     from fluxmoe.errors import ConfigError, EngineError
@@ -50,11 +50,11 @@ def limit(
     wanted = {key: _given(value) for key, value in wanted.items() if _given(value)}
     if wanted and reset:
         raise ConfigError(
-            "limits and their end at once", where="--reset", fix="give one or the other"
+            "--reset cannot be combined with limits", where="--reset", fix="give one or the other"
         )
     body = None
     if wanted or reset:
-        # Checked here, too: whoever mistypes a size need not have a server.
+        # Also checked here, so that a mistyped size is reported without a server.
         body = config.parse_limits({} if reset else wanted, where="limits").model_dump(mode="json")
     base = server.address(url)
     key = api_key or os.environ.get("VLLM_API_KEY")
@@ -69,7 +69,7 @@ def limit(
             _print(told)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(
-            "the answer is not FluxMoE's", where=base, fix="name the address of a vLLM server"
+            "the answer is not FluxMoE's", where=base, fix="give the address of a vLLM server"
         ) from error
 
 
@@ -100,13 +100,13 @@ def _refused(status: int, answer: bytes, base: str) -> Exception:
 
     where = f"{base}/v1/fluxmoe/limits"
     if status == 401:
-        return ConfigError("the server wants its API key", where=where, fix="give --api-key")
+        return ConfigError("the server requires an API key", where=where, fix="give --api-key")
     if status in (404, 405):
         return EngineError(
-            "the server has no such door", where=where, fix="start it with control: true"
+            "the server does not accept limits", where=where, fix="start it with control: true"
         )
     try:
         said = str(json.loads(answer)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        said = f"it answers with status {status}"
+        said = f"the server answered with status {status}"
     return ConfigError(said, where=where) if status == 400 else EngineError(said, where=where)

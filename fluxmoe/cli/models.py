@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face models as commands need them: the model, its tokenizer, prompts."""
+"""Loading Hugging Face models, tokenizers and prompts for commands."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """``1,2,3`` as a list. Raises ConfigError, naming the option."""
+    """Parse ``1,2,3`` into a list. Raises ConfigError, naming the option."""
     try:
         return [int(item) for item in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            f"{text!r} is no list of numbers", where=option, fix="write 1,2,3"
+            f"not a list of numbers: {text!r}", where=option, fix="write 1,2,3"
         ) from error
 
 
 def quiet() -> None:
-    """No progress bars. Raises MissingDependencyError: transformers is not installed."""
+    """Disable progress bars. Raises MissingDependencyError: transformers is not installed."""
     try:
         import transformers
     except ImportError as error:
@@ -52,12 +52,12 @@ def config(model: str) -> PretrainedConfig:
 
 
 def stop_tokens(model: str) -> tuple[int, ...]:
-    """The tokens at which transformers stops generating."""
+    """The token ids at which transformers stops generating."""
     from transformers import GenerationConfig
 
     try:
         tokens = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # no generation_config.json: transformers takes what the model's has
+    except OSError:  # no generation_config.json: transformers uses the model's config
         tokens = GenerationConfig.from_model_config(config(model)).eos_token_id
     return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
 
@@ -77,7 +77,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     why = "it has no vocabulary"
     try:
         found = AutoTokenizer.from_pretrained(model)
-        # Without its files some tokenizers load all the same, and know special tokens only.
+        # Some tokenizers load even without their files, and know only special tokens.
         if found.vocab_size > len(found.all_special_ids):
             return found
     except (OSError, ValueError, KeyError) as error:
@@ -87,12 +87,12 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     raise ConfigError(
         f"cannot load a tokenizer: {why}",
         where=model,
-        fix="give the prompt as token numbers: --prompt-ids 1,2,3",
+        fix="give the prompt as token ids: --prompt-ids 1,2,3",
     )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
-    """The token numbers of a text."""
+    """The token ids of a text."""
     assert tokenizer is not None
     ids: list[int] = tokenizer(prompt)["input_ids"]
     return ids

@@ -1,4 +1,4 @@
-"""``fluxmoe plan``: what fits a budget of memory, the best split, and whether paging pays."""
+"""``fluxmoe plan``: what fits a memory budget, the best split, and whether paging pays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fluxmoe.plan.advice import Plan, Point
     from fluxmoe.plan.model import Model
 
-#: Tokens of a request, where nothing is said and the model allows as many.
+#: Default tokens per request, if the model allows that many.
 _CONTEXT = 4096
 #: Rows of the table.
 _ROWS = 9
@@ -22,31 +22,31 @@ _ROWS = 9
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hugging Face name; its weights are not read.")
+        str, typer.Argument(help="Model folder or Hugging Face name; weights are not read.")
     ],
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Budget of experts and KV cache, such as 24GiB.")
+        str, typer.Option(metavar="SIZE", help="Budget for experts and KV cache, such as 24GiB.")
     ],
     hardware: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A hardware profile.")
+        str, typer.Option(metavar="NAME|FILE", help="Hardware profile.")
     ] = "h100-pcie5",
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of a request, answer included; by default 4096.", metavar="TOKENS"
+            min=1, help="Tokens per request, answer included; default: 4096.", metavar="TOKENS"
         ),
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests that want to run at once.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 64,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A recorded trace of this model, for its miss ratios."),
+        typer.Option(metavar="FILE", help="Recorded trace of this model, for its miss ratios."),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what fits, which split is best, and whether paging pays, before anything is loaded."""
+    """Show what fits, which split is best, and whether paging pays, without loading the model."""
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
     from fluxmoe.plan import model as models
@@ -60,8 +60,8 @@ def plan(
     work = cost.Workload(_tokens(context, shape), requests)
     curve = cost.even_curve(shape.pages)
     assumption = (
-        "every expert is as likely as any other, so that a room for x % of them hits x %; "
-        "--trace tells better"
+        "all experts are equally likely, so that memory for x % of them gives a hit rate of x %; "
+        "--trace is more accurate"
     )
     if trace is not None:
         curve = cost.traced_curve(Events.load(trace), shape)
@@ -82,7 +82,7 @@ def _tokens(context: int | None, model: Model) -> int:
         return min(_CONTEXT, model.longest or _CONTEXT)
     if model.longest and context > model.longest:
         raise ConfigError(
-            f"{context} tokens are more than the {model.longest} that the model can do",
+            f"{context} tokens are more than the model's maximum of {model.longest}",
             where="--context",
             fix="lower it",
         )
@@ -122,7 +122,7 @@ def _print(plan: Plan) -> None:
 
 
 def _rows(plan: Plan) -> list[tuple[str, Point]]:
-    """A few splits of the curve, and those that have names."""
+    """Some splits from the curve, and the named ones."""
     every = max(1, (len(plan.curve) - 1) // (_ROWS - 1))
     rows = {point.resident_pages: ("", point) for point in plan.curve[::every]}
     rows[plan.automatic.resident_pages] = ("at start", plan.automatic)

@@ -1,4 +1,4 @@
-"""``fluxmoe policies``: which policies are known, who brought them, and what is broken."""
+"""``fluxmoe policies``: list known policies with their plugins, and broken plugins."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Faults = Mapping[tuple[str, str], int]
 def policies(
     plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="A .py file or module; repeatable."),
+        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
     ] = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Ask a running server which policies have failed."),
+        typer.Option(metavar="URL", help="Also show policy faults of a running server."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List all policies: built in, installed, and from --plugin; and plugins that are broken."""
+    """List all policies: built in, installed, and from --plugin; also broken plugins."""
     from fluxmoe import plugins
     from fluxmoe.observe.snapshot import policy_faults
 
@@ -69,7 +69,7 @@ def _row(policy: Registration, plugin: Plugin, faults: Faults | None) -> dict[st
 
 
 def _without_policy(plugin: Plugin) -> dict[str, Any]:
-    """A plugin that has registered nothing, and why."""
+    """The row of a plugin that registered nothing, with the reason."""
     return {
         "kind": None,
         "name": None,

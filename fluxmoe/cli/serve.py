@@ -1,4 +1,4 @@
-"""``fluxmoe serve``: vLLM's OpenAI server with a configuration."""
+"""``fluxmoe serve``: start vLLM's OpenAI server from a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def serve(
     from fluxmoe.backends.vllm.server import launch
 
     loaded = configuration.load(config)
-    # Errors of plugins belong here, not into a worker.
+    # Raises errors of plugins here instead of in a worker.
     _, _, arbitration = plugins.load(loaded.plugins).serving(loaded)
     if print_command:
         print(launch.shell_line(loaded))

@@ -1,4 +1,4 @@
-"""``fluxmoe simulate``: what policies would do at which capacity, without a model."""
+"""``fluxmoe simulate``: replay a trace with policies and capacities, without a model."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="A trace file.")],
+    trace: Annotated[Path, typer.Argument(help="Trace file.")],
     policy: Annotated[
         str,
-        typer.Option(help="Eviction policies, separated by commas; options as name:option=value."),
+        typer.Option(help="Eviction policies, comma-separated; options as name:option=value."),
     ],
     capacity: Annotated[
         str,
-        typer.Option(help="Capacities, separated by commas: pages (96), a share (25%) or 2GiB."),
+        typer.Option(help="Capacities, comma-separated: pages (96), a share (25%) or 2GiB."),
     ],
     prefetch: Annotated[
-        str, typer.Option(help="Prefetch policies, separated by commas like eviction policies.")
+        str, typer.Option(help="Prefetch policies, in the same form as eviction policies.")
     ] = "none",
-    banks: Annotated[int, typer.Option(help="Banks that the layers are spread over.")] = 1,
+    banks: Annotated[int, typer.Option(help="Number of banks for the layers.")] = 1,
     plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="A .py file or module; repeatable."),
+        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
     ] = None,
     strict_policies: Annotated[
         bool, typer.Option("--strict-policies", help="Stop at the first fault of a policy.")
     ] = False,
     hardware: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="A hardware profile: steps are timed, too."),
+        typer.Option(metavar="NAME|FILE", help="Hardware profile; adds step times."),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes; by default one per core where the work is large."),
+        typer.Option(min=1, help="Number of processes; default: one per core for large work."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page of curves and a table.")
+        Path | None, typer.Option(metavar="FILE.html", help="Write a report: curves and a table.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Replay a trace with each policy at each capacity with each prefetcher."""
+    """Replay a trace with every combination of policy, capacity and prefetcher."""
     from fluxmoe import plugins
     from fluxmoe.sim import hardware as profiles
     from fluxmoe.sim import report as page
@@ -92,7 +92,7 @@ def simulate(
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, gone when all is done; nothing where that is no terminal."""
+    """A temporary progress bar on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -108,12 +108,12 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 def _items(text: str, option: str) -> list[str]:
     items = [item.strip() for item in text.split(",") if item.strip()]
     if not items:
-        raise ConfigError("nothing is given", where=option)
+        raise ConfigError("no values given", where=option)
     return items
 
 
 def spec(text: str) -> PolicySpec:
-    """``name`` or ``name:option=value:…`` as the registry takes it."""
+    """Parse ``name`` or ``name:option=value:…`` into the form the registry takes."""
     name, *settings = text.split(":")
     if not settings:
         return name
@@ -121,7 +121,7 @@ def spec(text: str) -> PolicySpec:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(f"{setting!r} is no option", where=text, fix="write option=value")
+            raise ConfigError(f"not an option: {setting!r}", where=text, fix="write option=value")
         options[key] = value
     return options
 
@@ -136,7 +136,7 @@ def _print_table(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
         "policy",
         "prefetch",
         title=f"{trace.name}: {meta.num_layers} layers x {meta.experts_per_layer} experts = "
-        f"{pages} pages, {len(events)} events, the largest of {events.largest} experts",
+        f"{pages} pages, {len(events)} events of at most {events.largest} experts",
         title_justify="left",
     )
     counts = ["hit rate", "misses", "prefetch hits", "evicted", "released"]
@@ -158,7 +158,7 @@ def _print_table(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
     console = output.console()
     console.print(table)
     for name in sorted({outcome.result.policy for outcome in outcomes if outcome.oracle}):
-        console.print(f"{name} is an oracle: it knows the trace's future, no engine can run it")
+        console.print(f"{name} is an oracle: it knows the trace's future; no engine can run it")
     for result in results:
         if result.policy_faults:
             console.print(

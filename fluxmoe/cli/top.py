@@ -1,4 +1,4 @@
-"""``fluxmoe top``: who holds the memory of a running server, and why it moved."""
+"""``fluxmoe top``: live view of a server's memory split, hit rates and moves."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ _DIRECTIONS = {"to_kv": "memory moves to the KV cache", "to_experts": "memory mo
 
 def top(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
-    interval: Annotated[
-        float, typer.Option(min=0.1, help="Seconds from one frame to the next.")
-    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between frames.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON.")] = False,
 ) -> None:
-    """Show who holds the memory of a running server, hit rates, moves, and why memory moved."""
+    """Show a running server's memory split, hit rates, moves, and the reasons for the moves."""
     from fluxmoe.observe import snapshot
 
     first = snapshot.fetch(url)
@@ -40,7 +38,7 @@ def top(
 
 
 def _watch(url: str, first: Snapshot, interval: float) -> None:
-    """Frames until Ctrl-C. A server that does not answer for a while is waited for."""
+    """Show frames until Ctrl-C; if the server does not answer, wait for it."""
     from rich.console import Group
     from rich.live import Live
 
@@ -66,7 +64,7 @@ def _watch(url: str, first: Snapshot, interval: float) -> None:
 
 
 def frame(now: Snapshot, rates: Rates) -> Group:
-    """One picture of a server: rates are those since the frame before, or since its start."""
+    """Render one frame; rates are since the previous frame, or since the server's start."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -108,7 +106,7 @@ def frame(now: Snapshot, rates: Rates) -> Group:
           if now.faults else []),
         "",
         "[bold]Last decisions[/]",
-        *[f"• {escape(line)}" for line in lines or ["none: the split is as it was at the start"]],
+        *[f"• {escape(line)}" for line in lines or ["none: the split is still the initial one"]],
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Two real engines, one budget: the same requests through both, alternating, medians reported.
+"""Comparison of two real engines at one budget: same requests, alternating, medians reported.
 
-The budget counts what the kernels read: expert weights (or the arenas that hold some of them) and
+The budget covers what the kernels read: expert weights (or the arenas that hold some of them) and
 the KV cache. Stock vLLM keeps all experts in it and its cache gets the rest. FluxMoE splits it.
 """
 
@@ -25,13 +25,13 @@ PROMPTS = ASSETS / "prompts.txt"
 class Workload:
     """Requests that continue short texts, sampled, with outputs of fixed length.
 
-    Every request has a seed of its own. Sampling, because greedy decoding of a small model falls
-    into loops, whose routing repeats as well.
+    Every request has its own seed. Greedy decoding of a small model falls into loops, whose routing
+    repeats as well; hence sampling.
 
     Attributes:
-        requests: How many, all waiting from the start.
-        output_tokens: Tokens generated per request.
-        temperature: Of the sampling; 0 decodes greedily.
+        requests: Number of requests, all queued at the start.
+        output_tokens: Number of tokens generated per request.
+        temperature: Sampling temperature; 0 decodes greedily.
     """
 
     requests: int
@@ -89,9 +89,9 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The outcome: ``speedup`` is the ratio of the medians of tokens per second.
+    """The result: ``speedup`` is the ratio of the medians of tokens per second.
 
-    ``texts`` has each request's prompt and what FluxMoE's last run made of it.
+    ``texts`` has each request's prompt and its output in FluxMoE's last run.
     """
 
     texts: tuple[tuple[str, str], ...]
@@ -107,13 +107,13 @@ class Comparison:
 
     @property
     def tokens_identical(self) -> bool:
-        """Whether every run of both engines gave the same tokens for every request."""
+        """True if every run of both engines gave the same tokens for every request."""
         first = self.stock.runs[0].tokens
         return all(run.tokens == first for run in (*self.stock.runs, *self.fluxmoe.runs))
 
     @property
     def stats(self) -> dict[str, Any]:
-        """FluxMoE's counters of its last run."""
+        """FluxMoE's counters in its last run."""
         return self.fluxmoe.runs[-1].stats
 
     def to_json(self) -> dict[str, Any]:
@@ -155,17 +155,17 @@ def compare(
     Args:
         model: Folder of the checkpoint.
         workload: The requests.
-        budget_bytes: Experts and KV cache together, for both.
-        experts_total_bytes: All experts of the model as stock holds them.
+        budget_bytes: Bytes for experts and KV cache together, for each engine.
+        experts_total_bytes: Bytes of all experts of the model as stock vLLM holds them.
         fluxmoe: FluxMoE's configuration without ``memory.budget``.
-        rounds: How often each engine runs the workload, in turns.
-        options: Passed to ``vllm.LLM`` of both.
-        cold: Begin every run with no page resident; else with those of the run before.
-        progress: Told what happens.
+        rounds: Number of runs per engine, alternating.
+        options: Options passed to both ``vllm.LLM``.
+        cold: True to begin every run with no page resident; else with those of the run before.
+        progress: Called with progress messages.
     """
     fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
     wanted = config.parse(fluxmoe, where="fluxmoe")
-    plugins.load(wanted.plugins).serving(wanted)  # for its errors, before engines start
+    plugins.load(wanted.plugins).serving(wanted)  # raises its errors before engines start
     prompts = workload.prompts(model)
     progress("starting stock vLLM")
     kv_bytes = budget_bytes - experts_total_bytes

@@ -1,4 +1,4 @@
-"""The checkpoint that is shipped, and the budget at which stock vLLM is starved."""
+"""The shipped checkpoint, and the budget at which stock vLLM is short of KV cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DemoModel:
 
     @classmethod
     def read(cls, folder: Path) -> DemoModel:
-        """The model whose ``config.json`` lies in ``folder``."""
+        """The model whose ``config.json`` is in ``folder``."""
         config = json.loads((folder / "config.json").read_text())
         return cls(
             folder,
@@ -55,11 +55,11 @@ class DemoModel:
         return self.layers * self.block_tokens * 2 * self.kv_heads * self.head_dim * 2
 
     def budget(self, sequences: int) -> int:
-        """All experts, and a KV cache for ``sequences`` requests of one block (and vLLM's null)."""
+        """Bytes for all experts and ``sequences`` requests of one KV block (plus vLLM's null)."""
         return self.experts_total_bytes + (sequences + 1) * self.kv_block_bytes
 
     def options(self, max_num_seqs: int) -> dict[str, Any]:
-        """vLLM's settings: eager, one block per request, at most ``max_num_seqs`` at once."""
+        """Settings for vLLM: eager, one block per request, at most ``max_num_seqs`` at once."""
         return {
             "enforce_eager": True,
             "max_model_len": self.block_tokens,

@@ -1,1 +1,1 @@
-"""What a running server shows of itself, read from outside."""
+"""Observation of a running server from outside, through its ``/metrics``."""

@@ -1,4 +1,4 @@
-"""One request to a running server."""
+"""HTTP requests to a running server."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _TIMEOUT = 10.0
 
 
 def address(url: str) -> str:
-    """``http://host:port`` of what a user may have written.
+    """Normalise an address to ``http://host:port``.
 
     Raises:
-        ConfigError: It is no address.
+        ConfigError: The address is not valid.
     """
     base = url if "://" in url else f"http://{url}"
     base = base.rstrip("/").removesuffix("/metrics")
     parts = urllib.parse.urlsplit(base)
     if parts.scheme not in ("http", "https") or not parts.hostname or " " in base:
         raise ConfigError(
-            f"{url!r} is no address of a server", where="URL", fix="write http://HOST:PORT"
+            f"not a valid server address: {url!r}", where="URL", fix="write http://HOST:PORT"
         )
     return base
 
@@ -32,19 +32,19 @@ def address(url: str) -> str:
 def ask(
     base: str, path: str, *, body: object | None = None, key: str | None = None
 ) -> tuple[int, bytes]:
-    """Ask a server: GET, or POST if there is a body.
+    """Send a request to a server: GET, or POST if there is a body.
 
     Args:
-        base: What ``address`` gives.
-        path: Begins with a slash.
-        body: Sent as JSON.
+        base: Address returned by ``address``.
+        path: Path that begins with a slash.
+        body: Value to send as JSON.
         key: The server's API key.
 
     Returns:
         HTTP status and answer.
 
     Raises:
-        EngineError: Nothing answers there.
+        EngineError: There is no answer.
     """
     where = base + path
     headers = {"Content-Type": "application/json"}
@@ -61,5 +61,5 @@ def ask(
         raise EngineError(
             f"no server answers: {getattr(error, 'reason', error)}",
             where=where,
-            fix="start one with `fluxmoe serve`, or name its address as http://HOST:PORT",
+            fix="start one with `fluxmoe serve`, or give its address as http://HOST:PORT",
         ) from error

@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A decision to move memory: the ``number``-th, ``to_kv`` or ``to_experts``, and why."""
+    """A decision to move memory: number, policy, ``to_kv`` or ``to_experts``, and reason."""
 
     number: int
     policy: str
@@ -26,28 +26,28 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A server's state. Counters count from its start; all its workers together.
+    """A server's state, summed over its workers. Counters count from its start.
 
     Attributes:
-        schema_version: Rises when a field changes its meaning or goes.
-        url: The server's.
-        model: As vLLM calls it.
-        budget_bytes, expert_bytes, kv_bytes: The budget and what its tenants hold.
-        slots, pages: Slots for expert pages, and pages of the model.
-        hits, misses, prefetch_hits: Of distinct experts per execution of a layer.
-        evictions: Pages given up.
-        loaded_bytes: Copied into slots.
-        stall_seconds: That layers waited for pages.
-        moves_to_kv, moves_to_experts, moves_failed: Of memory.
-        faults: Of policies, contained.
-        decisions: The last ones, the oldest first.
-        running, waiting: Requests.
-        kv_usage: Share of the KV cache's blocks that requests use.
-        preemptions: Requests that lost their KV cache.
-        tokens: Generated.
-        prefix_hits, prefix_queries: Tokens looked up in the prefix cache, and found there.
-        token_gaps, token_gap_seconds: Pauses between two tokens of a request: about the steps that
-            requests have waited for, and how long.
+        schema_version: Raised when a field changes its meaning or is removed.
+        url: Address of the server.
+        model: vLLM's name of the model.
+        budget_bytes, expert_bytes, kv_bytes: Bytes of the budget and of its tenants.
+        slots, pages: Number of slots for expert pages, and of pages of the model.
+        hits, misses, prefetch_hits: Counts of distinct experts per execution of a layer.
+        evictions: Number of evicted pages.
+        loaded_bytes: Bytes copied into slots.
+        stall_seconds: Seconds that layers waited for pages.
+        moves_to_kv, moves_to_experts, moves_failed: Number of moves of memory.
+        faults: Number of contained policy faults.
+        decisions: The last decisions, the oldest first.
+        running, waiting: Number of requests.
+        kv_usage: Fraction of the KV cache's blocks in use by requests.
+        preemptions: Number of times a request lost its KV cache.
+        tokens: Number of generated tokens.
+        prefix_hits, prefix_queries: Number of tokens found and looked up in the prefix cache.
+        token_gaps, token_gap_seconds: Number and total seconds of pauses between two tokens of a
+            request; a pause is about one step.
     """
 
     schema_version: int
@@ -87,8 +87,8 @@ def fetch(url: str) -> Snapshot:
         url: ``http://host:port``, with or without ``/metrics``.
 
     Raises:
-        ConfigError: It is no address.
-        EngineError: Nothing answers there, or not with FluxMoE's metrics.
+        ConfigError: The address is not valid.
+        EngineError: There is no answer, or it has no metrics of FluxMoE.
     """
     base = server.address(url)
     return read(_metrics(base), base)
@@ -114,7 +114,7 @@ def _metrics(base: str) -> str:
     status, body = server.ask(base, "/metrics")
     if status != 200:
         raise EngineError(
-            f"the server answers with status {status}",
+            f"the server answered with status {status}",
             where=f"{base}/metrics",
             fix="name the address of a vLLM server",
         )
@@ -145,10 +145,10 @@ def _foreign(base: str) -> EngineError:
 
 
 def read(text: str, url: str) -> Snapshot:
-    """The snapshot in what a server's ``/metrics`` says.
+    """Parse a snapshot from the text of a server's ``/metrics``.
 
     Raises:
-        EngineError: It is not in Prometheus' text format, or FluxMoE's metrics are not there.
+        EngineError: The text is not in Prometheus' format, or lacks FluxMoE's metrics.
     """
     sums: dict[str, float] = defaultdict(float)
     labelled: dict[tuple[str, str], float] = defaultdict(float)
@@ -208,14 +208,14 @@ def _told(labels: Mapping[str, str]) -> Told:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What happened between two snapshots, or since the server's start.
+    """Changes between two snapshots, or since the server's start.
 
     Attributes:
-        seconds: Between them; 0 if that is not known, and rates per second are 0, too.
-        hit_rate, prefix_rate: Shares; None if nothing was looked up.
-        token_ms: Mean pause between two tokens of a request; None if there was none.
-        tokens_per_s, loaded_per_s: Tokens and bytes.
-        stall_share: The part of the time that layers waited for pages.
+        seconds: Seconds between them; 0 if unknown, then rates per second are 0, too.
+        hit_rate, prefix_rate: Fractions from 0 to 1; None if nothing was looked up.
+        token_ms: Mean milliseconds between two tokens of a request; None if there was none.
+        tokens_per_s, loaded_per_s: Tokens and bytes per second.
+        stall_share: Fraction of the time that layers waited for pages.
     """
 
     seconds: float
@@ -230,7 +230,7 @@ class Rates:
 def rates(now: Snapshot, before: Snapshot | None = None, seconds: float = 0.0) -> Rates:
     """Compare two snapshots, ``seconds`` apart; without ``before``: since the start.
 
-    A server that was started again in between counts from its start.
+    If the server was restarted in between, counts are from its start.
     """
 
     def change(field: str) -> float:

@@ -1,1 +1,1 @@
-"""What a budget of memory is worth for a model on a machine, before anything is loaded."""
+"""Planning: the value of a memory budget for a model on a machine, before loading anything."""

@@ -1,4 +1,4 @@
-"""A plan: the splits of a budget, the best one, and whether paging pays, in words."""
+"""A plan: the splits of a budget, the best one, and a verdict on paging, as text."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fluxmoe.plan.cost import Floats, Splits, Workload
 from fluxmoe.plan.model import Model
 from fluxmoe.sim.hardware import Profile
 
-#: A split must promise so much more than one that changes nothing. As ``marginal`` has it.
+#: Minimum relative gain for which a split is recommended, the same as in ``marginal``.
 GAIN = 0.05
-#: Among splits as good as the best but for this, the one that streams least is recommended.
+#: Among splits within this fraction of the best, the one that streams least is recommended.
 _ALIKE = 0.005
-#: Points of the curve that is shown.
+#: Number of points of the curve shown.
 _POINTS = 65
 
-#: ``nothing``: all experts fit, and paging earns nothing. ``share``: all fit, but some are better
-#: given up for KV cache. ``needed``: they do not fit.
+#: ``nothing``: all experts fit, and paging gains nothing. ``share``: all fit, but some of their
+#: memory is better used for KV cache. ``needed``: they do not fit.
 Verdict = Literal["nothing", "share", "needed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One split and what to expect of it; sizes in bytes, times in milliseconds."""
+    """One split and its predicted performance; sizes in bytes, times in milliseconds."""
 
     expert_bytes: int
     resident_pages: int
@@ -44,18 +44,18 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The answer of ``fluxmoe plan``.
+    """The result of ``fluxmoe plan``.
 
     Attributes:
         memory: The budget, in bytes.
         hardware: Name of the profile.
-        assumption: What the miss-ratio curve is.
-        verdict: Whether paging pays.
-        resident: All experts resident, which needs no paging; None if they do not fit.
-        automatic: Where FluxMoE begins if no target is set (docs/memory.md).
+        assumption: Description of the miss-ratio curve.
+        verdict: Judgement on paging.
+        resident: The split with all experts resident, without paging; None if they do not fit.
+        automatic: The initial split if no target is set (docs/memory.md).
         recommended: The best split.
         curve: Splits from the fewest experts to the most.
-        advice: The plan in sentences.
+        advice: The plan as sentences.
     """
 
     model: Model
@@ -77,9 +77,9 @@ def make(
     """Compare all splits of ``memory`` bytes.
 
     Args:
-        model, profile, work: Who, where, what.
-        memory: The budget of experts and KV cache.
-        curve: Miss ratio for 0 … pages slots, and the ``assumption`` behind it in words.
+        model, profile, work: The model, the machine and the load.
+        memory: Bytes for experts and KV cache.
+        curve: Miss ratio for 0 … pages slots; ``assumption`` describes it.
 
     Raises:
         BudgetTooSmallError: Not even one layer's experts and one request fit.
@@ -143,7 +143,7 @@ def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:
 
 
 def _first_split(model: Model, work: Workload, memory: int, most: int) -> int:
-    """The split that the engine would begin with, by its own rule: its place among all splits."""
+    """Index of the split that the engine starts with by its own rule."""
     frame = frame_bytes_for(memory)
     need = model.experts * model.page_bytes
     one = model.request_bytes(work.tokens)
@@ -175,18 +175,18 @@ def _words(
     if resident is None:
         short = model.experts_bytes + model.request_bytes(work.tokens) - memory
         words.append(
-            f"The experts and one request do not fit: {_size(short)} are missing. Without paging "
-            "this model cannot be served in this budget."
+            f"The experts and one request do not fit: {_size(short)} more is needed. Without "
+            "paging this model cannot be served in this budget."
         )
     else:
         words.append(
-            f"All experts fit. Beside them there is room for {resident.requests} of {asked}: "
+            f"All experts fit, with room for {resident.requests} of {asked}: "
             f"{resident.tokens_per_s:.0f} tokens/s."
         )
     if verdict == "nothing":
         words.append(
-            "Paging does not pay here: no split promises more than "
-            f"{GAIN:.0%} above that. Do nothing: serve it without paging."
+            "Paging does not pay here: no split gains more than "
+            f"{GAIN:.0%}. Serve the model without paging."
         )
         return words
     gain = ""

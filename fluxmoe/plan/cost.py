@@ -1,9 +1,9 @@
-"""What a step of decoding costs at each split of a budget: a roofline, for all splits at once.
+"""Cost of a decoding step at each split of a budget: a roofline, for all splits at once.
 
 A step reads the experts that its requests use, the other weights and the requests' KV cache, and
 computes with them. Experts that are not resident come over the link in one of two ways: *on demand*
-(the layer waits for what it misses) or *ahead* (whole layers are copied while others compute, so
-that the longer of the two counts, but everything is copied that is not resident).
+(the layer waits for its misses) or *ahead* (whole layers are copied while others compute, so that
+the longer of the two counts, but everything that is not resident is copied).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fluxmoe.sim.hardware import Profile
 
 Floats = npt.NDArray[np.float64]
 
-#: Of a trace, about so many pages are looked at: sampling events keeps a long one short.
+#: Approximate maximum of pages visited in a trace; events of a longer one are sampled.
 _LOOKS = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is to be served: ``requests`` at once, each of up to ``tokens`` tokens."""
+    """The load: ``requests`` concurrent requests, each of up to ``tokens`` tokens."""
 
     tokens: int
     requests: int
@@ -38,11 +38,11 @@ class Splits:
     """Splits of a budget, all arrays ``[splits]``.
 
     Attributes:
-        slots: Expert pages that are resident.
-        requests: Requests that run at once: those asked for, or as many as the KV cache holds.
-        seconds: Duration of a step.
-        waits: The part of it that layers wait for experts.
-        ahead: Whether copying whole layers ahead is the better way.
+        slots: Number of resident expert pages.
+        requests: Number of concurrent requests: the load's, or as many as the KV cache holds.
+        seconds: Duration of a step in seconds.
+        waits: Seconds of it that layers wait for experts.
+        ahead: True if copying whole layers ahead is faster.
     """
 
     slots: npt.NDArray[np.int64]
@@ -57,27 +57,27 @@ class Splits:
 
 
 def even_curve(pages: int) -> Floats:
-    """Miss ratio for 0 … ``pages`` slots if every expert is as likely as any other.
+    """Miss ratio for 0 … ``pages`` slots if all experts are equally likely.
 
-    No policy does worse that keeps what it has: a budget for x % of the pages hits x %.
+    No policy that keeps its pages does worse: memory for x % of them gives a hit rate of x %.
     """
     curve: Floats = np.linspace(1.0, 0.0, pages + 1)
     return curve
 
 
 def traced_curve(events: Events, model: Model) -> Floats:
-    """Miss ratio for 0 … ``pages`` slots as in a trace: the convex hull of LRU's.
+    """Miss ratio for 0 … ``pages`` slots in a trace: the convex hull of LRU's.
 
     Raises:
-        ConfigError: The trace is of a model of another shape.
+        ConfigError: The trace is of a model with another shape.
     """
     meta = events.meta
     if (meta.num_layers, meta.experts_per_layer) != (model.moe_layers, model.experts):
         raise ConfigError(
-            f"the trace is of {meta.num_layers} layers x {meta.experts_per_layer} experts, "
+            f"the trace has {meta.num_layers} layers x {meta.experts_per_layer} experts, "
             f"the model has {model.moe_layers} x {model.experts}",
             where="--trace",
-            fix="record one of this model: fluxmoe trace record",
+            fix="record a trace of this model: fluxmoe trace record",
         )
     every = 1 + len(events) * model.pages // _LOOKS
     curve = MissRatioCurve(model.pages, model.experts, every=every, window=0)
@@ -100,9 +100,9 @@ def splits(
     """Evaluate splits of ``memory`` bytes: ``slots`` for experts, the rest for the KV cache.
 
     Args:
-        model, profile, work: Who, where, what.
-        memory: The budget of experts and KV cache.
-        slots: Per split; each leaves room for one request.
+        model, profile, work: The model, the machine and the load.
+        memory: Bytes for experts and KV cache.
+        slots: Number of slots per split; each leaves room for one request.
         curve: Miss ratio for 0 … pages slots.
     """
     each = model.request_bytes(work.tokens)

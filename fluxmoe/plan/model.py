@@ -1,7 +1,7 @@
-"""What a plan must know of a model: sizes, from its config.json and the headers of its weights.
+"""Sizes of a model for planning, from its config.json and the headers of its weights.
 
-No weight is read. Where a folder has no weights, or a name on a hub was given, the sizes are those
-of the parameters that ``transformers`` would make.
+No weight is read. If a folder has no weights, or a name on a hub is given, the sizes are those of
+the parameters that ``transformers`` would create.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class Model:
     """Sizes of a mixture-of-experts model. All sizes are in bytes.
 
     Attributes:
-        name: As the user named it.
-        architecture: Its ``model_type``.
-        layers: All layers; ``moe_layers`` have experts.
-        experts: Per layer, of which a token uses ``top_k``.
-        page_bytes: One expert.
-        other_bytes: All other weights: they lie outside the budget.
-        read_bytes: The part of them that a step reads (all but the rows of an embedding).
-        weight_bytes: One weight of an expert.
-        kv_bytes: KV cache of one token in the layers that keep all tokens.
-        window_bytes, window: The same in those that keep the last ``window`` tokens.
-        longest: Tokens that a request may have; 0 if the model does not say.
+        name: The name given by the user.
+        architecture: The configuration's ``model_type``.
+        layers: Number of layers; ``moe_layers`` of them have experts.
+        experts: Number of experts per layer, of which a token uses ``top_k``.
+        page_bytes: Bytes of one expert.
+        other_bytes: Bytes of all other weights, which are outside the budget.
+        read_bytes: Bytes of them read by a step (all except the rows of an embedding).
+        weight_bytes: Bytes of one weight of an expert.
+        kv_bytes: Bytes of KV cache per token in the layers that keep all tokens.
+        window_bytes, window: The same in the layers that keep the last ``window`` tokens.
+        longest: Maximum number of tokens of a request; 0 if unknown.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Model:
         return self.pages * self.page_bytes
 
     def request_bytes(self, tokens: int) -> int:
-        """KV cache of a request of so many tokens."""
+        """Bytes of KV cache of a request with ``tokens`` tokens."""
         return self.kv_bytes * tokens + self.window_bytes * min(tokens, self.window)
 
 
@@ -86,10 +86,10 @@ def read(name: str) -> Model:
         name: A folder with a ``config.json``, with or without weights, or a name on a hub.
 
     Raises:
-        CheckpointError, ConfigError: It cannot be read.
-        NoExpertsError: It has no experts.
-        UnsupportedError: Its architecture is not known, or its experts cannot be paged.
-        MissingDependencyError: It has no weights here, and ``transformers`` is not installed.
+        CheckpointError, ConfigError: The model cannot be read.
+        NoExpertsError: The model has no experts.
+        UnsupportedError: The architecture is unknown, or the experts cannot be paged.
+        MissingDependencyError: There are no local weights, and ``transformers`` is not installed.
     """
     folder = Path(name)
     if folder.is_dir() and any(folder.glob("*.safetensors*")):
@@ -97,19 +97,19 @@ def read(name: str) -> Model:
         return _describe(name, read_map(folder / "config.json"), dict(headers(folder)))
     if folder.is_dir() and any(folder.glob("*.bin")):
         raise UnsupportedError(
-            "its weights are not in safetensors", where=name, fix="convert the checkpoint"
+            "the weights are not in safetensors", where=name, fix="convert the checkpoint"
         )
     if folder.exists() and not (folder / "config.json").is_file():
         raise CheckpointError(
             "there is no config.json", where=name, fix="name the folder of a checkpoint"
         )
     if not folder.exists():
-        require_readable(name)  # which tells a name on a hub from a path that is wrong
+        require_readable(name)  # distinguishes a name on a hub from a wrong path
     return _describe(name, *_parameters(name))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model's configuration, and the parameters it would have: made, but without memory."""
+    """A model's configuration, and its parameters created without memory."""
     try:
         import torch
         import transformers
@@ -141,7 +141,7 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"unknown architecture: {_first_line(error)}", where=name
             ) from error
     stored = model.state_dict()
-    weights = [*model.named_parameters(), *model.named_buffers()]  # tied ones are there once
+    weights = [*model.named_parameters(), *model.named_buffers()]  # tied ones appear once
     return data, {
         key: Tensor(tuple(weight.shape), weight.element_size())
         for key, weight in weights
@@ -161,7 +161,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     for key, tensor in tensors.items():
         where = _LAYER.search(key)
         if where and isinstance(layers, int) and int(where[1]) >= layers:
-            continue  # of speculative decoding, which nobody loads
+            continue  # of speculative decoding, not loaded
         match = _ONE.fullmatch(key) or (_ALL.fullmatch(key) if len(tensor.shape) == 3 else None)
         if match is None:
             other += tensor.nbytes
@@ -177,8 +177,8 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
         raise _dense(name, architecture)
     if not pages or not isinstance(layers, int) or not top_k:
         raise UnsupportedError(
-            f"unknown architecture {architecture!r}: it has {experts} experts a layer, but under "
-            "names that this command does not know",
+            f"unknown architecture {architecture!r}: it has {experts} experts per layer, but under "
+            "unknown names",
             where=name,
         )
     sizes = set(pages.values())
@@ -205,12 +205,12 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, int, int]:
-    """Bytes per token in layers that keep all tokens, in those with a window, and that window."""
+    """Bytes per token in layers that keep all tokens and in those with a window, and the window."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if not kinds:
         every = config.get("full_attention_interval") or config.get("attn_layer_period") or 1
         kinds = ["attention"] * (layers // every)
-    # Linear attention and state-space layers keep a state of one size, whatever the length.
+    # Linear attention and state-space layers keep a state of fixed size.
     attention = [kind for kind in kinds if "attention" in kind and "linear" not in kind]
     sliding = sum("sliding" in kind or "chunked" in kind for kind in attention)
     window = config.get("sliding_window") or config.get("attention_chunk_size") or 0
@@ -226,7 +226,7 @@ def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, i
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """The first of these keys that is there; a list has one number per layer."""
+    """The value of the first of these keys that exists; a list has one number per layer."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, list) and value:

@@ -1,1 +1,1 @@
-"""Stores: where the clean copies of expert pages lie while they are not in a slot."""
+"""Stores of the clean copies of expert pages: host memory, page files, both coded or not."""

@@ -1,4 +1,4 @@
-"""Parts of pages as stores keep them: coded where that is shorter, and proved to come back."""
+"""Parts of pages as stores keep them: coded if that is shorter, and verified."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.getLogger("fluxmoe")
 
 
 class Coder:
-    """The host's side of a codec: checks what it makes, and contains what it does wrong.
+    """The host's side of a codec: verifies its output and contains its faults.
 
-    What a codec cannot give back bit for bit is kept as it is, counted, and reported once. What is
-    as long as the original *is* the original.
+    A part that the codec cannot restore bit for bit is kept uncoded, counted, and reported once.
+    Kept data as long as the original *is* the original.
 
     Args:
-        codec: What encodes and decodes.
-        name: As registered, for messages.
+        codec: The codec.
+        name: Registered name, for messages.
         strict: Raise at a fault instead of containing it.
 
     Attributes:
-        faults: How often the codec raised, or did not give back what it was given.
+        faults: Number of times the codec raised or did not restore its input.
     """
 
     def __init__(self, codec: Codec, name: str, *, strict: bool = False) -> None:
@@ -34,7 +34,7 @@ class Coder:
         self.faults = 0
 
     def encode(self, raw: Bytes) -> Bytes:
-        """What to keep of ``raw``: an array of its own that is shorter, or ``raw`` itself.
+        """Encode ``raw``: a new, shorter array, or ``raw`` itself.
 
         Raises:
             CodecError: The codec failed, under ``strict``.
@@ -42,26 +42,26 @@ class Coder:
         try:
             coded: object = self._codec.encode(raw)
             if not isinstance(coded, np.ndarray) or coded.dtype != np.uint8 or coded.ndim != 1:
-                raise CodecError(f"encode gave {type(coded).__name__}, not a row of uint8")
+                raise CodecError(f"encode returned {type(coded).__name__}, not a 1-d uint8 array")
             if not 0 < len(coded) < len(raw):
                 return raw
-            back = ~raw  # what is not written stays wrong
+            back = ~raw  # bytes that are not written stay wrong
             self._codec.decode(coded, back)
             if not np.array_equal(back, raw):
-                raise CodecError("what was decoded is not what was encoded")
+                raise CodecError("decoding does not restore the encoded bytes")
         except Exception as error:
             if self._strict:
                 raise CodecError(f"codec {self.name!r} failed: {line(error, repr)}") from error
             if not self.faults:
                 logger.warning(
-                    "codec %r failed, pages stay as they are: %s", self.name, line(error, repr)
+                    "codec %r failed, pages are kept uncoded: %s", self.name, line(error, repr)
                 )
             self.faults += 1
             return raw
         return coded
 
     def decode(self, kept: Bytes, out: Bytes) -> None:
-        """Write to ``out`` what ``kept`` was made of.
+        """Decode ``kept`` to ``out``.
 
         Raises:
             StoreError: The codec failed, or ``kept`` is damaged.

@@ -1,4 +1,4 @@
-"""Pages in a page file: built at the first start, recognised by their contents at the next."""
+"""Pages in a page file: built at the first start, verified and reused at the next."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ logger = logging.getLogger("fluxmoe")
 class FileTier:
     """Pages on disk.
 
-    The file's name comes from what is in it: the layout, the codec and the first page. A file that
-    is there already is used as long as every page that is put is the one it holds, by checksum;
-    at the first that is not, it is built anew.
+    The file's name is derived from its contents: the layout, the codec and the first page. An
+    existing file is used as long as every page put matches its checksum in it; at the first
+    mismatch it is rebuilt.
 
     Args:
-        folder: Where the file is, or will be.
-        coder: How pages are kept.
-        limit: Bytes that they may occupy; None if there is no limit.
-        options: Of the codec.
-        direct: Read past the system's cache what is not in it.
+        folder: Folder of the file.
+        coder: Encodes the pages.
+        limit: Maximum bytes of the pages; None if there is no limit.
+        options: Options of the codec.
+        direct: Read uncached parts with direct I/O.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FileTier:
         self._shape = (geometry.num_pages, len(page_class.parts))
         self._about = {
             "codec": coder.name,
-            # Some codecs need the same to decode; as JSON will give them back.
+            # Some codecs need them to decode; normalised as JSON will return them.
             "options": json.loads(json.dumps(dict(options or {}), default=str)),
             "num_layers": geometry.num_layers,
             "experts_per_layer": geometry.experts_per_layer,
@@ -97,14 +97,14 @@ class FileTier:
         return True
 
     def finish(self) -> None:
-        """Make the file appear, if it was not there.
+        """Complete a new file, which then appears under its name.
 
         Raises:
             PageFileError: It cannot be written.
         """
         if self._writer is None or self._path is None:
             return
-        if not self._taken:  # there was room for none
+        if not self._taken:  # no page fitted
             self._writer.abandon()
         else:
             self._writer.finish()
@@ -112,7 +112,7 @@ class FileTier:
         self._writer = None
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
-        """A read that fails is tried once more.
+        """Read a page; a read that fails is tried once more.
 
         Raises:
             StoreError: The second try failed, too.
@@ -140,7 +140,7 @@ class FileTier:
                 self._file = self._open(path)
                 return path
             except PageFileError as error:
-                logger.warning("%s is built anew: %s", path, error)
+                logger.warning("%s is rebuilt: %s", path, error)
         self._writer = PageFileWriter(path, self._about, *self._shape)
         return path
 
@@ -153,10 +153,10 @@ class FileTier:
         return bool(entry[:, OFFSET].all()) and entry[:, RAW_SUM].tolist() == sums
 
     def _build_anew(self) -> None:
-        """Begin a new file, with the pages of the old one that have been put already."""
+        """Begin a new file with the pages of the old one that were already put."""
         old, self._file = self._file, None
         assert old is not None and self._path is not None
-        logger.warning("%s is built anew: it holds other pages", self._path)
+        logger.warning("%s is rebuilt: it holds other pages", self._path)
         try:
             self._writer = PageFileWriter(self._path, self._about, *self._shape)
             for page in self._taken:
@@ -182,7 +182,7 @@ class FileTier:
                 self._coder.decode(kept, out)
 
     def _room(self, nbytes: int) -> Bytes:
-        """Memory of this thread, for a part in whole sectors twice; it begins at one."""
+        """Scratch memory of this thread: twice a part in whole sectors, aligned to a sector."""
         room: Bytes | None = getattr(self._scratch, "room", None)
         if room is None:
             memory = mmap.mmap(-1, 2 * sectors(self._largest) + SECTOR)

@@ -1,4 +1,4 @@
-"""Pages in host memory: adopted layer by layer without a copy, or kept page by page and coded."""
+"""Pages in host memory: adopted layer by layer without a copy, or page by page and coded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.coding import Coder
 
-#: Memory is taken in pieces of this size. What is never written is never really taken.
+#: Bytes of memory reserved at a time. The system allocates only what is written.
 _CHUNK = 64 << 20
 
 
 class HostStore:
-    """Keeps each layer's parts as the uint8 arrays ``[experts, part bytes]`` it was given."""
+    """Holds each layer's parts as the given uint8 arrays ``[experts, part bytes]``."""
 
     def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
         self._geometry, self._page_class = geometry, page_class
@@ -43,11 +43,11 @@ class HostStore:
 
 
 class HostTier:
-    """Pages that are kept in host memory, coded.
+    """Pages kept in host memory, coded.
 
     Args:
-        coder: How they are kept.
-        limit: Bytes that they may occupy; None if there is no limit.
+        coder: Encodes the pages.
+        limit: Maximum bytes of the pages; None if there is no limit.
     """
 
     def __init__(self, coder: Coder, limit: int | None) -> None:
@@ -73,7 +73,7 @@ class HostTier:
         return True
 
     def finish(self) -> None:
-        """Nothing is left to be done."""
+        """Do nothing: all pages are in place."""
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         for kept, part in zip(self._pages[page], parts, strict=True):
@@ -88,7 +88,7 @@ class HostTier:
 def require_layer(
     geometry: Geometry, page_class: PageClass, layer: int, parts: Sequence[Bytes]
 ) -> None:
-    """Raise StoreError unless ``parts`` are what the next layer, ``layer``, must be."""
+    """Raise StoreError unless ``parts`` fit the next layer, ``layer``."""
     if layer == geometry.num_layers:
         raise StoreError(f"the store already has all {layer} layers")
     got = [part.shape for part in parts]
@@ -101,11 +101,11 @@ def require_layer(
 
 
 def _lines(part: Bytes) -> int:
-    """What a part occupies: whole cache lines."""
+    """Bytes that a part occupies, in whole cache lines."""
     return -(-len(part) // 64) * 64
 
 
 def _anonymous(nbytes: int) -> Bytes:
-    """Memory of its own: the heap would keep the holes that encoding leaves behind."""
+    """Anonymous memory outside the heap, which encoding would fragment."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, np.uint8)

@@ -1,14 +1,14 @@
 """The page file: expert pages on disk, each part at a multiple of 4096 bytes, for direct reads.
 
 Format, version 1, little-endian. First 4096 bytes of header: ``FXMPAGES``, version (u32), length of
-the text that follows (u32), its CRC-32 (u32), and that text: JSON with ``about`` (what is in the
-file: codec and its options, layers, experts, parts), ``index`` (where the index begins) and
-``index_crc``. Then the parts as they are kept; what is left of their last 4096 bytes is zero. Then
-the index: per page and part four u64: where the part begins (0: it is not here), its length as
-kept, the checksum of that, and the checksum of the original. Checksums are those of docs/code.md.
+the text that follows (u32), its CRC-32 (u32), and that text: JSON with ``about`` (the contents:
+codec and its options, layers, experts, parts), ``index`` (offset of the index) and ``index_crc``.
+Then the parts as kept, padded with zeros to 4096 bytes. Then the index: per page and part four
+u64: offset of the part (0: not in this file), its length as kept, the checksum of that, and the
+checksum of the original. Checksums are those of docs/code.md.
 
-A file is written under another name and renamed when all of it is on disk, so one that was not
-finished is never seen.
+A file is written under another name and renamed when all of it is on disk, so an unfinished file
+is never visible.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ SECTOR = 4096
 _MAGIC, _VERSION = b"FXMPAGES", 1
 _HEAD = struct.Struct("<8sIII")
 
-#: A read of at least this many bytes that must go to the disk is split over this many threads.
+#: Bytes from which a read from disk is split, and the number of threads it is split over.
 _SPLIT_FROM, _SPLIT = 1 << 20, 4
 
-#: How the name of a file ends that is not finished.
+#: Suffix of an unfinished file.
 _PART = ".part"
 
 #: Columns of the index.
@@ -49,7 +49,7 @@ Index = npt.NDArray[np.uint64]
 
 
 def checksum(data: Bytes) -> int:
-    """The checksum of docs/code.md over whole words; what is left counts as one more."""
+    """The checksum of docs/code.md over whole words; remaining bytes count as one more."""
     whole = len(data) // 4
     words = data[: 4 * whole].view(np.uint32)
     total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))
@@ -78,18 +78,18 @@ class PageFileWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_orphans(path)
             self._fd, self._part_name = tempfile.mkstemp(_PART, path.stem + "-", path.parent)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)  # until this process ends, however it does
+            fcntl.flock(self._fd, fcntl.LOCK_EX)  # released when this process ends in any way
         except OSError as error:
-            raise _failure(error, path, "cannot be made") from error
+            raise _failure(error, path, "cannot be created") from error
 
     def append(self, page: int, part: int, kept: Bytes, raw_sum: int) -> None:
-        """Write one part of a page as it is kept."""
+        """Append one part of a page in its kept form."""
         self._write(kept, self._end)
         self._index[page, part] = self._end, len(kept), checksum(kept), raw_sum
         self._end += sectors(len(kept))
 
     def finish(self) -> None:
-        """Write the index and the header, and see that all of it is on disk."""
+        """Write the index and the header, and flush all of it to disk."""
         index = self._index.reshape(-1).view(np.uint8)
         self._write(index, self._end)
         head = {"about": self._about, "index": self._end, "index_crc": zlib.crc32(index.data)}
@@ -108,7 +108,7 @@ class PageFileWriter:
             raise self._abandon(_failure(error, self._path, "cannot be written")) from error
 
     def abandon(self) -> None:
-        """Leave nothing behind. Idempotent, and nothing after ``finish``."""
+        """Remove the unfinished file. Idempotent; does nothing after ``finish``."""
         if self._part_name and self._owner.here:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
@@ -131,7 +131,7 @@ class PageFileWriter:
 
 
 def _remove_orphans(path: Path) -> None:
-    """Remove what processes that were killed had written of the file at ``path``."""
+    """Remove unfinished files for ``path`` left by killed processes."""
     for orphan in path.parent.glob(f"{path.stem}-*{_PART}"):
         with contextlib.suppress(OSError), orphan.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,15 +139,15 @@ def _remove_orphans(path: Path) -> None:
 
 
 class PageFile:
-    """A page file that is whole, opened for reading from several threads.
+    """A complete page file, opened for reading from several threads.
 
     Args:
         path: The file.
-        about: What it must be about.
-        direct: Read past the system's cache what is not in it.
+        about: The contents that the file must describe.
+        direct: Read uncached parts with direct I/O.
 
     Raises:
-        PageFileError: There is none, or it is not whole, or it is about something else.
+        PageFileError: The file is missing, incomplete, or has other contents.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class PageFile:
             self.nbytes = os.fstat(self._fd).st_size
             self.index = self._checked_index(about, pages, parts)
             if direct and hasattr(os, "O_DIRECT"):
-                with contextlib.suppress(OSError):  # file systems in memory have none
+                with contextlib.suppress(OSError):  # in-memory file systems have no direct I/O
                     self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
             self.close()
@@ -178,16 +178,16 @@ class PageFile:
     def _checked_index(self, about: dict[str, Any], pages: int, parts: int) -> Index:
         header = os.pread(self._fd, SECTOR, 0)
         if len(header) < SECTOR or header[: len(_MAGIC)] != _MAGIC:
-            raise PageFileError("it is no page file", where=str(self.path))
+            raise PageFileError("not a page file", where=str(self.path))
         _, version, length, crc = _HEAD.unpack_from(header)
         if version != _VERSION:
-            raise PageFileError(f"it is of version {version}", where=str(self.path))
+            raise PageFileError(f"unsupported version {version}", where=str(self.path))
         text = header[_HEAD.size : _HEAD.size + length]
         if zlib.crc32(text) != crc:
             raise PageFileError("its header is damaged", where=str(self.path))
         head = json.loads(text)
         if head["about"] != about:
-            raise PageFileError("it holds the pages of something else", where=str(self.path))
+            raise PageFileError("its layout, codec or options differ", where=str(self.path))
         nbytes = pages * parts * 4 * 8
         if self.nbytes != sectors(head["index"] + nbytes):
             raise PageFileError("it is cut off, or longer than it was", where=str(self.path))
@@ -197,14 +197,14 @@ class PageFile:
         return np.frombuffer(raw, np.uint64).reshape(pages, parts, 4)
 
     def read(self, page: int, part: int, target: Bytes, scratch: Bytes) -> None:
-        """Read a part of a page as it is kept, and check it.
+        """Read a part of a page in its kept form, and verify it.
 
         Args:
-            target: As long as it.
-            scratch: Memory at a multiple of 4096, as long as it in whole sectors.
+            target: Receives the part; has its length.
+            scratch: Memory aligned to 4096 bytes, with the part's length in whole sectors.
 
         Raises:
-            PageFileError: It cannot be read, or is damaged.
+            PageFileError: The part cannot be read, or is damaged.
         """
         offset, length, expected, _ = (int(value) for value in self.index[page, part])
         try:
@@ -220,11 +220,11 @@ class PageFile:
             raise PageFileError(
                 f"part {part} of page {page} is damaged",
                 where=str(self.path),
-                fix="delete the file; the next start builds it anew",
+                fix="delete the file; the next start rebuilds it",
             )
 
     def _read_cached(self, offset: int, target: Bytes) -> bool:
-        """Read what the system has in memory already, or nothing."""
+        """Read the part if it is fully in the system's cache; True if so."""
         try:
             return os.preadv(self._fd, [target.data], offset, os.RWF_NOWAIT) == len(target)
         except OSError as error:
@@ -248,7 +248,7 @@ class PageFile:
                 raise error
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the file. Idempotent."""
         if self._threads is not None:
             self._threads.shutdown()
         for fd in (self._fd, self._direct):
@@ -267,8 +267,8 @@ def _read(fd: int, target: memoryview, offset: int) -> None:
 
 def _failure(error: OSError, path: Path, what: str) -> PageFileError:
     fix = {
-        errno.ENOSPC: "make room, or name a folder on another disk",
-        errno.EACCES: "name a folder that may be written to",
-        errno.EROFS: "name a folder that may be written to",
+        errno.ENOSPC: "free some space, or name a folder on another disk",
+        errno.EACCES: "name a writable folder",
+        errno.EROFS: "name a writable folder",
     }.get(error.errno or 0, "")
     return PageFileError(f"the page file {what}: {error.strerror}", where=str(path), fix=fix)

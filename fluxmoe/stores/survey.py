@@ -1,4 +1,4 @@
-"""What a codec makes of a checkpoint's experts, layer by layer, without loading the model."""
+"""Compression of a checkpoint's experts by a codec, layer by layer, without loading the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fluxmoe.stores.coding import Coder
 #: Names of experts' weights: a tensor for each expert, or one for all experts of a layer.
 _ONE = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<part>.*)\.weight")
 _ALL = re.compile(r"(?P<layer>.*)\.experts\.(?P<part>(gate_up|gate|up|down)_proj)(\.weight)?")
-#: Engines put these two together; what a page has is both of them.
+#: Engines concatenate these two; a page has both in one part.
 _HALVES = ("gate_proj", "up_proj", "w1", "w3")
 
 
@@ -28,12 +28,12 @@ class Survey:
     """Sums over some experts' weights.
 
     Attributes:
-        name: The layer, as the checkpoint calls it.
-        parts: How many parts of pages, as engines have them.
-        plain: How many of them a store would keep as they are.
-        raw_bytes, coded_bytes: As they are, and as a store would keep them.
-        segments, escapes, raw_segments, zero_coded: Of ``fixed4``; see docs/code.md.
-        weights, zeros: bf16 weights in all, and those that are exactly 0 or −0.
+        name: The layer's name in the checkpoint.
+        parts: Number of parts of pages, as engines have them.
+        plain: Number of parts that a store would keep uncoded.
+        raw_bytes, coded_bytes: Bytes of the originals, and as a store would keep them.
+        segments, escapes, raw_segments, zero_coded: Counts of ``fixed4``; see docs/code.md.
+        weights, zeros: Number of bf16 weights, and of those that are exactly 0 or −0.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Survey:
 
     @property
     def ratio(self) -> float:
-        """Bytes as they are by bytes as kept."""
+        """Original bytes divided by kept bytes."""
         return self.raw_bytes / self.coded_bytes if self.coded_bytes else 1.0
 
     def add(self, other: Survey) -> None:
-        """Count another's experts, too."""
+        """Add the counts of another survey."""
         for field in self.__dataclass_fields__:
             if field != "name":
                 setattr(self, field, getattr(self, field) + getattr(other, field))
@@ -63,10 +63,10 @@ class Survey:
 def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
     """One ``Survey`` per MoE layer of a checkpoint in safetensors.
 
-    Every expert is encoded, decoded and compared on the way.
+    Every expert is encoded, decoded and compared.
 
     Raises:
-        NoExpertsError: There are none.
+        NoExpertsError: The checkpoint has no experts under known names.
         CodecError: The codec fails.
     """
     coder = Coder(codec, name, strict=True)
@@ -75,7 +75,7 @@ def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
         layers.setdefault(layer, Survey(layer)).add(_one(coder, codec, dtype, part))
     if not layers:
         raise NoExpertsError(
-            "the checkpoint has no experts that are called so",
+            "the checkpoint has no experts under known names",
             where=str(folder),
             fix="name a mixture-of-experts model in safetensors",
         )
@@ -98,7 +98,7 @@ def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
 
 
 def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
-    """Layer, type and bytes of every part of every expert, as a page has it."""
+    """Yield layer, type and bytes of every part of every expert, as in a page."""
     halves: dict[tuple[str, str], Bytes] = {}
     for name, dtype, shape, data in expert_tensors(folder):
         if match := _ALL.fullmatch(name):
@@ -116,6 +116,6 @@ def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """For sorting: layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

@@ -1,4 +1,4 @@
-"""Several stores that share the pages: each takes what it has room for, in the order given."""
+"""Several stores that share the pages: each takes the pages it has room for, in order."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from fluxmoe.stores.host import require_layer
 
 
 class Tier(Protocol):
-    """A place for some of the pages."""
+    """A store for some of the pages."""
 
     @property
     def nbytes(self) -> int:
-        """What it occupies, in bytes."""
+        """Bytes occupied."""
 
     def put(self, page: int, parts: Sequence[Bytes]) -> bool:
-        """Keep a page, if there is room for it; its parts may change afterwards."""
+        """Keep a page if there is room for it; its parts may change afterwards. True if kept."""
 
     def finish(self) -> None:
-        """All pages have been put."""
+        """Complete the tier after the last ``put``."""
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
-        """As a store's. Called for pages that were put, from several threads."""
+        """Read a page that was put, as a store does; called from several threads."""
 
     def close(self) -> None:
         """Release everything. Idempotent."""
 
 
 class TieredStore:
-    """A store whose pages lie in the first of its tiers that had room.
+    """A store whose pages are in the first of its tiers that had room.
 
     Raises (``adopt``):
         ConfigError: No tier has room for a page.
-        StoreError: A layer of another layout, or a tier that fails.
+        StoreError: The layer has another layout, or a tier fails.
     """
 
     def __init__(self, geometry: Geometry, page_class: PageClass, tiers: Sequence[Tier]) -> None:

@@ -1,6 +1,6 @@
-"""Aids for testing policies and FluxMoE itself: conformance, golden traces, faults, leaks.
+"""Test tools for policies and for FluxMoE itself: conformance, golden traces, faults, leaks.
 
-Needs no pytest; under pytest there are fixtures as well (``fluxmoe_golden`` and others).
+Needs no pytest; with pytest there are also fixtures (``fluxmoe_golden`` and others).
 """
 
 import importlib
@@ -42,7 +42,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Checkpoints and faults need no simulator, so only who asks for a check waits for it.
+    # Imported on first use: checkpoints and faults do not need the simulator.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES.get(name, "conformance")

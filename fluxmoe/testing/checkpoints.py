@@ -1,8 +1,7 @@
-"""Random checkpoints of real architectures, written to disk like any Hugging Face model.
+"""Random checkpoints of real architectures, written to disk as Hugging Face models.
 
-Routers of random weights are not trained ones: they show more locality than real models do, so
-nothing measured on such a checkpoint says what a policy is worth. Identity and throughput at full
-load do not depend on it.
+Random routers show more locality than trained ones, so measurements on such a checkpoint do not
+tell the value of a policy. Identity and throughput at full load do not depend on it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# Its state of a layer is so small, and its keys and values so large, that a KV block (vLLM makes
-# them as large as a state) has few enough tokens for prefixes of tests to fill it.
+# The state of a layer is so small, and the keys and values so large, that a KV block (vLLM makes
+# it as large as a state) has few enough tokens for the prefixes in tests to fill it.
 _GATED_DELTA_NET: dict[str, Any] = {
     "head_dim": 64,
     "num_key_value_heads": 4,
@@ -89,7 +88,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
-    # The same with multi-head latent attention. 512 + 64 is what vLLM's CPU backend can do.
+    # The same with multi-head latent attention. vLLM's CPU backend supports 512 + 64.
     "deepseek-v2": (
         "DeepseekV2",
         {
@@ -131,10 +130,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 32,
         },
     ),
-    # Hybrids: of four layers one is full attention, the others keep a state of fixed size. Each
-    # kind is a KV cache group of its own under vLLM. Qwen: gated delta net.
+    # Hybrids: one of four layers is full attention, the others keep a state of fixed size. Each
+    # kind is a separate KV cache group in vLLM. Qwen: gated delta net.
     "qwen3-next": ("Qwen3Next", {**_GATED_DELTA_NET, "norm_topk_prob": True}),
-    # As published its text configuration is nested in a multimodal one; vLLM reads it by itself.
+    # Published with its text configuration inside a multimodal one; vLLM reads it alone, too.
     "qwen3.5-moe": ("Qwen3_5Moe", _GATED_DELTA_NET),
     # Short convolutions, a dense first layer and a router with a correction bias.
     "lfm2-moe": (
@@ -166,7 +165,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "position_embedding_type": "rope",
         },
     ),
-    # No experts at all: what must be refused.
+    # No experts at all: must be refused.
     "qwen3-dense": ("Qwen3", {"head_dim": 32, "intermediate_size": 256}),
 }
 
@@ -175,9 +174,9 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
     """Write a random checkpoint and return its folder.
 
     Args:
-        path: Folder to write; kept as it is if it already holds this very checkpoint.
+        path: Folder to write; left unchanged if it already holds this checkpoint.
         architecture: A key of ``ARCHITECTURES``.
-        seed: Of the weights.
+        seed: Random seed of the weights.
         settings: Changes to the architecture's configuration.
 
     Raises:
@@ -206,17 +205,17 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "norm" not in name:
-                    # Wider than the usual 0.02: routing and next tokens must really differ.
+                    # Wider than the usual 0.02, so that routing and next tokens differ.
                     weight.normal_(0.0, 0.06)
     transformers.logging.disable_progress_bar()
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
-    done.write_text(recipe)  # last: a torn checkpoint is written again
+    done.write_text(recipe)  # last, so that an incomplete checkpoint is written again
     return path
 
 
 def byte_tokenizer() -> Any:
-    """One token per byte, after the three special ones: any text in, any bytes out."""
+    """A tokenizer with one token per byte after three special ones, for any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

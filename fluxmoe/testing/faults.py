@@ -1,4 +1,4 @@
-"""Stores and substrates that fail, or wait, exactly where a test tells them to."""
+"""Stores and substrates that fail or wait at points chosen by a test."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PATIENCE = 30.0  # seconds; a test that forgets to open a gate fails instead of
 
 
 class FaultPlan:
-    """Lets one site fail at its n-th passage, once or from then on. Thread-safe.
+    """Makes one site fail at its n-th passage, once or from then on. Thread-safe.
 
     Attributes:
-        passed: How often each site was passed.
-        struck: How often each site failed.
+        passed: Number of passages per site.
+        struck: Number of failures per site.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class FaultPlan:
         self._lock = threading.Lock()
 
     def arm(self, site: str, error: BaseException, nth: int = 1, *, lasting: bool = False) -> None:
-        """Raise ``error`` at the ``nth`` passage of ``site`` from now on, and nothing else.
+        """Raise ``error`` at the ``nth`` passage of ``site`` from now on, replacing earlier plans.
 
         ``lasting``: also at all later passages, until ``disarm``.
         """
@@ -38,11 +38,11 @@ class FaultPlan:
         self._armed = (site, range(first, sys.maxsize if lasting else first + 1), error)
 
     def disarm(self) -> None:
-        """Let nothing fail any more."""
+        """Stop all failures."""
         self._armed = None
 
     def reach(self, site: str) -> None:
-        """Called at a site: count the passage, and fail if the plan says so."""
+        """Count a passage of a site, and fail if armed for it."""
         with self._lock:
             self.passed[site] += 1
             if self._armed is None:
@@ -60,8 +60,8 @@ class FaultyStore:
     Every read passes the site ``read`` of its plan. A read that fails leaves half a page behind.
 
     Attributes:
-        broken: Pages that cannot be read at present.
-        reads: Pages in the order in which their reading began.
+        broken: Pages that currently cannot be read.
+        reads: Pages in the order in which their reads began.
     """
 
     def __init__(self, store: Store, plan: FaultPlan | None = None) -> None:
@@ -76,13 +76,13 @@ class FaultyStore:
         return self._store.nbytes
 
     def hold(self, page: int) -> None:
-        """Let reads of ``page`` wait until ``let_go``."""
+        """Make reads of ``page`` wait until ``let_go``."""
         self._gates[page], self._begun[page] = threading.Event(), threading.Event()
 
     def wait_until_reading(self, page: int) -> None:
-        """Wait until somebody has begun to read the held ``page``."""
+        """Wait until a read of the held ``page`` has begun."""
         if not self._begun[page].wait(_PATIENCE):
-            raise TimeoutError(f"nobody reads page {page}")
+            raise TimeoutError(f"page {page} is not being read")
 
     def let_go(self, page: int) -> None:
         self._gates[page].set()
@@ -99,7 +99,7 @@ class FaultyStore:
                 raise StoreError(f"page {page} is broken")
         except BaseException:
             for part in parts:
-                part[: len(part) // 2] = 0xEE  # what a read that broke off may leave behind
+                part[: len(part) // 2] = 0xEE  # as an interrupted read may leave behind
             raise
         self._store.read_into(page, parts)
 
@@ -108,7 +108,7 @@ class FaultyStore:
 
 
 class FaultyAddressedStore(FaultyStore):
-    """The same for an ``AddressedStore``. A device reads by itself, so nobody can be held."""
+    """The same for an ``AddressedStore``, without ``hold``: the device reads by itself."""
 
     def __init__(self, store: AddressedStore, plan: FaultPlan | None = None) -> None:
         super().__init__(store, plan)
@@ -123,7 +123,7 @@ class FaultyAddressedStore(FaultyStore):
 
 
 class FaultySubstrate:
-    """Another substrate; its sites are ``reserve``, ``commit``, ``decommit`` and ``release``."""
+    """A failing substrate; sites: ``reserve``, ``commit``, ``decommit``, ``release``."""
 
     def __init__(self, substrate: Substrate, plan: FaultPlan | None = None) -> None:
         self._substrate, self.plan = substrate, plan or FaultPlan()

@@ -1,7 +1,7 @@
-"""Golden traces: small, made from a seed in memory, with the misses that are known for them.
+"""Golden traces: small, generated from a seed in memory, with known miss counts.
 
-They are the same on every machine, so a figure found on one can stand in a test. ``misses`` is what
-built-in policies miss, to compare another one with, or another implementation of the same one.
+They are the same on every machine, so tests can contain figures found on one. ``misses`` has those
+of built-in policies, for comparison with other policies or implementations.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fluxmoe.trace.synth import Workload
 
 @dataclass(frozen=True)
 class GoldenTrace:
-    """A trace and what is known of it.
+    """A trace and known facts about it.
 
     Attributes:
-        name: What tests call it.
-        workload: What it is made from.
-        capacities: Pages: the least that hold any event, half of all pages, all pages.
+        name: Key in ``GOLDEN``.
+        workload: Generator of the trace.
+        capacities: Numbers of pages: the least that hold any event, half of all pages, all pages.
         misses: Policy → misses at each of ``capacities``, without prefetch.
-        predicted: Whether events predict the next layer's experts (always rightly).
+        predicted: True if events predict the next layer's experts (always correctly).
     """
 
     name: str
@@ -38,16 +38,16 @@ class GoldenTrace:
 
     @cached_property
     def events(self) -> Events:
-        """The trace in memory, as the simulator takes it."""
+        """The trace in memory, for the simulator."""
         return events_of(self.workload, predicted=self.predicted)
 
 
 def events_of(workload: Workload, *, predicted: bool = False) -> Events:
-    """A synthetic workload as a trace in memory.
+    """Generate a synthetic workload as a trace in memory.
 
     Args:
-        workload: What to make.
-        predicted: Let every event predict the experts that the next layer will really use.
+        workload: The workload.
+        predicted: True to add a correct prediction of the next layer's experts to every event.
     """
     ids, phases = [], []
     for step, layers in enumerate(workload.routing()):
@@ -82,8 +82,8 @@ def events_of(workload: Workload, *, predicted: bool = False) -> Events:
     return Events(meta, block)
 
 
-#: Name → trace. ``sparse`` is a decode at batch 2, ``mixed`` has a prefill in every tenth step,
-#: ``scan`` is nothing but prefill, ``predicted`` tells policies the next layer's experts, ``flat``
+#: Name → trace. ``sparse`` is a decode at batch 2, ``mixed`` has a prefill every tenth step,
+#: ``scan`` is only prefill, ``predicted`` tells policies the next layer's experts, ``flat``
 #: has one layer, ``thin`` one expert per layer.
 GOLDEN: dict[str, GoldenTrace] = {
     trace.name: trace

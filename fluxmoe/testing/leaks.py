@@ -1,4 +1,4 @@
-"""What a piece of code leaves behind: open files, mapped frames, threads, child processes."""
+"""Detection of leaks: open files, mapped frames, threads, child processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class LeakError(AssertionError):
 
 @contextmanager
 def no_leaks() -> Iterator[None]:
-    """Raise LeakError if the block leaves more behind than it found.
+    """Raise LeakError if the block leaves more resources behind than it found.
 
-    Counts open files, mappings of frames, threads and child processes of this process. What
-    only waits for the garbage collector does not count. Linux only.
+    Counts open files, mappings of frames, threads and child processes of this process. Objects
+    waiting only for the garbage collector do not count. Linux only.
     """
     before = _held()
     yield
@@ -32,11 +32,11 @@ def no_leaks() -> Iterator[None]:
 
 def _held() -> Counter[str]:
     gc.collect()
-    # The watchdog of calls into policies goes by itself, when there is nothing left to watch.
+    # The watchdog of policy calls ends by itself when there is nothing left to watch.
     names = [thread.name for thread in threading.enumerate() if thread.name != "fluxmoe-watchdog"]
     held = Counter(f"thread {name}" for name in names)
     for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the folder itself, which was open while it was listed
+        with suppress(OSError):  # the folder itself, which was open only for the listing
             held[f"open file {os.readlink(f'/proc/self/fd/{entry}')}"] += 1
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "/memfd:" in line:

@@ -36,8 +36,8 @@ def test_the_shipped_model_is_shortened_as_promised() -> None:
 def test_a_table_for_people(model: Path) -> None:
     printed = succeeds("codec", model)
     assert "layers.0" in printed and "all layers" in printed and "ratio" in printed
-    assert "stay as they are" not in printed
-    assert "parts stay as they are" in succeeds("codec", model, "--codec", "none")
+    assert "are kept uncompressed" not in printed
+    assert "parts are kept uncompressed" in succeeds("codec", model, "--codec", "none")
 
 
 def test_experts_that_lie_together_and_zeros(model: Path, tmp_path: Path) -> None:

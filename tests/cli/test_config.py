@@ -65,7 +65,7 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     weights = sum(path.stat().st_size for path in SHIPPED.glob("*.safetensors"))
     budget = ((1 << 30) - weights) // 2 >> 20
     path = write({"model": str(SHIPPED), "memory": {"budget": "auto"}})
-    told = f"memory.budget: auto is {budget:.1f} MiB per worker at present, 50%"
+    told = f"memory.budget: auto is currently {budget:.1f} MiB per worker, 50%"
     assert told in succeeds("check", path)
     shown = succeeds("show", path)
     assert yaml.safe_load(shown)["memory"]["budget"] == "auto"
@@ -79,15 +79,15 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     assert succeeds("check", write({"memory": {"budget": "auto"}})).count("\n") == 1
 
     for broken, message in (
-        ({"model": "org/name", "memory": {"budget": "auto"}}, "no folder with safetensors"),
-        ({"model": str(tmp_path), "memory": {"budget": "auto"}}, "no folder with safetensors"),
+        ({"model": "org/name", "memory": {"budget": "auto"}}, "not a folder with safetensors"),
+        ({"model": str(tmp_path), "memory": {"budget": "auto"}}, "not a folder with safetensors"),
     ):
         code, _, err = run("check", write(broken))
         assert code == 2 and "error[FM101]" in err and message in err
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
     two.write_text(yaml.safe_dump({"model": str(SHIPPED), "memory": {"budget": "auto"}}))
     code, _, err = run("check", two)
-    assert code == 2 and "nothing is left" in err
+    assert code == 2 and "leave none of the" in err
 
 
 def test_off_is_told(write):
@@ -110,7 +110,7 @@ BAD = {
         {"memory": {"budget": 1, "kv": {"max": "much"}}}, "FM101", r"memory\.kv\.max: .*'much'",
     ),
     "yes as a size": ({"memory": {"budget": True}}, "FM101", r"budget: .*: True .*24GiB"),
-    "no map": ({"memory": "1GiB"}, "FM101", r"memory: a map is needed, not '1GiB'"),
+    "no map": ({"memory": "1GiB"}, "FM101", r"memory: it must be a map, not '1GiB'"),
     "bounds": (
         {"memory": {"budget": 9, "kv": {"min": "2KiB", "max": "1KiB"}}},
         "FM101",
@@ -120,11 +120,11 @@ BAD = {
     "preset": ({**SMALL, "preset": "fast"}, "FM101", r"preset: .*'default'.*not 'fast'.*schema"),
     "store": ({**SMALL, "stores": [{"kind": "tape"}]}, "FM101", r"stores\.0\.kind: .*'tape'"),
     "store without a kind": ({**SMALL, "stores": [{"path": "x"}]}, "FM101", r"stores\.0\.kind"),
-    "store that is no map": ({**SMALL, "stores": ["host"]}, "FM101", r"stores\.0: a map is needed"),
+    "store not a map": ({**SMALL, "stores": ["host"]}, "FM101", r"stores\.0: it must be a map"),
     "store with a wrong key": ({**SMALL, "stores": [{"kind": "host", "path": "x"}]}, "FM101",
                                r"unknown key 'stores\.0\.path'"),
     "file without a name": ({**SMALL, "stores": [{"kind": "file", "path": ""}]}, "FM101",
-                            r"stores\.0\.path: a text is needed"),
+                            r"stores\.0\.path: it must be non-empty text"),
     "store after one without a limit": ({**SMALL, "stores": [{"kind": "host"}] * 2}, "FM101",
                                         r"stores: number 0 has no limit.*but the last a limit"),
     "codec": ({**SMALL, "stores": [{"kind": "host", "codec": "zip"}]}, "FM306", "codec 'zip'"),
@@ -140,7 +140,7 @@ BAD = {
         {**SMALL, "policy_limits": {"hard_s": float("inf")}}, "FM101", r"hard_s: .*3600.*not inf",
     ),
     "policy": ({**SMALL, "eviction": "lruu"}, "FM201", r"eviction policy 'lruu'.*lfru, lfu, lru"),
-    "policy that is none": ({**SMALL, "eviction": 3}, "FM101", r"eviction: a map.*not 3.*name"),
+    "policy that is none": ({**SMALL, "eviction": 3}, "FM101", r"eviction: it.*map.*not 3.*name"),
     "nameless": ({**SMALL, "prefetch": {"depth": 1}}, "FM101", r"'depth': 1.*prefetch.*kind:"),
     "no options": (
         {**SMALL, "eviction": {"kind": "lru", "k": 1}}, "FM101", r"'k'.*'lru'.*has no options",
@@ -158,7 +158,7 @@ BAD = {
     "a key twice": (
         "memory: {budget: 1GiB}\nseed: 1\nmemory: {budget: 2GiB}",
         "FM101",
-        "the key 'memory' is there twice; .*, line 3, column 1",
+        "duplicate key 'memory'; .*, line 3, column 1",
     ),
     "a tab": ("memory:\n\tbudget: 1GiB", "FM101", r"cannot start any token; .*, line 2, column 1"),
     "a negative number": (
@@ -167,7 +167,7 @@ BAD = {
         "copy_threads: it must be greater than or equal to 0, not -1",
     ),
     "a negative size": ("memory: {budget: -1GiB}", "FM101", "not a valid size: '-1GiB'"),
-    "a list for a text": ("memory: {budget: 1GiB}\nmodel: [x]", "FM101", "model: a text is needed"),
+    "a list for a text": ("memory: {budget: 1GiB}\nmodel: [x]", "FM101", "model: it must be text"),
     "no YAML": ("memory: {budget: 1", "FM101", "not valid YAML"),
 }  # fmt: skip
 

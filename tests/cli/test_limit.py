@@ -64,13 +64,13 @@ def test_what_is_sent_and_shown(door, monkeypatch):
 
 def test_what_is_refused(door):
     fails("limit", "127.0.0.1:9", code="FM405", message="no server answers")
-    fails("limit", "x y", code="FM101", message="no address")
+    fails("limit", "x y", code="FM101", message="not a valid server address")
     fails("limit", "--kv-min", "2MiB", "--kv-max", "1MiB", code="FM101", message="min must not")
     fails("limit", "--kv-min", "lots", code="FM101", message=r"kv\.min: not a valid size")
     fails("limit", "--kv-min", "1MiB", "--reset", code="FM101", message="--reset; give one")
     for status, body, code, message in (
         (401, b"{}", "FM101", "API key.*--api-key"),
-        (404, b"{}", "FM405", "no such door.*control: true"),
+        (404, b"{}", "FM405", "does not accept limits.*control: true"),
         (400, {"error": {"message": "kv.max; give more"}}, "FM101", "kv.max; give more"),
         (500, b"oh", "FM405", "status 500"),
         (200, b"<html>", "FM405", "not FluxMoE's"),

@@ -51,7 +51,7 @@ def test_record(model: Path, tmp_path: Path) -> None:
     assert [r["request"] for r in rows if r["step"] in (1, 4, 5)] == [0, 1, 2, 3, 3, 3, 3]
     assert TraceReader(out).meta.source == "torch"
     before = out.read_bytes()
-    fails(*run, code="FM101", message=".* is there already; --out; .*--force")
+    fails(*run, code="FM101", message=".* already exists; --out; .*--force")
     assert out.read_bytes() == before
     assert "top 4" in succeeds(*run, "--force", "--max-steps", 2, "--steps", "decode")
     assert {(r["step"], r["phase"]) for r in table(out)} == {(0, 1), (1, 1)}
@@ -72,10 +72,10 @@ def test_sampling_is_reproducible(model: Path, tmp_path: Path) -> None:
 
 def test_record_errors(model: Path, tmp_path: Path) -> None:
     run = ["trace", "record", model, "--out", tmp_path / "t"]
-    fails(*run, code="FM101", message="there is no prompt")
+    fails(*run, code="FM101", message="no prompt given")
     fails(*run, "--prompt", "", code="FM101", message="a prompt is empty")
-    fails(*run, "--prompt-ids", "a", code="FM101", message="'a' is no list of numbers; --prompt-id")
-    fails(*run, "--prompt-ids", "99999", code="FM101", message="a prompt has the tokens .99999.")
+    fails(*run, "--prompt-ids", "a", code="FM101", message="not a list of numbers: 'a'; --prompt")
+    fails(*run, "--prompt-ids", "99999", code="FM101", message="invalid prompt tokens: .99999.")
     fails(*run, "--prompts", tmp_path / "no", code="FM101", message="cannot read the prompts")
     fails(*run, "--prompt", "x", "--predict", "--backend", "vllm", code="FM402", message=".*torch")
     fails("trace", "record", tmp_path / "no", "--out", tmp_path / "t", "--prompt-ids", "1",
@@ -84,7 +84,7 @@ def test_record_errors(model: Path, tmp_path: Path) -> None:
           message="cannot write a trace: its folder does not exist")  # fmt: skip
     bad = tmp_path / "p.jsonl"
     for line, message in (
-        ("{", "no JSON"), ("[]", "neither a"), ('{"prompt": 3}', "neither a"),
+        ("{", "not valid JSON"), ("[]", "neither a"), ('{"prompt": 3}', "neither a"),
         ('{"prompt_ids": [1.5]}', "neither a"),
     ):  # fmt: skip
         bad.write_text('{"prompt_ids": [1]}\n' + line)

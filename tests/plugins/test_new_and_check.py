@@ -71,18 +71,18 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, capsys, monkeypatch):
     assert "class Sieve2Policy" in Path("fluxmoe-sieve-2/fluxmoe_sieve_2.py").read_text()
     # A second time it would overwrite what somebody has written since.
     error = run(capsys, "plugin", "new", "sieve-2", "--kind", "eviction", code=2)
-    assert "error[FM101]: fluxmoe-sieve-2 is there already" in error
+    assert "error[FM101]: fluxmoe-sieve-2 already exists" in error
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("My Policy", "'My Policy' is no name for a package"),
-        ("my_policy", "is no name"),
+        ("My Policy", "not a valid package name: 'My Policy'"),
+        ("my_policy", "not a valid package name"),
         ("-x", "No such option"),
-        ("fluxmoe-", "is no name"),
-        ("../evil", "is no name"),
-        ("lru", "fluxmoe has the eviction 'lru' already"),
+        ("fluxmoe-", "not a valid package name"),
+        ("../evil", "not a valid package name"),
+        ("lru", "fluxmoe already registers the eviction 'lru'"),
     ],
 )
 def test_bad_names_are_refused_before_anything_is_written(
@@ -167,8 +167,8 @@ def test_one_policy_with_options(tmp_path, capsys):
     found = json.loads(run(capsys, "plugin", "check", path, "--policy", "mine:sign=-1", "--json"))
     assert [v["conforms"] for v in found] == [True]
     error = run(capsys, "plugin", "check", path, "--policy", "yours", code=2)
-    assert "has no 'yours'" in error
-    assert "it has mine" in error
+    assert "registers no 'yours'" in error
+    assert "it registers mine" in error
 
 
 @pytest.mark.parametrize("called", ["pony", "fluxmoe-pony", "Fluxmoe.Pony"])

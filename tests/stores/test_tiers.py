@@ -231,7 +231,7 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
     changed[1][1][2, 5] ^= 1  # a model that was trained a little more
     for parts in changed:
         store.adopt(parts)
-    assert "is built anew: it holds other pages" in caplog.text
+    assert "is rebuilt: it holds other pages" in caplog.text
     for page in range(PAGES):
         store.read_into(page, target := rows())
         layer, expert = divmod(page, GEOMETRY.experts_per_layer)
@@ -246,10 +246,10 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
         (lambda data: data[:-1], "it is cut off"),
         (lambda data: data[: len(data) // 2], "it is cut off"),
         (lambda data: data + bytes(4096), "it is cut off, or longer"),
-        (lambda data: data[:100], "it is no page file"),
-        (lambda data: b"", "it is no page file"),
-        (lambda data: b"PK" + data[2:], "it is no page file"),
-        (lambda data: data[:8] + b"\2" + data[9:], "it is of version 2"),
+        (lambda data: data[:100], "not a page file"),
+        (lambda data: b"", "not a page file"),
+        (lambda data: b"PK" + data[2:], "not a page file"),
+        (lambda data: data[:8] + b"\2" + data[9:], "unsupported version 2"),
         (lambda data: data[:30] + b"x" + data[31:], "its header is damaged"),
         (lambda data: data[:-4096] + b"\1" + data[-4095:], "its index is damaged"),
     ],
@@ -259,7 +259,7 @@ def test_a_torn_or_foreign_file_is_refused_and_built_anew(tmp_path, caplog, dama
     (path,) = page_files(tmp_path)
     path.write_bytes(damage(path.read_bytes()))
     store = filled(in_file(tmp_path))
-    assert said in caplog.text and "is built anew" in caplog.text
+    assert said in caplog.text and "is rebuilt" in caplog.text
     check(store)
     store.close()
     assert page_files(tmp_path) == [path]
@@ -272,7 +272,7 @@ def test_a_file_of_another_model_under_this_name_is_refused(tmp_path: Path, capl
     (other,) = set(page_files(tmp_path)) - {mine}
     mine.write_bytes(other.read_bytes())
     store = filled(in_file(tmp_path))
-    assert "it holds the pages of something else" in caplog.text
+    assert "its layout, codec or options differ" in caplog.text
     check(store)
     store.close()
 
@@ -352,7 +352,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, monkeypatch, at) ->
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be made: Not a directory"):
+    with pytest.raises(StoreError, match="cannot be created: Not a directory"):
         filled(in_file(tmp_path / "file" / "below"))
 
 

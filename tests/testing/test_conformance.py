@@ -249,7 +249,7 @@ EVICTION = [
     (NoKernel, "answers", "numba cannot compile"),
     # and the rest
     (spoilt(Eviction, on_access=_force), "looks only", "it changed access.tokens"),
-    (Moody, "pure", "asked twice in the same state"),
+    (Moody, "pure", "called twice in the same state"),
     (Dice, "repeats", "decide differently"),
     (Forgetful, "resets", "after reset()"),
     (Shared, "alone", "while another one"),
@@ -258,7 +258,7 @@ EVICTION = [
         "stable",
         "neither accessed nor loaded",
     ),
-    (TwoMinds, "agrees", "to score_kernel"),
+    (TwoMinds, "agrees", ", score_kernel"),
     (spoilt(Eviction, needs_future=True), "foresight", "never read"),
     (spoilt(Eviction, retain=_none, on_evict=_slow), "fast", "its fastest call took"),
 ]
@@ -274,7 +274,7 @@ PREFETCH = [
     (spoilt(Prefetch, propose=lambda s, v, a: None), "answers", "None"),
     (spoilt(Prefetch, propose=lambda s, v, a: a.predicted[:1]), "answers", "not subscriptable"),
     (spoilt(Prefetch, propose=lambda s, v, a: _loop()), "answers", "more than 2 s"),
-    (Wild, "leads", "layers ahead, lead is 1"),
+    (Wild, "leads", "layers ahead, but lead is 1"),
 ]
 
 ARBITRATION = [
@@ -426,11 +426,11 @@ CODEC = [
     (Eviction, "made", "the factory made"),
     (lambda: 1 / 0, "made", "ZeroDivisionError"),
     (spoilt(Plain, decode=lambda self, coded: None), "declared", "cannot be called"),
-    (spoilt(Plain, encode=lambda s, raw: bytes(raw)), "lossless", "it gave b''"),
+    (spoilt(Plain, encode=lambda s, raw: bytes(raw)), "lossless", "it returned b''"),
     (spoilt(Plain, encode=lambda s, raw: raw[: len(raw)]), "lossless", "a view of `raw`"),
     (spoilt(Plain, encode=lambda s, raw: raw.sort()), "lossless", "read-only"),
-    (spoilt(Plain, decode=lambda s, coded, out: out.fill(0)), "lossless", "came back as"),
-    (spoilt(Plain, decode=lambda s, coded, out: coded), "lossless", "it gave array"),
+    (spoilt(Plain, decode=lambda s, coded, out: out.fill(0)), "lossless", "was restored as"),
+    (spoilt(Plain, decode=lambda s, coded, out: coded), "lossless", "it returned array"),
     (spoilt(Plain, decode=_far), "lossless", "it wrote beyond `out`"),
     (Random, "repeats", "code it differently"),
     (

@@ -182,12 +182,12 @@ def wrong_shape(folder: Path) -> str:
 
 def break_index(folder: Path) -> str:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
-    return "it is no JSON"
+    return "not valid JSON"
 
 
 def break_config(folder: Path) -> str:
     (folder / "config.json").write_text("{")
-    return "it is no JSON"
+    return "not valid JSON"
 
 
 def no_type(folder: Path) -> str:

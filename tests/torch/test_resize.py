@@ -128,7 +128,7 @@ def test_sizes_that_cannot_be(load: Load, monkeypatch: pytest.MonkeyPatch) -> No
                 paged.resize(nonsense)
         with monkeypatch.context() as patch:
             patch.setattr("psutil.virtual_memory", lambda: Memory(available=page_bytes))
-            with pytest.raises(errors.ConfigError, match=r"more than the \d+ bytes"):
+            with pytest.raises(errors.ConfigError, match=r"exceeds the \d+ bytes"):
                 paged.resize("2MiB")
         assert paged.stats() == before
         assert same(answer(model), stock)

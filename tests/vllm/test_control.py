@@ -107,11 +107,11 @@ def eventually(true: Callable[[], bool]) -> None:
 
 def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "1MiB")
-    assert code == 2 and "wants its API key" in err
+    assert code == 2 and "requires an API key" in err
     assert httpx.get(f"{server.url}/v1/fluxmoe/limits").status_code == 401
     door = {"headers": {"Authorization": f"Bearer {KEY}"}}
     body = httpx.post(f"{server.url}/v1/fluxmoe/limits", content=b"x", **door)  # type: ignore[arg-type]
-    assert body.status_code == 400 and "no JSON" in body.text
+    assert body.status_code == 400 and "not valid JSON" in body.text
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     code, out, err = fluxmoe("limit", server.url)
     assert (code, err) == (0, "") and "limits: none" in out

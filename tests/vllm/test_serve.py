@@ -171,7 +171,7 @@ def test_the_printed_command_has_everything(tmp_path: Path) -> None:
         ({"memory": {}}, "memory.budget"),
         ({"vllm": {"worker-cls": "mine"}}, "vllm.worker-cls"),
         ({"vllm": {"kv_cache_memory_bytes": 5}}, "kv-cache-memory-bytes is set by FluxMoE"),
-        ({"model": None}, "no model is named"),
+        ({"model": None}, "no model given"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"plugins": ["nosuch.py"]}, "FM202"),
     ],

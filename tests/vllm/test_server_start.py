@@ -65,16 +65,16 @@ def test_a_port_in_use(tmp_path: Path, model: Path, host: str | None) -> None:
         port = other.getsockname()[1]
         options = {"port": port, **({"host": host} if host else {})}
         done = serve(tmp_path, model, vllm=options)
-        refused(done, f"error[FM101]: port {port} is in use; vllm.port; choose another one")
+        refused(done, f"error[FM101]: port {port} is in use; vllm.port; choose another port")
     assert "NoneType" in serve(tmp_path, model, vllm=options).stderr  # it is free: vLLM would start
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"port": "http"}, "'http' is no port; vllm.port"),
-        ({"port": 70000}, "70000 is no port; vllm.port"),
-        ({"port": True}, "True is no port"),
+        ({"port": "http"}, "not a valid port: 'http'; vllm.port"),
+        ({"port": 70000}, "not a valid port: 70000; vllm.port"),
+        ({"port": True}, "not a valid port: True"),
         ({"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid, port 8000"),
         ({"host": "192.0.2.1", "port": 0}, "cannot listen on 192.0.2.1"),
         ({"kv-transfer-config": {}}, "kv-transfer-config is set by FluxMoE"),
@@ -85,7 +85,7 @@ def test_addresses(tmp_path: Path, model: Path, options: dict[str, Any], says: s
 
 
 def test_a_budget_beyond_the_machine(tmp_path: Path, model: Path) -> None:
-    refused(serve(tmp_path, model, budget="900TiB"), "bytes that are free; memory.budget")
+    refused(serve(tmp_path, model, budget="900TiB"), "bytes of free memory; memory.budget")
 
 
 @pytest.mark.parametrize("setting", [{"arbitration": "marginal"}, {"control": True}])
@@ -110,7 +110,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, model: Path) -> N
     # A file in its place: to the root of a container everything else is writable.
     (tmp_path / "file").touch()
     done = serve(tmp_path, model, vllm={"port": 0}, VLLM_CACHE_ROOT=str(tmp_path / "file" / "x"))
-    refused(done, "cannot write into", "Not a directory", "VLLM_CACHE_ROOT")
+    refused(done, "cannot write to", "Not a directory", "VLLM_CACHE_ROOT")
 
 
 def test_a_model_that_is_missing_or_damaged(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""FluxMoE under PyTorch: pages the experts of Hugging Face models (``fluxmoe.page``, ``load``)."""
+"""The PyTorch backend: pages the experts of Hugging Face models (``fluxmoe.page``, ``load``)."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""The experts implementation ``fluxmoe``: make pages resident, then run stock's code on slots.
+"""The experts implementation ``fluxmoe``: make pages resident, then run the stock code on slots.
 
-``transformers`` lets each experts module choose at run time who computes it. The function that is
-registered here asks the pager for slots and hands over to the implementation that was active
-before, together with a *twin* of the module: same class and settings, but its weights are the
-arenas. What the twin's experts are called depends on that implementation:
+``transformers`` lets each experts module choose its implementation at run time. The function
+registered here asks the pager for slots and calls the implementation that was active before with
+a *twin* of the module: same class and settings, but its weights are the arenas. The numbering of
+the twin's experts depends on that implementation:
 
 * ``grouped_mm`` and ``batched_mm`` treat all experts alike, so the twin's experts are the slots.
-  Tokens are grouped in another order than stock's, but each group holds the same rows in the same
-  order, and the sum over a token's experts runs in the router's order.
-* ``eager`` adds up the experts' contributions in ascending order of their numbers. The twin keeps
-  the logical numbers, and its weights look up the slot in the expert table.
+  Tokens are grouped in another order than in the stock code, but each group holds the same rows in
+  the same order, and the sum over a token's experts runs in the router's order.
+* ``eager`` adds up the experts' contributions in ascending order of expert id. The twin keeps
+  the logical ids, and its weights look up the slot in the expert table.
 """
 
 from __future__ import annotations
@@ -58,27 +58,27 @@ IMPLEMENTATIONS = (EAGER, *BY_SLOT)
 Note: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # grouped_mm counts the tokens of each expert with a float32 histogram, whose bins are exact up to
-# 4097 of them. No model has so many experts, but a bank may have so many slots.
+# 4097 bins. No model has that many experts, but a bank may have that many slots.
 GROUPED_MM_SLOTS = 4096
 
 
 class Lease:
-    """Held by all that reads the arenas; they are given back when the last holder is gone."""
+    """Token held by every reader of the arenas; they are released with the last holder."""
 
 
 @dataclass(eq=False)
 class Binding(Uncopyable):
-    """What a paged experts module needs to run, and to become again what it was.
+    """State that a paged experts module needs to run, and to be restored.
 
     Attributes:
         handle: The pager (``op.attach``).
-        layer: MoE layer, from 0.
+        layer: Index of the MoE layer, from 0.
         twin: The module as the computing implementation sees it.
         compute: That implementation, by slot; None for ``eager``.
         original: The module's own parameters; of a loaded model they are on the meta device.
-        turn: Keeps out what would change the arenas from ``acquire`` to the kernel's end.
+        turn: Lock against changes of the arenas from ``acquire`` to the kernel's end.
         lease: Keeps the arenas alive.
-        note: Shows a recorder more than the expert ids, where it wants more.
+        note: Passes more than the expert ids to a recorder; None if not needed.
     """
 
     handle: int
@@ -116,11 +116,11 @@ def bind(
     Args:
         module: An experts module.
         handle: The pager.
-        layer: MoE layer, from 0.
-        implementation: Who computes, one of ``IMPLEMENTATIONS``.
+        layer: Index of the MoE layer, from 0.
+        implementation: Computing implementation, one of ``IMPLEMENTATIONS``.
         arenas: Part → ``[slots, …]`` of the layer's bank.
         table: The layer's expert table, ``[experts]`` → slot.
-        turn: Of the model.
+        turn: Lock of the model.
         lease: Keeps the arenas alive.
     """
     original = weights_of(module)
@@ -137,7 +137,7 @@ def bind(
 
 
 def resize(module: torch.nn.Module, arenas: Arenas) -> None:
-    """Let a paged module know that its bank has more or fewer slots now."""
+    """Update a paged module after a change in its bank's number of slots."""
     twin = module._fluxmoe.twin
     for part, arena in arenas.items():
         if module._fluxmoe.compute is None:
@@ -148,22 +148,22 @@ def resize(module: torch.nn.Module, arenas: Arenas) -> None:
 
 
 def absent(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-    """What stands for a weight that lies in the store: as large, but without memory."""
+    """A placeholder for a weight in the store: same shape, but without memory."""
     return torch.nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
 
 
 def is_bound(module: torch.nn.Module) -> bool:
-    """Whether a module's experts are paged."""
+    """True if a module's experts are paged."""
     return hasattr(module, "_fluxmoe")
 
 
 def set_note(module: torch.nn.Module, note: Note | None) -> None:
-    """What a paged module shows a recorder beside its expert ids."""
+    """Set the function that passes more than expert ids to a recorder."""
     module._fluxmoe.note = note
 
 
 def release(module: torch.nn.Module) -> None:
-    """Give a module its own parameters back."""
+    """Restore a module's own parameters."""
     module._parameters.update(module._fluxmoe.original)
     del module._fluxmoe
 
@@ -174,11 +174,11 @@ def forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """One MoE layer's experts, in the signature of ``transformers``."""
+    """Compute one MoE layer's experts, with the signature of ``transformers``."""
     binding: Binding | None = getattr(self, "_fluxmoe", None)
     if binding is None:
         raise UnsupportedError(
-            f"a {type(self).__name__} that is not paged was asked to page",
+            f"a {type(self).__name__} that is not paged uses the paging implementation",
             fix="page the model with fluxmoe.page(); do not share a config object between a paged "
             "model and another one",
         )
@@ -186,7 +186,7 @@ def forward(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learns):
         # The arenas are overwritten long before a backward pass would read them.
         raise UnsupportedError(
-            "a paged model computes no gradients", fix="call it under torch.no_grad()"
+            "a paged model cannot compute gradients", fix="call it under torch.no_grad()"
         )
     if torch.compiler.is_compiling():  # a lock would break the graph
         return _event(self, binding, hidden_states, top_k_index, top_k_weights)
@@ -202,7 +202,7 @@ def _event(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     if getattr(module, "_fluxmoe", None) is not binding:
-        # Closed while this thread waited: its number may be another pager's by now.
+        # Closed while this thread waited: its handle may belong to another pager by now.
         return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
     if binding.note is not None:
         top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
@@ -215,5 +215,5 @@ def _event(
 
 
 def register() -> None:
-    """Make the implementation known to ``transformers``. Idempotent."""
+    """Register the implementation with ``transformers``. Idempotent."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, forward)

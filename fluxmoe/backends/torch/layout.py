@@ -1,4 +1,4 @@
-"""The expert layers of a Hugging Face model, and whether their weights can be paged."""
+"""The expert layers of a Hugging Face model, and checks that their weights can be paged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fluxmoe.errors import NoExpertsError, UnsupportedError
 
 PARTS = ("gate_up_proj", "down_proj")
 
-#: A part's parameter per expert layer.
+#: Part → parameter of an expert layer.
 Weights: TypeAlias = dict[str, torch.nn.Parameter]
 
-#: Families whose paged output the tests compare with that of the unpaged model.
+#: Model families whose paged output the tests compare with the unpaged model's.
 TESTED = ("Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V2", "DeepSeek-V3", "GLM4-MoE")
 
 _SUPPORTED = (
@@ -25,8 +25,8 @@ _SUPPORTED = (
 
 
 def is_experts(module: torch.nn.Module) -> bool:
-    """Whether a module holds experts, and chooses at run time who computes them."""
-    # Set by the decorator that makes an experts class do so.
+    """True if a module holds experts and chooses their implementation at run time."""
+    # Set by transformers' decorator for experts classes.
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
@@ -34,8 +34,8 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The expert layers, in order.
 
     Raises:
-        NoExpertsError: There are none.
-        UnsupportedError: They cannot be paged; says why.
+        NoExpertsError: The model has none.
+        UnsupportedError: They cannot be paged, for the given reason.
     """
     name = type(model).__name__
     layers = [module for module in model.modules() if is_experts(module)]
@@ -64,7 +64,7 @@ def require_on_cpu(layers: list[torch.nn.Module]) -> None:
                     fix="load its weights first, or let fluxmoe.load() do both",
                 )
             if weight.device.type != "cpu":
-                raise _unsupported(f"{name} lies on {weight.device}; only the CPU is supported")
+                raise _unsupported(f"{name} is on {weight.device}; only the CPU is supported")
 
 
 def weights_of(layer: torch.nn.Module) -> Weights:
@@ -73,7 +73,7 @@ def weights_of(layer: torch.nn.Module) -> Weights:
 
 
 def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
-    """How many pages there are, and what is in one."""
+    """The number of pages, and the parts of one page."""
     weights = weights_of(layers[0])
     parts = [
         Part(name, weight[0].numel() * weight.element_size(), weight[0].numel())
@@ -95,11 +95,11 @@ def _require_standard(layer: torch.nn.Module) -> None:
             raise _unsupported(f"{name} {why}, which cannot be paged yet")
     found = {key for key, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     if found != set(PARTS):
-        raise _unsupported(f"{name} has the weights {', '.join(sorted(found)) or 'of nobody'}")
+        raise _unsupported(f"{name} has weights: {', '.join(sorted(found)) or 'none'}")
     for part, weight in weights_of(layer).items():
         if weight.ndim != 3 or not weight.is_contiguous() or not weight.dtype.is_floating_point:
             raise _unsupported(
-                f"{name}.{part} is no dense [experts, rows, columns] of floating-point numbers"
+                f"{name}.{part} is not a dense floating-point [experts, rows, columns]"
             )
 
 

@@ -1,8 +1,8 @@
-"""A hardware profile of this machine: what steps of a model and copies of its pages take here.
+"""Measurement of this machine's hardware profile: times of model steps and of page copies.
 
-All is measured apart from what the profile will be used to predict: steps with every expert
-resident, and copies with hardly any. The times of a step are fitted by a constant, a cost per token
-and a cost per expert used, which is what the profile's fields can say.
+The measured situations differ from those the profile will predict: steps with every expert
+resident, and copies with hardly any. Step times are fitted by a constant, a cost per token and a
+cost per expert used, matching the profile's fields.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fluxmoe.backends.torch.paged import page
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200
-#: For what costs nothing that could be measured.
+#: Bandwidth or TFLOPS for costs too small to measure.
 _FAST = 1e6
 
 Floats = npt.NDArray[np.float64]
@@ -35,8 +35,8 @@ def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
     """Measure a model on the torch backend; takes about a minute for a small one.
 
     Args:
-        folder: A Hugging Face checkpoint, or its name.
-        threads: Of torch, while this runs and in what the profile is used for.
+        folder: Folder or name of a Hugging Face checkpoint.
+        threads: Number of torch threads, here and in the runs the profile is used for.
 
     Returns:
         The fields of a ``sim.hardware.Profile``.
@@ -72,7 +72,7 @@ def decode(
 ) -> Iterator[None]:
     """Decode sampled tokens of random prompts, one step per item; the prefill is the first.
 
-    The same arguments give the same tokens, whatever is paged.
+    The same arguments give the same tokens, paged or not.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size
@@ -88,7 +88,7 @@ def decode(
 
 
 def room(model: Any, pages: int) -> int:
-    """Bytes that hold ``pages`` pages of a model, give or take a frame."""
+    """Bytes that hold ``pages`` pages of a model, within one frame."""
     _, page_class = layout.describe(layout.experts_of(model))
     return pages * page_class.nbytes
 
@@ -100,7 +100,7 @@ def _steps(model: Any) -> tuple[Floats, Floats]:
     with page(model, room(model, geometry.num_pages), eviction="lru") as handle:
         for batch in BATCHES:
             best = math.inf
-            for _ in range(_REPEATS):  # with the same tokens, so the experts are the same, too
+            for _ in range(_REPEATS):  # with the same tokens, hence the same experts
                 run = decode(model, batch, _WARM + _STEPS)
                 for _ in itertools.islice(run, 1 + _WARM):
                     pass
@@ -116,7 +116,7 @@ def _steps(model: Any) -> tuple[Floats, Floats]:
 
 
 def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
-    """Rows (1, pages) of events that miss all their pages, and their µs beside a hit's."""
+    """Rows (1, pages) of events that miss all their pages, and their µs above a hit's."""
     layers = layout.experts_of(model)
     geometry, page_class = layout.describe(layers)
     experts = geometry.experts_per_layer
@@ -129,7 +129,7 @@ def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
             hitting: list[float] = []
             slots = np.zeros(size, np.int32)
             for turn in range(_COPIES):
-                # Every page comes round again only when all others have been used since.
+                # A page recurs only after all others have been used.
                 layer = turn % geometry.num_layers
                 first = turn // geometry.num_layers * size
                 ids = np.sort((first + np.arange(size)) % experts).astype(np.int32)
@@ -144,7 +144,7 @@ def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
 
 
 def _fit(rows: Floats, times: Floats) -> list[float]:
-    """Costs, none of them negative, that explain the times with the least relative error."""
+    """Non-negative costs that fit the times with the least relative error."""
     best, error = np.zeros(rows.shape[1]), np.inf
     scaled = rows / times[:, np.newaxis]
     for used in itertools.product((False, True), repeat=rows.shape[1]):

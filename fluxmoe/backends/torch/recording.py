@@ -1,4 +1,4 @@
-"""What a Hugging Face model can tell a trace beside the expert ids."""
+"""Routing weights and predictions of a Hugging Face model, for traces."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def notes(
     weights: bool,
     predict: bool,
 ) -> list[experts.Note | None]:
-    """Per expert layer, what notes its weights and predictions; nothing if neither is wanted.
+    """Functions per expert layer that note weights and predictions; None if neither is requested.
 
     Args:
         model: The model.
         layers: Its expert layers, in order.
-        handle: Their pager.
+        handle: Handle of their pager.
         weights: Note the routing weights.
         predict: Note which experts the next layer's router chooses for this layer's hidden states.
 
     Raises:
-        UnsupportedError: ``predict``, and the routers are not where they are looked for.
+        UnsupportedError: ``predict`` is set and a layer's router was not found.
     """
     if not weights and not predict:
         return [None] * len(layers)
@@ -44,7 +44,7 @@ def _note(
     def note(ids: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         predicted = None
         if router is not None:
-            # Past the module's hooks: its own layer's outputs may be collected by them.
+            # Bypasses the module's hooks, which may collect its own layer's outputs.
             predicted = type(router).forward(router, hidden)[-1]
         elif predict:
             predicted = ids[:, :0]
@@ -54,7 +54,7 @@ def _note(
 
 
 def _routers(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The router of each expert layer: a sibling that answers (logits, weights, expert ids)."""
+    """The router of each expert layer: a sibling that returns (logits, weights, expert ids)."""
     block_of = {id(child): module for module in model.modules() for child in module.children()}
     routers = []
     for layer in layers:
@@ -62,7 +62,7 @@ def _routers(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[
         router = getattr(block, "gate", None)
         if not isinstance(router, torch.nn.Module) or not _routes(router, layer):
             raise UnsupportedError(
-                f"{type(block).__name__} has no router `gate` that answers expert ids, so the "
+                f"{type(block).__name__} has no router `gate` that returns expert ids, so the "
                 "next layer's experts cannot be predicted",
                 fix="record without --predict",
             )

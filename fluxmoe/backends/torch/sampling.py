@@ -1,4 +1,4 @@
-"""Running prompts through a Hugging Face model, batch by batch, for the sake of its routing."""
+"""Sampling from a Hugging Face model batch by batch, to record its routing."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def sample(
     seed: int,
     stop: Callable[[], bool],
 ) -> list[list[int]]:
-    """Continue a batch of prompts, padded at the left, never ending at an end-of-text token.
+    """Continue a batch of prompts, padded on the left; the end-of-text token does not stop them.
 
     Args:
         model: A model of ``transformers``.
-        prompts: Token numbers, one list per row of the batch.
-        max_new_tokens: Tokens to generate for each.
-        temperature: Of sampling; 0 takes the likeliest token.
-        seed: Of the random numbers.
-        stop: Asked after every step.
+        prompts: Token ids, one list per row of the batch.
+        max_new_tokens: Number of tokens to generate per prompt.
+        temperature: Sampling temperature; 0 always takes the likeliest token.
+        seed: Random seed.
+        stop: Called after every step; True ends the run.
 
     Returns:
         The new tokens of each row.

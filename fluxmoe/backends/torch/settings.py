@@ -1,4 +1,4 @@
-"""What ``fluxmoe.page`` and ``fluxmoe.load`` are told, as a configuration that fits the model."""
+"""The arguments of ``fluxmoe.page`` and ``fluxmoe.load`` as a configuration for the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluxmoe.errors import BudgetTooSmallError, ConfigError
 PolicySpec = str | Mapping[str, Any]
 StoreSpec = Mapping[str, Any]
 
-#: The stores where nothing is said.
+#: The default stores.
 HOST: tuple[StoreSpec, ...] = ({"kind": "host"},)
 
 
@@ -33,14 +33,14 @@ def settings(
     strict_policies: bool = False,
     seed: int = 0,
 ) -> fluxmoe_config.Config:
-    """The arguments of ``fluxmoe.page``, checked.
+    """Check the arguments of ``fluxmoe.page``.
 
     Raises:
         ConfigError: One of them has an unusable value.
     """
     if memory == fluxmoe_config.AUTO:
         raise ConfigError(
-            "auto is not possible here", where=f"memory of {where}", fix="give a size, as 4GiB"
+            "auto is not supported here", where=f"memory of {where}", fix="give a size, as 4GiB"
         )
     return fluxmoe_config.parse(
         {
@@ -58,11 +58,11 @@ def settings(
 
 
 class Room:
-    """The room for expert pages: from one layer's experts up to what all experts can use.
+    """Bounds of the memory for expert pages, from one layer's experts to all experts.
 
     Attributes:
-        frame_bytes: Unit in which it grows.
-        least, most: Bytes, multiples of the frame. ``most`` is within this machine's memory.
+        frame_bytes: Bytes of a frame, the unit of growth.
+        least, most: Bounds in bytes, multiples of a frame; ``most`` is within the machine's memory.
     """
 
     def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
@@ -74,7 +74,7 @@ class Room:
         self.most = max(self.least, min(useful, total))
 
     def within(self, memory: int, where: str) -> int:
-        """How many of ``memory`` bytes can be used.
+        """The usable part of ``memory`` bytes.
 
         Raises:
             BudgetTooSmallError: They cannot hold one layer's experts.
@@ -89,7 +89,7 @@ class Room:
         return min(memory, self.most)
 
     def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Config:
-        """The configuration with a budget that is neither too small nor more than can be used."""
+        """The configuration with its budget checked and limited to what can be used."""
         budget = self.within(config.memory.size, where)
         memory = config.memory.model_copy(update={"budget": budget, "frame": self.frame_bytes})
         return config.model_copy(update={"memory": memory})

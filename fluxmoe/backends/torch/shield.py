@@ -1,8 +1,8 @@
-"""What cannot be done to a paged model, refused before anything has changed.
+"""Refusal of operations that a paged model does not support, before anything has changed.
 
-Its experts' parameters are on the meta device. Saving, moving or loading them would "work" and
-lose them without a word, and so would computing with them: sums on the CPU ignore what is added
-to them from the meta device.
+The experts' parameters are on the meta device. Saving, moving or loading them would seem to work
+but silently lose them, and so would computing with them: sums on the CPU ignore addends on the meta
+device.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ _CLOSE = "close() its handle first; a model from fluxmoe.load() is in its checkp
 
 
 class Uncopyable:
-    """A part of a paged model. A copy would read a copy of the arenas, which nobody fills."""
+    """A part of a paged model; copies are refused, as nothing would fill their arenas."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UnsupportedError("a paged model can be neither copied nor pickled", fix=_CLOSE)
 
 
 class Shield:
-    """Refuses ``state_dict``, ``load_state_dict``, another experts implementation, and whatever
-    changes type or device.
+    """Refuses ``state_dict``, ``load_state_dict``, another experts implementation, and changes of
+    type or device.
 
     Args:
         model: The paged model.
         layers: Its expert layers.
-        implementation: The one that pages.
+        implementation: Name of the paging implementation.
     """
 
     def __init__(
         self, model: torch.nn.Module, layers: list[torch.nn.Module], implementation: str
     ) -> None:
         inside = {id(layer) for layer in layers}
-        # All that have experts below them: they are asked first, before half of the work is done.
+        # All modules that contain experts, so that a refusal comes before any work is done.
         self._guarded = [
             module
             for module in model.modules()
@@ -53,7 +53,7 @@ class Shield:
                 module.register_state_dict_pre_hook(_Refusal("be saved")),
                 module.register_load_state_dict_pre_hook(_Refusal("have weights loaded into it")),
             ]
-            # The one method behind to(), half(), cuda() ….
+            # The method behind to(), half(), cuda() ….
             module._apply = partial(_apply, module, is_experts=id(module) in inside)
 
     def remove(self) -> None:
@@ -65,9 +65,9 @@ class Shield:
 
 
 def gone(module: torch.nn.Module, *_: object) -> NoReturn:
-    """Forward pre-hook of experts that nobody has any more."""
+    """Forward pre-hook of experts that were released."""
     raise UnsupportedError(
-        "the model's experts are gone: fluxmoe.load() put them into a store, which was given back "
+        "the model's experts are gone: fluxmoe.load() put them into a store, which was released "
         "when the handle was closed",
         fix="load the model again, and close the handle after its last use",
     )
@@ -90,7 +90,7 @@ class _Requirement(Uncopyable):
         if found != self._implementation:
             raise UnsupportedError(
                 f"the experts of a paged model cannot be computed by {found!r}",
-                fix="choose the implementation first, then page; it is kept",
+                fix="choose the implementation before paging; it is kept",
             )
 
 
@@ -101,13 +101,13 @@ def _apply(
     is_experts: bool,
     **kwargs: Any,
 ) -> torch.nn.Module:
-    # Pipelines call to("cpu") on a model that is there already: that is nothing to object to.
+    # Pipelines call to("cpu") on a model that is already there, which is allowed.
     for dtype in {weight.dtype for weight in module.parameters()}:
         probe = torch.empty(0, dtype=dtype)
         became = fn(probe)
         if became.dtype != probe.dtype or became.device != probe.device:
             raise UnsupportedError(
-                f"a paged model stays on its device and of its type: {dtype} on {probe.device} "
+                f"a paged model keeps its device and dtype: {dtype} on {probe.device} "
                 f"cannot become {became.dtype} on {became.device}",
                 fix=_CLOSE,
             )

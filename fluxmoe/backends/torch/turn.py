@@ -1,10 +1,10 @@
-"""Turns: one forward pass at a time, and what it does.
+"""The forward lock of a paged model: one forward pass at a time.
 
 Between a layer's ``acquire`` and the end of its kernel the arenas must not change. Threads that
 share a paged model therefore take turns. A forward pass is a turn, so that the steps of a trace are
-passes. Within it, or outside where a layer is called by itself, each layer and each call of the
-handle is a turn in which its thread, too, may do nothing else with the model. A compiled model
-takes no turns, so its threads are not kept apart.
+passes. Each layer (within a pass or called on its own) and each call of the handle is an exclusive
+turn: even its own thread may do nothing else with the model. A compiled model takes no turns, so
+its threads are not synchronised.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ T = TypeVar("T")
 
 
 class Turn(Uncopyable):
-    """A re-entrant lock for passes, and what may run within them ``alone``."""
+    """A re-entrant lock for passes, with exclusive sections (``alone``) inside them."""
 
     def __init__(self) -> None:
         self._lock, self._owner = threading.RLock(), Owner()
-        self._alone = 0  # the thread that is
+        self._alone = 0  # id of the thread in an exclusive section
         self._phase = Phase.DECODE
         self._shape: tuple[int, int] | None = None
 
     @property
     def here(self) -> bool:
-        """Whether this is the process that pages, not one forked from it."""
+        """True in the process that pages, False in one forked from it."""
         return self._owner.here
 
     def lock(self) -> AbstractContextManager[object]:
-        """The lock, for a ``with`` statement: entering one in C, Ctrl-C cannot lose it.
+        """The lock, for a ``with`` statement: it is entered in C, so Ctrl-C cannot lose it.
 
         Raises:
-            UnsupportedError: In a forked process, where it may be held for ever; or this thread
-                has it ``alone``.
+            UnsupportedError: In a forked process, where it may never be released; or this thread
+                is in an exclusive section.
         """
         self._owner.require()
         if self._alone == threading.get_ident():
@@ -59,7 +59,7 @@ class Turn(Uncopyable):
         return self._lock
 
     def alone(self, work: Callable[[], T]) -> T:
-        """Do what uses or moves pages, while nothing else does."""
+        """Run work that uses or moves pages, exclusively."""
         with self.lock():
             try:
                 self._alone = threading.get_ident()
@@ -68,19 +68,19 @@ class Turn(Uncopyable):
                 self._alone = 0
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Let the model's forward passes take their turn.
+        """Wrap the model's forward passes in the lock.
 
-        The method is wrapped: hooks would not be called at the end of a pass that Ctrl-C ended.
+        The method is wrapped because hooks are not called at the end of a pass that Ctrl-C ended.
         """
         before = model.forward
         model.forward = functools.update_wrapper(functools.partial(self._run, before), before)
 
     def phase(self) -> Phase:
-        """What the running pass does, seen from the length of its input; compiled: decode."""
+        """The phase of the running pass, from the length of its input; compiled: decode."""
         return self._phase
 
     def rows(self, tokens: int) -> StepRows | None:
-        """The running step's tokens, requests being rows of the batch; None if nobody saw it."""
+        """The running step's tokens, one request per row of the batch; None if it was not seen."""
         shape, self._shape = self._shape, None
         if shape is None or shape[0] * shape[1] != tokens:
             return None
@@ -88,9 +88,9 @@ class Turn(Uncopyable):
         return StepRows(request, np.full(tokens, self._phase, np.int8))
 
     def leave(self, model: torch.nn.Module) -> None:
-        """Leave the model alone from now on. Idempotent.
+        """Unwrap the model. Idempotent.
 
-        A method that has been wrapped again meanwhile stays as it is, and goes on to take turns.
+        If the method has been wrapped again meanwhile, it stays as it is and keeps taking turns.
         """
         wrapped = vars(model).get("forward")
         if isinstance(wrapped, functools.partial) and wrapped.func == self._run:
@@ -111,7 +111,7 @@ class Turn(Uncopyable):
 
 
 def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Phase, tuple[int, int] | None]:
-    """What a pass with these arguments does, and its rows and their length."""
+    """The phase of a pass with these arguments, with its number of rows and their length."""
     for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if value is not None:
             rows, length = value.shape[:2]

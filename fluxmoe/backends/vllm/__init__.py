@@ -1,8 +1,9 @@
-"""FluxMoE under vLLM: started by the entry point ``fluxmoe`` of the group ``vllm.general_plugins``.
+"""The vLLM backend, loaded by the entry point ``fluxmoe`` of the group ``vllm.general_plugins``.
 
 vLLM calls ``register`` in each of its processes. It changes nothing for models that are not paged:
-paging begins when vLLM is given the settings of ``engine_options``. What pages is imported by the
-worker class alone.
+paging begins when vLLM is given the settings of ``engine_options``. Only the worker class imports
+the paging code. One folder per process: ``server``, ``scheduler``, ``worker``; ``child`` runs an
+engine in a child process, ``compat`` imports vLLM's private names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _registered = False
 
 
 def register() -> None:
-    """Make FluxMoE's settings known to vLLM. Idempotent."""
+    """Register FluxMoE's settings with vLLM. Idempotent."""
     global _registered
     if _registered:
         return
@@ -27,8 +28,8 @@ def register() -> None:
         from fluxmoe.backends.vllm import half_configured
         from fluxmoe.backends.vllm.compat.plugin import KVConnectorFactory
     except UnsupportedVersionError as error:
-        # Whoever does not page must not lose vLLM; whoever does names the worker class, which
-        # raises this error again.
+        # vLLM must keep working for users who do not page; those who do name our worker class,
+        # which raises this error again.
         logging.getLogger("vllm.fluxmoe").warning("FluxMoE is off: %s", error)
         return
     half_configured.register()
@@ -44,17 +45,17 @@ def register() -> None:
 
 
 class _ToVllm(logging.Handler):
-    """Hands on to vLLM's log, which vLLM sets up later than it calls plugins."""
+    """Forwards to vLLM's log, which vLLM sets up only after it has called plugins."""
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger("vllm.fluxmoe")
-        # Somebody who has set logging up for all has it there; vLLM's own does not propagate.
+        # A root handler already shows the record; vLLM's own logger does not propagate.
         if not logging.getLogger().handlers and theirs.isEnabledFor(record.levelno):
             theirs.handle(record)
 
 
 def _log_as_vllm_does() -> None:
-    """Show what FluxMoE tells, as why memory moves, in vLLM's log."""
+    """Show FluxMoE's messages, such as why memory moves, in vLLM's log."""
     ours = logging.getLogger("fluxmoe")
     ours.addHandler(_ToVllm())
     if ours.level == logging.NOTSET:

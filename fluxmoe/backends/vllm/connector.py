@@ -1,8 +1,8 @@
 """FluxMoE's KV connector: the channel between vLLM's scheduler, its workers and ``/metrics``.
 
-It moves no KV cache. vLLM calls a connector on both sides in every step and carries what it says
-to the other side and, as statistics, to the process that serves ``/metrics``; nothing else in vLLM
-does that for an extension, and it switches nothing off.
+It moves no KV cache. vLLM calls a connector on both sides in every step and carries its data to the
+other side and, as statistics, to the process that serves ``/metrics``. No other extension point
+of vLLM does that, and this one disables no feature.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
 from fluxmoe.backends.vllm.server.prometheus import PagingProm, PagingStats
 from fluxmoe.backends.vllm.settings import paging_config
 
-if TYPE_CHECKING:  # they import numba, which a process without a worker does not need
+if TYPE_CHECKING:  # these import numba, which a process without a worker does not need
     from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
     from fluxmoe.backends.vllm.worker.side import WorkerSide
     from fluxmoe.core.arbitration.messages import Inventory, Order, StepReport
@@ -34,14 +34,14 @@ if TYPE_CHECKING:  # they import numba, which a process without a worker does no
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """What the scheduler tells the workers with each step."""
+    """Message from the scheduler to the workers, one per step."""
 
     order: Order | None = None
 
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """What workers tell the scheduler with each step."""
+    """Message from the workers to the scheduler, one per step."""
 
     reports: list[StepReport]
 
@@ -51,19 +51,19 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
 
 @dataclass
 class WorkerInventory(KVConnectorHandshakeMetadata):
-    """What a worker tells the scheduler at the start."""
+    """Message from a worker to the scheduler at the start."""
 
     inventory: Inventory
 
 
 class PagingConnector(KVConnectorBase_V1, SupportsHMA):
-    """One object in the scheduler (role SCHEDULER) and one in each worker (role WORKER).
+    """FluxMoE's connector: one in the scheduler (role SCHEDULER), one per worker (role WORKER).
 
     Raises:
-        ConfigError: The other settings that paging needs are missing.
+        ConfigError: Other settings needed for paging are missing.
     """
 
-    #: No request waits for anything to be delivered.
+    #: Requests do not wait for a delivery.
     requires_kv_delivery = False
 
     def __init__(
@@ -74,7 +74,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._config, self._settings = vllm_config, settings
         self._requests = RequestWatch()
         self._manager: Any = None
-        #: The scheduler's side, where the split may change.
+        #: The scheduler's side of arbitration; None if the split is fixed.
         self.arbitration: Arbitration | None = None
         self._meter = Meter(metrics.split_reader(None))
         self._worker: WorkerSide | None = None
@@ -86,7 +86,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager = kv_cache_manager
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerInventory]) -> None:
-        """Called once, when all workers are ready; without metadata if the split is fixed."""
+        """Start arbitration when all workers are ready; no metadata if the split is fixed."""
         if not metadata:
             return
         from fluxmoe import config as fluxmoe_config
@@ -137,9 +137,9 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """Whether the engine must step although it is idle.
+        """True if the engine must step although it is idle.
 
-        Once at the start, so that metrics are there before the first request; and to end a move.
+        Once at the start, so that metrics exist before the first request, and to end a move.
         """
         if not self._begun:
             return True
@@ -148,7 +148,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker ----------------------------------------------------------------------------------
 
     def bind(self, worker: WorkerSide) -> None:
-        """The worker calls it, with its own side."""
+        """Attach the worker's side; called by the worker."""
         self._worker = worker
 
     def get_handshake_metadata(self) -> WorkerInventory | None:
@@ -156,7 +156,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return None if inventory is None else WorkerInventory(inventory)
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
-        """Called before each forward pass, and in steps without one."""
+        """Receive the scheduler's order; called before each forward pass, and in steps without."""
         if self._worker is not None:
             self._worker.receive(kv_connector_metadata.order)
 
@@ -165,7 +165,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return None if report is None else WorkerMetadata([report])
 
     def has_connector_metadata(self) -> bool:
-        """None for attention layers: they would call ``wait_for_layer_load`` and so on, each."""
+        """False, so that attention layers do not call ``wait_for_layer_load`` and the like."""
         return False
 
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
@@ -185,7 +185,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- statistics ------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> PagingStats | None:
-        """Called on both sides after each step."""
+        """Return the changes of metrics; called on both sides after each step."""
         if self.role == KVConnectorRole.SCHEDULER:
             changes = self._meter.take()
         else:

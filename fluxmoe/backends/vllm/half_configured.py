@@ -1,7 +1,7 @@
-"""Nobody pages by half: a model built with only some of FluxMoE's settings is refused.
+"""Refusal of a partial configuration: a model built with only some of FluxMoE's settings.
 
-vLLM shows its configuration to no plugin. It does to layers, and has a door for replacing them;
-nearly every model has one LogitsProcessor. This one computes what stock's does.
+vLLM passes its configuration to no plugin, but to layers, which a plugin can replace; nearly every
+model has one LogitsProcessor. This one computes the same as the stock one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fluxmoe.backends.vllm.compat.plugin import LogitsProcessor, get_current_vll
 
 
 class GuardedLogitsProcessor(LogitsProcessor):
-    """vLLM's logits processor, which looks at the configuration when it is built.
+    """vLLM's logits processor with a check of the configuration when it is built.
 
     Raises:
         ConfigError: See ``settings.paging_config``.
@@ -25,5 +25,5 @@ class GuardedLogitsProcessor(LogitsProcessor):
 
 
 def register() -> None:
-    """Have vLLM build GuardedLogitsProcessor wherever a model has a logits processor."""
+    """Make vLLM build GuardedLogitsProcessor in place of its logits processor."""
     LogitsProcessor.register_oot(GuardedLogitsProcessor, name="LogitsProcessor")

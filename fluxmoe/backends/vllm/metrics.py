@@ -1,7 +1,7 @@
-"""What FluxMoE shows on vLLM's ``/metrics``, and how it gets there (docs/metrics.md).
+"""FluxMoE's metrics on vLLM's ``/metrics``, and their way there (docs/metrics.md).
 
-A worker reads its sizes and counters after every step and sends what has *changed*. Changes can be
-added up over steps and over workers without anybody knowing what they mean, gauges included.
+A worker reads its sizes and counters after every step and sends the *changes*. Changes, of gauges
+too, can be added up over steps and workers without knowing their meaning.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 Samples = dict[str, dict[tuple[str, ...], float]]
 #: A metric's name and the values of its own labels.
 Series = tuple[str, tuple[str, ...]]
-#: Values in the order of their series. Whoever is read in every step returns the same list of these
-#: each time: a dictionary with such keys takes longer to make than all else here.
+#: Values in the order of their series. A source read in every step returns the same list of series
+#: each time, because building a dictionary with such keys would dominate the cost.
 Readings = tuple[list[Series], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric: its name, kind, own labels (vLLM adds the model's and the engine's), and help.
+    """A metric: name, kind, help, and own labels (vLLM adds the model's and the engine's).
 
     The samples of a histogram are its buckets, labelled by their upper ends, and its ``sum``.
     """
@@ -38,7 +38,7 @@ class Metric:
     labels: tuple[str, ...] = ()
 
 
-#: A metric whose labels are words: a series goes when it is not among the last any more.
+#: A metric with text labels: a series is removed when it is no longer among the last decisions.
 DECISION = "fluxmoe_split_decision"
 
 METRICS = (
@@ -56,12 +56,12 @@ METRICS = (
     Metric(
         "fluxmoe_prefetch_hits_total",
         "counter",
-        "The part of the hits that a prefetch brought in and nobody had used before.",
+        "Hits on pages that were prefetched and had not been used before.",
     ),
     Metric(
         "fluxmoe_expert_evictions_total",
         "counter",
-        "Expert pages given up: to others, by the policy after use, or because slots went away.",
+        "Expert pages evicted: for others, by the policy after use, or because slots were removed.",
         ("cause",),
     ),
     Metric(
@@ -107,18 +107,18 @@ METRICS = (
     Metric(
         DECISION,
         "gauge",
-        "The last decisions to move memory, 1 each: where to, and the numbers that led to it.",
+        "The last decisions to move memory, 1 each: direction, and the numbers behind it.",
         ("number", "policy", "direction", "reason"),
     ),
     Metric(
         "fluxmoe_page_lifetime_events",
         "histogram",
-        "Executions of MoE layers from the loading of an expert page to its leaving.",
+        "Executions of MoE layers from the loading of an expert page to its eviction.",
     ),
     Metric(
         "fluxmoe_page_idle_before_evict_events",
         "histogram",
-        "Executions of MoE layers from the last use of an expert page to its leaving.",
+        "Executions of MoE layers from the last use of an expert page to its eviction.",
     ),
     Metric(
         "fluxmoe_page_reuse_gap_events",
@@ -131,22 +131,22 @@ METRICS = (
     Metric("fluxmoe_expert_pages", "gauge", "Expert pages of the model."),
 )
 
-#: Those whose sources begin at zero again when the pager is reset.
+#: Metrics whose sources restart at zero when the pager is reset.
 _COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind != "gauge")
 _AGES = (
     ("fluxmoe_page_lifetime_events", LIFETIME),
     ("fluxmoe_page_idle_before_evict_events", IDLE),
     ("fluxmoe_page_reuse_gap_events", REUSE),
 )
-#: Upper ends of the buckets of ages.
+#: Upper bounds of the age buckets, in events.
 BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
 _AGE_SERIES: list[Series] = [(name, (end,)) for name, _ in _AGES for end in (*BUCKETS, "sum")]
 _BOUNDS = ("min", "target", "max")
 
 
 def reader(runtime: Runtime) -> Callable[[], Readings]:
-    """What reads all metrics of one worker but the histograms, in every step: so it is short."""
-    # Here, because it imports numba, which a process without a worker does not need.
+    """Make a fast function that reads all metrics of one worker except the histograms."""
+    # Imported here: it needs numba, which a process without a worker does not.
     from fluxmoe.core.paging.books import (
         C_COLD,
         C_EVICTIONS,
@@ -223,7 +223,7 @@ def read_ages(runtime: Runtime) -> Readings:
 
 
 def split_reader(controller: SplitController | None) -> Callable[[], Readings]:
-    """What reads the metrics of the scheduler's side; zeros if the split is fixed."""
+    """Make a function that reads the scheduler's metrics; zeros if the split is fixed."""
     always: list[Series] = [
         ("fluxmoe_split_changes_total", ("to_kv",)),
         ("fluxmoe_split_changes_total", ("to_experts",)),
@@ -256,11 +256,11 @@ def split_reader(controller: SplitController | None) -> Callable[[], Readings]:
 
 
 class Meter:
-    """What has changed since it was asked last.
+    """Changes of samples since the last call.
 
     Args:
-        source: Gives all samples as they are now.
-        every: Look at it only each so many times.
+        source: Returns the current samples.
+        every: Read the source only on every Nth call.
     """
 
     def __init__(self, source: Callable[[], Readings], *, every: int = 1) -> None:
@@ -270,7 +270,7 @@ class Meter:
         self._asked = 0
 
     def take(self) -> Samples:
-        """The changes; at first all samples, zeros included, so that every series exists."""
+        """The changes; first all samples, zeros included, so that every series exists."""
         self._asked += 1
         if (self._asked - 1) % self._every:
             return {}
@@ -295,7 +295,7 @@ class Meter:
         return changes
 
     def restarted(self) -> None:
-        """The source's counters have gone back to zero; those shown go on."""
+        """Account for a reset of the source's counters to zero; those shown continue."""
         self._values = [
             0 if name in _COUNTERS else value
             for (name, _), value in zip(self._series, self._values, strict=True)
@@ -311,7 +311,7 @@ def add(total: Samples, changes: Samples) -> None:
 
 
 def summary(changes: Samples) -> dict[str, str]:
-    """One interval in words, for vLLM's log."""
+    """One interval as text, for vLLM's log."""
     total = {name: sum(samples.values()) for name, samples in changes.items()}
     hits, misses = (total.get(f"fluxmoe_expert_{what}_total", 0) for what in ("hits", "misses"))
     rate = {"expert hit rate": f"{hits / (hits + misses):.1%}"} if hits + misses else {}

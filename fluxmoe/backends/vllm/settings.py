@@ -1,4 +1,4 @@
-"""The settings of vLLM that make it page. Imports no vLLM: commands ask before there is one."""
+"""The vLLM settings that enable paging. Imports no vLLM, so that commands work without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONNECTOR = "FluxMoEConnector"
 
 
 def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for ``vllm.LLM`` that make it page.
+    """Keyword arguments for ``vllm.LLM`` that enable paging.
 
     Args:
         settings: FluxMoE's configuration (docs/configuration.md) without ``model`` and ``vllm``.
@@ -27,13 +27,13 @@ def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "worker_cls": WORKER_CLS,
         "additional_config": {"fluxmoe": settings},
-        # The connector moves no KV cache; of the roles this one switches nothing off.
+        # The connector moves no KV cache; this is the role that disables no feature.
         "kv_transfer_config": {"kv_connector": CONNECTOR, "kv_role": "kv_producer"},
     }
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """The same for ``vllm serve``."""
+    """The same options for ``vllm serve``."""
     words: list[str] = []
     for key, value in engine_options(settings).items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
@@ -51,10 +51,10 @@ def moving_latent_attention() -> UnsupportedError:
 
 
 def paging_config(config: VllmConfig) -> object | None:
-    """FluxMoE's configuration as vLLM was given it, not validated; None for a stock engine.
+    """FluxMoE's configuration as given to vLLM, not validated; None for a stock engine.
 
     Raises:
-        ConfigError: Some of the settings are there, but not all; names those to add.
+        ConfigError: Only some of the settings are given; names those to add.
     """
     additional = config.additional_config
     settings: object | None = additional.get("fluxmoe") if isinstance(additional, dict) else None

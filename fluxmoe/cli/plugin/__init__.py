@@ -1,11 +1,9 @@
-"""``fluxmoe plugin``: begin a package with policies or codecs, and check one."""
+"""``fluxmoe plugin``: create and check packages of policies or codecs."""
 
 import typer
 
 from fluxmoe.cli.plugin import check, new
 
-app = typer.Typer(
-    help="Begin a package of policies or codecs, and check one.", no_args_is_help=True
-)
+app = typer.Typer(help="Create and check packages of policies or codecs.", no_args_is_help=True)
 app.command("new")(new.new)
 app.command("check")(check.check)

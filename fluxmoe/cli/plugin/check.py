@@ -1,4 +1,4 @@
-"""``fluxmoe plugin check``: whether what a plugin registers keeps to its contracts."""
+"""``fluxmoe plugin check``: test a plugin's policies and codecs against their contracts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MARKS = {"kept": "ok", "broken": "BROKEN", "does not apply": "-", "not tried": 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one policy or codec.
+    """The result for one policy or codec.
 
     Attributes:
-        misses: Golden trace → misses at half of its pages, beside those of built-in policies;
+        misses: Golden trace → misses at half of its pages, with those of built-in policies;
             eviction policies only.
     """
 
@@ -43,19 +43,19 @@ def check(
         str,
         typer.Argument(
             metavar="PLUGIN",
-            help="A .py file, a module, an installed distribution or its entry point.",
+            help=".py file, module, installed distribution or its entry point.",
         ),
     ],
     policy: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME:OPTION=VALUE",
-            help="Check this one only, with these options; repeatable.",
+            help="Check only this one, with these options; repeatable.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Try every policy and codec of a plugin on what its contract demands.
+    """Test every policy and codec of a plugin against its contract.
 
     Exit code 1 if one of them breaks a rule.
     """
@@ -83,7 +83,7 @@ def check(
 def _wanted(
     registrations: list[Registration], asked: list[str], plugin: str
 ) -> list[tuple[Registration, PolicySpec]]:
-    """What to check, each as it is to be made."""
+    """The registrations to check, each with its specification."""
     from fluxmoe.cli.simulate import spec
     from fluxmoe.errors import ConfigError
 
@@ -96,9 +96,9 @@ def _wanted(
         matching = [registration for registration in registrations if registration.name == name]
         if not matching:
             raise ConfigError(
-                f"{plugin} has no {name!r}",
+                f"{plugin} registers no {name!r}",
                 where="--policy",
-                fix=f"it has {', '.join(r.name for r in registrations)}",
+                fix=f"it registers {', '.join(r.name for r in registrations)}",
             )
         found += [(registration, made) for registration in matching]
     return found
@@ -161,7 +161,7 @@ def _print(verdict: Verdict) -> None:
     noun = verdict.kind if verdict.kind == "codec" else f"{verdict.kind} policy"
     console = output.console()
     title = f"{noun} {escape(verdict.name)}"
-    table = Table("", "rule", "what it demands", title=title, title_justify="left")
+    table = Table("", "rule", "requirement", title=title, title_justify="left")
     for finding in verdict.findings:
         said = finding.sentence
         if finding.status == "does not apply":

@@ -1,4 +1,4 @@
-"""``fluxmoe plugin new``: a package with a policy or codec of a few lines, and its tests."""
+"""``fluxmoe plugin new``: create a package with a minimal policy or codec and its tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).parents[2] / "templates" / "plugin"
 
 
 class Kind(StrEnum):
-    """What the package brings."""
+    """The contents of the package."""
 
     EVICTION = "eviction"
     PREFETCH = "prefetch"
@@ -24,40 +24,40 @@ class Kind(StrEnum):
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="Such as my-policy; the package: fluxmoe-my-policy.")],
-    kind: Annotated[Kind, typer.Option(help="What it brings.")],
+    name: Annotated[str, typer.Argument(help="Name: my-policy gives package fluxmoe-my-policy.")],
+    kind: Annotated[Kind, typer.Option(help="Kind of policy, or codec.")],
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; by default ./fluxmoe-NAME.")
+        Path | None, typer.Option(metavar="DIR", help="Target folder; default: ./fluxmoe-NAME.")
     ] = None,
 ) -> None:
-    """Begin a package: a policy or codec of a few lines, tests that call the conformance kit."""
+    """Create a package: a minimal policy or codec, and tests that call the conformance kit."""
     import fluxmoe
     from fluxmoe import plugins
 
     short = name.removeprefix("fluxmoe-")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", short):
         raise ConfigError(
-            f"{name!r} is no name for a package",
+            f"not a valid package name: {name!r}",
             where="NAME",
-            fix="write it in lower-case letters and digits with hyphens, like my-policy",
+            fix="use lower-case letters, digits and hyphens, as in my-policy",
         )
     known = {(r.kind, r.name): r.plugin for r in plugins.load().everything()}
     if plugin := known.get((kind.value, short)):
         raise ConfigError(
-            f"{plugin} has the {kind.value} {short!r} already",
+            f"{plugin} already registers the {kind.value} {short!r}",
             where="NAME",
-            fix="take another one",
+            fix="choose another name",
         )
     folder = output or Path(f"fluxmoe-{short}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            f"{folder} is there already", where="--output", fix="name a folder that is not"
+            f"{folder} already exists", where="--output", fix="name a new or empty folder"
         )
     try:
         import copier
     except ImportError as error:
         raise MissingDependencyError(
-            f"{error.name} is needed to begin a package", fix="pip install 'fluxmoe[plugin]'"
+            f"{error.name} is needed to create a package", fix="pip install 'fluxmoe[plugin]'"
         ) from error
     module = f"fluxmoe_{short.replace('-', '_')}"
     noun = "Codec" if kind is Kind.CODEC else "Policy"

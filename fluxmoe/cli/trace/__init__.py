@@ -1,4 +1,4 @@
-"""``fluxmoe trace``: recording, making, converting and describing traces; one file per verb."""
+"""``fluxmoe trace``: record, synthesise, convert and describe traces; one file per verb."""
 
 from __future__ import annotations
 

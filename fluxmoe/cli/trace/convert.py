@@ -1,4 +1,4 @@
-"""``fluxmoe trace convert``: other people's traces."""
+"""``fluxmoe trace convert``: traces of other tools."""
 
 from __future__ import annotations
 
@@ -9,29 +9,25 @@ import typer
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A file or folder.")],
-    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="File or folder.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     from_: Annotated[
         str | None,
-        typer.Option(
-            "--from", help="flame, selection, vllm, sglang or jsonl; by default what it looks like."
-        ),
+        typer.Option("--from", help="flame, selection, vllm, sglang or jsonl; default: detected."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the model, for the metadata.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name for the metadata.")] = None,
     experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts per layer; default: the largest seen + 1.")
+        int | None, typer.Option(min=1, help="Experts per layer; default: largest id found + 1.")
     ] = None,
     page_bytes: Annotated[
         int | None, typer.Option(min=1, help="Bytes of one expert page, for byte counts.")
     ] = None,
-    step_tokens: Annotated[int, typer.Option(min=1, help="flame: tokens that make one step.")] = 1,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=0, help="vllm: tokens of each request that are its prompt.")
-    ] = 0,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
+    step_tokens: Annotated[int, typer.Option(min=1, help="flame: tokens per step.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="vllm: prompt tokens per request.")] = 0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after N steps.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Turn a routing trace of another tool into one of ours."""
+    """Convert a routing trace of another tool to FluxMoE's format."""
     from fluxmoe.trace import TraceReader
     from fluxmoe.trace.formats import Options, convert
 

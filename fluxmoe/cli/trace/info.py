@@ -1,4 +1,4 @@
-"""``fluxmoe trace info``: what a trace is like, as numbers and as a picture."""
+"""``fluxmoe trace info``: statistics of a trace, as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def info(
-    trace: Annotated[Path, typer.Argument(help="A trace file.")],
+    trace: Annotated[Path, typer.Argument(help="Trace file.")],
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw it: an .svg file, or .png with Pillow.")
+        Path | None, typer.Option(help="Also draw it to this file (.svg, or .png with Pillow).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -48,8 +48,7 @@ def _print(console: Console, trace: Path, s: Statistics) -> None:
         f"{s.steps} steps, {s.events} events ({s.prefill_events} prefill, {decode} decode), "
         f"{s.requests or 'unknown'} requests\n"
         f"{s.routed} routed experts, {s.accesses} accesses (distinct per event), {s.pages_used} "
-        f"pages used"
-        + (f"\ncolumns beside the usual: {', '.join(s.columns)}" if s.columns else ""),
+        f"pages used" + (f"\nadditional columns: {', '.join(s.columns)}" if s.columns else ""),
         highlight=False,
     )
     table = Table("layer", title="Skew and locality", title_justify="left")

@@ -1,4 +1,4 @@
-"""``fluxmoe trace record``: what a real model routes, recorded while it answers prompts."""
+"""``fluxmoe trace record``: record a real model's routing while it answers prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Steps(StrEnum):
-    """Which steps are recorded."""
+    """The kind of steps to record."""
 
     ALL = "all"
     PREFILL = "prefill"
@@ -26,50 +26,48 @@ class Steps(StrEnum):
 
 
 def record(
-    model: Annotated[str, typer.Argument(help="A Hugging Face checkpoint: folder or name.")],
-    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
-    backend: Annotated[Backend, typer.Option(help="What runs the model.")] = Backend.TORCH,
-    prompt: Annotated[list[str] | None, typer.Option(help="A text; repeatable.")] = None,
+    model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: folder or name.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; repeatable.")] = None,
     prompt_ids: Annotated[
         list[str] | None,
-        typer.Option(metavar="1,2,3", help="Token numbers instead of a text; repeatable."),
+        typer.Option(metavar="1,2,3", help="Prompt as token ids instead of text; repeatable."),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A file of prompts: one text per line, or .jsonl with `prompt` or `prompt_ids`."
+            help="File of prompts: one text per line, or .jsonl with `prompt` or `prompt_ids`."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 1,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate for each prompt.")
-    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Forward passes to record at most.")
+        int | None, typer.Option(min=1, help="Maximum number of forward passes to record.")
     ] = None,
-    steps: Annotated[Steps, typer.Option(help="Record only steps that mostly do this.")] = (
+    steps: Annotated[Steps, typer.Option(help="Record only steps mostly of this kind.")] = (
         Steps.ALL
     ),
     temperature: Annotated[
         float,
-        typer.Option(min=0, help="Of sampling. 0 takes the likeliest token: such texts loop."),
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy, whose texts tend to loop."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
     memory: Annotated[
-        str, typer.Option(help="Room for expert pages (vLLM: and the KV cache), such as 2GiB.")
+        str, typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache.")
     ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy of the running model.")] = "lru",
-    weights: Annotated[bool, typer.Option("--weights", help="Also record weights.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Also record router weights.")] = False,
     predict: Annotated[
         bool,
-        typer.Option("--predict", help="Also record what the next layer's router would choose."),
+        typer.Option("--predict", help="Also record the choices of the next layer's router."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run prompts through a paged model and write a trace of its routing.
 
-    Requests always run to --max-new-tokens: the end-of-text token is like any other.
+    Requests always run to --max-new-tokens; the end-of-text token does not stop them.
     """
     from fluxmoe.core.types import Phase
     from fluxmoe.trace import TraceReader
@@ -81,9 +79,9 @@ def record(
             fix="use --backend torch",
         )
     if out.exists() and not force:
-        # Also refused by the writer, but only after the model was loaded.
+        # The writer refuses this too, but only after the model was loaded.
         raise ConfigError(
-            f"{out} is there already", where="--out", fix="name another file, or use --force"
+            f"{out} already exists", where="--out", fix="name another file, or use --force"
         )
     models.quiet()
     requests = _requests(model, prompt or [], prompt_ids or [], prompts)
@@ -142,7 +140,7 @@ def _with_torch(
     for tokens in requests:
         if not all(0 <= token < vocabulary for token in tokens):
             raise ConfigError(
-                f"a prompt has the tokens {tokens}", fix=f"all must be within 0…{vocabulary - 1}"
+                f"invalid prompt tokens: {tokens}", fix=f"all must be within 0…{vocabulary - 1}"
             )
     with (
         fluxmoe.page(loaded, memory, eviction=eviction) as paged,
@@ -197,18 +195,18 @@ def _with_vllm(
 def _requests(
     model: str, texts: list[str], numbers: list[str], file: Path | None
 ) -> list[list[int]]:
-    """All prompts as token numbers."""
+    """All prompts as token ids."""
     lines: list[str | list[int]] = [*texts]
     lines += [models.numbers(each, "--prompt-ids") for each in numbers]
     lines += [] if file is None else _read(file)
     if not lines:
-        raise ConfigError("there is no prompt", fix="give --prompt, --prompt-ids or --prompts")
+        raise ConfigError("no prompt given", fix="give --prompt, --prompt-ids or --prompts")
     tokenizer: PreTrainedTokenizerBase | None = None
     if any(isinstance(line, str) for line in lines):
         tokenizer = models.tokenizer(model, required=True)
     requests = [models.encode(tokenizer, line) if isinstance(line, str) else line for line in lines]
     if not all(requests):
-        raise ConfigError("a prompt is empty", fix="give each at least one token")
+        raise ConfigError("a prompt is empty", fix="give each prompt at least one token")
     return requests
 
 
@@ -225,7 +223,7 @@ def _read(file: Path) -> list[str | list[int]]:
         try:
             data = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"no JSON: {error}", where=where) from error
+            raise ConfigError(f"not valid JSON: {error}", where=where) from error
         value: Any = None
         if isinstance(data, dict):
             value = data.get("prompt_ids", data.get("prompt"))

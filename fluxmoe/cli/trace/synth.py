@@ -1,4 +1,4 @@
-"""``fluxmoe trace synth``: a trace without a model."""
+"""``fluxmoe trace synth``: a synthetic trace, without a model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def synth(
     top_k: Annotated[int, typer.Option(help="Experts per token.")],
     steps: Annotated[int, typer.Option(help="Forward passes.")],
     batch: Annotated[int, typer.Option(help="Tokens per step.")],
-    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same trace.")] = 0,
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same trace.")] = 0,
     skew: Annotated[
         float, typer.Option(help="Zipf exponent of the experts' popularity; 0 = uniform.")
     ] = 1.0,
     drift: Annotated[
-        float, typer.Option(help="How fast popularity changes: 0 = never, 1 = anew in every step.")
+        float, typer.Option(help="Rate of change of popularity: 0 = never, 1 = redrawn every step.")
     ] = 0.02,
     locality: Annotated[
         str,
         typer.Option(
             metavar="P[:P]",
-            help="Chance that a request keeps an expert of its last token; first:last layer.",
+            help="Probability that a request reuses an expert of its last token; first:last layer.",
         ),
     ] = "0",
     scan_every: Annotated[
-        int, typer.Option(help="Every so many steps a scan of all experts; 1 = only scans.")
+        int, typer.Option(help="Scan all experts every N steps; 1 = only scans, 0 = never.")
     ] = 0,
     page_bytes: Annotated[
         int, typer.Option(min=1, help="Bytes of one expert page, for byte counts.")

@@ -1,4 +1,4 @@
-"""Lossless codes for expert pages. They come in by the same door as those of plugins."""
+"""The built-in lossless codecs for expert pages, registered by the same hook as plugins'."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fluxmoe.stores.codec.base import Codec
 
 
 class NoCodec(Codec):
-    """Keeps pages as they are."""
+    """Keeps pages unchanged."""
 
     def encode(self, raw: Bytes) -> Bytes:
-        """Nothing: ``raw`` itself is to be kept."""
+        """Return nothing, so that ``raw`` itself is kept."""
         return np.empty(0, np.uint8)
 
     def decode(self, coded: Bytes, out: Bytes) -> None:
-        """There is nothing that could be decoded."""
-        raise CodecError(f"{len(coded)} bytes are no code")
+        """Raise, as there is nothing to decode."""
+        raise CodecError(f"the codec none cannot decode {len(coded)} bytes")
 
 
 def make_fixed4() -> Codec:
-    """Fixed-width code of the exponents of bf16 weights: 0.77 of the size, as fast as a copy."""
-    from fluxmoe.stores.codec.fixed4 import Fixed4  # numba and LLVM, which take half a second
+    """Fixed-width code for bf16 exponents: 0.77 of the size, decodes as fast as a copy."""
+    from fluxmoe.stores.codec.fixed4 import Fixed4  # numba and LLVM take half a second
 
     return Fixed4()
 
@@ -32,7 +32,7 @@ def make_fixed4() -> Codec:
 @hookimpl
 def fluxmoe_register_codecs(register: RegisterCodec) -> None:
     """Register the built-in codecs."""
-    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # pydantic; Codec comes without it
+    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # needs pydantic; Codec does not
 
     register("none", NoCodec)
     register("fixed4", make_fixed4)

@@ -1,4 +1,4 @@
-"""What stores ask of a lossless code. Whoever brings a new one derives it from ``Codec``."""
+"""The contract of lossless codecs: the base class ``Codec``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from fluxmoe.core.types import Bytes
 
 
 class Codec(ABC):
-    """Keeps an array of bytes in fewer bytes, and gives back exactly what it was given.
+    """Encodes an array of bytes in fewer bytes, and decodes it exactly.
 
-    One object serves all threads of a process. Both methods should release the GIL, or copies will
-    wait for each other.
+    One object serves all threads of a process. Both methods should release the GIL, otherwise
+    copies wait for each other.
     """
 
     @abstractmethod
     def encode(self, raw: Bytes) -> Bytes:
-        """The code of ``raw``, one part of an expert page.
+        """Encode ``raw``, one part of an expert page.
 
-        It may be longer than ``raw``, or empty if nothing was to be gained: then stores keep
+        The result may be longer than ``raw``, or empty if nothing is gained: stores then keep
         ``raw`` itself. It must not be a view of ``raw``.
         """
 
     @abstractmethod
     def decode(self, coded: Bytes, out: Bytes) -> None:
-        """Write what was encoded to ``out``, which has its size, and to nothing else.
+        """Write the decoded bytes to ``out``, which has their size, and to nothing else.
 
         Raises:
-            CodecError: ``coded`` is damaged, or is not what ``out`` is for. ``out`` may hold
-                anything then.
+            CodecError: ``coded`` is damaged, or does not fit ``out``, whose contents are then
+                undefined.
         """

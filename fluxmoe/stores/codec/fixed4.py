@@ -1,6 +1,6 @@
 """``fixed4``: lossless bf16 in three quarters of its size, one format for CPU and GPU.
 
-docs/code.md defines the format byte by byte; sections and fields are called here as there.
+docs/code.md defines the format byte by byte; sections and fields have the same names here.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec import kernel
 from fluxmoe.stores.codec.base import Codec
 
-# What a block ends with: magic, version, rows, cols, raw segments, bytes of tail, escapes,
+# The end of a block: magic, version, rows, cols, raw segments, bytes of tail, escapes,
 # zero-coded segments, bytes of the block, checksum.
 _TRAILER = struct.Struct("<4sHxx6IQ16xQ")
 _MAGIC, _VERSION = struct.pack("<I", kernel.MAGIC), kernel.VERSION
 
-# From this size on what was decoded is not kept in the caches: an event's other experts would
-# drive it out of them before a kernel reads it, and writing past them is faster.
+# From this size in bytes, decoded weights bypass the caches: an event's other experts would evict
+# them before a kernel reads them, and writing past the caches is faster.
 _PAST_CACHES = 1 << 18
 _LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the sections of a block lie, in bytes.
+    """Offsets of the sections of a block, in bytes.
 
     Attributes:
-        rows, cols: The matrix.
-        raw: Raw segments.
+        rows, cols: Shape of the matrix.
+        raw: Number of raw segments.
         tail: Bytes of the tail.
     """
 
@@ -69,13 +69,13 @@ class Layout:
 
     @property
     def segments(self) -> int:
-        """Segments per row."""
+        """Number of segments per row."""
         return -(-self.cols // 128)
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the trailer of a block tells."""
+    """Fields of a block's trailer."""
 
     layout: Layout
     escapes: int
@@ -84,28 +84,28 @@ class Facts:
 
     @property
     def segments(self) -> int:
-        """Segments of the whole block."""
+        """Number of segments of the whole block."""
         return self.layout.rows * self.layout.segments
 
 
 class Fixed4(Codec):
-    """Fixed-width code of the exponents of bf16 weights: 0.77 of the size, as fast as a copy.
+    """Fixed-width code for bf16 exponents: 0.77 of the size, decodes as fast as a copy.
 
     Args:
-        cols: Columns of the matrix that a part of a page is taken for, a multiple of 64. 128 suits
-            all; the matrix's own lets a GPU kernel read the block in place.
+        cols: Number of columns of the matrix that a part is interpreted as, a multiple of 64. 128
+            fits all; the weight's own number lets a GPU kernel read the block in place.
 
     Raises:
-        CodecError: ``cols`` is no multiple of 64.
+        CodecError: ``cols`` is not a positive multiple of 64.
     """
 
     def __init__(self, cols: int = 128) -> None:
         if cols <= 0 or cols % 64:
-            raise CodecError(f"{cols} columns are no positive multiple of 64")
+            raise CodecError(f"columns must be a positive multiple of 64, not {cols}")
         self._cols = cols
 
     def encode(self, raw: Bytes) -> Bytes:
-        """``raw``, uint8 of any length, as a block; empty if that would not be shorter."""
+        """Encode ``raw``, uint8 of any length, as a block; empty if that would not be shorter."""
         rows = len(raw) // 2 // self._cols
         weights = rows * self._cols
         tail = len(raw) - 2 * weights
@@ -114,7 +114,7 @@ class Fixed4(Codec):
         if room < 0 or not rows:
             return np.empty(0, np.uint8)
         block = np.empty(len(raw) // 16 * 16, np.uint8)
-        block[least.headers : least.pool] = 0  # for the bytes between the sections
+        block[least.headers : least.pool] = 0  # for the padding between the sections
         found = np.zeros(2, np.int64)
         segments = kernel.encode(
             _as(np.uint16, raw[: 2 * weights]),
@@ -143,7 +143,7 @@ class Fixed4(Codec):
         return block
 
     def decode(self, coded: Bytes, out: Bytes) -> None:
-        """Decode a block of ``encode``, whatever its ``cols``, to the uint8 array ``out``.
+        """Decode a block of ``encode`` with any ``cols`` to the uint8 array ``out``.
 
         Raises:
             CodecError: The block is damaged, or of another size than ``out``.
@@ -164,9 +164,9 @@ class Fixed4(Codec):
 
 
 def _problem(result: int, coded: Bytes, wanted: int) -> CodecError:
-    """What is wrong with a block that ``kernel.decode`` refused."""
+    """The error for a block that ``kernel.decode`` refused."""
     if result == kernel.NO_POOL_ROW:
-        return CodecError("the block is damaged: a header names a raw segment that is not there")
+        return CodecError("the block is damaged: a header names a missing raw segment")
     if result == kernel.WRONG_SUM:
         return CodecError("the block is damaged: its checksum is wrong")
     layout = inspect(coded).layout
@@ -176,10 +176,10 @@ def _problem(result: int, coded: Bytes, wanted: int) -> CodecError:
 
 
 def inspect(block: Bytes) -> Facts:
-    """What a block tells about itself. Its sections are not read.
+    """Read a block's trailer. Its sections are not read.
 
     Raises:
-        CodecError: This is no whole block of this format.
+        CodecError: The block is not a complete block of this format.
     """
     size = len(block)
     if size < _TRAILER.size or size % 16:
@@ -188,9 +188,9 @@ def inspect(block: Bytes) -> Facts:
         _TRAILER.unpack_from(block.data, size - _TRAILER.size)
     )
     if magic != _MAGIC:
-        raise CodecError("this is no block, or its end is damaged")
+        raise CodecError("not a fixed4 block, or its end is damaged")
     if version != _VERSION:
-        raise CodecError(f"the block is of version {version}, known is {_VERSION}")
+        raise CodecError(f"the block has version {version}, supported is {_VERSION}")
     layout = Layout(rows, cols, raw, tail)
     if not cols or cols % 64 or nbytes != size or layout.nbytes != size:
         raise CodecError(f"the block's trailer is damaged: it does not fit {size} bytes")
@@ -202,6 +202,6 @@ def _whole(nbytes: int) -> int:
 
 
 def _as(dtype: type[np.generic], array: Bytes) -> npt.NDArray[Any]:
-    """``array`` as numbers; a copy of it where they would not lie as numba wants them."""
+    """``array`` as numbers; a copy if it is not aligned for numba."""
     numbers = array.view(dtype)
     return numbers if numbers.flags.aligned else array.copy().view(dtype)

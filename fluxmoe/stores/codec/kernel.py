@@ -1,7 +1,7 @@
-"""The lossless code, segment by segment: numba loops over the steps of ``vector``.
+"""The fixed4 code, segment by segment: numba loops over the steps of ``vector``.
 
-All arrays belong to the caller, and are views of one block (docs/code.md) and of its weights.
-``decode`` believes nothing that a block says of itself.
+All arrays belong to the caller and are views of one block (docs/code.md) and of its weights.
+``decode`` validates everything that it reads from a block.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from fluxmoe.stores.codec.vector import (
 
 U16s: TypeAlias = npt.NDArray[np.uint16]
 U32s: TypeAlias = npt.NDArray[np.uint32]
-#: An integer or truth value: numba's have other types than those of Python and numpy.
+#: An integer or a bool: numba's have other types than those of Python and numpy.
 Int: TypeAlias = Any
 Bool: TypeAlias = Any
 
-#: What ``decode`` returns if it fails.
+#: Return values of ``decode`` if it fails.
 MISFIT, WRONG_SUM, NO_POOL_ROW = -1, -2, -3
 
-#: The trailer, in words: how many there are, and the first two.
+#: The trailer: its number of words, and the first two of them.
 TRAILER, MAGIC, VERSION = 16, 0x344D5846, 1
 
 _RAW = 1 << 31
 _ESCAPES = 3 << 28
 _ZERO = 1 << 7
 _TILE = 24  # words per row of a tile
-_AHEAD = 1536  # words between what is decoded and what is fetched from memory
+_AHEAD = 1536  # words between decoding and prefetching
 
 
 @jit
 def checksum(words: U32s, first: Int, end: Int) -> Int:
-    """The part of a block's checksum that words ``first … end - 1`` make up, uint64."""
+    """The part of a block's checksum from words ``first … end - 1``, uint64."""
     total = np.uint64(0)
     part = words[first:end]  # indices from 0 to its size are known not to wrap around
     for i in range(part.size):
@@ -65,7 +65,7 @@ def _column(place: Int) -> Int:
 
 @jit
 def _escape(weights: U16s, at: Int, half: Int, base: Int, mask: Int) -> Int:
-    """The header's bits for the one weight of ``mask`` that is out of reach."""
+    """The header's bits for the single weight of ``mask`` that is out of range."""
     place = lowest_bit(mask)
     h = np.int64(weights[at + 64 * half + _column(place)] >> 8 & 127)
     x = ((base + ((h - base) & 7)) ^ h) >> 3
@@ -78,7 +78,7 @@ def _lower_base(weights: U16s, at: Int, halves: Int, base: Int, counts: Int64s) 
     """The highest base below ``base`` with at most one escape per half; −1 if there is none.
 
     Args:
-        counts: Room for ``[2, 128]`` numbers.
+        counts: Scratch memory for ``[2, 128]`` numbers.
     """
     counts[:] = 0
     for i in range(64 * halves):
@@ -118,14 +118,14 @@ def encode(
     """Write tiles, headers, flags and pool of ``weights`` ``[rows, cols]``.
 
     Args:
-        words: ``block`` again, as words.
-        headers, flags, pool: Where these sections begin, in bytes.
-        pool_rows: How many raw segments there is room for.
-        counts: Room for 256 numbers.
-        found: Gets the numbers of escapes and of zero-coded segments.
+        words: ``block`` viewed as words.
+        headers, flags, pool: Offsets of these sections in bytes.
+        pool_rows: Maximum number of raw segments.
+        counts: Scratch memory for 256 numbers.
+        found: Receives the numbers of escapes and of zero-coded segments.
 
     Returns:
-        The number of raw segments, or −1: there is no room for them.
+        The number of raw segments, or −1 if they exceed ``pool_rows``.
     """
     tiles, segments = cols // 64, (cols + 127) // 128
     headers, pool = headers // 4, pool // 4
@@ -195,16 +195,16 @@ def _whole(nbytes: Int) -> Int:
 
 @jit
 def decode(words: U32s, nbytes: Int, out: U16s, past_caches: bool) -> Int:
-    """Decode a whole block, and check it on the way.
+    """Decode a whole block and check it in the same pass.
 
     Args:
-        words: The block, 16 words at least.
-        nbytes: What it should hold, in bytes.
-        out: Gets the weights; has room for the whole numbers of the tail, too.
-        past_caches: Do not keep in the caches what is written; ``out`` lies at a multiple of 64.
+        words: The block, at least 16 words.
+        nbytes: Expected size of the decoded data in bytes.
+        out: Receives the weights; has room for the whole numbers of the tail, too.
+        past_caches: Write past the caches; ``out`` must be aligned to 64 bytes.
 
     Returns:
-        Bytes of the tail, which is left where it is, or MISFIT, WRONG_SUM or NO_POOL_ROW.
+        Bytes of the tail, which is not copied, or MISFIT, WRONG_SUM or NO_POOL_ROW.
     """
     trailer = words.size - TRAILER
     if words[trailer] != np.uint32(MAGIC) or words[trailer + 1] != np.uint32(VERSION):

@@ -1,8 +1,8 @@
-"""The steps of the lossless code that work on 64 weights at once, as LLVM vectors.
+"""The steps of the fixed4 code that work on 64 weights at once, as LLVM vectors.
 
-Numba turns loops into vector code where it can; it cannot here, as a step deals the bytes of its
-weights out to three places. So these few steps are given to LLVM as vectors, which it maps to
-whatever the processor has: with AVX-512 VBMI a step is about 15 instructions.
+Numba cannot vectorise these loops, because a step distributes the bytes of its weights to three
+places. So these few steps are given to LLVM as vectors, which it maps to the processor's
+instructions: with AVX-512 VBMI a step is about 15 instructions.
 
 Inside a step the weights of 64 columns are in the order of the tile's words: byte ``i`` of a vector
 is byte ``i`` of the eight words of plane A, followed by those of plane B (docs/code.md).
@@ -62,7 +62,7 @@ def _store(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, *, past_caches: 
 def _join(
     b: ir.IRBuilder, low: ir.Value, high: ir.Value, out: Callable[[int], ir.Value], past: bool
 ) -> None:
-    """Write 64 weights, in the order of their columns, from the vectors of their bytes."""
+    """Write 64 weights in column order from the vectors of their bytes."""
     order = [_COLUMN.index(column) for column in range(64)]
     for first in (0, 32):
         places = [place for i in order[first : first + 32] for place in (i, 64 + i)]
@@ -112,8 +112,8 @@ def _decoder(*, zero: bool, past_caches: bool) -> Any:
 decode_plain = _decoder(zero=False, past_caches=False)
 #: The same under the zero code.
 decode_zero = _decoder(zero=True, past_caches=False)
-#: As ``decode_plain``, but what is written does not stay in the caches, and need not be fetched
-#: into them before. ``out[at:]`` must lie at a multiple of 64 bytes; end with ``fence``.
+#: As ``decode_plain``, but writes past the caches, without fetching lines into them first.
+#: ``out[at:]`` must be aligned to 64 bytes; end with ``fence``.
 decode_past_caches = _decoder(zero=False, past_caches=True)
 
 
@@ -121,7 +121,7 @@ decode_past_caches = _decoder(zero=False, past_caches=True)
 def decode_raw(
     typing: Any, words: Any, a: Any, b: Any, high_a: Any, high_b: Any, out: Any, at: Any
 ) -> Any:
-    """``(words, a, b, high_a, high_b, out, at)``: the same with the high bytes as they are."""
+    """``(words, a, b, high_a, high_b, out, at)``: the same with uncoded high bytes."""
     signature = types.void(
         words, types.int64, types.int64, types.int64, types.int64, out, types.int64
     )
@@ -189,7 +189,7 @@ def _encoder(*, zero: bool) -> Any:
                 lost = b.or_(outside, b.icmp_unsigned("==", offset, nothing))
                 outside = b.and_(lost, b.not_(is_zero))
                 offset = b.select(is_zero, nothing, offset)
-            whole = ir.VectorType(_i32, 16)  # no machine shifts bytes
+            whole = ir.VectorType(_i32, 16)  # processors do not shift bytes
             sign = b.lshr(b.bitcast(high, whole), _vector(_i32, [4] * 16))
             nibble = b.or_(
                 b.and_(b.bitcast(offset, whole), _vector(_i32, [0x07070707] * 16)),
@@ -209,7 +209,7 @@ def _encoder(*, zero: bool) -> Any:
 
 
 #: ``(weights, at, base, words, a, b, nibbles)``: encode the 64 weights ``weights[at:]``, uint16, to
-#: the words at ``a``, ``b`` and ``nibbles``. Returns the mask of those that are out of reach of
+#: the words at ``a``, ``b`` and ``nibbles``. Returns the mask of those out of range of
 #: ``base``: bit ``i`` for byte ``i`` of plane A, bit ``32 + i`` for byte ``i`` of plane B.
 encode_plain = _encoder(zero=False)
 #: The same under the zero code.
@@ -218,7 +218,7 @@ encode_zero = _encoder(zero=True)
 
 @intrinsic
 def high_bytes(typing: Any, weights: Any, at: Any, words: Any, a: Any, b: Any) -> Any:
-    """``(weights, at, words, a, b)``: write the high bytes of 64 weights as they are."""
+    """``(weights, at, words, a, b)``: write the high bytes of 64 weights uncoded."""
     signature = types.void(weights, types.int64, words, types.int64, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -235,7 +235,7 @@ def high_bytes(typing: Any, weights: Any, at: Any, words: Any, a: Any, b: Any) -
 
 @intrinsic
 def lowest_bit(typing: Any, mask: Any) -> Any:
-    """``(mask)``: the number of the lowest bit that is set in a uint64 that is not 0."""
+    """``(mask)``: the index of the lowest set bit of a non-zero uint64."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return b.cttz(args[0], ir.Constant(_i1, 1))
@@ -245,7 +245,7 @@ def lowest_bit(typing: Any, mask: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, words: Any, at: Any) -> Any:
-    """``(words, at)``: soon ``words[at]`` will be read; it need not exist."""
+    """``(words, at)``: prefetch ``words[at]``, which need not exist."""
     signature = types.void(words, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -261,7 +261,7 @@ def prefetch(typing: Any, words: Any, at: Any) -> Any:
 
 @intrinsic
 def fence(typing: Any) -> Any:
-    """What was written past the caches is seen by other threads from here on."""
+    """Make writes past the caches visible to other threads."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         b.fence("seq_cst")

@@ -1,7 +1,7 @@
-"""``zipnn``: the entropy coder of the package of that name, for pages that are rarely needed.
+"""``zipnn``: the entropy coder of the package ``zipnn``, for rarely needed pages.
 
-Smaller than ``fixed4`` and slower by far. Its decoder is C code that trusts what it is given, so a
-block here begins with 16 bytes: length of the rest (u64), its CRC-32 (u32), 0.
+Smaller than ``fixed4`` and much slower. Its decoder is C code that does not validate its input, so
+a block here begins with 16 bytes: length of the rest (u64), its CRC-32 (u32), 0.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class ZipNNOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the weights; what is not of that type is coded, too, but not shortened much."""
+    """Type of the weights; data of another type is coded too, but hardly compressed."""
 
 
 class ZipNN(Codec):
-    """Huffman code of the exponents: 0.67 of the size, a quarter of the speed of a copy.
+    """Huffman code of the exponents: 0.67 of the size, a quarter of a copy's speed.
 
     Args:
         dtype: Type of the weights.
@@ -46,15 +46,15 @@ class ZipNN(Codec):
             raise MissingDependencyError(
                 f"the codec zipnn needs the package zipnn: {error}",
                 where="codec",
-                fix="pip install 'fluxmoe[zipnn]', or take the codec fixed4",
+                fix="pip install 'fluxmoe[zipnn]', or use the codec fixed4",
             ) from error
         self._package, self._dtype = zipnn, dtype
 
     def encode(self, raw: Bytes) -> Bytes:
-        """``raw`` as a block; empty if there is nothing in it."""
+        """Encode ``raw`` as a block; empty if ``raw`` is empty."""
         if not len(raw):
             return np.empty(0, np.uint8)
-        coded = self._coder().compress(bytearray(raw))  # it would write to what it is given
+        coded = self._coder().compress(bytearray(raw))  # a copy, as zipnn writes to its input
         head = _HEAD.pack(len(coded), zlib.crc32(coded))
         return np.frombuffer(head + coded, np.uint8)
 
@@ -76,5 +76,5 @@ class ZipNN(Codec):
         out[:] = np.frombuffer(raw, np.uint8)
 
     def _coder(self) -> Any:
-        # It keeps notes on the array at hand, so threads must not share one.
+        # A new one each time: it keeps state per array, so threads must not share one.
         return self._package.ZipNN(input_format="byte", bytearray_dtype=self._dtype)

@@ -1,4 +1,4 @@
-"""What an arbitration policy must keep to."""
+"""The contract of arbitration policies as tests."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ Frames = tuple[int, int]
 
 
 def check_arbitration_policy(factory: Factory) -> None:
-    """Try an arbitration policy on everything that its contract demands.
+    """Test an arbitration policy against its contract.
 
     Args:
         factory: The policy's class, or a function that makes a new policy each time.
 
     Raises:
-        ConformanceError: It breaks a rule; the message tells which, where and how to mend it.
+        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
     """
     raise_broken("an arbitration policy does not conform", findings(factory))
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """What became of every rule."""
+    """The result of every rule."""
     return try_rules(RULES, Tried(factory, ArbitrationPolicy, Run, DAYS, "frames for KV", "step"))
 
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """A budget and what happens to the engine, step by step.
+    """A budget and the engine's state, step by step.
 
     Attributes:
-        name: For messages.
-        total: Frames of the budget.
-        experts, kv: Their bounds; both begin with ``target``.
-        steps: Per step what the engine tells; frames and bounds are filled in.
+        name: Name for messages.
+        total: Number of frames of the budget.
+        experts, kv: Bounds in frames; both start with ``target``.
+        steps: The engine's view per step; frames and bounds are filled in.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Day:
 
 
 def _steps(total: int, count: int = 240) -> Iterator[ArbitrationView]:
-    """Nothing measured, one request, a queue, preemptions, prefixes only, and idle again."""
+    """Views: nothing measured, one request, a queue, preemptions, prefixes only, idle again."""
     rng = np.random.default_rng(7)
     demand = ExpertDemand(frames=total / 100, pages=80)
     preemptions = hits = 0
@@ -122,13 +122,13 @@ DAYS: tuple[Day, ...] = (
     Day("wide", 1000, Budget(100, 600, 950), Budget(50, 400, 900), tuple(_steps(1000))),
     Day("tight", 64, Budget(40, 40, 41), Budget(23, 24, 24), tuple(_steps(64))),
     Day("few frames", 2, Budget(1, 1, 1), Budget(1, 1, 1), tuple(_steps(2, 60))),
-    # The operator has lowered the limit: more is owned at first than there is.
+    # The operator has lowered the limit: the tenants initially own more than the total.
     Day("lowered", 500, Budget(100, 600, 950), Budget(50, 400, 900), tuple(_steps(1000))),
 )
 
 
 class Run:
-    """One day under way. What a policy wants is approached in small moves, as in the engine."""
+    """A running day. A policy's split is approached in small moves, as in the engine."""
 
     def __init__(self, day: Day, policy: ArbitrationPolicy) -> None:
         self._day, self._policy = day, policy
@@ -137,7 +137,7 @@ class Run:
         self._at, self._frames = 0, (day.experts.target, day.kv.target)
 
     def run(self, share: float = 1.0) -> npt.NDArray[np.int32]:
-        """Run up to that share of the day; the frames wanted for the KV cache, per step."""
+        """Run up to ``share`` of the day; return the frames wanted for the KV cache, per step."""
         day, end = self._day, round(share * len(self._day.steps))
         for step in range(self._at, end):
             experts, kv = self._frames
@@ -154,7 +154,7 @@ class Run:
         return self._wanted
 
     def _moved(self, split: Split, used: int) -> Frames:
-        """At most a sixteenth of the budget towards the wish, within the bounds."""
+        """The frames after a move of at most a sixteenth of the budget, within the bounds."""
         day, (experts, kv) = self._day, self._frames
         most = max(1, day.total // 16)
         floor = max(day.kv.min, min(used, kv))
@@ -164,7 +164,7 @@ class Run:
         return max(experts + min(max(room - experts, -most), most), day.experts.min), kv
 
     def restart(self) -> None:
-        """The first step again, after ``reset()``."""
+        """Start at the first step again, after ``reset()``."""
         self.guard.auditor.contain("reset", self._policy.reset)
         self._wanted = np.zeros_like(self._wanted)
         self._at, self._frames = 0, (self._day.experts.target, self._day.kv.target)

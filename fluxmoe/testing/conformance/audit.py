@@ -1,7 +1,7 @@
-"""Audited guards: the host's guards, but every call is looked at for all that a contract demands.
+"""Audited guards: the host's guards, with every call checked against the contract.
 
-A guard makes each call of its policy through one ``FaultCounter``. In its place an ``Auditor``
-looks at the state before and after, asks what must be pure a second time, and takes no fault.
+A guard makes each call of its policy through one ``FaultCounter``. An ``Auditor`` in its place
+compares the state before and after, repeats calls that must be pure, and tolerates no fault.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _MEND = {
     "split": "return fluxmoe.Split with whole, non-negative frames for each tenant of view.frames, "
     "together at most view.total_frames; Split(view.frames) changes nothing",
 }
-#: The fastest of so many calls says something about the method, and not about the machine.
+#: Number of calls whose fastest tells about the method rather than the machine.
 _ENOUGH = 10
-_KEEP_OFF = "the view belongs to the host: compute into arrays of your own"
+_KEEP_OFF = "the view belongs to the host: write only to arrays made by the policy"
 
 
 class Auditor(FaultCounter):
-    """Makes the calls of one policy and notes what is wrong with them.
+    """Makes the calls of one policy and notes their problems.
 
     Args:
-        kind, view: Of the policy; arbitration has no lasting view.
-        where: What is being replayed, for messages.
+        kind, view: The policy's; arbitration has no lasting view.
+        where: The replayed scene, for messages.
 
     Attributes:
         wrote: The first call that changed what it was shown.
-        impure: The first call that gave another answer when it was asked again.
+        impure: The first call that gave another answer when repeated.
         fastest: Method → seconds of its fastest call.
-        calls: Method → how often it was called.
+        calls: Method → number of calls.
     """
 
     def __init__(self, kind: str, view: PageView | None, where: str) -> None:
@@ -64,8 +64,8 @@ class Auditor(FaultCounter):
         self.calls: Counter[str] = Counter()
 
     def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """The answer. Raises Broken if there is none."""
-        # Compiled code sees no view; and of an answer the guard makes an array.
+        """Return the answer. Raises Broken if the call fails."""
+        # Compiled code sees no view; np.asarray is the guard's conversion of an answer.
         if method == "score_kernel" or function is np.asarray:
             return self._made(method, function, args)
         shown = args if self._view is None else (self._view, *args)
@@ -88,7 +88,7 @@ class Auditor(FaultCounter):
         return answer
 
     def note(self, method: str, problem: BaseException | str) -> None:
-        """An answer that the guard has refused."""
+        """Raise Broken for an answer that the guard refused."""
         found = raised(problem) if isinstance(problem, BaseException) else f"it {problem}"
         raise Broken(found, call=self._called(method), mend=_MEND.get(method, ""))
 
@@ -100,7 +100,7 @@ class Auditor(FaultCounter):
             raise Broken(
                 f"it took more than {self.limits.hard_s:g} s and was interrupted",
                 call=call,
-                mend="the engine waits for every call: 5 ms are slow",
+                mend="the engine waits for every call; 5 ms is slow",
             ) from None
         except KeyboardInterrupt:
             raise
@@ -114,15 +114,15 @@ class Auditor(FaultCounter):
     ) -> None:
         if first.shape == second.shape and np.array_equal(first, second, equal_nan=_floats(first)):
             return
-        found = "asked twice in the same state, it gave two answers"
+        found = "called twice in the same state, it gave two answers"
         if first.shape == second.shape and first.shape == args[1].shape:
             at = int(np.flatnonzero(first != second)[0])
             found += f": page {args[1][at]} got {first[at]}, then {second[at]}"
         self.impure = Broken(
             found,
             call=self._called(method),
-            mend="compute from view and pages only, draw from view.rng only; change nothing of the "
-            "policy in score: on_access and on_load are there for that",
+            mend="compute from view and pages only, draw from view.rng only; change the policy's "
+            "state in on_access and on_load, not in score",
         )
 
     def _called(self, method: str) -> str:
@@ -139,7 +139,7 @@ def _mend(error: BaseException, method: str) -> str:
     if "read-only" in said or "mappingproxy" in said:
         return _KEEP_OFF
     if isinstance(error, AttributeError) and "next_use" in said:
-        return "set needs_future = True, which confines the policy to the simulator, or do without"
+        return "set needs_future = True, which limits the policy to the simulator, or avoid it"
     return _MEND.get(method, "")
 
 
@@ -148,7 +148,7 @@ def _floats(array: npt.NDArray[Any]) -> bool:
 
 
 class _Shown:
-    """A copy of everything a call is shown."""
+    """A copy of everything that a call is shown."""
 
     def __init__(self, args: tuple[object, ...]) -> None:
         self._values: dict[str, Any] = {}
@@ -172,7 +172,7 @@ class _Shown:
             self._values[f"{of}.{name}"] = dict(value) if hasattr(value, "items") else copied
 
     def changed(self, now: _Shown) -> str:
-        """What is not as it was; empty if all is."""
+        """Name of a value that has changed; empty if none has."""
         for name, value in self._values.items():
             other = now._values[name]
             if isinstance(value, np.ndarray):
@@ -184,7 +184,7 @@ class _Shown:
 
 
 class WatchedView(PageView):
-    """A view that notes in which events the future was looked at, in ``looks``."""
+    """A view that notes in ``looks`` the events in which the future was read."""
 
     looks: list[int]
 
@@ -199,7 +199,7 @@ class WatchedView(PageView):
 
 
 class AuditedEviction(EvictionGuard):
-    """An eviction policy whose every call is audited."""
+    """A guard that audits every call of an eviction policy."""
 
     def __init__(self, policy: EvictionPolicy, view: PageView, where: str) -> None:
         super().__init__(policy, view, name="", strict=True)
@@ -207,10 +207,10 @@ class AuditedEviction(EvictionGuard):
 
 
 class AuditedPrefetch(PrefetchGuard):
-    """A prefetch policy whose every call is audited.
+    """A guard that audits every call of a prefetch policy.
 
     Attributes:
-        reached: The first event whose proposals reached further than ``lead`` says.
+        reached: The first event whose proposals reached beyond ``lead``.
     """
 
     def __init__(self, policy: PrefetchPolicy, view: PageView, where: str) -> None:
@@ -224,15 +224,15 @@ class AuditedPrefetch(PrefetchGuard):
         if len(pages) and ahead.max() > self._policy.lead and self.reached is None:
             page = pages[ahead.argmax()]
             self.reached = Broken(
-                f"page {page} lies {ahead.max()} layers ahead, lead is {self._policy.lead}",
+                f"page {page} is {ahead.max()} layers ahead, but lead is {self._policy.lead}",
                 call=f"propose in event {self._view.event}, layer {access.layer}",
-                mend="set `lead` to how many layers ahead the proposals reach",
+                mend="set `lead` to the number of layers that proposals reach ahead",
             )
         return pages
 
 
 class AuditedArbitration(ArbitrationGuard):
-    """An arbitration policy whose every call is audited."""
+    """A guard that audits every call of an arbitration policy."""
 
     def __init__(self, policy: ArbitrationPolicy, where: str) -> None:
         super().__init__(policy, name="", strict=True)
@@ -241,7 +241,7 @@ class AuditedArbitration(ArbitrationGuard):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the auditors of several replays have noted, the first of each kind."""
+    """The first problem of each kind in several replays."""
 
     wrote: Broken | None
     impure: Broken | None
@@ -250,7 +250,7 @@ class Seen:
 
 
 def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
-    """Put together what several replays have shown."""
+    """Combine the notes of several replays."""
     fastest: dict[str, float] = {}
     calls: Counter[str] = Counter()
     for auditor in auditors:
@@ -269,7 +269,7 @@ def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
         else Broken(
             f"its fastest call took {fastest[slow] * 1e3:.1f} ms",
             call=slow,
-            mend=f"beyond {limit * 1e3:g} ms a call counts as slow, and the engine waits for it; "
-            "work on whole arrays, keep what was computed",
+            mend=f"a call beyond {limit * 1e3:g} ms counts as slow, and the engine waits for it; "
+            "work on whole arrays, cache results",
         ),
     )

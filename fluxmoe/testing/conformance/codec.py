@@ -1,4 +1,4 @@
-"""What a codec must keep to."""
+"""The contract of codecs as tests."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_brok
 
 Factory = Callable[[], Codec]
 
-#: A part of a page is coded in far less, but the first call may have to compile something.
+#: A part of a page is coded in far less, but the first call may compile something.
 _LIMITS = Limits(hard_s=60.0)
-_FENCE = 64  # bytes before and after `out` that nobody may write to
+_FENCE = 64  # bytes before and after `out` that must not be written
 _NOT_FOR = "raise fluxmoe.errors.CodecError"
 
 
 def check_codec(factory: Factory) -> None:
-    """Try a codec on everything that its contract demands.
+    """Test a codec against its contract.
 
     Args:
         factory: The codec's class, or a function that makes a codec.
 
     Raises:
-        ConformanceError: It breaks a rule; the message tells which, where and how to mend it.
+        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
     """
     raise_broken("a codec does not conform", findings(factory))
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """What became of every rule."""
+    """The result of every rule."""
     return try_rules(RULES, factory)
 
 
 def parts() -> Iterator[tuple[str, Bytes]]:
-    """What is coded: named, small and large, likely and unlikely."""
+    """Yield named inputs, small and large, likely and unlikely."""
     rng = np.random.default_rng(11)
     patterns = np.arange(1 << 16, dtype=np.uint16)
     weights = (rng.standard_normal(1 << 15) * 0.02).astype(np.float32)
@@ -81,23 +81,23 @@ def _lossless(factory: Factory) -> None:
 
 def _encode(codec: Codec, name: str, raw: Bytes) -> Bytes:
     call, shown = f"encode of {name} ({len(raw)} bytes)", raw.copy()
-    shown.flags.writeable = False  # a page in a file that is mapped is read-only, too
+    shown.flags.writeable = False  # as a page in a mapped file
     coded = _call(lambda: codec.encode(shown), call)
     if not isinstance(coded, np.ndarray) or coded.dtype != np.uint8 or coded.ndim != 1:
         raise Broken(
-            f"it gave {line(coded, repr, limit=200)}", call=call, mend="return a uint8 array"
+            f"it returned {line(coded, repr, limit=200)}", call=call, mend="return a uint8 array"
         )
     if np.shares_memory(coded, shown):
         raise Broken(
-            "it gave a view of `raw`",
+            "it returned a view of `raw`",
             call=call,
-            mend="return a copy, or an empty array to say that nothing was to be gained",
+            mend="return a copy, or an empty array if nothing is gained",
         )
     return coded
 
 
 def _decode(codec: Codec, name: str, coded: Bytes, size: int) -> Bytes:
-    """What is decoded, into memory that is full of other things and fenced."""
+    """Decode into fenced memory filled with other values."""
     call, field = f"decode of {name} ({size} bytes)", np.full(size + 2 * _FENCE, 0xA5, np.uint8)
     shown = coded.copy()
     shown.flags.writeable = False
@@ -105,7 +105,7 @@ def _decode(codec: Codec, name: str, coded: Bytes, size: int) -> Bytes:
     _check_fence(field, call)
     if answer is not None:
         raise Broken(
-            f"it gave {line(answer, repr, limit=200)}",
+            f"it returned {line(answer, repr, limit=200)}",
             call=call,
             mend="write to `out`, return nothing",
         )
@@ -135,9 +135,9 @@ def _same(raw: Bytes, back: Bytes, name: str) -> None:
     if len(differ):
         at = int(differ[0])
         raise Broken(
-            f"byte {at} of {len(raw)} was {raw[at]} and came back as {back[at]}",
+            f"byte {at} of {len(raw)} was {raw[at]} and was restored as {back[at]}",
             call=f"encode and decode of {name}",
-            mend="weights must come back bit for bit, NaNs and odd bytes too",
+            mend="restore every bit, including NaNs and odd bytes",
         )
 
 
@@ -149,9 +149,9 @@ def _repeats(factory: Factory) -> None:
             raise Broken(
                 "two codecs of one kind code it differently",
                 call=f"encode of {name}",
-                mend="code depends on `raw` and the options only: no time, no dictionary learnt",
+                mend="make the code depend on `raw` and the options only, not on time or state",
             )
-        if len(coded):  # what one process has written, another one reads
+        if len(coded):  # one process reads what another has written
             _same(raw, _decode(second, name, coded, len(raw)), name)
 
 
@@ -172,12 +172,12 @@ def _refuses(factory: Factory) -> None:
                 raise Broken(
                     "it was decoded",
                     call=f"decode of {name}, {what}",
-                    mend=f"keep the size in the code, and {_NOT_FOR} if it is not that of `out`",
+                    mend=f"store the size in the code, and {_NOT_FOR} if that of `out` differs",
                 )
 
 
 def _survives(factory: Factory) -> None:
-    """Flipped bits are refused or decoded to something, but nothing else happens."""
+    """Check that flipped bits are refused or decoded to something, without other effects."""
     codec, rng = factory(), np.random.default_rng(5)
     for name, raw in parts():
         coded = _encode(codec, name, raw)
@@ -203,7 +203,7 @@ def _is_refused(codec: Codec, name: str, coded: Bytes, size: int) -> bool:
     try:
         refused = bool(_call(decode, call))
     except Broken as broken:
-        raise Broken(broken.found, call=call, mend=f"{_NOT_FOR} for what is damaged") from broken
+        raise Broken(broken.found, call=call, mend=f"{_NOT_FOR} for damaged data") from broken
     _check_fence(field, call)
     return refused
 
@@ -224,7 +224,7 @@ def _shared(factory: Factory) -> None:
             raise Broken(
                 broken.found,
                 call=f"{broken.call}, four threads at once",
-                mend="keep nothing in self while coding: one codec serves all copy threads",
+                mend="keep no state in self while coding: one codec serves all copy threads",
             ) from broken
 
 

@@ -1,4 +1,4 @@
-"""Rules that policies of several kinds have in common."""
+"""Rules shared by several kinds of policies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Counts = npt.NDArray[np.int32]
 
 
 class Played(Protocol):
-    """A scene under way: ``stage.Replay`` and ``arbitration.Run``."""
+    """A running scene: ``stage.Replay`` or ``arbitration.Run``."""
 
     def run(self, share: float = 1.0) -> Counts:
-        """Go on up to that share of the scene; one count per turn."""
+        """Continue up to ``share`` of the scene; return one count per turn."""
 
     def restart(self) -> None:
-        """From the beginning again, after ``reset()`` of the policy."""
+        """Start from the beginning again, after the policy's ``reset()``."""
 
 
 Policy = TypeVar("Policy")
@@ -33,18 +33,18 @@ Play = TypeVar("Play", bound=Played)
 
 
 class Tried(Generic[Policy, Scene, Play]):
-    """A policy that is tried, and what has been seen of it so far.
+    """A policy under test, and the observations so far.
 
     Args:
-        factory: Makes it.
-        base: The class it must be of.
-        play: Puts a policy into a scene.
-        some: Scenes for the rules that play one several times.
-        unit, turn: What a play counts, and of what: ``misses`` of each ``event``.
+        factory: Makes the policy.
+        base: The required base class.
+        play: Creates a play of a scene with a policy.
+        some: Scenes for the rules that play a scene several times.
+        unit, turn: Names of what a play counts, and per what: ``misses`` of each ``event``.
 
     Attributes:
-        seen: What the audits of all scenes have noted, once they have run.
-        looks: Whether it read the future there.
+        seen: Notes of the audits of all scenes, once they have run.
+        looks: True if the policy read the future there.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class Tried(Generic[Policy, Scene, Play]):
         self.looks = False
 
     def new(self) -> Policy:
-        """A new policy."""
+        """Make a new policy."""
         return new(self._factory)
 
     def play(self, scene: Scene) -> Play:
-        """A scene with a new policy, ready to run."""
+        """Make a play of a scene with a new policy."""
         return self._play(scene, self.new())
 
     def same(self, first: Counts, second: Counts, scene: Scene, found: str, mend: str) -> None:
-        """Raises Broken where two runs differ."""
+        """Raise Broken if two runs differ."""
         differ = np.flatnonzero(first != second)
         if len(differ):
             at = int(differ[0])
@@ -82,7 +82,7 @@ class Tried(Generic[Policy, Scene, Play]):
 
 
 def new(factory: Callable[[], Policy]) -> Policy:
-    """What the factory makes."""
+    """Call the factory; raise Broken if it fails."""
     try:
         return factory()
     except KeyboardInterrupt:
@@ -95,7 +95,7 @@ def new(factory: Callable[[], Policy]) -> Policy:
 
 
 def check_made(tried: Tried[Any, Any, Any]) -> None:
-    """The factory makes a policy of the right kind, another one each time."""
+    """Check that the factory makes a new policy of the right kind each time."""
     first, second = tried.new(), tried.new()
     if not isinstance(first, tried.base):
         raise Broken(
@@ -104,13 +104,13 @@ def check_made(tried: Tried[Any, Any, Any]) -> None:
         )
     if first is second:
         raise Broken(
-            "the factory gave the same object twice",
-            mend="make a new one each time: the simulator runs several in one process",
+            "the factory returned the same object twice",
+            mend="make a new one each time, as the simulator runs several in one process",
         )
 
 
 def check_signatures(policy: object, base: type, calls: Mapping[str, tuple[str, ...]]) -> None:
-    """Every method can be called as the host calls it, and no hook is misspelt."""
+    """Check that methods can be called as the host calls them, and no hook is misspelt."""
     for name, arguments in calls.items():
         if getattr(type(policy), name) is getattr(base, name):
             continue
@@ -120,12 +120,12 @@ def check_signatures(policy: object, base: type, calls: Mapping[str, tuple[str, 
             near = difflib.get_close_matches(name, calls, 1)
             raise Broken(
                 f"{name} is never called",
-                mend=f"is {near[0]} meant?" if near else "begin names of your own differently",
+                mend=f"did you mean {near[0]}?" if near else "use names without the prefix on_",
             )
 
 
 def check_signature(method: object, name: str, arguments: tuple[str, ...]) -> None:
-    """A bound method can be called with so many arguments."""
+    """Check that a bound method can be called with these arguments."""
     if not callable(method):
         raise Broken(
             f"{name} is {line(method, repr)}, not a method", mend=f"define {name} as a method"
@@ -141,21 +141,21 @@ def check_signature(method: object, name: str, arguments: tuple[str, ...]) -> No
 
 
 def check_sees_only(tried: Tried[Any, Any, Any]) -> None:
-    """Nothing that was shown has changed."""
+    """Check that the policy changed nothing that it was shown."""
     assert tried.seen is not None
     if tried.seen.wrote is not None:
         raise tried.seen.wrote
 
 
 def check_fast(tried: Tried[Any, Any, Any]) -> None:
-    """No method is slow every time."""
+    """Check that no method is slow every time."""
     assert tried.seen is not None
     if tried.seen.slow is not None:
         raise tried.seen.slow
 
 
 def check_repeats(tried: Tried[Any, Any, Any]) -> None:
-    """Two new policies miss the same."""
+    """Check that two new policies have the same misses."""
     for scene in tried.some:
         first, second = tried.play(scene).run(), tried.play(scene).run()
         tried.same(
@@ -163,12 +163,12 @@ def check_repeats(tried: Tried[Any, Any, Any]) -> None:
             second,
             scene,
             "two new policies decide differently",
-            "draw from view.rng only; no time, no hash, no order of a set, nothing in the class",
+            "draw from view.rng only; do not depend on time, hashes, set order or class attributes",
         )
 
 
 def check_resets(tried: Tried[Any, Any, Any]) -> None:
-    """A policy that was reset decides like a new one."""
+    """Check that a policy after ``reset()`` decides like a new one."""
     for scene in tried.some:
         used = tried.play(scene)
         used.run(0.5)
@@ -178,12 +178,12 @@ def check_resets(tried: Tried[Any, Any, Any]) -> None:
             used.run(),
             scene,
             "after reset() it decides differently from a new one",
-            "let reset() forget all that was learnt; __init__ can call it",
+            "make reset() clear everything learnt; __init__ can call it",
         )
 
 
 def check_alone(tried: Tried[Any, Any, Any]) -> None:
-    """A policy does not notice that another one runs beside it."""
+    """Check that a policy is not affected by another one running beside it."""
     for scene in tried.some:
         alone = tried.play(scene).run()
         first, second = tried.play(scene), tried.play(scene)

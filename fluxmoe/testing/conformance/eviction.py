@@ -1,4 +1,4 @@
-"""What an eviction policy must keep to."""
+"""The contract of eviction policies as tests."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ _CALLS = {
 
 
 def check_eviction_policy(factory: Factory) -> None:
-    """Try an eviction policy on everything that its contract demands.
+    """Test an eviction policy against its contract.
 
     Args:
         factory: The policy's class, or a function that makes a new policy each time.
 
     Raises:
-        ConformanceError: It breaks a rule; the message tells which, where and how to mend it.
+        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
     """
     raise_broken("an eviction policy does not conform", findings(factory))
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """What became of every rule."""
+    """The result of every rule."""
     return try_rules(RULES, Tried(factory, EvictionPolicy, _replay, SOME))
 
 
@@ -122,10 +122,10 @@ def _stable(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
             fresh = view.event in (view.last_use[page], view.loaded_at[page])
             if page in known and score != known[page] and not fresh:
                 raise Broken(
-                    f"page {page} was worth {known[page]} and is worth {score} now, though it was "
-                    "neither accessed nor loaded since",
+                    f"the score of page {page} changed from {known[page]} to {score}, though it "
+                    "was neither accessed nor loaded since",
                     call=f"score in event {view.event}, {replay.stage}",
-                    mend="set stable_score = False: the host would go on with the old score",
+                    mend="set stable_score = False: the host would keep using the old score",
                 )
         known.clear()
         known.update(now)
@@ -142,7 +142,7 @@ def _agrees(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
     kind = next((c for c in type(policy).__mro__ if "score" in vars(c)), EvictionPolicy)
     kernels = [c for c in type(policy).__mro__ if {"score_kernel", "make_kernel"} & set(vars(c))]
     if kernels[0] is EvictionPolicy or kind is not kernels[0]:
-        return "there are not both score and score_kernel"
+        return "score and score_kernel are not both given"
 
     def look(replay: Replay) -> None:
         pages = np.flatnonzero(replay.view.resident)
@@ -151,9 +151,9 @@ def _agrees(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
         for page, one, other in zip(pages.tolist(), asked, compiled, strict=True):
             if not np.isclose(one, other, rtol=1e-9, equal_nan=True):
                 raise Broken(
-                    f"page {page} is worth {one} to score and {other} to score_kernel",
+                    f"for page {page} score gives {one}, score_kernel {other}",
                     call=f"event {replay.view.event}, {replay.stage}",
-                    mend="leave score out: the kernel is used in its place",
+                    mend="omit score: the kernel is used in its place",
                 )
 
     _replay(USUAL, policy).run(watch=look)
@@ -169,13 +169,13 @@ def _kernel_scores(guard: AuditedEviction, pages: Int64s) -> Int64s:
 def _foresight(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
     policy = tried.new()
     if not policy.needs_future:
-        return "needs_future is False"  # and looking ahead has raised, then
+        return "needs_future is False"  # then reading the future has raised
     kernel = policy.make_kernel(tried.play(USUAL).view)
     asks = kernel is not None and "next_use" in inspect.signature(kernel).parameters
     if not tried.looks and not asks:
         raise Broken(
             "needs_future is True, but view.next_use was never read",
-            mend="set needs_future = False, or no engine will take the policy",
+            mend="set needs_future = False, or no engine will accept the policy",
         )
     return None
 
@@ -190,7 +190,7 @@ RULES: list[Rule[Tried[EvictionPolicy, Stage, Replay]]] = [
     Rule("resets", "after reset() it is as if newly made", check_resets),
     Rule("alone", "two policies of a kind do not share what they learn", check_alone),
     Rule("stable", "stable_score is true only of scores that are", _stable),
-    Rule("agrees", "score and score_kernel are of one opinion", _agrees),
+    Rule("agrees", "score and score_kernel give the same scores", _agrees),
     Rule("foresight", "needs_future is set where the future is read", _foresight),
     Rule("fast", "no call takes longer than 5 ms each time", check_fast),
 ]

@@ -1,4 +1,4 @@
-"""What a prefetch policy must keep to."""
+"""The contract of prefetch policies as tests."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ Factory = Callable[[], PrefetchPolicy]
 
 
 def check_prefetch_policy(factory: Factory) -> None:
-    """Try a prefetch policy on everything that its contract demands.
+    """Test a prefetch policy against its contract.
 
     Args:
         factory: The policy's class, or a function that makes a new policy each time.
 
     Raises:
-        ConformanceError: It breaks a rule; the message tells which, where and how to mend it.
+        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
     """
     raise_broken("a prefetch policy does not conform", findings(factory))
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """What became of every rule."""
+    """The result of every rule."""
     return try_rules(RULES, Tried(factory, PrefetchPolicy, _replay, SOME))
 
 
 def _replay(stage: Stage, policy: PrefetchPolicy) -> Replay:
-    # Now a policy that keeps what comes next, now one that does not.
+    # With an eviction policy that keeps what comes next, or with one that does not.
     return Replay(stage, LeastRecentlyUsed() if stage.banks > 1 else None, policy)
 
 
@@ -52,7 +52,7 @@ def _declares(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
     lead: object = policy.lead
     if isinstance(lead, bool) or not isinstance(lead, int) or lead < 0:
         raise Broken(
-            f"lead is {line(lead, repr)}", mend="set it to a number of layers; 0 = never asked"
+            f"lead is {line(lead, repr)}", mend="set it to a number of layers; 0: never called"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Rules, what became of each, and the error that says so."""
+"""Rules, their findings, and the error that lists broken ones."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Status = Literal["kept", "broken", "does not apply", "not tried"]
 
 
 class Broken(Exception):
-    """Raised inside a rule: it is not kept.
+    """Raised inside a rule that is not kept.
 
     Args:
-        found: What was found, with the value.
-        call: Which call, where.
-        mend: What its author can do.
+        found: Description of the problem, with the value.
+        call: The call and its place.
+        mend: The remedy for the author.
     """
 
     def __init__(self, found: str, *, call: str = "", mend: str = "") -> None:
-        # Values and exceptions of the code that was tried are in them.
+        # They contain values and exceptions of the tested code.
         self.found, self.call, self.mend = line(found), line(call), line(mend)
         super().__init__(self.found)
 
@@ -33,10 +33,10 @@ class Rule(Generic[Subject]):
     """One rule of a contract.
 
     Attributes:
-        name: A word or two.
-        sentence: What is demanded.
-        check: Raises ``Broken``; may return why the rule does not apply.
-        essential: If it is broken, the rules after it are not tried: they would all say the same.
+        name: Name of one or two words.
+        sentence: The requirement.
+        check: Raises ``Broken``; may return the reason for which the rule does not apply.
+        essential: True if later rules are not tried when this one is broken.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Rule(Generic[Subject]):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What became of one rule. ``detail`` tells why it does not apply."""
+    """The result of one rule. ``detail`` has what was found, or why it does not apply."""
 
     rule: str
     sentence: str
@@ -57,7 +57,7 @@ class Finding:
     mend: str = ""
 
     def text(self) -> str:
-        """Several lines, for people."""
+        """Several lines of text for people."""
         lines = [f"broken rule: {self.rule} ({self.sentence})"]
         for label, value in (("call", self.call), ("found", self.detail), ("mend", self.mend)):
             if value:
@@ -104,7 +104,7 @@ def try_rules(rules: Iterable[Rule[Subject]], subject: Subject) -> list[Finding]
 
 
 def raise_broken(subject: str, findings: Sequence[Finding]) -> None:
-    """Raises ConformanceError if a rule is broken."""
+    """Raise ConformanceError if a rule is broken."""
     broken = [finding for finding in findings if finding.status == "broken"]
     if broken:
         raise ConformanceError(subject, broken)

@@ -31,10 +31,10 @@ class Stage:
     """A golden trace at one capacity.
 
     Attributes:
-        trace, capacity: What is replayed, and slots over all banks.
-        banks: How many.
-        fetches: Whether ``next-layer`` prefetches beside an eviction policy that is tried.
-        resizes: Whether the banks shrink to their least and grow again on the way.
+        trace, capacity: The trace, and the number of slots over all banks.
+        banks: Number of banks.
+        fetches: True if ``next-layer`` prefetches beside the tested eviction policy.
+        resizes: True if the banks shrink to their minimum and grow again during the replay.
     """
 
     trace: GoldenTrace
@@ -54,7 +54,7 @@ class Stage:
 
 
 def stages() -> Iterator[Stage]:
-    """All of them: from one slot to a slot for every page, one bank and two, and with prefetch."""
+    """All stages: from one slot to all pages, one and two banks, with prefetch and resizing."""
     for trace in GOLDEN.values():
         for capacity in trace.capacities:
             yield Stage(trace, capacity)
@@ -66,22 +66,22 @@ def stages() -> Iterator[Stage]:
     yield Stage(sparse, 32, resizes=True)
 
 
-#: Where the slower rules are tried: events of many sizes, half of the pages resident.
+#: The stage for the slower rules: events of many sizes, half of the pages resident.
 USUAL = Stage(GOLDEN["mixed"], 24)
 SOME = (USUAL, Stage(USUAL.trace, 30, fetches=True))
 
 
 class Replay:
-    """One stage under way, from cold.
+    """A running stage, started cold.
 
     Args:
-        stage: What to replay.
-        eviction: The policy that chooses victims; by default ``next-use``.
-        prefetch: The policy that proposes; by default none, or what the stage says.
-        seed: Of ``view.rng``.
+        stage: The stage to replay.
+        eviction: Eviction policy; default: ``next-use``.
+        prefetch: Prefetch policy; default: none, or ``next-layer`` if the stage fetches.
+        seed: Random seed of ``view.rng``.
 
     Attributes:
-        missed: int32, the misses of every event so far.
+        missed: Number of misses of every event so far, int32.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class Replay:
         self._at = 0
 
     def run(self, share: float = 1.0, watch: Watcher | None = None) -> npt.NDArray[np.int32]:
-        """Replay up to that share of the trace; the misses of every event.
+        """Replay up to ``share`` of the trace and return the misses of every event.
 
         Args:
-            share: Of the whole trace.
+            share: Fraction of the whole trace.
             watch: Called after each event.
 
         Raises:
@@ -142,7 +142,7 @@ class Replay:
         self._at = end
 
     def restart(self) -> None:
-        """Cold again, as after warm-up."""
+        """Start cold again, as after a warm-up."""
         self.rule.reset()
         seed = type(self.view.rng.bit_generator)(0).state
         self.view.rng.bit_generator.state = seed

@@ -1,8 +1,8 @@
-"""A real vLLM engine in a child process: what demo, benchmarks and tests compare with each other.
+"""A real vLLM engine in a child process, for demo, benchmarks and tests.
 
-The child runs vLLM in-process (no further processes) unless told otherwise, single-threaded, so
-that two engines can be measured one after the other on the same machine. It must own its process:
-vLLM and OpenMP read their environment once.
+The child runs vLLM in-process (no further processes) by default, single-threaded, so
+that two engines can be measured one after the other on the same machine. Each engine needs its own
+process, because vLLM and OpenMP read their environment once.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class ChildEngine:
     Args:
         model: Folder of a checkpoint.
         fluxmoe: FluxMoE's configuration; None for stock vLLM.
-        threads: OpenMP threads of the engine.
-        three_processes: vLLM's own way: this child is its client only, scheduler and worker run in
-            processes of their own.
+        threads: Number of OpenMP threads of the engine.
+        three_processes: Run vLLM as it does by default: the child is only its client, scheduler and
+            worker run in separate processes.
         options: Passed to ``vllm.LLM``.
 
     Raises:
-        FluxMoEError: As raised in the child.
-        EngineError: The engine failed for another reason, or its process is gone; the end of its
-            log is in the message. All methods raise these.
+        FluxMoEError: Raised in the child.
+        EngineError: The engine failed for another reason, or its process ended; the message has
+            the end of its log. All methods raise these.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ChildEngine:
         self._owner = Owner()
         self._remove_log = weakref.finalize(self, _remove, self._log, self._owner)
         self._family = three_processes
-        self._busy = True  # with a call that was not answered yet, the start to begin with
+        self._busy = True  # with an unanswered call, initially the start
         environment = {
             **ENVIRONMENT,
             "OMP_NUM_THREADS": str(threads),
@@ -89,25 +89,25 @@ class ChildEngine:
             name="fluxmoe-engine",
             daemon=not three_processes,  # daemons may not have children
         )
-        # Whoever forgets to close must be able to exit: multiprocessing waits for non-daemons, and
-        # these end when nobody can call them any more.
+        # A caller that forgets to close must be able to exit: multiprocessing waits for
+        # non-daemons, and these end when the pipe is closed.
         self._hang_up = Finalize(self, self._connection.close, exitpriority=10)
         try:
             with theirs:
                 self._process.start()
-            #: The started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``, and whether
-            #: ``prefix_caching`` and ``chunked_prefill`` are really on.
+            #: The started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``, and the effective
+            #: ``prefix_caching`` and ``chunked_prefill``.
             self.info: dict[str, Any] = self._receive()
         except BaseException:
             self.close()
             raise
 
     def generate(self, prompts: Sequence[Prompt], *, watch: bool = False, cold: bool = True) -> Run:
-        """Run all prompts at once to their end.
+        """Run all prompts together to completion.
 
         Args:
-            prompts: The requests, all added before the first step but those that come after others.
-            watch: Check all books and the committed bytes after every step (slow).
+            prompts: The requests; all are added before the first step, except those with ``after``.
+            watch: Check all accounts and the committed bytes after every step (slow).
             cold: Start from a cold page table and an empty prefix cache.
         """
         run = self.call("generate", list(prompts), watch, cold)
@@ -121,9 +121,9 @@ class ChildEngine:
         fluxmoe: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Replace the engine by another one, of the same model unless told, in the same process.
+        """Replace the engine by another one in the same process, by default of the same model.
 
-        If it cannot start there is no engine, but the process can be restarted again.
+        If it cannot start there is no engine, but ``restart`` can be called again.
         """
         self._model = str(model or self._model)
         self.info = self.call("restart", self._model, fluxmoe, options)
@@ -139,7 +139,7 @@ class ChildEngine:
         return self._receive()
 
     def close(self) -> None:
-        """End the child, whatever it is doing. Idempotent; nothing in a forked process."""
+        """End the child, whatever it is doing. Idempotent; does nothing in a forked process."""
         if not self._owner.here:
             return
         if self._process.is_alive():
@@ -181,7 +181,7 @@ class ChildEngine:
         raise EngineError(f"the engine failed: {value}", where=self._tail())
 
     def _gone(self) -> EngineError:
-        self._process.join(1)  # its exit code may come a moment after its end of the pipe is closed
+        self._process.join(1)  # the exit code may arrive shortly after the pipe is closed
         return EngineError(
             f"the engine process ended unexpectedly (exit code {self._process.exitcode})",
             where=self._tail(),
@@ -203,14 +203,14 @@ def _remove(log: str, owner: Owner) -> None:
 def _main(
     connection: Connection, log: str, environment: dict[str, str], first: tuple[Any, ...]
 ) -> None:
-    """The child: build the engine, then answer calls until told to stop."""
+    """Run the child: build the engine, then answer calls until told to stop."""
     sys.stdout.flush()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     if environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
-        os.setsid()  # a process group of its own, that ends as one
+        os.setsid()  # a separate process group, killed as a whole
     threading.Thread(target=_die_with_parent, args=(log,), daemon=True).start()
     engine: Engine | None = None
     request: tuple[str, tuple[Any, ...]] = ("restart", first)
@@ -222,8 +222,8 @@ def _main(
                 if old is not None:
                     old.stop()
                 del old
-                gc.collect()  # an engine, or one that failed half-way, is full of cycles
-                gc.freeze()  # a start collects five times: spare it the modules, 2 s of 3
+                gc.collect()  # an engine, or a partly started one, is full of cycles
+                gc.freeze()  # a start collects five times; without the modules, 2 s of 3 are saved
                 engine = Engine(*args)
                 answer: Any = engine.info
             elif engine is None:
@@ -244,7 +244,7 @@ def _main(
 
 
 def _die_with_parent(log: str) -> None:
-    """Whatever the engine is doing: without the parent nobody wants to know."""
+    """Wait for the parent's end, then kill this process whatever it is doing."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -255,7 +255,7 @@ def _die_with_parent(log: str) -> None:
 
 
 def _portable(error: BaseException) -> FluxMoEError | str:
-    """The FluxMoEError at the bottom of it, or a description."""
+    """The FluxMoEError that caused it, or a description."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, FluxMoEError):

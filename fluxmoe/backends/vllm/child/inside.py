@@ -1,4 +1,4 @@
-"""What lives in the child: the engine itself, and what a call of it takes and returns."""
+"""The engine inside the child process, and the types its calls take and return."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from fluxmoe.errors import MissingDependencyError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: token ids in, token ids out, if asked for with ``logprobs``.
+    """One request: token ids in, token ids out, on request with ``logprobs``.
 
-    There are ``max_tokens`` of them, or fewer if one of ``stop`` comes, which is the last then.
-    ``after`` is an earlier prompt of the same call that must be answered first, as of a user who
-    reads before he writes.
+    The output has ``max_tokens`` tokens, or ends earlier with one of ``stop``. ``after`` is the
+    index of an earlier prompt of the same call that must be answered first, as in a dialogue.
     """
 
     tokens: list[int]
@@ -29,18 +28,18 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a batch of requests came to.
+    """The results of a batch of requests.
 
     Attributes:
         tokens: Output token ids per request, in the order of the prompts.
-        logprobs: Log-probability of each of these tokens; empty for prompts that do not ask.
-        cached: Prompt tokens of each request that vLLM found in its prefix cache.
-        seconds: Wall time from the first request added to the last finished.
-        peak_running: Most requests that were running in one step; 0 if the scheduler is in another
-            process.
-        steps: Engine steps taken, or answers got from the engine's process.
+        logprobs: Log-probability of each of these tokens; empty if not requested.
+        cached: Number of prompt tokens found in vLLM's prefix cache, per request.
+        seconds: Wall time in seconds from the first request added to the last finished.
+        peak_running: Maximum number of requests running in one step; 0 if the scheduler is in
+            another process.
+        steps: Number of engine steps, or of answers received from the engine's process.
         stats: ``fluxmoe_stats`` after the run; empty for stock.
-        peak_committed: Most bytes committed to experts and KV cache after any step, if watched.
+        peak_committed: Maximum bytes committed to experts and KV cache after any step, if watched.
     """
 
     tokens: list[list[int]]
@@ -58,7 +57,7 @@ class Run:
 
 
 class Engine:
-    """An engine and what callers of ``ChildEngine`` may ask of it."""
+    """An engine and the methods that ``ChildEngine`` can call."""
 
     def __init__(self, model: str, fluxmoe: dict[str, Any] | None, options: dict[str, Any]) -> None:
         try:
@@ -87,8 +86,8 @@ class Engine:
                 self._llm.collective_rpc("fluxmoe_reset")
             self._llm.reset_prefix_cache()
         if self._scheduler is None:
-            # Another process would begin with the first request: what is computed together would
-            # depend on timing, and on that the last bits.
+            # A scheduler in another process would start with the first request: the batches, and
+            # with them the last bits, would depend on timing.
             self._llm.sleep(level=0)
         peak = steps = committed = 0
         outputs: dict[int, Any] = {}
@@ -111,7 +110,7 @@ class Engine:
                 if watch:
                     committed = max(committed, self.committed_bytes())
         except BaseException:
-            # What is left must not run on among the requests of the next call.
+            # Remaining requests must not run on among those of the next call.
             self._engine.abort_request([str(index) for index in range(len(prompts))])
             raise
         seconds = time.perf_counter() - started
@@ -128,7 +127,7 @@ class Engine:
         return Run(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
 
     def _add(self, prompts: list[Prompt], after: int | None) -> None:
-        """Add the requests that come after that one; those that come first."""
+        """Add the requests whose ``after`` is this one; None adds those without."""
         from vllm import SamplingParams
 
         for index, prompt in enumerate(prompts):
@@ -150,7 +149,7 @@ class Engine:
         return result
 
     def committed_bytes(self) -> int:
-        """What the system has really given for experts and KV cache."""
+        """Bytes that the system has allocated for experts and KV cache."""
         self._llm.collective_rpc("fluxmoe_check")
         return int(self.stats()["allocated_bytes"])
 
@@ -162,7 +161,7 @@ class Engine:
     def arbitration(self) -> dict[str, Any]:
         """The state of the controller; the engine must be in one process and its split dynamic.
 
-        A move that is under way is ended first.
+        A move in progress is completed first.
         """
         controller = self._scheduler.connector.arbitration.controller
         while controller.busy:
@@ -176,7 +175,7 @@ class Engine:
         }
 
     def told(self) -> list[str]:
-        """The reasons of the last decisions."""
+        """The reasons for the last decisions."""
         controller = self._scheduler.connector.arbitration.controller
         return [decision.reason for decision in controller.decisions]
 
@@ -188,11 +187,11 @@ class Engine:
         controller.set_limits(ByHand(int(sum(controller.frames.values()) * share)))
 
     def kv_usage(self) -> float:
-        """As vLLM shows it on ``/metrics``."""
+        """KV cache usage as a fraction, as on vLLM's ``/metrics``."""
         return float(self._scheduler.kv_cache_manager.usage)
 
     def reset_prefix_cache(self) -> bool:
-        """Whether vLLM could."""
+        """Reset vLLM's prefix cache; True on success."""
         return bool(self._llm.reset_prefix_cache())
 
     def rpc(self, method: Any, *args: Any) -> Any:

@@ -1,8 +1,8 @@
-"""All names of vLLM that are not its public interface, and the versions they were checked with.
+"""All private names of vLLM that FluxMoE uses, and the versions they were checked with.
 
-One module per part of vLLM, so that each of its processes imports what it needs and no more:
-``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` (workers
-that page), ``engine`` (engines within this process, and as the server sees them). Each first
+One module per part of vLLM, so that each of its processes imports only what it needs:
+``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` (paged
+workers), ``engine`` (engines in this process, and the server's engine client). Each first
 asserts its names (``backends/vllm/names.py``).
 """
 
@@ -18,7 +18,7 @@ def require_supported(version: str = vllm.__version__) -> None:
     """Refuse versions of vLLM that FluxMoE was not tested with.
 
     Raises:
-        UnsupportedVersionError: Names the version found and the range supported.
+        UnsupportedVersionError: Names the version found and the supported range.
     """
     if not is_supported(version):
         raise UnsupportedVersionError(

@@ -1,4 +1,4 @@
-"""The KV connector's interface and the statistics that travel with it."""
+"""vLLM's KV connector interface and its statistics classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines, and what can be seen of those that run in this process."""
+"""Access to vLLM engines: in this process, or through the server's client."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def scheduler_of(llm: LLM) -> Any:
-    """The scheduler, whose requests are ``running``; None if it runs in another process."""
+    """The scheduler (``running`` lists its requests); None if it is in another process."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     return None if core is None else core.scheduler
 
 
 def engine_info(llm: LLM) -> dict[str, int]:
-    """The KV cache, and what is really on; ``kv_bytes`` of in-process engines only."""
+    """KV cache sizes and effective features; ``kv_bytes`` only for in-process engines."""
     config = llm.llm_engine.vllm_config
     info = {
         "kv_blocks": config.cache_config.num_gpu_blocks,
@@ -37,19 +37,19 @@ def engine_info(llm: LLM) -> dict[str, int]:
 
 
 async def collective_rpc(client: Any, method: str, argument: object) -> list[Any]:
-    """Call a method of all workers; their answers."""
+    """Call a method of all workers and return their answers."""
     NAMES.require_on("AsyncLLM", client)
     answers: list[Any] = await client.collective_rpc(method, args=(argument,))
     return answers
 
 
 def is_idle(client: Any) -> bool:
-    """Whether no request is in flight."""
+    """True if no request is in flight."""
     return not client.output_processor.has_unfinished_requests()
 
 
 async def run_a_step(client: Any, name: str) -> None:
-    """Have an idle engine take a few steps: a request for two tokens, whose answer nobody reads."""
+    """Make an idle engine take a few steps with a request for two tokens; discard the answer."""
     params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False)
     async for _ in client.generate({"prompt_token_ids": [0]}, params, name):
         pass

@@ -1,4 +1,4 @@
-"""numba beside vLLM."""
+"""A workaround for numba in vLLM's processes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from llvmlite.binding import ffi
 def tolerate_numba() -> None:
     """Let vLLM's CPU worker start although numba is loaded.
 
-    Without Triton, vLLM 0.32 looks for kernels to override by calling ``vars()`` on everything it
-    finds in any module. llvmlite's library object answers every attribute, ``__dict__`` included,
-    with a function, and the start fails. Here it is given a dictionary to answer with.
+    Without Triton, vLLM 0.32 looks for kernels to override by calling ``vars()`` on every object
+    in every module. llvmlite's library object returns a function for every attribute, ``__dict__``
+    included, and the start fails. This gives it a dictionary to return.
     """
     ffi.lib._fntab.setdefault("__dict__", {})

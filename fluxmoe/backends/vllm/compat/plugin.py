@@ -1,4 +1,4 @@
-"""What every process of vLLM imports: kept light."""
+"""Names imported in every process of vLLM; kept light."""
 
 from __future__ import annotations
 

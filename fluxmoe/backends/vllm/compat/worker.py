@@ -1,4 +1,4 @@
-"""The worker, its MoE layers and its end of the KV connector."""
+"""vLLM's worker, its MoE layers and its end of the KV connector."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def worker_connector() -> Any:
 
 
 def drop_connector(connector: object) -> None:
-    """Forget a connector whose worker is gone, if it is still this process's.
+    """Drop this process's connector if it is ``connector``, whose worker is gone.
 
-    vLLM does so when it shuts a worker down, but not when a start fails later on. An engine that
-    is started in the same process afterwards would meet the old connector.
+    vLLM does so when it shuts a worker down, but not when a start fails later on. The next engine
+    in the same process would find the old connector.
     """
     if kv_transfer_state._KV_CONNECTOR_AGENT is connector:
         kv_transfer_state.ensure_kv_transfer_shutdown()
 
 
 def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """The requests of the running step in the order of its tokens, and where each begins.
+    """The requests of the running step in the order of its tokens, and their first tokens.
 
     Args:
         runner: A worker's ``model_runner``.
 
     Returns:
-        Names of R requests, and int32 ``[R + 1]``: their first tokens, and the number of tokens.
+        Names of R requests, and int32 ``[R + 1]``: index of each first token, and the token count.
         No requests in a dummy run.
     """
     if not get_forward_context().attn_metadata:
@@ -57,8 +57,8 @@ def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
 def step_phase(runner: Any) -> Phase:
     """Prefill if a request of the running step computes more than one token, else decode.
 
-    Taken from the batch and not from attention metadata: a hybrid model has several kinds of
-    these. A prompt of one token cannot be told from a decode.
+    Derived from the batch rather than from attention metadata, of which a hybrid model has several
+    kinds. A prompt of one token cannot be distinguished from a decode.
     """
     _, starts = scheduled_requests(runner)
     return Phase.PREFILL if np.diff(starts).max(initial=0) > 1 else Phase.DECODE

@@ -1,1 +1,1 @@
-"""The engine process: the split between experts and KV cache, and the scheduler's side of both."""
+"""Code for vLLM's engine process, beside its scheduler: arbitration, KV blocks, requests seen."""

@@ -1,8 +1,8 @@
-"""The balloon: KV blocks without memory are kept out of the scheduler's hands.
+"""The balloon: keeps KV blocks without memory away from the scheduler, as in VM ballooning.
 
-vLLM's pool has a block for each that the KV cache may ever grow to. Those whose memory is not
-committed are *held*: out of the free queue, in no request, forgotten by the prefix cache. To vLLM
-they look used, so the two places where that would show are put right.
+vLLM's pool has as many blocks as the KV cache may ever grow to. Those without committed memory
+are *held*: not in the free queue, in no request, dropped from the prefix cache. To vLLM they look
+used, so the two places where that matters are corrected.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fluxmoe.errors import InvariantError
 
 
 class BalloonPool(BlockPool):
-    """vLLM's block pool, some of whose blocks are held. Objects become it by ``Balloon``."""
+    """vLLM's block pool with held blocks. ``Balloon`` changes a pool's class to this."""
 
     num_gpu_blocks: int
     held_blocks: int
 
     def get_usage(self) -> float:
-        """Share of the blocks that exist and are used."""
+        """Used fraction of the blocks that have memory."""
         blocks = self.num_gpu_blocks - 1 - self.held_blocks  # one is vLLM's null block
         return 1.0 - self.get_num_free_blocks() / blocks if blocks > 0 else 0.0
 
     def reset_prefix_cache(self) -> bool:
-        """As vLLM's, which would refuse because of the held blocks."""
+        """Do as vLLM, which would refuse because of the held blocks."""
         blocks = self.num_gpu_blocks
         self.num_gpu_blocks = blocks - self.held_blocks
         try:
@@ -42,10 +42,10 @@ class Balloon:
     """Holds groups of a pool's blocks. Implements ``controller.BlockSource``.
 
     Args:
-        pool: vLLM's. It has not been used yet.
-        layout: Which blocks form a group.
-        groups: Groups whose memory is committed; the others are held from the start.
-        watermark: Share of the blocks that vLLM keeps free when it admits requests.
+        manager: vLLM's ``KVCacheManager``; its block pool has not been used yet.
+        layout: Grouping of the blocks.
+        groups: Number of groups with committed memory; the others are held from the start.
+        watermark: Fraction of the blocks that vLLM keeps free when it admits requests.
     """
 
     def __init__(self, manager: Any, layout: KVLayout, groups: int, watermark: float) -> None:
@@ -58,7 +58,7 @@ class Balloon:
             raise InvariantError(
                 f"the scheduler has {pool.num_gpu_blocks} KV blocks, the worker {layout.blocks}"
             )
-        pool.__class__ = BalloonPool  # there is no way to have vLLM make another pool
+        pool.__class__ = BalloonPool  # vLLM cannot be told to make another kind of pool
         pool.held_blocks = 0
         self._held: set[int] = set()
         for group in range(groups, layout.groups):
@@ -71,10 +71,10 @@ class Balloon:
         return frozenset(self._held)
 
     def hold(self, groups: int) -> tuple[int, ...]:
-        """Hold up to so many groups of which no block is in use.
+        """Hold up to N groups of which no block is in use, and return them.
 
-        Groups without cached prefixes go first, then those whose most valuable block is nearest to
-        being evicted by vLLM itself; among equals the last ones, so that the cache stays dense.
+        Groups without cached prefixes go first, then those whose most valuable block vLLM would
+        evict soonest; among equals the last ones, so that the cache stays dense.
         """
         worth = {
             block.block_id: 0 if block.block_hash is None else age + 1
@@ -92,7 +92,7 @@ class Balloon:
         return taken
 
     def release(self, groups: Iterable[int]) -> None:
-        """Let the blocks of held groups be used again."""
+        """Return the blocks of held groups to use."""
         for group in sorted(groups):
             if group not in self._held:
                 raise InvariantError(f"KV group {group} is not held")
@@ -103,14 +103,14 @@ class Balloon:
         self._resized()
 
     def used(self) -> int:
-        """Blocks that requests use; the null block, whose group must stay, is one of them."""
+        """Number of blocks in use, including the null block, whose group must stay."""
         pool = self._pool
         return int(pool.num_gpu_blocks - pool.held_blocks - pool.get_num_free_blocks())
 
     def cached(self) -> int:
-        """About how many free blocks hold a prefix that vLLM remembers."""
+        """Approximate number of free blocks with a cached prefix."""
         pool = self._pool
-        # The full blocks of running requests are remembered, too, their last ones are not.
+        # The full blocks of running requests are cached too; their last ones are not.
         remembered = len(pool.cached_block_hash_to_block) - self.used()
         return max(0, min(remembered, int(pool.get_num_free_blocks())))
 

@@ -1,4 +1,4 @@
-"""The demand for KV cache, as far as vLLM's scheduler tells its connector."""
+"""The demand for KV cache, as reported by vLLM's scheduler to its connector."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import numpy as np
 
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
-#: The last answers, whose lengths are expected again.
+#: Number of last answers whose lengths predict those of new ones.
 ANSWERS = 16
-#: The oldest requests, which run or are next: whose sizes are foreseen.
+#: Number of oldest requests (running or next) whose sizes are predicted.
 REQUESTS = 256
 
 
 class RequestWatch:
-    """Counts what the scheduler tells its connector about requests, all of them vLLM's ``Request``.
+    """Counts of requests (vLLM's ``Request``), as reported by the scheduler to its connector.
 
     Attributes:
-        running, ran: Requests in the step that was scheduled last, and in the one before.
-        preemptions: Since the start.
-        prompt_tokens, prefix_hits: Tokens of requests that were admitted, and how many of them the
-            prefix cache had, since the start.
-        tokens, computed: Tokens of the step that was scheduled last, and of the one before, whose
+        running, ran: Number of requests in the last scheduled step, and in the one before.
+        preemptions: Number of preemptions since the start.
+        prompt_tokens, prefix_hits: Number of tokens of admitted requests, and of those found in
+            the prefix cache, since the start.
+        tokens, computed: Number of tokens of the last scheduled step, and of the one before, whose
             end is known.
-        rested: Whether there was a time without requests between the last two steps.
-        prefixes: Told of prompts, where somebody wants to know.
+        rested: True if there were no requests for a time between the last two steps.
+        prefixes: Receives the prompts; None if not needed.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[int, int]] = {}  # tokens of the prompt, most of the answer
+        self._known: dict[str, tuple[int, int]] = {}  # tokens of the prompt, maximum of the answer
         self._answers: deque[int] = deque(maxlen=ANSWERS)
         self._foreseen = 0.0
         self._hits: dict[str, int] = {}
@@ -43,22 +43,22 @@ class RequestWatch:
         self.prefixes: PrefixCurve | None = None
 
     def arrived(self, request: Any) -> None:
-        """A request waits."""
+        """Record a new, waiting request."""
         self._known[request.request_id] = request.num_prompt_tokens, request.max_tokens
 
     def looked_up(self, request: str, computed: int) -> None:
-        """A waiting request would find so many of its tokens in the prefix cache."""
+        """Record how many tokens of a waiting request are in the prefix cache."""
         self._hits[request] = computed
 
     def admitted(self, request: Any) -> None:
-        """It has its KV cache and begins to run."""
+        """Record that a request has its KV cache and begins to run."""
         self.prompt_tokens += request.num_tokens
         self.prefix_hits += self._hits.pop(request.request_id, 0)
         if self.prefixes is not None:
             self.prefixes.admitted(request.request_id, request.block_hashes)
 
     def gone(self, request: Any) -> None:
-        """It has ended, whether it ever ran or not."""
+        """Record the end of a request, whether it ever ran or not."""
         prompt, _ = self._known.pop(request.request_id, (0, 0))
         self._hits.pop(request.request_id, None)
         if request.num_tokens > prompt:
@@ -68,7 +68,7 @@ class RequestWatch:
             self.prefixes.freed(request.request_id, request.block_hashes)
 
     def scheduled(self, output: Any) -> None:
-        """A step was scheduled: vLLM's ``SchedulerOutput``."""
+        """Record a scheduled step, vLLM's ``SchedulerOutput``."""
         self.rested, self._emptied = self._emptied, False
         self.ran, self.running = self.running, len(output.num_scheduled_tokens)
         self.computed, self.tokens = self.tokens, output.total_num_scheduled_tokens
@@ -79,10 +79,10 @@ class RequestWatch:
         return max(len(self._known) - self.running, 0)
 
     def foreseen_blocks(self, tokens: int) -> float:
-        """KV blocks of so many tokens that a request has at its end, on average.
+        """Mean number of KV blocks of ``tokens`` tokens that a request has at its end.
 
-        It has a prompt, and an answer as long as one of those that have ended, unless it says that
-        it wants less. The last token of an answer is never computed.
+        A request is taken to get an answer as long as one of the last answers, or its own maximum
+        if that is less. The last token of an answer is never computed.
         """
         if self._known and self._answers:
             sizes = np.array([*islice(self._known.values(), REQUESTS)])
@@ -94,11 +94,11 @@ class RequestWatch:
 class StepClock:
     """The duration of the last step.
 
-    A busy engine's step lasts until the next one begins: scheduling and sampling are part of what
-    more requests share. The last step before a rest lasts until its answer is there.
+    A busy engine's step lasts until the next one begins, because requests also share scheduling
+    and sampling. The last step before a rest lasts until its answer arrives.
 
     Args:
-        now: Seconds.
+        now: Clock in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -106,12 +106,12 @@ class StepClock:
         self.seconds = 0.0
 
     def begins(self, *, rested: bool) -> None:
-        """A step begins; whether the engine had nothing to do before it."""
+        """Record the begin of a step; ``rested``: the engine was idle before it."""
         now = self._now()
         if self._begun >= 0 and not rested:
             self.seconds = now - self._begun
         self._begun = now
 
     def answered(self) -> None:
-        """The workers have answered."""
+        """Record the workers' answer."""
         self.seconds = self._now() - self._begun

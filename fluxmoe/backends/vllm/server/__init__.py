@@ -1,1 +1,1 @@
-"""The process that serves HTTP: launching it, its settings, limits by request, ``/metrics``."""
+"""Code for vLLM's API server process: checks and launch, limits over HTTP, ``/metrics``."""

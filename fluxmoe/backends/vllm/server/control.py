@@ -1,8 +1,8 @@
-"""``GET`` and ``POST /v1/fluxmoe/limits`` on vLLM's server, where ``control`` is on.
+"""``GET`` and ``POST /v1/fluxmoe/limits`` on vLLM's server, if ``control`` is on.
 
-A route and not an answer of the middleware itself: so it lies behind vLLM's own check of the API
-key, which guards what begins with ``/v1``. (vLLM's endpoint plugins would be a seam of their own,
-but are loaded only if ``VLLM_PLUGINS`` is set, which then shuts out all plugins it does not name.)
+The middleware adds a route instead of answering itself, so that vLLM's API key check, which guards
+paths below ``/v1``, applies. (vLLM's endpoint plugins are an alternative, but are loaded only if
+``VLLM_PLUGINS`` is set, which then excludes all plugins it does not name.)
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Control:
 
 
 async def limits(request: Request) -> JSONResponse:
-    """Set the limits in the body, or tell which are set, and the present split."""
+    """Set the limits in the body, or only return those set; both return the current split."""
     wanted: Any = None
     if request.method == "POST":
         try:
             wanted = json.loads(await request.body())
         except (ValueError, RecursionError):
-            return _refused("FM101", "the body is no JSON; send a map such as {}")
+            return _refused("FM101", "the body is not valid JSON; send a map such as {}")
         if not isinstance(wanted, dict):
-            return _refused("FM101", 'the body is no map; send one such as {"kv": {"max": "4GiB"}}')
-        try:  # here: text that has no UTF-8 would not even reach the workers
+            return _refused("FM101", 'the body is not a map such as {"kv": {"max": "4GiB"}}')
+        try:  # checked here because text that is not valid UTF-8 would not reach the workers
             parse_limits(wanted, where="limits")
         except ConfigError as error:
             return _refused(error.code, str(error))

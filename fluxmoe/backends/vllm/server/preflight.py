@@ -1,4 +1,4 @@
-"""What would stop a server only after minutes, or far down in its log: seen before it starts."""
+"""Checks before a server starts, for errors that it would show late or deep in its log."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def check(config: Config, environment: Mapping[str, str], *, moving: bool) -> No
 
     Args:
         config: The configuration, with a budget in bytes.
-        environment: The server's.
-        moving: Whether the split between experts and KV cache may change while serving.
+        environment: The server's environment variables.
+        moving: True if the split between experts and KV cache may change while serving.
 
     Raises:
         CheckpointError: The model's files are missing or damaged.
-        ConfigError: The budget is beyond the machine, the port is taken, or the cache folder that
-            was asked for cannot be written.
+        ConfigError: The budget exceeds free memory, the port is in use, or the given cache folder
+            cannot be written.
         UnsupportedError: The KV cache of this model cannot be moved.
     """
     require_free(config.memory.size)
@@ -45,7 +45,7 @@ def check(config: Config, environment: Mapping[str, str], *, moving: bool) -> No
 
 
 def _require_plain_attention(folder: Path) -> None:
-    """Refuse a checkpoint with MLA, which ``kv_lora_rank`` tells; the worker refuses the others."""
+    """Refuse a checkpoint with MLA, detected by ``kv_lora_rank``; the worker refuses the others."""
     path = folder / "config.json"
     if path.is_file():
         config = checkpoint.read_map(path)
@@ -56,11 +56,11 @@ def _require_plain_attention(folder: Path) -> None:
 def _require_open(host: Any, port: Any) -> None:
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 2**16:
         raise ConfigError(
-            f"{port!r} is no port", where="vllm.port", fix="use a number from 1 to 65535"
+            f"not a valid port: {port!r}", where="vllm.port", fix="use a number from 1 to 65535"
         )
     family = socket.AF_INET6 if ":" in str(host) else socket.AF_INET
     with socket.socket(family) as probe:
-        # As vLLM does: what is left of a server that has just ended is no obstacle.
+        # As in vLLM, so that sockets of a server that has just ended do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((str(host), port))
@@ -69,7 +69,7 @@ def _require_open(host: Any, port: Any) -> None:
                 raise ConfigError(
                     f"port {port} is in use",
                     where="vllm.port",
-                    fix="choose another one, or stop the server that listens there",
+                    fix="choose another port, or stop the server that listens there",
                 ) from error
             raise ConfigError(
                 f"cannot listen on {host or 'any address'}, port {port}: {error.strerror}",
@@ -84,7 +84,7 @@ def _require_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"cannot write into {folder}: {error.strerror}",
+            f"cannot write to {folder}: {error.strerror}",
             where=_CACHE,
-            fix="name a folder that can be written, or unset the variable",
+            fix="name a writable folder, or unset the variable",
         ) from error

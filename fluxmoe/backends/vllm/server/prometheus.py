@@ -1,7 +1,7 @@
 """FluxMoE's metrics in the process that serves ``/metrics``.
 
-The histograms of ``prometheus_client`` count one value a call, which is too slow for thousands a
-step: those here have buckets that were counted elsewhere.
+The histograms of ``prometheus_client`` count one value per call, too slow for thousands per step;
+those here take buckets that were counted elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Histograms(Collector):
     """All histograms of one process, per engine.
 
     Args:
-        metrics: Which.
+        metrics: The histograms' metrics.
         labelnames: Names of the labels that vLLM adds.
     """
 
@@ -39,14 +39,14 @@ class Histograms(Collector):
     def add(
         self, name: str, engine: Sequence[object], changes: Mapping[tuple[str, ...], float]
     ) -> None:
-        """Add to the buckets of one engine, which has these values of vLLM's labels."""
+        """Add to the buckets of one engine, given by its values of vLLM's labels."""
         with self._lock:
             counts = self._counts[name].setdefault(tuple(map(str, engine)), {})
             for (bucket,), change in changes.items():
                 counts[bucket] = counts.get(bucket, 0) + change
 
     def collect(self) -> Iterable[HistogramMetricFamily]:
-        """As they are now; without series before anything was added."""
+        """The current histograms; without series until something was added."""
         with self._lock:
             for metric in self._metrics:
                 family = HistogramMetricFamily(metric.name, metric.help, labels=self._labelnames)
@@ -60,7 +60,7 @@ class Histograms(Collector):
 
 
 class PagingStats(KVConnectorStats):
-    """Changes of metrics (``metrics.Samples``), of one step or of many, of one worker or of all."""
+    """Changes of metrics (``metrics.Samples``) of one or more steps and workers."""
 
     data: metrics.Samples
 
@@ -78,7 +78,7 @@ class PagingStats(KVConnectorStats):
         return not self.data
 
 
-#: Collectors of this process, so that a second engine in it can replace them as it does vLLM's.
+#: Collectors of this process, so that a second engine in it can replace them, like vLLM's.
 _collectors: list[Any] = []
 
 
@@ -110,7 +110,7 @@ class PagingProm(KVConnectorPromMetrics):
             }
             if metric.kind == "counter":
                 shown = self._counter_cls(**options)
-            else:  # several server processes: each has seen a part of the changes
+            else:  # with several server processes, each sees a part of the changes
                 shown = self._gauge_cls(**options, multiprocess_mode="sum")
             self._metrics[metric.name] = shown
             _collectors.append(shown)

@@ -1,7 +1,7 @@
-"""Worker processes: the paged worker, its layers, its KV cache and its end of the connector.
+"""Code for vLLM's worker processes: paged worker, layers, KV cache, its end of the connector.
 
-``PagedCPUWorker`` is found here by the name that configurations and vLLM's command line give
-(``settings.WORKER_CLS``); it is imported only then, with torch and vLLM.
+Configurations and vLLM's command line refer to ``PagedCPUWorker`` by this package
+(``settings.WORKER_CLS``); it is imported on first use, with torch and vLLM.
 """
 
 from __future__ import annotations

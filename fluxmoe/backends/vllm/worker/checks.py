@@ -1,4 +1,4 @@
-"""What vLLM can do and FluxMoE cannot yet: refused at start, naming the setting in the way."""
+"""Refusal at start of vLLM features that FluxMoE does not support, naming the setting."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def refuse_moving_split(config: VllmConfig) -> None:
     """Refuse models whose KV cache cannot be resized while serving.
 
     Raises:
-        UnsupportedError: vLLM's CPU kernel for MLA flattens the cache of a layer, so blocks cannot
-            lie side by side, layer by layer.
+        UnsupportedError: The model uses MLA. vLLM's CPU kernel for it flattens the cache of a
+            layer, so the layers of a block cannot lie side by side.
     """
     if config.model_config.use_mla:
         raise moving_latent_attention()
@@ -55,7 +55,7 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
     """Refuse expert layers whose weights are not plain slot-addressable parts.
 
     Raises:
-        UnsupportedError: Experts of a model's own class, quantised ones, or a kernel other than
+        UnsupportedError: Experts of a model-specific class, quantised ones, or a kernel other than
             vLLM's CPU grouped GEMM.
     """
     where = experts.layer_name

@@ -1,4 +1,4 @@
-"""vLLM's KV buffer out of the KV arena: reserved at its maximum, committed at its present size."""
+"""vLLM's KV buffer in the KV arena: reserved at its maximum, committed at its current size."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fluxmoe.errors import UnsupportedError
 
 
 class FromArena(TorchFunctionMode):
-    """Inside this context vLLM's one allocation of the KV cache is answered with our buffer.
+    """Context in which vLLM's single allocation of the KV cache returns our buffer.
 
-    It is the context that vLLM's worker enters for custom memory pools. vLLM allocates with
-    ``torch.zeros(nbytes, dtype=torch.int8)``; where groups are committed, the buffer is zero.
+    vLLM's worker enters it in place of its custom memory pool. vLLM allocates with
+    ``torch.zeros(nbytes, dtype=torch.int8)``; committed groups of the buffer are zero.
 
     Attributes:
-        used: Whether the buffer was asked for.
+        used: True once the buffer was requested.
     """
 
     def __init__(self, buffer: torch.Tensor) -> None:
@@ -38,15 +38,15 @@ class FromArena(TorchFunctionMode):
 
 
 def place(runtime: Runtime, config: Any) -> FromArena:
-    """Give the KV cache its place in the budget.
+    """Place the KV cache in the budget.
 
     Args:
-        runtime: Whose budget it is.
-        config: vLLM's ``KVCacheConfig``, of which the placement of layers is changed if the split
-            may change: then all layers of a block must lie together.
+        runtime: Owner of the budget.
+        config: vLLM's ``KVCacheConfig``. If the split may change, the placement of layers in it is
+            changed so that all layers of a block lie together.
 
     Raises:
-        UnsupportedError: This model's KV cache cannot be laid out so.
+        UnsupportedError: This model's KV cache cannot be laid out that way.
     """
     (nbytes,) = {tensor.size for tensor in config.kv_cache_tensors}
     if runtime.dynamic:
@@ -56,15 +56,15 @@ def place(runtime: Runtime, config: Any) -> FromArena:
 
 
 def _block_outermost(config: Any) -> None:
-    """Put all layers' pages of a block side by side; vLLM's CPU layout has each layer by itself.
+    """Put the pages of all layers of a block side by side; vLLM's CPU layout separates layers.
 
-    The kernels are given the distance of blocks as a stride, so it is theirs to follow.
+    The kernels receive the distance between blocks as a stride and follow it.
     """
     blocks = config.num_blocks
     tensors = []
     for tensor in config.kv_cache_tensors:
         page = tensor.block_stride
-        if tensor.block_stride * blocks == tensor.size:  # so already
+        if tensor.block_stride * blocks == tensor.size:  # already so
             tensors.append(tensor)
             continue
         if tensor.layer_stride != page * blocks or tensor.size % blocks or tensor.offset % blocks:

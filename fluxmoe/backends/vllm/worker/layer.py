@@ -1,6 +1,6 @@
-"""The paged MoE layer: routing is known, the kernel not yet started — here experts become slots.
+"""The paged MoE layer: maps experts to slots between routing and the kernel.
 
-Importing this module has vLLM build it wherever a model has routed experts.
+Importing this module makes vLLM build it in place of its routed experts.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
 
 class PagedRoutedExperts(RoutedExperts):
-    """vLLM's routed experts; once bound to a pager, its weights are the slots of an arena."""
+    """vLLM's routed experts; once bound to a pager, their weights are the slots of an arena."""
 
     _pager: int | None = None
     _layer: int = -1
-    #: Show a recorder the routing weights. A compiled model does not look at it any more.
+    #: True to pass routing weights to a recorder. A compiled model ignores later changes.
     notes_weights = False
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
-        """From now on compute on arenas.
+        """Compute on arenas from now on.
 
         Args:
             pager: Handle of the pager (``op.attach``).
-            layer: MoE layer, from 0.
+            layer: Index of the MoE layer, from 0.
             parts: Parameter name → arena ``[slots, …]`` of the layer's bank.
         """
         self._pager, self._layer = pager, layer
@@ -42,7 +42,7 @@ class PagedRoutedExperts(RoutedExperts):
         *args: Any,
         **kw: Any,
     ) -> torch.Tensor:
-        """The stock kernel, with slots in place of expert ids."""
+        """Run the stock kernel with slots in place of expert ids."""
         if self._pager is not None:
             if self.notes_weights:
                 topk_ids = op.note(topk_ids, topk_weights, None, self._pager)
@@ -50,5 +50,5 @@ class PagedRoutedExperts(RoutedExperts):
         return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
 
 
-# This module is imported once, and only by a process that pages.
+# This module is imported once, and only in a process that pages.
 RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")

@@ -1,4 +1,4 @@
-"""Limits that a person sets while serving, checked against what a worker has."""
+"""Checks of operator limits, set while serving, against a worker's memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fluxmoe.errors import ConfigError
 
 
 def in_frames(runtime: Runtime, limits: HandLimits) -> ByHand:
-    """Limits of the split in frames.
+    """Convert limits of the split to frames.
 
     Raises:
-        ConfigError: ``control`` is off, or a limit cannot be kept to.
+        ConfigError: ``control`` is off, or a limit is out of range.
     """
     if not runtime.config.control:
         raise ConfigError(
@@ -29,13 +29,13 @@ def in_frames(runtime: Runtime, limits: HandLimits) -> ByHand:
     ):
         if value is not None and not least <= value <= total:
             raise ConfigError(
-                f"{value} bytes are not possible",
+                f"a limit of {value} bytes is out of range",
                 where=name,
                 fix=f"give {least} to {total} bytes, or auto",
             )
     if (limits.experts.min or experts) + (limits.kv.min or kv) > (limits.budget or total):
         raise ConfigError(
-            "the minimums are more than the budget",
+            "the minimums exceed the budget",
             where="experts.min, kv.min",
             fix="lower one of them",
         )

@@ -1,4 +1,4 @@
-"""Whose tokens a vLLM step computes, for traces."""
+"""The requests behind the tokens of a vLLM step, for traces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluxmoe.trace import StepRows
 
 
 class Requests:
-    """Numbers requests in the order in which they first run. Fits ``Recorder.rows``.
+    """Numbering of requests in the order in which they first run, for ``Recorder.rows``.
 
     Args:
         runner: The worker's ``model_runner``.
@@ -25,9 +25,8 @@ class Requests:
     def __call__(self, tokens: int) -> StepRows | None:
         """Request and phase of each token of the running step.
 
-        A request that computes more than one token is in prefill: the same rule that decides what
-        the step as a whole does (``step_phase``). Tokens beyond those of the requests
-        are padding of the engine and belong to no request.
+        A request that computes more than one token is in prefill, the same rule as for the whole
+        step (``step_phase``). Tokens beyond those of the requests are padding by the engine.
         """
         names, starts = scheduled_requests(self._runner)
         if not names or starts[-1] > tokens:

@@ -11,16 +11,16 @@ from fluxmoe.core.arbitration.messages import Answer, ByHand, Inventory, Order, 
 from fluxmoe.core.arbitration.moves import Follower
 from fluxmoe.errors import InvariantError
 
-#: Steps from one look at the histograms to the next: they have many buckets, and nobody waits.
+#: Steps between readings of the histograms, which have many buckets and are not urgent.
 AGES_EVERY = 32
 
 
 class WorkerSide:
-    """What the connector asks of one worker.
+    """The worker's side of the connector.
 
     Args:
         runtime: The worker's memory.
-        rank: The worker's, within its tensor-parallel group.
+        rank: Rank of the worker in its tensor-parallel group.
     """
 
     def __init__(self, runtime: Runtime, rank: int) -> None:
@@ -37,36 +37,36 @@ class WorkerSide:
 
     @property
     def orders(self) -> int:
-        """Orders carried out so far."""
+        """Number of orders carried out so far."""
         return 0 if self._answer is None else self._answer.number
 
     def inventory(self) -> Inventory | None:
-        """What the scheduler needs to know; None if the split is fixed."""
+        """The inventory for the scheduler; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
 
     def limit(self, limits: ByHand) -> None:
-        """Tell the scheduler, with the next step, what a person wants."""
+        """Send operator limits to the scheduler with the next step."""
         if self._demand is None:
             raise InvariantError("the split is fixed")
         self._demand.limits = limits
 
     def receive(self, order: Order | None) -> None:
-        """A step begins."""
+        """Begin a step with the scheduler's order."""
         self._answer = self._follower.receive(order)
 
     def report(self) -> StepReport | None:
-        """A step has ended."""
+        """End a step and return its report; None if the split is fixed."""
         return None if self._demand is None else self._demand.report(self._answer)
 
     def changes(self) -> metrics.Samples:
-        """What has changed on the metrics since the last step."""
+        """Changes of the metrics since the last step."""
         changes: metrics.Samples = {}
         for meter in self._meters:
             changes |= meter.take()
         return changes
 
     def restarted(self) -> None:
-        """The pager was reset: its counters are zero, what was told before stands."""
+        """Account for a reset of the pager: its counters are zero, earlier reports stand."""
         for meter in self._meters:
             meter.restarted()
         if self._demand is not None:

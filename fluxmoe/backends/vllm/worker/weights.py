@@ -1,4 +1,4 @@
-"""Doors to a model's weights that are closed while its experts are paged."""
+"""Refusal of direct access to a model's weights while its experts are paged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from fluxmoe.errors import UnsupportedError
 
-#: Methods of vLLM's worker that read or write the model's weights where they lie. After loading,
-#: those of the experts are slots, which hold now one page and now another.
+#: Methods of vLLM's worker that read or write the model's weights in place. After loading, those of
+#: the experts are slots, whose pages change.
 WEIGHT_CALLS = (
     "reload_weights",
     "reset_weights",
@@ -19,12 +19,12 @@ WEIGHT_CALLS = (
 
 
 def refusing(call: str) -> Callable[..., None]:
-    """A function or method that stands for ``call`` and refuses it."""
+    """A replacement for the function or method ``call`` that refuses it."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise UnsupportedError(
             f"{call} is not supported for a model whose experts are paged",
-            fix="start a stock engine for it; restart a server to give it new weights",
+            fix="use a stock engine for it; restart a server to give it new weights",
         )
 
     return refuse
@@ -33,7 +33,7 @@ def refusing(call: str) -> Callable[..., None]:
 def refuse_loading(model: Any) -> None:
     """Refuse ``load_weights`` of a model and of its modules, and the loaders of its experts.
 
-    They would write into slots and leave the page store as it was: old and new experts would mix.
+    They would write into slots and not into the page store, mixing old and new experts.
 
     Args:
         model: vLLM's model, already paged.
