@@ -1,4 +1,4 @@
-"""Runtime: budget, arenas, policies and pager of one worker, put together from a configuration."""
+"""Runtime: budget, arenas, policies and pager of one worker, composed from a configuration."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Runtime:
         config: Validated configuration.
         geometry: Layers and experts.
         page_class: Layout of an expert page.
-        store: Where the pages lie.
-        kv: What the KV cache needs.
-        bank_limit: Most slots one kernel call can address; None if there is no limit.
-        phase: Tells, at the beginning of a step, what the step does.
-        ceiling: Bytes that ``resize`` may raise the budget to; 0 = not above the first one.
+        store: Store of the pages.
+        kv: Memory needed by the KV cache.
+        bank_limit: Maximum slots that one kernel call can address; None if there is no limit.
+        phase: Returns the phase of a step, at its beginning.
+        ceiling: Maximum bytes for ``resize``; 0: not above the initial budget.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
-        UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies cannot be had.
+        UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnsupportedError: The kernel cannot address one layer's experts.
     """
 
@@ -71,7 +71,7 @@ class Runtime:
             store,
         )
         eviction, prefetch, arbitration = plugins.load(config.plugins).serving(config)
-        #: Whether the split may change while serving.
+        #: True if the split may change while serving.
         self.dynamic = not arbitration.fixed or config.control
         budget = config.memory.size
         require_free(budget)
@@ -145,12 +145,12 @@ class Runtime:
 
     @property
     def kv_reserved_bytes(self) -> int:
-        """What the KV cache may grow to: the engine makes as many blocks as fit in."""
+        """Bytes that the KV cache may grow to; the engine makes as many blocks as fit."""
         budget = self.kv_budget
         return (budget.max if self.dynamic else budget.target) * self.arbiter.pool.frame_bytes
 
     def place_kv(self, blocks: int, block_bytes: int) -> KVTenant:
-        """Reserve the buffer for the engine's KV blocks and commit what the first split says.
+        """Reserve the buffer for the engine's KV blocks and commit it as the first split says.
 
         Raises:
             OutOfFramesError, SubstrateError: There is no room; nothing is reserved.
@@ -165,7 +165,7 @@ class Runtime:
         return self._tenant.nbytes
 
     def inventory(self) -> Inventory:
-        """What the scheduler's side must know to change the split."""
+        """The state that the scheduler's side needs to change the split."""
         kv, table = self.arbiter.kv, self.pager.table
         if kv is None:
             raise InvariantError("the KV cache has no place yet")
@@ -182,17 +182,17 @@ class Runtime:
         )
 
     def execute(self, action: Action) -> None:
-        """Between steps: carry out one action of a move. Raises what ``moves.execute`` does."""
+        """Carry out one action of a move, between steps. Raises the errors of ``moves.execute``."""
         execute(self.arbiter, self.pager, action)
 
     def resize(self, budget: int) -> None:
-        """Between steps: raise or lower the budget, in bytes; the difference is the experts'.
+        """Raise or lower the budget, in bytes, between steps; the experts get the difference.
 
-        The number of banks stays. A smaller budget loses the pages in the last slots.
+        The number of banks stays. A smaller budget drops the pages in the last slots.
 
         Raises:
             BudgetTooSmallError: A bank could not hold one layer's experts.
-            ConfigError: The difference is more than is free.
+            ConfigError: The difference exceeds the free memory.
             OutOfFramesError: ``budget`` is above the ceiling.
             SubstrateError: The system refused. As after every error, nothing has changed.
         """
@@ -217,7 +217,7 @@ class Runtime:
         pool.set_limit(frames)
 
     def arenas(self, layer: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
-        """Per part, the layer's bank as uint8 ``[slots, part bytes]``: what its kernel reads.
+        """Per part, the layer's bank as uint8 ``[slots, part bytes]``, as its kernel reads it.
 
         All slots that the bank may ever have: kernels keep the shape while the split changes.
         """
@@ -258,7 +258,7 @@ class Runtime:
         }
 
     def trace_meta(self, *, model: str, top_k: int, source: str) -> TraceMeta:
-        """What a trace of this model says about itself."""
+        """Metadata of a trace of this model."""
         return TraceMeta(
             model=model,
             num_layers=self.geometry.num_layers,
@@ -269,14 +269,14 @@ class Runtime:
         )
 
     def check(self) -> None:
-        """Raise InvariantError unless all books agree."""
+        """Raise InvariantError unless all accounts agree."""
         self.pager.check()
         self.arbiter.check()
 
     def close(self) -> None:
-        """Give all memory back. Nothing may read the arenas any more.
+        """Release all memory. Nothing may read the arenas any more.
 
-        A forked child gives nothing back: it is its parent's.
+        A forked child releases nothing: the memory is its parent's.
         """
         if not self.pager.owner.here:
             return

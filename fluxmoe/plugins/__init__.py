@@ -1,4 +1,4 @@
-"""Plugins: finding them, loading them, and the registry of policies that results."""
+"""Plugins: finding and loading them, and the registry of policies and codecs."""
 
 from fluxmoe.plugins.loading import ALLOW_LIST, GROUP, load
 from fluxmoe.plugins.registry import Origin, Plugin, PolicySpec, Registration, Registry

@@ -4,7 +4,7 @@ Plugins come from entry points of installed distributions, from files and from m
 
 A plugin that is *named*, on the command line or in the configuration, must load: if it does not,
 that is an error. One that is merely *installed* must not stop a server that does not use it: it is
-reported, and an error only for who asks for a policy that nobody has.
+reported, and only an unknown policy name turns that into an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger("fluxmoe")
 def load(extra: Iterable[str] = ()) -> Registry:
     """The registry of built-in, installed and explicitly named plugins.
 
-    Every call imports and registers anew, so it may be called in any process, any number of times.
+    Every call imports and registers again, so it may be called in any process, any number of times.
 
     Args:
         extra: Paths of ``.py`` files, or dotted module names.
@@ -76,13 +76,13 @@ def load(extra: Iterable[str] = ()) -> Registry:
 
 @cache
 def _warn(message: str) -> None:
-    """Once per process, however often plugins are loaded in it."""
+    """Warn once per process, however often plugins are loaded."""
     logger.warning("%s", message)
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """An entry point of the group ``fluxmoe``, and whether the allow-list has it."""
+    """An entry point of the group ``fluxmoe``; ``allowed``: the allow-list permits it."""
 
     entry: importlib.metadata.EntryPoint
     allowed: bool
@@ -106,7 +106,7 @@ class Installed:
 
 
 def installed() -> list[Installed]:
-    """All entry points, by name. Raises PluginLoadError if the allow-list has one that is not."""
+    """All entry points by name. Raises PluginLoadError if one on the allow-list is missing."""
     entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name)
     allowed = os.environ.get(ALLOW_LIST)
     if allowed is None:
@@ -123,15 +123,15 @@ def installed() -> list[Installed]:
 
 
 def entries_called(name: str) -> list[Installed]:
-    """The installed plugins whose entry point or distribution is called that."""
+    """The installed plugins whose entry point or distribution has this name."""
     return [found for found in installed() if _is_called(found.entry, name)]
 
 
 def named(name: str) -> ModuleType:
-    """Import what a command line or a configuration names: a file or a module.
+    """Import a file or module named in a command line or configuration.
 
     Raises:
-        PluginLoadError: It is not there, or cannot be imported.
+        PluginLoadError: It does not exist, or cannot be imported.
     """
     path, where = Path(name), f"plugin {name}"
     if path.suffix != ".py" and os.sep not in name:
@@ -155,10 +155,10 @@ def named(name: str) -> ModuleType:
 
 
 def _is_called(entry: importlib.metadata.EntryPoint, name: str) -> bool:
-    """Whether ``name`` is the entry point's, or its distribution's as pip compares them."""
+    """True if ``name`` is the entry point's, or its distribution's as pip compares names."""
     return name == entry.name or (entry.dist is not None and _same(name, entry.dist.name))
 
 
 def _same(a: str, b: str) -> bool:
-    """Whether two names of distributions are the same name (PEP 503)."""
+    """True if two distribution names are equivalent (PEP 503)."""
     return re.sub(r"[-_.]+", "-", a).lower() == re.sub(r"[-_.]+", "-", b).lower()

@@ -1,4 +1,4 @@
-"""The registry: what plugins have registered, and what became of every plugin."""
+"""The registry of policies and codecs, and the status of every plugin."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LIMITS = Limits(hard_s=30.0)
 
 logger = logging.getLogger("fluxmoe")
 
-#: How a plugin's module says what it was written for; who does not say means 1.
+#: Attribute in which a plugin's module declares its API version; 1 if absent.
 DECLARATION = "fluxmoe_plugin_api"
 
 _KINDS: dict[str, type] = {
@@ -45,13 +45,13 @@ _KINDS: dict[str, type] = {
     "codec": Codec,
 }
 
-#: Hook → kinds of what it may register.
+#: Hook → kinds that it may register.
 _HOOKS: dict[str, tuple[str, ...]] = {
     "fluxmoe_register_policies": ("eviction", "prefetch", "arbitration"),
     "fluxmoe_register_codecs": ("codec",),
 }
 
-#: Class attributes that the host reads, and of which type they must be.
+#: Class attributes that the host reads, with their required types.
 _DECLARED: dict[str, dict[str, type]] = {
     "eviction": {"stable_score": bool, "needs_future": bool},
     "prefetch": {"lead": int},
@@ -59,7 +59,7 @@ _DECLARED: dict[str, dict[str, type]] = {
     "codec": {},
 }
 
-#: How a configuration or a command line names a policy: ``lru`` or ``{kind: lru, option: value}``.
+#: A policy in a configuration or a command line: ``lru`` or ``{kind: lru, option: value}``.
 PolicySpec = str | Mapping[str, Any]
 
 Origin = Literal["built in", "installed", "named"]
@@ -67,14 +67,14 @@ Origin = Literal["built in", "installed", "named"]
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """What became of a plugin.
+    """A plugin and its status.
 
     Attributes:
-        name: Its entry point's, or the file or module as it was named.
-        origin: ``named``: on the command line or in the configuration.
-        version: Of its distribution, or the ``__version__`` of its module; may be empty.
+        name: Name of its entry point, or the file or module as given.
+        origin: Source of the plugin; ``named``: on the command line or in the configuration.
+        version: Version of its distribution, or its module's ``__version__``; may be empty.
         status: ``ok``, ``broken``, or ``left out`` by the allow-list.
-        problem: What is wrong with it.
+        problem: The reason if it is not ``ok``.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One registered policy or codec. ``plugin`` is the name of the plugin that brought it."""
+    """One registered policy or codec. ``plugin`` is the name of the registering plugin."""
 
     kind: str
     name: str
@@ -101,7 +101,7 @@ class Registration:
         return line(doc.strip().partition("\n")[0]) if isinstance(doc, str) else ""
 
     def create(self, options: Mapping[str, Any]) -> Any:
-        """A new policy with checked options. Raises PluginLoadError."""
+        """Create a policy or codec with checked options. Raises PluginLoadError."""
 
         def made() -> Any:
             policy = self.factory(**options)
@@ -115,15 +115,15 @@ class Registration:
             made,
             f"{_noun(self.kind)} {self.name!r} cannot be made: ",
             where=f"plugin {self.plugin}",
-            passed=FluxMoEError,  # a package that is missing, say
+            passed=FluxMoEError,  # such as a missing package
         )
 
 
 class Registry:
-    """All policies and codecs that are known, by kind and name.
+    """All known policies and codecs, by kind and name.
 
     Attributes:
-        plugins: Every plugin that was found, those that are broken too.
+        plugins: Every plugin found, including broken ones.
     """
 
     def __init__(self) -> None:
@@ -141,11 +141,11 @@ class Registry:
         return sorted(self._policies.values(), key=lambda r: (r.kind, r.name))
 
     def knows(self, plugin: object) -> bool:
-        """Whether a plugin object or module has been added."""
+        """True if a plugin object or module has been added."""
         return self._manager.is_registered(plugin)
 
     def require(self, name: str) -> None:
-        """Raise PluginLoadError if the plugin of that name was found, but is not in use."""
+        """Raise PluginLoadError if the plugin of that name was found but is not in use."""
         for plugin in self.plugins:
             if plugin.name == name and plugin.status != "ok":
                 problem = f"it is {plugin.status}: {plugin.problem}"
@@ -154,14 +154,14 @@ class Registry:
     def add(
         self, plugin: object, name: str, *, origin: Origin = "named", version: str = ""
     ) -> None:
-        """Register a plugin object or module and everything its hooks register, or nothing of it.
+        """Register a plugin object or module with everything its hooks register, or nothing.
 
         Raises:
             PluginLoadError: Its hooks raised, or registered something unusable.
         """
         if self._manager.has_plugin(name) or self.knows(plugin):
             raise PluginLoadError(
-                f"a plugin called {name!r} is already there",
+                f"a plugin called {name!r} already exists",
                 where=f"plugin {name}",
                 fix="name it once, or give its entry point another name",
             )
@@ -249,10 +249,10 @@ class Registry:
             raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
 
     def create(self, kind: str, spec: PolicySpec) -> Any:
-        """A new policy or codec from ``name`` or ``{kind: name, option: value}``.
+        """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 
         Raises:
-            UnknownPolicyError: Nobody registered the name.
+            UnknownPolicyError: The name is not registered.
             ConfigError: An option is unknown or has a bad value.
         """
         options = {"kind": spec} if isinstance(spec, str) else dict(spec)
@@ -295,11 +295,11 @@ class Registry:
         return registration.create(options)
 
     def serving(self, config: Config) -> tuple[EvictionPolicy, PrefetchPolicy, ArbitrationPolicy]:
-        """New policies as a configuration asks for them, for an engine.
+        """Create the policies of a configuration, for an engine.
 
         Raises:
             UnknownPolicyError, ConfigError, PluginLoadError: See ``create``.
-            NeedsFutureError: An oracle was asked for: no engine can know the future.
+            NeedsFutureError: The eviction policy is an oracle: an engine cannot know the future.
         """
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
         if eviction.needs_future:
@@ -317,7 +317,7 @@ def _noun(kind: str) -> str:
 
 
 def _decides(policy: Any) -> bool:
-    """Whether an eviction policy has one of the three ways to choose victims."""
+    """True if an eviction policy has one of the three ways to choose victims."""
     return policy.score_kernel is not None or any(
         getattr(policy, method) is not getattr(EvictionPolicy, method)
         for method in ("score", "make_kernel", "select")
@@ -325,7 +325,7 @@ def _decides(policy: Any) -> bool:
 
 
 def _options(model: type[BaseModel]) -> set[str] | None:
-    """The options a model knows; None if it takes any. A misspelt one must not be ignored."""
+    """The options a model knows; None if it accepts any. A misspelt one must not be ignored."""
     if model.model_config.get("extra") == "allow":
         return None
     aliases = (field.validation_alias for field in model.model_fields.values())
@@ -333,7 +333,7 @@ def _options(model: type[BaseModel]) -> set[str] | None:
 
 
 def _class_made_by(factory: Callable[..., Any]) -> type:
-    """The class a factory makes: itself, or what its return annotation says."""
+    """The class a factory makes: itself, or its return annotation."""
     if isinstance(factory, type):
         return factory
     try:
@@ -351,14 +351,14 @@ def attempt(
     fix: str = "",
     passed: type[FluxMoEError] = PluginLoadError,
 ) -> T:
-    """Call ``function``; how it failed is added to ``what``.
+    """Call ``function``; a failure is reported as ``what`` followed by the reason.
 
     An exit is a failure like any other, and so is a call that takes longer than ``LIMITS``: it is
     interrupted between two instructions of Python.
 
     Raises:
         PluginLoadError: It failed.
-        FluxMoEError: It raised one of the kind ``passed``, which says itself what is wrong.
+        FluxMoEError: It raised an error of the class ``passed``, which is not wrapped.
     """
     try:
         return Stopwatch(LIMITS).call(function, ())
@@ -376,15 +376,15 @@ def attempt(
 def check_api(
     plugin: object, name: str, *, current: int = PLUGIN_API, oldest: int = OLDEST_PLUGIN_API
 ) -> None:
-    """Refuse a plugin of another API, warn of one that will not work for long.
+    """Refuse a plugin for an unsupported API version, warn about an outdated one.
 
     Args:
-        plugin: Its module or object.
-        name: Of the plugin.
-        current, oldest: Which APIs there are.
+        plugin: The plugin's module or object.
+        name: Name of the plugin.
+        current, oldest: Newest and oldest supported API versions.
 
     Raises:
-        PluginLoadError: It declares a newer API, one that is no longer there, or nonsense.
+        PluginLoadError: It declares a newer API, one no longer supported, or an invalid version.
     """
     declared: object = getattr(plugin, DECLARATION, 1)
     where = f"plugin {name}"
@@ -398,13 +398,13 @@ def check_api(
         raise PluginLoadError(
             f"it was written for plugin API {declared}, this is {current}",
             where=where,
-            fix="upgrade fluxmoe, or take an older version of the plugin",
+            fix="upgrade fluxmoe, or use an older version of the plugin",
         )
     if declared < oldest:
         raise PluginLoadError(
             f"it was written for plugin API {declared}, the oldest that works is {oldest}",
             where=where,
-            fix="take a newer version of the plugin, or an older fluxmoe",
+            fix="use a newer version of the plugin, or an older fluxmoe",
         )
     if declared < current:
         _warn(name, declared, current)
@@ -413,6 +413,6 @@ def check_api(
 @cache
 def _warn(name: str, declared: int, current: int) -> None:
     logger.warning(
-        "plugin %s was written for plugin API %d; %d is current, and %d will not work for ever",
+        "plugin %s was written for plugin API %d; %d is current, and support for %d will end",
         *(name, declared, current, declared),
     )

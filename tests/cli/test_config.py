@@ -75,7 +75,7 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     assert given == {"memory": {"budget": budget << 20}}
     two = write({"model": str(SHIPPED), "memory": {"budget": "auto"},
                  "vllm": {"tensor_parallel_size": 2}})  # fmt: skip
-    assert f"auto is {((1 << 30) - weights) // 4 >> 20:.1f} MiB" in succeeds("check", two)
+    assert f"auto is currently {((1 << 30) - weights) // 4 >> 20:.1f} MiB" in succeeds("check", two)
     assert succeeds("check", write({"memory": {"budget": "auto"}})).count("\n") == 1
 
     for broken, message in (

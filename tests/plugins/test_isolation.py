@@ -233,7 +233,7 @@ def test_an_older_api_works_for_a_while_with_a_warning(caplog):
     ("declared", "message"),
     [
         (4, "plugin API 4, this is 3; plugin pony; upgrade fluxmoe"),
-        (1, "plugin API 1, the oldest that works is 2; plugin pony; take a newer version"),
+        (1, "plugin API 1, the oldest that works is 2; plugin pony; use a newer version"),
         (0, "fluxmoe_plugin_api is 0"),
         (True, "fluxmoe_plugin_api is True"),
         ("2", "fluxmoe_plugin_api is '2'"),

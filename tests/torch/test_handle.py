@@ -97,7 +97,7 @@ def test_a_recorded_trace_replays_to_the_same_counters(
         paged.reset()
         with paged.record(trace):
             answer(model)
-            with pytest.raises(errors.ConfigError, match="under way"):
+            with pytest.raises(errors.ConfigError, match="already active"):
                 paged.record(trace).__enter__()
         stats = paged.stats()
     result = simulate(trace, policy, stats["slots"], "next-layer", strict=True).to_json()
@@ -207,7 +207,7 @@ def test_wrong_arguments(load: Load) -> None:
         fluxmoe.page(model, eviction="lur")
     with pytest.raises(errors.NeedsFutureError):
         fluxmoe.page(model, eviction="belady")
-    with pytest.raises(errors.UnsupportedError, match="Block is no model"):
+    with pytest.raises(errors.UnsupportedError, match="Block is not a model"):
         fluxmoe.page(model.model.layers[0].mlp)
     assert held() == before
     assert same(answer(model), answer(load()))

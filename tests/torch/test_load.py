@@ -194,7 +194,7 @@ def no_type(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     del config["dtype"]
     (folder / "config.json").write_text(json.dumps(config))
-    return "does not say of which type"
+    return "does not state the type"
 
 
 def only_pickles(folder: Path) -> str:

@@ -1,8 +1,8 @@
-"""``fluxmoe.load``: a checkpoint whose experts go straight into the store.
+"""``fluxmoe.load``: load a checkpoint with its experts directly into the store.
 
-``transformers`` does the loading, with all that it knows about names, types and layouts of
-checkpoints. What is ours is a hook on the registration of parameters: as soon as a layer's experts
-are put together, the store takes them, and the model keeps a parameter without memory.
+``transformers`` does the loading, with its knowledge of names, types and layouts of
+checkpoints. FluxMoE hooks the registration of parameters: as soon as a layer's experts
+are complete, the store takes them, and the model keeps a parameter without memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NAMES.require("loader")
 
 _WHERE = "fluxmoe.load"
 
-#: Arguments of ``from_pretrained`` that decide what FluxMoE decides.
+#: Arguments of ``from_pretrained`` that FluxMoE sets.
 _OURS = ("config", "device_map", "dtype", "output_loading_info", "quantization_config",
          "state_dict", "torch_dtype", "use_safetensors")  # fmt: skip
 
@@ -60,13 +60,13 @@ def load(
     """Load a causal language model whose experts are paged from the beginning.
 
     Its outputs are those of the model that ``AutoModelForCausalLM.from_pretrained`` loads. The
-    experts are never held outside the store, but for the layer that is being read. ``model`` of
-    the handle that is returned is the model; it has no experts without the handle.
+    experts are never held outside the store, except for the layer being read. ``model`` of
+    the returned handle is the model; it has no experts without the handle.
 
     Args:
         path: A folder with a checkpoint in safetensors, or a name on the Hub.
-        memory: Room for expert pages, as for ``fluxmoe.page``; the store is not counted.
-        dtype: Type of the weights, such as "bfloat16"; "auto" is what the checkpoint says.
+        memory: Memory for expert pages, as for ``fluxmoe.page``; the store is not counted.
+        dtype: Type of the weights, such as "bfloat16"; "auto": the checkpoint's.
         options: More arguments for ``from_pretrained``, such as ``experts_implementation``,
             ``attn_implementation``, ``revision`` or ``trust_remote_code``.
         eviction, prefetch, stores, plugins, banks, copy_threads, strict_policies, seed: As for
@@ -115,7 +115,7 @@ def load(
                 f"the checkpoint has no weights for {missing[0]}"
                 + (f" and {len(missing) - 1} more" if missing[1:] else ""),
                 where=name,
-                fix="get the whole checkpoint; random weights would take their place",
+                fix="get the complete checkpoint; random weights would replace them",
             )
         layers = layout.experts_of(model)
         caught.finish(layers)
@@ -126,10 +126,10 @@ def load(
 
 
 class _Catch:
-    """Takes the weights of experts away from the modules that this thread loads them into.
+    """Takes the experts' weights from the modules into which this thread loads them.
 
-    A layer is handed on as soon as it is whole and those before it are, so that a store that keeps
-    something else than the weights themselves need not wait for all of them. The layers' order is
+    A layer is handed on as soon as it and those before it are complete, so that a store that keeps
+    something other than the weights themselves need not wait for all of them. The layers' order is
     that in which the model was built, on the meta device, before anything is loaded.
 
     Args:
@@ -152,11 +152,11 @@ class _Catch:
         self._hook.remove()
 
     def finish(self, layers: list[torch.nn.Module]) -> None:
-        """Hand on what is left; ``layers`` are all layers, in order.
+        """Hand on the remaining layers; ``layers`` are all layers, in order.
 
         Raises:
             UnsupportedError: The model was not built in that order.
-            FluxMoEError: What ``adopt`` raised.
+            FluxMoEError: Raised by ``adopt``.
         """
         if self._error is not None:
             raise self._error
@@ -173,7 +173,7 @@ class _Catch:
         self._adopted.append(layer)
 
     def _hand_on_what_is_whole(self) -> None:
-        """Errors wait for ``finish``: transformers would make something else of them."""
+        """Hand on complete layers; errors wait for ``finish``: transformers would change them."""
         try:
             for layer in self._built[len(self._adopted) :]:
                 if not all((layer, part) in self._rows for part in layout.PARTS):
@@ -202,9 +202,9 @@ class _Catch:
 
 
 def _kept(rows: Bytes) -> Bytes:
-    """A copy in memory of its own.
+    """A copy in separate memory.
 
-    On the heap, what was needed to put a layer together would leave holes between the layers; and
+    On the heap, the memory used to assemble a layer would leave holes between the layers; and
     rows that are a view of the checkpoint's file would change, or be lost, with the file.
     """
     memory = mmap.mmap(-1, rows.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -214,14 +214,14 @@ def _kept(rows: Bytes) -> Bytes:
 
 
 def _without_weights(name: str, dtype: str | torch.dtype, extra: dict[str, Any]) -> torch.nn.Module:
-    """The model on the meta device: what it will be, before its weights are read."""
+    """The model on the meta device, before its weights are read."""
     config = transformers.AutoConfig.from_pretrained(name, **extra)
     found = config.dtype if dtype == "auto" else dtype
     if found is None:
         raise ConfigError(
-            "the checkpoint does not say of which type its weights are",
+            "the checkpoint does not state the type of its weights",
             where=name,
-            fix='give dtype="bfloat16" or whatever they are',
+            fix='give their type, such as dtype="bfloat16"',
         )
     how = {
         key: extra[key] for key in ("experts_implementation", "trust_remote_code") if key in extra
@@ -235,7 +235,7 @@ def _without_weights(name: str, dtype: str | torch.dtype, extra: dict[str, Any])
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Say which checkpoint it is that cannot be loaded."""
+    """Convert loading errors to CheckpointError, naming the checkpoint."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -249,9 +249,9 @@ def _loading(name: str) -> Iterator[None]:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Without threads that read ahead, and would hold what they have read and converted.
+    """Disable the threads that read ahead and hold the tensors they have read and converted.
 
-    Other threads that load a model meanwhile do it without such threads, too.
+    This also applies to other threads that load a model meanwhile.
     """
     key = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(key)

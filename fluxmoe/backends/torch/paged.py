@@ -1,4 +1,4 @@
-"""``fluxmoe.page``: a Hugging Face model whose experts live in a given amount of memory."""
+"""``fluxmoe.page``: a Hugging Face model whose experts use a given amount of memory."""
 
 from __future__ import annotations
 
@@ -46,29 +46,29 @@ def page(
     strict_policies: bool = False,
     seed: int = 0,
 ) -> PagedModel:
-    """Page the experts of a model, in place. Its outputs stay what they were, bit for bit.
+    """Page the experts of a model, in place. Its outputs stay the same, bit for bit.
 
     Args:
         model: A Hugging Face model on the CPU.
-        memory: Room for expert pages, bytes or "4GiB"; at least one layer's experts. More than
+        memory: Memory for expert pages, bytes or "4GiB"; at least one layer's experts. More than
             all experts need is not used.
         eviction: Eviction policy, a name or ``{kind: name, option: value}``.
         prefetch: Prefetch policy, likewise.
-        stores: Where the pages lie that are not resident, as in the configuration: maps with
+        stores: Stores of pages that are not resident, as in the configuration: maps with
             ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
             them; ``fluxmoe.load`` does not.
         plugins: Files (``.py``) or modules that register policies or codecs.
-        banks: Banks that consecutive layers are spread over at least.
-        copy_threads: Threads that copy pages beside the caller's.
+        banks: Minimum number of banks that consecutive layers are spread over.
+        copy_threads: Number of threads that copy pages, besides the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
-        seed: Of the policies' random numbers.
+        seed: Seed of the policies' random numbers.
 
     Raises:
         NoExpertsError: The model has no MoE layers.
         UnsupportedError: Its experts cannot be paged, or computed by slot.
         ConfigError: An argument has an unusable value, or the model is already paged.
         BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
-        UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies cannot be had.
+        UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnknownCodecError, PageFileError: A store cannot be made.
     """
     if any(experts.is_bound(module) for module in model.modules()):
@@ -110,7 +110,7 @@ def runtime_for(
     turn: Turn,
     where: str,
 ) -> Runtime:
-    """Arenas and policies for a model's expert layers, whose weights need not be there yet."""
+    """Arenas and policies for a model's expert layers, whose weights need not be loaded yet."""
     geometry, page_class = layout.describe(layers)
     room = Room(geometry, page_class)
     return Runtime(
@@ -134,7 +134,7 @@ class PagedModel:
         model: The model.
 
     Args:
-        loaded: The model has no weights of its own to be put back by ``close``.
+        loaded: True if the model has no weights of its own for ``close`` to restore.
     """
 
     def __init__(
@@ -174,12 +174,12 @@ class PagedModel:
 
     @property
     def closed(self) -> bool:
-        """Whether the model has been put back."""
+        """True if the model has been restored."""
         return not self._release.alive
 
     @property
     def pager(self) -> ExpertPager:
-        """What makes pages resident, for measurements."""
+        """The pager, for measurements."""
         return self._open().pager
 
     def stats(self) -> dict[str, int | float]:
@@ -202,19 +202,19 @@ class PagedModel:
         The simulator starts cold: call ``reset`` before, to compare its counters with ``stats``.
 
         Args:
-            path: The file to make.
+            path: Path of the new trace file.
             weights: Also record the routing weights.
-            predict: Also record what the next layer's router makes of this layer's hidden states.
-            max_steps: Leave out all that comes after so many steps.
-            phase: Leave out steps that do anything else.
-            replace: Whether an existing file may be replaced.
+            predict: Also record the next layer's router's choices for this layer's hidden states.
+            max_steps: Number of steps after which recording stops.
+            phase: Record only steps of this phase.
+            replace: True if an existing file may be replaced.
 
         Raises:
             TraceError: The file cannot be written, or nothing was recorded.
-            UnsupportedError: ``predict``, and the model's routers were not found.
+            UnsupportedError: ``predict`` is set and the model's routers were not found.
         """
         if self._open().pager.watcher is not None:
-            raise ConfigError("a recording is under way", where=str(path), fix="end it first")
+            raise ConfigError("a recording is already active", where=str(path), fix="end it first")
         columns = {"weights": weights, "predicted": predict}
         notes = recording.notes(
             self.model, self._layers, self._handle, weights=weights, predict=predict
@@ -245,14 +245,14 @@ class PagedModel:
     def resize(self, memory: int | str) -> None:
         """Give the expert pages more or less memory, between forward passes.
 
-        Growing keeps all resident pages; shrinking loses those in the last slots. Outputs do not
-        change. A compiled model compiles anew.
+        Growing keeps all resident pages; shrinking drops those in the last slots. Outputs do not
+        change. A compiled model is recompiled.
 
         Args:
-            memory: As for ``page``. The banks stay as many as they are.
+            memory: As for ``page``. The number of banks stays the same.
 
         Raises:
-            ConfigError: No size, or more than is free.
+            ConfigError: Not a valid size, or more than the free memory.
             BudgetTooSmallError: It cannot hold one layer's experts (in each bank).
             SubstrateError: The system refused. As after every error, nothing has changed.
         """
@@ -275,14 +275,14 @@ class PagedModel:
             experts.resize(layer, self._arenas(index))
 
     def follow(self, room: Callable[[], int | str] | None) -> None:
-        """Ask before each forward pass how much room the expert pages may have, and ``resize``.
+        """Ask before each forward pass how much memory the expert pages may have, and ``resize``.
 
-        This is arbitration for whoever keeps a KV cache of his own. A compiled model does not ask.
+        This is arbitration for callers with their own KV cache. A compiled model does not ask.
 
         Args:
-            room: Gives bytes, or text such as "4GiB". Less than the least that is possible counts
-                as that; what it raises, or what ``resize`` does, ends the pass before it begins.
-                None: ask no more.
+            room: Returns bytes, or text such as "4GiB". Less than the minimum counts as the
+                minimum; errors of it, or of ``resize``, end the pass before it begins.
+                None: stop asking.
 
         Raises:
             ConfigError: The handle is closed.
@@ -303,18 +303,18 @@ class PagedModel:
         self._asked = self.model.register_forward_pre_hook(ask, prepend=True)
 
     def reset(self) -> None:
-        """Start cold: no page resident, counters zero, policies as new."""
+        """Start cold: no page resident, counters zero, policies reset."""
         self._turn.alone(lambda: self._open().pager.reset())
 
     def check(self) -> None:
-        """Raise InvariantError unless all books agree."""
+        """Raise InvariantError unless all accounts agree."""
         self._turn.alone(lambda: self._open().check())
 
     def close(self) -> None:
-        """Give the memory back, and put the model back exactly as it was. Idempotent.
+        """Release the memory and restore the model exactly. Idempotent.
 
-        A model from ``fluxmoe.load`` has nothing to be put back: from now on it has no experts,
-        and using it is an error. In a forked process nothing happens: all is the parent's.
+        A model from ``fluxmoe.load`` cannot be restored: from now on it has no experts,
+        and using it is an error. Does nothing in a forked process, as the memory is the parent's.
         """
         if self._turn.here:
             self._turn.alone(self._close)
@@ -352,7 +352,7 @@ class PagedModel:
 
     def _arenas(self, layer: int) -> experts.Arenas:
         table = self._runtime.pager.table
-        # No more of them than are in use: what grouped_mm costs grows with the slots it sees.
+        # Only those in use: the cost of grouped_mm grows with the slots it sees.
         slots = table.slots[table.bank(layer)]
         weights = layout.weights_of(self._layers[layer])
         arenas = self._runtime.arenas(layer)
@@ -379,10 +379,10 @@ def _release(handle: int, runtime: Runtime) -> None:
 
 
 def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:
-    """Who computes the experts now, and will go on to do so."""
+    """Name of the implementation that computes the experts, before and after paging."""
     if not hasattr(model, "set_experts_implementation"):
         raise UnsupportedError(
-            f"{type(model).__name__} is no model of transformers >= 5",
+            f"{type(model).__name__} is not a model of transformers >= 5",
             fix="page the model inside, or load it with transformers",
         )
     found = {layer.config._experts_implementation or experts.EAGER for layer in layers}

@@ -1,4 +1,4 @@
-"""The scheduler's side of arbitration in vLLM: what it knows of demand, and the controller."""
+"""The scheduler's side of arbitration in vLLM: the demand it sees, and the controller."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fluxmoe.errors import InvariantError
 
 
 class Arbitration:
-    """Between vLLM's scheduler and the workers: one per engine whose split may change.
+    """Connects vLLM's scheduler and the workers; one per engine whose split may change.
 
     Args:
         config: FluxMoE's configuration, for the policy.
-        inventories: What each worker says it has, by rank.
+        inventories: Each worker's inventory, by rank.
         manager: vLLM's ``KVCacheManager``.
-        watermark: vLLM's setting of that name.
-        max_running: Requests that vLLM runs at once at most.
-        block_tokens: Tokens per KV block.
-        requests: What the scheduler says of requests.
+        watermark: vLLM's setting ``watermark``.
+        max_running: Maximum number of requests that vLLM runs at once.
+        block_tokens: Number of tokens per KV block.
+        requests: The scheduler's reports about requests.
 
     Raises:
-        InvariantError: The workers do not have the same.
+        InvariantError: The workers' inventories differ.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Arbitration:
     ) -> None:
         inventory = inventories[0]
         if any(other != inventory for other in inventories):
-            raise InvariantError("the workers differ in what they have")
+            raise InvariantError("the workers' inventories differ")
         policy = plugins.load(config.plugins).serving(config)[2]
         self._guard = ArbitrationGuard(
             policy,
@@ -69,7 +69,7 @@ class Arbitration:
         self._steps, self._clock = 0, StepClock()
 
     def order(self) -> Order | None:
-        """A step begins: what to tell the workers with it."""
+        """Begin a step; return the order for the workers."""
         self._clock.begins(rested=self._requests.rested)
         reports, self._reports = self._reports, []
         self._demand.update(reports)
@@ -91,11 +91,11 @@ class Arbitration:
         return order
 
     def _view(self, **known: Any) -> ArbitrationView:
-        """The state of the engine, from what the controller knows and what this side does."""
+        """The state of the engine, from the controller and this side."""
         requests, layout = self._requests, self._layout
         per_block = layout.block_bytes / layout.frame_bytes
         blocks = requests.foreseen_blocks(self._block_tokens)
-        if blocks:  # what is shared is not needed twice
+        if blocks:  # shared prefixes are needed only once
             blocks = max(blocks - self._prefixes.saved(), 1.0)
         return ArbitrationView(
             step=self._steps,
@@ -114,13 +114,13 @@ class Arbitration:
         )
 
     def _obey(self, reports: Sequence[StepReport]) -> None:
-        """Take in what a person has told the workers, all of them the same."""
+        """Apply the operator limits in the reports, the same from all workers."""
         told = reports[0].limits if reports else None
         if told is not None and told != self._told:
             self._told = told
             self.controller.set_limits(told)
 
     def reported(self, reports: Sequence[StepReport]) -> None:
-        """The step has ended."""
+        """Record the end of a step."""
         self._clock.answered()
         self._reports += reports

@@ -1,4 +1,4 @@
-"""The paged worker: after loading it moves the experts out and gives KV what the budget leaves."""
+"""The paged CPU worker: moves the experts out after loading, gives KV the rest of the budget."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from fluxmoe.errors import (
 )
 from fluxmoe.trace.recorder import Recorder
 
-tolerate_numba()  # it is loaded now, and vLLM may start another engine in this process
+tolerate_numba()  # numba is loaded now, and vLLM may start another engine in this process
 
 PARTS = ("w13_weight", "w2_weight")
 
@@ -58,10 +58,10 @@ INDEX_LIMIT = 2**31
 
 
 def bank_limit(part_elements: int) -> int:
-    """The most slots one ``cpu_fused_moe`` call can address.
+    """The maximum number of slots that one ``cpu_fused_moe`` call can address.
 
     Args:
-        part_elements: Weights of the largest part of one expert (2·I·H for w13).
+        part_elements: Number of weights in the largest part of one expert (2·I·H for w13).
     """
     return (INDEX_LIMIT - 1) // part_elements + 1
 
@@ -70,7 +70,7 @@ def require_addressable(arena: torch.Tensor) -> torch.Tensor:
     """Refuse an arena ``[slots, …]`` that the kernel could not index to its end.
 
     Raises:
-        InvariantError: It has more slots than ``bank_limit`` allows.
+        InvariantError: The arena has more slots than ``bank_limit`` allows.
     """
     limit = bank_limit(arena[0].numel())
     if len(arena) > limit:
@@ -86,14 +86,14 @@ class PagedCPUWorker(CPUWorker):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
-        #: Whether there is paging at all (``preset: off``).
+        #: True if experts are paged (not ``preset: off``).
         self._paging = config.preset != "off"
         if self._paging:
             checks.refuse_unsupported(vllm_config)
         config = _with_budget(config, vllm_config)
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
-        # For its errors: now, not after the weights are loaded.
+        # Raises their errors before the weights are loaded.
         registry = plugins.load(config.plugins)
         _, _, arbitration = registry.serving(config)
         if self._paging and (config.control or not arbitration.fixed):
@@ -108,13 +108,13 @@ class PagedCPUWorker(CPUWorker):
         self._limits = HandLimits()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load as stock does, then move the experts out of the model."""
+        """Load as stock vLLM does, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
         load = self.vllm_config.load_config
         if load.load_format in checkpoint.LOAD_FORMATS:
             model, revision = self.model_config.model, self.model_config.revision
             folder = checkpoint.downloaded(model, revision, load.download_dir)
-            if folder != model:  # a name on a hub, which stands for files only now
+            if folder != model:  # a name on a hub, whose files exist only now
                 checkpoint.require_readable(folder)
         if not self._paging:
             return
@@ -158,7 +158,7 @@ class PagedCPUWorker(CPUWorker):
             phase=partial(step_phase, self.model_runner),
         )
         self._handle = handle = op.attach(runtime.pager)
-        # vLLM does not shut a worker down whose start failed later on: it is only collected.
+        # vLLM does not shut down a worker whose start failed later on; it is only collected.
         self._release = weakref.finalize(self, _release, handle, runtime)
         self._top_k = layers[0].top_k
         for index, layer in enumerate(layers):
@@ -178,7 +178,7 @@ class PagedCPUWorker(CPUWorker):
         length = self.model_config.max_model_len
 
         def room(sequences: int) -> int:
-            """For so many, vLLM's null block, and the share that it keeps free to admit one."""
+            """Bytes for N sequences, vLLM's null block, and the watermark kept free."""
             needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
             return needed
 
@@ -190,7 +190,7 @@ class PagedCPUWorker(CPUWorker):
         )
 
     def determine_available_memory(self) -> int:
-        """The KV cache gets what the budget leaves. Warm-up runs happen here and are forgotten."""
+        """Give the KV cache the rest of the budget; reset the pager after vLLM's warm-up runs."""
         if self._runtime is None:
             self.cache_config.kv_cache_memory_bytes = self._beside_all_experts()
         else:
@@ -201,7 +201,7 @@ class PagedCPUWorker(CPUWorker):
         return available
 
     def _beside_all_experts(self) -> int:
-        """Without paging the KV cache gets what all experts leave of the budget."""
+        """Bytes of the KV cache without paging: the budget minus all experts."""
         memory, need = self._config.memory, self._kv_need()
         layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
         experts = sum(int(weight.nbytes) for layer in layers for weight in layer.parameters())
@@ -218,7 +218,7 @@ class PagedCPUWorker(CPUWorker):
         return max(min(room, *wanted) if wanted else room, need.min)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """The KV cache gets its place in the arena, and the connector its worker."""
+        """Place the KV cache in the arena, and attach the connector to this worker."""
         if self._runtime is None:
             super().initialize_from_config(kv_cache_config)
             return
@@ -238,7 +238,7 @@ class PagedCPUWorker(CPUWorker):
         return super()._maybe_get_memory_pool_context(tag)
 
     def shutdown(self) -> None:
-        """Release the arenas. The model is gone by then."""
+        """Release the arenas, after the model."""
         super().shutdown()
         try:
             self.fluxmoe_record(None)
@@ -248,14 +248,14 @@ class PagedCPUWorker(CPUWorker):
                 self._release()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock's; not in a forked process, whose keys and values would be its parent's."""
+        """Run the model; refused in a forked process, which shares the parent's KV cache."""
         if self._runtime is not None:
             self._runtime.pager.owner.require()
         return super().execute_model(*args, **kwargs)
 
     @property
     def _paged(self) -> Runtime:
-        """Raises UnsupportedError: nothing is paged, or in another process."""
+        """The runtime. Raises UnsupportedError if nothing is paged, or in another process."""
         if self._runtime is None:
             raise UnsupportedError("paging is off", where="preset", fix="remove preset: off")
         self._runtime.pager.owner.require()
@@ -264,24 +264,24 @@ class PagedCPUWorker(CPUWorker):
     # --- called through collective_rpc -----------------------------------------------------------
 
     def fluxmoe_stats(self) -> dict[str, Any]:
-        """Counters and sizes, as plain numbers."""
+        """Counters and sizes as plain numbers."""
         return {**self._paged.stats(), "orders": self._side.orders}
 
     def fluxmoe_check(self) -> None:
-        """Raise InvariantError unless all books agree."""
+        """Raise InvariantError unless all accounts agree."""
         self._paged.check()
 
     def fluxmoe_limit(self, limits: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Set limits of the split; they hold from the next step on. None: only tell.
+        """Set limits of the split, effective from the next step; None: only return them.
 
         Args:
             limits: ``config.HandLimits``: ``budget``, ``experts`` and ``kv`` with ``min`` and
-                ``max``. Those that are not there are as at the start again.
+                ``max``. Limits not given are reset to the configuration.
 
         Returns:
-            ``limits`` that are set and the present ``split``, in bytes; or ``error``, where
-            something is wrong with them and nothing has changed (an exception would lose its code
-            on the way through vLLM's processes).
+            The ``limits`` set and the current ``split``, in bytes; or ``error`` if they are invalid
+            and nothing has changed (an exception would lose its code on the way through vLLM's
+            processes).
         """
         try:
             runtime = self._paged
@@ -311,14 +311,14 @@ class PagedCPUWorker(CPUWorker):
         """Write the routing of every step from now on to a trace; None ends the recording.
 
         Args:
-            path: The file to make; it appears when the recording ends.
+            path: Path of the new file, which appears when the recording ends.
             weights: Also record the routing weights (eager mode only).
-            max_steps: Leave out all that comes after so many steps.
-            phase: Leave out steps that do anything else.
-            replace: Whether an existing file may be replaced.
+            max_steps: Number of steps after which recording stops.
+            phase: Record only steps of this phase.
+            replace: True if an existing file may be replaced.
 
         Raises:
-            TraceError: The file cannot be written; at the end also: nothing was recorded.
+            TraceError: The file cannot be written; at the end also if nothing was recorded.
         """
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
@@ -341,7 +341,7 @@ class PagedCPUWorker(CPUWorker):
             op.record(self._handle, self._recorder)
 
     def fluxmoe_recorded(self) -> bool:
-        """Whether the recording has all the steps it was to have."""
+        """True if the recording has all its steps, or none is active."""
         return self._recorder is None or self._recorder.done
 
     def _note_weights(self, wanted: bool) -> None:
@@ -353,7 +353,7 @@ class PagedCPUWorker(CPUWorker):
                 module.notes_weights = wanted
 
     def fluxmoe_reset(self) -> None:
-        """Start cold: no page resident, counters zero; those on ``/metrics`` go on."""
+        """Start cold: no page resident, counters zero; those on ``/metrics`` continue."""
         self._paged.pager.reset()
         self._side.restarted()
 
@@ -368,12 +368,12 @@ def _release(handle: int, runtime: Runtime) -> None:
 
 
 def _with_budget(config: Config, vllm_config: VllmConfig) -> Config:
-    """An automatic budget in bytes."""
+    """The configuration with an automatic budget in bytes."""
     workers = vllm_config.parallel_config.world_size
     if config.memory.budget is None and workers > 1:
         # Each would see less free memory than the one that began before it.
         raise ConfigError(
-            f"auto is not possible for {workers} workers that start by themselves",
+            f"auto is not supported for {workers} workers that start separately",
             where="memory.budget",
             fix="give a size, or start with `fluxmoe serve`",
         )
@@ -381,7 +381,7 @@ def _with_budget(config: Config, vllm_config: VllmConfig) -> Config:
 
 
 def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:
-    """vLLM's own --kv-cache-memory-bytes, where given, is the target of the KV cache."""
+    """The configuration with --kv-cache-memory-bytes, if given, as the target of the KV cache."""
     target = config.memory.kv.target
     if kv_bytes is None or target == kv_bytes:
         return config
