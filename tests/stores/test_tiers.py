@@ -165,7 +165,7 @@ def test_a_codec_that_fails_costs_room_but_no_data(fault, caplog) -> None:
 
 def test_under_strict_policies_a_codec_that_fails_raises() -> None:
     coder = Coder(Faulty("loses"), "faulty", strict=True)
-    with pytest.raises(CodecError, match=r"codec 'faulty' failed: .*not what was encoded"):
+    with pytest.raises(CodecError, match=r"codec 'faulty' failed: .*does not restore"):
         filled(TieredStore(GEOMETRY, PAGE_CLASS, [HostTier(coder, None)]))
 
 
@@ -342,7 +342,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, monkeypatch, at) ->
 
     store = in_file(tmp_path)
     monkeypatch.setattr(tempfile if at == "mkstemp" else os, at, full)
-    with pytest.raises(StoreError, match=r"No space left on device.*make room") as info:
+    with pytest.raises(StoreError, match=r"No space left on device.*free some space") as info:
         filled(store)
     assert info.value.code == "FM307" and str(tmp_path) in info.value.where
     monkeypatch.undo()
