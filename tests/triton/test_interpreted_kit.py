@@ -134,7 +134,7 @@ def test_damaged_and_foreign_blocks_do_not_reach_a_device():
     raw = (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.uint8)
     block = Fixed4(128).encode(raw)
     assert pack_pages([block, block], 64, 128, "cpu").offsets.tolist() == [0, -(-len(block) // 128)]
-    with pytest.raises(CodecError, match="not of 128 × 64"):
+    with pytest.raises(CodecError, match="not 128 × 64"):
         pack_pages([block], 128, 64, "cpu")
     for byte in (0, len(block) // 2, len(block) - 70):
         damaged = block.copy()

@@ -160,5 +160,5 @@ def test_gathered_pages_are_copies(shape):
 def test_slots_that_cannot_be_gathered_are_refused():
     one = torch.zeros(1, dtype=torch.int32)
     for arena in (torch.zeros(2, 3), torch.zeros(8, 2, 4)[::2]):
-        with pytest.raises(UnsupportedError, match="gathered"):
+        with pytest.raises(UnsupportedError, match="cannot gather"):
             gather_pages(one.long(), one, one, one, arena)
