@@ -65,7 +65,7 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
     for wrong, message in (
         ({"kv": {"max": 1}}, "kv.max; give"),
         ({"budget": 2 * budget}, "budget; give"),
-        ({"experts": {"min": budget}, "kv": {"min": budget}}, "more than the budget"),
+        ({"experts": {"min": budget}, "kv": {"min": budget}}, "exceed the budget"),
         ({"kv": {"max": "much"}}, "not a valid size"),
         ({"kvs": 1}, "unknown key"),
     ):
