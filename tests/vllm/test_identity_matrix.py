@@ -46,7 +46,10 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
     if cell.mode != "vllm three-process":
         first = requests.waves(1000, seeded=False)[0][0]
         chunks = -(-len(first.tokens) // requests.CHUNK) if cell.chunked_prefill else 1
-        assert stats["steps_of_the_long_prompt"] == first.max_tokens + chunks - 1
+        # vLLM also ends a chunk where it keeps a hybrid's state for the prefix cache.
+        kept = int(cell.model in cells.HYBRID and bool(cell.prefix_caching))
+        steps = stats["steps_of_the_long_prompt"] - (first.max_tokens + chunks - 1)
+        assert 0 <= steps <= kept
     answers = running.stock(cell)
     assert not isinstance(answers, str)
     # What stock answered is worth comparing.
