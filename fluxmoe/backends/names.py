@@ -21,14 +21,14 @@ class Names:
     """The names of one library.
 
     Attributes:
-        library: Its module, which has a ``__version__``.
+        package: Its module, which has a ``__version__``.
         fix: Remedy for a name that is missing.
         table: Part of a backend → ``module:name`` or ``module:Class.name`` → the parameters that
             FluxMoE passes or takes, separated by spaces, in their order, without ``self``.
         on: An object that the library makes → dotted attributes of it that no class declares.
     """
 
-    library: str
+    package: str
     fix: str
     table: Mapping[str, Mapping[str, str]]
     on: Mapping[str, tuple[str, ...]]
@@ -71,8 +71,8 @@ class Names:
                 found = getattr(found, name)
 
     def _missing(self, name: str) -> UnsupportedVersionError:
-        version = importlib.import_module(self.library).__version__
-        return UnsupportedVersionError(f"{self.library} {version} has no {name}", fix=self.fix)
+        version = importlib.import_module(self.package).__version__
+        return UnsupportedVersionError(f"{self.package} {version} has no {name}", fix=self.fix)
 
 
 def _found(name: str) -> Any:

@@ -89,8 +89,8 @@ def test_a_name_that_is_gone(
     rename(monkeypatch, name)
     with pytest.raises(UnsupportedVersionError) as caught:
         names.require(part)
-    version = importlib.import_module(names.library).__version__
-    assert caught.value.what == f"{names.library} {version} has no {name}"
+    version = importlib.import_module(names.package).__version__
+    assert caught.value.what == f"{names.package} {version} has no {name}"
 
 
 @pytest.mark.parametrize(("names", "part", "name"), CALLED)
