@@ -212,7 +212,7 @@ def test_a_policy_fault_is_an_error_where_asked(trace, tmp_path):
 
 def test_synth_arguments(tmp_path):
     run = [*synth(layers=2, experts=4, top_k=5, steps=1, batch=1), "--out"]
-    fails(*run, tmp_path / "t", code="FM101", message="5 of 4 experts")
+    fails(*run, tmp_path / "t", code="FM101", message="5 exceeds the 4 experts")
     run = [*synth(layers=2, experts=4, top_k=2, steps=1, batch=1), "--out"]
     fails(*run, tmp_path / "no" / "t", code="FM501", message="cannot write")
     assert list(tmp_path.iterdir()) == []
