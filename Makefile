@@ -18,6 +18,8 @@ PYTEST_ARGS ?=
 # are cores, because engines that start leave theirs idle now and then. tests/conftest.py says which
 # files start first; pytest-xdist would begin with those of many tests, however short.
 JOBS        ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && n=4; echo $$((n + 1)))
+SHARD       ?= 1/1
+JOURNAL     ?= .cache/test-full/$(shell git rev-parse --short HEAD)
 DEMO_ARGS   ?=
 TRITON_SPEC ?= triton==3.9.0
 BENCH_ARGS  ?=
@@ -30,7 +32,7 @@ export HF_HUB_OFFLINE      ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-triton check format docs bench clean distclean
+.PHONY: help venv demo test test-full test-triton check format docs bench clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +75,14 @@ demo: $(READY)  ## stock vLLM and FluxMoE at the same memory budget, compared
 
 test: $(READY)  ## the test suite (real CPU vLLM included)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Continues where the last run on this commit stopped. SHARD=K/N runs each N-th file on one of N
+# machines; the journals of all are copied together before the table is printed.
+test-full: $(READY)  ## the whole product of every matrix; can be interrupted and split
+	@git diff --quiet HEAD || { echo "error: test-full belongs to a commit: commit first" >&2; exit 1; }
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -p tests.journal \
+	  --journal $(JOURNAL) --shard $(SHARD) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m tests.journal $(JOURNAL)
 
 $(TRITON)/.installed: $(LOCKED)
 	@rm -rf $(TRITON)
