@@ -76,12 +76,13 @@ demo: $(READY)  ## stock vLLM and FluxMoE at the same memory budget, compared
 test: $(READY)  ## the test suite (real CPU vLLM included)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Continues where the last run on this commit stopped. SHARD=K/N runs each N-th file on one of N
-# machines; the journals of all are copied together before the table is printed.
+# Continues where the last run on this commit stopped. SHARD=K/N runs each N-th file, and each N-th
+# cell of the identity matrix, on one of N machines; their journals, copied together, give the table.
 test-full: $(READY)  ## the whole product of every matrix; can be interrupted and split
 	@git diff --quiet HEAD || { echo "error: test-full belongs to a commit: commit first" >&2; exit 1; }
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -p tests.journal \
 	  --journal $(JOURNAL) --shard $(SHARD) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m benchmarks identity --save $(JOURNAL)/identity --shard $(SHARD)
 	$(BIN)/python -m tests.journal $(JOURNAL)
 
 $(TRITON)/.installed: $(LOCKED)

@@ -24,7 +24,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("journal")
     group.addoption("--journal", type=Path, metavar="FOLDER", required=True)
-    group.addoption("--shard", type=_shard, default=(1, 1), metavar="K/N")
+    group.addoption("--shard", type=shard, default=(1, 1), metavar="K/N")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -103,7 +103,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _shard(text: str) -> tuple[int, int]:
+def shard(text: str) -> tuple[int, int]:
+    """K and N of ``K/N``, from a command line."""
     number, _, of = text.partition("/")
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise argparse.ArgumentTypeError(f"not K/N with 1 <= K <= N: {text!r}")

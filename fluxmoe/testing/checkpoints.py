@@ -159,7 +159,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["mamba", "mamba", "mamba", "attention"],
             "mamba_n_heads": 8,
             "mamba_d_head": 32,
-            "mamba_d_state": 32,
+            "mamba_d_state": 16,
             "mamba_n_groups": 1,
             "mamba_chunk_size": 64,
             "position_embedding_type": "rope",

@@ -1,4 +1,4 @@
-"""The cells of the identity matrix, and the selection that ``make test`` runs."""
+"""The cells of the identity matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, product
+from itertools import product
 
 from fluxmoe import plugins
 
@@ -46,12 +46,6 @@ class Cell:
             parts.append("prefix " + ("on" if self.prefix_caching else "off"))
             parts.append("chunked " + ("on" if self.chunked_prefill else "off"))
         return ", ".join(parts)
-
-    @property
-    def pairs(self) -> set[tuple[object, ...]]:
-        """All pairs of its values, with their names."""
-        values = [(name, getattr(self, name)) for name in self.__slots__]
-        return set(combinations(values, 2))
 
     @property
     def stock(self) -> tuple[str, str, bool | None, bool | None]:
@@ -113,65 +107,13 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
                 yield Cell(model, mode, eviction, prefetch, slots, banks)
 
 
-def covering(models: Sequence[str], modes: Sequence[str]) -> list[Cell]:
-    """What ``make test`` runs.
-
-    vLLM eager: every model with every eviction policy, chosen so that they cover all pairs of
-    values that there are; a hybrid, whose steps take long, meets one policy in each setting.
-    Compiled: every eviction policy. Three-process: a model with shared experts. Hybrids take turns
-    in these two. A model keeps to two of vLLM's settings, or to one where a start takes long: each
-    needs a stock run.
-    """
+def product_of(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
+    """Every combination of all values."""
     evictions, _ = policies()
-    seen: set[tuple[object, ...]] = set()
-    chosen = []
-
-    def choose(model: str, mode: str, eviction: str, kept: list[tuple[bool, bool]]) -> None:
-        candidates = (
-            Cell(model, mode, eviction, prefetch, slots, banks, prefix, chunked)
-            for (prefetch, (slots, banks)), (prefix, chunked) in product(_shapes(), kept)
-        )
-        best = max(candidates, key=lambda cell: len(cell.pairs - seen))
-        seen.update(best.pairs)
-        if best.mode in modes:
-            chosen.append(best)
-
-    eager, compiled, three = VLLM_MODES
-    for number, model in enumerate(name for name in models if name not in HYBRID):
-        kept = settings(model)[:2] if number % 2 else settings(model)[2:]
-        for eviction in evictions:
-            choose(model, eager, eviction, kept)
-    for number, model in enumerate(name for name in models if name in HYBRID):
-        for turn, setting in enumerate(settings(model)[:2]):
-            choose(model, eager, evictions[(2 * number + turn) % len(evictions)], [setting])
-        mode = (compiled, three)[number % 2]
-        choose(model, mode, evictions[number % len(evictions)], settings(model)[:1])
-    # A shared expert, a dense first layer and a router in fp32 make GLM4-MoE the touchy one.
-    touchy = [*([SHIPPED] if SHIPPED in models else []), "glm4-moe"]
-    for turn, eviction in enumerate(evictions):
-        number = turn % len(touchy)
-        choose(touchy[number], compiled, eviction, [settings(touchy[number])[number]])
-    choose("glm4-moe", three, evictions[-1], settings("glm4-moe")[:1])
-    return chosen
-
-
-def covering_torch(models: Sequence[str]) -> list[Cell]:
-    """What ``make test`` runs under torch: three shapes for every model, implementation and policy.
-
-    A hybrid, whose steps take long, meets one policy in each implementation.
-    Compiled models are a test of their own, on one model.
-    """
-    chosen = []
-    evictions = policies()[0]
-    for model, mode, eviction in product(models, TORCH_MODES[:3], evictions):
-        if model in HYBRID:
-            turn = HYBRID.index(model) + TORCH_MODES.index(mode)
-            if eviction != evictions[turn % len(evictions)]:
-                continue
-        rng = random.Random(f"covering {model} {mode} {eviction}")
-        for prefetch, (slots, banks) in rng.sample(_shapes(), 3):
-            chosen.append(Cell(model, mode, eviction, prefetch, slots, banks))
-    return chosen
+    for model, mode, eviction, shape in product(models, modes, evictions, _shapes()):
+        prefetch, (slots, banks) = shape
+        for setting in dict.fromkeys(settings(model)) if mode in VLLM_MODES else [(None, None)]:
+            yield Cell(model, mode, eviction, prefetch, slots, banks, *setting)
 
 
 def _shapes() -> list[tuple[str, tuple[str, int]]]:

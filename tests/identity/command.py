@@ -1,11 +1,13 @@
 """Every cell of the identity matrix.
 
-    python -m benchmarks identity [--mode MODE]... [--model MODEL]... [--covering] [--save FOLDER]
+    python -m benchmarks identity [--mode MODE]... [--model MODEL]... [--shard K/N] [--save FOLDER]
+    python -m benchmarks identity --select
     python -m benchmarks identity --limits [--save FOLDER]
     python -m benchmarks identity --report
 
 A cell that the folder's files have already is not run again, so that a run can be interrupted.
-``--report`` writes the tables of the committed results into docs/identity.md.
+``--select`` writes the table of the cells that ``make test`` runs, ``--report`` the tables of
+the committed results into docs/identity.md.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.identity import cells, limits, models, record, report
+from tests.identity import cells, limits, models, record, report, selection
 from tests.identity.cells import Cell
 from tests.identity.outcome import Outcome
 from tests.identity.vllm_cells import engines
+from tests.journal import shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "identity.md"
 
@@ -31,13 +34,17 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--mode", action="append", choices=report.MODES)
     parser.add_argument("--model", action="append", choices=[cells.SHIPPED, *cells.RANDOM])
-    parser.add_argument("--covering", action="store_true", help="what make test runs, vLLM only")
+    parser.add_argument("--select", action="store_true", help="choose what make test runs")
+    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="K/N", help="each N-th cell")
     parser.add_argument("--limits", action="store_true", help="try what vLLM does not run on a CPU")
     parser.add_argument("--report", action="store_true", help="write docs/identity.md's tables")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write and go on there")
     arguments = parser.parse_args(argv)
     if arguments.report:
         PAGE.write_text(report.fill(PAGE.read_text(), tables()))
+        return
+    if arguments.select:
+        selection.write()
         return
     with tempfile.TemporaryDirectory() as scratch:
         save: Path = arguments.save or Path(scratch) / "results"
@@ -50,8 +57,9 @@ def main(argv: list[str]) -> None:
                 print(f"{found.name}: {found.vllm or 'runs'} | {found.fluxmoe or 'runs'}")
             return
         wanted = arguments.model or models.names(), arguments.mode or report.MODES
-        chosen = cells.covering(*wanted) if arguments.covering else cells.full(*wanted)
-        results = run(list(dict.fromkeys(chosen)), Path(scratch), save)
+        number, shards = arguments.shard
+        chosen = list(dict.fromkeys(cells.full(*wanted)))[number - 1 :: shards]
+        results = run(chosen, Path(scratch), save)
     print(report.plain(report.summary(results)))
     failed = report.failures(results)
     if failed:

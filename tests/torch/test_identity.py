@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 
 import pytest
 import torch
 
 import fluxmoe
-from tests.identity import cells, models, record
+from tests.identity import cells, models, record, selection
 from tests.identity.torch_cells import Models
 from tests.torch.conftest import Load, answer, same, sizes
 
-COVERING = cells.covering_torch(models.names())
+SELECTED = [
+    cell
+    for cell in selection.read()
+    if cell.mode in cells.TORCH_MODES and cell.model in models.names()
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +24,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("identity"))
 
 
-@pytest.mark.parametrize(("model", "mode"), dict.fromkeys((c.model, c.mode) for c in COVERING))
+@pytest.mark.parametrize(("model", "mode"), dict.fromkeys((c.model, c.mode) for c in SELECTED))
 def test_cells(
     running: Models, model: str, mode: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """The identity matrix; ``python -m benchmarks identity`` runs all of its cells."""
-    for cell in (c for c in COVERING if (c.model, c.mode) == (model, mode)):
+    """The selected cells of the identity matrix; ``make test-full`` runs them all."""
+    for cell in (c for c in SELECTED if (c.model, c.mode) == (model, mode)):
         outcome = running.run(cell)
         row = {"cell": record.as_row(cell), "outcome": record.as_row(outcome)}
         record_property("identity", row)
@@ -41,18 +44,6 @@ def test_cells(
             assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
     tokens = running.stock[0]
     assert len({tuple(row) for row in tokens.tolist()}) == len(tokens)
-
-
-def test_the_selection_covers_the_matrix() -> None:
-    names = models.names()
-    for mode in cells.TORCH_MODES[:3]:
-        mine = [cell for cell in COVERING if cell.mode == mode]
-        assert {cell.model for cell in mine} == set(names)
-        mine = [cell for cell in mine if cell.model not in cells.HYBRID]
-        whole = [c for c in cells.full(names, [mode]) if c.model not in cells.HYBRID]
-        for fields in (("model", "eviction"), ("eviction", "prefetch"), ("eviction", "slots")):
-            pick = attrgetter(*fields)
-            assert set(map(pick, mine)) == set(map(pick, whole))
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -1,22 +1,23 @@
-"""The identity matrix: a selection of its cells that covers it; the command runs them all.
-
-``python -m benchmarks identity`` and docs/identity.md have the whole.
-"""
+"""The identity matrix under vLLM: the selected cells; ``make test-full`` runs them all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import combinations, product
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 
-from tests.identity import cells, models, record, requests
+from tests.identity import cells, models, record, requests, selection
 from tests.identity.cells import Cell
 from tests.identity.vllm_cells import Engines, engines
 
 pytestmark = pytest.mark.vllm
 
-COVERING = cells.covering(models.names(), cells.VLLM_MODES)
+SELECTED = [
+    cell
+    for cell in selection.read()
+    if cell.mode in cells.VLLM_MODES and cell.model in models.names()
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", COVERING, ids=str)
+@pytest.mark.parametrize("cell", SELECTED, ids=str)
 def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, object], None]) -> None:
     outcome = running.run(cell)
     record_property("identity", {"cell": record.as_row(cell), "outcome": record.as_row(outcome)})
@@ -61,27 +62,6 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
     assert len(set(values)) > len(values) // 2
 
 
-def test_the_selection_covers_the_matrix() -> None:
-    names = models.names()
-    everything = set(cells.full(names, cells.VLLM_MODES))
-    for field in Cell.__slots__:
-        assert {getattr(c, field) for c in COVERING} == {getattr(c, field) for c in everything}
-    eager = [c for c in COVERING if c.mode == "vllm eager"]
-    evictions, _ = cells.policies()
-    plain = [name for name in names if name not in cells.HYBRID]
-    chosen = {(c.model, c.eviction) for c in eager if c.model in plain}
-    assert chosen == set(product(plain, evictions))
-    compiled = [c for c in COVERING if c.mode == "vllm compiled"]
-    assert {c.eviction for c in compiled} == set(evictions)
-    # All pairs of values, under eager engines.
-    fields = ("eviction", "prefetch", "slots", "banks", "prefix_caching", "chunked_prefill")
-    for one, other in combinations(fields, 2):
-        assert _pairs(eager, one, other) == _pairs(everything, one, other), (one, other)
-    settings = set(product(names, (False, True)))
-    for field in ("prefix_caching", "chunked_prefill"):
-        assert settings - _pairs(eager, "model", field) == {(model, True) for model in cells.MLA}
-
-
 def test_the_matrix_has_every_combination() -> None:
     names = models.names()
     evictions, prefetches = cells.policies()
@@ -93,7 +73,3 @@ def test_the_matrix_has_every_combination() -> None:
         assert {(c.prefetch, (c.slots, c.banks)) for c in mine} == set(
             product(prefetches, cells.SIZES)
         )
-
-
-def _pairs(chosen: Iterable[Cell], one: str, other: str) -> set[tuple[object, object]]:
-    return {(getattr(cell, one), getattr(cell, other)) for cell in chosen}

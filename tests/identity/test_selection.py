@@ -1,0 +1,53 @@
+"""The committed selection of the identity matrix covers what it must."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import combinations, product
+
+import pytest
+
+from tests.identity import cells, selection
+from tests.identity.cells import HYBRID, RANDOM, SHIPPED, TORCH_MODES, VLLM_MODES
+
+EVERY_MODEL = [SHIPPED, *RANDOM]
+SELECTED = selection.read()
+FIELDS = ("eviction", "prefetch", "slots", "banks", "prefix_caching", "chunked_prefill")
+
+
+def values(chosen, *names):
+    return {tuple(getattr(cell, name) for name in names) for cell in chosen}
+
+
+def test_the_table_is_what_the_command_writes() -> None:
+    """After a new policy or model: python -m benchmarks identity --select."""
+    assert selection.choose() == SELECTED
+    assert set(SELECTED) <= set(cells.product_of(EVERY_MODEL, VLLM_MODES + TORCH_MODES))
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(FIELDS, 2)))
+def test_all_pairs_of_the_matrix(one: str, other: str) -> None:
+    """In eager mode, where the prototype of each architecture meets them."""
+    everything = cells.product_of(EVERY_MODEL, ["vllm eager"])
+    mine = [cell for cell in SELECTED if cell.mode == "vllm eager"]
+    assert values(mine, one, other) == values(everything, one, other)
+
+
+def test_models_and_modes() -> None:
+    evictions = cells.policies()[0]
+    assert values(SELECTED, "model", "mode") >= set(product(EVERY_MODEL, TORCH_MODES[:3]))
+    assert values(SELECTED, "mode", "eviction") >= set(product(VLLM_MODES[:2], evictions))
+    plain = set(EVERY_MODEL) - set(HYBRID)
+    assert values(SELECTED, "model", "eviction") >= set(product(plain, evictions))
+    for mode in VLLM_MODES:
+        assert {cell.model for cell in SELECTED if cell.mode == mode} & set(HYBRID)
+
+
+def test_a_selection_that_lacks_a_pair_is_noticed() -> None:
+    needed = set().union(*map(selection.demanded, selection.candidates()))
+    assert set().union(*map(selection.demanded, SELECTED)) == needed
+    for number, cell in enumerate(SELECTED):
+        others = SELECTED[:number] + SELECTED[number + 1 :]
+        changed = replace(cell, model=cell.model + "?")
+        assert set().union(*map(selection.demanded, [*others, changed])) != needed, cell
+    assert len(fields(cells.Cell)) == 8
