@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fluxmoe import sizes
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError, InvariantError
@@ -240,6 +241,10 @@ class Config(_Model):
     """Seed of the random numbers available to policies."""
     vllm: dict[str, Any] = {}
     """Options passed to vLLM untouched."""
+
+    def dynamic(self, arbitration: ArbitrationPolicy) -> bool:
+        """True if the split may change while serving with this policy."""
+        return self.control or not arbitration.fixed
 
     @field_validator("stores")
     @classmethod

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fluxmoe import config, sizes
-from fluxmoe.backends.torch.settings import settings
+from fluxmoe.backends.torch.settings import given, settings
 from fluxmoe.cli import main
 from fluxmoe.errors import ConfigError
 from fluxmoe.sim.capacity import pages_of
@@ -75,7 +75,7 @@ DOORS = {
         .limit
     ),
     "a limit by hand": lambda value: config.parse_limits({"kv": {"max": value}}, where="").kv.max,
-    "load and page": lambda value: settings("load", value).memory.size,
+    "load and page": lambda value: given(settings("load", value), "load"),
 }
 
 

@@ -60,13 +60,14 @@ def show(
 def _load(file: Path) -> dict[str, Any]:
     """The checked configuration as ``show`` prints it; also creates policies and codecs."""
     from fluxmoe import config, plugins
-    from fluxmoe.backends.stores import coders
+    from fluxmoe.backends.stores import make_coders
 
     loaded = config.load(file)
     shown = {key: _readable(getattr(loaded, key)) for key in type(loaded).model_fields}
     registry = plugins.load(loaded.plugins)
-    registry.serving(loaded)
-    coders(loaded, registry)
+    registry.policies(loaded)
+    registry.arbitration(loaded)
+    make_coders(loaded, registry)
     for kind in _KINDS:
         spec: dict[str, Any] = getattr(loaded, kind)
         options = registry.get(kind, spec["kind"]).config_model

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fluxmoe import config
+from fluxmoe import config, plugins
 from fluxmoe.backends.vllm.server import launch
 from fluxmoe.cli import main, output
 from fluxmoe.core.policy.watchdog import Limits
@@ -259,8 +259,10 @@ def test_limits_reach_the_policies_of_a_worker():
 
     geometry = Geometry(2, 4)
     settings = {"memory": {"budget": "1MiB"}, "policy_limits": {"strikes": 3, "hard_s": 0.5}}
+    parsed = config.parse(settings, where="")
     runtime = Runtime(
-        config.parse(settings, where=""),
+        parsed,
+        plugins.load().policies(parsed),
         geometry,
         PAGE_CLASS,
         host_store(geometry),

@@ -15,8 +15,9 @@ from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import budget, op
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.stores import coders, make_store
+from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
+from fluxmoe.backends.vllm import handover
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
@@ -95,10 +96,13 @@ class PagedCPUWorker(CPUWorker):
             checkpoint.require_readable(vllm_config.model_config.model)
         # Raises their errors before the weights are loaded.
         registry = plugins.load(config.plugins)
-        _, _, arbitration = registry.serving(config)
-        if self._paging and (config.control or not arbitration.fixed):
+        self._policies = registry.policies(config)
+        arbitration = registry.arbitration(config)
+        self._dynamic = self._paging and config.dynamic(arbitration)
+        if self._dynamic:
             checks.refuse_moving_split(vllm_config)
-        coders(config, registry)
+            handover.leave(vllm_config, config, arbitration)
+        self._coders = make_coders(config, registry)
         self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
         vllm_config.cache_config.kv_cache_memory_bytes = config.memory.size
@@ -146,14 +150,15 @@ class PagedCPUWorker(CPUWorker):
             )
         )
         geometry = Geometry(len(layers), weights[0].shape[0])
-        registry = plugins.load(self._config.plugins)
-        store = make_store(self._config, geometry, page_class, registry)
+        store = make_store(self._config, geometry, page_class, self._coders)
         self._runtime = runtime = Runtime(
             self._config,
+            self._policies,
             geometry,
             page_class,
             store,
             self._kv_need(),
+            dynamic=self._dynamic,
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
             phase=partial(step_phase, self.model_runner),
         )
