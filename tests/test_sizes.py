@@ -58,7 +58,7 @@ def said_by(call, value) -> str:
 DOORS = {
     "parse": sizes.parse,
     "the command line": lambda value: config.size(value, where="--memory"),
-    "the budget": lambda value: config.parse({"memory": {"budget": value}}, where="").memory.size,
+    "the budget": lambda value: config.parse({"memory": {"budget": value}}, where="").memory.budget,
     "a bound": lambda value: (
         config.parse(
             {"memory": {"budget": "8EB", "experts": {"target": value}}}, where=""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 
 from fluxmoe.backends.budget import KVNeed, require_free, split, widened
-from fluxmoe.config import Config
+from fluxmoe.config import Resolved
 from fluxmoe.core.arbitration.messages import Action, Inventory, SetSlots
 from fluxmoe.core.arbitration.moves import execute
 from fluxmoe.core.memory.experts import ExpertTenant
@@ -36,7 +36,7 @@ class Runtime:
     """Everything between the engine's MoE layers and the memory of one worker.
 
     Args:
-        config: Validated configuration.
+        config: Configuration, its budget in bytes.
         policies: Paging policies.
         geometry: Layers and experts.
         page_class: Layout of an expert page.
@@ -54,7 +54,7 @@ class Runtime:
 
     def __init__(
         self,
-        config: Config,
+        config: Resolved,
         policies: Policies,
         geometry: Geometry,
         page_class: PageClass,
@@ -73,7 +73,7 @@ class Runtime:
             store,
         )
         self.dynamic = dynamic
-        budget = config.memory.size
+        budget = config.memory.budget
         require_free(budget)
         unit = kv.block if self.dynamic else 0
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget, unit))

@@ -24,7 +24,8 @@ def serve(
     registry = plugins.load(loaded.plugins)
     registry.policies(loaded)
     arbitration = registry.arbitration(loaded)
+    resolved = launch.resolved(loaded)
     if print_command:
-        print(launch.shell_line(loaded))
+        print(launch.shell_line(resolved))
     else:
-        launch.serve(loaded, moving=loaded.dynamic(arbitration))
+        launch.serve(resolved, moving=resolved.dynamic(arbitration))

@@ -1,8 +1,14 @@
-"""Each process of an engine loads plugins at most once and makes each policy at most once."""
+"""Each process of an engine loads plugins, makes each policy and parses the budget at most once;
+an automatic budget is resolved once in all."""
 
 from __future__ import annotations
 
 import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,7 @@ import yaml
 from fluxmoe import config as configuration
 from fluxmoe import plugins
 from fluxmoe.backends.vllm import handover
-from fluxmoe.backends.vllm.child.child import ChildEngine
+from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine
 from fluxmoe.cli import main
 from tests.plugins.counted import ALL, SETTINGS, counts
 from tests.vllm.conftest import EAGER, config, prompts
@@ -80,3 +86,71 @@ def test_what_is_left_is_taken_once_and_dies_with_its_engine() -> None:
     del other
     gc.collect()
     assert not handover._left
+
+
+RESOLVING = """
+import json, sys
+from fluxmoe import sizes
+from fluxmoe.backends import budget
+budget_text, settings = sys.argv[1], json.loads(sys.argv[2])
+done = {"parsed": 0, "resolved": 0}
+parse, weight_bytes = sizes.parse, budget.weight_bytes
+def counted_parse(value):
+    done["parsed"] += value == budget_text
+    return parse(value)
+def counted_bytes(model):
+    done["resolved"] += 1
+    return weight_bytes(model)
+sizes.parse, budget.weight_bytes = counted_parse, counted_bytes
+"""
+
+IN_PROCESS = """
+from vllm import LLM
+from fluxmoe.backends.vllm import engine_options
+options = settings.pop("options")
+LLM(model=settings.pop("model"), skip_tokenizer_init=True, **options, **engine_options(settings))
+print(json.dumps(done))
+"""
+
+SERVE = """
+from fluxmoe.cli import main
+try:
+    main(["serve", settings["file"], "--print-command"])
+except SystemExit as end:
+    print(json.dumps(done))
+    sys.exit(end.code)
+"""
+
+
+def resolving(program: str, budget: str, settings: dict[str, Any]) -> tuple[dict[str, int], str]:
+    """How often a program parsed this budget and resolved an automatic one; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", RESOLVING + program, budget, json.dumps(settings)],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    *printed, last = done.stdout.splitlines()
+    return json.loads(last), "\n".join(printed)
+
+
+@pytest.mark.parametrize(
+    ("budget", "counted"),
+    [("12MiB", {"parsed": 1, "resolved": 0}), ("auto", {"parsed": 0, "resolved": 1})],
+)
+def test_a_budget_is_resolved_once(
+    checkpoint: Path, tmp_path: Path, budget: str, counted: dict[str, int]
+) -> None:
+    memory = {"budget": budget, "kv": {"max": "8MiB"}}
+    settings = {"model": str(checkpoint), "memory": memory, "arbitration": "kv-first"}
+    found, _ = resolving(IN_PROCESS, budget, {**settings, "options": EAGER})
+    assert found == counted
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    found, command = resolving(SERVE, budget, {"file": str(file)})
+    assert found == counted
+    words = shlex.split(command)
+    told = json.loads(words[words.index("--additional-config") + 1])["fluxmoe"]
+    assert isinstance(told["memory"]["budget"], int)  # so that no worker resolves it again

@@ -121,9 +121,9 @@ def load_configured(
     implementation = implementation_of(planned, layers)
     turn = Turn()
     room = Room(*layout.describe(layers))
-    config = room.fit(config, _WHERE)
-    store = make_store(config, room.geometry, room.page_class, coders)
-    runtime = runtime_for(room, store, config, policies, implementation, turn)
+    resolved = room.fit(config, _WHERE)
+    store = make_store(resolved, room.geometry, room.page_class, coders)
+    runtime = runtime_for(room, store, resolved, policies, implementation, turn)
     try:
         with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
@@ -15,6 +14,7 @@ from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
 from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import ConfigError, UnsupportedError
@@ -98,7 +98,7 @@ def page(
 def runtime_for(
     room: Room,
     store: Store,
-    config: fluxmoe_config.Config,
+    config: Resolved,
     policies: Policies,
     implementation: str,
     turn: Turn,

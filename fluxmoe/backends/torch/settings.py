@@ -94,10 +94,10 @@ class Room:
             )
         return min(memory, self.most)
 
-    def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Config:
+    def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Resolved:
         """The configuration with its budget limited to what expert pages alone can use."""
-        budget, none = self.within(given(config, where), where), fluxmoe_config.Share(max=0)
-        memory = config.memory.model_copy(
-            update={"budget": budget, "frame": self.frame_bytes, "kv": none}
+        resolved = config.resolved(self.within(given(config, where), where))
+        memory = resolved.memory.model_copy(
+            update={"frame": self.frame_bytes, "kv": fluxmoe_config.Share(max=0)}
         )
-        return config.model_copy(update={"memory": memory})
+        return resolved.model_copy(update={"memory": memory})
