@@ -24,33 +24,17 @@ def settings(
     where: str,
     memory: int | str,
     *,
-    eviction: PolicySpec = "next-use",
-    prefetch: PolicySpec = "none",
     stores: Sequence[StoreSpec] = HOST,
-    plugins: Sequence[str] = (),
     banks: int = 1,
-    copy_threads: int = 1,
-    strict_policies: bool = False,
-    seed: int = 0,
+    **others: Any,
 ) -> fluxmoe_config.Config:
-    """Check the arguments of ``fluxmoe.page``.
+    """The arguments of ``fluxmoe.page`` as a configuration.
 
     Raises:
         ConfigError: One of them has an unusable value.
     """
-    return fluxmoe_config.parse(
-        {
-            "memory": {"budget": memory, "banks": banks},
-            "eviction": eviction if isinstance(eviction, str) else dict(eviction),
-            "prefetch": prefetch if isinstance(prefetch, str) else dict(prefetch),
-            "stores": [dict(store) for store in stores],
-            "plugins": list(plugins),
-            "copy_threads": copy_threads,
-            "strict_policies": strict_policies,
-            "seed": seed,
-        },
-        where=where,
-    )
+    pages = {"memory": {"budget": memory, "banks": banks}, "stores": [*map(dict, stores)]}
+    return fluxmoe_config.parse({**pages, **others}, where=where)
 
 
 def given(config: fluxmoe_config.Config, where: str) -> int:

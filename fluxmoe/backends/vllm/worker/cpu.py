@@ -73,7 +73,7 @@ class PagedCPUWorker(CPUWorker):
         self._coders = make_coders(config, registry)
         self._config = _with_kv_target(resolved, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
-        vllm_config.cache_config.kv_cache_memory_bytes = resolved.memory.budget
+        vllm_config.cache_config.kv_cache_memory_bytes = int(resolved.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
         self._recorder: Recorder | None = None
