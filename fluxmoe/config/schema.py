@@ -20,8 +20,6 @@ from fluxmoe import sizes
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 
-AUTO = "auto"
-
 
 def _policy(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
@@ -40,7 +38,7 @@ def _auto(value: object) -> object:
 
 def _budget(value: object) -> object:
     # An empty value in YAML is not "auto", which must be written out.
-    return None if isinstance(value, str) and value == AUTO else _size(value)
+    return None if isinstance(value, str) and value == "auto" else _size(value)
 
 
 #: A policy: its name, or a map with ``kind`` and the policy's own options.
