@@ -57,10 +57,11 @@ FIGURES = (
 def commands(model: DemoModel, budget: int, port: int) -> dict[str, list[str]]:
     """The command of each server; FluxMoE's is what ``fluxmoe serve`` runs."""
     options = {**model.options(max_num_seqs=64), "host": "127.0.0.1", "port": port}
-    config = parse(
+    parsed = parse(
         {"model": str(model.folder), "memory": {"budget": budget}, "vllm": options},
         where="benchmark",
     )
+    config = launch.resolved(parsed)
     paged = launch.command(config)
     stock = launch.command(config)
     for flag in launch.OWN_FLAGS:

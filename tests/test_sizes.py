@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fluxmoe import config, sizes
-from fluxmoe.backends.torch.settings import settings
+from fluxmoe.backends.torch.settings import given, settings
 from fluxmoe.cli import main
 from fluxmoe.errors import ConfigError
 from fluxmoe.sim.capacity import pages_of
@@ -58,7 +58,7 @@ def said_by(call, value) -> str:
 DOORS = {
     "parse": sizes.parse,
     "the command line": lambda value: config.size(value, where="--memory"),
-    "the budget": lambda value: config.parse({"memory": {"budget": value}}, where="").memory.size,
+    "the budget": lambda value: config.parse({"memory": {"budget": value}}, where="").memory.budget,
     "a bound": lambda value: (
         config.parse(
             {"memory": {"budget": "8EB", "experts": {"target": value}}}, where=""
@@ -75,7 +75,7 @@ DOORS = {
         .limit
     ),
     "a limit by hand": lambda value: config.parse_limits({"kv": {"max": value}}, where="").kv.max,
-    "load and page": lambda value: settings("load", value).memory.size,
+    "load and page": lambda value: given(settings("load", value), "load"),
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import psutil
 
 from fluxmoe.checkpoint import weight_bytes
-from fluxmoe.config import Config, Memory, Share
+from fluxmoe.config import Memory, Share
 from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.types import Budget, Geometry, PageClass
@@ -49,22 +49,19 @@ def require_free(budget: int, *, held: int = 0) -> None:
         )
 
 
-def resolved(config: Config, *, model: str | None, workers: int) -> Config:
-    """The configuration with an ``auto`` budget replaced by bytes, in whole MiB.
+def automatic(model: str | None, workers: int) -> int:
+    """The bytes of ``memory.budget: auto``, in whole MiB.
 
     Workers share the machine. All weights not loaded yet are counted as used, because
     vLLM loads them before the stores take over the experts.
 
     Args:
-        config: The user's configuration.
         model: The model's folder.
         workers: Number of workers on this machine.
 
     Raises:
         ConfigError: The size of the model's weights is unknown, or they leave no memory.
     """
-    if config.memory.budget is not None:
-        return config
     if model is None:
         raise ConfigError(
             "auto needs the model's path", where="memory.budget", fix="add model: FOLDER"
@@ -77,8 +74,7 @@ def resolved(config: Config, *, model: str | None, workers: int) -> Config:
             where="memory.budget",
             fix="free some memory, or choose a smaller model",
         )
-    memory = config.memory.model_copy(update={"budget": budget})
-    return config.model_copy(update={"memory": memory})
+    return budget
 
 
 def split(

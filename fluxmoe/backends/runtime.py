@@ -9,9 +9,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from fluxmoe import plugins
 from fluxmoe.backends.budget import KVNeed, require_free, split, widened
-from fluxmoe.config import Config
+from fluxmoe.config import Resolved
 from fluxmoe.core.arbitration.messages import Action, Inventory, SetSlots
 from fluxmoe.core.arbitration.moves import execute
 from fluxmoe.core.memory.experts import ExpertTenant
@@ -24,7 +23,7 @@ from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
-from fluxmoe.core.policy.paging import PageView
+from fluxmoe.core.policy.paging import PageView, Policies
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import HostCarrier
 from fluxmoe.core.transfer.store import Store
@@ -37,29 +36,32 @@ class Runtime:
     """Everything between the engine's MoE layers and the memory of one worker.
 
     Args:
-        config: Validated configuration.
+        config: Configuration, its budget in bytes.
+        policies: Paging policies.
         geometry: Layers and experts.
         page_class: Layout of an expert page.
         store: Store of the pages.
         kv: Memory needed by the KV cache.
+        dynamic: True if the split may change while serving.
         bank_limit: Maximum slots that one kernel call can address; None if there is no limit.
         phase: Returns the phase of a step, at its beginning.
         ceiling: Maximum bytes for ``resize``; 0: not above the initial budget.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
-        UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnsupportedError: The kernel cannot address one layer's experts.
     """
 
     def __init__(
         self,
-        config: Config,
+        config: Resolved,
+        policies: Policies,
         geometry: Geometry,
         page_class: PageClass,
         store: Store,
         kv: KVNeed,
         *,
+        dynamic: bool = False,
         bank_limit: int | None = None,
         phase: Callable[[], Phase] = lambda: Phase.DECODE,
         ceiling: int = 0,
@@ -70,10 +72,8 @@ class Runtime:
             page_class,
             store,
         )
-        eviction, prefetch, arbitration = plugins.load(config.plugins).serving(config)
-        #: True if the split may change while serving.
-        self.dynamic = not arbitration.fixed or config.control
-        budget = config.memory.size
+        self.dynamic = dynamic
+        budget = config.memory.budget
         require_free(budget)
         unit = kv.block if self.dynamic else 0
         frame_bytes = int(config.memory.frame or frame_bytes_for(budget, unit))
@@ -123,10 +123,10 @@ class Runtime:
             view = PageView(table, seed=config.seed)
             strict, limits = config.strict_policies, config.policy_limits.limits()
             self.eviction = EvictionGuard(
-                eviction, view, name=config.eviction["kind"], strict=strict, limits=limits
+                policies.eviction, view, name=policies.eviction_name, strict=strict, limits=limits
             )
             self.prefetch = PrefetchGuard(
-                prefetch, view, name=config.prefetch["kind"], strict=strict, limits=limits
+                policies.prefetch, view, name=policies.prefetch_name, strict=strict, limits=limits
             )
             rows = [self._tenant.rows(bank) for bank in range(len(slots))]
             transfer = TransferEngine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fluxmoe.config import Config, FileStoreConfig
@@ -13,7 +14,7 @@ from fluxmoe.stores.host import HostStore, HostTier
 from fluxmoe.stores.tiers import Tier, TieredStore
 
 
-def coders(config: Config, registry: Registry) -> list[Coder]:
+def make_coders(config: Config, registry: Registry) -> list[Coder]:
     """One coder per configured store.
 
     Raises:
@@ -31,15 +32,14 @@ def coders(config: Config, registry: Registry) -> list[Coder]:
 
 
 def make_store(
-    config: Config, geometry: Geometry, page_class: PageClass, registry: Registry
+    config: Config, geometry: Geometry, page_class: PageClass, coders: Sequence[Coder]
 ) -> HostStore | TieredStore:
-    """Create an empty store, which adopts layer by layer. Raises the errors of ``coders``."""
-    made = coders(config, registry)
+    """Create an empty store with the coders of ``make_coders``; it adopts layer by layer."""
     first = config.stores[0]
     if first.kind == "host" and first.limit is None and first.codec["kind"] == "none":
         return HostStore(geometry, page_class)  # without a copy; takes all pages
     tiers: list[Tier] = []
-    for store, coder in zip(config.stores, made, strict=True):
+    for store, coder in zip(config.stores, coders, strict=True):
         limit = None if store.limit is None else int(store.limit)
         if isinstance(store, FileStoreConfig):
             folder = Path(store.path).expanduser()

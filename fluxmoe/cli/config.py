@@ -24,9 +24,10 @@ def check(file: _File) -> None:
     """Check keys, values, policies and their options; exit code 2 if something is wrong."""
     from fluxmoe import config
 
-    _load(file)
+    loaded = config.load(file)
+    _shown(loaded)
     print(f"{file}: ok")
-    for line in _resolved(config.load(file)):
+    for line in _resolved(loaded):
         print(line)
 
 
@@ -48,25 +49,26 @@ def show(
 
     from fluxmoe import config
 
-    shown = _load(file)
+    loaded = config.load(file)
+    shown = _shown(loaded)
     if as_json:
         output.print_json(shown)
     else:
         yaml.safe_dump(shown, sys.stdout, sort_keys=False, allow_unicode=True)
-        for line in _resolved(config.load(file)):
+        for line in _resolved(loaded):
             print(f"# {line}")
 
 
-def _load(file: Path) -> dict[str, Any]:
-    """The checked configuration as ``show`` prints it; also creates policies and codecs."""
-    from fluxmoe import config, plugins
-    from fluxmoe.backends.stores import coders
+def _shown(loaded: Config) -> dict[str, Any]:
+    """The configuration as ``show`` prints it; also creates policies and codecs, as a check."""
+    from fluxmoe import plugins
+    from fluxmoe.backends.stores import make_coders
 
-    loaded = config.load(file)
     shown = {key: _readable(getattr(loaded, key)) for key in type(loaded).model_fields}
     registry = plugins.load(loaded.plugins)
-    registry.serving(loaded)
-    coders(loaded, registry)
+    registry.policies(loaded)
+    registry.arbitration(loaded)
+    make_coders(loaded, registry)
     for kind in _KINDS:
         spec: dict[str, Any] = getattr(loaded, kind)
         options = registry.get(kind, spec["kind"]).config_model
@@ -88,7 +90,7 @@ def _resolved(loaded: Config) -> list[str]:
     if loaded.preset == "off":
         lines.append("preset: off serves without paging; policies have no effect")
     if loaded.memory.budget is None and loaded.model is not None:
-        size = output.nbytes(launch.resolved(loaded).memory.size)
+        size = output.nbytes(launch.resolved(loaded).memory.budget)
         lines.append(
             f"memory.budget: auto is currently {size} per worker, {budget.SHARE:.0%} of the "
             "free memory after the model's weights"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fluxmoe.cli import models, output
 from fluxmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fluxmoe.config import Config
+    from fluxmoe.plugins import Registry
 
 
 class Backend(StrEnum):
@@ -22,12 +26,14 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A request to either backend; ``settings`` are a valid configuration."""
+    """A request to either backend; ``settings`` are those of ``config``."""
 
     model: str
     prompt: list[int]
     max_new_tokens: int
     settings: dict[str, Any]
+    config: Config
+    registry: Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,8 @@ def generate(
     }
     # Raises their errors before the model is loaded.
     parsed = config.parse(settings, where="fluxmoe generate")
-    plugins.load(parsed.plugins).serving(parsed)
+    registry = plugins.load(parsed.plugins)
+    registry.check(parsed)
     checkpoint.require_readable(model)
     models.quiet()
     vocabulary = models.config(model).get_text_config().vocab_size
@@ -89,7 +96,7 @@ def generate(
             where="--prompt" if given is None else "--prompt-ids",
             fix=f"give at least one token, each within 0…{vocabulary - 1}",
         )
-    task = _Task(model, ids, max_new_tokens, settings)
+    task = _Task(model, ids, max_new_tokens, settings, parsed, registry)
     answer = _torch(task) if backend is Backend.TORCH else _vllm(task)
     tokens = answer.tokens
     result = {
@@ -111,11 +118,10 @@ def generate(
 def _torch(task: _Task) -> _Answer:
     import torch
 
-    import fluxmoe
+    from fluxmoe.backends.torch.loader import load_configured
 
-    policies = {key: task.settings[key] for key in ("eviction", "prefetch", "plugins")}
     with (
-        fluxmoe.load(task.model, task.settings["memory"]["budget"], **policies) as paged,
+        load_configured(task.model, task.config, task.registry) as paged,
         torch.inference_mode(),
     ):
         started = time.perf_counter()

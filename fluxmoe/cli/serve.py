@@ -21,8 +21,11 @@ def serve(
 
     loaded = configuration.load(config)
     # Raises errors of plugins here instead of in a worker.
-    _, _, arbitration = plugins.load(loaded.plugins).serving(loaded)
+    registry = plugins.load(loaded.plugins)
+    registry.policies(loaded)
+    arbitration = registry.arbitration(loaded)
+    resolved = launch.resolved(loaded)
     if print_command:
-        print(launch.shell_line(loaded))
+        print(launch.shell_line(resolved))
     else:
-        launch.serve(loaded, moving=loaded.control or not arbitration.fixed)
+        launch.serve(resolved, moving=resolved.dynamic(arbitration))

@@ -165,7 +165,7 @@ def compare(
     """
     fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
     wanted = config.parse(fluxmoe, where="fluxmoe")
-    plugins.load(wanted.plugins).serving(wanted)  # raises its errors before engines start
+    plugins.load(wanted.plugins).check(wanted)  # raises its errors before engines start
     prompts = workload.prompts(model)
     progress("starting stock vLLM")
     kv_bytes = budget_bytes - experts_total_bytes

@@ -26,7 +26,8 @@ from types import ModuleType
 from fluxmoe import policies
 from fluxmoe.core.words import line
 from fluxmoe.errors import PluginLoadError
-from fluxmoe.plugins.registry import Plugin, Registry, attempt
+from fluxmoe.plugins.checks import attempt
+from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
 
 GROUP = "fluxmoe"

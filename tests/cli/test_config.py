@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fluxmoe import config
+from fluxmoe import config, plugins
 from fluxmoe.backends.vllm.server import launch
 from fluxmoe.cli import main, output
 from fluxmoe.core.policy.watchdog import Limits
@@ -70,7 +70,7 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     shown = succeeds("show", path)
     assert yaml.safe_load(shown)["memory"]["budget"] == "auto"
     assert f"# {told}" in shown
-    flags = launch.arguments(config.load(path))
+    flags = launch.arguments(launch.resolved(config.load(path)))
     given = json.loads(flags[flags.index("--additional-config") + 1])["fluxmoe"]
     assert given == {"memory": {"budget": budget << 20}}
     two = write({"model": str(SHIPPED), "memory": {"budget": "auto"},
@@ -258,9 +258,11 @@ def test_limits_reach_the_policies_of_a_worker():
     from tests.core.rig import PAGE_CLASS, host_store
 
     geometry = Geometry(2, 4)
-    settings = {"memory": {"budget": "1MiB"}, "policy_limits": {"strikes": 3, "hard_s": 0.5}}
+    settings = {"memory": {"budget": "auto"}, "policy_limits": {"strikes": 3, "hard_s": 0.5}}
+    parsed = config.parse(settings, where="").resolved(1 << 20)
     runtime = Runtime(
-        config.parse(settings, where=""),
+        parsed,
+        plugins.load().policies(parsed),
         geometry,
         PAGE_CLASS,
         host_store(geometry),

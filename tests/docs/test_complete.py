@@ -107,7 +107,7 @@ def shown(key: str, field: FieldInfo) -> str:
         return "required"
     value: Any = field.default
     if value is None:
-        return "`null`" if key == "model" else f"`{config.AUTO}`"
+        return "`null`" if key == "model" else "`auto`"
     if isinstance(value, dict) and set(value) == {"kind"}:
         return f"`{value['kind']}`"
     if isinstance(value, list) and value:

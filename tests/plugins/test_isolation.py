@@ -16,7 +16,7 @@ from fluxmoe.cli import main
 from fluxmoe.config import parse
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import PluginLoadError, UnknownPolicyError
-from fluxmoe.plugins import loading, registry
+from fluxmoe.plugins import checks, loading
 from tests.plugins.rig import MRU, install, write
 
 HOOK = "import fluxmoe, sys\n@fluxmoe.hookimpl\ndef fluxmoe_register_policies(register):\n"
@@ -56,7 +56,7 @@ BROKEN = {
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(registry, "LIMITS", Limits(hard_s=0.2))
+    monkeypatch.setattr(checks, "LIMITS", Limits(hard_s=0.2))
     loading._warn.cache_clear()
 
 
@@ -89,7 +89,7 @@ def test_an_installed_plugin_that_is_broken_is_reported_and_left_out(pony, caplo
     assert warnings[0].startswith("plugin pony 1.0 is broken and left out: ")
     # A server that does not use it starts; whoever asks for what it may have had is told.
     wanted = {"model": "m", "memory": {"budget": "1GiB"}, "eviction": "cart"}
-    registry.serving(parse(wanted, where="test"))
+    registry.policies(parse(wanted, where="test"))
     with pytest.raises(UnknownPolicyError) as info:
         registry.create("eviction", "mine")
     assert "the installed plugin pony is broken: " in info.value.fix
@@ -218,13 +218,13 @@ class Declares:
 
 def test_the_present_api_is_one():
     assert fluxmoe.PLUGIN_API == 1
-    registry.check_api(object(), "silent")
-    registry.check_api(Declares(1), "says so")
+    checks.check_api(object(), "silent")
+    checks.check_api(Declares(1), "says so")
 
 
 def test_an_older_api_works_for_a_while_with_a_warning(caplog):
     for _ in range(2):
-        registry.check_api(Declares(2), "pony", current=3, oldest=2)
+        checks.check_api(Declares(2), "pony", current=3, oldest=2)
     [record] = caplog.records
     assert "plugin pony was written for plugin API 2; 3 is current" in record.getMessage()
 
@@ -241,7 +241,7 @@ def test_an_older_api_works_for_a_while_with_a_warning(caplog):
 )
 def test_other_apis_are_refused(declared, message):
     with pytest.raises(PluginLoadError) as info:
-        registry.check_api(Declares(declared), "pony", current=3, oldest=2)
+        checks.check_api(Declares(declared), "pony", current=3, oldest=2)
     assert message in str(info.value)
 
 

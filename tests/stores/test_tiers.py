@@ -12,7 +12,7 @@ import pytest
 
 import fluxmoe
 from fluxmoe import config, plugins
-from fluxmoe.backends.stores import make_store
+from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import CodecError, ConfigError, StoreError
 from fluxmoe.stores.coding import Coder
@@ -57,7 +57,7 @@ def check(store, seed: int = 0) -> None:
 
 def store_of(stores: list[dict]) -> TieredStore | HostStore:
     made = config.parse({"memory": {"budget": "1MiB"}, "stores": stores}, where="test")
-    return make_store(made, GEOMETRY, PAGE_CLASS, plugins.load(made.plugins))
+    return make_store(made, GEOMETRY, PAGE_CLASS, make_coders(made, plugins.load(made.plugins)))
 
 
 @pytest.fixture(params=["host", "file"])

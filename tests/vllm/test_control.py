@@ -179,7 +179,9 @@ def test_a_server_without_control_has_no_door(checkpoint: Path, tmp_path: Path) 
     from fluxmoe.backends.vllm.server import launch
 
     settings = {"model": str(checkpoint), "memory": {"budget": "8MiB"}}
-    plain = launch.arguments(fluxmoe_config.parse(settings, where=""))
+    plain = launch.arguments(launch.resolved(fluxmoe_config.parse(settings, where="")))
     assert launch.CONTROL not in plain
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**settings, "control": True}))
-    assert launch.CONTROL in launch.arguments(fluxmoe_config.load(tmp_path / "c.yaml"))
+    assert launch.CONTROL in launch.arguments(
+        launch.resolved(fluxmoe_config.load(tmp_path / "c.yaml"))
+    )

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import vllm._custom_ops as ops
 from fluxmoe.backends.tensors import as_weight
-from fluxmoe.backends.vllm.worker.cpu import bank_limit, require_addressable
+from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.errors import InvariantError
@@ -91,7 +91,7 @@ print("slot beyond:", torch.equal(run(beyond, LIMIT), expected))
 
 ASSERTION = """
 import torch
-from fluxmoe.backends.vllm.worker.cpu import bank_limit, require_addressable
+from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.errors import InvariantError
 
 for elements, limit in [(2 * 768 * 2048, 683), (2 * 1024 * 1024, 1024), (2 * 96 * 256, 43691)]:

@@ -94,7 +94,7 @@ def test_three_lines_run_everywhere(source: list[str], checkpoint: Path, tmp_pat
     settings = {**config(20, eviction="three-lines"), "plugins": source, "model": str(checkpoint)}
     file.write_text(json.dumps(settings))  # JSON is YAML
     loaded = configuration.load(file)
-    eviction, *_ = plugins.load(loaded.plugins).serving(loaded)
+    eviction = plugins.load(loaded.plugins).policies(loaded).eviction
     assert type(eviction).__name__ == "MostRecentlyUsed"
     wanted = {key: value for key, value in settings.items() if key != "model"}
     with ChildEngine(checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fluxmoe.backends.torch.loader import load
-from fluxmoe.backends.torch.paged import PagedModel, page
+from fluxmoe.backends.torch.paged import PagedModel
+from fluxmoe.backends.torch.paging import page
 
 __all__ = ["PagedModel", "load", "page"]

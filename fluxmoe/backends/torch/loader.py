@@ -20,17 +20,20 @@ import transformers
 from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fluxmoe.backends.stores import make_store
+from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.experts import absent
 from fluxmoe.backends.torch.names import NAMES
-from fluxmoe.backends.torch.paged import PagedModel, implementation_of, runtime_for
-from fluxmoe.backends.torch.settings import HOST, PolicySpec, StoreSpec, settings
+from fluxmoe.backends.torch.paged import PagedModel
+from fluxmoe.backends.torch.paging import implementation_of, runtime_for
+from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
 from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.checkpoint import require_readable
+from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.plugins import Registry
 from fluxmoe.plugins import load as plugin_registry
 
 NAMES.require("loader")
@@ -78,12 +81,6 @@ def load(
         NoExpertsError, UnsupportedError, ConfigError, BudgetTooSmallError, UnknownPolicyError,
             PluginLoadError, NeedsFutureError: As for ``fluxmoe.page``, and before weights are read.
     """
-    name, extra = os.fspath(path), dict(options or {})
-    for key in _OURS:
-        if key in extra:
-            raise ConfigError(
-                f"{key} cannot be chosen", where=f"options of {_WHERE}", fix="leave it out"
-            )
     config = settings(
         _WHERE,
         memory,
@@ -96,14 +93,37 @@ def load(
         strict_policies=strict_policies,
         seed=seed,
     )
+    return load_configured(
+        os.fspath(path), config, plugin_registry(config.plugins), dtype=dtype, options=options
+    )
+
+
+def load_configured(
+    name: str,
+    config: Config,
+    registry: Registry,
+    *,
+    dtype: str | torch.dtype = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> PagedModel:
+    """``load`` with its settings as a configuration, and the plugins that it names loaded."""
+    extra = dict(options or {})
+    for key in _OURS:
+        if key in extra:
+            raise ConfigError(
+                f"{key} cannot be chosen", where=f"options of {_WHERE}", fix="leave it out"
+            )
+    policies, coders = registry.policies(config), make_coders(config, registry)
     with _loading(name):
         require_readable(name)
         planned = _without_weights(name, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
     turn = Turn()
-    store = make_store(config, *layout.describe(layers), plugin_registry(config.plugins))
-    runtime = runtime_for(layers, store, config, implementation, turn, _WHERE)
+    room = Room(*layout.describe(layers))
+    resolved = room.fit(config, _WHERE)
+    store = make_store(resolved, room.geometry, room.page_class, coders)
+    runtime = runtime_for(room, store, resolved, policies, implementation, turn)
     try:
         with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(

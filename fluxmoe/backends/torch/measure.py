@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fluxmoe.backends.torch import layout
-from fluxmoe.backends.torch.paged import page
+from fluxmoe.backends.torch.paging import page
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200

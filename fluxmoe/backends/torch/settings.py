@@ -24,49 +24,39 @@ def settings(
     where: str,
     memory: int | str,
     *,
-    eviction: PolicySpec = "next-use",
-    prefetch: PolicySpec = "none",
     stores: Sequence[StoreSpec] = HOST,
-    plugins: Sequence[str] = (),
     banks: int = 1,
-    copy_threads: int = 1,
-    strict_policies: bool = False,
-    seed: int = 0,
+    **others: Any,
 ) -> fluxmoe_config.Config:
-    """Check the arguments of ``fluxmoe.page``.
+    """The arguments of ``fluxmoe.page`` as a configuration.
 
     Raises:
         ConfigError: One of them has an unusable value.
     """
-    if memory == fluxmoe_config.AUTO:
+    pages = {"memory": {"budget": memory, "banks": banks}, "stores": [*map(dict, stores)]}
+    return fluxmoe_config.parse({**pages, **others}, where=where)
+
+
+def given(config: fluxmoe_config.Config, where: str) -> int:
+    """The budget in bytes. Raises ConfigError: it is ``auto``, which needs an engine."""
+    if config.memory.budget is None:
         raise ConfigError(
             "auto is not supported here", where=f"memory of {where}", fix="give a size, as 4GiB"
         )
-    return fluxmoe_config.parse(
-        {
-            "memory": {"budget": memory, "kv": {"max": 0}, "banks": banks},
-            "eviction": eviction if isinstance(eviction, str) else dict(eviction),
-            "prefetch": prefetch if isinstance(prefetch, str) else dict(prefetch),
-            "stores": [dict(store) for store in stores],
-            "plugins": list(plugins),
-            "copy_threads": copy_threads,
-            "strict_policies": strict_policies,
-            "seed": seed,
-        },
-        where=where,
-    )
+    return int(config.memory.budget)
 
 
 class Room:
     """Bounds of the memory for expert pages, from one layer's experts to all experts.
 
     Attributes:
+        geometry, page_class: Layers and experts, and the layout of a page.
         frame_bytes: Bytes of a frame, the unit of growth.
         least, most: Bounds in bytes, multiples of a frame; ``most`` is within the machine's memory.
     """
 
     def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
-        self._geometry, self._page_class = geometry, page_class
+        self.geometry, self.page_class = geometry, page_class
         self.frame_bytes = frame = frame_bytes_for(geometry.num_pages * page_class.nbytes)
         self.least = frames_for(page_class, geometry.experts_per_layer, frame) * frame
         total = psutil.virtual_memory().total // frame * frame
@@ -81,15 +71,17 @@ class Room:
         """
         if memory < self.least:
             raise BudgetTooSmallError(
-                f"{memory} bytes cannot hold one layer of {self._geometry.experts_per_layer} "
-                f"experts, {self._page_class.nbytes} bytes each",
+                f"{memory} bytes cannot hold one layer of {self.geometry.experts_per_layer} "
+                f"experts, {self.page_class.nbytes} bytes each",
                 where=f"memory of {where}",
                 fix=f"give at least {self.least} bytes",
             )
         return min(memory, self.most)
 
-    def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Config:
-        """The configuration with its budget checked and limited to what can be used."""
-        budget = self.within(config.memory.size, where)
-        memory = config.memory.model_copy(update={"budget": budget, "frame": self.frame_bytes})
-        return config.model_copy(update={"memory": memory})
+    def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Resolved:
+        """The configuration with its budget limited to what expert pages alone can use."""
+        resolved = config.resolved(self.within(given(config, where), where))
+        memory = resolved.memory.model_copy(
+            update={"frame": self.frame_bytes, "kv": fluxmoe_config.Share(max=0)}
+        )
+        return resolved.model_copy(update={"memory": memory})

@@ -69,9 +69,9 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: object
     ) -> None:
-        settings = paging_config(vllm_config)
+        paging_config(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
-        self._config, self._settings = vllm_config, settings
+        self._config = vllm_config
         self._requests = RequestWatch()
         self._manager: Any = None
         #: The scheduler's side of arbitration; None if the split is fixed.
@@ -89,12 +89,12 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         """Start arbitration when all workers are ready; no metadata if the split is fixed."""
         if not metadata:
             return
-        from fluxmoe import config as fluxmoe_config
+        from fluxmoe.backends.vllm import handover
         from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
 
         scheduler = self._config.scheduler_config
         self.arbitration = Arbitration(
-            fluxmoe_config.parse(self._settings, where="additional_config.fluxmoe"),
+            *handover.take(self._config),
             [metadata[rank].inventory for rank in sorted(metadata)],
             self._manager,
             watermark=scheduler.watermark,

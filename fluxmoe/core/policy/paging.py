@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -242,3 +243,13 @@ class PrefetchPolicy(ABC):
 
     def reset(self) -> None:
         """Clear all state: the books were reset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """The paging policies of one worker, each with the name under which it was chosen."""
+
+    eviction: EvictionPolicy
+    prefetch: PrefetchPolicy
+    eviction_name: str
+    prefetch_name: str

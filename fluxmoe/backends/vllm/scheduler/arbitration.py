@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fluxmoe import plugins
 from fluxmoe.backends.vllm.scheduler.balloon import Balloon
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch, StepClock
 from fluxmoe.config import Config
@@ -13,7 +12,12 @@ from fluxmoe.core.arbitration.controller import SplitController
 from fluxmoe.core.arbitration.demand import DemandView
 from fluxmoe.core.arbitration.messages import ByHand, Inventory, Order, StepReport
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
-from fluxmoe.core.policy.arbitration import ArbitrationView, PrefixDemand, StepSample
+from fluxmoe.core.policy.arbitration import (
+    ArbitrationPolicy,
+    ArbitrationView,
+    PrefixDemand,
+    StepSample,
+)
 from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.errors import InvariantError
 
@@ -22,7 +26,8 @@ class Arbitration:
     """Connects vLLM's scheduler and the workers; one per engine whose split may change.
 
     Args:
-        config: FluxMoE's configuration, for the policy.
+        config: FluxMoE's configuration.
+        policy: Its arbitration policy.
         inventories: Each worker's inventory, by rank.
         manager: vLLM's ``KVCacheManager``.
         watermark: vLLM's setting ``watermark``.
@@ -37,6 +42,7 @@ class Arbitration:
     def __init__(
         self,
         config: Config,
+        policy: ArbitrationPolicy,
         inventories: Sequence[Inventory],
         manager: Any,
         *,
@@ -48,7 +54,6 @@ class Arbitration:
         inventory = inventories[0]
         if any(other != inventory for other in inventories):
             raise InvariantError("the workers' inventories differ")
-        policy = plugins.load(config.plugins).serving(config)[2]
         self._guard = ArbitrationGuard(
             policy,
             name=config.arbitration["kind"],

@@ -13,7 +13,7 @@ from typing import Any
 from fluxmoe.backends import budget
 from fluxmoe.backends.vllm.server import preflight
 from fluxmoe.backends.vllm.settings import flags
-from fluxmoe.config import Config
+from fluxmoe.config import Config, Resolved
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
 #: The flags that enable FluxMoE; without them the same command starts stock vLLM.
@@ -49,16 +49,16 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     return extra
 
 
-def resolved(config: Config) -> Config:
-    """The configuration with a budget in bytes, the same for all workers (``budget.resolved``)."""
+def resolved(config: Config) -> Resolved:
+    """The configuration with a budget in bytes, the same for all workers (``budget.automatic``)."""
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     workers = options.get("tensor-parallel-size", 1)
     if not isinstance(workers, int) or workers < 1:
         workers = 1  # vLLM refuses it with its own error
-    return budget.resolved(config, model=config.model, workers=workers)
+    return config.resolved(config.memory.budget or budget.automatic(config.model, workers))
 
 
-def arguments(config: Config) -> list[str]:
+def arguments(config: Resolved) -> list[str]:
     """The options of ``vllm serve``: the model, FluxMoE's own, and the user's untouched.
 
     Raises:
@@ -72,9 +72,7 @@ def arguments(config: Config) -> list[str]:
             raise ConfigError(
                 f"{key} is set by FluxMoE", where=f"vllm.{key}", fix="remove it from vllm:"
             )
-    settings = resolved(config).model_dump(
-        mode="json", exclude={"model", "vllm"}, exclude_defaults=True
-    )
+    settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     if config.control:
         result += ["--middleware", CONTROL]
@@ -97,7 +95,7 @@ def _option(key: str, value: Any) -> list[str]:
     return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def command(config: Config) -> list[str]:
+def command(config: Resolved) -> list[str]:
     """The command line that starts the server with this installation.
 
     Raises:
@@ -115,13 +113,13 @@ def command(config: Config) -> list[str]:
     return ["vllm", "serve", args[1], *args[2:]]
 
 
-def shell_line(config: Config) -> str:
+def shell_line(config: Resolved) -> str:
     """``command`` with the environment it needs, for pasting into a shell."""
     words = [f"{key}={shlex.quote(value)}" for key, value in environment(os.environ).items()]
     return " ".join([*words, shlex.join(command(config))])
 
 
-def serve(config: Config, *, moving: bool) -> None:
+def serve(config: Resolved, *, moving: bool) -> None:
     """Replace this process by the server. Does not return.
 
     Args:
@@ -131,7 +129,6 @@ def serve(config: Config, *, moving: bool) -> None:
     Raises:
         FluxMoEError: See ``command`` and ``preflight.check``.
     """
-    config = resolved(config)
     args = command(config)
     preflight.check(config, os.environ, moving=moving)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})

@@ -12,17 +12,17 @@ from typing import Any
 from fluxmoe import checkpoint
 from fluxmoe.backends.budget import require_free
 from fluxmoe.backends.vllm.settings import moving_latent_attention
-from fluxmoe.config import Config
+from fluxmoe.config import Resolved
 from fluxmoe.errors import ConfigError
 
 _CACHE = "VLLM_CACHE_ROOT"
 
 
-def check(config: Config, environment: Mapping[str, str], *, moving: bool) -> None:
+def check(config: Resolved, environment: Mapping[str, str], *, moving: bool) -> None:
     """Refuse a start that cannot succeed.
 
     Args:
-        config: The configuration, with a budget in bytes.
+        config: The configuration.
         environment: The server's environment variables.
         moving: True if the split between experts and KV cache may change while serving.
 
@@ -32,7 +32,7 @@ def check(config: Config, environment: Mapping[str, str], *, moving: bool) -> No
             cannot be written.
         UnsupportedError: The KV cache of this model cannot be moved.
     """
-    require_free(config.memory.size)
+    require_free(config.memory.budget)
     options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
     if config.model is not None and options.get("load-format", "auto") in checkpoint.LOAD_FORMATS:
         checkpoint.require_readable(config.model)

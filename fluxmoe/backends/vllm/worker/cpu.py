@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from functools import partial
 from typing import Any
 
-import torch
-
 from fluxmoe import checkpoint, plugins
 from fluxmoe import config as fluxmoe_config
-from fluxmoe.backends import budget, op
-from fluxmoe.backends.budget import KVNeed
+from fluxmoe.backends import op
+from fluxmoe.backends.budget import KVNeed, automatic
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.stores import coders, make_store
+from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
+from fluxmoe.backends.vllm import handover
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
@@ -24,7 +22,6 @@ from fluxmoe.backends.vllm.compat.worker import (
     RoutedExperts,
     drop_connector,
     get_tensor_model_parallel_rank,
-    max_memory_usage_bytes,
     step_phase,
     worker_connector,
 )
@@ -33,13 +30,13 @@ from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.worker import checks, kv
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
+from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests
 from fluxmoe.backends.vllm.worker.side import WorkerSide
 from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS, refuse_loading, refusing
-from fluxmoe.config import Config, HandLimits
+from fluxmoe.config import HandLimits, Resolved
 from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import (
-    BudgetTooSmallError,
     ConfigError,
     FluxMoEError,
     InvariantError,
@@ -52,34 +49,6 @@ tolerate_numba()  # numba is loaded now, and vLLM may start another engine in th
 
 PARTS = ("w13_weight", "w2_weight")
 
-# cpu_fused_moe computes slot * elements, where a slot starts, in a signed 32-bit integer; beyond it
-# reads foreign memory, silently (docs/adr/0001).
-INDEX_LIMIT = 2**31
-
-
-def bank_limit(part_elements: int) -> int:
-    """The maximum number of slots that one ``cpu_fused_moe`` call can address.
-
-    Args:
-        part_elements: Number of weights in the largest part of one expert (2·I·H for w13).
-    """
-    return (INDEX_LIMIT - 1) // part_elements + 1
-
-
-def require_addressable(arena: torch.Tensor) -> torch.Tensor:
-    """Refuse an arena ``[slots, …]`` that the kernel could not index to its end.
-
-    Raises:
-        InvariantError: The arena has more slots than ``bank_limit`` allows.
-    """
-    limit = bank_limit(arena[0].numel())
-    if len(arena) > limit:
-        raise InvariantError(
-            f"a bank of {len(arena)} slots of {arena[0].numel()} weights: "
-            f"cpu_fused_moe can address {limit}"
-        )
-    return arena
-
 
 class PagedCPUWorker(CPUWorker):
     """vLLM's CPU worker with paged experts."""
@@ -90,18 +59,21 @@ class PagedCPUWorker(CPUWorker):
         self._paging = config.preset != "off"
         if self._paging:
             checks.refuse_unsupported(vllm_config)
-        config = _with_budget(config, vllm_config)
+        resolved = config.resolved(config.memory.budget or _automatic_budget(vllm_config))
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
         # Raises their errors before the weights are loaded.
         registry = plugins.load(config.plugins)
-        _, _, arbitration = registry.serving(config)
-        if self._paging and (config.control or not arbitration.fixed):
+        self._policies = registry.policies(config)
+        arbitration = registry.arbitration(config)
+        self._dynamic = self._paging and config.dynamic(arbitration)
+        if self._dynamic:
             checks.refuse_moving_split(vllm_config)
-        coders(config, registry)
-        self._config = _with_kv_target(config, vllm_config.cache_config.kv_cache_memory_bytes)
+            handover.leave(vllm_config, resolved, arbitration)
+        self._coders = make_coders(config, registry)
+        self._config = _with_kv_target(resolved, vllm_config.cache_config.kv_cache_memory_bytes)
         # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
-        vllm_config.cache_config.kv_cache_memory_bytes = config.memory.size
+        vllm_config.cache_config.kv_cache_memory_bytes = int(resolved.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
         self._recorder: Recorder | None = None
@@ -146,14 +118,15 @@ class PagedCPUWorker(CPUWorker):
             )
         )
         geometry = Geometry(len(layers), weights[0].shape[0])
-        registry = plugins.load(self._config.plugins)
-        store = make_store(self._config, geometry, page_class, registry)
+        store = make_store(self._config, geometry, page_class, self._coders)
         self._runtime = runtime = Runtime(
             self._config,
+            self._policies,
             geometry,
             page_class,
             store,
             self._kv_need(),
+            dynamic=self._dynamic,
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
             phase=partial(step_phase, self.model_runner),
         )
@@ -171,51 +144,23 @@ class PagedCPUWorker(CPUWorker):
             )
 
     def _kv_need(self) -> KVNeed:
-        specs = self.get_kv_cache_spec().values()
-        block = sum(spec.page_size_bytes for spec in specs)
-        one = max_memory_usage_bytes(self.vllm_config, specs)
-        scheduler = self.vllm_config.scheduler_config
-        length = self.model_config.max_model_len
-
-        def room(sequences: int) -> int:
-            """Bytes for N sequences, vLLM's null block, and the watermark kept free."""
-            needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
-            return needed
-
-        return KVNeed(
-            min=room(1),
-            max=room(scheduler.max_num_seqs),
-            reason=f"one sequence of max-model-len {length}",
-            block=block,
-        )
+        return kv.need(self.vllm_config, self.get_kv_cache_spec().values())
 
     def determine_available_memory(self) -> int:
         """Give the KV cache the rest of the budget; reset the pager after vLLM's warm-up runs."""
         if self._runtime is None:
-            self.cache_config.kv_cache_memory_bytes = self._beside_all_experts()
+            modules = self.model_runner.model.modules()
+            layers = [module for module in modules if isinstance(module, RoutedExperts)]
+            experts = sum(int(weight.nbytes) for layer in layers for weight in layer.parameters())
+            self.cache_config.kv_cache_memory_bytes = kv.beside_all_experts(
+                self._config.memory, experts, self._kv_need()
+            )
         else:
             self.cache_config.kv_cache_memory_bytes = self._runtime.kv_reserved_bytes
         available: int = super().determine_available_memory()
         if self._runtime is not None:
             self._runtime.pager.reset()
         return available
-
-    def _beside_all_experts(self) -> int:
-        """Bytes of the KV cache without paging: the budget minus all experts."""
-        memory, need = self._config.memory, self._kv_need()
-        layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
-        experts = sum(int(weight.nbytes) for layer in layers for weight in layer.parameters())
-        room = memory.size - experts
-        if room < need.min:
-            raise BudgetTooSmallError(
-                f"a budget of {memory.size} bytes is too small without paging: at least "
-                f"{experts + need.min} are needed, {experts} for all experts and {need.min} for "
-                f"the KV cache ({need.reason})",
-                where="memory.budget",
-                fix="raise it, or do not set preset: off",
-            )
-        wanted = [int(size) for size in (memory.kv.target, memory.kv.max) if size is not None]
-        return max(min(room, *wanted) if wanted else room, need.min)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Place the KV cache in the arena, and attach the connector to this worker."""
@@ -367,20 +312,20 @@ def _release(handle: int, runtime: Runtime) -> None:
     runtime.close()
 
 
-def _with_budget(config: Config, vllm_config: VllmConfig) -> Config:
-    """The configuration with an automatic budget in bytes."""
+def _automatic_budget(vllm_config: VllmConfig) -> int:
+    """The bytes of ``memory.budget: auto`` in an engine started without ``fluxmoe serve``."""
     workers = vllm_config.parallel_config.world_size
-    if config.memory.budget is None and workers > 1:
+    if workers > 1:
         # Each would see less free memory than the one that began before it.
         raise ConfigError(
             f"auto is not supported for {workers} workers that start separately",
             where="memory.budget",
             fix="give a size, or start with `fluxmoe serve`",
         )
-    return budget.resolved(config, model=vllm_config.model_config.model, workers=1)
+    return automatic(vllm_config.model_config.model, workers)
 
 
-def _with_kv_target(config: Config, kv_bytes: int | None) -> Config:
+def _with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:
     """The configuration with --kv-cache-memory-bytes, if given, as the target of the KV cache."""
     target = config.memory.kv.target
     if kv_bytes is None or target == kv_bytes:

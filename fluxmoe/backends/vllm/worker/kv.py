@@ -1,15 +1,64 @@
-"""vLLM's KV buffer in the KV arena: reserved at its maximum, committed at its current size."""
+"""vLLM's KV cache in the budget: the bytes it needs, and its buffer in the KV arena."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.errors import UnsupportedError
+from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.compat.worker import max_memory_usage_bytes
+from fluxmoe.config import ResolvedMemory
+from fluxmoe.errors import BudgetTooSmallError, UnsupportedError
+
+
+def need(vllm_config: VllmConfig, specs: Collection[Any]) -> KVNeed:
+    """The bytes that the KV cache of an engine needs.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        specs: vLLM's ``KVCacheSpec`` of each layer.
+    """
+    block = sum(spec.page_size_bytes for spec in specs)
+    one = max_memory_usage_bytes(vllm_config, specs)
+    scheduler = vllm_config.scheduler_config
+
+    def room(sequences: int) -> int:
+        """Bytes for N sequences, vLLM's null block, and the watermark kept free."""
+        needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
+        return needed
+
+    return KVNeed(
+        min=room(1),
+        max=room(scheduler.max_num_seqs),
+        reason=f"one sequence of max-model-len {vllm_config.model_config.max_model_len}",
+        block=block,
+    )
+
+
+def beside_all_experts(memory: ResolvedMemory, experts: int, need: KVNeed) -> int:
+    """Bytes of the KV cache without paging: the budget minus those of all experts.
+
+    Raises:
+        BudgetTooSmallError: The rest is less than the KV cache needs.
+    """
+    room = memory.budget - experts
+    if room < need.min:
+        raise BudgetTooSmallError(
+            f"a budget of {memory.budget} bytes is too small without paging: at least "
+            f"{experts + need.min} are needed, {experts} for all experts and {need.min} for "
+            f"the KV cache ({need.reason})",
+            where="memory.budget",
+            fix="raise it, or do not set preset: off",
+        )
+    wanted = [int(size) for size in (memory.kv.target, memory.kv.max) if size is not None]
+    return max(min(room, *wanted) if wanted else room, need.min)
 
 
 class FromArena(TorchFunctionMode):

@@ -1,31 +1,24 @@
-"""The configuration: one YAML document, validated as a whole, sizes written as ``24GiB``."""
+"""The settings: types, defaults, presets, and what each field means."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from fluxmoe import sizes
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
-from fluxmoe.core.words import line
-from fluxmoe.errors import ConfigError, InvariantError
-
-AUTO = "auto"
 
 
 def _policy(value: object) -> object:
@@ -45,7 +38,7 @@ def _auto(value: object) -> object:
 
 def _budget(value: object) -> object:
     # An empty value in YAML is not "auto", which must be written out.
-    return None if isinstance(value, str) and value == AUTO else _size(value)
+    return None if isinstance(value, str) and value == "auto" else _size(value)
 
 
 #: A policy: its name, or a map with ``kind`` and the policy's own options.
@@ -63,32 +56,6 @@ Budget = Annotated[
     Annotated[ByteSize, Field(gt=0)] | None,
     BeforeValidator(_budget, json_schema_input_type=_Written | Literal["auto"]),
 ]
-
-
-#: pydantic's error types → messages in the terms of YAML instead of Python.
-_WHAT = {
-    "string_type": "it must be text",
-    "dict_type": "it must be a map",
-    "model_type": "it must be a map",
-    "model_attributes_type": "it must be a map",
-    "string_too_short": "it must be non-empty text",
-    "list_type": "it must be a list",
-}
-_FIXES = {
-    "unused": "give all stores but the last a limit",
-    "size": "",  # the message already contains it
-}
-
-
-def size(text: object, *, where: str) -> int:
-    """Parse a size given on the command line; it must be greater than 0. Raises ConfigError."""
-    try:
-        found = sizes.parse(text)
-    except ValueError as error:
-        raise ConfigError(str(error), where=where) from None
-    if not found:
-        raise ConfigError(f"it must be greater than 0, not {text!r}", where=where)
-    return found
 
 
 class _Model(BaseModel):
@@ -125,13 +92,6 @@ class Memory(_Model):
     """Bytes of the unit in which memory moves between the two; auto: budget/8192, 4KiB … 2MiB."""
     banks: int = Field(default=1, ge=1)
     """Minimum number of banks for the slots; more where the kernel's slot index is narrow."""
-
-    @property
-    def size(self) -> int:
-        """The budget in bytes; ``auto`` must have been resolved (``backends.machine``)."""
-        if self.budget is None:
-            raise InvariantError("memory.budget is still auto")
-        return int(self.budget)
 
 
 class Bounds(_Model):
@@ -241,6 +201,15 @@ class Config(_Model):
     vllm: dict[str, Any] = {}
     """Options passed to vLLM untouched."""
 
+    def resolved(self, budget: int) -> Resolved:
+        """The same with this budget, in bytes; it may have been ``auto``."""
+        memory = ResolvedMemory.model_construct(**{**dict(self.memory), "budget": ByteSize(budget)})
+        return Resolved.model_construct(**{**dict(self), "memory": memory})
+
+    def dynamic(self, arbitration: ArbitrationPolicy) -> bool:
+        """True if the split may change while serving with this policy."""
+        return self.control or not arbitration.fixed
+
     @field_validator("stores")
     @classmethod
     def _all_stores_are_used(cls, stores: list[StoreConfig]) -> list[StoreConfig]:
@@ -259,102 +228,13 @@ class Config(_Model):
         return data
 
 
-_Parsed = TypeVar("_Parsed", bound=BaseModel)
+class ResolvedMemory(Memory):
+    """Memory with the budget in bytes."""
+
+    budget: ByteSize
 
 
-def parse(data: object, *, where: str) -> Config:
-    """Validate a configuration.
+class Resolved(Config):
+    """A configuration for an engine on this machine, with the budget in bytes."""
 
-    Raises:
-        ConfigError: Names the first invalid field, its value and the remedy.
-    """
-    return _parse(Config, data, where)
-
-
-def parse_limits(data: object, *, where: str) -> HandLimits:
-    """Validate limits set while serving; see ``parse``."""
-    return _parse(HandLimits, data, where)
-
-
-def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
-    if data is None:
-        raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"expected a map of settings, not {line(data, repr)}", where=where)
-    try:
-        return model.model_validate(dict(data))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = list(map(str, first["loc"]))
-        if place[:1] == ["stores"]:
-            del place[2:3]  # the store's kind, which pydantic added
-        field = ".".join(place)
-        if first["type"] == "extra_forbidden":
-            what, fix = f"unknown key {field!r}", "remove it, or check its spelling"
-        elif first["type"] in ("missing", "union_tag_not_found"):
-            if first["type"] == "union_tag_not_found":
-                field += ".kind"
-            what, fix = f"{field!r} is missing", "add it"
-        elif first["type"] == "union_tag_invalid":
-            what = f"{field}.kind: it must be 'host' or 'file', not {first['input'].get('kind')!r}"
-            fix = "see `fluxmoe config schema`"
-        else:
-            what = _WHAT.get(first["type"], first["msg"].replace("Input should", "it must"))
-            what = f"{field}: {what}"
-            if first["type"] != "size":  # its message already names the value
-                what += f", not {line(first['input'], repr)}"
-            fix = _FIXES.get(first["type"], "see `fluxmoe config schema`")
-            if field in ("eviction", "prefetch", "arbitration"):
-                fix = "write the name of a policy, or {kind: NAME, option: value}"
-        raise ConfigError(what, where=where, fix=fix) from error
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration as a user writes it (docs/fluxmoe.schema.json)."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **Config.model_json_schema(mode="validation"),
-        "title": "FluxMoE configuration",
-    }
-
-
-class _Loader(yaml.SafeLoader):
-    """A loader that refuses duplicate keys; YAML's own takes the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key.value!r}", key.start_mark
-                )
-            seen.add(key.value)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-def load(path: Path) -> Config:
-    """Read a YAML file.
-
-    Raises:
-        ConfigError: The file is unreadable, not valid YAML, or does not validate.
-    """
-    if path.is_dir():
-        raise ConfigError(
-            "it is a folder", where=str(path), fix="give a YAML file with model: FOLDER in it"
-        )
-    try:
-        data = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read it: {error.strerror}", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not a text file: {error}", where=str(path)) from error
-    except yaml.YAMLError as error:
-        where, problem = str(path), str(error)
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-            mark, problem = error.problem_mark, error.problem or "could not be parsed"
-            where = f"{path}, line {mark.line + 1}, column {mark.column + 1}"
-        raise ConfigError(f"not valid YAML: {problem}", where=where) from error
-    return parse(data, where=str(path))
+    memory: ResolvedMemory

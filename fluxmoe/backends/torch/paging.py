@@ -1,0 +1,133 @@
+"""``fluxmoe.page``: a Hugging Face model whose experts use a given amount of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fluxmoe.backends.budget import KVNeed
+from fluxmoe.backends.runtime import Runtime
+from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe.backends.tensors import as_rows
+from fluxmoe.backends.torch import experts, layout
+from fluxmoe.backends.torch.paged import PagedModel
+from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
+from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.config import Resolved
+from fluxmoe.core.policy.paging import Policies
+from fluxmoe.core.transfer.store import Store
+from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.plugins import load as plugin_registry
+
+_WHERE = "fluxmoe.page"
+
+
+def page(
+    model: torch.nn.Module,
+    memory: int | str = "4GiB",
+    *,
+    eviction: PolicySpec = "next-use",
+    prefetch: PolicySpec = "none",
+    stores: Sequence[StoreSpec] = HOST,
+    plugins: Sequence[str] = (),
+    banks: int = 1,
+    copy_threads: int = 1,
+    strict_policies: bool = False,
+    seed: int = 0,
+) -> PagedModel:
+    """Page the experts of a model, in place. Its outputs stay the same, bit for bit.
+
+    Args:
+        model: A Hugging Face model on the CPU.
+        memory: Memory for expert pages, bytes or "4GiB"; at least one layer's experts. More than
+            all experts need is not used.
+        eviction: Eviction policy, a name or ``{kind: name, option: value}``.
+        prefetch: Prefetch policy, likewise.
+        stores: Stores of pages that are not resident, as in the configuration: maps with
+            ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
+            them; ``fluxmoe.load`` does not.
+        plugins: Files (``.py``) or modules that register policies or codecs.
+        banks: Minimum number of banks that consecutive layers are spread over.
+        copy_threads: Number of threads that copy pages, besides the caller's.
+        strict_policies: Raise when a policy fails, instead of falling back to LRU.
+        seed: Seed of the policies' random numbers.
+
+    Raises:
+        NoExpertsError: The model has no MoE layers.
+        UnsupportedError: Its experts cannot be paged, or computed by slot.
+        ConfigError: An argument has an unusable value, or the model is already paged.
+        BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
+        UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
+        UnknownCodecError, PageFileError: A store cannot be made.
+    """
+    if any(experts.is_bound(module) for module in model.modules()):
+        raise ConfigError(
+            "the model is already paged", where=_WHERE, fix="close() its handle first"
+        )
+    layers = layout.experts_of(model)
+    layout.require_on_cpu(layers)
+    implementation = implementation_of(model, layers)
+    room = Room(*layout.describe(layers))
+    wanted = settings(
+        _WHERE,
+        memory,
+        eviction=eviction,
+        prefetch=prefetch,
+        stores=stores,
+        plugins=plugins,
+        banks=banks,
+        copy_threads=copy_threads,
+        strict_policies=strict_policies,
+        seed=seed,
+    )
+    config, registry = room.fit(wanted, _WHERE), plugin_registry(wanted.plugins)
+    policies, coders = registry.policies(config), make_coders(config, registry)
+    turn = Turn()
+    store = make_store(config, room.geometry, room.page_class, coders)
+    try:
+        for layer in layers:
+            store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
+        runtime = runtime_for(room, store, config, policies, implementation, turn)
+    except BaseException:
+        store.close()
+        raise
+    return PagedModel(model, layers, runtime, implementation, turn)
+
+
+def runtime_for(
+    room: Room,
+    store: Store,
+    config: Resolved,
+    policies: Policies,
+    implementation: str,
+    turn: Turn,
+) -> Runtime:
+    """Arenas and pager for a model's expert layers, whose weights need not be loaded yet."""
+    return Runtime(
+        config,
+        policies,
+        room.geometry,
+        room.page_class,
+        store,
+        KVNeed(0, 0, "the KV cache is the model's own"),
+        bank_limit=experts.GROUPED_MM_SLOTS if implementation == "grouped_mm" else None,
+        phase=turn.phase,
+        ceiling=room.most,
+    )
+
+
+def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:
+    """Name of the implementation that computes the experts, before and after paging."""
+    if not hasattr(model, "set_experts_implementation"):
+        raise UnsupportedError(
+            f"{type(model).__name__} is not a model of transformers >= 5",
+            fix="page the model inside, or load it with transformers",
+        )
+    found = {layer.config._experts_implementation or experts.EAGER for layer in layers}
+    if len(found) > 1 or not found <= set(experts.IMPLEMENTATIONS):
+        raise UnsupportedError(
+            f"experts computed by {', '.join(sorted(found))} cannot be paged",
+            fix=f"model.set_experts_implementation() to {', '.join(experts.IMPLEMENTATIONS)}",
+        )
+    return found.pop()

@@ -1,0 +1,218 @@
+"""Checks of plugins: API version, what a hook registers, options; failures become errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ValidationError
+
+from fluxmoe.core.policy.arbitration import ArbitrationPolicy
+from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.words import from_signal, line, raised
+from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError
+from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
+from fluxmoe.stores.codec.base import Codec
+
+T = TypeVar("T")
+
+#: Imports may take their time; a loop that never ends must not.
+LIMITS = Limits(hard_s=30.0)
+
+logger = logging.getLogger("fluxmoe")
+
+#: Attribute in which a plugin's module declares its API version; 1 if absent.
+DECLARATION = "fluxmoe_plugin_api"
+
+_KINDS: dict[str, type] = {
+    "eviction": EvictionPolicy,
+    "prefetch": PrefetchPolicy,
+    "arbitration": ArbitrationPolicy,
+    "codec": Codec,
+}
+
+#: Hook → kinds that it may register.
+HOOKS: dict[str, tuple[str, ...]] = {
+    "fluxmoe_register_policies": ("eviction", "prefetch", "arbitration"),
+    "fluxmoe_register_codecs": ("codec",),
+}
+
+#: Class attributes that the host reads, with their required types.
+_DECLARED: dict[str, dict[str, type]] = {
+    "eviction": {"stable_score": bool, "needs_future": bool},
+    "prefetch": {"lead": int},
+    "arbitration": {"fixed": bool},
+    "codec": {},
+}
+
+
+def noun(kind: str) -> str:
+    """The words for a kind in messages."""
+    return kind if kind == "codec" else f"{kind} policy"
+
+
+def kind_of(factory: Callable[..., Any], name: str, hook: str, plugin: str) -> str:
+    """The kind of policy or codec that a factory makes. Raises PluginLoadError."""
+    made = class_made_by(factory)
+    kinds = [kind for kind in HOOKS[hook] if issubclass(made, _KINDS[kind])]
+    if not kinds and hook == "fluxmoe_register_codecs":
+        raise PluginLoadError(
+            f"{name!r} is not a codec class: {line(factory, repr)}",
+            where=f"plugin {plugin}",
+            fix="derive it from fluxmoe.Codec; a function that makes codecs must say so in its "
+            "return annotation",
+        )
+    if not kinds:
+        raise PluginLoadError(
+            f"{name!r} is not a policy class: {line(factory, repr)}",
+            where=f"plugin {plugin}",
+            fix="derive it from fluxmoe.EvictionPolicy, PrefetchPolicy or ArbitrationPolicy; "
+            "a function that makes policies must say which kind in its return annotation",
+        )
+    if isinstance(factory, type) and kinds[0] == "eviction" and not _decides(factory):
+        raise PluginLoadError(
+            f"eviction policy {name!r} decides nothing: {line(factory, repr)}",
+            where=f"plugin {plugin}",
+            fix="define score(self, view, pages), score_kernel or select",
+        )
+    return kinds[0]
+
+
+def require_declared(made: Any, kind: str) -> None:
+    """Raise TypeError unless the attributes that the host reads have their types."""
+    for attribute, wanted in _DECLARED[kind].items():
+        value: object = getattr(made, attribute)
+        if type(value) is not wanted:
+            raise TypeError(f"{attribute} is {line(value, repr)}, not {wanted.__name__}")
+
+
+def _decides(policy: Any) -> bool:
+    """True if an eviction policy has one of the three ways to choose victims."""
+    return policy.score_kernel is not None or any(
+        getattr(policy, method) is not getattr(EvictionPolicy, method)
+        for method in ("score", "make_kernel", "select")
+    )
+
+
+def class_made_by(factory: Callable[..., Any]) -> type:
+    """The class a factory makes: itself, or its return annotation."""
+    if isinstance(factory, type):
+        return factory
+    try:
+        made = get_type_hints(factory).get("return")
+    except (TypeError, NameError):
+        made = None
+    return made if isinstance(made, type) else object
+
+
+def checked_options(
+    model: type[BaseModel] | None, options: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Options as their model fills them in; without a model there are none.
+
+    Raises:
+        ConfigError: An option is unknown or has a bad value.
+    """
+    known = set() if model is None else _options(model)
+    if known is not None and (unknown := sorted(options.keys() - known)):
+        fix = "it has no options"
+        if model is not None:
+            fix = f"its options: {', '.join(sorted(known)) or 'none'}"
+        raise ConfigError(f"unknown option {unknown[0]!r}", where=where, fix=fix)
+    if model is None:
+        return {}
+    try:
+        return model.model_validate(options).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        what = line(f"{field}{first['msg']}, not {line(first['input'], repr)}")
+        raise ConfigError(what, where=where) from error
+    except Exception as error:  # of a validator, which may raise anything
+        raise ConfigError(f"its options cannot be checked: {raised(error)}", where=where) from error
+
+
+def _options(model: type[BaseModel]) -> set[str] | None:
+    """The options a model knows; None if it accepts any. A misspelt one must not be ignored."""
+    if model.model_config.get("extra") == "allow":
+        return None
+    aliases = (field.validation_alias for field in model.model_fields.values())
+    return {*model.model_fields, *(alias for alias in aliases if isinstance(alias, str))}
+
+
+def attempt(
+    function: Callable[[], T],
+    what: str,
+    *,
+    where: str,
+    fix: str = "",
+    passed: type[FluxMoEError] = PluginLoadError,
+) -> T:
+    """Call ``function``; a failure is reported as ``what`` followed by the reason.
+
+    An exit is a failure like any other, and so is a call that takes longer than ``LIMITS``: it is
+    interrupted between two instructions of Python.
+
+    Raises:
+        PluginLoadError: It failed.
+        FluxMoEError: It raised an error of the class ``passed``, which is not wrapped.
+    """
+    try:
+        return Stopwatch(LIMITS).call(function, ())
+    except HardLimitExceeded:
+        reason = f"it took more than {LIMITS.hard_s:g} s"
+        raise PluginLoadError(f"{what}TimeoutError: {reason}", where=where, fix=fix) from None
+    except (passed, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if from_signal(error):
+            raise
+        raise PluginLoadError(f"{what}{raised(error)}", where=where, fix=fix) from error
+
+
+def check_api(
+    plugin: object, name: str, *, current: int = PLUGIN_API, oldest: int = OLDEST_PLUGIN_API
+) -> None:
+    """Refuse a plugin for an unsupported API version, warn about an outdated one.
+
+    Args:
+        plugin: The plugin's module or object.
+        name: Name of the plugin.
+        current, oldest: Newest and oldest supported API versions.
+
+    Raises:
+        PluginLoadError: It declares a newer API, one no longer supported, or an invalid version.
+    """
+    declared: object = getattr(plugin, DECLARATION, 1)
+    where = f"plugin {name}"
+    if isinstance(declared, bool) or not isinstance(declared, int) or declared < 1:
+        raise PluginLoadError(
+            f"{DECLARATION} is {line(declared, repr)}",
+            where=where,
+            fix=f"write {DECLARATION} = {current}",
+        )
+    if declared > current:
+        raise PluginLoadError(
+            f"it was written for plugin API {declared}, this is {current}",
+            where=where,
+            fix="upgrade fluxmoe, or use an older version of the plugin",
+        )
+    if declared < oldest:
+        raise PluginLoadError(
+            f"it was written for plugin API {declared}, the oldest that works is {oldest}",
+            where=where,
+            fix="use a newer version of the plugin, or an older fluxmoe",
+        )
+    if declared < current:
+        _warn(name, declared, current)
+
+
+@cache
+def _warn(name: str, declared: int, current: int) -> None:
+    logger.warning(
+        "plugin %s was written for plugin API %d; %d is current, and support for %d will end",
+        *(name, declared, current, declared),
+    )
