@@ -13,11 +13,11 @@ from functools import cache
 import numpy as np
 
 import fluxmoe
-from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.arbitration.moves import MoveWorker
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.core.memory.substrate import Substrate
-from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
@@ -151,22 +151,20 @@ class Rig:
         plan: FaultPlan | None = None,
     ) -> None:
         self.geometry = Geometry(layers, experts)
-        self.arbiter = MemoryArbiter(substrate or frames_of_memory(frames))
-        self.gpu = fake_cuda(self.arbiter.substrate)
+        reserved = list(slots if reserved is None else reserved)
+        self.memory = WorkerMemory(substrate or frames_of_memory(frames), PAGE_CLASS, reserved)
+        self.gpu = fake_cuda(self.memory.substrate)
         if self.gpu is None or threads:
             self.store = FaultyStore(host_store(self.geometry), plan)
         else:  # with threads, which a GPU has no use for, its pages go through buffers
             store = host_store(self.geometry, self.gpu.cuda)
             self.store = FaultyAddressedStore(store, plan)
         with ExitStack() as undo:
-            undo.callback(self.arbiter.substrate.close)
+            undo.callback(self.memory.close)
             undo.callback(self.store.close)
-            reserved = list(slots if reserved is None else reserved)
             if kv_blocks:
-                self.arbiter.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
-            self.tenant = ExpertTenant(
-                self.arbiter.pool, self.arbiter.substrate, PAGE_CLASS, reserved
-            )
+                self.memory.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
+            self.tenant = self.memory.experts
             for bank, count in enumerate(slots):
                 self.tenant.resize(bank, count)
             self.table = PageTable(self.geometry, slots, reserved=max(reserved), bank_of=bank_of)
@@ -179,6 +177,7 @@ class Rig:
             self.threads = threads
             self.transfer = TransferEngine(self._carrier(len(slots)), PAGE_CLASS.nbytes)
             self.pager = ExpertPager(self.rule, self.tenant, self.transfer)
+            self.mover = MoveWorker(0, self.memory, self.pager, lambda: 0.0)
             undo.pop_all()
 
     def _carrier(self, banks: int) -> Carrier:
@@ -223,17 +222,17 @@ class Rig:
 
     def check(self) -> None:
         self.pager.check()
-        self.arbiter.check()
-        assert self.arbiter.committed_bytes <= self.arbiter.budget_bytes
-        frames = self.arbiter.frames()
-        kv = 0 if self.arbiter.kv is None else self.arbiter.kv.frames
+        self.memory.check()
+        assert self.memory.committed_bytes <= self.memory.budget_bytes
+        frames = self.memory.frames()
+        kv = 0 if self.memory.kv is None else self.memory.kv.frames
         assert frames == {"experts": self.tenant.frames, "kv": kv}
-        assert self.arbiter.committed_bytes == sum(frames.values()) * FRAME
+        assert self.memory.committed_bytes == sum(frames.values()) * FRAME
 
     def close(self) -> None:
         self.rows = []
         with ExitStack() as each:  # goes on if one fails
-            each.callback(self.arbiter.close)
+            each.callback(self.memory.close)
             each.callback(self.store.close)
             each.callback(self.pager.close)
 

@@ -169,7 +169,7 @@ class PagedModel:
         if at_least:
             budget = max(budget, room.least * runtime.pager.table.num_banks)
         budget = room.within(budget, where)
-        if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
+        if at_least and budget // room.frame_bytes == runtime.memory.pool.limit:
             return
         runtime.resize(budget)
         for index, layer in enumerate(self._layers):
