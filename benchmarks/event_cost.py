@@ -33,7 +33,7 @@ from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.transfer.host import HostCarrier
+from fluxmoe.core.transfer.host import HostCopier
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores.host import HostStore
@@ -78,8 +78,8 @@ def measure(slots: int) -> list[dict[str, float]]:
         EvictionGuard(policy, view, name="lru", strict=True),
         PrefetchGuard(NoPrefetch(), view, name="none"),
     )
-    carrier = HostCarrier(store, [tenant.rows(0)], threads=0)
-    pager = ExpertPager(rule, tenant, TransferEngine(carrier, PAGE_CLASS.nbytes))
+    copier = HostCopier(store, [tenant.rows(0)], threads=0)
+    pager = ExpertPager(rule, tenant, TransferEngine(copier, PAGE_CLASS.nbytes))
     everyone = np.arange(EXPERTS, dtype=np.int32)
     for layer in range(geometry.num_layers):
         pager.acquire(layer, everyone, np.zeros(EXPERTS, np.int32))

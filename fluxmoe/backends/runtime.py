@@ -21,7 +21,7 @@ from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView, Policies
 from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.transfer.host import HostCarrier
+from fluxmoe.core.transfer.host import HostCopier
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.core.types import Geometry, PageClass, Phase
 from fluxmoe.errors import InvariantError
@@ -92,7 +92,7 @@ class Runtime:
             )
             rows = [self.memory.experts.rows(bank) for bank in range(part.banks)]
             transfer = TransferEngine(
-                HostCarrier(store, rows, threads=config.copy_threads), page_class.nbytes
+                HostCopier(store, rows, threads=config.copy_threads), page_class.nbytes
             )
             undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)

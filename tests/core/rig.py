@@ -24,14 +24,14 @@ from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
-from fluxmoe.core.transfer.engine import Carrier, TransferEngine
-from fluxmoe.core.transfer.host import HostCarrier
+from fluxmoe.core.transfer.engine import Copier, TransferEngine
+from fluxmoe.core.transfer.host import HostCopier
 from fluxmoe.core.types import Geometry, PageClass, Part
-from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.frames import CudaSubstrate
 from fluxmoe.cuda.pinned import PinnedStore
-from fluxmoe.cuda.streams import StreamCarrier
+from fluxmoe.cuda.streams import StreamCopier
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores.host import HostStore
@@ -59,7 +59,7 @@ def contents(pages: int) -> list[np.ndarray]:
     return [np.stack([content(page, part) for page in range(pages)]) for part in parts]
 
 
-def host_store(geometry: Geometry, cuda: Cuda | None = None) -> HostStore:
+def host_store(geometry: Geometry, cuda: CudaDriver | None = None) -> HostStore:
     store, experts = HostStore(geometry, PAGE_CLASS), geometry.experts_per_layer
     if cuda is not None:
         store = PinnedStore(cuda, geometry, PAGE_CLASS)
@@ -101,7 +101,7 @@ class FakeCuda(CudaSubstrate):
         self.fake = FakeDriver(**options)
         with ExitStack() as undo:
             undo.callback(self.fake.close)
-            self.cuda = Cuda(self.fake)
+            self.cuda = CudaDriver(self.fake)
             undo.callback(self.cuda.close)
             super().__init__(self.cuda, count, frame_bytes, recycle=recycle)
             undo.pop_all()
@@ -175,16 +175,16 @@ class Rig:
             self.rule = EventRule(self.table, self.eviction, self.prefetch)
             self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
             self.threads = threads
-            self.transfer = TransferEngine(self._carrier(len(slots)), PAGE_CLASS.nbytes)
+            self.transfer = TransferEngine(self._copier(len(slots)), PAGE_CLASS.nbytes)
             self.pager = ExpertPager(self.rule, self.tenant, self.transfer)
             self.mover = MoveWorker(0, self.memory, self.pager, lambda: 0.0)
             undo.pop_all()
 
-    def _carrier(self, banks: int) -> Carrier:
+    def _copier(self, banks: int) -> Copier:
         if self.gpu is None:
-            return HostCarrier(self.store, self.rows, threads=self.threads)
+            return HostCopier(self.store, self.rows, threads=self.threads)
         slots = [self.tenant.export(bank) for bank in range(banks)]
-        return StreamCarrier(self.gpu.cuda, self.store, slots, ahead=3 * PAGE_CLASS.nbytes)
+        return StreamCopier(self.gpu.cuda, self.store, slots, ahead=3 * PAGE_CLASS.nbytes)
 
     @property
     def resident(self) -> set[int]:
