@@ -23,9 +23,9 @@ from rich.table import Table
 
 from benchmarks import machine
 from fluxmoe import plugins
-from fluxmoe.core.memory.experts import ExpertTenant, frames_for
+from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import CpuSubstrate
-from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.core.paging.event import Slots
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.paging.rule import EventRule
@@ -33,7 +33,7 @@ from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.transfer.host import HostCarrier
+from fluxmoe.core.transfer.host import HostCopier
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores.host import HostStore
@@ -63,8 +63,9 @@ def main(argv: list[str]) -> None:
 def measure(slots: int) -> list[dict[str, float]]:
     """All token counts at one number of slots, every slot holding a page."""
     geometry = Geometry(slots // EXPERTS, EXPERTS)
-    arbiter = MemoryArbiter(CpuSubstrate(frames_for(PAGE_CLASS, slots, FRAME), FRAME))
-    tenant = ExpertTenant(arbiter.pool, arbiter.substrate, PAGE_CLASS, [slots])
+    substrate = CpuSubstrate(frames_for(PAGE_CLASS, slots, FRAME), FRAME)
+    memory = WorkerMemory(substrate, PAGE_CLASS, [slots])
+    tenant = memory.experts
     tenant.resize(0, slots)
     store = HostStore(geometry, PAGE_CLASS)
     for _ in range(geometry.num_layers):
@@ -77,8 +78,8 @@ def measure(slots: int) -> list[dict[str, float]]:
         EvictionGuard(policy, view, name="lru", strict=True),
         PrefetchGuard(NoPrefetch(), view, name="none"),
     )
-    carrier = HostCarrier(store, [tenant.rows(0)], threads=0)
-    pager = ExpertPager(rule, tenant, TransferEngine(carrier, PAGE_CLASS.nbytes))
+    copier = HostCopier(store, [tenant.rows(0)], threads=0)
+    pager = ExpertPager(rule, tenant, TransferEngine(copier, PAGE_CLASS.nbytes))
     everyone = np.arange(EXPERTS, dtype=np.int32)
     for layer in range(geometry.num_layers):
         pager.acquire(layer, everyone, np.zeros(EXPERTS, np.int32))
@@ -98,7 +99,7 @@ def measure(slots: int) -> list[dict[str, float]]:
         )
     assert pager.counters().misses == cold, "a timed event missed"
     pager.close()
-    arbiter.close()
+    memory.close()
     return rows
 
 

@@ -178,7 +178,7 @@ def test_a_module_on_disk_that_breaks_a_contract_is_reported(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "fluxmoe", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     probe = tmp_path / "fluxmoe/core/compiled/probe.py"
-    probe.write_text("from fluxmoe.core.arbitration.controller import SplitController\n")
+    probe.write_text("from fluxmoe.core.arbitration.controller import Arbiter\n")
     lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(
         [sys.executable, "-c", lint, "--no-cache", "--no-logo"],

@@ -21,12 +21,12 @@ FRAME_BYTES = 2 << 20
 
 
 def main(argv: list[str]) -> None:
-    from fluxmoe.cuda.driver import Cuda
+    from fluxmoe.cuda.driver import CudaDriver
 
     parser = gpu.arguments("mapping", __doc__)
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args(argv)
-    cuda = Cuda()
+    cuda = CudaDriver()
     rows = [measure(cuda, count, options.repeats) for count in (1, 8, 48, 512)]
     gpu.report(options, "frames of 2 MiB, µs per frame, median", rows)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import psutil
 
 from fluxmoe.checkpoint import weight_bytes
-from fluxmoe.config import Memory, Share
+from fluxmoe.config import ResolvedMemory, Share
 from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.experts import frames_for
+from fluxmoe.core.memory.host import frame_bytes_for
+from fluxmoe.core.memory.kv import KVTenant
+from fluxmoe.core.memory.worker import WorkerMemory
+from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Budget, Geometry, PageClass
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
 #: Fraction of the free memory after the model's weights that ``memory.budget: auto`` takes.
 SHARE = 0.5
@@ -77,8 +83,150 @@ def automatic(model: str | None, workers: int) -> int:
     return budget
 
 
-def split(
-    memory: Memory,
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The budget of one worker in frames and slots: how it begins and how far it may change.
+
+    Attributes:
+        geometry, page_class: Layers and experts, and the layout of a page.
+        frame_bytes: Bytes of a frame.
+        frames, most: Frames of the budget, and of the largest budget it may be raised to.
+        experts, kv: Minimum, initial number and maximum of each tenant, in frames.
+        bank_limit: Most slots that one kernel call can address; None if there is no limit.
+        bank_of: Bank of each layer.
+        reserved: Slots per bank for which address space is reserved.
+        slots: Slots per bank at the start.
+    """
+
+    geometry: Geometry
+    page_class: PageClass
+    frame_bytes: int
+    frames: int
+    most: int
+    experts: Budget
+    kv: Budget
+    bank_limit: int | None
+    bank_of: Sequence[int]
+    reserved: Sequence[int]
+    slots: Sequence[int]
+
+    @property
+    def banks(self) -> int:
+        return len(self.slots)
+
+    def slots_for(self, frames: int) -> list[int] | None:
+        """The most slots per bank in ``frames`` frames; None below the banks' minimum."""
+        return sizing.sizes(
+            self.geometry,
+            self.page_class,
+            frames,
+            self.frame_bytes,
+            banks=self.banks,
+            limit=self.bank_limit,
+        )
+
+
+def partition(
+    memory: ResolvedMemory,
+    geometry: Geometry,
+    page_class: PageClass,
+    kv: KVNeed,
+    *,
+    dynamic: bool = False,
+    bank_limit: int | None = None,
+    ceiling: int = 0,
+) -> Partition:
+    """Divide the configured budget.
+
+    Args:
+        memory: Configured sizes.
+        geometry, page_class: Layers and experts, and the layout of a page.
+        kv: Memory needed by the KV cache.
+        dynamic: True if the split may change while serving.
+        bank_limit: Most slots that one kernel call can address; None if there is no limit.
+        ceiling: Bytes that the budget may be raised to later; 0: it is not raised.
+
+    Raises:
+        BudgetTooSmallError: The minimums do not fit.
+        ConfigError: A configured size is below a minimum or beyond the budget or the free memory.
+        UnsupportedError: The kernel cannot address one layer's experts.
+    """
+    require_free(memory.budget)
+    frame = int(memory.frame or frame_bytes_for(memory.budget, kv.block if dynamic else 0))
+    if frame % mmap.PAGESIZE:
+        raise ConfigError(
+            f"{frame} bytes are not a multiple of {mmap.PAGESIZE}",
+            where="memory.frame",
+            fix="use a power of two, or auto",
+        )
+    frames = memory.budget // frame
+    experts, cache = _split(memory, geometry, page_class, frames, frame, kv)
+    if dynamic:
+        experts, cache = _widened(memory, frames, experts, cache)
+    reserved, bank_of = sizing.fewest_banks(
+        geometry,
+        page_class,
+        experts.max if dynamic else experts.target,
+        frame,
+        bank_limit,
+        memory.banks,
+        least=experts.target,
+    )
+    slots = sizing.sizes(
+        geometry, page_class, experts.target, frame, banks=len(reserved), limit=bank_limit
+    )
+    assert slots is not None  # or there would be fewer banks
+    if ceiling > memory.budget:
+        pages, _ = sizing.spread(geometry, geometry.num_pages, len(reserved))
+        reserved = [min(count, bank_limit or count) for count in pages]
+    return Partition(
+        geometry,
+        page_class,
+        frame,
+        frames,
+        max(frames, ceiling // frame),
+        experts,
+        cache,
+        bank_limit,
+        bank_of,
+        reserved,
+        slots,
+    )
+
+
+def resize(memory: WorkerMemory, pager: ExpertPager, part: Partition, budget: int) -> None:
+    """Raise or lower the budget, in bytes, between steps; the experts get the difference.
+
+    The number of banks stays. A smaller budget drops the pages in the last slots.
+
+    Raises:
+        BudgetTooSmallError: A bank could not hold one layer's experts.
+        ConfigError: The difference exceeds the free memory.
+        OutOfFramesError: ``budget`` is above the ceiling.
+        SubstrateError: The system refused. As after every error, nothing has changed.
+    """
+    pool = memory.pool
+    frames = budget // part.frame_bytes
+    slots = part.slots_for(frames - memory.frames()[KVTenant.NAME])
+    if slots is None:
+        raise BudgetTooSmallError(
+            f"{budget} bytes cannot hold one layer of {part.geometry.experts_per_layer} "
+            f"experts, {part.page_class.nbytes} bytes each, in each of {part.banks} banks",
+            fix="give more, or make fewer banks",
+        )
+    require_free(budget, held=pool.nbytes)
+    before = pool.limit
+    pool.set_limit(max(frames, before))
+    try:
+        pager.resize_all(slots)
+    except BaseException:
+        pool.set_limit(before)
+        raise
+    pool.set_limit(frames)
+
+
+def _split(
+    memory: ResolvedMemory,
     geometry: Geometry,
     page_class: PageClass,
     frames: int,
@@ -116,7 +264,9 @@ def split(
     )
 
 
-def widened(memory: Memory, frames: int, experts: Budget, kv: Budget) -> tuple[Budget, Budget]:
+def _widened(
+    memory: ResolvedMemory, frames: int, experts: Budget, kv: Budget
+) -> tuple[Budget, Budget]:
     """Raise each tenant's maximum to what the other's minimum leaves, within the user's limits."""
     cap = frames if memory.kv.max is None else kv.max
     return (

@@ -173,7 +173,7 @@ def _gpu() -> Finding:
     """Check bindings, driver and device, and do on it what ``_substrate`` does in host memory."""
     import numpy as np
 
-    from fluxmoe.cuda.driver import Cuda
+    from fluxmoe.cuda.driver import CudaDriver
     from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 
     bindings = _version("cuda-bindings")
@@ -182,7 +182,7 @@ def _gpu() -> Finding:
         return Finding("CUDA", "note", "cuda-bindings is not installed", fix)
     try:
         with ExitStack() as each:
-            cuda = Cuda()
+            cuda = CudaDriver()
             each.callback(cuda.close)
             substrate = CudaSubstrate(cuda, 1)
             each.callback(substrate.close)

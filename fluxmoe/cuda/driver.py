@@ -47,7 +47,7 @@ def load() -> Any:
     return driver
 
 
-class Cuda:
+class CudaDriver:
     """A device and its primary context, which torch also uses.
 
     Args:

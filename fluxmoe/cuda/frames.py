@@ -19,7 +19,7 @@ import numpy as np
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.substrate import runs
 from fluxmoe.core.types import Int64s
-from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 
 #: Bytes of a frame on CUDA, equal to its devices' mapping granularity.
@@ -41,7 +41,7 @@ class CudaSubstrate:
     """
 
     def __init__(
-        self, cuda: Cuda, count: int, frame_bytes: int = FRAME_BYTES, *, recycle: bool = True
+        self, cuda: CudaDriver, count: int, frame_bytes: int = FRAME_BYTES, *, recycle: bool = True
     ) -> None:
         self.count, self.frame_bytes = count, frame_bytes
         self.device = (dlpack.CUDA, cuda.ordinal)

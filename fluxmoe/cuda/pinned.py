@@ -10,8 +10,8 @@ import numpy as np
 
 from fluxmoe.core.transfer.store import AddressedStore, Store, locate, read
 from fluxmoe.core.types import Bytes, Geometry, PageClass
-from fluxmoe.cuda.driver import Cuda
-from fluxmoe.cuda.flights import Flight
+from fluxmoe.cuda.batches import CopyBatch
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 
@@ -20,7 +20,7 @@ BUFFERS = 4
 _ENDLESS = 1 << 30
 
 
-class Source:
+class PageSource:
     """A store's pages, at addresses from which a device can fetch them.
 
     Args:
@@ -32,7 +32,7 @@ class Source:
         SubstrateError: The system has no page-locked memory left for the buffers.
     """
 
-    def __init__(self, cuda: Cuda, store: Store, part_bytes: Sequence[int]) -> None:
+    def __init__(self, cuda: CudaDriver, store: Store, part_bytes: Sequence[int]) -> None:
         self.page_bytes = sum(part_bytes)
         self._store = store
         self._addressed = store if isinstance(store, AddressedStore) else None
@@ -51,22 +51,22 @@ class Source:
         """Number of pages that can be fetched now."""
         return _ENDLESS if self._addressed is not None else len(self._free)
 
-    def fetch(self, page: int, flight: Flight) -> Sequence[int]:
-        """Addresses of a page's parts, valid until ``give_back(flight)``.
+    def fetch(self, page: int, batch: CopyBatch) -> Sequence[int]:
+        """Addresses of a page's parts, valid until ``give_back(batch)``.
 
         Raises:
             StoreError: The page could not be read.
         """
         if self._addressed is not None:
             return locate(self._addressed, page)
-        flight.buffers.append(self._free.pop())
-        parts = self._buffers[flight.buffers[-1]]
+        batch.buffers.append(self._free.pop())
+        parts = self._buffers[batch.buffers[-1]]
         read(self._store, page, parts)
         return [part.ctypes.data for part in parts]
 
-    def give_back(self, flight: Flight) -> None:
-        """Free the buffers of a flight whose copies are complete."""
-        self._free += flight.buffers
+    def give_back(self, batch: CopyBatch) -> None:
+        """Free the buffers of a batch whose copies are complete."""
+        self._free += batch.buffers
 
     def close(self) -> None:
         self._buffers, self._free = [], []
@@ -84,7 +84,7 @@ class PinnedMemory:
         SubstrateError: The system cannot lock this much memory.
     """
 
-    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+    def __init__(self, cuda: CudaDriver, nbytes: int) -> None:
         self._cuda = cuda
         with cuda.current():
             self._address: int | None = int(cuda.call("cuMemHostAlloc", nbytes, 0))
@@ -110,7 +110,7 @@ class PinnedStore(HostStore):
         page_class: Layout of a page.
     """
 
-    def __init__(self, cuda: Cuda, geometry: Geometry, page_class: PageClass) -> None:
+    def __init__(self, cuda: CudaDriver, geometry: Geometry, page_class: PageClass) -> None:
         super().__init__(geometry, page_class)
         self._cuda = cuda
         self._memory: list[PinnedMemory] = []

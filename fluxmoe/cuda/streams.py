@@ -1,4 +1,4 @@
-"""StreamCarrier: copies pages into the slots of a CUDA device on two streams besides the kernels'.
+"""StreamCopier: copies pages into the slots of a CUDA device on two streams besides the kernels'.
 
 The engine's thread submits copies to a stream and continues. *Urgent* takes demands and moves,
 *behind* takes prefetches. Before a slot is written, its stream waits for the kernels submitted so
@@ -19,11 +19,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from fluxmoe.core.memory.dlpack import Exported
-from fluxmoe.core.transfer.engine import Ordered, Pairs
+from fluxmoe.core.transfer.engine import Pairs, PendingCopy
 from fluxmoe.core.transfer.store import Store
-from fluxmoe.cuda.driver import Cuda, no_range
-from fluxmoe.cuda.flights import Copier, Events, Flight, Transfers
-from fluxmoe.cuda.pinned import Source
+from fluxmoe.cuda.batches import CopyBatch, CopySubmitter, Events, Transfers
+from fluxmoe.cuda.driver import CudaDriver, no_range
+from fluxmoe.cuda.pinned import PageSource
 from fluxmoe.errors import InvariantError, StoreError, SubstrateError
 
 #: Bytes of prefetches that are in flight at a time: about a millisecond of PCIe 5.
@@ -35,28 +35,28 @@ MOST_DEMANDS = 64
 class StreamedCopy:
     """A prefetch: waiting, submitted to the device, failed, or cancelled."""
 
-    def __init__(self, carrier: StreamCarrier, bank: int, page: int, slot: int) -> None:
-        self._carrier = carrier
+    def __init__(self, copier: StreamCopier, bank: int, page: int, slot: int) -> None:
+        self._copier = copier
         self.bank, self.page, self.slot = bank, page, slot
-        self.flight: Flight | None = None
+        self.batch: CopyBatch | None = None
         self.failed: Exception | None = None
         self.withdrawn = False
 
     def withdraw(self) -> bool:
-        self.withdrawn = self.flight is None and self.failed is None
+        self.withdrawn = self.batch is None and self.failed is None
         return self.withdrawn
 
     def error(self) -> Exception | None:
-        if self.flight is not None:
-            self._carrier.follow(self.flight)
+        if self.batch is not None:
+            self._copier.follow(self.batch)
         return self.failed
 
 
-class StreamCarrier:
-    """Copies on streams. Implements ``Carrier``; called on the engine's thread only.
+class StreamCopier:
+    """Copies on streams. Implements ``Copier``; called on the engine's thread only.
 
     Args:
-        cuda: The device; not closed with the carrier.
+        cuda: The device; not closed with the copier.
         store: Source of the pages. Pages of an ``AddressedStore`` go straight to the device, others
             through page-locked buffers, into which the caller's thread reads them.
         slots: Per bank and part, the arena ``[slots, part bytes]``.
@@ -70,7 +70,7 @@ class StreamCarrier:
 
     def __init__(
         self,
-        cuda: Cuda,
+        cuda: CudaDriver,
         store: Store,
         slots: Sequence[Sequence[Exported]],
         *,
@@ -83,16 +83,16 @@ class StreamCarrier:
         self._kernels, self._ahead, self._range = kernels, ahead, ranges
         self.stall_seconds = 0.0
         self._orders: deque[tuple[Any, StreamedCopy]] = deque()
-        self._demands: deque[Flight] = deque()
-        self._prefetches: deque[Flight] = deque()
+        self._demands: deque[CopyBatch] = deque()
+        self._prefetches: deque[CopyBatch] = deque()
         with cuda.current(), ExitStack() as undo:
             flag = int(cuda.api.CUstream_flags.CU_STREAM_NON_BLOCKING)
             least, greatest = cuda.call("cuCtxGetStreamPriorityRange")
             self._events = Events(cuda)
             undo.callback(self._events.close)
-            self._source = Source(cuda, store, [part.nbytes for part in slots[0]])
+            self._source = PageSource(cuda, store, [part.nbytes for part in slots[0]])
             undo.callback(self._source.close)
-            self._copier = Copier(cuda)
+            self._submitter = CopySubmitter(cuda)
             self._urgent = self._stream(undo, flag, greatest)
             self._behind = self._stream(undo, flag, least)
             self._end = undo.pop_all()
@@ -104,23 +104,23 @@ class StreamCarrier:
         undo.callback(self._cuda.call, "cuStreamSynchronize", stream)  # runs before the destroy
         return stream
 
-    # --- the carrier -----------------------------------------------------------------------------
+    # --- the copier -----------------------------------------------------------------------------
 
     def demand(self, bank: int, pairs: Pairs) -> None:
         with self._driving(f"demand {len(pairs)} pages"):
-            mark = self._fence(self._urgent)
+            fence = self._fenced(self._urgent)
             try:
                 rest = pairs
                 while rest:
                     while len(self._demands) >= MOST_DEMANDS or not self._source.room:
                         self._wait_for_one()
                     now, rest = rest[: self._source.room], rest[self._source.room :]
-                    flight = self._send(self._urgent, bank, now)
-                    flight.mark, mark = mark, None
-                    self._demands.append(flight)
-                    self._events.wait(self._kernels(), flight.event)
+                    batch = self._send(self._urgent, bank, now)
+                    batch.fence, fence = fence, None
+                    self._demands.append(batch)
+                    self._events.wait(self._kernels(), batch.event)
             finally:
-                self._events.free(mark)
+                self._events.free(fence)
             self._pump()
 
     def prefetch(self, bank: int, pairs: Pairs) -> Sequence[StreamedCopy]:
@@ -135,41 +135,41 @@ class StreamCarrier:
             self._pump()
         return copies
 
-    def arrive(self, copy: Ordered) -> Exception | None:
+    def arrive(self, copy: PendingCopy) -> Exception | None:
         if not isinstance(copy, StreamedCopy):
-            raise InvariantError(f"a copy of another carrier: {copy!r}")
-        flight = copy.flight
-        if flight is None:
+            raise InvariantError(f"a copy of another copier: {copy!r}")
+        batch = copy.batch
+        if batch is None:
             return copy.failed
-        if flight.mark is not None or (flight.event is None and not self._orders):
+        if batch.fence is not None or (batch.event is None and not self._orders):
             return None  # the kernels already wait for it, or no longer need to
         with self._driving("arrive"):
-            if flight.event is not None:
-                mark = self._events.record(self._kernels())
-                self._events.wait(self._kernels(), flight.event)
-                flight.mark = mark
+            if batch.event is not None:
+                fence = self._events.record(self._kernels())
+                self._events.wait(self._kernels(), batch.event)
+                batch.fence = fence
             self._pump()
         return None
 
-    def follow(self, flight: Flight) -> None:
-        """Order all later work of the urgent stream after ``flight``."""
-        if flight.event is not None:
+    def follow(self, batch: CopyBatch) -> None:
+        """Order all later work of the urgent stream after ``batch``."""
+        if batch.event is not None:
             with self._driving("settle"):
-                self._events.wait(self._urgent, flight.event)
+                self._events.wait(self._urgent, batch.event)
 
     def move(self, bank: int, source: int, target: int) -> None:
         with self._driving("move"):
-            self._events.free(self._fence(self._urgent))
+            self._events.free(self._fenced(self._urgent))
             while len(self._demands) >= MOST_DEMANDS:
                 self._wait_for_one()
-            flight = Flight()
-            with self._undone(self._urgent, flight):
+            batch = CopyBatch()
+            with self._undone(self._urgent, batch):
                 for first, nbytes in self._slots[bank]:
                     to, of = first + target * nbytes, first + source * nbytes
                     self._cuda.call("cuMemcpyDtoDAsync", to, of, nbytes, self._urgent)
-                flight.event = self._events.record(self._urgent)
-            self._demands.append(flight)
-            self._events.wait(self._kernels(), flight.event)
+                batch.event = self._events.record(self._urgent)
+            self._demands.append(batch)
+            self._events.wait(self._kernels(), batch.event)
 
     def close(self) -> None:
         if self._open:
@@ -180,43 +180,43 @@ class StreamCarrier:
 
     # --- the streams -----------------------------------------------------------------------------
 
-    def _fence(self, stream: Any) -> Any:
+    def _fenced(self, stream: Any) -> Any:
         """Let a stream wait for all kernels so far; return the event recorded after them."""
-        mark = self._events.record(self._kernels())
-        self._events.wait(stream, mark)
-        return mark
+        fence = self._events.record(self._kernels())
+        self._events.wait(stream, fence)
+        return fence
 
-    def _send(self, stream: Any, bank: int, pairs: Pairs) -> Flight:
+    def _send(self, stream: Any, bank: int, pairs: Pairs) -> CopyBatch:
         """Submit copies of pages to a stream, followed by an event."""
-        flight, transfers = Flight(), Transfers()
-        with self._undone(stream, flight):
-            places = [self._source.fetch(page, flight) for page, _ in pairs]
+        batch, transfers = CopyBatch(), Transfers()
+        with self._undone(stream, batch):
+            places = [self._source.fetch(page, batch) for page, _ in pairs]
             for part, (first, nbytes) in enumerate(self._slots[bank]):
                 for (_, slot), place in zip(pairs, places, strict=True):
                     transfers.add(first + slot * nbytes, place[part], nbytes)
-            flight.nbytes = transfers.nbytes
-            self._copier.copy(transfers, stream)
-            flight.event = self._events.record(stream)
-        return flight
+            batch.nbytes = transfers.nbytes
+            self._submitter.copy(transfers, stream)
+            batch.event = self._events.record(stream)
+        return batch
 
     @contextmanager
-    def _undone(self, stream: Any, flight: Flight) -> Iterator[None]:
-        """If not all of a flight could be submitted, wait for the part that was."""
+    def _undone(self, stream: Any, batch: CopyBatch) -> Iterator[None]:
+        """If not all of a batch could be submitted, wait for the part that was."""
         try:
             yield
         except BaseException:
             try:
                 self._cuda.call("cuStreamSynchronize", stream)
             finally:
-                self._source.give_back(flight)
+                self._source.give_back(batch)
             raise
 
     def _pump(self) -> None:
-        """Retire completed flights, and submit as many prefetches as may be in flight."""
+        """Retire completed batches, and submit as many prefetches as may be in flight."""
         self._retire(self._demands)
         self._retire(self._prefetches)
         while self._orders and self._source.room:
-            under_way = sum(flight.nbytes for flight in self._prefetches)
+            under_way = sum(batch.nbytes for batch in self._prefetches)
             copies = self._next(self._ahead - under_way)
             if not copies:
                 return
@@ -241,10 +241,10 @@ class StreamCarrier:
         return copies
 
     def _give(self, copies: list[StreamedCopy]) -> None:
-        """Submit all in one flight; if that fails, one by one, so that only the culprit fails."""
+        """Submit all in one batch; if that fails, one by one, so that only the culprit fails."""
         try:
             pairs = [(copy.page, copy.slot) for copy in copies]
-            flight = self._send(self._behind, copies[0].bank, pairs)
+            batch = self._send(self._behind, copies[0].bank, pairs)
         except (StoreError, SubstrateError) as error:
             if len(copies) == 1:
                 copies[0].failed = error
@@ -253,23 +253,23 @@ class StreamCarrier:
                 self._give([copy])
             return
         for copy in copies:
-            copy.flight = flight
-        self._prefetches.append(flight)
+            copy.batch = batch
+        self._prefetches.append(batch)
 
-    def _retire(self, flights: deque[Flight]) -> None:
-        while flights and self._events.passed(flights[0].event):
-            flight = flights.popleft()
-            self._source.give_back(flight)
-            self.stall_seconds += self._events.seconds(flight.mark, flight.event)
-            self._events.free(flight.mark)
-            self._events.free(flight.event)
-            flight.event = flight.mark = None
+    def _retire(self, batches: deque[CopyBatch]) -> None:
+        while batches and self._events.passed(batches[0].event):
+            batch = batches.popleft()
+            self._source.give_back(batch)
+            self.stall_seconds += self._events.seconds(batch.fence, batch.event)
+            self._events.free(batch.fence)
+            self._events.free(batch.event)
+            batch.event = batch.fence = None
 
     def _wait_for_one(self) -> None:
-        """Back-pressure: wait for the oldest flight."""
-        flights = self._demands or self._prefetches
-        self._cuda.call("cuEventSynchronize", flights[0].event)
-        self._retire(flights)
+        """Back-pressure: wait for the oldest batch."""
+        batches = self._demands or self._prefetches
+        self._cuda.call("cuEventSynchronize", batches[0].event)
+        self._retire(batches)
 
     @contextmanager
     def _driving(self, what: str) -> Iterator[None]:

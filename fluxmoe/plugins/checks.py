@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
-from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.core.words import from_signal, line, raised
 from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
@@ -161,7 +161,7 @@ def attempt(
         FluxMoEError: It raised an error of the class ``passed``, which is not wrapped.
     """
     try:
-        return Stopwatch(LIMITS).call(function, ())
+        return TimeLimiter(LIMITS).call(function, ())
     except HardLimitExceeded:
         reason = f"it took more than {LIMITS.hard_s:g} s"
         raise PluginLoadError(f"{what}TimeoutError: {reason}", where=where, fix=fix) from None

@@ -13,25 +13,25 @@ from functools import cache
 import numpy as np
 
 import fluxmoe
-from fluxmoe.core.memory.experts import ExpertTenant
+from fluxmoe.core.arbitration.moves import MoveWorker
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.core.memory.substrate import Substrate
-from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
-from fluxmoe.core.transfer.engine import Carrier, TransferEngine
-from fluxmoe.core.transfer.host import HostCarrier
+from fluxmoe.core.transfer.engine import Copier, TransferEngine
+from fluxmoe.core.transfer.host import HostCopier
 from fluxmoe.core.types import Geometry, PageClass, Part
-from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.frames import CudaSubstrate
 from fluxmoe.cuda.pinned import PinnedStore
-from fluxmoe.cuda.streams import StreamCarrier
+from fluxmoe.cuda.streams import StreamCopier
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores.host import HostStore
@@ -59,7 +59,7 @@ def contents(pages: int) -> list[np.ndarray]:
     return [np.stack([content(page, part) for page in range(pages)]) for part in parts]
 
 
-def host_store(geometry: Geometry, cuda: Cuda | None = None) -> HostStore:
+def host_store(geometry: Geometry, cuda: CudaDriver | None = None) -> HostStore:
     store, experts = HostStore(geometry, PAGE_CLASS), geometry.experts_per_layer
     if cuda is not None:
         store = PinnedStore(cuda, geometry, PAGE_CLASS)
@@ -101,7 +101,7 @@ class FakeCuda(CudaSubstrate):
         self.fake = FakeDriver(**options)
         with ExitStack() as undo:
             undo.callback(self.fake.close)
-            self.cuda = Cuda(self.fake)
+            self.cuda = CudaDriver(self.fake)
             undo.callback(self.cuda.close)
             super().__init__(self.cuda, count, frame_bytes, recycle=recycle)
             undo.pop_all()
@@ -151,22 +151,20 @@ class Rig:
         plan: FaultPlan | None = None,
     ) -> None:
         self.geometry = Geometry(layers, experts)
-        self.arbiter = MemoryArbiter(substrate or frames_of_memory(frames))
-        self.gpu = fake_cuda(self.arbiter.substrate)
+        reserved = list(slots if reserved is None else reserved)
+        self.memory = WorkerMemory(substrate or frames_of_memory(frames), PAGE_CLASS, reserved)
+        self.gpu = fake_cuda(self.memory.substrate)
         if self.gpu is None or threads:
             self.store = FaultyStore(host_store(self.geometry), plan)
         else:  # with threads, which a GPU has no use for, its pages go through buffers
             store = host_store(self.geometry, self.gpu.cuda)
             self.store = FaultyAddressedStore(store, plan)
         with ExitStack() as undo:
-            undo.callback(self.arbiter.substrate.close)
+            undo.callback(self.memory.close)
             undo.callback(self.store.close)
-            reserved = list(slots if reserved is None else reserved)
             if kv_blocks:
-                self.arbiter.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
-            self.tenant = ExpertTenant(
-                self.arbiter.pool, self.arbiter.substrate, PAGE_CLASS, reserved
-            )
+                self.memory.place_kv(KVLayout(kv_blocks, KV_BLOCK, FRAME), ())
+            self.tenant = self.memory.experts
             for bank, count in enumerate(slots):
                 self.tenant.resize(bank, count)
             self.table = PageTable(self.geometry, slots, reserved=max(reserved), bank_of=bank_of)
@@ -177,15 +175,16 @@ class Rig:
             self.rule = EventRule(self.table, self.eviction, self.prefetch)
             self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
             self.threads = threads
-            self.transfer = TransferEngine(self._carrier(len(slots)), PAGE_CLASS.nbytes)
+            self.transfer = TransferEngine(self._copier(len(slots)), PAGE_CLASS.nbytes)
             self.pager = ExpertPager(self.rule, self.tenant, self.transfer)
+            self.mover = MoveWorker(0, self.memory, self.pager, lambda: 0.0)
             undo.pop_all()
 
-    def _carrier(self, banks: int) -> Carrier:
+    def _copier(self, banks: int) -> Copier:
         if self.gpu is None:
-            return HostCarrier(self.store, self.rows, threads=self.threads)
+            return HostCopier(self.store, self.rows, threads=self.threads)
         slots = [self.tenant.export(bank) for bank in range(banks)]
-        return StreamCarrier(self.gpu.cuda, self.store, slots, ahead=3 * PAGE_CLASS.nbytes)
+        return StreamCopier(self.gpu.cuda, self.store, slots, ahead=3 * PAGE_CLASS.nbytes)
 
     @property
     def resident(self) -> set[int]:
@@ -223,17 +222,17 @@ class Rig:
 
     def check(self) -> None:
         self.pager.check()
-        self.arbiter.check()
-        assert self.arbiter.committed_bytes <= self.arbiter.budget_bytes
-        frames = self.arbiter.frames()
-        kv = 0 if self.arbiter.kv is None else self.arbiter.kv.frames
+        self.memory.check()
+        assert self.memory.committed_bytes <= self.memory.budget_bytes
+        frames = self.memory.frames()
+        kv = 0 if self.memory.kv is None else self.memory.kv.frames
         assert frames == {"experts": self.tenant.frames, "kv": kv}
-        assert self.arbiter.committed_bytes == sum(frames.values()) * FRAME
+        assert self.memory.committed_bytes == sum(frames.values()) * FRAME
 
     def close(self) -> None:
         self.rows = []
         with ExitStack() as each:  # goes on if one fails
-            each.callback(self.arbiter.close)
+            each.callback(self.memory.close)
             each.callback(self.store.close)
             each.callback(self.pager.close)
 

@@ -15,7 +15,7 @@ import pytest
 from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.owner import Owner
-from fluxmoe.core.transfer.host import CopyThreads
+from fluxmoe.core.transfer.host import CopyPool
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.stores.pagefile import PageFileWriter
 
@@ -61,7 +61,7 @@ def test_frames(fork: str) -> None:
 
 @pytest.mark.parametrize("fork", FORKS)
 def test_copy_threads(fork: str) -> None:
-    copiers = CopyThreads(2)
+    copiers = CopyPool(2)
     assert status(copiers.close, fork) == 0
     assert copiers.order(lambda: None).error() is None
     copiers.close()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import fluxmoe
-from fluxmoe.core.arbitration.messages import FreeKV, Order
-from fluxmoe.core.arbitration.moves import Follower
+from fluxmoe.core.arbitration.messages import Order, SetSlots
+from fluxmoe.core.arbitration.moves import MoveWorker
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
-from fluxmoe.core.policy.faults import FaultCounter
+from fluxmoe.core.policy.faults import PolicyCaller
 from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS
 from fluxmoe.core.transfer.store import read
@@ -164,10 +164,10 @@ def test_what_a_policy_raises(error, caplog):
         raise error
 
     with caplog.at_level(logging.WARNING):
-        FaultCounter("eviction", "odd", False, DEFAULT_LIMITS).contain("score", fails)
+        PolicyCaller("eviction", "odd", False, DEFAULT_LIMITS).contain("score", fails)
     assert fit(caplog.records[0].getMessage(), 3 * LIMIT)
     with pytest.raises(PolicyFaultError) as caught:
-        FaultCounter("eviction", "odd", True, DEFAULT_LIMITS).contain("score", fails)
+        PolicyCaller("eviction", "odd", True, DEFAULT_LIMITS).contain("score", fails)
     assert fit(str(caught.value), 3 * LIMIT)
 
 
@@ -263,10 +263,11 @@ def test_codecs_and_stores(caplog):
 
 
 def test_the_worker_answers_with_a_line():
-    def fails(action):
-        raise ValueError(NASTY)
+    class Pager:
+        def resize_all(self, slots):
+            raise ValueError(NASTY)
 
-    answer = Follower(0, fails, lambda: 0.0).receive(Order(1, FreeKV((1,))))
+    answer = MoveWorker(0, None, Pager(), lambda: 0.0).receive(Order(1, SetSlots((1,))))
     assert answer is not None and fit(answer.problem)
 
 

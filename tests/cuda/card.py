@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from fluxmoe.core.memory.arena import Arena
-from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 from fluxmoe.errors import FluxMoEError
@@ -19,7 +19,7 @@ FRAME = FRAME_BYTES
 class Card:
     """A device, and a stream of kernels on it."""
 
-    def __init__(self, cuda: Cuda, fake: FakeDriver | None = None) -> None:
+    def __init__(self, cuda: CudaDriver, fake: FakeDriver | None = None) -> None:
         self.cuda, self.fake = cuda, fake
         with cuda.current():
             flag = int(cuda.api.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -84,12 +84,12 @@ class Card:
 
 def fake_card(pace: str) -> Card:
     fake = FakeDriver(64, FRAME, pace=pace)
-    return Card(Cuda(fake), fake)
+    return Card(CudaDriver(fake), fake)
 
 
 def real_card() -> Card | str:
     """The first GPU of this machine, or why there is none."""
     try:
-        return Card(Cuda())
+        return Card(CudaDriver())
     except FluxMoEError as error:
         return str(error)

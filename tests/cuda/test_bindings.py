@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fluxmoe
-from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.cuda.fake import FakeDriver, names
 
 real = pytest.importorskip("cuda.bindings.driver")
@@ -65,7 +65,7 @@ def test_a_batch_wants_handles_as_the_fake_does():
     with pytest.raises(TypeError):
         real.cuMemcpyBatchAsync([1], [2], [1], 1, [real.CUmemcpyAttributes()], [0], 1, 0)
     fake = FakeDriver(1)
-    with Cuda(fake).current(), pytest.raises(TypeError):
+    with CudaDriver(fake).current(), pytest.raises(TypeError):
         fake.cuMemcpyBatchAsync([1], [2], [1], 1, [fake.CUmemcpyAttributes()], [0], 1, 0)
     fake.close()
 

@@ -17,7 +17,7 @@ from fluxmoe.core.memory.kv import KVLayout, KVTenant
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Geometry, Loads, PageClass, Part
 from fluxmoe.cuda.pinned import PinnedStore
-from fluxmoe.cuda.streams import StreamCarrier
+from fluxmoe.cuda.streams import StreamCopier
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 from fluxmoe.stores.host import HostStore
 from tests.cuda.card import FRAME, fake_card, real_card
@@ -204,14 +204,14 @@ def test_kernels_read_their_own_pages_however_late_they_come(card, pinned):
         tenant = ExpertTenant(FramePool(20, FRAME), s, PAGE_CLASS, [SLOTS])
         tenant.resize(0, SLOTS)
         slots = [(part.address, part.nbytes) for part in tenant.export(0)]
-        carrier = StreamCarrier(
+        copier = StreamCopier(
             card.cuda,
             store,
             [tenant.export(0)],
             kernels=lambda: int(card.kernels),
             ahead=3 * PAGE_CLASS.nbytes,
         )
-        engine = TransferEngine(carrier, PAGE_CLASS.nbytes)
+        engine = TransferEngine(copier, PAGE_CLASS.nbytes)
         for _ in range(12):  # rounds, each with a look at what its kernels saw
             expected = []
             for turn in range(6):
@@ -247,8 +247,8 @@ def test_a_stall_is_measured_by_the_device(card):
         tenant = ExpertTenant(FramePool(20, FRAME), s, PAGE_CLASS, [SLOTS])
         tenant.resize(0, SLOTS)
         kernels = int(card.kernels)
-        carrier = StreamCarrier(card.cuda, store, [tenant.export(0)], kernels=lambda: kernels)
-        engine = TransferEngine(carrier, PAGE_CLASS.nbytes)
+        copier = StreamCopier(card.cuda, store, [tenant.export(0)], kernels=lambda: kernels)
+        engine = TransferEngine(copier, PAGE_CLASS.nbytes)
         for _ in range(2):
             engine.demand(Loads(0, np.arange(SLOTS), np.arange(SLOTS)))
             card.finish()

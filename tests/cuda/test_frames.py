@@ -11,7 +11,7 @@ import torch
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.dlpack import Exported
-from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.cuda.fake import FakeDriver, Refused
 from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 from fluxmoe.errors import DeviceMemoryError, MissingDependencyError, SubstrateError
@@ -86,7 +86,7 @@ def test_a_frame_may_be_several_pieces_of_the_device(make):
 @pytest.mark.parametrize("size", [0, -FRAME, 1000, FRAME + 1])
 def test_a_frame_is_whole_pieces_of_the_device(size):
     fake = FakeDriver()
-    cuda = Cuda(fake)
+    cuda = CudaDriver(fake)
     with pytest.raises(SubstrateError, match=f"frame of {size} bytes .* Fake GPU") as info:
         CudaSubstrate(cuda, 4, size)
     assert info.value.where == "frame_bytes"
@@ -177,7 +177,7 @@ def test_whatever_call_fails_it_is_an_error_and_nothing_is_lost(site, recycle):
         fake = FakeDriver(8, plan=plan)
         errors, s, cuda = [], None, None
         try:
-            cuda = Cuda(fake)
+            cuda = CudaDriver(fake)
             s = CudaSubstrate(cuda, 8, FRAME, recycle=recycle)
             scenario(s)
         except SubstrateError as error:
@@ -221,7 +221,7 @@ def test_a_commit_that_fails_maps_nothing_even_if_that_cannot_be_undone_at_first
 def test_a_device_that_is_not_there():
     fake = FakeDriver()
     with pytest.raises(SubstrateError, match="no CUDA device 3; devices found: 1") as info:
-        Cuda(fake, 3)
+        CudaDriver(fake, 3)
     assert "nvidia-smi" in info.value.fix
     fake.close()
 
@@ -232,7 +232,7 @@ def test_a_driver_that_is_not_installed():
             raise RuntimeError("libcuda.so.1 cannot be found")
 
     with pytest.raises(SubstrateError, match=r"libcuda\.so\.1 cannot be found") as info:
-        Cuda(Missing())
+        CudaDriver(Missing())
     assert "driver" in info.value.fix
 
 
@@ -242,7 +242,7 @@ def test_bindings_that_are_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     monkeypatch.setitem(sys.modules, "cuda", None)
     with pytest.raises(MissingDependencyError, match="CUDA bindings") as info:
-        Cuda()
+        CudaDriver()
     assert info.value.fix == "pip install 'fluxmoe[cuda]'"
 
 

@@ -15,7 +15,7 @@ for package in (fluxmoe.core, fluxmoe.cuda, fluxmoe.stores):
 from fluxmoe.cuda.driver import no_range, nvtx_ranges
 assert nvtx_ranges() is no_range
 try:
-    fluxmoe.cuda.driver.Cuda()
+    fluxmoe.cuda.driver.CudaDriver()
 except fluxmoe.FluxMoEError as error:
     print(error.code, error.fix)
 """

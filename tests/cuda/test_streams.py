@@ -17,12 +17,12 @@ from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Geometry, Loads
-from fluxmoe.cuda.driver import Cuda, no_range, nvtx_ranges
+from fluxmoe.cuda.batches import CopySubmitter
+from fluxmoe.cuda.driver import CudaDriver, no_range, nvtx_ranges
 from fluxmoe.cuda.fake import FakeDriver, Refused
 from fluxmoe.cuda.fake.timeline import KERNELS
-from fluxmoe.cuda.flights import Copier
 from fluxmoe.cuda.pinned import BUFFERS, PinnedStore
-from fluxmoe.cuda.streams import MOST_DEMANDS, StreamCarrier
+from fluxmoe.cuda.streams import MOST_DEMANDS, StreamCopier
 from fluxmoe.errors import FluxMoEError, StoreError, SubstrateError
 from fluxmoe.policies.prefetch.next_layer import NextLayer
 from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
@@ -48,14 +48,14 @@ class Gpu:
         store = host_store(Geometry(6, 4), self.ground.cuda if pinned else None)
         self.store = FaultyAddressedStore(store) if pinned else FaultyStore(store)
         self.ranges: list[str] = []
-        self.carrier = StreamCarrier(
+        self.copier = StreamCopier(
             self.ground.cuda,
             self.store,
             [self.tenant.export(0)],
             ahead=ahead * PAGE_CLASS.nbytes,
             ranges=lambda name: (self.ranges.append(name), no_range(name))[1],
         )
-        self.engine = TransferEngine(self.carrier, PAGE_CLASS.nbytes)
+        self.engine = TransferEngine(self.copier, PAGE_CLASS.nbytes)
 
     def demand(self, pages: dict[int, int]) -> None:
         self.engine.demand(loads(pages))
@@ -137,8 +137,8 @@ def test_kernels_read_their_own_pages_however_late_they_come(gpu, pace, source):
 def test_a_demand_overtakes_the_prefetches_that_wait_for_their_turn(gpu):
     g = gpu(ahead=2, pace="kernels")
     g.prefetch({slot: slot for slot in range(8)})
-    assert len(g.carrier._prefetches) == 1
-    assert len(g.carrier._orders) == 6
+    assert len(g.copier._prefetches) == 1
+    assert len(g.copier._orders) == 6
     g.demand({9: 20})
     g.expect(9, 20)
     g.fake.timeline.finish(KERNELS)
@@ -152,7 +152,7 @@ def test_prefetches_go_on_when_those_before_have_arrived(gpu):
         g.fake.timeline.finish()
         g.engine.complete(0, slot, slot)
         g.expect(slot, slot)
-    assert not g.carrier._orders
+    assert not g.copier._orders
     assert g.passed(*COPIES) < 8 * 2  # several pages in one call
 
 
@@ -160,14 +160,14 @@ def test_never_more_is_under_way_than_may_be(gpu):
     g = gpu(ahead=3, pace="kernels")
     for first in range(0, 12, 4):
         g.prefetch({first + i: first + i for i in range(4)})
-        under_way = sum(flight.nbytes for flight in g.carrier._prefetches)
+        under_way = sum(batch.nbytes for batch in g.copier._prefetches)
         assert under_way <= 3 * PAGE_CLASS.nbytes
 
 
 def test_a_page_larger_than_what_may_be_under_way_goes_alone(gpu):
     g = gpu(ahead=0, pace="kernels")
     g.prefetch({0: 1, 1: 2})
-    assert [flight.nbytes for flight in g.carrier._prefetches] == [PAGE_CLASS.nbytes]
+    assert [batch.nbytes for batch in g.copier._prefetches] == [PAGE_CLASS.nbytes]
     for slot in (0, 1):
         g.engine.complete(0, slot + 1, slot)
         g.expect(slot, slot + 1)
@@ -178,7 +178,7 @@ def test_too_many_demands_make_the_processor_wait(gpu):
     for turn in range(MOST_DEMANDS + 20):
         g.demand({turn % SLOTS: turn % 24})
         g.expect(turn % SLOTS, turn % 24)
-    assert len(g.carrier._demands) <= MOST_DEMANDS
+    assert len(g.copier._demands) <= MOST_DEMANDS
 
 
 def test_more_pages_than_buffers_come_in_turns(gpu):
@@ -188,7 +188,7 @@ def test_more_pages_than_buffers_come_in_turns(gpu):
     for slot, page in wanted.items():
         g.expect(slot, page)
     g.prefetch({slot: 23 - slot for slot in range(9)})
-    assert len(g.carrier._orders) >= 9 - BUFFERS
+    assert len(g.copier._orders) >= 9 - BUFFERS
 
 
 def test_a_prefetch_that_was_called_off_before_its_turn_is_never_made(gpu):
@@ -235,8 +235,8 @@ def test_whether_copies_are_batched_is_decided_at_the_start(driver, bindings, ba
     fake = FakeDriver(40, version=driver)
     fake.CUDA_VERSION = bindings
     fake.cuDriverGetVersion = lambda: (fake.CUresult.CUDA_SUCCESS, driver)
-    cuda = Cuda(fake)
-    assert Copier(cuda).batches is batches
+    cuda = CudaDriver(fake)
+    assert CopySubmitter(cuda).batched is batches
     cuda.close()
     fake.close()
 
@@ -339,11 +339,11 @@ def test_a_copy_that_fails_under_way_is_told_by_the_next_call(gpu):
 )
 def test_a_carrier_that_cannot_be_made_leaves_nothing(site, nth):
     fake = FakeDriver(64)
-    cuda = Cuda(fake)
+    cuda = CudaDriver(fake)
     fake.plan.arm(site, NO, nth)
     with pytest.raises(SubstrateError, match="UNKNOWN"):
         slots = [[Exported(0, 1, part.nbytes, (dlpack.CUDA, 0)) for part in PAGE_CLASS.parts]]
-        StreamCarrier(cuda, host_store(Geometry(1, 4)), slots)
+        StreamCopier(cuda, host_store(Geometry(1, 4)), slots)
     cuda.close()
     assert not fake.live()
     fake.close()

@@ -156,10 +156,10 @@ def together(seeds: Iterable[int], operations: int, *, threads: int = 2) -> Tall
 def _watch(run: Run, over: threading.Event) -> None:
     rig, pages = run.rig, run.rig.geometry.num_pages
     while not over.wait(1e-4):
-        counters, frames = rig.pager.counters(), rig.arbiter.frames()
+        counters, frames = rig.pager.counters(), rig.memory.frames()
         assert min(counters.events, counters.hits, counters.misses) >= 0
-        assert 0 <= sum(frames.values()) <= rig.arbiter.pool.count
-        assert 0 <= rig.arbiter.committed_bytes <= rig.arbiter.budget_bytes
+        assert 0 <= sum(frames.values()) <= rig.memory.pool.count
+        assert 0 <= rig.memory.committed_bytes <= rig.memory.budget_bytes
         assert 0 <= rig.table.resident.sum() <= pages
         assert rig.transfer.stall_seconds >= 0
         run.calls["watch"] += 1

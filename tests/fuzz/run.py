@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from fluxmoe.core.arbitration.messages import FreeKV, TakeKV
-from fluxmoe.core.arbitration.moves import execute
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.policy.watchdog import Limits
@@ -121,8 +120,8 @@ class Run:
             substrate=FaultySubstrate(ground, self.plan),
             plan=self.plan,
         )
-        take = self.rig.arbiter.pool.take
-        self.rig.arbiter.pool.take = lambda *args: (self.plan.reach("frames"), take(*args))[1]
+        take = self.rig.memory.pool.take
+        self.rig.memory.pool.take = lambda *args: (self.plan.reach("frames"), take(*args))[1]
         self.probes = [_probes(bank) for bank in self.rig.rows]
         self.model = Model(self.rig, EVICTION[policy], ahead)
         self.next_layer = 0
@@ -237,7 +236,7 @@ class Run:
         on_their_way = {
             int(table.books.page_at[key]) for key in rig.transfer._queued if key[0] == bank
         }
-        room, refused = rig.arbiter.pool.free, self._refused()
+        room, refused = rig.memory.pool.free, self._refused()
         outcome = self._while_refusing(rig.pager.resize, bank, slots)
         if not self.model.experts <= slots <= self.reserved[bank]:
             assert outcome is CapacityError
@@ -266,13 +265,13 @@ class Run:
 
     def kv(self) -> None:
         """The KV cache gives up some groups and takes others."""
-        rng, rig, kv = self.rng, self.rig, self.rig.arbiter.kv
+        rng, rig, kv = self.rng, self.rig, self.rig.memory.kv
         groups = range(kv.layout.groups)
         for action in (FreeKV, TakeKV):
             wanted = {group for group in groups if rng.random() < 0.3}
-            before, room = set(self.stamps), rig.arbiter.pool.free
+            before, room = set(self.stamps), rig.memory.pool.free
             refused = self._refused()
-            outcome = self._while_refusing(execute, rig.arbiter, rig.pager, action(tuple(wanted)))
+            outcome = self._while_refusing(rig.mover.apply, action(tuple(wanted)))
             after = set(np.flatnonzero(kv.committed).tolist())
             if self._refused() > refused:
                 assert outcome in (SubstrateError, OutOfFramesError)
@@ -291,7 +290,7 @@ class Run:
 
     def _stamp(self, before: set[int], after: set[int]) -> None:
         """Write into every group that is new, which reads as zero, something of its own."""
-        layout, buffer = self.rig.arbiter.kv.layout, self._kv_blocks()
+        layout, buffer = self.rig.memory.kv.layout, self._kv_blocks()
         for group in before - after:
             del self.stamps[group]
         for group in after - before:
@@ -302,7 +301,7 @@ class Run:
                 buffer[block] = self.stamps[group]
 
     def _kv_blocks(self) -> np.ndarray:
-        kv = self.rig.arbiter.kv
+        kv = self.rig.memory.kv
         return kv.buffer().reshape(kv.layout.blocks, -1)
 
     def reset(self) -> None:
@@ -341,7 +340,7 @@ class Run:
         self._books()
         self.model.assert_same_books()
         rig, table = self.rig, self.rig.table
-        kv, blocks = rig.arbiter.kv, self._kv_blocks()
+        kv, blocks = rig.memory.kv, self._kv_blocks()
         arenas = [kv._arena, *(arena for bank in rig.tenant._arenas for arena in bank)]
         assert_mapped(arenas, rig.gpu)
         for group in range(kv.layout.groups):
@@ -369,7 +368,7 @@ class Run:
 
     def close(self) -> None:
         """Give everything back."""
-        pool, struck = self.rig.arbiter.pool, self.plan.struck.total()
+        pool, struck = self.rig.memory.pool, self.plan.struck.total()
         error = self._try(self.rig.close)
         if error is not None:
             assert self.plan.struck.total() > struck, error

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import fluxmoe
 from fluxmoe.core.memory import host
-from fluxmoe.core.transfer.host import Copy
+from fluxmoe.core.transfer.host import CopyJob
 from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.fake import Refused as DriverRefused
 from fluxmoe.errors import FluxMoEError, OutOfFramesError, StoreError, SubstrateError
@@ -86,9 +86,9 @@ def thread_starts(plan: FaultPlan) -> Iterator[None]:
 @contextmanager
 def copy_threads(plan: FaultPlan) -> Iterator[None]:
     """A thread may die before it begins a copy, or with the copy in its hands, not having told."""
-    real = Copy.run
+    real = CopyJob.run
 
-    def run(copy: Copy) -> None:
+    def run(copy: CopyJob) -> None:
         plan.reach("thread death, idle")
         try:
             plan.reach("thread death, copying")
@@ -98,11 +98,11 @@ def copy_threads(plan: FaultPlan) -> Iterator[None]:
             raise
         real(copy)
 
-    Copy.run = run
+    CopyJob.run = run
     try:
         yield
     finally:
-        Copy.run = real
+        CopyJob.run = real
 
 
 class _InCopyThreads(FaultPlan):

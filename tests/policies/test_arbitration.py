@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxmoe import plugins
-from fluxmoe.core.arbitration.controller import Pace
+from fluxmoe.core.arbitration.schedule import AskingSchedule
 from fluxmoe.core.policy.arbitration import (
     ArbitrationPolicy,
     ArbitrationView,
@@ -53,7 +53,7 @@ class Engine:
     wish: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        self.pace = Pace(self.policy.interval, self.policy.calm_interval)
+        self.schedule = AskingSchedule(self.policy.interval, self.policy.calm_interval)
 
     @property
     def kv(self) -> int:
@@ -85,7 +85,7 @@ class Engine:
             missed = used * float(np.interp(self.experts / 300, [0, 1], [1, 0]))
             sample = StepSample(self.running, tokens, compute + stall, stall, used, missed)
             waiting = self.requests - self.running
-            due = self.pace.due(sample, self.running, waiting, content=self.wish is None)
+            due = self.schedule.due(sample, self.running, waiting, content=self.wish is None)
             view = ArbitrationView(
                 frames={"experts": self.experts, "kv": self.kv},
                 total_frames=TOTAL,
@@ -99,7 +99,7 @@ class Engine:
                 tokens=tokens,
                 step_seconds=compute + stall,
                 stall_seconds=stall,
-                steps=tuple(self.pace.steps),
+                steps=tuple(self.schedule.steps),
                 experts=ExpertDemand(
                     frames=FRAMES_PER_PAGE,
                     pages=PAGES,
@@ -114,7 +114,7 @@ class Engine:
             if due:
                 wish = self.policy.split(view).frames
                 self.wish = None if wish == view.frames else wish
-                self.pace.asked(self.running, waiting, content=self.wish is None)
+                self.schedule.asked(self.running, waiting, content=self.wish is None)
             wanted = self.wish or view.frames
             assert sum(wanted.values()) <= TOTAL
             # As the host: a part of the way, within the bounds, never what is in use.

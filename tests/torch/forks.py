@@ -86,7 +86,7 @@ def run(model: Any) -> torch.Tensor:
 def use_everything(model: Any, handle: Any) -> None:
     ids = torch.zeros(1, 4, dtype=torch.int64)
     states = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
-    substrate = handle._runtime.arbiter.substrate
+    substrate = handle._runtime.memory.substrate
     for use in (
         lambda: run(model),
         lambda: torch.no_grad()(model.model.layers[1].mlp)(states),
@@ -255,7 +255,7 @@ def main() -> None:
             handles["all"].reset()  # for the next one
         print(name, found[name], file=sys.stderr, flush=True)  # tells where it hangs
     # What the children used to do: it would be seen.
-    substrate = handles["all"]._runtime.arbiter.substrate
+    substrate = handles["all"]._runtime.memory.substrate
     substrate.release(np.arange(substrate.count))
     found["control"] = unharmed()
     print(json.dumps(found))

@@ -151,7 +151,7 @@ def test_a_system_that_refuses_changes_nothing(
     with fluxmoe.page(model, 2 * experts * page_bytes, banks=2) as paged:
         answer(model)
         before = paged.stats()
-        substrate = paged._runtime.arbiter.substrate
+        substrate = paged._runtime.memory.substrate
         commits = [None] * works + [errors.SubstrateError("cannot map: injected fault")]
         real = substrate.commit
 

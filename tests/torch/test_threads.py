@@ -243,19 +243,19 @@ def test_a_layer_that_waited_for_close(load: Load) -> None:
     with torch.no_grad():
         alone = block(states)
     paged = fluxmoe.page(model, room(model, 1))
-    turn = block.experts._fluxmoe.turn
-    alone_in, waiting = turn.alone, threading.Event()
+    lock = block.experts._fluxmoe.lock
+    alone_in, waiting = lock.alone, threading.Event()
 
     def late(compute: Any) -> torch.Tensor:
         waiting.set()
         return alone_in(compute)
 
-    turn.alone = late
+    lock.alone = late
     with ThreadPoolExecutor(1) as pool:
-        with turn.lock():
+        with lock.lock():
             result = pool.submit(lambda: torch.no_grad()(block)(states))
             assert waiting.wait(60)
-            turn.alone = alone_in
+            lock.alone = alone_in
             paged.close()
             again = fluxmoe.page(other, "1MiB")
             assert again._handle == paged._handle
@@ -321,7 +321,7 @@ def test_steps_of_a_trace_are_passes(load: Load, tmp_path: Path) -> None:
                                                                     {0, 1, 2}]  # fmt: skip
     phases = [phase for _, number, phase, _ in TraceReader(trace).events() if number == 0]
     assert phases == [Phase.DECODE, Phase.DECODE, Phase.PREFILL, Phase.DECODE]
-    assert paged._turn.phase() == Phase.DECODE
+    assert paged._lock.phase() == Phase.DECODE
 
 
 def test_a_forward_method_that_was_wrapped_before_or_is_wrapped_meanwhile(load: Load) -> None:

@@ -125,7 +125,7 @@ def test_mapping(monkeypatch):
     from benchmarks.gpu import mapping
     from fluxmoe.cuda.fake import FakeDriver
 
-    row = mapping.measure(driver.Cuda(FakeDriver()), 8, repeats=2, frame_bytes=4096)
+    row = mapping.measure(driver.CudaDriver(FakeDriver()), 8, repeats=2, frame_bytes=4096)
     assert row["frames"] == 8 and min(row["first"], row["again"], row["decommit"]) > 0
 
 

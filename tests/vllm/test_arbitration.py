@@ -57,7 +57,7 @@ def fail_commits(worker: Any, every: int) -> None:
     """Each ``every``-th time that memory is mapped, the system refuses; 0 = never again."""
     from fluxmoe.errors import SubstrateError
 
-    substrate = worker._runtime.arbiter.substrate
+    substrate = worker._runtime.memory.substrate
     plain = type(substrate).commit.__get__(substrate)
     calls = iter(range(1, 10**9))
 
@@ -92,7 +92,7 @@ def disturb(worker: Any, rate: float) -> None:
 def books(worker: Any) -> tuple[dict[str, int], int]:
     """Frames per tenant as they are mapped, and bytes that the system has given."""
     worker._runtime.check()
-    return worker._runtime.arbiter.frames(), worker._runtime.arbiter.substrate.allocated()
+    return worker._runtime.memory.frames(), worker._runtime.memory.substrate.allocated()
 
 
 # --- one process ---------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ def main():
     engine.call("fluxmoe_record", None)
     found["recording"] = [status, unharmed and os.listdir(folder) == ["trace"]]
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    substrate = worker._runtime.arbiter.substrate
-    experts = worker._runtime._tenant._arenas[0][0].frame_at
+    substrate = worker._runtime.memory.substrate
+    experts = worker._runtime.memory.experts._arenas[0][0].frame_at
     substrate.release(experts[experts >= 0])
     found["control"] = answer() == stock
     print("found: " + json.dumps(found), flush=True)

@@ -75,24 +75,24 @@ def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
 
 def test_the_last_decisions_are_shown_and_older_ones_taken_back() -> None:
     decided = [Decision(n, "to_kv", f"reason {n}") for n in range(1, REMEMBERED + 2)]
-    controller: Any = SimpleNamespace(
+    arbiter: Any = SimpleNamespace(
         policy="marginal", changes={"to_kv": 0, "to_experts": 0}, failures=0, faults=0, slow=0
     )
-    controller.decisions = deque(maxlen=REMEMBERED)
-    meter = Meter(split_reader(controller))
+    arbiter.decisions = deque(maxlen=REMEMBERED)
+    meter = Meter(split_reader(arbiter))
     first = meter.take()
     assert first["fluxmoe_policy_faults_total"] == {("arbitration", "marginal"): 0}
     assert DECISION not in first
     assert meter.take() == {}
     for decision in decided:
-        controller.changes["to_kv"] += 2
-        controller.decisions.append(decision)
+        arbiter.changes["to_kv"] += 2
+        arbiter.decisions.append(decision)
         changes = meter.take()
         assert changes["fluxmoe_split_changes_total"] == {("to_kv",): 2}
         labels = (str(decision.number), "marginal", "to_kv", decision.reason)
         assert changes[DECISION].pop(labels) == 1
     assert changes[DECISION] == {("1", "marginal", "to_kv", "reason 1"): -1}
-    controller.failures += 1
+    arbiter.failures += 1
     assert meter.take() == {"fluxmoe_split_failures_total": {(): 1}}
 
 

@@ -51,7 +51,7 @@ def stock(engine: ChildEngine) -> Run:
 
 
 def of_rank(worker: Any, rank: int, fault: Any, *args: Any) -> None:
-    if worker._side._follower._rank == rank:
+    if worker._side._moves._rank == rank:
         fault(worker, *args)
 
 
@@ -62,15 +62,15 @@ def undisturbed(worker: Any) -> None:
 
 def die_in_a_move(worker: Any, after: int) -> None:
     """The ``after``-th order from now on ends the process, half carried out."""
-    follower = worker._side._follower
-    execute, left = follower._execute, iter(range(after, -1, -1))
+    mover = worker._side._moves
+    apply, left = mover.apply, iter(range(after, -1, -1))
 
     def dying(action: Any) -> None:
-        execute(action)
+        apply(action)
         if not next(left):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    follower._execute = dying
+    mover.apply = dying
 
 
 def undone(engine: ChildEngine) -> int:

@@ -24,9 +24,9 @@ import torch
 
 from fluxmoe.backends import op
 from fluxmoe.backends.torch.layout import Weights, weights_of
+from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
-from fluxmoe.backends.torch.shield import Uncopyable
-from fluxmoe.backends.torch.turn import Turn
+from fluxmoe.backends.torch.refusals import Uncopyable
 from fluxmoe.errors import UnsupportedError
 
 NAMES.require("experts")  # an ImportError of the lines below would not say what to do
@@ -76,7 +76,7 @@ class Binding(Uncopyable):
         twin: The module as the computing implementation sees it.
         compute: That implementation, by slot; None for ``eager``.
         original: The module's own parameters; of a loaded model they are on the meta device.
-        turn: Lock against changes of the arenas from ``acquire`` to the kernel's end.
+        lock: Lock against changes of the arenas from ``acquire`` to the kernel's end.
         lease: Keeps the arenas alive.
         note: Passes more than the expert ids to a recorder; None if not needed.
     """
@@ -86,7 +86,7 @@ class Binding(Uncopyable):
     twin: torch.nn.Module
     compute: Compute | None
     original: Weights
-    turn: Turn
+    lock: ForwardLock
     lease: Lease
     note: Note | None = None
 
@@ -108,7 +108,7 @@ def bind(
     implementation: str,
     arenas: Arenas,
     table: torch.Tensor,
-    turn: Turn,
+    lock: ForwardLock,
     lease: Lease,
 ) -> None:
     """Take the experts out of a module and let it compute on arenas.
@@ -120,7 +120,7 @@ def bind(
         implementation: Computing implementation, one of ``IMPLEMENTATIONS``.
         arenas: Part → ``[slots, …]`` of the layer's bank.
         table: The layer's expert table, ``[experts]`` → slot.
-        turn: Lock of the model.
+        lock: Lock of the model.
         lease: Keeps the arenas alive.
     """
     original = weights_of(module)
@@ -130,7 +130,7 @@ def bind(
         for part, arena in arenas.items():
             setattr(twin, part, ByExpert(arena, table))
     compute = BY_SLOT.get(implementation)
-    module._fluxmoe = Binding(handle, layer, twin, compute, original, turn, lease)
+    module._fluxmoe = Binding(handle, layer, twin, compute, original, lock, lease)
     resize(module, arenas)
     for part, weight in original.items():
         module._parameters[part] = absent(weight)
@@ -191,7 +191,7 @@ def forward(
     if torch.compiler.is_compiling():  # a lock would break the graph
         return _event(self, binding, hidden_states, top_k_index, top_k_weights)
     event = partial(_event, self, binding, hidden_states, top_k_index, top_k_weights)
-    return binding.turn.alone(event)
+    return binding.lock.alone(event)
 
 
 def _event(

@@ -24,11 +24,11 @@ from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.experts import absent
+from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.paging import implementation_of, runtime_for
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
-from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.checkpoint import require_readable
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
@@ -119,11 +119,11 @@ def load_configured(
         planned = _without_weights(name, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
-    turn = Turn()
+    lock = ForwardLock()
     room = Room(*layout.describe(layers))
     resolved = room.fit(config, _WHERE)
     store = make_store(resolved, room.geometry, room.page_class, coders)
-    runtime = runtime_for(room, store, resolved, policies, implementation, turn)
+    runtime = runtime_for(room, store, resolved, policies, implementation, lock)
     try:
         with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -142,7 +142,7 @@ def load_configured(
     except BaseException:
         runtime.close()
         raise
-    return PagedModel(model, layers, runtime, implementation, turn, loaded=True)
+    return PagedModel(model, layers, runtime, implementation, lock, loaded=True)
 
 
 class _Catch:

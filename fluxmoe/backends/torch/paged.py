@@ -16,9 +16,9 @@ from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_weight
 from fluxmoe.backends.torch import experts, layout, recording
+from fluxmoe.backends.torch.lock import ForwardLock
+from fluxmoe.backends.torch.refusals import Refusals, gone
 from fluxmoe.backends.torch.settings import Room, given, settings
-from fluxmoe.backends.torch.shield import Shield, gone
-from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
@@ -44,11 +44,11 @@ class PagedModel:
         layers: list[torch.nn.Module],
         runtime: Runtime,
         implementation: str,
-        turn: Turn,
+        lock: ForwardLock,
         *,
         loaded: bool = False,
     ) -> None:
-        self.model, self._layers, self._runtime, self._turn = model, layers, runtime, turn
+        self.model, self._layers, self._runtime, self._lock = model, layers, runtime, lock
         self._asked: RemovableHandle | None = None
         self._previous = None if loaded else model.get_experts_implementation()
         self._handle = handle = op.attach(runtime.pager)
@@ -58,10 +58,10 @@ class PagedModel:
         table = torch.from_numpy(runtime.pager.table.expert_table)
         for index, layer in enumerate(layers):
             experts.bind(
-                layer, handle, index, implementation, self._arenas(index), table[index], turn, lease
+                layer, handle, index, implementation, self._arenas(index), table[index], lock, lease
             )
-        self._shield = Shield(model, layers, experts.NAME)
-        turn.watch(model.base_model)
+        self._refusals = Refusals(model, layers, experts.NAME)
+        lock.watch(model.base_model)
         experts.register()
         model.set_experts_implementation(experts.NAME)
         if any(layer.config._experts_implementation != experts.NAME for layer in layers):
@@ -127,14 +127,14 @@ class PagedModel:
             replace=replace,
             max_steps=max_steps,
             phase=phase,
-            rows=self._turn.rows,
+            rows=self._lock.rows,
         ) as recorder:
             try:
-                self._turn.alone(partial(self._show, recorder, notes))
+                self._lock.alone(partial(self._show, recorder, notes))
                 yield recorder
             finally:
-                if self._turn.here:
-                    self._turn.alone(partial(self._show, None, [None] * len(notes)))
+                if self._lock.here:
+                    self._lock.alone(partial(self._show, None, [None] * len(notes)))
 
     def _show(self, recorder: Recorder | None, notes: Sequence[experts.Note | None]) -> None:
         if self.closed:
@@ -161,7 +161,7 @@ class PagedModel:
 
     def _resize(self, memory: int | str, where: str, *, at_least: bool = False) -> None:
         budget = given(settings(where, memory), where)
-        self._turn.alone(partial(self._give, budget, where, at_least))
+        self._lock.alone(partial(self._give, budget, where, at_least))
 
     def _give(self, budget: int, where: str, at_least: bool) -> None:
         runtime = self._open()
@@ -169,7 +169,7 @@ class PagedModel:
         if at_least:
             budget = max(budget, room.least * runtime.pager.table.num_banks)
         budget = room.within(budget, where)
-        if at_least and budget // room.frame_bytes == runtime.arbiter.pool.limit:
+        if at_least and budget // room.frame_bytes == runtime.memory.pool.limit:
             return
         runtime.resize(budget)
         for index, layer in enumerate(self._layers):
@@ -205,11 +205,11 @@ class PagedModel:
 
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies reset."""
-        self._turn.alone(lambda: self._open().pager.reset())
+        self._lock.alone(lambda: self._open().pager.reset())
 
     def check(self) -> None:
         """Raise InvariantError unless all accounts agree."""
-        self._turn.alone(lambda: self._open().check())
+        self._lock.alone(lambda: self._open().check())
 
     def close(self) -> None:
         """Release the memory and restore the model exactly. Idempotent.
@@ -217,14 +217,14 @@ class PagedModel:
         A model from ``fluxmoe.load`` cannot be restored: from now on it has no experts,
         and using it is an error. Does nothing in a forked process, as the memory is the parent's.
         """
-        if self._turn.here:
-            self._turn.alone(self._close)
+        if self._lock.here:
+            self._lock.alone(self._close)
 
     def _close(self) -> None:
         if self.closed:
             return
-        self._turn.leave(self.model.base_model)
-        self._shield.remove()
+        self._lock.leave(self.model.base_model)
+        self._refusals.remove()
         for layer in self._layers:
             experts.release(layer)
         if self._previous is not None:

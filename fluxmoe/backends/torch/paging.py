@@ -11,9 +11,9 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
+from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
-from fluxmoe.backends.torch.turn import Turn
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
@@ -83,16 +83,16 @@ def page(
     )
     config, registry = room.fit(wanted, _WHERE), plugin_registry(wanted.plugins)
     policies, coders = registry.policies(config), make_coders(config, registry)
-    turn = Turn()
+    lock = ForwardLock()
     store = make_store(config, room.geometry, room.page_class, coders)
     try:
         for layer in layers:
             store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
-        runtime = runtime_for(room, store, config, policies, implementation, turn)
+        runtime = runtime_for(room, store, config, policies, implementation, lock)
     except BaseException:
         store.close()
         raise
-    return PagedModel(model, layers, runtime, implementation, turn)
+    return PagedModel(model, layers, runtime, implementation, lock)
 
 
 def runtime_for(
@@ -101,7 +101,7 @@ def runtime_for(
     config: Resolved,
     policies: Policies,
     implementation: str,
-    turn: Turn,
+    lock: ForwardLock,
 ) -> Runtime:
     """Arenas and pager for a model's expert layers, whose weights need not be loaded yet."""
     return Runtime(
@@ -112,7 +112,7 @@ def runtime_for(
         store,
         KVNeed(0, 0, "the KV cache is the model's own"),
         bank_limit=experts.GROUPED_MM_SLOTS if implementation == "grouped_mm" else None,
-        phase=turn.phase,
+        phase=lock.phase,
         ceiling=room.most,
     )
 

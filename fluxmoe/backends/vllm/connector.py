@@ -102,7 +102,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
             block_tokens=self._config.cache_config.block_size,
             requests=self._requests,
         )
-        self._meter = Meter(metrics.split_reader(self.arbitration.controller))
+        self._meter = Meter(metrics.split_reader(self.arbitration.arbiter))
 
     def on_new_request(self, request: Any) -> None:
         self._requests.arrived(request)
@@ -143,7 +143,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if not self._begun:
             return True
-        return self.arbitration is not None and self.arbitration.controller.busy
+        return self.arbitration is not None and self.arbitration.arbiter.busy
 
     # --- worker ----------------------------------------------------------------------------------
 

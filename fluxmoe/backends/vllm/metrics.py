@@ -14,7 +14,7 @@ from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE
 
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
-    from fluxmoe.core.arbitration.controller import SplitController
+    from fluxmoe.core.arbitration.controller import Arbiter
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
@@ -159,8 +159,8 @@ def reader(runtime: Runtime) -> Callable[[], Readings]:
 
     store = "+".join(store.kind for store in runtime.config.stores)
     policies = [("eviction", runtime.eviction.name), ("prefetch", runtime.prefetch.name)]
-    tenants = ("experts", runtime.experts_budget), ("kv", runtime.kv_budget)
-    pager, pool = runtime.pager, runtime.arbiter.pool
+    tenants = ("experts", runtime.partition.experts), ("kv", runtime.partition.kv)
+    pager, pool = runtime.pager, runtime.memory.pool
     counts, transfer = pager.table.books.counts, pager.transfer
     bounds = [getattr(budget, kind) for _, budget in tenants for kind in _BOUNDS]
     pages = pager.table.geometry.num_pages
@@ -222,23 +222,23 @@ def read_ages(runtime: Runtime) -> Readings:
     ]
 
 
-def split_reader(controller: SplitController | None) -> Callable[[], Readings]:
+def split_reader(arbiter: Arbiter | None) -> Callable[[], Readings]:
     """Make a function that reads the scheduler's metrics; zeros if the split is fixed."""
     always: list[Series] = [
         ("fluxmoe_split_changes_total", ("to_kv",)),
         ("fluxmoe_split_changes_total", ("to_experts",)),
         ("fluxmoe_split_failures_total", ()),
     ]
-    if controller is None:
+    if arbiter is None:
         return lambda: (always, (0, 0, 0))
-    policy = controller.policy
+    policy = arbiter.policy
     always.append(("fluxmoe_policy_faults_total", ("arbitration", policy)))
     always.append(("fluxmoe_policy_slow_calls_total", ("arbitration", policy)))
     series, newest = always, 0
 
     def read() -> Readings:
         nonlocal series, newest
-        changes, decisions = controller.changes, controller.decisions
+        changes, decisions = arbiter.changes, arbiter.decisions
         if decisions and decisions[-1].number != newest:
             newest = decisions[-1].number
             labels = [(str(d.number), policy, d.direction, d.reason) for d in decisions]
@@ -246,9 +246,9 @@ def split_reader(controller: SplitController | None) -> Callable[[], Readings]:
         return series, (
             changes["to_kv"],
             changes["to_experts"],
-            controller.failures,
-            controller.faults,
-            controller.slow,
+            arbiter.failures,
+            arbiter.faults,
+            arbiter.slow,
             *(1 for _ in decisions),
         )
 

@@ -1,4 +1,4 @@
-"""SplitController: the scheduler's side of arbitration. Asks the policy, turns its wish into moves.
+"""Arbiter: the scheduler's side of arbitration. Asks the policy, turns its wish into moves.
 
 In every step it processes the workers' answers, asks the policy if that is due, and, if no move is
 in progress, begins the next one, with few enough frames that the resulting pause stays a fraction
@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
 from fluxmoe.core.arbitration.limits import EXPERTS, KV, in_words, narrowed
-from fluxmoe.core.arbitration.messages import Answer, ByHand, Inventory, Order
-from fluxmoe.core.arbitration.moves import Move, Mover, Outcome, Result
+from fluxmoe.core.arbitration.messages import Answer, Inventory, OperatorLimits, Order
+from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, Outcome, Result
 from fluxmoe.core.arbitration.planning import Held, Planner
-from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
+from fluxmoe.core.arbitration.schedule import AskingSchedule
+from fluxmoe.core.policy.arbitration import (
+    ArbitrationView,
+    ExpertDemand,
+    PrefixDemand,
+    Split,
+    StepSample,
+)
 from fluxmoe.core.policy.guards import ArbitrationGuard
 
 logger = logging.getLogger("fluxmoe")
@@ -50,49 +57,48 @@ class BlockSource(Protocol):
     def used(self) -> int:
         """Number of blocks that requests use."""
 
+    def cached(self) -> int:
+        """Number of blocks that only hold prefixes that no request uses."""
 
-class Pace:
-    """Counts the steps from one call of a policy to the next.
 
-    Evaluating many steps at once costs hardly more than evaluating one: between two steps of the
-    engine the policy's code has left the CPU caches. So a policy declares how often to ask it, and
-    sees all steps since the last call.
+class Demand(Protocol):
+    """The engine's demand for memory; asked only in the steps in which a view is made."""
 
-    Calls become rarer while the number of running requests is constant, none waits and the policy
-    keeps the current split.
+    max_running: int
 
-    Args:
-        interval, calm: ``ArbitrationPolicy.interval`` and ``calm_interval``.
+    @property
+    def preemptions(self) -> int:
+        """Number of requests that lost their KV cache because it was full, since the start."""
+
+    def request_blocks(self) -> float:
+        """KV blocks that a request needs at its end, estimated; 0 before the first has ended."""
+
+    def experts(self) -> ExpertDemand:
+        """Cost of expert pages."""
+
+    def prefixes(self) -> PrefixDemand:
+        """Demand for cached prefixes."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """The engine between two steps.
+
+    Attributes:
+        last: The step that has ended.
+        running, waiting: Number of requests in the step that begins.
+        answers: Answers of the workers since the last step.
+        demand: The engine's demand for memory.
     """
 
-    def __init__(self, interval: int, calm: int) -> None:
-        self._interval, self._calm = interval, max(interval, calm)
-        self._pause, self._running = 1, 0
-        #: Steps since the policy was last asked, oldest first.
-        self.steps: list[StepSample] = []
-
-    def due(self, step: StepSample, running: int, waiting: int, *, content: bool) -> bool:
-        """True if the policy should be asked now.
-
-        Args:
-            step: The step that has just ended.
-            running, waiting: Number of requests in the step that begins.
-            content: True if the policy's last answer was the current split.
-        """
-        self.steps.append(step)
-        calm = content and not waiting and running == self._running
-        return len(self.steps) >= (self._pause if calm else min(self._pause, self._interval))
-
-    def asked(self, running: int, waiting: int, *, content: bool) -> None:
-        """Record that the policy was asked, with the arguments of ``due``."""
-        calm = content and not waiting and running == self._running
-        longer = min(2 * self._pause, self._calm) if calm else 0
-        self._pause = max(longer, self._interval)
-        self._running = running
-        self.steps.clear()
+    last: StepSample
+    running: int
+    waiting: int
+    answers: Sequence[Answer]
+    demand: Demand
 
 
-class SplitController:
+class Arbiter:
     """Moves frames between experts and KV cache as a policy wishes.
 
     Args:
@@ -106,8 +112,8 @@ class SplitController:
         self, inventory: Inventory, policy: ArbitrationGuard, blocks: BlockSource, workers: int
     ) -> None:
         self._inventory, self._policy, self._blocks = inventory, policy, blocks
-        self._mover = Mover(workers)
-        self._pace = Pace(policy.interval, policy.calm_interval)
+        self._moves = MoveCoordinator(workers)
+        self._schedule = AskingSchedule(policy.interval, policy.calm_interval)
         #: Split that the policy wants; None if it wants the current one.
         self._wish: Split | None = None
         self._planner = Planner(inventory, blocks.hold)
@@ -118,14 +124,14 @@ class SplitController:
         self._limit = inventory.frames
         bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
         self._bounds = self._initial_bounds = MappingProxyType(bounds)
-        #: Limits set by hand; None if none were ever set.
-        self._by_hand: ByHand | None = None
+        #: The operator's limits; None if none were ever set.
+        self._limits: OperatorLimits | None = None
         #: True if the current split needs no move unless the policy wants another.
         self._settled = True
         self._pause_per_frame = 0.0
         #: Seconds of the longest move so far, both halves together.
         self.longest_pause = 0.0
-        self._steps, self._told, self._line = 0, -QUIET, ""
+        self._steps, self._reported, self._line = 0, -QUIET, ""
         #: The last reported decisions, oldest first.
         self.decisions: deque[Decision] = deque(maxlen=REMEMBERED)
         #: Moves that took effect, by direction.
@@ -138,7 +144,7 @@ class SplitController:
     @property
     def busy(self) -> bool:
         """True if a move is in progress, so that steps are needed."""
-        return self._mover.busy
+        return self._moves.busy
 
     @property
     def frames(self) -> dict[str, int]:
@@ -160,10 +166,10 @@ class SplitController:
         """Number of slow calls of the policy."""
         return self._policy.slow
 
-    def set_limits(self, limits: ByHand) -> None:
+    def set_limits(self, limits: OperatorLimits) -> None:
         """Enforce these limits from now on, in as many moves as needed. See ``narrowed``."""
         total = self._inventory.frames
-        self._by_hand, self._settled = limits, False
+        self._limits, self._settled = limits, False
         self._limit = total if limits.total is None else min(max(limits.total, 0), total)
         self._bounds = narrowed(
             self._initial_bounds,
@@ -174,67 +180,58 @@ class SplitController:
 
     # --- every step ------------------------------------------------------------------------------
 
-    def step(
-        self,
-        last: StepSample,
-        running: int,
-        waiting: int,
-        make_view: Callable[..., ArbitrationView],
-        answers: Iterable[Answer],
-    ) -> Order | None:
+    def step(self, state: EngineState) -> Order | None:
         """Called before each step of the engine.
-
-        Args:
-            last: The previous step.
-            running, waiting: Number of requests in the step that begins.
-            make_view: Makes the policy's view from the engine's state and the keyword arguments
-                that the controller passes; called only if needed.
-            answers: Answers of the workers since the last call.
 
         Returns:
             The order to send to all workers with this step, if any.
         """
-        result = self._mover.receive(answers)
+        last, running, waiting = state.last, state.running, state.waiting
+        result = self._moves.receive(state.answers)
         if result is not None:
             self._finish(result)
         self._steps += 1
         content = self._wish is None
-        due = not self._policy.fixed and self._pace.due(last, running, waiting, content=content)
+        due = not self._policy.fixed and self._schedule.due(last, running, waiting, content=content)
         # Most steps need no work, and should cost nothing.
-        if due or not (self._mover.busy or (content and self._settled)):
-            view = self._seen(last, running, waiting, make_view)
+        if due or not (self._moves.busy or (content and self._settled)):
+            view = self._view(state)
             if due:
                 self._ask(view)
             split = self._wish or Split(view.frames)
-            if not self._mover.busy:
+            if not self._moves.busy:
                 self._begin(split, view)
-        return self._mover.order()
+        return self._moves.order()
 
-    def _seen(
-        self,
-        last: StepSample,
-        running: int,
-        waiting: int,
-        make_view: Callable[..., ArbitrationView],
-    ) -> ArbitrationView:
-        layout = self._inventory.layout
-        return make_view(
+    def _view(self, state: EngineState) -> ArbitrationView:
+        """The policy's input. Made only if the policy is asked or memory moves."""
+        layout, demand = self._inventory.layout, state.demand
+        per_block = layout.block_bytes / layout.frame_bytes
+        return ArbitrationView(
             frames=self._frames,
             total_frames=max(self._limit, self._least()),
             bounds=self._bounds,
-            waiting_requests=waiting,
-            running_requests=running,
+            step=self._steps - 1,
+            waiting_requests=state.waiting,
+            running_requests=state.running,
+            max_running_requests=demand.max_running,
             kv_used_frames=-(-self._blocks.used() * layout.block_bytes // layout.frame_bytes),
-            tokens=last.tokens,
-            step_seconds=last.seconds,
-            stall_seconds=last.stall_seconds,
-            steps=tuple(self._pace.steps),
+            request_frames=demand.request_blocks() * per_block,
+            kv_cached_frames=int(self._blocks.cached() * per_block),
+            preemptions=demand.preemptions,
+            tokens=state.last.tokens,
+            step_seconds=state.last.seconds,
+            stall_seconds=state.last.stall_seconds,
+            steps=tuple(self._schedule.steps),
+            experts=demand.experts(),
+            prefixes=demand.prefixes(),
         )
 
     def _ask(self, view: ArbitrationView) -> None:
         split = self._policy.split(view)
         self._wish = None if split.frames == view.frames else split
-        self._pace.asked(view.running_requests, view.waiting_requests, content=self._wish is None)
+        content = self._wish is None
+        self._schedule.asked(view.running_requests, view.waiting_requests, content=content)
 
     def _begin(self, split: Split, view: ArbitrationView) -> None:
         """Begin the next move towards ``split``, if there is one."""
@@ -245,7 +242,7 @@ class SplitController:
         # An idle engine finishes the current move and begins no other: moves keep it stepping.
         if not view.running_requests and not over:
             return
-        wanted = self._planner.within(split, view, fill=self._by_hand is not None)
+        wanted = self._planner.within(split, view, fill=self._limits is not None)
         held = Held(self._slots, self._groups, self._frames)
         move = self._planner.move(wanted, view, held, self._pause_per_frame)
         self._settled = move is None and not over
@@ -253,10 +250,10 @@ class SplitController:
             if not move.to_kv:  # their blocks are already held
                 self._groups -= set(move.groups)
                 self._count()
-            # Also if a limit set by hand frees memory for a tenant whose policy wants no change.
-            told = self._by_hand is not None and split.frames == frames
-            self._report(move, split, by_hand=over or told)
-            self._mover.begin(move)
+            # Also if a operator's limit frees memory for a tenant whose policy wants no change.
+            freed = self._limits is not None and split.frames == frames
+            self._report(move, split, by_operator=over or freed)
+            self._moves.begin(move)
 
     def _finish(self, result: Result) -> None:
         move, groups = result.move, set(result.move.groups)
@@ -291,18 +288,18 @@ class SplitController:
     def _least(self) -> int:
         return sum(bounds.min for bounds in self._bounds.values())
 
-    def _report(self, move: Move, split: Split, *, by_hand: bool) -> None:
+    def _report(self, move: Move, split: Split, *, by_operator: bool) -> None:
         """Log a line per decision, not per move towards the same wish."""
         direction = "to_kv" if move.to_kv else "to_experts"
         words = "to the KV cache" if move.to_kv else "to the experts"
         reason = split.reason
-        if by_hand:
-            reason = f"limits set by hand: {in_words(self._by_hand or ByHand())}"
+        if by_operator:
+            reason = f"limits set by hand: {in_words(self._limits or OperatorLimits())}"
         line = f"{words}; {reason}" if reason else words
         turned = not self.decisions or self.decisions[-1].direction != direction
-        if line == self._line or self._steps - self._told < (TURN if turned else QUIET):
+        if line == self._line or self._steps - self._reported < (TURN if turned else QUIET):
             return
-        self._line, self._told = line, self._steps
+        self._line, self._reported = line, self._steps
         number = self.decisions[-1].number + 1 if self.decisions else 1
         self.decisions.append(Decision(number, direction, reason))
         size = self._inventory.layout.frame_bytes / 2**20

@@ -7,7 +7,7 @@ from operator import sub
 
 import numpy as np
 
-from fluxmoe.core.arbitration.messages import Answer, ByHand, StepReport
+from fluxmoe.core.arbitration.messages import Answer, OperatorLimits, StepReport
 from fluxmoe.core.paging.books import C_ACCESSES, C_LOADS_DEMAND, C_LOADS_PREFETCH, C_MISSES
 from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
 from fluxmoe.core.paging.pager import ExpertPager
@@ -36,7 +36,7 @@ class DemandMeter:
         self._grid = np.linspace(0, geometry.num_pages, POINTS).round().astype(np.int64)
         self._load_seconds, self._steps = 0.0, 0
         #: Limits sent with every report from now on.
-        self.limits: ByHand | None = None
+        self.limits: OperatorLimits | None = None
         self.restarted()
 
     def restarted(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import MappingProxyType
 
-from fluxmoe.core.arbitration.messages import ByHand
+from fluxmoe.core.arbitration.messages import OperatorLimits
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.kv import KVTenant
 from fluxmoe.core.policy.arbitration import ArbitrationView
@@ -16,7 +16,7 @@ EXPERTS, KV = ExpertTenant.NAME, KVTenant.NAME
 
 
 def narrowed(
-    bounds: Mapping[str, Budget], limits: ByHand, *, total: int, group: int
+    bounds: Mapping[str, Budget], limits: OperatorLimits, *, total: int, group: int
 ) -> MappingProxyType[str, Budget]:
     """Bounds of the tenants, narrowed by the limits.
 
@@ -54,7 +54,7 @@ def filled(wishes: dict[str, int], view: ArbitrationView) -> dict[str, int]:
     return wishes
 
 
-def in_words(limits: ByHand) -> str:
+def in_words(limits: OperatorLimits) -> str:
     """Text of the limits that are set."""
     given = [(field.name, getattr(limits, field.name)) for field in fields(limits)]
     return ", ".join(f"{name} {value} frames" for name, value in given if value is not None)

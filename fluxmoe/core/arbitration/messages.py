@@ -1,7 +1,7 @@
 """Messages of arbitration that cross processes, as plain data.
 
 ``Inventory`` goes from worker to scheduler at the start; in each step ``Order`` goes from scheduler
-to worker, and ``StepReport``, with ``Answer`` and ``ByHand`` in it, back.
+to worker, and ``StepReport``, with ``Answer`` and ``OperatorLimits`` in it, back.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class ByHand:
+class OperatorLimits:
     """Limits set by an operator, in frames; None leaves a limit as configured.
 
     KV cache that requests use is never taken away, whatever the limits.
@@ -119,4 +119,4 @@ class StepReport:
     stall_seconds: float
     load_seconds: float
     curve: tuple[float, ...] | None
-    limits: ByHand | None = None
+    limits: OperatorLimits | None = None

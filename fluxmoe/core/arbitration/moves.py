@@ -1,9 +1,10 @@
 """Moves of memory: the protocol between scheduler and workers, and its execution on a worker.
 
-The two sides are pure state machines, without an engine and without a clock.
+The scheduler's side is a pure state machine, without an engine and without a clock. The worker's
+side applies actions to the pager (slots) and to the memory (KV groups).
 
-A move is a *shrink* of one tenant and a *grow* of the other. The scheduler's ``Mover`` sends one
-order at a time to all workers and sends the next one only when every worker has answered::
+A move is a *shrink* of one tenant and a *grow* of the other. The scheduler's ``MoveCoordinator``
+sends one order at a time to all workers and the next one only when every worker has answered::
 
     shrink ── all done ──▶ grow ── all done ──▶ MOVED
        │ one failed          │ one failed
@@ -19,12 +20,12 @@ give absolute values, so repeating one that was carried out halfway is harmless.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from fluxmoe.core.arbitration.messages import Action, Answer, FreeKV, Order, SetSlots, TakeKV
-from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.words import raised
 from fluxmoe.errors import InvariantError
@@ -106,7 +107,7 @@ _NEXT: dict[_Stage, tuple[_Stage | Outcome, _Stage | Outcome]] = {
 }
 
 
-class Mover:
+class MoveCoordinator:
     """The scheduler's side: carries out one move at a time.
 
     Args:
@@ -171,67 +172,53 @@ class Mover:
         self._answers = {}
 
 
-class Follower:
+class MoveWorker:
     """The worker's side: carries out each order once and remembers the answer.
 
     Args:
         rank: Rank of the worker.
-        execute: Carries out a whole action, or raises.
+        memory: The worker's memory.
+        pager: The pager of its experts.
         clock: Returns the time in seconds, for ``Answer.seconds``.
     """
 
     def __init__(
-        self, rank: int, execute: Callable[[Action], None], clock: Callable[[], float]
+        self, rank: int, memory: WorkerMemory, pager: ExpertPager, clock: Callable[[], float]
     ) -> None:
-        self._rank, self._execute, self._clock = rank, execute, clock
+        self._rank, self._memory, self._pager, self._clock = rank, memory, pager, clock
         self._last: Answer | None = None
+
+    @property
+    def done(self) -> int:
+        """Number of orders carried out so far."""
+        return 0 if self._last is None else self._last.number
 
     def receive(self, order: Order | None) -> Answer | None:
         """Carry out ``order`` unless already done; return the answer to the last one."""
-        done = 0 if self._last is None else self._last.number
         # The scheduler continues only after all answers: any other number is an old message.
-        if order is not None and order.number == done + 1:
+        if order is not None and order.number == self.done + 1:
             started, problem = self._clock(), ""
             try:
-                self._execute(order.action)
+                self.apply(order.action)
             except Exception as error:  # whatever it is, the engine must keep serving
                 problem = raised(error)
             self._last = Answer(self._rank, order.number, problem, self._clock() - started)
         return self._last
 
+    def apply(self, action: Action) -> None:
+        """Carry out one action of a move, between steps, completely or not at all.
 
-def execute(arbiter: MemoryArbiter, pager: ExpertPager, action: Action) -> None:
-    """Carry out one action of a move, between steps, completely or not at all.
-
-    Raises:
-        OutOfFramesError, SubstrateError: No room to grow, or the system refused.
-        CapacityError: A bank cannot have this many slots.
-        InvariantError: A KV group does not exist.
-    """
-    if isinstance(action, SetSlots):
-        _set_slots(pager, action.slots)
-        return
-    if arbiter.kv is None:
-        raise InvariantError("there is no KV cache in this budget")
-    if isinstance(action, TakeKV):
-        arbiter.kv.commit(action.groups)
-    elif isinstance(action, FreeKV):
-        arbiter.kv.free(action.groups)
-
-
-def _set_slots(pager: ExpertPager, slots: Sequence[int]) -> None:
-    """Resize all banks, shrinking ones first. If one fails, the others are restored."""
-    before = list(pager.table.slots)
-    if len(slots) != len(before):
-        raise InvariantError(f"{len(slots)} sizes for {len(before)} banks")
-    order = sorted(range(len(before)), key=lambda bank: slots[bank] - before[bank])
-    done = []
-    try:
-        for bank in order:
-            if slots[bank] != before[bank]:
-                pager.resize(bank, slots[bank])
-                done.append(bank)
-    except BaseException:
-        for bank in reversed(done):  # those that grew come first here, and release their frames
-            pager.resize(bank, before[bank])
-        raise
+        Raises:
+            OutOfFramesError, SubstrateError: No room to grow, or the system refused.
+            CapacityError: A bank cannot have this many slots.
+            InvariantError: A KV group does not exist.
+        """
+        if isinstance(action, SetSlots):
+            self._pager.resize_all(action.slots)
+            return
+        if self._memory.kv is None:
+            raise InvariantError("there is no KV cache in this budget")
+        if isinstance(action, TakeKV):
+            self._memory.kv.commit(action.groups)
+        elif isinstance(action, FreeKV):
+            self._memory.kv.free(action.groups)

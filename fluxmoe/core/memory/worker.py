@@ -1,30 +1,52 @@
-"""MemoryArbiter: one worker's budget of frames and the tenants that share it.
+"""WorkerMemory: one worker's budget of frames, and the two tenants that share it.
 
-It owns the pool and the substrate, and can check at any time that committed memory stays within
-the budget.
+It owns the ledger, the physical memory, the expert arenas and the KV cache, and can check at any
+time that committed memory stays within the budget. It knows nothing of pages: a pager fills the
+arenas (``paging``), and moves of memory are carried out by ``arbitration.moves``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.kv import KVLayout, KVTenant
 from fluxmoe.core.memory.substrate import Substrate
+from fluxmoe.core.types import PageClass
 from fluxmoe.errors import InvariantError
 
 
-class MemoryArbiter:
-    """The budget of one worker.
+class WorkerMemory:
+    """The memory of one worker.
 
     Args:
-        substrate: Frames of the budget; closed with the arbiter.
+        substrate: Frames of the budget; closed with the memory, or if it cannot be made.
+        page_class: Layout of an expert page.
+        reserved: Slots per bank for which address space is reserved; none is committed yet.
+        limit: Most frames in use at once; None: all of the substrate.
+
+    Raises:
+        SubstrateError: The system refused.
     """
 
-    def __init__(self, substrate: Substrate) -> None:
+    def __init__(
+        self,
+        substrate: Substrate,
+        page_class: PageClass,
+        reserved: Sequence[int],
+        *,
+        limit: int | None = None,
+    ) -> None:
         self.substrate = substrate
         self.pool = FramePool(substrate.count, substrate.frame_bytes)
+        if limit is not None:
+            self.pool.set_limit(limit)
+        with ExitStack() as undo:
+            undo.callback(substrate.close)
+            self.experts = ExpertTenant(self.pool, substrate, page_class, reserved)
+            undo.pop_all()
         #: The KV cache, once its layout is known; None if the engine's is not in the budget.
         self.kv: KVTenant | None = None
 
@@ -36,6 +58,11 @@ class MemoryArbiter:
     def committed_bytes(self) -> int:
         """Bytes of all frames that a tenant holds now."""
         return self.pool.owned * self.pool.frame_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Committed bytes of the KV cache."""
+        return 0 if self.kv is None else self.kv.nbytes
 
     def frames(self) -> dict[str, int]:
         """The current split: tenant → frames."""
@@ -61,23 +88,27 @@ class MemoryArbiter:
     def check(self) -> None:
         """Raise InvariantError unless the books are consistent and within the budget."""
         self.pool.check()
+        self.experts.check()
         if self.kv is not None:
             self.kv.check()
         if sum(self.frames().values()) != self.pool.owned:
             raise InvariantError("an unknown tenant owns frames of the budget")
 
     def close(self) -> None:
-        """Release everything. Idempotent.
+        """Release everything; nothing may read the arenas or the KV cache any more. Idempotent.
 
         Raises:
-            InvariantError: The expert tenant has not been closed: its arenas would lose their
-                memory while still in use.
+            SubstrateError: The system refused to release some memory; the rest was released.
+            InvariantError: An unknown tenant holds frames.
         """
-        try:
+        with ExitStack() as each:  # last first, and all of them if one fails
+            each.callback(self.substrate.close)
+            each.callback(self._require_empty)
             if self.kv is not None:
-                self.kv.close()
-        finally:
-            self.pool.check()
-            if self.pool.owned:
-                raise InvariantError(f"tenants still hold frames: {self.frames()}")
-            self.substrate.close()
+                each.callback(self.kv.close)
+            each.callback(self.experts.close)
+
+    def _require_empty(self) -> None:
+        self.pool.check()
+        if self.pool.owned:
+            raise InvariantError(f"tenants still hold frames: {self.frames()}")

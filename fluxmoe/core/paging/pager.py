@@ -6,7 +6,7 @@ and returns slot numbers; the kernel then reads the arenas as if they were the w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -27,11 +27,11 @@ EventWatcher = Callable[[int, int, Ints, Phase], None]
 
 
 class ExpertPager:
-    """Pages experts of one model into the slots of one tenant.
+    """Pages experts of one model into the slots of its arenas.
 
     Args:
         rule: The event rule over the page table, with its policies.
-        tenant: The arenas with the table's slots.
+        experts: The arenas with the table's slots.
         transfer: Copies pages from their store into those arenas.
         phase: Returns the phase of a step; called once at the beginning of each.
     """
@@ -39,12 +39,12 @@ class ExpertPager:
     def __init__(
         self,
         rule: EventRule,
-        tenant: ExpertTenant,
+        experts: ExpertTenant,
         transfer: TransferEngine,
         *,
         phase: Callable[[], Phase] = lambda: Phase.DECODE,
     ) -> None:
-        self._rule, self._tenant, self._transfer = rule, tenant, transfer
+        self._rule, self._experts, self._transfer = rule, experts, transfer
         self._books = rule.table.books
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
@@ -139,7 +139,7 @@ class ExpertPager:
         self.table.require(slots)
         before = self.table.slots[bank]
         if slots >= before:
-            self._tenant.resize(bank, slots)
+            self._experts.resize(bank, slots)
             self.table.resize(bank, slots)
             return
         moved, sources = self._rule.shrink(bank, slots)  # pages leave before their memory does
@@ -151,11 +151,31 @@ class ExpertPager:
                 self.table.discard(np.asarray([page]))
         self._transfer.settle_from(bank, slots)
         try:
-            self._tenant.resize(bank, slots)
+            self._experts.resize(bank, slots)
         except FluxMoEError:
             with suppress(FluxMoEError):
-                self._tenant.resize(bank, before)
-            self.table.resize(bank, self._tenant.slots[bank])
+                self._experts.resize(bank, before)
+            self.table.resize(bank, self._experts.slots[bank])
+            raise
+
+    def resize_all(self, slots: Sequence[int]) -> None:
+        """Resize all banks, shrinking ones first. If one fails, the others are restored.
+
+        Raises: See ``resize``.
+        """
+        before = list(self.table.slots)
+        if len(slots) != len(before):
+            raise InvariantError(f"{len(slots)} sizes for {len(before)} banks")
+        order = sorted(range(len(before)), key=lambda bank: slots[bank] - before[bank])
+        done = []
+        try:
+            for bank in order:
+                if slots[bank] != before[bank]:
+                    self.resize(bank, slots[bank])
+                    done.append(bank)
+        except BaseException:
+            for bank in reversed(done):  # those that grew come first here, and release frames
+                self.resize(bank, before[bank])
             raise
 
     def reset(self) -> None:
@@ -168,15 +188,11 @@ class ExpertPager:
         self._step, self._layer = -1, self.table.geometry.num_layers
 
     def close(self) -> None:
-        """Stop the copies and release all frames."""
-        try:
-            self._transfer.close()
-        finally:
-            self._tenant.close()
+        """Stop the copies: nothing writes into the arenas any more."""
+        self._transfer.close()
 
     def check(self) -> None:
-        """Raise InvariantError unless table, arenas and frames agree."""
+        """Raise InvariantError unless the table is consistent and agrees with the arenas."""
         self.table.check()
-        self._tenant.check()
-        if self.table.slots != self._tenant.slots:
+        if self.table.slots != self._experts.slots:
             raise InvariantError("the page table and the arenas disagree about the slots")

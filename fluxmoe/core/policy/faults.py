@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.core.words import LIMIT, from_signal, line, raised
 from fluxmoe.errors import PolicyFaultError
 
@@ -23,13 +23,13 @@ logger = logging.getLogger("fluxmoe")
 NO_ANSWER: Any = object()  # None is an answer, and a wrong one
 
 
-class FaultCounter:
+class PolicyCaller:
     """Calls one policy, counts its faults and contains or raises them."""
 
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
-        self._watch = Stopwatch(limits)
+        self._watch = TimeLimiter(limits)
         self._reported: set[str] = set()
         self._reported_slow = False
 
@@ -110,7 +110,7 @@ class FaultCounter:
 class PolicyGuard:
     """Properties of the policy common to all guards."""
 
-    def __init__(self, faults: FaultCounter) -> None:
+    def __init__(self, faults: PolicyCaller) -> None:
         self._faults = faults
 
     @property

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from fluxmoe.core.compiled.lowest import lowest
 from fluxmoe.core.compiled.score_kernel import Kernel, Rows, compile_kernel
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
-from fluxmoe.core.policy.faults import NO_ANSWER, FaultCounter, PolicyGuard
+from fluxmoe.core.policy.faults import NO_ANSWER, PolicyCaller, PolicyGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy, read_only
 from fluxmoe.core.policy.watchdog import (
     DEFAULT_LIMITS,
     HardLimitExceeded,
     Limits,
-    Stopwatch,
+    TimeLimiter,
 )
 from fluxmoe.core.types import Access, Int64s
 from fluxmoe.core.words import line
@@ -42,7 +42,7 @@ class EvictionGuard(PolicyGuard):
         strict: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        super().__init__(FaultCounter("eviction", name, strict, limits))
+        super().__init__(PolicyCaller("eviction", name, strict, limits))
         self._policy, self._view = policy, view
         self._promises_stable = policy.stable_score  # once: it may be a property that fails
         self._kernel = _compile(policy, view, name, self._promises_stable)
@@ -183,7 +183,7 @@ class PrefetchGuard(PolicyGuard):
         strict: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        super().__init__(FaultCounter("prefetch", name, strict, limits))
+        super().__init__(PolicyCaller("prefetch", name, strict, limits))
         self._policy, self._view = policy, view
         self._leads = policy.lead > 0
         self._num_pages = view.num_layers * view.experts_per_layer
@@ -239,7 +239,7 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) ->
         if "score" in vars(cls):
             return None
     try:
-        kernel = Stopwatch(DEFAULT_LIMITS).call(policy.make_kernel, (view,))
+        kernel = TimeLimiter(DEFAULT_LIMITS).call(policy.make_kernel, (view,))
         if kernel is None:
             return None
         return compile_kernel(kernel, by_slot=not stable)
@@ -268,7 +268,7 @@ class ArbitrationGuard(PolicyGuard):
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self._policy = policy
-        super().__init__(FaultCounter("arbitration", name, strict, limits))
+        super().__init__(PolicyCaller("arbitration", name, strict, limits))
         self.fixed = policy.fixed
         self.interval = self._steps("interval")
         self.calm_interval = self._steps("calm_interval")

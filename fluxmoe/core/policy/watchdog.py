@@ -48,7 +48,7 @@ class HardLimitExceeded(BaseException):
     """Raised inside a policy. Not an Exception, so that its ``except Exception`` lets it pass."""
 
 
-class Stopwatch:
+class TimeLimiter:
     """Times the calls of one policy, which come from one thread at a time and do not nest.
 
     Attributes:
@@ -115,7 +115,7 @@ class _Watchdog:
     """The thread that monitors all stopwatches; it runs while there are any."""
 
     def __init__(self) -> None:
-        self._watches: WeakSet[Stopwatch] = WeakSet()
+        self._watches: WeakSet[TimeLimiter] = WeakSet()
         self._start()
 
     def _start(self) -> None:
@@ -124,7 +124,7 @@ class _Watchdog:
         self._thread: threading.Thread | None = None
         self._news = threading.Event()
 
-    def watch(self, watch: Stopwatch) -> None:
+    def watch(self, watch: TimeLimiter) -> None:
         if self._process != os.getpid():
             self._start()  # forked: the thread is gone, and may have held the lock at the fork
         with self._lock:

@@ -3,7 +3,7 @@
 *Demand* copies must be complete before the layer's kernel runs. *Prefetch* copies are made when
 there is no other work. A slot may be assigned to another page while an old copy into it is still
 queued, so every copy is recorded under its slot, and a slot is settled before it is written again.
-The ``Carrier`` moves the bytes.
+The ``Copier`` moves the bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fluxmoe.core.types import Loads
 Pairs = Sequence[tuple[int, int]]
 
 
-class Ordered(Protocol):
+class PendingCopy(Protocol):
     """A copy that was ordered ahead of time."""
 
     def withdraw(self) -> bool:
@@ -30,7 +30,7 @@ class Ordered(Protocol):
         """
 
 
-class Carrier(Protocol):
+class Copier(Protocol):
     """Copies pages into slots. Called on the engine's thread.
 
     Attributes:
@@ -46,10 +46,10 @@ class Carrier(Protocol):
             StoreError: A page could not be read; which of the others were copied is undefined.
         """
 
-    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[Ordered | None]:
+    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[PendingCopy | None]:
         """Order copies, most urgent first; None in place of one that is already complete."""
 
-    def arrive(self, copy: Ordered) -> Exception | None:
+    def arrive(self, copy: PendingCopy) -> Exception | None:
         """Ensure that a copy that has begun is complete before the next kernel runs.
 
         Returns its error, if any.
@@ -70,13 +70,13 @@ class TransferEngine:
     """Copies pages into the slots of all banks.
 
     Args:
-        carrier: Makes the copies.
+        copier: Makes the copies.
         page_bytes: Bytes of one page, for the counters.
     """
 
-    def __init__(self, carrier: Carrier, page_bytes: int) -> None:
-        self._carrier, self._page_bytes = carrier, page_bytes
-        self._queued: dict[tuple[int, int], Ordered] = {}
+    def __init__(self, copier: Copier, page_bytes: int) -> None:
+        self._copier, self._page_bytes = copier, page_bytes
+        self._queued: dict[tuple[int, int], PendingCopy] = {}
         self.bytes_demand = self.bytes_prefetch = 0
 
     @property
@@ -87,13 +87,13 @@ class TransferEngine:
     @property
     def stall_seconds(self) -> float:
         """Time that layers have waited for their pages."""
-        return self._carrier.stall_seconds
+        return self._copier.stall_seconds
 
     def reset(self) -> None:
         """Settle everything and reset the counters."""
         self._settle_all()
         self.bytes_demand = self.bytes_prefetch = 0
-        self._carrier.stall_seconds = 0.0
+        self._copier.stall_seconds = 0.0
 
     def demand(self, loads: Loads) -> None:
         """Copy now: the next reader of the slots finds all pages in them.
@@ -105,7 +105,7 @@ class TransferEngine:
         for slot in slots:
             self._settle(loads.bank, slot)
         pairs = list(zip(loads.pages.tolist(), slots, strict=True))
-        self._carrier.demand(loads.bank, pairs)
+        self._copier.demand(loads.bank, pairs)
         self.bytes_demand += len(loads) * self._page_bytes
 
     def prefetch(self, loads: Loads) -> None:
@@ -114,7 +114,7 @@ class TransferEngine:
         for slot in slots:
             self._settle(loads.bank, slot)
         pairs = list(zip(loads.pages.tolist(), slots, strict=True))
-        for slot, copy in zip(slots, self._carrier.prefetch(loads.bank, pairs), strict=True):
+        for slot, copy in zip(slots, self._copier.prefetch(loads.bank, pairs), strict=True):
             if copy is not None:
                 self._queued[loads.bank, slot] = copy
         self.bytes_prefetch += len(loads) * self._page_bytes
@@ -130,8 +130,8 @@ class TransferEngine:
         copy = self._queued.pop((bank, slot), None)
         if copy is None:
             return
-        if copy.withdraw() or self._carrier.arrive(copy) is not None:
-            self._carrier.demand(bank, [(page, slot)])
+        if copy.withdraw() or self._copier.arrive(copy) is not None:
+            self._copier.demand(bank, [(page, slot)])
 
     def move(self, bank: int, page: int, source: int, target: int) -> None:
         """Copy a resident page from slot ``source`` to slot ``target`` of its bank.
@@ -141,7 +141,7 @@ class TransferEngine:
         """
         self._settle(bank, target)
         self.complete(bank, page, source)
-        self._carrier.move(bank, source, target)
+        self._copier.move(bank, source, target)
 
     def settle_from(self, bank: int, first: int) -> None:
         """Ensure that no copy into slots ``first …`` of a bank is running or queued.
@@ -152,9 +152,9 @@ class TransferEngine:
             self._settle(*key)
 
     def close(self) -> None:
-        """Cancel queued copies and close the carrier. Idempotent."""
+        """Cancel queued copies and close the copier. Idempotent."""
         self._settle_all()
-        self._carrier.close()
+        self._copier.close()
 
     def _settle_all(self) -> None:
         for key in list(self._queued):

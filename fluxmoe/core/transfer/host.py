@@ -1,6 +1,6 @@
-"""HostCarrier: copies pages into slots in host memory, with a pool of copy threads.
+"""HostCopier: copies pages into slots in host memory, with a pool of copy threads.
 
-``TransferEngine`` decides which pages, and in what order. The carrier for CUDA devices is in
+``TransferEngine`` decides which pages, and in what order. The copier for CUDA devices is in
 ``cuda.streams``.
 
 All threads are started at construction: a thread that fails to start later would leave a job
@@ -18,14 +18,14 @@ from functools import partial
 from queue import SimpleQueue
 
 from fluxmoe.core.owner import Owner
-from fluxmoe.core.transfer.engine import Ordered, Pairs
+from fluxmoe.core.transfer.engine import Pairs, PendingCopy
 from fluxmoe.core.transfer.store import Store, read
 from fluxmoe.core.types import Bytes
 from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError, StoreError
 
 
-class Copy:
+class CopyJob:
     """One copy job. Either a thread runs it, or the caller that ordered it withdraws it."""
 
     def __init__(self, make: Callable[[], None]) -> None:
@@ -69,7 +69,7 @@ class Copy:
             self._ended.set()
 
 
-class CopyThreads:
+class CopyPool:
     """Pool of ``count`` threads that make copies in the order in which they were ordered.
 
     Raises:
@@ -77,7 +77,7 @@ class CopyThreads:
     """
 
     def __init__(self, count: int) -> None:
-        self._orders: SimpleQueue[Copy | None] = SimpleQueue()
+        self._orders: SimpleQueue[CopyJob | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._owner = Owner()
         try:
@@ -95,8 +95,8 @@ class CopyThreads:
                 fix="lower it",
             ) from error
 
-    def order(self, make: Callable[[], None]) -> Copy:
-        copy = Copy(make)
+    def order(self, make: Callable[[], None]) -> CopyJob:
+        copy = CopyJob(make)
         self._orders.put(copy)
         return copy
 
@@ -111,7 +111,7 @@ class CopyThreads:
         self._threads = []
 
 
-def _work(orders: SimpleQueue[Copy | None]) -> None:
+def _work(orders: SimpleQueue[CopyJob | None]) -> None:
     copy = None
     try:
         while (copy := orders.get()) is not None:
@@ -121,7 +121,7 @@ def _work(orders: SimpleQueue[Copy | None]) -> None:
             copy.abandon()
 
 
-class HostCarrier:
+class HostCopier:
     """Copies with the CPU: in the caller's thread and in copy threads.
 
     Args:
@@ -136,7 +136,7 @@ class HostCarrier:
     def __init__(self, store: Store, rows: Sequence[Sequence[Bytes]], *, threads: int = 1) -> None:
         self._store, self._rows = store, rows
         self._threads = threads
-        self._copiers = CopyThreads(threads)
+        self._copiers = CopyPool(threads)
         self.stall_seconds = 0.0
 
     def demand(self, bank: int, pairs: Pairs) -> None:
@@ -156,19 +156,19 @@ class HostCarrier:
                 raise error
         self.stall_seconds += time.perf_counter() - started
 
-    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[Copy | None]:
+    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[CopyJob | None]:
         return [self._prefetch(partial(self._copy, bank, [pair])) for pair in pairs]
 
-    def _prefetch(self, make: partial[None]) -> Copy | None:
+    def _prefetch(self, make: partial[None]) -> CopyJob | None:
         if self._threads:
             return self._copiers.order(make)
         try:
             make()
         except StoreError:
-            return Copy(make)  # repeated when its page is needed
+            return CopyJob(make)  # repeated when its page is needed
         return None
 
-    def arrive(self, copy: Ordered) -> Exception | None:
+    def arrive(self, copy: PendingCopy) -> Exception | None:
         started = time.perf_counter()
         error = copy.error()
         self.stall_seconds += time.perf_counter() - started

@@ -1,6 +1,6 @@
 """Audited guards: the host's guards, with every call checked against the contract.
 
-A guard makes each call of its policy through one ``FaultCounter``. An ``Auditor`` in its place
+A guard makes each call of its policy through one ``PolicyCaller``. An ``Auditor`` in its place
 compares the state before and after, repeats calls that must be pure, and tolerates no fault.
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView
-from fluxmoe.core.policy.faults import FaultCounter
+from fluxmoe.core.policy.faults import PolicyCaller
 from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
@@ -41,7 +41,7 @@ _ENOUGH = 10
 _KEEP_OFF = "the view belongs to the host: write only to arrays made by the policy"
 
 
-class Auditor(FaultCounter):
+class Auditor(PolicyCaller):
     """Makes the calls of one policy and notes their problems.
 
     Args:

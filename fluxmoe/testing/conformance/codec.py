@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.core.types import Bytes
 from fluxmoe.core.words import line, raised
 from fluxmoe.errors import CodecError
@@ -120,7 +120,7 @@ def _check_fence(field: Bytes, call: str) -> None:
 
 def _call(function: Callable[[], object], call: str) -> object:
     try:
-        return Stopwatch(_LIMITS).call(function, ())
+        return TimeLimiter(_LIMITS).call(function, ())
     except HardLimitExceeded:
         raise Broken(f"it took more than {_LIMITS.hard_s:g} s", call=call) from None
     except KeyboardInterrupt:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import fluxmoe
-from fluxmoe.core.arbitration.controller import SplitController
-from fluxmoe.core.arbitration.messages import ByHand, Inventory
-from fluxmoe.core.arbitration.moves import Follower, execute
+from fluxmoe.core.arbitration.controller import Arbiter, EngineState
+from fluxmoe.core.arbitration.messages import Inventory, OperatorLimits
+from fluxmoe.core.arbitration.moves import MoveWorker
 from fluxmoe.core.memory.experts import frames_for
-from fluxmoe.core.policy.arbitration import ArbitrationView, Split, StepSample
+from fluxmoe.core.policy.arbitration import ExpertDemand, PrefixDemand, Split, StepSample
 from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.core.types import Budget
 from fluxmoe.errors import PolicyFaultError, SubstrateError
@@ -51,6 +51,9 @@ class Blocks:
 
     def used(self):
         return len(self.in_use)
+
+    def cached(self):
+        return 0
 
     @property
     def usable(self):
@@ -98,12 +101,11 @@ class World:
                 substrate=substrate,
                 kv_blocks=blocks,
             )
-            rig.arbiter.kv.commit(range(GROUPS_AT_START))
+            rig.memory.kv.commit(range(GROUPS_AT_START))
             self.rigs.append(rig)
-        self.layout = self.rigs[0].arbiter.kv.layout
-        self.followers = [
-            Follower(rank, lambda action, rig=rig: execute(rig.arbiter, rig.pager, action), float)
-            for rank, rig in enumerate(self.rigs)
+        self.layout = self.rigs[0].memory.kv.layout
+        self.movers = [
+            MoveWorker(rank, rig.memory, rig.pager, float) for rank, rig in enumerate(self.rigs)
         ]
         self.blocks = Blocks(self.layout, GROUPS_AT_START)
         self.policy = Wish()
@@ -122,7 +124,7 @@ class World:
             groups=GROUPS_AT_START,
         )
         guard = ArbitrationGuard(self.policy, name="wish", strict=strict)
-        self.controller = SplitController(inventory, guard, self.blocks, workers)
+        self.arbiter = Arbiter(inventory, guard, self.blocks, workers)
         self.answers: list = []
         self.running = 1
         self.views = 0
@@ -132,34 +134,43 @@ class World:
         self.policy.answer = Split({"experts": experts, "kv": kv}, "the test says so")
 
     def step(self) -> None:
-        def view(**known) -> ArbitrationView:
-            self.views += 1
-            return ArbitrationView(**known)
-
-        sample = StepSample(self.running, 1, 1.0)
-        order = self.controller.step(sample, self.running, 0, view, self.answers)
-        answers = [follower.receive(order) for follower in self.followers]
+        last = StepSample(self.running, 1, 1.0)
+        order = self.arbiter.step(EngineState(last, self.running, 0, self.answers, self))
+        answers = [mover.receive(order) for mover in self.movers]
         self.answers = [answer for answer in answers if answer is not None]
         for rig in self.rigs:
             rig.acquire(int(self.rng.integers(LAYERS)), self.rng.integers(0, EXPERTS, 3).tolist())
             for block in self.blocks.usable:  # crashes where there is no memory
-                rig.arbiter.kv.buffer()[block * self.layout.block_bytes] = 1
+                rig.memory.kv.buffer()[block * self.layout.block_bytes] = 1
+
+    # The demand that a view shows; each view asks once.
+    max_running, preemptions = 8, 0
+
+    def request_blocks(self) -> float:
+        return 0.0
+
+    def experts(self) -> ExpertDemand:
+        self.views += 1
+        return ExpertDemand()
+
+    def prefixes(self) -> PrefixDemand:
+        return PrefixDemand()
 
     def settle(self, steps: int = 80) -> None:
         for _ in range(steps):
             self.step()
-        assert not self.controller.busy
+        assert not self.arbiter.busy
 
     @property
     def frames(self):
-        return self.controller.frames
+        return self.arbiter.frames
 
     def check(self) -> None:
         for rig in self.rigs:
             rig.check()
-            groups = {int(g) for g in np.flatnonzero(rig.arbiter.kv.committed)}
+            groups = {int(g) for g in np.flatnonzero(rig.memory.kv.committed)}
             assert groups | self.blocks.held >= set(range(self.layout.groups))
-        if not self.controller.busy:
+        if not self.arbiter.busy:
             assert self.blocks.used() <= len(self.blocks.usable)
 
     def close(self) -> None:
@@ -194,16 +205,16 @@ def test_memory_goes_both_ways_and_back(world, workers):
     w.want(19, 21)
     w.settle()
     assert w.frames == {"experts": 19, "kv": 21}
-    assert min(w.controller.changes.values()) >= 3  # in small moves
-    assert w.controller.failures == 0
+    assert min(w.arbiter.changes.values()) >= 3  # in small moves
+    assert w.arbiter.failures == 0
     for rig in w.rigs:
-        assert rig.arbiter.frames() == w.frames
+        assert rig.memory.frames() == w.frames
 
 
 def test_to_return_the_present_split_moves_nothing(world):
     w = world()
     w.settle(5)
-    assert w.controller.changes == {"to_kv": 0, "to_experts": 0}
+    assert w.arbiter.changes == {"to_kv": 0, "to_experts": 0}
 
 
 def test_bounds_and_use_win_over_any_wish(world):
@@ -247,7 +258,7 @@ def test_a_commit_that_fails_on_one_worker_rolls_all_back(world, rank, caplog):
         w.step()
         w.check()
     assert w.frames == before
-    assert w.controller.failures > 3
+    assert w.arbiter.failures > 3
     assert "a move was undone" in caplog.text or "a move was stranded" in caplog.text
     w.substrates[rank].plan.disarm()
     w.settle()
@@ -289,7 +300,7 @@ def test_nonsense_changes_nothing_and_is_counted(world, answer, caplog):
     w.policy.answer = answer
     w.settle(20)
     assert w.frames == before
-    assert w.controller.faults == 16  # then it is out
+    assert w.arbiter.faults == 16  # then it is out
     assert caplog.text.count("arbitration policy 'wish': split") == 1
     strict = world(strict=True)
     strict.policy.answer = answer
@@ -305,15 +316,15 @@ def test_a_lowered_limit_is_kept_to_and_raised_again(world):
     kv = w.frames["kv"]
     w.blocks.in_use = set(w.blocks.usable)
     w.policy.answer = None  # the present split is an answer, even if it is too large now
-    w.controller.set_limits(ByHand(20))
+    w.arbiter.set_limits(OperatorLimits(20))
     w.settle()
     assert w.frames == {"experts": frames_for(PAGE_CLASS, EXPERTS, FRAME), "kv": kv}
-    w.controller.set_limits(ByHand(24))
+    w.arbiter.set_limits(OperatorLimits(24))
     w.blocks.in_use = set()
     w.settle()
-    assert w.controller.faults == 0
+    assert w.arbiter.faults == 0
     assert sum(w.frames.values()) <= 24
-    w.controller.set_limits(ByHand())
+    w.arbiter.set_limits(OperatorLimits())
     w.want(20, 20)
     w.settle()
     assert sum(w.frames.values()) >= full
@@ -324,35 +335,40 @@ def test_limits_of_a_tenant_by_hand_win_over_any_wish(world, caplog):
     w.want(20, 20)
     w.settle()
     with caplog.at_level(logging.INFO, "fluxmoe"):
-        w.controller.set_limits(ByHand(kv_max=12))
+        w.arbiter.set_limits(OperatorLimits(kv_max=12))
         w.settle()
     assert w.frames["kv"] <= 12 and w.frames["experts"] >= 19
     assert "limits set by hand: kv_max 12 frames" in caplog.text
-    assert "by hand" in w.controller.decisions[-1].reason
-    w.controller.set_limits(ByHand(kv_min=25))
+    assert "by hand" in w.arbiter.decisions[-1].reason
+    w.arbiter.set_limits(OperatorLimits(kv_min=25))
     w.settle()
     assert w.frames["kv"] >= 25
     w.policy.answer = None
-    w.controller.set_limits(ByHand(experts_max=10))  # nobody wants what they lose
+    w.arbiter.set_limits(OperatorLimits(experts_max=10))  # nobody wants what they lose
     w.settle()
     assert w.frames["experts"] <= 10
-    w.controller.set_limits(ByHand(experts_max=0, kv_max=0))  # less than they need is not possible
+    w.arbiter.set_limits(
+        OperatorLimits(experts_max=0, kv_max=0)
+    )  # less than they need is not possible
     w.settle()
     assert 0 < w.frames["kv"] <= 5
     assert w.frames["experts"] == frames_for(PAGE_CLASS, EXPERTS, FRAME)
-    w.controller.set_limits(ByHand())
+    w.arbiter.set_limits(OperatorLimits())
     w.want(20, 20)
     w.settle()
     assert sum(w.frames.values()) >= FRAMES - 4
-    assert w.controller.faults == 0
+    assert w.arbiter.faults == 0
 
 
 @pytest.mark.parametrize(
     ("limits", "frames"),
     [
-        (ByHand(kv_max=9), {"kv": 9, "experts": 19}),  # all experts are resident: the rest is free
-        (ByHand(experts_max=10), {"kv": 30, "experts": 10}),
-        (ByHand(total=24), None),
+        (
+            OperatorLimits(kv_max=9),
+            {"kv": 9, "experts": 19},
+        ),  # all experts are resident: the rest is free
+        (OperatorLimits(experts_max=10), {"kv": 30, "experts": 10}),
+        (OperatorLimits(total=24), None),
     ],
 )
 def test_what_a_person_takes_from_one_tenant_is_the_others(world, limits, frames):
@@ -361,13 +377,13 @@ def test_what_a_person_takes_from_one_tenant_is_the_others(world, limits, frames
     w.settle()
     w.policy.answer = None  # a policy that never wants anything
     begun = w.frames
-    w.controller.set_limits(limits)
+    w.arbiter.set_limits(limits)
     w.settle()
     if frames is not None:
         assert w.frames == frames
     else:
         assert 22 <= sum(w.frames.values()) <= 24
-    w.controller.set_limits(ByHand())
+    w.arbiter.set_limits(OperatorLimits())
     w.settle()
     assert sum(w.frames.values()) >= sum(begun.values()) - 2
 
@@ -378,13 +394,13 @@ def test_limits_by_hand_move_an_idle_engines_memory_and_let_it_rest(world):
     w.settle()
     w.running, w.policy.answer = 0, None
     w.blocks.in_use = set(w.blocks.usable)
-    w.controller.set_limits(ByHand(kv_max=4))
+    w.arbiter.set_limits(OperatorLimits(kv_max=4))
     for _ in range(3):
         w.step()
-        assert not w.controller.busy  # all in use: nothing to do, and nothing to step for
+        assert not w.arbiter.busy  # all in use: nothing to do, and nothing to step for
     w.blocks.in_use = set()
     w.step()
-    while w.controller.busy:
+    while w.arbiter.busy:
         w.step()
     assert w.frames["kv"] <= 4
 
@@ -393,14 +409,14 @@ def test_an_idle_engine_ends_a_move_and_begins_none(world):
     w = world()
     w.want(8, 30)
     w.step()
-    assert w.controller.busy
+    assert w.arbiter.busy
     w.running = 0
     for _ in range(4):
         w.step()
-    assert not w.controller.busy
-    assert sum(w.controller.changes.values()) == 1
+    assert not w.arbiter.busy
+    assert sum(w.arbiter.changes.values()) == 1
     w.policy.answer = None
-    w.controller.set_limits(ByHand(16))  # but for this one: somebody wants the memory back
+    w.arbiter.set_limits(OperatorLimits(16))  # but for this one: somebody wants the memory back
     w.settle()
     assert sum(w.frames.values()) <= 16
 
@@ -416,7 +432,7 @@ def test_a_line_per_decision_not_per_move(world, caplog):
     assert len(lines) == 2
     assert "arbitration (wish): memory moves to the KV cache; the test says so: experts" in lines[0]
     assert "to the experts" in lines[1]
-    told = [(d.number, d.direction, d.reason) for d in w.controller.decisions]
+    told = [(d.number, d.direction, d.reason) for d in w.arbiter.decisions]
     assert told == [(1, "to_kv", "the test says so"), (2, "to_experts", "the test says so")]
 
 
@@ -429,19 +445,19 @@ def test_a_policy_that_turns_all_the_time_does_not_fill_the_log(world, caplog):
             w.step()
     lines = [r.getMessage() for r in caplog.records if "memory moves" in r.getMessage()]
     assert 3 <= len(lines) <= 200 / 8 + 1
-    assert sum(w.controller.changes.values()) > 2 * len(lines)
-    assert len(w.controller.decisions) == 4
+    assert sum(w.arbiter.changes.values()) > 2 * len(lines)
+    assert len(w.arbiter.decisions) == 4
 
 
 def test_a_slow_move_makes_the_next_one_small(world):
     def moves(seconds: float) -> int:
         w = world(frames=800, blocks=500)
         ticks = iter(np.arange(10_000) * seconds)
-        w.followers[0]._clock = lambda: float(next(ticks))
+        w.movers[0]._clock = lambda: float(next(ticks))
         w.want(8, 400)
         w.settle(400)
         assert w.frames["kv"] == 399
-        return w.controller.changes["to_kv"]
+        return w.arbiter.changes["to_kv"]
 
     assert moves(10.0) > 100  # a move takes ten steps: the least possible each time
     assert 5 <= moves(1e-9) < 20
@@ -465,10 +481,10 @@ def test_without_news_no_view_is_made(world):
     w = world(interval=4, calm_interval=32)
     w.settle(128)
     assert w.views == w.policy.asked == 7  # in steps 0, 4, 12, 28, 60, 92, 124
-    w.controller.set_limits(ByHand(total=35))
+    w.arbiter.set_limits(OperatorLimits(total=35))
     w.settle(10)
     assert sum(w.frames.values()) <= 35
-    w.controller.set_limits(ByHand())
+    w.arbiter.set_limits(OperatorLimits())
     w.settle(128)
     views = w.views
     w.settle(128)
@@ -478,7 +494,7 @@ def test_without_news_no_view_is_made(world):
 def test_limits_do_not_wait_for_the_policy(world):
     w = world(interval=100, calm_interval=100)
     w.settle(3)
-    w.controller.set_limits(ByHand(kv_max=12))
+    w.arbiter.set_limits(OperatorLimits(kv_max=12))
     w.settle(40)
     assert w.policy.asked == 1
     assert w.frames["kv"] == 12
@@ -487,7 +503,7 @@ def test_limits_do_not_wait_for_the_policy(world):
 def test_a_fixed_policy_is_never_asked_but_limits_are_kept_to(world):
     w = world(fixed=True)
     w.settle(10)
-    w.controller.set_limits(ByHand(kv_max=12))
+    w.arbiter.set_limits(OperatorLimits(kv_max=12))
     w.settle(40)
     assert w.policy.asked == 0
     assert w.frames["kv"] == 12
@@ -501,7 +517,7 @@ def test_a_fault_ends_the_wish_before_it(world):
     w.policy.answer = RuntimeError("not today")
     w.settle(40)
     assert w.policy.asked == 11
-    assert w.controller.faults == 10
+    assert w.arbiter.faults == 10
     assert before["kv"] < w.frames["kv"] < 30
 
 
@@ -535,9 +551,9 @@ class ControllerMachine(RuleBasedStateMachine):
         else:
             plan.arm("commit", SubstrateError("injected fault"), commits + 1, lasting=True)
 
-    @rule(limits=st.builds(ByHand, *[st.none() | st.integers(0, FRAMES + 5)] * 5))
+    @rule(limits=st.builds(OperatorLimits, *[st.none() | st.integers(0, FRAMES + 5)] * 5))
     def limit(self, limits):
-        self.world.controller.set_limits(limits)
+        self.world.arbiter.set_limits(limits)
 
     @rule(data=st.data())
     def lose_an_answer(self, data):
@@ -556,9 +572,9 @@ class ControllerMachine(RuleBasedStateMachine):
             for substrate in self.world.substrates:
                 substrate.plan.disarm()
             self.world.settle()
-            if not self.world.controller.failures:
+            if not self.world.arbiter.failures:
                 for rig in self.world.rigs:
-                    assert rig.arbiter.frames() == self.world.frames
+                    assert rig.memory.frames() == self.world.frames
             self.world.close()
             self.leaks.assert_none()
 

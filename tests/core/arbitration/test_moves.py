@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fluxmoe.core.arbitration.messages import Answer, FreeKV, Order, SetSlots, TakeKV
-from fluxmoe.core.arbitration.moves import Follower, Move, Mover, Outcome
+from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, MoveWorker, Outcome
 from fluxmoe.errors import OutOfFramesError, SubstrateError
 
 GROUP, SLOT = 3, 2  # frames
@@ -23,26 +23,33 @@ class Worker:
     def __init__(self, rank: int) -> None:
         self.groups: set[int] = {0, 1, 2}
         self.slots = 12
-        self.failures: list[bool] = []  # of the next actions
-        self.follower = Follower(rank, self.execute, clock=lambda: 0.0)
+        self.failures: list[bool | Exception] = []  # of the next actions
+        self.mover = MoveWorker(rank, self, self, clock=lambda: 0.0)
         self.inbox: deque[Order] = deque()
-        self.executed: list[object] = []
+        self.executed = 0
 
     @property
     def frames(self) -> int:
         return len(self.groups) * GROUP + self.slots * SLOT
 
-    def execute(self, action) -> None:
-        self.executed.append(action)
-        if self.failures and self.failures.pop(0):
-            raise SubstrateError("the system refused")
-        groups, slots = self.groups, self.slots
-        if isinstance(action, FreeKV):
-            groups = groups - set(action.groups)
-        elif isinstance(action, TakeKV):
-            groups = groups | set(action.groups)
-        else:
-            (slots,) = action.slots
+    @property
+    def kv(self) -> Worker:
+        return self
+
+    def commit(self, groups) -> None:
+        self._become(self.groups | set(groups), self.slots)
+
+    def free(self, groups) -> None:
+        self._become(self.groups - set(groups), self.slots)
+
+    def resize_all(self, slots) -> None:
+        self._become(self.groups, *slots)
+
+    def _become(self, groups: set[int], slots: int) -> None:
+        self.executed += 1
+        failure = self.failures.pop(0) if self.failures else False
+        if failure:
+            raise failure if failure is not True else SubstrateError("the system refused")
         if len(groups) * GROUP + slots * SLOT > FRAMES:
             raise OutOfFramesError("no room")
         self.groups, self.slots = groups, slots
@@ -54,7 +61,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     @initialize(workers=st.integers(1, 3))
     def build(self, workers):
         self.workers = [Worker(rank) for rank in range(workers)]
-        self.mover = Mover(workers)
+        self.mover = MoveCoordinator(workers)
         self.usable = {0, 1, 2}  # groups whose blocks the scheduler may hand out
         self.slots = 12  # what all workers have at least, as the scheduler believes
         self.answers: deque[Answer] = deque()
@@ -130,7 +137,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         assert not self.mover.busy
 
     def reply(self, worker, order):
-        answer = worker.follower.receive(order)
+        answer = worker.mover.receive(order)
         if answer is not None:
             self.answers.append(answer)
 
@@ -160,8 +167,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             assert self.usable <= worker.groups
             assert worker.frames <= FRAMES
             # No order is carried out twice, so none undoes what came after it.
-            numbers = worker.follower._last.number if worker.follower._last else 0
-            assert len(worker.executed) == numbers
+            assert worker.executed == worker.mover.done
 
 
 ProtocolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
@@ -170,13 +176,13 @@ TestProtocol = ProtocolMachine.TestCase
 
 def run(workers: list[Worker], move: Move):
     """A move over a perfect network."""
-    mover = Mover(len(workers))
+    mover = MoveCoordinator(len(workers))
     mover.begin(move)
     sent = []
     for _ in range(10):
         order = mover.order()
         sent.append(order.action)
-        result = mover.receive([w.follower.receive(order) for w in workers])
+        result = mover.receive([w.mover.receive(order) for w in workers])
         if result is not None:
             return result, sent
     raise AssertionError("no end")
@@ -226,24 +232,24 @@ def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
 
 
 def test_a_worker_that_raises_anything_answers():
-    def broken(action):
-        raise MemoryError("somewhere deep")
-
-    answer = Follower(0, broken, clock=lambda: 0.0).receive(Order(1, TakeKV((1,))))
+    worker = Worker(0)
+    worker.failures = [MemoryError("somewhere deep")]
+    answer = worker.mover.receive(Order(1, TakeKV((1,))))
     assert answer.problem == "MemoryError: somewhere deep"
 
 
 def test_the_result_tells_the_longest_pause():
     times = iter([0.0, 0.5, 1.0, 3.0])
-    mover = Mover(1)
-    follower = Follower(0, lambda action: None, clock=lambda: next(times))
+    mover = MoveCoordinator(1)
+    worker = Worker(0)
+    worker.mover = MoveWorker(0, worker, worker, clock=lambda: next(times))
     mover.begin(TO_KV)
-    assert mover.receive([follower.receive(mover.order())]) is None
-    assert mover.receive([follower.receive(mover.order())]).seconds == 2.0
+    assert mover.receive([worker.mover.receive(mover.order())]) is None
+    assert mover.receive([worker.mover.receive(mover.order())]).seconds == 2.0
 
 
 def test_answers_of_strangers_and_of_other_orders_count_for_nothing():
-    mover = Mover(2)
+    mover = MoveCoordinator(2)
     assert mover.receive([Answer(0, 1)]) is None
     mover.begin(TO_KV)
     for answer in (Answer(2, 1), Answer(-1, 1), Answer(1, 0), Answer(1, 2)):

@@ -1,4 +1,4 @@
-"""Tenants and the arbiter: frames move, memory follows, and nothing is lost on the way."""
+"""Experts and worker memory: frames move, memory follows, and nothing is lost on the way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluxmoe.core.memory.experts import ExpertTenant, frames_for, slots_within
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.kv import KVLayout
-from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.core.types import PageClass, Part
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
@@ -44,9 +44,8 @@ def test_each_part_fills_frames_of_its_own():
 class Setup:
     def __init__(self, frames: int = 40, reserved=(12,)) -> None:
         self.substrate = FaultySubstrate(frames_of_memory(frames))
-        self.arbiter = MemoryArbiter(self.substrate)
-        self.pool = self.arbiter.pool
-        self.experts = ExpertTenant(self.pool, self.substrate, PAGE_CLASS, reserved)
+        self.memory = WorkerMemory(self.substrate, PAGE_CLASS, reserved)
+        self.pool, self.experts = self.memory.pool, self.memory.experts
 
 
 @pytest.fixture
@@ -59,8 +58,7 @@ def setup():
 
     yield make
     for each in made:
-        each.experts.close()
-        each.arbiter.close()
+        each.memory.close()
     leaks.assert_none()
 
 
@@ -69,10 +67,10 @@ def test_what_is_committed_is_what_is_owned_is_what_the_system_gave(setup):
     for slots in (6, 12, 7, 0, 1, 12):
         s.experts.resize(0, slots)
         s.experts.check()
-        s.arbiter.check()
+        s.memory.check()
         assert s.experts.frames == frames_for(PAGE_CLASS, slots, FRAME)
-        assert s.experts.nbytes == s.arbiter.committed_bytes == s.substrate.allocated()
-        assert s.arbiter.frames() == {"experts": s.experts.frames, "kv": 0}
+        assert s.experts.nbytes == s.memory.committed_bytes == s.substrate.allocated()
+        assert s.memory.frames() == {"experts": s.experts.frames, "kv": 0}
 
 
 def test_slots_keep_address_and_contents_through_resize_and_frames_are_cleared_between(setup):
@@ -108,7 +106,7 @@ def test_a_commit_that_fails_in_either_part_is_rolled_back(setup, part):
         s.experts.resize(0, 12)
     assert (s.pool.free, s.experts.slots, s.substrate.allocated()) == before
     s.experts.check()
-    s.arbiter.check()
+    s.memory.check()
     s.experts.resize(0, 12)
     s.experts.check()
 
@@ -172,22 +170,25 @@ def test_check_notices_slots_without_memory(setup):
     s.experts.slots[0] = 4
 
 
-def test_the_arbiter_does_not_close_under_a_tenant(setup):
+def test_closing_releases_both_tenants_once(setup):
     s = setup()
     s.experts.resize(0, 4)
-    s.arbiter.place_kv(KVLayout(4, FRAME, FRAME), [0, 2])
-    with pytest.raises(InvariantError, match="'experts': 5"):
-        s.arbiter.close()
-    assert s.experts.rows(0)[0][0].sum() == 0  # still mapped
-    s.experts.close()
-    s.experts.close()
-    s.arbiter.close()
-    s.arbiter.close()
+    s.memory.place_kv(KVLayout(4, FRAME, FRAME), [0, 2])
+    s.memory.close()
+    assert s.pool.owned == 0
+    s.memory.close()
+
+
+def test_memory_of_a_stranger_does_not_go_unnoticed_at_the_end():
+    memory = WorkerMemory(frames_of_memory(8), PAGE_CLASS, [1])
+    memory.pool.take("somebody", 2)
+    with pytest.raises(InvariantError, match="tenants still hold frames"):
+        memory.close()
 
 
 def test_check_notices_a_stranger(setup):
     s = setup()
     stolen = s.pool.take("somebody", 2)
     with pytest.raises(InvariantError, match="an unknown tenant owns"):
-        s.arbiter.check()
+        s.memory.check()
     s.pool.give("somebody", stolen)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.memory.kv import KVLayout
-from fluxmoe.core.memory.worker import MemoryArbiter
+from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
-from tests.core.rig import FRAME, Leaks, frames_of_memory
+from tests.core.rig import FRAME, PAGE_CLASS, Leaks, frames_of_memory
 
 GROUNDS = ("host", "cuda, at once")
 
@@ -63,16 +63,16 @@ def test_frames_suit_the_blocks_where_they_can(budget, unit, frame):
 class Setup:
     def __init__(self, frames=12, blocks=7, block=FRAME * 3 // 2) -> None:
         self.substrate = FaultySubstrate(frames_of_memory(frames))
-        self.arbiter = MemoryArbiter(self.substrate)
-        self.kv = self.arbiter.place_kv(KVLayout(blocks, block, FRAME), [0])
+        self.memory = WorkerMemory(self.substrate, PAGE_CLASS, [1])
+        self.kv = self.memory.place_kv(KVLayout(blocks, block, FRAME), [0])
 
     @property
     def rows(self):
         return self.kv.buffer().reshape(self.kv.layout.blocks, -1)
 
     def check(self):
-        self.arbiter.check()
-        committed = self.arbiter.committed_bytes
+        self.memory.check()
+        committed = self.memory.committed_bytes
         assert self.substrate.allocated() == committed == self.kv.nbytes
 
 
@@ -86,7 +86,7 @@ def setup():
 
     yield make
     for each in made:
-        each.arbiter.close()
+        each.memory.close()
     leaks.assert_none()
 
 
@@ -134,10 +134,10 @@ def test_a_group_that_the_system_will_not_take_back_does_not_keep_the_others(set
     s.substrate.plan.arm(site, SubstrateError("injected fault"), nth=2)
     with pytest.raises(SubstrateError, match="injected"):
         s.kv.free([0, 1, 2])
-    s.arbiter.check()
+    s.memory.check()
     assert s.kv.committed.sum() == (site == "decommit")
     s.kv.free([0, 1, 2])
-    s.arbiter.check()
+    s.memory.check()
     assert s.kv.frames == 0
 
 
@@ -169,14 +169,14 @@ def test_check_notices_what_is_mapped_and_not_in_the_books(setup):
 def test_there_is_one_kv_cache(setup):
     s = setup()
     with pytest.raises(InvariantError, match="already placed"):
-        s.arbiter.place_kv(s.kv.layout, [])
+        s.memory.place_kv(s.kv.layout, [])
 
 
 def test_no_room_for_the_first_groups_reserves_nothing():
     leaks = Leaks()
-    arbiter = MemoryArbiter(frames_of_memory(2))
+    memory = WorkerMemory(frames_of_memory(2), PAGE_CLASS, [1])
     with pytest.raises(OutOfFramesError):
-        arbiter.place_kv(KVLayout(4, FRAME, FRAME), range(3))
-    assert arbiter.kv is None
-    arbiter.close()
+        memory.place_kv(KVLayout(4, FRAME, FRAME), range(3))
+    assert memory.kv is None
+    memory.close()
     leaks.assert_none()

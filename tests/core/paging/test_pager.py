@@ -294,14 +294,14 @@ def test_pages_that_moved_keep_their_scores(rig, policy):
 def test_a_kernel_that_answers_too_late_loses_no_page(rig, policy, monkeypatch):
     r = rig(3, 8, (11,), eviction=policy(), strict=False)
     model = Reference(3, 8, (11,), [0] * 3, reference_keys[policy])
-    call, late, rng = faults.FaultCounter.call, [], np.random.default_rng(3)
+    call, late, rng = faults.PolicyCaller.call, [], np.random.default_rng(3)
 
     def sometimes_late(counter, method, function, args):
         answer = call(counter, method, function, args)
         late.append(function is victims and len(late) % 3 == 0)
         return faults.NO_ANSWER if late[-1] else answer
 
-    monkeypatch.setattr(faults.FaultCounter, "call", sometimes_late)
+    monkeypatch.setattr(faults.PolicyCaller, "call", sometimes_late)
     for event in range(150):
         ids = rng.integers(0, 8, 4).tolist()
         r.acquire(event % 3, ids)
@@ -347,11 +347,11 @@ def test_a_page_that_cannot_be_completed_is_given_up_when_it_should_move(rig):
 def test_an_impossible_size_changes_nothing(rig, slots):
     r = rig(slots=(6,), reserved=(12,))
     r.acquire(0, [0, 1, 2])
-    free = r.arbiter.pool.free
+    free = r.memory.pool.free
     with pytest.raises(CapacityError):
         r.pager.resize(0, slots)
     r.check()
-    assert (r.table.slots, r.arbiter.pool.free, r.resident) == ([6], free, {0, 1, 2})
+    assert (r.table.slots, r.memory.pool.free, r.resident) == ([6], free, {0, 1, 2})
 
 
 def test_a_size_beyond_the_budget_changes_nothing(rig):
@@ -368,13 +368,13 @@ def test_a_size_that_the_system_refuses_changes_nothing(rig):
     substrate = FaultySubstrate(frames_of_memory(60))
     r = rig(slots=(6,), reserved=(12,), substrate=substrate)
     r.acquire(0, [0, 1, 2])
-    free = r.arbiter.pool.free
+    free = r.memory.pool.free
     # The first part grows, the second fails.
     substrate.plan.arm("commit", SubstrateError("injected fault"), nth=2)
     with pytest.raises(SubstrateError, match="injected"):
         r.pager.resize(0, 12)
     r.check()
-    assert (r.table.slots, r.tenant.slots, r.arbiter.pool.free) == ([6], [6], free)
+    assert (r.table.slots, r.tenant.slots, r.memory.pool.free) == ([6], [6], free)
     r.acquire(1, [0, 1, 2, 3])
     r.pager.resize(0, 12)
     r.check()
@@ -450,7 +450,7 @@ def test_close_is_idempotent(rig):
     r.acquire(0, [0])
     r.close()
     r.close()
-    assert r.arbiter.pool.free == r.arbiter.pool.count
+    assert r.memory.pool.free == r.memory.pool.count
 
 
 def test_check_notices_that_table_and_arenas_disagree(rig):

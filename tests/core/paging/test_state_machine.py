@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fluxmoe.core.arbitration.messages import FreeKV, SetSlots, TakeKV
-from fluxmoe.core.arbitration.moves import execute
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.paging.books import LEAVING
 from fluxmoe.errors import CapacityError, OutOfFramesError
@@ -111,13 +110,13 @@ class CoreMachine(RuleBasedStateMachine):
         bank %= self.banks
         slots = data.draw(st.integers(self.experts - 1, self.reserved[0] + 1), label="slots")
         rig, table = self.rig, self.rig.table
-        before = (list(table.slots), rig.arbiter.frames(), rig.resident)
+        before = (list(table.slots), rig.memory.frames(), rig.resident)
         needed = frames_for(PAGE_CLASS, slots, FRAME) - frames_for(
             PAGE_CLASS, table.slots[bank], FRAME
         )
         if not self.experts <= slots <= self.reserved[0]:
             expected = CapacityError
-        elif needed > rig.arbiter.pool.free:
+        elif needed > rig.memory.pool.free:
             expected = OutOfFramesError
         else:
             rig.pager.resize(bank, slots)
@@ -126,22 +125,22 @@ class CoreMachine(RuleBasedStateMachine):
             return
         with pytest.raises(expected):
             rig.pager.resize(bank, slots)
-        assert (list(table.slots), rig.arbiter.frames(), rig.resident) == before
+        assert (list(table.slots), rig.memory.frames(), rig.resident) == before
 
     @rule(data=st.data())
     def change_kv(self, data):
-        arbiter, kv = self.rig.arbiter, self.rig.arbiter.kv
+        kv = self.rig.memory.kv
         groups = st.sets(st.integers(0, kv.layout.groups - 1), max_size=5)
         freed, taken = data.draw(groups, label="free"), data.draw(groups, label="take")
-        execute(arbiter, self.rig.pager, FreeKV(tuple(freed)))
+        self.rig.mover.apply(FreeKV(tuple(freed)))
         before = set(np.flatnonzero(kv.committed).tolist())
         assert not before & freed
-        if kv.layout.frames(taken - before) > arbiter.pool.free:
+        if kv.layout.frames(taken - before) > self.rig.memory.pool.free:
             with pytest.raises(OutOfFramesError):
-                execute(arbiter, self.rig.pager, TakeKV(tuple(taken)))
+                self.rig.mover.apply(TakeKV(tuple(taken)))
             after = before
         else:
-            execute(arbiter, self.rig.pager, TakeKV(tuple(taken)))
+            self.rig.mover.apply(TakeKV(tuple(taken)))
             after = before | taken
         assert set(np.flatnonzero(kv.committed).tolist()) == after
         buffer = kv.buffer().reshape(kv.layout.blocks, -1)
@@ -160,14 +159,14 @@ class CoreMachine(RuleBasedStateMachine):
         rig, table = self.rig, self.rig.table
         before = list(table.slots)
         needed = [frames_for(PAGE_CLASS, count, FRAME) for count in (*slots, *before)]
-        if sum(needed[: self.banks]) - sum(needed[self.banks :]) > rig.arbiter.pool.free:
+        if sum(needed[: self.banks]) - sum(needed[self.banks :]) > rig.memory.pool.free:
             with pytest.raises(OutOfFramesError):
-                execute(rig.arbiter, rig.pager, SetSlots(slots))
+                self.rig.mover.apply(SetSlots(slots))
             assert table.slots == before
             after = before
             # The banks that shrank at first have lost pages for it.
         else:
-            execute(rig.arbiter, rig.pager, SetSlots(slots))
+            self.rig.mover.apply(SetSlots(slots))
             assert table.slots == list(slots)
             after = slots
         if not table.books.now[LEAVING]:  # a bank has changed, if only for a moment
@@ -205,7 +204,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "rig"):
-            pool = self.rig.arbiter.pool
+            pool = self.rig.memory.pool
             self.rig.close()
             rig.GROUND = "host"
             assert pool.free == pool.count

@@ -18,7 +18,7 @@ from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView
-from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import PolicyFaultError
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
@@ -185,7 +185,7 @@ def race(rounds: int, seed: int) -> tuple[int, int]:
     Anything raised outside of ``call`` leaves this function.
     """
     rng, hard = random.Random(seed), 0.002
-    watch = Stopwatch(Limits(hard_s=hard))
+    watch = TimeLimiter(Limits(hard_s=hard))
     answered = late = 0
     for number in range(rounds):
         try:
@@ -230,7 +230,7 @@ LATE = 10**18  # nanoseconds after any call has begun
 
 
 def test_a_call_is_fired_at_once_only():
-    watch, rest = Stopwatch(Limits(hard_s=60)), []
+    watch, rest = TimeLimiter(Limits(hard_s=60)), []
 
     def swallows():
         try:
@@ -246,7 +246,7 @@ def test_a_call_is_fired_at_once_only():
 
 
 def test_a_shot_and_the_end_of_a_call_exclude_each_other():
-    watch = Stopwatch(Limits(hard_s=60))
+    watch = TimeLimiter(Limits(hard_s=60))
     reached = []
 
     def ends_while_it_is_aimed_at():
@@ -265,7 +265,7 @@ def test_a_shot_and_the_end_of_a_call_exclude_each_other():
 
 
 def test_a_call_does_not_return_while_it_is_aimed_at():
-    watch, released = Stopwatch(Limits(hard_s=60)), []
+    watch, released = TimeLimiter(Limits(hard_s=60)), []
 
     def release():
         time.sleep(0.05)
@@ -277,7 +277,7 @@ def test_a_call_does_not_return_while_it_is_aimed_at():
 
 
 def test_nothing_is_fired_at_a_call_that_has_ended_or_at_the_next_one():
-    watch = Stopwatch(Limits(hard_s=1.0))
+    watch = TimeLimiter(Limits(hard_s=1.0))
     watch.call(len, ("",))
     assert watch.due(time.perf_counter_ns() + 2 * 10**9) == 10**9
     assert watch.call(lambda: watch.due(time.perf_counter_ns()), ()) < 10**9
@@ -320,7 +320,7 @@ def test_compiling_a_kernel_is_nobodys_slow_call():
 
 
 def test_a_limited_call_costs_little():
-    watch, calls = Stopwatch(DEFAULT_LIMITS), range(20_000)
+    watch, calls = TimeLimiter(DEFAULT_LIMITS), range(20_000)
 
     def limited():
         for _ in calls:
@@ -354,12 +354,12 @@ def test_there_is_one_watchdog_and_it_ends_when_there_is_nothing_to_watch():
     # A process of its own: other tests leave stopwatches behind.
     program = """
 import threading, time
-from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, Stopwatch
+from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 
 def dogs():
     return [t for t in threading.enumerate() if t.name == "fluxmoe-watchdog"]
 
-watches = [Stopwatch(Limits(hard_s=0.05)) for _ in range(5)]
+watches = [TimeLimiter(Limits(hard_s=0.05)) for _ in range(5)]
 assert not dogs()
 for watch in watches:
     watch.call(len, ("",))
@@ -375,7 +375,7 @@ def for_ever():
         pass
 
 try:
-    Stopwatch(Limits(hard_s=0.05)).call(for_ever, ())
+    TimeLimiter(Limits(hard_s=0.05)).call(for_ever, ())
 except HardLimitExceeded:
     print("interrupted")
 """
@@ -394,12 +394,12 @@ def test_a_forked_process_watches_even_if_it_was_forked_at_a_bad_moment():
             while True:
                 pass
 
-        watchdog.Stopwatch(watchdog.DEFAULT_LIMITS).call(int, ())  # the thread is there
+        watchdog.TimeLimiter(watchdog.DEFAULT_LIMITS).call(int, ())  # the thread is there
         watchdog._watchdog._lock.acquire()  # and looks at its watches when the process is forked
         child = os.fork()
         if child == 0:
             try:
-                watchdog.Stopwatch(watchdog.Limits(hard_s=0.1)).call(loop, ())
+                watchdog.TimeLimiter(watchdog.Limits(hard_s=0.1)).call(loop, ())
             except watchdog.HardLimitExceeded:
                 os._exit(7)
             os._exit(1)

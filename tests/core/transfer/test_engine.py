@@ -11,10 +11,10 @@ from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.transfer.host import Copy, HostCarrier
+from fluxmoe.core.transfer.host import CopyJob, HostCopier
 from fluxmoe.core.types import Geometry, Loads
 from fluxmoe.cuda.fake.timeline import KERNELS
-from fluxmoe.cuda.streams import StreamCarrier
+from fluxmoe.cuda.streams import StreamCopier
 from fluxmoe.errors import ConfigError, FluxMoEError, StoreError
 from fluxmoe.testing.faults import FaultyAddressedStore, FaultyStore
 from tests.core.rig import FRAME, PAGE_CLASS, FakeCuda, content, fake_cuda, host_store
@@ -52,9 +52,9 @@ class Engine(TransferEngine):
     def _carrier_for(self, way):
         try:
             if isinstance(way, int):
-                return HostCarrier(self.store, self.arrays, threads=way)
+                return HostCopier(self.store, self.arrays, threads=way)
             slots = [self.tenant.export(bank) for bank in range(2)]
-            return StreamCarrier(self.gpu.cuda, self.store, slots, ahead=PAGE_CLASS.nbytes)
+            return StreamCopier(self.gpu.cuda, self.store, slots, ahead=PAGE_CLASS.nbytes)
         except FluxMoEError:
             self.tenant.close()
             raise
@@ -289,7 +289,7 @@ def test_a_thread_that_dies_with_a_copy_in_its_hands_keeps_nobody_waiting(engine
         raise SystemExit
 
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(Copy, "run", die)
+    monkeypatch.setattr(CopyJob, "run", die)
     engine.prefetch(loads({0: 1}))
     assert begun.wait(10)
     engine.complete(0, 1, 0)

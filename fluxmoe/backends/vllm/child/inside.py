@@ -163,28 +163,28 @@ class Engine:
 
         A move in progress is completed first.
         """
-        controller = self._scheduler.connector.arbitration.controller
-        while controller.busy:
+        arbiter = self._scheduler.connector.arbitration.arbiter
+        while arbiter.busy:
             self._engine.step()
         return {
-            "frames": controller.frames,
-            "changes": dict(controller.changes),
-            "failures": controller.failures,
-            "faults": controller.faults,
-            "longest_pause": controller.longest_pause,
+            "frames": arbiter.frames,
+            "changes": dict(arbiter.changes),
+            "failures": arbiter.failures,
+            "faults": arbiter.faults,
+            "longest_pause": arbiter.longest_pause,
         }
 
     def told(self) -> list[str]:
         """The reasons for the last decisions."""
-        controller = self._scheduler.connector.arbitration.controller
-        return [decision.reason for decision in controller.decisions]
+        arbiter = self._scheduler.connector.arbitration.arbiter
+        return [decision.reason for decision in arbiter.decisions]
 
     def limit(self, share: float) -> None:
         """Use only this share of the budget from now on."""
-        from fluxmoe.core.arbitration.messages import ByHand
+        from fluxmoe.core.arbitration.messages import OperatorLimits
 
-        controller = self._scheduler.connector.arbitration.controller
-        controller.set_limits(ByHand(int(sum(controller.frames.values()) * share)))
+        arbiter = self._scheduler.connector.arbitration.arbiter
+        arbiter.set_limits(OperatorLimits(int(sum(arbiter.frames.values()) * share)))
 
     def kv_usage(self) -> float:
         """KV cache usage as a fraction, as on vLLM's ``/metrics``."""

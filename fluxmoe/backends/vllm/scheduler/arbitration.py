@@ -1,4 +1,4 @@
-"""The scheduler's side of arbitration in vLLM: the demand it sees, and the controller."""
+"""The scheduler's side of arbitration in vLLM: the demand it sees, and the arbiter."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from fluxmoe.backends.vllm.scheduler.balloon import Balloon
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch, StepClock
 from fluxmoe.config import Config
-from fluxmoe.core.arbitration.controller import SplitController
+from fluxmoe.core.arbitration.controller import Arbiter, EngineState
 from fluxmoe.core.arbitration.demand import DemandView
-from fluxmoe.core.arbitration.messages import ByHand, Inventory, Order, StepReport
+from fluxmoe.core.arbitration.messages import Inventory, OperatorLimits, Order, StepReport
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 from fluxmoe.core.policy.arbitration import (
     ArbitrationPolicy,
-    ArbitrationView,
+    ExpertDemand,
     PrefixDemand,
     StepSample,
 )
@@ -24,6 +24,8 @@ from fluxmoe.errors import InvariantError
 
 class Arbitration:
     """Connects vLLM's scheduler and the workers; one per engine whose split may change.
+
+    Implements ``controller.Demand`` for the arbiter.
 
     Args:
         config: FluxMoE's configuration.
@@ -61,17 +63,17 @@ class Arbitration:
             limits=config.policy_limits.limits(),
         )
         self.balloon = Balloon(manager, inventory.layout, inventory.groups, watermark)
-        self.controller = SplitController(inventory, self._guard, self.balloon, len(inventories))
+        self.arbiter = Arbiter(inventory, self._guard, self.balloon, len(inventories))
         self._demand = DemandView(
             inventory.page_class, inventory.geometry.num_pages, inventory.layout.frame_bytes
         )
-        self._layout, self._max_running = inventory.layout, max_running
+        self._layout, self.max_running = inventory.layout, max_running
         self._block_tokens = block_tokens
         self._requests = requests
         requests.prefixes = self._prefixes = PrefixCurve(inventory.layout.blocks)
         self._reports: list[StepReport] = []
-        self._told: ByHand | None = None
-        self._steps, self._clock = 0, StepClock()
+        self._limits: OperatorLimits | None = None
+        self._clock = StepClock()
 
     def order(self) -> Order | None:
         """Begin a step; return the order for the workers."""
@@ -80,7 +82,7 @@ class Arbitration:
         self._demand.update(reports)
         self._obey(reports)
         requests, demand = self._requests, self._demand
-        sample = StepSample(
+        last = StepSample(
             requests.ran,
             requests.computed,
             self._clock.seconds,
@@ -89,41 +91,41 @@ class Arbitration:
             demand.misses,
         )
         answers = [report.answer for report in reports if report.answer is not None]
-        order = self.controller.step(
-            sample, requests.running, requests.waiting, self._view, answers
+        return self.arbiter.step(
+            EngineState(last, requests.running, requests.waiting, answers, self)
         )
-        self._steps += 1
-        return order
 
-    def _view(self, **known: Any) -> ArbitrationView:
-        """The state of the engine, from the controller and this side."""
+    # --- the engine's demand, asked by the arbiter ------------------------------------------------
+
+    @property
+    def preemptions(self) -> int:
+        return self._requests.preemptions
+
+    def request_blocks(self) -> float:
+        blocks = self._requests.foreseen_blocks(self._block_tokens)
+        # Shared prefixes are needed only once.
+        return max(blocks - self._prefixes.saved(), 1.0) if blocks else 0.0
+
+    def experts(self) -> ExpertDemand:
+        return self._demand.latest()
+
+    def prefixes(self) -> PrefixDemand:
         requests, layout = self._requests, self._layout
-        per_block = layout.block_bytes / layout.frame_bytes
-        blocks = requests.foreseen_blocks(self._block_tokens)
-        if blocks:  # shared prefixes are needed only once
-            blocks = max(blocks - self._prefixes.saved(), 1.0)
-        return ArbitrationView(
-            step=self._steps,
-            max_running_requests=self._max_running,
-            request_frames=blocks * per_block,
-            kv_cached_frames=int(self.balloon.cached() * per_block),
-            preemptions=requests.preemptions,
-            experts=self._demand.latest(),
-            prefixes=PrefixDemand(
-                requests.prompt_tokens,
-                requests.prefix_hits,
-                layout.blocks * per_block,
-                self._prefixes.curve(),
-            ),
-            **known,
+        return PrefixDemand(
+            requests.prompt_tokens,
+            requests.prefix_hits,
+            layout.blocks * layout.block_bytes / layout.frame_bytes,
+            self._prefixes.curve(),
         )
+
+    # --- end of a step ----------------------------------------------------------------------------
 
     def _obey(self, reports: Sequence[StepReport]) -> None:
         """Apply the operator limits in the reports, the same from all workers."""
-        told = reports[0].limits if reports else None
-        if told is not None and told != self._told:
-            self._told = told
-            self.controller.set_limits(told)
+        limits = reports[0].limits if reports else None
+        if limits is not None and limits != self._limits:
+            self._limits = limits
+            self.arbiter.set_limits(limits)
 
     def reported(self, reports: Sequence[StepReport]) -> None:
         """Record the end of a step."""

@@ -238,11 +238,11 @@ class PagedCPUWorker(CPUWorker):
                 limits_in_frames(runtime, self._limits)
         except FluxMoEError as error:
             return {"error": {"code": error.code, "message": str(error)}}
-        frame = runtime.arbiter.pool.frame_bytes
+        frame = runtime.memory.pool.frame_bytes
         return {
             "limits": self._limits.model_dump(mode="json"),
-            "split": {name: count * frame for name, count in runtime.arbiter.frames().items()},
-            "budget": runtime.arbiter.budget_bytes,
+            "split": {name: count * frame for name, count in runtime.memory.frames().items()},
+            "budget": runtime.memory.budget_bytes,
         }
 
     def fluxmoe_record(

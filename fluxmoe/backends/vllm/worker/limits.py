@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.config import HandLimits
-from fluxmoe.core.arbitration.messages import ByHand
+from fluxmoe.core.arbitration.messages import OperatorLimits
 from fluxmoe.errors import ConfigError
 
 
-def in_frames(runtime: Runtime, limits: HandLimits) -> ByHand:
+def in_frames(runtime: Runtime, limits: HandLimits) -> OperatorLimits:
     """Convert limits of the split to frames.
 
     Raises:
@@ -18,8 +18,9 @@ def in_frames(runtime: Runtime, limits: HandLimits) -> ByHand:
         raise ConfigError(
             "limits cannot be set while serving", where="control", fix="set control: true"
         )
-    frame, total = runtime.arbiter.pool.frame_bytes, runtime.arbiter.budget_bytes
-    experts, kv = runtime.experts_budget.min * frame, runtime.kv_budget.min * frame
+    part, total = runtime.partition, runtime.memory.budget_bytes
+    frame = part.frame_bytes
+    experts, kv = part.experts.min * frame, part.kv.min * frame
     for name, value, least in (
         ("budget", limits.budget, experts + kv),
         ("experts.min", limits.experts.min, experts),
@@ -43,7 +44,7 @@ def in_frames(runtime: Runtime, limits: HandLimits) -> ByHand:
     def frames(value: int | None, *, up: bool = False) -> int | None:
         return None if value is None else (-(-value // frame) if up else value // frame)
 
-    return ByHand(
+    return OperatorLimits(
         frames(limits.budget),
         frames(limits.experts.min, up=True),
         frames(limits.experts.max),

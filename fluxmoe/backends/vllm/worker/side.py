@@ -7,8 +7,8 @@ import time
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm import metrics
 from fluxmoe.core.arbitration.demand import DemandMeter
-from fluxmoe.core.arbitration.messages import Answer, ByHand, Inventory, Order, StepReport
-from fluxmoe.core.arbitration.moves import Follower
+from fluxmoe.core.arbitration.messages import Answer, Inventory, OperatorLimits, Order, StepReport
+from fluxmoe.core.arbitration.moves import MoveWorker
 from fluxmoe.errors import InvariantError
 
 #: Steps between readings of the histograms, which have many buckets and are not urgent.
@@ -33,18 +33,18 @@ class WorkerSide:
         self._demand: DemandMeter | None = None
         if runtime.dynamic:
             self._demand = DemandMeter(rank, runtime.pager, seed=runtime.config.seed)
-        self._follower = Follower(rank, runtime.execute, time.perf_counter)
+        self._moves = MoveWorker(rank, runtime.memory, runtime.pager, time.perf_counter)
 
     @property
     def orders(self) -> int:
         """Number of orders carried out so far."""
-        return 0 if self._answer is None else self._answer.number
+        return self._moves.done
 
     def inventory(self) -> Inventory | None:
         """The inventory for the scheduler; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
 
-    def limit(self, limits: ByHand) -> None:
+    def limit(self, limits: OperatorLimits) -> None:
         """Send operator limits to the scheduler with the next step."""
         if self._demand is None:
             raise InvariantError("the split is fixed")
@@ -52,7 +52,7 @@ class WorkerSide:
 
     def receive(self, order: Order | None) -> None:
         """Begin a step with the scheduler's order."""
-        self._answer = self._follower.receive(order)
+        self._answer = self._moves.receive(order)
 
     def report(self) -> StepReport | None:
         """End a step and return its report; None if the split is fixed."""

@@ -1,4 +1,4 @@
-"""Building blocks of ``streams``: flights (batches of copies), events, the driver's copies."""
+"""Building blocks of ``streams``: batches of copies, events, the driver's copies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluxmoe.cuda.driver import Cuda
+from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import SubstrateError
 
 #: First CUDA version whose driver copies batches in one call, and times events as used here.
@@ -14,18 +14,18 @@ _LEAST = 12080
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
+class CopyBatch:
     """Copies that were submitted to a stream together.
 
     Attributes:
         event: Event recorded after them; None once they have arrived and were retired.
-        mark: Event recorded on the kernels' stream before it waits for them.
+        fence: Event recorded on the kernels' stream before it waits for them.
         nbytes: Total bytes.
         buffers: Page-locked buffers that they read.
     """
 
     event: Any = None
-    mark: Any = None
+    fence: Any = None
     nbytes: int = 0
     buffers: list[int] = field(default_factory=list)
 
@@ -53,16 +53,16 @@ class Transfers:
         return sum(self.sizes)
 
 
-class Copier:
+class CopySubmitter:
     """Submits copies from the host to a stream: in one call if supported, else one by one."""
 
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: CudaDriver) -> None:
         self._cuda = cuda
         api = cuda.api
         # The call changed with CUDA 13: bindings for it find no such function in an older driver.
         least = max(_LEAST, api.CUDA_VERSION // 1000 * 1000)
-        self.batches = cuda.version >= least
-        if self.batches:
+        self.batched = cuda.version >= least
+        if self.batched:
             attributes = api.CUmemcpyAttributes()
             order = api.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
             attributes.srcAccessOrder = order
@@ -72,7 +72,7 @@ class Copier:
 
     def copy(self, transfers: Transfers, stream: Any) -> None:
         count = len(transfers.sizes)
-        if self.batches and count > 1:
+        if self.batched and count > 1:
             pointer = self._cuda.api.CUdeviceptr
             self._cuda.call(
                 "cuMemcpyBatchAsync",
@@ -95,7 +95,7 @@ class Copier:
 class Events:
     """Pool of reusable events."""
 
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: CudaDriver) -> None:
         self._cuda = cuda
         self._made: list[Any] = []
         self._free: list[Any] = []

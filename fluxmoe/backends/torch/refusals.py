@@ -25,7 +25,7 @@ class Uncopyable:
         raise UnsupportedError("a paged model can be neither copied nor pickled", fix=_CLOSE)
 
 
-class Shield:
+class Refusals:
     """Refuses ``state_dict``, ``load_state_dict``, another experts implementation, and changes of
     type or device.
 

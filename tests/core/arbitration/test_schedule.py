@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 import fluxmoe
-from fluxmoe.core.arbitration.controller import Pace
+from fluxmoe.core.arbitration.schedule import AskingSchedule
 from fluxmoe.core.policy.arbitration import Split, StepSample
 from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.errors import PolicyFaultError
@@ -17,33 +17,33 @@ State = tuple[int, int, bool]
 CALM: State = (3, 0, True)
 
 
-def asked(pace: Pace, states: Iterable[State]) -> list[int]:
+def asked(schedule: AskingSchedule, states: Iterable[State]) -> list[int]:
     """The steps in which the policy is asked; it is shown all steps since."""
     found, wanted, seen = [], True, 0
     for step, (running, waiting, content) in enumerate(states):
-        if pace.due(StepSample(running, step, 0.01), running, waiting, content=wanted):
-            assert [sample.tokens for sample in pace.steps] == list(range(seen, step + 1))
+        if schedule.due(StepSample(running, step, 0.01), running, waiting, content=wanted):
+            assert [sample.tokens for sample in schedule.steps] == list(range(seen, step + 1))
             seen, wanted = step + 1, content
-            pace.asked(running, waiting, content=content)
+            schedule.asked(running, waiting, content=content)
             found.append(step)
     return found
 
 
 def test_by_default_in_every_step():
-    assert asked(Pace(1, 1), [CALM] * 5) == [0, 1, 2, 3, 4]
+    assert asked(AskingSchedule(1, 1), [CALM] * 5) == [0, 1, 2, 3, 4]
 
 
 def test_less_and_less_often_while_nothing_happens():
-    assert asked(Pace(4, 16), [CALM] * 80) == [0, 4, 12, 28, 44, 60, 76]
+    assert asked(AskingSchedule(4, 16), [CALM] * 80) == [0, 4, 12, 28, 44, 60, 76]
 
 
 def test_an_engine_that_is_idle_at_first():
-    assert asked(Pace(4, 64), [(0, 0, True)] * 30) == [0, 4, 12, 28]
+    assert asked(AskingSchedule(4, 64), [(0, 0, True)] * 30) == [0, 4, 12, 28]
 
 
 @pytest.mark.parametrize("news", [(4, 0, True), (3, 1, True)])
 def test_soon_when_something_happens(news):
-    steps = asked(Pace(4, 64), [CALM] * 70 + [news] * 20)
+    steps = asked(AskingSchedule(4, 64), [CALM] * 70 + [news] * 20)
     assert steps[:5] == [0, 4, 12, 28, 60]
     assert steps[5] == 70  # ten steps after the last time
     assert steps[6] == 74
@@ -51,15 +51,15 @@ def test_soon_when_something_happens(news):
 
 def test_not_more_often_than_wished():
     busy = [(running, 1, False) for running in range(40)]
-    assert asked(Pace(4, 64), busy) == list(range(0, 40, 4))
+    assert asked(AskingSchedule(4, 64), busy) == list(range(0, 40, 4))
 
 
 def test_while_it_wants_something_else_nothing_is_calm():
-    assert asked(Pace(2, 64), [(3, 0, False)] * 9) == [0, 2, 4, 6, 8]
+    assert asked(AskingSchedule(2, 64), [(3, 0, False)] * 9) == [0, 2, 4, 6, 8]
 
 
 def test_calm_is_never_more_often():
-    assert asked(Pace(8, 1), [CALM] * 20) == [0, 8, 16]
+    assert asked(AskingSchedule(8, 1), [CALM] * 20) == [0, 8, 16]
 
 
 class Nonsense(fluxmoe.ArbitrationPolicy):

@@ -1,0 +1,46 @@
+"""AskingSchedule: in which steps an arbitration policy is asked."""
+
+from __future__ import annotations
+
+from fluxmoe.core.policy.arbitration import StepSample
+
+
+class AskingSchedule:
+    """Counts the steps from one call of a policy to the next.
+
+    Evaluating many steps at once costs hardly more than evaluating one: between two steps of the
+    engine the policy's code has left the CPU caches. So a policy declares how often to ask it, and
+    sees all steps since the last call.
+
+    Calls become rarer while the number of running requests is constant, none waits and the policy
+    keeps the current split.
+
+    Args:
+        interval, calm: ``ArbitrationPolicy.interval`` and ``calm_interval``.
+    """
+
+    def __init__(self, interval: int, calm: int) -> None:
+        self._interval, self._calm = interval, max(interval, calm)
+        self._pause, self._running = 1, 0
+        #: Steps since the policy was last asked, oldest first.
+        self.steps: list[StepSample] = []
+
+    def due(self, step: StepSample, running: int, waiting: int, *, content: bool) -> bool:
+        """True if the policy should be asked now.
+
+        Args:
+            step: The step that has just ended.
+            running, waiting: Number of requests in the step that begins.
+            content: True if the policy's last answer was the current split.
+        """
+        self.steps.append(step)
+        calm = content and not waiting and running == self._running
+        return len(self.steps) >= (self._pause if calm else min(self._pause, self._interval))
+
+    def asked(self, running: int, waiting: int, *, content: bool) -> None:
+        """Record that the policy was asked, with the arguments of ``due``."""
+        calm = content and not waiting and running == self._running
+        longer = min(2 * self._pause, self._calm) if calm else 0
+        self._pause = max(longer, self._interval)
+        self._running = running
+        self.steps.clear()
