@@ -1,6 +1,11 @@
 """Planning of moves: the next one on the way from the current split to the wanted one.
 
 Stateless; its only side effect is holding blocks of groups that are to be freed.
+
+Three units occur. Experts own *slots*, the KV cache owns *groups*, and both are counted in *frames*
+to be compared; names that end in ``frames`` are frames. ``free_frames`` is the budget minus what
+both tenants own. It is negative while an operator's limit is below that: with a limit of 20 and 12
+frames of experts and 15 of KV cache it is −7, and 7 frames must be released before anything grows.
 """
 
 from __future__ import annotations
@@ -86,81 +91,90 @@ class Planner:
         have, per_group = held.frames, self._inventory.layout.frames_per_group
         if wanted == have:  # as in most steps
             return None
-        free = view.total_frames - have[EXPERTS] - have[KV]
-        most = self._most(view, held, pause_per_frame)
-        grow = min(wanted[KV] - have[KV], most)
-        if grow >= per_group:
-            return self._to_kv(held, grow, free)
-        slots = self._sizes(wanted[EXPERTS]) or held.slots
-        experts = self.expert_frames(slots)
-        surplus = max(-free, have[EXPERTS] - view.bounds[EXPERTS].max)
-        if experts < have[EXPERTS] and surplus > 0:
-            return self._resize(held, max(experts, have[EXPERTS] - min(surplus, most)))
+        bounds, free_frames = view.bounds, view.total_frames - have[EXPERTS] - have[KV]
+        most_frames = self._most_frames(view, held, pause_per_frame)
+        grow_frames = min(wanted[KV] - have[KV], most_frames)
+        if grow_frames >= per_group:
+            return self._to_kv(held, grow_frames, free_frames)
+
+        # Slots come in whole frames: the experts may not be able to use all that is wanted.
+        expert_frames = self.expert_frames(self._sizes(wanted[EXPERTS]) or held.slots)
+        surplus_frames = max(-free_frames, have[EXPERTS] - bounds[EXPERTS].max)
+        if expert_frames < have[EXPERTS] and surplus_frames > 0:
+            least_frames = have[EXPERTS] - min(surplus_frames, most_frames)
+            return self._resize(held, max(expert_frames, least_frames))
+
         # The KV cache gives no more than the experts can use, or than the limit demands.
-        needed = max(experts - have[EXPERTS] - free, have[KV] - view.bounds[KV].max, 0)
-        needed = -(-needed // per_group) * per_group
-        gap = have[KV] - wanted[KV]
-        limited = free < 0 or have[KV] > view.bounds[KV].max
-        if limited and have[KV] - per_group >= view.bounds[KV].min:
-            gap = -(-gap // per_group) * per_group  # a limit must be met, not just approached
-        shrink = min(gap, needed, most)
-        if shrink >= per_group:
-            return self._to_experts(held, shrink // per_group, experts, free)
-        if experts > have[EXPERTS] and free > 0:
-            return self._resize(held, have[EXPERTS] + min(experts - have[EXPERTS], free, most))
+        missing_frames = expert_frames - have[EXPERTS] - free_frames
+        needed_frames = max(missing_frames, have[KV] - bounds[KV].max, 0)
+        gap_frames = have[KV] - wanted[KV]
+        limited = free_frames < 0 or have[KV] > bounds[KV].max
+        if limited and have[KV] - per_group >= bounds[KV].min:
+            gap_frames = _up(gap_frames, per_group)  # a limit must be met, not just approached
+        shrink_frames = min(gap_frames, _up(needed_frames, per_group), most_frames)
+        if shrink_frames >= per_group:
+            return self._to_experts(held, shrink_frames // per_group, expert_frames, free_frames)
+        if expert_frames > have[EXPERTS] and free_frames > 0:
+            grow_frames = min(expert_frames - have[EXPERTS], free_frames, most_frames)
+            return self._resize(held, have[EXPERTS] + grow_frames)
         return None
 
-    def _most(self, view: ArbitrationView, held: Held, pause_per_frame: float) -> int:
+    def _most_frames(self, view: ArbitrationView, held: Held, pause_per_frame: float) -> int:
         """Most frames of the next move: as the pause allows, but enough to change something."""
-        layout, total = self._inventory.layout, self._inventory.frames
-        slot = self.expert_frames(tuple(n + 1 for n in held.slots)) - held.frames[EXPERTS]
-        least = layout.frames_per_group * -(-slot // layout.frames_per_group)
-        most = total * FIRST
+        per_group, total_frames = self._inventory.layout.frames_per_group, self._inventory.frames
+        next_slots = tuple(count + 1 for count in held.slots)
+        slot_frames = self.expert_frames(next_slots) - held.frames[EXPERTS]
+        most_frames = total_frames * FIRST
         if pause_per_frame and view.step_seconds:
-            most = PAUSE * view.step_seconds / pause_per_frame
-        return max(least, int(min(most, total * LARGEST)))
+            most_frames = PAUSE * view.step_seconds / pause_per_frame
+        return max(_up(slot_frames, per_group), int(min(most_frames, total_frames * LARGEST)))
 
-    def _to_kv(self, held: Held, count: int, free: int) -> Move | None:
-        """Commit as many of the lowest groups as ``count`` frames hold, free frames first, then the
-        experts'.
+    def _to_kv(self, held: Held, most_frames: int, free_frames: int) -> Move | None:
+        """Commit as many of the lowest groups as ``most_frames`` frames hold, free frames first,
+        then the experts'.
         """
-        layout, groups, needed = self._inventory.layout, [], -free
+        layout, groups, group_frames = self._inventory.layout, [], 0
         for group in range(layout.groups):
             if group not in held.groups:
-                if needed + free + layout.frames_of(group) > count:
+                if group_frames + layout.frames_of(group) > most_frames:
                     break
                 groups.append(group)
-                needed += layout.frames_of(group)
+                group_frames += layout.frames_of(group)
         slots: tuple[int, ...] | None = held.slots
-        if needed > 0:
-            slots = self._sizes(self.expert_frames(held.slots) - needed)
+        if group_frames > free_frames:
+            slots = self._sizes(self.expert_frames(held.slots) - (group_frames - free_frames))
         if not groups or slots is None:
             return None
         return Move(True, tuple(groups), held.slots, slots)
 
-    def _to_experts(self, held: Held, count: int, wanted: int, free: int) -> Move | None:
-        """Release unused groups; experts get their frames and any other free ones."""
-        groups = self._hold(count)
-        if not groups:
+    def _to_experts(
+        self, held: Held, groups: int, expert_frames: int, free_frames: int
+    ) -> Move | None:
+        """Release up to ``groups`` unused groups; experts get their frames and any free ones, up to
+        ``expert_frames``.
+        """
+        released = self._hold(groups)
+        if not released:
             return None  # all in use: the wish remains, and the next step tries again
-        have = held.frames[EXPERTS]
-        room = have + free + self.kv_frames(groups)
-        slots = self._sizes(max(min(wanted, room), have)) or held.slots
-        return Move(False, groups, held.slots, slots)
+        have_frames = held.frames[EXPERTS]
+        room_frames = have_frames + free_frames + self.kv_frames(released)
+        slots = self._sizes(max(min(expert_frames, room_frames), have_frames)) or held.slots
+        return Move(False, released, held.slots, slots)
 
-    def _resize(self, held: Held, frames: int) -> Move | None:
-        """Resize the experts alone, to at most ``frames`` frames."""
-        slots = self._sizes(frames)
+    def _resize(self, held: Held, expert_frames: int) -> Move | None:
+        """Resize the experts alone, to at most ``expert_frames`` frames."""
+        slots = self._sizes(expert_frames)
         if slots is None or slots == held.slots:
             return None
         return Move(slots < held.slots, (), held.slots, slots)
 
-    def _sizes(self, frames: int) -> tuple[int, ...] | None:
+    def _sizes(self, expert_frames: int) -> tuple[int, ...] | None:
+        """The most slots per bank in this many frames; None below the banks' minimum."""
         i = self._inventory
         slots = sizes(
             i.geometry,
             i.page_class,
-            frames,
+            expert_frames,
             i.layout.frame_bytes,
             banks=len(i.slots),
             limit=i.bank_limit,
@@ -175,3 +189,8 @@ class Planner:
     def kv_frames(self, groups: Collection[int]) -> int:
         """Number of frames of these KV groups."""
         return self._inventory.layout.frames(groups)
+
+
+def _up(frames: int, step: int) -> int:
+    """Round up to a multiple of ``step``."""
+    return -(-frames // step) * step
