@@ -31,9 +31,10 @@ from rich.table import Table
 import fluxmoe
 from benchmarks import machine
 from fluxmoe import plugins
+from fluxmoe.core.types import EventList
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation
-from fluxmoe.trace import EventBlock, TraceMeta
+from fluxmoe.trace import TraceMeta
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 #: Million accesses per second that issue 4 asks for.
@@ -117,7 +118,7 @@ def measure(ids: npt.NDArray[np.int32], policy: str, capacity: str) -> dict[str,
 def events_of(ids: npt.NDArray[np.int32]) -> Events:
     steps = len(ids)
     count = steps * LAYERS
-    block = EventBlock(
+    block = EventList(
         step=np.repeat(np.arange(steps, dtype=np.int32), LAYERS),
         layer=np.tile(np.arange(LAYERS, dtype=np.int16), steps),
         phase=np.ones(count, np.int8),

@@ -1,10 +1,10 @@
-"""Basic frozen types: geometry, page layout, access, budget, counters."""
+"""Basic frozen types: geometry, page layout, events, access, budget, counters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,25 @@ class Geometry:
 
     def page(self, layer: int, expert: int) -> int:
         return layer * self.experts_per_layer + expert
+
+
+class EventList(NamedTuple):
+    """N consecutive events. Event ``i`` routes to ``ids[offsets[i]:offsets[i + 1]]``.
+
+    ``ids`` has one entry per (token, expert) pair, repeats included. ``later``, as long as ``ids``:
+    the next event that uses the same page; empty if no policy needs it. Event ``i`` predicts
+    ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, repeats included;
+    ``guess_offsets`` is empty without predictions.
+    """
+
+    step: npt.NDArray[np.int32]  # [N]
+    layer: npt.NDArray[np.int16]  # [N]
+    phase: npt.NDArray[np.int8]  # [N], ``Phase``
+    offsets: Int64s  # [N + 1]
+    ids: npt.NDArray[np.int32]
+    later: Int64s = np.zeros(0, np.int64)
+    guess_offsets: Int64s = np.zeros(0, np.int64)  # [N + 1]
+    guesses: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ class Clock:
 
     def timing(self) -> Timing:
         """Summary of all steps."""
-        profile, block = self._profile, self._events.list(oracle=False)
+        profile, block = self._profile, self._events.block
         starts = np.flatnonzero(np.diff(block.step, prepend=block.step[:1] - 1))
         steps = np.add.reduceat(self.compute + self.stall, starts) + profile.step_us * 1e-6
         tokens = np.diff(block.offsets)[starts].sum() / self._events.meta.top_k
@@ -138,7 +138,7 @@ class Clock:
 
 
 def _compute(profile: Profile, events: Events, page_bytes: int) -> Floats:
-    pairs = np.diff(events.list(oracle=False).offsets)
+    pairs = np.diff(events.block.offsets)
     tokens = pairs / events.meta.top_k
     read = events.sizes * (page_bytes / (profile.memory_gbps * 1e9))
     work = pairs * (2 * page_bytes / profile.weight_bytes / (profile.tflops * 1e12))

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.compiled.jit import jit
-from fluxmoe.core.paging.replay import EventList
 from fluxmoe.core.policy.paging import PageView
-from fluxmoe.core.types import Int64s, Phase
-from fluxmoe.trace import EventBlock, TraceMeta, TraceReader
+from fluxmoe.core.types import EventList, Int64s, Phase
+from fluxmoe.trace import TraceMeta, TraceReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,58 +36,43 @@ class Events:
 
     Args:
         meta: Metadata of the trace.
-        block: Events of the trace, already checked.
+        block: Events of the trace, already checked; without their future.
     """
 
-    def __init__(self, meta: TraceMeta, block: EventBlock) -> None:
-        self.meta, self._block = meta, block
+    def __init__(self, meta: TraceMeta, block: EventList) -> None:
+        self.meta, self.block = meta, block
 
     @classmethod
     def load(cls, path: str | Path) -> Events:
         """Read a trace file. Raises TraceError."""
         reader = TraceReader(path)
-        blocks = list(reader.blocks(predicted=True))
-        events = EventBlock(
-            step=np.concatenate([block.step for block in blocks]),
-            layer=np.concatenate([block.layer for block in blocks]),
-            phase=np.concatenate([block.phase for block in blocks]),
-            offsets=_joined([block.offsets for block in blocks]),
-            ids=np.concatenate([block.ids for block in blocks]),
-        )
-        predicted = [(b.predicted_offsets, b.predicted_ids) for b in blocks]
-        offsets = [part for part, _ in predicted if part is not None]
-        ids = [part for _, part in predicted if part is not None]
-        if offsets:
-            events = events._replace(
-                predicted_offsets=_joined(offsets), predicted_ids=np.concatenate(ids)
-            )
-        return cls(reader.meta, events)
-
-    @property
-    def block(self) -> EventBlock:
-        """All events in one block."""
-        return self._block
+        columns = zip(*reader.blocks(predicted=True), strict=True)
+        joined: dict[str, Any] = {
+            name: _joined(parts) if name.endswith("offsets") else np.concatenate(parts)
+            for name, parts in zip(EventList._fields, columns, strict=True)
+        }
+        return cls(reader.meta, EventList(**joined))
 
     def __len__(self) -> int:
-        return len(self._block.step)
+        return len(self.block.step)
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:
         """Routed experts of all events, concatenated, repeats included."""
-        return self._block.ids
+        return self.block.ids
 
     def __iter__(self) -> Iterator[tuple[int, int, Phase, slice]]:
         """(step, layer, phase, slice of ``ids``) of every event."""
         phases = (Phase.PREFILL, Phase.DECODE)
-        step, layer, phase, bounds = (np.asarray(column).tolist() for column in self._block[:4])
+        step, layer, phase, bounds = (np.asarray(column).tolist() for column in self.block[:4])
         for i, start in enumerate(bounds[:-1]):
             yield step[i], layer[i], phases[phase[i]], slice(start, bounds[i + 1])
 
     @property
     def predicted(self) -> tuple[Int64s, npt.NDArray[np.int32]] | None:
         """Predictions of each event's layer for the next: offsets ``[N + 1]`` and experts."""
-        offsets, ids = self._block.predicted_offsets, self._block.predicted_ids
-        return None if offsets is None or ids is None else (offsets, ids)
+        offsets = self.block.guess_offsets
+        return (offsets, self.block.guesses) if offsets.size else None
 
     @cached_property
     def largest(self) -> int:
@@ -99,7 +84,7 @@ class Events:
         """Number of distinct experts of every event."""
         sizes = np.zeros(len(self), np.int32)
         seen = np.full(self.meta.experts_per_layer, -1, np.int64)
-        _count_distinct(self._block.offsets, self.ids, seen, sizes)
+        _count_distinct(self.block.offsets, self.ids, seen, sizes)
         return sizes
 
     @cached_property
@@ -107,19 +92,20 @@ class Events:
         """Next use of every page at every event, from one backward pass."""
         first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)
         later = np.empty(self.ids.size, np.int64)
-        experts, block = self.meta.experts_per_layer, self._block
+        experts, block = self.meta.experts_per_layer, self.block
         _look_ahead(block.layer, block.offsets, block.ids, experts, first, later)
         return Future(first, later)
 
-    def list(self, *, oracle: bool) -> EventList:
-        """The events in the form of the replay, with their future if the policy is an oracle."""
-        later = self.future.later if oracle else np.zeros(0, np.int64)
-        guesses = self.predicted or (np.zeros(0, np.int64), np.zeros(0, np.int32))
-        return EventList(*self._block[:5], later, *guesses)
+    @cached_property
+    def foreseen(self) -> EventList:
+        """All events with their future, for oracles."""
+        return self.block._replace(later=self.future.later)
 
 
 def _joined(offsets: Sequence[Int64s]) -> Int64s:
-    """Offsets of the concatenation of several arrays, from the offsets of each."""
+    """Offsets of the concatenation of several arrays, from the offsets of each, if any."""
+    if not offsets[0].size:
+        return offsets[0]
     starts = np.cumsum([0, *(part[-1] for part in offsets)])
     ends = [part[1:] + start for part, start in zip(offsets, starts[:-1], strict=True)]
     return np.concatenate([np.zeros(1, np.int64), *ends])

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe import plugins
+from fluxmoe.core.types import EventList
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile
 from fluxmoe.sim.simulator import Result, Simulation
-from fluxmoe.trace import EventBlock, TraceMeta
+from fluxmoe.trace import TraceMeta
 
 Progress = Callable[[int], None]
 
@@ -119,8 +120,7 @@ def execute(
         plan.simulation(run, events, registry)
     with tempfile.TemporaryDirectory(prefix="fluxmoe-") as folder:
         for name, column in events.block._asdict().items():
-            if column is not None:
-                np.save(Path(folder) / f"{name}.npy", column)
+            np.save(Path(folder) / f"{name}.npy", column)
         start = multiprocessing.get_context("spawn")
         arguments = folder, events.meta, plan, bins
         with ProcessPoolExecutor(jobs, start, _begin, arguments) as pool:
@@ -145,7 +145,7 @@ class _Worker:
             file.stem: np.asarray(np.load(file, mmap_mode="c"))
             for file in Path(folder).glob("*.npy")
         }
-        self.events = Events(meta, EventBlock(**columns))
+        self.events = Events(meta, EventList(**columns))
         self.plan, self.bins = plan, bins
         self.registry = plugins.load(plan.plugins)
 

@@ -118,7 +118,8 @@ class Simulation:
         Raises:
             PolicyFaultError: A policy failed, and ``strict`` is set.
         """
-        events, count = self._events.list(oracle=self.oracle), len(self._events)
+        events = self._events.foreseen if self.oracle else self._events.block
+        count = len(self._events)
         clock = self._clock
         prefetching = clock is not None and self._rule.prefetches
         watch = clock.watch if clock is not None and prefetching else None

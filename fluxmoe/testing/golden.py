@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from fluxmoe.core.types import Phase
+from fluxmoe.core.types import EventList, Phase
 from fluxmoe.sim.events import Events
-from fluxmoe.trace import EventBlock, TraceMeta
+from fluxmoe.trace import TraceMeta
 from fluxmoe.trace.synth import Workload
 
 
@@ -57,7 +57,7 @@ def events_of(workload: Workload, *, predicted: bool = False) -> Events:
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     count = workload.steps * workload.layers
     layers_of = np.tile(np.arange(workload.layers, dtype=np.int16), workload.steps)
-    block = EventBlock(
+    block = EventList(
         step=np.repeat(np.arange(workload.steps, dtype=np.int32), workload.layers),
         layer=layers_of,
         phase=np.asarray(phases, np.int8),
@@ -68,8 +68,8 @@ def events_of(workload: Workload, *, predicted: bool = False) -> Events:
         last = workload.layers - 1
         ahead = [ids[i + 1] if layers_of[i] < last else ids[i][:0] for i in range(count)]
         block = block._replace(
-            predicted_offsets=np.cumsum([0, *map(len, ahead)], dtype=np.int64),
-            predicted_ids=np.concatenate(ahead),
+            guess_offsets=np.cumsum([0, *map(len, ahead)], dtype=np.int64),
+            guesses=np.concatenate(ahead),
         )
     meta = TraceMeta(
         model="synthetic",

@@ -6,8 +6,8 @@ groups of it. Imports the core, ``draw`` and ``errors``.
 
 from __future__ import annotations
 
-from fluxmoe.trace.format import OPTIONAL, EventBlock, Rows, StepRows, TraceMeta
+from fluxmoe.trace.format import OPTIONAL, Rows, StepRows, TraceMeta
 from fluxmoe.trace.reader import TraceReader
 from fluxmoe.trace.writer import TraceWriter
 
-__all__ = ["OPTIONAL", "EventBlock", "Rows", "StepRows", "TraceMeta", "TraceReader", "TraceWriter"]
+__all__ = ["OPTIONAL", "Rows", "StepRows", "TraceMeta", "TraceReader", "TraceWriter"]

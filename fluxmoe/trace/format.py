@@ -128,22 +128,6 @@ class StepRows(NamedTuple):
     phase: npt.NDArray[np.int8]
 
 
-class EventBlock(NamedTuple):
-    """N consecutive events. Event ``i`` routed to ``ids[offsets[i]:offsets[i + 1]]``.
-
-    ``predicted_ids``, with ``predicted_offsets``, are the experts that each event's layer predicts
-    for the next one, repeats included; both are None unless requested and present in the file.
-    """
-
-    step: npt.NDArray[np.int32]  # [N]
-    layer: npt.NDArray[np.int16]  # [N]
-    phase: npt.NDArray[np.int8]  # [N]
-    offsets: Int64s  # [N + 1]
-    ids: npt.NDArray[np.int32]  # one per (token, expert) pair, token by token
-    predicted_offsets: Int64s | None = None  # [N + 1]
-    predicted_ids: npt.NDArray[np.int32] | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
     """N consecutive rows of a file.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fluxmoe.core.types import Bools, Int64s, Phase
+from fluxmoe.core.types import Bools, EventList, Int64s, Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.trace.format import (
     GROUP_ROWS,
@@ -19,7 +19,6 @@ from fluxmoe.trace.format import (
     OPTIONAL,
     SCHEMA,
     Array,
-    EventBlock,
     Rows,
     TraceMeta,
 )
@@ -80,7 +79,7 @@ class TraceReader:
             for i, (step, layer, phase) in enumerate(rows):
                 yield step, layer, phases[phase], block.ids[bounds[i] : bounds[i + 1]]
 
-    def blocks(self, *, predicted: bool = False) -> Iterator[EventBlock]:
+    def blocks(self, *, predicted: bool = False) -> Iterator[EventList]:
         """All events in order, many at a time.
 
         Args:
@@ -183,10 +182,10 @@ class TraceReader:
         return TraceError(what, where=self._where)
 
 
-def _block(rows: Rows) -> EventBlock:
+def _block(rows: Rows) -> EventList:
     starts = rows.starts()
     width, ids = rows.lists["experts"]
-    block = EventBlock(
+    block = EventList(
         step=rows["step"][starts],
         layer=rows["layer"][starts],
         # Prefill is 0: a batch that mixes both counts as prefill.
@@ -197,7 +196,7 @@ def _block(rows: Rows) -> EventBlock:
     if "predicted" not in rows.lists:
         return block
     width, ids = rows.lists["predicted"]
-    return block._replace(predicted_offsets=_offsets(width, starts), predicted_ids=ids)
+    return block._replace(guess_offsets=_offsets(width, starts), guesses=ids)
 
 
 def _offsets(width: Array, starts: Int64s) -> Int64s:

@@ -5,7 +5,10 @@ Written from the text, not from the code. Where the text leaves a choice, the ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 
 class Reference:
@@ -193,3 +196,38 @@ def lfru(r: Reference, page: int) -> float:
     distance = (own - r.layer - 1) % r.layers + 1
     tries = max(1.0, (turns + 1.0) / (lfu(r, page) + 0.5))
     return -(distance + (tries - 1.0 + 0.3 * missed) * r.layers)
+
+
+def replay(
+    events: Sequence[tuple[int, Iterable[int]]],
+    layers: int,
+    experts: int,
+    policy: str,
+    capacity: int,
+    prefetch: str = "none",
+    banks: int = 1,
+) -> dict[str, int]:
+    """Counters of a trace of (layer, routed experts) by policies with these names.
+
+    Consecutive layers share a bank, which has slots in proportion to its layers.
+    """
+    bank_of = [layer * banks // layers for layer in range(layers)]
+    ends = [*(bank_of.index(bank) for bank in range(banks)), layers]
+    slots = [capacity * end // layers - capacity * first // layers for first, end in pairwise(ends)]
+    uses = defaultdict(list)  # page → the events that use it
+    for now, (layer, ids) in enumerate(events):
+        for expert in set(ids):
+            uses[layer * experts + expert].append(now)
+
+    def belady(r: Reference, page: int) -> float:
+        upcoming = uses[page][bisect_right(uses[page], r.now) :]
+        return -min(upcoming, default=float("inf"))
+
+    keys = {"lru": lru, "immediate": lru, "lfu": lfu, "lfru": lfru, "belady": belady}
+    keys["mru"] = lambda r, page: -lru(r, page)
+    ahead = {"none": 0, "next-layer": 1, "next-layer:depth=2": 2}[prefetch]
+    retain = policy != "immediate"
+    model = Reference(layers, experts, slots, bank_of, keys[policy], retain=retain, ahead=ahead)
+    for layer, ids in events:
+        model.event(layer, ids)
+    return {name: n for name, n in model.counts.items() if name not in ("cold", "resized")}

@@ -1,4 +1,4 @@
-"""What ``lfru`` is for: frequency decides until it is out of date. See also tests/reference.py."""
+"""What ``lfru`` is for: frequency decides until it is out of date. See also core/reference.py."""
 
 import numpy as np
 import pytest

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from fluxmoe.core.types import Phase
+from fluxmoe.core.types import EventList, Phase
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
-from fluxmoe.trace import EventBlock, TraceMeta, shipped
+from fluxmoe.trace import TraceMeta, shipped
 
 from . import golden
 
@@ -65,7 +65,7 @@ def single(events):
         for page in np.unique(layer * experts + events.ids[at].astype(np.int64)).tolist()
     ]
     count = len(pages)
-    block = EventBlock(
+    block = EventList(
         np.arange(count, dtype=np.int32),
         np.zeros(count, np.int16),
         np.full(count, Phase.DECODE, np.int8),

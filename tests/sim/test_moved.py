@@ -7,7 +7,7 @@ import pytest
 MOVED = {
     "fluxmoe.sim.trace": (
         "fluxmoe.trace",
-        "OPTIONAL EventBlock Rows StepRows TraceMeta TraceReader TraceWriter",
+        "OPTIONAL Rows StepRows TraceMeta TraceReader TraceWriter",
     ),
     "fluxmoe.sim.shipped": ("fluxmoe.trace.shipped", "FOLDER NAMES path"),
     "fluxmoe.sim.synth": ("fluxmoe.trace.synth", "Workload"),

@@ -13,14 +13,14 @@ from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView
 from fluxmoe.core.policy.watchdog import Limits
-from fluxmoe.core.types import Phase
+from fluxmoe.core.types import EventList, Phase
 from fluxmoe.errors import CapacityError, ConfigError, PolicyFaultError, UnknownPolicyError
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation, simulate
-from fluxmoe.trace import EventBlock, TraceMeta
+from fluxmoe.trace import TraceMeta
 from fluxmoe.trace.synth import Workload, write
-from tests.reference import replay
+from tests.core.reference import replay
 
 POLICIES = ["lru", "lfu", "lfru", "belady", "immediate", "mru"]
 PREFETCH = {
@@ -34,7 +34,7 @@ def in_memory(rows, layers, experts, top_k, page_bytes=1000):
     """Events from a list of (step, layer, ids)."""
     meta = TraceMeta("test", layers, experts, top_k, page_bytes, "test")
     ids = [np.asarray(ids, np.int32) for _, _, ids in rows]
-    block = EventBlock(
+    block = EventList(
         np.asarray([step for step, _, _ in rows], np.int32),
         np.asarray([layer for _, layer, _ in rows], np.int16),
         np.full(len(rows), Phase.DECODE, np.int8),
@@ -244,7 +244,7 @@ def test_the_phase_of_an_event_reaches_the_policy(tmp_path):
     known.add(Plugin(), "watching")
     rows = [(0, 0, [0]), (1, 0, [1])]
     events = in_memory(rows, 1, 2, 1)
-    events._block.phase[:] = [Phase.PREFILL, Phase.DECODE]
+    events.block.phase[:] = [Phase.PREFILL, Phase.DECODE]
     Simulation(events, "watching", 2, registry=known).run()
     assert seen == [Phase.PREFILL, Phase.DECODE]
 
@@ -270,7 +270,7 @@ def test_a_kernel_that_fails_now_and_then_is_contained_event_by_event(policy, st
     events, _ = synthetic
     missed = np.zeros(len(events), np.int32)
     fast, slow = (_rule(policy(), strikes, events) for _ in range(2))
-    replay_events(fast, events.list(oracle=False), 0, len(events), missed)
+    replay_events(fast, events.block, 0, len(events), missed)
     one_by_one = []
     for step, layer, _, where in events:
         slow.run(step, layer, events.ids[where])

@@ -202,4 +202,4 @@ def test_phases_reach_the_simulator(load: Load, tmp_path: Path) -> None:
         answer(model, new_tokens=3)
     phases = [phase for _, layer, phase, _ in TraceReader(trace).events() if layer == 0]
     assert phases == [Phase.PREFILL, Phase.PREFILL, Phase.DECODE, Phase.DECODE]
-    assert np.unique(Events.load(trace)._block.phase).tolist() == [0, 1]
+    assert np.unique(Events.load(trace).block.phase).tolist() == [0, 1]

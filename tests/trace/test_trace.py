@@ -293,9 +293,9 @@ def test_weights_predictions_requests_and_phases(tmp_path):
     trace = TraceReader(path)
     assert trace.columns == ("weights", "predicted")
     first, last = trace.blocks(predicted=True)  # the last event comes alone
-    assert first.predicted_offsets.tolist() == [0, 4]
-    assert first.predicted_ids.tolist() == [4, 5, 6, 0]
-    assert last.predicted_offsets.tolist() == [0, 0]
+    assert first.guess_offsets.tolist() == [0, 4]
+    assert first.guesses.tolist() == [4, 5, 6, 0]
+    assert last.guess_offsets.tolist() == [0, 0]
     offsets, ids = Events.load(path).predicted
     assert (offsets.tolist(), ids.tolist()) == ([0, 4, 4], [4, 5, 6, 0])
     first, _ = trace.rows(["request", "weights"])

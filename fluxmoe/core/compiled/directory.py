@@ -35,11 +35,18 @@ def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
 
 
 def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
-    """Make a function for compiled code: the directory of a tuple like ``example`` → that tuple."""
+    """Make a function for compiled code: the directory of a tuple like ``example`` → that tuple.
+
+    It returns a tuple unchanged, so that one compiled function serves Python callers, which pass
+    the directory, and compiled ones, which pass the tuple.
+    """
     tuple_type = numba.typeof(example)
 
     @intrinsic
     def open_directory(typing: Any, where: Any) -> Any:
+        if isinstance(where, types.BaseTuple):
+            return where(where), lambda context, builder, signature, args: args[0]
+
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             words = make_array(signature.args[0])(context, builder, args[0]).data
 

@@ -33,9 +33,8 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 _CORE = Path(__file__).parents[1]
-#: Matches sources with compiled functions or with definitions they use (`Rows` of
-#: ``score_kernel``).
-_COMPILED = re.compile(rb"^(@jit|import numba|from numba)", re.MULTILINE)
+#: Matches sources with compiled functions or with tuples that they use (``EventList``).
+_COMPILED = re.compile(rb"^(@jit|import numba|from numba|class \w+\(NamedTuple\))", re.MULTILINE)
 
 
 @cache

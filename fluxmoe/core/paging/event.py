@@ -12,6 +12,7 @@ from fluxmoe.core.paging.books import (
     C_ACCESSES,
     C_COLD,
     C_EVENTS,
+    C_EVICTIONS,
     C_HITS,
     C_LOADS_DEMAND,
     C_LOADS_PREFETCH,
@@ -37,14 +38,16 @@ from fluxmoe.core.paging.books import (
 from fluxmoe.core.types import Int64s, Ints
 
 Slots = npt.NDArray[np.int32]
+#: The books or, from Python, their directory (``compiled.directory``).
+AnyBooks = Books | Int64s
 
 
 @jit
-def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
+def open_event(books: AnyBooks, step: int, layer: int, ids: Ints, slots: Slots) -> int:
     """Points 1–3 and 6: free the last event's leaving pages, then count this one's hits and misses.
 
     Args:
-        b: The books.
+        books: The books, or their directory.
         step: Forward pass of the engine, from 0.
         layer: MoE layer, from 0.
         ids: Routed experts, 1-D, repeats allowed; negative entries are padding.
@@ -56,6 +59,7 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
     Raises:
         IndexError: A layer or an expert that does not exist; the event has not begun.
     """
+    b = open_books(books)
     experts = b.tokens.size
     first = layer * experts
     # Compiled code does not check indices, and would overwrite unrelated memory.
@@ -111,27 +115,37 @@ def open_event(b: Books, step: int, layer: int, ids: Ints, slots: Slots) -> int:
 
 
 @jit
-def lookup(b: Books, layer: int, ids: Ints, slots: Slots) -> None:
+def lookup(books: AnyBooks, layer: int, ids: Ints, slots: Slots) -> None:
     """Look up slots: ``slots[i]`` becomes the slot of expert ``ids[i]``, 0 for padding."""
+    b = open_books(books)
     first = layer * b.tokens.size
     for i in range(slots.size):
         slots[i] = b.slot_of[first + ids[i]] if ids[i] >= 0 else 0
 
 
 @jit
-def evict(b: Books, victims: Int64s, counter: int) -> None:
+def evict(books: AnyBooks, victims: Int64s, counter: int) -> None:
     """Free the slots of ``victims`` and count them in ``counts[counter]``."""
+    b = open_books(books)
     for i in range(victims.size):
         unload(b, victims[i])
     b.counts[counter] += victims.size
 
 
 @jit
-def load_missing(b: Books) -> None:
+def load_missing(books: AnyBooks) -> None:
     """Point 5: assign slots to the event's misses, in ascending page id."""
+    b = open_books(books)
     for i in range(b.now[MISSES]):
         load(b, b.missing[i])
     b.counts[C_LOADS_DEMAND] += b.now[MISSES]
+
+
+@jit
+def admit(b: Books, victims: Int64s) -> None:
+    """Points 4 and 5 with the victims chosen: free their slots, then load the misses."""
+    evict(b, victims, C_EVICTIONS)
+    load_missing(b)
 
 
 @jit
@@ -160,27 +174,3 @@ def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
                 out[n] = page
                 n += 1
     return n
-
-
-@jit
-def open_in(books: Int64s, step: int, layer: int, ids: Ints, slots: Slots) -> int:
-    """``open_event`` for Python callers, which pass the directory of the books."""
-    return open_event(open_books(books), step, layer, ids, slots)
-
-
-@jit
-def evict_in(books: Int64s, victims: Int64s, counter: int) -> None:
-    """``evict`` for Python callers, which pass the directory of the books."""
-    evict(open_books(books), victims, counter)
-
-
-@jit
-def load_missing_in(books: Int64s) -> None:
-    """``load_missing`` for Python callers, which pass the directory of the books."""
-    load_missing(open_books(books))
-
-
-@jit
-def lookup_in(books: Int64s, layer: int, ids: Ints, slots: Slots) -> None:
-    """``lookup`` for Python callers, which pass the directory of the books."""
-    lookup(open_books(books), layer, ids, slots)

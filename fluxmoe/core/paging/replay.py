@@ -3,50 +3,30 @@
 ``EventRule.run`` goes from Python into compiled code and back several times per event, so that a
 policy can be called. If the policy is not called between events, or is a compiled kernel, that
 round trip costs more than the rule itself. ``replay`` makes it as seldom as the policy allows. The
-rule is not duplicated here: ``open_event``, ``victims``, ``evict`` and ``load_missing`` are the
-functions that the pager calls.
+rule is not duplicated here: ``open_event``, ``victims`` and ``admit`` are the functions of
+the pager.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.compiled.directory import directory, opener
 from fluxmoe.core.compiled.jit import jit
-from fluxmoe.core.paging.books import C_EVICTIONS, LAYER, MISSES, Books, open_books
-from fluxmoe.core.paging.event import candidates, evict, load_missing, open_event
+from fluxmoe.core.paging.books import LAYER, MISSES, Books, open_books
+from fluxmoe.core.paging.event import admit, candidates, open_event
 from fluxmoe.core.paging.heap import VictimHeap
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.victims import FAILED, Chooser, victims
 from fluxmoe.core.policy.paging import read_only
-from fluxmoe.core.types import Int64s, Phase
+from fluxmoe.core.types import EventList, Int64s, Phase
 
 Int32s = npt.NDArray[np.int32]
 Watcher = Callable[[EventRule, int], None]
-
-
-class EventList(NamedTuple):
-    """N events of a trace. Event ``i`` routes to ``ids[offsets[i]:offsets[i + 1]]``.
-
-    ``step`` int32, ``layer`` int16, ``phase`` int8 (``types.Phase``), each ``[N]``; ``offsets``
-    int64 ``[N + 1]``; ``ids`` int32, repeats allowed. ``later`` int64, as long as ``ids``: the next
-    event that uses the same page; empty if no policy needs it. ``guesses`` int32: event ``i``
-    predicts ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, repeats
-    allowed; ``guess_offsets`` is empty without predictions.
-    """
-
-    step: npt.NDArray[np.int32]
-    layer: npt.NDArray[np.int16]
-    phase: npt.NDArray[np.int8]
-    offsets: Int64s
-    ids: npt.NDArray[np.int32]
-    later: Int64s
-    guess_offsets: Int64s
-    guesses: Int32s
 
 
 def _typed(*arrays: npt.NDArray[Any]) -> EventList:
@@ -210,16 +190,14 @@ def _run_kernel(
 ) -> int:
     """Run events until ``end``; return ``end``, or the open event in which the kernel failed."""
     for at in range(begin, end):
-        short = _open(b, c.next_use, events, at, missed)
+        short, found = _open(b, c.next_use, events, at, missed), 0
         if short > 0:
             # Without prefetch no page is protected.
             bank = b.bank_of[b.now[LAYER]]
             found = victims(b, heap, c, entry, bank, short, False, scratch)
             if found == FAILED:
                 return at
-            evict(b, scratch[:found], C_EVICTIONS)
-        if missed[at]:
-            load_missing(b)
+        admit(b, scratch[:found])
     return end
 
 
@@ -243,12 +221,10 @@ def _run_until_short(
     # Called from Python for every event that is short of slots: see ``compiled.directory``.
     b, events = open_books(books), open_events(listed)
     if chosen.size:
-        evict(b, chosen, C_EVICTIONS)
-        load_missing(b)
+        admit(b, chosen)
     for i in range(at + 1, end):
         short = _open(b, future, events, i, missed)
         if short > 0:
             return i, short, candidates(b, b.bank_of[b.now[LAYER]], False, pages)
-        if missed[i]:
-            load_missing(b)
+        admit(b, chosen[:0])
     return end, 0, 0

@@ -31,11 +31,11 @@ from fluxmoe.core.paging.books import (
 from fluxmoe.core.paging.event import (
     Slots,
     candidates,
-    evict_in,
+    evict,
     load_ahead,
-    load_missing_in,
-    lookup_in,
-    open_in,
+    load_missing,
+    lookup,
+    open_event,
 )
 from fluxmoe.core.paging.measures import PageAges
 from fluxmoe.core.paging.table import PageTable
@@ -103,14 +103,14 @@ class EventRule:
         """Points 1–3 and 6 of the rule. See ``open_event``."""
         if self.ages is not None:
             self.ages.routed(self.table.books, layer, ids)
-        misses = open_in(self.table.directory, step, layer, ids, slots)
+        misses = open_event(self.table.directory, step, layer, ids, slots)
         if self.eviction.watches_access:
             self.eviction.on_access(self.access())
         return misses
 
     def lookup(self, layer: int, ids: Ints, slots: Slots) -> None:
         """Fill ``slots`` for experts that are resident now. See ``lookup``."""
-        lookup_in(self.table.directory, layer, ids, slots)
+        lookup(self.table.directory, layer, ids, slots)
 
     def admit(self) -> None:
         """Points 4 and 5: choose victims if slots are short, then load the misses."""
@@ -121,7 +121,7 @@ class EventRule:
             short = misses - int(b.num_free[bank])
             if short > 0:
                 self._evict(bank, short, spare=False)
-            load_missing_in(self.table.directory)
+            load_missing(self.table.directory)
             if self.eviction.watches_load:
                 self.eviction.on_load(b.missing[:misses].copy())
         if self.eviction.retains:
@@ -224,7 +224,7 @@ class EventRule:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
         finally:  # the heap has dropped them: they must leave, whatever the policy does
-            evict_in(self.table.directory, victims, counter)
+            evict(self.table.directory, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
         """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted."""

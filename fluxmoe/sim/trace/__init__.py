@@ -5,5 +5,5 @@ from fluxmoe.sim.moved import moved
 __getattr__ = moved(
     __name__,
     "fluxmoe.trace",
-    ("OPTIONAL", "EventBlock", "Rows", "StepRows", "TraceMeta", "TraceReader", "TraceWriter"),
+    ("OPTIONAL", "Rows", "StepRows", "TraceMeta", "TraceReader", "TraceWriter"),
 )

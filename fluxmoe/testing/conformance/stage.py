@@ -104,7 +104,7 @@ class Replay:
         fetcher = prefetch or (NextLayer() if stage.fetches else NoPrefetch())
         self.prefetch = AuditedPrefetch(fetcher, self.view, str(stage))
         self.rule = EventRule(self.table, self.eviction, self.prefetch)
-        self._list = events.list(oracle=oracle)
+        self._list = events.foreseen if oracle else events.block
         self.missed = np.zeros(len(events), np.int32)
         self._at = 0
 
