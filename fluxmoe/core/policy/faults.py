@@ -29,7 +29,7 @@ class PolicyCaller:
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
-        self._watch = TimeLimiter(limits)
+        self._limiter = TimeLimiter(limits)
         self._reported: set[str] = set()
         self._reported_slow = False
 
@@ -39,7 +39,7 @@ class PolicyCaller:
 
     @property
     def slow(self) -> int:
-        return self._watch.slow
+        return self._limiter.slow
 
     def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
         """Call a hook, which returns nothing; a disabled policy is not called."""
@@ -67,9 +67,9 @@ class PolicyCaller:
         """The answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
         if self.count >= self.limits.strikes:
             return NO_ANSWER
-        watch = self._watch
+        limiter = self._limiter
         try:
-            answer = watch.call(function, args)
+            answer = limiter.call(function, args)
         except HardLimitExceeded:
             self.note(method, f"took more than {self.limits.hard_s:g} s")
             return NO_ANSWER
@@ -79,11 +79,11 @@ class PolicyCaller:
             self.note(method, error)
             return NO_ANSWER
         # One slow call may be the machine's fault; ``strikes`` of them are the policy's.
-        if watch.slow >= self.limits.strikes and not self._reported_slow:
+        if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
                 "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
-                *(self.kind, self.name, watch.slow, self.limits.soft_s * 1e3, method),
+                *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
         return answer
 

@@ -112,10 +112,10 @@ class TimeLimiter:
 
 
 class _Watchdog:
-    """The thread that monitors all stopwatches; it runs while there are any."""
+    """The thread that monitors all time limiters; it runs while there are any."""
 
     def __init__(self) -> None:
-        self._watches: WeakSet[TimeLimiter] = WeakSet()
+        self._limiters: WeakSet[TimeLimiter] = WeakSet()
         self._start()
 
     def _start(self) -> None:
@@ -124,11 +124,11 @@ class _Watchdog:
         self._thread: threading.Thread | None = None
         self._news = threading.Event()
 
-    def watch(self, watch: TimeLimiter) -> None:
+    def watch(self, limiter: TimeLimiter) -> None:
         if self._process != os.getpid():
             self._start()  # forked: the thread is gone, and may have held the lock at the fork
         with self._lock:
-            self._watches.add(watch)
+            self._limiters.add(limiter)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._run, name="fluxmoe-watchdog", daemon=True
@@ -145,14 +145,14 @@ class _Watchdog:
             self._news.wait(pause)
 
     def _look(self) -> float | None:
-        """Check all watches; return the seconds until the next check, None if there are no more."""
+        """Check all limiters; return the seconds until the next check, None if none is left."""
         with self._lock:
-            watches = list(self._watches)
-            if not watches:
+            limiters = list(self._limiters)
+            if not limiters:
                 self._thread = None
                 return None
         now = perf_counter_ns()
-        return min(watch.due(now) for watch in watches) / 1e9
+        return min(limiter.due(now) for limiter in limiters) / 1e9
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

@@ -95,7 +95,7 @@ class Auditor(PolicyCaller):
     def _made(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
         call = self._called(method)
         try:
-            return self._watch.call(function, args)
+            return self._limiter.call(function, args)
         except HardLimitExceeded:
             raise Broken(
                 f"it took more than {self.limits.hard_s:g} s and was interrupted",

@@ -345,9 +345,9 @@ def test_a_limited_call_costs_little():
 def test_no_policy_call_no_stopwatch():
     rule = make(LeastRecentlyUsed())
     rule.run(0, 0, np.arange(4))  # there is room: nobody is asked
-    assert not rule.eviction._faults._watch._watched
+    assert not rule.eviction._faults._limiter._watched
     evict_once(rule)
-    assert rule.eviction._faults._watch._watched
+    assert rule.eviction._faults._limiter._watched
 
 
 def test_there_is_one_watchdog_and_it_ends_when_there_is_nothing_to_watch():
