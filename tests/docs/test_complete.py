@@ -53,11 +53,11 @@ def rows(name: str, section: str) -> list[list[str]]:
 
 def test_the_files_and_packages_of_the_design_page_are_there() -> None:
     package = Path(fluxmoe.__file__).parent
-    named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("design.md"))
+    named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("concepts/design.md"))
     assert len(named) > 30
     assert [name for name in named if not (package / name).exists()] == []
     # All packages and modules of the first level, but for data, are in the table of parts.
-    table = "\n".join(row[0] for row in rows("design.md", "Parts"))
+    table = "\n".join(row[0] for row in rows("concepts/design.md", "Parts"))
     there = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")}
     there -= {"__init__", "__pycache__", "errors", "templates"}
     assert {name for name in there if f"`{name}`" not in table} == set()
@@ -67,7 +67,9 @@ def test_the_files_and_packages_of_the_design_page_are_there() -> None:
 
 
 def test_every_error_is_listed() -> None:
-    listed = re.findall(r"^\| (FM\d+) \| `(\w+)` \| .{10,} \|$", text("errors.md"), re.MULTILINE)
+    listed = re.findall(
+        r"^\| (FM\d+) \| `(\w+)` \| .{10,} \|$", text("reference/errors.md"), re.MULTILINE
+    )
     classes = [
         error
         for error in vars(errors).values()
@@ -77,7 +79,7 @@ def test_every_error_is_listed() -> None:
 
 
 def test_no_page_names_a_code_that_does_not_exist() -> None:
-    known = {code for code, _ in re.findall(r"\| (FM\d+) \| `(\w+)`", text("errors.md"))}
+    known = {code for code, _ in re.findall(r"\| (FM\d+) \| `(\w+)`", text("reference/errors.md"))}
     for page in PAGES:
         assert set(re.findall(r"FM\d{3}", page.read_text())) <= known, page.name
 
@@ -116,7 +118,9 @@ def shown(key: str, field: FieldInfo) -> str:
 
 
 def test_every_key_is_listed_with_its_default() -> None:
-    listed = {key.strip("`"): default for key, _, default, _ in rows("configuration.md", "Keys")}
+    listed = {
+        key.strip("`"): default for key, _, default, _ in rows("reference/configuration.md", "Keys")
+    }
     assert listed == {key: shown(key, field) for key, field in keys(config.Config)}
 
 
@@ -137,7 +141,7 @@ def test_every_hook_has_a_heading() -> None:
         if name.startswith("fluxmoe_")
     }
     assert hooks
-    assert hooks <= headings("policies.md")
+    assert hooks <= headings("reference/policies.md")
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
@@ -151,15 +155,15 @@ def test_every_method_of_a_contract_has_a_heading(contract: type) -> None:
     for name, member in vars(contract).items():
         if not name.startswith("_") and inspect.isfunction(member):
             arguments = ", ".join(parameter.name for parameter in _parameters(member)[1:])
-            assert f"{name}({arguments})" in headings("policies.md")
+            assert f"{name}({arguments})" in headings("reference/policies.md")
         elif not name.startswith("_"):
-            assert f"`{name}" in text("policies.md")
+            assert f"`{name}" in text("reference/policies.md")
 
 
 def test_no_heading_promises_a_method_that_does_not_exist() -> None:
     contracts = (fluxmoe.EvictionPolicy, fluxmoe.PrefetchPolicy, fluxmoe.ArbitrationPolicy)
     known = {name for contract in contracts for name in vars(contract)} | set(vars(hookspecs))
-    names = {heading.partition("(")[0] for heading in headings("policies.md")}
+    names = {heading.partition("(")[0] for heading in headings("reference/policies.md")}
     assert names <= known | {"view", "access"}
 
 
@@ -173,14 +177,16 @@ def test_no_heading_promises_a_method_that_does_not_exist() -> None:
     ],
 )
 def test_what_policies_see_is_listed(seen: str) -> None:
-    assert re.search(rf"`(view\.)?{seen}(\(.*\))?`", text("policies.md")), seen
+    assert re.search(rf"`(view\.)?{seen}(\(.*\))?`", text("reference/policies.md")), seen
 
 
 def test_every_built_in_policy_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugins.ALLOW_LIST, "")
     listed = {
         (kind, name)
-        for kind, name in re.findall(r"^\| (\w+) \| `([\w-]+)`", text("policies.md"), re.MULTILINE)
+        for kind, name in re.findall(
+            r"^\| (\w+) \| `([\w-]+)`", text("reference/policies.md"), re.MULTILINE
+        )
     }
     assert listed == {(policy.kind, policy.name) for policy in plugins.load()}
 
@@ -190,7 +196,9 @@ def test_every_built_in_policy_is_listed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_counter_is_listed() -> None:
     listed = {
-        name for row in rows("event-rule.md", "Counters") for name in re.findall(r"`(\w+)`", row[0])
+        name
+        for row in rows("concepts/event-rule.md", "Counters")
+        for name in re.findall(r"`(\w+)`", row[0])
     }
     assert listed == {field.name for field in fields(fluxmoe.Counters)}
 
@@ -198,13 +206,18 @@ def test_every_counter_is_listed() -> None:
 def test_every_metric_is_listed() -> None:
     listed = [
         (name.strip("`"), kind, tuple(re.findall(r"`(\w+)`", labels)))
-        for name, kind, labels, _ in rows("metrics.md", "All of them")
+        for name, kind, labels, _ in rows("reference/metrics.md", "All of them")
     ]
     assert listed == [(metric.name, metric.kind, metric.labels) for metric in METRICS]
 
 
 @pytest.mark.parametrize(
-    "verb, page", [("simulate", "simulator.md"), ("plan", "plan.md"), ("limit", "arbitration.md")]
+    "verb, page",
+    [
+        ("simulate", "reference/simulator.md"),
+        ("plan", "guides/plan.md"),
+        ("limit", "concepts/arbitration.md"),
+    ],
 )
 def test_every_option_of_a_command_is_listed(verb: str, page: str) -> None:
     import typer
@@ -221,7 +234,7 @@ def test_everything_in_a_plan_is_listed() -> None:
     from fluxmoe.plan.model import Model
 
     for field in (*fields(Plan), *fields(Point), *fields(Model)):
-        assert field.name == "work" or f"`{field.name}`" in text("plan.md"), field.name
+        assert field.name == "work" or f"`{field.name}`" in text("guides/plan.md"), field.name
 
 
 def test_every_verb_option_and_format_of_traces_is_listed() -> None:
@@ -232,17 +245,23 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
 
     group = typer.main.get_command(trace.app)
     for verb, command in group.commands.items():  # type: ignore[attr-defined]
-        assert f"$ fluxmoe trace {verb} " in text("traces.md")
+        assert f"$ fluxmoe trace {verb} " in text("reference/traces.md")
         if verb != "info":
-            table = text("traces.md").split(f"| option of `{verb}` |", 1)[1].split("\n\n", 1)[0]
+            table = (
+                text("reference/traces.md")
+                .split(f"| option of `{verb}` |", 1)[1]
+                .split("\n\n", 1)[0]
+            )
             assert not {option for option in options(command) if f"`{option}`" not in table}
-    assert {row[0].strip("`") for row in rows("traces.md", "Converting one")} == set(FORMATS)
+    assert {row[0].strip("`") for row in rows("reference/traces.md", "Converting one")} == set(
+        FORMATS
+    )
 
 
 def test_every_result_of_the_simulator_is_shown() -> None:
     (shown,) = (
         json.loads(output)
-        for block in blocks(DOCS / "simulator.md")
+        for block in blocks(DOCS / "reference" / "simulator.md")
         if block.language == "console"
         for words, output in block.commands()
         if "--json" in words
@@ -254,7 +273,7 @@ def test_every_result_of_the_simulator_is_shown() -> None:
     "name", [*(field.name for field in fields(Timing)), *Profile.model_fields, *hardware.names()]
 )
 def test_timings_profiles_and_their_fields_are_listed(name: str) -> None:
-    assert f"`{name}`" in text("simulator.md")
+    assert f"`{name}`" in text("reference/simulator.md")
 
 
 def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
@@ -279,7 +298,7 @@ def test_every_picture_is_shown_and_has_colours_for_the_dark() -> None:
 
 
 def test_every_public_name_is_in_the_api() -> None:
-    listed = re.findall(r"^::: ([\w.]+)$", text("api.md"), re.MULTILINE)
+    listed = re.findall(r"^::: ([\w.]+)$", text("reference/api.md"), re.MULTILINE)
     assert len(listed) == len(set(listed))
     for module in (fluxmoe, testing):
         for name in set(module.__all__) - {"GOLDEN", "PLUGIN_API", "hookimpl", "hookspec"}:

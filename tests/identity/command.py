@@ -5,7 +5,7 @@
     python -m benchmarks identity --report
 
 A cell that the folder's files have already is not run again, so that a run can be interrupted.
-``--report`` writes the tables of the committed results into docs/identity.md.
+``--report`` writes the tables of the committed results into docs/concepts/identity.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.identity.cells import Cell
 from tests.identity.outcome import Outcome
 from tests.identity.vllm_cells import engines
 
-PAGE = Path(__file__).parents[2] / "docs" / "identity.md"
+PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "identity.md"
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", action="append", choices=[cells.SHIPPED, *cells.RANDOM])
     parser.add_argument("--covering", action="store_true", help="what make test runs, vLLM only")
     parser.add_argument("--limits", action="store_true", help="try what vLLM does not run on a CPU")
-    parser.add_argument("--report", action="store_true", help="write docs/identity.md's tables")
+    parser.add_argument(
+        "--report", action="store_true", help="write the tables of docs/concepts/identity.md"
+    )
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write and go on there")
     arguments = parser.parse_args(argv)
     if arguments.report:
@@ -83,7 +85,7 @@ def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
 
 
 def tables() -> list[str]:
-    """What docs/identity.md shows of the committed results."""
+    """What docs/concepts/identity.md shows of the committed results."""
     results = record.committed()
     whole = set(cells.full(models.names(), report.MODES))
     return [

@@ -1,6 +1,6 @@
 """The identity matrix: a selection of its cells that covers it; the command runs them all.
 
-``python -m benchmarks identity`` and docs/identity.md have the whole.
+``python -m benchmarks identity`` and docs/concepts/identity.md have the whole.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ tolerate_numba()  # numba is loaded now, and vLLM may start another engine in th
 PARTS = ("w13_weight", "w2_weight")
 
 # cpu_fused_moe computes slot * elements, where a slot starts, in a signed 32-bit integer; beyond it
-# reads foreign memory, silently (docs/adr/0001).
+# reads foreign memory, silently (docs/project/adr/0001).
 INDEX_LIMIT = 2**31
 
 
