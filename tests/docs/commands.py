@@ -27,7 +27,7 @@ EXPLAINED = {
     "policies": ("Plugins", "../plugins/index.md#what-is-broken"),
     "codec": ("The lossless code", "../concepts/code.md"),
     "top": ("Metrics", "metrics.md#watching-a-server"),
-    "limit": ("Arbitration", "../concepts/arbitration.md#limits-by-hand"),
+    "limit": ("Arbitration", "../concepts/arbitration.md#operator-limits"),
     "doctor": ("Get started", "../start/getting-started.md#what-works-here"),
     "trace": ("Traces", "traces.md"),
     "plugin": ("Plugins", "../plugins/index.md"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -17,7 +18,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 import fluxmoe
-from fluxmoe import config, errors, hookspecs, plugins, testing
+from fluxmoe import config, errors, plugins, testing
 from fluxmoe.backends.vllm.metrics import METRICS
 from fluxmoe.sim import hardware
 from fluxmoe.sim.clock import Timing
@@ -134,16 +135,6 @@ def test_yaml_examples_are_valid(page: Path) -> None:
 # --- policies -------------------------------------------------------------------------------------
 
 
-def test_every_hook_has_a_heading() -> None:
-    hooks = {
-        f"{name}({', '.join(parameter.name for parameter in _parameters(hook))})"
-        for name, hook in vars(hookspecs).items()
-        if name.startswith("fluxmoe_")
-    }
-    assert hooks
-    assert hooks <= headings("reference/policies.md")
-
-
 def _parameters(function: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
@@ -162,7 +153,7 @@ def test_every_method_of_a_contract_has_a_heading(contract: type) -> None:
 
 def test_no_heading_promises_a_method_that_does_not_exist() -> None:
     contracts = (fluxmoe.EvictionPolicy, fluxmoe.PrefetchPolicy, fluxmoe.ArbitrationPolicy)
-    known = {name for contract in contracts for name in vars(contract)} | set(vars(hookspecs))
+    known = {name for contract in contracts for name in vars(contract)}
     names = {heading.partition("(")[0] for heading in headings("reference/policies.md")}
     assert names <= known | {"view", "access"}
 
@@ -185,7 +176,7 @@ def test_every_built_in_policy_is_listed(monkeypatch: pytest.MonkeyPatch) -> Non
     listed = {
         (kind, name)
         for kind, name in re.findall(
-            r"^\| (\w+) \| `([\w-]+)`", text("reference/policies.md"), re.MULTILINE
+            r"^\| (\w+) \| `([\w-]+)`", text("concepts/built-in-policies.md"), re.MULTILINE
         )
     }
     assert listed == {(policy.kind, policy.name) for policy in plugins.load()}
@@ -306,6 +297,30 @@ def test_every_public_name_is_in_the_api() -> None:
     for name in listed:
         home, _, attribute = name.rpartition(".")
         assert getattr(importlib.import_module(home), attribute).__doc__, name
+
+
+def imported(code: str) -> set[str]:
+    """The names of FluxMoE that a piece of Python imports."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fluxmoe":
+            names |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {name.name for name in node.names if name.name.startswith("fluxmoe.")}
+    return names
+
+
+def test_snippets_examples_and_plugins_import_public_names_only() -> None:
+    code = {block.where: block.body for page in PAGES for block in blocks(page)
+            if block.language == "python"}  # fmt: skip
+    code |= {str(path): path.read_text() for folder in ("examples", "plugins")
+             for path in (ROOT / folder).rglob("*.py")}  # fmt: skip
+    named = set(re.findall(r"\bfluxmoe(?:\.\w+)+", text("reference/api.md")))
+    public = {".".join(name.split(".")[:end]) for name in named for end in range(2, 9)}
+    public |= {f"{error.__module__}.{name}" for name, error in vars(errors).items()
+               if isinstance(error, type)}  # fmt: skip
+    wrong = {(where, name) for where, body in code.items() for name in imported(body) - public}
+    assert not wrong, "use a public name, or list it in docs/reference/api.md"
 
 
 # --- links ----------------------------------------------------------------------------------------
