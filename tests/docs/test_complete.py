@@ -197,7 +197,7 @@ def test_every_counter_is_listed() -> None:
 def test_every_metric_is_listed() -> None:
     listed = [
         (name.strip("`"), kind, tuple(re.findall(r"`(\w+)`", labels)))
-        for name, kind, labels, _ in rows("reference/metrics.md", "All of them")
+        for name, kind, labels, _ in rows("reference/metrics.md", "List of metrics")
     ]
     assert listed == [(metric.name, metric.kind, metric.labels) for metric in METRICS]
 
@@ -244,7 +244,7 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
                 .split("\n\n", 1)[0]
             )
             assert not {option for option in options(command) if f"`{option}`" not in table}
-    assert {row[0].strip("`") for row in rows("reference/traces.md", "Converting one")} == set(
+    assert {row[0].strip("`") for row in rows("reference/traces.md", "Converting a trace")} == set(
         FORMATS
     )
 
