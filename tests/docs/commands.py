@@ -26,7 +26,7 @@ EXPLAINED = {
     "simulate": ("Simulator", "simulator.md"),
     "policies": ("Plugins", "../plugins/index.md#broken-plugins"),
     "codec": ("The lossless code", "../concepts/code.md"),
-    "top": ("Metrics", "metrics.md#watching-a-server"),
+    "top": ("Watch a server", "../guides/watching.md"),
     "limit": ("Arbitration", "../concepts/arbitration.md#operator-limits"),
     "doctor": ("Get started", "../start/getting-started.md#check-the-installation"),
     "trace": ("Traces", "traces.md"),
