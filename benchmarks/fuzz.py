@@ -2,7 +2,8 @@
 
     python -m benchmarks fuzz [--runs N] [--ops N] [--seed N] [--save FILE]
 
-No times: the figures are counts, of what ``tests/fuzz`` does in `make test` (docs/testing.md).
+No times: the figures are counts of what ``tests/fuzz`` does in `make test`
+(docs/project/testing.md).
 A failure ends the command with the line that replays it.
 """
 

@@ -2,9 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
+from fluxmoe.core.policy.arbitration import (
+    ArbitrationPolicy,
+    ArbitrationView,
+    ExpertDemand,
+    PrefixDemand,
+    Split,
+    StepSample,
+)
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
-from fluxmoe.core.types import Access, Counters, Phase
+from fluxmoe.core.types import Access, Budget, Counters, Phase
 from fluxmoe.errors import CodecError, FluxMoEError, MissingDependencyError
 from fluxmoe.hookspecs import PLUGIN_API, hookimpl, hookspec
 from fluxmoe.stores.codec.base import Codec
@@ -19,15 +26,19 @@ __all__ = [
     "Access",
     "ArbitrationPolicy",
     "ArbitrationView",
+    "Budget",
     "Codec",
     "CodecError",
     "Counters",
     "EvictionPolicy",
+    "ExpertDemand",
     "FluxMoEError",
     "PageView",
     "Phase",
     "PrefetchPolicy",
+    "PrefixDemand",
     "Split",
+    "StepSample",
     "hookimpl",
     "hookspec",
     "load",

@@ -81,7 +81,10 @@ class PluginLoadError(FluxMoEError):
 
 
 class PolicyFaultError(FluxMoEError):
-    """A policy raised or returned an unusable answer (raised only under ``--strict-policies``)."""
+    """A policy raised or returned an unusable answer under ``--strict-policies``.
+
+    In every mode: its ``score_kernel`` does not compile, or ``make_kernel`` takes too long.
+    """
 
     code = "FM203"
 

@@ -27,7 +27,7 @@ def require() -> torch.device:
         build = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         raise UnsupportedError(
             f"this experiment needs a GPU, and torch {torch.__version__} {build}",
-            fix="run it on the GPU machine (docs/kernels.md, A GPU machine without a network)",
+            fix="run it on the GPU machine (docs/concepts/kernels.md)",
         )
     return torch.device("cuda", torch.cuda.current_device())
 

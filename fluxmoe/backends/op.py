@@ -5,7 +5,7 @@
 The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
 the kernel that follows depends on it and cannot be moved before it. It is declared functional.
 Declaring an input mutated instead changes what the compiler fuses around the router, and with it
-the output of some models (docs/adr/0001).
+the output of some models (docs/project/adr/0001).
 """
 
 from __future__ import annotations

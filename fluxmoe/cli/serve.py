@@ -9,7 +9,7 @@ import typer
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="YAML file, see docs/configuration.md.")],
+    config: Annotated[Path, typer.Argument(help="YAML file, see docs/reference/configuration.md.")],
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print the vLLM command instead of running it.")
     ] = False,

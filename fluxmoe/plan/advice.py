@@ -52,7 +52,7 @@ class Plan:
         assumption: Description of the miss-ratio curve.
         verdict: Judgement on paging.
         resident: The split with all experts resident, without paging; None if they do not fit.
-        automatic: The initial split if no target is set (docs/memory.md).
+        automatic: The initial split if no target is set (docs/concepts/memory.md).
         recommended: The best split.
         curve: Splits from the fewest experts to the most.
         advice: The plan as sentences.

@@ -5,7 +5,7 @@ the text that follows (u32), its CRC-32 (u32), and that text: JSON with ``about`
 codec and its options, layers, experts, parts), ``index`` (offset of the index) and ``index_crc``.
 Then the parts as kept, padded with zeros to 4096 bytes. Then the index: per page and part four
 u64: offset of the part (0: not in this file), its length as kept, the checksum of that, and the
-checksum of the original. Checksums are those of docs/code.md.
+checksum of the original. Checksums are those of docs/concepts/code.md.
 
 A file is written under another name and renamed when all of it is on disk, so an unfinished file
 is never visible.
@@ -49,7 +49,7 @@ Index = npt.NDArray[np.uint64]
 
 
 def checksum(data: Bytes) -> int:
-    """The checksum of docs/code.md over whole words; remaining bytes count as one more."""
+    """The checksum of docs/concepts/code.md over whole words; remaining bytes count as one more."""
     whole = len(data) // 4
     words = data[: 4 * whole].view(np.uint32)
     total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))

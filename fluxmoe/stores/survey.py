@@ -32,7 +32,8 @@ class Survey:
         parts: Number of parts of pages, as engines have them.
         plain: Number of parts that a store would keep uncoded.
         raw_bytes, coded_bytes: Bytes of the originals, and as a store would keep them.
-        segments, escapes, raw_segments, zero_coded: Counts of ``fixed4``; see docs/code.md.
+        segments, escapes, raw_segments, zero_coded: Counts of ``fixed4``
+            (docs/concepts/code.md).
         weights, zeros: Number of bf16 weights, and of those that are exactly 0 or −0.
     """
 

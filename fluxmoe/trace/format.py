@@ -1,4 +1,4 @@
-"""The trace format (docs/traces.md): columns, metadata, and the arrays of a file in memory.
+"""The trace format (docs/reference/traces.md): columns, metadata, the arrays of a file in memory.
 
 A row is one token in one MoE layer of one step; rows are sorted by step, layer, token. The rows of
 one (step, layer) are one event. The file's metadata (``TraceMeta``) describe the model.

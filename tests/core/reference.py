@@ -1,4 +1,4 @@
-"""The event rule (docs/event-rule.md) in plain Python: sets, dictionaries, sorting; nothing shared.
+"""The event rule (docs/concepts/event-rule.md) in plain Python, sharing nothing with the product.
 
 Written from the text, not from the code. Where the text leaves a choice, the choice is named.
 """

@@ -1,4 +1,4 @@
-"""docs/cli.md, made from the command line itself: every verb, argument and option.
+"""docs/reference/cli.md, made from the command line itself: every verb, argument and option.
 
 ``python -m tests.docs.commands`` writes it again.
 """
@@ -15,22 +15,22 @@ from fluxmoe import cli
 
 from .pages import ROOT
 
-PAGE = ROOT / "docs" / "cli.md"
+PAGE = ROOT / "docs" / "reference" / "cli.md"
 
 #: Where a verb is explained.
 EXPLAINED = {
-    "demo": ("Get started", "getting-started.md"),
-    "serve": ("vLLM", "vllm.md#serving"),
-    "plan": ("Planning", "plan.md"),
-    "generate": ("PyTorch", "torch.md#from-the-command-line"),
+    "demo": ("Get started", "../start/getting-started.md"),
+    "serve": ("vLLM", "../guides/vllm.md#serving"),
+    "plan": ("Planning", "../guides/plan.md"),
+    "generate": ("PyTorch", "../guides/torch.md#from-the-command-line"),
     "simulate": ("Simulator", "simulator.md"),
-    "policies": ("Plugins", "plugins/index.md#what-is-broken"),
-    "codec": ("The lossless code", "code.md"),
-    "top": ("Metrics", "metrics.md#watching-a-server"),
-    "limit": ("Arbitration", "arbitration.md#limits-by-hand"),
-    "doctor": ("Get started", "getting-started.md#what-works-here"),
+    "policies": ("Plugins", "../plugins/index.md#broken-plugins"),
+    "codec": ("The lossless code", "../concepts/code.md"),
+    "top": ("Watch a server", "../guides/watching.md"),
+    "limit": ("Arbitration", "../concepts/arbitration.md#operator-limits"),
+    "doctor": ("Get started", "../start/getting-started.md#check-the-installation"),
     "trace": ("Traces", "traces.md"),
-    "plugin": ("Plugins", "plugins/index.md"),
+    "plugin": ("Plugins", "../plugins/index.md"),
     "config": ("Configuration", "configuration.md#checking-a-configuration"),
 }
 
@@ -71,7 +71,7 @@ def options(command: Any) -> set[str]:
 
 
 def page() -> str:
-    """What docs/cli.md has to be."""
+    """What docs/reference/cli.md has to be."""
     return "\n".join([_HEAD, *(_section(verb, command) for verb, command in verbs())])
 
 

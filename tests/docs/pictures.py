@@ -72,7 +72,9 @@ def hit_rates(trace: str, title: str) -> str:
 def promise(requests: int) -> str:
     """What the planner promises for one model and one budget."""
     (settings,) = (
-        block.body for block in blocks(ROOT / "docs" / "plan.md") if "config.json" in block.body
+        block.body
+        for block in blocks(ROOT / "docs" / "guides" / "plan.md")
+        if "config.json" in block.body
     )
     with tempfile.TemporaryDirectory() as folder:
         # The model of the page about planning, written by that page's own snippet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -17,7 +18,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 import fluxmoe
-from fluxmoe import config, errors, hookspecs, plugins, testing
+from fluxmoe import config, errors, plugins, testing
 from fluxmoe.backends.vllm.metrics import METRICS
 from fluxmoe.sim import hardware
 from fluxmoe.sim.clock import Timing
@@ -53,11 +54,11 @@ def rows(name: str, section: str) -> list[list[str]]:
 
 def test_the_files_and_packages_of_the_design_page_are_there() -> None:
     package = Path(fluxmoe.__file__).parent
-    named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("design.md"))
+    named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("concepts/design.md"))
     assert len(named) > 30
     assert [name for name in named if not (package / name).exists()] == []
     # All packages and modules of the first level, but for data, are in the table of parts.
-    table = "\n".join(row[0] for row in rows("design.md", "Parts"))
+    table = "\n".join(row[0] for row in rows("concepts/design.md", "Parts"))
     there = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")}
     there -= {"__init__", "__pycache__", "errors", "templates"}
     assert {name for name in there if f"`{name}`" not in table} == set()
@@ -67,7 +68,9 @@ def test_the_files_and_packages_of_the_design_page_are_there() -> None:
 
 
 def test_every_error_is_listed() -> None:
-    listed = re.findall(r"^\| (FM\d+) \| `(\w+)` \| .{10,} \|$", text("errors.md"), re.MULTILINE)
+    listed = re.findall(
+        r"^\| (FM\d+) \| `(\w+)` \| .{10,} \|$", text("reference/errors.md"), re.MULTILINE
+    )
     classes = [
         error
         for error in vars(errors).values()
@@ -77,7 +80,7 @@ def test_every_error_is_listed() -> None:
 
 
 def test_no_page_names_a_code_that_does_not_exist() -> None:
-    known = {code for code, _ in re.findall(r"\| (FM\d+) \| `(\w+)`", text("errors.md"))}
+    known = {code for code, _ in re.findall(r"\| (FM\d+) \| `(\w+)`", text("reference/errors.md"))}
     for page in PAGES:
         assert set(re.findall(r"FM\d{3}", page.read_text())) <= known, page.name
 
@@ -116,7 +119,9 @@ def shown(key: str, field: FieldInfo) -> str:
 
 
 def test_every_key_is_listed_with_its_default() -> None:
-    listed = {key.strip("`"): default for key, _, default, _ in rows("configuration.md", "Keys")}
+    listed = {
+        key.strip("`"): default for key, _, default, _ in rows("reference/configuration.md", "Keys")
+    }
     assert listed == {key: shown(key, field) for key, field in keys(config.Config)}
 
 
@@ -130,16 +135,6 @@ def test_yaml_examples_are_valid(page: Path) -> None:
 # --- policies -------------------------------------------------------------------------------------
 
 
-def test_every_hook_has_a_heading() -> None:
-    hooks = {
-        f"{name}({', '.join(parameter.name for parameter in _parameters(hook))})"
-        for name, hook in vars(hookspecs).items()
-        if name.startswith("fluxmoe_")
-    }
-    assert hooks
-    assert hooks <= headings("policies.md")
-
-
 def _parameters(function: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
@@ -151,15 +146,15 @@ def test_every_method_of_a_contract_has_a_heading(contract: type) -> None:
     for name, member in vars(contract).items():
         if not name.startswith("_") and inspect.isfunction(member):
             arguments = ", ".join(parameter.name for parameter in _parameters(member)[1:])
-            assert f"{name}({arguments})" in headings("policies.md")
+            assert f"{name}({arguments})" in headings("reference/policies.md")
         elif not name.startswith("_"):
-            assert f"`{name}" in text("policies.md")
+            assert f"`{name}" in text("reference/policies.md")
 
 
 def test_no_heading_promises_a_method_that_does_not_exist() -> None:
     contracts = (fluxmoe.EvictionPolicy, fluxmoe.PrefetchPolicy, fluxmoe.ArbitrationPolicy)
-    known = {name for contract in contracts for name in vars(contract)} | set(vars(hookspecs))
-    names = {heading.partition("(")[0] for heading in headings("policies.md")}
+    known = {name for contract in contracts for name in vars(contract)}
+    names = {heading.partition("(")[0] for heading in headings("reference/policies.md")}
     assert names <= known | {"view", "access"}
 
 
@@ -173,14 +168,16 @@ def test_no_heading_promises_a_method_that_does_not_exist() -> None:
     ],
 )
 def test_what_policies_see_is_listed(seen: str) -> None:
-    assert re.search(rf"`(view\.)?{seen}(\(.*\))?`", text("policies.md")), seen
+    assert re.search(rf"`(view\.)?{seen}(\(.*\))?`", text("reference/policies.md")), seen
 
 
 def test_every_built_in_policy_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugins.ALLOW_LIST, "")
     listed = {
         (kind, name)
-        for kind, name in re.findall(r"^\| (\w+) \| `([\w-]+)`", text("policies.md"), re.MULTILINE)
+        for kind, name in re.findall(
+            r"^\| (\w+) \| `([\w-]+)`", text("concepts/built-in-policies.md"), re.MULTILINE
+        )
     }
     assert listed == {(policy.kind, policy.name) for policy in plugins.load()}
 
@@ -190,7 +187,9 @@ def test_every_built_in_policy_is_listed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_counter_is_listed() -> None:
     listed = {
-        name for row in rows("event-rule.md", "Counters") for name in re.findall(r"`(\w+)`", row[0])
+        name
+        for row in rows("concepts/event-rule.md", "Counters")
+        for name in re.findall(r"`(\w+)`", row[0])
     }
     assert listed == {field.name for field in fields(fluxmoe.Counters)}
 
@@ -198,13 +197,18 @@ def test_every_counter_is_listed() -> None:
 def test_every_metric_is_listed() -> None:
     listed = [
         (name.strip("`"), kind, tuple(re.findall(r"`(\w+)`", labels)))
-        for name, kind, labels, _ in rows("metrics.md", "All of them")
+        for name, kind, labels, _ in rows("reference/metrics.md", "List of metrics")
     ]
     assert listed == [(metric.name, metric.kind, metric.labels) for metric in METRICS]
 
 
 @pytest.mark.parametrize(
-    "verb, page", [("simulate", "simulator.md"), ("plan", "plan.md"), ("limit", "arbitration.md")]
+    "verb, page",
+    [
+        ("simulate", "reference/simulator.md"),
+        ("plan", "guides/plan.md"),
+        ("limit", "concepts/arbitration.md"),
+    ],
 )
 def test_every_option_of_a_command_is_listed(verb: str, page: str) -> None:
     import typer
@@ -221,7 +225,7 @@ def test_everything_in_a_plan_is_listed() -> None:
     from fluxmoe.plan.model import Model
 
     for field in (*fields(Plan), *fields(Point), *fields(Model)):
-        assert field.name == "work" or f"`{field.name}`" in text("plan.md"), field.name
+        assert field.name == "work" or f"`{field.name}`" in text("guides/plan.md"), field.name
 
 
 def test_every_verb_option_and_format_of_traces_is_listed() -> None:
@@ -232,17 +236,23 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
 
     group = typer.main.get_command(trace.app)
     for verb, command in group.commands.items():  # type: ignore[attr-defined]
-        assert f"$ fluxmoe trace {verb} " in text("traces.md")
+        assert f"$ fluxmoe trace {verb} " in text("reference/traces.md")
         if verb != "info":
-            table = text("traces.md").split(f"| option of `{verb}` |", 1)[1].split("\n\n", 1)[0]
+            table = (
+                text("reference/traces.md")
+                .split(f"| option of `{verb}` |", 1)[1]
+                .split("\n\n", 1)[0]
+            )
             assert not {option for option in options(command) if f"`{option}`" not in table}
-    assert {row[0].strip("`") for row in rows("traces.md", "Converting one")} == set(FORMATS)
+    assert {row[0].strip("`") for row in rows("reference/traces.md", "Converting a trace")} == set(
+        FORMATS
+    )
 
 
 def test_every_result_of_the_simulator_is_shown() -> None:
     (shown,) = (
         json.loads(output)
-        for block in blocks(DOCS / "simulator.md")
+        for block in blocks(DOCS / "reference" / "simulator.md")
         if block.language == "console"
         for words, output in block.commands()
         if "--json" in words
@@ -254,7 +264,7 @@ def test_every_result_of_the_simulator_is_shown() -> None:
     "name", [*(field.name for field in fields(Timing)), *Profile.model_fields, *hardware.names()]
 )
 def test_timings_profiles_and_their_fields_are_listed(name: str) -> None:
-    assert f"`{name}`" in text("simulator.md")
+    assert f"`{name}`" in text("reference/simulator.md")
 
 
 def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
@@ -279,7 +289,7 @@ def test_every_picture_is_shown_and_has_colours_for_the_dark() -> None:
 
 
 def test_every_public_name_is_in_the_api() -> None:
-    listed = re.findall(r"^::: ([\w.]+)$", text("api.md"), re.MULTILINE)
+    listed = re.findall(r"^::: ([\w.]+)$", text("reference/api.md"), re.MULTILINE)
     assert len(listed) == len(set(listed))
     for module in (fluxmoe, testing):
         for name in set(module.__all__) - {"GOLDEN", "PLUGIN_API", "hookimpl", "hookspec"}:
@@ -287,6 +297,30 @@ def test_every_public_name_is_in_the_api() -> None:
     for name in listed:
         home, _, attribute = name.rpartition(".")
         assert getattr(importlib.import_module(home), attribute).__doc__, name
+
+
+def imported(code: str) -> set[str]:
+    """The names of FluxMoE that a piece of Python imports."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fluxmoe":
+            names |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {name.name for name in node.names if name.name.startswith("fluxmoe.")}
+    return names
+
+
+def test_snippets_examples_and_plugins_import_public_names_only() -> None:
+    code = {block.where: block.body for page in PAGES for block in blocks(page)
+            if block.language == "python"}  # fmt: skip
+    code |= {str(path): path.read_text() for folder in ("examples", "plugins")
+             for path in (ROOT / folder).rglob("*.py")}  # fmt: skip
+    named = set(re.findall(r"\bfluxmoe(?:\.\w+)+", text("reference/api.md")))
+    public = {".".join(name.split(".")[:end]) for name in named for end in range(2, 9)}
+    public |= {f"{error.__module__}.{name}" for name, error in vars(errors).items()
+               if isinstance(error, type)}  # fmt: skip
+    wrong = {(where, name) for where, body in code.items() for name in imported(body) - public}
+    assert not wrong, "use a public name, or list it in docs/reference/api.md"
 
 
 # --- links ----------------------------------------------------------------------------------------

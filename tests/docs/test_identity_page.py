@@ -1,4 +1,4 @@
-"""docs/identity.md shows the committed results of the identity matrix, all of them identical."""
+"""docs/concepts/identity.md shows the committed results of the matrix, all of them identical."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
 
 A cell that the folder's files have already is not run again, so that a run can be interrupted.
 ``--select`` writes the table of the cells that ``make test`` runs, ``--report`` the tables of
-the committed results into docs/identity.md.
+the committed results into docs/concepts/identity.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.identity.outcome import Outcome
 from tests.identity.vllm_cells import engines
 from tests.journal import shard
 
-PAGE = Path(__file__).parents[2] / "docs" / "identity.md"
+PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "identity.md"
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +37,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--select", action="store_true", help="choose what make test runs")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="K/N", help="each N-th cell")
     parser.add_argument("--limits", action="store_true", help="try what vLLM does not run on a CPU")
-    parser.add_argument("--report", action="store_true", help="write docs/identity.md's tables")
+    parser.add_argument(
+        "--report", action="store_true", help="write the tables of docs/concepts/identity.md"
+    )
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write and go on there")
     arguments = parser.parse_args(argv)
     if arguments.report:
@@ -91,7 +93,7 @@ def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
 
 
 def tables() -> list[str]:
-    """What docs/identity.md shows of the committed results."""
+    """What docs/concepts/identity.md shows of the committed results."""
     results = record.committed()
     whole = set(cells.full(models.names(), report.MODES))
     return [

@@ -1,4 +1,4 @@
-"""Tables of the matrix: for the terminal, for a test run, and for docs/identity.md."""
+"""Tables of the matrix: for the terminal, for a test run, and for docs/concepts/identity.md."""
 
 from __future__ import annotations
 

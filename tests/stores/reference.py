@@ -1,4 +1,4 @@
-"""The lossless code of docs/code.md in plain numpy: written from the page, apart from the product.
+"""The lossless code of docs/concepts/code.md in plain numpy, written apart from the product.
 
 Encoder and decoder take the whole matrix at once and are slow. The tests compare bytes with them.
 """

@@ -1,4 +1,4 @@
-"""``fixed4``: bit for bit, byte for byte as docs/code.md says, and unimpressed by damage."""
+"""``fixed4``: byte for byte as docs/concepts/code.md says, and unimpressed by damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FluxMoE's metrics on vLLM's ``/metrics``, and their way there (docs/metrics.md).
+"""FluxMoE's metrics on vLLM's ``/metrics``, and their way there (docs/reference/metrics.md).
 
 A worker reads its sizes and counters after every step and sends the *changes*. Changes, of gauges
 too, can be added up over steps and workers without knowing their meaning.

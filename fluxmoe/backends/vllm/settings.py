@@ -22,7 +22,8 @@ def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM`` that enable paging.
 
     Args:
-        settings: FluxMoE's configuration (docs/configuration.md) without ``model`` and ``vllm``.
+        settings: FluxMoE's configuration (docs/reference/configuration.md) without ``model``
+            and ``vllm``.
     """
     return {
         "worker_cls": WORKER_CLS,

@@ -2,7 +2,7 @@
 
 The engine numbers its KV blocks and knows nothing of frames. A *group* is the fewest consecutive
 blocks that fill whole frames, and the unit in which the cache grows and shrinks. Each block is
-contiguous (block-outermost, docs/adr/0004), so a group is one block if the block size is a
+contiguous (block-outermost, docs/project/adr/0004), so a group is one block if the block size is a
 multiple of the frame size.
 """
 

@@ -6,7 +6,8 @@ waiting request costs more than a streamed page; then to the experts until all a
 remains is room for cached prefixes.
 
 A bank is the slots that one kernel call can address. One is best, because any layer can use any
-slot. More are needed if a kernel's slot index is too narrow for all of them (docs/adr/0001).
+slot. More are needed if a kernel's slot index is too narrow for all of them
+(docs/project/adr/0001).
 Consecutive layers share a bank.
 """
 

@@ -1,4 +1,4 @@
-"""The points of the event rule as compiled functions over the books (docs/event-rule.md)."""
+"""The points of the event rule (docs/concepts/event-rule.md), compiled, over the books."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The event rule: the one definition of hit, miss, eviction and release (docs/event-rule.md).
+"""The event rule (docs/concepts/event-rule.md): one definition of hit, miss, eviction, release.
 
 An *event* is the set of distinct experts that one execution of one MoE layer routes to. The rule
 is applied to the whole event at once, by compiled functions over the page table's books and, only

@@ -2,5 +2,5 @@
 
 Importing this package needs neither Triton nor a GPU. ``tiles`` and ``choice`` are plain Python,
 ``align`` is plain torch; every other module imports Triton through ``language``, which says what to
-install if it is missing (docs/kernels.md).
+install if it is missing (docs/concepts/kernels.md).
 """

@@ -2,7 +2,7 @@
 
 Decoding in registers trades arithmetic for bandwidth: it pays while a weight is read for few
 tokens. The thresholds are estimated from instruction counts of the compiled kernels; no card has
-confirmed them yet (docs/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
+confirmed them yet (docs/concepts/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Decoding of the lossless code in registers.
 
-docs/code.md defines the code byte by byte. In short: a part of a page is a matrix in tiles of
-64 × 64 weights; eight weights of a row are three 32-bit words, two with their low bytes and one
-with eight nibbles; a header per row and 128 columns (a *segment*) has the base that the nibbles
-count from and two escapes. Segments that do not fit this scheme are special; bytes of flags mark
-them. Four weights are decoded per 32-bit operation.
+docs/concepts/code.md defines the code byte by byte. In short: a part of a page is a matrix in
+tiles of 64 × 64 weights; eight weights of a row are three 32-bit words, two with their low bytes
+and one with eight nibbles; a header per row and 128 columns (a *segment*) has the base that the
+nibbles count from and two escapes. Segments that do not fit this scheme are special; bytes of
+flags mark them. Four weights are decoded per 32-bit operation.
 
 A *step* is ``BLOCK_K`` columns, 32 to 256.
 """

@@ -28,7 +28,8 @@ class CompressedPages:
     """Compressed matrices of one shape, anywhere in one buffer.
 
     Args:
-        data: 1-D uint8, begins at a multiple of 16; a block of the code per page (docs/code.md).
+        data: 1-D uint8, begins at a multiple of 16; a block of the code per page
+            (docs/concepts/code.md).
         offsets: ``[pages]`` int32, start of each block, in units of 128 bytes.
         rows: Number of rows, N.
         cols: Number of columns, K, a multiple of 64. Pages can be read in place only if N also is.

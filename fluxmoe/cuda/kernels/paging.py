@@ -3,8 +3,9 @@
 For steps without the host (full CUDA graphs): once per step the host uploads the eviction order of
 the pages, made from any policy's scores; one small kernel per layer then resolves hits, picks
 victims and assigns slots, and another copies the missing pages. It implements points 1–5 of the
-event rule (docs/event-rule.md) for one bank, without policies' callbacks: the tests compare every
-array with the core's after every event. Releasing (``retain``) and prefetching stay on the host.
+event rule (docs/concepts/event-rule.md) for one bank, without policies' callbacks: the tests
+compare every array with the core's after every event. Releasing (``retain``) and
+prefetching stay on the host.
 """
 
 from __future__ import annotations

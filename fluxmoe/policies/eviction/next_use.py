@@ -18,7 +18,7 @@ import numpy as np
 
 from fluxmoe.core.policy.paging import EvictionPolicy
 
-# Tuned on synthetic traces of seed 1; docs/policies.md lists the alternatives that were tried.
+# Tuned on synthetic traces of seed 1; docs/concepts/built-in-policies.md lists what was tried.
 _RECENCY, _AGAIN = 0.3, 0.1
 
 

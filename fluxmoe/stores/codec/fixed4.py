@@ -1,6 +1,6 @@
 """``fixed4``: lossless bf16 in three quarters of its size, one format for CPU and GPU.
 
-docs/code.md defines the format byte by byte; sections and fields have the same names here.
+docs/concepts/code.md defines the format byte by byte; sections and fields have the same names here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The fixed4 code, segment by segment: numba loops over the steps of ``vector``.
 
-All arrays belong to the caller and are views of one block (docs/code.md) and of its weights.
+All arrays belong to the caller and are views of one block (docs/concepts/code.md) and of its
+weights.
 ``decode`` validates everything that it reads from a block.
 """
 

@@ -5,7 +5,7 @@ places. So these few steps are given to LLVM as vectors, which it maps to the pr
 instructions: with AVX-512 VBMI a step is about 15 instructions.
 
 Inside a step the weights of 64 columns are in the order of the tile's words: byte ``i`` of a vector
-is byte ``i`` of the eight words of plane A, followed by those of plane B (docs/code.md).
+is byte ``i`` of the eight words of plane A, followed by those of plane B (docs/concepts/code.md).
 """
 
 from __future__ import annotations

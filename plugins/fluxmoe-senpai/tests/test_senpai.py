@@ -3,7 +3,6 @@ from fluxmoe_senpai import Senpai
 
 import fluxmoe
 from fluxmoe import plugins
-from fluxmoe.core.types import Budget
 from fluxmoe.testing import check_arbitration_policy
 
 
@@ -16,7 +15,7 @@ def view(experts=600, stall=0.0, **more):
     given = {
         "frames": {"experts": experts, "kv": 1000 - experts},
         "total_frames": 1000,
-        "bounds": {"experts": Budget(100, 600, 900), "kv": Budget(100, 400, 900)},
+        "bounds": {"experts": fluxmoe.Budget(100, 600, 900), "kv": fluxmoe.Budget(100, 400, 900)},
         "tokens": 8,
         "step_seconds": 0.1,
         "stall_seconds": 0.1 * stall,

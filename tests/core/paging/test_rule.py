@@ -1,4 +1,4 @@
-"""The event rule, point by point. Each test quotes the sentence of docs/event-rule.md it proves."""
+"""The event rule, point by point: tests quote the sentence of docs/concepts/event-rule.md."""
 
 from __future__ import annotations
 

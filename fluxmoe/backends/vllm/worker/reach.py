@@ -7,7 +7,7 @@ import torch
 from fluxmoe.errors import InvariantError
 
 # cpu_fused_moe computes slot * elements, where a slot starts, in a signed 32-bit integer; beyond it
-# reads foreign memory, silently (docs/adr/0001).
+# reads foreign memory, silently (docs/project/adr/0001).
 INDEX_LIMIT = 2**31
 
 
