@@ -14,7 +14,7 @@ import pytest
 import fluxmoe
 from fluxmoe.cli import main
 from fluxmoe.sim.events import Events
-from tests.reference import replay
+from tests.core.reference import replay
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = """\
@@ -88,8 +88,22 @@ def trace(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("prefetch", ["none", "next-layer", "next-layer:depth=2"])
-@pytest.mark.parametrize("banks", [1, 2])
+@pytest.mark.parametrize(
+    ("prefetch", "banks"),
+    [
+        ("none", 1),
+        ("next-layer:depth=2", 2),
+        *(
+            pytest.param(prefetch, banks, marks=pytest.mark.full)
+            for prefetch, banks in [
+                ("none", 2),
+                ("next-layer", 1),
+                ("next-layer", 2),
+                ("next-layer:depth=2", 1),
+            ]
+        ),
+    ],
+)
 def test_simulate_equals_the_reference(trace, plugin, prefetch, banks):
     policies, capacities = ["lru", "lfu", "belady", "immediate", "mru"], ["16", "40%", "200MiB"]
     printed = succeeds("simulate", trace, "--policy", ",".join(policies), "--capacity",

@@ -1,4 +1,7 @@
-"""A million operations against the model, several engines at once, every fault site in turn."""
+"""Random operations against the model, several engines at once, every fault site in turn.
+
+A million operations in ``make test-full``, a quarter of them in ``make test``.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ def quiet():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [0, 1, *(pytest.param(part, marks=pytest.mark.full) for part in range(2, PARTS))]
+)
 def test_a_million_operations(part):
     seeds = range(part, RUNS, PARTS)
     tally = fuzz(seeds, OPERATIONS)

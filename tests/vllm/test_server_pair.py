@@ -24,7 +24,7 @@ from fluxmoe.backends.vllm.child.child import ENVIRONMENT, Prompt
 from fluxmoe.backends.vllm.metrics import DECISION, METRICS
 from tests.vllm.conftest import KV_BYTES, prompts
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.full]
 
 
 @dataclass

@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 TRACE = GOLDEN["mixed"]
 
 
-@pytest.fixture(params=["file", "entry point"])
+@pytest.fixture(params=["file", pytest.param("entry point", marks=pytest.mark.full)])
 def source(request, tmp_path, monkeypatch) -> list[str]:
     """The policy in place; what ``plugins`` has to name."""
     if request.param == "file":
