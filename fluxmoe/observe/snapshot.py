@@ -8,20 +8,11 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from fluxmoe.core.arbitration.messages import Decision
 from fluxmoe.errors import EngineError
 from fluxmoe.observe import server
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """A decision to move memory: number, policy, ``to_kv`` or ``to_experts``, and reason."""
-
-    number: int
-    policy: str
-    direction: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +59,7 @@ class Snapshot:
     moves_to_experts: int
     moves_failed: int
     faults: int
-    decisions: tuple[Told, ...]
+    decisions: tuple[Decision, ...]
     running: int
     waiting: int
     kv_usage: float
@@ -152,7 +143,7 @@ def read(text: str, url: str) -> Snapshot:
     """
     sums: dict[str, float] = defaultdict(float)
     labelled: dict[tuple[str, str], float] = defaultdict(float)
-    decisions: list[Told] = []
+    decisions: list[Decision] = []
     model, workers = "", 0
     for name, labels, value in _samples(text, url):
         sums[name] += value
@@ -162,7 +153,7 @@ def read(text: str, url: str) -> Snapshot:
         if name == "fluxmoe_budget_bytes":
             model, workers = labels.get("model_name", ""), workers + 1
         if name == "fluxmoe_split_decision" and value > 0:
-            decisions.append(_told(labels))
+            decisions.append(_decision(labels))
     if not workers:
         raise _foreign(url)
     frame = sums["fluxmoe_budget_bytes"] / max(sums["fluxmoe_budget_frames"], 1)
@@ -202,8 +193,8 @@ def read(text: str, url: str) -> Snapshot:
     )
 
 
-def _told(labels: Mapping[str, str]) -> Told:
-    return Told(int(labels["number"]), labels["policy"], labels["direction"], labels["reason"])
+def _decision(labels: Mapping[str, str]) -> Decision:
+    return Decision(int(labels["number"]), labels["policy"], labels["direction"], labels["reason"])
 
 
 @dataclass(frozen=True, slots=True)

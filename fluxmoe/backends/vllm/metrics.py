@@ -241,7 +241,7 @@ def split_reader(arbiter: Arbiter | None) -> Callable[[], Readings]:
         changes, decisions = arbiter.changes, arbiter.decisions
         if decisions and decisions[-1].number != newest:
             newest = decisions[-1].number
-            labels = [(str(d.number), policy, d.direction, d.reason) for d in decisions]
+            labels = [(str(d.number), d.policy, d.direction, d.reason) for d in decisions]
             series = [*always, *((DECISION, label) for label in labels)]
         return series, (
             changes["to_kv"],

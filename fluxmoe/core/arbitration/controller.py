@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from fluxmoe.core.arbitration.limits import EXPERTS, KV, in_words, narrowed
-from fluxmoe.core.arbitration.messages import Answer, Inventory, OperatorLimits, Order
+from fluxmoe.core.arbitration.messages import Answer, Decision, Inventory, OperatorLimits, Order
 from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, Outcome, Result
 from fluxmoe.core.arbitration.planning import Held, Planner
 from fluxmoe.core.arbitration.schedule import AskingSchedule
@@ -34,15 +34,6 @@ logger = logging.getLogger("fluxmoe")
 QUIET, TURN = 64, 8
 #: Number of decisions that are remembered.
 REMEMBERED = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Reason of a move: the ``number``-th decision, direction ``to_kv`` or ``to_experts``."""
-
-    number: int
-    direction: str
-    reason: str
 
 
 class BlockSource(Protocol):
@@ -301,7 +292,7 @@ class Arbiter:
             return
         self._line, self._reported = line, self._steps
         number = self.decisions[-1].number + 1 if self.decisions else 1
-        self.decisions.append(Decision(number, direction, reason))
+        self.decisions.append(Decision(number, self._policy.name, direction, reason))
         size = self._inventory.layout.frame_bytes / 2**20
         have = {name: f"{count * size:.1f}" for name, count in self.frames.items()}
         want = {name: f"{count * size:.1f}" for name, count in split.frames.items()}

@@ -98,6 +98,16 @@ class OperatorLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """Reason of a move: the ``number``-th decision, direction ``to_kv`` or ``to_experts``."""
+
+    number: int
+    policy: str
+    direction: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One worker's last step. Plain data: it crosses processes.
 
