@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
-from fluxmoe.inventory import Shapes, require_experts
+from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
 
 _INDEX = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -123,7 +123,7 @@ def _weights(folder: Path) -> Shapes:
             listed[path.name] = set()
     found: Shapes = {}
     for name, tensors in sorted(listed.items()):
-        there = _tensors(folder / name)
+        there = {key: shape for key, shape, _ in _headers(folder / name)}
         if missing := tensors - there.keys():
             raise CheckpointError(
                 f"it has no {min(missing)}, which {_INDEX} promises",
@@ -134,12 +134,12 @@ def _weights(folder: Path) -> Shapes:
     return found
 
 
-def _tensors(path: Path) -> Shapes:
-    """Shapes in a safetensors file; its header must describe exactly the bytes in the file."""
+def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of each tensor of a file, whose header must describe all its bytes."""
     try:
         with safe_open(path, "numpy") as file:
-            names = file.keys()
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except FileNotFoundError as error:
         raise CheckpointError(
             f"the file is missing, but {_INDEX} names it",
@@ -172,22 +172,20 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
         UnsupportedError: Experts of a type that cannot be paged.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "numpy") as file:
-            for key in file.keys():  # noqa: SIM118 - it is not a mapping
-                header = file.get_slice(key)
-                dtype = header.get_dtype()
-                if dtype not in _BYTES and ".experts." in key:
-                    raise quantised(f"{key} is {dtype}", str(path))
-                yield key, Tensor(tuple(header.get_shape()), _BYTES.get(dtype, 1))
+        for key, shape, dtype in _headers(path):
+            if dtype not in _BYTES and ".experts." in key:
+                raise quantised(f"{key} is {dtype}", str(path))
+            yield key, Tensor(shape, _BYTES.get(dtype, 1))
 
 
-def expert_tensors(folder: Path) -> Iterator[tuple[str, str, list[int], Bytes]]:
-    """Name, type, shape and bytes of every expert tensor of a checkpoint."""
+def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int], Bytes]]:
+    """Name, type, shape and bytes of every unquantised expert tensor of a checkpoint."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            for name, entry in json.loads(file.read(length)).items():
-                if ".experts." in name:
+            for key, entry in json.loads(file.read(length)).items():
+                name = expert_tensor(key, len(entry.get("shape", ())))
+                if name is not None and name.end in ("", ".weight"):
                     begin, end = entry["data_offsets"]
                     file.seek(8 + length + begin)
                     data = np.frombuffer(bytearray(file.read(end - begin)), np.uint8)

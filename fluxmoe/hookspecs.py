@@ -20,8 +20,8 @@ hookspec = pluggy.HookspecMarker("fluxmoe")
 hookimpl = pluggy.HookimplMarker("fluxmoe")
 
 
-class RegisterPolicy(Protocol):
-    """The function passed to ``fluxmoe_register_policies``."""
+class Register(Protocol):
+    """The function passed to the hooks."""
 
     def __call__(
         self,
@@ -29,33 +29,18 @@ class RegisterPolicy(Protocol):
         factory: Callable[..., Any],
         config_model: type[BaseModel] | None = None,
     ) -> None:
-        """Register ``factory`` under ``name``.
+        """Register ``factory``, which makes a policy or a ``fluxmoe.Codec``, under ``name``.
 
-        The kind (eviction, prefetch, arbitration) follows from the base class of ``factory``.
+        The kind of a policy (eviction, prefetch, arbitration) follows from its base class.
         Options from the configuration are validated by ``config_model`` and passed as keywords.
         """
 
 
 @hookspec
-def fluxmoe_register_policies(register: RegisterPolicy) -> None:
+def fluxmoe_register_policies(register: Register) -> None:
     """Register policies by calling ``register(name, factory, config_model=None)``."""
 
 
-class RegisterCodec(Protocol):
-    """The function passed to ``fluxmoe_register_codecs``."""
-
-    def __call__(
-        self,
-        name: str,
-        factory: Callable[..., Any],
-        config_model: type[BaseModel] | None = None,
-    ) -> None:
-        """Register ``factory``, which makes a ``fluxmoe.Codec``, under ``name``.
-
-        Options from the configuration are validated by ``config_model`` and passed as keywords.
-        """
-
-
 @hookspec
-def fluxmoe_register_codecs(register: RegisterCodec) -> None:
+def fluxmoe_register_codecs(register: Register) -> None:
     """Register lossless codes by calling ``register(name, factory, config_model=None)``."""

@@ -36,6 +36,40 @@ _NO_WEIGHT = re.compile("scale|bias|zero")
 _ROUTER = re.compile(r".*\.(?:gate|router)(?:\.\w+)*\.weight")
 
 
+class ExpertTensor(NamedTuple):
+    """The name of a tensor with weights of experts, such as ``mlp.experts.7.up_proj.weight``.
+
+    ``expert`` is None if the tensor has all experts of its layer.
+    """
+
+    stack: str  # model.layers
+    layer: int
+    path: str  # mlp.experts
+    expert: int | None
+    part: str  # up_proj
+    end: str  # .weight
+
+    @property
+    def owner(self) -> str:
+        """Name of the module that has the experts."""
+        return f"{self.stack}.{self.layer}.{self.path.removesuffix('.experts')}"
+
+
+def expert_tensor(name: str, dimensions: int) -> ExpertTensor | None:
+    """Parse a tensor's name; None if the tensor has no weights of experts."""
+    at = _LAYER.fullmatch(name)
+    if at is None or _NO_WEIGHT.search(at["rest"]):
+        return None
+    one = _ONE.fullmatch(at["rest"])
+    what = one or (_ALL.fullmatch(at["rest"]) if dimensions > 2 else None)
+    if what is None:
+        return None
+    expert = int(one["expert"]) if one else None
+    return ExpertTensor(
+        at["stack"], int(at["layer"]), what["path"], expert, what["part"], what["end"]
+    )
+
+
 class _Place(NamedTuple):
     """The experts of a stack of layers: ``model.layers``, ``mlp.experts``."""
 
@@ -102,19 +136,17 @@ def _sorted(tensors: Shapes, depth: int) -> _Found:
     for name, shape in tensors.items():
         if (at := _LAYER.fullmatch(name)) is None:
             continue
-        index, rest = int(at["layer"]), at["rest"]
-        one = _ONE.fullmatch(rest)
-        what = one or (_ALL.fullmatch(rest) if len(shape) > 2 else None)
-        if what is None or _NO_WEIGHT.search(rest):
+        index, rest, one = int(at["layer"]), at["rest"], expert_tensor(name, len(shape))
+        if one is None:
             if index < depth and not re.search(r"\bexperts\.", rest):
                 found.rest[at["stack"]][index].add(rest)
             continue
-        place, part = _Place(at["stack"], what["path"], index >= depth), what["part"]
-        found.ends[place, part] = what["end"]
-        if one:
-            found.layers[place][index].each[part].add(int(one["expert"]))
+        place, layer = _Place(one.stack, one.path, index >= depth), found.layers
+        found.ends[place, one.part] = one.end
+        if one.expert is None:
+            layer[place][index].fused[one.part] = shape[0]
         else:
-            found.layers[place][index].fused[part] = shape[0]
+            layer[place][index].each[one.part].add(one.expert)
     return found
 
 

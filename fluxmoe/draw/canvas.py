@@ -36,7 +36,6 @@ class Canvas(ABC):
     ) -> None:
         """Draw a polyline."""
 
-    @abstractmethod
     def text(
         self,
         x: float,
@@ -48,6 +47,11 @@ class Canvas(ABC):
         colour: str = "#222222",
     ) -> None:
         """Draw a line of text; (x, y) is the start, middle or end of its baseline."""
+        self._write(x, y, text, size, anchor, colour)
+
+    @abstractmethod
+    def _write(self, x: float, y: float, text: str, size: int, anchor: str, colour: str) -> None:
+        pass
 
     @abstractmethod
     def encode(self) -> bytes:
@@ -78,16 +82,7 @@ class Svg(Canvas):
             f'stroke-width="{width}"{dashes}/>'
         )
 
-    def text(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        *,
-        size: int = 12,
-        anchor: str = "start",
-        colour: str = "#222222",
-    ) -> None:
+    def _write(self, x: float, y: float, text: str, size: int, anchor: str, colour: str) -> None:
         self._parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" '
             f'fill="{colour}">{escape(text)}</text>'
@@ -137,16 +132,7 @@ class Png(Canvas):
             for piece in _dashes(start, end) if dashed else [(start, end)]:
                 self._draw.line(piece, fill=colour, width=thick)
 
-    def text(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        *,
-        size: int = 12,
-        anchor: str = "start",
-        colour: str = "#222222",
-    ) -> None:
+    def _write(self, x: float, y: float, text: str, size: int, anchor: str, colour: str) -> None:
         self._draw.text(
             (x * self._SCALE, y * self._SCALE),
             text,

@@ -21,16 +21,10 @@ from fluxmoe.errors import (
     NoExpertsError,
     UnsupportedError,
 )
-from fluxmoe.inventory import EXPERTS
+from fluxmoe.inventory import EXPERTS, expert_tensor
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-#: ``experts.7.down_proj.weight``, or ``experts.down_proj`` for all experts of a layer, which
-#: GraniteMoE calls ``block_sparse_moe.output_linear``.
-_ONE = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
-_ALL = re.compile(
-    r"(.*)\.(?:experts\.([a-z]\w*)|block_sparse_moe\.((?:in|out)put_linear))(?:\.weight)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +156,16 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
         where = _LAYER.search(key)
         if where and isinstance(layers, int) and int(where[1]) >= layers:
             continue  # of speculative decoding, not loaded
-        match = _ONE.fullmatch(key) or (_ALL.fullmatch(key) if len(tensor.shape) == 3 else None)
-        if match is None:
+        if ".experts." in key and key.endswith(".bias"):
+            raise UnsupportedError("experts with biases cannot be paged yet", where=key)
+        one = expert_tensor(key, len(tensor.shape))
+        if one is None:
             other += tensor.nbytes
             embedding += tensor.nbytes if "embed_tokens" in key else 0
             continue
-        if "bias" in match[match.lastindex or 1]:
-            raise UnsupportedError("experts with biases cannot be paged yet", where=key)
-        if _ALL.fullmatch(key) and not _ONE.fullmatch(key):
+        if one.expert is None:
             experts = tensor.shape[0]
-        pages[match[1]] += tensor.nbytes
+        pages[one.owner] += tensor.nbytes
         item = tensor.itemsize
     if not experts:
         raise _dense(name, architecture)

@@ -5,7 +5,7 @@ Imports the contracts of ``core.policy``, ``core.types`` and ``hookspecs`` only.
 
 from __future__ import annotations
 
-from fluxmoe.hookspecs import RegisterPolicy, hookimpl
+from fluxmoe.hookspecs import Register, hookimpl
 from fluxmoe.policies.arbitration.fixed import Fixed
 from fluxmoe.policies.arbitration.kv_first import KvFirst, KvFirstOptions
 from fluxmoe.policies.arbitration.marginal import Marginal, MarginalOptions
@@ -24,7 +24,7 @@ from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
 @hookimpl
-def fluxmoe_register_policies(register: RegisterPolicy) -> None:
+def fluxmoe_register_policies(register: Register) -> None:
     """Register all built-in policies."""
     register("immediate", Immediate)
     register("lru", LeastRecentlyUsed)

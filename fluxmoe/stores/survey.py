@@ -16,9 +16,6 @@ from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.codec.fixed4 import Fixed4, inspect
 from fluxmoe.stores.coding import Coder
 
-#: Names of experts' weights: a tensor for each expert, or one for all experts of a layer.
-_ONE = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<part>.*)\.weight")
-_ALL = re.compile(r"(?P<layer>.*)\.experts\.(?P<part>(gate_up|gate|up|down)_proj)(\.weight)?")
 #: Engines concatenate these two; a page has both in one part.
 _HALVES = ("gate_proj", "up_proj", "w1", "w3")
 
@@ -100,20 +97,20 @@ def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
 
 def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
     """Yield layer, type and bytes of every part of every expert, as in a page."""
-    halves: dict[tuple[str, str], Bytes] = {}
+    halves: dict[tuple[str, int], Bytes] = {}
     for name, dtype, shape, data in expert_tensors(folder):
-        if match := _ALL.fullmatch(name):
+        if name.expert is None:
             for row in data.reshape(shape[0], -1):
-                yield match["layer"], dtype, row
-        elif match := _ONE.fullmatch(name):
-            if match["part"] in _HALVES:
-                expert = (match["layer"], match["expert"])
-                other = halves.pop(expert, None)
-                if other is None:
-                    halves[expert] = data
-                    continue
-                data = np.concatenate([other, data])
-            yield match["layer"], dtype, data
+                yield name.owner, dtype, row
+            continue
+        if name.part in _HALVES:
+            expert = name.owner, name.expert
+            other = halves.pop(expert, None)
+            if other is None:
+                halves[expert] = data
+                continue
+            data = np.concatenate([other, data])
+        yield name.owner, dtype, data
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

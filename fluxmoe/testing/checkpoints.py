@@ -24,16 +24,36 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+_SMALL: dict[str, Any] = {
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+}
+#: A first layer that is dense, and shared experts.
+_ROUTED: dict[str, Any] = {
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+}
+#: The same with multi-head latent attention. vLLM's CPU backend supports 512 + 64.
+_LATENT: dict[str, Any] = {
+    **_ROUTED,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
 # The state of a layer is so small, and the keys and values so large, that a KV block (vLLM makes
 # it as large as a state) has few enough tokens for the prefixes in tests to fill it.
 _GATED_DELTA_NET: dict[str, Any] = {
+    **_SMALL,
     "head_dim": 64,
     "num_key_value_heads": 4,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 128,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 64,
@@ -45,14 +65,7 @@ _GATED_DELTA_NET: dict[str, Any] = {
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": (
         "Qwen3Moe",
-        {
-            "head_dim": 32,
-            "intermediate_size": 256,
-            "moe_intermediate_size": 64,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": True,
-        },
+        {**_SMALL, "head_dim": 32, "norm_topk_prob": True},
     ),
     "mixtral": (
         "Mixtral",
@@ -65,69 +78,33 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # A shared expert behind a gate in every layer.
     "qwen2-moe": (
         "Qwen2Moe",
-        {
-            "intermediate_size": 256,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 128,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-        },
+        {**_SMALL, "shared_expert_intermediate_size": 128},
     ),
-    # Shared experts, and a first layer that is dense.
     "glm4-moe": (
         "Glm4Moe",
-        {
-            "head_dim": 32,
-            "intermediate_size": 256,
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 16,
-            "num_experts_per_tok": 4,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
+        {**_ROUTED, "head_dim": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     ),
-    # The same with multi-head latent attention. vLLM's CPU backend supports 512 + 64.
     "deepseek-v2": (
         "DeepseekV2",
         {
-            "num_key_value_heads": 4,
-            "intermediate_size": 256,
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 16,
-            "num_experts_per_tok": 4,
+            **_LATENT,
             "n_shared_experts": 2,
-            "first_k_dense_replace": 1,
             "topk_method": "greedy",
             "n_group": 1,
             "topk_group": 1,
             "q_lora_rank": None,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
         },
     ),
     # A router with a correction bias, whose experts are chosen by group.
     "deepseek-v3": (
         "DeepseekV3",
         {
-            "num_key_value_heads": 4,
-            "intermediate_size": 256,
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 16,
-            "num_experts_per_tok": 4,
+            **_LATENT,
             "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
             "topk_method": "noaux_tc",
             "n_group": 4,
             "topk_group": 2,
             "q_lora_rank": 64,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
         },
     ),
     # Hybrids: one of four layers is full attention, the others keep a state of fixed size. Each
@@ -139,10 +116,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2-moe": (
         "Lfm2Moe",
         {
-            "intermediate_size": 256,
-            "moe_intermediate_size": 64,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
+            **_SMALL,
             "num_dense_layers": 1,
             "layer_types": ["conv", "full_attention", "conv", "conv"],
             "tie_word_embeddings": True,

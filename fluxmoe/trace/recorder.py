@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
@@ -21,7 +20,7 @@ from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Ints, Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
-from fluxmoe.trace.writer import Header
+from fluxmoe.trace.writer import AllOrNothing, Header
 
 #: Called at the first event of a step with its number of tokens; returns their requests and phases.
 AskRows: TypeAlias = Callable[[int], StepRows | None]
@@ -40,7 +39,7 @@ class _Chunk:
         self.used = 0
 
 
-class Recorder:
+class Recorder(AllOrNothing):
     """Writes the routing of an engine's steps to a trace. ``observe`` fits ``ExpertPager.watcher``.
 
     Use it as a context manager, or ``close`` it: only then does the file appear under its name.
@@ -160,20 +159,6 @@ class Recorder:
         """Abort the recording and leave no file behind. Idempotent."""
         if self._stop():
             self._writer.discard()
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
 
     def _next_chunk(self, least: int) -> _Chunk:
         self._full.put(self._chunk)

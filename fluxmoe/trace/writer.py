@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,28 @@ class _OwnFile(io.FileIO):
         return nbytes
 
 
-class TraceWriter:
+class AllOrNothing(ABC):
+    """A context manager whose file is discarded by an exception inside."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Complete the file."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Leave no file behind."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class TraceWriter(AllOrNothing):
     """Writes a trace event by event. The file appears under its name only when it is complete.
     In a forked process nothing is written, and closing does nothing.
 
@@ -201,20 +222,6 @@ class TraceWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
             self._out.close()
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
 
     def _flush(self) -> None:
         headers, tables = self._headers, self._ids

@@ -1,81 +1,23 @@
 """The command line as a user meets it: a process, its output and its exit code."""
 
-import io
 import json
-import os
-import re
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 import fluxmoe
-from fluxmoe.cli import main
 from fluxmoe.sim.events import Events
+from tests.commandline import command, fails, succeeds, synth
 from tests.core.reference import replay
+from tests.plugins.rig import MRU, write
 
 ROOT = Path(__file__).parents[2]
-PLUGIN = """\
-import fluxmoe
-
-class MostRecentlyUsed(fluxmoe.EvictionPolicy):
-    \"\"\"Evict the newest.\"\"\"
-    def score(self, view, pages):
-        return -view.last_use[pages]
-
-@fluxmoe.hookimpl
-def fluxmoe_register_policies(register):
-    register("mru", MostRecentlyUsed)
-"""
-
-
-def command(*arguments, program="from fluxmoe.cli import main; main()"):
-    """A process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-    )  # fmt: skip
-
-
-def here(*arguments):
-    """The same in this process, which is quicker."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    return subprocess.CompletedProcess(arguments, exit_.value.code, out.getvalue(), err.getvalue())
-
-
-def synth(**options):
-    """The beginning of a command line."""
-    yield from ("trace", "synth")
-    for name, value in options.items():
-        yield from (f"--{name.replace('_', '-')}", str(value))
-
-
-def succeeds(*arguments, run=here):
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def fails(*arguments, code, message, run=here):
-    """A FluxMoE error: one line on stderr, nothing on stdout, no traceback, exit code 2."""
-    done = run(*arguments)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert re.match(rf"error\[{code}\]: .*{message}", done.stderr), done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
-    return done.stderr
 
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     path = tmp_path_factory.mktemp("plugin") / "mru.py"
-    path.write_text(PLUGIN)
-    return path
+    return Path(write(path))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +68,7 @@ def test_simulate_equals_the_reference(trace, plugin, prefetch, banks):
 
 def test_the_table_names_oracles_and_faults(trace, tmp_path):
     broken = tmp_path / "broken.py"
-    broken.write_text(PLUGIN.replace("-view.last_use[pages]", "view.no_such_thing"))
+    write(broken, MRU.replace("-view.last_use[pages]", "view.no_such_thing"))
     printed = succeeds("simulate", trace, "--policy", "lru,belady,mru", "--capacity", "25%",
                        "--plugin", broken)  # fmt: skip
     assert "4 layers x 16 experts = 64 pages, 200 events" in printed
@@ -173,7 +115,7 @@ def test_policies(plugin):
     [mru] = [policy for policy in listed if policy["name"] == "mru"]
     assert mru == {"kind": "eviction", "name": "mru", "plugin": str(plugin), "origin": "named",
                    "version": "", "status": "ok", "problem": "", "oracle": False,
-                   "summary": "Evict the newest.", "faults": None}  # fmt: skip
+                   "summary": "Evict the page that was used last.", "faults": None}  # fmt: skip
     assert [policy["name"] for policy in listed if policy["oracle"]] == ["belady"]
     assert "belady (oracle)" in succeeds("policies")
 
@@ -219,7 +161,7 @@ def test_traces(tmp_path):
 
 def test_a_policy_fault_is_an_error_where_asked(trace, tmp_path):
     broken = tmp_path / "broken.py"
-    broken.write_text(PLUGIN.replace("-view.last_use[pages]", "view.no_such_thing"))
+    write(broken, MRU.replace("-view.last_use[pages]", "view.no_such_thing"))
     run = ["simulate", trace, "--policy", "mru", "--capacity", 16, "--plugin", broken]
     fails(*run, "--strict-policies", code="FM203", message="'mru': score raised AttributeError")
 

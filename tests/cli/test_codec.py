@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxmoe.testing import checkpoints
-from tests.cli.test_cli import fails, succeeds
+from tests.commandline import fails, succeeds
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """``fluxmoe config``: what it refuses and how, what it shows, and the files that are committed."""
 
-import io
 import json
 import re
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +10,10 @@ import yaml
 
 from fluxmoe import config, plugins
 from fluxmoe.backends.vllm.server import launch
-from fluxmoe.cli import main, output
+from fluxmoe.cli import output
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import ConfigError
+from tests.commandline import here
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/fluxmoe.yaml"
@@ -28,10 +27,8 @@ def no_installed_plugins(monkeypatch):
 
 
 def run(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_:
-        main(["config", *map(str, arguments)])
-    return exit_.value.code or 0, out.getvalue(), err.getvalue()
+    done = here("config", *arguments)
+    return done.returncode or 0, done.stdout, done.stderr
 
 
 def succeeds(*arguments):

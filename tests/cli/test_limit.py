@@ -1,12 +1,12 @@
 """``fluxmoe limit`` without a server, or with one that is not FluxMoE's."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
 
-from tests.cli.test_cli import fails, succeeds
+from tests.commandline import fails, succeeds
+from tests.web import served
 
 SPLIT = {"experts": 3 << 20, "kv": 1 << 20}
 NONE = {"budget": None, "experts": {"min": None, "max": None}, "kv": {"min": None, "max": None}}
@@ -15,32 +15,20 @@ NONE = {"budget": None, "experts": {"min": None, "max": None}, "kv": {"min": Non
 @pytest.fixture
 def door():
     """A server that answers all with one status and body, and notes what it was asked."""
-    servers, asked = [], []
+    asked = []
 
     def start(status, body):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                length = int(self.headers.get("Content-Length") or 0)
-                sent = json.loads(self.rfile.read(length)) if length else None
-                asked.append((self.command, self.path, self.headers.get("Authorization"), sent))
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+        def answer(request):
+            length = int(request.headers.get("Content-Length") or 0)
+            sent = json.loads(request.rfile.read(length)) if length else None
+            key = request.headers.get("Authorization")
+            asked.append((request.command, request.path, key, sent))
+            return status, body if isinstance(body, bytes) else json.dumps(body).encode()
 
-            do_POST = do_GET
+        return servers.enter_context(served(answer)), asked
 
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}", asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as servers:
+        yield start
 
 
 def test_what_is_sent_and_shown(door, monkeypatch):

@@ -14,7 +14,7 @@ from fluxmoe.sim import hardware
 from fluxmoe.sim.events import Events
 from fluxmoe.testing import checkpoints
 from fluxmoe.trace import shipped
-from tests.cli.test_cli import fails, succeeds
+from tests.commandline import fails, succeeds
 
 QWEN3_30B = {
     "model_type": "qwen3_moe",

@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from fluxmoe.cli import output, top
 from fluxmoe.observe import snapshot
-from tests.cli.test_cli import command, fails, succeeds
+from tests.commandline import command, fails, succeeds
+from tests.web import served
 
 LABELS = {"model_name": "m", "engine": "0"}
 
@@ -57,31 +57,18 @@ def metrics(**changes):
 @pytest.fixture
 def serve():
     """Serve bodies, one after the other, the last one again and again."""
-    servers = []
 
     def start(*bodies, status=200):
         waiting = list(bodies)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                body = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-                found = self.path == "/metrics"
-                self.send_response(status if found else 404)
-                self.end_headers()
-                self.wfile.write(body if found else b"")
+        def answer(request):
+            body = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            return (status, body) if request.path == "/metrics" else (404, b"")
 
-            def log_message(self, *args):
-                pass
+        return servers.enter_context(served(answer))
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as servers:
+        yield start
 
 
 def test_json_is_the_snapshot(serve):

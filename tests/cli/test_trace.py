@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from fluxmoe.testing import checkpoints
 from fluxmoe.trace import TraceReader
 from fluxmoe.trace.statistics import Statistics
-from tests.cli.test_cli import command, fails, succeeds
+from tests.commandline import command, fails, succeeds
+from tests.recorded import table
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,10 +26,6 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return checkpoints.write(tmp_path_factory.mktemp("model") / "tiny", "qwen3-moe")
-
-
-def table(path: Path) -> list[dict]:
-    return pq.ParquetFile(path).read().to_pylist()
 
 
 # --- record ------------------------------------------------------------------------------------

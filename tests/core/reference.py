@@ -178,23 +178,24 @@ def stable_kernel(r: Reference, page: int) -> float:
     return lfu(r, page) * 2.0 + lru(r, page) / 3.0 - r.loaded.get(page, -1) * 0.25 - page % 5
 
 
-def next_use(r: Reference, page: int) -> float:
+def outlook(r: Reference, page: int) -> tuple[int, float, int]:
+    """Events to the layer's next turn, tries until the page is used, turns that it missed."""
     own = page // r.experts
     turns = len(range(own, r.now + 1, r.layers))
     missed = (r.now - lru(r, page)) // r.layers
     distance = (own - r.layer - 1) % r.layers + 1
-    tries = max(1.0, (turns + 1.0) / (lfu(r, page) + 0.5))
+    return distance, max(1.0, (turns + 1.0) / (lfu(r, page) + 0.5)), missed
+
+
+def next_use(r: Reference, page: int) -> float:
+    distance, tries, missed = outlook(r, page)
     p = 1.0 / (tries + 0.3 * missed)
     p += 0.1 * (1.0 - p) / ((missed + 1.0) * (missed + 1.0))
     return -(distance + (1.0 / p - 1.0) * r.layers)
 
 
 def lfru(r: Reference, page: int) -> float:
-    own = page // r.experts
-    turns = len(range(own, r.now + 1, r.layers))
-    missed = (r.now - lru(r, page)) // r.layers
-    distance = (own - r.layer - 1) % r.layers + 1
-    tries = max(1.0, (turns + 1.0) / (lfu(r, page) + 0.5))
+    distance, tries, missed = outlook(r, page)
     return -(distance + (tries - 1.0 + 0.3 * missed) * r.layers)
 
 

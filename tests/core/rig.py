@@ -72,6 +72,22 @@ def host_store(geometry: Geometry, cuda: CudaDriver | None = None) -> HostStore:
     return store
 
 
+def rule_for(
+    table: PageTable,
+    eviction: EvictionPolicy | None = None,
+    prefetch: PrefetchPolicy | None = None,
+    **options: object,
+) -> EventRule:
+    """The event rule over a table, by LRU and without prefetch unless told otherwise."""
+    view = PageView(table)
+    options = {"name": "under-test", **options}
+    return EventRule(
+        table,
+        EvictionGuard(eviction or LeastRecentlyUsed(), view, **options),
+        PrefetchGuard(prefetch or NoPrefetch(), view, **options),
+    )
+
+
 #: Where the memory of the tests lies: "host", or "cuda" and when its streams do their work.
 GROUND = "host"
 
@@ -168,11 +184,8 @@ class Rig:
             for bank, count in enumerate(slots):
                 self.tenant.resize(bank, count)
             self.table = PageTable(self.geometry, slots, reserved=max(reserved), bank_of=bank_of)
-            view = PageView(self.table)
-            options = {"name": "under-test", "strict": strict, "limits": limits}
-            self.eviction = EvictionGuard(eviction or LeastRecentlyUsed(), view, **options)
-            self.prefetch = PrefetchGuard(prefetch or NoPrefetch(), view, **options)
-            self.rule = EventRule(self.table, self.eviction, self.prefetch)
+            self.rule = rule_for(self.table, eviction, prefetch, strict=strict, limits=limits)
+            self.eviction, self.prefetch = self.rule.eviction, self.rule._prefetch
             self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
             self.threads = threads
             self.transfer = TransferEngine(self._copier(len(slots)), PAGE_CLASS.nbytes)

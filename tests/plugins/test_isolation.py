@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -18,6 +16,7 @@ from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import PluginLoadError, UnknownPolicyError
 from fluxmoe.plugins import checks, loading
 from tests.plugins.rig import MRU, install, write
+from tests.web import served
 
 HOOK = "import fluxmoe, sys\n@fluxmoe.hookimpl\ndef fluxmoe_register_policies(register):\n"
 HALF = MRU + '    register("lru", MostRecentlyUsed)\n'
@@ -298,21 +297,12 @@ def server():
     """Serves ``answers[path]``."""
     answers: dict[str, str] = {}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            found = answers.get(self.path)
-            self.send_response(404 if found is None else 200)
-            self.end_headers()
-            self.wfile.write((found or "").encode())
+    def answer(request):
+        found = answers.get(request.path)
+        return (404 if found is None else 200), (found or "").encode()
 
-        def log_message(self, *args):
-            pass
-
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_port}", answers
-    http.shutdown()
-    http.server_close()
+    with served(answer) as url:
+        yield url, answers
 
 
 def test_policies_asks_a_running_server_for_its_faults(server, capsys):

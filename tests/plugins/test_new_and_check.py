@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.cli import main
+from tests.commandline import here
 from tests.plugins.rig import MRU, install, write
 
 ROOT = Path(__file__).parents[2]
@@ -22,13 +22,11 @@ needs_copier = pytest.mark.skipif(
 )
 
 
-def run(capsys, *arguments, code=0):
-    """What a command prints to standard output, and to standard error."""
-    with pytest.raises(SystemExit) as info:
-        main([str(argument) for argument in arguments])
-    assert (info.value.code or 0) == code, capsys.readouterr()
-    printed = capsys.readouterr()
-    return printed.out if code in (0, 1) else printed.err
+def run(*arguments, code=0):
+    """What a command prints to standard output, or to standard error."""
+    done = here(*arguments)
+    assert (done.returncode or 0) == code, done
+    return done.stdout if code in (0, 1) else done.stderr
 
 
 # --- fluxmoe plugin new ---------------------------------------------------------------------------
@@ -37,9 +35,9 @@ def run(capsys, *arguments, code=0):
 @needs_copier
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_package_passes_its_own_tests(tmp_path, capsys, kind):
+def test_a_new_package_passes_its_own_tests(tmp_path, kind):
     folder = tmp_path / "pack"
-    printed = run(capsys, "plugin", "new", "brand-new", "--kind", kind, "--output", folder)
+    printed = run("plugin", "new", "brand-new", "--kind", kind, "--output", folder)
     assert "fluxmoe-brand-new" in printed
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert files == {
@@ -57,20 +55,20 @@ def test_a_new_package_passes_its_own_tests(tmp_path, capsys, kind):
     )
     assert done.returncode == 0, done.stdout
     assert f"{2 if kind == 'arbitration' else 3} passed" in done.stdout
-    verdict = json.loads(run(capsys, "plugin", "check", folder / "fluxmoe_brand_new.py", "--json"))
+    verdict = json.loads(run("plugin", "check", folder / "fluxmoe_brand_new.py", "--json"))
     assert [(v["kind"], v["name"], v["conforms"]) for v in verdict] == [(kind, "brand-new", True)]
 
 
 @needs_copier
-def test_a_new_package_is_named_after_the_plugin(tmp_path, capsys, monkeypatch):
+def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(capsys, "plugin", "new", "fluxmoe-sieve-2", "--kind", "eviction")
+    run("plugin", "new", "fluxmoe-sieve-2", "--kind", "eviction")
     text = Path("fluxmoe-sieve-2/pyproject.toml").read_text()
     assert 'name = "fluxmoe-sieve-2"' in text
     assert 'sieve-2 = "fluxmoe_sieve_2"' in text
     assert "class Sieve2Policy" in Path("fluxmoe-sieve-2/fluxmoe_sieve_2.py").read_text()
     # A second time it would overwrite what somebody has written since.
-    error = run(capsys, "plugin", "new", "sieve-2", "--kind", "eviction", code=2)
+    error = run("plugin", "new", "sieve-2", "--kind", "eviction", code=2)
     assert "error[FM101]: fluxmoe-sieve-2 already exists" in error
 
 
@@ -85,18 +83,16 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, capsys, monkeypatch):
         ("lru", "fluxmoe already registers the eviction 'lru'"),
     ],
 )
-def test_bad_names_are_refused_before_anything_is_written(
-    tmp_path, capsys, monkeypatch, name, message
-):
+def test_bad_names_are_refused_before_anything_is_written(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
-    assert message in run(capsys, "plugin", "new", name, "--kind", "eviction", code=2)
+    assert message in run("plugin", "new", name, "--kind", "eviction", code=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_copier_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+def test_without_copier_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "copier", None)
-    error = run(capsys, "plugin", "new", "mine", "--kind", "codec", code=2)
+    error = run("plugin", "new", "mine", "--kind", "codec", code=2)
     assert "error[FM404]" in error
     assert "pip install 'fluxmoe[plugin]'" in error
 
@@ -131,9 +127,9 @@ def fluxmoe_register_codecs(register):
 """
 
 
-def test_the_verdict_names_rule_call_value_and_way_out(tmp_path, capsys):
+def test_the_verdict_names_rule_call_value_and_way_out(tmp_path):
     path = write(tmp_path / "bad.py", BAD)
-    printed = run(capsys, "plugin", "check", path, code=1)
+    printed = run("plugin", "check", path, code=1)
     assert "eviction policy good conforms" in printed
     assert "eviction policy short does not conform" in printed
     assert "codec backwards does not conform" in printed
@@ -141,7 +137,7 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path, capsys):
     assert "call:  score in event" in printed
     assert "mend:  return one number per page" in printed
     assert "belady" in printed  # what others miss on the golden traces
-    verdicts = json.loads(run(capsys, "plugin", "check", path, "--json", code=1))
+    verdicts = json.loads(run("plugin", "check", path, "--json", code=1))
     by_name = {verdict["name"]: verdict for verdict in verdicts}
     assert {name: v["conforms"] for name, v in by_name.items()} == {
         **{"good": True, "short": False, "backwards": False},
@@ -153,7 +149,7 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path, capsys):
     assert by_name["short"]["misses"] == {}
 
 
-def test_one_policy_with_options(tmp_path, capsys):
+def test_one_policy_with_options(tmp_path):
     source = MRU.replace("class Most", "from pydantic import BaseModel\nclass Most")
     source = source.replace(
         "    def score",
@@ -163,20 +159,20 @@ def test_one_policy_with_options(tmp_path, capsys):
         "@fluxmoe.hookimpl", "class Options(BaseModel):\n    sign: int\n\n@fluxmoe.hookimpl"
     ).replace("MostRecentlyUsed)", "MostRecentlyUsed, Options)")
     path = write(tmp_path / "mru.py", source, name="mine")
-    assert "sign" in run(capsys, "plugin", "check", path, code=1)  # it has no default
-    found = json.loads(run(capsys, "plugin", "check", path, "--policy", "mine:sign=-1", "--json"))
+    assert "sign" in run("plugin", "check", path, code=1)  # it has no default
+    found = json.loads(run("plugin", "check", path, "--policy", "mine:sign=-1", "--json"))
     assert [v["conforms"] for v in found] == [True]
-    error = run(capsys, "plugin", "check", path, "--policy", "yours", code=2)
+    error = run("plugin", "check", path, "--policy", "yours", code=2)
     assert "registers no 'yours'" in error
     assert "it registers mine" in error
 
 
 @pytest.mark.parametrize("called", ["pony", "fluxmoe-pony", "Fluxmoe.Pony"])
-def test_an_installed_plugin_is_checked_by_its_name(site, capsys, monkeypatch, called):
+def test_an_installed_plugin_is_checked_by_its_name(site, monkeypatch, called):
     write(site / "pony_policy.py", name="mine")
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})
     monkeypatch.delenv("FLUXMOE_PLUGINS")
-    assert "eviction policy mine conforms" in run(capsys, "plugin", "check", called)
+    assert "eviction policy mine conforms" in run("plugin", "check", called)
 
 
 @pytest.mark.parametrize(
@@ -186,16 +182,16 @@ def test_an_installed_plugin_is_checked_by_its_name(site, capsys, monkeypatch, c
         ("no_such_module", "error[FM202]: cannot import it: ModuleNotFoundError"),
     ],
 )
-def test_what_is_not_there(capsys, what, message):
-    assert message in run(capsys, "plugin", "check", what, code=2)
+def test_what_is_not_there(what, message):
+    assert message in run("plugin", "check", what, code=2)
 
 
-def test_a_broken_installed_plugin_is_told_with_its_reason(site, capsys, monkeypatch):
+def test_a_broken_installed_plugin_is_told_with_its_reason(site, monkeypatch):
     write(site / "pony_policy.py", "import saddle")
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})
     monkeypatch.delenv("FLUXMOE_PLUGINS")
-    error = run(capsys, "plugin", "check", "pony", code=2)
+    error = run("plugin", "check", "pony", code=2)
     assert "error[FM202]: it is broken: cannot import pony_policy: ModuleNotFoundError" in error
     monkeypatch.setenv("FLUXMOE_PLUGINS", "")
-    error = run(capsys, "plugin", "check", "pony", code=2)
+    error = run("plugin", "check", "pony", code=2)
     assert "it is left out: not in FLUXMOE_PLUGINS" in error

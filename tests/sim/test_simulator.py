@@ -8,19 +8,17 @@ from hypothesis import strategies as st
 import fluxmoe
 from fluxmoe.core.paging.books import MISSES
 from fluxmoe.core.paging.replay import replay as replay_events
-from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
-from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
-from fluxmoe.core.policy.paging import EvictionPolicy, PageView
+from fluxmoe.core.policy.paging import EvictionPolicy
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.core.types import EventList, Phase
 from fluxmoe.errors import CapacityError, ConfigError, PolicyFaultError, UnknownPolicyError
-from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation, simulate
 from fluxmoe.trace import TraceMeta
 from fluxmoe.trace.synth import Workload, write
 from tests.core.reference import replay
+from tests.core.rig import rule_for
 
 POLICIES = ["lru", "lfu", "lfru", "belady", "immediate", "mru"]
 PREFETCH = {
@@ -285,9 +283,4 @@ def test_a_kernel_that_fails_now_and_then_is_contained_event_by_event(policy, st
 
 def _rule(policy, strikes, events):
     table = PageTable(events.meta.geometry, [23])
-    view = PageView(table)
-    return EventRule(
-        table,
-        EvictionGuard(policy, view, name="pony", limits=Limits(strikes=strikes)),
-        PrefetchGuard(NoPrefetch(), view, name="none"),
-    )
+    return rule_for(table, policy, limits=Limits(strikes=strikes))

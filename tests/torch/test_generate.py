@@ -12,23 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxmoe.cli import main
+from tests.commandline import here
 from tests.torch.conftest import Load
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+def run(*arguments: object) -> tuple[int, str, str]:
     """Exit status, standard output, standard error."""
-    with pytest.raises(SystemExit) as exit:
-        main(["generate", *map(str, arguments)])
-    done = capsys.readouterr()
-    return int(exit.value.code or 0), done.out, done.err
+    done = here("generate", *arguments)
+    return done.returncode or 0, done.stdout, done.stderr
 
 
-def test_json(
-    capsys: pytest.CaptureFixture[str], load: Load, checkpoint: Callable[..., Path]
-) -> None:
+def test_json(load: Load, checkpoint: Callable[..., Path]) -> None:
     options = ("--memory", "1MiB", "--eviction", "lru", "--max-new-tokens", 6, "--json")
-    status, out, _ = run(capsys, checkpoint(), "--prompt-ids", "5,6,7", *options)
+    status, out, _ = run(checkpoint(), "--prompt-ids", "5,6,7", *options)
     result = json.loads(out)
     with torch.inference_mode():
         stock = load().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)
@@ -39,22 +35,20 @@ def test_json(
     assert isinstance(result["text"], str)
 
 
-def test_text(capsys: pytest.CaptureFixture[str], checkpoint: Callable[..., Path]) -> None:
-    status, out, _ = run(capsys, checkpoint(), "--prompt", "Once", "--max-new-tokens", 3)
+def test_text(checkpoint: Callable[..., Path]) -> None:
+    status, out, _ = run(checkpoint(), "--prompt", "Once", "--max-new-tokens", 3)
     assert status == 0
     assert out.startswith("Once")
     assert "64 of 64 pages" in out
 
 
-def test_without_tokenizer(
-    capsys: pytest.CaptureFixture[str], checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_without_tokenizer(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(checkpoint(), bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    status, out, _ = run(capsys, bare, "--prompt-ids", "5,6", "--max-new-tokens", 3)
+    status, out, _ = run(bare, "--prompt-ids", "5,6", "--max-new-tokens", 3)
     assert status == 0
     assert len(out.splitlines()[0].split(",")) == 3
-    status, out, err = run(capsys, bare, "--prompt", "Once")
+    status, out, err = run(bare, "--prompt", "Once")
     assert (status, out) == (2, "")
     assert "tokenizer" in err
     assert "--prompt-ids" in err
@@ -73,21 +67,20 @@ def test_without_tokenizer(
     ],
 )
 def test_errors(
-    capsys: pytest.CaptureFixture[str],
     checkpoint: Callable[..., Path],
     arguments: list[str],
     says: str,
 ) -> None:
-    status, out, err = run(capsys, checkpoint(), *arguments)
+    status, out, err = run(checkpoint(), *arguments)
     assert (status, out) == (2, "")
     assert says in err
 
 
-def test_no_such_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    status, _, err = run(capsys, tmp_path / "nothing", "--prompt-ids", "1")
+def test_no_such_model(tmp_path: Path) -> None:
+    status, _, err = run(tmp_path / "nothing", "--prompt-ids", "1")
     assert status == 2
     assert "error[FM406]: no such folder" in err
-    status, _, err = run(capsys, "no-such-name", "--prompt-ids", "1")  # may be one on a hub
+    status, _, err = run("no-such-name", "--prompt-ids", "1")  # may be one on a hub
     assert status == 2
     assert "cannot load the model" in err
 

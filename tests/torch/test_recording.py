@@ -5,31 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import fluxmoe
-from fluxmoe import errors, plugins
+from fluxmoe import errors
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.trace import TraceReader
+from tests.recorded import COUNTERS, POLICIES, table
 from tests.torch.conftest import Load, answer, prompts, same
-
-#: Every built-in policy that an engine can run.
-REGISTRY = plugins.load()
-POLICIES = [
-    name
-    for name in REGISTRY.names("eviction")
-    if not REGISTRY.create("eviction", name).needs_future
-]
-COUNTERS = ("events", "accesses", "hits", "misses", "evictions", "released", "prefetch_hits",
-            "loads_demand", "loads_prefetch", "bytes_demand", "bytes_prefetch")  # fmt: skip
-
-
-def table(path: Path) -> list[dict]:
-    return pq.ParquetFile(path).read().to_pylist()
 
 
 @pytest.mark.parametrize("prefetch", ["none", "next-layer"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
-from fluxmoe.cli import main
+from tests.commandline import here
 from tests.vllm.conftest import EAGER, KV_BYTES
 
 pytestmark = pytest.mark.vllm
@@ -17,16 +17,14 @@ pytestmark = pytest.mark.vllm
 OPTIONS = ["--backend", "vllm", "--prompt-ids", "7,8,9"]
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+def run(*arguments: object) -> tuple[int, str, str]:
     """Exit status, standard output, standard error."""
-    with pytest.raises(SystemExit) as exit:
-        main(["generate", *map(str, arguments)])
-    done = capsys.readouterr()
-    return int(exit.value.code or 0), done.out, done.err
+    done = here("generate", *arguments)
+    return done.returncode or 0, done.stdout, done.stderr
 
 
 def test_it_stops_where_transformers_does_and_says_what_stock_says(
-    capsys: pytest.CaptureFixture[str], eager: ChildEngine, checkpoint: Path, tmp_path: Path
+    eager: ChildEngine, checkpoint: Path, tmp_path: Path
 ) -> None:
     eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
     stock = eager.generate([Prompt([7, 8, 9], 24)]).tokens[0]
@@ -34,7 +32,7 @@ def test_it_stops_where_transformers_does_and_says_what_stock_says(
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
     more = ["--memory", "1200KiB", "--eviction", "lru", "--max-new-tokens", 24, "--json"]
-    status, out, err = run(capsys, model, *OPTIONS, *more)
+    status, out, err = run(model, *OPTIONS, *more)
     assert status == 0, err
     result = json.loads(out)
     assert result["token_ids"] == stock[: stock.index(end) + 1]
@@ -56,13 +54,12 @@ def test_it_stops_where_transformers_does_and_says_what_stock_says(
     ],
 )
 def test_what_can_be_seen_before_the_engine_starts(
-    capsys: pytest.CaptureFixture[str],
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     says: str,
 ) -> None:
     monkeypatch.setattr(ChildEngine, "__init__", None)  # nobody calls it
-    status, out, err = run(capsys, checkpoint, *OPTIONS, *arguments)
+    status, out, err = run(checkpoint, *OPTIONS, *arguments)
     assert (status, out) == (2, "")
     assert says in err

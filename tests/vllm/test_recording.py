@@ -6,32 +6,19 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from fluxmoe import errors, plugins
+from fluxmoe import errors
 from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.backends.vllm.child.traces import record
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.trace import TraceReader
+from tests.recorded import COUNTERS, POLICIES, table
 from tests.vllm.conftest import EAGER, PAGE, PAGES, config, prompts
 
 pytestmark = pytest.mark.vllm
 
-#: Every built-in policy that an engine can run.
-REGISTRY = plugins.load()
-POLICIES = [
-    name
-    for name in REGISTRY.names("eviction")
-    if not REGISTRY.create("eviction", name).needs_future
-]
-COUNTERS = ("events", "accesses", "hits", "misses", "evictions", "released", "prefetch_hits",
-            "loads_demand", "loads_prefetch", "bytes_demand", "bytes_prefetch")  # fmt: skip
 LAYERS = 4
-
-
-def table(path: Path) -> list[dict]:
-    return pq.ParquetFile(path).read().to_pylist()
 
 
 @pytest.mark.parametrize(

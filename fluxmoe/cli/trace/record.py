@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,12 +93,10 @@ def record(
         "replace": force,
     }
     if backend is Backend.TORCH:
-        run = _with_torch
         options["predict"] = predict
-    else:
-        run = _with_vllm
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    stats = run(model, requests, out, batch, memory, eviction, sampling, options)
+    work = _Work(model, requests, out, batch, memory, eviction, sampling, options)
+    stats = work.with_torch() if backend is Backend.TORCH else work.with_vllm()
     reader = TraceReader(out)
     result = {
         "trace": str(out),
@@ -122,74 +121,68 @@ def record(
     )
 
 
-def _with_torch(
-    model: str,
-    requests: list[list[int]],
-    out: Path,
-    batch: int,
-    memory: str,
-    eviction: str,
-    sampling: dict[str, Any],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    import fluxmoe
-    from fluxmoe.backends.torch.sampling import sample
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Requests to answer by a paged model, and the arguments of the recorder."""
 
-    loaded = models.load(model)
-    vocabulary = loaded.get_input_embeddings().num_embeddings
-    for tokens in requests:
-        if not all(0 <= token < vocabulary for token in tokens):
-            raise ConfigError(
-                f"invalid prompt tokens: {tokens}", fix=f"all must be within 0…{vocabulary - 1}"
+    model: str
+    requests: list[list[int]]
+    out: Path
+    batch: int
+    memory: str
+    eviction: str
+    sampling: dict[str, Any]
+    options: dict[str, Any]
+
+    def with_torch(self) -> dict[str, Any]:
+        import fluxmoe
+        from fluxmoe.backends.torch.sampling import sample
+
+        loaded = models.load(self.model)
+        vocabulary = loaded.get_input_embeddings().num_embeddings
+        for tokens in self.requests:
+            if not all(0 <= token < vocabulary for token in tokens):
+                raise ConfigError(
+                    f"invalid prompt tokens: {tokens}", fix=f"all must be within 0…{vocabulary - 1}"
+                )
+        with (
+            fluxmoe.page(loaded, self.memory, eviction=self.eviction) as paged,
+            paged.record(self.out, **self.options) as recorder,
+        ):
+            for first in range(0, len(self.requests), self.batch):
+                if recorder.done:
+                    break
+                recorder.first_request = first
+                sample(
+                    loaded,
+                    self.requests[first : first + self.batch],
+                    stop=lambda: recorder.done,
+                    **{**self.sampling, "seed": self.sampling["seed"] + first},
+                )
+            return paged.stats()
+
+    def with_vllm(self) -> dict[str, Any]:
+        from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
+        from fluxmoe.backends.vllm.child.traces import record
+
+        prompts = [
+            Prompt(
+                tokens,
+                self.sampling["max_new_tokens"],
+                temperature=self.sampling["temperature"],
+                seed=self.sampling["seed"] + index,
             )
-    with (
-        fluxmoe.page(loaded, memory, eviction=eviction) as paged,
-        paged.record(out, **options) as recorder,
-    ):
-        for first in range(0, len(requests), batch):
-            if recorder.done:
-                break
-            recorder.first_request = first
-            sample(
-                loaded,
-                requests[first : first + batch],
-                stop=lambda: recorder.done,
-                **{**sampling, "seed": sampling["seed"] + first},
-            )
-        return paged.stats()
-
-
-def _with_vllm(
-    model: str,
-    requests: list[list[int]],
-    out: Path,
-    batch: int,
-    memory: str,
-    eviction: str,
-    sampling: dict[str, Any],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
-    from fluxmoe.backends.vllm.child.traces import record
-
-    prompts = [
-        Prompt(
-            tokens,
-            sampling["max_new_tokens"],
-            temperature=sampling["temperature"],
-            seed=sampling["seed"] + index,
-        )
-        for index, tokens in enumerate(requests)
-    ]
-    with ChildEngine(
-        model,
-        fluxmoe={"memory": {"budget": memory}, "eviction": eviction},
-        enforce_eager=True,
-        max_num_seqs=batch,
-        max_model_len=max(map(len, requests)) + sampling["max_new_tokens"],
-        block_size=32,
-    ) as engine:
-        return record(engine, prompts, out, batch=batch, **options)
+            for index, tokens in enumerate(self.requests)
+        ]
+        with ChildEngine(
+            self.model,
+            fluxmoe={"memory": {"budget": self.memory}, "eviction": self.eviction},
+            enforce_eager=True,
+            max_num_seqs=self.batch,
+            max_model_len=max(map(len, self.requests)) + self.sampling["max_new_tokens"],
+            block_size=32,
+        ) as engine:
+            return record(engine, prompts, self.out, batch=self.batch, **self.options)
 
 
 def _requests(

@@ -6,7 +6,7 @@ import numpy as np
 
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CodecError
-from fluxmoe.hookspecs import RegisterCodec, hookimpl
+from fluxmoe.hookspecs import Register, hookimpl
 from fluxmoe.stores.codec.base import Codec
 
 
@@ -30,7 +30,7 @@ def make_fixed4() -> Codec:
 
 
 @hookimpl
-def fluxmoe_register_codecs(register: RegisterCodec) -> None:
+def fluxmoe_register_codecs(register: Register) -> None:
     """Register the built-in codecs."""
     from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # needs pydantic; Codec does not
 

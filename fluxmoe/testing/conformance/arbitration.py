@@ -20,14 +20,11 @@ from fluxmoe.core.types import Budget
 from fluxmoe.core.words import line
 from fluxmoe.testing.conformance.audit import AuditedArbitration, gather
 from fluxmoe.testing.conformance.common import (
+    FAST,
     Tried,
-    check_alone,
-    check_fast,
-    check_made,
-    check_repeats,
-    check_resets,
-    check_sees_only,
     check_signatures,
+    first_rules,
+    same_again,
 )
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 
@@ -197,12 +194,7 @@ def _answers(tried: Tried[ArbitrationPolicy, Day, Run]) -> str | None:
 
 
 RULES: list[Rule[Tried[ArbitrationPolicy, Day, Run]]] = [
-    Rule("made", "the factory makes a new arbitration policy each time", check_made, True),
-    Rule("declared", "declarations and parameters are as the host expects", _declares, True),
-    Rule("answers", "every call is answered rightly, whatever the engine does", _answers, True),
-    Rule("looks only", "nothing that it is shown is changed", check_sees_only),
-    Rule("repeats", "the same day leads to the same wishes", check_repeats),
-    Rule("resets", "after reset() it is as if newly made", check_resets),
-    Rule("alone", "two policies of a kind do not share what they learn", check_alone),
-    Rule("fast", "no call takes longer than 5 ms each time", check_fast),
+    *first_rules("arbitration", _declares, _answers, "whatever the engine does"),
+    *same_again("the same day leads to the same wishes"),
+    FAST,
 ]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import Seen
-from fluxmoe.testing.conformance.report import Broken
+from fluxmoe.testing.conformance.report import Broken, Rule
 
 Counts = npt.NDArray[np.int32]
 
@@ -140,18 +140,15 @@ def check_signature(method: object, name: str, arguments: tuple[str, ...]) -> No
         ) from None
 
 
-def check_sees_only(tried: Tried[Any, Any, Any]) -> None:
-    """Check that the policy changed nothing that it was shown."""
-    assert tried.seen is not None
-    if tried.seen.wrote is not None:
-        raise tried.seen.wrote
+def unseen(breach: str) -> Callable[[Tried[Any, Any, Any]], None]:
+    """Make a check that the audits saw no such breach, an attribute of ``Seen``."""
 
+    def check(tried: Tried[Any, Any, Any]) -> None:
+        found: Broken | None = getattr(tried.seen, breach)
+        if found is not None:
+            raise found
 
-def check_fast(tried: Tried[Any, Any, Any]) -> None:
-    """Check that no method is slow every time."""
-    assert tried.seen is not None
-    if tried.seen.slow is not None:
-        raise tried.seen.slow
+    return check
 
 
 def check_repeats(tried: Tried[Any, Any, Any]) -> None:
@@ -196,3 +193,31 @@ def check_alone(tried: Tried[Any, Any, Any]) -> None:
             "it decides differently while another one of its kind runs",
             "keep what is learnt in self, not in the class or the module",
         )
+
+
+#: A rule of one kind of policy.
+Check = Callable[[Any], str | None]
+FAST: Rule[Any] = Rule("fast", "no call takes longer than 5 ms each time", unseen("slow"))
+
+
+def first_rules(
+    kind: str, declares: Check, answers: Check, every: str = "at every size"
+) -> list[Rule[Any]]:
+    """The rules that a policy of any kind is tried with first."""
+    return [
+        Rule("made", f"the factory makes a new {kind} policy each time", check_made, True),
+        Rule("declared", "declarations and parameters are as the host expects", declares, True),
+        Rule("answers", f"every call is answered rightly, {every}", answers, True),
+        Rule("looks only", "nothing that it is shown is changed", unseen("wrote")),
+    ]
+
+
+def same_again(
+    sentence: str = "the same events and seed lead to the same misses",
+) -> list[Rule[Any]]:
+    """The rules that two plays of a scene agree, with new, reset and neighbouring policies."""
+    return [
+        Rule("repeats", sentence, check_repeats),
+        Rule("resets", "after reset() it is as if newly made", check_resets),
+        Rule("alone", "two policies of a kind do not share what they learn", check_alone),
+    ]

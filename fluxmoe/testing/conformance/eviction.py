@@ -12,14 +12,12 @@ from fluxmoe.core.types import Int64s
 from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import AuditedEviction, gather
 from fluxmoe.testing.conformance.common import (
+    FAST,
     Tried,
-    check_alone,
-    check_fast,
-    check_made,
-    check_repeats,
-    check_resets,
-    check_sees_only,
     check_signatures,
+    first_rules,
+    same_again,
+    unseen,
 )
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 from fluxmoe.testing.conformance.stage import SOME, USUAL, Replay, Stage, stages
@@ -98,9 +96,7 @@ def _answers(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
 
 
 def _pure(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
-    assert tried.seen is not None
-    if tried.seen.impure is not None:
-        raise tried.seen.impure
+    unseen("impure")(tried)
     kind = type(tried.new())
     return None if kind.select is EvictionPolicy.select else "it selects, and select may learn"
 
@@ -181,16 +177,11 @@ def _foresight(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
 
 
 RULES: list[Rule[Tried[EvictionPolicy, Stage, Replay]]] = [
-    Rule("made", "the factory makes a new eviction policy each time", check_made, essential=True),
-    Rule("declared", "declarations and parameters are as the host expects", _declares, True),
-    Rule("answers", "every call is answered rightly, at every size", _answers, essential=True),
-    Rule("looks only", "nothing that it is shown is changed", check_sees_only),
+    *first_rules("eviction", _declares, _answers),
     Rule("pure", "score gives the same answer in the same state", _pure),
-    Rule("repeats", "the same events and seed lead to the same misses", check_repeats),
-    Rule("resets", "after reset() it is as if newly made", check_resets),
-    Rule("alone", "two policies of a kind do not share what they learn", check_alone),
+    *same_again(),
     Rule("stable", "stable_score is true only of scores that are", _stable),
     Rule("agrees", "score and score_kernel give the same scores", _agrees),
     Rule("foresight", "needs_future is set where the future is read", _foresight),
-    Rule("fast", "no call takes longer than 5 ms each time", check_fast),
+    FAST,
 ]

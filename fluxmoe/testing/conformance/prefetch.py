@@ -9,14 +9,12 @@ from fluxmoe.core.words import line
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.testing.conformance.audit import Auditor, gather
 from fluxmoe.testing.conformance.common import (
+    FAST,
     Tried,
-    check_alone,
-    check_fast,
-    check_made,
-    check_repeats,
-    check_resets,
-    check_sees_only,
     check_signatures,
+    first_rules,
+    same_again,
+    unseen,
 )
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 from fluxmoe.testing.conformance.stage import SOME, Replay, Stage, stages
@@ -69,21 +67,9 @@ def _answers(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
     return None if tried.new().lead else "lead is 0: it is never asked"
 
 
-def _leads(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
-    assert tried.seen is not None
-    if tried.seen.reached is not None:
-        raise tried.seen.reached
-    return None
-
-
 RULES: list[Rule[Tried[PrefetchPolicy, Stage, Replay]]] = [
-    Rule("made", "the factory makes a new prefetch policy each time", check_made, essential=True),
-    Rule("declared", "declarations and parameters are as the host expects", _declares, True),
-    Rule("answers", "every call is answered rightly, at every size", _answers, essential=True),
-    Rule("looks only", "nothing that it is shown is changed", check_sees_only),
-    Rule("leads", "proposals reach no further than lead says", _leads),
-    Rule("repeats", "the same events and seed lead to the same misses", check_repeats),
-    Rule("resets", "after reset() it is as if newly made", check_resets),
-    Rule("alone", "two policies of a kind do not share what they learn", check_alone),
-    Rule("fast", "no call takes longer than 5 ms each time", check_fast),
+    *first_rules("prefetch", _declares, _answers),
+    Rule("leads", "proposals reach no further than lead says", unseen("reached")),
+    *same_again(),
+    FAST,
 ]

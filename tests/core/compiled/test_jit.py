@@ -82,6 +82,14 @@ def test_a_change_in_one_folder_reaches_the_compiled_code_of_another(copy, user)
     assert run(copy, program=call) == "12\n"
 
 
+def test_a_change_of_a_tuple_from_a_file_without_compiled_code_reaches_its_users(copy):
+    types = copy / "fluxmoe/core/types.py"
+    name = "from fluxmoe.core.paging.replay import look_ahead as f; print(f.py_func.__qualname__)"
+    before = run(copy, program=name)  # the name of its machine code
+    types.write_text(types.read_text().replace("    later: Int64s", "    next_use: Int64s"))
+    assert run(copy, program=name) != before
+
+
 def test_machine_code_of_another_version_is_no_obstacle(copy):
     run(copy)
     for path in (copy / "fluxmoe/core").rglob("*.py"):  # numba's index names the class it has seen

@@ -10,14 +10,12 @@ import pytest
 import fluxmoe
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
-from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
-from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import CapacityError
 from fluxmoe.policies.eviction.immediate import Immediate
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.next_layer import NextLayer
-from fluxmoe.policies.prefetch.none import NoPrefetch
+from tests.core.rig import rule_for
 
 E = 4  # experts per layer
 NO_SLOTS = np.zeros(0, np.int32)
@@ -52,12 +50,7 @@ class Fetch(fluxmoe.PrefetchPolicy):
 
 def make(slots=6, *, layers=4, eviction=None, prefetch=None, **options) -> EventRule:
     table = PageTable(Geometry(layers, E), [slots], **options)
-    view = PageView(table)
-    return EventRule(
-        table,
-        EvictionGuard(eviction or LeastRecentlyUsed(), view, name="e", strict=True),
-        PrefetchGuard(prefetch or NoPrefetch(), view, name="p", strict=True),
-    )
+    return rule_for(table, eviction, prefetch, strict=True)
 
 
 def run(rule: EventRule, layer: int, *ids: int) -> None:
@@ -209,12 +202,7 @@ def test_4_victims_are_not_of_this_event():
 
 def test_4_victims_are_of_the_banks_pages():
     table = PageTable(Geometry(4, E), [4, 4], bank_of=[0, 0, 1, 1])
-    view = PageView(table)
-    rule = EventRule(
-        table,
-        EvictionGuard(LeastRecentlyUsed(), view, name="e"),
-        PrefetchGuard(NoPrefetch(), view, name="p"),
-    )
+    rule = rule_for(table)
     run(rule, 0, 0, 1, 2)
     run(rule, 2, 0)
     run(rule, 1, 0, 1)

@@ -5,15 +5,11 @@ import pytest
 
 from fluxmoe.core.paging.books import load, unload
 from fluxmoe.core.paging.measures import REUSE_EVERY, PageAges
-from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
-from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
-from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Geometry
 from fluxmoe.errors import CapacityError, InvariantError
 from fluxmoe.policies.eviction.immediate import Immediate
-from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
-from fluxmoe.policies.prefetch.none import NoPrefetch
+from tests.core.rig import rule_for
 
 
 def table(slots=(6,), **options) -> PageTable:
@@ -119,12 +115,7 @@ def test_discard_frees_the_slot_and_is_no_eviction():
 
 def test_a_resize_first_frees_what_the_last_event_left():
     t = table()
-    view = PageView(t)
-    rule = EventRule(
-        t,
-        EvictionGuard(Immediate(), view, name="x"),
-        PrefetchGuard(NoPrefetch(), view, name="none"),
-    )
+    rule = rule_for(t, Immediate())
     rule.run(0, 1, np.array([0, 3]))
     t.resize(0, 5)
     assert not t.resident.any()
@@ -164,11 +155,7 @@ def test_check_notices_broken_books():
 
 def test_ages_are_what_a_second_book_says():
     t = table((4,))
-    rule = EventRule(
-        t,
-        EvictionGuard(LeastRecentlyUsed(), PageView(t), name="lru"),
-        PrefetchGuard(NoPrefetch(), PageView(t), name="none"),
-    )
+    rule = rule_for(t)
     ages = rule.ages = PageAges()
     rng = np.random.default_rng(0)
     loaded, used = {}, {}

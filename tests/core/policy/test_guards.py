@@ -10,28 +10,22 @@ import pytest
 import fluxmoe
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
-from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import PolicyFaultError
 from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
-from fluxmoe.policies.prefetch.none import NoPrefetch
 from tests.core import reference
-from tests.core.rig import Kernel, StableKernel
+from tests.core.rig import Kernel, StableKernel, rule_for
 
 LAYERS, E, SLOTS = 4, 6, 9
 
 
 def make(policy, *, prefetch=None, strict=False, strikes=16, slots=SLOTS) -> EventRule:
     table = PageTable(Geometry(LAYERS, E), [slots])
-    view, limits = PageView(table), Limits(strikes=strikes)
-    return EventRule(
-        table,
-        EvictionGuard(policy, view, name="pony", strict=strict, limits=limits),
-        PrefetchGuard(prefetch or NoPrefetch(), view, name="cart", strict=strict, limits=limits),
-    )
+    limits = Limits(strikes=strikes)
+    return rule_for(table, policy, prefetch, name="pony", strict=strict, limits=limits)
 
 
 def trace(events: int = 60, seed: int = 3):
@@ -416,11 +410,11 @@ def test_a_bad_proposal_is_dropped_whole_counted_and_reported_once(answer, messa
         for _ in range(5):
             rule.run(0, 0, np.array([1, 2]))
     assert rule.table.counters().loads_prefetch == 0
-    assert f"prefetch policy 'cart': {message}" in caplog.messages[0]
+    assert f"prefetch policy 'pony': {message}" in caplog.messages[0]
     assert "replaced after 3 faults" in caplog.messages[1]
     assert len(caplog.messages) == 2
     strict = make(LeastRecentlyUsed(), prefetch=_Fetch(answer), strict=True)
-    with pytest.raises(PolicyFaultError, match="'cart'"):
+    with pytest.raises(PolicyFaultError, match="'pony'"):
         strict.run(0, 0, np.array([1, 2]))
 
 

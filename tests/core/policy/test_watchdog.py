@@ -16,13 +16,11 @@ import pytest
 import fluxmoe
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
-from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
-from fluxmoe.core.policy.paging import PageView
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.core.types import Geometry
 from fluxmoe.errors import PolicyFaultError
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
-from fluxmoe.policies.prefetch.none import NoPrefetch
+from tests.core.rig import rule_for
 
 LAYERS, E, SLOTS = 4, 6, 6
 QUICK = Limits(hard_s=0.05)
@@ -30,12 +28,7 @@ QUICK = Limits(hard_s=0.05)
 
 def make(policy, *, prefetch=None, limits=QUICK, strict=False) -> EventRule:
     table = PageTable(Geometry(LAYERS, E), [SLOTS])
-    view = PageView(table)
-    return EventRule(
-        table,
-        EvictionGuard(policy, view, name="pony", strict=strict, limits=limits),
-        PrefetchGuard(prefetch or NoPrefetch(), view, name="cart", strict=strict, limits=limits),
-    )
+    return rule_for(table, policy, prefetch, name="pony", strict=strict, limits=limits)
 
 
 def evict_once(rule: EventRule) -> list[int]:
