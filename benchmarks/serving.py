@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, models
-from fluxmoe.demo.compare import Comparison, Workload, compare
+from fluxmoe.demo.compare import Comparison, DemoWorkload, compare
 from fluxmoe.demo.model import DemoModel
 
 
@@ -59,7 +59,7 @@ def run(model: DemoModel, scenario: Scenario, rounds: int) -> Comparison:
     small = scenario.requests <= 8
     return compare(
         model.folder,
-        Workload(scenario.requests, output_tokens=100 if small else 64),
+        DemoWorkload(scenario.requests, output_tokens=100 if small else 64),
         budget_bytes=model.budget(scenario.sequences),
         experts_total_bytes=model.experts_total_bytes,
         fluxmoe={"copy_threads": 0, **scenario.fluxmoe},

@@ -7,12 +7,14 @@ to disk.
 
 from __future__ import annotations
 
+import ast
 import copy
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,3 +206,14 @@ def test_files_of_the_core_are_short_enough_to_be_read():
     for path in (PACKAGE / "core").rglob("*.py"):
         lines = len(path.read_text().splitlines())
         assert lines <= MOST_LINES, f"{path.relative_to(PACKAGE)} has {lines} lines"
+
+
+def test_no_class_name_is_used_twice() -> None:
+    """A name means one thing: who searches for it finds one class."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in PACKAGE.rglob("*.py"):
+        if "templates" not in path.parts:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found[node.name].append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}

@@ -19,7 +19,7 @@ from benchmarks.gpu import device as gpu
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Geometry
 from fluxmoe.cuda.kernels.align import align_blocks
-from fluxmoe.cuda.kernels.experts import Part, project
+from fluxmoe.cuda.kernels.experts import KernelPart, project
 from fluxmoe.cuda.kernels.pages import RawSlots, decode_to_slots, pack_pages
 from fluxmoe.cuda.kernels.paging import by_score, gather_pages, resolve_event, upload
 from fluxmoe.cuda.kernels.tiles import Tiles, default_tiles
@@ -76,8 +76,8 @@ def products(raw: Any, packed: Any, kind: str, tiles: Tiles, device: torch.devic
     blocks = align_blocks(ids, tiles.block_m, EXPERTS)
     table = torch.arange(EXPERTS, dtype=torch.int32, device=device)
     call = {"top_k": TOP_K, "valid": ids.numel(), "scale": scale}
-    plain = project(x, Part(raw=RawSlots(raw)), table, blocks, tiles, **call)
-    coded = project(x, Part(compressed=packed), -2 - table, blocks, tiles, **call)
+    plain = project(x, KernelPart(raw=RawSlots(raw)), table, blocks, tiles, **call)
+    coded = project(x, KernelPart(compressed=packed), -2 - table, blocks, tiles, **call)
     same = torch.equal(plain.view(torch.int16), coded.view(torch.int16))
     if kind in ("normal", "zeros", "constant"):
         flat = ids.flatten().long()

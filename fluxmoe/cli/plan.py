@@ -57,7 +57,7 @@ def plan(
     budget = size(memory, where="--memory")
     profile = profiles.load(hardware)
     shape = models.read(model)
-    work = cost.Workload(_tokens(context, shape), requests)
+    work = cost.PlannedWorkload(_tokens(context, shape), requests)
     curve = cost.even_curve(shape.pages)
     assumption = (
         "all experts are equally likely, so that memory for x % of them gives a hit rate of x %; "

@@ -57,21 +57,21 @@ def simulate(
     from fluxmoe.sim import hardware as profiles
     from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
-    from fluxmoe.sim.runs import Plan, Run, default_jobs, execute
+    from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
     registry = plugins.load(plugin or ())
     profile = None if hardware is None else profiles.load(hardware)
     events = Events.load(trace)
     sizes = _items(capacity, "--capacity")
     asked = [
-        Run(spec(name), size, spec(ahead))
+        SimulationRun(spec(name), size, spec(ahead))
         for name in _items(policy, "--policy")
         for size in sizes
         for ahead in _items(prefetch, "--prefetch")
     ]
-    optimum = [Run(page.OPTIMUM, size) for size in sizes]
+    optimum = [SimulationRun(page.OPTIMUM, size) for size in sizes]
     more = [run for run in optimum if run not in asked] if report is not None else []
-    plan = Plan([*asked, *more], plugin or (), banks, strict_policies, profile)
+    plan = RunPlan([*asked, *more], plugin or (), banks, strict_policies, profile)
     with _progress(len(plan.runs) * len(events)) as progress:
         outcomes = execute(
             plan,

@@ -92,7 +92,7 @@ class CopySubmitter:
             self._cuda.call("cuMemcpyHtoDAsync", target, source, nbytes, stream)
 
 
-class Events:
+class EventPool:
     """Pool of reusable events."""
 
     def __init__(self, cuda: CudaDriver) -> None:

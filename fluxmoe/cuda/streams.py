@@ -21,7 +21,7 @@ from typing import Any
 from fluxmoe.core.memory.dlpack import Exported
 from fluxmoe.core.transfer.engine import Pairs, PendingCopy
 from fluxmoe.core.transfer.store import Store
-from fluxmoe.cuda.batches import CopyBatch, CopySubmitter, Events, Transfers
+from fluxmoe.cuda.batches import CopyBatch, CopySubmitter, EventPool, Transfers
 from fluxmoe.cuda.driver import CudaDriver, no_range
 from fluxmoe.cuda.pinned import PageSource
 from fluxmoe.errors import InvariantError, StoreError, SubstrateError
@@ -88,7 +88,7 @@ class StreamCopier:
         with cuda.current(), ExitStack() as undo:
             flag = int(cuda.api.CUstream_flags.CU_STREAM_NON_BLOCKING)
             least, greatest = cuda.call("cuCtxGetStreamPriorityRange")
-            self._events = Events(cuda)
+            self._events = EventPool(cuda)
             undo.callback(self._events.close)
             self._source = PageSource(cuda, store, [part.nbytes for part in slots[0]])
             undo.callback(self._source.close)

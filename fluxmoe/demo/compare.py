@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from fluxmoe import config, plugins
-from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt, Run
+from fluxmoe.backends.vllm.child.child import ChildEngine, Generation, Prompt
 from fluxmoe.demo.model import ASSETS
 from fluxmoe.errors import MissingDependencyError
 
@@ -22,7 +22,7 @@ PROMPTS = ASSETS / "prompts.txt"
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class DemoWorkload:
     """Requests that continue short texts, sampled, with outputs of fixed length.
 
     Every request has its own seed. Greedy decoding of a small model falls into loops, whose routing
@@ -65,7 +65,7 @@ def _tokenizer(model: Path) -> Any:
 class Side:
     """One engine's part of a comparison."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[Generation, ...]
     kv_blocks: int
     kv_bytes: int
 
@@ -140,7 +140,7 @@ class Comparison:
 
 def compare(
     model: Path,
-    workload: Workload,
+    workload: DemoWorkload,
     *,
     budget_bytes: int,
     experts_total_bytes: int,
@@ -173,7 +173,7 @@ def compare(
         progress("starting vLLM with FluxMoE")
         with ChildEngine(model, fluxmoe=fluxmoe, **options) as paged:
             engines = {"stock vLLM": stock, "FluxMoE": paged}
-            runs: dict[str, list[Run]] = {name: [] for name in engines}
+            runs: dict[str, list[Generation]] = {name: [] for name in engines}
             for engine in engines.values():  # first requests pay for lazy set-up
                 engine.generate(prompts[:2] if cold else prompts)
             for turn in range(rounds):

@@ -11,7 +11,7 @@ from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.errors import BudgetTooSmallError
 from fluxmoe.plan import cost
-from fluxmoe.plan.cost import Floats, Splits, Workload
+from fluxmoe.plan.cost import Floats, PlannedWorkload, Splits
 from fluxmoe.plan.model import Model
 from fluxmoe.sim.hardware import Profile
 
@@ -60,7 +60,7 @@ class Plan:
 
     model: Model
     memory: int
-    work: Workload
+    work: PlannedWorkload
     hardware: str
     assumption: str
     verdict: Verdict
@@ -72,7 +72,12 @@ class Plan:
 
 
 def make(
-    model: Model, profile: Profile, work: Workload, memory: int, curve: Floats, assumption: str
+    model: Model,
+    profile: Profile,
+    work: PlannedWorkload,
+    memory: int,
+    curve: Floats,
+    assumption: str,
 ) -> Plan:
     """Compare all splits of ``memory`` bytes.
 
@@ -142,7 +147,7 @@ def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:
     )
 
 
-def _first_split(model: Model, work: Workload, memory: int, most: int) -> int:
+def _first_split(model: Model, work: PlannedWorkload, memory: int, most: int) -> int:
     """Index of the split that the engine starts with by its own rule."""
     frame = frame_bytes_for(memory)
     need = model.experts * model.page_bytes
@@ -160,7 +165,7 @@ def _first_split(model: Model, work: Workload, memory: int, most: int) -> int:
 def _words(
     model: Model,
     memory: int,
-    work: Workload,
+    work: PlannedWorkload,
     verdict: Verdict,
     resident: Point | None,
     best: Point,

@@ -26,7 +26,7 @@ _LOOKS = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class PlannedWorkload:
     """The load: ``requests`` concurrent requests, each of up to ``tokens`` tokens."""
 
     tokens: int
@@ -92,7 +92,7 @@ def traced_curve(events: Events, model: Model) -> Floats:
 def splits(
     model: Model,
     profile: Profile,
-    work: Workload,
+    work: PlannedWorkload,
     memory: int,
     slots: npt.NDArray[np.int64],
     curve: Floats,

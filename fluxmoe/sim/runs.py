@@ -32,8 +32,8 @@ _WORTH_IT = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One run; ``Plan`` has the settings that all runs share."""
+class SimulationRun:
+    """One run; ``RunPlan`` has the settings that all runs share."""
 
     policy: PolicySpec
     capacity: str
@@ -41,7 +41,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """Runs over one trace.
 
     Attributes:
@@ -50,13 +50,13 @@ class Plan:
         banks, strict, hardware: Arguments of ``simulate``.
     """
 
-    runs: Sequence[Run]
+    runs: Sequence[SimulationRun]
     plugins: Sequence[str] = ()
     banks: int = 1
     strict: bool = False
     hardware: Profile | None = None
 
-    def simulation(self, run: Run, events: Events, registry: Registry) -> Simulation:
+    def simulation(self, run: SimulationRun, events: Events, registry: Registry) -> Simulation:
         """Make one run, checked. Raises the same errors as ``simulate``."""
         return Simulation(
             events,
@@ -90,7 +90,7 @@ def default_jobs(events: Events, runs: int) -> int:
 
 
 def execute(
-    plan: Plan,
+    plan: RunPlan,
     events: Events,
     registry: Registry,
     *,
@@ -139,7 +139,7 @@ def execute(
 class _Worker:
     """State that a worker process keeps between runs."""
 
-    def __init__(self, folder: str, meta: TraceMeta, plan: Plan, bins: int) -> None:
+    def __init__(self, folder: str, meta: TraceMeta, plan: RunPlan, bins: int) -> None:
         # Mapped, so that all processes share the memory; private, so that numba sees plain arrays.
         columns = {
             file.stem: np.asarray(np.load(file, mmap_mode="c"))
@@ -153,7 +153,7 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _begin(folder: str, meta: TraceMeta, plan: Plan, bins: int) -> None:
+def _begin(folder: str, meta: TraceMeta, plan: RunPlan, bins: int) -> None:
     global _worker
     _worker = _Worker(folder, meta, plan, bins)
 

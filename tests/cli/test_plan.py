@@ -46,7 +46,7 @@ def large(tmp_path_factory):
 
 def planned(model, memory, tokens, requests, profile="h100-pcie5"):
     curve = cost.even_curve(model.pages)
-    work = cost.Workload(tokens, requests)
+    work = cost.PlannedWorkload(tokens, requests)
     return advice.make(model, hardware.load(profile), work, int(memory), curve, "even")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fluxmoe.demo.compare import PROMPTS, Workload
+from fluxmoe.demo.compare import PROMPTS, DemoWorkload
 from fluxmoe.demo.model import SHIPPED, DemoModel
 
 #: Public-domain text of the held-out part: three chapters of the Bible, one of Jane Austen.
@@ -120,7 +120,7 @@ def test_prompts() -> None:
     lines = PROMPTS.read_text().splitlines()
     assert len(lines) == len(set(lines)) >= 64
     assert max(map(len, lines)) + 100 <= DemoModel.read(SHIPPED).block_tokens
-    assert Workload(len(lines) + 1).texts() == [*lines, lines[0]]
-    requests = Workload(3, output_tokens=7).prompts(SHIPPED)
+    assert DemoWorkload(len(lines) + 1).texts() == [*lines, lines[0]]
+    requests = DemoWorkload(3, output_tokens=7).prompts(SHIPPED)
     assert [len(request.tokens) for request in requests] == [len(line) for line in lines[:3]]
     assert len({request.seed for request in requests}) == 3

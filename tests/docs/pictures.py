@@ -83,7 +83,7 @@ def promise(requests: int) -> str:
     plan = advice.make(
         model,
         hardware.load("h100-pcie5"),
-        cost.Workload(1024, requests),
+        cost.PlannedWorkload(1024, requests),
         68 * 10**9,
         cost.even_curve(model.pages),
         "",

@@ -10,11 +10,11 @@ import pytest
 from fluxmoe.errors import ConfigError, UnknownPolicyError
 from fluxmoe.sim import hardware, report
 from fluxmoe.sim.events import Events
-from fluxmoe.sim.runs import Plan, Run, default_jobs, execute
+from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 from fluxmoe.trace.synth import Workload, write
 
 RUNS = [
-    Run(policy, capacity, prefetch)
+    SimulationRun(policy, capacity, prefetch)
     for policy in ("lru", "mru", "belady")
     for capacity in ("30%", "60%")
     for prefetch in ("none", "next-layer")
@@ -30,7 +30,7 @@ def events(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(plugin_file):
-    return Plan(RUNS, [str(plugin_file)], hardware=hardware.load("laptop-nvme"))
+    return RunPlan(RUNS, [str(plugin_file)], hardware=hardware.load("laptop-nvme"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_processes_give_the_same(events, plan, registry, outcomes):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_mistake_in_the_last_run_shows_before_the_first(events, registry, jobs):
-    plan = Plan([Run("lru", "50%"), Run("lrru", "50%")])
+    plan = RunPlan([SimulationRun("lru", "50%"), SimulationRun("lrru", "50%")])
     ran = []
     with pytest.raises(UnknownPolicyError, match="lrru"):
         execute(plan, events, registry, jobs=jobs, progress=ran.append)

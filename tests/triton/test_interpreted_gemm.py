@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fluxmoe.cuda.kernels.align import align_blocks
-from fluxmoe.cuda.kernels.experts import ABSENT, Part, page_entry, project, run_experts
+from fluxmoe.cuda.kernels.experts import ABSENT, KernelPart, page_entry, project, run_experts
 from fluxmoe.cuda.kernels.tiles import Tiles, default_tiles
 from fluxmoe.errors import UnsupportedError
 from tests.triton.weights import bits, compressed, kinds, raw_slots, weights
@@ -55,9 +55,9 @@ def both(w, ids, x, tiles, top_k, scale=None, table=None):
     table = torch.arange(len(w), dtype=torch.int32) if table is None else table
     blocks = align_blocks(ids, tiles.block_m, len(table))
     call = dict(top_k=top_k, valid=ids.numel(), scale=scale)
-    raw = project(x, Part(raw=raw_slots(w)), table, blocks, tiles, **call)
+    raw = project(x, KernelPart(raw=raw_slots(w)), table, blocks, tiles, **call)
     pages = -2 - table
-    return raw, project(x, Part(compressed=compressed(w)), pages, blocks, tiles, **call)
+    return raw, project(x, KernelPart(compressed=compressed(w)), pages, blocks, tiles, **call)
 
 
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
@@ -96,7 +96,7 @@ def test_raw_and_compressed_experts_of_one_layer():
     tiles = TILES["decode"]
     blocks = align_blocks(ids, tiles.block_m, 4)
     table = torch.tensor([0, page_entry(1), 2, page_entry(3)], dtype=torch.int32)
-    part = Part(raw_slots(w), compressed(w))
+    part = KernelPart(raw_slots(w), compressed(w))
     mixed = project(x, part, table, blocks, tiles, top_k=2, valid=ids.numel())
     raw, _ = both(w, ids, x, tiles, 2)
     assert torch.equal(bits(mixed), bits(raw))
@@ -107,7 +107,9 @@ def test_an_absent_expert_is_loud(variant):
     _, w = next(weights((2, 64, 64)))
     x, _, _ = batch(3, 2, 1, 64)
     ids = torch.tensor([[0], [1], [0]], dtype=torch.int32)
-    part = Part(raw=raw_slots(w)) if variant == "raw" else Part(compressed=compressed(w))
+    part = (
+        KernelPart(raw=raw_slots(w)) if variant == "raw" else KernelPart(compressed=compressed(w))
+    )
     here = 0 if variant == "raw" else page_entry(0)
     table = torch.tensor([here, ABSENT], dtype=torch.int32)
     blocks = align_blocks(ids, 16, 2)
@@ -141,8 +143,8 @@ def test_a_whole_layer(tokens):
     x, ids, scale = batch(tokens, experts, top_k, hidden)
     table = torch.arange(experts, dtype=torch.int32)
     tiles = default_tiles(tokens, experts)
-    raw = [Part(raw=raw_slots(w)) for w in (first, second)]
-    packed = [Part(compressed=compressed(w)) for w in (first, second)]
+    raw = [KernelPart(raw=raw_slots(w)) for w in (first, second)]
+    packed = [KernelPart(compressed=compressed(w)) for w in (first, second)]
     out = run_experts(x, *raw, table, scale, ids, tiles)
     assert torch.equal(bits(out), bits(run_experts(x, *packed, -2 - table, scale, ids, tiles)))
 
@@ -169,14 +171,14 @@ def test_what_cannot_be_read_is_refused():
     blocks = align_blocks(ids, 16, 1)
     call = dict(top_k=1, valid=2)
     with pytest.raises(UnsupportedError, match="bfloat16"):
-        project(x.float(), Part(raw=raw_slots(w)), table, blocks, tiles, **call)
+        project(x.float(), KernelPart(raw=raw_slots(w)), table, blocks, tiles, **call)
     with pytest.raises(UnsupportedError, match="columns"):
-        project(x[:, :32], Part(raw=raw_slots(w)), table, blocks, tiles, **call)
+        project(x[:, :32], KernelPart(raw=raw_slots(w)), table, blocks, tiles, **call)
     for scale in (torch.ones(2).bfloat16(), torch.ones(4)[::2]):
         with pytest.raises(UnsupportedError, match="float32"):
-            project(x, Part(raw=raw_slots(w)), table, blocks, tiles, scale=scale, **call)
+            project(x, KernelPart(raw=raw_slots(w)), table, blocks, tiles, scale=scale, **call)
     with pytest.raises(UnsupportedError, match="same shape"):
-        project(x, Part(), table, blocks, tiles, **call)
+        project(x, KernelPart(), table, blocks, tiles, **call)
     odd = compressed(next(weights((1, 70, 64)))[1])
     with pytest.raises(UnsupportedError, match="multiples of 64"):
-        project(x, Part(compressed=odd), table, blocks, tiles, **call)
+        project(x, KernelPart(compressed=odd), table, blocks, tiles, **call)

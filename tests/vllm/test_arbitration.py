@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt, Run
+from fluxmoe.backends.vllm.child.child import ChildEngine, Generation, Prompt
 from tests.vllm.conftest import KV_BYTES, OPTIONS, PAGE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -45,7 +45,7 @@ def config(arbitration: str = "dice", **settings: Any) -> dict[str, Any]:
     return {"memory": memory, "arbitration": arbitration, "plugins": [DICE], **settings}
 
 
-def same(run: Run, stock: Run) -> None:
+def same(run: Generation, stock: Generation) -> None:
     assert run.tokens == stock.tokens
     assert run.logprobs == stock.logprobs
 
@@ -105,11 +105,11 @@ def engine(eager: ChildEngine) -> ChildEngine:
 
 
 @pytest.fixture(scope="module")
-def stock(engine: ChildEngine) -> Run:
+def stock(engine: ChildEngine) -> Generation:
     return engine.generate(TRAFFIC)
 
 
-def test_the_traffic_is_worth_comparing(engine: ChildEngine, stock: Run) -> None:
+def test_the_traffic_is_worth_comparing(engine: ChildEngine, stock: Generation) -> None:
     assert engine.info["prefix_caching"]
     assert sum(stock.cached) > 500
     assert stock.peak_running == 8
@@ -117,7 +117,7 @@ def test_the_traffic_is_worth_comparing(engine: ChildEngine, stock: Run) -> None
 
 
 def test_tokens_are_stocks_while_the_split_changes_all_the_time(
-    engine: ChildEngine, stock: Run
+    engine: ChildEngine, stock: Generation
 ) -> None:
     fluxmoe = config()
     engine.restart(fluxmoe=fluxmoe, **FEW)
@@ -140,7 +140,7 @@ def test_what_vllm_shows_of_its_kv_cache_is_right(engine: ChildEngine) -> None:
     assert engine.call("reset_prefix_cache")
 
 
-def test_commits_that_fail_are_rolled_back(engine: ChildEngine, stock: Run) -> None:
+def test_commits_that_fail_are_rolled_back(engine: ChildEngine, stock: Generation) -> None:
     before = engine.call("arbitration")
     engine.call("rpc", fail_commits, 5)
     same(engine.generate(TRAFFIC), stock)
@@ -153,7 +153,9 @@ def test_commits_that_fail_are_rolled_back(engine: ChildEngine, stock: Run) -> N
     assert engine.call("rpc", books)[0] == after["frames"]
 
 
-def test_messages_that_are_lost_doubled_or_late_do_no_harm(engine: ChildEngine, stock: Run) -> None:
+def test_messages_that_are_lost_doubled_or_late_do_no_harm(
+    engine: ChildEngine, stock: Generation
+) -> None:
     before = engine.call("arbitration")
     engine.call("rpc", disturb, 0.3)
     same(engine.generate(TRAFFIC, watch=True), stock)
@@ -162,7 +164,9 @@ def test_messages_that_are_lost_doubled_or_late_do_no_harm(engine: ChildEngine, 
     assert state["failures"] == before["failures"]
 
 
-def test_a_lowered_budget_is_kept_to_while_requests_run(engine: ChildEngine, stock: Run) -> None:
+def test_a_lowered_budget_is_kept_to_while_requests_run(
+    engine: ChildEngine, stock: Generation
+) -> None:
     engine.restart(fluxmoe=config(), **FEW)
     full = engine.call("rpc", books)[1]
     engine.call("limit", 0.75)
@@ -171,7 +175,7 @@ def test_a_lowered_budget_is_kept_to_while_requests_run(engine: ChildEngine, sto
 
 
 def test_memory_that_is_wanted_back_when_every_block_is_in_use(
-    engine: ChildEngine, stock: Run
+    engine: ChildEngine, stock: Generation
 ) -> None:
     engine.restart(fluxmoe=config("spite", strict_policies=True), **FEW)
     same(engine.generate(TRAFFIC, watch=True), stock)
@@ -181,7 +185,7 @@ def test_memory_that_is_wanted_back_when_every_block_is_in_use(
     assert engine.call("rpc", books)[0] == state["frames"]
 
 
-def test_a_broken_policy_costs_no_token(engine: ChildEngine, stock: Run) -> None:
+def test_a_broken_policy_costs_no_token(engine: ChildEngine, stock: Generation) -> None:
     engine.restart(fluxmoe=config("broken"), **FEW)
     same(engine.generate(TRAFFIC[:20]), engine_stock(stock, 20))
     state = engine.call("arbitration")
@@ -189,13 +193,15 @@ def test_a_broken_policy_costs_no_token(engine: ChildEngine, stock: Run) -> None
     assert sum(state["changes"].values()) == 0
 
 
-def engine_stock(stock: Run, count: int) -> Run:
+def engine_stock(stock: Generation, count: int) -> Generation:
     """Of so many first requests. What runs beside a request changes no bit of it here."""
-    return Run(stock.tokens[:count], stock.logprobs[:count], [], 0.0, 0, 0)
+    return Generation(stock.tokens[:count], stock.logprobs[:count], [], 0.0, 0, 0)
 
 
 @pytest.mark.parametrize("policy", ["kv-first", "rho", "marginal"])
-def test_policies_move_memory_and_no_token(engine: ChildEngine, stock: Run, policy: str) -> None:
+def test_policies_move_memory_and_no_token(
+    engine: ChildEngine, stock: Generation, policy: str
+) -> None:
     engine.restart(fluxmoe=config(policy, strict_policies=True), **FEW)
     same(engine.generate(TRAFFIC, watch=True), stock)
     assert engine.call("arbitration")["failures"] == 0

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fluxmoe.backends.vllm.child.child import ChildEngine, Run
+from fluxmoe.backends.vllm.child.child import ChildEngine, Generation
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import KV_BYTES
 from tests.vllm.test_arbitration import (
@@ -43,7 +43,7 @@ def engine(checkpoint: Path) -> Iterator[ChildEngine]:
 
 
 @pytest.fixture(scope="module")
-def stock(engine: ChildEngine) -> Run:
+def stock(engine: ChildEngine) -> Generation:
     """What stock answers; ``engine`` pages from then on."""
     run = engine.generate(PROMPTS)
     engine.restart(fluxmoe=config(), **OPTIONS)
@@ -79,7 +79,7 @@ def undone(engine: ChildEngine) -> int:
 
 
 def test_one_worker_that_fails_or_does_not_hear_costs_no_token(
-    engine: ChildEngine, stock: Run
+    engine: ChildEngine, stock: Generation
 ) -> None:
     same(engine.generate(PROMPTS), stock)
     in_step(engine, workers=2)
@@ -101,7 +101,7 @@ def test_one_worker_that_fails_or_does_not_hear_costs_no_token(
 
 @pytest.mark.timeout(600)  # it must not wait for an answer that never comes
 def test_a_worker_that_dies_in_a_move_ends_the_engine_and_leaves_nothing(
-    engine: ChildEngine, stock: Run
+    engine: ChildEngine, stock: Generation
 ) -> None:
     parent = psutil.Process(engine._process.pid)
     family = parent.children(recursive=True)

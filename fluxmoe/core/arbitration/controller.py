@@ -16,7 +16,7 @@ from typing import Protocol
 
 from fluxmoe.core.arbitration.limits import EXPERTS, KV, in_words, narrowed
 from fluxmoe.core.arbitration.messages import Answer, Decision, Inventory, OperatorLimits, Order
-from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, Outcome, Result
+from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, MoveOutcome, MoveResult
 from fluxmoe.core.arbitration.planning import Held, Planner
 from fluxmoe.core.arbitration.schedule import AskingSchedule
 from fluxmoe.core.policy.arbitration import (
@@ -246,9 +246,9 @@ class Arbiter:
             self._report(move, split, by_operator=over or freed)
             self._moves.begin(move)
 
-    def _finish(self, result: Result) -> None:
+    def _finish(self, result: MoveResult) -> None:
         move, groups = result.move, set(result.move.groups)
-        if result.outcome is Outcome.MOVED:
+        if result.outcome is MoveOutcome.MOVED:
             self._slots = move.slots
             if move.to_kv:
                 self._groups |= groups
@@ -259,10 +259,10 @@ class Arbiter:
             logger.warning(
                 "arbitration: a move was %s: %s", result.outcome.value, "; ".join(result.problems)
             )
-            if result.outcome is Outcome.UNDONE and not move.to_kv:
+            if result.outcome is MoveOutcome.UNDONE and not move.to_kv:
                 self._groups |= groups
                 self._blocks.release(groups)
-            elif result.outcome is Outcome.STRANDED:
+            elif result.outcome is MoveOutcome.STRANDED:
                 self._slots = move.slots if move.to_kv else move.before
         self._count()
         moved = max(

@@ -64,7 +64,7 @@ class Move:
         return SetSlots(self.before) if self.to_kv else TakeKV(self.groups)
 
 
-class Outcome(Enum):
+class MoveOutcome(Enum):
     """Outcome of a move.
 
     ``STRANDED``: the shrink stands, neither tenant has grown; the frames are free.
@@ -76,14 +76,14 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class MoveResult:
     """A move that has ended, with the problems that workers reported during it.
 
     ``seconds`` is the longest time that any of its orders took.
     """
 
     move: Move
-    outcome: Outcome
+    outcome: MoveOutcome
     problems: tuple[str, ...]
     seconds: float
 
@@ -97,13 +97,13 @@ class _Stage(Enum):
 
 
 #: Stage → next stage or outcome if all workers succeeded, and if one failed.
-_NEXT: dict[_Stage, tuple[_Stage | Outcome, _Stage | Outcome]] = {
+_NEXT: dict[_Stage, tuple[_Stage | MoveOutcome, _Stage | MoveOutcome]] = {
     _Stage.SHRINK: (_Stage.GROW, _Stage.GROW_BACK),
-    _Stage.GROW: (Outcome.MOVED, _Stage.SHRINK_BACK),
+    _Stage.GROW: (MoveOutcome.MOVED, _Stage.SHRINK_BACK),
     # A failed shrink is not repeated: the grow that follows shows what remained.
     _Stage.SHRINK_BACK: (_Stage.GROW_BACK, _Stage.GROW_BACK),
-    _Stage.GROW_BACK: (Outcome.UNDONE, _Stage.SHRINK_AGAIN),
-    _Stage.SHRINK_AGAIN: (Outcome.STRANDED, Outcome.STRANDED),
+    _Stage.GROW_BACK: (MoveOutcome.UNDONE, _Stage.SHRINK_AGAIN),
+    _Stage.SHRINK_AGAIN: (MoveOutcome.STRANDED, MoveOutcome.STRANDED),
 }
 
 
@@ -146,7 +146,7 @@ class MoveCoordinator:
         }[self._stage]()
         return Order(self._number, action)
 
-    def receive(self, answers: Iterable[Answer]) -> Result | None:
+    def receive(self, answers: Iterable[Answer]) -> MoveResult | None:
         """Process answers; return the result once the move has ended."""
         if self._move is None:
             return None
@@ -162,7 +162,7 @@ class MoveCoordinator:
         if isinstance(following, _Stage):
             self._enter(following)
             return None
-        result = Result(self._move, following, tuple(self._problems), self._seconds)
+        result = MoveResult(self._move, following, tuple(self._problems), self._seconds)
         self._move = None
         return result
 

@@ -28,7 +28,7 @@ _INTS, _FLOATS = types.Array(types.int64, 1, "C"), types.Array(types.float64, 1,
 _ENTRY = types.int64(_INTS, types.int64, types.int64, types.int64, types.int64, _FLOATS)
 
 
-class Rows(NamedTuple):
+class KernelRows(NamedTuple):
     """Input of kernels, each int64: one row per page of the model, or per slot of a bank.
 
     ``page`` is the page of a slot; with a row per page, the ``[n]`` pages to score.
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     next_use: Int64s  # filled for oracles only
 
 
-_open_rows = opener(Rows(*[np.zeros(0, np.int64)] * len(Rows._fields)))
+_open_rows = opener(KernelRows(*[np.zeros(0, np.int64)] * len(KernelRows._fields)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Kernel:
     Attributes:
         entry: For compiled callers: ``entry(rows, event, layer, num_layers, n, out)`` writes the
             scores of the first ``n`` slots, or of ``n`` pages, into ``out``; returns 0, or 1 if the
-            kernel raised. ``rows`` is the directory of ``Rows`` (see ``directory``).
+            kernel raised. ``rows`` is the directory of ``KernelRows`` (see ``directory``).
         fill: The same for Python, by page; exceptions of the kernel propagate unchanged.
     """
 
@@ -60,7 +60,7 @@ class Kernel:
     fill: Callable[..., None]
 
     def scores(
-        self, rows: Rows, event: int, layer: int, num_layers: int
+        self, rows: KernelRows, event: int, layer: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
         """The score of every row. Raises what the kernel raises."""
         out = np.empty(len(rows.page))

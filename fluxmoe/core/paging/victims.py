@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fluxmoe.core.compiled.directory import directory
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.compiled.lowest import ascending, low_bits, lowest_bit, not_above, offer
-from fluxmoe.core.compiled.score_kernel import Rows
+from fluxmoe.core.compiled.score_kernel import KernelRows
 from fluxmoe.core.paging.books import (
     ABSENT,
     DIRTIES,
@@ -60,13 +60,13 @@ def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> C
     """Make the working arrays of a kernel over the pages of a table."""
     pages, b = table.geometry.num_pages, table.books
     shape = (0, 0) if stable else b.page_at.shape
-    columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in Rows._fields}
+    columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in KernelRows._fields}
     dirty = np.zeros(pages, np.int64)
     future = np.zeros(pages, np.int64) if next_use is None else next_use
     if stable:
-        rows = [Rows(b.last_use, b.use_count, b.loaded_at, dirty, b.layer_of, future)]
+        rows = [KernelRows(b.last_use, b.use_count, b.loaded_at, dirty, b.layer_of, future)]
     else:
-        rows = [Rows(*banks) for banks in zip(*columns.values(), strict=True)]
+        rows = [KernelRows(*banks) for banks in zip(*columns.values(), strict=True)]
     return Chooser(
         columns=Columns(**columns, score=np.zeros(shape)),
         rows=np.stack([directory(row) for row in rows]),

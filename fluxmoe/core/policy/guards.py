@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.compiled.lowest import lowest
-from fluxmoe.core.compiled.score_kernel import Kernel, Rows, compile_kernel
+from fluxmoe.core.compiled.score_kernel import Kernel, KernelRows, compile_kernel
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, Split
 from fluxmoe.core.policy.faults import NO_ANSWER, PolicyCaller, PolicyGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy, read_only
@@ -167,7 +167,7 @@ class EvictionGuard(PolicyGuard):
         numbers = view.last_use, view.use_count, view.loaded_at
         layer = np.repeat(np.arange(view.num_layers), view.experts_per_layer)
         future = np.zeros_like(layer) if view.future is None else view.future
-        rows = Rows(*numbers, pages, layer, future)
+        rows = KernelRows(*numbers, pages, layer, future)
         return self._kernel.scores(rows, view.event, view.layer, view.num_layers)
 
 

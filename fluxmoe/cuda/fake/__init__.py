@@ -14,7 +14,7 @@ from typing import Any
 
 from fluxmoe.cuda.fake import names
 from fluxmoe.cuda.fake.calls import driver_call, require
-from fluxmoe.cuda.fake.memory import Memory
+from fluxmoe.cuda.fake.memory import FakeMemory
 from fluxmoe.cuda.fake.names import CUresult, Refused
 from fluxmoe.cuda.fake.timeline import KERNELS, Event, Pace, Work
 from fluxmoe.testing.faults import FaultPlan
@@ -24,7 +24,7 @@ __all__ = ["FakeDriver", "Refused"]
 _CONTEXT = 77
 
 
-class FakeDriver(Memory):
+class FakeDriver(FakeMemory):
     """The driver's functions that FluxMoE calls, for one device.
 
     Args:

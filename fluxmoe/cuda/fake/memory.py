@@ -34,7 +34,7 @@ class _Mapping:
     accessible: bool = False
 
 
-class Memory:
+class FakeMemory:
     """The memory functions; ``FakeDriver`` adds the others, and documents the arguments."""
 
     def __init__(

@@ -21,7 +21,7 @@ ABSENT = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class KernelPart:
     """Locations of one part (w13 or w2) of a layer's experts; at least one of the two is set."""
 
     raw: RawSlots | None = None
@@ -43,8 +43,8 @@ def page_entry(page: int) -> int:
 
 def run_experts(
     x: torch.Tensor,
-    w13: Part,
-    w2: Part,
+    w13: KernelPart,
+    w2: KernelPart,
     table: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -93,7 +93,7 @@ def _sum(parts: torch.Tensor) -> torch.Tensor:
 
 def project(
     x: torch.Tensor,
-    part: Part,
+    part: KernelPart,
     table: torch.Tensor,
     blocks: Blocks,
     tiles: Tiles,

@@ -46,7 +46,9 @@ def check_arbitration_policy(factory: Factory) -> None:
 
 def findings(factory: Factory) -> list[Finding]:
     """The result of every rule."""
-    return try_rules(RULES, Tried(factory, ArbitrationPolicy, Run, DAYS, "frames for KV", "step"))
+    return try_rules(
+        RULES, Tried(factory, ArbitrationPolicy, PolicyRun, DAYS, "frames for KV", "step")
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ DAYS: tuple[Day, ...] = (
 )
 
 
-class Run:
+class PolicyRun:
     """A running day. A policy's split is approached in small moves, as in the engine."""
 
     def __init__(self, day: Day, policy: ArbitrationPolicy) -> None:
@@ -167,7 +169,7 @@ class Run:
         self._at, self._frames = 0, (self._day.experts.target, self._day.kv.target)
 
 
-def _declares(tried: Tried[ArbitrationPolicy, Day, Run]) -> str | None:
+def _declares(tried: Tried[ArbitrationPolicy, Day, PolicyRun]) -> str | None:
     policy = tried.new()
     check_signatures(policy, ArbitrationPolicy, {"split": ("view",), "reset": ()})
     if not isinstance(policy.fixed, bool):
@@ -183,7 +185,7 @@ def _declares(tried: Tried[ArbitrationPolicy, Day, Run]) -> str | None:
     return None
 
 
-def _answers(tried: Tried[ArbitrationPolicy, Day, Run]) -> str | None:
+def _answers(tried: Tried[ArbitrationPolicy, Day, PolicyRun]) -> str | None:
     auditors = []
     for day in DAYS:
         run = tried.play(day)
@@ -193,7 +195,7 @@ def _answers(tried: Tried[ArbitrationPolicy, Day, Run]) -> str | None:
     return None
 
 
-RULES: list[Rule[Tried[ArbitrationPolicy, Day, Run]]] = [
+RULES: list[Rule[Tried[ArbitrationPolicy, Day, PolicyRun]]] = [
     *first_rules("arbitration", _declares, _answers, "whatever the engine does"),
     *same_again("the same day leads to the same wishes"),
     FAST,

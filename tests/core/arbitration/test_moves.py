@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fluxmoe.core.arbitration.messages import Answer, FreeKV, Order, SetSlots, TakeKV
-from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, MoveWorker, Outcome
+from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, MoveOutcome, MoveWorker
 from fluxmoe.errors import OutOfFramesError, SubstrateError
 
 GROUP, SLOT = 3, 2  # frames
@@ -66,7 +66,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.slots = 12  # what all workers have at least, as the scheduler believes
         self.answers: deque[Answer] = deque()
         self.healthy = True
-        self.moves: list[Outcome] = []
+        self.moves: list[MoveOutcome] = []
 
     @precondition(lambda self: not self.mover.busy)
     @rule(data=st.data(), to_kv=st.booleans(), slots=st.integers(4, 18))
@@ -147,11 +147,11 @@ class ProtocolMachine(RuleBasedStateMachine):
             return
         move, moved = result.move, set(result.move.groups)
         self.moves.append(result.outcome)
-        if result.outcome is Outcome.MOVED:
+        if result.outcome is MoveOutcome.MOVED:
             self.slots = move.slots[0]
             self.usable |= moved if move.to_kv else set()
             assert not [p for p in result.problems if ": grow:" in p]
-        elif result.outcome is Outcome.UNDONE:
+        elif result.outcome is MoveOutcome.UNDONE:
             self.slots = move.before[0]
             self.usable |= set() if move.to_kv else moved
             assert result.problems
@@ -194,23 +194,23 @@ TO_EXPERTS = Move(False, (1, 2), (12,), (15,))
 
 def test_frames_are_free_before_they_are_taken():
     result, sent = run([Worker(0), Worker(1)], TO_KV)
-    assert (result.outcome, result.problems) == (Outcome.MOVED, ())
+    assert (result.outcome, result.problems) == (MoveOutcome.MOVED, ())
     assert sent == [SetSlots((9,)), TakeKV((5, 6))]
     result, sent = run([Worker(0), Worker(1)], TO_EXPERTS)
-    assert result.outcome is Outcome.MOVED
+    assert result.outcome is MoveOutcome.MOVED
     assert sent == [FreeKV((1, 2)), SetSlots((15,))]
 
 
 @pytest.mark.parametrize(
     ("move", "failures", "outcome", "stages"),
     [
-        (TO_KV, [True], Outcome.UNDONE, ["shrink"]),
-        (TO_KV, [False, True], Outcome.UNDONE, ["grow"]),
-        (TO_KV, [False, True, True], Outcome.UNDONE, ["grow", "shrink back"]),
-        (TO_KV, [False, True, False, True], Outcome.STRANDED, ["grow", "grow back"]),
-        (TO_EXPERTS, [True], Outcome.UNDONE, ["shrink"]),
-        (TO_EXPERTS, [False, True], Outcome.UNDONE, ["grow"]),
-        (TO_EXPERTS, [False, True, False, True], Outcome.STRANDED, ["grow", "grow back"]),
+        (TO_KV, [True], MoveOutcome.UNDONE, ["shrink"]),
+        (TO_KV, [False, True], MoveOutcome.UNDONE, ["grow"]),
+        (TO_KV, [False, True, True], MoveOutcome.UNDONE, ["grow", "shrink back"]),
+        (TO_KV, [False, True, False, True], MoveOutcome.STRANDED, ["grow", "grow back"]),
+        (TO_EXPERTS, [True], MoveOutcome.UNDONE, ["shrink"]),
+        (TO_EXPERTS, [False, True], MoveOutcome.UNDONE, ["grow"]),
+        (TO_EXPERTS, [False, True, False, True], MoveOutcome.STRANDED, ["grow", "grow back"]),
     ],
 )
 def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
@@ -223,7 +223,7 @@ def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
     ]
     before = Worker(0)
     for worker in workers:
-        if outcome is Outcome.UNDONE:
+        if outcome is MoveOutcome.UNDONE:
             assert (worker.groups, worker.slots) == (before.groups, before.slots)
         elif move.to_kv:
             assert (worker.groups, worker.slots) == (before.groups, 9)

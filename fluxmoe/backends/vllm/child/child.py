@@ -24,11 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fluxmoe.backends.vllm.child.inside import Engine, Prompt, Run
+from fluxmoe.backends.vllm.child.inside import Engine, Generation, Prompt
 from fluxmoe.core.owner import Owner
 from fluxmoe.errors import EngineError, FluxMoEError
 
-__all__ = ["ENVIRONMENT", "ChildEngine", "Prompt", "Run"]
+__all__ = ["ENVIRONMENT", "ChildEngine", "Generation", "Prompt"]
 
 #: One thread and one process; the rest keeps vLLM quiet, offline and out of the home folder.
 ENVIRONMENT = {
@@ -102,7 +102,9 @@ class ChildEngine:
             self.close()
             raise
 
-    def generate(self, prompts: Sequence[Prompt], *, watch: bool = False, cold: bool = True) -> Run:
+    def generate(
+        self, prompts: Sequence[Prompt], *, watch: bool = False, cold: bool = True
+    ) -> Generation:
         """Run all prompts together to completion.
 
         Args:
@@ -111,7 +113,7 @@ class ChildEngine:
             cold: Start from a cold page table and an empty prefix cache.
         """
         run = self.call("generate", list(prompts), watch, cold)
-        assert isinstance(run, Run)
+        assert isinstance(run, Generation)
         return run
 
     def restart(

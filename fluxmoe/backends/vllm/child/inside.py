@@ -27,7 +27,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Generation:
     """The results of a batch of requests.
 
     Attributes:
@@ -80,7 +80,7 @@ class Engine:
         self._scheduler = engine.scheduler_of(self._llm)
         self.info = engine.engine_info(self._llm)
 
-    def generate(self, prompts: list[Prompt], watch: bool, cold: bool) -> Run:
+    def generate(self, prompts: list[Prompt], watch: bool, cold: bool) -> Generation:
         if cold:
             if self._paged:
                 self._llm.collective_rpc("fluxmoe_reset")
@@ -124,7 +124,7 @@ class Engine:
             ]
             for chosen, answer in zip(tokens, answers, strict=True)
         ]
-        return Run(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
+        return Generation(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
 
     def _add(self, prompts: list[Prompt], after: int | None) -> None:
         """Add the requests whose ``after`` is this one; None adds those without."""
