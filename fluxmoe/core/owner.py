@@ -29,7 +29,7 @@ class Owner:
 
     def require(self) -> None:
         """Raise UnsupportedError in any other process."""
-        if not self.here:
+        if os.getpid() != self._process:  # in each event: not through ``here``
             raise UnsupportedError(
                 f"this process was forked from process {self._process} and cannot use what "
                 "FluxMoE created there: paged models, engines, traces being written",

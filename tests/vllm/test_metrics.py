@@ -74,7 +74,7 @@ def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
 
 
 def test_the_last_decisions_are_shown_and_older_ones_taken_back() -> None:
-    decided = [Decision(n, "to_kv", f"reason {n}") for n in range(1, REMEMBERED + 2)]
+    decided = [Decision(n, "marginal", "to_kv", f"reason {n}") for n in range(1, REMEMBERED + 2)]
     arbiter: Any = SimpleNamespace(
         policy="marginal", changes={"to_kv": 0, "to_experts": 0}, failures=0, faults=0, slow=0
     )
