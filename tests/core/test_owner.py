@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import traceback
@@ -18,13 +17,13 @@ from fluxmoe.core.owner import Owner
 from fluxmoe.core.transfer.host import CopyPool
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.stores.pagefile import PageFileWriter
-
-FORKS: dict[str, Callable[[], int]] = {"python": os.fork, "c": ctypes.PyDLL(None).fork}
+from tests.forking import FORKS
 
 
 def status(child: Callable[[], None], fork: str) -> int:
     if pid := FORKS[fork]():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's would need Python
     signal.alarm(60)
     try:
         child()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -28,6 +27,7 @@ import fluxmoe
 from fluxmoe.backends import op
 from fluxmoe.errors import FluxMoEError, UnsupportedError
 from fluxmoe.trace import TraceReader
+from tests.forking import c_fork
 from tests.identity.torch_cells import answer, prompts, same
 
 CHECKPOINT, FOLDER = map(Path, sys.argv[1:3]) if len(sys.argv) == 3 else (Path(), Path())
@@ -231,7 +231,6 @@ def main() -> None:
     start()
     assert unharmed()
     found: dict[str, Any] = {}
-    c_fork = ctypes.PyDLL(None).fork
     cases: dict[str, Callable[[], Any]] = {
         "use": lambda: forked(use_and_leave),
         "sys.exit": lambda: forked(lambda: sys.exit(0)),
