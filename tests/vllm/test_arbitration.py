@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -231,9 +232,13 @@ def in_step(engine: ChildEngine, workers: int) -> None:
 def family(engine: ChildEngine) -> list[psutil.Process]:
     """The processes of an engine of three or more: client, scheduler, workers."""
     client = psutil.Process(engine._process.pid)
-    everyone = [client, *client.children(recursive=True)]
-    # Not that one of multiprocessing that waits for all others to go.
-    return [p for p in everyone if "resource_tracker" not in " ".join(p.cmdline())]
+    found = []
+    for process in (client, *client.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended, as helpers do
+            # Not that one of multiprocessing that waits for all others to go.
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_scheduler_and_worker_in_processes_of_their_own(checkpoint: Path) -> None:
