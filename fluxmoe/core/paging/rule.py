@@ -227,7 +227,11 @@ class EventRule:
             evict(self.table.directory, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
-        """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted."""
+        """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted.
+
+        Three routes: a compiled score (``victims.victims``), stable scores (``heap.choose``), and
+        otherwise ``EvictionGuard.choose``. A faulty policy's victims are the least recently used.
+        """
         b, guard = self.table.books, self.eviction
         if guard.kernel is not None:
             out = np.empty(count, np.int64)

@@ -51,7 +51,7 @@ class S3Fifo(EvictionPolicy):
 
     def on_load(self, view: PageView, pages: Int64s) -> None:
         for page in pages.tolist():
-            self._forget(page)  # it may have left without being a victim (released or resized)
+            self._forget(page)  # it may have left without being a victim (released, discarded)
             queue = self._main if page in self._ghosts else self._small
             self._ghosts.pop(page, None)
             queue[page] = 0

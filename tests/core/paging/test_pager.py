@@ -253,6 +253,24 @@ def test_after_a_strict_fault_no_page_without_its_bytes_is_resident(
 # --- resize --------------------------------------------------------------------------------------
 
 
+class Leaving(LeastRecentlyUsed):
+    def __init__(self):
+        self.gone = []
+
+    def on_evict(self, view, pages):
+        self.gone += pages.tolist()
+
+
+def test_a_policy_hears_of_the_victims_of_a_bank_that_shrinks(rig):
+    policy = Leaving()
+    r = rig(slots=(6,), eviction=policy)
+    r.acquire(0, [0, 1, 2, 3])
+    r.acquire(1, [0, 1])
+    assert policy.gone == []
+    r.pager.resize(0, 4)
+    assert sorted(policy.gone) == [0, 1]
+
+
 def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
     r = rig(slots=(6,), reserved=(12,))
     r.acquire(0, [0, 1, 2, 3])
