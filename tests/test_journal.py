@@ -62,6 +62,23 @@ def test_shards_share_the_suite(project: Path) -> None:
     assert left == []
 
 
+def test_a_shard_that_never_ran_is_missed(project: Path) -> None:
+    ran = [run(project, "--shard", f"{number}/3")[1] for number in (1, 2)]
+    assert any("passed" in last for last in ran)
+    left = journal.table(project / "journal")[1]
+    assert set(left) > {"test_one.py::test_fails"}
+
+
+def test_a_test_whose_tear_down_fails_has_not_passed(project: Path) -> None:
+    (project / "test_one.py").write_text(
+        "import pytest\n@pytest.fixture\ndef ends():\n    yield\n    assert False\n"
+        "def test_ends_badly(ends): pass\n"
+    )
+    assert run(project)[0] == 1
+    assert journal.table(project / "journal")[1] == ["test_one.py::test_ends_badly"]
+    assert run(project)[0] == 1  # and so it runs again
+
+
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "-1/2"])
 def test_a_wrong_shard(project: Path, shard: str) -> None:
     code, _ = run(project, f"--shard={shard}")

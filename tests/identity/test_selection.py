@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Iterable
 from itertools import combinations, product
 
 import pytest
 
 from tests.identity import cells, selection
-from tests.identity.cells import HYBRID, RANDOM, SHIPPED, TORCH_MODES, VLLM_MODES
+from tests.identity.cells import HYBRID, RANDOM, SHIPPED, TORCH_MODES, VLLM_MODES, Cell
 
 EVERY_MODEL = [SHIPPED, *RANDOM]
 SELECTED = selection.read()
@@ -43,11 +43,21 @@ def test_models_and_modes() -> None:
         assert {cell.model for cell in SELECTED if cell.mode == mode} & set(HYBRID)
 
 
-def test_a_selection_that_lacks_a_pair_is_noticed() -> None:
-    needed = set().union(*map(selection.demanded, selection.candidates()))
-    assert set().union(*map(selection.demanded, SELECTED)) == needed
-    for number, cell in enumerate(SELECTED):
-        others = SELECTED[:number] + SELECTED[number + 1 :]
-        changed = replace(cell, model=cell.model + "?")
-        assert set().union(*map(selection.demanded, [*others, changed])) != needed, cell
-    assert len(fields(cells.Cell)) == 8
+def covered(chosen: Iterable[Cell]) -> set[selection.Pair]:
+    return set().union(*map(selection.demanded, chosen))
+
+
+def test_nothing_is_missing_and_nothing_superfluous() -> None:
+    for backend in VLLM_MODES, TORCH_MODES:
+        needed = covered(cell for cell in selection.candidates() if cell.mode in backend)
+        mine = [cell for cell in SELECTED if cell.mode in backend]
+        assert covered(mine) == needed
+        for cell in mine:
+            assert covered(other for other in mine if other != cell) != needed, cell
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_selection_that_lacks_a_value_is_noticed(field: str) -> None:
+    needed = covered(selection.candidates())
+    for (value,) in values(SELECTED, field) - {(None,)}:
+        assert covered(cell for cell in SELECTED if getattr(cell, field) != value) != needed
