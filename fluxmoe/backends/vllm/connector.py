@@ -69,7 +69,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: object
     ) -> None:
-        paging_config(vllm_config)
+        paging_config(vllm_config)  # refuses a partial configuration
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = vllm_config
         self._requests = RequestWatch()
