@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.errors import CheckpointError, ConfigError, QuantisedError
 from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
 
 _INDEX = "model.safetensors.index.json"
@@ -169,12 +169,12 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name, shape and size of every weight of a checkpoint, from the headers of its files.
 
     Raises:
-        UnsupportedError: Experts of a type that cannot be paged.
+        QuantisedError: Experts of a type that cannot be paged.
     """
     for path in sorted(folder.glob("*.safetensors")):
         for key, shape, dtype in _headers(path):
             if dtype not in _BYTES and ".experts." in key:
-                raise quantised(f"{key} is {dtype}", str(path))
+                raise QuantisedError(f"{key} is {dtype}", where=str(path))
             yield key, Tensor(shape, _BYTES.get(dtype, 1))
 
 
@@ -190,12 +190,3 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
                     file.seek(8 + length + begin)
                     data = np.frombuffer(bytearray(file.read(end - begin)), np.uint8)
                     yield name, entry["dtype"], entry["shape"], data
-
-
-def quantised(what: str, where: str) -> UnsupportedError:
-    """The error for quantised experts, described by ``what``."""
-    return UnsupportedError(
-        f"{what}, and quantised experts cannot be paged yet",
-        where=where,
-        fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
-    )

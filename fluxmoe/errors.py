@@ -36,6 +36,22 @@ def _rebuild(cls: type[FluxMoEError], what: str, where: str, fix: str) -> FluxMo
     return error
 
 
+class SeveralErrors(FluxMoEError):
+    """Several independent errors, found by the checks before a start.
+
+    Args:
+        errors: At least two errors. ``code`` is that of the first.
+    """
+
+    def __init__(self, errors: Iterable[FluxMoEError]) -> None:
+        self.errors = tuple(errors)
+        self.code = self.errors[0].code  # type: ignore[misc]
+        super().__init__("\n".join(map(str, self.errors)))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SeveralErrors, (self.errors,)
+
+
 # --- configuration -----------------------------------------------------------------------------
 
 
@@ -164,6 +180,22 @@ class UnsupportedError(FluxMoEError):
     """An architecture, a feature or a device that FluxMoE does not handle (yet)."""
 
     code = "FM402"
+
+
+class QuantisedError(UnsupportedError):
+    """A checkpoint with quantised experts.
+
+    Args:
+        found: The quantisation found.
+        where: The file or folder.
+    """
+
+    def __init__(self, found: str, *, where: str) -> None:
+        super().__init__(
+            f"{found}, and quantised experts cannot be paged yet",
+            where=where,
+            fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
+        )
 
 
 class UnsupportedVersionError(FluxMoEError):

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from fluxmoe.errors import FluxMoEError
+from fluxmoe.errors import FluxMoEError, SeveralErrors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +29,9 @@ def print_json(data: object) -> None:
 
 
 def print_error(error: FluxMoEError) -> None:
-    """Print ``error[FMxxx]: what; where; what to do`` on standard error."""
-    print(f"error[{error.code}]: {error}", file=sys.stderr)
+    """Print ``error[FMxxx]: what; where; what to do`` on standard error, one line per error."""
+    for each in error.errors if isinstance(error, SeveralErrors) else [error]:
+        print(f"error[{each.code}]: {each}", file=sys.stderr)
 
 
 def nbytes(size: float) -> str:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxmoe.checkpoint import Tensor, headers, quantised, read_map, require_readable, text_part
+from fluxmoe.checkpoint import Tensor, headers, read_map, require_readable, text_part
 from fluxmoe.errors import (
     CheckpointError,
     ConfigError,
     MissingDependencyError,
     NoExpertsError,
+    QuantisedError,
     UnsupportedError,
 )
 from fluxmoe.inventory import EXPERTS, expert_tensor
@@ -88,7 +89,7 @@ def read(name: str) -> Model:
     folder = Path(name)
     if folder.is_dir() and any(folder.glob("*.safetensors*")):
         require_readable(name)
-        return _describe(name, read_map(folder / "config.json"), dict(headers(folder)))
+        return of_checkpoint(folder)
     if folder.is_dir() and any(folder.glob("*.bin")):
         raise UnsupportedError(
             "the weights are not in safetensors", where=name, fix="convert the checkpoint"
@@ -100,6 +101,11 @@ def read(name: str) -> Model:
     if not folder.exists():
         require_readable(name)  # distinguishes a name on a hub from a wrong path
     return _describe(name, *_parameters(name))
+
+
+def of_checkpoint(folder: Path) -> Model:
+    """The sizes of a model from its readable files. Raises as ``read``."""
+    return _describe(str(folder), read_map(folder / "config.json"), dict(headers(folder)))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -148,7 +154,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     text = text_part(config)
     experts, top_k = _first(text, EXPERTS), _first(text, _TOP_K)
     if config.get("quantization_config"):
-        raise quantised("the checkpoint is quantised", name)
+        raise QuantisedError("the checkpoint is quantised", where=name)
     layers = text.get("num_hidden_layers")
     pages: dict[str, int] = defaultdict(int)  # bytes of the experts of each layer
     other = embedding = item = 0
