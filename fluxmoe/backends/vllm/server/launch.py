@@ -100,6 +100,7 @@ def arguments(config: Resolved) -> list[str]:
 
 
 def option(key: str, value: Any) -> list[str]:
+    """One option as words of vLLM's command line."""
     if value is True:
         return [f"--{key}"]
     if value is False:
