@@ -174,7 +174,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         for key, shape, dtype in _headers(path):
             if dtype not in _BYTES and ".experts." in key:
-                raise QuantisedError(f"{key} is {dtype}", where=str(path))
+                raise quantised(f"{key} is {dtype}", str(path))
             yield key, Tensor(shape, _BYTES.get(dtype, 1))
 
 
@@ -190,3 +190,12 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
                     file.seek(8 + length + begin)
                     data = np.frombuffer(bytearray(file.read(end - begin)), np.uint8)
                     yield name, entry["dtype"], entry["shape"], data
+
+
+def quantised(what: str, where: str) -> QuantisedError:
+    """The error for quantised experts, described by ``what``."""
+    return QuantisedError(
+        f"{what}, and quantised experts cannot be paged yet",
+        where=where,
+        fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
+    )

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxmoe.checkpoint import Tensor, headers, read_map, require_readable, text_part
+from fluxmoe.checkpoint import Tensor, headers, quantised, read_map, require_readable, text_part
 from fluxmoe.errors import (
     CheckpointError,
     ConfigError,
     MissingDependencyError,
     NoExpertsError,
-    QuantisedError,
     UnsupportedError,
 )
 from fluxmoe.inventory import EXPERTS, expert_tensor
@@ -154,7 +153,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     text = text_part(config)
     experts, top_k = _first(text, EXPERTS), _first(text, _TOP_K)
     if config.get("quantization_config"):
-        raise QuantisedError("the checkpoint is quantised", where=name)
+        raise quantised("the checkpoint is quantised", name)
     layers = text.get("num_hidden_layers")
     pages: dict[str, int] = defaultdict(int)  # bytes of the experts of each layer
     other = embedding = item = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fluxmoe.errors import FluxMoEError, SeveralErrors
+from fluxmoe.errors import FluxMoEError, together
 
 
 class Findings:
@@ -25,10 +25,8 @@ class Findings:
         """A context that records an error of FluxMoE raised in it, and goes on behind it."""
         try:
             yield
-        except SeveralErrors as several:
-            self.errors += several.errors
         except FluxMoEError as error:
-            self.errors.append(error)
+            self.errors += error.problems()
 
     def extend(self, others: Findings) -> None:
         """Append the findings of other checks."""
@@ -36,8 +34,6 @@ class Findings:
         self.notes += others.notes
 
     def require(self) -> None:
-        """Raise the error found, or SeveralErrors; nothing if there is none."""
-        if len(self.errors) == 1:
-            raise self.errors[0]
+        """Raise the errors found as one (``errors.together``); nothing if there is none."""
         if self.errors:
-            raise SeveralErrors(self.errors)
+            raise together(self.errors)

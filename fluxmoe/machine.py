@@ -15,7 +15,7 @@ ROOT = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryRoom:
     """Memory that this process may use, in bytes.
 
     Attributes:
@@ -28,7 +28,7 @@ class Memory:
     limit: str = ""
 
 
-def memory() -> Memory:
+def memory() -> MemoryRoom:
     """The machine's memory, or the smallest of the process's cgroups (versions 1 and 2).
 
     A cgroup's page cache counts as available, as the kernel gives it up on demand.
@@ -36,7 +36,7 @@ def memory() -> Memory:
     import psutil
 
     machine = psutil.virtual_memory()
-    found = Memory(int(machine.total), int(machine.available))
+    found = MemoryRoom(int(machine.total), int(machine.available))
     for folder in _cgroups():
         cap = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
         if cap is None:

@@ -61,7 +61,7 @@ def limited(folder: Path, version: int, limit: object, used: int, cache: int = 0
 
 
 def test_a_machine_without_cgroups(root: Path) -> None:
-    assert machine.memory() == machine.Memory(24 * GIB, 20 * GIB)
+    assert machine.memory() == machine.MemoryRoom(24 * GIB, 20 * GIB)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -69,7 +69,7 @@ def test_a4_the_limit_of_the_own_cgroup_less_its_use(root: Path, version: int) -
     top = in_cgroup(root, version, "/pod/app")
     limited(top / "pod/app", version, 2 * GIB, GIB)
     folder = f"/{(top / 'pod/app').relative_to(root)}"
-    assert machine.memory() == machine.Memory(2 * GIB, GIB, folder)
+    assert machine.memory() == machine.MemoryRoom(2 * GIB, GIB, folder)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -104,7 +104,7 @@ def test_a4_in_a_container_the_mount_is_the_cgroup_itself(root: Path, version: i
 @pytest.mark.parametrize("limit", ["max", 9223372036854771712, 100 * GIB])
 def test_no_limit(root: Path, version: int, limit: object) -> None:
     limited(in_cgroup(root, version, "/"), version, limit, GIB)
-    assert machine.memory() == machine.Memory(24 * GIB, 20 * GIB)
+    assert machine.memory() == machine.MemoryRoom(24 * GIB, 20 * GIB)
 
 
 def test_a4_use_beyond_the_limit_leaves_nothing(root: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluxmoe import machine
+from fluxmoe import machine, sizes
 from fluxmoe.config import Config, FileStoreConfig
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import ConfigError
@@ -84,8 +84,9 @@ def require_room(config: Config, nbytes: int) -> None:
         machine.require_writable(folder, where=where, fix="name a writable folder")
         free = machine.free_disk(folder) + sum(f.stat().st_size for f in folder.glob("*.pages"))
         if store.codec["kind"] == "none" and kept > free:
+            needed, there = sizes.apart(kept, free)
             raise ConfigError(
-                f"the pages need {kept} bytes, {folder} has room for {free}",
+                f"the pages need {needed}, {folder} has room for {there}",
                 where=where,
                 fix="name a folder on a larger disk, or set a limit and add another store",
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _resolved(loaded: Config, ready: Config) -> list[str]:
     if loaded.preset == "off":
         lines.append("preset: off serves without paging; policies have no effect")
     if loaded.memory.budget is None and ready.memory.budget is not None:
-        size = output.nbytes(ready.memory.budget)
+        size = sizes.shown(ready.memory.budget)
         lines.append(
             f"memory.budget: auto is currently {size} per worker, {budget.SHARE:.0%} of the "
             "free memory after the model's weights"
@@ -113,7 +114,7 @@ def _readable(value: Any) -> Any:
     from pydantic import BaseModel, ByteSize
 
     if isinstance(value, ByteSize):
-        return output.exact_size(value)
+        return sizes.exact(value)
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fluxmoe import machine
+from fluxmoe import machine, sizes
 from fluxmoe.backends.vllm.server.preflight import require_shared_memory
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli import output
@@ -164,13 +164,13 @@ def _substrate() -> Check:
             substrate.close()
     except FluxMoEError as error:
         fix = "check the limits of this process: ulimit -a, container memory, seccomp"
-        return Check(name, "broken", str(error), fix)
+        return Check(name, "broken", error.text, fix)
     return Check(name, "ok", "1 MiB reserved, committed and written to")
 
 
 def _memory() -> Check:
     memory = machine.memory()
-    free = f"{output.nbytes(memory.available)} of {output.nbytes(memory.total)} free"
+    free = f"{sizes.shown(memory.available)} of {sizes.shown(memory.total)} free"
     return Check("memory", "ok", f"{free}, limited by {memory.limit}" if memory.limit else free)
 
 
@@ -181,8 +181,8 @@ def _shared_memory() -> Check:
     try:
         require_shared_memory(1)
     except FluxMoEError as error:
-        return Check("/dev/shm", "note", f"{output.nbytes(free)} free", error.fix)
-    return Check("/dev/shm", "ok", f"{output.nbytes(free)} free")
+        return Check("/dev/shm", "note", f"{sizes.shown(free)} free", error.fix)
+    return Check("/dev/shm", "ok", f"{sizes.shown(free)} free")
 
 
 def _gpu() -> Check:
@@ -203,7 +203,7 @@ def _gpu() -> Check:
             substrate = CudaSubstrate(cuda, 1)
             each.callback(substrate.close)
             substrate.commit(substrate.reserve(FRAME_BYTES), np.zeros(1, np.int64))
-            free, total = map(output.nbytes, cuda.memory())
+            free, total = map(sizes.shown, cuda.memory())
             version = f"{cuda.version // 1000}.{cuda.version % 1000 // 10}"
             found = f"{cuda.name}, {free} of {total} free, driver for {version}"
     except FluxMoEError as error:

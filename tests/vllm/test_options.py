@@ -20,7 +20,10 @@ def test_the_list_is_vllms() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"max-modle-len": 1}, "vLLM has no such option; vllm.max-modle-len; did you mean max-mod"),
+        (
+            {"max-modle-len": 1},
+            "vLLM has no such option; vllm.max-modle-len; did you mean 'max-mod",
+        ),
         ({"no-enable-prefix-caching": False}, "write enable-prefix-caching: false"),
         ({"frobnicate": 1}, "see `vllm serve --help=all`"),
         ({"worker-cls": "x"}, "worker-cls is set by FluxMoE"),

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from fluxmoe.core.words import line
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, meant
+from fluxmoe.words import line
 
 #: Options that FluxMoE sets itself.
 OURS = (
@@ -74,10 +73,8 @@ def _unknown(name: str) -> ConfigError:
     positive = name.removeprefix("no-")
     if name != positive and known().get(positive) in ("flag", "switch"):
         fix = f"write {positive}: false"
-    elif alike := difflib.get_close_matches(name, known(), n=1):
-        fix = f"did you mean {alike[0]}?"
     else:
-        fix = "see `vllm serve --help=all`"
+        fix = meant(name, known()) or "see `vllm serve --help=all`"
     return ConfigError("vLLM has no such option", where=f"vllm.{name}", fix=fix)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxmoe import machine
+from fluxmoe import machine, sizes
 from fluxmoe.backends.budget import KVNeed, partition
 from fluxmoe.config import Resolved
 from fluxmoe.core.types import Geometry, PageClass, Part
@@ -76,10 +76,11 @@ def require_beside_weights(
             (others, "for the model's other weights"),
             (stored, "for experts in the host store"),
         ]
-        parts = [f"{budgets} for the budget{'' if workers == 1 else 's'}"]
-        parts += [f"{size} {purpose}" for size, purpose in each if size]
+        parts = [f"{sizes.shown(budgets)} for the budget{'' if workers == 1 else 's'}"]
+        parts += [f"{sizes.shown(size)} {purpose}" for size, purpose in each if size]
+        needed, free = sizes.apart(need, memory.available)
         raise ConfigError(
-            f"{need} bytes are needed ({', '.join(parts)}), {memory.available} are free"
+            f"{needed} are needed ({', '.join(parts)}), {free} are free"
             + (f" within the limit of {memory.limit}" if memory.limit else ""),
             where="memory.budget, stores",
             fix="lower the budget" + (", or use a store of kind: file" if plain else ""),
