@@ -224,7 +224,8 @@ class Config(_Model):
         """The same with absolute paths; relative ones begin in ``folder``.
 
         Paths are those of plugin files and stores, and the model unless it is a name on a hub: a
-        name without a folder beside it. Options of ``vllm`` are left alone.
+        name without a folder beside it. Options of ``vllm`` are left alone; a model that becomes
+        absolute is served under the name that was written.
         """
 
         def absolute(path: str) -> str:
@@ -242,6 +243,10 @@ class Config(_Model):
         if self.model is not None:
             local = not is_hub_name(self.model) or Path(absolute(self.model)).is_dir()
             changed["model"] = absolute(self.model) if local else self.model
+            named = {"served-model-name", "served_model_name"} & self.vllm.keys()
+            if changed["model"] != self.model and not named:
+                # Clients of the server name the model as the file does.
+                changed["vllm"] = {**self.vllm, "served-model-name": self.model}
         # Only what changes, so that defaults stay defaults.
         update = {key: value for key, value in changed.items() if value != getattr(self, key)}
         return self.model_copy(update=update)

@@ -187,7 +187,7 @@ def test_b7_paths_are_relative_to_the_file(place):
     assert loaded.plugins[2] == "package.module"
     store = loaded.stores[1]
     assert store.kind == "file" and Path(store.path).parent.samefile(place)
-    assert loaded.vllm == {"chat-template": "chat.jinja"}
+    assert loaded.vllm == {"chat-template": "chat.jinja", "served-model-name": "model"}
 
 
 def test_b7_absolute_paths_and_the_home_folder_stay(place, monkeypatch):
@@ -197,6 +197,8 @@ def test_b7_absolute_paths_and_the_home_folder_stay(place, monkeypatch):
         stores=[{"kind": "file", "path": "/nowhere/pages"}],
     )  # fmt: skip
     assert loaded.model == str(place / "model") and loaded.plugins == [str(place / "mru.py")]
+    for key in "served-model-name", "served_model_name":
+        assert located(place, model="model", vllm={key: "m"}).vllm == {key: "m"}
     assert loaded.stores[0].kind == "file" and loaded.stores[0].path == "/nowhere/pages"
 
 
@@ -223,6 +225,7 @@ def test_b7_commands_show_absolute_paths(place):
     )
     words = launch.arguments(launch.resolved(config.load(place / "c.yaml")))
     assert words[words.index("--model") + 1] == str(place / "model")
+    assert words[words.index("--served-model-name") + 1] == "model"
     settings = json.loads(words[words.index("--additional-config") + 1])["fluxmoe"]
     assert settings["plugins"] == [str(place / "mru.py")]
     assert here("config", "check", place / "c.yaml").returncode == 0
