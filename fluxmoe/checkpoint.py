@@ -57,15 +57,20 @@ def require_readable(model: str) -> None:
         require_experts(_weights(folder), text_part(config), where=model)
     elif folder.exists():
         raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
-    elif not _HUB_NAME.fullmatch(model):
+    elif not is_hub_name(model):
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
+
+
+def is_hub_name(model: str) -> bool:
+    """True if a text can be the name of a model on a hub: ``name`` or ``organisation/name``."""
+    return _HUB_NAME.fullmatch(model) is not None
 
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
     """The cached folder of a model on the hub if it exists, else the name unchanged."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(model).exists() or not _HUB_NAME.fullmatch(model):
+    if Path(model).exists() or not is_hub_name(model):
         return model
     found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
     return str(Path(found).parent) if isinstance(found, str) else model
