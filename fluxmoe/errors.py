@@ -207,6 +207,8 @@ class UnsupportedError(FluxMoEError):
 class QuantisedError(UnsupportedError):
     """A checkpoint with quantised experts."""
 
+    code = "FM407"
+
 
 class UnsupportedVersionError(FluxMoEError):
     """A version of the engine outside the range FluxMoE was tested with."""

@@ -61,7 +61,7 @@ def refused_settings(config: VllmConfig) -> Iterator[UnsupportedError]:
     """An error for each refused feature that an engine's configuration turns on."""
     for feature in REFUSED:
         if _on(attrgetter(feature.attribute)(config)):
-            yield _refusal(feature, f"--{feature.option}")
+            yield _refusal(feature)
 
 
 def _on(value: object) -> bool:
@@ -71,7 +71,9 @@ def _on(value: object) -> bool:
     return value is not None
 
 
-def _refusal(feature: Feature, where: str) -> UnsupportedError:
+def _refusal(feature: Feature, where: str = "") -> UnsupportedError:
     return UnsupportedError(
-        f"FluxMoE does not support {feature.name} yet", where=where, fix="turn it off"
+        f"FluxMoE does not support {feature.name} (--{feature.option}) yet",
+        where=where,
+        fix="turn it off",
     )

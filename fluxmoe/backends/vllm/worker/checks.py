@@ -12,6 +12,7 @@ from fluxmoe.backends.vllm.compat.worker import (
 from fluxmoe.backends.vllm.features import refused_settings
 from fluxmoe.backends.vllm.settings import moving_latent_attention
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.checkpoint import quantised
 from fluxmoe.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -54,11 +55,7 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
         )
     method = experts.quant_method
     if not isinstance(method, UnquantizedFusedMoEMethod):
-        raise UnsupportedError(
-            f"experts of {type(method).__name__} cannot be paged yet",
-            where=where,
-            fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
-        )
+        raise quantised(f"the experts' method is {type(method).__name__}", where)
     kernel = method.moe_kernel.fused_experts if method.moe_kernel is not None else None
     if not isinstance(kernel, CPUUnquantizedExperts):
         raise UnsupportedError(
