@@ -33,7 +33,7 @@ CALLED = [row for row in ALL if row.values[0].table[row.values[1]][row.values[2]
 #: Class of ours → class of vLLM's, by dotted path.
 OVERRIDING = {
     "connector:PagingConnector": "connector",
-    "server.prometheus:PagingStats": "connector",
+    "stats:PagingStats": "connector",
     "server.prometheus:PagingProm": "connector",
     "scheduler.balloon:BalloonPool": "connector",
     "worker.cpu:PagedCPUWorker": "worker",
