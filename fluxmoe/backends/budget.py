@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 
+from fluxmoe import sizes
 from fluxmoe.checkpoint import weight_bytes
 from fluxmoe.config import ResolvedMemory, Share
 from fluxmoe.core.memory import sizing
@@ -48,8 +49,9 @@ def require_free(budget: int, *, held: int = 0) -> None:
     """
     available = psutil.virtual_memory().available + held
     if budget > available:
+        given, free = sizes.apart(budget, available)
         raise ConfigError(
-            f"a budget of {budget} bytes exceeds the {available} bytes of free memory",
+            f"a budget of {given} exceeds the {free} of free memory",
             where="memory.budget",
             fix="lower it",
         )
@@ -76,7 +78,8 @@ def automatic(model: str | None, workers: int) -> int:
     budget = int((free - weights) * SHARE / workers) >> 20 << 20
     if budget <= 0:
         raise ConfigError(
-            f"the weights of {model} need {weights} bytes and leave none of the {free} bytes free",
+            f"the weights of {model} need {sizes.shown(weights)} and leave none of the "
+            f"{sizes.shown(free)} free",
             where="memory.budget",
             fix="free some memory, or choose a smaller model",
         )
@@ -155,7 +158,7 @@ def partition(
     frame = int(memory.frame or frame_bytes_for(memory.budget, kv.block if dynamic else 0))
     if frame % mmap.PAGESIZE:
         raise ConfigError(
-            f"{frame} bytes are not a multiple of {mmap.PAGESIZE}",
+            f"{sizes.exact(frame)} is not a multiple of {sizes.exact(mmap.PAGESIZE)}",
             where="memory.frame",
             fix="use a power of two, or auto",
         )
@@ -210,8 +213,8 @@ def resize(memory: WorkerMemory, pager: ExpertPager, part: Partition, budget: in
     slots = part.slots_for(frames - memory.frames()[KVTenant.NAME])
     if slots is None:
         raise BudgetTooSmallError(
-            f"{budget} bytes cannot hold one layer of {part.geometry.experts_per_layer} "
-            f"experts, {part.page_class.nbytes} bytes each, in each of {part.banks} banks",
+            f"{sizes.shown(budget)} cannot hold one layer of {part.geometry.experts_per_layer} "
+            f"experts, {sizes.shown(part.page_class.nbytes)} each, in each of {part.banks} banks",
             fix="give more, or make fewer banks",
         )
     require_free(budget, held=pool.nbytes)
@@ -250,7 +253,7 @@ def _split(
             sizing.Wish(
                 least,
                 most,
-                reason=f"one layer of {experts} experts, {page_class.nbytes} bytes each",
+                reason=f"one layer of {experts} experts, {sizes.shown(page_class.nbytes)} each",
             ),
             frame_bytes,
             "experts",
@@ -278,17 +281,18 @@ def _widened(
 def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizing.Wish:
     """The need of a tenant, narrowed by the configuration."""
     least = need.min if share.min is None else -(-int(share.min) // frame_bytes)
-    if least < need.min:
+    if share.min is not None and least < need.min:
+        given, needed = sizes.apart(share.min, need.min * frame_bytes)
         raise ConfigError(
-            f"{share.min} bytes are less than the minimum of {need.min * frame_bytes} "
-            f"({need.reason})",
+            f"{given} is less than the minimum of {needed} ({need.reason})",
             where=f"memory.{name}.min",
             fix="raise it, or set it to auto",
         )
     cap = None if share.max is None else int(share.max) // frame_bytes
-    if cap is not None and cap < least:
+    if share.max is not None and cap is not None and cap < least:
+        given, needed = sizes.apart(share.max, least * frame_bytes)
         raise ConfigError(
-            f"{share.max} bytes are less than the minimum of {least * frame_bytes} ({need.reason})",
+            f"{given} is less than the minimum of {needed} ({need.reason})",
             where=f"memory.{name}.max",
             fix="raise it, or set it to auto",
         )

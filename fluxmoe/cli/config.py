@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _resolved(loaded: Config) -> list[str]:
     if loaded.preset == "off":
         lines.append("preset: off serves without paging; policies have no effect")
     if loaded.memory.budget is None and loaded.model is not None:
-        size = output.nbytes(launch.resolved(loaded).memory.budget)
+        size = sizes.shown(launch.resolved(loaded).memory.budget)
         lines.append(
             f"memory.budget: auto is currently {size} per worker, {budget.SHARE:.0%} of the "
             "free memory after the model's weights"
@@ -103,7 +104,7 @@ def _readable(value: Any) -> Any:
     from pydantic import BaseModel, ByteSize
 
     if isinstance(value, ByteSize):
-        return output.exact_size(value)
+        return sizes.exact(value)
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli import output
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
@@ -132,7 +133,7 @@ def _system() -> Iterator[Check]:
         yield Check("huge pages", "note", "off for shared memory", fix)
     yield _map_count()
     memory = psutil.virtual_memory()
-    free = f"{output.nbytes(memory.available)} of {output.nbytes(memory.total)} free"
+    free = f"{sizes.shown(memory.available)} of {sizes.shown(memory.total)} free"
     yield Check("memory", "ok", free)
     yield _gpu()
     yield _package("torch", _cuda())
@@ -165,7 +166,7 @@ def _substrate() -> Check:
             substrate.close()
     except FluxMoEError as error:
         fix = "check the limits of this process: ulimit -a, container memory, seccomp"
-        return Check(name, "broken", str(error), fix)
+        return Check(name, "broken", error.text, fix)
     return Check(name, "ok", "1 MiB reserved, committed and written to")
 
 
@@ -187,7 +188,7 @@ def _gpu() -> Check:
             substrate = CudaSubstrate(cuda, 1)
             each.callback(substrate.close)
             substrate.commit(substrate.reserve(FRAME_BYTES), np.zeros(1, np.int64))
-            free, total = map(output.nbytes, cuda.memory())
+            free, total = map(sizes.shown, cuda.memory())
             version = f"{cuda.version // 1000}.{cuda.version % 1000 // 10}"
             found = f"{cuda.name}, {free} of {total} free, driver for {version}"
     except FluxMoEError as error:

@@ -121,22 +121,6 @@ def warn(text: str) -> None:
 
 
 def print_error(error: FluxMoEError) -> None:
-    """Print ``error[FMxxx]: what; where; what to do`` on standard error."""
-    print(f"error[{error.code}]: {error}", file=sys.stderr)
-
-
-def nbytes(size: float) -> str:
-    """A size in bytes for display: 1536 → ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def exact_size(size: int) -> int | str:
-    """An exact size as a configuration would write it: 1536 → ``1536``, 2048 → ``2KiB``."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size and size % 1024**power == 0:
-            return f"{size // 1024**power}{unit}"
-    return int(size)
+    """Print ``error[FMxxx]: what; where; what to do`` on standard error, a line per problem."""
+    for each in error.problems():
+        print(f"error[{each.code}]: {each.text}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
@@ -103,12 +104,12 @@ def _print(plan: Plan) -> None:
     model, console = plan.model, output.console()
     console.print(
         f"[bold]{escape(model.name)}[/]: {model.architecture}, {model.moe_layers} layers x "
-        f"{model.experts} experts of {output.nbytes(model.page_bytes)}, top {model.top_k}",
+        f"{model.experts} experts of {sizes.shown(model.page_bytes)}, top {model.top_k}",
         highlight=False,
     )
     table = Table(
         "",
-        title=f"{output.nbytes(plan.memory)} for experts and KV cache, {plan.hardware}",
+        title=f"{sizes.shown(plan.memory)} for experts and KV cache, {plan.hardware}",
         title_justify="left",
     )
     for column in ("experts", "resident", "KV cache", "requests", "step ms", "waiting", "tokens/s"):
@@ -134,9 +135,9 @@ def _rows(plan: Plan) -> list[tuple[str, Point]]:
 
 def _cells(point: Point) -> list[str]:
     return [
-        output.nbytes(point.expert_bytes),
+        sizes.shown(point.expert_bytes),
         f"{point.resident_share:.1%}",
-        output.nbytes(point.kv_bytes),
+        sizes.shown(point.kv_bytes),
         str(point.requests),
         f"{point.step_ms:.1f}",
         f"{point.stall_ms / point.step_ms:.0%}",

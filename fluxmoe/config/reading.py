@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from fluxmoe import sizes
 from fluxmoe.config.schema import Config, HandLimits
-from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError
+from fluxmoe.words import line
 
 #: pydantic's error types → messages in the terms of YAML instead of Python.
 _WHAT = {

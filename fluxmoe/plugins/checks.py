@@ -12,10 +12,10 @@ from pydantic import BaseModel, ValidationError
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.core.words import from_signal, line, raised
 from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 from fluxmoe.stores.codec.base import Codec
+from fluxmoe.words import from_signal, line, raised
 
 T = TypeVar("T")
 

@@ -24,11 +24,11 @@ from pathlib import Path
 from types import ModuleType
 
 from fluxmoe import policies
-from fluxmoe.core.words import line
 from fluxmoe.errors import PluginLoadError
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
+from fluxmoe.words import line
 
 GROUP = "fluxmoe"
 ALLOW_LIST = "FLUXMOE_PLUGINS"

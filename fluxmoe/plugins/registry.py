@@ -14,7 +14,6 @@ from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, Policies
-from fluxmoe.core.words import line
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,
@@ -24,6 +23,7 @@ from fluxmoe.errors import (
     UnknownPolicyError,
 )
 from fluxmoe.plugins import checks
+from fluxmoe.words import line
 
 #: A policy in a configuration or a command line: ``lru`` or ``{kind: lru, option: value}``.
 PolicySpec = str | Mapping[str, Any]

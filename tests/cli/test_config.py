@@ -10,7 +10,6 @@ import yaml
 
 from fluxmoe import config, plugins
 from fluxmoe.backends.vllm.server import launch
-from fluxmoe.cli import output
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import ConfigError
 from tests.commandline import here
@@ -227,17 +226,6 @@ def test_what_is_shown_is_the_same_configuration(write):
     shown = succeeds("show", path)
     assert config.load(write(shown)) == config.load(EXAMPLE)
     assert succeeds("show", write(shown)) == shown
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, 0), (1, 1), (1023, 1023), (1024, "1KiB"), (1536, 1536), (3 << 29, "1536MiB"),
-     (24 << 30, "24GiB"), (2 << 40, "2TiB"), (1 << 50, "1024TiB"), ((1 << 40) + 1, (1 << 40) + 1)],
-)  # fmt: skip
-def test_sizes_are_readable_and_exact(size, text):
-    assert output.exact_size(size) == text
-    if size:
-        assert config.parse({"memory": {"budget": text}}, where="").memory.budget == size
 
 
 def test_limits_reach_the_core():

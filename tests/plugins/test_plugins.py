@@ -45,7 +45,8 @@ def test_an_unknown_policy_lists_the_known(kind):
     with pytest.raises(UnknownPolicyError) as info:
         plugins.load().create(kind, "lruu")
     assert info.value.what == f"unknown {kind} policy 'lruu'"
-    assert info.value.fix == f"known {kind} policies: {', '.join(BUILT_IN[kind])}"
+    listed = f"known {kind} policies: {', '.join(BUILT_IN[kind])}"
+    assert info.value.fix == ("did you mean 'lru'?; " if kind == "eviction" else "") + listed
 
 
 def test_registries_do_not_share_policies(tmp_path):

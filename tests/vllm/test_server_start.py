@@ -85,7 +85,7 @@ def test_addresses(tmp_path: Path, model: Path, options: dict[str, Any], says: s
 
 
 def test_a_budget_beyond_the_machine(tmp_path: Path, model: Path) -> None:
-    refused(serve(tmp_path, model, budget="900TiB"), "bytes of free memory; memory.budget")
+    refused(serve(tmp_path, model, budget="900TiB"), "of free memory; memory.budget")
 
 
 @pytest.mark.parametrize("setting", [{"arbitration": "marginal"}, {"control": True}])

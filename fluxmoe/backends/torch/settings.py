@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 
 from fluxmoe import config as fluxmoe_config
+from fluxmoe import sizes
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.types import Geometry, PageClass
@@ -71,10 +72,10 @@ class Room:
         """
         if memory < self.least:
             raise BudgetTooSmallError(
-                f"{memory} bytes cannot hold one layer of {self.geometry.experts_per_layer} "
-                f"experts, {self.page_class.nbytes} bytes each",
+                f"{sizes.shown(memory)} cannot hold one layer of {self.geometry.experts_per_layer} "
+                f"experts, {sizes.shown(self.page_class.nbytes)} each",
                 where=f"memory of {where}",
-                fix=f"give at least {self.least} bytes",
+                fix=f"give at least {sizes.at_least(self.least)}",
             )
         return min(memory, self.most)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import models, output
 from fluxmoe.cli.generate import Backend
 from fluxmoe.errors import ConfigError, UnsupportedError
@@ -120,7 +121,7 @@ def record(
     print(
         f"{out}: {reader.num_rows} rows (a row is a token in a layer), "
         f"{reader.meta.num_layers} layers x {reader.meta.experts_per_layer} experts, top "
-        f"{reader.meta.top_k}, {output.nbytes(out.stat().st_size)}"
+        f"{reader.meta.top_k}, {sizes.shown(out.stat().st_size)}"
     )
 
 
