@@ -55,7 +55,9 @@ def generate(
             metavar="1,2,3", help="Token ids instead of text, for models without a tokenizer."
         ),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
+    backend: Annotated[
+        Backend, typer.Option(metavar="|".join(Backend), help="Engine that runs the model.")
+    ] = Backend.TORCH,
     memory: Annotated[
         str,
         typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache."),
