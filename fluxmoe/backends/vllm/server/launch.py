@@ -65,13 +65,15 @@ def examine(
         serving: See ``preflight.check``.
     """
     found = Findings()
+    found.errors += registry.findings(config)
     moving = config.control
-    with found.check():
-        registry.policies(config)
-    with found.check():
-        moving = config.dynamic(registry.arbitration(config))
-    with found.check():
-        make_coders(config, registry)
+    if not found.errors:  # names and options are valid: make all of them, as the engine will
+        with found.check():
+            registry.policies(config)
+        with found.check():
+            moving = config.dynamic(registry.arbitration(config))
+        with found.check():
+            make_coders(config, registry)
     if config.model is not None or config.memory.budget is not None:
         with found.check():
             config = resolved(config)
