@@ -59,7 +59,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "quantised/config.json").write_text(json.dumps({**settings, **more}))
     for name, text in PLUGINS.items():
         (folder / name).write_text(text)
-    succeeds(*synth(layers=2, experts=16, top_k=2, batch=1, steps=40), "--out", folder / "good.parquet")
+    succeeds(
+        *synth(layers=2, experts=16, top_k=2, batch=1, steps=40), "--out", folder / "good.parquet"
+    )
     # Compiled once, or the first case would wait for it.
     succeeds("simulate", folder / "good.parquet", "--policy", "lru", "--capacity", 8, "--jobs", 1)
     (folder / "broken.yaml").write_text("memory: {budget: [\n")
