@@ -78,7 +78,7 @@ class Names:
 
 def _found(name: str) -> Any:
     module, _, path = name.partition(":")
-    found = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     *owners, last = path.split(".")
     for owner in owners:
         found = getattr(found, owner)
