@@ -29,6 +29,8 @@ class PolicyCaller:
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
+        #: The last fault of a policy that was replaced; empty while it is in use.
+        self.replaced = ""
         self._limiter = TimeLimiter(limits)
         self._reported: set[str] = set()
         self._reported_slow = False
@@ -91,7 +93,8 @@ class PolicyCaller:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
         # Sanitise here whatever the policy returned or raised.
         said = f"raised {raised(problem)}" if isinstance(problem, BaseException) else problem
-        what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
+        fault = f"{method} {line(said, limit=2 * LIMIT)}"
+        what = f"{self.kind} policy {self.name!r}: {fault}"
         if self.strict:
             cause = problem if isinstance(problem, BaseException) else None
             raise PolicyFaultError(
@@ -102,6 +105,7 @@ class PolicyCaller:
             self._reported.add(method)
             logger.warning("%s; this call falls back to the default (reported once)", what)
         if self.count == self.limits.strikes:
+            self.replaced = fault
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
@@ -121,6 +125,11 @@ class PolicyGuard:
     def faults(self) -> int:
         """Faults contained so far."""
         return self._faults.count
+
+    @property
+    def replaced(self) -> str:
+        """The last fault of a policy that was replaced for good; empty while it is in use."""
+        return self._faults.replaced
 
     @property
     def limits(self) -> Limits:
