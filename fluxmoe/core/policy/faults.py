@@ -80,11 +80,11 @@ class PolicyCaller:
                 raise
             self.note(method, error)
             return NO_ANSWER
-        # One slow call may be the machine's fault; ``strikes`` of them are the policy's.
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
-                "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
+                "%s policy %r: %d calls worked for more than %g ms, the last one of %s "
+                "(reported once)",
                 *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
         return answer
@@ -137,5 +137,5 @@ class PolicyGuard:
 
     @property
     def slow(self) -> int:
-        """Calls so far that returned, but took longer than the soft limit."""
+        """Calls so far that returned, but worked for longer than the soft limit."""
         return self._faults.slow
