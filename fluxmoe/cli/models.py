@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fluxmoe import checkpoint
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -32,23 +33,27 @@ def quiet() -> None:
 
 
 def load(model: str) -> PreTrainedModel:
-    """A model with its weights, in the dtype they are stored in. Raises ConfigError."""
+    """A model with its weights, in the dtype they are stored in.
+
+    Raises:
+        CheckpointError, UnsupportedError: It cannot be loaded, or its architecture is unknown.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
+        raise checkpoint.not_loadable(model, error) from error
 
 
 def config(model: str) -> PretrainedConfig:
-    """A model's configuration. Raises ConfigError."""
+    """A model's configuration. Raises CheckpointError or UnsupportedError."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
+        raise checkpoint.not_loadable(model, error) from error
 
 
 def stop_tokens(model: str) -> tuple[int, ...]:
@@ -62,14 +67,6 @@ def stop_tokens(model: str) -> tuple[int, ...]:
     return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
 
 
-def _cannot_load(model: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"cannot load the model: {_first_line(error)}",
-        where=model,
-        fix="name a folder with a Hugging Face checkpoint",
-    )
-
-
 def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     """A model's tokenizer; None if it has none and none is required. Raises ConfigError."""
     from transformers import AutoTokenizer
@@ -81,7 +78,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
         if found.vocab_size > len(found.all_special_ids):
             return found
     except (OSError, ValueError, KeyError) as error:
-        why = _first_line(error)
+        why = checkpoint.first_line(error)
     if not required:
         return None
     raise ConfigError(
@@ -96,7 +93,3 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
     assert tokenizer is not None
     ids: list[int] = tokenizer(prompt)["input_ids"]
     return ids
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
