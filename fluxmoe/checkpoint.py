@@ -19,7 +19,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, FluxMoEError, UnsupportedError
+from fluxmoe.errors import (
+    CheckpointError,
+    ConfigError,
+    FluxMoEError,
+    QuantisedError,
+    UnsupportedError,
+)
 from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
 from fluxmoe.words import line
 
@@ -175,7 +181,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name, shape and size of every weight of a checkpoint, from the headers of its files.
 
     Raises:
-        UnsupportedError: Experts of a type that cannot be paged.
+        QuantisedError: Experts of a type that cannot be paged.
     """
     for path in sorted(folder.glob("*.safetensors")):
         for key, shape, dtype in _headers(path):
@@ -202,7 +208,7 @@ def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
     """Refuse a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
 
     Raises:
-        UnsupportedError: Names the method, and the first expert tensor that is quantised.
+        QuantisedError: Names the method, and the first expert tensor that is quantised.
     """
     settings = text_part(config).get("quantization_config")
     tensor = _quantised_tensor(Path(model)) if Path(model).is_dir() else ""
@@ -222,9 +228,9 @@ def _quantised_tensor(folder: Path) -> str:
     return ""
 
 
-def quantised(what: str, where: str) -> UnsupportedError:
+def quantised(what: str, where: str) -> QuantisedError:
     """The error for quantised experts, described by ``what``."""
-    return UnsupportedError(
+    return QuantisedError(
         f"{what}, and quantised experts cannot be paged yet",
         where=where,
         fix="use an unquantised (bf16, fp16 or fp32) checkpoint",

@@ -194,7 +194,12 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     for key, value in config.items():
         if isinstance(value, Mapping) and has_experts(value):
             return True
-        if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value > 1:
+        if (
+            "expert" in str(key)
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and value > 1
+        ):
             return True
     return False
 

@@ -12,8 +12,8 @@ from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
+    from fluxmoe.dimensions import Model
     from fluxmoe.plan.advice import Plan, Point
-    from fluxmoe.plan.model import Model
 
 #: Default tokens per request, if the model allows that many.
 _CONTEXT = 4096
@@ -48,9 +48,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what fits, which split is best, and whether paging pays, without loading the model."""
+    from fluxmoe import dimensions as models
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
-    from fluxmoe.plan import model as models
     from fluxmoe.plan import picture as pictures
     from fluxmoe.sim import hardware as profiles
     from fluxmoe.sim.events import Events

@@ -46,18 +46,27 @@ def write(tmp_path):
     return write
 
 
+def free_memory(monkeypatch, nbytes):
+    machine = SimpleNamespace(available=nbytes, total=1 << 34)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: machine)
+
+
+NO_MODEL = "note: no model is given, so the model and its memory are not checked\n"
+
 # --- check ---------------------------------------------------------------------------------------
 
 
 def test_check_of_what_is_right(write):
     path = write({**SMALL, "eviction": {"kind": "lfru", "recency": 1}})
-    assert succeeds("check", path) == f"{path}: ok\n"
+    assert succeeds("check", path) == f"{path}: ok\n{NO_MODEL}"
 
 
 def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     from fluxmoe.demo.model import SHIPPED
 
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 30, total=1 << 30)
+    )
     weights = sum(path.stat().st_size for path in SHIPPED.glob("*.safetensors"))
     budget = ((1 << 30) - weights) // 2 >> 20
     path = write({"model": str(SHIPPED), "memory": {"budget": "auto"}})
@@ -72,7 +81,7 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     two = write({"model": str(SHIPPED), "memory": {"budget": "auto"},
                  "vllm": {"tensor_parallel_size": 2}})  # fmt: skip
     assert f"auto is currently {((1 << 30) - weights) // 4 >> 20:.1f} MiB" in succeeds("check", two)
-    assert succeeds("check", write({"memory": {"budget": "auto"}})).count("\n") == 1
+    assert succeeds("check", write({"memory": {"budget": "auto"}})).count("\n") == 2
 
     for broken, message in (
         ({"model": "org/name", "memory": {"budget": "auto"}}, "not a folder with safetensors"),
@@ -80,7 +89,9 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     ):
         code, _, err = run("check", write(broken))
         assert code == 2 and "error[FM101]" in err and message in err
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20, total=1 << 30)
+    )
     two.write_text(yaml.safe_dump({"model": str(SHIPPED), "memory": {"budget": "auto"}}))
     code, _, err = run("check", two)
     assert code == 2 and "leave none of the" in err

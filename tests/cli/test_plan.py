@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from fluxmoe import dimensions as models
 from fluxmoe.core.paging.measures import convex_hull
 from fluxmoe.errors import ConfigError
 from fluxmoe.plan import advice, cost
-from fluxmoe.plan import model as models
 from fluxmoe.sim import hardware
 from fluxmoe.sim.events import Events
 from fluxmoe.testing import checkpoints

@@ -87,7 +87,7 @@ def read(name: str) -> Model:
     folder = Path(name)
     if folder.is_dir() and any(folder.glob("*.safetensors*")):
         require_readable(name)
-        return _describe(name, read_map(folder / "config.json"), dict(headers(folder)))
+        return of_checkpoint(folder)
     if folder.is_dir() and any(folder.glob("*.bin")):
         raise UnsupportedError(
             "the weights are not in safetensors", where=name, fix="convert the checkpoint"
@@ -99,6 +99,11 @@ def read(name: str) -> Model:
     if not folder.exists():
         require_readable(name)  # distinguishes a name on a hub from a wrong path
     return _describe(name, *_parameters(name))
+
+
+def of_checkpoint(folder: Path) -> Model:
+    """The sizes of a model from its readable files. Raises as ``read``."""
+    return _describe(str(folder), read_map(folder / "config.json"), dict(headers(folder)))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -139,12 +144,13 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     text = text_part(config)
     experts, top_k = _first(text, EXPERTS), _first(text, TOP_K)
     checkpoint.refuse_quantised(name, config)
-    layers = text.get("num_hidden_layers")
+    depth = text.get("num_hidden_layers")
+    layers = depth if isinstance(depth, int) else 0
     pages: dict[str, int] = defaultdict(int)  # bytes of the experts of each layer
     other = embedding = item = 0
     for key, tensor in tensors.items():
         where = _LAYER.search(key)
-        if where and isinstance(layers, int) and int(where[1]) >= layers:
+        if where and layers and int(where[1]) >= layers:
             continue  # of speculative decoding, not loaded
         if ".experts." in key and key.endswith(".bias"):
             raise checkpoint.unknown_layout(architecture, f"{key} is a bias", name)
@@ -162,7 +168,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     sizes = set(pages.values())
     for wrong, detail in (
         (not pages, "no weights of experts are under names that are known"),
-        (not isinstance(layers, int), "config.json has no num_hidden_layers"),
+        (not layers, "config.json has no num_hidden_layers"),
         (not top_k, f"config.json has none of {', '.join(TOP_K)}"),
         (len(sizes) > 1, "layers have experts of different sizes"),
         (any(size % max(experts, 1) for size in sizes), "experts of a layer differ in size"),
