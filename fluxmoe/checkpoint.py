@@ -23,6 +23,7 @@ from fluxmoe.errors import (
     CheckpointError,
     ConfigError,
     FluxMoEError,
+    MissingDependencyError,
     QuantisedError,
     UnsupportedError,
 )
@@ -246,13 +247,13 @@ def unknown_layout(architecture: str, detail: str, where: str) -> UnsupportedErr
     )
 
 
-def not_buildable(architecture: str, error: Exception, where: str) -> UnsupportedError:
+def not_buildable(architecture: str, error: Exception, where: str) -> FluxMoEError:
     """The error for a model whose configuration is read, but not built, by ``transformers``."""
-    return UnsupportedError(
-        f"the architecture {architecture!r} is not supported: transformers cannot build a causal "
-        f"language model of it: {line(error).partition('. ')[0]}",
+    kind = MissingDependencyError if isinstance(error, ImportError) else UnsupportedError
+    return kind(
+        "transformers cannot build a causal language model of the architecture "
+        f"{architecture!r}: {first_line(error)}",
         where=where,
-        fix="use it without FluxMoE",
     )
 
 
@@ -260,7 +261,9 @@ def not_loadable(model: str, error: Exception) -> FluxMoEError:
     """The error for a model that ``transformers`` cannot find, read or recognise."""
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
         return UnsupportedError(
-            f"unknown architecture: {first_line(error)}", where=model, fix="upgrade transformers"
+            f"unknown architecture: {first_line(error)}",
+            where=model,
+            fix="upgrade transformers, or allow the model's own code",
         )
     return CheckpointError(
         f"cannot load the model: {first_line(error)}",

@@ -118,7 +118,7 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any model's own code
         raise checkpoint.not_loadable(name, error) from error
     data = config.to_dict()
     if not has_experts(data):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxmoe import checkpoint
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -40,9 +39,12 @@ def load(model: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    from fluxmoe import checkpoint
+
+    checkpoint.require_readable(model)
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any model's own code
         raise checkpoint.not_loadable(model, error) from error
 
 
@@ -50,9 +52,12 @@ def config(model: str) -> PretrainedConfig:
     """A model's configuration. Raises CheckpointError or UnsupportedError."""
     from transformers import AutoConfig
 
+    from fluxmoe import checkpoint
+
+    checkpoint.require_readable(model)
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any model's own code
         raise checkpoint.not_loadable(model, error) from error
 
 
@@ -71,6 +76,8 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     """A model's tokenizer; None if it has none and none is required. Raises ConfigError."""
     from transformers import AutoTokenizer
 
+    from fluxmoe.checkpoint import first_line
+
     why = "it has no vocabulary"
     try:
         found = AutoTokenizer.from_pretrained(model)
@@ -78,7 +85,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
         if found.vocab_size > len(found.all_special_ids):
             return found
     except (OSError, ValueError, KeyError) as error:
-        why = checkpoint.first_line(error)
+        why = first_line(error)
     if not required:
         return None
     raise ConfigError(
