@@ -19,8 +19,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, QuantisedError
+from fluxmoe.errors import (
+    CheckpointError,
+    ConfigError,
+    FluxMoEError,
+    MissingDependencyError,
+    QuantisedError,
+    UnsupportedError,
+)
 from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
+from fluxmoe.words import line
 
 _INDEX = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -197,6 +205,30 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
                     yield name, entry["dtype"], entry["shape"], data
 
 
+def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
+    """Refuse a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
+
+    Raises:
+        QuantisedError: Names the method, and the first expert tensor that is quantised.
+    """
+    settings = text_part(config).get("quantization_config")
+    tensor = _quantised_tensor(Path(model)) if Path(model).is_dir() else ""
+    if settings or tensor:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        by = f" with {method}" if method else ""
+        raise quantised(f"the checkpoint is quantised{by}{tensor and f' ({tensor})'}", model)
+
+
+def _quantised_tensor(folder: Path) -> str:
+    """The first tensor with weights of experts that are quantised, and its type; else empty."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, shape, dtype in _headers(path):
+            # Three dimensions at least, or the experts of a layer would not be recognised.
+            if dtype not in _BYTES and expert_tensor(key, max(len(shape), 3)):
+                return f"{key} is {dtype}"
+    return ""
+
+
 def quantised(what: str, where: str) -> QuantisedError:
     """The error for quantised experts, described by ``what``."""
     return QuantisedError(
@@ -204,3 +236,42 @@ def quantised(what: str, where: str) -> QuantisedError:
         where=where,
         fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
     )
+
+
+def unknown_layout(architecture: str, detail: str, where: str) -> UnsupportedError:
+    """The error for experts whose names or shapes are not known, described by ``detail``."""
+    return UnsupportedError(
+        f"the expert layout of the architecture {architecture!r} is not supported yet: {detail}",
+        where=where,
+        fix="use it without FluxMoE",
+    )
+
+
+def not_buildable(architecture: str, error: Exception, where: str) -> FluxMoEError:
+    """The error for a model whose configuration is read, but not built, by ``transformers``."""
+    kind = MissingDependencyError if isinstance(error, ImportError) else UnsupportedError
+    return kind(
+        "transformers cannot build a causal language model of the architecture "
+        f"{architecture!r}: {first_line(error)}",
+        where=where,
+    )
+
+
+def not_loadable(model: str, error: Exception) -> FluxMoEError:
+    """The error for a model that ``transformers`` cannot find, read or recognise."""
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return UnsupportedError(
+            f"unknown architecture: {first_line(error)}",
+            where=model,
+            fix="upgrade transformers, or allow the model's own code",
+        )
+    return CheckpointError(
+        f"cannot load the model: {first_line(error)}",
+        where=model,
+        fix="name the folder of a Hugging Face checkpoint, or a model on the Hub",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return line(str(error).strip().partition("\n")[0])
