@@ -204,6 +204,12 @@ class UnsupportedError(FluxMoEError):
     code = "FM402"
 
 
+class QuantisedError(UnsupportedError):
+    """A checkpoint with quantised experts."""
+
+    code = "FM407"
+
+
 class UnsupportedVersionError(FluxMoEError):
     """A version of the engine outside the range FluxMoE was tested with."""
 

@@ -6,9 +6,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import psutil
-
-from fluxmoe import sizes
+from fluxmoe import machine, sizes
 from fluxmoe.checkpoint import weight_bytes
 from fluxmoe.config import ResolvedMemory, Share
 from fluxmoe.core.memory import sizing
@@ -47,11 +45,13 @@ def require_free(budget: int, *, held: int = 0) -> None:
     Raises:
         ConfigError: Names both.
     """
-    available = psutil.virtual_memory().available + held
+    memory = machine.memory()
+    available = memory.available + held
     if budget > available:
         given, free = sizes.apart(budget, available)
+        within = f" within the limit of {memory.limit}" if memory.limit else ""
         raise ConfigError(
-            f"a budget of {given} exceeds the {free} of free memory",
+            f"a budget of {given} exceeds the {free} of free memory{within}",
             where="memory.budget",
             fix="lower it",
         )
@@ -74,7 +74,7 @@ def automatic(model: str | None, workers: int) -> int:
         raise ConfigError(
             "auto needs the model's path", where="memory.budget", fix="add model: FOLDER"
         )
-    weights, free = weight_bytes(model), psutil.virtual_memory().available
+    weights, free = weight_bytes(model), machine.memory().available
     budget = int((free - weights) * SHARE / workers) >> 20 << 20
     if budget <= 0:
         raise ConfigError(

@@ -19,9 +19,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from fluxmoe import sizes
+from fluxmoe import machine, sizes
+from fluxmoe.backends.vllm.server.preflight import require_shared_memory
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.cli import machine, output, table
+from fluxmoe.cli import hardware, output, table
 from fluxmoe.cli.options import AsCsv, AsJson
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
@@ -107,8 +108,6 @@ def _print(title: str, findings: list[Check]) -> None:
 
 
 def _system() -> Iterator[Check]:
-    import psutil
-
     yield Check("Python", "ok", platform.python_version())
     here = f"{platform.system()} {platform.release()} {platform.machine()}"
     if sys.platform != "linux":
@@ -124,9 +123,8 @@ def _system() -> Iterator[Check]:
         fix = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (speed only)"
         yield Check("huge pages", "note", "off for shared memory", fix)
     yield _map_count()
-    memory = psutil.virtual_memory()
-    free = f"{sizes.shown(memory.available)} of {sizes.shown(memory.total)} free"
-    yield Check("memory", "ok", free)
+    yield _memory()
+    yield _shared_memory()
     yield _gpu()
     yield _profile()
     yield _package("torch", _cuda())
@@ -165,12 +163,29 @@ def _substrate() -> Check:
 
 def _profile() -> Check:
     """The profile of this machine, which ``plan`` uses by default."""
-    kept = machine.measured()
+    kept = hardware.measured()
     if kept is None:
         fix = "nothing: fluxmoe plan measures it; or fluxmoe doctor --measure FILE.yaml"
         return Check("hardware profile", "note", "this machine is not measured yet", fix)
     found = f"pages at {kept.load_gbps:.1f} GB/s; {kept.description}"
     return Check("hardware profile", "ok", found)
+
+
+def _memory() -> Check:
+    memory = machine.memory()
+    free = f"{sizes.shown(memory.available)} of {sizes.shown(memory.total)} free"
+    return Check("memory", "ok", f"{free}, limited by {memory.limit}" if memory.limit else free)
+
+
+def _shared_memory() -> Check:
+    free = machine.shared_memory()
+    if free is None:
+        return Check("/dev/shm", "note", "missing", "mount a tmpfs there, for vLLM")
+    try:
+        require_shared_memory(1)
+    except FluxMoEError as error:
+        return Check("/dev/shm", "note", f"{sizes.shown(free)} free", error.fix)
+    return Check("/dev/shm", "ok", f"{sizes.shown(free)} free")
 
 
 def _gpu() -> Check:

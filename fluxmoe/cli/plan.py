@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import machine, output, table
+from fluxmoe.cli import output, table
+from fluxmoe.cli.hardware import HERE, profile_of
 from fluxmoe.cli.options import AsCsv, AsJson
 
 if TYPE_CHECKING:
+    from fluxmoe.dimensions import Model
     from fluxmoe.plan.advice import Plan, Point
-    from fluxmoe.plan.model import Model
     from fluxmoe.sim.hardware import Profile
 
 #: Default tokens per request, if the model allows that many.
@@ -32,7 +33,7 @@ def plan(
     ],
     hardware: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="Hardware profile; this one is measured once.")
-    ] = machine.HERE,
+    ] = HERE,
     context: Annotated[
         int | None,
         typer.Option(
@@ -51,15 +52,15 @@ def plan(
     as_csv: AsCsv = False,
 ) -> None:
     """Show what fits, which split is best, and whether paging pays, without loading the model."""
+    from fluxmoe import dimensions as models
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
-    from fluxmoe.plan import model as models
     from fluxmoe.plan import picture as pictures
     from fluxmoe.sim.events import Events
 
     budget = size(memory, where="--memory")
     shape = models.read(model)
-    profile = machine.profile(hardware)
+    profile = profile_of(hardware)
     work = cost.PlannedWorkload(_tokens(context, shape), requests)
     curve = cost.even_curve(shape.pages)
     assumption = (

@@ -64,13 +64,13 @@ def simulate(
     command with exit code 2; its counts would not be its own.
     """
     from fluxmoe import plugins
-    from fluxmoe.cli import machine
+    from fluxmoe.cli.hardware import profile_of
     from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
     from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
     registry = plugins.load(plugin or ())
-    profile = None if hardware is None else machine.profile(hardware)
+    profile = None if hardware is None else profile_of(hardware)
     events = Events.load(trace)
     asked = [
         SimulationRun(spec(name), size, spec(ahead))

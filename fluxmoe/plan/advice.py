@@ -9,10 +9,10 @@ import numpy as np
 
 from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.host import frame_bytes_for
+from fluxmoe.dimensions import Model
 from fluxmoe.errors import BudgetTooSmallError
 from fluxmoe.plan import cost
 from fluxmoe.plan.cost import Floats, PlannedWorkload, Splits
-from fluxmoe.plan.model import Model
 from fluxmoe.sim.hardware import Profile
 from fluxmoe.sizes import apart, at_least, shown
 

@@ -247,12 +247,15 @@ def test_synth_arguments(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-NOISY = """
+NOISY = (
+    """
 import os, sys
 print("printed by Python")
 os.write(1, b"written by a library in C\\n")
 os.system("echo said by a child process")
-""" + MRU
+"""
+    + MRU
+)
 
 
 @pytest.mark.parametrize("format", ["--json", "--csv"])

@@ -289,7 +289,7 @@ def test_an_unknown_option_is_refused_even_by_a_model_that_would_ignore_it():
         registry_with("good", Good, Options).create("eviction", {"kind": "good", "wieght": 3})
     assert info.value.what == "unknown option 'wieght'"
     assert info.value.where == "eviction 'good'"
-    assert info.value.fix == "its options: mode, weight"
+    assert info.value.fix == "did you mean 'weight'?; its options: mode, weight"
 
 
 def test_a_policy_without_options_takes_none():

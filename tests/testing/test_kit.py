@@ -39,9 +39,7 @@ def test_the_figures_of_golden_traces_are_right(name):
         trace.events.meta.geometry.num_pages,
     )
     for policy, misses in trace.misses.items():
-        found = tuple(
-            simulate(trace.events, policy, c).misses for c in trace.capacities
-        )
+        found = tuple(simulate(trace.events, policy, c).misses for c in trace.capacities)
         assert found == misses, policy
 
 

@@ -17,7 +17,10 @@ import torch
 
 from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.server import room
 from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS
+from fluxmoe.config import parse
+from fluxmoe.dimensions import of_checkpoint
 from fluxmoe.errors import (
     BudgetTooSmallError,
     CheckpointError,
@@ -114,6 +117,21 @@ def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
     assert f"at least {at_least(least)}," in error.fix
     eager.restart(fluxmoe=config(memory={"budget": least}), **EAGER)
     assert answers(eager)
+
+
+def test_b3_the_preflight_refuses_less_but_nearly_as_much(checkpoint: Path) -> None:
+    """Its minimum is computed from files: one block less than the engine's."""
+    least = EXPERTS * PAGE + 8 * BLOCK
+    options = {"max-model-len": 256}
+
+    def check(budget: int) -> None:
+        given = {"model": str(checkpoint), "memory": {"budget": budget}, "vllm": options}
+        ready = parse(given, where="").resolved(budget)
+        room.require(ready, of_checkpoint(checkpoint), options, workers=1)
+
+    check(least)
+    with pytest.raises(BudgetTooSmallError, match="one request of 256 tokens"):
+        check(least - 4096)
 
 
 def test_a_budget_beyond_the_machine(eager: ChildEngine) -> None:

@@ -47,9 +47,7 @@ def test_where_events_have_one_page_it_is_the_algorithm_of_the_paper(registry, c
     oracle = Oracle(capacity)
     for *_, where in events:
         oracle.use(int(events.ids[where][0]))
-    assert (
-        simulate(events, "sieve", capacity, registry=registry).misses == oracle.misses
-    )
+    assert simulate(events, "sieve", capacity, registry=registry).misses == oracle.misses
 
 
 def test_it_beats_lru_where_use_is_skewed_and_nothing_does_in_a_scan(registry):

@@ -25,7 +25,7 @@ HERE = "this-machine"
 SUBSTITUTE = "laptop-nvme"
 
 
-def profile(name: str) -> Profile:
+def profile_of(name: str) -> Profile:
     """The profile for ``--hardware``, measured if it is this machine's and has not been yet.
 
     Raises:
