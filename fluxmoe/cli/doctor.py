@@ -20,7 +20,6 @@ from typing import Annotated, Literal
 import typer
 
 from fluxmoe import machine, sizes
-from fluxmoe.backends.vllm.server.preflight import require_shared_memory
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli import hardware, output, table
 from fluxmoe.cli.options import AsCsv, AsJson
@@ -178,6 +177,8 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
+    from fluxmoe.backends.vllm.server.preflight import require_shared_memory
+
     free = machine.shared_memory()
     if free is None:
         return Check("/dev/shm", "note", "missing", "mount a tmpfs there, for vLLM")
