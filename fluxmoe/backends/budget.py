@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from fluxmoe import machine, sizes
 from fluxmoe.checkpoint import weight_bytes
-from fluxmoe.config import ResolvedMemory, Share
+from fluxmoe.config import Resolved, ResolvedMemory, Share
 from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import frame_bytes_for
@@ -49,12 +49,47 @@ def require_free(budget: int, *, held: int = 0) -> None:
     available = memory.available + held
     if budget > available:
         given, free = sizes.apart(budget, available)
-        within = f" within the limit of {memory.limit}" if memory.limit else ""
         raise ConfigError(
-            f"a budget of {given} exceeds the {free} of free memory{within}",
+            f"a budget of {given} exceeds the {free} of free memory{_limited(memory)}",
             where="memory.budget",
             fix="lower it",
         )
+
+
+def require_for_weights(config: Resolved, *, experts: int, others: int, workers: int = 1) -> None:
+    """Refuse a start whose weights and budgets together exceed the free memory.
+
+    Called before the weights are loaded. Without a limit and a codec, the host store keeps all
+    experts as they are loaded.
+
+    Args:
+        config: The configuration; its budget is that of one worker.
+        experts, others: Bytes of the experts, and of all other weights.
+        workers: Number of workers that share the machine.
+
+    Raises:
+        ConfigError: Names the parts.
+    """
+    first = config.stores[0]
+    plain = first.kind == "host" and first.limit is None and first.codec["kind"] == "none"
+    parts = {
+        "the budget" if workers == 1 else f"{workers} budgets": config.memory.budget * workers,
+        "experts in the host store": experts if plain else 0,
+        "other weights": others,
+    }
+    memory, need = machine.memory(), sum(parts.values())
+    if need > memory.available:
+        needed, free = sizes.apart(need, memory.available)
+        each = ", ".join(f"{sizes.shown(size)} for {name}" for name, size in parts.items() if size)
+        raise ConfigError(
+            f"{needed} are needed ({each}), {free} are free{_limited(memory)}",
+            where="memory.budget, stores",
+            fix="lower the budget" + (", or use a store of kind: file" if plain else ""),
+        )
+
+
+def _limited(memory: machine.MemoryRoom) -> str:
+    return f" within the limit of {memory.limit}" if memory.limit else ""
 
 
 def automatic(model: str | None, workers: int) -> int:

@@ -143,7 +143,6 @@ def _check_model(
             budget.require_free(config.memory.budget * workers(config))
         else:
             room.require(config, model, options, workers(config))
-            room.require_beside_weights(config, model, options, workers(config))
     with found.check():
         require_room(config, 0 if model is None else model.experts_bytes)
 
