@@ -120,7 +120,7 @@ class PluginLoadError(FluxMoEError):
 
 
 class PolicyFaultError(FluxMoEError):
-    """A policy raised or returned an unusable answer under ``--strict-policies``.
+    """A policy raised or returned an unusable answer, and its faults are not contained.
 
     In every mode: its ``score_kernel`` does not compile, or ``make_kernel`` takes too long.
     """

@@ -195,7 +195,7 @@ def _run_kernel(
             # Without prefetch no page is protected. A plain False would be a type of its own to
             # numba, and ``victims``, which takes ten seconds, would be compiled once more.
             bank = b.bank_of[b.now[LAYER]]
-            found = victims(b, heap, c, entry, bank, short, np.bool_(False), scratch)
+            found = victims(b, heap, c, entry, bank, short, np.bool_(False), scratch)  # type: ignore[arg-type]
             if found == FAILED:
                 return at
         admit(b, scratch[:found])
