@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.errors import CheckpointError, ConfigError, QuantisedError
 from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
 
 _INDEX = "model.safetensors.index.json"
@@ -57,15 +57,20 @@ def require_readable(model: str) -> None:
         require_experts(_weights(folder), text_part(config), where=model)
     elif folder.exists():
         raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
-    elif not _HUB_NAME.fullmatch(model):
+    elif not is_hub_name(model):
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
+
+
+def is_hub_name(model: str) -> bool:
+    """True if a text can be the name of a model on a hub: ``name`` or ``organisation/name``."""
+    return _HUB_NAME.fullmatch(model) is not None
 
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
     """The cached folder of a model on the hub if it exists, else the name unchanged."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(model).exists() or not _HUB_NAME.fullmatch(model):
+    if Path(model).exists() or not is_hub_name(model):
         return model
     found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
     return str(Path(found).parent) if isinstance(found, str) else model
@@ -169,7 +174,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name, shape and size of every weight of a checkpoint, from the headers of its files.
 
     Raises:
-        UnsupportedError: Experts of a type that cannot be paged.
+        QuantisedError: Experts of a type that cannot be paged.
     """
     for path in sorted(folder.glob("*.safetensors")):
         for key, shape, dtype in _headers(path):
@@ -192,9 +197,9 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
                     yield name, entry["dtype"], entry["shape"], data
 
 
-def quantised(what: str, where: str) -> UnsupportedError:
+def quantised(what: str, where: str) -> QuantisedError:
     """The error for quantised experts, described by ``what``."""
-    return UnsupportedError(
+    return QuantisedError(
         f"{what}, and quantised experts cannot be paged yet",
         where=where,
         fix="use an unquantised (bf16, fp16 or fp32) checkpoint",

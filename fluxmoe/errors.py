@@ -1,13 +1,15 @@
 """All errors a user can encounter, each with a stable code.
 
-The command line prints them as ``error[FMxxx]: what, where, what to do`` and exits with status 2.
-Codes are never reused: scripts and third-party documentation may refer to them.
+The text of an error is ``FMxxx: what; where; fix``, in tracebacks and logs as well. The command
+line prints ``error[FMxxx]: what; where; fix`` and exits with status 2. Codes are never reused:
+scripts and third-party documentation may refer to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, TypeVar
 
 
 class FluxMoEError(Exception):
@@ -17,23 +19,58 @@ class FluxMoEError(Exception):
         what: The problem, naming the value.
         where: The field, file or call in which it was found (may be empty).
         fix: The remedy available to the user (may be empty).
+
+    Attributes:
+        others: Further errors found at the same time; ``str`` has a line for each.
     """
 
     code: ClassVar[str] = "FM000"
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
-        super().__init__("; ".join(part for part in (what, where, fix) if part))
+        self.others: tuple[FluxMoEError, ...] = ()
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{error.code}: {error.text}" for error in self.problems())
+
+    @property
+    def text(self) -> str:
+        """The message without its code, and without ``others``: ``what; where; fix``."""
+        return "; ".join(part for part in (self.what, self.where, self.fix) if part)
+
+    def problems(self) -> list[FluxMoEError]:
+        """This error and the others."""
+        return [self, *self.others]
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process boundaries (the engine runs in a child); keyword arguments must too.
-        return (_rebuild, (type(self), self.what, self.where, self.fix))
+        return (_rebuild, (type(self), self.what, self.where, self.fix, self.others))
 
 
-def _rebuild(cls: type[FluxMoEError], what: str, where: str, fix: str) -> FluxMoEError:
+def _rebuild(
+    cls: type[FluxMoEError], what: str, where: str, fix: str, others: tuple[FluxMoEError, ...]
+) -> FluxMoEError:
     error = cls.__new__(cls)
     FluxMoEError.__init__(error, what, where=where, fix=fix)
+    error.others = others
     return error
+
+
+_Error = TypeVar("_Error", bound=FluxMoEError)
+
+
+def together(errors: Sequence[_Error]) -> _Error:
+    """The first of several errors, with the rest in ``others``, for one ``raise``."""
+    first, *rest = errors
+    first.others = tuple(error for found in rest for error in found.problems())
+    return first
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
+    near = difflib.get_close_matches(str(name), list(known), n=1) if name else []
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 # --- configuration -----------------------------------------------------------------------------
@@ -62,13 +99,14 @@ class UnknownPolicyError(FluxMoEError):
     def __init__(
         self, kind: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
     ) -> None:
-        fix = _known(f"{kind} policies", known, broken)
+        fix = _known(f"{kind} policies", name, known, broken)
         super().__init__(f"unknown {kind} policy {name!r}", fix=fix)
 
 
-def _known(what: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
+def _known(what: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
     """List the known names, and the plugins that failed to load and may define the unknown one."""
-    parts = [f"known {what}: {', '.join(sorted(known))}"]
+    names = sorted(known)
+    parts = list(filter(None, [meant(name, names), f"known {what}: {', '.join(names)}"]))
     for plugin, reason in (broken or {}).items():
         parts.append(f"the installed plugin {plugin} is broken: {reason}")
     return "; ".join(parts)
@@ -142,7 +180,7 @@ class UnknownCodecError(FluxMoEError):
     def __init__(
         self, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(f"unknown codec {name!r}", fix=_known("codecs", known, broken))
+        super().__init__(f"unknown codec {name!r}", fix=_known("codecs", name, known, broken))
 
 
 class DeviceMemoryError(SubstrateError):
@@ -164,6 +202,12 @@ class UnsupportedError(FluxMoEError):
     """An architecture, a feature or a device that FluxMoE does not handle (yet)."""
 
     code = "FM402"
+
+
+class QuantisedError(UnsupportedError):
+    """A checkpoint with quantised experts."""
+
+    code = "FM407"
 
 
 class UnsupportedVersionError(FluxMoEError):

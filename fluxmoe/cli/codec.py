@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 from fluxmoe.errors import CheckpointError
 
@@ -78,8 +79,8 @@ def _row(survey: Survey) -> list[str]:
 
     return [
         survey.name,
-        output.nbytes(survey.raw_bytes),
-        output.nbytes(survey.coded_bytes),
+        sizes.shown(survey.raw_bytes),
+        sizes.shown(survey.coded_bytes),
         f"{survey.ratio:.3f}",
         per_cent(survey.escapes),
         per_cent(survey.zero_coded),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
@@ -68,24 +69,24 @@ def _print(result: Comparison, model: DemoModel) -> None:
 
     stock, paged, stats = result.stock, result.fluxmoe, result.stats
     table = Table()
-    table.add_column(f"both in {output.nbytes(result.budget_bytes)}")
+    table.add_column(f"both in {sizes.shown(result.budget_bytes)}")
     table.add_column("stock vLLM", justify="right")
     table.add_column("vLLM + FluxMoE", justify="right")
     rows = [
         (
             "experts in the budget",
-            output.nbytes(result.experts_total_bytes),
-            output.nbytes(stats["expert_bytes"]),
+            sizes.shown(result.experts_total_bytes),
+            sizes.shown(stats["expert_bytes"]),
         ),
         ("  of all experts", "100 %", f"{stats['slots'] / stats['pages']:.0%}"),
-        ("KV cache in the budget", output.nbytes(stock.kv_bytes), output.nbytes(paged.kv_bytes)),
+        ("KV cache in the budget", sizes.shown(stock.kv_bytes), sizes.shown(paged.kv_bytes)),
         ("  blocks", str(stock.kv_blocks), str(paged.kv_blocks)),
         ("requests running at once", str(stock.peak_running), str(paged.peak_running)),
         ("expert hit rate", "–", f"{stats['hit_rate']:.1%}"),
         ("tokens/s", f"{stock.tokens_per_s:.0f}", f"{paged.tokens_per_s:.0f}"),
         ("speed-up", "1.00×", f"{result.speedup:.2f}×"),
         ("tokens", "", "identical" if result.tokens_identical else "DIFFERENT"),
-        ("page store, outside the budget", "–", output.nbytes(stats["store_bytes"])),
+        ("page store, outside the budget", "–", sizes.shown(stats["store_bytes"])),
     ]
     for row in rows:
         table.add_row(*row)

@@ -19,6 +19,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from fluxmoe import machine, sizes
+from fluxmoe.backends.vllm.server.preflight import require_shared_memory
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli import output
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
@@ -114,8 +116,6 @@ def _print(system: list[Check], backends: list[Check]) -> None:
 
 
 def _system() -> Iterator[Check]:
-    import psutil
-
     yield Check("Python", "ok", platform.python_version())
     here = f"{platform.system()} {platform.release()} {platform.machine()}"
     if sys.platform != "linux":
@@ -131,9 +131,8 @@ def _system() -> Iterator[Check]:
         fix = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (speed only)"
         yield Check("huge pages", "note", "off for shared memory", fix)
     yield _map_count()
-    memory = psutil.virtual_memory()
-    free = f"{output.nbytes(memory.available)} of {output.nbytes(memory.total)} free"
-    yield Check("memory", "ok", free)
+    yield _memory()
+    yield _shared_memory()
     yield _gpu()
     yield _package("torch", _cuda())
     yield _vllm()
@@ -165,8 +164,25 @@ def _substrate() -> Check:
             substrate.close()
     except FluxMoEError as error:
         fix = "check the limits of this process: ulimit -a, container memory, seccomp"
-        return Check(name, "broken", str(error), fix)
+        return Check(name, "broken", error.text, fix)
     return Check(name, "ok", "1 MiB reserved, committed and written to")
+
+
+def _memory() -> Check:
+    memory = machine.memory()
+    free = f"{sizes.shown(memory.available)} of {sizes.shown(memory.total)} free"
+    return Check("memory", "ok", f"{free}, limited by {memory.limit}" if memory.limit else free)
+
+
+def _shared_memory() -> Check:
+    free = machine.shared_memory()
+    if free is None:
+        return Check("/dev/shm", "note", "missing", "mount a tmpfs there, for vLLM")
+    try:
+        require_shared_memory(1)
+    except FluxMoEError as error:
+        return Check("/dev/shm", "note", f"{sizes.shown(free)} free", error.fix)
+    return Check("/dev/shm", "ok", f"{sizes.shown(free)} free")
 
 
 def _gpu() -> Check:
@@ -187,7 +203,7 @@ def _gpu() -> Check:
             substrate = CudaSubstrate(cuda, 1)
             each.callback(substrate.close)
             substrate.commit(substrate.reserve(FRAME_BYTES), np.zeros(1, np.int64))
-            free, total = map(output.nbytes, cuda.memory())
+            free, total = map(sizes.shown, cuda.memory())
             version = f"{cuda.version // 1000}.{cuda.version % 1000 // 10}"
             found = f"{cuda.name}, {free} of {total} free, driver for {version}"
     except FluxMoEError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import models, output
 from fluxmoe.errors import ConfigError
 
@@ -54,7 +55,9 @@ def generate(
             metavar="1,2,3", help="Token ids instead of text, for models without a tokenizer."
         ),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
+    backend: Annotated[
+        Backend, typer.Option(metavar="|".join(Backend), help="Engine that runs the model.")
+    ] = Backend.TORCH,
     memory: Annotated[
         str,
         typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache."),
@@ -163,9 +166,9 @@ def _print(result: dict[str, Any], prompt: str | None) -> None:
         print((prompt or "") + result["text"])
     output.console().print(
         f"{len(result['token_ids'])} tokens, {result['tokens_per_s']:.1f} per second; experts: "
-        f"{stats['slots']} of {stats['pages']} pages fit in {output.nbytes(stats['expert_bytes'])}"
-        f", hit rate {stats['hit_rate']:.1%}, {output.nbytes(stats['bytes_demand'])} loaded on "
-        f"demand, {output.nbytes(stats['bytes_prefetch'])} ahead, {stats['stall_seconds']:.2f} s "
+        f"{stats['slots']} of {stats['pages']} pages fit in {sizes.shown(stats['expert_bytes'])}"
+        f", hit rate {stats['hit_rate']:.1%}, {sizes.shown(stats['bytes_demand'])} loaded on "
+        f"demand, {sizes.shown(stats['bytes_prefetch'])} ahead, {stats['stall_seconds']:.2f} s "
         "waited",
         style="dim",
         highlight=False,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 
@@ -81,8 +82,8 @@ def _given(value: Any) -> Any:
 
 def _print(told: dict[str, Any]) -> None:
     split, limits = told["split"], told["limits"]
-    print(f"experts have {output.nbytes(split['experts'])}, the KV cache "
-          f"{output.nbytes(split['kv'])}, of {output.nbytes(told['budget'])}")  # fmt: skip
+    print(f"experts have {sizes.shown(split['experts'])}, the KV cache "
+          f"{sizes.shown(split['kv'])}, of {sizes.shown(told['budget'])}")  # fmt: skip
     words = [
         ("budget", limits["budget"]),
         *(
@@ -91,7 +92,7 @@ def _print(told: dict[str, Any]) -> None:
             for end in ("min", "max")
         ),
     ]
-    given = [f"{name} {output.exact_size(size)}" for name, size in words if size is not None]
+    given = [f"{name} {sizes.exact(size)}" for name, size in words if size is not None]
     print("limits: " + (", ".join(given) if given else "none"))
 
 

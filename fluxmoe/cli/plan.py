@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
+    from fluxmoe.dimensions import Model
     from fluxmoe.plan.advice import Plan, Point
-    from fluxmoe.plan.model import Model
 
 #: Default tokens per request, if the model allows that many.
 _CONTEXT = 4096
@@ -47,9 +48,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what fits, which split is best, and whether paging pays, without loading the model."""
+    from fluxmoe import dimensions as models
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
-    from fluxmoe.plan import model as models
     from fluxmoe.plan import picture as pictures
     from fluxmoe.sim import hardware as profiles
     from fluxmoe.sim.events import Events
@@ -103,12 +104,12 @@ def _print(plan: Plan) -> None:
     model, console = plan.model, output.console()
     console.print(
         f"[bold]{escape(model.name)}[/]: {model.architecture}, {model.moe_layers} layers x "
-        f"{model.experts} experts of {output.nbytes(model.page_bytes)}, top {model.top_k}",
+        f"{model.experts} experts of {sizes.shown(model.page_bytes)}, top {model.top_k}",
         highlight=False,
     )
     table = Table(
         "",
-        title=f"{output.nbytes(plan.memory)} for experts and KV cache, {plan.hardware}",
+        title=f"{sizes.shown(plan.memory)} for experts and KV cache, {plan.hardware}",
         title_justify="left",
     )
     for column in ("experts", "resident", "KV cache", "requests", "step ms", "waiting", "tokens/s"):
@@ -134,9 +135,9 @@ def _rows(plan: Plan) -> list[tuple[str, Point]]:
 
 def _cells(point: Point) -> list[str]:
     return [
-        output.nbytes(point.expert_bytes),
+        sizes.shown(point.expert_bytes),
         f"{point.resident_share:.1%}",
-        output.nbytes(point.kv_bytes),
+        sizes.shown(point.kv_bytes),
         str(point.requests),
         f"{point.step_ms:.1f}",
         f"{point.stall_ms / point.step_ms:.0%}",

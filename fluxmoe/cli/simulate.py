@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 from fluxmoe.errors import ConfigError
 
@@ -62,14 +63,14 @@ def simulate(
     registry = plugins.load(plugin or ())
     profile = None if hardware is None else profiles.load(hardware)
     events = Events.load(trace)
-    sizes = _items(capacity, "--capacity")
+    capacities = _items(capacity, "--capacity")
     asked = [
         SimulationRun(spec(name), size, spec(ahead))
         for name in _items(policy, "--policy")
-        for size in sizes
+        for size in capacities
         for ahead in _items(prefetch, "--prefetch")
     ]
-    optimum = [SimulationRun(page.OPTIMUM, size) for size in sizes]
+    optimum = [SimulationRun(page.OPTIMUM, size) for size in capacities]
     more = [run for run in optimum if run not in asked] if report is not None else []
     plan = RunPlan([*asked, *more], plugin or (), banks, strict_policies, profile)
     with _progress(len(plan.runs) * len(events)) as progress:
@@ -149,8 +150,8 @@ def _print_table(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
             f"{result.hit_rate:.2%}",
             *map(str, (result.misses, result.prefetch_hits, result.evictions, result.released)),
         ]
-        sizes = result.bytes_demand, result.bytes_prefetch
-        cells += ["" if size is None else output.nbytes(size) for size in sizes]
+        loaded = result.bytes_demand, result.bytes_prefetch
+        cells += ["" if size is None else sizes.shown(size) for size in loaded]
         if (timing := result.timing) is not None:
             cells += [f"{timing.step_ms_mean:.2f}", f"{timing.stall_share:.1%}"]
             cells += [f"{timing.tokens_per_s:.1f}"]

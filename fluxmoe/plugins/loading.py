@@ -24,11 +24,12 @@ from pathlib import Path
 from types import ModuleType
 
 from fluxmoe import policies
-from fluxmoe.core.words import line
-from fluxmoe.errors import PluginLoadError
+from fluxmoe.config import is_plugin_file
+from fluxmoe.errors import PluginLoadError, together
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
+from fluxmoe.words import line
 
 GROUP = "fluxmoe"
 ALLOW_LIST = "FLUXMOE_PLUGINS"
@@ -36,17 +37,17 @@ ALLOW_LIST = "FLUXMOE_PLUGINS"
 logger = logging.getLogger("fluxmoe")
 
 
-def load(extra: Iterable[str] = ()) -> Registry:
+def load(extra: str | Iterable[str] = ()) -> Registry:
     """The registry of built-in, installed and explicitly named plugins.
 
     Every call imports and registers again, so it may be called in any process, any number of times.
 
     Args:
-        extra: Paths of ``.py`` files, or dotted module names.
+        extra: Paths of ``.py`` files, or dotted module names; one may be given without a list.
 
     Raises:
-        PluginLoadError: One of ``extra`` cannot be loaded, or the allow-list has one that is not
-            installed; the message names it.
+        PluginLoadError: One of ``extra`` cannot be loaded (``others``: further ones), or the
+            allow-list has one that is not installed; the message names it.
     """
     registry = Registry()
     registry.add(policies, "fluxmoe", origin="built in")
@@ -68,10 +69,16 @@ def load(extra: Iterable[str] = ()) -> Registry:
             _warn(f"plugin {found.name} {found.version} is broken and left out: {problem}")
             plugin = Plugin(found.name, "installed", found.version, "broken", problem)
         registry.plugins.append(plugin)
-    for name in dict.fromkeys(extra):
-        module = named(name)
-        if not registry.knows(module):  # it may be installed as well
-            registry.add(module, name, version=line(getattr(module, "__version__", "")))
+    problems = []
+    for name in dict.fromkeys([extra] if isinstance(extra, str) else extra):
+        try:
+            module = named(name)
+            if not registry.knows(module):  # it may be installed as well
+                registry.add(module, name, version=line(getattr(module, "__version__", "")))
+        except PluginLoadError as error:
+            problems.append(error)
+    if problems:
+        raise together(problems)
     return registry
 
 
@@ -135,7 +142,7 @@ def named(name: str) -> ModuleType:
         PluginLoadError: It does not exist, or cannot be imported.
     """
     path, where = Path(name), f"plugin {name}"
-    if path.suffix != ".py" and os.sep not in name:
+    if not is_plugin_file(name):
         return attempt(lambda: importlib.import_module(name), "cannot import it: ", where=where)
     if not path.is_file():
         raise PluginLoadError("no such file", where=where)

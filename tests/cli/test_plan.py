@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from fluxmoe import dimensions as models
 from fluxmoe.core.paging.measures import convex_hull
 from fluxmoe.errors import ConfigError
 from fluxmoe.plan import advice, cost
-from fluxmoe.plan import model as models
 from fluxmoe.sim import hardware
 from fluxmoe.sim.events import Events
 from fluxmoe.testing import checkpoints
@@ -226,7 +226,7 @@ def test_what_is_refused(large, tmp_path):
     bare = write(tmp_path / "bare", model_type="qwen3", num_hidden_layers=2)
     fails("plan", bare, *enough, code="FM401", message="no MoE layers")
     quantised = write(tmp_path / "q", **QWEN3_30B, quantization_config={"quant_method": "fp8"})
-    fails("plan", quantised, *enough, code="FM402", message="quantised")
+    fails("plan", quantised, *enough, code="FM407", message="quantised")
     unknown = write(tmp_path / "u", model_type="moe-of-2030", num_experts=8)
     fails("plan", unknown, *enough, code="FM402", message="unknown architecture")
     torn = checkpoints.write(tmp_path / "torn", "mixtral")

@@ -23,8 +23,9 @@ from fluxmoe.backends.vllm.compat.connector import (
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.metrics import Meter
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
-from fluxmoe.backends.vllm.server.prometheus import PagingProm, PagingStats
+from fluxmoe.backends.vllm.server.prometheus import PagingProm
 from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.stats import PagingStats
 
 if TYPE_CHECKING:  # these import numba, which a process without a worker does not need
     from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration

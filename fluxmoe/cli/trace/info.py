@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def _print(console: Console, trace: Path, s: Statistics) -> None:
     from rich.table import Table
 
     meta, pages = s.meta, s.meta.geometry.num_pages
-    size = "unknown size" if meta.page_bytes is None else f"{output.nbytes(meta.page_bytes)} each"
+    size = "unknown size" if meta.page_bytes is None else f"{sizes.shown(meta.page_bytes)} each"
     decode = s.events - s.prefill_events
     console.print(
         f"{trace.name}: {meta.model or 'unnamed model'}, recorded by {meta.source or 'unknown'}\n"

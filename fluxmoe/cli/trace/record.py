@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import models, output
 from fluxmoe.cli.generate import Backend
 from fluxmoe.errors import ConfigError, UnsupportedError
@@ -29,7 +30,9 @@ class Steps(StrEnum):
 def record(
     model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: folder or name.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
+    backend: Annotated[
+        Backend, typer.Option(metavar="|".join(Backend), help="Engine that runs the model.")
+    ] = Backend.TORCH,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; repeatable.")] = None,
     prompt_ids: Annotated[
         list[str] | None,
@@ -46,9 +49,10 @@ def record(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of forward passes to record.")
     ] = None,
-    steps: Annotated[Steps, typer.Option(help="Record only steps mostly of this kind.")] = (
-        Steps.ALL
-    ),
+    steps: Annotated[
+        Steps,
+        typer.Option(metavar="|".join(Steps), help="Record only steps mostly of this kind."),
+    ] = Steps.ALL,
     temperature: Annotated[
         float,
         typer.Option(min=0, help="Sampling temperature; 0 is greedy, whose texts tend to loop."),
@@ -117,7 +121,7 @@ def record(
     print(
         f"{out}: {reader.num_rows} rows (a row is a token in a layer), "
         f"{reader.meta.num_layers} layers x {reader.meta.experts_per_layer} experts, top "
-        f"{reader.meta.top_k}, {output.nbytes(out.stat().st_size)}"
+        f"{reader.meta.top_k}, {sizes.shown(out.stat().st_size)}"
     )
 
 

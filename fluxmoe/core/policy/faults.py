@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.core.words import LIMIT, from_signal, line, raised
 from fluxmoe.errors import PolicyFaultError
+from fluxmoe.words import LIMIT, from_signal, line, raised
 
 logger = logging.getLogger("fluxmoe")
 

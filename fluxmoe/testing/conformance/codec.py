@@ -9,11 +9,11 @@ import numpy as np
 
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.core.types import Bytes
-from fluxmoe.core.words import line, raised
 from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.testing.conformance.common import check_signature, new
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
+from fluxmoe.words import line, raised
 
 Factory = Callable[[], Codec]
 

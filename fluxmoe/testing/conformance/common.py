@@ -10,9 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import Seen
 from fluxmoe.testing.conformance.report import Broken, Rule
+from fluxmoe.words import line, raised
 
 Counts = npt.NDArray[np.int32]
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from fluxmoe.core.policy.paging import EvictionPolicy
 from fluxmoe.core.types import Int64s
-from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import AuditedEviction, gather
 from fluxmoe.testing.conformance.common import (
     FAST,
@@ -21,6 +20,7 @@ from fluxmoe.testing.conformance.common import (
 )
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 from fluxmoe.testing.conformance.stage import SOME, USUAL, Replay, Stage, stages
+from fluxmoe.words import line, raised
 
 Factory = Callable[[], EvictionPolicy]
 

@@ -7,7 +7,7 @@ import weakref
 from functools import partial
 from typing import Any
 
-from fluxmoe import checkpoint, plugins
+from fluxmoe import checkpoint, plugins, sizes
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
 from fluxmoe.backends.budget import KVNeed, automatic
@@ -237,7 +237,8 @@ class PagedCPUWorker(CPUWorker):
             elif not runtime.config.control:
                 limits_in_frames(runtime, self._limits)
         except FluxMoEError as error:
-            return {"error": {"code": error.code, "message": str(error)}}
+            message = "; ".join(each.text for each in error.problems())
+            return {"error": {"code": error.code, "message": message}}
         frame = runtime.memory.pool.frame_bytes
         return {
             "limits": self._limits.model_dump(mode="json"),
@@ -332,7 +333,8 @@ def _with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:
         return config
     if target is not None:
         raise ConfigError(
-            f"memory.kv.target is {int(target)} bytes, --kv-cache-memory-bytes is {kv_bytes}",
+            f"memory.kv.target is {sizes.exact(target)}, "
+            f"--kv-cache-memory-bytes is {sizes.exact(kv_bytes)}",
             where="additional_config.fluxmoe",
             fix="give one of them",
         )

@@ -88,7 +88,7 @@ def read(name: str) -> Model:
     folder = Path(name)
     if folder.is_dir() and any(folder.glob("*.safetensors*")):
         require_readable(name)
-        return _describe(name, read_map(folder / "config.json"), dict(headers(folder)))
+        return of_checkpoint(folder)
     if folder.is_dir() and any(folder.glob("*.bin")):
         raise UnsupportedError(
             "the weights are not in safetensors", where=name, fix="convert the checkpoint"
@@ -100,6 +100,11 @@ def read(name: str) -> Model:
     if not folder.exists():
         require_readable(name)  # distinguishes a name on a hub from a wrong path
     return _describe(name, *_parameters(name))
+
+
+def of_checkpoint(folder: Path) -> Model:
+    """The sizes of a model from its readable files. Raises as ``read``."""
+    return _describe(str(folder), read_map(folder / "config.json"), dict(headers(folder)))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
