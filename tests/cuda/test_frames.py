@@ -115,7 +115,7 @@ def test_out_of_memory_is_told_apart_and_takes_nothing(make):
     address = s.reserve(8 * FRAME)
     s.commit(address, frames(0, 1))
     with pytest.raises(
-        DeviceMemoryError, match=f"besides {4 * FRAME} .* 0 of {4 * FRAME} bytes"
+        DeviceMemoryError, match=f"after {4 * FRAME} .* 0 of {4 * FRAME} bytes"
     ) as info:
         s.commit(address + 2 * FRAME, frames(2, 3, 4))
     assert info.value.code == "FM308"
