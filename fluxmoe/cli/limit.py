@@ -10,6 +10,7 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.cli import output
+from fluxmoe.cli.options import AsJson
 
 
 def limit(
@@ -33,7 +34,7 @@ def limit(
     api_key: Annotated[
         str | None, typer.Option(help="API key of the server; default: $VLLM_API_KEY.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Set limits on a running server's memory split; limits not given are removed.
 

@@ -43,7 +43,7 @@ def reserved() -> Iterator[None]:
             _reserved.reset(token)
         return
     shared.flush()
-    own = open(os.dup(1), "w", encoding=shared.encoding, errors=shared.errors)
+    own = os.fdopen(os.dup(1), "w", encoding=shared.encoding, errors=shared.errors)
     os.dup2(2, 1)
     token = _reserved.set(own)
     try:

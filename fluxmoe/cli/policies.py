@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output
+from fluxmoe.cli import output, table
+from fluxmoe.cli.options import AsCsv, AsJson, Plugins
 
 if TYPE_CHECKING:
     from fluxmoe.observe.snapshot import PolicyState
@@ -18,15 +19,13 @@ States = Mapping[tuple[str, str], "PolicyState"]
 
 
 def policies(
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
-    ] = None,
+    plugin: Plugins = None,
     server: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Also show the state of a running server's policies."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """List all policies: built in, installed, and from --plugin; also broken plugins."""
     from fluxmoe import plugins
@@ -40,22 +39,23 @@ def policies(
     known = {(policy.kind, policy.name) for policy in registry}
     rows += [_elsewhere(state) for key, state in states.items() if key not in known]
     rows += [_without_policy(p) for p in registry.plugins if p.status != "ok"]
-    if as_json:
-        output.print_json(rows)
+    if output.printed(as_json, as_csv, rows, rows):
         return
-    from rich.table import Table
+    table.show(
+        "",
+        ["kind", "name", "plugin", "version", "status", "summary"],
+        ["faults"] if server is not None else [],
+        [_cells(row, server is not None) for row in rows],
+    )
 
-    table = Table("kind", "name", "plugin", "version", "status", "summary")
-    if server is not None:
-        table.add_column("faults", justify="right")
-    for row in rows:
-        name = f"{row['name']} (oracle)" if row["oracle"] else row["name"]
-        cells = [row["kind"], name, row["plugin"], row["version"], row["status"]]
-        cells.append(row["problem"] or row["summary"])
-        if server is not None:
-            cells.append("" if row["faults"] is None else str(row["faults"]))
-        table.add_row(*cells)
-    output.console().print(table)
+
+def _cells(row: dict[str, Any], with_faults: bool) -> list[str]:
+    name = f"{row['name']} (oracle)" if row["oracle"] else row["name"]
+    cells = [row["kind"], name, row["plugin"], row["version"], row["status"]]
+    cells.append(row["problem"] or row["summary"])
+    if with_faults:
+        cells.append(row["faults"])
+    return ["" if cell is None else str(cell) for cell in cells]
 
 
 def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def show(
     """Print a table on standard output.
 
     Args:
-        title: Line above it.
+        title: Line above it; may be empty.
         text, numbers: Headings of the columns, text first.
         rows: Cells of every row.
         keys: Number of first columns that tell the rows apart; by default those of text.
@@ -65,7 +65,8 @@ def show(
         for at, heading in enumerate((*text, *numbers))
     ]
     first = columns[: len(text) if keys is None else keys]
-    output.say(title, style="bold")
+    if title:
+        output.say(title, style="bold")
     said = [f"{c.heading} {c.cells[0]}" for c in columns if c.constant and c.cells[0]]
     if said:
         output.say(f"in every row: {', '.join(said)}", style="dim")
@@ -79,13 +80,17 @@ def show(
 
 
 def _blocks(keys: list[_Column], others: list[_Column], width: int) -> list[list[_Column]]:
-    """Columns of each table, as many as fit; every one begins with ``keys``."""
-    blocks = [list(keys)]
+    """Columns of each table, every one beginning with ``keys``: few tables, of similar width."""
+    parts = [list[_Column]()]
     for column in others:
-        if len(blocks[-1]) > len(keys) and _width([*blocks[-1], column]) > width:
-            blocks.append(list(keys))
-        blocks[-1].append(column)
-    return blocks
+        if parts[-1] and _width([*keys, *parts[-1], column]) > width:
+            parts.append([])
+        parts[-1].append(column)
+    each = -(-len(others) // len(parts))
+    even = [others[first : first + each] for first in range(0, len(others), each or 1)]
+    if all(_width([*keys, *part]) <= width for part in even):
+        parts = even or parts
+    return [[*keys, *part] for part in parts]
 
 
 def _width(columns: Sequence[_Column]) -> int:

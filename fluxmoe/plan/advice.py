@@ -209,6 +209,12 @@ def _words(
         words.append("The link is the bottleneck: most of a step is waiting for experts.")
     if best.requests < work.requests:
         words.append(f"The KV cache holds {best.requests} of {asked}; the others wait.")
+    cycle = model.moe_layers * model.top_k
+    if best.resident_pages < cycle:
+        words.append(
+            f"{best.resident_pages} slots are fewer than the {cycle} pages that one token uses: a "
+            "policy such as lru evicts each page before it is used again."
+        )
     if best.prefetch == "next-layer":
         words.append("Copying whole layers ahead beats loading on demand: prefetch next-layer.")
     if automatic.tokens_per_s * (1 + GAIN) < best.tokens_per_s:

@@ -13,6 +13,7 @@ import typer
 from fluxmoe import sizes
 from fluxmoe.cli import models, output
 from fluxmoe.cli.generate import Backend
+from fluxmoe.cli.options import AsJson
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def record(
         typer.Option("--predict", help="Also record the choices of the next layer's router."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run prompts through a paged model and write a trace of its routing.
 

@@ -71,7 +71,8 @@ def examine(
         serving: See ``preflight.check``.
     """
     found = Findings()
-    found.errors += registry.findings(config)
+    with found.check():
+        registry.check(config)
     moving = config.control
     if not found.errors:  # names and options are valid: make all of them, as the engine will
         with found.check():
