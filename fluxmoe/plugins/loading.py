@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from fluxmoe import policies
+from fluxmoe import __version__, policies
 from fluxmoe.config import is_plugin_file
 from fluxmoe.errors import PluginLoadError
 from fluxmoe.findings import Findings
@@ -51,8 +51,8 @@ def load(extra: str | Iterable[str] = ()) -> Registry:
             allow-list has one that is not installed; the message names it.
     """
     registry = Registry()
-    registry.add(policies, "fluxmoe", origin="built in")
-    registry.add(codec, codec.__name__, origin="built in")
+    registry.add(policies, "fluxmoe", origin="built in", version=__version__)
+    registry.add(codec, codec.__name__, origin="built in", version=__version__)
     for found in installed():
         try:
             if found.allowed:

@@ -201,6 +201,13 @@ class Registry:
                 raise UnknownCodecError(name, self.names(kind), broken) from None
             raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
 
+    def source(self, kind: str, name: str) -> str:
+        """A policy or codec with its package, such as ``lru (FluxMoE 0.1.0)``."""
+        registration = self.get(kind, name)
+        plugin = next(each for each in self.plugins if each.name == registration.plugin)
+        package = "FluxMoE" if plugin.origin == "built in" else plugin.name
+        return f"{name} ({' '.join(filter(None, (package, plugin.version)))})"
+
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 

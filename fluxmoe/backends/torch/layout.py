@@ -31,6 +31,17 @@ def is_experts(module: torch.nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
+def name_of(model: torch.nn.Module, layer: torch.nn.Module) -> str:
+    """Name or path of the checkpoint that a model came from; else its class."""
+    return str(getattr(layer.config, "name_or_path", "") or type(model).__name__)
+
+
+def top_k_of(layer: torch.nn.Module) -> int | None:
+    """Number of experts per token; None if the model's configuration does not state it."""
+    found: int | None = getattr(layer.config, "num_experts_per_tok", None)
+    return found
+
+
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The expert layers, in order.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from fluxmoe.backends import summary
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
@@ -18,6 +20,7 @@ from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.plugins import Registry
 from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.page"
@@ -92,7 +95,9 @@ def page(
     except BaseException:
         store.close()
         raise
-    return PagedModel(model, layers, runtime, implementation, lock)
+    paged = PagedModel(model, layers, runtime, implementation, lock)
+    log_start(model, layers[0], runtime, registry)
+    return paged
 
 
 def runtime_for(
@@ -115,6 +120,24 @@ def runtime_for(
         phase=lock.phase,
         ceiling=room.most,
     )
+
+
+def log_start(
+    model: torch.nn.Module, layer: torch.nn.Module, runtime: Runtime, registry: Registry
+) -> None:
+    """Log the summary of a model that is paged from now on; ``layer`` is one with experts."""
+    config = runtime.config
+    chosen = {"eviction": config.eviction, "prefetch": config.prefetch}
+    block = summary.start_block(
+        runtime.partition,
+        config,
+        model=layout.name_of(model, layer),
+        top_k=layout.top_k_of(layer),
+        dynamic=False,
+        policies={kind: registry.source(kind, policy["kind"]) for kind, policy in chosen.items()},
+        store_bytes=runtime.store.nbytes,
+    )
+    logging.getLogger("fluxmoe").info(block)
 
 
 def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:
