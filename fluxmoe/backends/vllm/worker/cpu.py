@@ -28,7 +28,7 @@ from fluxmoe.backends.vllm.compat.worker import (
 from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
-from fluxmoe.backends.vllm.worker import checks, kv
+from fluxmoe.backends.vllm.worker import checks, kv, selfcheck
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
@@ -112,6 +112,7 @@ class PagedCPUWorker(CPUWorker):
         }
         if len(shapes) > 1:
             raise UnsupportedError(f"layers with experts of {len(shapes)} different layouts")
+        selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
         page_class = PageClass(
             tuple(
