@@ -133,7 +133,7 @@ class PolicyLimits(_Model):
     strikes: int = Field(default=DEFAULT_LIMITS.strikes, ge=1)
     """Number of faults before a policy is replaced for good, or of slow calls before a log line."""
     soft_ms: float = Field(default=DEFAULT_LIMITS.soft_s * 1e3, gt=0, le=3.6e6)
-    """Milliseconds beyond which a call is counted as slow."""
+    """Milliseconds of processor time beyond which a call is counted as slow."""
     hard_s: float = Field(default=DEFAULT_LIMITS.hard_s, gt=0, le=3600)
     """Seconds beyond which a call is interrupted, which counts as a fault."""
 

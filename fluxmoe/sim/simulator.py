@@ -6,8 +6,9 @@ the events in order, and reads their counters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS
 from fluxmoe.errors import CapacityError, ConfigError
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.sim.capacity import pages_of
@@ -29,6 +31,8 @@ from fluxmoe.trace import TraceMeta
 
 #: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
+#: No engine waits for a policy here, so none is slow.
+_LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,12 @@ class Simulation:
         table = _table(events, self._capacity, banks, f"capacity {capacity}")
         future = events.future.first.copy() if self.oracle else None
         view = PageView(table, next_use=future)
-        self._eviction = EvictionGuard(evictor, view, name=self.policy, strict=strict)
-        self._fetching = PrefetchGuard(fetcher, view, name=self._prefetch, strict=strict)
+        self._eviction = EvictionGuard(
+            evictor, view, name=self.policy, strict=strict, limits=_LIMITS
+        )
+        self._fetching = PrefetchGuard(
+            fetcher, view, name=self._prefetch, strict=strict, limits=_LIMITS
+        )
         self._rule = EventRule(table, self._eviction, self._fetching)
 
     def run(self, progress: Callable[[int], None] = lambda events: None) -> Result:
