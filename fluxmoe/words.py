@@ -16,7 +16,7 @@ from typing import Any
 LIMIT = 500
 
 #: The name of a class, even if its metaclass overrides ``__name__``.
-_name: Callable[[type], str] = type.__dict__["__name__"].__get__
+class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 
 def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) -> str:
@@ -31,7 +31,7 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
     except BaseException as error:  # including SystemExit
         if isinstance(error, KeyboardInterrupt) or from_signal(error):
             raise
-        text = f"a {_name(type(value))} that cannot be printed"
+        text = f"a {class_name(type(value))} that cannot be printed"
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text
     # Only slightly more than is shown is read, however long the text is.
@@ -42,7 +42,7 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
 
 def raised(error: BaseException) -> str:
     """An exception as ``line``: its type and message."""
-    return line(error, lambda error: f"{_name(type(error))}: {line(error)}")
+    return line(error, lambda error: f"{class_name(type(error))}: {line(error)}")
 
 
 def from_signal(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import typer
 
 from fluxmoe import machine, sizes
+from fluxmoe.arguments import require_new
 from fluxmoe.backends.vllm.server.preflight import require_shared_memory
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli import output
@@ -58,10 +59,12 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Model to measure with; default: the shipped model.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what works on this installation; exit code 2 if something essential is broken."""
     if measure is not None:
+        require_new(measure, replace=force)
         _measure(measure, model, as_json)
         return
     system = list(_system())

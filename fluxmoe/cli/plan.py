@@ -45,10 +45,12 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what fits, which split is best, and whether paging pays, without loading the model."""
     from fluxmoe import dimensions as models
+    from fluxmoe.arguments import require_new
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
     from fluxmoe.plan import picture as pictures
@@ -56,6 +58,8 @@ def plan(
     from fluxmoe.sim.events import Events
 
     budget = size(memory, where="--memory")
+    if picture is not None:
+        require_new(picture, replace=force)
     profile = profiles.load(hardware)
     shape = models.read(model)
     work = cost.PlannedWorkload(_tokens(context, shape), requests)

@@ -51,15 +51,19 @@ def simulate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a report: curves and a table.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Replay a trace with every combination of policy, capacity and prefetcher."""
     from fluxmoe import plugins
+    from fluxmoe.arguments import require_new
     from fluxmoe.sim import hardware as profiles
     from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
     from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
+    if report is not None:
+        require_new(report, replace=force)
     registry = plugins.load(plugin or ())
     profile = None if hardware is None else profiles.load(hardware)
     events = Events.load(trace)

@@ -20,7 +20,7 @@ def convert(
         int | None, typer.Option(min=1, help="Experts per layer; default: largest id found + 1.")
     ] = None,
     page_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of one expert page, for byte counts.")
+        str | None, typer.Option(metavar="SIZE", help="Size of one expert page, for byte counts.")
     ] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="flame: tokens per step.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="vllm: prompt tokens per request.")] = 0,
@@ -28,6 +28,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Convert a routing trace of another tool to FluxMoE's format."""
+    from fluxmoe.config import size
     from fluxmoe.trace import TraceReader
     from fluxmoe.trace.formats import Options, convert
 
@@ -38,7 +39,7 @@ def convert(
         Options(step_tokens, prompt_tokens),
         model=model,
         experts=experts,
-        page_bytes=page_bytes,
+        page_bytes=None if page_bytes is None else size(page_bytes, where="--page-bytes"),
         max_steps=max_steps,
         replace=force,
     )

@@ -21,12 +21,16 @@ def info(
     picture: Annotated[
         Path | None, typer.Option(help="Also draw it to this file (.svg, or .png with Pillow).")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe a trace: skew, working sets, reuse distances, overlap, union per batch."""
+    from fluxmoe.arguments import require_new
     from fluxmoe.trace import picture as pictures
     from fluxmoe.trace.statistics import describe
 
+    if picture is not None:
+        require_new(picture, replace=force)
     statistics = describe(trace)
     if picture is not None:
         pictures.draw(statistics, picture, f"{trace.name}: {statistics.meta.model}")
