@@ -118,7 +118,7 @@ def test_convert(tmp_path: Path) -> None:
     succeeds(*run, "--force", "--max-steps", 1)
     assert len(table(out)) == 2
     fails(*run, "--force", "--from", "csv", code="FM101", message="unknown format 'csv'; --from")
-    fails(*run, "--force", "--from", "vllm", code="FM501", message="cannot be read.*npy")
+    fails(*run, "--force", "--from", "vllm", code="FM501", message="it is damaged.*npy")
     fails("trace", "convert", tmp_path / "no", "--out", out, "--force", code="FM501",
           message="no such file")  # fmt: skip
 
