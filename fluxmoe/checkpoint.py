@@ -204,7 +204,7 @@ def read_map(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise CheckpointError("it holds no JSON object", where=str(path))

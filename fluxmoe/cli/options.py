@@ -30,3 +30,4 @@ Plugins = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]

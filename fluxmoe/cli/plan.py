@@ -11,7 +11,7 @@ import typer
 from fluxmoe import sizes
 from fluxmoe.cli import output, table
 from fluxmoe.cli.hardware import HERE, profile_of
-from fluxmoe.cli.options import AsCsv, AsJson
+from fluxmoe.cli.options import AsCsv, AsJson, Force
 
 if TYPE_CHECKING:
     from fluxmoe.dimensions import Model
@@ -48,17 +48,21 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
     """Show what fits, which split is best, and whether paging pays, without loading the model."""
     from fluxmoe import dimensions as models
+    from fluxmoe.arguments import require_new
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
     from fluxmoe.plan import picture as pictures
     from fluxmoe.sim.events import Events
 
     budget = size(memory, where="--memory")
+    if picture is not None:
+        require_new(picture, replace=force)
     shape = models.read(model)
     profile = profile_of(hardware)
     work = cost.PlannedWorkload(_tokens(context, shape), requests)

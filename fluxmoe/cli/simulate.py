@@ -11,7 +11,7 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, Plugins, items
+from fluxmoe.cli.options import AsCsv, AsJson, Force, Plugins, items
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def simulate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a report: curves and a table.")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
@@ -64,11 +65,14 @@ def simulate(
     command with exit code 2; its counts would not be its own.
     """
     from fluxmoe import plugins
+    from fluxmoe.arguments import require_new
     from fluxmoe.cli.hardware import profile_of
     from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
     from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
+    if report is not None:
+        require_new(report, replace=force)
     registry = plugins.load(plugin or ())
     profile = None if hardware is None else profile_of(hardware)
     events = Events.load(trace)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fluxmoe.arguments import instance
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
@@ -13,11 +14,12 @@ from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
-from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
+from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.plugins import PolicySpec
 from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.page"
@@ -30,7 +32,7 @@ def page(
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
     stores: Sequence[StoreSpec] = HOST,
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
     strict_policies: bool = False,
@@ -42,12 +44,13 @@ def page(
         model: A Hugging Face model on the CPU.
         memory: Memory for expert pages, bytes or "4GiB"; at least one layer's experts. More than
             all experts need is not used.
-        eviction: Eviction policy, a name or ``{kind: name, option: value}``.
+        eviction: Eviction policy: a name, ``{kind: name, option: value}``, or a class or instance
+            of ``fluxmoe.EvictionPolicy``, which need not be registered.
         prefetch: Prefetch policy, likewise.
         stores: Stores of pages that are not resident, as in the configuration: maps with
             ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
             them; ``fluxmoe.load`` does not.
-        plugins: Files (``.py``) or modules that register policies or codecs.
+        plugins: Files (``.py``) or modules that register policies or codecs; one needs no list.
         banks: Minimum number of banks that consecutive layers are spread over.
         copy_threads: Number of threads that copy pages, besides the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
@@ -61,6 +64,7 @@ def page(
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnknownCodecError, PageFileError: A store cannot be made.
     """
+    instance(model, torch.nn.Module, "model", where=_WHERE, fix="load a checkpoint by fluxmoe.load")
     if any(experts.is_bound(module) for module in model.modules()):
         raise ConfigError(
             "the model is already paged", where=_WHERE, fix="close() its handle first"

@@ -88,13 +88,14 @@ def _wanted(
     """The registrations to check, each with its specification."""
     from fluxmoe.cli.simulate import spec
     from fluxmoe.errors import ConfigError
+    from fluxmoe.plugins import name_of
 
     if not asked:
         return [(registration, registration.name) for registration in registrations]
     found = []
     for text in asked:
         made = spec(text)
-        name = made if isinstance(made, str) else made["kind"]
+        name = name_of(made)
         matching = [registration for registration in registrations if registration.name == name]
         if not matching:
             raise ConfigError(

@@ -45,7 +45,7 @@ def check_eviction_policy(factory: Factory) -> None:
     Raises:
         ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
     """
-    raise_broken("an eviction policy does not conform", findings(factory))
+    raise_broken("an eviction policy does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:

@@ -255,7 +255,7 @@ class PagedCPUWorker(CPUWorker):
         weights: bool = False,
         max_steps: int | None = None,
         phase: Phase | None = None,
-        replace: bool = True,
+        replace: bool = False,
     ) -> None:
         """Write the routing of every step from now on to a trace; None ends the recording.
 
@@ -268,6 +268,7 @@ class PagedCPUWorker(CPUWorker):
 
         Raises:
             TraceError: The file cannot be written; at the end also if nothing was recorded.
+            ConfigError: The file already exists.
         """
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
