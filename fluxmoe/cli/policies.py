@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, Plugins
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Plugins
 
 if TYPE_CHECKING:
     from fluxmoe.plugins import Plugin, Registration

@@ -19,6 +19,7 @@ from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 from fluxmoe.errors import CapacityError, ConfigError
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.sim.capacity import pages_of
@@ -29,6 +30,9 @@ from fluxmoe.trace import TraceMeta
 
 #: Number of events between updates of the progress, and checks for Ctrl-C.
 _CHUNK = 1 << 16
+#: No one waits for a policy here, so only an endless call is a fault: time limits are wall time,
+#: and a busy machine must not end a simulation. Contained faults are those of an engine.
+_PATIENT = Limits(soft_s=3600.0, hard_s=60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,13 @@ class Simulation:
         table = _table(events, self._capacity, banks, f"capacity {capacity}")
         future = events.future.first.copy() if self.oracle else None
         view = PageView(table, next_use=future)
-        self._eviction = EvictionGuard(evictor, view, name=self.policy, strict=strict)
-        self._fetching = PrefetchGuard(fetcher, view, name=self._prefetch, strict=strict)
+        limits = _PATIENT if strict else DEFAULT_LIMITS
+        self._eviction = EvictionGuard(
+            evictor, view, name=self.policy, strict=strict, limits=limits
+        )
+        self._fetching = PrefetchGuard(
+            fetcher, view, name=self._prefetch, strict=strict, limits=limits
+        )
         self._rule = EventRule(table, self._eviction, self._fetching)
 
     def run(self, progress: Callable[[int], None] = lambda events: None) -> Result:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.cli import hardware
+from fluxmoe.cli.shared import hardware
 from fluxmoe.demo.model import SHIPPED
 from fluxmoe.sim.hardware import load, save
 from fluxmoe.trace import shipped

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.cli import table
+from fluxmoe.cli.shared import table
 from fluxmoe.demo.model import SHIPPED
 from fluxmoe.trace import shipped
 from tests.commandline import ROOT, here, succeeds, terminal
@@ -174,7 +174,7 @@ def test_c1_in_a_pipe_nothing_folds(capsys):
 
 WIDE = """
 import sys
-from fluxmoe.cli import table
+from fluxmoe.cli.shared import table
 rows = [[f"policy-{i}", str(i), *(f"{10**9 + i * n}" for n in range(1, 13))] for i in range(3)]
 table.show("wide", ["policy"], ["pages", *(f"count {n}" for n in range(1, 13))], rows, keys=2)
 """

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import models, output
 from fluxmoe.cli.generate import Backend
-from fluxmoe.cli.options import AsJson
+from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import AsJson
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:

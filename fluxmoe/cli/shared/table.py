@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 
 #: Least width of a column of text, unless its text is shorter.
 _TEXT = 14
