@@ -108,8 +108,8 @@ def _warn_of_cycle(outcomes: list[Outcome], events: Events) -> None:
     few = [str(count) for count in pages if count < events.cycle]
     if few:
         output.warn(
-            f"{', '.join(few)} slots are fewer than the {events.cycle} pages that a step uses: a "
-            "policy such as lru evicts a page before it is used again"
+            f"{', '.join(few)} slots are fewer than the {events.cycle} pages of a step: lru "
+            "evicts pages before their next use"
         )
 
 
