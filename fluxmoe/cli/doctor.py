@@ -22,8 +22,8 @@ import typer
 from fluxmoe import machine, sizes
 from fluxmoe.arguments import require_new
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.cli import hardware, output, table
-from fluxmoe.cli.options import AsCsv, AsJson, Force
+from fluxmoe.cli.shared import hardware, output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]

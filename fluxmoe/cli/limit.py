@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
-from fluxmoe.cli.options import AsJson
+from fluxmoe.cli.shared import output
+from fluxmoe.cli.shared.options import AsJson
 
 
 def limit(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output, table
-from fluxmoe.cli.hardware import HERE, profile_of
-from fluxmoe.cli.options import AsCsv, AsJson, Force
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.hardware import HERE, profile_of
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 
 if TYPE_CHECKING:
     from fluxmoe.dimensions import Model
@@ -32,7 +32,8 @@ def plan(
         str, typer.Option(metavar="SIZE", help="Budget for experts and KV cache, such as 24GiB.")
     ],
     hardware: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="Hardware profile; this one is measured once.")
+        str,
+        typer.Option(metavar="NAME|FILE", help="Hardware profile; this-machine is measured once."),
     ] = HERE,
     context: Annotated[
         int | None,

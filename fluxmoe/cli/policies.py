@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, Plugins
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Plugins
 
 if TYPE_CHECKING:
     from fluxmoe.observe.snapshot import PolicyState
@@ -45,7 +45,7 @@ def policies(
         "",
         ["kind", "name", "plugin", "version", "status", "summary"],
         ["faults"] if server is not None else [],
-        [_cells(row, faults is not None) for row in rows],
+        [_cells(row, server is not None) for row in rows],
     )
 
 

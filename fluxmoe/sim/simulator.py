@@ -31,8 +31,10 @@ from fluxmoe.trace import TraceMeta
 
 #: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
-#: No engine waits for a policy here, so none is slow.
+#: No engine waits for a policy here, so no call is slow.
 _LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
+#: In strict mode only an endless call is a fault: a busy machine must not end a simulation.
+_PATIENT = replace(_LIMITS, hard_s=60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,12 @@ class Simulation:
         table = _table(events, self._capacity, banks, f"capacity {capacity}")
         future = events.future.first.copy() if self.oracle else None
         view = PageView(table, next_use=future)
+        limits = _PATIENT if strict else _LIMITS
         self._eviction = EvictionGuard(
-            evictor, view, name=self.policy, strict=strict, limits=_LIMITS
+            evictor, view, name=self.policy, strict=strict, limits=limits
         )
         self._fetching = PrefetchGuard(
-            fetcher, view, name=self._prefetch, strict=strict, limits=_LIMITS
+            fetcher, view, name=self._prefetch, strict=strict, limits=limits
         )
         self._rule = EventRule(table, self._eviction, self._fetching)
 

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from fluxmoe.cli import output, top
+from fluxmoe.cli import top
+from fluxmoe.cli.shared import output
 from fluxmoe.observe import snapshot
 from tests.commandline import command, fails, succeeds
 from tests.web import served

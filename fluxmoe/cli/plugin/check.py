@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, items
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, items
 
 if TYPE_CHECKING:
     from fluxmoe.plugins import PolicySpec, Registration, Registry
@@ -52,7 +52,7 @@ def check(
         typer.Option(
             metavar="NAME:OPTION=VALUE",
             callback=items,
-            help="Check only these, with these options: a list.",
+            help="Check only these, with these options; comma-separated or repeated.",
         ),
     ] = None,
     as_json: AsJson = False,

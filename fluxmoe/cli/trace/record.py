@@ -12,9 +12,9 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.arguments import require_new
-from fluxmoe.cli import models, output
 from fluxmoe.cli.generate import Backend
-from fluxmoe.cli.options import AsJson, Force
+from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import AsJson, Force
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fluxmoe.cli.options import Force
+from fluxmoe.cli.shared.options import Force
 from fluxmoe.errors import ConfigError
 
 
