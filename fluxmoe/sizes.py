@@ -1,6 +1,6 @@
-"""Sizes in bytes as users write them.
+"""Parsing of sizes in bytes.
 
-YAML, command line, Python and HTTP all use ``parse``, so all accept and refuse the same text.
+YAML, command line, Python and HTTP all use ``parse``, so all accept and reject the same text.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from fractions import Fraction
 
 from fluxmoe.core.words import line
 
-#: A size as text, anchored at both ends; without flags, as the JSON schema uses it too.
+#: A size as text, anchored at both ends. Without flags, because the JSON schema uses it too.
 PATTERN = (
     r"^\s*([0-9]*\.?[0-9]+)\s*"
     r"(([kKmMgGtTpPeE])([iI]?)([bB]([iI][tT])?)?|[bB]([iI][tT])?)?\s*$"
 )
 VALID = "bytes, or a number with a unit such as 24GiB, 512MiB, 24Gi"
-#: Larger than any machine's memory, and fits in 64 bits.
+#: Exceeds any machine's memory and fits in 64 bits.
 LARGEST = 2**63 - 1
 
 _SIZE = re.compile(PATTERN)
@@ -25,19 +25,19 @@ _LONGEST = 64
 
 
 def parse(value: object) -> int:
-    """A size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
+    """Parse a size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
 
-    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in either case. With a unit, a
-    remaining fraction of a byte is dropped.
+    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in upper or lower case. With a
+    unit, fractions of a byte are dropped.
 
     Raises:
-        ValueError: One line that says what was found and what is valid.
+        ValueError: Not a valid size; the message is one line.
     """
     size = _text(value) if isinstance(value, str) else _number(value)
     if size is None or size < 0:
         raise _invalid(value)
     if size > LARGEST:
-        raise _invalid(value, ", which is beyond 8EiB")
+        raise _invalid(value, ", which exceeds 8EiB")
     return size
 
 

@@ -232,7 +232,7 @@ def test_what_is_refused(large, tmp_path):
     torn = checkpoints.write(tmp_path / "torn", "mixtral")
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    fails("plan", torn, *enough, code="FM406", message="damaged or cut off")
+    fails("plan", torn, *enough, code="FM406", message="damaged or truncated")
 
 
 def test_foreign_names_of_experts_are_not_guessed(tmp_path):
