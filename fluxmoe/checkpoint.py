@@ -19,8 +19,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.errors import (
+    CheckpointError,
+    ConfigError,
+    FluxMoEError,
+    MissingDependencyError,
+    QuantisedError,
+    UnsupportedError,
+)
 from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
+from fluxmoe.words import line
 
 _INDEX = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -57,15 +65,20 @@ def require_readable(model: str) -> None:
         require_experts(_weights(folder), text_part(config), where=model)
     elif folder.exists():
         raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
-    elif not _HUB_NAME.fullmatch(model):
+    elif not is_hub_name(model):
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
+
+
+def is_hub_name(model: str) -> bool:
+    """True if ``model`` can be the name of a model on a hub: ``name`` or ``organisation/name``."""
+    return _HUB_NAME.fullmatch(model) is not None
 
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
     """Return the cached folder of a hub model if it exists, else the name unchanged."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(model).exists() or not _HUB_NAME.fullmatch(model):
+    if Path(model).exists() or not is_hub_name(model):
         return model
     found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
     return str(Path(found).parent) if isinstance(found, str) else model
@@ -169,7 +182,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield name, shape and size of every weight in a checkpoint, from its file headers.
 
     Raises:
-        UnsupportedError: The experts have a dtype that cannot be paged.
+        QuantisedError: The experts have a dtype that cannot be paged.
     """
     for path in sorted(folder.glob("*.safetensors")):
         for key, shape, dtype in _headers(path):
@@ -192,10 +205,73 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
                     yield name, entry["dtype"], entry["shape"], data
 
 
-def quantised(what: str, where: str) -> UnsupportedError:
+def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
+    """Refuse a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
+
+    Raises:
+        QuantisedError: The checkpoint is quantised.
+    """
+    settings = text_part(config).get("quantization_config")
+    tensor = _quantised_tensor(Path(model)) if Path(model).is_dir() else ""
+    if settings or tensor:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        by = f" with {method}" if method else ""
+        raise quantised(f"the checkpoint is quantised{by}{tensor and f' ({tensor})'}", model)
+
+
+def _quantised_tensor(folder: Path) -> str:
+    """Describe the first quantised expert tensor; empty if there is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, shape, dtype in _headers(path):
+            # At least three dimensions; otherwise fused expert tensors would not be recognised.
+            if dtype not in _BYTES and expert_tensor(key, max(len(shape), 3)):
+                return f"{key} is {dtype}"
+    return ""
+
+
+def quantised(what: str, where: str) -> QuantisedError:
     """Make the error for quantised experts, described by ``what``."""
-    return UnsupportedError(
+    return QuantisedError(
         f"{what}, and quantised experts cannot be paged yet",
         where=where,
         fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
     )
+
+
+def unknown_layout(architecture: str, detail: str, where: str) -> UnsupportedError:
+    """The error for experts whose names or shapes are not known, described by ``detail``."""
+    return UnsupportedError(
+        f"the expert layout of the architecture {architecture!r} is not supported yet: {detail}",
+        where=where,
+        fix="use it without FluxMoE",
+    )
+
+
+def not_buildable(architecture: str, error: Exception, where: str) -> FluxMoEError:
+    """The error for a model whose configuration is read, but not built, by ``transformers``."""
+    kind = MissingDependencyError if isinstance(error, ImportError) else UnsupportedError
+    return kind(
+        "transformers cannot build a causal language model of the architecture "
+        f"{architecture!r}: {first_line(error)}",
+        where=where,
+    )
+
+
+def not_loadable(model: str, error: Exception) -> FluxMoEError:
+    """The error for a model that ``transformers`` cannot find, read or recognise."""
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return UnsupportedError(
+            f"unknown architecture: {first_line(error)}",
+            where=model,
+            fix="upgrade transformers, or allow the model's own code",
+        )
+    return CheckpointError(
+        f"cannot load the model: {first_line(error)}",
+        where=model,
+        fix="name the folder of a Hugging Face checkpoint, or a model on the Hub",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return line(str(error).strip().partition("\n")[0])

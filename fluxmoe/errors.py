@@ -1,13 +1,15 @@
 """All errors a user can encounter, each with a stable code.
 
-The command line prints them as ``error[FMxxx]: problem; place; fix`` and exits with status 2. Codes
-are never reused, because scripts and third-party documentation may refer to them.
+The text of an error is ``FMxxx: what; where; fix``, in tracebacks and logs as well. The command
+line prints ``error[FMxxx]: what; where; fix`` and exits with status 2. Codes are never reused:
+scripts and third-party documentation may refer to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, TypeVar
 
 
 class FluxMoEError(Exception):
@@ -17,23 +19,59 @@ class FluxMoEError(Exception):
         what: The problem, including the value.
         where: The field, file or call in which it was found; may be empty.
         fix: The remedy available to the user; may be empty.
+
+    Attributes:
+        others: Further errors found at the same time; ``str`` has a line for each.
     """
 
     code: ClassVar[str] = "FM000"
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
-        super().__init__("; ".join(part for part in (what, where, fix) if part))
+        self.others: tuple[FluxMoEError, ...] = ()
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{error.code}: {error.text}" for error in self.problems())
+
+    @property
+    def text(self) -> str:
+        """The message without its code, and without ``others``: ``what; where; fix``."""
+        return "; ".join(part for part in (self.what, self.where, self.fix) if part)
+
+    def problems(self) -> list[FluxMoEError]:
+        """List this error and the others."""
+        return [self, *self.others]
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process boundaries (the engine runs in a child), including keyword arguments.
-        return (_rebuild, (type(self), self.what, self.where, self.fix))
+        return (_rebuild, (type(self), self.what, self.where, self.fix, self.others))
 
 
-def _rebuild(cls: type[FluxMoEError], what: str, where: str, fix: str) -> FluxMoEError:
+def _rebuild(
+    cls: type[FluxMoEError], what: str, where: str, fix: str, others: tuple[FluxMoEError, ...]
+) -> FluxMoEError:
     error = cls.__new__(cls)
     FluxMoEError.__init__(error, what, where=where, fix=fix)
+    error.others = others
     return error
+
+
+_Error = TypeVar("_Error", bound=FluxMoEError)
+
+
+def together(errors: Sequence[_Error]) -> _Error:
+    """The first of several errors, with the rest in ``others``, for one ``raise``."""
+    # By identity: an error may be listed itself, and among the others of one before it.
+    _, *rest = dict.fromkeys(each for error in errors for each in error.problems())
+    errors[0].others = tuple(rest)
+    return errors[0]
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
+    near = difflib.get_close_matches(str(name), list(known), n=1) if name else []
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 # --- configuration -----------------------------------------------------------------------------
@@ -62,13 +100,14 @@ class UnknownPolicyError(FluxMoEError):
     def __init__(
         self, kind: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
     ) -> None:
-        fix = _known(f"{kind} policies", known, broken)
+        fix = _known(f"{kind} policies", name, known, broken)
         super().__init__(f"unknown {kind} policy {name!r}", fix=fix)
 
 
-def _known(what: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
+def _known(what: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
     """List the known names, and the broken plugins that may define the unknown one."""
-    parts = [f"known {what}: {', '.join(sorted(known))}"]
+    names = sorted(known)
+    parts = list(filter(None, [meant(name, names), f"known {what}: {', '.join(names)}"]))
     for plugin, reason in (broken or {}).items():
         parts.append(f"the installed plugin {plugin} is broken: {reason}")
     return "; ".join(parts)
@@ -81,7 +120,7 @@ class PluginLoadError(FluxMoEError):
 
 
 class PolicyFaultError(FluxMoEError):
-    """A policy raised or returned an invalid answer under ``--strict-policies``.
+    """A policy raised or returned an invalid answer, and faults are not contained.
 
     In any mode: its ``score_kernel`` does not compile, or ``make_kernel`` takes too long.
     """
@@ -142,7 +181,7 @@ class UnknownCodecError(FluxMoEError):
     def __init__(
         self, name: str, known: Iterable[str], broken: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(f"unknown codec {name!r}", fix=_known("codecs", known, broken))
+        super().__init__(f"unknown codec {name!r}", fix=_known("codecs", name, known, broken))
 
 
 class DeviceMemoryError(SubstrateError):
@@ -164,6 +203,12 @@ class UnsupportedError(FluxMoEError):
     """An architecture, feature or device that FluxMoE does not support (yet)."""
 
     code = "FM402"
+
+
+class QuantisedError(UnsupportedError):
+    """A checkpoint with quantised experts."""
+
+    code = "FM407"
 
 
 class UnsupportedVersionError(FluxMoEError):

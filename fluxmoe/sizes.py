@@ -1,6 +1,8 @@
-"""Parsing of sizes in bytes.
+"""Sizes in bytes as text: ``parse`` reads user input, the other functions print.
 
-YAML, command line, Python and HTTP all use ``parse``, so all accept and reject the same text.
+YAML, command line, Python and HTTP all use ``parse``, so all accept and refuse the same text.
+Messages and tables show sizes in units by ``shown``; text for users to copy is made by ``exact`` or
+``at_least``.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import operator
 import re
 from fractions import Fraction
 
-from fluxmoe.core.words import line
+from fluxmoe.words import line
 
 #: A size as text, anchored at both ends. Without flags, because the JSON schema uses it too.
 PATTERN = (
@@ -22,6 +24,9 @@ LARGEST = 2**63 - 1
 
 _SIZE = re.compile(PATTERN)
 _LONGEST = 64
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+#: Characters of a size that need no rounding to be read.
+_SHORT = 7
 
 
 def parse(value: object) -> int:
@@ -39,6 +44,39 @@ def parse(value: object) -> int:
     if size > LARGEST:
         raise _invalid(value, ", which exceeds 8EiB")
     return size
+
+
+def shown(size: float, decimals: int = 1) -> str:
+    """A size for display: 1536 → ``1.5 KiB``."""
+    power = min(max(int(size), 1).bit_length() - 1, 49) // 10
+    return f"{size / 1024**power:.{decimals}f} {_UNITS[power]}" if power else f"{size:.0f} B"
+
+
+def apart(one: int, other: int) -> tuple[str, str]:
+    """Two sizes that differ for display, with enough decimals to tell them apart."""
+    for decimals in range(1, 4):
+        texts = shown(one, decimals), shown(other, decimals)
+        if texts[0] != texts[1]:
+            return texts
+    return f"{one} B", f"{other} B"
+
+
+def exact(size: int) -> int | str:
+    """An exact size as a configuration would write it: 1536 → ``1536``, 2048 → ``2KiB``."""
+    for power in range(4, 0, -1):
+        if size and size % 1024**power == 0:
+            return f"{size // 1024**power}{_UNITS[power]}"
+    return int(size)
+
+
+def at_least(size: int) -> int | str:
+    """The same, rounded up to a hundredth of its unit unless that is exact: ``12.35MiB``."""
+    found = exact(size)
+    power = (max(size, 1).bit_length() - 1) // 10
+    if not power or len(str(found)) <= _SHORT:
+        return found
+    hundredths = -(-size * 100 // 1024 ** min(power, 4))
+    return f"{hundredths / 100:.2f}{_UNITS[min(power, 4)]}"
 
 
 def _number(value: object) -> int | None:

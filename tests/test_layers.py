@@ -30,12 +30,11 @@ import fluxmoe
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fluxmoe.__file__).parent
 
-GROUND = {"types", "owner", "words"}
+GROUND = {"types", "owner"}
 #: Room of the core → rooms that it may import.
 CORE: dict[str, set[str]] = {
     "types": set(),
     "owner": set(),
-    "words": set(),
     "compiled": GROUND,
     "transfer": GROUND,
     "memory": GROUND | {"compiled", "transfer"},
@@ -50,10 +49,12 @@ PACKAGES = (
     ("backends", "sim", "observe"),
     ("plugins", "trace", "cuda"),
     ("policies", "stores", "config", "draw"),
-    ("hookspecs", "checkpoint", "sizes"),
+    ("hookspecs", "checkpoint"),
     ("inventory",),
     ("core",),
+    ("sizes",),
     ("errors",),
+    ("words",),
 )
 LEVEL = {name: level for level, names in enumerate(PACKAGES) for name in names}
 CONTRACTS_OF_POLICIES = {"core.types", "core.policy.paging", "core.policy.arbitration"}

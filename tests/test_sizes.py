@@ -11,6 +11,8 @@ from itertools import count
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given as given_
+from hypothesis import strategies as st
 
 from fluxmoe import config, sizes
 from fluxmoe.backends.torch.settings import given, settings
@@ -203,3 +205,31 @@ def test_http():
         "[" * 10**5,
     ):
         assert ask.post(control.PATH, content=text).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("size", "shown", "exact", "at_least"),
+    [
+        (0, "0 B", 0, 0), (1, "1 B", 1, 1), (1023, "1023 B", 1023, 1023),
+        (1024, "1.0 KiB", "1KiB", "1KiB"), (1536, "1.5 KiB", 1536, 1536),
+        (3 << 20, "3.0 MiB", "3MiB", "3MiB"), (12586000, "12.0 MiB", 12586000, "12.01MiB"),
+        (24 << 30, "24.0 GiB", "24GiB", "24GiB"),
+        ((24 << 30) + 1, "24.0 GiB", 25769803777, "24.01GiB"),
+        (3 << 29, "1.5 GiB", "1536MiB", "1536MiB"), (1 << 40, "1.0 TiB", "1TiB", "1TiB"),
+        (5 << 50, "5120.0 TiB", "5120TiB", "5120TiB"),
+    ],
+)  # fmt: skip
+def test_b4_printed(size, shown, exact, at_least):
+    assert (sizes.shown(size), sizes.exact(size), sizes.at_least(size)) == (shown, exact, at_least)
+
+
+@given_(st.integers(0, 2**62))
+def test_b4_what_is_printed_can_be_read_again(size):
+    assert sizes.parse(sizes.exact(size)) == size
+    assert size <= sizes.parse(sizes.at_least(size)) <= size * 1.011 + 1
+
+
+@given_(st.integers(0, 2**50), st.integers(1, 2**30))
+def test_b4_sizes_that_differ_look_different(size, more):
+    one, other = sizes.apart(size, size + more)
+    assert one != other

@@ -6,10 +6,9 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import psutil
-
+from fluxmoe import machine, sizes
 from fluxmoe.checkpoint import weight_bytes
-from fluxmoe.config import ResolvedMemory, Share
+from fluxmoe.config import Resolved, ResolvedMemory, Share
 from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import frame_bytes_for
@@ -46,13 +45,51 @@ def require_free(budget: int, *, held: int = 0) -> None:
     Raises:
         ConfigError: Names both.
     """
-    available = psutil.virtual_memory().available + held
+    memory = machine.memory()
+    available = memory.available + held
     if budget > available:
+        given, free = sizes.apart(budget, available)
         raise ConfigError(
-            f"a budget of {budget} bytes exceeds the {available} bytes of free memory",
+            f"a budget of {given} exceeds the {free} of free memory{_limited(memory)}",
             where="memory.budget",
             fix="lower it",
         )
+
+
+def require_for_weights(config: Resolved, *, experts: int, others: int, workers: int = 1) -> None:
+    """Refuse a start whose weights and budgets together exceed the free memory.
+
+    Called before the weights are loaded. Without a limit and a codec, the host store keeps all
+    experts as they are loaded.
+
+    Args:
+        config: The configuration; its budget is that of one worker.
+        experts, others: Bytes of the experts, and of all other weights.
+        workers: Number of workers that share the machine.
+
+    Raises:
+        ConfigError: Names the parts.
+    """
+    first = config.stores[0]
+    plain = first.kind == "host" and first.limit is None and first.codec["kind"] == "none"
+    parts = {
+        "the budget" if workers == 1 else f"{workers} budgets": config.memory.budget * workers,
+        "experts in the host store": experts if plain else 0,
+        "other weights": others,
+    }
+    memory, need = machine.memory(), sum(parts.values())
+    if need > memory.available:
+        needed, free = sizes.apart(need, memory.available)
+        each = ", ".join(f"{sizes.shown(size)} for {name}" for name, size in parts.items() if size)
+        raise ConfigError(
+            f"{needed} are needed ({each}), {free} are free{_limited(memory)}",
+            where="memory.budget, stores",
+            fix="lower the budget" + (", or use a store of kind: file" if plain else ""),
+        )
+
+
+def _limited(memory: machine.MemoryRoom) -> str:
+    return f" within the limit of {memory.limit}" if memory.limit else ""
 
 
 def automatic(model: str | None, workers: int) -> int:
@@ -72,11 +109,12 @@ def automatic(model: str | None, workers: int) -> int:
         raise ConfigError(
             "auto needs the model's path", where="memory.budget", fix="add model: FOLDER"
         )
-    weights, free = weight_bytes(model), psutil.virtual_memory().available
+    weights, free = weight_bytes(model), machine.memory().available
     budget = int((free - weights) * SHARE / workers) >> 20 << 20
     if budget <= 0:
         raise ConfigError(
-            f"the weights of {model} need {weights} bytes and leave none of the {free} bytes free",
+            f"the weights of {model} need {sizes.shown(weights)} and leave none of the "
+            f"{sizes.shown(free)} free",
             where="memory.budget",
             fix="free some memory, or choose a smaller model",
         )
@@ -155,7 +193,7 @@ def partition(
     frame = int(memory.frame or frame_bytes_for(memory.budget, kv.block if dynamic else 0))
     if frame % mmap.PAGESIZE:
         raise ConfigError(
-            f"{frame} bytes are not a multiple of {mmap.PAGESIZE}",
+            f"{sizes.exact(frame)} is not a multiple of {sizes.exact(mmap.PAGESIZE)}",
             where="memory.frame",
             fix="use a power of two, or auto",
         )
@@ -210,8 +248,8 @@ def resize(memory: WorkerMemory, pager: ExpertPager, part: Partition, budget: in
     slots = part.slots_for(frames - memory.frames()[KVTenant.NAME])
     if slots is None:
         raise BudgetTooSmallError(
-            f"{budget} bytes cannot hold one layer of {part.geometry.experts_per_layer} "
-            f"experts, {part.page_class.nbytes} bytes each, in each of {part.banks} banks",
+            f"{sizes.shown(budget)} cannot hold one layer of {part.geometry.experts_per_layer} "
+            f"experts, {sizes.shown(part.page_class.nbytes)} each, in each of {part.banks} banks",
             fix="give more, or make fewer banks",
         )
     require_free(budget, held=pool.nbytes)
@@ -250,7 +288,7 @@ def _split(
             sizing.Wish(
                 least,
                 most,
-                reason=f"one layer of {experts} experts, {page_class.nbytes} bytes each",
+                reason=f"one layer of {experts} experts, {sizes.shown(page_class.nbytes)} each",
             ),
             frame_bytes,
             "experts",
@@ -278,17 +316,18 @@ def _widened(
 def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizing.Wish:
     """The need of a tenant, narrowed by the configuration."""
     least = need.min if share.min is None else -(-int(share.min) // frame_bytes)
-    if least < need.min:
+    if share.min is not None and least < need.min:
+        given, needed = sizes.apart(share.min, need.min * frame_bytes)
         raise ConfigError(
-            f"{share.min} bytes are less than the minimum of {need.min * frame_bytes} "
-            f"({need.reason})",
+            f"{given} is less than the minimum of {needed} ({need.reason})",
             where=f"memory.{name}.min",
             fix="raise it, or set it to auto",
         )
     cap = None if share.max is None else int(share.max) // frame_bytes
-    if cap is not None and cap < least:
+    if share.max is not None and cap is not None and cap < least:
+        given, needed = sizes.apart(share.max, least * frame_bytes)
         raise ConfigError(
-            f"{share.max} bytes are less than the minimum of {least * frame_bytes} ({need.reason})",
+            f"{given} is less than the minimum of {needed} ({need.reason})",
             where=f"memory.{name}.max",
             fix="raise it, or set it to auto",
         )

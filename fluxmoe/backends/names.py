@@ -7,6 +7,7 @@ of the library's objects when it is given one.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -77,9 +78,27 @@ class Names:
 
 def _found(name: str) -> Any:
     module, _, path = name.partition(":")
-    found = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     *owners, last = path.split(".")
     for owner in owners:
         found = getattr(found, owner)
-    fields = getattr(found, "__dataclass_fields__", {})  # those without default are no attributes
-    return fields[last] if last in fields else getattr(found, last)
+    # No attributes of the class: fields without a default, and what a constructor assigns.
+    fields = getattr(found, "__dataclass_fields__", {})
+    if last in fields:
+        return fields[last]
+    if not hasattr(found, last) and inspect.isclass(found) and last in _assigned(found):
+        return None
+    return getattr(found, last)
+
+
+def _assigned(kind: type) -> set[str]:
+    """Names of the attributes that a class's constructors assign."""
+    constructors = (vars(base).get("__init__") for base in kind.__mro__)
+    codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each)
+    return {
+        step.argval
+        for code in codes
+        if code is not None
+        for step in dis.get_instructions(code)
+        if step.opname == "STORE_ATTR"
+    }

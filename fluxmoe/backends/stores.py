@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxmoe import machine, sizes
 from fluxmoe.config import Config, FileStoreConfig
 from fluxmoe.core.types import Geometry, PageClass
+from fluxmoe.errors import ConfigError
 from fluxmoe.plugins import Registry
 from fluxmoe.stores.coding import Coder
 from fluxmoe.stores.file import FileTier
@@ -57,3 +59,34 @@ def make_store(
         else:
             tiers.append(HostTier(coder, limit))
     return TieredStore(geometry, page_class, tiers)
+
+
+def require_room(config: Config, nbytes: int) -> None:
+    """Refuse file stores whose folder cannot be written or whose disk is too small.
+
+    Page files that exist already count as room. The size of encoded pages is unknown before they
+    are encoded, so only stores without a codec are checked for room.
+
+    Args:
+        config: The configuration.
+        nbytes: Bytes of all expert pages.
+
+    Raises:
+        ConfigError: Names the store.
+    """
+    rest = nbytes
+    for index, store in enumerate(config.stores):
+        kept = rest if store.limit is None else min(rest, int(store.limit))
+        rest -= kept
+        if not isinstance(store, FileStoreConfig):
+            continue
+        folder, where = Path(store.path).expanduser(), f"stores.{index}.path"
+        machine.require_writable(folder, where=where, fix="name a writable folder")
+        free = machine.free_disk(folder) + sum(f.stat().st_size for f in folder.glob("*.pages"))
+        if store.codec["kind"] == "none" and kept > free:
+            needed, there = sizes.apart(kept, free)
+            raise ConfigError(
+                f"the pages need {needed}, {folder} has room for {there}",
+                where=where,
+                fix="name a folder on a larger disk, or set a limit and add another store",
+            )

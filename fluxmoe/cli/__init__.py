@@ -5,9 +5,11 @@ Verbs import heavy modules only when they run: ``fluxmoe --help`` loads no array
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -28,9 +30,11 @@ from fluxmoe.cli import (
     top,
     trace,
 )
-from fluxmoe.errors import FluxMoEError
+from fluxmoe.errors import ConfigError, FluxMoEError
 
 _DEBUG = "--debug"
+#: Options with which a verb prints data for programs only.
+_DATA = ("--json", "--csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,7 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Usually added after a failure, so it is accepted anywhere, such as at the end of the line.
     debug = _DEBUG in given
     try:
-        _app()(args=[argument for argument in given if argument != _DEBUG], prog_name="fluxmoe")
+        with ExitStack() as stack:
+            stack.enter_context(_compilation_announced())
+            if asked := [option for option in _DATA if option in given]:
+                if len(asked) > 1:
+                    raise ConfigError("one format at a time", where=" ".join(asked))
+                stack.enter_context(output.reserved())
+            arguments = [argument for argument in given if argument != _DEBUG]
+            program()(args=arguments, prog_name="fluxmoe")
     except FluxMoEError as error:
         if debug:
             raise
@@ -51,12 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _app() -> typer.Typer:
+@contextmanager
+def _compilation_announced() -> Iterator[None]:
+    """Show the core's announcement that it compiles: seconds without another sign of life."""
+    logger, handler = logging.getLogger("fluxmoe.compile"), logging.StreamHandler()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def program() -> Any:
+    """The whole command line, as click's group of commands."""
     app = typer.Typer(
         help="Memory manager for MoE inference: pages expert weights, simulates policies.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_globals)
     app.command("demo")(demo.demo)
@@ -72,7 +97,30 @@ def _app() -> typer.Typer:
     app.command("top")(top.top)
     app.command("limit")(limit.limit)
     app.command("doctor")(doctor.doctor)
-    return app
+    group = typer.main.get_command(app)
+    _spell(group)
+    return group
+
+
+def _spell(command: Any) -> None:
+    """Show values as ``TRACE`` and ``--policy POLICY``, and summaries in full.
+
+    typer would write ``{trace}`` and ``--policy <str>``, and shorten the summaries.
+    """
+    command.short_help = (command.help or "").partition("\n")[0]
+    for parameter in command.params:
+        if parameter.metavar is None and not getattr(parameter, "is_flag", False):
+            parameter.metavar = parameter.name.upper().strip("_").replace("_", "-")
+        if parameter.param_type_name == "argument":
+            word, described = parameter.metavar, parameter.get_help_record
+            pieces = [word if parameter.required else f"[{word}]"]
+            parameter.get_usage_pieces = lambda context, pieces=pieces: pieces
+            parameter.get_help_record = lambda context, word=word, described=described: (
+                word,
+                described(context)[1],
+            )
+    for inner in getattr(command, "commands", {}).values():
+        _spell(inner)
 
 
 def _print_version(wanted: bool) -> None:

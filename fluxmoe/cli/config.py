@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
@@ -21,13 +23,22 @@ _KINDS = ("eviction", "prefetch", "arbitration")
 
 @app.command()
 def check(file: _File) -> None:
-    """Check keys, values, policies and their options; exit code 2 if something is wrong."""
-    from fluxmoe import config
+    """Check everything that can be checked before a start; exit code 2 if something is wrong.
+
+    Keys, values, policies and their options, vLLM's options, the model's files, and the memory and
+    disk space of this machine. No engine is started.
+    """
+    from fluxmoe import config, plugins
+    from fluxmoe.backends.vllm.server import launch
 
     loaded = config.load(file)
-    _shown(loaded)
+    registry = plugins.load(loaded.plugins)
+    ready, found = launch.examine(loaded, registry, os.environ, serving=False)
+    found.require()
     print(f"{file}: ok")
-    for line in _resolved(loaded):
+    for note in found.notes:
+        print(f"note: {note}")
+    for line in _resolved(loaded, ready):
         print(line)
 
 
@@ -48,6 +59,7 @@ def show(
     import yaml
 
     from fluxmoe import config
+    from fluxmoe.backends.vllm.server import launch
 
     loaded = config.load(file)
     shown = _shown(loaded)
@@ -55,7 +67,7 @@ def show(
         output.print_json(shown)
     else:
         yaml.safe_dump(shown, sys.stdout, sort_keys=False, allow_unicode=True)
-        for line in _resolved(loaded):
+        for line in _resolved(loaded, launch.resolved(loaded) if loaded.model else loaded):
             print(f"# {line}")
 
 
@@ -81,16 +93,15 @@ def _shown(loaded: Config) -> dict[str, Any]:
     return shown
 
 
-def _resolved(loaded: Config) -> list[str]:
-    """Lines explaining what ``off`` and ``auto`` resolve to on this machine."""
+def _resolved(loaded: Config, ready: Config) -> list[str]:
+    """Lines explaining ``off``, and ``auto`` where it is resolved in ``ready``."""
     from fluxmoe.backends import budget
-    from fluxmoe.backends.vllm.server import launch
 
     lines = []
     if loaded.preset == "off":
         lines.append("preset: off serves without paging; policies have no effect")
-    if loaded.memory.budget is None and loaded.model is not None:
-        size = output.nbytes(launch.resolved(loaded).memory.budget)
+    if loaded.memory.budget is None and ready.memory.budget is not None:
+        size = sizes.shown(ready.memory.budget)
         lines.append(
             f"memory.budget: auto is currently {size} per worker, {budget.SHARE:.0%} of the "
             "free memory after the model's weights"
@@ -103,7 +114,7 @@ def _readable(value: Any) -> Any:
     from pydantic import BaseModel, ByteSize
 
     if isinstance(value, ByteSize):
-        return output.exact_size(value)
+        return sizes.exact(value)
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):

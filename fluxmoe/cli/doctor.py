@@ -19,8 +19,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from fluxmoe import machine, sizes
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.cli import output
+from fluxmoe.cli import hardware, output, table
+from fluxmoe.cli.options import AsCsv, AsJson
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]
@@ -56,30 +58,29 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Model to measure with; default: the shipped model.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Show what works on this installation; exit code 2 if something essential is broken."""
     if measure is not None:
-        _measure(measure, model, as_json)
+        _measure(measure, model, as_json, as_csv)
         return
     system = list(_system())
     backends = list(_backends()) if sys.platform == "linux" else []
     broken = any(finding.status == "broken" for finding in system)
-    if as_json:
-        output.print_json(
-            {
-                "ok": not broken,
-                "checks": [asdict(finding) for finding in system],
-                "backends": [asdict(finding) for finding in backends],
-            }
-        )
-    else:
-        _print(system, backends)
+    tables = {
+        "checks": [asdict(finding) for finding in system],
+        "backends": [asdict(finding) for finding in backends],
+    }
+    rows = ({"table": name, **row} for name in tables for row in tables[name])
+    if not output.printed(as_json, as_csv, {"ok": not broken, **tables}, rows):
+        _print("This installation", system)
+        _print("Backends", backends)
     if broken:
         sys.exit(2)
 
 
-def _measure(path: Path, model: str | None, as_json: bool) -> None:
+def _measure(path: Path, model: str | None, as_json: bool, as_csv: bool) -> None:
     """Write a hardware profile of this machine, for ``fluxmoe simulate --hardware``."""
     problem = _first_problem(_package("torch"), _package("transformers"))
     if problem is not None:
@@ -92,30 +93,20 @@ def _measure(path: Path, model: str | None, as_json: bool) -> None:
 
     profile = Profile(**measure(model or SHIPPED))
     save(profile, path)
-    if as_json:
-        output.print_json(profile.model_dump())
-    else:
+    data = profile.model_dump()
+    if not output.printed(as_json, as_csv, data, [data]):
         print(f"{path}: {profile.description}")
         print(f"a page is loaded at {profile.load_gbps:.1f} GB/s + {profile.load_us:.0f} µs")
         print(f"a step takes {profile.step_us:.0f} µs + {profile.token_us:.1f} µs per token and")
         print(f"layer; experts are read at {profile.memory_gbps:.1f} GB/s")
 
 
-def _print(system: list[Check], backends: list[Check]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = output.console()
-    for title, findings in ("This installation", system), ("Backends", backends):
-        table = Table("", "status", "found", "what to do", title=title, title_justify="left")
-        for finding in findings:
-            table.add_row(*map(escape, astuple(finding)))  # fluxmoe[cuda] is not markup
-        console.print(table)
+def _print(title: str, findings: list[Check]) -> None:
+    rows = [astuple(finding) for finding in findings]
+    table.show(title, ["", "status", "found", "what to do"], [], rows)
 
 
 def _system() -> Iterator[Check]:
-    import psutil
-
     yield Check("Python", "ok", platform.python_version())
     here = f"{platform.system()} {platform.release()} {platform.machine()}"
     if sys.platform != "linux":
@@ -131,10 +122,10 @@ def _system() -> Iterator[Check]:
         fix = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (speed only)"
         yield Check("huge pages", "note", "off for shared memory", fix)
     yield _map_count()
-    memory = psutil.virtual_memory()
-    free = f"{output.nbytes(memory.available)} of {output.nbytes(memory.total)} free"
-    yield Check("memory", "ok", free)
+    yield _memory()
+    yield _shared_memory()
     yield _gpu()
+    yield _profile()
     yield _package("torch", _cuda())
     yield _vllm()
     yield _package("transformers")
@@ -165,8 +156,37 @@ def _substrate() -> Check:
             substrate.close()
     except FluxMoEError as error:
         fix = "check the limits of this process: ulimit -a, container memory, seccomp"
-        return Check(name, "broken", str(error), fix)
+        return Check(name, "broken", error.text, fix)
     return Check(name, "ok", "1 MiB reserved, committed and written to")
+
+
+def _profile() -> Check:
+    """The profile of this machine, which ``plan`` uses by default."""
+    kept = hardware.measured()
+    if kept is None:
+        fix = "nothing: fluxmoe plan measures it; or fluxmoe doctor --measure FILE.yaml"
+        return Check("hardware profile", "note", "this machine is not measured yet", fix)
+    found = f"pages at {kept.load_gbps:.1f} GB/s; {kept.description}"
+    return Check("hardware profile", "ok", found)
+
+
+def _memory() -> Check:
+    memory = machine.memory()
+    free = f"{sizes.shown(memory.available)} of {sizes.shown(memory.total)} free"
+    return Check("memory", "ok", f"{free}, limited by {memory.limit}" if memory.limit else free)
+
+
+def _shared_memory() -> Check:
+    from fluxmoe.backends.vllm.server.preflight import require_shared_memory
+
+    free = machine.shared_memory()
+    if free is None:
+        return Check("/dev/shm", "note", "missing", "mount a tmpfs there, for vLLM")
+    try:
+        require_shared_memory(1)
+    except FluxMoEError as error:
+        return Check("/dev/shm", "note", f"{sizes.shown(free)} free", error.fix)
+    return Check("/dev/shm", "ok", f"{sizes.shown(free)} free")
 
 
 def _gpu() -> Check:
@@ -178,8 +198,10 @@ def _gpu() -> Check:
 
     bindings = _version("cuda-bindings")
     if bindings is None:
-        fix = "for NVIDIA GPUs: pip install 'fluxmoe[cuda]'"
-        return Check("CUDA", "note", "cuda-bindings is not installed", fix)
+        if not _has_gpu():
+            return Check("CUDA", "ok", "no NVIDIA GPU, none needed")
+        fix = "pip install 'fluxmoe[cuda]'"
+        return Check("CUDA", "note", "an NVIDIA GPU without cuda-bindings", fix)
     try:
         with ExitStack() as each:
             cuda = CudaDriver()
@@ -187,7 +209,7 @@ def _gpu() -> Check:
             substrate = CudaSubstrate(cuda, 1)
             each.callback(substrate.close)
             substrate.commit(substrate.reserve(FRAME_BYTES), np.zeros(1, np.int64))
-            free, total = map(output.nbytes, cuda.memory())
+            free, total = map(sizes.shown, cuda.memory())
             version = f"{cuda.version // 1000}.{cuda.version % 1000 // 10}"
             found = f"{cuda.name}, {free} of {total} free, driver for {version}"
     except FluxMoEError as error:
@@ -236,8 +258,12 @@ def _cuda() -> str:
     except OSError:
         return ""
     built = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
-    device = any(Path("/dev").glob("nvidia[0-9]*"))
-    return f", CUDA {built.group(1) if built else 'no'}, GPU {'yes' if device else 'no'}"
+    device = "yes" if _has_gpu() else "no"
+    return f", CUDA {built.group(1) if built else 'no'}, GPU {device}"
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _installed_vllm() -> tuple[str, str] | None:

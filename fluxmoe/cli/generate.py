@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import models, output
+from fluxmoe.cli.options import AsJson, Plugins
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ def generate(
             metavar="1,2,3", help="Token ids instead of text, for models without a tokenizer."
         ),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
+    backend: Annotated[
+        Backend, typer.Option(metavar="|".join(Backend), help="Engine that runs the model.")
+    ] = Backend.TORCH,
     memory: Annotated[
         str,
         typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache."),
@@ -62,18 +66,15 @@ def generate(
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: Plugins = None,
+    as_json: AsJson = False,
 ) -> None:
     """Continue one prompt with greedy decoding, and print text and statistics."""
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
 
-    from fluxmoe import checkpoint, config, plugins
+    from fluxmoe import config, plugins
 
     settings = {
         "memory": {"budget": memory},
@@ -85,7 +86,6 @@ def generate(
     parsed = config.parse(settings, where="fluxmoe generate")
     registry = plugins.load(parsed.plugins)
     registry.check(parsed)
-    checkpoint.require_readable(model)
     models.quiet()
     vocabulary = models.config(model).get_text_config().vocab_size
     tokenizer = models.tokenizer(model, required=given is None)
@@ -161,12 +161,11 @@ def _print(result: dict[str, Any], prompt: str | None) -> None:
         print(",".join(map(str, result["token_ids"])))
     else:
         print((prompt or "") + result["text"])
-    output.console().print(
+    output.say(
         f"{len(result['token_ids'])} tokens, {result['tokens_per_s']:.1f} per second; experts: "
-        f"{stats['slots']} of {stats['pages']} pages fit in {output.nbytes(stats['expert_bytes'])}"
-        f", hit rate {stats['hit_rate']:.1%}, {output.nbytes(stats['bytes_demand'])} loaded on "
-        f"demand, {output.nbytes(stats['bytes_prefetch'])} ahead, {stats['stall_seconds']:.2f} s "
+        f"{stats['slots']} of {stats['pages']} pages fit in {sizes.shown(stats['expert_bytes'])}"
+        f", hit rate {stats['hit_rate']:.1%}, {sizes.shown(stats['bytes_demand'])} loaded on "
+        f"demand, {sizes.shown(stats['bytes_prefetch'])} ahead, {stats['stall_seconds']:.2f} s "
         "waited",
         style="dim",
-        highlight=False,
     )

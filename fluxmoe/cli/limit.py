@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
+from fluxmoe.cli.options import AsJson
 
 
 def limit(
@@ -32,7 +34,7 @@ def limit(
     api_key: Annotated[
         str | None, typer.Option(help="API key of the server; default: $VLLM_API_KEY.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Set limits on a running server's memory split; limits not given are removed.
 
@@ -81,8 +83,8 @@ def _given(value: Any) -> Any:
 
 def _print(told: dict[str, Any]) -> None:
     split, limits = told["split"], told["limits"]
-    print(f"experts have {output.nbytes(split['experts'])}, the KV cache "
-          f"{output.nbytes(split['kv'])}, of {output.nbytes(told['budget'])}")  # fmt: skip
+    print(f"experts have {sizes.shown(split['experts'])}, the KV cache "
+          f"{sizes.shown(split['kv'])}, of {sizes.shown(told['budget'])}")  # fmt: skip
     words = [
         ("budget", limits["budget"]),
         *(
@@ -91,7 +93,7 @@ def _print(told: dict[str, Any]) -> None:
             for end in ("min", "max")
         ),
     ]
-    given = [f"{name} {output.exact_size(size)}" for name, size in words if size is not None]
+    given = [f"{name} {sizes.exact(size)}" for name, size in words if size is not None]
     print("limits: " + (", ".join(given) if given else "none"))
 
 

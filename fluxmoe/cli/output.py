@@ -1,50 +1,126 @@
-"""Output of commands: tables for people, pure JSON for programs, errors on standard error."""
+"""Output of commands: text for people, pure JSON or CSV for programs, errors on standard error."""
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TextIO
 
 from fluxmoe.errors import FluxMoEError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Columns of a table in a pipe or a log file, where rich would assume 80.
-_PIPE_WIDTH = 180
+#: Columns of a line in a pipe or a file, where nothing has to fold and rich would assume 80.
+UNLIMITED = 1 << 16
+
+#: The stream for JSON and CSV while standard output is reserved for them.
+_reserved: ContextVar[TextIO | None] = ContextVar("reserved", default=None)
 
 
-def console() -> Console:
-    """A console on standard output, for tables."""
-    from rich.console import Console
+@contextmanager
+def reserved() -> Iterator[None]:
+    """Reserve standard output for ``printed``; everything else goes to standard error.
 
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    Plugins and libraries print too: when they are imported, in C, and in child processes.
+    """
+    shared = sys.stdout
+    try:
+        whole_process = shared.fileno() == 1
+    except OSError:  # not a file: a caller in this process captures the output
+        whole_process = False
+    if not whole_process:
+        token = _reserved.set(shared)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _reserved.reset(token)
+        return
+    shared.flush()
+    own = os.fdopen(os.dup(1), "w", encoding=shared.encoding, errors=shared.errors)
+    os.dup2(2, 1)
+    token = _reserved.set(own)
+    try:
+        yield
+    finally:
+        _reserved.reset(token)
+        with suppress(OSError):  # the reader has gone
+            shared.flush()
+        os.dup2(own.fileno(), 1)
+        with suppress(OSError):
+            own.close()
+
+
+def printed(
+    as_json: bool, as_csv: bool, whole: object, rows: Iterable[Mapping[str, object]]
+) -> bool:
+    """Print what programs read, if that was asked for.
+
+    Args:
+        as_json: True to print ``whole`` as JSON.
+        as_csv: True to print ``rows`` as CSV; a row lacks the columns that it does not have, and
+            a cell that is itself a list or a mapping is JSON.
+
+    Returns:
+        False if neither was asked for and nothing was printed.
+    """
+    if as_json:
+        print_json(whole)
+    elif as_csv:
+        _print_csv(list(rows))
+    return as_json or as_csv
 
 
 def print_json(data: object) -> None:
     """Write ``data`` as JSON only; not through rich, which would wrap long lines."""
-    json.dump(data, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    out = _reserved.get() or sys.stdout
+    json.dump(data, out, indent=2)
+    out.write("\n")
+    out.flush()
+
+
+def _print_csv(rows: list[Mapping[str, object]]) -> None:
+    out = _reserved.get() or sys.stdout
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {
+                column: json.dumps(cell) if isinstance(cell, list | dict) else cell
+                for column, cell in row.items()
+            }
+        )
+    out.flush()
+
+
+def console(least: int = 0) -> Console:
+    """A console on standard output, as wide as its terminal, but at least ``least`` columns."""
+    from rich.console import Console
+
+    if not sys.stdout.isatty():
+        return Console(width=UNLIMITED)
+    found = Console()
+    return found if found.width >= least else Console(width=least)
+
+
+def say(text: str, *, style: str | None = None) -> None:
+    """Print text without markup, folded between words at the width of a terminal."""
+    console().print(text, style=style, highlight=False, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print a remark that is no result on standard error, so that JSON and CSV stay pure."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def print_error(error: FluxMoEError) -> None:
-    """Print ``error[FMxxx]: what; where; what to do`` on standard error."""
-    print(f"error[{error.code}]: {error}", file=sys.stderr)
-
-
-def nbytes(size: float) -> str:
-    """A size in bytes for display: 1536 → ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def exact_size(size: int) -> int | str:
-    """An exact size as a configuration would write it: 1536 → ``1536``, 2048 → ``2KiB``."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size and size % 1024**power == 0:
-            return f"{size // 1024**power}{unit}"
-    return int(size)
+    """Print ``error[FMxxx]: what; where; what to do`` on standard error, a line per problem."""
+    for each in error.problems():
+        print(f"error[{each.code}]: {each.text}", file=sys.stderr)

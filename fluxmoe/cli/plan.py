@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluxmoe.cli import output
+from fluxmoe import sizes
+from fluxmoe.cli import output, table
+from fluxmoe.cli.hardware import HERE, profile_of
+from fluxmoe.cli.options import AsCsv, AsJson
 
 if TYPE_CHECKING:
+    from fluxmoe.dimensions import Model
     from fluxmoe.plan.advice import Plan, Point
-    from fluxmoe.plan.model import Model
+    from fluxmoe.sim.hardware import Profile
 
 #: Default tokens per request, if the model allows that many.
 _CONTEXT = 4096
@@ -28,8 +32,8 @@ def plan(
         str, typer.Option(metavar="SIZE", help="Budget for experts and KV cache, such as 24GiB.")
     ],
     hardware: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="Hardware profile.")
-    ] = "h100-pcie5",
+        str, typer.Option(metavar="NAME|FILE", help="Hardware profile; this one is measured once.")
+    ] = HERE,
     context: Annotated[
         int | None,
         typer.Option(
@@ -44,19 +48,19 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Show what fits, which split is best, and whether paging pays, without loading the model."""
+    from fluxmoe import dimensions as models
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
-    from fluxmoe.plan import model as models
     from fluxmoe.plan import picture as pictures
-    from fluxmoe.sim import hardware as profiles
     from fluxmoe.sim.events import Events
 
     budget = size(memory, where="--memory")
-    profile = profiles.load(hardware)
     shape = models.read(model)
+    profile = profile_of(hardware)
     work = cost.PlannedWorkload(_tokens(context, shape), requests)
     curve = cost.even_curve(shape.pages)
     assumption = (
@@ -69,10 +73,8 @@ def plan(
     made = advice.make(shape, profile, work, budget, curve, assumption)
     if picture is not None:
         pictures.draw(made, picture)
-    if as_json:
-        output.print_json(_as_json(made))
-    else:
-        _print(made)
+    if not output.printed(as_json, as_csv, _as_json(made), _lines(made)):
+        _print(made, profile)
 
 
 def _tokens(context: int | None, model: Model) -> int:
@@ -96,47 +98,52 @@ def _as_json(plan: Plan) -> dict[str, object]:
     return {"context": work["tokens"], "requests": work["requests"], **data}
 
 
-def _print(plan: Plan) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+def _lines(plan: Plan) -> list[dict[str, object]]:
+    """The points of the curve, and the named ones."""
+    points = {"": plan.curve, **{name: (point,) for name, point in _named(plan)}}
+    return [{"split": name, **asdict(point)} for name in points for point in points[name]]
 
-    model, console = plan.model, output.console()
-    console.print(
-        f"[bold]{escape(model.name)}[/]: {model.architecture}, {model.moe_layers} layers x "
-        f"{model.experts} experts of {output.nbytes(model.page_bytes)}, top {model.top_k}",
-        highlight=False,
+
+def _print(plan: Plan, profile: Profile) -> None:
+    model = plan.model
+    output.say(
+        f"{model.name}: {model.architecture}, {model.moe_layers} layers x "
+        f"{model.experts} experts of {sizes.shown(model.page_bytes)}, top {model.top_k}"
     )
-    table = Table(
-        "",
-        title=f"{output.nbytes(plan.memory)} for experts and KV cache, {plan.hardware}",
-        title_justify="left",
+    output.say(f"Hardware: {profile.name}: {profile.description}")
+    table.show(
+        f"{sizes.shown(plan.memory)} for experts and KV cache",
+        ["split"],
+        ["experts", "resident", "KV cache", "requests", "step ms", "waiting", "tokens/s"],
+        [[name, *_cells(point)] for name, point in _rows(plan)],
+        keys=2,
     )
-    for column in ("experts", "resident", "KV cache", "requests", "step ms", "waiting", "tokens/s"):
-        table.add_column(column, justify="right")
-    for name, point in _rows(plan):
-        table.add_row(name, *_cells(point))
-    console.print(table)
     for sentence in plan.advice:
-        console.print(f"• {sentence}", highlight=False, markup=False)
-    console.print(f"Assumed: {plan.assumption}.", highlight=False, markup=False, style="dim")
+        output.say(f"• {sentence}")
+    output.say(f"Assumed: {plan.assumption}.", style="dim")
+
+
+def _named(plan: Plan) -> list[tuple[str, Point]]:
+    named = [("at start", plan.automatic), ("recommended", plan.recommended)]
+    return named if plan.resident is None else [*named, ("no paging", plan.resident)]
 
 
 def _rows(plan: Plan) -> list[tuple[str, Point]]:
     """Some splits from the curve, and the named ones."""
     every = max(1, (len(plan.curve) - 1) // (_ROWS - 1))
     rows = {point.resident_pages: ("", point) for point in plan.curve[::every]}
-    rows[plan.automatic.resident_pages] = ("at start", plan.automatic)
-    if plan.resident is not None:
-        rows[plan.resident.resident_pages] = ("no paging", plan.resident)
-    rows[plan.recommended.resident_pages] = ("recommended", plan.recommended)
+    names: dict[int, list[str]] = {}
+    for name, point in _named(plan):
+        names.setdefault(point.resident_pages, []).append(name)
+        rows[point.resident_pages] = (", ".join(names[point.resident_pages]), point)
     return [rows[pages] for pages in sorted(rows)]
 
 
 def _cells(point: Point) -> list[str]:
     return [
-        output.nbytes(point.expert_bytes),
+        sizes.shown(point.expert_bytes),
         f"{point.resident_share:.1%}",
-        output.nbytes(point.kv_bytes),
+        sizes.shown(point.kv_bytes),
         str(point.requests),
         f"{point.step_ms:.1f}",
         f"{point.stall_ms / point.step_ms:.0%}",

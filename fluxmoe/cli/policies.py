@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output
+from fluxmoe.cli import output, table
+from fluxmoe.cli.options import AsCsv, AsJson, Plugins
 
 if TYPE_CHECKING:
     from fluxmoe.plugins import Plugin, Registration
@@ -16,15 +17,13 @@ Faults = Mapping[tuple[str, str], int]
 
 
 def policies(
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
-    ] = None,
+    plugin: Plugins = None,
     server: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Also show policy faults of a running server."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """List all policies: built in, installed, and from --plugin; also broken plugins."""
     from fluxmoe import plugins
@@ -35,22 +34,23 @@ def policies(
     brought = {p.name: p for p in registry.plugins if p.status == "ok"}
     rows = [_row(policy, brought[policy.plugin], faults) for policy in registry]
     rows += [_without_policy(p) for p in registry.plugins if p.status != "ok"]
-    if as_json:
-        output.print_json(rows)
+    if output.printed(as_json, as_csv, rows, rows):
         return
-    from rich.table import Table
+    table.show(
+        "",
+        ["kind", "name", "plugin", "version", "status", "summary"],
+        ["faults"] if server is not None else [],
+        [_cells(row, faults is not None) for row in rows],
+    )
 
-    table = Table("kind", "name", "plugin", "version", "status", "summary")
-    if server is not None:
-        table.add_column("faults", justify="right")
-    for row in rows:
-        name = f"{row['name']} (oracle)" if row["oracle"] else row["name"]
-        cells = [row["kind"], name, row["plugin"], row["version"], row["status"]]
-        cells.append(row["problem"] or row["summary"])
-        if server is not None:
-            cells.append("" if row["faults"] is None else str(row["faults"]))
-        table.add_row(*cells)
-    output.console().print(table)
+
+def _cells(row: dict[str, Any], with_faults: bool) -> list[str]:
+    name = f"{row['name']} (oracle)" if row["oracle"] else row["name"]
+    cells = [row["kind"], name, row["plugin"], row["version"], row["status"]]
+    cells.append(row["problem"] or row["summary"])
+    if with_faults:
+        cells.append(row["faults"])
+    return ["" if cell is None else str(cell) for cell in cells]
 
 
 def _row(policy: Registration, plugin: Plugin, faults: Faults | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +22,14 @@ def serve(
     from fluxmoe.backends.vllm.server import launch
 
     loaded = configuration.load(config)
-    # Raises errors of plugins here instead of in a worker.
     registry = plugins.load(loaded.plugins)
-    registry.policies(loaded)
-    arbitration = registry.arbitration(loaded)
-    resolved = launch.resolved(loaded)
     if print_command:
-        print(launch.shell_line(resolved))
-    else:
-        launch.serve(resolved, moving=resolved.dynamic(arbitration))
+        registry.check(loaded)
+        print(launch.shell_line(launch.resolved(loaded)))
+        return
+    ready, found = launch.examine(loaded, registry, os.environ, serving=True)
+    found.require()
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    assert isinstance(ready, configuration.Resolved)  # or an error was found
+    launch.serve(ready)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import output
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def frame(now: Snapshot, rates: Rates) -> Group:
         share = nbytes / max(now.budget_bytes, 1)
         bar = "█" * round(share * _BAR)
         memory.add_row(
-            name, f"[{colour}]{bar:<{_BAR}}[/]", output.nbytes(nbytes), f"{share:.0%}", more
+            name, f"[{colour}]{bar:<{_BAR}}[/]", sizes.shown(nbytes), f"{share:.0%}", more
         )
     since = f"last {rates.seconds:.0f} s" if rates.seconds else "since the start"
     numbers = Table.grid(padding=(0, 3))
@@ -89,7 +90,7 @@ def frame(now: Snapshot, rates: Rates) -> Group:
                     "prefix hit rate", _share(rates.prefix_rate))  # fmt: skip
     numbers.add_row("time per token", "–" if rates.token_ms is None else f"{rates.token_ms:.1f} ms",
                     "tokens", _per_s(rates, f"{rates.tokens_per_s:.1f}", now.tokens))  # fmt: skip
-    loaded = _per_s(rates, output.nbytes(rates.loaded_per_s), output.nbytes(now.loaded_bytes))
+    loaded = _per_s(rates, sizes.shown(rates.loaded_per_s), sizes.shown(now.loaded_bytes))
     waited = f"{rates.stall_share:.0%}" if rates.seconds else f"{now.stall_seconds:.1f} s"
     numbers.add_row("pages loaded", loaded, "waited for them", waited)
     moves = f"{now.moves_to_kv} to the KV cache, {now.moves_to_experts} to the experts"
@@ -97,7 +98,7 @@ def frame(now: Snapshot, rates: Rates) -> Group:
     lines = [f"{_DIRECTIONS.get(told.direction, told.direction)} ({told.policy})"
              + (f": {told.reason}" if told.reason else "") for told in now.decisions]  # fmt: skip
     return Group(
-        f"[bold]{escape(now.model)}[/]  {now.url}  budget {output.nbytes(now.budget_bytes)}",
+        f"[bold]{escape(now.model)}[/]  {now.url}  budget {sizes.shown(now.budget_bytes)}",
         memory,
         "",
         f"[dim]{since}[/]",

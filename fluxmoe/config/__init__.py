@@ -9,6 +9,7 @@ from fluxmoe.config.schema import (
     Resolved,
     ResolvedMemory,
     Share,
+    is_plugin_file,
 )
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Resolved",
     "ResolvedMemory",
     "Share",
+    "is_plugin_file",
     "json_schema",
     "load",
     "parse",

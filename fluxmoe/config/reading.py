@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fluxmoe import sizes
 from fluxmoe.config.schema import Config, HandLimits
-from fluxmoe.core.words import line
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, meant, together
+from fluxmoe.words import line
 
 #: pydantic's error types → messages in the terms of YAML instead of Python.
 _WHAT = {
@@ -47,7 +49,8 @@ def parse(data: object, *, where: str) -> Config:
     """Validate a configuration.
 
     Raises:
-        ConfigError: Names the first invalid field, its value and the remedy.
+        ConfigError: Names an invalid field, its value and the remedy; ``others`` has the further
+            ones.
     """
     return _parse(Config, data, where)
 
@@ -65,29 +68,87 @@ def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = list(map(str, first["loc"]))
-        if place[:1] == ["stores"]:
-            del place[2:3]  # the store's kind, which pydantic added
-        field = ".".join(place)
-        if first["type"] == "extra_forbidden":
-            what, fix = f"unknown key {field!r}", "remove it, or check its spelling"
-        elif first["type"] in ("missing", "union_tag_not_found"):
-            if first["type"] == "union_tag_not_found":
-                field += ".kind"
-            what, fix = f"{field!r} is missing", "add it"
-        elif first["type"] == "union_tag_invalid":
-            what = f"{field}.kind: it must be 'host' or 'file', not {first['input'].get('kind')!r}"
-            fix = "see `fluxmoe config schema`"
-        else:
-            what = _WHAT.get(first["type"], first["msg"].replace("Input should", "it must"))
-            what = f"{field}: {what}"
-            if first["type"] != "size":  # its message already names the value
-                what += f", not {line(first['input'], repr)}"
-            fix = _FIXES.get(first["type"], "see `fluxmoe config schema`")
-            if field in ("eviction", "prefetch", "arbitration"):
-                fix = "write the name of a policy, or {kind: NAME, option: value}"
-        raise ConfigError(what, where=where, fix=fix) from error
+        raise together(_problems(model, error, where)) from error
+
+
+def _problems(model: type[BaseModel], error: ValidationError, where: str) -> list[ConfigError]:
+    """All of pydantic's errors in the terms of a configuration, unknown keys first."""
+    unknown, rest, intended = [], [], set()
+    for each in error.errors(include_url=False):
+        if each["type"] != "extra_forbidden":
+            rest.append(each)
+            continue
+        *above, key = each["loc"]
+        fix = meant(key, known := sorted(_keys(model, above)))
+        unknown.append(
+            ConfigError(
+                f"unknown key {_field(each['loc'])!r}",
+                where=where,
+                fix=fix or f"remove it; known here: {', '.join(known)}",
+            )
+        )
+        intended |= {(*above, name) for name in known if meant(key, [name])}
+    # A misspelt key is not reported as a missing one, too.
+    rest = [each for each in rest if each["type"] != "missing" or each["loc"] not in intended]
+    return unknown + [_problem(each, where) for each in rest]
+
+
+def _problem(detail: ErrorDetails, where: str) -> ConfigError:
+    """One of pydantic's errors in the terms of a configuration."""
+    kind, field, found = detail["type"], _field(detail["loc"]), detail["input"]
+    if kind == "missing":
+        return ConfigError(f"{field!r} is missing", where=where, fix="add it")
+    if kind == "union_tag_not_found":
+        return ConfigError(f"'{field}.kind' is missing", where=where, fix="add it")
+    fix = _FIXES.get(kind, "see `fluxmoe config schema`")
+    if kind == "union_tag_invalid":
+        found, said = found.get("kind"), "it must be 'host' or 'file'"
+        field, fix = f"{field}.kind", meant(found, ["host", "file"]) or fix
+    else:
+        said = _WHAT.get(kind, detail["msg"].replace("Input should", "it must"))
+        if kind == "literal_error":
+            fix = meant(found, re.findall("'(.*?)'", detail["msg"])) or fix
+    if field in ("eviction", "prefetch", "arbitration"):
+        fix = "write the name of a policy, or {kind: NAME, option: value}"
+    if kind != "size":  # its message already names the value
+        said += f", not {line(found, repr)}"
+    return ConfigError(f"{field}: {said}", where=where, fix=fix)
+
+
+def _field(place: Sequence[int | str]) -> str:
+    """A place in the configuration as a dotted name, without a store's kind, as pydantic adds."""
+    parts = list(map(str, place))
+    if parts[:1] == ["stores"]:
+        del parts[2:3]
+    return ".".join(parts)
+
+
+def _keys(model: type[BaseModel], above: Sequence[int | str]) -> set[str]:
+    """The keys that are known below a place, whose parts are names, numbers and stores' kinds."""
+    models = [model]
+    for part in above:
+        if isinstance(part, int):
+            continue
+        inside = [
+            inner
+            for each in models
+            if part in each.model_fields
+            for inner in _models(each.model_fields[part].annotation)
+        ]
+        # No key: the kind of a store, which pydantic adds to the place.
+        models = inside or [m for m in models if _kind(m) == part]
+    return {name for each in models for name in each.model_fields}
+
+
+def _kind(store: type[BaseModel]) -> object:
+    return get_args(store.model_fields["kind"].annotation)[0]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The classes of settings in a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _models(inner)]
 
 
 def json_schema() -> dict[str, Any]:
@@ -117,17 +178,26 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(path: Path) -> Config:
-    """Read a YAML file.
+    """Read a YAML file, whose paths are relative to its folder; see ``Config.located``.
 
     Raises:
         ConfigError: The file is unreadable, not valid YAML, or does not validate.
+    """
+    return parse(read(path), where=str(path)).located(path.absolute().parent)
+
+
+def read(path: Path) -> object:
+    """The contents of a YAML file, not validated.
+
+    Raises:
+        ConfigError: The file is unreadable or not valid YAML.
     """
     if path.is_dir():
         raise ConfigError(
             "it is a folder", where=str(path), fix="give a YAML file with model: FOLDER in it"
         )
     try:
-        data = yaml.load(path.read_text(), _Loader)
+        return yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read it: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
@@ -138,4 +208,3 @@ def load(path: Path) -> Config:
             mark, problem = error.problem_mark, error.problem or "could not be parsed"
             where = f"{path}, line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"not valid YAML: {problem}", where=where) from error
-    return parse(data, where=str(path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,12 +19,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fluxmoe import sizes
+from fluxmoe.checkpoint import is_hub_name
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
 
 
 def _policy(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
+
+
+def _several(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 def _size(value: object) -> int:
@@ -56,6 +63,11 @@ Budget = Annotated[
     Annotated[ByteSize, Field(gt=0)] | None,
     BeforeValidator(_budget, json_schema_input_type=_Written | Literal["auto"]),
 ]
+
+
+def is_plugin_file(name: str) -> bool:
+    """True if a plugin is given as a file, not as a module."""
+    return name.endswith(".py") or os.sep in name
 
 
 class _Model(BaseModel):
@@ -145,7 +157,7 @@ class FileStoreConfig(_Model):
 
     kind: Literal["file"]
     path: str = Field(min_length=1)
-    """Folder of the page file; created if missing."""
+    """Folder of the page file, relative to the configuration's; created if missing."""
     limit: AutoSize = None
     """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
     codec: Policy = {"kind": "none"}
@@ -172,8 +184,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Config(_Model):
     """All settings of FluxMoE. Keys of ``vllm`` are passed to vLLM untouched."""
 
-    model: str | None = None
-    """Folder or Hugging Face name of the model; needed to serve."""
+    model: Annotated[str, Field(min_length=1)] | None = None
+    """Folder, relative to the file, or Hugging Face name of the model; needed to serve."""
     memory: Memory
     preset: Literal["default", "paper", "off"] = "default"
     """A named set of policies; explicit policies override it. off: no paging at all."""
@@ -190,8 +202,10 @@ class Config(_Model):
     """Stores for expert pages that are not resident; a page goes to the first that has room."""
     control: bool = False
     """True if limits can be set while serving (fluxmoe limit). Reserves room for growth."""
-    plugins: list[str] = []
-    """Files (.py) or modules that register further policies or codecs."""
+    plugins: Annotated[
+        list[str], BeforeValidator(_several, json_schema_input_type=str | list[str])
+    ] = []
+    """Files (.py) or modules that register further policies or codecs; one needs no list."""
     strict_policies: bool = False
     """Stop at the first fault of a policy instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
@@ -205,6 +219,37 @@ class Config(_Model):
         """The same with this budget, in bytes; it may have been ``auto``."""
         memory = ResolvedMemory.model_construct(**{**dict(self.memory), "budget": ByteSize(budget)})
         return Resolved.model_construct(**{**dict(self), "memory": memory})
+
+    def located(self, folder: Path) -> Self:
+        """The same with absolute paths; relative ones begin in ``folder``.
+
+        Paths are those of plugin files and stores, and the model unless it is a name on a hub: a
+        name without a folder beside it. Options of ``vllm`` are left alone; a model that becomes
+        absolute is served under the name that was written.
+        """
+
+        def absolute(path: str) -> str:
+            return str(folder / Path(path).expanduser())
+
+        changed: dict[str, Any] = {
+            "plugins": [absolute(name) if is_plugin_file(name) else name for name in self.plugins],
+            "stores": [
+                store.model_copy(update={"path": absolute(store.path)})
+                if isinstance(store, FileStoreConfig)
+                else store
+                for store in self.stores
+            ],
+        }
+        if self.model is not None:
+            local = not is_hub_name(self.model) or Path(absolute(self.model)).is_dir()
+            changed["model"] = absolute(self.model) if local else self.model
+            named = {"served-model-name", "served_model_name"} & self.vllm.keys()
+            if changed["model"] != self.model and not named:
+                # Clients of the server name the model as the file does.
+                changed["vllm"] = {**self.vllm, "served-model-name": self.model}
+        # Only what changes, so that defaults stay defaults.
+        update = {key: value for key, value in changed.items() if value != getattr(self, key)}
+        return self.model_copy(update=update)
 
     def dynamic(self, arbitration: ArbitrationPolicy) -> bool:
         """True if the split may change while serving with this policy."""

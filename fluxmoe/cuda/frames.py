@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fluxmoe import sizes
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.substrate import runs
 from fluxmoe.core.types import Int64s
@@ -65,8 +66,8 @@ class CudaSubstrate:
         piece = int(cuda.call("cuMemGetAllocationGranularity", self._memory, least))
         if frame_bytes <= 0 or frame_bytes % piece:
             raise SubstrateError(
-                f"a frame of {frame_bytes} bytes is not a multiple of {piece}, "
-                f"the mapping granularity of {cuda.name}",
+                f"a frame of {sizes.exact(frame_bytes)} is not a multiple of {sizes.exact(piece)}, "
+                f"which {cuda.name} maps as one piece",
                 where="frame_bytes",
             )
         with cuda.current():
@@ -87,7 +88,7 @@ class CudaSubstrate:
     def unreserve(self, address: int, nbytes: int) -> None:
         """Release a reserved range. If the driver call fails, ``close`` tries again."""
         if self._ranges.get(address) != nbytes:
-            raise SubstrateError(f"no range of {nbytes} bytes was reserved at {address:#x}")
+            raise SubstrateError(f"no range of {sizes.exact(nbytes)} was reserved at {address:#x}")
         self._stale |= self._mapped.intersection(self._places(address, nbytes // self.frame_bytes))
         with suppress(SubstrateError):
             self._unreserve(address)
@@ -164,8 +165,9 @@ class CudaSubstrate:
         except DeviceMemoryError as error:
             free, total = self._cuda.memory()
             raise DeviceMemoryError(
-                f"the GPU has no memory for another frame of {self.frame_bytes} bytes after "
-                f"{self.allocated()} bytes of frames: {free} of {total} bytes are free",
+                f"the GPU has no memory for another frame of {sizes.exact(self.frame_bytes)} "
+                f"beside {sizes.shown(self.allocated())} of frames: {sizes.shown(free)} of "
+                f"{sizes.shown(total)} are free",
                 where=error.where,
                 fix=error.fix,
             ) from error

@@ -9,11 +9,12 @@ import numpy as np
 
 from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.host import frame_bytes_for
+from fluxmoe.dimensions import Model
 from fluxmoe.errors import BudgetTooSmallError
 from fluxmoe.plan import cost
 from fluxmoe.plan.cost import Floats, PlannedWorkload, Splits
-from fluxmoe.plan.model import Model
 from fluxmoe.sim.hardware import Profile
+from fluxmoe.sizes import apart, at_least, shown
 
 #: Minimum relative gain for which a split is recommended, the same as in ``marginal``.
 GAIN = 0.05
@@ -92,11 +93,12 @@ def make(
     one = model.request_bytes(work.tokens)
     least = model.experts * model.page_bytes + one
     if memory < least:
+        given, needed = apart(memory, least)
         raise BudgetTooSmallError(
-            f"{memory} bytes are too little: one layer of {model.experts} experts and one request "
-            f"of {work.tokens} tokens need {least}",
+            f"{given} is too little: one layer of {model.experts} experts and one request "
+            f"of {work.tokens} tokens need {needed}",
             where="--memory",
-            fix=f"give at least {least} bytes, or lower --context",
+            fix=f"give at least {at_least(least)}, or lower --context",
         )
     most = min(model.pages, (memory - one) // model.page_bytes)
     slots = np.arange(model.experts, most + 1)
@@ -173,14 +175,14 @@ def _words(
 ) -> list[str]:
     asked = f"{work.requests} requests of {work.tokens} tokens"
     words = [
-        f"{model.pages} experts take {_size(model.experts_bytes)}; a request of {work.tokens} "
-        f"tokens takes {_size(model.request_bytes(work.tokens))} of KV cache. The other weights, "
-        f"{_size(model.other_bytes)}, lie outside the budget of {_size(memory)}."
+        f"{model.pages} experts take {shown(model.experts_bytes)}; a request of {work.tokens} "
+        f"tokens takes {shown(model.request_bytes(work.tokens))} of KV cache. The other weights, "
+        f"{shown(model.other_bytes)}, lie outside the budget of {shown(memory)}."
     ]
     if resident is None:
         short = model.experts_bytes + model.request_bytes(work.tokens) - memory
         words.append(
-            f"The experts and one request do not fit: {_size(short)} more is needed. Without "
+            f"The experts and one request do not fit: {shown(short)} more is needed. Without "
             "paging this model cannot be served in this budget."
         )
     else:
@@ -199,7 +201,7 @@ def _words(
         gain = f" ({best.tokens_per_s / resident.tokens_per_s:.2f} times as many as without paging)"
     words.append(
         f"The best split keeps {best.resident_share:.1%} of the experts resident "
-        f"({_size(best.expert_bytes)}) and leaves {_size(best.kv_bytes)} of KV cache, "
+        f"({shown(best.expert_bytes)}) and leaves {shown(best.kv_bytes)} of KV cache, "
         f"for {best.requests} requests at once: {best.tokens_per_s:.0f} tokens/s{gain}, "
         f"{best.stall_ms:.1f} of {best.step_ms:.1f} ms a step waiting for experts."
     )
@@ -207,6 +209,12 @@ def _words(
         words.append("The link is the bottleneck: most of a step is waiting for experts.")
     if best.requests < work.requests:
         words.append(f"The KV cache holds {best.requests} of {asked}; the others wait.")
+    cycle = model.moe_layers * model.top_k
+    if best.resident_pages < cycle:
+        words.append(
+            f"{best.resident_pages} slots are fewer than the {cycle} pages that one token uses: a "
+            "policy such as lru evicts each page before it is used again."
+        )
     if best.prefetch == "next-layer":
         words.append("Copying whole layers ahead beats loading on demand: prefetch next-layer.")
     if automatic.tokens_per_s * (1 + GAIN) < best.tokens_per_s:
@@ -216,10 +224,3 @@ def _words(
         )
     words.append("The load changes while serving: arbitration: marginal follows it.")
     return words
-
-
-def _size(nbytes: int) -> str:
-    for power, unit in ((3, "GiB"), (2, "MiB")):
-        if nbytes >= 1024**power:
-            return f"{nbytes / 1024**power:.1f} {unit}"
-    return f"{nbytes / 1024:.0f} KiB"

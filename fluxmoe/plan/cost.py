@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
+from fluxmoe.dimensions import Model
 from fluxmoe.errors import ConfigError
-from fluxmoe.plan.model import Model
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile
 

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ValidationError
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.core.words import from_signal, line, raised
-from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError
+from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, meant, together
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 from fluxmoe.stores.codec.base import Codec
+from fluxmoe.words import from_signal, line, raised
 
 T = TypeVar("T")
 
@@ -118,19 +118,34 @@ def checked_options(
     """
     known = set() if model is None else _options(model)
     if known is not None and (unknown := sorted(options.keys() - known)):
-        fix = "there are no options"
-        if model is not None:
-            fix = f"valid options: {', '.join(sorted(known)) or 'none'}"
-        raise ConfigError(f"unknown option {unknown[0]!r}", where=where, fix=fix)
+        valid = f"valid options: {', '.join(sorted(known))}" if known else "there are no options"
+        raise together(
+            [
+                ConfigError(
+                    f"unknown option {name!r}",
+                    where=where,
+                    fix="; ".join(filter(None, [meant(name, known), valid])),
+                )
+                for name in unknown
+            ]
+        )
     if model is None:
         return {}
     try:
         return model.model_validate(options).model_dump()
     except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        what = line(f"{field}{first['msg']}, not {line(first['input'], repr)}")
-        raise ConfigError(what, where=where) from error
+        raise together(
+            [
+                ConfigError(
+                    line(
+                        "".join(f"{part}: " for part in each["loc"])
+                        + f"{each['msg']}, not {line(each['input'], repr)}"
+                    ),
+                    where=where,
+                )
+                for each in error.errors()
+            ]
+        ) from error
     except Exception as error:  # of a validator, which may raise anything
         raise ConfigError(f"its options cannot be checked: {raised(error)}", where=where) from error
 

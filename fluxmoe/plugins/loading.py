@@ -24,11 +24,13 @@ from pathlib import Path
 from types import ModuleType
 
 from fluxmoe import policies
-from fluxmoe.core.words import line
+from fluxmoe.config import is_plugin_file
 from fluxmoe.errors import PluginLoadError
+from fluxmoe.findings import Findings
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
+from fluxmoe.words import line
 
 GROUP = "fluxmoe"
 ALLOW_LIST = "FLUXMOE_PLUGINS"
@@ -36,17 +38,17 @@ ALLOW_LIST = "FLUXMOE_PLUGINS"
 logger = logging.getLogger("fluxmoe")
 
 
-def load(extra: Iterable[str] = ()) -> Registry:
+def load(extra: str | Iterable[str] = ()) -> Registry:
     """Make the registry of built-in, installed and explicitly named plugins.
 
     Each call imports and registers again, so it may be called repeatedly and in any process.
 
     Args:
-        extra: Paths of ``.py`` files or dotted module names.
+        extra: Paths of ``.py`` files or dotted module names, or a single one.
 
     Raises:
-        PluginLoadError: One of ``extra`` cannot be loaded, or a plugin on the allow-list is not
-            installed.
+        PluginLoadError: Some of ``extra`` cannot be loaded (see ``others``), or a plugin on the
+            allow-list is not installed.
     """
     registry = Registry()
     registry.add(policies, "fluxmoe", origin="built in")
@@ -68,10 +70,13 @@ def load(extra: Iterable[str] = ()) -> Registry:
             _warn(f"plugin {found.name} {found.version} is broken and left out: {problem}")
             plugin = Plugin(found.name, "installed", found.version, "broken", problem)
         registry.plugins.append(plugin)
-    for name in dict.fromkeys(extra):
-        module = named(name)
-        if not registry.knows(module):  # it may be installed as well
-            registry.add(module, name, version=line(getattr(module, "__version__", "")))
+    problems = Findings()
+    for name in dict.fromkeys([extra] if isinstance(extra, str) else extra):
+        with problems.check():
+            module = named(name)
+            if not registry.knows(module):  # it may be installed as well
+                registry.add(module, name, version=line(getattr(module, "__version__", "")))
+    problems.require()
     return registry
 
 
@@ -135,7 +140,7 @@ def named(name: str) -> ModuleType:
         PluginLoadError: It does not exist or cannot be imported.
     """
     path, where = Path(name), f"plugin {name}"
-    if path.suffix != ".py" and os.sep not in name:
+    if not is_plugin_file(name):
         return attempt(lambda: importlib.import_module(name), "cannot import it: ", where=where)
     if not path.is_file():
         raise PluginLoadError("no such file", where=where)

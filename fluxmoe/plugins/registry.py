@@ -14,7 +14,6 @@ from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, Policies
-from fluxmoe.core.words import line
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,
@@ -22,8 +21,11 @@ from fluxmoe.errors import (
     PluginLoadError,
     UnknownCodecError,
     UnknownPolicyError,
+    meant,
 )
+from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
+from fluxmoe.words import line
 
 #: A policy in a configuration or a command line: ``lru`` or ``{kind: lru, option: value}``.
 PolicySpec = str | Mapping[str, Any]
@@ -144,7 +146,16 @@ class Registry:
             self._manager.register(plugin, name)
             self._manager.check_pending()
         except (ValueError, pluggy.PluginValidationError) as error:
-            raise PluginLoadError(line(error), where=where) from error
+            callers = self._manager.get_hookcallers(plugin) or []
+            unknown = [caller.name for caller in callers if not caller.has_spec()]
+            if not unknown:
+                raise PluginLoadError(line(error), where=where) from error
+            known = f"the hooks: {', '.join(checks.HOOKS)}"
+            raise PluginLoadError(
+                f"unknown hook {unknown[0]!r}",
+                where=where,
+                fix="; ".join(filter(None, [meant(unknown[0], checks.HOOKS), known])),
+            ) from error
         if not self._manager.get_hookcallers(plugin):
             raise PluginLoadError(
                 "no hook was found",
@@ -221,6 +232,7 @@ class Registry:
             UnknownPolicyError, ConfigError, PluginLoadError: See ``create``.
             NeedsFutureError: The eviction policy is an oracle, which an engine cannot run.
         """
+        self.check(config)
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
         _refuse_oracle(eviction, config)
         prefetch = self.create("prefetch", config.prefetch)
@@ -232,15 +244,19 @@ class Registry:
         return policy
 
     def check(self, config: Config) -> None:
-        """Validate names and options of a configuration's policies without creating them.
+        """Validate names and options of a configuration's policies and codecs; creates none.
 
         For commands that start an engine, which creates them. Raises the errors of ``policies``,
-        except those of factories.
+        ``arbitration`` and ``create`` together, except those of factories.
         """
-        for kind in ("eviction", "prefetch", "arbitration"):
-            registration, _ = self._chosen(kind, getattr(config, kind))
-            if kind == "eviction":
-                _refuse_oracle(checks.class_made_by(registration.factory), config)
+        specs = [(kind, getattr(config, kind)) for kind in ("eviction", "prefetch", "arbitration")]
+        found = Findings()
+        for kind, spec in [*specs, *(("codec", store.codec) for store in config.stores)]:
+            with found.check():
+                registration, _ = self._chosen(kind, spec)
+                if kind == "eviction":
+                    _refuse_oracle(checks.class_made_by(registration.factory), config)
+        found.require()
 
 
 def _refuse_oracle(policy: object, config: Config) -> None:

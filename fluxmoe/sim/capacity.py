@@ -6,9 +6,9 @@ import re
 from fractions import Fraction
 
 from fluxmoe import sizes
-from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError
 from fluxmoe.trace import TraceMeta
+from fluxmoe.words import line
 
 _PAGES = re.compile(r"[0-9]{1,18}")
 _SHARE = re.compile(r"([0-9]{1,9}|[0-9]{0,9}\.[0-9]{1,9})\s*%")

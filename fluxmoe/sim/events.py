@@ -88,6 +88,15 @@ class Events:
         return sizes
 
     @cached_property
+    def cycle(self) -> int:
+        """Number of distinct pages that a step uses, the median of all steps.
+
+        With fewer slots a policy such as LRU evicts a page before the next step uses it.
+        """
+        starts = np.flatnonzero(np.diff(self.block.step, prepend=self.block.step[:1] - 1))
+        return int(np.median(np.add.reduceat(self.sizes, starts, dtype=np.int64)))
+
+    @cached_property
     def future(self) -> Future:
         """Next use of every page at each event, computed in one backward pass."""
         first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)

@@ -53,7 +53,7 @@ class RunPlan:
     runs: Sequence[SimulationRun]
     plugins: Sequence[str] = ()
     banks: int = 1
-    strict: bool = False
+    strict: bool = True
     hardware: Profile | None = None
 
     def simulation(self, run: SimulationRun, events: Events, registry: Registry) -> Simulation:

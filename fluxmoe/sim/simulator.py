@@ -91,7 +91,7 @@ class Simulation:
         *,
         registry: Registry,
         banks: int = 1,
-        strict: bool = False,
+        strict: bool = True,
         hardware: Profile | None = None,
     ) -> None:
         self._events = events
@@ -161,7 +161,7 @@ def simulate(
     prefetch: PolicySpec = "none",
     banks: int = 1,
     registry: Registry | None = None,
-    strict: bool = False,
+    strict: bool = True,
     hardware: Profile | str | Path | None = None,
 ) -> Result:
     """Replay a trace at one capacity.
@@ -173,8 +173,9 @@ def simulate(
         prefetch: Prefetch policy.
         banks: Number of banks over which layers are spread, each with its share of the capacity.
         registry: Known policies; by default built-in and installed ones.
-        strict: Raise on the first policy fault instead of containing it.
-        hardware: A profile, its name or its file; adds ``timing`` to the result.
+        strict: False to contain a policy's faults, as an engine does: the fallback, LRU, answers
+            in its place, so that the counts are no longer the policy's alone.
+        hardware: A profile, its name, or its file: the result then has a ``timing``.
 
     Raises:
         TraceError: The trace is invalid or cannot be read.

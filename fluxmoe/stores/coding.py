@@ -7,9 +7,9 @@ import logging
 import numpy as np
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.core.words import line
 from fluxmoe.errors import CodecError, StoreError
 from fluxmoe.stores.codec.base import Codec
+from fluxmoe.words import line
 
 logger = logging.getLogger("fluxmoe")
 

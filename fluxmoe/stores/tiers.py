@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fluxmoe import sizes
 from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import ConfigError, StoreError
 from fluxmoe.stores.host import require_layer
@@ -68,7 +69,7 @@ class TieredStore:
                 return index
         raise ConfigError(
             f"no store has room for page {page} of {self._geometry.num_pages}, "
-            f"{self._page_class.nbytes} bytes each",
+            f"{sizes.shown(self._page_class.nbytes)} each",
             where="stores",
             fix="raise a limit or add a store without one",
         )

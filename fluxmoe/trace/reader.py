@@ -44,7 +44,8 @@ class TraceReader:
     def __init__(self, path: str | Path) -> None:
         self._where = str(path)
         try:
-            self._file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES)
+            # Opened here: pyarrow takes a colon in a path for the end of a URI's scheme.
+            self._file = pq.ParquetFile(pa.OSFile(self._where), buffer_size=_BUFFER_BYTES)
         except FileNotFoundError as error:
             raise TraceError("no such file", where=self._where) from error
         except (OSError, pa.ArrowException) as error:

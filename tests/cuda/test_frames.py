@@ -15,6 +15,7 @@ from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.cuda.fake import FakeDriver, Refused
 from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 from fluxmoe.errors import DeviceMemoryError, MissingDependencyError, SubstrateError
+from fluxmoe.sizes import exact, shown
 from fluxmoe.testing.faults import FaultPlan
 from tests.core.rig import FRAME, FakeCuda, Leaks
 
@@ -87,7 +88,7 @@ def test_a_frame_may_be_several_pieces_of_the_device(make):
 def test_a_frame_is_whole_pieces_of_the_device(size):
     fake = FakeDriver()
     cuda = CudaDriver(fake)
-    with pytest.raises(SubstrateError, match=f"frame of {size} bytes .* Fake GPU") as info:
+    with pytest.raises(SubstrateError, match=f"frame of {exact(size)} is .* Fake GPU") as info:
         CudaSubstrate(cuda, 4, size)
     assert info.value.where == "frame_bytes"
     cuda.close()
@@ -115,7 +116,7 @@ def test_out_of_memory_is_told_apart_and_takes_nothing(make):
     address = s.reserve(8 * FRAME)
     s.commit(address, frames(0, 1))
     with pytest.raises(
-        DeviceMemoryError, match=f"after {4 * FRAME} .* 0 of {4 * FRAME} bytes"
+        DeviceMemoryError, match=f"beside {shown(4 * FRAME)} .* 0 B of {shown(4 * FRAME)} are"
     ) as info:
         s.commit(address + 2 * FRAME, frames(2, 3, 4))
     assert info.value.code == "FM308"

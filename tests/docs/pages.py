@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.commandline import COMPILING
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
@@ -221,7 +223,7 @@ def _run_script(block: Block, folder: Path) -> None:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip("\n").splitlines()]
+    return [line.rstrip() for line in COMPILING.sub("", text).strip("\n").splitlines()]
 
 
 def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

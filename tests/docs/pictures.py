@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 
+from fluxmoe import dimensions as models
 from fluxmoe.draw.charts import HEIGHT, WIDTH, Chart, Line
 from fluxmoe.plan import advice, cost
-from fluxmoe.plan import model as models
 from fluxmoe.sim import hardware
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import simulate

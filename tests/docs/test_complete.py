@@ -221,8 +221,8 @@ def test_every_option_of_a_command_is_listed(verb: str, page: str) -> None:
 
 
 def test_everything_in_a_plan_is_listed() -> None:
+    from fluxmoe.dimensions import Model
     from fluxmoe.plan.advice import Plan, Point
-    from fluxmoe.plan.model import Model
 
     for field in (*fields(Plan), *fields(Point), *fields(Model)):
         assert field.name == "work" or f"`{field.name}`" in text("guides/plan.md"), field.name

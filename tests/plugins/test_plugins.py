@@ -45,7 +45,8 @@ def test_an_unknown_policy_lists_the_known(kind):
     with pytest.raises(UnknownPolicyError) as info:
         plugins.load().create(kind, "lruu")
     assert info.value.what == f"unknown {kind} policy 'lruu'"
-    assert info.value.fix == f"known {kind} policies: {', '.join(BUILT_IN[kind])}"
+    listed = f"known {kind} policies: {', '.join(BUILT_IN[kind])}"
+    assert info.value.fix == ("did you mean 'lru'?; " if kind == "eviction" else "") + listed
 
 
 def test_registries_do_not_share_policies(tmp_path):
@@ -288,7 +289,7 @@ def test_an_unknown_option_is_refused_even_by_a_model_that_would_ignore_it():
         registry_with("good", Good, Options).create("eviction", {"kind": "good", "wieght": 3})
     assert info.value.what == "unknown option 'wieght'"
     assert info.value.where == "eviction 'good'"
-    assert info.value.fix == "valid options: mode, weight"
+    assert info.value.fix == "did you mean 'weight'?; valid options: mode, weight"
 
 
 def test_a_policy_without_options_takes_none():

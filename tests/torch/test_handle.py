@@ -19,6 +19,7 @@ import fluxmoe
 from fluxmoe import errors
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.simulator import simulate
+from fluxmoe.sizes import at_least
 from fluxmoe.trace import TraceReader
 from tests.torch.conftest import Load, answer, held, prompts, same, sizes
 
@@ -100,7 +101,7 @@ def test_a_recorded_trace_replays_to_the_same_counters(
             with pytest.raises(errors.ConfigError, match="already active"):
                 paged.record(trace).__enter__()
         stats = paged.stats()
-    result = simulate(trace, policy, stats["slots"], "next-layer", strict=True).to_json()
+    result = simulate(trace, policy, stats["slots"], "next-layer").to_json()
     shared = result.keys() & stats.keys()
     assert len(shared) >= 10
     assert {key: result[key] for key in shared} == {key: stats[key] for key in shared}
@@ -199,7 +200,9 @@ def test_wrong_arguments(load: Load) -> None:
     model = load()
     before = held()
     experts, _, page_bytes = sizes(model)
-    with pytest.raises(errors.BudgetTooSmallError, match=f"at least {experts * page_bytes} bytes"):
+    with pytest.raises(
+        errors.BudgetTooSmallError, match=f"at least {at_least(experts * page_bytes)}"
+    ):
         fluxmoe.page(model, experts * page_bytes - 1)
     with pytest.raises(errors.ConfigError, match="plenty"):
         fluxmoe.page(model, "plenty")

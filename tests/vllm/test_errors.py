@@ -17,7 +17,10 @@ import torch
 
 from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.server import room
 from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS
+from fluxmoe.config import parse
+from fluxmoe.dimensions import of_checkpoint
 from fluxmoe.errors import (
     BudgetTooSmallError,
     CheckpointError,
@@ -30,6 +33,7 @@ from fluxmoe.errors import (
     UnknownPolicyError,
     UnsupportedError,
 )
+from fluxmoe.sizes import apart, at_least
 from fluxmoe.testing import checkpoints
 from tests.vllm.conftest import EAGER, KV_BYTES
 
@@ -107,18 +111,33 @@ def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
     least = EXPERTS * PAGE + 9 * BLOCK
     error = refusal(eager, BudgetTooSmallError, config(memory={"budget": least - 4096}))
     assert error.where == "memory.budget"
-    assert f"at least {least} are needed" in error.what
+    assert f"at least {apart(least, least - 4096)[0]} is needed" in error.what
     assert "one layer of 16 experts" in error.what
     assert "one sequence of max-model-len 256" in error.what
-    assert f"at least {least} bytes" in error.fix
+    assert f"at least {at_least(least)}," in error.fix
     eager.restart(fluxmoe=config(memory={"budget": least}), **EAGER)
     assert answers(eager)
+
+
+def test_b3_the_preflight_refuses_less_but_nearly_as_much(checkpoint: Path) -> None:
+    """Its minimum is computed from files: one block less than the engine's."""
+    least = EXPERTS * PAGE + 8 * BLOCK
+    options = {"max-model-len": 256}
+
+    def check(budget: int) -> None:
+        given = {"model": str(checkpoint), "memory": {"budget": budget}, "vllm": options}
+        ready = parse(given, where="").resolved(budget)
+        room.require(ready, of_checkpoint(checkpoint), options, workers=1)
+
+    check(least)
+    with pytest.raises(BudgetTooSmallError, match="one request of 256 tokens"):
+        check(least - 4096)
 
 
 def test_a_budget_beyond_the_machine(eager: ChildEngine) -> None:
     error = refusal(eager, ConfigError, config(memory={"budget": "4TiB"}))
     assert error.where == "memory.budget"
-    assert str(4 << 40) in error.what
+    assert "a budget of 4.0 TiB exceeds" in error.what
 
 
 @pytest.mark.parametrize(
@@ -138,15 +157,16 @@ def test_a_share_below_the_minimum(
     error = refusal(eager, ConfigError, config(memory={share: setting}))
     assert error.where == where
     least = {"experts": EXPERTS * PAGE, "kv": 9 * BLOCK}[share]
-    assert f"the minimum of {least}" in error.what
+    given, needed = apart(*setting.values(), least)
+    assert f"{given} is " in error.what and f"the minimum of {needed} (" in error.what
 
 
 def test_targets_that_do_not_fit_together(eager: ChildEngine) -> None:
     memory = {"experts": {"target": 21 * PAGE}, "kv": {"target": KV_BYTES}}
     error = refusal(eager, ConfigError, config(memory=memory))
     assert error.where == "memory"
-    assert f"need {21 * PAGE + KV_BYTES} bytes" in error.what
-    assert f"has {20 * PAGE + KV_BYTES}" in error.what
+    needed, there = apart(21 * PAGE + KV_BYTES, 20 * PAGE + KV_BYTES)
+    assert f"need {needed}, the budget has {there}" in error.what
 
 
 def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:

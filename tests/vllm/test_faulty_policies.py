@@ -10,7 +10,7 @@ import pytest
 
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.backends.vllm.metrics import DECISION
-from fluxmoe.core.words import LIMIT
+from fluxmoe.words import LIMIT
 from tests.vllm.conftest import EAGER, Outputs, config, outputs, prompts
 from tests.vllm.test_server_pair import start
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
-
 from fluxmoe import config as fluxmoe_config
+from fluxmoe import machine, sizes
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.types import Geometry, PageClass
@@ -59,7 +58,7 @@ class Room:
         self.geometry, self.page_class = geometry, page_class
         self.frame_bytes = frame = frame_bytes_for(geometry.num_pages * page_class.nbytes)
         self.least = frames_for(page_class, geometry.experts_per_layer, frame) * frame
-        total = psutil.virtual_memory().total // frame * frame
+        total = machine.memory().total // frame * frame
         useful = frames_for(page_class, geometry.num_pages, frame) * frame
         self.most = max(self.least, min(useful, total))
 
@@ -71,10 +70,10 @@ class Room:
         """
         if memory < self.least:
             raise BudgetTooSmallError(
-                f"{memory} bytes cannot hold one layer of {self.geometry.experts_per_layer} "
-                f"experts, {self.page_class.nbytes} bytes each",
+                f"{sizes.shown(memory)} cannot hold one layer of {self.geometry.experts_per_layer} "
+                f"experts, {sizes.shown(self.page_class.nbytes)} each",
                 where=f"memory of {where}",
-                fix=f"give at least {self.least} bytes",
+                fix=f"give at least {sizes.at_least(self.least)}",
             )
         return min(memory, self.most)
 

@@ -22,9 +22,11 @@ from fluxmoe.backends.vllm.compat.connector import (
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.metrics import Meter
+from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
-from fluxmoe.backends.vllm.server.prometheus import PagingProm, PagingStats
+from fluxmoe.backends.vllm.server.prometheus import PagingProm
 from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.stats import PagingStats
 
 if TYPE_CHECKING:  # these import numba, which a process without a worker does not need
     from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
@@ -71,6 +73,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         paging_config(vllm_config)  # refuses a partial configuration
         super().__init__(vllm_config, role, kv_cache_config)
+        end_with_parent()
         self._config = vllm_config
         self._requests = RequestWatch()
         self._manager: Any = None

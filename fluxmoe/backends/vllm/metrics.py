@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fluxmoe import sizes
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE
 
 if TYPE_CHECKING:
@@ -317,6 +318,6 @@ def summary(changes: Samples) -> dict[str, str]:
     rate = {"expert hit rate": f"{hits / (hits + misses):.1%}"} if hits + misses else {}
     return {
         **rate,
-        "expert pages loaded": f"{total.get('fluxmoe_transfer_bytes_total', 0) / 2**20:.1f} MiB",
+        "expert pages loaded": sizes.shown(total.get("fluxmoe_transfer_bytes_total", 0)),
         "waited for them": f"{total.get('fluxmoe_stall_seconds_total', 0):.2f} s",
     }

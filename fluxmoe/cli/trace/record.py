@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fluxmoe import sizes
 from fluxmoe.cli import models, output
 from fluxmoe.cli.generate import Backend
+from fluxmoe.cli.options import AsJson
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ class Steps(StrEnum):
 def record(
     model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: folder or name.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
+    backend: Annotated[
+        Backend, typer.Option(metavar="|".join(Backend), help="Engine that runs the model.")
+    ] = Backend.TORCH,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; repeatable.")] = None,
     prompt_ids: Annotated[
         list[str] | None,
@@ -46,9 +50,10 @@ def record(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of forward passes to record.")
     ] = None,
-    steps: Annotated[Steps, typer.Option(help="Record only steps mostly of this kind.")] = (
-        Steps.ALL
-    ),
+    steps: Annotated[
+        Steps,
+        typer.Option(metavar="|".join(Steps), help="Record only steps mostly of this kind."),
+    ] = Steps.ALL,
     temperature: Annotated[
         float,
         typer.Option(min=0, help="Sampling temperature; 0 is greedy, whose texts tend to loop."),
@@ -64,7 +69,7 @@ def record(
         typer.Option("--predict", help="Also record the choices of the next layer's router."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run prompts through a paged model and write a trace of its routing.
 
@@ -117,7 +122,7 @@ def record(
     print(
         f"{out}: {reader.num_rows} rows (a row is a token in a layer), "
         f"{reader.meta.num_layers} layers x {reader.meta.experts_per_layer} experts, top "
-        f"{reader.meta.top_k}, {output.nbytes(out.stat().st_size)}"
+        f"{reader.meta.top_k}, {sizes.shown(out.stat().st_size)}"
     )
 
 

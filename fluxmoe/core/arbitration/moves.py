@@ -27,8 +27,8 @@ from enum import Enum
 from fluxmoe.core.arbitration.messages import Action, Answer, FreeKV, Order, SetSlots, TakeKV
 from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.core.paging.pager import ExpertPager
-from fluxmoe.core.words import raised
 from fluxmoe.errors import InvariantError
+from fluxmoe.words import raised
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Callable
 from functools import cache
@@ -23,13 +24,15 @@ from typing import Any, TypeVar, cast
 
 import numba
 from numba.core import ir, types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, NullCache
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import FunctionPass, register_pass
 from numba.core.typed_passes import NopythonTypeInference
 
 F = TypeVar("F", bound=Callable[..., object])
 
+#: Announces compilation, which takes seconds without another sign of life.
+logger = logging.getLogger("fluxmoe.compile")
 
 _CORE = Path(__file__).parents[1]
 #: Matches sources that contain compiled functions or tuples used by them (``EventList``).
@@ -44,20 +47,35 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(compiled)).hexdigest()[:8]
 
 
+@cache
+def _announce(how_often: str) -> None:
+    logger.info("compiling FluxMoE's inner loops, %s: up to half a minute", how_often)
+
+
 class _Cache(FunctionCache):
     """Numba's cache, except that a full disk or a damaged file triggers recompilation."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # unpickling a damaged file can raise any exception
+            found = super().load_overload(sig, target_context)
+        except Exception:  # unpickling a damaged file can raise anything
             with contextlib.suppress(OSError):
-                self.flush()  # the next compilation creates a new index
-            return None
+                self.flush()  # the next compilation starts a new index
+            found = None
+        if found is None:
+            _announce("once")
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):
             super().save_overload(sig, data)
+
+
+class _NoCache(NullCache):
+    """Neither the source's folder nor the user's cache is writable."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> None:
+        _announce("at every start, because no folder is writable to keep them")
 
 
 @register_pass(mutates_CFG=False, analysis_only=False)
@@ -115,7 +133,8 @@ def _cached(function: F, options: dict[str, bool]) -> F:
     folder = Path(function.__code__.co_filename).parent
     function.__qualname__ += f"_{_digest(folder)}"  # determines the name of the cache file
     compiled = numba.njit(nogil=True, pipeline_class=_Compiler, **options)(function)
-    # RuntimeError: neither the source folder nor the user's cache is writable.
-    with contextlib.suppress(RuntimeError):
+    try:
         compiled._cache = _Cache(function)  # as enable_caching() does
+    except RuntimeError:
+        compiled._cache = _NoCache()
     return cast(F, compiled)

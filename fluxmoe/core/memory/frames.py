@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fluxmoe import sizes
 from fluxmoe.core.types import Int64s
 from fluxmoe.errors import InvariantError, OutOfFramesError
 
@@ -54,7 +55,7 @@ class FramePool:
         """
         if not self.owned <= frames <= self.count:
             raise OutOfFramesError(
-                f"a budget of {frames} frames of {self.frame_bytes} bytes is not within "
+                f"a budget of {frames} frames of {sizes.exact(self.frame_bytes)} is not within "
                 f"{self.owned} (owned now) … {self.count} (total)"
             )
         self.limit = frames
@@ -75,7 +76,7 @@ class FramePool:
             raise InvariantError(f"{tenant} asked for {count} frames")
         if self.free < count:
             raise OutOfFramesError(
-                f"{tenant} asked for {count} frames of {self.frame_bytes} bytes, "
+                f"{tenant} asked for {count} frames of {sizes.exact(self.frame_bytes)}, "
                 f"{self.free} of {self.limit} are free"
             )
         frames = np.flatnonzero(self._owner == FREE)[:count].astype(np.int64)

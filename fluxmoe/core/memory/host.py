@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxmoe import sizes
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.substrate import runs
 from fluxmoe.core.owner import Owner
@@ -89,7 +90,8 @@ class CpuSubstrate:
     def __init__(self, count: int, frame_bytes: int, *, debug: bool = False) -> None:
         if frame_bytes <= 0 or frame_bytes % mmap.PAGESIZE:
             raise SubstrateError(
-                f"a frame of {frame_bytes} bytes is not a multiple of {mmap.PAGESIZE}",
+                f"a frame of {sizes.exact(frame_bytes)} is not a multiple of "
+                f"{sizes.exact(mmap.PAGESIZE)}",
                 where="frame_bytes",
             )
         self.count, self.frame_bytes = count, frame_bytes
@@ -106,7 +108,7 @@ class CpuSubstrate:
         except (OSError, OverflowError) as error:
             self.close()
             raise SubstrateError(
-                f"cannot create {count} frames of {frame_bytes} bytes: {error}"
+                f"cannot create {count} frames of {sizes.exact(frame_bytes)}: {error}"
             ) from error
 
     def reserve(self, nbytes: int) -> int:
@@ -124,7 +126,7 @@ class CpuSubstrate:
 
     def unreserve(self, address: int, nbytes: int) -> None:
         if self._ranges.pop(address, None) != nbytes:
-            raise SubstrateError(f"no range of {nbytes} bytes was reserved at {address:#x}")
+            raise SubstrateError(f"no range of {sizes.exact(nbytes)} was reserved at {address:#x}")
         _libc.munmap(address, nbytes)
 
     def commit(self, address: int, frames: Int64s) -> None:
@@ -201,5 +203,5 @@ class CpuSubstrate:
         if got is None or got == _MAP_FAILED:
             errno = ctypes.get_errno()
             hint = " (vm.max_map_count may be too low)" if errno == 12 else ""
-            raise SubstrateError(f"cannot map {nbytes} bytes: {os.strerror(errno)}{hint}")
+            raise SubstrateError(f"cannot map {sizes.shown(nbytes)}: {os.strerror(errno)}{hint}")
         return int(got)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fluxmoe.core.memory.experts import frames_for, slots_within
 from fluxmoe.core.types import Budget, Geometry, PageClass
 from fluxmoe.errors import BudgetTooSmallError, ConfigError, InvariantError, UnsupportedError
+from fluxmoe.sizes import apart, at_least, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +50,27 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
     """
     if experts.min + kv.min > frames:
         need = (experts.min + kv.min) * frame_bytes
+        given, needed = apart(frames * frame_bytes, need)
         raise BudgetTooSmallError(
-            f"a budget of {frames * frame_bytes} bytes is too small: {need} are needed, "
-            f"{experts.min * frame_bytes} for experts ({experts.reason}) and "
-            f"{kv.min * frame_bytes} for the KV cache ({kv.reason})",
+            f"a budget of {given} is too small: at least {needed} is needed, "
+            f"{shown(experts.min * frame_bytes)} for experts ({experts.reason}) and "
+            f"{shown(kv.min * frame_bytes)} for the KV cache ({kv.reason})",
             where="memory.budget",
-            fix=f"set memory.budget to at least {need} bytes, or lower max-model-len",
+            fix=f"set memory.budget to at least {at_least(need)}, or lower max-model-len",
         )
     for name, wish in (("experts", experts), ("kv", kv)):
         if wish.target is not None and wish.target < wish.min:
+            target, least = apart(wish.target * frame_bytes, wish.min * frame_bytes)
             raise ConfigError(
-                f"{wish.target * frame_bytes} bytes are below the minimum of "
-                f"{wish.min * frame_bytes} ({wish.reason})",
+                f"{target} is below the minimum of {least} ({wish.reason})",
                 where=f"memory.{name}.target",
                 fix="raise it or set it to auto",
             )
     fixed = (experts.target or experts.min) + (kv.target or kv.min)
     if fixed > frames:
+        needed, given = apart(fixed * frame_bytes, frames * frame_bytes)
         raise ConfigError(
-            f"the targets need {fixed * frame_bytes} bytes, the budget has {frames * frame_bytes}",
+            f"the targets need {needed}, the budget has {given}",
             where="memory",
             fix="lower memory.experts.target or memory.kv.target, or set one of them to auto",
         )

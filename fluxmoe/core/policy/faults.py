@@ -7,16 +7,19 @@ faults are raised instead.
 
 from __future__ import annotations
 
+import builtins
 import logging
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.core.words import LIMIT, from_signal, line, raised
-from fluxmoe.errors import PolicyFaultError
+from fluxmoe.errors import PolicyFaultError, meant
+from fluxmoe.words import LIMIT, from_signal, line, raised
 
 logger = logging.getLogger("fluxmoe")
 
@@ -88,23 +91,59 @@ class PolicyCaller:
         return answer
 
     def note(self, method: str, problem: BaseException | str) -> None:
-        """Count a fault of ``method``; raise PolicyFaultError in strict mode."""
-        # Text that the policy returned or raised is sanitised here.
-        said = f"raised {raised(problem)}" if isinstance(problem, BaseException) else problem
+        """Count a fault of ``method``; raises PolicyFaultError if strict."""
+        # Sanitise here whatever the policy returned or raised.
+        said, where, fix, cause = problem, "", "", None
+        if isinstance(problem, BaseException):
+            said, cause = f"raised {raised(problem)}", problem
+            where, fix = _place(problem), _suggestion(problem)
         what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
         if self.strict:
-            cause = problem if isinstance(problem, BaseException) else None
-            raise PolicyFaultError(
-                what, fix="run without --strict-policies to contain it"
-            ) from cause
+            contain = "contain it with --contain, or in an engine with strict_policies: false"
+            fixes = "; ".join(filter(None, (fix, "correct the policy", contain)))
+            raise PolicyFaultError(what, where=where, fix=fixes) from cause
         self.count += 1
         if method not in self._reported:
             self._reported.add(method)
+            what = "; ".join(filter(None, (what, where, fix)))
             logger.warning("%s; this call falls back to the default (reported once)", what)
         if self.count == self.limits.strikes:
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
+
+
+def _place(error: BaseException) -> str:
+    """``file:line`` of the policy's code in which an exception arose; empty if it has none.
+
+    The innermost line in the folder of the method called, not one in a library that it called.
+    """
+    frames = [
+        (frame.f_code.co_filename, at) for frame, at in traceback.walk_tb(error.__traceback__)
+    ]
+    outside = [frame for frame in frames if Path(frame[0]).parent != Path(__file__).parent]
+    if not outside:
+        return ""
+    folder = Path(outside[0][0]).parent
+    file, at = next(frame for frame in reversed(outside) if Path(frame[0]).parent == folder)
+    return line(f"{file}:{at}")
+
+
+def _suggestion(error: BaseException) -> str:
+    """Python's ``did you mean``, which it shows only for an exception that ends the program."""
+    if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
+        return ""
+    try:
+        if isinstance(error, AttributeError):
+            known = dir(error.obj)
+        else:
+            frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+            known = [*frame.f_locals, *frame.f_globals, *dir(builtins)]
+        return line(meant(error.name, known))
+    except BaseException as failure:  # an object of the policy that cannot be listed
+        if isinstance(failure, KeyboardInterrupt) or from_signal(failure):
+            raise
+        return ""
 
 
 class PolicyGuard:

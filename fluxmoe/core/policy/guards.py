@@ -26,8 +26,8 @@ from fluxmoe.core.policy.watchdog import (
     TimeLimiter,
 )
 from fluxmoe.core.types import Access, Int64s
-from fluxmoe.core.words import line
 from fluxmoe.errors import PolicyFaultError
+from fluxmoe.words import line
 
 
 class EvictionGuard(PolicyGuard):

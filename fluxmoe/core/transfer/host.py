@@ -20,8 +20,8 @@ from fluxmoe.core.owner import Owner
 from fluxmoe.core.transfer.engine import Pairs, PendingCopy
 from fluxmoe.core.transfer.store import Store, read
 from fluxmoe.core.types import Bytes
-from fluxmoe.core.words import line
 from fluxmoe.errors import ConfigError, StoreError
+from fluxmoe.words import line
 
 
 class CopyJob:

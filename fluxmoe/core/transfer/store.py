@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.core.words import line
 from fluxmoe.errors import StoreError
+from fluxmoe.words import line
 
 
 class Store(Protocol):

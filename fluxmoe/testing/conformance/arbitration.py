@@ -17,7 +17,6 @@ from fluxmoe.core.policy.arbitration import (
     StepSample,
 )
 from fluxmoe.core.types import Budget
-from fluxmoe.core.words import line
 from fluxmoe.testing.conformance.audit import AuditedArbitration, gather
 from fluxmoe.testing.conformance.common import (
     FAST,
@@ -27,6 +26,7 @@ from fluxmoe.testing.conformance.common import (
     same_again,
 )
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
+from fluxmoe.words import line
 
 Factory = Callable[[], ArbitrationPolicy]
 Frames = tuple[int, int]

@@ -22,8 +22,8 @@ from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, Prefetch
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s
-from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.report import Broken
+from fluxmoe.words import line, raised
 
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"

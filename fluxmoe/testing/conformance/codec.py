@@ -9,11 +9,11 @@ import numpy as np
 
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.core.types import Bytes
-from fluxmoe.core.words import line, raised
 from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.testing.conformance.common import check_signature, new
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
+from fluxmoe.words import line, raised
 
 Factory = Callable[[], Codec]
 
@@ -238,7 +238,7 @@ RULES: list[Rule[Factory]] = [
         True,
     ),
     Rule("repeats", "another process encodes and decodes the same", _repeats),
-    Rule("refuses", "truncated data and other sizes are rejected", _refuses),
-    Rule("survives", "damage is rejected with CodecError, or decoded within `out`", _survives),
-    Rule("shared", "several threads may use one codec at once", _shared),
+    Rule("refuses", "truncated data and data for another size are refused", _refuses),
+    Rule("survives", "damaged data is refused with CodecError, or decoded within `out`", _survives),
+    Rule("shared", "several threads can use one codec at once", _shared),
 ]

@@ -10,9 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import Seen
 from fluxmoe.testing.conformance.report import Broken, Rule
+from fluxmoe.words import line, raised
 
 Counts = npt.NDArray[np.int32]
 
@@ -197,7 +197,7 @@ def check_alone(tried: Tried[Any, Any, Any]) -> None:
 
 #: A rule of one kind of policy.
 Check = Callable[[Any], str | None]
-FAST: Rule[Any] = Rule("fast", "no call takes longer than 5 ms each time", unseen("slow"))
+FAST: Rule[Any] = Rule("fast", "no call repeatedly takes longer than 5 ms", unseen("slow"))
 
 
 def first_rules(
@@ -208,7 +208,7 @@ def first_rules(
         Rule("made", f"the factory makes a new {kind} policy each time", check_made, True),
         Rule("declared", "declarations and parameters are as the host expects", declares, True),
         Rule("answers", f"every call returns a valid answer {every}", answers, True),
-        Rule("looks only", "no input is modified", unseen("wrote")),
+        Rule("looks only", "the inputs are not modified", unseen("wrote")),
     ]
 
 
@@ -218,6 +218,6 @@ def same_again(
     """Make the rules that two plays agree, with new, reset and concurrent policies."""
     return [
         Rule("repeats", sentence, check_repeats),
-        Rule("resets", "after reset() it behaves like a new policy", check_resets),
+        Rule("resets", "after reset(), it behaves like a new policy", check_resets),
         Rule("alone", "two policies of one kind share no state", check_alone),
     ]

@@ -9,7 +9,6 @@ import numpy as np
 
 from fluxmoe.core.policy.paging import EvictionPolicy
 from fluxmoe.core.types import Int64s
-from fluxmoe.core.words import line, raised
 from fluxmoe.testing.conformance.audit import AuditedEviction, gather
 from fluxmoe.testing.conformance.common import (
     FAST,
@@ -21,6 +20,7 @@ from fluxmoe.testing.conformance.common import (
 )
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 from fluxmoe.testing.conformance.stage import SOME, USUAL, Replay, Stage, stages
+from fluxmoe.words import line, raised
 
 Factory = Callable[[], EvictionPolicy]
 
@@ -178,10 +178,10 @@ def _foresight(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
 
 RULES: list[Rule[Tried[EvictionPolicy, Stage, Replay]]] = [
     *first_rules("eviction", _declares, _answers),
-    Rule("pure", "score returns the same in the same state", _pure),
+    Rule("pure", "score returns the same values in the same state", _pure),
     *same_again(),
-    Rule("stable", "stable_score is True only if scores are stable", _stable),
+    Rule("stable", "stable_score is set only if the scores are stable", _stable),
     Rule("agrees", "score and score_kernel return the same scores", _agrees),
-    Rule("foresight", "needs_future is set where the future is read", _foresight),
+    Rule("foresight", "needs_future is set if the policy reads the future", _foresight),
     FAST,
 ]

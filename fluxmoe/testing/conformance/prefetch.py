@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fluxmoe.core.policy.paging import PrefetchPolicy
-from fluxmoe.core.words import line
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.testing.conformance.audit import Auditor, gather
 from fluxmoe.testing.conformance.common import (
@@ -18,6 +17,7 @@ from fluxmoe.testing.conformance.common import (
 )
 from fluxmoe.testing.conformance.report import Broken, Finding, Rule, raise_broken, try_rules
 from fluxmoe.testing.conformance.stage import SOME, Replay, Stage, stages
+from fluxmoe.words import line
 
 Factory = Callable[[], PrefetchPolicy]
 
@@ -69,7 +69,7 @@ def _answers(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
 
 RULES: list[Rule[Tried[PrefetchPolicy, Stage, Replay]]] = [
     *first_rules("prefetch", _declares, _answers),
-    Rule("leads", "proposals look at most lead layers ahead", unseen("reached")),
+    Rule("leads", "proposals reach no further than lead declares", unseen("reached")),
     *same_again(),
     FAST,
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from fluxmoe.core.words import line
+from fluxmoe.words import line
 
 Subject = TypeVar("Subject")
 Status = Literal["kept", "broken", "does not apply", "not tried"]

@@ -181,7 +181,7 @@ def _refuse_traces(path: Path) -> None:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_schema(pa.OSFile(str(path))).metadata or {}  # not a URI
     except pa.ArrowException:
         return  # the reader will report the problem
     if KEY in metadata:

@@ -65,7 +65,7 @@ class Flame(Reader):
         """Yield (ids, weights or None) for ``size`` rows each; the last has the remainder."""
         held: list[Any] = []
         try:
-            file = pq.ParquetFile(path, buffer_size=1 << 20)
+            file = pq.ParquetFile(pa.OSFile(str(path)), buffer_size=1 << 20)  # not a URI
             names = file.schema_arrow.names
             if "indices" not in names:
                 raise self.wrong(f"{path.name} has the columns {', '.join(names)}, not indices")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fluxmoe.core.memory.sizing import Wish, first_split
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
+from fluxmoe.sizes import shown
 
 MIB = 1 << 20
 
@@ -65,11 +66,11 @@ def test_a_budget_below_the_minimums_says_how_much_is_needed_and_why():
         split(14, (10, 100), (5, 40))
     error = info.value
     assert error.where == "memory.budget"
-    assert f"a budget of {14 * MIB} bytes" in error.what
-    assert f"at least {15 * MIB} are needed" in error.what
-    assert f"{10 * MIB} for experts (one layer of 64 experts)" in error.what
-    assert f"{5 * MIB} for the KV cache (one sequence of 8192 tokens)" in error.what
-    assert f"at least {15 * MIB} bytes" in error.fix
+    assert "a budget of 14.0 MiB is" in error.what
+    assert "at least 15.0 MiB is needed" in error.what
+    assert "10.0 MiB for experts (one layer of 64 experts)" in error.what
+    assert "5.0 MiB for the KV cache (one sequence of 8192 tokens)" in error.what
+    assert "at least 15MiB," in error.fix
     assert "max-model-len" in error.fix
 
 
@@ -86,7 +87,7 @@ def test_a_target_below_its_minimum_names_field_value_and_reason(experts, kv, fi
         split(60, experts, kv)
     wish = experts if "experts" in field else kv
     assert info.value.where == field
-    assert f"{wish[2] * MIB} bytes are below the minimum of {wish[0] * MIB}" in info.value.what
+    assert f"{shown(wish[2] * MIB)} is below the minimum of {wish[0]}.0 MiB (" in info.value.what
     assert reason in info.value.what
     assert "auto" in info.value.fix
 
@@ -99,7 +100,7 @@ def test_targets_beyond_the_budget_say_both_and_the_way_out(experts, kv):
     with pytest.raises(ConfigError) as info:
         split(60, experts, kv)
     assert not isinstance(info.value, BudgetTooSmallError)
-    assert f"need {61 * MIB} bytes, the budget has {60 * MIB}" in info.value.what
+    assert "need 61.0 MiB, the budget has 60.0 MiB" in info.value.what
     assert info.value.where == "memory"
     assert "memory.experts.target" in info.value.fix
     assert "memory.kv.target" in info.value.fix

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.host import CpuSubstrate, frame_bytes_for
 from fluxmoe.errors import InvariantError, SubstrateError
+from fluxmoe.sizes import exact
 from tests.core.rig import FRAME, Leaks, frames_of_memory, host_only
 
 GROUNDS = ("host", "cuda, at once", "cuda, kernels")
@@ -100,7 +101,7 @@ def test_a_commit_that_fails_half_way_maps_nothing():
 
         def _map(self, address, nbytes, prot, flags, fd, offset):
             if fd == self._fd and offset == 9 * FRAME:
-                raise SubstrateError("cannot map 4096 bytes: Cannot allocate memory")
+                raise SubstrateError("cannot map 4.0 KiB: Cannot allocate memory")
             return super()._map(address, nbytes, prot, flags, fd, offset)
 
     substrate = Exhausted(16, FRAME)
@@ -200,7 +201,7 @@ def test_unreserve_refuses_what_was_not_reserved(substrate):
 @host_only
 @pytest.mark.parametrize("size", [0, -4096, 1000, 4097])
 def test_a_frame_is_whole_pages_of_the_system(size):
-    with pytest.raises(SubstrateError, match=f"frame of {size} bytes") as info:
+    with pytest.raises(SubstrateError, match=f"frame of {exact(size)} is") as info:
         CpuSubstrate(4, size)
     assert info.value.where == "frame_bytes"
 

@@ -119,7 +119,7 @@ def test_strict_raises_and_names_the_policy_as_registered(fault, stable):
         replay(rule)
     assert message in info.value.what
     assert (info.value.__cause__ is not None) == ("raised" in message)
-    assert "--strict-policies" in info.value.fix
+    assert "strict_policies: false" in info.value.fix and "--contain" in info.value.fix
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ async def limits(request: Request) -> JSONResponse:
         try:  # checked here because text that is not valid UTF-8 would not reach the workers
             parse_limits(wanted, where="limits")
         except ConfigError as error:
-            return _refused(error.code, str(error))
+            return _refused(error.code, "; ".join(each.text for each in error.problems()))
     client = request.app.state.engine_client
     answers = await collective_rpc(client, "fluxmoe_limit", wanted)
     for answer in answers:

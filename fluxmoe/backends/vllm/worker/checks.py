@@ -9,8 +9,10 @@ from fluxmoe.backends.vllm.compat.worker import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
 )
+from fluxmoe.backends.vllm.features import refused_settings
 from fluxmoe.backends.vllm.settings import moving_latent_attention
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.checkpoint import quantised
 from fluxmoe.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -23,21 +25,8 @@ def refuse_unsupported(config: VllmConfig) -> None:
     Raises:
         UnsupportedError: Names the first one found.
     """
-    parallel = config.parallel_config
-    refused = {
-        "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
-        "expert load balancing (--enable-eplb)": parallel.enable_eplb,
-        "dual batch overlap (--enable-dbo)": parallel.enable_dbo,
-        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
-        "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
-        "LoRA (--enable-lora)": config.lora_config is not None,
-        "speculative decoding (--speculative-config)": config.speculative_config is not None,
-        "weight transfer (--weight-transfer-config)": config.weight_transfer_config is not None,
-        "sleep mode (--enable-sleep-mode)": config.model_config.enable_sleep_mode,
-    }
-    for feature, asked in refused.items():
-        if asked:
-            raise UnsupportedError(f"FluxMoE does not support {feature} yet", fix="turn it off")
+    for error in refused_settings(config):
+        raise error
 
 
 def refuse_moving_split(config: VllmConfig) -> None:
@@ -66,11 +55,7 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
         )
     method = experts.quant_method
     if not isinstance(method, UnquantizedFusedMoEMethod):
-        raise UnsupportedError(
-            f"experts of {type(method).__name__} cannot be paged yet",
-            where=where,
-            fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
-        )
+        raise quantised(f"the experts' method is {type(method).__name__}", where)
     kernel = method.moe_kernel.fused_experts if method.moe_kernel is not None else None
     if not isinstance(kernel, CPUUnquantizedExperts):
         raise UnsupportedError(

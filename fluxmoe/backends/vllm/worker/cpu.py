@@ -7,7 +7,7 @@ import weakref
 from functools import partial
 from typing import Any
 
-from fluxmoe import checkpoint, plugins
+from fluxmoe import checkpoint, plugins, sizes
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
 from fluxmoe.backends.budget import KVNeed, automatic
@@ -15,10 +15,10 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import handover
+from fluxmoe.backends.vllm.compat.cpu import CPUWorker
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
-    CPUWorker,
     RoutedExperts,
     drop_connector,
     get_tensor_model_parallel_rank,
@@ -26,9 +26,10 @@ from fluxmoe.backends.vllm.compat.worker import (
     worker_connector,
 )
 from fluxmoe.backends.vllm.names import NAMES
+from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.worker import checks, kv
-from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests
@@ -45,8 +46,6 @@ from fluxmoe.errors import (
 )
 from fluxmoe.trace.recorder import Recorder
 
-tolerate_numba()  # numba is loaded now, and vLLM may start another engine in this process
-
 PARTS = ("w13_weight", "w2_weight")
 
 
@@ -54,6 +53,9 @@ class PagedCPUWorker(CPUWorker):
     """vLLM's CPU worker with paged experts."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        tolerate_numba()  # this module has loaded it
+        use_paged_layers()
+        end_with_parent()
         config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
         #: True if experts are paged (not ``preset: off``).
         self._paging = config.preset != "off"
@@ -237,7 +239,8 @@ class PagedCPUWorker(CPUWorker):
             elif not runtime.config.control:
                 limits_in_frames(runtime, self._limits)
         except FluxMoEError as error:
-            return {"error": {"code": error.code, "message": str(error)}}
+            message = "; ".join(each.text for each in error.problems())
+            return {"error": {"code": error.code, "message": message}}
         frame = runtime.memory.pool.frame_bytes
         return {
             "limits": self._limits.model_dump(mode="json"),
@@ -332,7 +335,8 @@ def _with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:
         return config
     if target is not None:
         raise ConfigError(
-            f"memory.kv.target is {int(target)} bytes, --kv-cache-memory-bytes is {kv_bytes}",
+            f"memory.kv.target is {sizes.exact(target)}, "
+            f"--kv-cache-memory-bytes is {sizes.exact(kv_bytes)}",
             where="additional_config.fluxmoe",
             fix="give one of them",
         )

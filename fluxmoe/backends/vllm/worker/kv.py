@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fluxmoe import sizes
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
@@ -50,12 +51,13 @@ def beside_all_experts(memory: ResolvedMemory, experts: int, need: KVNeed) -> in
     """
     room = memory.budget - experts
     if room < need.min:
+        given, needed = sizes.apart(memory.budget, experts + need.min)
         raise BudgetTooSmallError(
-            f"a budget of {memory.budget} bytes is too small without paging: at least "
-            f"{experts + need.min} are needed, {experts} for all experts and {need.min} for "
+            f"a budget of {given} is too small without paging: at least {needed} is needed, "
+            f"{sizes.shown(experts)} for all experts and {sizes.shown(need.min)} for "
             f"the KV cache ({need.reason})",
             where="memory.budget",
-            fix="raise it, or do not set preset: off",
+            fix=f"give at least {sizes.at_least(experts + need.min)}, or do not set preset: off",
         )
     wanted = [int(size) for size in (memory.kv.target, memory.kv.max) if size is not None]
     return max(min(room, *wanted) if wanted else room, need.min)

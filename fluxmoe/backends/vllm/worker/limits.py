@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fluxmoe import sizes
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.config import HandLimits
 from fluxmoe.core.arbitration.messages import OperatorLimits
@@ -30,9 +31,9 @@ def in_frames(runtime: Runtime, limits: HandLimits) -> OperatorLimits:
     ):
         if value is not None and not least <= value <= total:
             raise ConfigError(
-                f"a limit of {value} bytes is out of range",
+                f"a limit of {sizes.exact(value)} is out of range",
                 where=name,
-                fix=f"give {least} to {total} bytes, or auto",
+                fix=f"give {sizes.at_least(least)} to {sizes.exact(total)}, or auto",
             )
     if (limits.experts.min or experts) + (limits.kv.min or kv) > (limits.budget or total):
         raise ConfigError(

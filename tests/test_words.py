@@ -19,12 +19,12 @@ from fluxmoe.core.policy.faults import PolicyCaller
 from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS
 from fluxmoe.core.transfer.store import read
-from fluxmoe.core.words import LIMIT, line, raised
 from fluxmoe.errors import CodecError, ConfigError, PluginLoadError, PolicyFaultError, StoreError
 from fluxmoe.plugins.registry import Registry
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.coding import Coder
 from fluxmoe.testing.conformance.report import Broken
+from fluxmoe.words import LIMIT, line, raised
 
 NASTY = "one\ntwo\r\x1b[2J \ud800 \u202e\x00 " + "x" * 1_000_000
 

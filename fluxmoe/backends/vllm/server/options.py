@@ -1,0 +1,92 @@
+"""Checks of vLLM's options against a list of those that its parser accepts. Imports no vLLM.
+
+``options.json`` is generated from the parser by ``python -m tests.vllm.options``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from fluxmoe.errors import ConfigError, meant
+from fluxmoe.words import line
+
+#: Options that FluxMoE sets itself.
+OURS = (
+    *("worker-cls", "additional-config", "kv-transfer-config"),
+    *("kv-cache-memory-bytes", "model"),
+)
+#: Description of the values of an option's type.
+_VALID = {
+    "flag": "true or false",
+    "switch": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "other": "text, a number, a list or a map",
+}
+
+
+@cache
+def known() -> dict[str, str | list[str]]:
+    """The options of ``vllm serve``, without leading dashes, and their types.
+
+    Types are ``flag`` (has a negation ``--no-…``), ``switch`` (has none), ``int``, ``float``,
+    ``other``, or a list of the valid values.
+    """
+    text = resources.files(__package__).joinpath("options.json").read_text()
+    options: dict[str, str | list[str]] = json.loads(text)["options"]
+    return options
+
+
+def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with dashes in their names, as on vLLM's command line, where both are accepted."""
+    return {name.replace("_", "-"): value for name, value in options.items()}
+
+
+def problems(options: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """An error for each unknown option, and for each value that vLLM's parser would refuse.
+
+    Args:
+        options: Names without leading dashes → values, as in the configuration's ``vllm``.
+    """
+    for name, value in options.items():
+        if name in OURS:
+            yield ConfigError(
+                f"{name} is set by FluxMoE", where=f"vllm.{name}", fix="remove it from vllm:"
+            )
+            continue
+        if value is True and known().get(name.removeprefix("no-")) == "flag":
+            continue  # a flag or its negation
+        kind = known().get(name.partition(".")[0])  # vLLM reads a.b as a key of the map a
+        if kind is None:
+            yield _unknown(name)
+        elif "." not in name and value is not None and not _is_valid(kind, value):
+            valid = _VALID[kind] if isinstance(kind, str) else f"one of {', '.join(kind)}"
+            found = line(value, repr)
+            yield ConfigError(f"it must be {valid}, not {found}", where=f"vllm.{name}")
+
+
+def _unknown(name: str) -> ConfigError:
+    positive = name.removeprefix("no-")
+    if name != positive and known().get(positive) in ("flag", "switch"):
+        fix = f"write {positive}: false"
+    else:
+        fix = meant(name, known()) or "see `vllm serve --help=all`"
+    return ConfigError("vLLM has no such option", where=f"vllm.{name}", fix=fix)
+
+
+def _is_valid(kind: str | list[str], value: object) -> bool:
+    if kind in ("flag", "switch") or isinstance(value, bool):
+        return kind in ("flag", "switch") and isinstance(value, bool)
+    if isinstance(kind, list):
+        return str(value) in kind
+    if kind == "other":
+        return True
+    try:  # vLLM parses text
+        (int if kind == "int" else float)(str(value))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,32 @@
+"""Options that several verbs share, and the one reading of those that take a list."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fluxmoe.errors import ConfigError
+
+
+def items(parameter: typer.CallbackParam, values: list[str] | None) -> list[str]:
+    """Values of a list option, which takes commas as well as repetition, in the given order.
+
+    Raises:
+        ConfigError: The option was given without a value.
+    """
+    found = [item.strip() for value in values or () for item in value.split(",")]
+    found = [item for item in found if item]
+    if values and not found:
+        raise ConfigError("no values given", where=parameter.opts[0])
+    return found
+
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin", metavar="FILE", callback=items, help="Plugins: .py files or modules; a list."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]

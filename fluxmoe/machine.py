@@ -1,0 +1,158 @@
+"""Memory, shared memory and cores of the machine, within the limits of this process's container."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fluxmoe.errors import ConfigError
+
+#: The file system's root, under which ``/proc`` and ``/sys`` are read.
+ROOT = Path("/")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRoom:
+    """Memory that this process may use, in bytes.
+
+    Attributes:
+        total, available: Size, and what can be allocated without swapping.
+        limit: The cgroup that limits it; empty if the machine does.
+    """
+
+    total: int
+    available: int
+    limit: str = ""
+
+
+def memory() -> MemoryRoom:
+    """The machine's memory, or the smallest of the process's cgroups (versions 1 and 2).
+
+    A cgroup's page cache counts as available, as the kernel gives it up on demand.
+    """
+    import psutil
+
+    machine = psutil.virtual_memory()
+    found = MemoryRoom(int(machine.total), int(machine.available))
+    for folder in _cgroups():
+        cap = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
+        if cap is None:
+            continue
+        used = _number(folder / "memory.current", folder / "memory.usage_in_bytes") or 0
+        room = max(cap - max(used - _page_cache(folder), 0), 0)
+        if cap < found.total:
+            found = replace(found, total=cap, limit=str(Path("/") / folder.relative_to(ROOT)))
+        found = replace(found, available=min(found.available, room))
+    return found
+
+
+def shared_memory() -> int | None:
+    """Free bytes of ``/dev/shm``, through which processes exchange data; None if it is missing."""
+    try:
+        found = os.statvfs(ROOT / "dev/shm")
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the file system that ``folder`` is on or would be created on."""
+    found = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
+    return found.f_bavail * found.f_frsize
+
+
+def require_writable(folder: Path, *, where: str, fix: str) -> None:
+    """Create ``folder`` if it is missing, and write to it.
+
+    Raises:
+        ConfigError: The system refuses; with this ``where`` and ``fix``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {folder}: {error.strerror}", where=where, fix=fix
+        ) from error
+
+
+def in_memory(folder: Path) -> bool:
+    """True if ``folder`` is, or would be created, on a file system that is kept in memory."""
+    where = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
+    kinds = {Path(mount): kind for _, mount, kind, _ in _mounts()}
+    kind = next((kinds[path] for path in (where, *where.parents) if path in kinds), "")
+    return kind in ("tmpfs", "ramfs")
+
+
+def processor() -> str:
+    """Name of the processor as the kernel gives it; its architecture if there is none."""
+    for line in _lines(ROOT / "proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def cores() -> int:
+    """Number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _cgroups() -> Iterator[Path]:
+    """Folders of the memory cgroups of this process, from its own to the outermost visible one."""
+    own: dict[str, str] = {}
+    for line in _lines(ROOT / "proc/self/cgroup"):
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            own["cgroup"] = path
+        elif number == "0":
+            own["cgroup2"] = path
+    for root, mount, kind, options in _mounts():
+        if kind not in own or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        top = ROOT / mount.lstrip("/")
+        # In a container the mount may show only the container's own part of the tree.
+        inside = Path(own[kind])
+        folder = top / inside.relative_to(root) if inside.is_relative_to(root) else top
+        if not folder.is_dir():
+            folder = top
+        yield folder
+        yield from (parent for parent in folder.parents if parent.is_relative_to(top))
+
+
+def _mounts() -> Iterator[tuple[str, str, str, str]]:
+    """Root, mount point, type and options of each mounted file system (proc_pid_mountinfo(5))."""
+    for line in _lines(ROOT / "proc/self/mountinfo"):
+        left, _, right = line.partition(" - ")
+        root, mount = left.split()[3:5]
+        kind, _, options = right.split(maxsplit=2)
+        yield root, mount.replace("\\040", " "), kind, options
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(*paths: Path) -> int | None:
+    """The number in the first of these files that exists; None if there is none, or it is "max"."""
+    for path in paths:
+        for line in _lines(path):
+            return int(line) if line.strip().isdigit() else None
+    return None
+
+
+def _page_cache(folder: Path) -> int:
+    """Bytes of a cgroup's page cache, which the kernel can reclaim."""
+    entries = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat"))
+    return sum(
+        int(entries.get(f"total_{name}", entries.get(name, 0)))
+        for name in ("active_file", "inactive_file")
+    )
