@@ -42,7 +42,7 @@ def simulate(
     plugin: Plugins = None,
     contain: Annotated[
         bool,
-        typer.Option("--contain", help="Let LRU answer where a policy fails, as in an engine."),
+        typer.Option("--contain", help="Fall back to LRU when a policy fails, as in an engine."),
     ] = False,
     hardware: Annotated[
         str | None,
@@ -60,8 +60,8 @@ def simulate(
 ) -> None:
     """Replay a trace with every combination of policy, capacity and prefetcher.
 
-    Policies, capacities and prefetchers take commas and repetition. A policy that fails ends the
-    command with exit code 2; its counts would not be its own.
+    Policies, capacities and prefetchers accept commas and repetition. A policy fault ends the
+    command with exit code 2, because its counts would include those of the fallback.
     """
     from fluxmoe import plugins
     from fluxmoe.cli.hardware import profile_of
@@ -111,7 +111,7 @@ def _warn_of_cycle(outcomes: list[Outcome], events: Events) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A temporary progress bar on standard error, if that is a terminal."""
+    """Show a temporary progress bar on standard error if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -125,7 +125,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def spec(text: str) -> PolicySpec:
-    """Parse ``name`` or ``name:option=value:…`` into the form the registry takes."""
+    """Parse ``name`` or ``name:option=value:…`` into the form the registry accepts."""
     name, *settings = text.split(":")
     if not settings:
         return name

@@ -26,7 +26,7 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between frames.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON.")] = False,
 ) -> None:
-    """Show a running server's memory split, hit rates, moves, and the reasons for the moves."""
+    """Show a running server's memory split, hit rates, and moves with their reasons."""
     from fluxmoe.observe import snapshot
 
     first = snapshot.fetch(url)
@@ -39,7 +39,7 @@ def top(
 
 
 def _watch(url: str, first: Snapshot, interval: float) -> None:
-    """Show frames until Ctrl-C; if the server does not answer, wait for it."""
+    """Show frames until Ctrl-C; if the server does not respond, wait for it."""
     from rich.console import Group
     from rich.live import Live
 
@@ -65,7 +65,7 @@ def _watch(url: str, first: Snapshot, interval: float) -> None:
 
 
 def frame(now: Snapshot, rates: Rates) -> Group:
-    """Render one frame; rates are since the previous frame, or since the server's start."""
+    """Render one frame; rates are since the previous frame or since the server started."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""``fluxmoe trace convert``: traces of other tools."""
+"""``fluxmoe trace convert``: convert traces of other tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def convert(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after N steps.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Convert a routing trace of another tool to FluxMoE's format."""
+    """Convert another tool's routing trace to FluxMoE's format."""
     from fluxmoe.trace import TraceReader
     from fluxmoe.trace.formats import Options, convert
 
