@@ -1,4 +1,4 @@
-"""``fluxmoe plan``: what fits a memory budget, the best split, and whether paging pays."""
+"""``fluxmoe plan``: estimate the best split of a memory budget and the benefit of paging."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plan(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Show what fits, which split is best, and whether paging pays, without loading the model."""
+    """Show the best split of a budget and the benefit of paging, without loading the model."""
     from fluxmoe import dimensions as models
     from fluxmoe.arguments import require_new
     from fluxmoe.config import size
@@ -104,7 +104,7 @@ def _as_json(plan: Plan) -> dict[str, object]:
 
 
 def _lines(plan: Plan) -> list[dict[str, object]]:
-    """The points of the curve, and the named ones."""
+    """List the points of the curve and the named ones."""
     points = {"": plan.curve, **{name: (point,) for name, point in _named(plan)}}
     return [{"split": name, **asdict(point)} for name in points for point in points[name]]
 
@@ -134,7 +134,7 @@ def _named(plan: Plan) -> list[tuple[str, Point]]:
 
 
 def _rows(plan: Plan) -> list[tuple[str, Point]]:
-    """Some splits from the curve, and the named ones."""
+    """Select some splits from the curve, and the named ones."""
     every = max(1, (len(plan.curve) - 1) // (_ROWS - 1))
     rows = {point.resident_pages: ("", point) for point in plan.curve[::every]}
     names: dict[int, list[str]] = {}

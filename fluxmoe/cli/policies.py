@@ -1,4 +1,4 @@
-"""``fluxmoe policies``: list known policies with their plugins, and broken plugins."""
+"""``fluxmoe policies``: list policies with their plugins, and broken plugins."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _elsewhere(state: PolicyState) -> dict[str, Any]:
 
 
 def _without_policy(plugin: Plugin) -> dict[str, Any]:
-    """The row of a plugin that registered nothing, with the reason."""
+    """Make the row of a plugin that registered nothing, with the reason."""
     return {
         "kind": None,
         "name": None,

@@ -47,7 +47,7 @@ def simulate(
     plugin: Plugins = None,
     contain: Annotated[
         bool,
-        typer.Option("--contain", help="Let LRU answer where a policy fails, as in an engine."),
+        typer.Option("--contain", help="Fall back to LRU when a policy fails, as in an engine."),
     ] = False,
     hardware: Annotated[
         str | None,
@@ -119,7 +119,7 @@ def _warn_of_cycle(outcomes: list[Outcome], events: Events) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A temporary progress bar on standard error, if that is a terminal."""
+    """Show a temporary progress bar on standard error if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -133,7 +133,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def spec(text: str) -> PolicySpec:
-    """Parse ``name`` or ``name:option=value:…`` into the form the registry takes."""
+    """Parse ``name`` or ``name:option=value:…`` into the form the registry accepts."""
     name, *settings = text.split(":")
     if not settings:
         return name

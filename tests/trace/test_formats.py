@@ -76,7 +76,7 @@ def test_flame_errors(tmp_path):
         convert(folder, tmp_path / "t")
     file = tmp_path / "samples.parquet"
     pq.write_table(pa.table({"token_id": pa.array([1, 2], pa.int32())}), file)
-    with pytest.raises(TraceError, match=r"columns token_id, not indices.*FLAME-MoE: a folder"):
+    with pytest.raises(TraceError, match=r"columns token_id, not indices.*FLAME-MoE: layer_NN"):
         convert(file, tmp_path / "t")
     file.write_bytes((folder / "layer_02.parquet").read_bytes()[:-20])
     with pytest.raises(TraceError, match="not a valid Parquet file"):
@@ -395,7 +395,7 @@ def test_sglang(tmp_path, redundant):
 def test_sglang_errors(tmp_path):
     file = tmp_path / "r.pt"
     torch.save({"logical_count": torch.zeros(1, 3, 6), "rank": 0}, file)
-    with pytest.raises(TraceError, match=r"no records.*logical_count, rank.*per_token"):
+    with pytest.raises(TraceError, match=r"no per-token records.*logical_count, rank.*per_token"):
         convert(file, tmp_path / "t")
     torch.save({"records": [{"global_physical_count": torch.zeros(3, 6)}]}, file)
     with pytest.raises(TraceError, match="counts of experts instead of the routing of each token"):

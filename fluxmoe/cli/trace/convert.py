@@ -1,4 +1,4 @@
-"""``fluxmoe trace convert``: traces of other tools."""
+"""``fluxmoe trace convert``: convert traces of other tools."""
 
 from __future__ import annotations
 

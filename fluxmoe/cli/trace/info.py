@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def info(
     trace: Annotated[Path, typer.Argument(help="Trace file.")],
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw it to this file (.svg, or .png with Pillow).")
+        Path | None, typer.Option(help="Also draw to this file (.svg, or .png with Pillow).")
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -41,7 +41,7 @@ def info(
 
 
 def _lines(data: dict[str, Any]) -> Iterator[dict[str, object]]:
-    """Rows of all tables, each with the name of its table."""
+    """Yield the rows of all tables, each with the name of its table."""
     for name in ("layers", "working_sets", "unions"):
         for index, row in enumerate(data[name]):
             yield {"table": name, **({"layer": index} if name == "layers" else {}), **row}

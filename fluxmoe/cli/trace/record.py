@@ -1,4 +1,4 @@
-"""``fluxmoe trace record``: record a real model's routing while it answers prompts."""
+"""``fluxmoe trace record``: record a model's routing while it answers prompts."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def record(
     ] = Steps.ALL,
     temperature: Annotated[
         float,
-        typer.Option(min=0, help="Sampling temperature; 0 is greedy, whose texts tend to loop."),
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy, which tends to loop."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
     memory: Annotated[
         str, typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache.")
     ] = "4GiB",
-    eviction: Annotated[str, typer.Option(help="Eviction policy of the running model.")] = "lru",
+    eviction: Annotated[str, typer.Option(help="Eviction policy while recording.")] = "lru",
     weights: Annotated[bool, typer.Option("--weights", help="Also record router weights.")] = False,
     predict: Annotated[
         bool,
@@ -125,7 +125,7 @@ def record(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Requests to answer by a paged model, and the arguments of the recorder."""
+    """Requests for a paged model, and the arguments of the recorder."""
 
     model: str
     requests: list[list[int]]
@@ -190,7 +190,7 @@ class _Work:
 def _requests(
     model: str, texts: list[str], numbers: list[str], file: Path | None
 ) -> list[list[int]]:
-    """All prompts as token ids."""
+    """Collect all prompts as token ids."""
     lines: list[str | list[int]] = [*texts]
     lines += [models.numbers(each, "--prompt-ids") for each in numbers]
     lines += [] if file is None else _read(file)

@@ -1,4 +1,4 @@
-"""``fluxmoe trace synth``: a synthetic trace, without a model."""
+"""``fluxmoe trace synth``: write a synthetic trace, without a model."""
 
 from __future__ import annotations
 
