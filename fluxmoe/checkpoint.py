@@ -171,7 +171,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
             promised = {tensor for tensor, file in listed.items() if file == path.name}
             if missing := promised - there.keys():
                 raise CheckpointError(
-                    f"it has no {min(missing)}, which {_INDEX} promises",
+                    f"{min(missing)} is missing, but listed in {_INDEX}",
                     where=str(path),
                     fix="download or copy it again",
                 )

@@ -22,7 +22,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fluxmoe import arguments, checkpoint
 from fluxmoe.arguments import wrong
-from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe.backends.budget import require_for_weights
+from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.experts import absent
@@ -34,6 +35,7 @@ from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.findings import Findings
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.plugins import load as plugin_registry
 
@@ -123,20 +125,32 @@ def load_configured(
     if options is not None and not isinstance(options, Mapping):
         raise wrong("options", "a map of arguments for from_pretrained", options, _WHERE)
     extra, dtype = dict(options or {}), _type_of_weights(dtype)
-    for key in _OURS:
-        if key in extra:
-            raise ConfigError(
-                f"{key} cannot be set", where=f"options of {_WHERE}", fix="leave it out"
-            )
-    policies, coders = registry.policies(config), make_coders(config, registry)
     folder = checkpoint.downloaded(name, extra.get("revision"), extra.get("cache_dir"))
-    checkpoint.require_readable(folder)
+    found = Findings()
+    found.errors += [
+        ConfigError(f"{key} cannot be set", where=f"options of {_WHERE}", fix="leave it out")
+        for key in _OURS
+        if key in extra
+    ]
+    with found.check():
+        registry.check(config)
+    with found.check():
+        checkpoint.require_readable(folder)
+    found.require()
+    policies, coders = registry.policies(config), make_coders(config, registry)
     planned = _without_weights(name, folder, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
     lock = ForwardLock()
     room = Room(*layout.describe(layers))
     resolved = room.fit(config, _WHERE)
+    experts = room.geometry.num_pages * room.page_class.nbytes
+    weights = sum(weight.nbytes for weight in planned.parameters())
+    with found.check():
+        require_for_weights(resolved, experts=experts, others=weights - experts)
+    with found.check():
+        require_room(resolved, experts)
+    found.require()
     store = make_store(resolved, room.geometry, room.page_class, coders)
     runtime = runtime_for(room, store, resolved, policies, implementation, lock)
     try:

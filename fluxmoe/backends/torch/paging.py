@@ -9,7 +9,7 @@ import torch
 from fluxmoe.arguments import instance
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
@@ -87,6 +87,7 @@ def page(
     )
     config, registry = room.fit(wanted, _WHERE), plugin_registry(wanted.plugins)
     policies, coders = registry.policies(config), make_coders(config, registry)
+    require_room(config, room.geometry.num_pages * room.page_class.nbytes)
     lock = ForwardLock()
     store = make_store(config, room.geometry, room.page_class, coders)
     try:
