@@ -13,17 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxmoe.checkpoint import Tensor, headers, quantised, read_map, require_readable, text_part
+from fluxmoe import checkpoint
+from fluxmoe.checkpoint import (
+    Tensor,
+    headers,
+    read_map,
+    require_readable,
+    text_part,
+    weight_files,
+)
 from fluxmoe.errors import (
     CheckpointError,
-    ConfigError,
     MissingDependencyError,
     NoExpertsError,
     UnsupportedError,
 )
-from fluxmoe.inventory import EXPERTS, expert_tensor
+from fluxmoe.inventory import EXPERTS, TOP_K, expert_tensor, has_experts
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -86,7 +92,7 @@ def read(name: str) -> Model:
         MissingDependencyError: There are no local weights, and ``transformers`` is not installed.
     """
     folder = Path(name)
-    if folder.is_dir() and any(folder.glob("*.safetensors*")):
+    if folder.is_dir() and weight_files(folder):
         require_readable(name)
         return of_checkpoint(folder)
     if folder.is_dir() and any(folder.glob("*.bin")):
@@ -119,26 +125,18 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except ValueError as error:
-        raise UnsupportedError(f"unknown architecture: {_first_line(error)}", where=name) from error
-    except OSError as error:
-        raise ConfigError(
-            f"cannot load the model: {_first_line(error)}",
-            where=name,
-            fix="name a folder with a Hugging Face checkpoint",
-        ) from error
+    except Exception as error:  # of any model's own code
+        raise checkpoint.not_loadable(name, error) from error
     data = config.to_dict()
-    if not _first(text_part(data), EXPERTS):
+    if not has_experts(data):
         raise _dense(name, str(config.model_type))
     with torch.device("meta"):
         try:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.bfloat16
             )
-        except (ValueError, RuntimeError) as error:
-            raise UnsupportedError(
-                f"unknown architecture: {_first_line(error)}", where=name
-            ) from error
+        except Exception as error:  # of any model's own code
+            raise checkpoint.not_buildable(config.model_type, error, name) from error
     stored = model.state_dict()
     weights = [*model.named_parameters(), *model.named_buffers()]  # tied ones appear once
     return data, {
@@ -151,18 +149,18 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
     architecture = str(config.get("model_type"))
     text = text_part(config)
-    experts, top_k = _first(text, EXPERTS), _first(text, _TOP_K)
-    if config.get("quantization_config"):
-        raise quantised("the checkpoint is quantised", name)
-    layers = text.get("num_hidden_layers")
+    experts, top_k = _first(text, EXPERTS), _first(text, TOP_K)
+    checkpoint.refuse_quantised(name, config)
+    depth = text.get("num_hidden_layers")
+    layers = depth if isinstance(depth, int) else 0
     pages: dict[str, int] = defaultdict(int)  # bytes of the experts of each layer
     other = embedding = item = 0
     for key, tensor in tensors.items():
         where = _LAYER.search(key)
-        if where and isinstance(layers, int) and int(where[1]) >= layers:
+        if where and layers and int(where[1]) >= layers:
             continue  # of speculative decoding, not loaded
         if ".experts." in key and key.endswith(".bias"):
-            raise UnsupportedError("experts with biases cannot be paged yet", where=key)
+            raise checkpoint.unknown_layout(architecture, f"{key} is a bias", name)
         one = expert_tensor(key, len(tensor.shape))
         if one is None:
             other += tensor.nbytes
@@ -172,17 +170,18 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
             experts = tensor.shape[0]
         pages[one.owner] += tensor.nbytes
         item = tensor.itemsize
-    if not experts:
+    if not experts and not has_experts(config):
         raise _dense(name, architecture)
-    if not pages or not isinstance(layers, int) or not top_k:
-        raise UnsupportedError(
-            f"unknown architecture {architecture!r}: it has {experts} experts per layer, but under "
-            "unknown names",
-            where=name,
-        )
     sizes = set(pages.values())
-    if len(sizes) > 1 or sizes.pop() % experts:
-        raise UnsupportedError("layers with experts of different layouts", where=name)
+    for wrong, detail in (
+        (not pages, "no weights of experts are under names that are known"),
+        (not layers, "config.json has no num_hidden_layers"),
+        (not top_k, f"config.json has none of {', '.join(TOP_K)}"),
+        (len(sizes) > 1, "layers have experts of different sizes"),
+        (any(size % max(experts, 1) for size in sizes), "experts of a layer differ in size"),
+    ):
+        if wrong:
+            raise checkpoint.unknown_layout(architecture, detail, name)
     tied = not any("lm_head" in key for key in tensors)
     kv, window, tokens = _kv_bytes(text, layers, item)
     return Model(
@@ -241,7 +240,3 @@ def _dense(name: str, architecture: str) -> NoExpertsError:
         where=name,
         fix="use it without FluxMoE",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -62,9 +62,10 @@ _Error = TypeVar("_Error", bound=FluxMoEError)
 
 def together(errors: Sequence[_Error]) -> _Error:
     """The first of several errors, with the rest in ``others``, for one ``raise``."""
-    first, *rest = errors
-    first.others = tuple(error for found in rest for error in found.problems())
-    return first
+    # By identity: an error may be listed itself, and among the others of one before it.
+    _, *rest = dict.fromkeys(each for error in errors for each in error.problems())
+    errors[0].others = tuple(rest)
+    return errors[0]
 
 
 def meant(name: object, known: Iterable[str]) -> str:

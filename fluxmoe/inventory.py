@@ -22,6 +22,12 @@ EXPERTS = (
     "num_moe_experts",
 )
 
+#: Keys for the number of experts that a token uses.
+TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"),
+    "moe_k",
+)
+
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.*)")
 #: ``mlp.experts.7.up_proj.weight``, quantised or not. Scales and biases are excluded elsewhere.
 _ONE = re.compile(
@@ -174,11 +180,28 @@ def _problems(
                 if rows != count:
                     told = "config.json says" if said else "other layers have"
                     yield f"{head}.{part} has {rows} experts, {told} {count}"
+            if said and layer.each and layer.count > said:
+                yield f"{head} has {layer.count} experts, config.json says {said}"
             for expert in range(count):
                 for part in parts:
                     if part not in layer.fused and expert not in layer.each.get(part, ()):
                         number = f".{expert}" if layer.each else ""
                         yield f"{head}{number}.{part}{found.ends[place, part]} is missing"
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """True if a ``config.json`` speaks of several experts, under whatever key and however deep."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and has_experts(value):
+            return True
+        if (
+            "expert" in str(key)
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and value > 1
+        ):
+            return True
+    return False
 
 
 def _nothing(tensors: Shapes, config: Mapping[str, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -86,6 +87,15 @@ def in_memory(folder: Path) -> bool:
     kinds = {Path(mount): kind for _, mount, kind, _ in _mounts()}
     kind = next((kinds[path] for path in (where, *where.parents) if path in kinds), "")
     return kind in ("tmpfs", "ramfs")
+
+
+def processor() -> str:
+    """Name of the processor as the kernel gives it; its architecture if there is none."""
+    for line in _lines(ROOT / "proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.machine()
 
 
 def cores() -> int:

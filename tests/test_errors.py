@@ -50,6 +50,7 @@ def test_b6_several_problems_travel_together(capsys):
         assert str(error) == "FM101: a; x\nFM406: b\nFM101: c; d"
     output.print_error(both)
     assert capsys.readouterr().err == "error[FM101]: a; x\nerror[FM406]: b\nerror[FM101]: c; d\n"
+    assert together(both.problems()).problems() == both.problems()
     assert together([ConfigError("alone")]).problems()[0].others == ()
 
 

@@ -74,7 +74,7 @@ def generate(
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
 
-    from fluxmoe import checkpoint, config, plugins
+    from fluxmoe import config, plugins
 
     settings = {
         "memory": {"budget": memory},
@@ -86,7 +86,6 @@ def generate(
     parsed = config.parse(settings, where="fluxmoe generate")
     registry = plugins.load(parsed.plugins)
     registry.check(parsed)
-    checkpoint.require_readable(model)
     models.quiet()
     vocabulary = models.config(model).get_text_config().vocab_size
     tokenizer = models.tokenizer(model, required=given is None)

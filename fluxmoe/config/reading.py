@@ -55,56 +55,45 @@ def parse(data: object, *, where: str) -> Config:
     return _parse(Config, data, where)
 
 
-def findings(data: object, *, where: str) -> list[ConfigError]:
-    """Everything ``parse`` refuses, unknown keys first; empty if the configuration is valid."""
-    return _validated(Config, data, where)[1]
-
-
 def parse_limits(data: object, *, where: str) -> HandLimits:
     """Validate limits set while serving; see ``parse``."""
     return _parse(HandLimits, data, where)
 
 
 def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
-    made, found = _validated(model, data, where)
-    if made is None:
-        raise together(found)
-    return made
-
-
-def _validated(
-    model: type[_Parsed], data: object, where: str
-) -> tuple[_Parsed | None, list[ConfigError]]:
-    """The settings, or everything that is wrong with them."""
     if data is None:
-        return None, [ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")]
+        raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
     if not isinstance(data, Mapping):
-        said = f"expected a map of settings, not {line(data, repr)}"
-        return None, [ConfigError(said, where=where)]
+        raise ConfigError(f"expected a map of settings, not {line(data, repr)}", where=where)
     try:
-        return model.model_validate(dict(data)), []
+        return model.model_validate(dict(data))
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        unknown, intended = [], set()
-        for each in details:
-            if each["type"] == "extra_forbidden":
-                *above, key = each["loc"]
-                fix = meant(key, known := sorted(_keys(model, above)))
-                unknown.append(
-                    ConfigError(
-                        f"unknown key {_field(each['loc'])!r}",
-                        where=where,
-                        fix=fix or f"remove it; known here: {', '.join(known)}",
-                    )
-                )
-                intended |= {(*above, name) for name in known if meant(key, [name])}
-        rest = [each for each in details if each["type"] != "extra_forbidden"]
-        # A misspelt key is not reported as a missing one, too.
-        rest = [e for e in rest if e["type"] != "missing" or e["loc"] not in intended]
-        return None, unknown + [_finding(each, where) for each in rest]
+        raise together(_problems(model, error, where)) from error
 
 
-def _finding(detail: ErrorDetails, where: str) -> ConfigError:
+def _problems(model: type[BaseModel], error: ValidationError, where: str) -> list[ConfigError]:
+    """All of pydantic's errors in the terms of a configuration, unknown keys first."""
+    unknown, rest, intended = [], [], set()
+    for each in error.errors(include_url=False):
+        if each["type"] != "extra_forbidden":
+            rest.append(each)
+            continue
+        *above, key = each["loc"]
+        fix = meant(key, known := sorted(_keys(model, above)))
+        unknown.append(
+            ConfigError(
+                f"unknown key {_field(each['loc'])!r}",
+                where=where,
+                fix=fix or f"remove it; known here: {', '.join(known)}",
+            )
+        )
+        intended |= {(*above, name) for name in known if meant(key, [name])}
+    # A misspelt key is not reported as a missing one, too.
+    rest = [each for each in rest if each["type"] != "missing" or each["loc"] not in intended]
+    return unknown + [_problem(each, where) for each in rest]
+
+
+def _problem(detail: ErrorDetails, where: str) -> ConfigError:
     """One of pydantic's errors in the terms of a configuration."""
     kind, field, found = detail["type"], _field(detail["loc"]), detail["input"]
     if kind == "missing":

@@ -25,7 +25,8 @@ from types import ModuleType
 
 from fluxmoe import policies
 from fluxmoe.config import is_plugin_file
-from fluxmoe.errors import PluginLoadError, together
+from fluxmoe.errors import PluginLoadError
+from fluxmoe.findings import Findings
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
@@ -69,16 +70,13 @@ def load(extra: str | Iterable[str] = ()) -> Registry:
             _warn(f"plugin {found.name} {found.version} is broken and left out: {problem}")
             plugin = Plugin(found.name, "installed", found.version, "broken", problem)
         registry.plugins.append(plugin)
-    problems = []
+    problems = Findings()
     for name in dict.fromkeys([extra] if isinstance(extra, str) else extra):
-        try:
+        with problems.check():
             module = named(name)
             if not registry.knows(module):  # it may be installed as well
                 registry.add(module, name, version=line(getattr(module, "__version__", "")))
-        except PluginLoadError as error:
-            problems.append(error)
-    if problems:
-        raise together(problems)
+    problems.require()
     return registry
 
 

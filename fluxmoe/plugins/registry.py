@@ -22,8 +22,8 @@ from fluxmoe.errors import (
     UnknownCodecError,
     UnknownPolicyError,
     meant,
-    together,
 )
+from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
 from fluxmoe.words import line
 
@@ -244,27 +244,19 @@ class Registry:
         return policy
 
     def check(self, config: Config) -> None:
-        """Raise all ``findings`` together."""
-        if found := self.findings(config):
-            raise together(found)
+        """Check names and options of a configuration's policies and codecs; creates none of them.
 
-    def findings(self, config: Config) -> list[FluxMoEError]:
-        """Everything wrong with names and options of policies and codecs; creates none of them.
-
-        For commands that start an engine, which creates them. The errors are those of ``policies``,
-        ``arbitration`` and ``create``, except those of factories.
+        For commands that start an engine, which creates them. Raises the errors of ``policies``,
+        ``arbitration`` and ``create`` together, except those of factories.
         """
         specs = [(kind, getattr(config, kind)) for kind in ("eviction", "prefetch", "arbitration")]
-        specs += [("codec", store.codec) for store in config.stores]
-        found: list[FluxMoEError] = []
-        for kind, spec in specs:
-            try:
+        found = Findings()
+        for kind, spec in [*specs, *(("codec", store.codec) for store in config.stores)]:
+            with found.check():
                 registration, _ = self._chosen(kind, spec)
                 if kind == "eviction":
                     _refuse_oracle(checks.class_made_by(registration.factory), config)
-            except FluxMoEError as error:
-                found.append(error)
-        return found
+        found.require()
 
 
 def _refuse_oracle(policy: object, config: Config) -> None:

@@ -1,7 +1,7 @@
-"""The simulator: a trace replayed through the engine's page table, event rule and policy guards.
+"""The simulator: replays a trace through the engine's page table, event rule and policy guards.
 
-Hits and misses are not defined here. A run builds the objects that an engine's pager uses, feeds
-them the events in order, and reads their counters.
+Hits and misses are not defined here: a run builds the same objects as an engine's pager, feeds them
+the events in order, and reads their counters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile, load
 from fluxmoe.trace import TraceMeta
 
-#: Number of events between updates of the progress, and checks for Ctrl-C.
+#: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
 #: No one waits for a policy here, so only an endless call is a fault: time limits are wall time,
 #: and a busy machine must not end a simulation. Contained faults are those of an engine.
@@ -41,14 +41,14 @@ class Result:
 
     Attributes:
         policy, prefetch: Labels of the policies as requested.
-        capacity_pages: Number of slots over all banks.
+        capacity_pages: Total number of slots.
         accesses, hits, misses: Distinct experts, once per event; ``accesses = hits + misses``.
         hit_rate: hits / accesses.
-        prefetch_hits: The part of ``hits`` that a prefetch loaded.
+        prefetch_hits: The part of ``hits`` loaded by a prefetch.
         evictions: Number of victims for demand or prefetch.
         released: Number of pages released because the policy did not retain them.
         bytes_demand, bytes_prefetch: Bytes loaded by cause; None if the page size is unknown.
-        policy_faults: Number of calls of a policy that the fallback answered instead.
+        policy_faults: Number of policy calls that fell back to the default.
         timing: Simulated times; None without a hardware profile.
     """
 
@@ -71,19 +71,19 @@ class Result:
     timing: Timing | None = None
 
     def to_json(self) -> dict[str, str | int | float | None]:
-        """A flat dictionary, with the fields of ``timing``, if any, beside the others."""
+        """Return a flat dictionary that includes the fields of ``timing``, if any."""
         fields = asdict(self)
         timing = fields.pop("timing")
         return {**fields, **(timing or {})}
 
 
 class Simulation:
-    """One run, checked and ready to start. Arguments and errors are those of ``simulate``.
+    """One run, validated and ready to start. Arguments and errors are those of ``simulate``.
 
     Attributes:
         policy: Label of the eviction policy as requested.
         oracle: True if the policy needs the future, so that no engine can run it.
-        missed: int32 ``[N]``, number of misses of every event once it has run.
+        missed: int32 ``[N]``, number of misses of each event, filled by ``run``.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Simulation:
             progress: Called periodically with the number of events run since the last call.
 
         Raises:
-            PolicyFaultError: A policy failed, and ``strict`` is set.
+            PolicyFaultError: A policy failed in strict mode.
         """
         events = self._events.foreseen if self.oracle else self._events.block
         count = len(self._events)
@@ -176,7 +176,7 @@ def simulate(
     """Replay a trace at one capacity.
 
     Args:
-        trace: A trace file, or its events (load them once for several runs).
+        trace: A trace file, or its events (to load them only once for several runs).
         policy: Eviction policy, ``name`` or ``{kind: name, option: value}``.
         capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), over all banks.
         prefetch: Prefetch policy.
@@ -190,8 +190,8 @@ def simulate(
         TraceError: The trace is invalid or cannot be read.
         UnknownPolicyError, ConfigError: A policy, option, capacity, number of banks or profile is
             invalid.
-        CapacityError: A bank could not hold the largest event of the trace.
-        PolicyFaultError: Under ``strict``.
+        CapacityError: A bank cannot hold the largest event of the trace.
+        PolicyFaultError: A policy failed in strict mode.
     """
     events = trace if isinstance(trace, Events) else Events.load(trace)
     known = registry or plugins.load()
@@ -209,7 +209,7 @@ def simulate(
 
 
 def label(spec: PolicySpec) -> str:
-    """A policy in command-line notation: ``name`` or ``name:option=value:…``."""
+    """Format a policy in command-line notation: ``name`` or ``name:option=value:…``."""
     if isinstance(spec, str):
         return spec
     options = [f"{key}={value}" for key, value in spec.items() if key != "kind"]
@@ -222,7 +222,7 @@ def _table(events: Events, capacity: int, banks: int, where: str) -> PageTable:
         raise ConfigError(
             f"{banks} banks for {geometry.num_layers} layers",
             where="--banks",
-            fix="a bank has at least one layer",
+            fix="use at most one bank per layer",
         )
     slots, bank_of = spread(geometry, capacity, banks)
     try:

@@ -75,7 +75,7 @@ def test_record_errors(model: Path, tmp_path: Path) -> None:
     fails(*run, "--prompts", tmp_path / "no", code="FM101", message="cannot read the prompts")
     fails(*run, "--prompt", "x", "--predict", "--backend", "vllm", code="FM402", message=".*torch")
     fails("trace", "record", tmp_path / "no", "--out", tmp_path / "t", "--prompt-ids", "1",
-          code="FM101", message="cannot load the model")  # fmt: skip
+          code="FM406", message="no such folder")  # fmt: skip
     fails("trace", "record", model, "--out", tmp_path / "no" / "t", "--prompt", "x", code="FM501",
           message="cannot write a trace: its folder does not exist")  # fmt: skip
     bad = tmp_path / "p.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fluxmoe
 from fluxmoe import errors
@@ -90,7 +91,7 @@ def test_what_cannot_be_loaded_is_refused_before_weights_are_read(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
     before = held()
-    with pytest.raises(errors.BudgetTooSmallError, match=r"fluxmoe\.load; give at least 786432"):
+    with pytest.raises(errors.BudgetTooSmallError, match=r"fluxmoe\.load; give at least 768KiB"):
         fluxmoe.load(checkpoint(), 786431)
     with pytest.raises(errors.UnknownPolicyError, match="known eviction policies"):
         fluxmoe.load(checkpoint(), eviction="lur")
@@ -221,6 +222,79 @@ def test_damaged_checkpoints(sharded: Path, harm: Callable[[Path], str]) -> None
         fluxmoe.load(sharded, "1MiB")
     assert str(sharded) in caught.value.where
     assert held() == before
+
+
+QUANTISED = {
+    "fp8": ({"quant_method": "fp8"}, ".weight", torch.float8_e4m3fn),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, ".qweight", torch.int32),
+    "awq": ({"quant_method": "awq", "bits": 4}, ".qweight", torch.int32),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "config_groups": {}}, ".weight", torch.int8,
+    ),
+    "bitsandbytes": ({"quant_method": "bitsandbytes"}, ".weight", torch.uint8),
+    "mxfp4": ({"quant_method": "mxfp4"}, ".weight", torch.uint8),
+    "": (None, ".weight", torch.float8_e4m3fn),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_b11_quantised_checkpoints(load: Load, tmp_path: Path, method: str) -> None:
+    """The refusal is ours, and names method and layer, before transformers reads weights."""
+    load().save_pretrained(tmp_path)
+    settings, ending, dtype = QUANTISED[method]
+    reconfigure(tmp_path, **({"quantization_config": settings} if settings else {}))
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    for key in [key for key in weights if ".experts." in key]:
+        weights[key.replace(".weight", ending)] = weights.pop(key).to(dtype)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(errors.QuantisedError) as caught:
+        fluxmoe.load(tmp_path, "1MiB")
+    error = caught.value
+    assert (f"with {method} (" if method else "is quantised (") in error.what
+    assert "model.layers.0.mlp.experts." in error.what and error.where == str(tmp_path)
+    assert "unquantised" in error.fix
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_b11_another_number_of_experts(load: Load, tmp_path: Path, count: int) -> None:
+    load().save_pretrained(tmp_path)
+    reconfigure(tmp_path, num_experts=count, num_local_experts=count)
+    says = "has 16 experts, config.json says 8" if count == 8 else r"experts\.16\..* is missing"
+    with pytest.raises(errors.CheckpointError, match=rf"model\.layers\.0\.mlp.*{says}"):
+        fluxmoe.load(tmp_path, "1MiB")
+
+
+def test_b11_weights_of_another_shape(load: Load, tmp_path: Path) -> None:
+    load().save_pretrained(tmp_path)
+    reconfigure(tmp_path, moe_intermediate_size=96)
+    with pytest.raises(errors.CheckpointError) as caught:
+        fluxmoe.load(tmp_path, "2MiB")
+    assert re.match(
+        r"model\.layers\.0\.mlp\.experts\.down_proj is \[16, \d+, \d+\] in the checkpoint, and "
+        r"\[16, \d+, 96\] by its config\.json, and \d more",
+        caught.value.what,
+    )
+
+
+def test_b11_architectures_of_another_kind(tmp_path: Path) -> None:
+    """Experts that cannot be paged are not said to be absent."""
+    for name, says in (("switch_transformers", "cannot build a causal"), ("doge", "expert layout")):
+        AutoConfig.for_model(name, **SMALL_ONES.get(name, {})).save_pretrained(tmp_path / name)
+        with pytest.raises(errors.UnsupportedError, match=rf"(?i){name.split('_')[0]}.*") as caught:
+            fluxmoe.load(tmp_path / name, "1MiB", dtype="float32")
+        assert says in str(caught.value)
+    reconfigure(tmp_path / "doge", model_type="moe-of-2030")
+    with pytest.raises(errors.UnsupportedError, match=r"unknown architecture.*moe-of-2030"):
+        fluxmoe.load(tmp_path / "doge")
+
+
+SMALL_ONES = {"doge": {"num_hidden_layers": 1, "is_moe": True}}
+
+
+def reconfigure(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 PEAK = """

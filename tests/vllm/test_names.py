@@ -36,7 +36,7 @@ OVERRIDING = {
     "stats:PagingStats": "connector",
     "server.prometheus:PagingProm": "connector",
     "scheduler.balloon:BalloonPool": "connector",
-    "worker.cpu:PagedCPUWorker": "worker",
+    "worker.cpu:PagedCPUWorker": "cpu",
     "worker.layer:PagedRoutedExperts": "worker",
     "half_configured:GuardedLogitsProcessor": "plugin",
 }

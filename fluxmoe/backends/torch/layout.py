@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import NoExpertsError, UnsupportedError
+from fluxmoe.inventory import has_experts
 
 PARTS = ("gate_up_proj", "down_proj")
 
@@ -42,6 +43,9 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     if not layers:
         if any(_three_dimensional(module) for module in model.modules()):
             raise _unsupported(f"{name} does not use transformers' experts interface")
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_dict") and has_experts(config.to_dict()):
+            raise _unsupported(f"the expert layout of {name} is not supported yet")
         raise NoExpertsError(
             f"{name} has no MoE layers: there is nothing to page", fix="use it without FluxMoE"
         )

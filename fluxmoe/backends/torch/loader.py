@@ -20,6 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from fluxmoe import checkpoint
 from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
@@ -29,7 +30,6 @@ from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.paging import implementation_of, runtime_for
 from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
-from fluxmoe.checkpoint import require_readable
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
@@ -41,8 +41,8 @@ NAMES.require("loader")
 _WHERE = "fluxmoe.load"
 
 #: Arguments of ``from_pretrained`` that FluxMoE sets.
-_OURS = ("config", "device_map", "dtype", "output_loading_info", "quantization_config",
-         "state_dict", "torch_dtype", "use_safetensors")  # fmt: skip
+_OURS = ("config", "device_map", "dtype", "ignore_mismatched_sizes", "output_loading_info",
+         "quantization_config", "state_dict", "torch_dtype", "use_safetensors")  # fmt: skip
 
 
 def load(
@@ -77,8 +77,10 @@ def load(
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or damaged, or it has no weights
-            for a part of the model (where ``transformers`` warns and takes random ones).
-        NoExpertsError, UnsupportedError, ConfigError, BudgetTooSmallError, UnknownPolicyError,
+            for a part of the model (where ``transformers`` warns and takes random ones), or
+            weights of another shape.
+        UnsupportedError: The checkpoint is quantised, or its architecture is not known.
+        NoExpertsError, ConfigError, BudgetTooSmallError, UnknownPolicyError,
             PluginLoadError, NeedsFutureError: As for ``fluxmoe.page``, and before weights are read.
     """
     config = settings(
@@ -114,9 +116,9 @@ def load_configured(
                 f"{key} cannot be chosen", where=f"options of {_WHERE}", fix="leave it out"
             )
     policies, coders = registry.policies(config), make_coders(config, registry)
-    with _loading(name):
-        require_readable(name)
-        planned = _without_weights(name, dtype, extra)
+    folder = checkpoint.downloaded(name, extra.get("revision"), extra.get("cache_dir"))
+    checkpoint.require_readable(folder)
+    planned = _without_weights(name, folder, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
     lock = ForwardLock()
@@ -127,16 +129,14 @@ def load_configured(
     try:
         with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name and shapes
+                **extra,
             )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise CheckpointError(
-                f"the checkpoint has no weights for {missing[0]}"
-                + (f" and {len(missing) - 1} more" if missing[1:] else ""),
-                where=name,
-                fix="get the complete checkpoint; random weights would replace them",
-            )
+        _require_all(report, name)
         layers = layout.experts_of(model)
         caught.finish(layers)
     except BaseException:
@@ -233,9 +233,15 @@ def _kept(rows: Bytes) -> Bytes:
     return copy
 
 
-def _without_weights(name: str, dtype: str | torch.dtype, extra: dict[str, Any]) -> torch.nn.Module:
+def _without_weights(
+    name: str, folder: str, dtype: str | torch.dtype, extra: dict[str, Any]
+) -> torch.nn.Module:
     """The model on the meta device, before its weights are read."""
-    config = transformers.AutoConfig.from_pretrained(name, **extra)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **extra)
+    except Exception as error:  # of any model's own code
+        raise checkpoint.not_loadable(name, error) from error
+    checkpoint.refuse_quantised(folder, config.to_dict())
     found = config.dtype if dtype == "auto" else dtype
     if found is None:
         raise ConfigError(
@@ -246,11 +252,36 @@ def _without_weights(name: str, dtype: str | torch.dtype, extra: dict[str, Any])
     how = {
         key: extra[key] for key in ("experts_implementation", "trust_remote_code") if key in extra
     }
-    with torch.device("meta"):
-        model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=found, **how
-        )
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=found, **how
+            )
+    except Exception as error:  # of any model's own code
+        raise checkpoint.not_buildable(config.model_type, error, name) from error
     return model
+
+
+def _require_all(report: Mapping[str, Any], name: str) -> None:
+    """Refuse a model with random weights in place of missing or ill-fitting ones."""
+    if wrong := sorted(report["mismatched_keys"]):
+        key, found, wanted = wrong[0]
+        raise CheckpointError(
+            f"{key} is {list(found)} in the checkpoint, and {list(wanted)} by its config.json"
+            + _and_more(wrong),
+            where=name,
+            fix="get config.json and weights from the same source",
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"the checkpoint has no weights for {missing[0]}" + _and_more(missing),
+            where=name,
+            fix="get the complete checkpoint; random weights would replace them",
+        )
+
+
+def _and_more(items: Sequence[object]) -> str:
+    return f", and {len(items) - 1} more" if items[1:] else ""
 
 
 @contextmanager
@@ -259,12 +290,11 @@ def _loading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        said = str(error).strip().partition("\n")[0]
-        if isinstance(error, RuntimeError):  # a report of missing or ill-fitting weights came first
-            fix = "get the checkpoint again if it was whole once"
-        else:
-            fix = "name a folder with a Hugging Face checkpoint in safetensors"
-        raise CheckpointError(f"cannot load the model: {said}", where=name, fix=fix) from error
+        raise CheckpointError(
+            f"cannot load the model: {checkpoint.first_line(error)}",
+            where=name,
+            fix="name a folder with a Hugging Face checkpoint in safetensors",
+        ) from error
 
 
 @contextmanager

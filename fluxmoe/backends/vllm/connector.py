@@ -22,6 +22,7 @@ from fluxmoe.backends.vllm.compat.connector import (
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.metrics import Meter
+from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
 from fluxmoe.backends.vllm.server.prometheus import PagingProm
 from fluxmoe.backends.vllm.settings import paging_config
@@ -72,6 +73,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         paging_config(vllm_config)  # refuses a partial configuration
         super().__init__(vllm_config, role, kv_cache_config)
+        end_with_parent()
         self._config = vllm_config
         self._requests = RequestWatch()
         self._manager: Any = None

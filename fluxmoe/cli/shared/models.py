@@ -32,23 +32,33 @@ def quiet() -> None:
 
 
 def load(model: str) -> PreTrainedModel:
-    """A model with its weights, in the dtype they are stored in. Raises ConfigError."""
+    """A model with its weights, in the dtype they are stored in.
+
+    Raises:
+        CheckpointError, UnsupportedError: It cannot be loaded, or its architecture is unknown.
+    """
     from transformers import AutoModelForCausalLM
 
+    from fluxmoe import checkpoint
+
+    checkpoint.require_readable(model)
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
+    except Exception as error:  # of any model's own code
+        raise checkpoint.not_loadable(model, error) from error
 
 
 def config(model: str) -> PretrainedConfig:
-    """A model's configuration. Raises ConfigError."""
+    """A model's configuration. Raises CheckpointError or UnsupportedError."""
     from transformers import AutoConfig
 
+    from fluxmoe import checkpoint
+
+    checkpoint.require_readable(model)
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
+    except Exception as error:  # of any model's own code
+        raise checkpoint.not_loadable(model, error) from error
 
 
 def stop_tokens(model: str) -> tuple[int, ...]:
@@ -62,17 +72,11 @@ def stop_tokens(model: str) -> tuple[int, ...]:
     return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
 
 
-def _cannot_load(model: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"cannot load the model: {_first_line(error)}",
-        where=model,
-        fix="name a folder with a Hugging Face checkpoint",
-    )
-
-
 def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     """A model's tokenizer; None if it has none and none is required. Raises ConfigError."""
     from transformers import AutoTokenizer
+
+    from fluxmoe.checkpoint import first_line
 
     why = "it has no vocabulary"
     try:
@@ -81,7 +85,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
         if found.vocab_size > len(found.all_special_ids):
             return found
     except (OSError, ValueError, KeyError) as error:
-        why = _first_line(error)
+        why = first_line(error)
     if not required:
         return None
     raise ConfigError(
@@ -96,7 +100,3 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
     assert tokenizer is not None
     ids: list[int] = tokenizer(prompt)["input_ids"]
     return ids
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,8 +1,8 @@
 """Faults of policies: counted, logged once, and contained or raised.
 
-A policy that raises, takes too long or returns an invalid answer commits a fault. That call falls
-back to the default; after ``strikes`` faults the policy is disabled for good. ``strict`` raises
-instead.
+A policy call that raises, takes too long or returns an invalid answer is a fault. The call falls
+back to the default; after ``strikes`` faults the policy is disabled for good. In ``strict`` mode
+faults are raised instead.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fluxmoe.words import LIMIT, from_signal, line, raised
 
 logger = logging.getLogger("fluxmoe")
 
-NO_ANSWER: Any = object()  # None is an answer, and a wrong one
+NO_ANSWER: Any = object()  # None is an (invalid) answer
 
 
 class PolicyCaller:
-    """Calls one policy, counts its faults and contains or raises them."""
+    """Calls a policy; counts its faults and contains or raises them."""
 
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
@@ -45,29 +45,29 @@ class PolicyCaller:
         return self._limiter.slow
 
     def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
-        """Call a hook, which returns nothing; a disabled policy is not called."""
+        """Call a hook without a return value; a disabled policy is not called."""
         self.call(method, hook, args)
 
     def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
-        """The answer of a method, not yet validated; None after a fault or if disabled."""
+        """Return a method's answer, not yet validated; None after a fault or if disabled."""
         answer = self.call(method, function, args)
         if answer is None:
-            self.note(method, "gave None")
+            self.note(method, "returned None")
         return None if answer is NO_ANSWER else answer
 
     def ask(
         self, method: str, function: Callable[..., npt.ArrayLike], *args: object
     ) -> npt.NDArray[Any] | None:
-        """The answer as an array, not yet validated; None after a fault or if disabled."""
+        """Return the answer as an array, not yet validated; None after a fault or if disabled."""
         answer = self.call(method, function, args)
         # A subclass of ndarray, such as a masked array, may not behave as the host expects.
         if answer is not NO_ANSWER and type(answer) is not np.ndarray:
-            # Also under the time limits: the object's conversion to an array may be slow.
+            # Also timed: the object's conversion to an array may be slow.
             answer = self.call(method, np.asarray, (answer,))
         return None if answer is NO_ANSWER else answer
 
     def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """The answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
+        """Return the answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
         if self.count >= self.limits.strikes:
             return NO_ANSWER
         limiter = self._limiter
@@ -76,16 +76,16 @@ class PolicyCaller:
         except HardLimitExceeded:
             self.note(method, f"took more than {self.limits.hard_s:g} s")
             return NO_ANSWER
-        except BaseException as error:  # sys.exit() in a policy must not end the engine
+        except BaseException as error:  # sys.exit() in a policy must not stop the engine
             if isinstance(error, KeyboardInterrupt) or from_signal(error):
                 raise
             self.note(method, error)
             return NO_ANSWER
-        # One slow call may be the machine's fault; ``strikes`` of them are the policy's.
+        # A single slow call may be caused by the machine; ``strikes`` of them are logged.
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
-                "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
+                "%s policy %r: %d calls took more than %g ms, most recently %s (reported once)",
                 *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
         return answer
@@ -147,7 +147,7 @@ def _suggestion(error: BaseException) -> str:
 
 
 class PolicyGuard:
-    """Properties of the policy common to all guards."""
+    """Properties common to all guards."""
 
     def __init__(self, faults: PolicyCaller) -> None:
         self._faults = faults
@@ -158,7 +158,7 @@ class PolicyGuard:
 
     @property
     def faults(self) -> int:
-        """Faults contained so far."""
+        """Number of faults contained so far."""
         return self._faults.count
 
     @property
@@ -167,5 +167,5 @@ class PolicyGuard:
 
     @property
     def slow(self) -> int:
-        """Calls so far that returned, but took longer than the soft limit."""
+        """Number of calls so far that returned, but exceeded the soft limit."""
         return self._faults.slow

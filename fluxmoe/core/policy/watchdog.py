@@ -1,13 +1,13 @@
-"""Time limits for calls of policies, and interruption of calls that exceed them.
+"""Time limits for policy calls, and interruption of calls that exceed them.
 
 A call beyond the soft limit is counted. Beyond the hard limit the watchdog, one thread per process
-that sleeps while no call is late, raises ``HardLimitExceeded`` in the thread that made the call.
-Python delivers it between two bytecode instructions: C code (a NumPy function, a compiled kernel, a
-system call) runs to its end first, and such a call still counts as late.
+that sleeps while no call is late, raises ``HardLimitExceeded`` in the calling thread. Python
+delivers it between two bytecode instructions: C code (a NumPy function, a compiled kernel, a system
+call) finishes first, and the call still counts as late.
 
-The exception must never reach the code after the call. A lock makes the end of a call and the
-interrupt mutually exclusive, at most one is fired per call, and an interrupted call withdraws an
-exception that has not been delivered yet before it returns.
+The exception must never reach the code after the call. A lock makes the end of a call and its
+interruption mutually exclusive, each call is interrupted at most once, and an interrupted call
+withdraws an undelivered exception before it returns.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of a policy's faults and call times.
+    """Limits on a policy's faults and call times.
 
     Attributes:
-        strikes: Number of faults after which it is replaced for good; also the number of slow
-            calls after which they are logged.
+        strikes: Number of faults after which the policy is disabled for good; also the number of
+            slow calls after which they are logged.
         soft_s: Seconds beyond which a call is counted as slow.
         hard_s: Seconds beyond which a call is interrupted, which is a fault.
     """
@@ -45,14 +45,14 @@ DEFAULT_LIMITS = Limits()
 
 
 class HardLimitExceeded(BaseException):
-    """Raised inside a policy. Not an Exception, so that its ``except Exception`` lets it pass."""
+    """Raised inside a policy. Not an Exception, so that ``except Exception`` does not catch it."""
 
 
 class TimeLimiter:
-    """Times the calls of one policy, which come from one thread at a time and do not nest.
+    """Times the calls of one policy, which are made by one thread at a time and never nested.
 
     Attributes:
-        slow: Number of calls that returned, but beyond the soft limit.
+        slow: Number of calls that returned, but exceeded the soft limit.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -67,7 +67,7 @@ class TimeLimiter:
         """Call ``function(*args)``.
 
         Raises:
-            HardLimitExceeded: It took too long; it was interrupted, or ended by itself.
+            HardLimitExceeded: The call took too long; it was interrupted or returned by itself.
         """
         if not self._watched:
             _watchdog.watch(self)
@@ -82,7 +82,7 @@ class TimeLimiter:
             if self._fired:  # too late for an interrupt, or the policy swallowed it
                 raise HardLimitExceeded
         except BaseException:
-            self._stop()  # the first one may have been interrupted, but only once
+            self._stop()  # the first attempt may have been interrupted, but only once
             self._fired = False
             raise
         if perf_counter_ns() - started > self._soft:
@@ -96,7 +96,7 @@ class TimeLimiter:
             _raise_in(self._thread, None)
 
     def due(self, now: int) -> int:
-        """Fire if the running call is late; return the ns until a call can be late."""
+        """Interrupt the current call if it is late; return the ns until a call can be late."""
         started = self._started
         if not started or self._fired:
             return self._hard
@@ -104,7 +104,7 @@ class TimeLimiter:
         if left > 0:
             return left
         with self._lock:
-            # Still the same call? If so it cannot end before the exception is set.
+            # If it is still the same call, it cannot end before the exception is set.
             if self._started == started:
                 self._fired = True
                 _raise_in(self._thread, HardLimitExceeded)
@@ -112,7 +112,7 @@ class TimeLimiter:
 
 
 class _Watchdog:
-    """The thread that monitors all time limiters; it runs while there are any."""
+    """The thread that monitors all time limiters, running while there are any."""
 
     def __init__(self) -> None:
         self._limiters: WeakSet[TimeLimiter] = WeakSet()
@@ -126,7 +126,7 @@ class _Watchdog:
 
     def watch(self, limiter: TimeLimiter) -> None:
         if self._process != os.getpid():
-            self._start()  # forked: the thread is gone, and may have held the lock at the fork
+            self._start()  # forked: the thread is gone and may have held the lock at the fork
         with self._lock:
             self._limiters.add(limiter)
             if self._thread is None or not self._thread.is_alive():
@@ -156,7 +156,7 @@ class _Watchdog:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Make ``thread`` raise ``error`` soon; None withdraws an exception not raised yet."""
+    """Make ``thread`` raise ``error`` soon; None withdraws an exception not yet raised."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error)
     )

@@ -25,7 +25,7 @@ _DECODE = 2  # ForwardMode.DECODE
 
 
 class ExpertDistribution(Reader):
-    """The file of one rank, read as data only: nothing in it is executed."""
+    """The file of one rank, read as data: nothing in it is executed."""
 
     name = "sglang"
     summary = (
@@ -35,25 +35,25 @@ class ExpertDistribution(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a file saved by torch."""
+        """True for files saved by torch."""
         if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events. The file is loaded whole: its format cannot be streamed."""
+        """Yield all events. The whole file is loaded, since its format cannot be streamed."""
         data = self._load()
         records = data.get("records") if isinstance(data, dict) else None
         if not isinstance(records, list) or not records:
             keys = sorted(map(str, data)) if isinstance(data, dict) else [type(data).__name__]
-            raise self.wrong(f"it has no records of single tokens, but {', '.join(keys)}")
+            raise self.wrong(f"no per-token records, only {', '.join(keys)}")
         logical = self._map(data.get("last_physical_to_logical_map"))
         step = 0
         for index, record in enumerate(records):
             where = f"record {index}"
             if not isinstance(record, dict) or "topk_ids_of_layer" not in record:
-                raise self.wrong("it has counts of experts, not the routing of each token", where)
+                raise self.wrong("counts of experts instead of the routing of each token", where)
             ids = record["topk_ids_of_layer"].numpy()
             if ids.ndim != 3:
                 raise self.wrong(f"topk_ids_of_layer has the shape {list(ids.shape)}", where)

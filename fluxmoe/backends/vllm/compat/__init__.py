@@ -1,9 +1,9 @@
 """All private names of vLLM that FluxMoE uses, and the versions they were checked with.
 
 One module per part of vLLM, so that each of its processes imports only what it needs:
-``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` (paged
-workers), ``engine`` (engines in this process, and the server's engine client). Each first
-asserts its names (``backends/vllm/names.py``).
+``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` and ``cpu``
+(paged workers), ``server`` (the API server), ``engine`` (engines in this process, and the server's
+engine client). Each first asserts its names (``backends/vllm/names.py``).
 """
 
 from __future__ import annotations

