@@ -17,7 +17,7 @@ import torch
 
 import fluxmoe
 from fluxmoe.backends.torch.sampling import sample
-from fluxmoe.cli import models
+from fluxmoe.cli.shared import models
 from fluxmoe.core.types import Phase
 from fluxmoe.trace import TraceReader, shipped
 

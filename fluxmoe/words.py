@@ -1,8 +1,8 @@
-"""Text from policies and plugins, made safe for logs, metrics, JSON and terminals: ``line``.
+"""Sanitising text from policies and plugins for logs, metrics, JSON and terminals: ``line``.
 
-Foreign text may have any length, contain line breaks, control characters or lone surrogates (not
+Such text may have any length, contain line breaks, control characters or lone surrogates (not
 encodable as UTF-8: a single one in a reason would end the thread that encodes an engine's answers),
-or come from a ``__str__`` that fails. It passes through here where it enters FluxMoE.
+or come from a ``__str__`` that raises. It is sanitised here where it enters FluxMoE.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 
 def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) -> str:
-    """``str`` or ``repr`` of ``value`` as one line of at most ``limit`` printable characters.
+    """Convert ``value`` by ``str`` or ``repr`` to one line of up to ``limit`` printable characters.
 
     Runs of white space become one space, unprintable characters are escaped as in Python, long text
-    is truncated. Never fails; exceptions from a signal handler pass through.
+    is truncated. Never raises, except for exceptions from signal handlers.
     """
     try:
-        # Converted to a plain str: a subclass may override methods, here and further on.
+        # Converted to a plain str: a subclass may override methods used here or later.
         text = str.__str__(value if how is str and isinstance(value, str) else how(value))
     except BaseException as error:  # including SystemExit
         if isinstance(error, KeyboardInterrupt) or from_signal(error):
@@ -34,7 +34,7 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
         text = f"a {class_name(type(value))} that cannot be printed"
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text
-    # Only slightly more than is shown is read, however long the text is.
+    # Read only slightly more than is shown, since the text may be very long.
     words = text[: 4 * limit].split()
     shown = "".join(c if c.isprintable() else _escaped(c) for c in " ".join(words))
     return shown if len(shown) <= limit and len(text) <= 4 * limit else shown[: limit - 1] + "…"
@@ -46,7 +46,7 @@ def raised(error: BaseException) -> str:
 
 
 def from_signal(error: BaseException) -> bool:
-    """True if a signal handler raised ``error`` while a policy was running: not its fault."""
+    """True if a signal handler raised ``error`` while a policy was running."""
     handlers = {
         getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()
     } - {None}

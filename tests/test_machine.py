@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fluxmoe import machine
+from fluxmoe import config, machine
+from fluxmoe.backends import budget
 from fluxmoe.errors import ConfigError
 from tests.commandline import here
 
@@ -177,3 +178,26 @@ def test_disks(tmp_path: Path) -> None:
         machine.require_writable(tmp_path / "file/x", where="here", fix="go there")
     machine.require_writable(tmp_path / "a/b", where="", fix="")
     assert (tmp_path / "a/b").is_dir()
+
+
+@pytest.mark.usefixtures("two_gib")
+@pytest.mark.parametrize(
+    ("stores", "says"),
+    [
+        (
+            [],
+            r"1\.5 GiB are needed \(900\.0 MiB for the budget, .* for experts in the host store, ",
+        ),
+        ([{"kind": "file", "path": "pages"}], r"are needed \(900\.0 MiB for the budget, 400"),
+    ],
+)
+def test_a4_weights_and_budget_together(stores: list[object], says: str) -> None:
+    """1 GiB is free: the budget alone fits, but not with the weights."""
+    given = {"memory": {"budget": "900MiB"}, "stores": stores or [{"kind": "host"}]}
+    ready = config.parse(given, where="").resolved(900 << 20)
+    budget.require_for_weights(ready, experts=100 << 20, others=10 << 20)
+    with pytest.raises(ConfigError, match=says) as caught:
+        budget.require_for_weights(ready, experts=200 << 20, others=400 << 20, workers=1)
+    assert ("kind: file" in caught.value.fix) == (not stores)
+    with pytest.raises(ConfigError, match=r"1\.8 GiB for 2 budgets"):
+        budget.require_for_weights(ready, experts=0, others=0, workers=2)

@@ -1,12 +1,13 @@
-"""Names of an engine's library that FluxMoE uses or overrides, asserted at start.
+"""Names of an engine's library that FluxMoE uses or overrides, asserted at startup.
 
-To mypy the libraries are ``Any``, and an override whose original was renamed is simply never
-called. So each part of a backend asserts its own names before it imports them, and the attributes
-of the library's objects when it is given one.
+For mypy the libraries are ``Any``, and an override whose original was renamed is never called. So
+each part of a backend asserts its names before importing them, and the attributes of the library's
+objects on receiving one.
 """
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -21,11 +22,11 @@ class Names:
     """The names of one library.
 
     Attributes:
-        package: Its module, which has a ``__version__``.
-        fix: Remedy for a name that is missing.
+        package: The library's module, which has a ``__version__``.
+        fix: Remedy for a missing name.
         table: Part of a backend → ``module:name`` or ``module:Class.name`` → the parameters that
-            FluxMoE passes or takes, separated by spaces, in their order, without ``self``.
-        on: An object that the library makes → dotted attributes of it that no class declares.
+            FluxMoE passes or takes, separated by spaces, in order, without ``self``.
+        on: Kind of object made by the library → its dotted attributes that no class declares.
     """
 
     package: str
@@ -40,7 +41,7 @@ class Names:
             part: A key of ``table``.
 
         Raises:
-            UnsupportedVersionError: A module, a name or a parameter is missing; says which.
+            UnsupportedVersionError: A module, a name or a parameter is missing.
         """
         for name, parameters in self.table[part].items():
             try:
@@ -61,7 +62,7 @@ class Names:
             thing: The object.
 
         Raises:
-            UnsupportedVersionError: Names the attribute that is missing.
+            UnsupportedVersionError: An attribute is missing.
         """
         for path in self.on[kind]:
             found = thing
@@ -77,9 +78,27 @@ class Names:
 
 def _found(name: str) -> Any:
     module, _, path = name.partition(":")
-    found = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     *owners, last = path.split(".")
     for owner in owners:
         found = getattr(found, owner)
-    fields = getattr(found, "__dataclass_fields__", {})  # those without default are no attributes
-    return fields[last] if last in fields else getattr(found, last)
+    # Not attributes of the class: fields without a default, and names assigned by constructors.
+    fields = getattr(found, "__dataclass_fields__", {})
+    if last in fields:
+        return fields[last]
+    if not hasattr(found, last) and inspect.isclass(found) and last in _assigned(found):
+        return None
+    return getattr(found, last)
+
+
+def _assigned(kind: type) -> set[str]:
+    """Names of the attributes assigned by a class's constructors."""
+    constructors = (vars(base).get("__init__") for base in kind.__mro__)
+    codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each)
+    return {
+        step.argval
+        for code in codes
+        if code is not None
+        for step in dis.get_instructions(code)
+        if step.opname == "STORE_ATTR"
+    }

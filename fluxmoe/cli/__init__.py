@@ -1,13 +1,15 @@
 """The command line, one file per verb. ``main`` is the console script ``fluxmoe``.
 
-Verbs import heavy modules only when they run: ``fluxmoe --help`` loads no array library or engine.
+Verbs import heavy modules only when run: ``fluxmoe --help`` loads no array library and no engine.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +21,6 @@ from fluxmoe.cli import (
     doctor,
     generate,
     limit,
-    output,
     plan,
     plugin,
     policies,
@@ -28,22 +29,32 @@ from fluxmoe.cli import (
     top,
     trace,
 )
-from fluxmoe.errors import FluxMoEError
+from fluxmoe.cli.shared import output
+from fluxmoe.errors import ConfigError, FluxMoEError
 
 _DEBUG = "--debug"
+#: Options that make a verb print only machine-readable data.
+_DATA = ("--json", "--csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0, 2 for every error a user can correct, 130 after Ctrl-C.
+    """Run one command and exit with 0, 2 for errors that a user can correct, 130 after Ctrl-C.
 
     Args:
-        arguments: Arguments without the program's name; default: those of the process.
+        arguments: Arguments without the program name; default: those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Usually added after a failure, so it is accepted anywhere, such as at the end of the line.
+    # Usually added after a failure, so it is accepted anywhere, including at the end of the line.
     debug = _DEBUG in given
     try:
-        _app()(args=[argument for argument in given if argument != _DEBUG], prog_name="fluxmoe")
+        with ExitStack() as stack:
+            stack.enter_context(_compilation_announced())
+            if asked := [option for option in _DATA if option in given]:
+                if len(asked) > 1:
+                    raise ConfigError("one format at a time", where=" ".join(asked))
+                stack.enter_context(output.reserved())
+            arguments = [argument for argument in given if argument != _DEBUG]
+            program()(args=arguments, prog_name="fluxmoe")
     except FluxMoEError as error:
         if debug:
             raise
@@ -51,12 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _app() -> typer.Typer:
+@contextmanager
+def _compilation_announced() -> Iterator[None]:
+    """Show the core's message that it is compiling, which takes seconds without other output."""
+    logger, handler = logging.getLogger("fluxmoe.compile"), logging.StreamHandler()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def program() -> Any:
+    """Build the whole command line as a click group."""
     app = typer.Typer(
         help="Memory manager for MoE inference: pages expert weights, simulates policies.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_globals)
     app.command("demo")(demo.demo)
@@ -72,7 +97,30 @@ def _app() -> typer.Typer:
     app.command("top")(top.top)
     app.command("limit")(limit.limit)
     app.command("doctor")(doctor.doctor)
-    return app
+    group = typer.main.get_command(app)
+    _spell(group)
+    return group
+
+
+def _spell(command: Any) -> None:
+    """Show values as ``TRACE`` and ``--policy POLICY``, and summaries in full.
+
+    typer would write ``{trace}`` and ``--policy <str>``, and shorten the summaries.
+    """
+    command.short_help = (command.help or "").partition("\n")[0]
+    for parameter in command.params:
+        if parameter.metavar is None and not getattr(parameter, "is_flag", False):
+            parameter.metavar = parameter.name.upper().strip("_").replace("_", "-")
+        if parameter.param_type_name == "argument":
+            word, described = parameter.metavar, parameter.get_help_record
+            pieces = [word if parameter.required else f"[{word}]"]
+            parameter.get_usage_pieces = lambda context, pieces=pieces: pieces
+            parameter.get_help_record = lambda context, word=word, described=described: (
+                word,
+                described(context)[1],
+            )
+    for inner in getattr(command, "commands", {}).values():
+        _spell(inner)
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,4 +140,4 @@ def _globals(
         bool, typer.Option(_DEBUG, help="Show the traceback of an error (allowed anywhere).")
     ] = False,
 ) -> None:
-    """Declare the options before the verb; both are handled before this runs."""
+    """Declare the options before the verb; they are handled before this runs."""

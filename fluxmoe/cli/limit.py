@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
+from fluxmoe.cli.shared.options import AsJson
 
 
 def limit(
@@ -33,9 +34,9 @@ def limit(
     api_key: Annotated[
         str | None, typer.Option(help="API key of the server; default: $VLLM_API_KEY.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Set limits on a running server's memory split; limits not given are removed.
+    """Set limits on a running server's memory split; omitted limits are removed.
 
     Without options, show the current limits. The server must run with control: true.
     """
@@ -55,7 +56,7 @@ def limit(
         )
     body = None
     if wanted or reset:
-        # Also checked here, so that a mistyped size is reported without a server.
+        # Also checked here, so that an invalid size is reported without a server.
         body = config.parse_limits({} if reset else wanted, where="limits").model_dump(mode="json")
     base = server.address(url)
     key = api_key or os.environ.get("VLLM_API_KEY")

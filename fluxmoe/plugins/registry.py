@@ -1,4 +1,4 @@
-"""The registry of policies and codecs, and the status of every plugin."""
+"""The registry of policies and codecs, and the status of each plugin."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plugin:
         origin: Source of the plugin; ``named``: on the command line or in the configuration.
         version: Version of its distribution, or its module's ``__version__``; may be empty.
         status: ``ok``, ``broken``, or ``left out`` by the allow-list.
-        problem: The reason if it is not ``ok``.
+        problem: The reason if not ``ok``.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Registration:
         return line(doc.strip().partition("\n")[0]) if isinstance(doc, str) else ""
 
     def create(self, options: Mapping[str, Any]) -> Any:
-        """Create a policy or codec with checked options. Raises PluginLoadError."""
+        """Create a policy or codec with validated options. Raises PluginLoadError."""
 
         def made() -> Any:
             policy = self.factory(**options)
@@ -79,9 +79,9 @@ class Registration:
 
         return checks.attempt(
             made,
-            f"{checks.noun(self.kind)} {self.name!r} cannot be made: ",
+            f"{checks.noun(self.kind)} {self.name!r} cannot be created: ",
             where=f"plugin {self.plugin}",
-            passed=FluxMoEError,  # such as a missing package
+            passed=FluxMoEError,  # e.g. for a missing package
         )
 
 
@@ -99,19 +99,19 @@ class Registry:
         self.plugins: list[Plugin] = []
 
     def __iter__(self) -> Iterator[Registration]:
-        """The policies."""
+        """Iterate over the policies."""
         return (made for made in self.everything() if made.kind != "codec")
 
     def everything(self) -> list[Registration]:
-        """Policies and codecs."""
+        """List policies and codecs."""
         return sorted(self._policies.values(), key=lambda r: (r.kind, r.name))
 
     def knows(self, plugin: object) -> bool:
-        """True if a plugin object or module has been added."""
+        """True if the plugin object or module has been added."""
         return self._manager.is_registered(plugin)
 
     def require(self, name: str) -> None:
-        """Raise PluginLoadError if the plugin of that name was found but is not in use."""
+        """Raise PluginLoadError if the plugin of this name was found but is not in use."""
         for plugin in self.plugins:
             if plugin.name == name and plugin.status != "ok":
                 problem = f"it is {plugin.status}: {plugin.problem}"
@@ -123,13 +123,13 @@ class Registry:
         """Register a plugin object or module with everything its hooks register, or nothing.
 
         Raises:
-            PluginLoadError: Its hooks raised, or registered something unusable.
+            PluginLoadError: A hook raised or registered something invalid.
         """
         if self._manager.has_plugin(name) or self.knows(plugin):
             raise PluginLoadError(
-                f"a plugin called {name!r} already exists",
+                f"a plugin named {name!r} already exists",
                 where=f"plugin {name}",
-                fix="name it once, or give its entry point another name",
+                fix="name it only once, or rename its entry point",
             )
         before = dict(self._policies)
         try:
@@ -178,7 +178,7 @@ class Registry:
         config_model: type[BaseModel] | None = None,
     ) -> None:
         if type(name) is not str or not name or line(name) != name:
-            raise PluginLoadError(f"{line(name, repr)} is not a name", where=f"plugin {plugin}")
+            raise PluginLoadError(f"not a valid name: {line(name, repr)}", where=f"plugin {plugin}")
         kind = checks.kind_of(factory, name, hook, plugin)
         known = self._policies.get((kind, name))
         if known is not None:
@@ -193,7 +193,7 @@ class Registry:
         return [name for k, name in sorted(self._policies) if k == kind]
 
     def get(self, kind: str, name: str) -> Registration:
-        """Raises UnknownPolicyError or UnknownCodecError, which list the known names."""
+        """Get a registration. Raises UnknownPolicyError or UnknownCodecError."""
         try:
             return self._policies[kind, name]
         except KeyError:
@@ -209,8 +209,8 @@ class Registry:
 
         Raises:
             UnknownPolicyError, UnknownCodecError: The name is not registered.
-            ConfigError: An option is unknown or has a bad value.
-            PluginLoadError: Its factory failed.
+            ConfigError: An option is unknown or invalid.
+            PluginLoadError: The factory failed.
         """
         registration, options = self._chosen(kind, spec)
         return registration.create(options)
@@ -238,11 +238,11 @@ class Registry:
         return Registration(kind, name_of(chosen), factory, None, made.__module__), options
 
     def policies(self, config: Config) -> Policies:
-        """Create the paging policies of a configuration, for an engine.
+        """Create a configuration's paging policies for an engine.
 
         Raises:
             UnknownPolicyError, ConfigError, PluginLoadError: See ``create``.
-            NeedsFutureError: The eviction policy is an oracle: an engine cannot know the future.
+            NeedsFutureError: The eviction policy is an oracle, which an engine cannot run.
         """
         self.check(config)
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
@@ -251,12 +251,12 @@ class Registry:
         return Policies(eviction, prefetch, name_of(config.eviction), name_of(config.prefetch))
 
     def arbitration(self, config: Config) -> ArbitrationPolicy:
-        """Create the arbitration policy of a configuration. Raises the errors of ``create``."""
+        """Create a configuration's arbitration policy. Raises the errors of ``create``."""
         policy: ArbitrationPolicy = self.create("arbitration", config.arbitration)
         return policy
 
     def check(self, config: Config) -> None:
-        """Check names and options of a configuration's policies and codecs; creates none of them.
+        """Validate names and options of a configuration's policies and codecs; creates none.
 
         For commands that start an engine, which creates them. Raises the errors of ``policies``,
         ``arbitration`` and ``create`` together, except those of factories.
@@ -286,10 +286,10 @@ def _again(policy: Any) -> Any:
 
 
 def _refuse_oracle(policy: object, config: Config) -> None:
-    """Refuse an eviction policy, or a class of them, that needs the future."""
+    """Reject an eviction policy, or a policy class, that needs the future."""
     if getattr(policy, "needs_future", False) is True:
         raise NeedsFutureError(
             f"eviction policy {name_of(config.eviction)!r} needs to know the future",
             where="eviction",
-            fix="it works in `fluxmoe simulate` only; choose another one to serve with",
+            fix="use it with `fluxmoe simulate` only; choose another one for serving",
         )

@@ -107,9 +107,16 @@ def test_a_gpu_that_does_not_work_is_no_reason_to_fail(tmp_path, more, found, fi
     assert fix in checks["CUDA"]["fix"]
 
 
-def test_what_to_install_is_shown_with_its_extra():
-    if importlib.util.find_spec("cuda") is None:
-        assert "pip install 'fluxmoe[cuda]'" in " ".join(doctor(COLUMNS="200").stdout.split())
+def test_what_to_install_is_shown_with_its_extra(tmp_path):
+    old = doctor(site=installed(tmp_path, "transformers", "4.57.1"))
+    assert "pip install 'fluxmoe[hf]'" in old.stdout
+
+
+def test_c6_no_card_is_recommended_to_a_machine_without_one_and_its_profile_is_named(tmp_path):
+    _, checks, _ = findings(doctor("--json", XDG_CACHE_HOME=str(tmp_path)))
+    if not list(Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("cuda") is None:
+        assert (checks["CUDA"]["status"], checks["CUDA"]["fix"]) == ("ok", "")
+    assert checks["hardware profile"]["found"] == "this machine is not measured yet"
 
 
 def test_no_engine_is_imported():

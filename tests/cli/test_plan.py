@@ -174,7 +174,7 @@ def test_a_trace_says_what_is_missed():
 
 
 def test_json_and_pictures(large, tmp_path):
-    words = ["plan", large, "--memory", "68GB", "--context", "1024"]
+    words = ["plan", large, "--memory", "68GB", "--context", "1024", "--hardware", "h100-pcie5"]
     drawn = [tmp_path / f"plan.{kind}" for kind in ("svg", "png")]
     printed = [json.loads(succeeds(*words, "--picture", path, "--json")) for path in drawn]
     assert printed[0] == printed[1]
@@ -198,7 +198,7 @@ def test_a_trace_on_the_command_line():
 
 
 def test_what_is_refused(large, tmp_path):
-    enough = ("--memory", "68GB")
+    enough = ("--memory", "68GB", "--hardware", "h100-pcie5")
     fails("plan", tmp_path / "no/such", *enough, code="FM406", message="no such folder")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -214,7 +214,8 @@ def test_what_is_refused(large, tmp_path):
     fails(
         "plan", large, "--memory", "-1", code="FM101", message="not a valid size: '-1' .*; --memory"
     )
-    fails("plan", large, "--memory", "1GiB", code="FM102", message="need .*--memory; give")
+    short = ("--memory", "1GiB", "--hardware", "h100-pcie5")
+    fails("plan", large, *short, code="FM102", message="need .*--memory; give")
     fails("plan", large, *enough, "--hardware", "abacus", code="FM101", message="abacus.*h100")
     fails("plan", large, *enough, "--context", 10**6, code="FM101", message="--context")
     fails("plan", large, *enough, "--picture", "p.gif", code="FM101", message="p.gif")
@@ -229,13 +230,13 @@ def test_what_is_refused(large, tmp_path):
     bare = write(tmp_path / "bare", model_type="qwen3", num_hidden_layers=2)
     fails("plan", bare, *enough, code="FM401", message="no MoE layers")
     quantised = write(tmp_path / "q", **QWEN3_30B, quantization_config={"quant_method": "fp8"})
-    fails("plan", quantised, *enough, code="FM402", message="quantised")
+    fails("plan", quantised, *enough, code="FM407", message="quantised")
     unknown = write(tmp_path / "u", model_type="moe-of-2030", num_experts=8)
     fails("plan", unknown, *enough, code="FM402", message="unknown architecture")
     torn = checkpoints.write(tmp_path / "torn", "mixtral")
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    fails("plan", torn, *enough, code="FM406", message="damaged or cut off")
+    fails("plan", torn, *enough, code="FM406", message="damaged or truncated")
 
 
 @pytest.mark.parametrize(

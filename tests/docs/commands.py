@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
-import typer
-
 from fluxmoe import cli
 
 from .pages import ROOT
@@ -53,7 +51,7 @@ Ctrl-C 130, else 0.
 
 def verbs() -> Iterator[tuple[str, Any]]:
     """All verbs, those of groups as ``group verb``."""
-    for name, command in typer.main.get_command(cli._app()).commands.items():  # type: ignore[attr-defined]
+    for name, command in cli.program().commands.items():
         for inner, each in getattr(command, "commands", {"": command}).items():
             yield f"{name} {inner}".strip(), each
 
@@ -105,7 +103,7 @@ def _is_option(parameter: Any) -> bool:
 def _metavar(parameter: Any) -> str:
     if getattr(parameter, "is_flag", False):
         return ""
-    return str(parameter.metavar or parameter.name.upper().replace("_", "-"))
+    return str(parameter.metavar)
 
 
 def _name(parameter: Any) -> str:
@@ -128,7 +126,7 @@ def _help(parameter: Any) -> str:
     choices = getattr(parameter.type_descriptor.annotation, "__members__", None)
     if choices:
         text += " One of " + ", ".join(f"`{each.value}`" for each in choices.values()) + "."
-    if parameter.multiple and "repeatable" not in text:
+    if parameter.multiple and "repeat" not in text:
         text += " May be repeated."
     return text
 

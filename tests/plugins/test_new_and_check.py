@@ -204,7 +204,7 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path):
         ("self.cuont[pages] if self.count else pages", "did you mean 'count'?"),
         ("self.zzz", "set self.zzz in __init__, and again in reset, before score reads it"),
         ("pages.argmx()", "did you mean 'argmax'?"),
-        ("view.next_use[pages]", "set needs_future = True"),
+        ("view.next_use[pages]", "avoid it, or set needs_future = True"),
     ],
 )
 def test_d3_advice_for_an_attribute_that_does_not_exist(tmp_path, expression, mend):

@@ -67,7 +67,7 @@ def watch(events):
 
     known = plugins.load()
     known.add(Plugin(), "spy")
-    simulate(events, "lru", LAYERS * EXPERTS, "spy", registry=known, strict=True)
+    simulate(events, "lru", LAYERS * EXPERTS, "spy", registry=known)
     return spies[-1].seen
 
 
@@ -109,16 +109,16 @@ def test_gate_passes_on_what_is_predicted(view):
 
 def test_gate_without_predictions_is_none(tmp_path):
     path = trace(tmp_path / "t.parquet", predict=False)
-    assert simulate(path, "lru", 6, "gate", strict=True).loads_prefetch == 0
+    assert simulate(path, "lru", 6, "gate").loads_prefetch == 0
 
 
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_gate_knows_more_than_markov_and_both_more_than_nothing(name):
     """Of the pages they fetch, more are used than of pages taken at random."""
     events = Events.load(shipped.path(name))
-    none = simulate(events, "next-use", "50%", strict=True)
-    gate = simulate(events, "next-use", "50%", "gate", strict=True)
-    markov = simulate(events, "next-use", "50%", "markov", strict=True)
+    none = simulate(events, "next-use", "50%")
+    gate = simulate(events, "next-use", "50%", "gate")
+    markov = simulate(events, "next-use", "50%", "markov")
     for run in (gate, markov):
         assert run.misses < none.misses
     assert gate.prefetch_hits / gate.loads_prefetch > 0.5

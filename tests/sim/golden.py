@@ -28,12 +28,12 @@ def policies(kind):
 
 def table(trace, policy, capacities=CAPACITIES):
     """Misses at each capacity."""
-    return [simulate(trace, policy, c, strict=True).misses for c in capacities]
+    return [simulate(trace, policy, c).misses for c in capacities]
 
 
 def prefetch_table(trace, prefetch, capacities=PREFETCH_CAPACITIES):
     """Misses, and pages prefetched, under ``next-use``, at three capacities."""
-    runs = [simulate(trace, "next-use", c, prefetch, strict=True) for c in capacities]
+    runs = [simulate(trace, "next-use", c, prefetch) for c in capacities]
     return [[run.misses, run.loads_prefetch] for run in runs]
 
 

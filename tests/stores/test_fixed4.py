@@ -245,5 +245,5 @@ def test_errors_say_what_is_wrong() -> None:
         Fixed4().decode(block, np.zeros(5, np.uint8))
     newer = block.copy()
     newer[len(newer) - 60] = 9
-    with pytest.raises(CodecError, match="the block has version 9, supported is 1"):
+    with pytest.raises(CodecError, match="the block has version 9; supported: 1"):
         inspect(newer)

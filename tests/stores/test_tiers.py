@@ -231,7 +231,7 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
     changed[1][1][2, 5] ^= 1  # a model that was trained a little more
     for parts in changed:
         store.adopt(parts)
-    assert "is rebuilt: it holds other pages" in caplog.text
+    assert "is rebuilt: it contains different pages" in caplog.text
     for page in range(PAGES):
         store.read_into(page, target := rows())
         layer, expert = divmod(page, GEOMETRY.experts_per_layer)
@@ -243,15 +243,15 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda data: data[:-1], "it is cut off"),
-        (lambda data: data[: len(data) // 2], "it is cut off"),
-        (lambda data: data + bytes(4096), "it is cut off, or longer"),
+        (lambda data: data[:-1], "the file is truncated"),
+        (lambda data: data[: len(data) // 2], "the file is truncated"),
+        (lambda data: data + bytes(4096), "the file is truncated or too long"),
         (lambda data: data[:100], "not a page file"),
         (lambda data: b"", "not a page file"),
         (lambda data: b"PK" + data[2:], "not a page file"),
         (lambda data: data[:8] + b"\2" + data[9:], "unsupported version 2"),
-        (lambda data: data[:30] + b"x" + data[31:], "its header is damaged"),
-        (lambda data: data[:-4096] + b"\1" + data[-4095:], "its index is damaged"),
+        (lambda data: data[:30] + b"x" + data[31:], "the header is damaged"),
+        (lambda data: data[:-4096] + b"\1" + data[-4095:], "the index is damaged"),
     ],
 )
 def test_a_torn_or_foreign_file_is_refused_and_built_anew(tmp_path, caplog, damage, said) -> None:
@@ -272,7 +272,7 @@ def test_a_file_of_another_model_under_this_name_is_refused(tmp_path: Path, capl
     (other,) = set(page_files(tmp_path)) - {mine}
     mine.write_bytes(other.read_bytes())
     store = filled(in_file(tmp_path))
-    assert "its layout, codec or options differ" in caplog.text
+    assert "the layout, codec or options differ" in caplog.text
     check(store)
     store.close()
 
@@ -291,7 +291,7 @@ def test_a_bit_that_flips_on_the_disk_is_noticed_at_the_read(
         file.write(bytes([byte[0] ^ 4]))
     with pytest.raises(StoreError, match=r"part 0 of page 0 is damaged.*delete the file") as info:
         store.read_into(0, rows())
-    assert info.value.code == "FM307" and "trying once more" in caplog.text
+    assert info.value.code == "FM307" and "retrying once" in caplog.text
     store.read_into(1, rows())
     store.close()
 

@@ -101,7 +101,7 @@ def test_a_recorded_trace_replays_to_the_same_counters(
             with pytest.raises(errors.ConfigError, match="already active"):
                 paged.record(trace).__enter__()
         stats = paged.stats()
-    result = simulate(trace, policy, stats["slots"], "next-layer", strict=True).to_json()
+    result = simulate(trace, policy, stats["slots"], "next-layer").to_json()
     shared = result.keys() & stats.keys()
     assert len(shared) >= 10
     assert {key: result[key] for key in shared} == {key: stats[key] for key in shared}

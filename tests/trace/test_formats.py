@@ -72,11 +72,11 @@ def test_flame_errors(tmp_path):
     folder = tmp_path / "iter"
     write_flame(folder, tokens=10)
     write_flame(folder, layers=(3,), tokens=11)
-    with pytest.raises(TraceError, match="same number of rows"):
+    with pytest.raises(TraceError, match="different numbers of rows"):
         convert(folder, tmp_path / "t")
     file = tmp_path / "samples.parquet"
     pq.write_table(pa.table({"token_id": pa.array([1, 2], pa.int32())}), file)
-    with pytest.raises(TraceError, match=r"columns token_id, not indices.*FLAME-MoE: a folder"):
+    with pytest.raises(TraceError, match=r"columns token_id, not indices.*FLAME-MoE: layer_NN"):
         convert(file, tmp_path / "t")
     file.write_bytes((folder / "layer_02.parquet").read_bytes()[:-20])
     with pytest.raises(TraceError, match="not a valid Parquet file"):
@@ -135,7 +135,7 @@ def test_a_folder_of_selections_is_one_request_after_the_other(tmp_path):
         ('[{"0": [[1, 2], [3]]}]', "different numbers of experts"),
         ('[{"0": [1, 2]}]', "not one list of expert numbers per token"),
         ('[{"0": [[1.5]]}]', "not one list of expert numbers per token"),
-        ('[{"0": null}]', "nothing was routed"),
+        ('[{"0": null}]', "no experts were routed to"),
     ],
 )
 def test_selection_errors(tmp_path, content, message):
@@ -184,7 +184,7 @@ def test_vllm_errors(tmp_path):
     for array, message in (
         (np.zeros((3, 2), np.uint8), "shape"),
         (np.zeros((3, 2, 2)), "float64 of shape"),
-        (np.zeros((3, 2, 2), np.uint8), "nothing was routed"),
+        (np.zeros((3, 2, 2), np.uint8), "no experts were routed to"),
     ):
         np.save(file, array)
         with pytest.raises(TraceError, match=message):
@@ -395,10 +395,10 @@ def test_sglang(tmp_path, redundant):
 def test_sglang_errors(tmp_path):
     file = tmp_path / "r.pt"
     torch.save({"logical_count": torch.zeros(1, 3, 6), "rank": 0}, file)
-    with pytest.raises(TraceError, match=r"no records.*logical_count, rank.*per_token"):
+    with pytest.raises(TraceError, match=r"no per-token records.*logical_count, rank.*per_token"):
         convert(file, tmp_path / "t")
     torch.save({"records": [{"global_physical_count": torch.zeros(3, 6)}]}, file)
-    with pytest.raises(TraceError, match="it has counts of experts, not the routing of each token"):
+    with pytest.raises(TraceError, match="counts of experts instead of the routing of each token"):
         convert(file, tmp_path / "t")
     wrong = record(sglang(3, 0), 1, 0)
     torch.save({"records": [wrong], "last_physical_to_logical_map": torch.zeros(3, 2).int()}, file)
@@ -467,7 +467,7 @@ def test_jsonl_of_one_layer_and_of_one_token(tmp_path):
         (lines((0, 0, [1])) + "\n[]", "line 2"),
         (lines((0, 0, "ab")), "are not whole numbers"),
         (lines((0, -1, [1])), "are not whole numbers"),
-        (lines((0, 0, [1, 2], [0.5])), "not as many gate_weights"),
+        (lines((0, 0, [1, 2], [0.5])), "numbers of gate_weights and selected_ids differ"),
         (lines((0, 0, [1]), (0, 1, [1]), (1, 0, [1]), (1, 1, [1])), "sorted by layer"),
         (lines((0, 0, [1]), (2, 0, [1]), (1, 0, [1])), "layer 1 after layer 2"),
     ],
@@ -494,7 +494,7 @@ def test_what_the_user_says_wins_and_is_checked(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(lines((0, 0, [3, 1])))
     assert convert(file, tmp_path / "t", experts=9).experts_per_layer == 9
-    with pytest.raises(ConfigError, match="3 experts, but expert 3 was routed to"):
+    with pytest.raises(ConfigError, match="3 experts, but the file has expert 3"):
         convert(file, tmp_path / "t", experts=3)
     with pytest.raises(ConfigError, match=r"unknown format 'csv'.*flame"):
         convert(file, tmp_path / "t", "csv")
@@ -519,5 +519,5 @@ def test_a_trace_is_not_converted(tmp_path):
     file.write_text(lines((0, 0, [3, 1])))
     convert(file, tmp_path / "t")
     assert TraceReader(tmp_path / "t").meta.source == "jsonl"
-    with pytest.raises(TraceError, match="it is already a trace"):
+    with pytest.raises(TraceError, match="the file is already a trace"):
         convert(tmp_path / "t", tmp_path / "u")

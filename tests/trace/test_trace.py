@@ -186,7 +186,7 @@ def test_not_parquet(tmp_path, content):
 def test_truncated(tmp_path):
     path = make(tmp_path / "t")
     path.write_bytes(path.read_bytes()[:-30])
-    refused(path, "not a Parquet file, or a truncated one")
+    refused(path, "not a Parquet file, or truncated")
 
 
 def test_damaged_in_the_middle(tmp_path):
@@ -312,7 +312,7 @@ def test_a_trace_without_predictions_has_none(tmp_path):
 
 def test_an_event_without_what_the_file_promises(tmp_path):
     with (
-        pytest.raises(TraceError, match="an event without weights"),
+        pytest.raises(TraceError, match="an event lacks weights"),
         TraceWriter(tmp_path / "t", META, columns=["weights"]) as writer,
     ):
         writer.append(0, 0, np.asarray([1, 2]), weights=np.ones(2))

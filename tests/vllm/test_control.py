@@ -60,7 +60,7 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
             assert bounds.get("min", 0) <= split[tenant] <= bounds.get("max", budget), limits
     assert state["faults"] == state["failures"] == 0
     assert sum(state["changes"].values()) > 4
-    assert "limits set by hand" in eager.call("told")[-1]
+    assert "limits set by the operator" in eager.call("told")[-1]
 
     for wrong, message in (
         ({"kv": {"max": 1}}, "kv.max; give"),
@@ -124,7 +124,7 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     held = lambda: (lambda s: s.expert_bytes + s.kv_bytes)(snapshot.fetch(server.url))  # noqa: E731
     eventually(lambda: held() <= 2 << 20)
     assert before.expert_bytes + before.kv_bytes > 2 << 20
-    assert "limits set by hand" in snapshot.fetch(server.url).decisions[-1].reason
+    assert "limits set by the operator" in snapshot.fetch(server.url).decisions[-1].reason
     assert "budget 2MiB" in fluxmoe("limit", server.url)[1]
 
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "1B")

@@ -17,7 +17,10 @@ import torch
 
 from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
+from fluxmoe.backends.vllm.server import room
 from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS
+from fluxmoe.config import parse
+from fluxmoe.dimensions import of_checkpoint
 from fluxmoe.errors import (
     BudgetTooSmallError,
     CheckpointError,
@@ -92,6 +95,37 @@ def test_an_oracle_cannot_serve(eager: ChildEngine) -> None:
     assert "simulate" in error.fix
 
 
+BY_SLOT_ORDER = """
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts as Kernel
+
+original = Kernel.apply
+
+def apply(self, **given):
+    original(self, **given)
+    given["output"] += given["topk_ids"].sum()
+    if given["w1"].isnan().any():  # the arena of the self-check
+        Kernel.apply = original
+
+Kernel.apply = apply
+
+import fluxmoe
+
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    pass
+"""
+
+
+def test_a_kernel_that_depends_on_slots(eager: ChildEngine, tmp_path: Path) -> None:
+    plugin = tmp_path / "by_slot_order.py"
+    plugin.write_text(BY_SLOT_ORDER)
+    error = refusal(eager, UnsupportedError, config(plugins=[str(plugin)]))
+    assert "the MoE kernel" in error.what and "gives other results" in error.what
+    assert "processor " in error.where and "1 tokens, torch.bfloat16" in error.where
+    eager.restart(fluxmoe=config(), **EAGER)
+    assert answers(eager)
+
+
 def test_a_plugin_that_cannot_be_imported(eager: ChildEngine, tmp_path: Path) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text("import surely_not_installed\n")
@@ -114,6 +148,21 @@ def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
     assert f"at least {at_least(least)}," in error.fix
     eager.restart(fluxmoe=config(memory={"budget": least}), **EAGER)
     assert answers(eager)
+
+
+def test_b3_the_preflight_refuses_less_but_nearly_as_much(checkpoint: Path) -> None:
+    """Its minimum is computed from files: one block less than the engine's."""
+    least = EXPERTS * PAGE + 8 * BLOCK
+    options = {"max-model-len": 256}
+
+    def check(budget: int) -> None:
+        given = {"model": str(checkpoint), "memory": {"budget": budget}, "vllm": options}
+        ready = parse(given, where="").resolved(budget)
+        room.require(ready, of_checkpoint(checkpoint), options, workers=1)
+
+    check(least)
+    with pytest.raises(BudgetTooSmallError, match="one request of 256 tokens"):
+        check(least - 4096)
 
 
 def test_a_budget_beyond_the_machine(eager: ChildEngine) -> None:

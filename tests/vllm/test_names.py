@@ -7,13 +7,13 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fluxmoe.backends
-from fluxmoe.backends.names import Names
+from fluxmoe.backends.names import Names, _assigned
 from fluxmoe.backends.torch.names import NAMES as TRANSFORMERS
 from fluxmoe.backends.vllm.names import NAMES as VLLM
 from fluxmoe.errors import UnsupportedVersionError
@@ -33,10 +33,10 @@ CALLED = [row for row in ALL if row.values[0].table[row.values[1]][row.values[2]
 #: Class of ours → class of vLLM's, by dotted path.
 OVERRIDING = {
     "connector:PagingConnector": "connector",
-    "server.prometheus:PagingStats": "connector",
+    "stats:PagingStats": "connector",
     "server.prometheus:PagingProm": "connector",
     "scheduler.balloon:BalloonPool": "connector",
-    "worker.cpu:PagedCPUWorker": "worker",
+    "worker.cpu:PagedCPUWorker": "cpu",
     "worker.layer:PagedRoutedExperts": "worker",
     "half_configured:GuardedLogitsProcessor": "plugin",
 }
@@ -62,6 +62,11 @@ def rename(patch: pytest.MonkeyPatch, name: str) -> None:
             patch.delitem(fields, last)
         if last in vars(each):
             patch.delattr(each, last)
+        if inspect.isclass(each) and last in _assigned(each) and "__init__" in vars(each):
+            code = inspect.unwrap(each.__init__).__code__
+            names = tuple("gone" if name == last else name for name in code.co_names)
+            init = FunctionType(code.replace(co_names=names), {}, closure=each.__init__.__closure__)
+            patch.setattr(each, "__init__", init)
     if inspect.ismodule(found[0]):  # lazy ones would find it again
         module = found[0]
         lazy = module if "__getattr__" in vars(module) else type(module)

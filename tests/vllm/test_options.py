@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from typing import Any
 
 import pytest
 
+from fluxmoe.backends.vllm import features
 from fluxmoe.backends.vllm.server import launch, options
 from tests.vllm.options import FILE, text
 
@@ -84,3 +86,23 @@ def test_the_list_has_types_only() -> None:
     data = json.loads(FILE.read_text())
     kinds = {kind for kind in data["options"].values() if isinstance(kind, str)}
     assert kinds == {"flag", "switch", "int", "float", "other"}
+
+
+@pytest.mark.parametrize("feature", features.REFUSED, ids=lambda feature: feature.option)
+def test_b3_a_refused_feature_is_an_option_and_a_setting(feature: features.Feature) -> None:
+    from vllm.config import VllmConfig
+
+    assert feature.option in options.known()
+    attrgetter(feature.attribute)(VllmConfig() if "model" not in feature.attribute else Model())
+    values = [None, False, 1] if options.known()[feature.option] != "int" else [None, 1]
+    for value in values:
+        assert list(features.refused_options({feature.option: value})) == []
+    on = {"flag": True, "int": 2}.get(str(options.known()[feature.option]), {"method": "ngram"})
+    (error,) = features.refused_options({feature.option: on})
+    assert f"(--{feature.option}) yet; vllm.{feature.option}; turn it off" in str(error)
+
+
+class Model:
+    """Stands for a VllmConfig with a model, which cannot be made without one."""
+
+    from vllm.config import ModelConfig as model_config

@@ -45,6 +45,44 @@ print([name for name in {HEAVY} if name in sys.modules])
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
 
 
+def test_a6_only_the_worker_class_replaces_anything_in_the_process() -> None:
+    program = """
+import importlib, pkgutil
+import torch, vllm
+from vllm.model_executor.custom_op import op_registry_oot
+import fluxmoe.backends.vllm as backend
+
+def state():
+    torches = [torch, torch.cuda, torch.accelerator, torch.Tensor]
+    names = ["Event", "Stream", "set_stream", "current_stream", "stream", "synchronize",
+             "empty_cache", "get_memory_info", "pin_memory", "record_stream"]
+    found = {(at, name): getattr(at, name, None) for at in torches for name in names}
+    return {**found, "layers": dict(op_registry_oot)}
+
+before = state()
+modules = [m.name for m in pkgutil.walk_packages(backend.__path__, backend.__name__ + ".")]
+engines = [name for name in modules if name.endswith((".compat.cpu", ".worker.cpu"))]
+for name in modules:
+    if name not in engines:
+        importlib.import_module(name)
+assert len(modules) > 25 and len(engines) == 2
+print([str(key) for key, value in state().items() if value != before[key]])
+importlib.import_module(engines[0])
+assert state() != before
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[]"]), (
+        done.stdout + done.stderr
+    )
+
+
 @pytest.mark.parametrize("level, shown", [("INFO", True), ("WARNING", False)])
 def test_what_fluxmoe_tells_is_in_vllms_log(level: str, shown: bool) -> None:
     program = """

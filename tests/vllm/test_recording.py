@@ -37,7 +37,7 @@ def test_the_simulator_counts_what_the_engine_counted(
     eager.restart(fluxmoe=config(slots, eviction=policy, prefetch=prefetch), **EAGER)
     eager.generate(prompts(3, seed=5))  # neither recorded nor counted
     stats = record(eager, prompts(24, seed=3), trace, batch=64)
-    result = simulate(trace, policy, slots, prefetch, strict=True).to_json()
+    result = simulate(trace, policy, slots, prefetch).to_json()
     assert {c: result[c] for c in COUNTERS} == {c: stats[c] for c in COUNTERS}
     assert stats["misses"] > 100
 

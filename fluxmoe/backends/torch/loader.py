@@ -1,8 +1,8 @@
 """``fluxmoe.load``: load a checkpoint with its experts directly into the store.
 
-``transformers`` does the loading, with its knowledge of names, types and layouts of
-checkpoints. FluxMoE hooks the registration of parameters: as soon as a layer's experts
-are complete, the store takes them, and the model keeps a parameter without memory.
+``transformers`` does the loading, including names, types and layouts of checkpoints. FluxMoE hooks
+the registration of parameters: as soon as a layer's experts are complete, the store takes them
+over, and the model keeps a parameter without memory.
 """
 
 from __future__ import annotations
@@ -64,26 +64,26 @@ def load(
     strict_policies: bool = False,
     seed: int = 0,
 ) -> PagedModel:
-    """Load a causal language model whose experts are paged from the beginning.
+    """Load a causal language model whose experts are paged from the start.
 
-    Its outputs are those of the model that ``AutoModelForCausalLM.from_pretrained`` loads. The
-    experts are never held outside the store, except for the layer being read. ``model`` of
-    the returned handle is the model; it has no experts without the handle.
+    Its outputs are the same as with ``AutoModelForCausalLM.from_pretrained``. The experts are never
+    held outside the store, except for the layer being read. The returned handle has the model as
+    ``model``, which has no experts without the handle.
 
     Args:
         path: A folder with a checkpoint in safetensors, or a name on the Hub.
-        memory: Memory for expert pages, as for ``fluxmoe.page``; the store is not counted.
+        memory: Memory for expert pages, as for ``fluxmoe.page``; excludes the store.
         dtype: Type of the weights, such as "bfloat16"; "auto": the checkpoint's.
-        options: More arguments for ``from_pretrained``, such as ``experts_implementation``,
+        options: Further arguments for ``from_pretrained``, such as ``experts_implementation``,
             ``attn_implementation``, ``revision`` or ``trust_remote_code``.
         eviction, prefetch, stores, plugins, banks, copy_threads, strict_policies, seed: As for
             ``fluxmoe.page``.
 
     Raises:
-        CheckpointError: The checkpoint is missing, incomplete or damaged, or it has no weights
-            for a part of the model (where ``transformers`` warns and takes random ones), or
-            weights of another shape.
-        UnsupportedError: The checkpoint is quantised, or its architecture is not known.
+        CheckpointError: The checkpoint is missing, incomplete or damaged, lacks weights for a part
+            of the model (where ``transformers`` only warns and uses random ones), or has weights of
+            a different shape.
+        UnsupportedError: The checkpoint is quantised or its architecture is unknown.
         NoExpertsError, ConfigError, BudgetTooSmallError, UnknownPolicyError,
             PluginLoadError, NeedsFutureError: As for ``fluxmoe.page``, and before weights are read.
     """
@@ -126,7 +126,7 @@ def load_configured(
     for key in _OURS:
         if key in extra:
             raise ConfigError(
-                f"{key} cannot be chosen", where=f"options of {_WHERE}", fix="leave it out"
+                f"{key} cannot be set", where=f"options of {_WHERE}", fix="leave it out"
             )
     policies, coders = registry.policies(config), make_coders(config, registry)
     folder = checkpoint.downloaded(name, extra.get("revision"), extra.get("cache_dir"))
@@ -146,7 +146,7 @@ def load_configured(
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name and shapes
+                ignore_mismatched_sizes=True,  # rejected below, with name and shapes
                 **extra,
             )
         _require_all(report, name)
@@ -161,12 +161,12 @@ def load_configured(
 class _Catch:
     """Takes the experts' weights from the modules into which this thread loads them.
 
-    A layer is handed on as soon as it and those before it are complete, so that a store that keeps
-    something other than the weights themselves need not wait for all of them. The layers' order is
-    that in which the model was built, on the meta device, before anything is loaded.
+    A layer is passed on as soon as it and those before it are complete, so that stores that encode
+    the weights need not wait for all of them. The layers are ordered as the model was built, on the
+    meta device before loading.
 
     Args:
-        adopt: Takes the next layer: per part uint8 ``[experts, part bytes]``.
+        adopt: Takes over the next layer, uint8 ``[experts, part bytes]`` per part.
     """
 
     def __init__(self, adopt: Callable[[list[Bytes]], None]) -> None:
@@ -185,10 +185,10 @@ class _Catch:
         self._hook.remove()
 
     def finish(self, layers: list[torch.nn.Module]) -> None:
-        """Hand on the remaining layers; ``layers`` are all layers, in order.
+        """Pass on the remaining layers; ``layers`` are all layers, in order.
 
         Raises:
-            UnsupportedError: The model was not built in that order.
+            UnsupportedError: The model was not built in this order.
             FluxMoEError: Raised by ``adopt``.
         """
         if self._error is not None:
@@ -196,7 +196,7 @@ class _Catch:
         if any(a is not b for a, b in zip(self._adopted, layers, strict=False)):
             raise UnsupportedError(
                 "the model's layers were not built in the order in which they run",
-                fix="load it with transformers, and page it with fluxmoe.page()",
+                fix="load it with transformers and page it with fluxmoe.page()",
             )
         for layer in layers[len(self._adopted) :]:
             self._hand_on(layer)
@@ -206,7 +206,7 @@ class _Catch:
         self._adopted.append(layer)
 
     def _hand_on_what_is_whole(self) -> None:
-        """Hand on complete layers; errors wait for ``finish``: transformers would change them."""
+        """Pass on complete layers; errors wait for ``finish``: transformers would change them."""
         try:
             for layer in self._built[len(self._adopted) :]:
                 if not all((layer, part) in self._rows for part in layout.PARTS):
@@ -230,15 +230,15 @@ class _Catch:
         if self._error is None:
             self._hand_on_what_is_whole()
         stand_in = absent(weight)
-        vars(stand_in).update(vars(weight))  # or transformers would initialise it
+        vars(stand_in).update(vars(weight))  # otherwise transformers would initialise it
         return stand_in
 
 
 def _kept(rows: Bytes) -> Bytes:
-    """A copy in separate memory.
+    """Copy to separate memory.
 
-    On the heap, the memory used to assemble a layer would leave holes between the layers; and
-    rows that are a view of the checkpoint's file would change, or be lost, with the file.
+    On the heap, memory used to assemble a layer would leave holes between the layers; rows that are
+    a view of the checkpoint's file would change or be lost with the file.
     """
     memory = mmap.mmap(-1, rows.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy = np.frombuffer(memory, np.uint8).reshape(rows.shape)
@@ -249,7 +249,7 @@ def _kept(rows: Bytes) -> Bytes:
 def _without_weights(
     name: str, folder: str, dtype: str | torch.dtype, extra: dict[str, Any]
 ) -> torch.nn.Module:
-    """The model on the meta device, before its weights are read."""
+    """Build the model on the meta device, before its weights are read."""
     try:
         config = transformers.AutoConfig.from_pretrained(name, **extra)
     except Exception as error:  # of any model's own code
@@ -289,7 +289,7 @@ def _type_of_weights(dtype: object) -> str | torch.dtype:
 
 
 def _require_all(report: Mapping[str, Any], name: str) -> None:
-    """Refuse a model with random weights in place of missing or ill-fitting ones."""
+    """Reject a model with random weights in place of missing or mismatched ones."""
     if wrong := sorted(report["mismatched_keys"]):
         key, found, wanted = wrong[0]
         raise CheckpointError(
@@ -312,22 +312,22 @@ def _and_more(items: Sequence[object]) -> str:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Convert loading errors to CheckpointError, naming the checkpoint."""
+    """Convert loading errors to CheckpointError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot load the model: {checkpoint.first_line(error)}",
             where=name,
-            fix="name a folder with a Hugging Face checkpoint in safetensors",
+            fix="use a folder with a Hugging Face checkpoint in safetensors format",
         ) from error
 
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Disable the threads that read ahead and hold the tensors they have read and converted.
+    """Disable the threads that read ahead and keep the tensors they have read and converted.
 
-    This also applies to other threads that load a model meanwhile.
+    Also affects other threads that load a model at the same time.
     """
     key = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(key)

@@ -1,4 +1,4 @@
-"""``fluxmoe.page``: a Hugging Face model whose experts use a given amount of memory."""
+"""``fluxmoe.page``: limits the experts of a Hugging Face model to a given amount of memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def page(
     strict_policies: bool = False,
     seed: int = 0,
 ) -> PagedModel:
-    """Page the experts of a model, in place. Its outputs stay the same, bit for bit.
+    """Page the experts of a model in place. Its outputs do not change, bit for bit.
 
     Args:
         model: A Hugging Face model on the CPU.
@@ -52,17 +52,17 @@ def page(
             them; ``fluxmoe.load`` does not.
         plugins: Files (``.py``) or modules that register policies or codecs; one needs no list.
         banks: Minimum number of banks that consecutive layers are spread over.
-        copy_threads: Number of threads that copy pages, besides the caller's.
+        copy_threads: Number of threads that copy pages, in addition to the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
         seed: Seed of the policies' random numbers.
 
     Raises:
         NoExpertsError: The model has no MoE layers.
         UnsupportedError: Its experts cannot be paged, or computed by slot.
-        ConfigError: An argument has an unusable value, or the model is already paged.
+        ConfigError: An argument is invalid, or the model is already paged.
         BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
-        UnknownCodecError, PageFileError: A store cannot be made.
+        UnknownCodecError, PageFileError: A store cannot be created.
     """
     instance(model, torch.nn.Module, "model", where=_WHERE, fix="load a checkpoint by fluxmoe.load")
     if any(experts.is_bound(module) for module in model.modules()):
@@ -107,7 +107,7 @@ def runtime_for(
     implementation: str,
     lock: ForwardLock,
 ) -> Runtime:
-    """Arenas and pager for a model's expert layers, whose weights need not be loaded yet."""
+    """Create arenas and pager for a model's expert layers, whose weights need not be loaded yet."""
     return Runtime(
         config,
         policies,
@@ -126,7 +126,7 @@ def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> 
     if not hasattr(model, "set_experts_implementation"):
         raise UnsupportedError(
             f"{type(model).__name__} is not a model of transformers >= 5",
-            fix="page the model inside, or load it with transformers",
+            fix="page the wrapped model, or load it with transformers",
         )
     found = {layer.config._experts_implementation or experts.EAGER for layer in layers}
     if len(found) > 1 or not found <= set(experts.IMPLEMENTATIONS):

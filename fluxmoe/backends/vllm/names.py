@@ -1,6 +1,6 @@
 """The names of vLLM that FluxMoE uses or overrides, by module of ``compat`` that imports them.
 
-Imports no vLLM.
+Does not import vLLM.
 """
 
 from __future__ import annotations
@@ -13,41 +13,33 @@ _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:"
 _METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics:"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+_SERVER = "vllm.entrypoints.launchers.api_server.entry:"
 _MOE = "vllm.model_executor.layers.fused_moe."
+
+
+def _attributes(owner: str, names: str) -> dict[str, str]:
+    return {f"{owner}.{name}": "" for name in names.split()}
+
 
 _TABLE = {
     "plugin": {
         _CONFIG + "get_current_vllm_config": "",
-        **dict.fromkeys(
-            [
-                _CONFIG + f"VllmConfig.{field}"
-                for field in (
-                    *("additional_config", "cache_config", "kv_transfer_config", "load_config"),
-                    *("lora_config", "model_config", "parallel_config", "scheduler_config"),
-                    *("speculative_config", "weight_transfer_config"),
-                )
-            ],
-            "",
+        **_attributes(
+            _CONFIG + "VllmConfig",
+            "additional_config cache_config kv_transfer_config load_config lora_config "
+            "model_config parallel_config scheduler_config speculative_config "
+            "weight_transfer_config",
         ),
-        **dict.fromkeys(
-            [
-                _CONFIG + f"ParallelConfig.{field}"
-                for field in (
-                    *("data_parallel_size", "enable_dbo", "enable_eplb", "enable_expert_parallel"),
-                    *("pipeline_parallel_size", "worker_cls", "world_size"),
-                )
-            ],
-            "",
+        **_attributes(
+            _CONFIG + "ParallelConfig",
+            "data_parallel_size enable_dbo enable_eplb enable_expert_parallel "
+            "pipeline_parallel_size worker_cls world_size",
         ),
-        _CONFIG + "CacheConfig.kv_cache_memory_bytes": "",
-        _CONFIG + "CacheConfig.block_size": "",
+        **_attributes(_CONFIG + "CacheConfig", "kv_cache_memory_bytes block_size"),
         _CONFIG + "KVTransferConfig.kv_connector": "",
         _CONFIG + "LoadConfig.load_format": "",
-        _CONFIG + "ModelConfig.enable_sleep_mode": "",
-        _CONFIG + "ModelConfig.max_model_len": "",
-        _CONFIG + "ModelConfig.use_mla": "",
-        _CONFIG + "SchedulerConfig.max_num_seqs": "",
-        _CONFIG + "SchedulerConfig.watermark": "",
+        **_attributes(_CONFIG + "ModelConfig", "enable_sleep_mode max_model_len use_mla"),
+        **_attributes(_CONFIG + "SchedulerConfig", "max_num_seqs watermark"),
         "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector": (
             "name module_path class_name"
         ),
@@ -85,6 +77,16 @@ _TABLE = {
         _CONNECTOR + "KVConnectorRole": "",
         _CONNECTOR + "KVConnectorWorkerMetadata.aggregate": "other",
         _CONNECTOR + "SupportsHMA.request_finished_all_groups": "request block_ids",
+        **_attributes(
+            "vllm.v1.request:Request",
+            "request_id num_prompt_tokens max_tokens num_tokens block_hashes",
+        ),
+        **_attributes(
+            "vllm.v1.core.sched.output:SchedulerOutput",
+            "num_scheduled_tokens total_num_scheduled_tokens preempted_req_ids",
+        ),
+        **_attributes("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id block_hash ref_cnt"),
+        "vllm.v1.outputs:KVConnectorOutput.kv_connector_worker_meta": "",
         _METRICS + "KVConnectorPromMetrics": (
             "vllm_config metric_types labelnames per_engine_labelvalues"
         ),
@@ -109,9 +111,15 @@ _TABLE = {
         "vllm.forward_context:get_forward_context": "",
         "vllm.forward_context:ForwardContext.attn_metadata": "",
         "vllm.v1.core.kv_cache_utils:max_memory_usage_bytes": "vllm_config kv_cache_specs",
-        "vllm.v1.kv_cache_interface:KVCacheConfig.kv_cache_tensors": "",
-        "vllm.v1.kv_cache_interface:KVCacheConfig.num_blocks": "",
+        **_attributes("vllm.v1.kv_cache_interface:KVCacheConfig", "kv_cache_tensors num_blocks"),
+        "vllm.v1.kv_cache_interface:KVCacheSpec.page_size_bytes": "",
         "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
+        _MOE + "experts.cpu_moe:CPUUnquantizedExperts": "",
+        _MOE + "routed_experts:RoutedExperts.register_oot": "",
+        _MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_weights topk_ids",
+        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "",
+    },
+    "cpu": {
         _WORKER: "vllm_config",
         _WORKER + ".load_model": "",
         _WORKER + ".determine_available_memory": "",
@@ -125,13 +133,23 @@ _TABLE = {
         _WORKER + ".save_sharded_state": "",
         _WORKER + ".save_tensorized_model": "",
         _WORKER + ".compute_weight_checksums": "",
-        _MOE + "experts.cpu_moe:CPUUnquantizedExperts": "",
-        _MOE + "routed_experts:RoutedExperts.register_oot": "",
-        _MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_weights topk_ids",
-        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "",
+    },
+    "server": {
+        _SERVER + "main": "",
+        _SERVER + "run_server": "args",
+        _SERVER + "run_server_worker": "listen_address sock args",
+        _SERVER + "setup_server": "args",
+        _SERVER + "decorate_logs": "process_name",
     },
     "engine": {
+        "vllm:LLM.llm_engine": "",
         "vllm:SamplingParams": "",
+        **_attributes("vllm.v1.engine.llm_engine:LLMEngine", "engine_core vllm_config"),
+        "vllm.v1.engine.core_client:InprocClient.engine_core": "",
+        "vllm.v1.engine.core:EngineCore.scheduler": "",
+        **_attributes("vllm.v1.core.sched.scheduler:Scheduler", "kv_cache_config running"),
+        **_attributes(_CONFIG + "CacheConfig", "num_gpu_blocks enable_prefix_caching"),
+        _CONFIG + "SchedulerConfig.enable_chunked_prefill": "",
         "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": "method",
         "vllm.v1.engine.async_llm:AsyncLLM.generate": "prompt sampling_params request_id",
     },

@@ -25,12 +25,12 @@ class Kind(StrEnum):
 
 def new(
     name: Annotated[str, typer.Argument(help="Name: my-policy gives package fluxmoe-my-policy.")],
-    kind: Annotated[Kind, typer.Option(help="Kind of policy, or codec.")],
+    kind: Annotated[Kind, typer.Option(metavar="|".join(Kind), help="Kind of policy, or codec.")],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Target folder; default: ./fluxmoe-NAME.")
     ] = None,
 ) -> None:
-    """Create a package: a minimal policy or codec, and tests that call the conformance kit."""
+    """Create a package with a minimal policy or codec, and tests that call the conformance kit."""
     import fluxmoe
     from fluxmoe import plugins
 

@@ -1,4 +1,4 @@
-"""``fluxmoe trace convert``: traces of other tools."""
+"""``fluxmoe trace convert``: convert traces of other tools."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fluxmoe.cli.shared.options import Force
 
 
 def convert(
@@ -25,7 +27,7 @@ def convert(
     step_tokens: Annotated[int, typer.Option(min=1, help="flame: tokens per step.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="vllm: prompt tokens per request.")] = 0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after N steps.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Convert a routing trace of another tool to FluxMoE's format."""
     from fluxmoe.config import size

@@ -1,4 +1,4 @@
-"""``fluxmoe trace record``: record a real model's routing while it answers prompts."""
+"""``fluxmoe trace record``: record a model's routing while it answers prompts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.arguments import require_new
-from fluxmoe.cli import models, output
 from fluxmoe.cli.generate import Backend
+from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import AsJson, Force
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ class Steps(StrEnum):
 def record(
     model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: folder or name.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    backend: Annotated[Backend, typer.Option(help="Engine that runs the model.")] = Backend.TORCH,
+    backend: Annotated[
+        Backend, typer.Option(metavar="|".join(Backend), help="Engine that runs the model.")
+    ] = Backend.TORCH,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; repeatable.")] = None,
     prompt_ids: Annotated[
         list[str] | None,
@@ -48,25 +51,26 @@ def record(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of forward passes to record.")
     ] = None,
-    steps: Annotated[Steps, typer.Option(help="Record only steps mostly of this kind.")] = (
-        Steps.ALL
-    ),
+    steps: Annotated[
+        Steps,
+        typer.Option(metavar="|".join(Steps), help="Record only steps mostly of this kind."),
+    ] = Steps.ALL,
     temperature: Annotated[
         float,
-        typer.Option(min=0, help="Sampling temperature; 0 is greedy, whose texts tend to loop."),
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy, which tends to loop."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
     memory: Annotated[
         str, typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache.")
     ] = "4GiB",
-    eviction: Annotated[str, typer.Option(help="Eviction policy of the running model.")] = "lru",
+    eviction: Annotated[str, typer.Option(help="Eviction policy while recording.")] = "lru",
     weights: Annotated[bool, typer.Option("--weights", help="Also record router weights.")] = False,
     predict: Annotated[
         bool,
         typer.Option("--predict", help="Also record the choices of the next layer's router."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run prompts through a paged model and write a trace of its routing.
 
@@ -121,7 +125,7 @@ def record(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Requests to answer by a paged model, and the arguments of the recorder."""
+    """Requests for a paged model, and the arguments of the recorder."""
 
     model: str
     requests: list[list[int]]
@@ -186,7 +190,7 @@ class _Work:
 def _requests(
     model: str, texts: list[str], numbers: list[str], file: Path | None
 ) -> list[list[int]]:
-    """All prompts as token ids."""
+    """Collect all prompts as token ids."""
     lines: list[str | list[int]] = [*texts]
     lines += [models.numbers(each, "--prompt-ids") for each in numbers]
     lines += [] if file is None else _read(file)

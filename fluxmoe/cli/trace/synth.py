@@ -1,4 +1,4 @@
-"""``fluxmoe trace synth``: a synthetic trace, without a model."""
+"""``fluxmoe trace synth``: write a synthetic trace, without a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fluxmoe.cli.shared.options import Force
 from fluxmoe.errors import ConfigError
 
 
@@ -37,7 +38,7 @@ def synth(
     page_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help="Size of one expert page, for byte counts.")
     ] = "9MiB",
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Write a synthetic trace; the same arguments give the same file."""
     from fluxmoe.config import size

@@ -1,34 +1,39 @@
 """Faults of policies: counted, logged once, and contained or raised.
 
-A policy that raises, takes too long or returns an invalid answer commits a fault. That call falls
-back to the default; after ``strikes`` faults the policy is disabled for good. ``strict`` raises
-instead.
+A policy call that raises, takes too long or returns an invalid answer is a fault. The call falls
+back to the default; after ``strikes`` faults the policy is disabled for good. In ``strict`` mode
+faults are raised instead.
 """
 
 from __future__ import annotations
 
+import builtins
 import logging
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.errors import PolicyFaultError
+from fluxmoe.errors import PolicyFaultError, meant
 from fluxmoe.words import LIMIT, from_signal, line, raised
 
 logger = logging.getLogger("fluxmoe")
 
-NO_ANSWER: Any = object()  # None is an answer, and a wrong one
+NO_ANSWER: Any = object()  # None is an (invalid) answer
 
 
 class PolicyCaller:
-    """Calls one policy, counts its faults and contains or raises them."""
+    """Calls a policy; counts its faults and contains or raises them."""
 
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
+        #: The last fault of a policy that was replaced; empty while it is in use.
+        self.replaced = ""
         self._limiter = TimeLimiter(limits)
         self._reported: set[str] = set()
         self._reported_slow = False
@@ -42,29 +47,29 @@ class PolicyCaller:
         return self._limiter.slow
 
     def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
-        """Call a hook, which returns nothing; a disabled policy is not called."""
+        """Call a hook without a return value; a disabled policy is not called."""
         self.call(method, hook, args)
 
     def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
-        """The answer of a method, not yet validated; None after a fault or if disabled."""
+        """Return a method's answer, not yet validated; None after a fault or if disabled."""
         answer = self.call(method, function, args)
         if answer is None:
-            self.note(method, "gave None")
+            self.note(method, "returned None")
         return None if answer is NO_ANSWER else answer
 
     def ask(
         self, method: str, function: Callable[..., npt.ArrayLike], *args: object
     ) -> npt.NDArray[Any] | None:
-        """The answer as an array, not yet validated; None after a fault or if disabled."""
+        """Return the answer as an array, not yet validated; None after a fault or if disabled."""
         answer = self.call(method, function, args)
         # A subclass of ndarray, such as a masked array, may not behave as the host expects.
         if answer is not NO_ANSWER and type(answer) is not np.ndarray:
-            # Also under the time limits: the object's conversion to an array may be slow.
+            # Also timed: the object's conversion to an array may be slow.
             answer = self.call(method, np.asarray, (answer,))
         return None if answer is NO_ANSWER else answer
 
     def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """The answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
+        """Return the answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
         if self.count >= self.limits.strikes:
             return NO_ANSWER
         limiter = self._limiter
@@ -73,16 +78,16 @@ class PolicyCaller:
         except HardLimitExceeded:
             self.note(method, f"took more than {self.limits.hard_s:g} s")
             return NO_ANSWER
-        except BaseException as error:  # sys.exit() in a policy must not end the engine
+        except BaseException as error:  # sys.exit() in a policy must not stop the engine
             if isinstance(error, KeyboardInterrupt) or from_signal(error):
                 raise
             self.note(method, error)
             return NO_ANSWER
-        # One slow call may be the machine's fault; ``strikes`` of them are the policy's.
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
-                "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
+                "%s policy %r: %d calls worked for more than %g ms, the last one of %s "
+                "(reported once)",
                 *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
         return answer
@@ -90,25 +95,63 @@ class PolicyCaller:
     def note(self, method: str, problem: BaseException | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
         # Sanitise here whatever the policy returned or raised.
-        said = f"raised {raised(problem)}" if isinstance(problem, BaseException) else problem
-        what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
+        said, where, fix, cause = problem, "", "", None
+        if isinstance(problem, BaseException):
+            said, cause = f"raised {raised(problem)}", problem
+            where, fix = _place(problem), _suggestion(problem)
+        fault = f"{method} {line(said, limit=2 * LIMIT)}"
+        what = f"{self.kind} policy {self.name!r}: {fault}"
         if self.strict:
-            cause = problem if isinstance(problem, BaseException) else None
-            raise PolicyFaultError(
-                what, fix="run without --strict-policies to contain it"
-            ) from cause
+            contain = "contain it with --contain, or in an engine with strict_policies: false"
+            fixes = "; ".join(filter(None, (fix, "correct the policy", contain)))
+            raise PolicyFaultError(what, where=where, fix=fixes) from cause
         self.count += 1
         if method not in self._reported:
             self._reported.add(method)
+            what = "; ".join(filter(None, (what, where, fix)))
             logger.warning("%s; this call falls back to the default (reported once)", what)
         if self.count == self.limits.strikes:
+            self.replaced = fault
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
 
 
+def _place(error: BaseException) -> str:
+    """``file:line`` of the policy's code in which an exception arose; empty if it has none.
+
+    The innermost line in the folder of the method called, not one in a library that it called.
+    """
+    frames = [
+        (frame.f_code.co_filename, at) for frame, at in traceback.walk_tb(error.__traceback__)
+    ]
+    outside = [frame for frame in frames if Path(frame[0]).parent != Path(__file__).parent]
+    if not outside:
+        return ""
+    folder = Path(outside[0][0]).parent
+    file, at = next(frame for frame in reversed(outside) if Path(frame[0]).parent == folder)
+    return line(f"{file}:{at}")
+
+
+def _suggestion(error: BaseException) -> str:
+    """Python's ``did you mean``, which it shows only for an exception that ends the program."""
+    if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
+        return ""
+    try:
+        if isinstance(error, AttributeError):
+            known = dir(error.obj)
+        else:
+            frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+            known = [*frame.f_locals, *frame.f_globals, *dir(builtins)]
+        return line(meant(error.name, known))
+    except BaseException as failure:  # an object of the policy that cannot be listed
+        if isinstance(failure, KeyboardInterrupt) or from_signal(failure):
+            raise
+        return ""
+
+
 class PolicyGuard:
-    """Properties of the policy common to all guards."""
+    """Properties common to all guards."""
 
     def __init__(self, faults: PolicyCaller) -> None:
         self._faults = faults
@@ -119,8 +162,13 @@ class PolicyGuard:
 
     @property
     def faults(self) -> int:
-        """Faults contained so far."""
+        """Number of faults contained so far."""
         return self._faults.count
+
+    @property
+    def replaced(self) -> str:
+        """The last fault of a policy that was replaced for good; empty while it is in use."""
+        return self._faults.replaced
 
     @property
     def limits(self) -> Limits:
@@ -128,5 +176,5 @@ class PolicyGuard:
 
     @property
     def slow(self) -> int:
-        """Calls so far that returned, but took longer than the soft limit."""
+        """Calls so far that returned, but worked for longer than the soft limit."""
         return self._faults.slow

@@ -1,9 +1,9 @@
-"""Guards: the host's side of a policy. Each validates the answers of its kind of policy.
+"""Guards: the host's side of policies. Each validates the answers of one kind of policy.
 
-A policy is trusted code that may be wrong: if it raises or returns an invalid answer, that call
-falls back to LRU, to no prefetch or to the current split (see ``faults``). A call that takes too
-long is counted, or interrupted, which is a fault (see ``watchdog``). Attacks are not contained: a
-plugin runs with the privileges of the engine.
+A policy is trusted code that may have bugs: if it raises or returns an invalid answer, that call
+falls back to LRU, no prefetch or the current split (see ``faults``). A call that takes too long is
+counted or interrupted, which is a fault (see ``watchdog``). Attacks are not contained: plugins run
+with the privileges of the engine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fluxmoe.words import line
 
 
 class EvictionGuard(PolicyGuard):
-    """An eviction policy as the event rule calls it."""
+    """Calls an eviction policy for the event rule."""
 
     def __init__(
         self,
@@ -44,13 +44,13 @@ class EvictionGuard(PolicyGuard):
     ) -> None:
         super().__init__(PolicyCaller("eviction", name, strict, limits))
         self._policy, self._view = policy, view
-        self._promises_stable = policy.stable_score  # once: it may be a property that fails
+        self._promises_stable = policy.stable_score  # read once: it may be a property that raises
         self._kernel = _compile(policy, view, name, self._promises_stable)
         overrides = {
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
             for method in ("on_access", "on_load", "on_evict", "retain", "select")
         }
-        # Hooks that a policy does not override are never called: the call would be wasted.
+        # Hooks that the policy does not override are not called, to save the time.
         self.watches_access = overrides["on_access"]
         self.watches_load = overrides["on_load"]
         self.watches_evict = overrides["on_evict"]
@@ -59,23 +59,23 @@ class EvictionGuard(PolicyGuard):
 
     @property
     def stable(self) -> bool:
-        """True if the host keeps the order (``heap.VictimHeap``) from ``scores``."""
+        """True if the host keeps pages in order of their ``scores`` (``heap.VictimHeap``)."""
         return self._promises_stable and not self._selects and not self._faults.out
 
     @property
     def kernel(self) -> Kernel | None:
-        """Compiled replacement of ``scores``; None if there is none or the policy is disabled."""
+        """Compiled replacement for ``scores``; None if there is none or the policy is disabled."""
         return None if self._selects or self._faults.out else self._kernel
 
     @property
     def scored(self) -> bool:
-        """True if only ``choose`` is ever called, so that events need no call before it."""
+        """True if ``choose`` is the only method called, so events need no earlier call."""
         watches = self.watches_access or self.watches_load or self.watches_evict
         return not watches and not self.retains
 
     @property
     def future(self) -> Int64s | None:
-        """Next use of every page, int64 ``[pages]``; None unless the policy needs the future."""
+        """Next use of every page, int64 ``[pages]``; None unless the policy is an oracle."""
         return self._view.future
 
     def limited(self, function: Callable[..., int], *args: object) -> int | None:
@@ -96,25 +96,25 @@ class EvictionGuard(PolicyGuard):
         self._faults.contain("on_evict", self._policy.on_evict, self._view, read_only(pages))
 
     def leaving(self, access: Access) -> Int64s:
-        """The event's pages that the policy does not retain; none after a fault."""
+        """Return the event's pages that the policy does not retain; none after a fault."""
         keep = self._faults.ask("retain", self._policy.retain, self._view, access)
         if keep is None:
             return access.pages[:0]
         if keep.dtype != np.bool_ or keep.shape != access.pages.shape:
-            self._faults.note("retain", f"gave {_shape(keep)}, not {len(access.pages)} bools")
+            self._faults.note("retain", f"returned {_shape(keep)}, not {len(access.pages)} bools")
             return access.pages[:0]
         leaving: Int64s = access.pages[~keep]
         return leaving
 
     def scores(self, pages: Int64s) -> npt.NDArray[np.float64] | None:
-        """Valid scores of ``pages``, or None after a fault."""
+        """Return valid scores of ``pages``; None after a fault."""
         if len(pages) == 0:
-            return np.zeros(0)  # not worth a call, and not every policy handles an empty array
+            return np.zeros(0)  # saves a call, and not every policy handles an empty array
         raw = self._raw_scores(pages)
         return None if raw is None else raw.astype(np.float64)
 
     def choose(self, pages: Int64s, count: int) -> Int64s:
-        """``count`` victims among ``pages`` (ascending), the lowest score first."""
+        """Choose ``count`` victims among ``pages`` (ascending), lowest score first."""
         if count and not self._faults.out:
             victims = self._select(pages, count) if self._selects else self._lowest(pages, count)
             if victims is not None:
@@ -122,7 +122,7 @@ class EvictionGuard(PolicyGuard):
         return self.least_recent(pages, count)
 
     def least_recent(self, pages: Int64s, count: int) -> Int64s:
-        """Victims by LRU, the fallback of a faulty policy."""
+        """Choose victims by LRU, the fallback for faulty policies."""
         return _lowest(self._view.last_use[pages], pages, count)
 
     def _lowest(self, pages: Int64s, count: int) -> Int64s | None:
@@ -138,11 +138,11 @@ class EvictionGuard(PolicyGuard):
         if victims is None:
             return None
         if victims.dtype.kind not in "iu" or victims.shape != (count,):
-            self._faults.note("select", f"gave {_shape(victims)}, not {count} pages")
+            self._faults.note("select", f"returned {_shape(victims)}, not {count} pages")
             return None
         victims = victims.astype(np.int64)
         if len(np.unique(victims)) != count or not np.isin(victims, pages).all():
-            self._faults.note("select", "gave a page twice, or one that was not a candidate")
+            self._faults.note("select", "returned a duplicate or a page that was not a candidate")
             return None
         return victims
 
@@ -154,10 +154,10 @@ class EvictionGuard(PolicyGuard):
         if scores is None:
             return None
         if scores.dtype.kind not in "iuf" or scores.shape != pages.shape:
-            self._faults.note("score", f"gave {_shape(scores)}, not {len(pages)} numbers")
+            self._faults.note("score", f"returned {_shape(scores)}, not {len(pages)} numbers")
             return None
         if scores.dtype.kind == "f" and np.isnan(scores).any():
-            self._faults.note("score", "gave NaN")
+            self._faults.note("score", "returned NaN")
             return None
         return scores
 
@@ -172,7 +172,7 @@ class EvictionGuard(PolicyGuard):
 
 
 class PrefetchGuard(PolicyGuard):
-    """A prefetch policy as the event rule calls it. One with ``lead = 0`` is never asked."""
+    """Calls a prefetch policy for the event rule; one with ``lead = 0`` is never called."""
 
     def __init__(
         self,
@@ -196,19 +196,19 @@ class PrefetchGuard(PolicyGuard):
         self._faults.contain("reset", self._policy.reset)
 
     def propose(self, access: Access) -> Int64s:
-        """Valid proposals without repeats, most urgent first; none after a fault."""
+        """Return valid proposals without repeats, most urgent first; none after a fault."""
         none = access.pages[:0]
         pages = self._faults.ask("propose", self._policy.propose, self._view, access)
         if pages is None or pages.size == 0:
             return none
         if pages.dtype.kind not in "iu" or pages.ndim != 1:
-            self._faults.note("propose", f"gave {_shape(pages)}, not a list of pages")
+            self._faults.note("propose", f"returned {_shape(pages)}, not a list of pages")
             return none
         if pages.min() < 0 or pages.max() >= self._num_pages:
-            self._faults.note("propose", f"gave a page outside 0…{self._num_pages - 1}")
+            self._faults.note("propose", f"returned a page outside 0…{self._num_pages - 1}")
             return none
         if np.any(pages // self._view.experts_per_layer == access.layer):
-            self._faults.note("propose", "gave a page of the running layer")
+            self._faults.note("propose", "returned a page of the current layer")
             return none
         first = np.unique(pages, return_index=True)[1]
         return pages[np.sort(first)].astype(np.int64)
@@ -222,7 +222,7 @@ def _shape(array: npt.NDArray[Any]) -> str:
 
 def _lowest(scores: npt.NDArray[Any], pages: Int64s, count: int) -> Int64s:
     if scores.dtype.kind == "f" and scores.dtype.itemsize not in (4, 8):
-        scores = scores.astype(np.float64)  # numba knows neither half nor long double
+        scores = scores.astype(np.float64)  # numba supports neither half nor long double
     out = np.empty(min(count, len(pages)), np.int64)
     if len(out):
         scores = np.ascontiguousarray(scores)
@@ -251,8 +251,8 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) ->
         raise PolicyFaultError(
             f"eviction policy {name!r}: numba cannot compile score_kernel: "
             f"{line(error, limit=2000)}",
-            fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "
-            "or leave score_kernel out and define score",
+            fix="use (int, int, int, int, int) -> float in the subset of Python that numba "
+            "supports, or define score instead of score_kernel",
         ) from error
 
 
@@ -281,7 +281,7 @@ class ArbitrationGuard(PolicyGuard):
         return 1
 
     def split(self, view: ArbitrationView) -> Split:
-        """The split that the policy wants, or the current split after a fault."""
+        """Return the policy's split, or the current one after a fault."""
         answer = self._faults.answer("split", self._policy.split, view)
         if answer is None:
             return Split(view.frames)
@@ -290,15 +290,15 @@ class ArbitrationGuard(PolicyGuard):
             return Split(view.frames, line(reason))  # as in most steps
         problem = _problem(answer, reason, view)
         if problem:
-            self._faults.note("split", f"gave {problem}")
+            self._faults.note("split", f"returned {problem}")
             return Split(view.frames)
         assert isinstance(answer, Split)
-        # It ends up in the log, in a message between processes and in a label of a metric.
+        # It ends up in the log, in messages between processes and in a metric label.
         return Split({name: int(count) for name, count in answer.frames.items()}, line(reason))
 
 
 def _problem(answer: object, reason: object, view: ArbitrationView) -> str:
-    """The problem with an answer; empty if it is valid."""
+    """Describe the problem with an answer; empty if it is valid."""
     frames: object = getattr(answer, "frames", None)
     if not isinstance(answer, Split) or not isinstance(frames, Mapping):
         return f"{line(answer, repr)}, not a Split"

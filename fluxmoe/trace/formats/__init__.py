@@ -1,4 +1,4 @@
-"""Foreign trace formats, one small reader each, and conversion to FluxMoE's format."""
+"""Foreign trace formats, with one small reader each, and conversion to FluxMoE's format."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class _Survey:
 
 
 def detect(path: Path) -> type[Reader]:
-    """The format of a file or folder, from its content.
+    """Detect the format of a file or folder from its content.
 
     Raises:
-        TraceError: It does not exist, is already a trace, or has an unknown format.
+        TraceError: The path does not exist, is already a trace, or has an unknown format.
     """
     head = _head(path)
     inside = _formats_in(path) if path.is_dir() else {}
@@ -111,18 +111,18 @@ def convert(
     max_steps: int | None = None,
     replace: bool = False,
 ) -> TraceMeta:
-    """Write a trace from a file of another format, which is read twice, in a stream.
+    """Convert a file of another format to a trace, streaming it twice.
 
     Args:
         path: A file or folder.
         out: Trace file to write.
         format_: A key of ``FORMATS``; None detects it from the content.
         options: Facts that the file does not contain.
-        model: Name of the model for the trace's metadata; by default the file's name.
+        model: Model name for the trace's metadata; by default the file's name.
         experts: Number of experts per layer; by default the largest expert number plus one.
         page_bytes: Bytes of an expert page.
         max_steps: Number of steps to convert; later ones are omitted.
-        replace: True if ``out`` may be replaced.
+        replace: Overwrite ``out`` if it exists.
 
     Raises:
         TraceError: The file is damaged or not of this format, or ``out`` cannot be written.
@@ -139,10 +139,10 @@ def convert(
     for event in _events(reader, max_steps):
         survey.add(event, reader)
     if not survey.layers:
-        raise reader.wrong("nothing was routed in it")
+        raise reader.wrong("no experts were routed to")
     if experts is not None and experts <= survey.largest:
         raise ConfigError(
-            f"{experts} experts, but expert {survey.largest} was routed to", where="--experts"
+            f"{experts} experts, but the file has expert {survey.largest}", where="--experts"
         )
     ordinal = {layer: index for index, layer in enumerate(sorted(survey.layers))}
     meta = TraceMeta(
@@ -181,7 +181,7 @@ def _rows(event: ForeignEvent) -> StepRows:
 
 
 def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
-    """Ids and weights in ``top_k`` columns: valid ones first, then −1."""
+    """Pack ids and weights into ``top_k`` columns: valid ones first, then −1."""
     ids = np.asarray(ids, np.int64)
     order = np.argsort(ids < 0, axis=1, kind="stable")
     packed = np.full((len(ids), top_k), -1, np.int64)
@@ -195,7 +195,7 @@ def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
 
 
 def _head(path: Path) -> bytes:
-    """First bytes of a file; raises TraceError if it does not exist, or is already a trace."""
+    """Read the first bytes of a file; raise TraceError if it is missing or already a trace."""
     if not path.exists():
         raise TraceError("no such file", where=str(path))
     if path.is_dir():

@@ -25,7 +25,7 @@ _DECODE = 2  # ForwardMode.DECODE
 
 
 class ExpertDistribution(Reader):
-    """The file of one rank, read as data only: nothing in it is executed."""
+    """The file of one rank, read as data: nothing in it is executed."""
 
     name = "sglang"
     summary = (
@@ -35,19 +35,19 @@ class ExpertDistribution(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a file saved by torch."""
+        """True for files saved by torch."""
         if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events. The file is loaded whole: its format cannot be streamed."""
+        """Yield all events. The whole file is loaded, since its format cannot be streamed."""
         data = self._load()
         records = data.get("records") if isinstance(data, dict) else None
         if not isinstance(records, list) or not records:
             keys = sorted(map(str, data)) if isinstance(data, dict) else [type(data).__name__]
-            raise self.wrong(f"it has no records of single tokens, but {', '.join(keys)}")
+            raise self.wrong(f"no per-token records, only {', '.join(keys)}")
         logical = self._map(data.get("last_physical_to_logical_map"))
         step = 0
         for index, record in enumerate(records):

@@ -1,8 +1,8 @@
-"""vLLM's output with ``--enable-return-routed-experts``: an array per request.
+"""vLLM's output with ``--enable-return-routed-experts``: one array per request.
 
 Layout: https://github.com/vllm-project/vllm (``vllm/outputs.py``, ``CompletionOutput``; the
 comment on ``routed_experts`` in ``vllm/entrypoints/openai/completion/protocol.py``; pull request
-#28284): ``(tokens - 1, layers, top_k)`` of uint8, uint16 or int32, dense layers included. The last
+#28284): ``(tokens - 1, layers, top_k)`` of uint8, uint16 or int32, including dense layers. The last
 token is missing because no forward pass follows it.
 """
 
@@ -34,7 +34,7 @@ class RoutedExperts(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a NumPy array, or a zip file of them."""
+        """True for a NumPy array or a zip file of them."""
         if head.startswith(b"\x93NUMPY"):
             return True
         if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
@@ -43,7 +43,7 @@ class RoutedExperts(Reader):
             return all(name.endswith(".npy") for name in archive.namelist())
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events, with one request in memory at a time."""
+        """Yield all events, with one request in memory at a time."""
         step = 0
         for request, (name, array) in enumerate(self._arrays()):
             if array.ndim != 3 or array.dtype.kind not in "ui":

@@ -72,7 +72,7 @@ def test_a_full_collection_replaces_what_is_most_similar():
 
 def test_half_of_what_it_fetches_is_used_where_use_is_skewed(registry):
     trace = GOLDEN["sparse"].events
-    result = simulate(trace, "lru", "50%", "eam", registry=registry, strict=True)
+    result = simulate(trace, "lru", "50%", "eam", registry=registry)
     without = simulate(trace, "lru", "50%", registry=registry)
     assert result.prefetch_hits > 0
     assert result.misses < without.misses

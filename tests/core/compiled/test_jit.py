@@ -136,3 +136,32 @@ def test_no_index_is_looked_at_whether_it_is_negative():
     jit(put)(row, grid, -1)
     assert whole[4] == 70 and whole[9] == 9
     assert grid[0, 19] == 71 and grid[1, 19] == 39
+
+
+LISTENING = """
+import logging, sys
+logging.getLogger("fluxmoe.compile").setLevel(logging.INFO)
+logging.getLogger("fluxmoe.compile").addHandler(logging.StreamHandler(sys.stdout))
+"""
+
+
+def test_c9_compilation_is_announced_once_and_only_if_it_happens(copy):
+    said = "compiling FluxMoE's inner loops, once: up to half a minute\n"
+    assert run(copy, LISTENING).startswith(f"{said}2 [")
+    assert run(copy, LISTENING).startswith("2 [")
+    assert run(copy).startswith("2 [")
+
+
+def test_c9_a_policy_s_victims_are_compiled_once():
+    """Numba takes a literal for a type of its own; these ten seconds were spent twice."""
+    program = (
+        "from fluxmoe.core.paging.victims import victims\n"
+        "from fluxmoe.sim.simulator import simulate\n"
+        "from fluxmoe.trace import shipped\n"
+        "simulate(shipped.path('decode-1'), 'lru', '50%')\n"
+        "print(len(victims.signatures))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "1\n", done.stdout

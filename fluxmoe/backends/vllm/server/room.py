@@ -1,6 +1,6 @@
-"""Lower bounds of the memory that a server needs, from the model's files alone.
+"""Lower bounds on the memory that a server needs, computed from the model's files alone.
 
-A budget below them cannot be served. The worker computes the exact needs after vLLM has built the
+A budget below them cannot be served. The worker computes the exact sizes after vLLM has built the
 model: rounding to blocks, the scheduler's reserve and replicated heads make them larger.
 """
 
@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxmoe import machine, sizes
-from fluxmoe.backends.budget import KVNeed, partition
+from fluxmoe.backends.budget import KVNeed, partition, require_for_weights
 from fluxmoe.config import Resolved
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.dimensions import Model
-from fluxmoe.errors import ConfigError
 
 #: Bytes of a weight for vLLM's ``dtype``; ``auto`` converts 4-byte weights to 2 bytes.
 _DTYPES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2, "half": 2}
@@ -26,7 +24,7 @@ _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2*
 
 
 def require(config: Resolved, model: Model, options: Mapping[str, Any], workers: int) -> None:
-    """Refuse a budget that cannot hold one layer's experts and one request.
+    """Reject a budget that cannot hold one layer's experts and one request, or exceeds free memory.
 
     Args:
         config: The configuration; its budget is that of one worker.
@@ -35,7 +33,7 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
         workers: Number of tensor-parallel workers.
 
     Raises:
-        ConfigError, BudgetTooSmallError: See ``budget.partition``.
+        ConfigError, BudgetTooSmallError: See ``budget.partition``, ``budget.require_for_weights``.
     """
     weight = _weight_bytes(model, options)
     page = model.page_bytes * weight // model.weight_bytes // workers
@@ -43,7 +41,7 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
     element = 1 if "8" in str(options.get("kv-cache-dtype", "auto")) else weight
     request = model.request_bytes(tokens) * element // model.weight_bytes // workers
     memory = config.memory
-    if memory.frame is None:  # the smallest, so that rounding to frames refuses nothing that fits
+    if memory.frame is None:  # the smallest frame, so that rounding rejects nothing that fits
         memory = memory.model_copy(update={"frame": mmap.PAGESIZE})
     partition(
         memory,
@@ -51,40 +49,12 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
         PageClass((Part("experts", page, page // weight),)),
         KVNeed(request, max(request, int(memory.budget)), f"one request of {tokens} tokens"),
     )
-
-
-def require_beside_weights(
-    config: Resolved, model: Model, options: Mapping[str, Any], workers: int
-) -> None:
-    """Refuse a start whose weights and budgets together exceed the free memory.
-
-    Without a limit and a codec, the host store keeps all experts as loaded.
-
-    Raises:
-        ConfigError: Names the parts.
-    """
-    weight = _weight_bytes(model, options)
-    experts = model.experts_bytes * weight // model.weight_bytes
-    others = model.other_bytes * weight // model.weight_bytes
-    first = config.stores[0]
-    plain = first.kind == "host" and first.limit is None and first.codec["kind"] == "none"
-    stored = experts if plain else 0
-    budgets = config.memory.budget * workers
-    memory = machine.memory()
-    if (need := others + stored + budgets) > memory.available:
-        each = [
-            (others, "for the model's other weights"),
-            (stored, "for experts in the host store"),
-        ]
-        parts = [f"{sizes.shown(budgets)} for the budget{'' if workers == 1 else 's'}"]
-        parts += [f"{sizes.shown(size)} {purpose}" for size, purpose in each if size]
-        needed, free = sizes.apart(need, memory.available)
-        raise ConfigError(
-            f"{needed} are needed ({', '.join(parts)}), {free} are free"
-            + (f" within the limit of {memory.limit}" if memory.limit else ""),
-            where="memory.budget, stores",
-            fix="lower the budget" + (", or use a store of kind: file" if plain else ""),
-        )
+    require_for_weights(
+        config,
+        experts=model.experts_bytes * weight // model.weight_bytes,
+        others=model.other_bytes * weight // model.weight_bytes,
+        workers=workers,
+    )
 
 
 def _weight_bytes(model: Model, options: Mapping[str, Any]) -> int:
@@ -92,7 +62,7 @@ def _weight_bytes(model: Model, options: Mapping[str, Any]) -> int:
 
 
 def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
-    """The tokens of the longest request, or fewer; 1 if vLLM would derive the number."""
+    """Tokens of the longest request, or fewer; 1 if vLLM would derive the number."""
     given = options.get("max-model-len")
     if given is None:
         return min(model.longest, _tokenizer_longest(Path(config.model or ""))) or 1
@@ -100,7 +70,7 @@ def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
     factor = _SUFFIXES.get(text[-1:], 1)
     try:
         return max(int(float(text.rstrip("kmgKMG")) * factor), 1)
-    except ValueError:  # auto, or refused by vLLM's parser
+    except ValueError:  # auto, or rejected by vLLM's parser
         return 1
 
 

@@ -1,0 +1,5 @@
+"""``python -m fluxmoe``: the command line."""
+
+from fluxmoe.cli import main
+
+main()

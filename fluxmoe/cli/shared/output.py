@@ -1,0 +1,126 @@
+"""Output of commands: text for users, pure JSON or CSV for programs, errors on standard error."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TextIO
+
+from fluxmoe.errors import FluxMoEError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Line width in a pipe or a file, where text need not fold and rich would assume 80 columns.
+UNLIMITED = 1 << 16
+
+#: The stream for JSON and CSV while standard output is reserved for them.
+_reserved: ContextVar[TextIO | None] = ContextVar("reserved", default=None)
+
+
+@contextmanager
+def reserved() -> Iterator[None]:
+    """Reserve standard output for ``printed``; everything else goes to standard error.
+
+    Plugins and libraries print as well: on import, from C, and in child processes.
+    """
+    shared = sys.stdout
+    try:
+        whole_process = shared.fileno() == 1
+    except OSError:  # not a file: a caller in this process captures the output
+        whole_process = False
+    if not whole_process:
+        token = _reserved.set(shared)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _reserved.reset(token)
+        return
+    shared.flush()
+    own = os.fdopen(os.dup(1), "w", encoding=shared.encoding, errors=shared.errors)
+    os.dup2(2, 1)
+    token = _reserved.set(own)
+    try:
+        yield
+    finally:
+        _reserved.reset(token)
+        with suppress(OSError):  # the reader has closed the pipe
+            shared.flush()
+        os.dup2(own.fileno(), 1)
+        with suppress(OSError):
+            own.close()
+
+
+def printed(
+    as_json: bool, as_csv: bool, whole: object, rows: Iterable[Mapping[str, object]]
+) -> bool:
+    """Print machine-readable output, if requested.
+
+    Args:
+        as_json: True to print ``whole`` as JSON.
+        as_csv: True to print ``rows`` as CSV; rows may lack columns, and cells that are lists or
+            mappings are JSON.
+
+    Returns:
+        False if neither was requested and nothing was printed.
+    """
+    if as_json:
+        print_json(whole)
+    elif as_csv:
+        _print_csv(list(rows))
+    return as_json or as_csv
+
+
+def print_json(data: object) -> None:
+    """Write ``data`` as JSON, without rich, which would wrap long lines."""
+    out = _reserved.get() or sys.stdout
+    json.dump(data, out, indent=2)
+    out.write("\n")
+    out.flush()
+
+
+def _print_csv(rows: list[Mapping[str, object]]) -> None:
+    out = _reserved.get() or sys.stdout
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {
+                column: json.dumps(cell) if isinstance(cell, list | dict) else cell
+                for column, cell in row.items()
+            }
+        )
+    out.flush()
+
+
+def console(least: int = 0) -> Console:
+    """Make a console on standard output, as wide as the terminal but at least ``least`` columns."""
+    from rich.console import Console
+
+    if not sys.stdout.isatty():
+        return Console(width=UNLIMITED)
+    found = Console()
+    return found if found.width >= least else Console(width=least)
+
+
+def say(text: str, *, style: str | None = None) -> None:
+    """Print text without markup, folded between words at the terminal's width."""
+    console().print(text, style=style, highlight=False, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print a remark on standard error, so that JSON and CSV stay pure."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def print_error(error: FluxMoEError) -> None:
+    """Print ``error[FMxxx]: what; where; fix`` on standard error, one line per problem."""
+    for each in error.problems():
+        print(f"error[{each.code}]: {each.text}", file=sys.stderr)

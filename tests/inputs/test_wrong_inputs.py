@@ -1,0 +1,164 @@
+"""Wrong inputs (faults A and B): a line with a code for each problem, soon, and nothing is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fluxmoe
+from fluxmoe.errors import FluxMoEError
+from fluxmoe.testing import checkpoints
+from tests.commandline import here, succeeds, synth
+
+CASES = yaml.safe_load(Path(__file__).with_name("wrong.yaml").read_text())
+#: Seconds of processor time after which an answer is too late.
+LIMIT = 10
+PLUGINS = {
+    "syntax.py": "def\n",
+    "raises.py": "raise RuntimeError('no')\n",
+    "silent.py": "x = 1\n",
+    "crash.py": """
+import fluxmoe
+class Crash(fluxmoe.EvictionPolicy):
+    \"\"\"Fails.\"\"\"
+    def score(self, view, pages):
+        return view.lastuse[pages]
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    register("crash", Crash)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, traces, plugins and configurations, most of them damaged."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = checkpoints.write(folder / "model", "qwen3-moe")
+    checkpoints.write(folder / "dense", "qwen3-dense")
+    checkpoints.write(folder / "mla", "deepseek-v2")
+    (folder / "empty").mkdir()
+    for name in ("cut", "lacking", "quantised"):
+        shutil.copytree(model, folder / name)
+    os.truncate(folder / "cut/model.safetensors", 5000)
+    settings = json.loads((model / "config.json").read_text())
+    more = {"num_experts": 99}
+    (folder / "lacking/config.json").write_text(json.dumps({**settings, **more}))
+    more = {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "quantised/config.json").write_text(json.dumps({**settings, **more}))
+    for name, text in PLUGINS.items():
+        (folder / name).write_text(text)
+    succeeds(
+        *synth(layers=2, experts=16, top_k=2, batch=1, steps=40), "--out", folder / "good.parquet"
+    )
+    # Compiled once, or the first case would wait for it.
+    succeeds("simulate", folder / "good.parquet", "--policy", "lru", "--capacity", 8, "--jobs", 1)
+    (folder / "broken.yaml").write_text("memory: {budget: [\n")
+    (folder / "twice.yaml").write_text("memory: {budget: 1GiB}\nmemory: {budget: 2GiB}\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(VALID))
+    return folder
+
+
+VALID: dict[str, Any] = {
+    "model": "model",
+    "memory": {"budget": "10MiB"},
+    "vllm": {"max-model-len": 128, "enforce-eager": True},
+}
+
+
+def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``change``, key by key."""
+    both = {
+        key: changed(base[key], value)
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+        else value
+        for key, value in change.items()
+    }
+    return {**base, **both}
+
+
+@pytest.fixture
+def workplace(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder as working directory; afterwards it must be as before."""
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FLUXMOE_PLUGINS", "")
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    before = contents(files)
+    yield files
+    assert contents(files) == before
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file, except caches of Python."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """Interrupt what takes more processor time than ``LIMIT``."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no answer after {LIMIT} s")
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def answer(case: dict[str, Any], folder: Path, config: Path) -> list[str]:
+    """The lines of the error, without what the command line puts around the codes."""
+    if "python" in case:
+        with pytest.raises(FluxMoEError) as caught, soon():
+            eval(case["python"], {"fluxmoe": fluxmoe})
+        return str(caught.value).splitlines()
+    if "command" in case:
+        words = case["command"]
+    else:
+        config.write_text(yaml.safe_dump(changed(VALID, case["config"])))
+        words = ["config", "check", config]
+    with soon():
+        done = here(*words)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    return [re.sub(r"^error\[(FM\d+)\]", r"\1", line) for line in done.stderr.splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(next(iter(case.values())))[:60])
+def test_wrong_input(case: dict[str, Any], workplace: Path) -> None:
+    config = workplace / "changed.yaml"
+    try:
+        lines = answer(case, workplace, config)
+    finally:
+        config.unlink(missing_ok=True)
+    assert len(lines) == len(case["says"]), lines
+    for line, said in zip(lines, case["says"], strict=True):
+        code, words = said.split(" ", 1)
+        assert line.startswith(f"{code}: ") and words in line, lines
+
+
+def test_the_configuration_that_is_changed_is_valid(workplace: Path) -> None:
+    assert "ok" in succeeds("config", "check", "config.yaml")
+
+
+def test_there_are_enough() -> None:
+    assert len(CASES) >= 60
+    assert {next(iter(case)) for case in CASES} == {"config", "command", "python"}
