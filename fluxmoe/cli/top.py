@@ -100,7 +100,7 @@ def frame(now: Snapshot, rates: Rates, width: int) -> Group:
         f"[bold]{escape(now.model)}[/]  {now.url}  budget {sizes.shown(now.budget_bytes)}",
         f"[dim]FluxMoE {now.version}: {escape(names)}[/]",
         _memory(now, width),
-        *([f"limits set by hand: {limits}"] if limits else []),
+        *([f"operator limits: {limits}"] if limits else []),
         "",
         f"[dim]{since}[/]",
         _numbers(now, rates),

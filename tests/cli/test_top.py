@@ -159,7 +159,7 @@ def test_one_frame(serve):
         r"KV cache +█+ +1\.2 MiB +30% +50% in use",
         r"3 running, 9 waiting",
         r"FluxMoE 1\.2\.3: mru",
-        r"limits set by hand: kv\.max 1\.0 MiB",
+        r"operator limits: kv\.max 1\.0 MiB",
         r"7 to KV, 5 to experts",
         r"12:00:09 memory moves to the KV cache \(marginal\): \[9\] running",  # no markup
         r"12:00:10 memory moves to the experts \(marginal\)",

@@ -114,7 +114,7 @@ METRICS = (
     Metric(
         LIMIT,
         "gauge",
-        "Limits set by hand while serving, of a tenant or of the whole budget.",
+        "Operator limits of a tenant or of the whole budget.",
         ("tenant", "kind"),
     ),
     Metric(

@@ -86,7 +86,7 @@ class PolicyCaller:
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
-                "%s policy %r: %d calls worked for more than %g ms, the last one of %s "
+                "%s policy %r: %d calls worked for more than %g ms, most recently %s "
                 "(reported once)",
                 *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
@@ -176,5 +176,5 @@ class PolicyGuard:
 
     @property
     def slow(self) -> int:
-        """Calls so far that returned, but worked for longer than the soft limit."""
+        """Number of calls so far that returned, but worked for longer than the soft limit."""
         return self._faults.slow

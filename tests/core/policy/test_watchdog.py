@@ -307,7 +307,7 @@ def test_slow_calls_are_counted_and_reported_once_and_their_answers_used(caplog)
     assert rule.eviction.faults == 0
     [line] = caplog.messages
     assert line == (
-        "eviction policy 'pony': 3 calls worked for more than 5 ms, the last one of score "
+        "eviction policy 'pony': 3 calls worked for more than 5 ms, most recently score "
         "(reported once)"
     )
 
