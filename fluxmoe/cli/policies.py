@@ -1,4 +1,4 @@
-"""``fluxmoe policies``: list known policies with their plugins, and broken plugins."""
+"""``fluxmoe policies``: list policies with their plugins, and broken plugins."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, Plugins
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Plugins
 
 if TYPE_CHECKING:
     from fluxmoe.observe.snapshot import PolicyState
@@ -92,7 +92,7 @@ def _elsewhere(state: PolicyState) -> dict[str, Any]:
 
 
 def _without_policy(plugin: Plugin) -> dict[str, Any]:
-    """The row of a plugin that registered nothing, with the reason."""
+    """Make the row of a plugin that registered nothing, with the reason."""
     return {
         "kind": None,
         "name": None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 
 if TYPE_CHECKING:
     from rich.console import Group, JustifyMethod
@@ -32,7 +32,7 @@ def top(
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON.")] = False,
 ) -> None:
-    """Show a running server's memory split, hit rates, moves, and the reasons for the moves."""
+    """Show a running server's memory split, hit rates, and moves with their reasons."""
     from fluxmoe.observe import snapshot
 
     first, taken = snapshot.fetch(url), time.monotonic()

@@ -1,4 +1,4 @@
-"""Snapshot: the state of a server at one moment, read from its ``/metrics``."""
+"""Snapshot: the state of a server at one point in time, read from its ``/metrics``."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class PolicyState:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A server's state, summed over its workers. Counters count from its start.
+    """A server's state, summed over its workers. Counters count from startup.
 
     Attributes:
-        schema_version: Raised when a field changes its meaning or is removed.
+        schema_version: Incremented when a field changes its meaning or is removed.
         url: Address of the server.
         model: vLLM's name of the model.
         version: FluxMoE's version.
@@ -46,10 +46,10 @@ class Snapshot:
         limits: Operator limits, such as ``kv.max``, in bytes.
         budget_bytes, expert_bytes, kv_bytes: Bytes of the budget and of its tenants.
         slots, pages: Number of slots for expert pages, and of pages of the model.
-        hits, misses, prefetch_hits: Counts of distinct experts per execution of a layer.
+        hits, misses, prefetch_hits: Counts of distinct experts per layer execution.
         evictions: Number of evicted pages.
         loaded_bytes: Bytes copied into slots.
-        stall_seconds: Seconds that layers waited for pages.
+        stall_seconds: Time that layers waited for pages, in seconds.
         moves_to_kv, moves_to_experts, moves_failed: Number of moves of memory.
         decisions: The last decisions, the oldest first.
         running, waiting: Number of requests.
@@ -57,8 +57,8 @@ class Snapshot:
         preemptions: Number of times a request lost its KV cache.
         tokens: Number of generated tokens.
         prefix_hits, prefix_queries: Number of tokens found and looked up in the prefix cache.
-        token_gaps, token_gap_seconds: Number and total seconds of pauses between two tokens of a
-            request; a pause is about one step.
+        token_gaps, token_gap_seconds: Number and total seconds of intervals between two tokens of
+            a request; an interval is about one step.
     """
 
     schema_version: int
@@ -101,7 +101,7 @@ def fetch(url: str) -> Snapshot:
 
     Raises:
         ConfigError: The address is not valid.
-        EngineError: There is no answer, or it has no metrics of FluxMoE.
+        EngineError: The server did not respond, or has no FluxMoE metrics.
     """
     base = server.address(url)
     return read(_metrics(base), base)
@@ -111,7 +111,7 @@ def _metrics(base: str) -> str:
     status, body = server.ask(base, "/metrics")
     if status != 200:
         raise EngineError(
-            f"the server answered with status {status}",
+            f"the server responded with status {status}",
             where=f"{base}/metrics",
             fix="name the address of a vLLM server",
         )
@@ -135,9 +135,9 @@ def _samples(text: str, base: str) -> list[tuple[str, dict[str, str], float]]:
 
 def _foreign(base: str) -> EngineError:
     return EngineError(
-        "the server shows no metrics of FluxMoE",
+        "the server has no FluxMoE metrics",
         where=f"{base}/metrics",
-        fix="start it with `fluxmoe serve`, and without disable-log-stats",
+        fix="start it with `fluxmoe serve` and without disable-log-stats",
     )
 
 
@@ -145,7 +145,7 @@ def read(text: str, url: str) -> Snapshot:
     """Parse a snapshot from the text of a server's ``/metrics``.
 
     Raises:
-        EngineError: The text is not in Prometheus' format, or lacks FluxMoE's metrics.
+        EngineError: The text is not in Prometheus format or lacks FluxMoE metrics.
     """
     sums: dict[str, float] = defaultdict(float)
     labelled: dict[tuple[str, ...], float] = defaultdict(float)
@@ -217,12 +217,12 @@ def _decision(labels: Mapping[str, str], value: float) -> Decision:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Changes between two snapshots, or since the server's start.
+    """Changes between two snapshots, or since the server started.
 
     Attributes:
-        seconds: Seconds between them; 0 if unknown, then rates per second are 0, too.
+        seconds: Time between them in seconds; 0 if unknown, in which case rates are 0 as well.
         hit_rate, prefix_rate: Fractions from 0 to 1; None if nothing was looked up.
-        token_ms: Mean milliseconds between two tokens of a request; None if there was none.
+        token_ms: Mean milliseconds between two tokens of a request; None if there were none.
         tokens_per_s, loaded_per_s: Tokens and bytes per second.
         stall_share: Fraction of the time that layers waited for pages.
     """
@@ -237,9 +237,9 @@ class Rates:
 
 
 def rates(now: Snapshot, before: Snapshot | None = None, seconds: float = 0.0) -> Rates:
-    """Compare two snapshots, ``seconds`` apart; without ``before``: since the start.
+    """Compare two snapshots ``seconds`` apart; without ``before``, compute rates since startup.
 
-    If the server was restarted in between, counts are from its start.
+    If the server was restarted in between, counts are from its restart.
     """
 
     def change(field: str) -> float:

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from fluxmoe.cli import output, top
+from fluxmoe.cli import top
+from fluxmoe.cli.shared import output
 from fluxmoe.observe import snapshot
 from tests.commandline import command, fails, succeeds
 from tests.web import served
@@ -206,7 +207,7 @@ def test_it_watches_until_told_to_stop_and_waits_for_a_server_that_is_gone(serve
     def gone(url):
         from fluxmoe.errors import EngineError
 
-        raise EngineError("no server answers: gone")
+        raise EngineError("no response from the server: gone")
 
     monkeypatch.setattr("time.sleep", sleep)
     succeeds("top", url)
@@ -218,12 +219,18 @@ def test_it_watches_until_told_to_stop_and_waits_for_a_server_that_is_gone(serve
 
 
 def test_what_does_not_answer_as_it_should(serve):
-    fails("top", "http://127.0.0.1:9", "--once", code="FM405", message="no server answers.*serve")
-    fails("top", "http://127.0.0.1:9", code="FM405", message="no server answers")
+    fails(
+        "top",
+        "http://127.0.0.1:9",
+        "--once",
+        code="FM405",
+        message="no response from the server.*serve",
+    )
+    fails("top", "http://127.0.0.1:9", code="FM405", message="no response from the server")
     fails("top", "x y", "--json", code="FM101", message="not a valid server address: 'x y'")
     fails("top", "ftp://host", "--json", code="FM101", message="not a valid server address")
     stock = b"# TYPE x gauge\nx 1\n"
-    fails("top", serve(stock), "--once", code="FM405", message="no metrics of FluxMoE.*serve")
+    fails("top", serve(stock), "--once", code="FM405", message="has no FluxMoE metrics.*serve")
     fails("top", serve(b"<html>hello there</html>"), "--once", code="FM405", message="")
     fails("top", serve(b"", status=401), "--once", code="FM405", message="status 401")
     fails("top", serve(b"\xff\xfe"), "--once", code="FM405", message="")

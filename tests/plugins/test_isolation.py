@@ -48,7 +48,7 @@ BROKEN = {
     "not a policy": (HOOK + "    register('x', int)", "'x' is not a policy class"),
     "clash with a built-in": (HALF, "policy 'lru' is already registered by fluxmoe"),
     "twice the same name": (MRU + '    register("NAME", MostRecentlyUsed)', "already registered"),
-    "newer api": ("fluxmoe_plugin_api = 99\n" + MRU, "plugin API 99, this is 1"),
+    "newer api": ("fluxmoe_plugin_api = 99\n" + MRU, "plugin API 99; this FluxMoE has 1"),
     "no api": ("fluxmoe_plugin_api = '1.0'\n" + MRU, "fluxmoe_plugin_api is '1.0'"),
 }
 
@@ -187,7 +187,7 @@ def test_what_the_allow_list_leaves_out_is_shown(pony, monkeypatch):
 def test_a_policy_that_cannot_be_made_is_refused_before_anything_starts(tmp_path, body, message):
     source = MRU.replace("    def score", f"{body}\n    def score")
     registry = plugins.load([write(tmp_path / "p.py", source, name="mine")])
-    with pytest.raises(PluginLoadError, match="eviction policy 'mine' cannot be made: ") as info:
+    with pytest.raises(PluginLoadError, match="eviction policy 'mine' cannot be created: ") as info:
         registry.create("eviction", "mine")
     assert message in info.value.what
 
@@ -231,8 +231,8 @@ def test_an_older_api_works_for_a_while_with_a_warning(caplog):
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        (4, "plugin API 4, this is 3; plugin pony; upgrade fluxmoe"),
-        (1, "plugin API 1, the oldest that works is 2; plugin pony; use a newer version"),
+        (4, "plugin API 4; this FluxMoE has 3; plugin pony; upgrade fluxmoe"),
+        (1, "plugin API 1; the oldest supported is 2; plugin pony; use a newer version"),
         (0, "fluxmoe_plugin_api is 0"),
         (True, "fluxmoe_plugin_api is True"),
         ("2", "fluxmoe_plugin_api is '2'"),

@@ -280,7 +280,7 @@ def test_c4_an_engine_tells_what_it_pages(eager: ChildEngine) -> None:
     assert said["slots"] == f"{stats['slots']} of 64 pages, in 1 bank"
     assert said["eviction"] == f"lru (FluxMoE {__version__})"
     assert said["arbitration"] == f"fixed (FluxMoE {__version__})"
-    assert f"up to {blocks} blocks, {blocks * 32:,} tokens" in said["KV cache"]
+    assert f"{blocks} blocks, which hold {blocks * 32:,} tokens; a request " in said["KV cache"]
     assert said["stores"] == "host: 3.0 MiB"
     assert said["control"].startswith("/v1/fluxmoe/limits on this server")
     assert "note" not in said  # a token uses just as many

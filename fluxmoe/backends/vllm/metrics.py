@@ -1,7 +1,7 @@
-"""FluxMoE's metrics on vLLM's ``/metrics``, and their way there (docs/reference/metrics.md).
+"""FluxMoE's metrics on vLLM's ``/metrics``, and their transport (docs/reference/metrics.md).
 
-A worker reads its sizes and counters after every step and sends the *changes*. Changes, of gauges
-too, can be added up over steps and workers without knowing their meaning.
+A worker reads its sizes and counters after each step and sends the *changes*. Changes, even of
+gauges, can be summed over steps and workers without knowing their meaning.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fluxmoe.core.types import AGES
 Samples = dict[str, dict[tuple[str, ...], float]]
 #: A metric's name and the values of its own labels.
 Series = tuple[str, tuple[str, ...]]
-#: Values in the order of their series. A source read in every step returns the same list of series
-#: each time, because building a dictionary with such keys would dominate the cost.
+#: Values in the order of their series. A source that is read in every step always returns the same
+#: list of series, because building a dictionary with such keys would dominate the cost.
 Readings = tuple[list[Series], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric: name, kind, help, and own labels (vLLM adds the model's and the engine's).
+    """A metric: name, kind, help text, and its own labels (vLLM adds those of model and engine).
 
-    The samples of a histogram are its buckets, labelled by their upper ends, and its ``sum``.
+    The samples of a histogram are its buckets, labelled by upper bound, and its ``sum``.
     """
 
     name: str
@@ -155,7 +155,7 @@ METRICS = (
     Metric("fluxmoe_expert_pages", "gauge", "Expert pages of the model."),
 )
 
-#: Metrics whose sources restart at zero when the pager is reset.
+#: Metrics whose sources restart from zero when the pager is reset.
 _COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind != "gauge")
 #: Upper bounds of the age buckets, in events.
 BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
@@ -166,7 +166,7 @@ class Meter:
 
     Args:
         source: Returns the current samples.
-        every: Read the source only on every Nth call.
+        every: Read the source only on every N-th call.
     """
 
     def __init__(self, source: Callable[[], Readings], *, every: int = 1) -> None:
@@ -176,14 +176,14 @@ class Meter:
         self._asked = 0
 
     def take(self) -> Samples:
-        """The changes; first all samples, zeros included, so that every series exists."""
+        """Return the changes; first all samples, including zeros, so that every series exists."""
         self._asked += 1
         if (self._asked - 1) % self._every:
             return {}
         series, values = self._source()
         changes: Samples = {}
         if series is self._series:
-            if values == self._values:  # as on the scheduler's side in most steps
+            if values == self._values:  # the case on the scheduler's side in most steps
                 return changes
             for (name, labels), value, before in zip(series, values, self._values, strict=True):
                 if value != before:
@@ -195,13 +195,13 @@ class Meter:
                 before = last.pop((name, labels), 0.0)
                 if value != before or not known:
                     changes.setdefault(name, {})[labels] = value - before
-            for (name, labels), before in last.items():  # gone
+            for (name, labels), before in last.items():  # removed series
                 changes.setdefault(name, {})[labels] = -before
         self._series, self._values = series, values
         return changes
 
     def restarted(self) -> None:
-        """Account for a reset of the source's counters to zero; those shown continue."""
+        """Account for a reset of the source's counters to zero; exported values continue."""
         self._values = [
             0 if name in _COUNTERS else value
             for (name, _), value in zip(self._series, self._values, strict=True)
@@ -209,7 +209,7 @@ class Meter:
 
 
 def add(total: Samples, changes: Samples) -> None:
-    """Add changes, of another worker or of a later step, to ``total``."""
+    """Add changes from another worker or a later step to ``total``."""
     for name, samples in changes.items():
         mine = total.setdefault(name, {})
         for labels, change in samples.items():
@@ -217,7 +217,7 @@ def add(total: Samples, changes: Samples) -> None:
 
 
 def summary(changes: Samples) -> dict[str, str]:
-    """One interval as text, for vLLM's log."""
+    """Format one interval as text for vLLM's log."""
     total = {name: sum(samples.values()) for name, samples in changes.items()}
     hits, misses = (total.get(f"fluxmoe_expert_{what}_total", 0) for what in ("hits", "misses"))
     rate = {"expert hit rate": f"{hits / (hits + misses):.1%}"} if hits + misses else {}

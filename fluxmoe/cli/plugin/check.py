@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, items
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, items
 
 if TYPE_CHECKING:
     from fluxmoe.plugins import PolicySpec, Registration, Registry
@@ -25,8 +25,8 @@ class Verdict:
     """The result for one policy or codec.
 
     Attributes:
-        misses: Golden trace → misses at half of its pages, with those of built-in policies;
-            eviction policies only.
+        misses: Golden trace → misses at half of its pages, with those of built-in policies; only
+            for eviction policies.
     """
 
     kind: str
@@ -52,7 +52,7 @@ def check(
         typer.Option(
             metavar="NAME:OPTION=VALUE",
             callback=items,
-            help="Check only these, with these options: a list.",
+            help="Check only these, with these options; comma-separated or repeated.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -85,16 +85,17 @@ def check(
 def _wanted(
     registrations: list[Registration], asked: list[str], plugin: str
 ) -> list[tuple[Registration, PolicySpec]]:
-    """The registrations to check, each with its specification."""
+    """List the registrations to check, each with its specification."""
     from fluxmoe.cli.simulate import spec
     from fluxmoe.errors import ConfigError
+    from fluxmoe.plugins import name_of
 
     if not asked:
         return [(registration, registration.name) for registration in registrations]
     found = []
     for text in asked:
         made = spec(text)
-        name = made if isinstance(made, str) else made["kind"]
+        name = name_of(made)
         matching = [registration for registration in registrations if registration.name == name]
         if not matching:
             raise ConfigError(
@@ -157,7 +158,7 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _lines(data: list[dict[str, Any]]) -> Iterator[dict[str, object]]:
-    """A row for each rule, and for each policy's misses on each golden trace."""
+    """Yield a row for each rule, and for each policy's misses on each golden trace."""
     for verdict in data:
         named = {"kind": verdict["kind"], "name": verdict["name"]}
         for rule in verdict["rules"]:

@@ -1,7 +1,7 @@
 """FluxMoE's metrics in the process that serves ``/metrics``.
 
-The histograms of ``prometheus_client`` count one value per call, too slow for thousands per step;
-those here take buckets that were counted elsewhere.
+The histograms of ``prometheus_client`` count one value per call, which is too slow for thousands
+per step; those here accept precomputed buckets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fluxmoe.backends.vllm.metrics import BUCKETS, METRICS, PASSING, Metric
 
 
 class Histograms(Collector):
-    """All histograms of one process, per engine.
+    """All histograms of one process, by engine.
 
     Args:
         metrics: The histograms' metrics.
@@ -40,14 +40,14 @@ class Histograms(Collector):
     def add(
         self, name: str, engine: Sequence[object], changes: Mapping[tuple[str, ...], float]
     ) -> None:
-        """Add to the buckets of one engine, given by its values of vLLM's labels."""
+        """Add to the buckets of one engine, identified by its values of vLLM's labels."""
         with self._lock:
             counts = self._counts[name].setdefault(tuple(map(str, engine)), {})
             for (bucket,), change in changes.items():
                 counts[bucket] = counts.get(bucket, 0) + change
 
     def collect(self) -> Iterable[HistogramMetricFamily]:
-        """The current histograms; without series until something was added."""
+        """Yield the current histograms, without series until values are added."""
         with self._lock:
             for metric in self._metrics:
                 family = HistogramMetricFamily(metric.name, metric.help, labels=self._labelnames)
@@ -60,12 +60,12 @@ class Histograms(Collector):
                 yield family
 
 
-#: Collectors of this process, so that a second engine in it can replace them, like vLLM's.
+#: Collectors of this process, which a second engine in it replaces, as in vLLM.
 _collectors: list[Any] = []
 
 
 class PagingProm(KVConnectorPromMetrics):
-    """The metrics in the process that serves ``/metrics``, per engine."""
+    """The metrics in the process that serves ``/metrics``, by engine."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class PagingProm(KVConnectorPromMetrics):
             }
             if metric.kind == "counter":
                 shown = self._counter_cls(**options)
-            else:  # with several server processes, each sees a part of the changes
+            else:  # with several server processes, each gets part of the changes
                 shown = self._gauge_cls(**options, multiprocess_mode="sum")
             self._metrics[metric.name] = shown
             _collectors.append(shown)

@@ -1,4 +1,4 @@
-"""A worker's side of the connector: metrics, orders of the scheduler, reports of demand."""
+"""A worker's side of the connector: metrics, the scheduler's orders, demand reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxmoe.core.arbitration.messages import Answer, Inventory, OperatorLimits,
 from fluxmoe.core.arbitration.moves import MoveWorker
 from fluxmoe.errors import InvariantError
 
-#: Steps between readings of the histograms, which have many buckets and are not urgent.
+#: Steps between reads of the histograms, which have many buckets and are not urgent.
 AGES_EVERY = 32
 
 
@@ -41,7 +41,7 @@ class WorkerSide:
         return self._moves.done
 
     def inventory(self) -> Inventory | None:
-        """The inventory for the scheduler; None if the split is fixed."""
+        """Inventory for the scheduler; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
 
     @property
@@ -71,7 +71,7 @@ class WorkerSide:
         return changes
 
     def restarted(self) -> None:
-        """Account for a reset of the pager: its counters are zero, earlier reports stand."""
+        """Account for a reset of the pager: its counters are zero, earlier reports remain valid."""
         for meter in self._meters:
             meter.restarted()
         if self._demand is not None:

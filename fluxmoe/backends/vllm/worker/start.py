@@ -52,9 +52,7 @@ def log(
             model=vllm_config.model_config.model,
             top_k=top_k,
             dynamic=runtime.dynamic,
-            policies={
-                kind: registry.source(kind, policy["kind"]) for kind, policy in chosen.items()
-            },
+            policies={kind: registry.source(kind, policy) for kind, policy in chosen.items()},
             store_bytes=runtime.store.nbytes,
             more=more,
         )
