@@ -126,6 +126,7 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     assert before.expert_bytes + before.kv_bytes > 2 << 20
     assert "limits set by the operator" in snapshot.fetch(server.url).decisions[-1].reason
     assert "budget 2MiB" in fluxmoe("limit", server.url)[1]
+    assert snapshot.fetch(server.url).limits == {"budget.max": 2 << 20}  # C7
 
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "1B")
     assert code == 2 and "kv.max; give" in err
@@ -133,6 +134,8 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     assert code == 2 and "kv.max: not a valid size" in err
     assert fluxmoe("limit", server.url, "--reset")[0] == 0
     assert "limits: none" in fluxmoe("limit", server.url)[1]
+    eventually(lambda: snapshot.fetch(server.url).limits == {})
+    assert "GET /metrics" not in server.log.read_text()
 
 
 def test_limits_while_the_server_is_busy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
