@@ -47,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: policies and the simulator do not need torch.
+    # Imported on first use, because policies and the simulator do not need torch.
     if name not in ("load", "page"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

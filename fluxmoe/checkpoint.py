@@ -1,7 +1,7 @@
 """Checks of a checkpoint's files that take milliseconds, before an engine spends minutes.
 
-Headers, sizes and names are checked, not the weights themselves: a file whose values were changed
-in place loads without an error, as it does elsewhere.
+Only headers, sizes and names are checked: a file whose weights were modified in place loads without
+an error, as it does elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 #: Keys under which a multi-part model describes the part with experts, outermost first.
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
-#: vLLM's load formats that read safetensors files if present.
+#: Load formats of vLLM that read safetensors files if present.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -50,13 +50,13 @@ class Tensor(NamedTuple):
 
 
 def require_readable(model: str) -> None:
-    """Refuse a model that cannot be loaded. Names on a hub are left to the code that loads them.
+    """Reject a model that cannot be loaded. Hub names are left to the code that loads them.
 
     Args:
         model: A folder, or the name of a model on a hub (``organisation/name``).
 
     Raises:
-        CheckpointError: Names the file and its problem.
+        CheckpointError: A file is missing, damaged or incomplete.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -70,12 +70,12 @@ def require_readable(model: str) -> None:
 
 
 def is_hub_name(model: str) -> bool:
-    """True if a text can be the name of a model on a hub: ``name`` or ``organisation/name``."""
+    """True if ``model`` can be the name of a model on a hub: ``name`` or ``organisation/name``."""
     return _HUB_NAME.fullmatch(model) is not None
 
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
-    """The cached folder of a model on the hub if it exists, else the name unchanged."""
+    """Return the cached folder of a hub model if it exists, else the name unchanged."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(model).exists() or not is_hub_name(model):
@@ -85,7 +85,7 @@ def downloaded(model: str, revision: str | None = None, cache: str | None = None
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a ``config.json`` about the language model, which may be one among several."""
+    """Return the language model's part of a ``config.json``, which may describe several models."""
     for key in _PARTS:
         if isinstance(part := config.get(key), Mapping):
             config = {**config, **part}
@@ -93,7 +93,7 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def weight_bytes(model: str) -> int:
-    """The total size of a checkpoint's weight files in bytes.
+    """Sum the sizes of a checkpoint's weight files, in bytes.
 
     Raises:
         ConfigError: ``model`` is not a folder with such files.
@@ -104,7 +104,7 @@ def weight_bytes(model: str) -> int:
         raise ConfigError(
             f"auto needs the size of the weights; {model} is not a folder with safetensors files",
             where="memory.budget",
-            fix="give a size such as 24GiB, or a folder as the model",
+            fix="set a size such as 24GiB, or use a folder as the model",
         )
     return sum(path.stat().st_size for path in files)
 
@@ -119,7 +119,7 @@ def _config(folder: Path) -> dict[str, Any]:
         )
     config = read_map(path)
     if "model_type" not in config:
-        raise CheckpointError("it names no model_type", where=str(path))
+        raise CheckpointError("no model_type", where=str(path))
     return config
 
 
@@ -171,7 +171,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
             promised = {tensor for tensor, file in listed.items() if file == path.name}
             if missing := promised - there.keys():
                 raise CheckpointError(
-                    f"it has no {min(missing)}, which {_INDEX} promises",
+                    f"{min(missing)} is missing, but listed in {_INDEX}",
                     where=str(path),
                     fix="download or copy it again",
                 )
@@ -181,41 +181,41 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
 
 
 def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and type of each tensor of a file, whose header must describe all its bytes."""
+    """List name, shape and dtype of each tensor in a file; its header must cover all bytes."""
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"the file is missing, but {_INDEX} names it",
+            f"the file is missing, but listed in {_INDEX}",
             where=str(path),
             fix="download or copy it",
         ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"it is damaged or cut off: {error}", where=str(path), fix="download or copy it again"
+            f"damaged or truncated: {error}", where=str(path), fix="download or copy it again"
         ) from error
 
 
 def read_map(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a map, such as ``config.json``. Raises CheckpointError."""
+    """Read a JSON file with an object, such as ``config.json``. Raises CheckpointError."""
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict):
-        raise CheckpointError("it holds no JSON object", where=str(path))
+        raise CheckpointError("not a JSON object", where=str(path))
     return data
 
 
 def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name, shape and size of every weight of a checkpoint, from the headers of its files.
+    """Yield name, shape and size of every weight in a checkpoint, from its file headers.
 
     Raises:
-        QuantisedError: Experts of a type that cannot be paged.
+        QuantisedError: The experts have a dtype that cannot be paged.
     """
     for path, key, shape, dtype in _tensors(folder):
         if dtype not in _BYTES and ".experts." in key:
@@ -244,7 +244,7 @@ def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
     """Refuse a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
 
     Raises:
-        QuantisedError: Names the method, and the first expert tensor that is quantised.
+        QuantisedError: The checkpoint is quantised.
     """
     settings = text_part(config).get("quantization_config")
     tensor = _quantised_tensor(Path(model)) if Path(model).is_dir() else ""
@@ -264,7 +264,7 @@ def _quantised_tensor(folder: Path) -> str:
 
 
 def quantised(what: str, where: str) -> QuantisedError:
-    """The error for quantised experts, described by ``what``."""
+    """Make the error for quantised experts, described by ``what``."""
     return QuantisedError(
         f"{what}, and quantised experts cannot be paged yet",
         where=where,

@@ -1,7 +1,7 @@
 """Sizes of a model for planning, from its config.json and the headers of its weights.
 
-No weight is read. If a folder has no weights, or a name on a hub is given, the sizes are those of
-the parameters that ``transformers`` would create.
+No weights are read. For a folder without weights, or a hub name, the sizes are those of the
+parameters that ``transformers`` would create.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class Model:
     """Sizes of a mixture-of-experts model. All sizes are in bytes.
 
     Attributes:
-        name: The name given by the user.
+        name: Name as given by the user.
         architecture: The configuration's ``model_type``.
         layers: Number of layers; ``moe_layers`` of them have experts.
         experts: Number of experts per layer, of which a token uses ``top_k``.
         page_bytes: Bytes of one expert.
         other_bytes: Bytes of all other weights, which are outside the budget.
-        read_bytes: Bytes of them read by a step (all except the rows of an embedding).
-        weight_bytes: Bytes of one weight of an expert.
+        read_bytes: Bytes of them that a step reads (all except embedding rows).
+        weight_bytes: Bytes of one expert weight.
         kv_bytes: Bytes of KV cache per token in the layers that keep all tokens.
-        window_bytes, window: The same in the layers that keep the last ``window`` tokens.
-        longest: Maximum number of tokens of a request; 0 if unknown.
+        window_bytes, window: The same in layers that keep the last ``window`` tokens.
+        longest: Maximum number of tokens per request; 0 if unknown.
     """
 
     name: str
@@ -75,21 +75,21 @@ class Model:
         return self.pages * self.page_bytes
 
     def request_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache of a request with ``tokens`` tokens."""
+        """Bytes of KV cache for a request with ``tokens`` tokens."""
         return self.kv_bytes * tokens + self.window_bytes * min(tokens, self.window)
 
 
 def read(name: str) -> Model:
-    """The sizes of a model.
+    """Read the sizes of a model.
 
     Args:
-        name: A folder with a ``config.json``, with or without weights, or a name on a hub.
+        name: A folder with a ``config.json``, with or without weights, or a hub name.
 
     Raises:
         CheckpointError, ConfigError: The model cannot be read.
         NoExpertsError: The model has no experts.
         UnsupportedError: The architecture is unknown, or the experts cannot be paged.
-        MissingDependencyError: There are no local weights, and ``transformers`` is not installed.
+        MissingDependencyError: There are no local weights and ``transformers`` is not installed.
     """
     folder = Path(name)
     if folder.is_dir() and weight_files(folder):
@@ -104,17 +104,17 @@ def read(name: str) -> Model:
             "there is no config.json", where=name, fix="name the folder of a checkpoint"
         )
     if not folder.exists():
-        require_readable(name)  # distinguishes a name on a hub from a wrong path
+        require_readable(name)  # distinguishes a hub name from a wrong path
     return _describe(name, *_parameters(name))
 
 
 def of_checkpoint(folder: Path) -> Model:
-    """The sizes of a model from its readable files. Raises as ``read``."""
+    """Read the sizes of a model from its files. Raises as ``read``."""
     return _describe(str(folder), read_map(folder / "config.json"), dict(headers(folder)))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model's configuration, and its parameters created without memory."""
+    """Load a model's configuration, and create its parameters without memory."""
     try:
         import torch
         import transformers
@@ -203,7 +203,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, int, int]:
-    """Bytes per token in layers that keep all tokens and in those with a window, and the window."""
+    """Compute bytes per token in layers without and with a window, and the window."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if not kinds:
         every = config.get("full_attention_interval") or config.get("attn_layer_period") or 1
@@ -224,7 +224,7 @@ def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, i
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """The value of the first of these keys that exists; a list has one number per layer."""
+    """Get the value of the first existing key; a list has one number per layer."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, list) and value:

@@ -1,7 +1,7 @@
-"""Sizes in bytes as text, both ways: ``parse`` reads what users write, the others print.
+"""Sizes in bytes as text: ``parse`` reads user input, the other functions print.
 
 YAML, command line, Python and HTTP all use ``parse``, so all accept and refuse the same text.
-Messages and tables show sizes in units by ``shown``; what a user can copy is from ``exact`` or
+Messages and tables show sizes in units by ``shown``; text for users to copy is made by ``exact`` or
 ``at_least``.
 """
 
@@ -13,13 +13,13 @@ from fractions import Fraction
 
 from fluxmoe.words import line
 
-#: A size as text, anchored at both ends; without flags, as the JSON schema uses it too.
+#: A size as text, anchored at both ends. Without flags, because the JSON schema uses it too.
 PATTERN = (
     r"^\s*([0-9]*\.?[0-9]+)\s*"
     r"(([kKmMgGtTpPeE])([iI]?)([bB]([iI][tT])?)?|[bB]([iI][tT])?)?\s*$"
 )
 VALID = "bytes, or a number with a unit such as 24GiB, 512MiB, 24Gi"
-#: Larger than any machine's memory, and fits in 64 bits.
+#: Exceeds any machine's memory and fits in 64 bits.
 LARGEST = 2**63 - 1
 
 _SIZE = re.compile(PATTERN)
@@ -30,19 +30,19 @@ _SHORT = 7
 
 
 def parse(value: object) -> int:
-    """A size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
+    """Parse a size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
 
-    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in either case. With a unit, a
-    remaining fraction of a byte is dropped.
+    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in upper or lower case. With a
+    unit, fractions of a byte are dropped.
 
     Raises:
-        ValueError: One line that says what was found and what is valid.
+        ValueError: Not a valid size; the message is one line.
     """
     size = _text(value) if isinstance(value, str) else _number(value)
     if size is None or size < 0:
         raise _invalid(value)
     if size > LARGEST:
-        raise _invalid(value, ", which is beyond 8EiB")
+        raise _invalid(value, ", which exceeds 8EiB")
     return size
 
 

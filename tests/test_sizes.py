@@ -101,7 +101,7 @@ def test_refused(door, value):
         ("50%", "not a valid size: '50%', a percentage (valid: bytes, or a number with a unit "
                 "such as 24GiB, 512MiB, 24Gi)"),
         ("1.5", "'1.5', a fraction of a byte (valid"),
-        ("9EiB", "'9EiB', which is beyond 8EiB (valid"),
+        ("9EiB", "'9EiB', which exceeds 8EiB (valid"),
         ("24,5MiB", "'24,5MiB' (valid"),
         (True, "True (valid"),
     ],

@@ -200,7 +200,7 @@ def refused(hook) -> str:
 )
 def test_names_of_policies(name):
     said = refused(lambda register: register(name, Evicts))
-    assert "is not a name" in said and fit(said, 2 * LIMIT)
+    assert "not a valid name" in said and fit(said, 2 * LIMIT)
 
 
 def test_what_plugins_say_when_they_are_loaded():

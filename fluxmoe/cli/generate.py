@@ -1,4 +1,4 @@
-"""``fluxmoe generate``: one prompt through a paged model, with the cost of paging."""
+"""``fluxmoe generate``: run one prompt through a paged model and show the cost of paging."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A request to either backend; ``settings`` are those of ``config``."""
+    """A request to either backend; ``settings`` is a configuration."""
 
     model: str
     prompt: list[int]
@@ -40,7 +40,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A backend's answer; ``stats`` are those of ``Runtime.stats``."""
+    """A backend's answer; ``stats`` comes from ``Runtime.stats``."""
 
     tokens: list[int]
     seconds: float
@@ -69,7 +69,7 @@ def generate(
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue one prompt with greedy decoding, and print text and statistics."""
+    """Continue one prompt with greedy decoding; print the text and statistics."""
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
@@ -82,7 +82,7 @@ def generate(
         "prefetch": prefetch,
         "plugins": plugin or [],
     }
-    # Raises their errors before the model is loaded.
+    # Raises configuration errors before the model is loaded.
     parsed = config.parse(settings, where="fluxmoe generate")
     registry = plugins.load(parsed.plugins)
     registry.check(parsed)
@@ -130,7 +130,7 @@ def _torch(task: _Task) -> _Answer:
             attention_mask=torch.ones(1, len(task.prompt), dtype=torch.int64),
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
-            pad_token_id=0,  # one sequence is never padded; a number keeps transformers silent
+            pad_token_id=0,  # one sequence is never padded; avoids a warning of transformers
         )[0, len(task.prompt) :].tolist()
         return _Answer(tokens, time.perf_counter() - started, paged.stats())
 

@@ -36,7 +36,7 @@ def limit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set limits on a running server's memory split; limits not given are removed.
+    """Set limits on a running server's memory split; omitted limits are removed.
 
     Without options, show the current limits. The server must run with control: true.
     """
@@ -56,7 +56,7 @@ def limit(
         )
     body = None
     if wanted or reset:
-        # Also checked here, so that a mistyped size is reported without a server.
+        # Also checked here, so that an invalid size is reported without a server.
         body = config.parse_limits({} if reset else wanted, where="limits").model_dump(mode="json")
     base = server.address(url)
     key = api_key or os.environ.get("VLLM_API_KEY")
@@ -69,7 +69,7 @@ def limit(
             output.print_json(told)
         else:
             _print(told)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise EngineError(
             "the answer is not FluxMoE's", where=base, fix="give the address of a vLLM server"
         ) from error
@@ -109,6 +109,6 @@ def _refused(status: int, answer: bytes, base: str) -> Exception:
         )
     try:
         said = str(json.loads(answer)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         said = f"the server answered with status {status}"
     return ConfigError(said, where=where) if status == 400 else EngineError(said, where=where)

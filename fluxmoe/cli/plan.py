@@ -1,4 +1,4 @@
-"""``fluxmoe plan``: what fits a memory budget, the best split, and whether paging pays."""
+"""``fluxmoe plan``: estimate the best split of a memory budget and the benefit of paging."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from fluxmoe import sizes
 from fluxmoe.cli.shared import output, table
 from fluxmoe.cli.shared.hardware import HERE, profile_of
-from fluxmoe.cli.shared.options import AsCsv, AsJson
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 
 if TYPE_CHECKING:
     from fluxmoe.dimensions import Model
@@ -49,17 +49,21 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Show what fits, which split is best, and whether paging pays, without loading the model."""
+    """Show the best split of a budget and the benefit of paging, without loading the model."""
     from fluxmoe import dimensions as models
+    from fluxmoe.arguments import require_new
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
     from fluxmoe.plan import picture as pictures
     from fluxmoe.sim.events import Events
 
     budget = size(memory, where="--memory")
+    if picture is not None:
+        require_new(picture, replace=force)
     shape = models.read(model)
     profile = profile_of(hardware)
     work = cost.PlannedWorkload(_tokens(context, shape), requests)
@@ -100,7 +104,7 @@ def _as_json(plan: Plan) -> dict[str, object]:
 
 
 def _lines(plan: Plan) -> list[dict[str, object]]:
-    """The points of the curve, and the named ones."""
+    """List the points of the curve and the named ones."""
     points = {"": plan.curve, **{name: (point,) for name, point in _named(plan)}}
     return [{"split": name, **asdict(point)} for name in points for point in points[name]]
 
@@ -130,7 +134,7 @@ def _named(plan: Plan) -> list[tuple[str, Point]]:
 
 
 def _rows(plan: Plan) -> list[tuple[str, Point]]:
-    """Some splits from the curve, and the named ones."""
+    """Select some splits from the curve, and the named ones."""
     every = max(1, (len(plan.curve) - 1) // (_ROWS - 1))
     rows = {point.resident_pages: ("", point) for point in plan.curve[::every]}
     names: dict[int, list[str]] = {}

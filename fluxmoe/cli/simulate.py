@@ -11,7 +11,7 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.cli.shared import output, table
-from fluxmoe.cli.shared.options import AsCsv, AsJson, Plugins, items
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force, Plugins, items
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def simulate(
     plugin: Plugins = None,
     contain: Annotated[
         bool,
-        typer.Option("--contain", help="Let LRU answer where a policy fails, as in an engine."),
+        typer.Option("--contain", help="Fall back to LRU when a policy fails, as in an engine."),
     ] = False,
     hardware: Annotated[
         str | None,
@@ -60,6 +60,7 @@ def simulate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a report: curves and a table.")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
@@ -68,11 +69,14 @@ def simulate(
     A policy that fails ends the command with exit code 2: its counts would not be its own.
     """
     from fluxmoe import plugins
+    from fluxmoe.arguments import require_new
     from fluxmoe.cli.shared.hardware import profile_of
     from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
     from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
+    if report is not None:
+        require_new(report, replace=force)
     registry = plugins.load(plugin or ())
     profile = None if hardware is None else profile_of(hardware)
     events = Events.load(trace)
@@ -115,7 +119,7 @@ def _warn_of_cycle(outcomes: list[Outcome], events: Events) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A temporary progress bar on standard error, if that is a terminal."""
+    """Show a temporary progress bar on standard error if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -129,7 +133,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def spec(text: str) -> PolicySpec:
-    """Parse ``name`` or ``name:option=value:…`` into the form the registry takes."""
+    """Parse ``name`` or ``name:option=value:…`` into the form the registry accepts."""
     name, *settings = text.split(":")
     if not settings:
         return name

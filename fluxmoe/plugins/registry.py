@@ -1,4 +1,4 @@
-"""The registry of policies and codecs, and the status of every plugin."""
+"""The registry of policies and codecs, and the status of each plugin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
-from fluxmoe.core.policy.paging import EvictionPolicy, Policies
+from fluxmoe.core.policy.paging import EvictionPolicy, Policies, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,
@@ -25,10 +25,11 @@ from fluxmoe.errors import (
 )
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
-from fluxmoe.words import line
+from fluxmoe.words import class_name, line
 
-#: A policy in a configuration or a command line: ``lru`` or ``{kind: lru, option: value}``.
-PolicySpec = str | Mapping[str, Any]
+#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a class or an instance of a policy
+#: can take the place of the name.
+PolicySpec = str | Mapping[str, Any] | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 Origin = Literal["built in", "installed", "named"]
 
@@ -42,7 +43,7 @@ class Plugin:
         origin: Source of the plugin; ``named``: on the command line or in the configuration.
         version: Version of its distribution, or its module's ``__version__``; may be empty.
         status: ``ok``, ``broken``, or ``left out`` by the allow-list.
-        problem: The reason if it is not ``ok``.
+        problem: The reason if not ``ok``.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Registration:
         return line(doc.strip().partition("\n")[0]) if isinstance(doc, str) else ""
 
     def create(self, options: Mapping[str, Any]) -> Any:
-        """Create a policy or codec with checked options. Raises PluginLoadError."""
+        """Create a policy or codec with validated options. Raises PluginLoadError."""
 
         def made() -> Any:
             policy = self.factory(**options)
@@ -78,9 +79,9 @@ class Registration:
 
         return checks.attempt(
             made,
-            f"{checks.noun(self.kind)} {self.name!r} cannot be made: ",
+            f"{checks.noun(self.kind)} {self.name!r} cannot be created: ",
             where=f"plugin {self.plugin}",
-            passed=FluxMoEError,  # such as a missing package
+            passed=FluxMoEError,  # e.g. for a missing package
         )
 
 
@@ -98,19 +99,19 @@ class Registry:
         self.plugins: list[Plugin] = []
 
     def __iter__(self) -> Iterator[Registration]:
-        """The policies."""
+        """Iterate over the policies."""
         return (made for made in self.everything() if made.kind != "codec")
 
     def everything(self) -> list[Registration]:
-        """Policies and codecs."""
+        """List policies and codecs."""
         return sorted(self._policies.values(), key=lambda r: (r.kind, r.name))
 
     def knows(self, plugin: object) -> bool:
-        """True if a plugin object or module has been added."""
+        """True if the plugin object or module has been added."""
         return self._manager.is_registered(plugin)
 
     def require(self, name: str) -> None:
-        """Raise PluginLoadError if the plugin of that name was found but is not in use."""
+        """Raise PluginLoadError if the plugin of this name was found but is not in use."""
         for plugin in self.plugins:
             if plugin.name == name and plugin.status != "ok":
                 problem = f"it is {plugin.status}: {plugin.problem}"
@@ -122,13 +123,13 @@ class Registry:
         """Register a plugin object or module with everything its hooks register, or nothing.
 
         Raises:
-            PluginLoadError: Its hooks raised, or registered something unusable.
+            PluginLoadError: A hook raised or registered something invalid.
         """
         if self._manager.has_plugin(name) or self.knows(plugin):
             raise PluginLoadError(
-                f"a plugin called {name!r} already exists",
+                f"a plugin named {name!r} already exists",
                 where=f"plugin {name}",
-                fix="name it once, or give its entry point another name",
+                fix="name it only once, or rename its entry point",
             )
         before = dict(self._policies)
         try:
@@ -177,7 +178,7 @@ class Registry:
         config_model: type[BaseModel] | None = None,
     ) -> None:
         if type(name) is not str or not name or line(name) != name:
-            raise PluginLoadError(f"{line(name, repr)} is not a name", where=f"plugin {plugin}")
+            raise PluginLoadError(f"not a valid name: {line(name, repr)}", where=f"plugin {plugin}")
         kind = checks.kind_of(factory, name, hook, plugin)
         known = self._policies.get((kind, name))
         if known is not None:
@@ -192,7 +193,7 @@ class Registry:
         return [name for k, name in sorted(self._policies) if k == kind]
 
     def get(self, kind: str, name: str) -> Registration:
-        """Raises UnknownPolicyError or UnknownCodecError, which list the known names."""
+        """Get a registration. Raises UnknownPolicyError or UnknownCodecError."""
         try:
             return self._policies[kind, name]
         except KeyError:
@@ -204,47 +205,58 @@ class Registry:
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 
+        A class of policies, instead of a name, is called with the options; an instance is reset.
+
         Raises:
             UnknownPolicyError, UnknownCodecError: The name is not registered.
-            ConfigError: An option is unknown or has a bad value.
-            PluginLoadError: Its factory failed.
+            ConfigError: An option is unknown or invalid.
+            PluginLoadError: The factory failed.
         """
         registration, options = self._chosen(kind, spec)
         return registration.create(options)
 
     def _chosen(self, kind: str, spec: PolicySpec) -> tuple[Registration, dict[str, Any]]:
-        options = {"kind": spec} if isinstance(spec, str) else dict(spec)
-        name = options.pop("kind", None)
-        if not isinstance(name, str):
+        options = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
+        chosen = options.pop("kind", None)
+        where = f"{kind} {name_of(spec)!r}"
+        if isinstance(chosen, str):
+            registration = self.get(kind, chosen)
+            return registration, checks.checked_options(registration.config_model, options, where)
+        made = chosen if isinstance(chosen, type) else type(chosen)
+        if kind == "codec" or not checks.is_policy(made, kind):
             raise ConfigError(
-                f"{spec!r} names no {'codec' if kind == 'codec' else 'policy'}",
+                f"{line(spec, repr)} names no {'codec' if kind == 'codec' else f'{kind} policy'}",
                 where=kind,
-                fix="write {kind: NAME, …}",
+                fix="write {kind: NAME, …}"
+                if kind == "codec"
+                else "write {kind: NAME, …}; in Python a class or instance of "
+                f"fluxmoe.{kind.capitalize()}Policy will do",
             )
-        registration = self.get(kind, name)
-        model, where = registration.config_model, f"{kind} {name!r}"
-        return registration, checks.checked_options(model, options, where)
+        factory = chosen if made is chosen else partial(_again, chosen)
+        if made is not chosen:
+            options = checks.checked_options(None, options, where)
+        return Registration(kind, name_of(chosen), factory, None, made.__module__), options
 
     def policies(self, config: Config) -> Policies:
-        """Create the paging policies of a configuration, for an engine.
+        """Create a configuration's paging policies for an engine.
 
         Raises:
             UnknownPolicyError, ConfigError, PluginLoadError: See ``create``.
-            NeedsFutureError: The eviction policy is an oracle: an engine cannot know the future.
+            NeedsFutureError: The eviction policy is an oracle, which an engine cannot run.
         """
         self.check(config)
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
         _refuse_oracle(eviction, config)
         prefetch = self.create("prefetch", config.prefetch)
-        return Policies(eviction, prefetch, config.eviction["kind"], config.prefetch["kind"])
+        return Policies(eviction, prefetch, name_of(config.eviction), name_of(config.prefetch))
 
     def arbitration(self, config: Config) -> ArbitrationPolicy:
-        """Create the arbitration policy of a configuration. Raises the errors of ``create``."""
+        """Create a configuration's arbitration policy. Raises the errors of ``create``."""
         policy: ArbitrationPolicy = self.create("arbitration", config.arbitration)
         return policy
 
     def check(self, config: Config) -> None:
-        """Check names and options of a configuration's policies and codecs; creates none of them.
+        """Validate names and options of a configuration's policies and codecs; creates none.
 
         For commands that start an engine, which creates them. Raises the errors of ``policies``,
         ``arbitration`` and ``create`` together, except those of factories.
@@ -259,11 +271,25 @@ class Registry:
         found.require()
 
 
+def name_of(spec: object) -> str:
+    """The name of a policy, or of its class, in messages and results."""
+    chosen = spec.get("kind") if isinstance(spec, Mapping) else spec
+    if isinstance(chosen, str):
+        return chosen
+    return line(class_name(chosen if isinstance(chosen, type) else type(chosen)))
+
+
+def _again(policy: Any) -> Any:
+    """An instance that may have been used before."""
+    policy.reset()
+    return policy
+
+
 def _refuse_oracle(policy: object, config: Config) -> None:
-    """Refuse an eviction policy, or a class of them, that needs the future."""
+    """Reject an eviction policy, or a policy class, that needs the future."""
     if getattr(policy, "needs_future", False) is True:
         raise NeedsFutureError(
-            f"eviction policy {config.eviction['kind']!r} needs to know the future",
+            f"eviction policy {name_of(config.eviction)!r} needs to know the future",
             where="eviction",
-            fix="it works in `fluxmoe simulate` only; choose another one to serve with",
+            fix="use it with `fluxmoe simulate` only; choose another one for serving",
         )

@@ -297,7 +297,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path):
 
 def test_ctrl_c():
     program = (
-        "from fluxmoe.cli import main, policies, output\n"
+        "from fluxmoe.cli import main\n"
         "import fluxmoe.plugins\n"
         "def load(extra): raise KeyboardInterrupt\n"
         "fluxmoe.plugins.load = load\n"

@@ -150,7 +150,7 @@ BAD = {
     "policy that is none": ({**SMALL, "eviction": 3}, "FM101", r"eviction: it.*map.*not 3.*name"),
     "nameless": ({**SMALL, "prefetch": {"depth": 1}}, "FM101", r"'depth': 1.*prefetch.*kind:"),
     "no options": (
-        {**SMALL, "eviction": {"kind": "lru", "k": 1}}, "FM101", r"'k'.*'lru'.*has no options",
+        {**SMALL, "eviction": {"kind": "lru", "k": 1}}, "FM101", r"'k'.*'lru'.*no options",
     ),
     "option": (
         {**SMALL, "eviction": {"kind": "lfru", "recent": 1}}, "FM101", r"'recent'.*: recency",

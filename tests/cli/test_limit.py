@@ -51,7 +51,7 @@ def test_what_is_sent_and_shown(door, monkeypatch):
 
 
 def test_what_is_refused(door):
-    fails("limit", "127.0.0.1:9", code="FM405", message="no server answers")
+    fails("limit", "127.0.0.1:9", code="FM405", message="no response from the server")
     fails("limit", "x y", code="FM101", message="not a valid server address")
     fails("limit", "--kv-min", "2MiB", "--kv-max", "1MiB", code="FM101", message="min must not")
     fails("limit", "--kv-min", "lots", code="FM101", message=r"kv\.min: not a valid size")

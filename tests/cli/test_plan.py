@@ -236,7 +236,7 @@ def test_what_is_refused(large, tmp_path):
     torn = checkpoints.write(tmp_path / "torn", "mixtral")
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    fails("plan", torn, *enough, code="FM406", message="damaged or cut off")
+    fails("plan", torn, *enough, code="FM406", message="damaged or truncated")
 
 
 @pytest.mark.parametrize(

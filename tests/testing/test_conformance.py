@@ -268,7 +268,7 @@ PREFETCH = [
     (spoilt(Prefetch, propose=lambda self, view: []), "declared", "cannot be called"),
     (spoilt(Prefetch, lead=1.5), "declared", "lead is 1.5"),
     (spoilt(Prefetch, lead=-1), "declared", "lead is -1"),
-    (spoilt(Prefetch, propose=lambda s, v, a: a.pages), "answers", "page of the running layer"),
+    (spoilt(Prefetch, propose=lambda s, v, a: a.pages), "answers", "page of the current layer"),
     (spoilt(Prefetch, propose=lambda s, v, a: [-1]), "answers", "outside"),
     (spoilt(Prefetch, propose=lambda s, v, a: [0.5]), "answers", "not a list of pages"),
     (spoilt(Prefetch, propose=lambda s, v, a: None), "answers", "None"),
@@ -380,7 +380,7 @@ def test_the_policies_own_randomness_must_come_from_the_view():
         def score(self, view, pages):
             return np.random.random(len(pages))
 
-    with pytest.raises(ConformanceError, match=r"view\.rng only"):
+    with pytest.raises(ConformanceError, match=r"only view\.rng"):
         check_eviction_policy(Unfair)
 
 
@@ -432,7 +432,7 @@ CODEC = [
     (spoilt(Plain, decode=lambda s, coded, out: out.fill(0)), "lossless", "was restored as"),
     (spoilt(Plain, decode=lambda s, coded, out: coded), "lossless", "it returned array"),
     (spoilt(Plain, decode=_far), "lossless", "it wrote beyond `out`"),
-    (Random, "repeats", "code it differently"),
+    (Random, "repeats", "encode it differently"),
     (
         spoilt(Plain, decode=lambda s, c, o: o.__setitem__(slice(None), np.resize(c[8:], len(o)))),
         "refuses",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fluxmoe
-from fluxmoe import errors
+from fluxmoe import errors, machine
 from tests.torch.conftest import Load, answer, held, prompts, same, sizes
 
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_loaded_is_refused_before_weights_are_read(
         fluxmoe.load(checkpoint("qwen3-dense"))
     with pytest.raises(errors.UnsupportedError, match=r"sonicmoe.*grouped_mm"):
         fluxmoe.load(checkpoint(), options={"experts_implementation": "sonicmoe"})
-    with pytest.raises(errors.ConfigError, match="device_map cannot be chosen"):
+    with pytest.raises(errors.ConfigError, match="device_map cannot be set"):
         fluxmoe.load(checkpoint(), options={"device_map": "auto"})
     with pytest.raises(errors.ConfigError, match="plenty"):
         fluxmoe.load(checkpoint(), "plenty")
@@ -127,19 +127,19 @@ def remove(folder: Path) -> str:
 def truncate(folder: Path) -> str:
     shard = shard_of(folder, "experts.3.up_proj.weight")
     shard.write_bytes(shard.read_bytes()[:-1000])
-    return "it is damaged or cut off"
+    return "damaged or truncated"
 
 
 def empty(folder: Path) -> str:
     shard = shard_of(folder, "lm_head.weight")
     shard.write_bytes(b"")
-    return "it is damaged or cut off"
+    return "damaged or truncated"
 
 
 def overwrite_header(folder: Path) -> str:
     shard = shard_of(folder, "experts.3.up_proj.weight")
     shard.write_bytes(b"\xff" * 64 + shard.read_bytes()[64:])
-    return "it is damaged or cut off"
+    return "damaged or truncated"
 
 
 def change(folder: Path, ending: str, weight: torch.Tensor | None) -> None:
@@ -154,7 +154,7 @@ def change(folder: Path, ending: str, weight: torch.Tensor | None) -> None:
 
 def lose_an_expert(folder: Path) -> str:
     change(folder, "layers.1.mlp.experts.3.up_proj.weight", None)
-    return r"up_proj\.weight, which model\.safetensors\.index\.json promises"
+    return r"up_proj\.weight is missing, but listed in model\.safetensors\.index\.json"
 
 
 def lose_all_of_a_layer(folder: Path) -> str:
@@ -338,3 +338,13 @@ def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None
         peak, experts = map(int, line.split())
         assert experts == 8 * 16 * 3 * 256 * 256 * size
         assert 0.9 * experts < peak < 1.4 * experts, line
+
+
+def test_a4_memory_beside_the_weights_is_required_before_they_are_read(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        machine, "memory", lambda: machine.MemoryRoom(1 << 20, 1 << 20, "/sys/fs/cgroup/app")
+    )
+    with pytest.raises(errors.ConfigError, match=r"are needed .* limit of /sys/fs/cgroup/app"):
+        fluxmoe.load(checkpoint("qwen3-moe"), "1023KiB")

@@ -1,4 +1,4 @@
-"""The expert layers of a Hugging Face model, and checks that their weights can be paged."""
+"""The expert layers of a Hugging Face model, with checks that their weights can be paged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTS = ("gate_up_proj", "down_proj")
 #: Part → parameter of an expert layer.
 Weights: TypeAlias = dict[str, torch.nn.Parameter]
 
-#: Model families whose paged output the tests compare with the unpaged model's.
+#: Model families whose paged output tests compare to the unpaged model's.
 TESTED = ("Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V2", "DeepSeek-V3", "GLM4-MoE")
 
 _SUPPORTED = (
@@ -26,17 +26,17 @@ _SUPPORTED = (
 
 
 def is_experts(module: torch.nn.Module) -> bool:
-    """True if a module holds experts and chooses their implementation at run time."""
+    """True if a module has experts and selects their implementation at run time."""
     # Set by transformers' decorator for experts classes.
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The expert layers, in order.
+    """List the expert layers, in order.
 
     Raises:
         NoExpertsError: The model has none.
-        UnsupportedError: They cannot be paged, for the given reason.
+        UnsupportedError: They cannot be paged.
     """
     name = type(model).__name__
     layers = [module for module in model.modules() if is_experts(module)]
@@ -72,12 +72,12 @@ def require_on_cpu(layers: list[torch.nn.Module]) -> None:
 
 
 def weights_of(layer: torch.nn.Module) -> Weights:
-    """The parameters that hold a layer's experts."""
+    """Get the parameters that hold a layer's experts."""
     return {part: getattr(layer, part) for part in PARTS}
 
 
 def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
-    """The number of pages, and the parts of one page."""
+    """Determine the number of pages and the parts of a page."""
     weights = weights_of(layers[0])
     parts = [
         Part(name, weight[0].numel() * weight.element_size(), weight[0].numel())

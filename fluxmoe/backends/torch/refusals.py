@@ -1,8 +1,7 @@
 """Refusal of operations that a paged model does not support, before anything has changed.
 
-The experts' parameters are on the meta device. Saving, moving or loading them would seem to work
-but silently lose them, and so would computing with them: sums on the CPU ignore addends on the meta
-device.
+The experts' parameters are on the meta device. Saving, moving or loading them would silently lose
+them, and so would computing with them: sums on the CPU ignore addends on the meta device.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ _CLOSE = "close() its handle first; a model from fluxmoe.load() is in its checkp
 
 
 class Uncopyable:
-    """A part of a paged model; copies are refused, as nothing would fill their arenas."""
+    """A part of a paged model; copies are rejected because nothing would fill their arenas."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UnsupportedError("a paged model can be neither copied nor pickled", fix=_CLOSE)
 
 
 class Refusals:
-    """Refuses ``state_dict``, ``load_state_dict``, another experts implementation, and changes of
-    type or device.
+    """Rejects ``state_dict``, ``load_state_dict`` and changes of dtype, device or implementation.
 
     Args:
         model: The paged model.
@@ -39,7 +37,7 @@ class Refusals:
         self, model: torch.nn.Module, layers: list[torch.nn.Module], implementation: str
     ) -> None:
         inside = {id(layer) for layer in layers}
-        # All modules that contain experts, so that a refusal comes before any work is done.
+        # All modules that contain experts, so that the error is raised before any work is done.
         self._guarded = [
             module
             for module in model.modules()
@@ -57,7 +55,7 @@ class Refusals:
             module._apply = partial(_apply, module, is_experts=id(module) in inside)
 
     def remove(self) -> None:
-        """Allow everything again. Idempotent."""
+        """Remove all restrictions. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         while self._guarded:

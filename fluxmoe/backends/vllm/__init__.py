@@ -1,8 +1,8 @@
 """The vLLM backend, loaded by the entry point ``fluxmoe`` of the group ``vllm.general_plugins``.
 
-vLLM calls ``register`` in each of its processes. It changes nothing for models that are not paged:
-paging begins when vLLM is given the settings of ``engine_options``. Only the worker class imports
-the paging code. One folder per process: ``server``, ``scheduler``, ``worker``; ``child`` runs an
+vLLM calls ``register`` in each of its processes. It has no effect on models that are not paged:
+paging is enabled by the settings of ``engine_options``. Only the worker class imports the paging
+code. One folder per process: ``server``, ``scheduler``, ``worker``; ``child`` runs an
 engine in a child process, ``compat`` imports vLLM's private names.
 """
 
@@ -45,7 +45,7 @@ def register() -> None:
 
 
 class _ToVllm(logging.Handler):
-    """Forwards to vLLM's log, which vLLM sets up only after it has called plugins."""
+    """Forwards to vLLM's log, which vLLM sets up only after calling plugins."""
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger("vllm.fluxmoe")
@@ -55,7 +55,7 @@ class _ToVllm(logging.Handler):
 
 
 def _log_as_vllm_does() -> None:
-    """Show FluxMoE's messages, such as why memory moves, in vLLM's log."""
+    """Show FluxMoE's messages, such as reasons for moves, in vLLM's log."""
     ours = logging.getLogger("fluxmoe")
     ours.addHandler(_ToVllm())
     if ours.level == logging.NOTSET:

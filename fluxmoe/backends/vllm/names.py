@@ -1,6 +1,6 @@
 """The names of vLLM that FluxMoE uses or overrides, by module of ``compat`` that imports them.
 
-Imports no vLLM.
+Does not import vLLM.
 """
 
 from __future__ import annotations

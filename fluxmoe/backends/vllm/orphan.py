@@ -1,7 +1,7 @@
-"""End of vLLM's engine and worker processes with their parent.
+"""Termination of vLLM's engine and worker processes together with their parent.
 
-vLLM 0.32 ends them when its server ends in an orderly way. After a SIGKILL of the server (a
-container's time limit, the system's out-of-memory killer) they would live on, with all memory.
+vLLM 0.32 ends them when its server exits in an orderly way. After a SIGKILL of the server (a
+container's time limit, the out-of-memory killer) they would survive and keep all memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from functools import cache
 from multiprocessing.process import BaseProcess
 
-#: Beginnings of the names that vLLM gives the processes it starts.
+#: Prefixes of the names of processes started by vLLM.
 _THEIRS = ("EngineCore", "VllmWorker")
-#: Seconds for an orderly end.
+#: Seconds for an orderly exit.
 PATIENCE = 10.0
 
 logger = logging.getLogger("fluxmoe")
@@ -25,9 +25,9 @@ logger = logging.getLogger("fluxmoe")
 
 @cache
 def end_with_parent() -> None:
-    """End this process with its parent, if vLLM started it.
+    """End this process together with its parent, if vLLM started it.
 
-    A user's own process, with the engine inside, is left alone.
+    A user's process with an engine inside is not affected.
     """
     parent = multiprocessing.parent_process()
     if parent is not None and multiprocessing.current_process().name.startswith(_THEIRS):
@@ -36,7 +36,7 @@ def end_with_parent() -> None:
 
 def _wait(parent: BaseProcess) -> None:
     parent.join()
-    logger.warning("the process that started this one is gone; it ends, too")
+    logger.warning("the parent process has ended; ending this one as well")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE)
     os._exit(1)

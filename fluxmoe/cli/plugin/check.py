@@ -25,8 +25,8 @@ class Verdict:
     """The result for one policy or codec.
 
     Attributes:
-        misses: Golden trace → misses at half of its pages, with those of built-in policies;
-            eviction policies only.
+        misses: Golden trace → misses at half of its pages, with those of built-in policies; only
+            for eviction policies.
     """
 
     kind: str
@@ -85,16 +85,17 @@ def check(
 def _wanted(
     registrations: list[Registration], asked: list[str], plugin: str
 ) -> list[tuple[Registration, PolicySpec]]:
-    """The registrations to check, each with its specification."""
+    """List the registrations to check, each with its specification."""
     from fluxmoe.cli.simulate import spec
     from fluxmoe.errors import ConfigError
+    from fluxmoe.plugins import name_of
 
     if not asked:
         return [(registration, registration.name) for registration in registrations]
     found = []
     for text in asked:
         made = spec(text)
-        name = made if isinstance(made, str) else made["kind"]
+        name = name_of(made)
         matching = [registration for registration in registrations if registration.name == name]
         if not matching:
             raise ConfigError(
@@ -157,7 +158,7 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _lines(data: list[dict[str, Any]]) -> Iterator[dict[str, object]]:
-    """A row for each rule, and for each policy's misses on each golden trace."""
+    """Yield a row for each rule, and for each policy's misses on each golden trace."""
     for verdict in data:
         named = {"kind": verdict["kind"], "name": verdict["name"]}
         for rule in verdict["rules"]:

@@ -1,6 +1,6 @@
 """The hardware profile of a command: a name, a file, or this machine, which is measured once.
 
-The measurement of this machine is kept in the user's cache folder, under the name of its CPU.
+The measurement is kept in the user's cache folder under the name of the CPU.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from fluxmoe.errors import ConfigError
 if TYPE_CHECKING:
     from fluxmoe.sim.hardware import Profile
 
-#: The name under which ``--hardware`` takes this machine.
+#: Value of ``--hardware`` for this machine.
 HERE = "this-machine"
-#: The profile for a machine that cannot be measured.
+#: Profile for machines that cannot be measured.
 SUBSTITUTE = "laptop-nvme"
 
 
 def profile_of(name: str) -> Profile:
-    """The profile for ``--hardware``, measured if it is this machine's and has not been yet.
+    """Return the profile for ``--hardware``; measure this machine if not yet done.
 
     Raises:
-        ConfigError: The name is unknown, or the file is not a valid profile.
+        ConfigError: The name is unknown or the file is not a valid profile.
     """
     from fluxmoe.sim import hardware
 
@@ -55,7 +55,7 @@ def profile_of(name: str) -> Profile:
 
 
 def measured() -> Profile | None:
-    """This machine's profile if it has been measured. A damaged file counts as none."""
+    """Return this machine's profile if it has been measured and the file is not damaged."""
     from fluxmoe.sim import hardware
 
     try:
@@ -76,7 +76,7 @@ def _measure() -> Profile:
 
 
 def _path() -> Path:
-    """The file of this machine's profile. Raises RuntimeError: the user has no home."""
+    """Return the file of this machine's profile. Raises RuntimeError: the user has no home."""
     root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     name = re.sub(r"[^a-z0-9]+", "-", f"{_cpu()} {os.cpu_count()}".lower()).strip("-")
     return Path(root) / "fluxmoe" / "hardware" / f"{name}.yaml"

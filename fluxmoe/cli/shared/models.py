@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """Parse ``1,2,3`` into a list. Raises ConfigError, naming the option."""
+    """Parse ``1,2,3`` into a list. Raises ConfigError with the option."""
     try:
         return [int(item) for item in text.split(",")]
     except ValueError as error:
@@ -32,7 +32,7 @@ def quiet() -> None:
 
 
 def load(model: str) -> PreTrainedModel:
-    """A model with its weights, in the dtype they are stored in.
+    """Load a model with its weights in their stored dtype.
 
     Raises:
         CheckpointError, UnsupportedError: It cannot be loaded, or its architecture is unknown.
@@ -49,7 +49,7 @@ def load(model: str) -> PreTrainedModel:
 
 
 def config(model: str) -> PretrainedConfig:
-    """A model's configuration. Raises CheckpointError or UnsupportedError."""
+    """Load a model's configuration. Raises CheckpointError or UnsupportedError."""
     from transformers import AutoConfig
 
     from fluxmoe import checkpoint
@@ -62,7 +62,7 @@ def config(model: str) -> PretrainedConfig:
 
 
 def stop_tokens(model: str) -> tuple[int, ...]:
-    """The token ids at which transformers stops generating."""
+    """Token ids at which transformers stops generating."""
     from transformers import GenerationConfig
 
     try:
@@ -73,7 +73,7 @@ def stop_tokens(model: str) -> tuple[int, ...]:
 
 
 def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
-    """A model's tokenizer; None if it has none and none is required. Raises ConfigError."""
+    """Load a model's tokenizer; None if there is none and none is required. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     from fluxmoe.checkpoint import first_line
@@ -81,7 +81,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     why = "it has no vocabulary"
     try:
         found = AutoTokenizer.from_pretrained(model)
-        # Some tokenizers load even without their files, and know only special tokens.
+        # Some tokenizers load even without their files, with special tokens only.
         if found.vocab_size > len(found.all_special_ids):
             return found
     except (OSError, ValueError, KeyError) as error:
@@ -96,7 +96,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
-    """The token ids of a text."""
+    """Convert text to token ids."""
     assert tokenizer is not None
     ids: list[int] = tokenizer(prompt)["input_ids"]
     return ids

@@ -1,4 +1,4 @@
-"""Output of commands: text for people, pure JSON or CSV for programs, errors on standard error."""
+"""Output of commands: text for users, pure JSON or CSV for programs, errors on standard error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluxmoe.errors import FluxMoEError
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Columns of a line in a pipe or a file, where nothing has to fold and rich would assume 80.
+#: Line width in a pipe or a file, where text need not fold and rich would assume 80 columns.
 UNLIMITED = 1 << 16
 
 #: The stream for JSON and CSV while standard output is reserved for them.
@@ -27,7 +27,7 @@ _reserved: ContextVar[TextIO | None] = ContextVar("reserved", default=None)
 def reserved() -> Iterator[None]:
     """Reserve standard output for ``printed``; everything else goes to standard error.
 
-    Plugins and libraries print too: when they are imported, in C, and in child processes.
+    Plugins and libraries print as well: on import, from C, and in child processes.
     """
     shared = sys.stdout
     try:
@@ -50,7 +50,7 @@ def reserved() -> Iterator[None]:
         yield
     finally:
         _reserved.reset(token)
-        with suppress(OSError):  # the reader has gone
+        with suppress(OSError):  # the reader has closed the pipe
             shared.flush()
         os.dup2(own.fileno(), 1)
         with suppress(OSError):
@@ -60,15 +60,15 @@ def reserved() -> Iterator[None]:
 def printed(
     as_json: bool, as_csv: bool, whole: object, rows: Iterable[Mapping[str, object]]
 ) -> bool:
-    """Print what programs read, if that was asked for.
+    """Print machine-readable output, if requested.
 
     Args:
         as_json: True to print ``whole`` as JSON.
-        as_csv: True to print ``rows`` as CSV; a row lacks the columns that it does not have, and
-            a cell that is itself a list or a mapping is JSON.
+        as_csv: True to print ``rows`` as CSV; rows may lack columns, and cells that are lists or
+            mappings are JSON.
 
     Returns:
-        False if neither was asked for and nothing was printed.
+        False if neither was requested and nothing was printed.
     """
     if as_json:
         print_json(whole)
@@ -78,7 +78,7 @@ def printed(
 
 
 def print_json(data: object) -> None:
-    """Write ``data`` as JSON only; not through rich, which would wrap long lines."""
+    """Write ``data`` as JSON, without rich, which would wrap long lines."""
     out = _reserved.get() or sys.stdout
     json.dump(data, out, indent=2)
     out.write("\n")
@@ -101,7 +101,7 @@ def _print_csv(rows: list[Mapping[str, object]]) -> None:
 
 
 def console(least: int = 0) -> Console:
-    """A console on standard output, as wide as its terminal, but at least ``least`` columns."""
+    """Make a console on standard output, as wide as the terminal but at least ``least`` columns."""
     from rich.console import Console
 
     if not sys.stdout.isatty():
@@ -111,16 +111,16 @@ def console(least: int = 0) -> Console:
 
 
 def say(text: str, *, style: str | None = None) -> None:
-    """Print text without markup, folded between words at the width of a terminal."""
+    """Print text without markup, folded between words at the terminal's width."""
     console().print(text, style=style, highlight=False, markup=False)
 
 
 def warn(text: str) -> None:
-    """Print a remark that is no result on standard error, so that JSON and CSV stay pure."""
+    """Print a remark on standard error, so that JSON and CSV stay pure."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def print_error(error: FluxMoEError) -> None:
-    """Print ``error[FMxxx]: what; where; what to do`` on standard error, a line per problem."""
+    """Print ``error[FMxxx]: what; where; fix`` on standard error, one line per problem."""
     for each in error.problems():
         print(f"error[{each.code}]: {each.text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Tables for people: constant columns are said once, text folds, numbers are never cut.
+"""Tables for terminals: constant columns are stated once, text folds, numbers are never truncated.
 
 A table whose columns are together wider than the terminal becomes several, each with the columns
 that tell its rows apart. A single row is turned into a list. In a pipe nothing folds.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fluxmoe.cli.shared import output
 
-#: Least width of a column of text, unless its text is shorter.
+#: Minimum width of a text column, unless its text is shorter.
 _TEXT = 14
 #: Frame and padding: ``│ cell │``.
 _BETWEEN, _EDGE = 3, 1
@@ -31,7 +31,7 @@ class _Column:
 
     @property
     def least(self) -> int:
-        """Smallest width; headings fold between words."""
+        """Minimum width, with headings folded between words."""
         words = max(map(len, self.heading.split()), default=0)
         cells = max(map(len, self.cells), default=0)
         return max(words, cells if self.number else min(cells, _TEXT))
@@ -54,10 +54,10 @@ def show(
     """Print a table on standard output.
 
     Args:
-        title: Line above it; may be empty.
+        title: Line above the table; may be empty.
         text, numbers: Headings of the columns, text first.
-        rows: Cells of every row.
-        keys: Number of first columns that tell the rows apart; by default those of text.
+        rows: Cells of each row.
+        keys: Number of leading columns that identify the rows; by default the text columns.
         total: True if the last row is the total of the others.
     """
     columns = [
@@ -83,7 +83,7 @@ def show(
 
 
 def _blocks(keys: list[_Column], others: list[_Column], width: int) -> list[list[_Column]]:
-    """Columns of each table, every one beginning with ``keys``: few tables, of similar width."""
+    """Split columns into few tables of similar width, each beginning with ``keys``."""
     parts = [list[_Column]()]
     for column in others:
         if parts[-1] and _width([*keys, *parts[-1], column]) > width:
@@ -115,7 +115,7 @@ def _print(columns: Sequence[_Column], total: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    # Where even one block is wider than the terminal, its lines wrap there: nothing is cut.
+    # If even a single block is wider than the terminal, its lines wrap: nothing is truncated.
     console = output.console(least=_width(columns))
     roomy = sum(column.natural + _BETWEEN for column in columns) + _EDGE <= console.width
     table = Table()

@@ -10,7 +10,7 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.cli.shared import output, table
-from fluxmoe.cli.shared.options import AsCsv, AsJson
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 
 if TYPE_CHECKING:
     from fluxmoe.trace.statistics import Statistics
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
 def info(
     trace: Annotated[Path, typer.Argument(help="Trace file.")],
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw it to this file (.svg, or .png with Pillow).")
+        Path | None, typer.Option(help="Also draw to this file (.svg, or .png with Pillow).")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
     """Describe a trace: skew, working sets, reuse distances, overlap, union per batch."""
+    from fluxmoe.arguments import require_new
     from fluxmoe.trace import picture as pictures
     from fluxmoe.trace.statistics import describe
 
+    if picture is not None:
+        require_new(picture, replace=force)
     statistics = describe(trace)
     if picture is not None:
         pictures.draw(statistics, picture, f"{trace.name}: {statistics.meta.model}")
@@ -37,7 +41,7 @@ def info(
 
 
 def _lines(data: dict[str, Any]) -> Iterator[dict[str, object]]:
-    """Rows of all tables, each with the name of its table."""
+    """Yield the rows of all tables, each with the name of its table."""
     for name in ("layers", "working_sets", "unions"):
         for index, row in enumerate(data[name]):
             yield {"table": name, **({"layer": index} if name == "layers" else {}), **row}

@@ -1,7 +1,7 @@
 """Audited guards: the host's guards, with every call checked against the contract.
 
-A guard makes each call of its policy through one ``PolicyCaller``. An ``Auditor`` in its place
-compares the state before and after, repeats calls that must be pure, and tolerates no fault.
+A guard makes all calls of its policy through a ``PolicyCaller``. An ``Auditor`` in its place
+compares the state before and after, repeats calls that must be pure, and tolerates no faults.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, Prefetch
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s
+from fluxmoe.errors import meant
 from fluxmoe.testing.conformance.report import Broken
-from fluxmoe.words import line, raised
+from fluxmoe.words import class_name, line, raised
 
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"
     "[pages]; ±inf is allowed, NaN is not",
-    "score_kernel": "return a float for any page, also one that was never used (last_use -1, "
+    "score_kernel": "return a float for any page, including ones never used (last_use -1, "
     "use_count 0)",
     "select": "return n different pages out of `pages`, as integers",
     "retain": "return one bool per page of access.pages",
@@ -36,21 +37,21 @@ _MEND = {
     "split": "return fluxmoe.Split with whole, non-negative frames for each tenant of view.frames, "
     "together at most view.total_frames; Split(view.frames) changes nothing",
 }
-#: Number of calls whose fastest tells about the method rather than the machine.
+#: Number of calls whose fastest one reflects the method rather than the machine.
 _ENOUGH = 10
 _KEEP_OFF = "the view belongs to the host: write only to arrays made by the policy"
 
 
 class Auditor(PolicyCaller):
-    """Makes the calls of one policy and notes their problems.
+    """Makes the calls of one policy and records their problems.
 
     Args:
-        kind, view: The policy's; arbitration has no lasting view.
+        kind, view: Kind and view of the policy; arbitration has no permanent view.
         where: The replayed scene, for messages.
 
     Attributes:
-        wrote: The first call that changed what it was shown.
-        impure: The first call that gave another answer when repeated.
+        wrote: The first call that modified its input.
+        impure: The first call that returned a different answer when repeated.
         fastest: Method → seconds of its fastest call.
         calls: Method → number of calls.
     """
@@ -65,7 +66,7 @@ class Auditor(PolicyCaller):
 
     def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
         """Return the answer. Raises Broken if the call fails."""
-        # Compiled code sees no view; np.asarray is the guard's conversion of an answer.
+        # Compiled code gets no view; np.asarray is the guard's conversion of an answer.
         if method == "score_kernel" or function is np.asarray:
             return self._made(method, function, args)
         shown = args if self._view is None else (self._view, *args)
@@ -88,7 +89,7 @@ class Auditor(PolicyCaller):
         return answer
 
     def note(self, method: str, problem: BaseException | str) -> None:
-        """Raise Broken for an answer that the guard refused."""
+        """Raise Broken for an answer that the guard rejected."""
         found = raised(problem) if isinstance(problem, BaseException) else f"it {problem}"
         raise Broken(found, call=self._called(method), mend=_MEND.get(method, ""))
 
@@ -100,11 +101,11 @@ class Auditor(PolicyCaller):
             raise Broken(
                 f"it took more than {self.limits.hard_s:g} s and was interrupted",
                 call=call,
-                mend="the engine waits for every call; 5 ms is slow",
+                mend="make it faster: the engine waits for every call, and 5 ms is slow",
             ) from None
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # an exit, too
+        except BaseException as error:  # including SystemExit
             raise Broken(
                 f"it raised {raised(error)}", call=call, mend=_mend(error, method)
             ) from error
@@ -114,14 +115,14 @@ class Auditor(PolicyCaller):
     ) -> None:
         if first.shape == second.shape and np.array_equal(first, second, equal_nan=_floats(first)):
             return
-        found = "called twice in the same state, it gave two answers"
+        found = "called twice in the same state, it returned different answers"
         if first.shape == second.shape and first.shape == args[1].shape:
             at = int(np.flatnonzero(first != second)[0])
             found += f": page {args[1][at]} got {first[at]}, then {second[at]}"
         self.impure = Broken(
             found,
             call=self._called(method),
-            mend="compute from view and pages only, draw from view.rng only; change the policy's "
+            mend="use only view and pages, and only view.rng for randomness; change the policy's "
             "state in on_access and on_load, not in score",
         )
 
@@ -134,13 +135,33 @@ class Auditor(PolicyCaller):
         )
 
 
+#: Attributes of views that policies have no use for.
+_FOR_THE_HOST = {"future", "NO_NEXT_USE"}
+
+
 def _mend(error: BaseException, method: str) -> str:
     said = line(error)
     if "read-only" in said or "mappingproxy" in said:
         return _KEEP_OFF
     if isinstance(error, AttributeError) and "next_use" in said:
-        return "set needs_future = True, which limits the policy to the simulator, or avoid it"
+        return "avoid it, or set needs_future = True, which limits the policy to the simulator"
+    if isinstance(error, AttributeError) and isinstance(error.name, str):
+        return _attribute(error.name, error.obj, method)
     return _MEND.get(method, "")
+
+
+def _attribute(name: str, owner: object, method: str) -> str:
+    """The remedy for an attribute that does not exist: the one that was meant, else all others."""
+    known = [found for found in dir(owner) if not found.startswith("_")]
+    near = meant(name, known)
+    if isinstance(owner, EvictionPolicy | PrefetchPolicy | ArbitrationPolicy):
+        return near or f"set self.{name} in __init__, and again in reset, before {method} reads it"
+    for contract in PageView, Access, ArbitrationView:
+        if isinstance(owner, contract):
+            own = {*dir(contract), *contract.__annotations__} - _FOR_THE_HOST
+            listed = f"a {contract.__name__} has {', '.join(sorted(own.intersection(known)))}"
+            return "; ".join(filter(None, [near, listed]))
+    return near or f"{line(class_name(type(owner)))} has no {name}"
 
 
 def _floats(array: npt.NDArray[Any]) -> bool:
@@ -148,7 +169,7 @@ def _floats(array: npt.NDArray[Any]) -> bool:
 
 
 class _Shown:
-    """A copy of everything that a call is shown."""
+    """A copy of all input of a call."""
 
     def __init__(self, args: tuple[object, ...]) -> None:
         self._values: dict[str, Any] = {}
@@ -172,7 +193,7 @@ class _Shown:
             self._values[f"{of}.{name}"] = dict(value) if hasattr(value, "items") else copied
 
     def changed(self, now: _Shown) -> str:
-        """Name of a value that has changed; empty if none has."""
+        """Name a value that has changed; empty if none has."""
         for name, value in self._values.items():
             other = now._values[name]
             if isinstance(value, np.ndarray):
@@ -184,7 +205,7 @@ class _Shown:
 
 
 class WatchedView(PageView):
-    """A view that notes in ``looks`` the events in which the future was read."""
+    """A view that records in ``looks`` the events in which the future was read."""
 
     looks: list[int]
 
@@ -226,7 +247,7 @@ class AuditedPrefetch(PrefetchGuard):
             self.reached = Broken(
                 f"page {page} is {ahead.max()} layers ahead, but lead is {self._policy.lead}",
                 call=f"propose in event {self._view.event}, layer {access.layer}",
-                mend="set `lead` to the number of layers that proposals reach ahead",
+                mend="set `lead` to the number of layers that proposals look ahead",
             )
         return pages
 
@@ -250,7 +271,7 @@ class Seen:
 
 
 def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
-    """Combine the notes of several replays."""
+    """Combine the records of several replays."""
     fastest: dict[str, float] = {}
     calls: Counter[str] = Counter()
     for auditor in auditors:
@@ -269,7 +290,7 @@ def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
         else Broken(
             f"its fastest call took {fastest[slow] * 1e3:.1f} ms",
             call=slow,
-            mend=f"a call beyond {limit * 1e3:g} ms counts as slow, and the engine waits for it; "
-            "work on whole arrays, cache results",
+            mend=f"use whole arrays and cache results: calls of more than {limit * 1e3:g} ms count "
+            "as slow, and the engine waits for them",
         ),
     )

@@ -1,13 +1,13 @@
-"""vLLM's CPU worker. Only the worker class may import it, when an engine starts.
+"""vLLM's CPU worker, to be imported only by the worker class when an engine starts.
 
-vLLM's ``v1/worker/cpu/shm.py`` replaces streams, events and page-locking of torch in the process.
+vLLM's ``v1/worker/cpu/shm.py`` replaces torch's streams, events and page-locking in the process.
 """
 
 from __future__ import annotations
 
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("cpu")  # an ImportError of the line below would not say what to do
+NAMES.require("cpu")  # an ImportError from the line below would give no remedy
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 

@@ -1,4 +1,4 @@
-"""vLLM's API server, with the signal handlers that its process has already."""
+"""vLLM's API server, run with the existing signal handlers of its process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("server")  # an ImportError of the line below would not say what to do
+NAMES.require("server")  # an ImportError from the line below would give no remedy
 
 from vllm.entrypoints.launchers.api_server import entry
 
@@ -18,7 +18,7 @@ def run() -> None:
 
 
 async def _run_server(args: Any) -> None:
-    """Do as vLLM's ``run_server``, except for its handler of SIGTERM, whose exception gets lost."""
+    """Run like vLLM's ``run_server``, without its SIGTERM handler, whose exception gets lost."""
     entry.decorate_logs("APIServer", skip_if_decorated=True)
     address, sock = entry.setup_server(args, reuse_port=False)
     await entry.run_server_worker(address, sock, args)

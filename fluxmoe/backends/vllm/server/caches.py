@@ -1,7 +1,7 @@
-"""Folders for the caches of a server whose user has no home folder, or one that is read-only.
+"""Folders for the caches of a server whose user has no home folder or a read-only one.
 
-Without a home folder vLLM writes to a folder called ``~``; with one that it cannot write it logs
-tracebacks, and numba compiles everything again at each start.
+Without a home folder vLLM writes to a folder named ``~``; with a read-only one it logs tracebacks,
+and numba recompiles everything at each start.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fluxmoe.errors import ConfigError
 
 
 def folders(given: Mapping[str, str]) -> dict[str, str]:
-    """Variables for the caches that cannot be where they are by default.
+    """Make environment variables for caches that cannot be in their default folder.
 
     Args:
-        given: The server's environment; what it sets stays.
+        given: The server's environment, which takes precedence.
 
     Raises:
         ConfigError: There is no folder for them.
@@ -34,13 +34,13 @@ def folders(given: Mapping[str, str]) -> dict[str, str]:
         "HF_HOME": caches and caches / "huggingface",
         "NUMBA_CACHE_DIR": caches and caches / "numba",
     }
-    beside = Path(fluxmoe.__file__).parent  # where numba's cache is, if possible
+    beside = Path(fluxmoe.__file__).parent  # default folder of numba's cache
     lacking = [
         name
         for name, folder in defaults.items()
         if name not in given
         and not _writable(folder)
-        # Models that were downloaded there can be read.
+        # Models downloaded there can still be read.
         and not (name == "HF_HOME" and folder is not None and folder.is_dir())
         and not (name == "NUMBA_CACHE_DIR" and _writable(beside))
     ]
@@ -66,7 +66,7 @@ def _base(given: Mapping[str, str], variable: str, home: Path | None, name: str)
 
 
 def _writable(folder: Path | None) -> bool:
-    """True if files can be made in a folder, or in one of its parents if it does not exist."""
+    """True if files can be created in a folder, or in its nearest existing parent."""
     if folder is None or not folder.is_absolute():
         return False
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
@@ -74,7 +74,7 @@ def _writable(folder: Path | None) -> bool:
 
 
 def _own_folder() -> Path:
-    """This user's folder for temporary caches. They hold code, so nobody else may write to it."""
+    """Make the user's folder for temporary caches; they hold code, so only the user may write."""
     try:
         folder = Path(tempfile.gettempdir()) / f"fluxmoe-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -85,6 +85,6 @@ def _own_folder() -> Path:
         raise ConfigError(
             f"no folder for caches: {error.strerror or error}",
             where="VLLM_CACHE_ROOT",
-            fix="set TMPDIR or HOME to a folder that can be written",
+            fix="set TMPDIR or HOME to a writable folder",
         ) from error
     return folder

@@ -1,6 +1,6 @@
-"""The server's process: vLLM's API server, which SIGTERM and Ctrl-C also end while it starts.
+"""The server's process: vLLM's API server, which SIGTERM and Ctrl-C can end even during startup.
 
-vLLM 0.32 loses a SIGTERM that arrives while its engine starts, and obeys Ctrl-C only afterwards.
+vLLM 0.32 loses a SIGTERM that arrives during engine startup, and handles Ctrl-C only afterwards.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def main() -> None:
     """Run the server with the options in ``sys.argv``."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
-    from fluxmoe.backends.vllm.compat import server  # takes seconds, during which signals count
+    from fluxmoe.backends.vllm.compat import server  # takes seconds, during which signals must work
 
     server.run()
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End this process and those it started. Nothing is served yet, so nothing is lost."""
+    """End this process and its children. Nothing is being served yet, so nothing is lost."""
     name = signal.Signals(number).name
     os.write(2, f"fluxmoe: ended by {name} while the server was starting\n".encode())
     for engine in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""The self-check of the MoE kernel in use (``backends.selfcheck``), on a layer of the model."""
+"""Self-check of the MoE kernel in use (``backends.selfcheck``) on a layer of the model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
 
 def require_sound(layer: RoutedExperts, parts: tuple[str, ...]) -> None:
-    """Refuse the kernel of a layer that is not bound to a pager yet. Raises UnsupportedError.
+    """Check the kernel of a layer that is not yet bound to a pager. Raises UnsupportedError.
 
     Args:
-        layer: An MoE layer; its weights are the same afterwards.
+        layer: An MoE layer; its weights are restored afterwards.
         parts: Names of its parameters that hold experts.
     """
 
