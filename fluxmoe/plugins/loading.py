@@ -24,7 +24,7 @@ from os import PathLike
 from pathlib import Path
 from types import ModuleType
 
-from fluxmoe import policies
+from fluxmoe import __version__, policies
 from fluxmoe.arguments import path, wrong
 from fluxmoe.config import is_plugin_file
 from fluxmoe.errors import PluginLoadError
@@ -53,8 +53,8 @@ def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Reg
             allow-list is not installed.
     """
     registry = Registry()
-    registry.add(policies, "fluxmoe", origin="built in")
-    registry.add(codec, codec.__name__, origin="built in")
+    registry.add(policies, "fluxmoe", origin="built in", version=__version__)
+    registry.add(codec, codec.__name__, origin="built in", version=__version__)
     for found in installed():
         try:
             if found.allowed:

@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from fluxmoe import arguments
+from fluxmoe import arguments, sizes
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_weight
@@ -76,6 +76,18 @@ class PagedModel:
                 f"{type(model).__name__} does not let its experts implementation be chosen",
                 fix="use the class of transformers, not one derived from it",
             )
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}({type(self.model).__name__}"
+        if self.closed:
+            return f"{name}, closed)"
+        runtime = self._runtime
+        counters, slots = runtime.pager.counters(), sum(runtime.pager.table.slots)
+        hit_rate = f"{counters.hit_rate:.1%}" if counters.accesses else "unused"
+        return (
+            f"{name}, budget={sizes.shown(runtime.memory.budget_bytes)}, "
+            f"slots={slots} of {runtime.geometry.num_pages}, hit_rate={hit_rate})"
+        )
 
     @property
     def closed(self) -> bool:
@@ -277,15 +289,15 @@ class PagedModel:
         }
 
     def _trace_meta(self) -> TraceMeta:
-        config = self._layers[0].config
-        top_k = next((value for key in TOP_K if (value := getattr(config, key, None))), None)
+        layer = self._layers[0]
+        top_k = layout.top_k_of(layer)
         if top_k is None:
             raise UnsupportedError(
-                f"{type(config).__name__} has none of {', '.join(TOP_K)}, so no trace of it can be "
-                "recorded"
+                f"{type(layer.config).__name__} has none of {', '.join(TOP_K)}, so no trace of it "
+                "can be recorded"
             )
-        name = getattr(config, "name_or_path", "") or type(self.model).__name__
-        return self._runtime.trace_meta(model=str(name), top_k=int(top_k), source="torch")
+        name = layout.name_of(self.model, layer)
+        return self._runtime.trace_meta(model=name, top_k=top_k, source="torch")
 
 
 def _release(handle: int, runtime: Runtime) -> None:

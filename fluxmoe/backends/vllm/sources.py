@@ -32,7 +32,7 @@ def reader(
     Args:
         runtime: The worker's memory.
         rank: The worker's rank; one of them tells the configuration.
-        limits: Returns the limits last set by hand, if any.
+        limits: Returns the last operator limits, if any.
     """
     # Imported here: it needs numba, which a process without a worker does not.
     from fluxmoe.core.paging.books import (
