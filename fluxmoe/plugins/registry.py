@@ -21,6 +21,7 @@ from fluxmoe.errors import (
     PluginLoadError,
     UnknownCodecError,
     UnknownPolicyError,
+    join,
     meant,
 )
 from fluxmoe.findings import Findings
@@ -155,7 +156,7 @@ class Registry:
             raise PluginLoadError(
                 f"unknown hook {unknown[0]!r}",
                 where=where,
-                fix="; ".join(filter(None, [meant(unknown[0], checks.HOOKS), known])),
+                fix=join(meant(unknown[0], checks.HOOKS), known),
             ) from error
         if not self._manager.get_hookcallers(plugin):
             raise PluginLoadError(
