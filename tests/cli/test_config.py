@@ -1,4 +1,4 @@
-"""``fluxmoe config``: what it refuses and how, what it shows, and the files that are committed."""
+"""``fluxmoe config``: errors, output, and the committed files."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """Random operations against the model, several engines at once, every fault site in turn.
 
-A million operations in ``make test-full``, a quarter of them in ``make test``.
+A million operations in ``make test-full``, a quarter of that in ``make test``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Faulty policies are reported, once per run, and there are many runs."""
+    """Silence the log: faulty policies are reported once per run, and there are many runs."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)

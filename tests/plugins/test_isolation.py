@@ -1,4 +1,4 @@
-"""A plugin that is broken stops nobody who does not use it, and whoever asks for it is told why."""
+"""Broken plugins affect only users that request them, who get the reason."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def pony(site, monkeypatch):
-    """An installed plugin whose module the test writes, beside one that works."""
+    """An installed plugin whose module the test writes, next to a working one."""
     write(site / "cart_policy.py", name="cart")
     install(site, "fluxmoe-cart", {"cart": "cart_policy"})
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})

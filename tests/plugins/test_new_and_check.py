@@ -1,4 +1,4 @@
-"""New packages pass their own tests; ``plugin check`` says what is wrong with one."""
+"""New packages pass their own tests; ``plugin check`` finds faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_copier = pytest.mark.skipif(
 
 
 def run(*arguments, code=0):
-    """What a command prints to standard output, or to standard error."""
+    """Run a command; return its standard output or standard error."""
     done = here(*arguments)
     assert (done.returncode or 0) == code, done
     return done.stdout if code in (0, 1) else done.stderr

@@ -1,5 +1,4 @@
-"""What users try with a paged model: it works as with any other, or it is refused and nothing
-has changed."""
+"""Operations on a paged model either work as usual, or are rejected without side effects."""
 
 from __future__ import annotations
 
@@ -236,7 +235,7 @@ def test_use_after_close(load: Load, tmp_path: Path) -> None:
 
 
 def test_another_implementation_while_paged(paged: Any, load: Load) -> None:
-    """Stock's code would add experts on the meta device to zeros on the CPU: zeros."""
+    """Stock code would add experts on the meta device to zeros on the CPU, giving zeros."""
     for implementation in ("eager", "batched_mm"):
         paged.model.set_experts_implementation(implementation)
         with (

@@ -1,4 +1,4 @@
-"""Other people's formats, from files written here to the layouts that their authors document."""
+"""Foreign formats, read from files in the layouts documented by their authors."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from fluxmoe.trace.formats import FORMATS, Options, convert, detect
 
 
 def rows(path):
-    """(step, layer, token, phase, request, experts[, weights]) of every row."""
+    """Read (step, layer, token, phase, request, experts[, weights]) of every row."""
     return [tuple(row.values()) for row in pq.ParquetFile(path).read().to_pylist()]
 
 
@@ -23,7 +23,7 @@ def rows(path):
 
 
 def write_flame(folder, layers=(2, 3), tokens=50_000, top_k=6, kind=None, seed=0):
-    """As the data set's README shows it: scores (float16) descending, indices (int16)."""
+    """Write files as in the dataset's README: descending scores (float16), indices (int16)."""
     rng = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
     written = {}
@@ -149,7 +149,7 @@ def test_selection_errors(tmp_path, content, message):
 
 
 def routed(tokens, layers=4, top_k=3, seed=0):
-    """As ``CompletionOutput.routed_experts``: layer 0 is dense, its numbers stay zero."""
+    """Make an array like ``CompletionOutput.routed_experts``: layer 0 is dense, with zeros."""
     ids = np.random.default_rng(seed).integers(0, 40, (tokens, layers, top_k)).astype(np.uint8)
     ids[:, 0] = 0
     return ids
@@ -202,7 +202,7 @@ def test_vllm_errors(tmp_path):
 
 
 def record(ids, mode, index):
-    """As ``_DetailSinglePassGatherer.collect`` and ``_DetailAccumulator.append`` make it."""
+    """Make a record as ``_DetailSinglePassGatherer`` and ``_DetailAccumulator`` do."""
     tokens = ids.shape[1]
     return {
         "forward_pass_id": index, "rank": 0, "gatherer_key": "primary",
@@ -213,7 +213,7 @@ def record(ids, mode, index):
 
 
 def sglang(tokens, seed):
-    """Layer 0 is dense; two of the eight columns that SGLang reserves are in use."""
+    """Make a record with dense layer 0, using two of the eight columns that SGLang reserves."""
     ids = np.full((3, tokens, 8), -1, np.int32)
     ids[1:, :, :2] = np.random.default_rng(seed).permuted(
         np.tile(np.arange(6, dtype=np.int32), (2, tokens, 1)), axis=2

@@ -1,4 +1,4 @@
-"""Limits set by hand while vLLM serves: kept to, told, refused where impossible; no token lost."""
+"""Operator limits while vLLM serves: enforced, reported, rejected if impossible; same tokens."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_limits_while_the_server_is_busy(server: Server, monkeypatch: pytest.Mon
 
 
 def fluxmoe_quiet(server: Server, option: str, size: str) -> int:
-    """What the command does, in a thread that may not redirect its output."""
+    """Do the same as the command, in a thread that may not redirect output."""
     tenant, _, end = option.removeprefix("--").partition("-")
     limits = {tenant: {end: size}} if end else {tenant: size}
     answer = httpx.post(

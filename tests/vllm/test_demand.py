@@ -1,4 +1,4 @@
-"""What the scheduler's side knows of demand: requests and the duration of steps."""
+"""The scheduler's data on demand: requests and step durations."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""``fluxmoe generate --backend vllm``: stock vLLM's tokens, and what paging cost."""
+"""``fluxmoe generate --backend vllm``: stock vLLM's tokens, and the cost of paging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIONS = ["--backend", "vllm", "--prompt-ids", "7,8,9"]
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
+    """Run the command; return exit status, standard output and standard error."""
     done = here("generate", *arguments)
     return done.returncode or 0, done.stdout, done.stderr
 

@@ -1,4 +1,4 @@
-"""``preset: off`` is stock vLLM; ``budget: auto`` is a size that was found out."""
+"""``preset: off`` is stock vLLM; ``budget: auto`` is resolved to a size."""
 
 from __future__ import annotations
 

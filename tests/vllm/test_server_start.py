@@ -1,4 +1,4 @@
-"""``fluxmoe serve`` says at once, and without vLLM, what would stop the server later."""
+"""``fluxmoe serve`` immediately reports, without vLLM, problems that would stop it later."""
 
 from __future__ import annotations
 

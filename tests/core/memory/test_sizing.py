@@ -1,4 +1,4 @@
-"""The first split: every branch, and errors that say which field, which value and what to do."""
+"""The initial split: every branch, and errors with field, value and remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a policy may do wrong, and that nothing comes of it but a count, a line and LRU."""
+"""Policy faults, whose only effects are a count, a log line and the fallback to LRU."""
 
 from __future__ import annotations
 
