@@ -190,7 +190,7 @@ def _problems(
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """True if a ``config.json`` speaks of several experts, under whatever key and however deep."""
+    """True if a ``config.json`` mentions several experts, under any key and at any depth."""
     for key, value in config.items():
         if isinstance(value, Mapping) and has_experts(value):
             return True

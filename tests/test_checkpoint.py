@@ -306,9 +306,9 @@ LATER = {name: shape for name, shape in MOE.items() if "layers.0." not in name}
               ("gate_up_proj_bias", (4, 8)), ("down_proj", (4, 8, 8)))},
             {},
         ),
-        # Whatever is 3-dimensional and no expert.
+        # 3-dimensional tensors that are not experts.
         (MOE | {f"model.layers.{i}.linear_attn.conv1d.weight": (32, 1, 4) for i in range(4)}, {}),
-        # A dense model whose config.json speaks of experts, and names that nobody knows.
+        # A dense model whose config.json mentions experts, and unknown names.
         ({n: s for i in range(4) for n, s in layer(i, "mlp.down_proj.weight").items()}, {}),
         ({n: s for i in range(4) for n, s in layer(i, "ffn.experts.mlp.w1").items()}, {}),
     ],
@@ -370,7 +370,7 @@ def test_names(model: Path) -> None:
     assert refused(model / "config.json").what == "it is a file"
     for wrong in (f"{model}x", "./nothing", "~/nothing", "a/b/c", "two words"):
         assert refused(wrong).what == "no such folder"
-    require_readable("Qwen/Qwen3-30B-A3B")  # whoever loads it looks on the hub
+    require_readable("Qwen/Qwen3-30B-A3B")  # looked up on the hub when loaded
     require_readable("gpt2")
 
 

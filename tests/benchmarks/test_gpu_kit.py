@@ -109,7 +109,7 @@ def test_damaged_pieces_are_refused(few, shelf, tmp_path, damage) -> None:
         first.write_bytes(second.read_bytes())
     else:
         (pieces / "manifest.json").write_text("[]")
-    says = {"missing": "missing", "manifest": "no manifest"}.get(damage, "damaged")
+    says = {"missing": "missing", "manifest": "not a manifest"}.get(damage, "damaged")
     with pytest.raises(SystemExit, match=says):
         bring.main(["unpack", f"--from={pieces}", f"--into={site}"])
     assert not site.exists()

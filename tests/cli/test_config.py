@@ -278,7 +278,7 @@ def test_a_preset_chooses_what_is_not_said():
     assert paper.arbitration == {"kind": "rho"}
     mixed = config.parse({**SMALL, "preset": "paper", "eviction": "lru"}, where="")
     assert (mixed.eviction["kind"], mixed.arbitration["kind"]) == ("lru", "rho")
-    # What is passed on to vLLM's processes says the same again.
+    # The configuration passed on to vLLM's processes is the same.
     dumped = mixed.model_dump(mode="json", exclude_defaults=True)
     assert config.parse(dumped, where="") == mixed
     with pytest.raises(ConfigError, match="preset"):

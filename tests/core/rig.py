@@ -244,7 +244,7 @@ class Rig:
 
     def close(self) -> None:
         self.rows = []
-        with ExitStack() as each:  # goes on if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             each.callback(self.memory.close)
             each.callback(self.store.close)
             each.callback(self.pager.close)

@@ -70,7 +70,7 @@ def test_a_batch_wants_handles_as_the_fake_does():
     fake.close()
 
 
-#: How the names begin that FluxMoE takes from the bindings.
+#: Prefixes of the names that FluxMoE uses from the bindings.
 OURS = re.compile(r"(cu[A-Z]|CU_|CUDA_ERROR_|CU[a-z])\w*[^_]")
 
 

@@ -197,7 +197,7 @@ def test_whatever_call_fails_it_is_an_error_and_nothing_is_lost(site, recycle):
         leaks.assert_none()
         if not struck:
             return
-        # What `unreserve` could not do, `close` did.
+        # `close` completed the failed `unreserve`.
         again = ("cuCtxPushCurrent", "cuCtxSynchronize", "cuMemUnmap", "cuMemAddressFree")
         assert errors or site in (*again, "cuCtxPopCurrent")
         assert all("CUDA_ERROR_UNKNOWN" in str(error) for error in errors)

@@ -118,7 +118,7 @@ def test_kernels_read_their_own_pages_however_late_they_come(gpu, pace, source):
                 g.demand(fresh)
                 holds |= fresh
             elif kind == 1:
-                g.prefetch(fresh)  # nobody may read them before they are completed
+                g.prefetch(fresh)  # not to be read before they are completed
                 holds = {slot: page for slot, page in holds.items() if slot not in fresh}
                 for slot, page in list(fresh.items())[: rng.integers(4)]:
                     g.engine.complete(0, page, slot)
@@ -142,7 +142,7 @@ def test_a_demand_overtakes_the_prefetches_that_wait_for_their_turn(gpu):
     g.demand({9: 20})
     g.expect(9, 20)
     g.fake.timeline.finish(KERNELS)
-    assert g.rows[0][7, 0] == 0  # nobody has written there yet
+    assert g.rows[0][7, 0] == 0  # nothing has been written there yet
 
 
 def test_prefetches_go_on_when_those_before_have_arrived(gpu):
@@ -357,7 +357,7 @@ SITES = [
     "cuMemHostAlloc", "cuMemFreeHost", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap",
     "cuMemRelease", "cuMemAddressReserve", "cuMemAddressFree", "cuMemsetD8Async",
 ]  # fmt: skip
-#: How often a site is failed in turn: at its first passages, and at some later ones.
+#: Number of times a site is failed in turn: on its first calls, and on some later ones.
 FIRST, LATER = 6, (9, 20, 47, 130)
 PACES = ("copies", "kernels", "random")
 
@@ -385,7 +385,7 @@ def test_a_whole_memory_manager_lives_through_the_failure_of_any_call(site, thre
             with contextlib.suppress(FluxMoEError):
                 each.close()
         struck += plan.struck[site]
-    # Nobody waits for anything where there are no buffers, and few demands.
+    # Nothing waits if there are no buffers and few demands.
     assert struck or (site, threads) == ("cuEventSynchronize", 0)
 
 

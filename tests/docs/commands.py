@@ -15,7 +15,7 @@ from .pages import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "cli.md"
 
-#: Where a verb is explained.
+#: Verb → page that explains it.
 EXPLAINED = {
     "demo": ("Get started", "../start/getting-started.md"),
     "serve": ("vLLM", "../guides/vllm.md#serving"),

@@ -211,7 +211,7 @@ def _run_command(block: Block, words: list[str], shown: str, folder: Path) -> No
 
 
 def _run_script(block: Block, folder: Path) -> None:
-    # What the folder gets as ``fluxmoe`` is the checkout's, whatever is installed.
+    # ``fluxmoe`` in the folder is the checkout's, even if another one is installed.
     program = folder / ".bin" / "fluxmoe"
     program.parent.mkdir(exist_ok=True)
     start = f"exec {shlex.quote(sys.executable)} -c 'from fluxmoe.cli import main; main()'"

@@ -29,7 +29,7 @@ TRACES = {
     "decode-64": "Decode, 64 requests",
     "prefill": "Prefill",
 }
-#: Where the shipped model's largest event still fits.
+#: Capacities that hold the shipped model's largest event.
 SHARES = range(20, 101, 5)
 
 #: The measured day.

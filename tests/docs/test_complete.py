@@ -57,7 +57,7 @@ def test_the_files_and_packages_of_the_design_page_are_there() -> None:
     named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("concepts/design.md"))
     assert len(named) > 30
     assert [name for name in named if not (package / name).exists()] == []
-    # All packages and modules of the first level, but for data, are in the table of parts.
+    # All packages and modules of the first level, except data, are in the table of parts.
     table = "\n".join(row[0] for row in rows("concepts/design.md", "Parts"))
     there = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")}
     there -= {"__init__", "__pycache__", "errors", "templates"}
@@ -98,7 +98,7 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        # What several kinds have is the same in all of them.
+        # Methods of several kinds are the same in all of them.
         yield from {
             key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
         }.items()

@@ -150,7 +150,7 @@ def _failing(method, is_hook: bool, every: int):
         self.raised += 1
         if is_hook or self.raised % 4 == 0:
             raise ValueError("planned")
-        # None of these can be right, whatever was asked.
+        # None of these can be a valid answer to any call.
         return ["nonsense", None, [[0.5], [1]]][self.raised % 3]
 
     return call

@@ -96,7 +96,7 @@ class Run:
             self.faulty.append(faulty(eviction, rng.choice([3, 30, 300])))
             if prefetch is not None:
                 self.faulty.append(faulty(prefetch, rng.choice([3, 30, 300])))
-        #: How often a page cannot be read, and how often the system refuses memory.
+        #: Frequencies of failed reads, and of failed system calls.
         self.unreadable, self.refusing = (
             (rng.choice([0, 0, 0.02, 0.3]), rng.choice([0, 0.5])) if faults else (0, 0)
         )
@@ -348,7 +348,7 @@ class Run:
                 assert np.all(blocks[block] == self.stamps.get(group, 0xFF))
         for bank in range(table.num_banks):
             held = np.flatnonzero(table.books.page_at[bank] >= 0)
-            # A prefetched page that nobody has asked for yet may still be on its way.
+            # A prefetched page that has not been needed yet may still be in flight.
             here = [(bank, slot) not in rig.transfer._queued for slot in held.tolist()]
             slots = held[np.array(here, bool)]
             pages, right = table.books.page_at[bank, slots], contents(rig.geometry.num_pages)

@@ -188,7 +188,7 @@ SITES = {
 }
 
 
-#: Where the core goes on without an error: it does without, does it another way, or later.
+#: Sites whose failure raises no error: the core skips the call, replaces it, or retries it later.
 SURVIVED = {
     *(site for site in SITES if "thread" in site),
     *("cuMemAddressFree", "cuMemcpyDtoDAsync", "cuStreamWaitEvent"),

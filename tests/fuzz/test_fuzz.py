@@ -105,7 +105,7 @@ def test_a_planted_bug_is_found_and_its_replay_shows_it_again(bug, monkeypatch, 
         assert command.main(["--seed", "0", "--runs", "60", "--ops", "1000"]) == 1
         replay = capsys.readouterr().err.splitlines()[-1].split()
         assert replay[:4] == ["replay:", "python", "-m", "tests.fuzz"]
-        with pytest.raises(Exception):  # noqa: B017 whatever it was
+        with pytest.raises(Exception):  # noqa: B017 any exception
             command.main(replay[4:])
         seed, operations = int(replay[5]), int(replay[7])
         assert operations < 1000

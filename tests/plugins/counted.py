@@ -18,7 +18,7 @@ SETTINGS = {
     "plugins": [PLUGIN],
 }
 ALL = Counter(("execute", "eviction", "prefetch", "arbitration", "codec"))
-#: Where nothing arbitrates.
+#: Settings without arbitration.
 PAGING = Counter(("execute", "eviction", "prefetch", "codec"))
 
 

@@ -65,7 +65,7 @@ def _answer(value):
     return lambda *args: value
 
 
-#: What a hook can do wrong, and what a method that answers can.
+#: Possible faults of a hook, and of a method that returns an answer.
 IN_A_HOOK = {
     "raise": _raise,
     "unprintable": _unprintable,

@@ -181,7 +181,7 @@ def test_unknown_policy_lists_the_known(registry):
         simulate(events, "lrru", 2, registry=registry)
 
 
-#: What a policy does wrong, and how its fault is named.
+#: Faults of a policy, and their messages.
 FAULTS = {
     "raises": ("return 1 / 0", "ZeroDivisionError"),
     "not a number": ("return np.full(len(pages), np.nan)", "not finite|NaN|nan"),

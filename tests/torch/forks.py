@@ -253,7 +253,7 @@ def main() -> None:
         if not found[name][1]:
             handles["all"].reset()  # for the next one
         print(name, found[name], file=sys.stderr, flush=True)  # tells where it hangs
-    # What the children used to do: it would be seen.
+    # Checks that the former behaviour of children would be detected.
     substrate = handles["all"]._runtime.memory.substrate
     substrate.release(np.arange(substrate.count))
     found["control"] = unharmed()

@@ -324,7 +324,7 @@ for dtype in ("auto", "float32"):
 
 def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None:
     """Applies to unchanged and converted weights; the arenas are shared memory and not counted."""
-    # What is freed goes back to the system at once, so that nothing but what is held is seen.
+    # Freed memory returns to the system at once, so that only memory in use is measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     shape = {"num_hidden_layers": 8, "moe_intermediate_size": 256, "hidden_size": 256}
     done = subprocess.run(

@@ -100,7 +100,7 @@ def test_gradients(load: Load) -> None:
     model = load().train()
     stock = answer(model)
     with fluxmoe.page(model, "1MiB"):
-        assert same(answer(model), stock)  # without gradients, training mode is no matter
+        assert same(answer(model), stock)  # without gradients, training mode does not matter
         with pytest.raises(errors.UnsupportedError, match=r"compute gradients.*torch\.no_grad"):
             model(**prompts())
         model.get_input_embeddings().requires_grad_(False)
@@ -174,7 +174,7 @@ def test_a_pass_that_fails_leaves_the_turn_to_others(load: Load) -> None:
             with pytest.raises(raised), torch.no_grad():
                 model(**prompts())
             hook.remove()
-            assert same(answer(model), stock)  # the interrupted thread goes on
+            assert same(answer(model), stock)  # the interrupted thread continues
             with ThreadPoolExecutor(1) as pool:
                 assert same(pool.submit(answer, model).result(60), stock)
 

@@ -21,7 +21,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    (tmp_path / "file").touch()  # nothing can be made below it, by nobody
+    (tmp_path / "file").touch()  # nothing can be created below it by any user
     monkeypatch.setattr("fluxmoe.__file__", str(tmp_path / "file" / "__init__.py"))
     return folder
 

@@ -41,7 +41,7 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
     eager.restart(fluxmoe=FIXED, **FEW)
     begun, budget = limit(eager)["split"], FIXED["memory"]["budget"]
     same(eager.generate(few, watch=True), stock)
-    assert limit(eager)["split"] == begun  # nobody wanted anything
+    assert limit(eager)["split"] == begun  # no tenant requested a change
     for limits in (
         {"kv": {"max": budget // 4}},
         {"experts": {"max": budget // 3}},

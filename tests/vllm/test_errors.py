@@ -174,7 +174,7 @@ def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
     error = refusal(eager, ConfigError, fluxmoe, kv_cache_memory_bytes=KV_BYTES // 2)
     assert "memory.kv.target" in error.what
     assert "--kv-cache-memory-bytes" in error.what
-    # The same size twice is no contradiction, and vLLM's own option alone is the target.
+    # The same size twice is consistent, and vLLM's option alone sets the target.
     for settings in (fluxmoe, config()):
         eager.restart(fluxmoe=settings, kv_cache_memory_bytes=KV_BYTES, **EAGER)
         assert eager.info["kv_bytes"] == KV_BYTES

@@ -59,7 +59,7 @@ def test_what_can_be_seen_before_the_engine_starts(
     arguments: list[str],
     says: str,
 ) -> None:
-    monkeypatch.setattr(ChildEngine, "__init__", None)  # nobody calls it
+    monkeypatch.setattr(ChildEngine, "__init__", None)  # never called
     status, out, err = run(checkpoint, *OPTIONS, *arguments)
     assert (status, out) == (2, "")
     assert says in err

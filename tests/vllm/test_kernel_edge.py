@@ -80,7 +80,7 @@ try:
 except InvariantError as error:
     print("one slot more:", error, flush=True)
 
-# What was refused, all the same.
+# The rejected call, made anyway.
 beyond = [
     torch.from_numpy(rows).view(torch.bfloat16).view(2 * LIMIT, *shape)
     for rows, shape in zip(parts, shapes)

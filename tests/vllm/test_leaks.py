@@ -119,7 +119,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # read the variable anew
+    monkeypatch.setattr(tempfile, "tempdir", None)  # reread the variable
     return folder
 
 

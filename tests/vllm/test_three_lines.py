@@ -53,7 +53,7 @@ def source(request, tmp_path, monkeypatch) -> list[str]:
     site.mkdir()
     (site / "three_lines_policy.py").write_text(SOURCE)
     install(site, "fluxmoe-three-lines", {"three-lines": "three_lines_policy"})
-    install(site, "fluxmoe-broken", {"broken": "no_such_module"})  # which nobody uses
+    install(site, "fluxmoe-broken", {"broken": "no_such_module"})  # which is not used
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT}")
     monkeypatch.setenv("FLUXMOE_PLUGINS", "three-lines,broken")

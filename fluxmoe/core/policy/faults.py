@@ -92,7 +92,7 @@ class PolicyCaller:
 
     def note(self, method: str, problem: BaseException | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        # Sanitise here whatever the policy returned or raised.
+        # Text that the policy returned or raised is sanitised here.
         said, where, fix, cause = problem, "", "", None
         if isinstance(problem, BaseException):
             said, cause = f"raised {raised(problem)}", problem

@@ -344,7 +344,7 @@ def test_limits_of_a_tenant_by_hand_win_over_any_wish(world, caplog):
     w.settle()
     assert w.frames["kv"] >= 25
     w.policy.answer = None
-    w.arbiter.set_limits(OperatorLimits(experts_max=10))  # nobody wants what they lose
+    w.arbiter.set_limits(OperatorLimits(experts_max=10))  # no tenant requests the frames they lose
     w.settle()
     assert w.frames["experts"] <= 10
     w.arbiter.set_limits(
@@ -416,7 +416,7 @@ def test_an_idle_engine_ends_a_move_and_begins_none(world):
     assert not w.arbiter.busy
     assert sum(w.arbiter.changes.values()) == 1
     w.policy.answer = None
-    w.arbiter.set_limits(OperatorLimits(16))  # but for this one: somebody wants the memory back
+    w.arbiter.set_limits(OperatorLimits(16))  # except for this one: a tenant requests the memory
     w.settle()
     assert sum(w.frames.values()) <= 16
 

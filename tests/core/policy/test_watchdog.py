@@ -337,7 +337,7 @@ def test_a_limited_call_costs_little():
 
 def test_no_policy_call_no_stopwatch():
     rule = make(LeastRecentlyUsed())
-    rule.run(0, 0, np.arange(4))  # there is room: nobody is asked
+    rule.run(0, 0, np.arange(4))  # there is room: no policy is called
     assert not rule.eviction._faults._limiter._watched
     evict_once(rule)
     assert rule.eviction._faults._limiter._watched
