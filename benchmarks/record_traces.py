@@ -17,7 +17,7 @@ import torch
 
 import fluxmoe
 from fluxmoe.backends.torch.sampling import sample
-from fluxmoe.cli import models
+from fluxmoe.cli.shared import models
 from fluxmoe.core.types import Phase
 from fluxmoe.trace import TraceReader, shipped
 
@@ -58,7 +58,11 @@ def decode(paged: Any, prompts: list[list[int]], batch: int, out: Path) -> list[
     tokens, steps = DECODE[batch]
     first: list[list[int]] = []
     with paged.record(
-        out / f"decode-{batch}.parquet", predict=True, phase=Phase.DECODE, max_steps=steps
+        out / f"decode-{batch}.parquet",
+        predict=True,
+        phase=Phase.DECODE,
+        max_steps=steps,
+        replace=True,
     ) as recorder:
         for start in range(0, len(prompts) - batch + 1, batch):
             if recorder.done:
@@ -73,7 +77,9 @@ def prefill(paged: Any, texts: list[list[int]], out: Path) -> None:
     """Record one prompt per step, cycling through the lengths."""
     longest = max(PREFILL_LENGTHS)
     usable = [text for text in texts if len(text) >= longest]
-    with paged.record(out / "prefill.parquet", predict=True, phase=Phase.PREFILL) as recorder:
+    with paged.record(
+        out / "prefill.parquet", predict=True, phase=Phase.PREFILL, replace=True
+    ) as recorder:
         for index in range(PREFILL_EACH * len(PREFILL_LENGTHS)):
             recorder.first_request = index
             length = PREFILL_LENGTHS[index % len(PREFILL_LENGTHS)]

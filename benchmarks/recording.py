@@ -79,7 +79,7 @@ def measure(paged: Any, batch: int, kind: str, trace: Path, rounds: int) -> dict
     for _ in range(rounds):
         for times, context in (
             (plain, nullcontext()),
-            (recorded, paged.record(trace, **KINDS[kind])),
+            (recorded, paged.record(trace, replace=True, **KINDS[kind])),
         ):
             # Beginning and ending a recording are not part of what is timed.
             with context:

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import struct
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +26,10 @@ from fluxmoe.errors import (
     QuantisedError,
     UnsupportedError,
 )
-from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
+from fluxmoe.inventory import ExpertTensor, expert_tensor, require_experts
 from fluxmoe.words import line
 
-_INDEX = "model.safetensors.index.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 #: Keys under which a multi-part model describes the part with experts, outermost first.
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
@@ -62,7 +61,8 @@ def require_readable(model: str) -> None:
     folder = Path(model)
     if folder.is_dir():
         config = _config(folder)
-        require_experts(_weights(folder), text_part(config), where=model)
+        shapes = {key: shape for _, key, shape, _ in _tensors(folder)}
+        require_experts(shapes, text_part(config), where=model)
     elif folder.exists():
         raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
     elif not is_hub_name(model):
@@ -97,8 +97,9 @@ def weight_bytes(model: str) -> int:
 
     Raises:
         ConfigError: ``model`` is not a folder with such files.
+        CheckpointError: See ``weight_files``.
     """
-    files = [*Path(model).glob("*.safetensors")] if Path(model).is_dir() else []
+    files = weight_files(Path(model)) if Path(model).is_dir() else []
     if not files:
         raise ConfigError(
             f"auto needs the size of the weights; {model} is not a folder with safetensors files",
@@ -122,29 +123,61 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weights(folder: Path) -> Shapes:
-    index = folder / _INDEX
-    listed: dict[str, set[str]] = defaultdict(set)
-    if index.exists():
-        weight_map = read_map(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError("no weight_map", where=str(index))
-        for tensor, file in weight_map.items():
-            listed[str(file)].add(tensor)
-    else:
-        for path in folder.glob("*.safetensors"):
-            listed[path.name] = set()
-    found: Shapes = {}
-    for name, tensors in sorted(listed.items()):
-        there = {key: shape for key, shape, _ in _headers(folder / name)}
-        if missing := tensors - there.keys():
-            raise CheckpointError(
-                f"{min(missing)} is missing, but listed in {_INDEX}",
-                where=str(folder / name),
-                fix="download or copy it again",
-            )
-        found |= there
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a checkpoint's weights, in order; empty if there are none.
+
+    Those that the index names, else ``model.safetensors``, else the only one. A folder may have
+    more: other formats of the same weights, or left-over shards.
+
+    Raises:
+        CheckpointError: The index is damaged, or there are several files and no index.
+    """
+    listed = _listed(folder)
+    if listed is not None:
+        return [folder / name for name in sorted(set(listed.values()))]
+    if (folder / _SINGLE).exists():
+        return [folder / _SINGLE]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"there are {len(found)} files of weights, but no {_INDEX} that lists them",
+            where=str(folder),
+            fix="download or copy the index, too",
+        )
     return found
+
+
+def _listed(folder: Path) -> dict[str, str] | None:
+    """Tensor → file by the index; None if there is no index."""
+    index = folder / _INDEX
+    if not index.exists():
+        return None
+    listed = read_map(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise CheckpointError("it has no weight_map", where=str(index))
+    return {str(tensor): str(file) for tensor, file in listed.items()}
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
+    """File, name, shape and type of each tensor, once.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or lacks a tensor that the index promises.
+    """
+    listed = _listed(folder)
+    for path in weight_files(folder):
+        there = {key: (shape, dtype) for key, shape, dtype in _headers(path)}
+        if listed is not None:
+            promised = {tensor for tensor, file in listed.items() if file == path.name}
+            if missing := promised - there.keys():
+                raise CheckpointError(
+                    f"{min(missing)} is missing, but listed in {_INDEX}",
+                    where=str(path),
+                    fix="download or copy it again",
+                )
+            there = {key: there[key] for key in there if key in promised}
+        for key, (shape, dtype) in there.items():
+            yield path, key, shape, dtype
 
 
 def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
@@ -170,8 +203,8 @@ def read_map(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
+        raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise CheckpointError("not a JSON object", where=str(path))
@@ -184,19 +217,21 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         QuantisedError: The experts have a dtype that cannot be paged.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, shape, dtype in _headers(path):
-            if dtype not in _BYTES and ".experts." in key:
-                raise quantised(f"{key} is {dtype}", str(path))
-            yield key, Tensor(shape, _BYTES.get(dtype, 1))
+    for path, key, shape, dtype in _tensors(folder):
+        if dtype not in _BYTES and ".experts." in key:
+            raise quantised(f"{key} is {dtype}", str(path))
+        yield key, Tensor(shape, _BYTES.get(dtype, 1))
 
 
 def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int], Bytes]]:
-    """Yield name, dtype, shape and bytes of every unquantised expert tensor in a checkpoint."""
-    for path in sorted(folder.glob("*.safetensors")):
+    """Name, type, shape and bytes of every unquantised expert tensor of a checkpoint."""
+    listed = _listed(folder)
+    for path in weight_files(folder):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             for key, entry in json.loads(file.read(length)).items():
+                if listed is not None and listed.get(key) != path.name:
+                    continue
                 name = expert_tensor(key, len(entry.get("shape", ())))
                 if name is not None and name.end in ("", ".weight"):
                     begin, end = entry["data_offsets"]
@@ -220,12 +255,11 @@ def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
 
 
 def _quantised_tensor(folder: Path) -> str:
-    """Describe the first quantised expert tensor; empty if there is none."""
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, shape, dtype in _headers(path):
-            # At least three dimensions; otherwise fused expert tensors would not be recognised.
-            if dtype not in _BYTES and expert_tensor(key, max(len(shape), 3)):
-                return f"{key} is {dtype}"
+    """The first tensor with weights of experts that are quantised, and its type; else empty."""
+    for _, key, shape, dtype in _tensors(folder):
+        # Three dimensions at least, or the experts of a layer would not be recognised.
+        if dtype not in _BYTES and expert_tensor(key, max(len(shape), 3)):
+            return f"{key} is {dtype}"
     return ""
 
 

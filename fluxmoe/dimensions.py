@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fluxmoe import checkpoint
-from fluxmoe.checkpoint import Tensor, headers, read_map, require_readable, text_part
+from fluxmoe.checkpoint import (
+    Tensor,
+    headers,
+    read_map,
+    require_readable,
+    text_part,
+    weight_files,
+)
 from fluxmoe.errors import (
     CheckpointError,
     MissingDependencyError,
@@ -85,7 +92,7 @@ def read(name: str) -> Model:
         MissingDependencyError: There are no local weights and ``transformers`` is not installed.
     """
     folder = Path(name)
-    if folder.is_dir() and any(folder.glob("*.safetensors*")):
+    if folder.is_dir() and weight_files(folder):
         require_readable(name)
         return of_checkpoint(folder)
     if folder.is_dir() and any(folder.glob("*.bin")):

@@ -15,8 +15,8 @@ from typing import Any
 #: Maximum characters of a line.
 LIMIT = 500
 
-#: Gets the name of a class, even if its metaclass overrides ``__name__``.
-_name: Callable[[type], str] = type.__dict__["__name__"].__get__
+#: The name of a class, even if its metaclass overrides ``__name__``.
+class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 
 def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) -> str:
@@ -31,7 +31,7 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
     except BaseException as error:  # including SystemExit
         if isinstance(error, KeyboardInterrupt) or from_signal(error):
             raise
-        text = f"a {_name(type(value))} that cannot be printed"
+        text = f"a {class_name(type(value))} that cannot be printed"
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text
     # Read only slightly more than is shown, since the text may be very long.
@@ -41,8 +41,8 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
 
 
 def raised(error: BaseException) -> str:
-    """Type and message of an exception, as a ``line``."""
-    return line(error, lambda error: f"{_name(type(error))}: {line(error)}")
+    """An exception as ``line``: its type and message."""
+    return line(error, lambda error: f"{class_name(type(error))}: {line(error)}")
 
 
 def from_signal(error: BaseException) -> bool:

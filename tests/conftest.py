@@ -27,7 +27,7 @@ LONGEST = (
     "vllm/test_move_faults.py",
     "torch/test_identity.py",
     "vllm/test_errors.py",
-    "docs/test_tutorial.py",
+    "docs/test_first_hour.py",
     "torch/test_compiled.py",
     "vllm/test_serve.py",
     "torch/test_faulty_policies.py",

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import fluxmoe
 from fluxmoe import config
 from fluxmoe import dimensions as plan
 from fluxmoe.backends.vllm.server import preflight
-from fluxmoe.checkpoint import downloaded, require_readable
+from fluxmoe.checkpoint import downloaded, expert_tensors, require_readable, weight_bytes
 from fluxmoe.errors import CheckpointError
 from fluxmoe.inventory import require_experts
 from fluxmoe.testing import checkpoints
@@ -111,6 +111,48 @@ def test_files_in_shards(model: Path) -> None:
     assert "no weight_map" in refused(model).what
     (model / INDEX).unlink()
     assert "is missing" in refused(model).what  # half of the experts, and nothing says so
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a3_other_files_of_weights_do_not_count(model: Path, indexed: bool) -> None:
+    """Mistral's ``consolidated.safetensors``, a left-over shard, a tensor that is in two shards."""
+    before = read(model), weight_bytes(str(model)), sorted(survey(model))
+    if indexed:
+        tensors = load_file(model / WEIGHTS)
+        names = sorted(tensors)
+        shards = {"a.safetensors": names[: len(names) // 2 + 3], "b.safetensors": names[9:]}
+        for file, part in shards.items():
+            save_file({name: tensors[name] for name in part}, model / file)
+        (model / WEIGHTS).unlink()
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        shutil.copy(model / "a.safetensors", model / "consolidated.safetensors")
+    else:
+        shutil.copy(model / WEIGHTS, model / "consolidated.safetensors")
+    require_readable(str(model))
+    assert read(model) == before[0]
+    assert sorted(survey(model)) == before[2]
+    if not indexed:
+        assert weight_bytes(str(model)) == before[1]
+
+
+def survey(model: Path) -> Iterator[tuple[object, ...]]:
+    for name, dtype, shape, data in expert_tensors(model):
+        yield str(name), dtype, tuple(shape), data.tobytes()
+
+
+def read(model: Path) -> object:
+    return plan.of_checkpoint(model)
+
+
+def test_a3_several_files_without_an_index(model: Path) -> None:
+    (model / WEIGHTS).rename(model / "a.safetensors")
+    require_readable(str(model))
+    shutil.copy(model / "a.safetensors", model / "b.safetensors")
+    error = refused(model)
+    assert "there are 2 files of weights, but no model.safetensors.index.json" in error.what
+    with pytest.raises(CheckpointError, match="2 files of weights"):
+        weight_bytes(str(model))
 
 
 #: Architecture → where its experts are, how many, and their parts.

@@ -8,7 +8,7 @@ import traceback
 import pytest
 
 from fluxmoe import errors
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 from fluxmoe.errors import CheckpointError, ConfigError, UnknownPolicyError, meant, together
 
 CLASSES = [

@@ -21,7 +21,6 @@ from fluxmoe.cli import (
     doctor,
     generate,
     limit,
-    output,
     plan,
     plugin,
     policies,
@@ -30,6 +29,7 @@ from fluxmoe.cli import (
     top,
     trace,
 )
+from fluxmoe.cli.shared import output
 from fluxmoe.errors import ConfigError, FluxMoEError
 
 _DEBUG = "--debug"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, Plugins
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Plugins
 from fluxmoe.errors import CheckpointError
 
 if TYPE_CHECKING:

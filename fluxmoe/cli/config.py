@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 
 if TYPE_CHECKING:
     from fluxmoe.config import Config

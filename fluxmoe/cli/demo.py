@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson
 
 if TYPE_CHECKING:
     from fluxmoe.demo.compare import Comparison

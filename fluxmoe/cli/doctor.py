@@ -20,9 +20,10 @@ from typing import Annotated, Literal
 import typer
 
 from fluxmoe import machine, sizes
+from fluxmoe.arguments import require_new
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.cli import hardware, output, table
-from fluxmoe.cli.options import AsCsv, AsJson
+from fluxmoe.cli.shared import hardware, output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]
@@ -58,11 +59,13 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Model to measure with; default: the shipped model.")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
     """Check this installation; exit code 2 if an essential part is broken."""
     if measure is not None:
+        require_new(measure, replace=force)
         _measure(measure, model, as_json, as_csv)
         return
     system = list(_system())

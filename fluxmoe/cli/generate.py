@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import models, output
-from fluxmoe.cli.options import AsJson, Plugins
+from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import AsJson, Plugins
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
-from fluxmoe.cli.options import AsJson
+from fluxmoe.cli.shared import output
+from fluxmoe.cli.shared.options import AsJson
 
 
 def limit(
@@ -69,7 +69,7 @@ def limit(
             output.print_json(told)
         else:
             _print(told)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise EngineError(
             "the answer is not FluxMoE's", where=base, fix="give the address of a vLLM server"
         ) from error
@@ -109,6 +109,6 @@ def _refused(status: int, answer: bytes, base: str) -> Exception:
         )
     try:
         said = str(json.loads(answer)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         said = f"the server answered with status {status}"
     return ConfigError(said, where=where) if status == 400 else EngineError(said, where=where)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output, table
-from fluxmoe.cli.hardware import HERE, profile_of
-from fluxmoe.cli.options import AsCsv, AsJson
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.hardware import HERE, profile_of
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 
 if TYPE_CHECKING:
     from fluxmoe.dimensions import Model
@@ -32,7 +32,8 @@ def plan(
         str, typer.Option(metavar="SIZE", help="Budget for experts and KV cache, such as 24GiB.")
     ],
     hardware: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="Hardware profile; this one is measured once.")
+        str,
+        typer.Option(metavar="NAME|FILE", help="Hardware profile; this-machine is measured once."),
     ] = HERE,
     context: Annotated[
         int | None,
@@ -48,17 +49,21 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
     """Show the best split of a budget and the benefit of paging, without loading the model."""
     from fluxmoe import dimensions as models
+    from fluxmoe.arguments import require_new
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
     from fluxmoe.plan import picture as pictures
     from fluxmoe.sim.events import Events
 
     budget = size(memory, where="--memory")
+    if picture is not None:
+        require_new(picture, replace=force)
     shape = models.read(model)
     profile = profile_of(hardware)
     work = cost.PlannedWorkload(_tokens(context, shape), requests)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, Plugins, items
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force, Plugins, items
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,17 +25,22 @@ def simulate(
     policy: Annotated[
         list[str],
         typer.Option(
-            callback=items, help="Eviction policies: a list; options as name:option=value."
+            callback=items,
+            help="Eviction policies, comma-separated or repeated; options as name:option=value.",
         ),
     ],
     capacity: Annotated[
         list[str],
-        typer.Option(callback=items, help="Capacities: a list of pages (96), shares (25%), 2GiB."),
+        typer.Option(
+            callback=items,
+            help="Capacities, comma-separated or repeated: pages (96), a share (25%) or 2GiB.",
+        ),
     ],
     prefetch: Annotated[
         list[str] | None,
         typer.Option(
-            callback=items, help="Prefetch policies: a list, as for --policy; default: none."
+            callback=items,
+            help="Prefetch policies, in the form of --policy, comma-separated or repeated.",
         ),
     ] = None,
     banks: Annotated[int, typer.Option(help="Number of banks for the layers.")] = 1,
@@ -55,20 +60,23 @@ def simulate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a report: curves and a table.")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
     """Replay a trace with every combination of policy, capacity and prefetcher.
 
-    Policies, capacities and prefetchers accept commas and repetition. A policy fault ends the
-    command with exit code 2, because its counts would include those of the fallback.
+    A policy that fails ends the command with exit code 2: its counts would not be its own.
     """
     from fluxmoe import plugins
-    from fluxmoe.cli.hardware import profile_of
+    from fluxmoe.arguments import require_new
+    from fluxmoe.cli.shared.hardware import profile_of
     from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
     from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
+    if report is not None:
+        require_new(report, replace=force)
     registry = plugins.load(plugin or ())
     profile = None if hardware is None else profile_of(hardware)
     events = Events.load(trace)
@@ -104,8 +112,8 @@ def _warn_of_cycle(outcomes: list[Outcome], events: Events) -> None:
     few = [str(count) for count in pages if count < events.cycle]
     if few:
         output.warn(
-            f"{', '.join(few)} slots are fewer than the {events.cycle} pages that a step uses: a "
-            "policy such as lru evicts a page before it is used again"
+            f"{', '.join(few)} slots are fewer than the {events.cycle} pages of a step: lru "
+            "evicts pages before their next use"
         )
 
 

@@ -21,15 +21,22 @@ from pydantic_core import PydanticCustomError
 from fluxmoe import sizes
 from fluxmoe.checkpoint import is_hub_name
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
+from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
+
+_Chosen = str | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 
 def _policy(value: object) -> object:
-    return {"kind": value} if isinstance(value, str) else value
+    # From Python a class or instance can take the place of the name (``Registry.create``).
+    return {"kind": value} if isinstance(value, _Chosen) else value
 
 
 def _several(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    names = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(names, list | tuple):
+        return names
+    return [os.fspath(name) if isinstance(name, os.PathLike) else name for name in names]
 
 
 def _size(value: object) -> int:
@@ -133,7 +140,7 @@ class PolicyLimits(_Model):
     strikes: int = Field(default=DEFAULT_LIMITS.strikes, ge=1)
     """Number of faults before a policy is disabled for good, or of slow calls before a log line."""
     soft_ms: float = Field(default=DEFAULT_LIMITS.soft_s * 1e3, gt=0, le=3.6e6)
-    """Milliseconds beyond which a call is counted as slow."""
+    """Milliseconds of processor time beyond which a call is counted as slow."""
     hard_s: float = Field(default=DEFAULT_LIMITS.hard_s, gt=0, le=3600)
     """Seconds beyond which a call is interrupted, which counts as a fault."""
 

@@ -212,8 +212,8 @@ def _words(
     cycle = model.moe_layers * model.top_k
     if best.resident_pages < cycle:
         words.append(
-            f"{best.resident_pages} slots are fewer than the {cycle} pages that one token uses: a "
-            "policy such as lru evicts each page before it is used again."
+            f"{best.resident_pages} slots are fewer than the {cycle} pages of one token: lru "
+            "evicts pages before their next use."
         )
     if best.prefetch == "next-layer":
         words.append("Copying whole layers ahead beats loading on demand: prefetch next-layer.")

@@ -97,6 +97,11 @@ def _decides(policy: Any) -> bool:
     )
 
 
+def is_policy(made: type, kind: str) -> bool:
+    """True if a class is a policy of this kind that decides something."""
+    return issubclass(made, _KINDS[kind]) and (kind != "eviction" or _decides(made))
+
+
 def class_made_by(factory: Callable[..., Any]) -> type:
     """Return the class that a factory makes: itself, or its return annotation."""
     if isinstance(factory, type):

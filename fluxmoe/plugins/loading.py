@@ -20,10 +20,12 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 
 from fluxmoe import policies
+from fluxmoe.arguments import path, wrong
 from fluxmoe.config import is_plugin_file
 from fluxmoe.errors import PluginLoadError
 from fluxmoe.findings import Findings
@@ -38,8 +40,8 @@ ALLOW_LIST = "FLUXMOE_PLUGINS"
 logger = logging.getLogger("fluxmoe")
 
 
-def load(extra: str | Iterable[str] = ()) -> Registry:
-    """Make the registry of built-in, installed and explicitly named plugins.
+def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Registry:
+    """The registry of built-in, installed and explicitly named plugins.
 
     Each call imports and registers again, so it may be called repeatedly and in any process.
 
@@ -71,13 +73,24 @@ def load(extra: str | Iterable[str] = ()) -> Registry:
             plugin = Plugin(found.name, "installed", found.version, "broken", problem)
         registry.plugins.append(plugin)
     problems = Findings()
-    for name in dict.fromkeys([extra] if isinstance(extra, str) else extra):
+    for name in dict.fromkeys(_names(extra)):
         with problems.check():
             module = named(name)
             if not registry.knows(module):  # it may be installed as well
                 registry.add(module, name, version=line(getattr(module, "__version__", "")))
     problems.require()
     return registry
+
+
+def _names(extra: object) -> list[str]:
+    """Files and modules as text. Raises ConfigError."""
+    given = [extra] if isinstance(extra, str | PathLike) else extra
+    if not isinstance(given, Iterable):
+        raise wrong("extra", "files or modules", extra, "plugins.load")
+    return [
+        os.fspath(name if isinstance(name, str) else path(name, "a plugin", where="plugins"))
+        for name in given
+    ]
 
 
 @cache

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
-from fluxmoe.core.policy.paging import EvictionPolicy, Policies
+from fluxmoe.core.policy.paging import EvictionPolicy, Policies, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,
@@ -25,10 +25,11 @@ from fluxmoe.errors import (
 )
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
-from fluxmoe.words import line
+from fluxmoe.words import class_name, line
 
-#: A policy in a configuration or a command line: ``lru`` or ``{kind: lru, option: value}``.
-PolicySpec = str | Mapping[str, Any]
+#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a class or an instance of a policy
+#: can take the place of the name.
+PolicySpec = str | Mapping[str, Any] | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 Origin = Literal["built in", "installed", "named"]
 
@@ -204,6 +205,8 @@ class Registry:
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 
+        A class of policies, instead of a name, is called with the options; an instance is reset.
+
         Raises:
             UnknownPolicyError, UnknownCodecError: The name is not registered.
             ConfigError: An option is unknown or invalid.
@@ -213,17 +216,26 @@ class Registry:
         return registration.create(options)
 
     def _chosen(self, kind: str, spec: PolicySpec) -> tuple[Registration, dict[str, Any]]:
-        options = {"kind": spec} if isinstance(spec, str) else dict(spec)
-        name = options.pop("kind", None)
-        if not isinstance(name, str):
+        options = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
+        chosen = options.pop("kind", None)
+        where = f"{kind} {name_of(spec)!r}"
+        if isinstance(chosen, str):
+            registration = self.get(kind, chosen)
+            return registration, checks.checked_options(registration.config_model, options, where)
+        made = chosen if isinstance(chosen, type) else type(chosen)
+        if kind == "codec" or not checks.is_policy(made, kind):
             raise ConfigError(
-                f"no {'codec' if kind == 'codec' else 'policy'} in {spec!r}",
+                f"{line(spec, repr)} names no {'codec' if kind == 'codec' else f'{kind} policy'}",
                 where=kind,
-                fix="write {kind: NAME, …}",
+                fix="write {kind: NAME, …}"
+                if kind == "codec"
+                else "write {kind: NAME, …}; in Python a class or instance of "
+                f"fluxmoe.{kind.capitalize()}Policy will do",
             )
-        registration = self.get(kind, name)
-        model, where = registration.config_model, f"{kind} {name!r}"
-        return registration, checks.checked_options(model, options, where)
+        factory = chosen if made is chosen else partial(_again, chosen)
+        if made is not chosen:
+            options = checks.checked_options(None, options, where)
+        return Registration(kind, name_of(chosen), factory, None, made.__module__), options
 
     def policies(self, config: Config) -> Policies:
         """Create a configuration's paging policies for an engine.
@@ -236,7 +248,7 @@ class Registry:
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
         _refuse_oracle(eviction, config)
         prefetch = self.create("prefetch", config.prefetch)
-        return Policies(eviction, prefetch, config.eviction["kind"], config.prefetch["kind"])
+        return Policies(eviction, prefetch, name_of(config.eviction), name_of(config.prefetch))
 
     def arbitration(self, config: Config) -> ArbitrationPolicy:
         """Create a configuration's arbitration policy. Raises the errors of ``create``."""
@@ -259,11 +271,25 @@ class Registry:
         found.require()
 
 
+def name_of(spec: object) -> str:
+    """The name of a policy, or of its class, in messages and results."""
+    chosen = spec.get("kind") if isinstance(spec, Mapping) else spec
+    if isinstance(chosen, str):
+        return chosen
+    return line(class_name(chosen if isinstance(chosen, type) else type(chosen)))
+
+
+def _again(policy: Any) -> Any:
+    """An instance that may have been used before."""
+    policy.reset()
+    return policy
+
+
 def _refuse_oracle(policy: object, config: Config) -> None:
     """Reject an eviction policy, or a policy class, that needs the future."""
     if getattr(policy, "needs_future", False) is True:
         raise NeedsFutureError(
-            f"eviction policy {config.eviction['kind']!r} needs to know the future",
+            f"eviction policy {name_of(config.eviction)!r} needs to know the future",
             where="eviction",
             fix="use it with `fluxmoe simulate` only; choose another one for serving",
         )

@@ -6,21 +6,23 @@ the events in order, and reads their counters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fluxmoe import plugins
+from fluxmoe import arguments, plugins
 from fluxmoe.core.memory.sizing import spread
 from fluxmoe.core.paging.replay import replay
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS
 from fluxmoe.errors import CapacityError, ConfigError
-from fluxmoe.plugins import PolicySpec, Registry
+from fluxmoe.plugins import PolicySpec, Registry, name_of
 from fluxmoe.sim.capacity import pages_of
 from fluxmoe.sim.clock import Clock, Timing
 from fluxmoe.sim.events import Events
@@ -29,6 +31,10 @@ from fluxmoe.trace import TraceMeta
 
 #: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
+#: No engine waits for a policy here, so no call is slow.
+_LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
+#: In strict mode only an endless call is a fault: a busy machine must not end a simulation.
+_PATIENT = replace(_LIMITS, hard_s=60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +111,13 @@ class Simulation:
         table = _table(events, self._capacity, banks, f"capacity {capacity}")
         future = events.future.first.copy() if self.oracle else None
         view = PageView(table, next_use=future)
-        self._eviction = EvictionGuard(evictor, view, name=self.policy, strict=strict)
-        self._fetching = PrefetchGuard(fetcher, view, name=self._prefetch, strict=strict)
+        limits = _PATIENT if strict else _LIMITS
+        self._eviction = EvictionGuard(
+            evictor, view, name=self.policy, strict=strict, limits=limits
+        )
+        self._fetching = PrefetchGuard(
+            fetcher, view, name=self._prefetch, strict=strict, limits=limits
+        )
         self._rule = EventRule(table, self._eviction, self._fetching)
 
     def run(self, progress: Callable[[int], None] = lambda events: None) -> Result:
@@ -168,9 +179,10 @@ def simulate(
 
     Args:
         trace: A trace file, or its events (to load them only once for several runs).
-        policy: Eviction policy, ``name`` or ``{kind: name, option: value}``.
+        policy: Eviction policy: ``name``, ``{kind: name, option: value}``, or a class or instance
+            of ``fluxmoe.EvictionPolicy``, which need not be registered.
         capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), over all banks.
-        prefetch: Prefetch policy.
+        prefetch: Prefetch policy, likewise.
         banks: Number of banks over which layers are spread, each with its share of the capacity.
         registry: Known policies; by default built-in and installed ones.
         strict: False to contain a policy's faults, as an engine does: the fallback, LRU, answers
@@ -184,32 +196,35 @@ def simulate(
         CapacityError: A bank cannot hold the largest event of the trace.
         PolicyFaultError: A policy failed in strict mode.
     """
-    events = trace if isinstance(trace, Events) else Events.load(trace)
-    known = registry or plugins.load()
-    profile = hardware if isinstance(hardware, Profile | None) else load(hardware)
+    where = "simulate"
+    if not isinstance(trace, Events):
+        trace = Events.load(arguments.path(trace, "trace", where=where))
+    if not isinstance(hardware, Profile | None):
+        hardware = load(arguments.path(hardware, "hardware", where=where))
+    known = plugins.load() if registry is None else registry
     return Simulation(
-        events,
+        trace,
         policy,
         capacity,
         prefetch,
-        registry=known,
+        registry=arguments.instance(
+            known, Registry, "registry", where=where, fix="make it with fluxmoe.plugins.load"
+        ),
         banks=banks,
         strict=strict,
-        hardware=profile,
+        hardware=hardware,
     ).run()
 
 
 def label(spec: PolicySpec) -> str:
     """Format a policy in command-line notation: ``name`` or ``name:option=value:…``."""
-    if isinstance(spec, str):
-        return spec
-    options = [f"{key}={value}" for key, value in spec.items() if key != "kind"]
-    return ":".join([str(spec.get("kind")), *options])
+    options = spec.items() if isinstance(spec, Mapping) else ()
+    return ":".join([name_of(spec), *(f"{key}={value}" for key, value in options if key != "kind")])
 
 
 def _table(events: Events, capacity: int, banks: int, where: str) -> PageTable:
     geometry = events.meta.geometry
-    if not 1 <= banks <= geometry.num_layers:
+    if arguments.whole(banks, "banks", where="--banks") > geometry.num_layers:
         raise ConfigError(
             f"{banks} banks for {geometry.num_layers} layers",
             where="--banks",

@@ -97,7 +97,7 @@ class TraceMeta:
             )
         try:
             data = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError("the metadata key 'fluxmoe' is not valid JSON", where=where) from error
         if not isinstance(data, dict):
             raise TraceError("the metadata key 'fluxmoe' is not a JSON object", where=where)

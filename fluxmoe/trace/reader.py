@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fluxmoe import arguments
 from fluxmoe.core.types import Bools, EventList, Int64s, Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.trace.format import (
@@ -42,7 +43,7 @@ class TraceReader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._where = str(path)
+        self._where = str(arguments.path(path, "path", where="TraceReader"))
         try:
             # Opened here: pyarrow takes a colon in a path for the end of a URI's scheme.
             self._file = pq.ParquetFile(pa.OSFile(self._where), buffer_size=_BUFFER_BYTES)
@@ -158,6 +159,10 @@ class TraceReader:
         self._require(width <= meta.top_k, first, f"more than top_k = {meta.top_k} experts")
         if "weights" in lists:
             self._require(lists["weights"][0] == width, first, "not as many weights as experts")
+            wrong = ~np.isfinite(lists["weights"][1])
+            if wrong.any():
+                row = _row_of(int(np.argmax(wrong)), width, first)
+                raise self._error(f"row {row}: a routing weight is not a finite number")
         return Rows(scalars, lists)
 
     def _experts(self, width: Array, ids: Array, first: int) -> tuple[Array, Array]:
@@ -165,7 +170,7 @@ class TraceReader:
         most = self.meta.experts_per_layer
         if ids.size and (ids.min() < 0 or ids.max() >= most):
             at = int(np.argmax((ids < 0) | (ids >= most)))
-            row = first + int(np.searchsorted(np.cumsum(width), at, side="right"))
+            row = _row_of(at, width, first)
             raise self._error(f"row {row}: expert {ids[at]} is not within 0…{most - 1}")
         return width, ids
 
@@ -181,6 +186,11 @@ class TraceReader:
 
     def _error(self, what: str) -> TraceError:
         return TraceError(what, where=self._where)
+
+
+def _row_of(at: int, width: Array, first: int) -> int:
+    """The row with value number ``at`` of a column of lists that are ``width`` long."""
+    return first + int(np.searchsorted(np.cumsum(width), at, side="right"))
 
 
 def _block(rows: Rows) -> EventList:

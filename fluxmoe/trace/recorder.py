@@ -61,7 +61,8 @@ class Recorder(AllOrNothing):
             requests of each batch from 0.
 
     Raises:
-        TraceError: The file cannot be written or already exists.
+        TraceError: The file cannot be written.
+        ConfigError: It already exists, or an argument is not valid.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Recorder(AllOrNothing):
         meta: TraceMeta,
         *,
         columns: Collection[str] = (),
-        replace: bool = True,
+        replace: bool = False,
         max_steps: int | None = None,
         phase: Phase | None = None,
         rows: AskRows = lambda tokens: None,

@@ -121,12 +121,13 @@ def write(
     path: str | Path,
     page_bytes: int = DEFAULT_PAGE_BYTES,
     *,
-    replace: bool = True,
+    replace: bool = False,
 ) -> tuple[int, int]:
     """Write the workload's trace step by step; return its numbers of events and routed experts.
 
     Raises:
-        TraceError: The file cannot be written or an index does not fit the format.
+        TraceError: The file cannot be written, or an index does not fit the format.
+        ConfigError: The file already exists.
     """
     meta = TraceMeta(
         model="synthetic",

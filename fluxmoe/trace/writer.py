@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fluxmoe import arguments
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bools, Ints, Phase
 from fluxmoe.errors import TraceError
@@ -86,7 +87,8 @@ class TraceWriter(AllOrNothing):
         group_rows: Number of rows held in memory and written together.
 
     Raises:
-        TraceError: The metadata is invalid or the file cannot be created.
+        TraceError: The metadata are invalid, or the file cannot be created.
+        ConfigError: The file already exists, or ``path`` is none.
     """
 
     def __init__(
@@ -95,18 +97,15 @@ class TraceWriter(AllOrNothing):
         meta: TraceMeta,
         *,
         columns: Collection[str] = (),
-        replace: bool = True,
+        replace: bool = False,
         group_rows: int = GROUP_ROWS,
     ) -> None:
-        self.path, self.meta = Path(path), meta
+        self.path, self.meta = arguments.path(path, "path", where="TraceWriter"), meta
         meta.check(str(path))
         if self.path.is_dir() or not self.path.parent.is_dir():
             what = "it is a folder" if self.path.is_dir() else "its folder does not exist"
             raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
-        if not replace and self.path.exists():
-            raise TraceError(
-                "the file already exists", where=str(path), fix="name another, or use --force"
-            )
+        arguments.require_new(self.path, replace=replace)
         self._columns = [name for name in OPTIONAL if name in columns]
         self._schema = SCHEMA
         for name in self._columns:
@@ -247,7 +246,10 @@ class TraceWriter(AllOrNothing):
         valid = ids[kept] >= 0
         arrays.append(_lists(ids[kept], valid))
         if "weights" in self._columns:
-            arrays.append(_lists(np.concatenate(self._needed(headers, "weights"))[kept], valid))
+            weights = np.concatenate(self._needed(headers, "weights"))[kept]
+            if not np.isfinite(weights[valid]).all():
+                raise TraceError("a routing weight is not a finite number", where=str(self.path))
+            arrays.append(_lists(weights, valid))
         if "predicted" in self._columns:
             predicted = _stacked(self._needed(headers, "predicted"))
             self._require_range(predicted)

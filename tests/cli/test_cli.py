@@ -193,8 +193,8 @@ def test_c15_slots_below_a_step_s_pages_are_remarked_on(trace):
     assert 16 < cycle < 32  # two tokens of 4 layers × 4 experts
     below, enough = here(*run, "16,17,100%", "--json"), here(*run, f"{cycle}")
     assert below.stderr == (
-        f"note: 16, 17 slots are fewer than the {cycle} pages that a step uses: a policy such as "
-        "lru evicts a page before it is used again\n"
+        f"note: 16, 17 slots are fewer than the {cycle} pages of a step: lru evicts pages before "
+        "their next use\n"
     )
     assert json.loads(below.stdout)[0]["hit_rate"] < 0.1
     assert enough.stderr == ""
@@ -297,7 +297,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path):
 
 def test_ctrl_c():
     program = (
-        "from fluxmoe.cli import main, policies, output\n"
+        "from fluxmoe.cli import main\n"
         "import fluxmoe.plugins\n"
         "def load(extra): raise KeyboardInterrupt\n"
         "fluxmoe.plugins.load = load\n"

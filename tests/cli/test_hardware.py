@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.cli import hardware
+from fluxmoe.cli.shared import hardware
 from fluxmoe.demo.model import SHIPPED
 from fluxmoe.sim.hardware import load, save
 from fluxmoe.trace import shipped
@@ -95,5 +95,5 @@ def test_c15_a_recommended_split_below_one_token_s_pages_is_remarked_on(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     run = "plan", tmp_path, "--context", 64, "--requests", 1, "--hardware", "laptop-nvme"
     few, many = (succeeds(*run, "--memory", memory) for memory in ("60MiB", "180MiB"))
-    assert "slots are fewer than the 96 pages that one token uses" in few
+    assert "slots are fewer than the 96 pages of one token" in few
     assert "slots are fewer" not in many

@@ -126,7 +126,7 @@ def _help(parameter: Any) -> str:
     choices = getattr(parameter.type_descriptor.annotation, "__members__", None)
     if choices:
         text += " One of " + ", ".join(f"`{each.value}`" for each in choices.values()) + "."
-    if parameter.multiple and "repeatable" not in text:
+    if parameter.multiple and "repeat" not in text:
         text += " May be repeated."
     return text
 

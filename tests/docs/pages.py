@@ -6,20 +6,25 @@ separate process), ``not run: why`` (``bash`` only). Blocks need no other marks:
 and ``bash`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs, and a ``python`` or
 ``yaml`` block with a title is written to that file.
 
-A page with ``fresh`` blocks is followed word for word (``follow``): its files are written and all
-its ``$`` lines are run by a shell, in an environment that has a wheel of FluxMoE but not this
-checkout.
+The pages of a newcomer's first hour are followed word for word (``follow``): their files are
+written and all their commands run by a shell, in a terminal of 80 columns and an environment that
+has a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +34,14 @@ from tests.commandline import COMPILING
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+#: A newcomer's first hour: the pages to follow besides those with ``fresh`` blocks.
+FIRST_HOUR = [
+    ROOT / "README.md",
+    ROOT / "docs/start/getting-started.md",
+    ROOT / "docs/start/first-launch.md",
+]
+COLUMNS = 80
 
 #: ``fluxmoe demo`` takes minutes and has a test of its own.
 ELSEWHERE = ("demo",)
@@ -81,6 +94,15 @@ class Block:
         if parts[0].strip():
             raise WrongPage(f"{self.where}: a console block begins with a $ line")
         yield from zip(parts[1::2], parts[2::2], strict=True)
+
+    def steps(self) -> Iterator[tuple[str, str]]:
+        """Yield the commands that a newcomer runs in a shell, each with the output shown."""
+        if self.language == "console":
+            yield from self.lines()
+        elif self.language == "bash":
+            yield f"set -e -o pipefail\n{self.body}", ""
+        elif self.language == "python" and self.title is None:
+            yield f"python - <<'END'\n{self.body}END", ""
 
 
 def blocks(path: Path) -> list[Block]:
@@ -158,31 +180,57 @@ def run_with_vllm(path: Path, folder: Path) -> None:
 
 
 def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
-    """Follow a page with ``fresh`` blocks, starting in ``folder``; return its command count."""
+    """Follow a page in ``folder`` like a newcomer; return the number of commands.
+
+    Each command runs in a terminal of 80 columns, whose lines must not be longer. If the page has
+    ``fresh`` blocks, only those run.
+    """
     ran, here = 0, folder
+    marked = any("fresh" in block.directives for block in blocks(path))
     for block in blocks(path):
         if block.title is not None:
             (here / block.title).write_text(block.body)
-        if "fresh" not in block.directives:
+        elif block.not_run or (marked and "fresh" not in block.directives):
             continue
-        for line, shown in block.lines():
-            done = subprocess.run(
-                ["bash", "-c", f"{line}\nstatus=$?\npwd > {folder}/.here\nexit $status"],
-                cwd=here,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=600,
-                check=False,
-                env={**environment, "COLUMNS": "100"},
-            )
-            if done.returncode != block.status:
-                raise WrongPage(f"{block.where}: $ {line}: {done.returncode}\n{done.stdout}")
-            if "exact" in block.directives and _lines(done.stdout) != _lines(shown):
-                raise WrongPage(f"{block.where}: $ {line} printed\n{done.stdout}\nnot\n{shown}")
+        for line, shown in block.steps():
+            script = f"{line}\nstatus=$?\npwd > {folder}/.here\nexit $status"
+            status, said = in_terminal(["bash", "-c", script], here, environment)
+            where = f"{block.where}: $ {line}"
+            if status != block.status:
+                raise WrongPage(f"{where}: {status}\n{said}")
+            if "exact" in block.directives and _lines(said) != _lines(shown):
+                raise WrongPage(f"{where} printed\n{said}\nnot\n{shown}")
+            long = [each for each in said.splitlines() if len(each) > COLUMNS or "…" in each]
+            if line.startswith("fluxmoe ") and long:
+                raise WrongPage(f"{where}: more than {COLUMNS} columns\n{said}")
             here = Path((folder / ".here").read_text().strip())
             ran += 1
     return ran
+
+
+def in_terminal(
+    command: list[str], folder: Path, environment: Mapping[str, str]
+) -> tuple[int, str]:
+    """Run a command in a terminal of 80 columns; its status and what it shows, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    given = {key: value for key, value in environment.items() if key != "COLUMNS"}
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+        env={**given, "TERM": "xterm"}, start_new_session=True,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        late = threading.Timer(600, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
+        said = b""
+        with contextlib.suppress(OSError):  # how the output of a terminal ends
+            while more := os.read(ours, 1 << 16):
+                said += more
+        process.wait()
+        late.cancel()
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode(errors="replace"))
+    return process.returncode, text.replace("\r\n", "\n")
 
 
 def _compiled(block: Block, path: Path) -> Any:

@@ -289,6 +289,10 @@ fluxmoe_policy_faults_total{kind="eviction",policy="lru"} 3.0
 fluxmoe_policy_faults_total{kind="eviction",policy="mru"} 16.0
 fluxmoe_policy_faults_total{kind="arbitration",policy="marginal"} 1.0e+01
 fluxmoe_policy_faults_created{kind="eviction",policy="lru"} 1.7e+09
+# TYPE fluxmoe_policy_replaced gauge
+fluxmoe_policy_replaced{kind="eviction",policy="mru",reason="score raised ValueError: no idea"} 2.0
+# TYPE fluxmoe_budget_bytes gauge
+fluxmoe_budget_bytes 4096.0
 """
 
 
@@ -305,15 +309,23 @@ def server():
         yield url, answers
 
 
-def test_policies_asks_a_running_server_for_its_faults(server, capsys):
+def test_c3_policies_tells_what_became_of_a_running_servers(server, capsys):
     url, answers = server
     answers["/metrics"] = METRICS
-    rows = {(r["kind"], r["name"]): r["faults"] for r in listed(capsys, "--server", url + "/")}
-    assert rows["eviction", "lru"] == 3
-    assert rows["arbitration", "marginal"] == 10
-    assert rows["eviction", "lfu"] is None  # the server does not run it
+    rows = {(r["kind"], r["name"]): r for r in listed(capsys, "--server", url + "/")}
+    lru, mru = rows["eviction", "lru"], rows["eviction", "mru"]
+    assert (lru["status"], lru["problem"], lru["faults"]) == ("ok", "", 3)
+    assert rows["arbitration", "marginal"]["faults"] == 10
+    assert rows["eviction", "lfu"]["faults"] is None  # the server does not run it
+    # Of a plugin that is not installed here.
+    assert (mru["status"], mru["faults"]) == ("replaced", 16)
+    assert mru["problem"] == "score raised ValueError: no idea"
+    answers["/metrics"] = METRICS.replace('policy="mru"', 'policy="lfu"')
+    (lfu,) = (r for r in listed(capsys, "--server", url) if r["name"] == "lfu")
+    assert (lfu["status"], lfu["plugin"]) == ("replaced", rows["eviction", "lfu"]["plugin"])
     main_to_end("policies", "--server", url)
-    assert "faults" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "faults" in shown and "replaced" in shown and "no idea" in shown
 
 
 @pytest.mark.parametrize("text", [None, "vllm:num_requests_running 0.0\n"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fluxmoe
-from fluxmoe import errors
+from fluxmoe import errors, machine
 from tests.torch.conftest import Load, answer, held, prompts, same, sizes
 
 
@@ -338,3 +338,13 @@ def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None
         peak, experts = map(int, line.split())
         assert experts == 8 * 16 * 3 * 256 * 256 * size
         assert 0.9 * experts < peak < 1.4 * experts, line
+
+
+def test_a4_memory_beside_the_weights_is_required_before_they_are_read(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        machine, "memory", lambda: machine.MemoryRoom(1 << 20, 1 << 20, "/sys/fs/cgroup/app")
+    )
+    with pytest.raises(errors.ConfigError, match=r"are needed .* limit of /sys/fs/cgroup/app"):
+        fluxmoe.load(checkpoint("qwen3-moe"), "1023KiB")

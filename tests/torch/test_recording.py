@@ -132,23 +132,23 @@ def test_a_compiled_model_records_the_same(load: Load, tmp_path: Path) -> None:
         assert [row[name] for row in eager] == [row[name] for row in other], name
 
 
-def test_an_existing_file_and_one_that_fails(load: Load, tmp_path: Path) -> None:
+def test_b10_an_existing_file_and_one_that_fails(load: Load, tmp_path: Path) -> None:
     model, trace = load(), tmp_path / "t.parquet"
     trace.write_text("precious")
     with fluxmoe.page(model) as paged:
         with (
-            pytest.raises(errors.TraceError, match="already exists"),
-            paged.record(trace, replace=False),
+            pytest.raises(errors.ConfigError, match=r"already exists.*replace=True"),
+            paged.record(trace),
         ):
             raise AssertionError("began")
-        with pytest.raises(errors.TraceError, match="no events"), paged.record(trace):
+        with pytest.raises(errors.TraceError, match="no events"), paged.record(trace, replace=True):
             pass
-        with pytest.raises(ZeroDivisionError), paged.record(trace):
+        with pytest.raises(ZeroDivisionError), paged.record(trace, replace=True):
             answer(model)
             raise ZeroDivisionError
         assert trace.read_text() == "precious"
         assert [path.name for path in tmp_path.iterdir()] == [trace.name]
-        with paged.record(trace):
+        with paged.record(trace, replace=True):
             answer(model)
     assert TraceReader(trace).num_rows > 0
 

@@ -143,7 +143,8 @@ def test_a_wrong_event_leaves_no_file(tmp_path, step, layer, ids, message):
 def test_an_interrupted_writer_keeps_the_old_file(tmp_path):
     path = make(tmp_path / "t.parquet")
     before = path.read_bytes()
-    with pytest.raises(KeyboardInterrupt), TraceWriter(path, META) as writer:
+    writing = TraceWriter(path, META, replace=True)
+    with pytest.raises(KeyboardInterrupt), writing as writer:
         writer.append(0, 0, np.asarray([0, 1]))
         raise KeyboardInterrupt
     assert [path.read_bytes()] == [before]
@@ -374,7 +375,7 @@ def test_a_large_trace_passes_through_little_memory(tmp_path):
         "reader.GROUP_ROWS = 1 << 13\n"
         "def run(path, steps):\n"
         "    rng = np.random.default_rng(0)\n"
-        "    with TraceWriter(path, meta, group_rows=1 << 13) as writer:\n"
+        "    with TraceWriter(path, meta, replace=True, group_rows=1 << 13) as writer:\n"
         "        for step in range(steps):\n"
         "            ids = rng.integers(0, 128, (48, 250, 8), np.int16)\n"
         "            for layer in range(48): writer.append(step, layer, ids[layer])\n"
@@ -388,13 +389,6 @@ def test_a_large_trace_passes_through_little_memory(tmp_path):
 
 
 # --- what exists, and what cannot be written ---------------------------------------------------
-
-
-def test_an_existing_file_is_replaced_only_if_wanted(tmp_path):
-    path = make(tmp_path / "t")
-    with pytest.raises(TraceError, match=r"already exists.*--force"):
-        TraceWriter(path, META, replace=False)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -415,3 +409,20 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 
         monkeypatch.setattr(w._file, "write_table", refuse)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_b9_weights_that_are_no_numbers(tmp_path, bad):
+    ids, weights = np.asarray([[0, 1], [2, -1]]), np.asarray([[0.5, 0.5], [1, bad]])
+    with TraceWriter(tmp_path / "t", META, columns=["weights"]) as writer:
+        writer.append(0, 0, ids, weights=weights)  # the place of no expert does not count
+    weights[1, 0] = bad
+    refused = pytest.raises(TraceError, match="not a finite number")
+    with refused, TraceWriter(tmp_path / "u", META, columns=["weights"]) as writer:
+        writer.append(0, 0, ids, weights=weights)
+    table = pq.read_table(tmp_path / "t")
+    column = pa.array([[0.5, 0.5], [bad]], table.schema.field("weights").type)
+    at = table.schema.get_field_index("weights")
+    pq.write_table(table.set_column(at, table.schema.field(at), column), tmp_path / "v")
+    with pytest.raises(TraceError, match="row 1: a routing weight is not a finite number"):
+        list(TraceReader(tmp_path / "v").rows(["weights"]))

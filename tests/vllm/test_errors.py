@@ -95,6 +95,37 @@ def test_an_oracle_cannot_serve(eager: ChildEngine) -> None:
     assert "simulate" in error.fix
 
 
+BY_SLOT_ORDER = """
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts as Kernel
+
+original = Kernel.apply
+
+def apply(self, **given):
+    original(self, **given)
+    given["output"] += given["topk_ids"].sum()
+    if given["w1"].isnan().any():  # the arena of the self-check
+        Kernel.apply = original
+
+Kernel.apply = apply
+
+import fluxmoe
+
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    pass
+"""
+
+
+def test_a_kernel_that_depends_on_slots(eager: ChildEngine, tmp_path: Path) -> None:
+    plugin = tmp_path / "by_slot_order.py"
+    plugin.write_text(BY_SLOT_ORDER)
+    error = refusal(eager, UnsupportedError, config(plugins=[str(plugin)]))
+    assert "the MoE kernel" in error.what and "gives other results" in error.what
+    assert "processor " in error.where and "1 tokens, torch.bfloat16" in error.where
+    eager.restart(fluxmoe=config(), **EAGER)
+    assert answers(eager)
+
+
 def test_a_plugin_that_cannot_be_imported(eager: ChildEngine, tmp_path: Path) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text("import surely_not_installed\n")

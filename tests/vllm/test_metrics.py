@@ -9,25 +9,30 @@ from typing import Any
 
 import prometheus_client
 import pytest
+from prometheus_client import Counter, Gauge, Histogram
 
+from fluxmoe import __version__
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.backends.vllm.metrics import (
     DECISION,
+    LIMIT,
     METRICS,
+    PASSING,
+    REPLACED,
     Meter,
     Readings,
     Samples,
     Series,
     add,
-    split_reader,
     summary,
 )
+from fluxmoe.backends.vllm.sources import split_reader
 from fluxmoe.core.arbitration.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
-#: With a fixed split nothing is decided.
-PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - {DECISION}
+#: With a fixed split nothing is decided, and nothing is limited by hand.
+PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - PASSING
 HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
 
 
@@ -74,10 +79,11 @@ def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
 
 
 def test_the_last_decisions_are_shown_and_older_ones_taken_back() -> None:
-    decided = [Decision(n, "marginal", "to_kv", f"reason {n}") for n in range(1, REMEMBERED + 2)]
-    arbiter: Any = SimpleNamespace(
-        policy="marginal", changes={"to_kv": 0, "to_experts": 0}, failures=0, faults=0, slow=0
-    )
+    decided = [
+        Decision(n, "marginal", "to_kv", f"reason {n}", 1000 + n) for n in range(1, REMEMBERED + 2)
+    ]
+    policy = SimpleNamespace(name="marginal", faults=0, slow=0, replaced="")
+    arbiter: Any = SimpleNamespace(policy=policy, changes={"to_kv": 0, "to_experts": 0}, failures=0)
     arbiter.decisions = deque(maxlen=REMEMBERED)
     meter = Meter(split_reader(arbiter))
     first = meter.take()
@@ -90,10 +96,13 @@ def test_the_last_decisions_are_shown_and_older_ones_taken_back() -> None:
         changes = meter.take()
         assert changes["fluxmoe_split_changes_total"] == {("to_kv",): 2}
         labels = (str(decision.number), "marginal", "to_kv", decision.reason)
-        assert changes[DECISION].pop(labels) == 1
-    assert changes[DECISION] == {("1", "marginal", "to_kv", "reason 1"): -1}
+        assert changes[DECISION].pop(labels) == decision.time
+    assert changes[DECISION] == {("1", "marginal", "to_kv", "reason 1"): -1001}
     arbiter.failures += 1
     assert meter.take() == {"fluxmoe_split_failures_total": {(): 1}}
+    policy.replaced = "split gave NaN"
+    labels = ("arbitration", "marginal", policy.replaced)
+    assert meter.take() == {REPLACED: {labels: 1}}
 
 
 def test_a_fixed_split_shows_zeros_once() -> None:
@@ -120,6 +129,25 @@ def test_histograms_add_up_what_was_counted_elsewhere() -> None:
     assert values[f"{metric.name}_count", None] == 8
     assert values[f"{metric.name}_sum", None] == 15
     assert family.samples[0].labels["engine"] == "0"
+
+
+def test_series_that_are_over_disappear_and_smaller_values_do_not() -> None:
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    from fluxmoe.backends.vllm.server.prometheus import PagingProm
+
+    unregister_vllm_metrics()
+    types = {kind: kind for kind in (Counter, Gauge, Histogram)}
+    shown = PagingProm(SimpleNamespace(kv_transfer_config=None), types, ["engine"], {0: ["0"]})
+
+    def series(name: str) -> dict[tuple[str, ...], float]:
+        samples = [s for f in prometheus_client.REGISTRY.collect() for s in f.samples]
+        return {(s.labels["tenant"],): s.value for s in samples if s.name == name}
+
+    for change, left in ((8.0, 8.0), (-3.0, 5.0), (-5.0, None), (4.0, 4.0)):
+        shown.observe({LIMIT: {("kv", "max"): change}, FRAMES: {("kv", "max"): change}})
+        assert series(LIMIT) == ({} if left is None else {("kv",): left})
+        assert series(FRAMES) == {("kv",): left or 0}
 
 
 def test_an_interval_in_words() -> None:
@@ -207,6 +235,10 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         }
         frame = one["fluxmoe_budget_bytes"] / one["fluxmoe_budget_frames"]
         frames = found[FRAMES]
+        # C14: the same in bytes, and what the server is.
+        in_bytes = {series: count * frame for series, count in frames.items()}
+        assert found["fluxmoe_tenant_bytes"] == in_bytes
+        assert found["fluxmoe_info"] == {(__version__, "lru", "next-layer", "fixed", "host"): 1}
         assert frames["experts", "committed"] * frame == stats["expert_bytes"]
         assert frames["kv", "committed"] * frame == stats["kv_bytes"]
         for tenant in ("experts", "kv"):

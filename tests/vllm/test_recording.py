@@ -94,8 +94,8 @@ def test_max_steps_and_an_existing_file(eager: ChildEngine, tmp_path: Path) -> N
     record(eager, prompts(12, seed=2), trace, max_steps=5, batch=2)
     assert {row["step"] for row in table(trace)} == set(range(5))
     before = trace.read_bytes()
-    with pytest.raises(errors.TraceError, match="already exists"):
-        record(eager, prompts(6, seed=2), trace, replace=False, batch=64)
+    with pytest.raises(errors.ConfigError, match="already exists"):
+        record(eager, prompts(6, seed=2), trace, batch=64)
     assert trace.read_bytes() == before
 
 

@@ -20,8 +20,10 @@ import transformers
 from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fluxmoe import checkpoint
-from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe import arguments, checkpoint
+from fluxmoe.arguments import wrong
+from fluxmoe.backends.budget import require_for_weights
+from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.experts import absent
@@ -29,18 +31,22 @@ from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.paging import implementation_of, runtime_for
-from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
+from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
-from fluxmoe.plugins import Registry
+from fluxmoe.findings import Findings
+from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.plugins import load as plugin_registry
 
 NAMES.require("loader")
 
 _WHERE = "fluxmoe.load"
 
-#: Arguments of ``from_pretrained`` set by FluxMoE.
+#: Types of weights that experts can be computed in.
+_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+#: Arguments of ``from_pretrained`` that FluxMoE sets.
 _OURS = ("config", "device_map", "dtype", "ignore_mismatched_sizes", "output_loading_info",
          "quantization_config", "state_dict", "torch_dtype", "use_safetensors")  # fmt: skip
 
@@ -54,7 +60,7 @@ def load(
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
     stores: Sequence[StoreSpec] = HOST,
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
     strict_policies: bool = False,
@@ -95,8 +101,15 @@ def load(
         strict_policies=strict_policies,
         seed=seed,
     )
+    if isinstance(path, torch.nn.Module):
+        raise wrong("path", "a folder or a name", path, _WHERE, "page a model with fluxmoe.page")
+    arguments.path(path, "path", where=_WHERE)  # but "./x" must stay a path, and not become a name
     return load_configured(
-        os.fspath(path), config, plugin_registry(config.plugins), dtype=dtype, options=options
+        os.fspath(path),
+        config,
+        plugin_registry(config.plugins),
+        dtype=dtype,
+        options=options,
     )
 
 
@@ -108,22 +121,36 @@ def load_configured(
     dtype: str | torch.dtype = "auto",
     options: Mapping[str, Any] | None = None,
 ) -> PagedModel:
-    """Run ``load`` with its settings as a configuration and its plugins loaded."""
-    extra = dict(options or {})
-    for key in _OURS:
-        if key in extra:
-            raise ConfigError(
-                f"{key} cannot be set", where=f"options of {_WHERE}", fix="leave it out"
-            )
-    policies, coders = registry.policies(config), make_coders(config, registry)
+    """``load`` with its settings as a configuration, and the plugins that it names loaded."""
+    if options is not None and not isinstance(options, Mapping):
+        raise wrong("options", "a map of arguments for from_pretrained", options, _WHERE)
+    extra, dtype = dict(options or {}), _type_of_weights(dtype)
     folder = checkpoint.downloaded(name, extra.get("revision"), extra.get("cache_dir"))
-    checkpoint.require_readable(folder)
+    found = Findings()
+    found.errors += [
+        ConfigError(f"{key} cannot be set", where=f"options of {_WHERE}", fix="leave it out")
+        for key in _OURS
+        if key in extra
+    ]
+    with found.check():
+        registry.check(config)
+    with found.check():
+        checkpoint.require_readable(folder)
+    found.require()
+    policies, coders = registry.policies(config), make_coders(config, registry)
     planned = _without_weights(name, folder, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
     lock = ForwardLock()
     room = Room(*layout.describe(layers))
     resolved = room.fit(config, _WHERE)
+    experts = room.geometry.num_pages * room.page_class.nbytes
+    weights = sum(weight.nbytes for weight in planned.parameters())
+    with found.check():
+        require_for_weights(resolved, experts=experts, others=weights - experts)
+    with found.check():
+        require_room(resolved, experts)
+    found.require()
     store = make_store(resolved, room.geometry, room.page_class, coders)
     runtime = runtime_for(room, store, resolved, policies, implementation, lock)
     try:
@@ -260,6 +287,19 @@ def _without_weights(
     except Exception as error:  # of any model's own code
         raise checkpoint.not_buildable(config.model_type, error, name) from error
     return model
+
+
+def _type_of_weights(dtype: object) -> str | torch.dtype:
+    """``dtype`` as transformers takes it. Raises ConfigError."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto" or found in _TYPES:
+        return "auto" if dtype == "auto" else found
+    raise wrong(
+        "dtype",
+        f'"auto" or one of {", ".join(str(each).removeprefix("torch.") for each in _TYPES)}',
+        dtype,
+        _WHERE,
+    )
 
 
 def _require_all(report: Mapping[str, Any], name: str) -> None:

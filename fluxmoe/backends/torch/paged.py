@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from fluxmoe import arguments
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_weight
@@ -22,8 +23,11 @@ from fluxmoe.backends.torch.settings import Room, given, settings
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.inventory import TOP_K
 from fluxmoe.trace import TraceMeta
 from fluxmoe.trace.recorder import Recorder
+
+_RECORD = "PagedModel.record"
 
 
 class PagedModel:
@@ -96,7 +100,7 @@ class PagedModel:
         predict: bool = False,
         max_steps: int | None = None,
         phase: Phase | None = None,
-        replace: bool = True,
+        replace: bool = False,
     ) -> Iterator[Recorder]:
         """Write the routing of every step inside the ``with`` block to a trace.
 
@@ -111,17 +115,23 @@ class PagedModel:
             replace: Overwrite an existing file.
 
         Raises:
-            TraceError: The file cannot be written or nothing was recorded.
+            TraceError: The file cannot be written, or nothing was recorded.
+            ConfigError: The file already exists, or an argument is not valid.
             UnsupportedError: ``predict`` is set and the model's routers were not found.
         """
         if self._open().pager.watcher is not None:
             raise ConfigError("a recording is already active", where=str(path), fix="end it first")
+        if phase is not None:
+            arguments.instance(phase, Phase, "phase", where=_RECORD)
+        if max_steps is not None:
+            arguments.whole(max_steps, "max_steps", where=_RECORD)
+        file = arguments.path(path, "path", where=_RECORD)
         columns = {"weights": weights, "predicted": predict}
         notes = recording.notes(
             self.model, self._layers, self._handle, weights=weights, predict=predict
         )
         with Recorder(
-            str(path),
+            file,
             self._trace_meta(),
             columns=[name for name, wanted in columns.items() if wanted],
             replace=replace,
@@ -189,6 +199,10 @@ class PagedModel:
             ConfigError: The handle is closed.
         """
         self._open()
+        if room is not None and not callable(room):
+            raise arguments.wrong(
+                "room", "a function that returns a size", room, "PagedModel.follow", "or resize()"
+            )
         if self._asked is not None:
             self._asked.remove()
             self._asked = None
@@ -264,10 +278,11 @@ class PagedModel:
 
     def _trace_meta(self) -> TraceMeta:
         config = self._layers[0].config
-        top_k = getattr(config, "num_experts_per_tok", None)
+        top_k = next((value for key in TOP_K if (value := getattr(config, key, None))), None)
         if top_k is None:
             raise UnsupportedError(
-                f"{type(config).__name__} has no num_experts_per_tok, so no trace can be recorded"
+                f"{type(config).__name__} has none of {', '.join(TOP_K)}, so no trace of it can be "
+                "recorded"
             )
         name = getattr(config, "name_or_path", "") or type(self.model).__name__
         return self._runtime.trace_meta(model=str(name), top_k=int(top_k), source="torch")

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
+from fluxmoe.arguments import instance
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
-from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
+from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.plugins import PolicySpec
 from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.page"
@@ -30,7 +32,7 @@ def page(
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
     stores: Sequence[StoreSpec] = HOST,
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
     strict_policies: bool = False,
@@ -40,14 +42,15 @@ def page(
 
     Args:
         model: A Hugging Face model on the CPU.
-        memory: Memory for expert pages, in bytes or as "4GiB"; at least one layer's experts. Any
-            excess over all experts is not used.
-        eviction: Eviction policy, a name or ``{kind: name, option: value}``.
+        memory: Memory for expert pages, bytes or "4GiB"; at least one layer's experts. More than
+            all experts need is not used.
+        eviction: Eviction policy: a name, ``{kind: name, option: value}``, or a class or instance
+            of ``fluxmoe.EvictionPolicy``, which need not be registered.
         prefetch: Prefetch policy, likewise.
-        stores: Stores for non-resident pages, as in the configuration: maps with ``kind`` (``host``
-            or ``file``) and options. The model keeps its own weights in addition; with
-            ``fluxmoe.load`` it does not.
-        plugins: Files (``.py``) or modules that register policies or codecs.
+        stores: Stores of pages that are not resident, as in the configuration: maps with
+            ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
+            them; ``fluxmoe.load`` does not.
+        plugins: Files (``.py``) or modules that register policies or codecs; one needs no list.
         banks: Minimum number of banks that consecutive layers are spread over.
         copy_threads: Number of threads that copy pages, in addition to the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
@@ -61,6 +64,7 @@ def page(
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnknownCodecError, PageFileError: A store cannot be created.
     """
+    instance(model, torch.nn.Module, "model", where=_WHERE, fix="load a checkpoint by fluxmoe.load")
     if any(experts.is_bound(module) for module in model.modules()):
         raise ConfigError(
             "the model is already paged", where=_WHERE, fix="close() its handle first"
@@ -83,6 +87,7 @@ def page(
     )
     config, registry = room.fit(wanted, _WHERE), plugin_registry(wanted.plugins)
     policies, coders = registry.policies(config), make_coders(config, registry)
+    require_room(config, room.geometry.num_pages * room.page_class.nbytes)
     lock = ForwardLock()
     store = make_store(config, room.geometry, room.page_class, coders)
     try:

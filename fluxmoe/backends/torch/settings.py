@@ -12,7 +12,6 @@ from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
-PolicySpec = str | Mapping[str, Any]
 StoreSpec = Mapping[str, Any]
 
 #: The default stores.
@@ -32,7 +31,10 @@ def settings(
     Raises:
         ConfigError: An argument is invalid.
     """
-    pages = {"memory": {"budget": memory, "banks": banks}, "stores": [*map(dict, stores)]}
+    given: Any = stores  # of any type: the configuration judges it
+    if isinstance(given, list | tuple):
+        given = [dict(store) if isinstance(store, Mapping) else store for store in given]
+    pages = {"memory": {"budget": memory, "banks": banks}, "stores": given}
     return fluxmoe_config.parse({**pages, **others}, where=where)
 
 

@@ -26,6 +26,7 @@ from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
 from fluxmoe.backends.vllm.server.prometheus import PagingProm
 from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.sources import split_reader
 from fluxmoe.backends.vllm.stats import PagingStats
 
 if TYPE_CHECKING:  # these import numba, which processes without a worker do not need
@@ -79,7 +80,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager: Any = None
         #: The scheduler's side of arbitration; None if the split is fixed.
         self.arbitration: Arbitration | None = None
-        self._meter = Meter(metrics.split_reader(None))
+        self._meter = Meter(split_reader(None))
         self._worker: WorkerSide | None = None
         self._begun = False
 
@@ -105,7 +106,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
             block_tokens=self._config.cache_config.block_size,
             requests=self._requests,
         )
-        self._meter = Meter(metrics.split_reader(self.arbitration.arbiter))
+        self._meter = Meter(split_reader(self.arbitration.arbiter))
 
     def on_new_request(self, request: Any) -> None:
         self._requests.arrived(request)

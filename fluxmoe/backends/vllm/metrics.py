@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fluxmoe import sizes
-from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE
-
-if TYPE_CHECKING:
-    from fluxmoe.backends.runtime import Runtime
-    from fluxmoe.core.arbitration.controller import Arbiter
+from fluxmoe.core.types import AGES
 
 #: Metric → values of its own labels → value. Plain data: it crosses processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
@@ -39,10 +35,19 @@ class Metric:
     labels: tuple[str, ...] = ()
 
 
-#: A metric with text labels; a series is removed once it is no longer among the last decisions.
 DECISION = "fluxmoe_split_decision"
+REPLACED = "fluxmoe_policy_replaced"
+LIMIT = "fluxmoe_limit_bytes"
+#: Metrics whose series disappear when what they tell of is over.
+PASSING = frozenset({DECISION, REPLACED, LIMIT})
 
 METRICS = (
+    Metric(
+        "fluxmoe_info",
+        "gauge",
+        "FluxMoE's version, and the policies and stores configured: 1.",
+        ("version", "eviction", "prefetch", "arbitration", "stores"),
+    ),
     Metric(
         "fluxmoe_expert_hits_total",
         "counter",
@@ -89,9 +94,27 @@ METRICS = (
         ("kind", "policy"),
     ),
     Metric(
+        REPLACED,
+        "gauge",
+        "Workers that have replaced a policy after too many faults, with the last fault.",
+        ("kind", "policy", "reason"),
+    ),
+    Metric(
         "fluxmoe_tenant_frames",
         "gauge",
         "Frames that a tenant of the budget has (committed), and its bounds.",
+        ("tenant", "kind"),
+    ),
+    Metric(
+        "fluxmoe_tenant_bytes",
+        "gauge",
+        "The same in bytes.",
+        ("tenant", "kind"),
+    ),
+    Metric(
+        LIMIT,
+        "gauge",
+        "Operator limits of a tenant or of the whole budget.",
         ("tenant", "kind"),
     ),
     Metric(
@@ -108,7 +131,7 @@ METRICS = (
     Metric(
         DECISION,
         "gauge",
-        "The last decisions to move memory, 1 each: direction, and the numbers behind it.",
+        "Unix time of the last decisions to move memory: direction, and the numbers behind it.",
         ("number", "policy", "direction", "reason"),
     ),
     Metric(
@@ -134,126 +157,8 @@ METRICS = (
 
 #: Metrics whose sources restart from zero when the pager is reset.
 _COUNTERS = frozenset(metric.name for metric in METRICS if metric.kind != "gauge")
-_AGES = (
-    ("fluxmoe_page_lifetime_events", LIFETIME),
-    ("fluxmoe_page_idle_before_evict_events", IDLE),
-    ("fluxmoe_page_reuse_gap_events", REUSE),
-)
 #: Upper bounds of the age buckets, in events.
 BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
-_AGE_SERIES: list[Series] = [(name, (end,)) for name, _ in _AGES for end in (*BUCKETS, "sum")]
-_BOUNDS = ("min", "target", "max")
-
-
-def reader(runtime: Runtime) -> Callable[[], Readings]:
-    """Make a fast function that reads all metrics of one worker except the histograms."""
-    # Imported here because it needs numba, which processes without a worker do not.
-    from fluxmoe.core.paging.books import (
-        C_COLD,
-        C_EVICTIONS,
-        C_HITS,
-        C_MISSES,
-        C_PREFETCH_HITS,
-        C_RELEASED,
-        C_RESIZED,
-    )
-
-    store = "+".join(store.kind for store in runtime.config.stores)
-    policies = [("eviction", runtime.eviction.name), ("prefetch", runtime.prefetch.name)]
-    tenants = ("experts", runtime.partition.experts), ("kv", runtime.partition.kv)
-    pager, pool = runtime.pager, runtime.memory.pool
-    counts, transfer = pager.table.books.counts, pager.transfer
-    bounds = [getattr(budget, kind) for _, budget in tenants for kind in _BOUNDS]
-    pages = pager.table.geometry.num_pages
-    series = [
-        *(("fluxmoe_tenant_frames", (tenant, "committed")) for tenant, _ in tenants),
-        ("fluxmoe_expert_slots", ()),
-        ("fluxmoe_budget_frames", ()),
-        ("fluxmoe_budget_bytes", ()),
-        ("fluxmoe_expert_hits_total", ()),
-        ("fluxmoe_expert_misses_total", ("cold",)),
-        ("fluxmoe_expert_misses_total", ("capacity",)),
-        ("fluxmoe_prefetch_hits_total", ()),
-        ("fluxmoe_expert_evictions_total", ("victim",)),
-        ("fluxmoe_expert_evictions_total", ("released",)),
-        ("fluxmoe_expert_evictions_total", ("resized",)),
-        ("fluxmoe_transfer_bytes_total", (store, "demand")),
-        ("fluxmoe_transfer_bytes_total", (store, "prefetch")),
-        ("fluxmoe_stall_seconds_total", ()),
-        *(("fluxmoe_policy_faults_total", policy) for policy in policies),
-        *(("fluxmoe_policy_slow_calls_total", policy) for policy in policies),
-        *(("fluxmoe_tenant_frames", (name, kind)) for name, _ in tenants for kind in _BOUNDS),
-        ("fluxmoe_expert_pages", ()),
-    ]
-
-    def read() -> Readings:
-        count = counts.tolist()
-        return series, (
-            pool.owned_by("experts"),
-            pool.owned_by("kv"),
-            sum(pager.table.slots),
-            pool.limit,
-            pool.nbytes,
-            count[C_HITS],
-            count[C_COLD],
-            count[C_MISSES] - count[C_COLD],
-            count[C_PREFETCH_HITS],
-            count[C_EVICTIONS],
-            count[C_RELEASED],
-            count[C_RESIZED],
-            transfer.bytes_demand,
-            transfer.bytes_prefetch,
-            transfer.stall_seconds,
-            runtime.eviction.faults,
-            runtime.prefetch.faults,
-            runtime.eviction.slow,
-            runtime.prefetch.slow,
-            *bounds,
-            pages,
-        )
-
-    return read
-
-
-def read_ages(runtime: Runtime) -> Readings:
-    """Read the histograms of one worker."""
-    ages = runtime.ages
-    return _AGE_SERIES, [
-        n for _, kind in _AGES for n in (*ages.counts[kind].tolist(), int(ages.sums[kind]))
-    ]
-
-
-def split_reader(arbiter: Arbiter | None) -> Callable[[], Readings]:
-    """Make a function that reads the scheduler's metrics; zeros if the split is fixed."""
-    always: list[Series] = [
-        ("fluxmoe_split_changes_total", ("to_kv",)),
-        ("fluxmoe_split_changes_total", ("to_experts",)),
-        ("fluxmoe_split_failures_total", ()),
-    ]
-    if arbiter is None:
-        return lambda: (always, (0, 0, 0))
-    policy = arbiter.policy
-    always.append(("fluxmoe_policy_faults_total", ("arbitration", policy)))
-    always.append(("fluxmoe_policy_slow_calls_total", ("arbitration", policy)))
-    series, newest = always, 0
-
-    def read() -> Readings:
-        nonlocal series, newest
-        changes, decisions = arbiter.changes, arbiter.decisions
-        if decisions and decisions[-1].number != newest:
-            newest = decisions[-1].number
-            labels = [(str(d.number), d.policy, d.direction, d.reason) for d in decisions]
-            series = [*always, *((DECISION, label) for label in labels)]
-        return series, (
-            changes["to_kv"],
-            changes["to_experts"],
-            arbiter.failures,
-            arbiter.faults,
-            arbiter.slow,
-            *(1 for _ in decisions),
-        )
-
-    return read
 
 
 class Meter:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fluxmoe.config import parse
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -23,8 +24,16 @@ def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: FluxMoE's configuration (docs/reference/configuration.md) without ``model``
-            and ``vllm``.
+            and ``vllm``. Policies are named.
+
+    Raises:
+        ConfigError: It is not a valid configuration.
     """
+    parse(settings, where="engine_options")
+    return _options(settings)
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "worker_cls": WORKER_CLS,
         "additional_config": {"fluxmoe": settings},
@@ -36,7 +45,7 @@ def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 def flags(settings: Mapping[str, Any]) -> list[str]:
     """Make the same options for ``vllm serve``."""
     words: list[str] = []
-    for key, value in engine_options(settings).items():
+    for key, value in _options(settings).items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         words += [f"--{key.replace('_', '-')}", text]
     return words

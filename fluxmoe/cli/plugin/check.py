@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson, items
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, items
 
 if TYPE_CHECKING:
     from fluxmoe.plugins import PolicySpec, Registration, Registry
@@ -52,7 +52,7 @@ def check(
         typer.Option(
             metavar="NAME:OPTION=VALUE",
             callback=items,
-            help="Check only these, with these options: a list.",
+            help="Check only these, with these options; comma-separated or repeated.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -88,13 +88,14 @@ def _wanted(
     """List the registrations to check, each with its specification."""
     from fluxmoe.cli.simulate import spec
     from fluxmoe.errors import ConfigError
+    from fluxmoe.plugins import name_of
 
     if not asked:
         return [(registration, registration.name) for registration in registrations]
     found = []
     for text in asked:
         made = spec(text)
-        name = made if isinstance(made, str) else made["kind"]
+        name = name_of(made)
         matching = [registration for registration in registrations if registration.name == name]
         if not matching:
             raise ConfigError(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output, table
-from fluxmoe.cli.options import AsCsv, AsJson
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 
 if TYPE_CHECKING:
     from fluxmoe.trace.statistics import Statistics
@@ -21,13 +21,17 @@ def info(
     picture: Annotated[
         Path | None, typer.Option(help="Also draw to this file (.svg, or .png with Pillow).")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
     """Describe a trace: skew, working sets, reuse distances, overlap, union per batch."""
+    from fluxmoe.arguments import require_new
     from fluxmoe.trace import picture as pictures
     from fluxmoe.trace.statistics import describe
 
+    if picture is not None:
+        require_new(picture, replace=force)
     statistics = describe(trace)
     if picture is not None:
         pictures.draw(statistics, picture, f"{trace.name}: {statistics.meta.model}")

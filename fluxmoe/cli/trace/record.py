@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import models, output
+from fluxmoe.arguments import require_new
 from fluxmoe.cli.generate import Backend
-from fluxmoe.cli.options import AsJson
+from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import AsJson, Force
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def record(
         bool,
         typer.Option("--predict", help="Also record the choices of the next layer's router."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Run prompts through a paged model and write a trace of its routing.
@@ -84,11 +85,7 @@ def record(
             where="--predict",
             fix="use --backend torch",
         )
-    if out.exists() and not force:
-        # The writer rejects this too, but only after the model has been loaded.
-        raise ConfigError(
-            f"{out} already exists", where="--out", fix="name another file, or use --force"
-        )
+    require_new(out, replace=force)  # the writer refuses it, too, after the model was loaded
     models.quiet()
     requests = _requests(model, prompt or [], prompt_ids or [], prompts)
     options: dict[str, Any] = {
@@ -220,7 +217,7 @@ def _read(file: Path) -> list[str | list[int]]:
         where = f"--prompts {file}, line {number}"
         try:
             data = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not valid JSON: {error}", where=where) from error
         value: Any = None
         if isinstance(data, dict):

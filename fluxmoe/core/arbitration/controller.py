@@ -8,8 +8,9 @@ distant split is reached in many moves and can be changed or dropped at any time
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -97,13 +98,21 @@ class Arbiter:
         policy: The arbitration policy.
         blocks: The scheduler's KV blocks; uncommitted groups are already held.
         workers: Number of workers that must answer.
+        clock: Returns the Unix time, for decisions.
     """
 
     def __init__(
-        self, inventory: Inventory, policy: ArbitrationGuard, blocks: BlockSource, workers: int
+        self,
+        inventory: Inventory,
+        policy: ArbitrationGuard,
+        blocks: BlockSource,
+        workers: int,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._inventory, self._policy, self._blocks = inventory, policy, blocks
-        self._moves = MoveCoordinator(workers)
+        self._inventory, self._blocks = inventory, blocks
+        #: The policy; its name, faults and slow calls.
+        self.policy = policy
+        self._moves, self._clock = MoveCoordinator(workers), clock
         self._schedule = AskingSchedule(policy.interval, policy.calm_interval)
         #: Requested split; None if it is the current one.
         self._wish: Split | None = None
@@ -142,21 +151,6 @@ class Arbiter:
         """The split confirmed by all workers: tenant → frames."""
         return dict(self._frames)
 
-    @property
-    def policy(self) -> str:
-        """Name of the policy."""
-        return self._policy.name
-
-    @property
-    def faults(self) -> int:
-        """Number of policy faults."""
-        return self._policy.faults
-
-    @property
-    def slow(self) -> int:
-        """Number of slow policy calls."""
-        return self._policy.slow
-
     def set_limits(self, limits: OperatorLimits) -> None:
         """Enforce these limits from now on, in as many moves as needed. See ``narrowed``."""
         total = self._inventory.frames
@@ -183,7 +177,7 @@ class Arbiter:
             self._finish(result)
         self._steps += 1
         content = self._wish is None
-        due = not self._policy.fixed and self._schedule.due(last, running, waiting, content=content)
+        due = not self.policy.fixed and self._schedule.due(last, running, waiting, content=content)
         # Most steps need no work and must cost nothing.
         if due or not (self._moves.busy or (content and self._settled)):
             view = self._view(state)
@@ -219,7 +213,7 @@ class Arbiter:
         )
 
     def _ask(self, view: ArbitrationView) -> None:
-        split = self._policy.split(view)
+        split = self.policy.split(view)
         self._wish = None if split.frames == view.frames else split
         content = self._wish is None
         self._schedule.asked(view.running_requests, view.waiting_requests, content=content)
@@ -292,12 +286,14 @@ class Arbiter:
             return
         self._line, self._reported = line, self._steps
         number = self.decisions[-1].number + 1 if self.decisions else 1
-        self.decisions.append(Decision(number, self._policy.name, direction, reason))
+        self.decisions.append(
+            Decision(number, self.policy.name, direction, reason, int(self._clock()))
+        )
         size = self._inventory.layout.frame_bytes / 2**20
         have = {name: f"{count * size:.1f}" for name, count in self.frames.items()}
         want = {name: f"{count * size:.1f}" for name, count in split.frames.items()}
         logger.info(
             "arbitration (%s): memory moves %s: experts %s → %s MiB, KV cache %s → %s MiB",
-            *(self._policy.name, line),
+            *(self.policy.name, line),
             *(have[EXPERTS], want[EXPERTS], have[KV], want[KV]),
         )

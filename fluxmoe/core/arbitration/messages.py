@@ -99,12 +99,16 @@ class OperatorLimits:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Reason for a move: decision ``number``, direction ``to_kv`` or ``to_experts``."""
+    """Reason for a move: decision ``number``, direction ``to_kv`` or ``to_experts``.
+
+    ``time`` is its Unix time in whole seconds.
+    """
 
     number: int
     policy: str
     direction: str
     reason: str
+    time: int
 
 
 @dataclass(frozen=True, slots=True)

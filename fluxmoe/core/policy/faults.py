@@ -32,6 +32,8 @@ class PolicyCaller:
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
+        #: The last fault of a policy that was replaced; empty while it is in use.
+        self.replaced = ""
         self._limiter = TimeLimiter(limits)
         self._reported: set[str] = set()
         self._reported_slow = False
@@ -81,11 +83,11 @@ class PolicyCaller:
                 raise
             self.note(method, error)
             return NO_ANSWER
-        # A single slow call may be caused by the machine; ``strikes`` of them are logged.
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
-                "%s policy %r: %d calls took more than %g ms, most recently %s (reported once)",
+                "%s policy %r: %d calls worked for more than %g ms, most recently %s "
+                "(reported once)",
                 *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
         return answer
@@ -97,7 +99,8 @@ class PolicyCaller:
         if isinstance(problem, BaseException):
             said, cause = f"raised {raised(problem)}", problem
             where, fix = _place(problem), _suggestion(problem)
-        what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
+        fault = f"{method} {line(said, limit=2 * LIMIT)}"
+        what = f"{self.kind} policy {self.name!r}: {fault}"
         if self.strict:
             contain = "contain it with --contain, or in an engine with strict_policies: false"
             fixes = "; ".join(filter(None, (fix, "correct the policy", contain)))
@@ -108,6 +111,7 @@ class PolicyCaller:
             what = "; ".join(filter(None, (what, where, fix)))
             logger.warning("%s; this call falls back to the default (reported once)", what)
         if self.count == self.limits.strikes:
+            self.replaced = fault
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
@@ -162,10 +166,15 @@ class PolicyGuard:
         return self._faults.count
 
     @property
+    def replaced(self) -> str:
+        """The last fault of a policy that was replaced for good; empty while it is in use."""
+        return self._faults.replaced
+
+    @property
     def limits(self) -> Limits:
         return self._faults.limits
 
     @property
     def slow(self) -> int:
-        """Number of calls so far that returned, but exceeded the soft limit."""
+        """Number of calls so far that returned, but worked for longer than the soft limit."""
         return self._faults.slow

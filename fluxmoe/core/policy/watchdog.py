@@ -1,9 +1,11 @@
 """Time limits for policy calls, and interruption of calls that exceed them.
 
-A call beyond the soft limit is counted. Beyond the hard limit the watchdog, one thread per process
-that sleeps while no call is late, raises ``HardLimitExceeded`` in the calling thread. Python
-delivers it between two bytecode instructions: C code (a NumPy function, a compiled kernel, a system
-call) finishes first, and the call still counts as late.
+A call beyond the soft limit is counted, by the processor time of its thread: on a busy machine any
+call can be late by the clock. That time is costly to read, so only calls after a late one are
+measured. Beyond the hard limit, which is wall time, the watchdog, one thread per process that
+sleeps while no call is late, raises ``HardLimitExceeded`` in the calling thread. Python delivers it
+between two bytecode instructions: C code (a NumPy function, a compiled kernel, a system call)
+finishes first, and the call still counts as late.
 
 The exception must never reach the code after the call. A lock makes the end of a call and its
 interruption mutually exclusive, each call is interrupted at most once, and an interrupted call
@@ -18,7 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import get_ident
-from time import perf_counter_ns
+from time import perf_counter_ns, thread_time_ns
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -32,7 +34,7 @@ class Limits:
     Attributes:
         strikes: Number of faults after which the policy is disabled for good; also the number of
             slow calls after which they are logged.
-        soft_s: Seconds beyond which a call is counted as slow.
+        soft_s: Seconds of processor time beyond which a call is counted as slow.
         hard_s: Seconds beyond which a call is interrupted, which is a fault.
     """
 
@@ -43,6 +45,9 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
+#: Number of calls whose processor time is measured after one that was late by the clock.
+_SUSPECTED = 1024
+
 
 class HardLimitExceeded(BaseException):
     """Raised inside a policy. Not an Exception, so that ``except Exception`` does not catch it."""
@@ -52,11 +57,12 @@ class TimeLimiter:
     """Times the calls of one policy, which are made by one thread at a time and never nested.
 
     Attributes:
-        slow: Number of calls that returned, but exceeded the soft limit.
+        slow: Number of calls that returned, but worked for longer than the soft limit.
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._soft, self._hard = int(limits.soft_s * 1e9), int(limits.hard_s * 1e9)
+        self._soft, self._hard = limits.soft_s * 1e9, int(limits.hard_s * 1e9)
+        self._suspected = 0
         self._lock = threading.Lock()
         self._started = 0  # 0 = no call is running
         self._thread = 0
@@ -72,6 +78,7 @@ class TimeLimiter:
         if not self._watched:
             _watchdog.watch(self)
             self._watched = True
+        worked = thread_time_ns() if self._suspected else 0
         try:
             self._thread = get_ident()
             started = self._started = perf_counter_ns()
@@ -86,7 +93,11 @@ class TimeLimiter:
             self._fired = False
             raise
         if perf_counter_ns() - started > self._soft:
-            self.slow += 1
+            if self._suspected and thread_time_ns() - worked > self._soft:
+                self.slow += 1
+            self._suspected = _SUSPECTED
+        elif self._suspected:
+            self._suspected -= 1
         return answer
 
     def _stop(self) -> None:

@@ -41,7 +41,7 @@ def check_arbitration_policy(factory: Factory) -> None:
     Raises:
         ConformanceError: A rule is broken; the message gives the rule, the call and the remedy.
     """
-    raise_broken("an arbitration policy does not conform", findings(factory))
+    raise_broken("an arbitration policy does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:

@@ -22,8 +22,9 @@ from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, Prefetch
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s
+from fluxmoe.errors import meant
 from fluxmoe.testing.conformance.report import Broken
-from fluxmoe.words import line, raised
+from fluxmoe.words import class_name, line, raised
 
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"
@@ -134,13 +135,33 @@ class Auditor(PolicyCaller):
         )
 
 
+#: Attributes of views that policies have no use for.
+_FOR_THE_HOST = {"future", "NO_NEXT_USE"}
+
+
 def _mend(error: BaseException, method: str) -> str:
     said = line(error)
     if "read-only" in said or "mappingproxy" in said:
         return _KEEP_OFF
     if isinstance(error, AttributeError) and "next_use" in said:
         return "avoid it, or set needs_future = True, which limits the policy to the simulator"
+    if isinstance(error, AttributeError) and isinstance(error.name, str):
+        return _attribute(error.name, error.obj, method)
     return _MEND.get(method, "")
+
+
+def _attribute(name: str, owner: object, method: str) -> str:
+    """The remedy for an attribute that does not exist: the one that was meant, else all others."""
+    known = [found for found in dir(owner) if not found.startswith("_")]
+    near = meant(name, known)
+    if isinstance(owner, EvictionPolicy | PrefetchPolicy | ArbitrationPolicy):
+        return near or f"set self.{name} in __init__, and again in reset, before {method} reads it"
+    for contract in PageView, Access, ArbitrationView:
+        if isinstance(owner, contract):
+            own = {*dir(contract), *contract.__annotations__} - _FOR_THE_HOST
+            listed = f"a {contract.__name__} has {', '.join(sorted(own.intersection(known)))}"
+            return "; ".join(filter(None, [near, listed]))
+    return near or f"{line(class_name(type(owner)))} has no {name}"
 
 
 def _floats(array: npt.NDArray[Any]) -> bool:

@@ -32,7 +32,7 @@ def check_codec(factory: Factory) -> None:
     Raises:
         ConformanceError: A rule is broken; the message gives the rule, the call and the remedy.
     """
-    raise_broken("a codec does not conform", findings(factory))
+    raise_broken("a codec does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:

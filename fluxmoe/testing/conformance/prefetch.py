@@ -31,7 +31,7 @@ def check_prefetch_policy(factory: Factory) -> None:
     Raises:
         ConformanceError: A rule is broken; the message gives the rule, the call and the remedy.
     """
-    raise_broken("a prefetch policy does not conform", findings(factory))
+    raise_broken("a prefetch policy does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:

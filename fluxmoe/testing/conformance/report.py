@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+from fluxmoe.arguments import wrong
 from fluxmoe.words import line
 
 Subject = TypeVar("Subject")
@@ -103,8 +104,12 @@ def try_rules(rules: Iterable[Rule[Subject]], subject: Subject) -> list[Finding]
     return findings
 
 
-def raise_broken(subject: str, findings: Sequence[Finding]) -> None:
-    """Raise ConformanceError if a rule is broken."""
-    broken = [finding for finding in findings if finding.status == "broken"]
+def raise_broken(
+    subject: str, findings: Callable[[Callable[[], Any]], Sequence[Finding]], factory: object
+) -> None:
+    """Raise ConformanceError if a rule is broken, ConfigError if nothing can be made."""
+    if not callable(factory):
+        raise wrong("factory", "a class or a function that makes one", factory, "the kit")
+    broken = [finding for finding in findings(factory) if finding.status == "broken"]
     if broken:
         raise ConformanceError(subject, broken)

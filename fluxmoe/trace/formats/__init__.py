@@ -38,10 +38,17 @@ class _Survey:
     largest: int = -1
     weights: bool = True
 
-    def add(self, event: ForeignEvent) -> None:
+    def add(self, event: ForeignEvent, reader: Reader) -> None:
         valid = event.ids >= 0
         if not valid.any():
             return
+        if event.weights is not None:
+            # As they will be written; nothing is expected to exceed the range of float16.
+            with np.errstate(over="ignore"):
+                weights = np.asarray(event.weights)[valid].astype(np.float16)
+            if not np.isfinite(weights).all():
+                where = f"step {event.step}, layer {event.layer}"
+                raise reader.wrong("a routing weight is not a finite number", where)
         self.layers.add(event.layer)
         self.top_k = max(self.top_k, int(valid.sum(axis=1).max()))
         self.largest = max(self.largest, int(event.ids.max()))
@@ -55,14 +62,41 @@ def detect(path: Path) -> type[Reader]:
         TraceError: The path does not exist, is already a trace, or has an unknown format.
     """
     head = _head(path)
+    inside = _formats_in(path) if path.is_dir() else {}
+    if len(inside) > 1:
+        listed = ", ".join(f"{file} ({name})" for name, file in inside.items())
+        raise TraceError(
+            f"it has files of several formats: {listed}",
+            where=str(path),
+            fix="name one file, or choose the format with --from",
+        )
     for reader in FORMATS.values():
         if reader.recognises(path, head):
             return reader
     raise TraceError(
         "unknown trace format",
         where=str(path),
-        fix="; ".join(f"{reader.name}: {reader.summary}" for reader in FORMATS.values()),
+        fix="name one of its files"
+        if inside
+        else "; ".join(f"{reader.name}: {reader.summary}" for reader in FORMATS.values()),
     )
+
+
+def _formats_in(folder: Path) -> dict[str, str]:
+    """The formats of a folder's files, each with the name of the first file; traces do not count.
+
+    Raises:
+        TraceError: A file cannot be read.
+    """
+    found: dict[str, str] = {}
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        head = _first_bytes(file)
+        if not _is_trace(file, head):
+            for reader in FORMATS.values():
+                if reader.recognises(file, head):
+                    found.setdefault(reader.name, file.name)
+                    break
+    return found
 
 
 def convert(
@@ -75,7 +109,7 @@ def convert(
     experts: int | None = None,
     page_bytes: int | None = None,
     max_steps: int | None = None,
-    replace: bool = True,
+    replace: bool = False,
 ) -> TraceMeta:
     """Convert a file of another format to a trace, streaming it twice.
 
@@ -91,8 +125,8 @@ def convert(
         replace: Overwrite ``out`` if it exists.
 
     Raises:
-        TraceError: The file is damaged or has another format, or ``out`` cannot be written.
-        ConfigError: The format is unknown, or ``experts`` is too small.
+        TraceError: The file is damaged or not of this format, or ``out`` cannot be written.
+        ConfigError: The format is unknown, ``experts`` is too small, or ``out`` exists.
     """
     path = Path(path)
     if format_ is not None and format_ not in FORMATS:
@@ -103,7 +137,7 @@ def convert(
     reader = (FORMATS[format_] if format_ else detect(path))(path, options or Options())
     survey = _Survey()
     for event in _events(reader, max_steps):
-        survey.add(event)
+        survey.add(event, reader)
     if not survey.layers:
         raise reader.wrong("no experts were routed to")
     if experts is not None and experts <= survey.largest:
@@ -166,23 +200,27 @@ def _head(path: Path) -> bytes:
         raise TraceError("no such file", where=str(path))
     if path.is_dir():
         return b""
+    head = _first_bytes(path)
+    if _is_trace(path, head):
+        raise TraceError("it is already a trace", where=str(path))
+    return head
+
+
+def _first_bytes(file: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            head = file.read(64)
-            if head.startswith(b"PAR1"):
-                _refuse_traces(path)
-            return head
+        with file.open("rb") as opened:
+            return opened.read(64)
     except OSError as error:
-        raise TraceError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        raise TraceError(f"cannot be read: {error.strerror}", where=str(file)) from error
 
 
-def _refuse_traces(path: Path) -> None:
+def _is_trace(file: Path, head: bytes) -> bool:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not head.startswith(b"PAR1"):
+        return False
     try:
-        metadata = pq.read_schema(pa.OSFile(str(path))).metadata or {}  # not a URI
+        return KEY in (pq.read_schema(file).metadata or {})
     except pa.ArrowException:
-        return  # the reader will report the problem
-    if KEY in metadata:
-        raise TraceError("the file is already a trace", where=str(path))
+        return False  # the reader will report the problem

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy.typing as npt
 
+from fluxmoe.arguments import whole
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import TraceError
 
@@ -45,6 +46,10 @@ class Options:
 
     step_tokens: int = 1
     prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        whole(self.step_tokens, "step_tokens", where="--step-tokens")
+        whole(self.prompt_tokens, "prompt_tokens", where="--prompt-tokens", least=0)
 
 
 class Reader(ABC):

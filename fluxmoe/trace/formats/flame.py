@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Phase
@@ -71,7 +72,7 @@ class Flame(Reader):
                 raise self.wrong(f"{path.name} has the columns {', '.join(names)}, not indices")
             columns = [name for name in ("indices", "scores") if name in names]
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                arrays = [self._matrix(batch.column(name), path) for name in columns]
+                arrays = [self._matrix(batch.column(name), name, path) for name in columns]
                 if held:
                     arrays = [np.concatenate(pair) for pair in zip(held, arrays, strict=True)]
                 whole = len(arrays[0]) // size * size
@@ -84,10 +85,14 @@ class Flame(Reader):
         if held and len(held[0]):
             yield held[0], held[1] if len(held) > 1 else None
 
-    def _matrix(self, column: Any, path: Path) -> Any:
+    def _matrix(self, column: Any, name: str, path: Path) -> Any:
         if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
             raise self.wrong(f"{path.name}: a column of {column.type} instead of lists")
-        values = column.flatten()
-        if column.null_count or values.null_count or (len(column) and len(values) % len(column)):
-            raise self.wrong(f"{path.name}: rows have different lengths or missing values")
-        return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        kinds = pa.types.is_integer if name == "indices" else pa.types.is_floating
+        if not kinds(column.type.value_type):
+            raise self.wrong(f"{path.name}: {name} are {column.type.value_type}")
+        values, lengths = column.flatten(), pc.list_value_length(column).unique()
+        if column.null_count or values.null_count or len(lengths) > 1:
+            raise self.wrong(f"{path.name}: rows of different lengths, or without a value")
+        width = lengths[0].as_py() if len(lengths) else 0
+        return values.to_numpy(zero_copy_only=False).reshape(len(column), width)

@@ -62,7 +62,7 @@ class JsonLines(Reader):
             token, layer = data["token_idx"], data["layer_idx"]
             ids = np.asarray([data["selected_ids"]])
             weights = data.get("gate_weights")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise self.wrong(f"not a JSON object: {error}", where) from error
         except KeyError as error:
             raise self.wrong(f"{error.args[0]} is missing", where) from error

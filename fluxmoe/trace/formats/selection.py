@@ -54,7 +54,7 @@ class Selection(Reader):
     def _read(self, file: Path) -> list[Any]:
         try:
             data = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self.wrong(f"not valid JSON: {error}", file.name) from error
         if not isinstance(data, list):
             raise self.wrong("not a list of steps", file.name)

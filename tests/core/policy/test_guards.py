@@ -260,6 +260,7 @@ def test_after_its_strikes_a_policy_is_replaced(caplog):
             assert replay(rule) == lru_history()
         assert len(calls) == rule.eviction.faults == 3
         assert "policy 'pony' is replaced after 3 faults" in caplog.messages[-1]
+        assert rule.eviction.replaced == "score raised ValueError: no"  # C3
         rule.reset()
         replay(rule)
         assert len(calls) == 3  # for good
@@ -273,6 +274,7 @@ def test_a_replaced_policy_no_longer_releases_pages():
     rule.run(0, 0, np.arange(1))
     rule.run(0, 1, np.arange(1))
     assert (rule.table.counters().released, rule.eviction.faults) == (1, 0)
+    assert rule.eviction.replaced == ""
     rule.run(0, 0, np.arange(E))
     assert rule.eviction.faults == 1
     before = rule.table.counters().released

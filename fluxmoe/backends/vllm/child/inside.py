@@ -170,7 +170,7 @@ class Engine:
             "frames": arbiter.frames,
             "changes": dict(arbiter.changes),
             "failures": arbiter.failures,
-            "faults": arbiter.faults,
+            "faults": arbiter.policy.faults,
             "longest_pause": arbiter.longest_pause,
         }
 

@@ -25,7 +25,7 @@ def record(
     weights: bool = False,
     max_steps: int | None = None,
     phase: Phase | None = None,
-    replace: bool = True,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Record a trace of running the prompts from a cold page table; return ``fluxmoe_stats``.
 
@@ -40,7 +40,8 @@ def record(
         replace: Overwrite an existing file.
 
     Raises:
-        TraceError: The file cannot be written or already exists.
+        TraceError: The file cannot be written.
+        ConfigError: It already exists.
         FluxMoEError: The engine failed.
     """
     together = len(prompts) if max_steps is None else batch * _BATCHES

@@ -170,7 +170,7 @@ def _folder(config: Config, options: Mapping[str, Any], found: Findings) -> Path
     checkpoint.require_readable(name)
     folder = Path(name)
     if folder.is_dir():
-        return folder if any(folder.glob("*.safetensors")) else None
+        return folder if checkpoint.weight_files(folder) else None
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise CheckpointError(
             "it is neither a folder nor a downloaded model, and HF_HUB_OFFLINE is set",

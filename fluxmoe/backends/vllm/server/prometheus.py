@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from prometheus_client.registry import Collector
 from fluxmoe.backends.vllm import metrics
 from fluxmoe.backends.vllm.compat.connector import KVConnectorPromMetrics
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.backends.vllm.metrics import BUCKETS, DECISION, METRICS, Metric
+from fluxmoe.backends.vllm.metrics import BUCKETS, METRICS, PASSING, Metric
 
 
 class Histograms(Collector):
@@ -78,6 +79,8 @@ class PagingProm(KVConnectorPromMetrics):
             with contextlib.suppress(KeyError):
                 prometheus_client.REGISTRY.unregister(_collectors.pop())
         self._metrics: dict[str, Any] = {}
+        #: Values of the series that will disappear.
+        self._passing: defaultdict[tuple[object, ...], float] = defaultdict(float)
         self._ages = Histograms([m for m in METRICS if m.kind == "histogram"], labelnames)
         prometheus_client.REGISTRY.register(self._ages)
         _collectors.append(self._ages)
@@ -104,5 +107,15 @@ class PagingProm(KVConnectorPromMetrics):
                 continue
             for labels, change in samples.items():
                 self._metrics[name].labels(*engine, *labels).inc(change)
-                if name == DECISION and change < 0:  # no longer among the last decisions
-                    self._metrics[name].remove(*engine, *labels)
+            if name in PASSING:
+                self._remove_what_is_over(name, engine, samples)
+
+    def _remove_what_is_over(
+        self, name: str, engine: list[object], changes: Mapping[tuple[str, ...], float]
+    ) -> None:
+        for labels, change in changes.items():
+            key = (name, *engine, *labels)
+            self._passing[key] += change
+            if self._passing[key] <= 0:
+                del self._passing[key]
+                self._metrics[name].remove(*engine, *labels)

@@ -28,7 +28,7 @@ from fluxmoe.backends.vllm.compat.worker import (
 from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
-from fluxmoe.backends.vllm.worker import checks, kv
+from fluxmoe.backends.vllm.worker import checks, kv, selfcheck
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
@@ -112,6 +112,7 @@ class PagedCPUWorker(CPUWorker):
         }
         if len(shapes) > 1:
             raise UnsupportedError(f"layers with experts of {len(shapes)} different layouts")
+        selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
         page_class = PageClass(
             tuple(
@@ -253,7 +254,7 @@ class PagedCPUWorker(CPUWorker):
         weights: bool = False,
         max_steps: int | None = None,
         phase: Phase | None = None,
-        replace: bool = True,
+        replace: bool = False,
     ) -> None:
         """Start recording the routing of every step to a trace; None ends the recording.
 
@@ -265,7 +266,8 @@ class PagedCPUWorker(CPUWorker):
             replace: Overwrite an existing file.
 
         Raises:
-            TraceError: The file cannot be written, or nothing was recorded.
+            TraceError: The file cannot be written; at the end also if nothing was recorded.
+            ConfigError: The file already exists.
         """
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.vllm import metrics
+from fluxmoe.backends.vllm import metrics, sources
 from fluxmoe.core.arbitration.demand import DemandMeter
 from fluxmoe.core.arbitration.messages import Answer, Inventory, OperatorLimits, Order, StepReport
 from fluxmoe.core.arbitration.moves import MoveWorker
@@ -26,8 +26,8 @@ class WorkerSide:
     def __init__(self, runtime: Runtime, rank: int) -> None:
         self._runtime = runtime
         self._meters = (
-            metrics.Meter(metrics.reader(runtime)),
-            metrics.Meter(lambda: metrics.read_ages(runtime), every=AGES_EVERY),
+            metrics.Meter(sources.reader(runtime, rank, lambda: self.limits)),
+            metrics.Meter(lambda: sources.read_ages(runtime), every=AGES_EVERY),
         )
         self._answer: Answer | None = None
         self._demand: DemandMeter | None = None
@@ -43,6 +43,11 @@ class WorkerSide:
     def inventory(self) -> Inventory | None:
         """Inventory for the scheduler; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
+
+    @property
+    def limits(self) -> OperatorLimits | None:
+        """Limits last set by hand; None if none ever were."""
+        return None if self._demand is None else self._demand.limits
 
     def limit(self, limits: OperatorLimits) -> None:
         """Send operator limits to the scheduler with the next step."""

@@ -1,7 +1,7 @@
 """Tables for terminals: constant columns are stated once, text folds, numbers are never truncated.
 
-A table wider than the terminal is split into several, each with the columns that identify its rows.
-In a pipe the width is unlimited, so nothing folds.
+A table whose columns are together wider than the terminal becomes several, each with the columns
+that tell its rows apart. A single row is turned into a list. In a pipe nothing folds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 
 #: Minimum width of a text column, unless its text is shorter.
 _TEXT = 14
@@ -38,8 +38,8 @@ class _Column:
 
     @property
     def constant(self) -> bool:
-        """True if rows need not repeat the value. A column without heading names the rows."""
-        return bool(self.heading) and len(self.cells) > 1 and len(set(self.cells)) == 1
+        """True if the rows need not repeat it. A column without a heading names the rows."""
+        return bool(self.heading) and len(set(self.cells)) == 1
 
 
 def show(
@@ -67,6 +67,9 @@ def show(
     first = columns[: len(text) if keys is None else keys]
     if title:
         output.say(title, style="bold")
+    if len(rows) == 1:
+        _print_list(columns)
+        return
     said = [f"{c.heading} {c.cells[0]}" for c in columns if c.constant and c.cells[0]]
     if said:
         output.say(f"in every row: {', '.join(said)}", style="dim")
@@ -95,6 +98,17 @@ def _blocks(keys: list[_Column], others: list[_Column], width: int) -> list[list
 
 def _width(columns: Sequence[_Column]) -> int:
     return sum(column.least + _BETWEEN for column in columns) + _EDGE
+
+
+def _print_list(columns: Sequence[_Column]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    listed = Table(show_header=False)
+    for column in columns:
+        if column.cells[0]:
+            listed.add_row(Text(column.heading), Text(column.cells[0], overflow="fold"))
+    output.console().print(listed)
 
 
 def _print(columns: Sequence[_Column], total: bool) -> None:

@@ -25,8 +25,12 @@ def items(parameter: typer.CallbackParam, values: list[str] | None) -> list[str]
 Plugins = Annotated[
     list[str] | None,
     typer.Option(
-        "--plugin", metavar="FILE", callback=items, help="Plugins: .py files or modules; a list."
+        "--plugin",
+        metavar="FILE",
+        callback=items,
+        help="Plugins: .py files or modules, comma-separated or repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxmoe.cli import models, output
+from fluxmoe.cli.shared import models, output
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
