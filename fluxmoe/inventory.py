@@ -22,7 +22,7 @@ EXPERTS = (
     "num_moe_experts",
 )
 
-#: Keys for the number of experts that a token uses.
+#: Keys for the number of experts per token.
 TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"),
     "moe_k",

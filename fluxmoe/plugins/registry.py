@@ -27,8 +27,8 @@ from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
 from fluxmoe.words import class_name, line
 
-#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a class or an instance of a policy
-#: can take the place of the name.
+#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a policy class or instance can
+#: replace the name.
 PolicySpec = str | Mapping[str, Any] | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 Origin = Literal["built in", "installed", "named"]
@@ -272,7 +272,7 @@ class Registry:
 
 
 def name_of(spec: object) -> str:
-    """The name of a policy, or of its class, in messages and results."""
+    """Name of a policy, or of its class, in messages and results."""
     chosen = spec.get("kind") if isinstance(spec, Mapping) else spec
     if isinstance(chosen, str):
         return chosen
@@ -280,7 +280,7 @@ def name_of(spec: object) -> str:
 
 
 def _again(policy: Any) -> Any:
-    """An instance that may have been used before."""
+    """Reset and return an instance that may have been used before."""
     policy.reset()
     return policy
 

@@ -190,7 +190,7 @@ def test_an_error_names_key_value_and_way_out(case, verb, write):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert "cannot read it" in run("check", tmp_path / "none.yaml")[2]
+    assert "cannot read the file" in run("check", tmp_path / "none.yaml")[2]
     assert "it is a folder" in run("check", tmp_path)[2]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert run("check", tmp_path / "binary")[0] == 2

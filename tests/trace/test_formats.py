@@ -190,7 +190,7 @@ def test_vllm_errors(tmp_path):
         with pytest.raises(TraceError, match=message):
             convert(file, tmp_path / "t")
     np.save(file, np.asarray([{}], object), allow_pickle=True)
-    with pytest.raises(TraceError, match=r"damaged, or holds objects") as caught:
+    with pytest.raises(TraceError, match=r"damaged or contains objects") as caught:
         convert(file, tmp_path / "t")
     assert "allow_pickle" not in str(caught.value)
     np.save(file, routed(50))

@@ -135,7 +135,7 @@ class Auditor(PolicyCaller):
         )
 
 
-#: Attributes of views that policies have no use for.
+#: Attributes of views that policies do not need.
 _FOR_THE_HOST = {"future", "NO_NEXT_USE"}
 
 
@@ -151,7 +151,7 @@ def _mend(error: BaseException, method: str) -> str:
 
 
 def _attribute(name: str, owner: object, method: str) -> str:
-    """The remedy for an attribute that does not exist: the one that was meant, else all others."""
+    """Remedy for an attribute that does not exist: a similar one, else all others."""
     known = [found for found in dir(owner) if not found.startswith("_")]
     near = meant(name, known)
     if isinstance(owner, EvictionPolicy | PrefetchPolicy | ArbitrationPolicy):
