@@ -225,12 +225,12 @@ class Registry:
         made = chosen if isinstance(chosen, type) else type(chosen)
         if kind == "codec" or not checks.is_policy(made, kind):
             raise ConfigError(
-                f"{line(spec, repr)} names no {'codec' if kind == 'codec' else f'{kind} policy'}",
+                f"no {'codec' if kind == 'codec' else f'{kind} policy'} in {line(spec, repr)}",
                 where=kind,
                 fix="write {kind: NAME, …}"
                 if kind == "codec"
                 else "write {kind: NAME, …}; in Python a class or instance of "
-                f"fluxmoe.{kind.capitalize()}Policy will do",
+                f"fluxmoe.{kind.capitalize()}Policy also works",
             )
         factory = chosen if made is chosen else partial(_again, chosen)
         if made is not chosen:

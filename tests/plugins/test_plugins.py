@@ -322,7 +322,7 @@ def test_a_refusal_of_the_whole_model_reads_well():
 
 @pytest.mark.parametrize("spec", [{}, {"depth": 1}, {"kind": 3}])
 def test_a_specification_without_a_name_is_refused(spec):
-    with pytest.raises(ConfigError, match="no policy in") as info:
+    with pytest.raises(ConfigError, match="no prefetch policy in") as info:
         plugins.load().create("prefetch", spec)
     assert info.value.where == "prefetch"
 
