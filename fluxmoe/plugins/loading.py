@@ -41,7 +41,7 @@ logger = logging.getLogger("fluxmoe")
 
 
 def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Registry:
-    """The registry of built-in, installed and explicitly named plugins.
+    """Make the registry of built-in, installed and explicitly named plugins.
 
     Each call imports and registers again, so it may be called repeatedly and in any process.
 
@@ -83,7 +83,7 @@ def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Reg
 
 
 def _names(extra: object) -> list[str]:
-    """Files and modules as text. Raises ConfigError."""
+    """Convert files and modules to text. Raises ConfigError."""
     given = [extra] if isinstance(extra, str | PathLike) else extra
     if not isinstance(given, Iterable):
         raise wrong("extra", "files or modules", extra, "plugins.load")

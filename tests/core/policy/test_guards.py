@@ -1,4 +1,4 @@
-"""What a policy may do wrong, and that nothing comes of it but a count, a line and LRU."""
+"""Policy faults, whose only effects are a count, a log line and the fallback to LRU."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     ],
 )
 def test_a_bad_selection_makes_that_call_lru(function, message, caplog):
-    # One page an event, so that a repeated page is no possible answer; n >= 2 is made sure of.
+    # One page per event, so that a repeated page cannot be a valid answer; n >= 2 is ensured.
     rule = make(eviction("select", function), strikes=10**6, slots=E)
     with caplog.at_level(logging.WARNING, "fluxmoe"):
         rule.run(0, 0, np.arange(E))
