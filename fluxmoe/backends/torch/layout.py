@@ -76,7 +76,7 @@ def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
     """The number of pages, and the parts of one page."""
     weights = weights_of(layers[0])
     parts = [
-        Part(name, weight[0].numel() * weight.element_size(), weight[0].numel())
+        Part(name, weight.nbytes // len(weight), weight.numel() // len(weight))
         for name, weight in weights.items()
     ]
     return Geometry(len(layers), len(weights[PARTS[0]])), PageClass(tuple(parts))
