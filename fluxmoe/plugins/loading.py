@@ -24,7 +24,7 @@ from os import PathLike
 from pathlib import Path
 from types import ModuleType
 
-from fluxmoe import __version__, policies
+from fluxmoe import policies
 from fluxmoe.arguments import path, wrong
 from fluxmoe.config import is_plugin_file
 from fluxmoe.errors import PluginLoadError
@@ -32,6 +32,7 @@ from fluxmoe.findings import Findings
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
+from fluxmoe.version import __version__
 from fluxmoe.words import line
 
 GROUP = "fluxmoe"
