@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
-#: What ``vllm bench serve`` reports and we show: key, title, whether more is better.
+#: Shown results of ``vllm bench serve``: key, title, True if more is better.
 FIGURES = (
     ("output_throughput", "tokens/s", True),
     ("request_throughput", "requests/s", True),

@@ -37,7 +37,7 @@ class FluxMoEError(Exception):
     @property
     def text(self) -> str:
         """The message without its code, and without ``others``: ``what; where; fix``."""
-        return "; ".join(part for part in (self.what, self.where, self.fix) if part)
+        return join(self.what, self.where, self.fix)
 
     def problems(self) -> list[FluxMoEError]:
         """List this error and the others."""
@@ -61,15 +61,20 @@ _Error = TypeVar("_Error", bound=FluxMoEError)
 
 
 def together(errors: Sequence[_Error]) -> _Error:
-    """The first of several errors, with the rest in ``others``, for one ``raise``."""
-    # By identity: an error may be listed itself, and among the others of one before it.
+    """Combine errors for one ``raise``: return the first, with the rest in ``others``."""
+    # By identity: an error may also be among the others of an earlier one.
     _, *rest = dict.fromkeys(each for error in errors for each in error.problems())
     errors[0].others = tuple(rest)
     return errors[0]
 
 
+def join(*parts: str) -> str:
+    """The parts of a message that are not empty, separated by semicolons."""
+    return "; ".join(part for part in parts if part)
+
+
 def meant(name: object, known: Iterable[str]) -> str:
-    """``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
+    """Make ``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
     near = difflib.get_close_matches(str(name), list(known), n=1) if name else []
     return f"did you mean {near[0]!r}?" if near else ""
 
@@ -107,10 +112,10 @@ class UnknownPolicyError(FluxMoEError):
 def _known(what: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
     """List the known names, and the broken plugins that may define the unknown one."""
     names = sorted(known)
-    parts = list(filter(None, [meant(name, names), f"known {what}: {', '.join(names)}"]))
+    parts = [meant(name, names), f"known {what}: {', '.join(names)}"]
     for plugin, reason in (broken or {}).items():
         parts.append(f"the installed plugin {plugin} is broken: {reason}")
-    return "; ".join(parts)
+    return join(*parts)
 
 
 class PluginLoadError(FluxMoEError):

@@ -39,8 +39,8 @@ class Set:
     leave_out: tuple[str, ...] = ()
 
 
-#: What a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6, transformers, numba and
-#: pyarrow lacks. "vllm" has not been started there yet.
+#: Packages missing on a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6, transformers,
+#: numba and pyarrow. "vllm" has not been started there yet.
 SETS = {
     "kernels": Set(("pydantic", "pydantic_core", "typing-inspection", "annotated-types")),
     "vllm": Set(
@@ -177,7 +177,7 @@ def unpack(pieces: Path, into: Path) -> int:
         manifest = json.loads((pieces / MANIFEST).read_text())
         digests, whole = manifest["pieces"], manifest["archive"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{pieces / MANIFEST} is no manifest ({error!r}): run `collect`, bring the folder")
+        sys.exit(f"{pieces / MANIFEST} is not a manifest ({error!r}): run `collect` again")
     for name, digest in digests.items():
         try:
             found = hashlib.sha256((pieces / name).read_bytes()).hexdigest()
@@ -190,7 +190,7 @@ def unpack(pieces: Path, into: Path) -> int:
             archive.write(block)
         archive.seek(0)
         if hashlib.file_digest(archive, "sha256").hexdigest() != whole:
-            sys.exit("the pieces do not make up the archive: collect them anew")
+            sys.exit("the pieces do not form the archive: collect them again")
         archive.seek(0)
         with tarfile.open(fileobj=archive, mode="r:xz") as tar:
             members = tar.getmembers()

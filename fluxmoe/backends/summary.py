@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fluxmoe import __version__, sizes
+from fluxmoe import sizes
 from fluxmoe.backends.budget import Partition
 from fluxmoe.config import Resolved
 from fluxmoe.config.schema import FileStoreConfig, HostStoreConfig
+from fluxmoe.version import __version__
 
 
 def start_block(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fluxmoe.observe.snapshot import PolicyState
     from fluxmoe.plugins import Plugin, Registration
 
-#: The states of a server's policies, by kind and name.
+#: State of a server's policies, by kind and name.
 States = Mapping[tuple[str, str], "PolicyState"]
 
 
@@ -76,7 +76,7 @@ def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]
 
 
 def _elsewhere(state: PolicyState) -> dict[str, Any]:
-    """The row of a policy that only the server knows."""
+    """Make the row of a policy that only the server knows."""
     return {
         "kind": state.kind,
         "name": state.name,

@@ -14,7 +14,7 @@ from fluxmoe.observe import server
 
 SCHEMA_VERSION = 2
 
-#: Metrics that are read by their labels.
+#: Metrics read by label.
 _LABELS = {
     "fluxmoe_tenant_bytes": ("tenant", "kind"),
     "fluxmoe_limit_bytes": ("tenant", "kind"),
@@ -25,7 +25,7 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """A policy of a server: its contained faults, and the last one if it was replaced for good."""
+    """A server's policy: its contained faults, and the last one if it was disabled for good."""
 
     kind: str
     name: str

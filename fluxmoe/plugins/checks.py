@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, meant, together
+from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, join, meant, together
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.words import from_signal, line, raised
@@ -98,7 +98,7 @@ def _decides(policy: Any) -> bool:
 
 
 def is_policy(made: type, kind: str) -> bool:
-    """True if a class is a policy of this kind that decides something."""
+    """True if a class is a policy of this kind and implements its decisions."""
     return issubclass(made, _KINDS[kind]) and (kind != "eviction" or _decides(made))
 
 
@@ -129,7 +129,7 @@ def checked_options(
                 ConfigError(
                     f"unknown option {name!r}",
                     where=where,
-                    fix="; ".join(filter(None, [meant(name, known), valid])),
+                    fix=join(meant(name, known), valid),
                 )
                 for name in unknown
             ]

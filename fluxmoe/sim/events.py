@@ -92,9 +92,9 @@ class Events:
 
     @cached_property
     def cycle(self) -> int:
-        """Number of distinct pages that a step uses, the median of all steps.
+        """Median number of distinct pages used by a step.
 
-        With fewer slots a policy such as LRU evicts a page before the next step uses it.
+        With fewer slots, a policy such as LRU evicts pages before the next step uses them.
         """
         starts = np.flatnonzero(np.diff(self.block.step, prepend=self.block.step[:1] - 1))
         return int(np.median(np.add.reduceat(self.sizes, starts, dtype=np.int64)))

@@ -32,9 +32,9 @@ from fluxmoe.trace import TraceMeta
 
 #: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
-#: No engine waits for a policy here, so no call is slow.
+#: No engine waits for the policy here, so no call is slow.
 _LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
-#: In strict mode only an endless call is a fault: a busy machine must not end a simulation.
+#: In strict mode only endless calls are faults: a busy machine must not end a simulation.
 _PATIENT = replace(_LIMITS, hard_s=60.0)
 
 

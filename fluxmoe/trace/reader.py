@@ -45,7 +45,7 @@ class TraceReader:
     def __init__(self, path: str | Path) -> None:
         self._where = str(arguments.path(path, "path", where="TraceReader"))
         try:
-            # Opened here: pyarrow takes a colon in a path for the end of a URI's scheme.
+            # Opened here, because pyarrow takes a path with a colon for a URI.
             self._file = pq.ParquetFile(pa.OSFile(self._where), buffer_size=_BUFFER_BYTES)
         except FileNotFoundError as error:
             raise TraceError("no such file", where=self._where) from error
@@ -194,7 +194,7 @@ class TraceReader:
 
 
 def _row_of(at: int, width: Array, first: int) -> int:
-    """The row with value number ``at`` of a column of lists that are ``width`` long."""
+    """Find the row of value number ``at`` in a column of lists with lengths ``width``."""
     return first + int(np.searchsorted(np.cumsum(width), at, side="right"))
 
 

@@ -1,4 +1,4 @@
-"""``fluxmoe top``: frames and JSON from what servers say, and what is said of those that do not."""
+"""``fluxmoe top``: frames and JSON from servers' metrics, and errors without them."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ LABELS = {"model_name": "m", "engine": "0"}
 
 
 def metrics(*, faults=0, replaced="", **changes):
-    """What a server with two tenants and two decisions shows."""
+    """Metrics of a server with two tenants and two decisions."""
     values = {
         ("fluxmoe_budget_bytes", ()): 1000 * 4096,
         ("fluxmoe_info", (("version", "1.2.3"),)): 1,
@@ -65,7 +65,7 @@ def metrics(*, faults=0, replaced="", **changes):
 
 @pytest.fixture
 def serve():
-    """Serve bodies, one after the other, the last one again and again."""
+    """Serve bodies in turn, repeating the last one."""
 
     def start(*bodies, status=200):
         waiting = list(bodies)

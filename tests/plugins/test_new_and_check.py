@@ -1,4 +1,4 @@
-"""New packages pass their own tests; ``plugin check`` says what is wrong with one."""
+"""New packages pass their own tests; ``plugin check`` finds faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_copier = pytest.mark.skipif(
 
 
 def run(*arguments, code=0):
-    """What a command prints to standard output, or to standard error."""
+    """Run a command; return its standard output or standard error."""
     done = here(*arguments)
     assert (done.returncode or 0) == code, done
     return done.stdout if code in (0, 1) else done.stderr
@@ -114,7 +114,7 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
     assert 'name = "fluxmoe-sieve-2"' in text
     assert 'sieve-2 = "fluxmoe_sieve_2"' in text
     assert "class Sieve2Policy" in Path("fluxmoe-sieve-2/fluxmoe_sieve_2.py").read_text()
-    # A second time it would overwrite what somebody has written since.
+    # A second time it would overwrite the user's changes.
     error = run("plugin", "new", "sieve-2", "--kind", "eviction", code=2)
     assert "error[FM101]: fluxmoe-sieve-2 already exists" in error
 
@@ -201,7 +201,8 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path):
     [
         ("view.use_counts[pages]", "did you mean 'use_count'?; a PageView has event, "),
         ("view.zzz[pages]", "a PageView has event, experts_per_layer, last_use, layer, "),
-        ("self.cuont[pages] if self.count else pages", "did you mean 'count'?"),
+        ("self.cuont[pages] if self.count else pages", "did you mean 'count'?; set self.cuont in"),
+        ("pagse", "did you mean 'pages'?"),
         ("self.zzz", "set self.zzz in __init__, and again in reset, before score reads it"),
         ("pages.argmx()", "did you mean 'argmax'?"),
         ("view.next_use[pages]", "avoid it, or set needs_future = True"),

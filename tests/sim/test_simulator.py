@@ -1,4 +1,4 @@
-"""The simulator against an independent reference of the event rule."""
+"""The simulator compared with an independent reference of the event rule."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ PREFETCH = {
 
 
 def in_memory(rows, layers, experts, top_k, page_bytes=1000):
-    """Events from a list of (step, layer, ids)."""
+    """Make events from a list of (step, layer, ids)."""
     meta = TraceMeta("test", layers, experts, top_k, page_bytes, "test")
     ids = [np.asarray(ids, np.int32) for _, _, ids in rows]
     block = EventList(
@@ -114,7 +114,7 @@ def test_equals_the_reference_at_many_capacities(registry, synthetic, policy, pr
 
 
 def test_the_reference_tells_policies_apart(registry, synthetic):
-    """Otherwise the comparisons above would show little."""
+    """Otherwise the comparisons above would prove little."""
     events, rows = synthetic
     misses = {
         policy: check(events, rows, policy, 24, "none", 1, registry)["misses"]
@@ -184,7 +184,7 @@ def test_unknown_policy_lists_the_known(registry):
         simulate(events, "lrru", 2, registry=registry)
 
 
-#: What a policy does wrong, and how its fault is named.
+#: Faults of a policy, and their messages.
 FAULTS = {
     "raises": ("return 1 / 0", "ZeroDivisionError"),
     "not a number": ("return np.full(len(pages), np.nan)", "not finite|NaN|nan"),
@@ -272,7 +272,7 @@ def test_the_phase_of_an_event_reaches_the_policy(tmp_path):
 
 
 class CannotCount(EvictionPolicy):
-    """A kernel that fails in one event out of three, in one of two ways."""
+    """A kernel that fails in one of three events, in one of two ways."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):
@@ -288,7 +288,7 @@ class CannotCountStable(CannotCount):
 @pytest.mark.parametrize("policy", [CannotCount, CannotCountStable])
 @pytest.mark.parametrize("strikes", [3, 10**6])
 def test_a_kernel_that_fails_now_and_then_is_contained_event_by_event(policy, strikes, synthetic):
-    """The compiled replay stops at the event, the guard answers for it, and it goes on."""
+    """The compiled replay stops at the event, the guard falls back, and the replay continues."""
     events, _ = synthetic
     missed = np.zeros(len(events), np.int32)
     fast, slow = (_rule(policy(), strikes, events) for _ in range(2))

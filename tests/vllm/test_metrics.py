@@ -1,4 +1,4 @@
-"""FluxMoE's counters on vLLM's metrics: complete, right, and never going backwards."""
+"""FluxMoE's counters in vLLM's metrics: complete, correct and monotonic."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_an_interval_in_words() -> None:
 
 
 def scrape(worker: object) -> dict[str, dict[tuple[str, ...], float]]:
-    """Called in the engine's process: every series of FluxMoE, by its own labels."""
+    """Read every FluxMoE series by its own labels; runs in the engine's process."""
     own = {metric.name: metric.labels for metric in METRICS if metric.kind != "histogram"}
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in prometheus_client.REGISTRY.collect():
@@ -304,7 +304,7 @@ def switches(worker: Any) -> dict[str, bool]:
 
 
 class FailingScheduler:
-    """Made by the engine when its worker is ready."""
+    """Created by the engine once its worker is ready."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no scheduler today")
@@ -312,7 +312,7 @@ class FailingScheduler:
 
 @pytest.mark.vllm
 def test_a_start_that_fails_late_leaves_no_connector(eager: ChildEngine) -> None:
-    """vLLM keeps a process's connector until the worker is shut down, which then never happens."""
+    """vLLM keeps a process's connector until the worker's shutdown, which then never happens."""
     name = f"{FailingScheduler.__module__}.FailingScheduler"
     with pytest.raises(EngineError, match="no scheduler today"):
         eager.restart(fluxmoe=config(24), scheduler_cls=name, **EAGER)

@@ -1,4 +1,4 @@
-"""vLLM calls FluxMoE's entry point in each of its processes: it must weigh little."""
+"""vLLM calls FluxMoE's entry point in each of its processes, so it must be light."""
 
 from __future__ import annotations
 

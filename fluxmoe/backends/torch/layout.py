@@ -91,7 +91,7 @@ def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
     """Determine the number of pages and the parts of a page."""
     weights = weights_of(layers[0])
     parts = [
-        Part(name, weight[0].numel() * weight.element_size(), weight[0].numel())
+        Part(name, weight.nbytes // len(weight), weight.numel() // len(weight))
         for name, weight in weights.items()
     ]
     return Geometry(len(layers), len(weights[PARTS[0]])), PageClass(tuple(parts))

@@ -43,7 +43,7 @@ NAMES.require("loader")
 
 _WHERE = "fluxmoe.load"
 
-#: Types of weights that experts can be computed in.
+#: Supported dtypes of experts' weights.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 #: Arguments of ``from_pretrained`` that FluxMoE sets.
@@ -103,7 +103,7 @@ def load(
     )
     if isinstance(path, torch.nn.Module):
         raise wrong("path", "a folder or a name", path, _WHERE, "page a model with fluxmoe.page")
-    arguments.path(path, "path", where=_WHERE)  # but "./x" must stay a path, and not become a name
+    arguments.path(path, "path", where=_WHERE)  # "./x" must remain a path, not become a name
     return load_configured(
         os.fspath(path),
         config,
@@ -292,7 +292,7 @@ def _without_weights(
 
 
 def _type_of_weights(dtype: object) -> str | torch.dtype:
-    """``dtype`` as transformers takes it. Raises ConfigError."""
+    """Convert ``dtype`` to the form accepted by transformers. Raises ConfigError."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto" or found in _TYPES:
         return "auto" if dtype == "auto" else found

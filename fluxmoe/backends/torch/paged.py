@@ -18,7 +18,8 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_weight
 from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.lock import ForwardLock
-from fluxmoe.backends.torch.refusals import Refusals, gone
+from fluxmoe.backends.torch.refusals import Refusals, Uncopyable
+from fluxmoe.backends.torch.sealed import Watched
 from fluxmoe.backends.torch.settings import Room, given, settings
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
@@ -30,8 +31,8 @@ from fluxmoe.trace.recorder import Recorder
 _RECORD = "PagedModel.record"
 
 
-class PagedModel:
-    """The handle of a paged model. Use it as a context manager or call ``close``.
+class PagedModel(Uncopyable):
+    """The handle of a paged model. Use it as a context manager, or call ``close``.
 
     The model is used as before; it stays paged if the handle is dropped without ``close``.
 
@@ -54,9 +55,10 @@ class PagedModel:
     ) -> None:
         self.model, self._layers, self._runtime, self._lock = model, layers, runtime, lock
         self._asked: RemovableHandle | None = None
-        self._previous = None if loaded else model.get_experts_implementation()
-        self._handle = handle = op.attach(runtime.pager)
-        # If the model is dropped while paged, its arenas are released too.
+        self._previous, self._loaded = model.get_experts_implementation(), loaded
+        weights = [layout.weights_of(layer).values() for layer in layers]
+        self._handle = handle = op.attach(Watched(runtime.pager, weights))
+        # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
         table = torch.from_numpy(runtime.pager.table.expert_table)
@@ -64,7 +66,7 @@ class PagedModel:
             experts.bind(
                 layer, handle, index, implementation, self._arenas(index), table[index], lock, lease
             )
-        self._refusals = Refusals(model, layers, experts.NAME)
+        self._refusals = Refusals(model, layers)
         lock.watch(model.base_model)
         experts.register()
         model.set_experts_implementation(experts.NAME)
@@ -252,12 +254,8 @@ class PagedModel:
         self._lock.leave(self.model.base_model)
         self._refusals.remove()
         for layer in self._layers:
-            experts.release(layer)
-        if self._previous is not None:
-            self.model.set_experts_implementation(self._previous)
-        else:
-            for layer in self._layers:
-                layer.register_forward_pre_hook(gone)
+            experts.release(layer, gone=self._loaded)
+        self.model.set_experts_implementation(self._previous)
         self._release()
 
     def __enter__(self) -> PagedModel:
@@ -274,7 +272,10 @@ class PagedModel:
     def _open(self) -> Runtime:
         self._runtime.pager.owner.require()
         if self.closed:
-            raise ConfigError("the model is no longer paged: its handle was closed")
+            raise ConfigError(
+                "the model is no longer paged: its handle was closed",
+                fix="page or load the model again",
+            )
         return self._runtime
 
     def _arenas(self, layer: int) -> experts.Arenas:

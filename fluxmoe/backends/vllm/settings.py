@@ -31,7 +31,7 @@ def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: It is not a valid configuration.
     """
-    parse(settings, where="engine_options")
+    parse(settings, where="additional_config.fluxmoe")
     return _options(settings)
 
 

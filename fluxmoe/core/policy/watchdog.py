@@ -45,7 +45,7 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
-#: Number of calls whose processor time is measured after one that was late by the clock.
+#: Number of calls whose CPU time is measured after one that was late by wall time.
 _SUSPECTED = 1024
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.errors import ConfigError, TraceError
+from fluxmoe.errors import ConfigError, TraceError, join, meant
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 from fluxmoe.trace.format import KEY
 from fluxmoe.trace.formats.base import ForeignEvent, Options, Reader
@@ -83,7 +83,7 @@ def detect(path: Path) -> type[Reader]:
 
 
 def _formats_in(folder: Path) -> dict[str, str]:
-    """The formats of a folder's files, each with the name of the first file; traces do not count.
+    """Find the formats of a folder's files, each with its first file's name; traces do not count.
 
     Raises:
         TraceError: A file cannot be read.
@@ -131,7 +131,9 @@ def convert(
     path = Path(path)
     if format_ is not None and format_ not in FORMATS:
         raise ConfigError(
-            f"unknown format {format_!r}", where="--from", fix=f"known: {', '.join(FORMATS)}"
+            f"unknown format {format_!r}",
+            where="--from",
+            fix=join(meant(format_, FORMATS), f"known: {', '.join(FORMATS)}"),
         )
     _head(path)
     reader = (FORMATS[format_] if format_ else detect(path))(path, options or Options())
@@ -202,7 +204,7 @@ def _head(path: Path) -> bytes:
         return b""
     head = _first_bytes(path)
     if _is_trace(path, head):
-        raise TraceError("it is already a trace", where=str(path))
+        raise TraceError("the file is already a trace", where=str(path))
     return head
 
 
