@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import fluxmoe
+from fluxmoe.backends.torch.pretrained import unpaged
 from fluxmoe.backends.torch.sampling import sample
 from fluxmoe.cli.shared import models
 from fluxmoe.core.types import Phase
@@ -40,7 +41,7 @@ def main() -> None:
     tokenizer = models.tokenizer(str(arguments.model), required=True)
     lines = [line for line in arguments.prompts.read_text().splitlines() if line.strip()]
     prompts = [models.encode(tokenizer, line) for line in lines]
-    model = models.load(str(arguments.model))
+    model = unpaged(str(arguments.model))
     model.config.name_or_path = arguments.model.name  # not where it lies on this machine
     arguments.out.mkdir(parents=True, exist_ok=True)
     with fluxmoe.page(model, "4GiB", eviction="lru") as paged:

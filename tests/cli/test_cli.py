@@ -386,3 +386,26 @@ def test_e11_closed_output_and_names_that_look_like_markup(tmp_path):
     )
     for words in (("policies", "--plugin"), ("plugin", "check")):
         assert "[/red]" in succeeds(*words, plugin)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "MODEL", "--memory", "1GiB"),
+        ("generate", "MODEL", "--prompt-ids", "1"),
+        ("trace", "record", "MODEL", "--prompt-ids", "1", "--out", "FOLDER/t"),
+        ("codec", "MODEL"),
+        ("doctor", "--measure", "FOLDER/m.yaml", "--model", "MODEL"),
+        ("config", "check", "FOLDER/c.yaml"),
+        ("serve", "FOLDER/c.yaml"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_b6_one_code_for_a_model_that_is_missing(words, tmp_path):
+    missing = tmp_path / "no" / "model"
+    (tmp_path / "c.yaml").write_text("model: ./no/model\nmemory: {budget: 1MiB}\n")
+    given = [word.replace("MODEL", str(missing)).replace("FOLDER", str(tmp_path)) for word in words]
+    done = here(*given)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if str(missing) in line]
+    assert line.startswith("error[FM406]: no such folder")

@@ -10,14 +10,12 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fluxmoe import arguments, checkpoint
@@ -25,7 +23,7 @@ from fluxmoe.arguments import wrong
 from fluxmoe.backends.budget import require_for_weights
 from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
-from fluxmoe.backends.torch import layout
+from fluxmoe.backends.torch import layout, pretrained
 from fluxmoe.backends.torch.experts import absent
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
@@ -34,7 +32,7 @@ from fluxmoe.backends.torch.paging import implementation_of, log_start, runtime_
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.plugins import load as plugin_registry
@@ -42,9 +40,6 @@ from fluxmoe.plugins import load as plugin_registry
 NAMES.require("loader")
 
 _WHERE = "fluxmoe.load"
-
-#: Supported dtypes of experts' weights.
-_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 #: Arguments of ``from_pretrained`` that FluxMoE sets.
 _OURS = ("config", "device_map", "dtype", "ignore_mismatched_sizes", "output_loading_info",
@@ -124,7 +119,7 @@ def load_configured(
     """``load`` with its settings as a configuration, and the plugins that it names loaded."""
     if options is not None and not isinstance(options, Mapping):
         raise wrong("options", "a map of arguments for from_pretrained", options, _WHERE)
-    extra, dtype = dict(options or {}), _type_of_weights(dtype)
+    extra, dtype = dict(options or {}), pretrained.type_of_weights(dtype)
     folder = checkpoint.downloaded(name, extra.get("revision"), extra.get("cache_dir"))
     found = Findings()
     found.errors += [
@@ -138,7 +133,7 @@ def load_configured(
         checkpoint.require_readable(folder)
     found.require()
     policies, coders = registry.policies(config), make_coders(config, registry)
-    planned = _without_weights(name, folder, dtype, extra)
+    planned = pretrained.on_meta(name, folder, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
     lock = ForwardLock()
@@ -154,7 +149,7 @@ def load_configured(
     store = make_store(resolved, room.geometry, room.page_class, coders)
     runtime = runtime_for(room, store, resolved, policies, implementation, lock)
     try:
-        with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
+        with pretrained.loading(name), _Catch(store.adopt) as caught, pretrained.one_at_a_time():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype,
@@ -163,7 +158,7 @@ def load_configured(
                 ignore_mismatched_sizes=True,  # rejected below, with name and shapes
                 **extra,
             )
-        _require_all(report, name)
+        pretrained.require_all(report, name)
         layers = layout.experts_of(model)
         caught.finish(layers)
     except BaseException:
@@ -260,98 +255,3 @@ def _kept(rows: Bytes) -> Bytes:
     copy = np.frombuffer(memory, np.uint8).reshape(rows.shape)
     np.copyto(copy, rows)
     return copy
-
-
-def _without_weights(
-    name: str, folder: str, dtype: str | torch.dtype, extra: dict[str, Any]
-) -> torch.nn.Module:
-    """Build the model on the meta device, before its weights are read."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **extra)
-    except Exception as error:  # of any model's own code
-        raise checkpoint.not_loadable(name, error) from error
-    checkpoint.refuse_quantised(folder, config.to_dict())
-    found = config.dtype if dtype == "auto" else dtype
-    if found is None:
-        raise ConfigError(
-            "the checkpoint does not state the type of its weights",
-            where=name,
-            fix='give their type, such as dtype="bfloat16"',
-        )
-    how = {
-        key: extra[key] for key in ("experts_implementation", "trust_remote_code") if key in extra
-    }
-    try:
-        with torch.device("meta"):
-            model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=found, **how
-            )
-    except Exception as error:  # of any model's own code
-        raise checkpoint.not_buildable(config.model_type, error, name) from error
-    return model
-
-
-def _type_of_weights(dtype: object) -> str | torch.dtype:
-    """Convert ``dtype`` to the form accepted by transformers. Raises ConfigError."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype == "auto" or found in _TYPES:
-        return "auto" if dtype == "auto" else found
-    raise wrong(
-        "dtype",
-        f'"auto" or one of {", ".join(str(each).removeprefix("torch.") for each in _TYPES)}',
-        dtype,
-        _WHERE,
-    )
-
-
-def _require_all(report: Mapping[str, Any], name: str) -> None:
-    """Reject a model with random weights in place of missing or mismatched ones."""
-    if wrong := sorted(report["mismatched_keys"]):
-        key, found, wanted = wrong[0]
-        raise CheckpointError(
-            f"{key} is {list(found)} in the checkpoint, and {list(wanted)} by its config.json"
-            + _and_more(wrong),
-            where=name,
-            fix="get config.json and weights from the same source",
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"the checkpoint has no weights for {missing[0]}" + _and_more(missing),
-            where=name,
-            fix="get the complete checkpoint; random weights would replace them",
-        )
-
-
-def _and_more(items: Sequence[object]) -> str:
-    return f", and {len(items) - 1} more" if items[1:] else ""
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Convert loading errors to CheckpointError."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot load the model: {checkpoint.first_line(error)}",
-            where=name,
-            fix="use a folder with a Hugging Face checkpoint in safetensors format",
-        ) from error
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Disable the threads that read ahead and keep the tensors they have read and converted.
-
-    Also affects other threads that load a model at the same time.
-    """
-    key = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM
 
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.paging import page
+from fluxmoe.backends.torch.pretrained import unpaged
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200
@@ -43,11 +43,12 @@ def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
 
     Raises:
         NoExpertsError, UnsupportedError: The model cannot be paged.
+        CheckpointError: It cannot be loaded.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto").eval()
+        model = unpaged(str(folder))
         steps = _steps(model)
         copies, page_bytes, layers = _copies(model)
     finally:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -29,23 +29,6 @@ def quiet() -> None:
             f"{error.name} is needed to run a PyTorch model", fix="pip install 'fluxmoe[hf]'"
         ) from error
     transformers.logging.disable_progress_bar()
-
-
-def load(model: str) -> PreTrainedModel:
-    """Load a model with its weights in their stored dtype.
-
-    Raises:
-        CheckpointError, UnsupportedError: It cannot be loaded, or its architecture is unknown.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from fluxmoe import checkpoint
-
-    checkpoint.require_readable(model)
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    except Exception as error:  # of any model's own code
-        raise checkpoint.not_loadable(model, error) from error
 
 
 def config(model: str) -> PretrainedConfig:

@@ -138,9 +138,10 @@ class _Work:
 
     def with_torch(self) -> dict[str, Any]:
         import fluxmoe
+        from fluxmoe.backends.torch.pretrained import unpaged
         from fluxmoe.backends.torch.sampling import sample
 
-        loaded = models.load(self.model)
+        loaded = unpaged(self.model)
         vocabulary = loaded.get_input_embeddings().num_embeddings
         for tokens in self.requests:
             if not all(0 <= token < vocabulary for token in tokens):
