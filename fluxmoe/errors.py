@@ -36,8 +36,8 @@ class FluxMoEError(Exception):
 
     @property
     def text(self) -> str:
-        """Message without the code and without ``others``: ``what; where; fix``."""
-        return "; ".join(part for part in (self.what, self.where, self.fix) if part)
+        """The message without its code, and without ``others``: ``what; where; fix``."""
+        return join(self.what, self.where, self.fix)
 
     def problems(self) -> list[FluxMoEError]:
         """List this error and the others."""
@@ -66,6 +66,11 @@ def together(errors: Sequence[_Error]) -> _Error:
     _, *rest = dict.fromkeys(each for error in errors for each in error.problems())
     errors[0].others = tuple(rest)
     return errors[0]
+
+
+def join(*parts: str) -> str:
+    """The parts of a message that are not empty, separated by semicolons."""
+    return "; ".join(part for part in parts if part)
 
 
 def meant(name: object, known: Iterable[str]) -> str:
@@ -107,10 +112,10 @@ class UnknownPolicyError(FluxMoEError):
 def _known(what: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
     """List the known names, and the broken plugins that may define the unknown one."""
     names = sorted(known)
-    parts = list(filter(None, [meant(name, names), f"known {what}: {', '.join(names)}"]))
+    parts = [meant(name, names), f"known {what}: {', '.join(names)}"]
     for plugin, reason in (broken or {}).items():
         parts.append(f"the installed plugin {plugin} is broken: {reason}")
-    return "; ".join(parts)
+    return join(*parts)
 
 
 class PluginLoadError(FluxMoEError):

@@ -6,9 +6,10 @@ Verbs import heavy modules only when run: ``fluxmoe --help`` loads no array libr
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = _DEBUG in given
     try:
         with ExitStack() as stack:
+            if sys.stdout is None:  # closed (>&-): nothing is printed, as by Python itself
+                discard = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(discard))
             stack.enter_context(_compilation_announced())
             if asked := [option for option in _DATA if option in given]:
                 if len(asked) > 1:

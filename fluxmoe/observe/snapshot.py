@@ -43,7 +43,7 @@ class Snapshot:
         model: vLLM's name of the model.
         version: FluxMoE's version.
         policies: The server's policies.
-        limits: Limits set by hand, such as ``kv.max``, in bytes.
+        limits: Operator limits, such as ``kv.max``, in bytes.
         budget_bytes, expert_bytes, kv_bytes: Bytes of the budget and of its tenants.
         slots, pages: Number of slots for expert pages, and of pages of the model.
         hits, misses, prefetch_hits: Counts of distinct experts per layer execution.

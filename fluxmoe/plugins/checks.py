@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, meant, together
+from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, join, meant, together
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.words import from_signal, line, raised
@@ -129,7 +129,7 @@ def checked_options(
                 ConfigError(
                     f"unknown option {name!r}",
                     where=where,
-                    fix="; ".join(filter(None, [meant(name, known), valid])),
+                    fix=join(meant(name, known), valid),
                 )
                 for name in unknown
             ]

@@ -32,6 +32,7 @@ from fluxmoe.findings import Findings
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
+from fluxmoe.version import __version__
 from fluxmoe.words import line
 
 GROUP = "fluxmoe"
@@ -53,8 +54,8 @@ def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Reg
             allow-list is not installed.
     """
     registry = Registry()
-    registry.add(policies, "fluxmoe", origin="built in")
-    registry.add(codec, codec.__name__, origin="built in")
+    registry.add(policies, "fluxmoe", origin="built in", version=__version__)
+    registry.add(codec, codec.__name__, origin="built in", version=__version__)
     for found in installed():
         try:
             if found.allowed:

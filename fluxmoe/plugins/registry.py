@@ -21,6 +21,7 @@ from fluxmoe.errors import (
     PluginLoadError,
     UnknownCodecError,
     UnknownPolicyError,
+    join,
     meant,
 )
 from fluxmoe.findings import Findings
@@ -155,7 +156,7 @@ class Registry:
             raise PluginLoadError(
                 f"unknown hook {unknown[0]!r}",
                 where=where,
-                fix="; ".join(filter(None, [meant(unknown[0], checks.HOOKS), known])),
+                fix=join(meant(unknown[0], checks.HOOKS), known),
             ) from error
         if not self._manager.get_hookcallers(plugin):
             raise PluginLoadError(
@@ -201,6 +202,16 @@ class Registry:
             if kind == "codec":
                 raise UnknownCodecError(name, self.names(kind), broken) from None
             raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
+
+    def source(self, kind: str, spec: PolicySpec) -> str:
+        """A policy or codec with its package, such as ``lru (FluxMoE 0.1.0)``; else its module."""
+        made, _ = self._chosen(kind, spec)
+        package = made.plugin
+        for plugin in self.plugins:
+            if plugin.name == made.plugin:
+                name = "FluxMoE" if plugin.origin == "built in" else plugin.name
+                package = f"{name} {plugin.version}".strip()
+        return f"{made.name} ({package})"
 
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.

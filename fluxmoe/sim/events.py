@@ -53,6 +53,9 @@ class Events:
         }
         return cls(reader.meta, EventList(**joined))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.meta.described}, events={len(self)})"
+
     def __len__(self) -> int:
         return len(self.block.step)
 

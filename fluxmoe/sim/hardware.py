@@ -12,7 +12,7 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, join, meant
 
 FOLDER = Path(__file__).parent / "profiles"
 
@@ -67,7 +67,7 @@ def load(name: str | Path) -> Profile:
         raise ConfigError(
             f"unknown hardware profile {str(name)!r}",
             where="--hardware",
-            fix=f"use a YAML file or one of {', '.join(names())}",
+            fix=join(meant(name, names()), f"use a YAML file or one of {', '.join(names())}"),
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the file: {error}", where=str(path)) from error

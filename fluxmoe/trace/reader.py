@@ -68,6 +68,11 @@ class TraceReader:
             if found[name] != type_:
                 raise self._error(f"column {name!r} has type {found[name]}, expected {type_}")
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self._where!r}, {self.meta.described}, rows={self.num_rows})"
+        )
+
     def events(self) -> Iterator[tuple[int, int, Phase, npt.NDArray[np.int32]]]:
         """Yield all events in order, as (step, layer, phase, routed experts with repeats, 1-D).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, join, meant
 
 FOLDER = Path(__file__).parent / "assets"
 
@@ -15,5 +15,8 @@ NAMES = ("decode-1", "decode-8", "decode-64", "prefill")
 def path(name: str) -> Path:
     """Return the file of a shipped trace; raise ConfigError if the name is unknown."""
     if name not in NAMES:
-        raise ConfigError(f"unknown trace {name!r}", fix=f"valid names: {', '.join(NAMES)}")
+        raise ConfigError(
+            f"unknown trace {name!r}",
+            fix=join(meant(name, NAMES), f"valid names: {', '.join(NAMES)}"),
+        )
     return FOLDER / f"{name}.parquet"

@@ -108,7 +108,8 @@ def test_everything_at_once(trace, plugin, tmp_path):
 def test_wrong_hardware_and_report(trace, tmp_path):
     run = "simulate", trace, "--policy", "lru", "--capacity", "25%"
     fails(*run, "--hardware", "abacus", code="FM101", message="unknown hardware profile 'abacus'")
-    fails(*run, "--report", tmp_path, code="FM101", message="cannot write the file")
+    fails(*run, "--report", tmp_path / "no" / "r", code="FM101", message="cannot write the file")
+    fails(*run, "--report", tmp_path, code="FM101", message="the file already exists.*--force")
 
 
 def test_policies(plugin):
@@ -368,3 +369,20 @@ def test_help_imports_no_array_file_library_and_no_engine():
         "main()"
     )
     assert command("--help", program=program).stderr == "set()\n"
+
+
+def test_e11_closed_output_and_names_that_look_like_markup(tmp_path):
+    closed = "import sys; sys.stdout = None; from fluxmoe.cli import main; main()"
+    done = command("policies", program=closed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    plugin = tmp_path / "red.py"
+    plugin.write_text(
+        "import fluxmoe\n"
+        "class Red(fluxmoe.EvictionPolicy):\n"
+        "    '[/red] [bold'\n"
+        "    def score(self, view, pages): return view.last_use[pages]\n"
+        "@fluxmoe.hookimpl\n"
+        "def fluxmoe_register_policies(register): register('[/red]', Red)\n"
+    )
+    for words in (("policies", "--plugin"), ("plugin", "check")):
+        assert "[/red]" in succeeds(*words, plugin)

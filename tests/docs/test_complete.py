@@ -251,7 +251,7 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
 
 def test_every_result_of_the_simulator_is_shown() -> None:
     (shown,) = (
-        json.loads(output)
+        json.loads(output[output.index("[\n") :])  # after notes, which go to standard error
         for block in blocks(DOCS / "reference" / "simulator.md")
         if block.language == "console"
         for words, output in block.commands()

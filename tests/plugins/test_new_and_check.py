@@ -201,7 +201,8 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path):
     [
         ("view.use_counts[pages]", "did you mean 'use_count'?; a PageView has event, "),
         ("view.zzz[pages]", "a PageView has event, experts_per_layer, last_use, layer, "),
-        ("self.cuont[pages] if self.count else pages", "did you mean 'count'?"),
+        ("self.cuont[pages] if self.count else pages", "did you mean 'count'?; set self.cuont in"),
+        ("pagse", "did you mean 'pages'?"),
         ("self.zzz", "set self.zzz in __init__, and again in reset, before score reads it"),
         ("pages.argmx()", "did you mean 'argmax'?"),
         ("view.next_use[pages]", "avoid it, or set needs_future = True"),

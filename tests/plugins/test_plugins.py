@@ -418,3 +418,18 @@ def test_an_entry_point_works_in_a_fresh_process(installed):
     )
     assert "pony" in done.stdout
     assert "wheel" not in done.stdout
+
+
+def test_c4_a_policy_and_its_package(tmp_path):
+    class Mine(fluxmoe.EvictionPolicy):
+        def score(self, view, pages):
+            return view.last_use[pages]
+
+    registry = plugins.load()
+    assert registry.source("eviction", "lru") == f"lru (FluxMoE {fluxmoe.__version__})"
+    options = {"kind": "next-layer", "depth": 2}
+    assert registry.source("prefetch", options) == f"next-layer (FluxMoE {fluxmoe.__version__})"
+    for spec in (Mine, Mine()):
+        assert registry.source("eviction", spec) == f"Mine ({__name__})"
+    with pytest.raises(UnknownPolicyError):
+        registry.source("eviction", "nonsense")

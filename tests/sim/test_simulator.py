@@ -1,5 +1,7 @@
 """The simulator compared with an independent reference of the event rule."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +18,7 @@ from fluxmoe.core.types import EventList, Phase
 from fluxmoe.errors import CapacityError, ConfigError, PolicyFaultError, UnknownPolicyError
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation, simulate
-from fluxmoe.trace import TraceMeta
+from fluxmoe.trace import TraceMeta, TraceReader
 from fluxmoe.trace.synth import Workload, write
 from tests.core.reference import replay
 from tests.core.rig import rule_for
@@ -306,3 +308,24 @@ def test_a_kernel_that_fails_now_and_then_is_contained_event_by_event(policy, st
 def _rule(policy, strikes, events):
     table = PageTable(events.meta.geometry, [23])
     return rule_for(table, policy, limits=Limits(strikes=strikes))
+
+
+def test_c10_results_and_traces_as_text(tmp_path, registry):
+    trace = tmp_path / "t.parquet"
+    write(Workload(layers=2, experts=8, top_k=2, steps=20, batch=2), trace)
+    events = Events.load(trace)
+    model = f"{events.meta.model}: 2 layers of 8 experts, top 2"
+    assert repr(events) == f"Events({model}, events=40)"
+    reader = TraceReader(trace)
+    assert repr(reader) == f"TraceReader({str(trace)!r}, {model}, rows={reader.num_rows})"
+    result = simulate(events, {"kind": "lfru"}, 8, registry=registry, hardware="laptop-nvme")
+    assert repr(result) == (
+        f"Result(lfru, prefetch=none, slots=8, hit_rate={result.hit_rate:.1%}, "
+        f"misses={result.misses})"
+    )
+    html = result._repr_html_()
+    for name, value in (("hit rate", f"{result.hit_rate:.1%}"), ("capacity pages", "8")):
+        assert f"<th style='text-align:left'>{name}</th><td>{value}</td>" in html
+    assert "laptop-nvme" in html and "None" not in html
+    risky = dataclasses.replace(result, policy="<b>")
+    assert "&lt;b&gt;" in risky._repr_html_() and "<b>" not in risky._repr_html_()

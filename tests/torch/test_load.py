@@ -73,7 +73,7 @@ def test_after_close_it_has_no_experts(checkpoint: Callable[..., Path]) -> None:
         paged.close()
         paged.close()
         assert held() == before
-        for implementation in ("fluxmoe", "eager"):
+        for implementation in ("grouped_mm", "eager"):
             paged.model.set_experts_implementation(implementation)
             with pytest.raises(errors.UnsupportedError, match=r"experts are gone.*load the model"):
                 paged.model(**prompts())

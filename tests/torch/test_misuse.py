@@ -37,7 +37,9 @@ def test_saving(paged: Any, part: Callable[[Any], Any], tmp_path: Path) -> None:
         lambda: torch.save(module.state_dict(), tmp_path / "file"),
         lambda: paged.model.save_pretrained(tmp_path / "folder"),
     ):
-        with pytest.raises(errors.UnsupportedError, match=r"cannot be saved; close\(\) its handle"):
+        with pytest.raises(
+            errors.UnsupportedError, match=r"weights cannot be used.*close\(\) its handle"
+        ):
             save()
     for duplicate in (
         lambda: copy.deepcopy(module),
@@ -240,7 +242,7 @@ def test_another_implementation_while_paged(paged: Any, load: Load) -> None:
         paged.model.set_experts_implementation(implementation)
         with (
             pytest.raises(
-                errors.UnsupportedError, match=f"cannot be computed by '{implementation}'"
+                errors.UnsupportedError, match="choose the experts implementation before"
             ),
             torch.no_grad(),
         ):

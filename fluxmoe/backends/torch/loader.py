@@ -30,7 +30,7 @@ from fluxmoe.backends.torch.experts import absent
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
-from fluxmoe.backends.torch.paging import implementation_of, runtime_for
+from fluxmoe.backends.torch.paging import implementation_of, log_start, runtime_for
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
@@ -169,7 +169,9 @@ def load_configured(
     except BaseException:
         runtime.close()
         raise
-    return PagedModel(model, layers, runtime, implementation, lock, loaded=True)
+    paged = PagedModel(model, layers, runtime, implementation, lock, loaded=True)
+    log_start(model, layers[0], runtime, registry)
+    return paged
 
 
 class _Catch:

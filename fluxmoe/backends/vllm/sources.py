@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fluxmoe import __version__
 from fluxmoe.backends.vllm.metrics import BUCKETS, DECISION, LIMIT, REPLACED, Readings, Series
 from fluxmoe.core.types import IDLE, LIFETIME, REUSE
+from fluxmoe.version import __version__
 
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
@@ -32,7 +32,7 @@ def reader(
     Args:
         runtime: The worker's memory.
         rank: The worker's rank; one of them tells the configuration.
-        limits: Returns the limits last set by hand, if any.
+        limits: Returns the last operator limits, if any.
     """
     # Imported here because it needs numba, which processes without a worker do not.
     from fluxmoe.core.paging.books import (

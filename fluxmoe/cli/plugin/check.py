@@ -87,7 +87,7 @@ def _wanted(
 ) -> list[tuple[Registration, PolicySpec]]:
     """List the registrations to check, each with its specification."""
     from fluxmoe.cli.simulate import spec
-    from fluxmoe.errors import ConfigError
+    from fluxmoe.errors import ConfigError, join, meant
     from fluxmoe.plugins import name_of
 
     if not asked:
@@ -96,12 +96,13 @@ def _wanted(
     for text in asked:
         made = spec(text)
         name = name_of(made)
+        known = [registration.name for registration in registrations]
         matching = [registration for registration in registrations if registration.name == name]
         if not matching:
             raise ConfigError(
                 f"{plugin} registers no {name!r}",
                 where="--policy",
-                fix=f"it registers {', '.join(r.name for r in registrations)}",
+                fix=join(meant(name, known), f"it registers {', '.join(known)}"),
             )
         found += [(registration, made) for registration in matching]
     return found

@@ -98,7 +98,7 @@ class PolicyCaller:
         said, where, fix, cause = problem, "", "", None
         if isinstance(problem, BaseException):
             said, cause = f"raised {raised(problem)}", problem
-            where, fix = _place(problem), _suggestion(problem)
+            where, fix = _place(problem), suggestion(problem)
         fault = f"{method} {line(said, limit=2 * LIMIT)}"
         what = f"{self.kind} policy {self.name!r}: {fault}"
         if self.strict:
@@ -133,8 +133,8 @@ def _place(error: BaseException) -> str:
     return line(f"{file}:{at}")
 
 
-def _suggestion(error: BaseException) -> str:
-    """Return Python's ``did you mean``, shown only for exceptions that end the program."""
+def suggestion(error: BaseException) -> str:
+    """Python's ``did you mean``, which it shows only for an exception that ends the program."""
     if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
         return ""
     try:

@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView
-from fluxmoe.core.policy.faults import PolicyCaller
+from fluxmoe.core.policy.faults import PolicyCaller, suggestion
 from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s
-from fluxmoe.errors import meant
+from fluxmoe.errors import join
 from fluxmoe.testing.conformance.report import Broken
-from fluxmoe.words import class_name, line, raised
+from fluxmoe.words import line, raised
 
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"
@@ -145,23 +145,22 @@ def _mend(error: BaseException, method: str) -> str:
         return _KEEP_OFF
     if isinstance(error, AttributeError) and "next_use" in said:
         return "avoid it, or set needs_future = True, which limits the policy to the simulator"
-    if isinstance(error, AttributeError) and isinstance(error.name, str):
-        return _attribute(error.name, error.obj, method)
+    if isinstance(error, AttributeError | NameError):
+        owner = getattr(error, "obj", None)
+        return join(suggestion(error), _attributes(owner, error.name, method))
     return _MEND.get(method, "")
 
 
-def _attribute(name: str, owner: object, method: str) -> str:
-    """Remedy for an attribute that does not exist: a similar one, else all others."""
-    known = [found for found in dir(owner) if not found.startswith("_")]
-    near = meant(name, known)
+def _attributes(owner: object, name: object, method: str) -> str:
+    """The attributes that the owner of a missing one has, or how it gets that one."""
     if isinstance(owner, EvictionPolicy | PrefetchPolicy | ArbitrationPolicy):
-        return near or f"set self.{name} in __init__, and again in reset, before {method} reads it"
+        return f"set self.{name} in __init__, and again in reset, before {method} reads it"
     for contract in PageView, Access, ArbitrationView:
         if isinstance(owner, contract):
             own = {*dir(contract), *contract.__annotations__} - _FOR_THE_HOST
-            listed = f"a {contract.__name__} has {', '.join(sorted(own.intersection(known)))}"
-            return "; ".join(filter(None, [near, listed]))
-    return near or f"{line(class_name(type(owner)))} has no {name}"
+            shown = sorted(found for found in own if not found.startswith("_"))
+            return f"a {contract.__name__} has {', '.join(shown)}"
+    return ""
 
 
 def _floats(array: npt.NDArray[Any]) -> bool:

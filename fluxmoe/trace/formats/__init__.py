@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.errors import ConfigError, TraceError
+from fluxmoe.errors import ConfigError, TraceError, join, meant
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 from fluxmoe.trace.format import KEY
 from fluxmoe.trace.formats.base import ForeignEvent, Options, Reader
@@ -131,7 +131,9 @@ def convert(
     path = Path(path)
     if format_ is not None and format_ not in FORMATS:
         raise ConfigError(
-            f"unknown format {format_!r}", where="--from", fix=f"known: {', '.join(FORMATS)}"
+            f"unknown format {format_!r}",
+            where="--from",
+            fix=join(meant(format_, FORMATS), f"known: {', '.join(FORMATS)}"),
         )
     _head(path)
     reader = (FORMATS[format_] if format_ else detect(path))(path, options or Options())
