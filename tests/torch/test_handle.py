@@ -173,7 +173,7 @@ def test_a_config_shared_with_a_model_that_is_not_paged(load: Load) -> None:
     with (
         fluxmoe.page(model),
         torch.no_grad(),
-        pytest.raises(errors.UnsupportedError, match="share a config"),
+        pytest.raises(errors.UnsupportedError, match="share its config"),
     ):
         twin(**prompts())
 
