@@ -58,7 +58,8 @@ def record(handle: int, recorder: Recorder | None) -> None:
 
 
 def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
-    slots = torch.empty(topk_ids.shape, dtype=torch.int32)  # contiguous, even if the ids are not
+    # Contiguous even if the ids are not: the pager would fill a copy.
+    slots = torch.empty_like(topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
     # numpy's reshape is cheaper than torch's, and does not copy what is contiguous.
     _pagers[handle].acquire(layer, topk_ids.numpy().reshape(-1), slots.numpy().reshape(-1))
     return slots

@@ -76,10 +76,13 @@ def require_plain(*inputs: torch.Tensor) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise _untraceable("a transform of torch.func")
     for tensor in inputs:
-        if getattr(type(tensor), "__torch_dispatch__", None) is not _VALUES or not tensor.is_cpu:
-            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        kind = type(tensor)
+        if kind is torch.Tensor and tensor.is_cpu:
+            continue
+        if getattr(kind, "__torch_dispatch__", None) is not _VALUES or not tensor.is_cpu:
             raise UnsupportedError(
-                f"a paged model cannot compute with a {kind} on {tensor.device}",
+                f"a paged model cannot compute with a {kind.__module__}.{kind.__qualname__} on "
+                f"{tensor.device}",
                 fix="call it with plain tensors on the CPU",
             )
 
