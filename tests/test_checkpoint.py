@@ -1,4 +1,4 @@
-"""Problems of a checkpoint are detected before loading it."""
+"""Problems of a checkpoint are detected before loading it (A3, A9)."""
 
 from __future__ import annotations
 

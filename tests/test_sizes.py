@@ -1,4 +1,4 @@
-"""Sizes: one table of accepted and rejected values, tested at every interface."""
+"""Sizes (B1): one table of accepted and rejected values, tested at every interface."""
 
 from __future__ import annotations
 

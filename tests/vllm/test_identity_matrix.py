@@ -1,4 +1,4 @@
-"""The identity matrix under vLLM: the selected cells; ``make test-full`` runs all."""
+"""The identity matrix under vLLM (A1): the selected cells; ``make test-full`` runs all."""
 
 from __future__ import annotations
 
