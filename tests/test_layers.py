@@ -52,7 +52,7 @@ PACKAGES = (
     ("hookspecs", "checkpoint"),
     ("inventory",),
     ("core",),
-    ("arguments", "findings", "machine"),
+    ("arguments", "caches", "findings", "machine"),
     ("sizes",),
     ("errors",),
     ("words",),

@@ -9,12 +9,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Annotated, Any
 
 import typer
 
 import fluxmoe
+from fluxmoe import caches
 from fluxmoe.cli import (
     codec,
     config,
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Usually added after a failure, so it is accepted anywhere, including at the end of the line.
     debug = _DEBUG in given
+    with suppress(ConfigError):  # an error for a server only, which raises it again
+        os.environ.update(caches.folders(os.environ))
     try:
         with ExitStack() as stack:
             if sys.stdout is None:  # closed (>&-): nothing is printed, as by Python itself

@@ -63,8 +63,8 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
     assert "limits set by the operator" in eager.call("told")[-1]
 
     for wrong, message in (
-        ({"kv": {"max": 1}}, "kv.max; give"),
-        ({"budget": 2 * budget}, "budget; give"),
+        ({"kv": {"max": 1}}, "kv.max; use"),
+        ({"budget": 2 * budget}, "budget; use"),
         ({"experts": {"min": budget}, "kv": {"min": budget}}, "exceed the budget"),
         ({"kv": {"max": "much"}}, "not a valid size"),
         ({"kvs": 1}, "unknown key"),
@@ -129,7 +129,7 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     assert snapshot.fetch(server.url).limits == {"budget.max": 2 << 20}  # C7
 
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "1B")
-    assert code == 2 and "kv.max; give" in err
+    assert code == 2 and "kv.max; use" in err
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "much")
     assert code == 2 and "kv.max: not a valid size" in err
     assert fluxmoe("limit", server.url, "--reset")[0] == 0

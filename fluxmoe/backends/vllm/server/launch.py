@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from fluxmoe import caches
 from fluxmoe.backends import budget
 from fluxmoe.backends.stores import make_coders
-from fluxmoe.backends.vllm.server import caches, options, preflight
+from fluxmoe.backends.vllm.server import options, preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config, Resolved
 from fluxmoe.errors import ConfigError, MissingDependencyError
@@ -39,13 +40,14 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: There is no folder for caches.
     """
-    wanted = caches.folders(given)
+    wanted = {}
     if _cpu_build():
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
             # vLLM reserves a second core for KV connectors; this one needs none.
             wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
     extra = {key: value for key, value in wanted.items() if key not in given}
+    extra |= caches.folders(given)
     allowed = given.get("VLLM_PLUGINS")
     if allowed is not None and "fluxmoe" not in allowed.split(","):
         extra["VLLM_PLUGINS"] = ",".join(filter(None, [allowed, "fluxmoe"]))

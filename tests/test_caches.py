@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxmoe.backends.vllm.server import caches, launch
+from fluxmoe import caches
+from fluxmoe.backends.vllm.server import launch
 from fluxmoe.errors import ConfigError
+from tests.commandline import succeeds
 
 ALL = {"VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "HF_HOME", "NUMBA_CACHE_DIR"}
 
@@ -22,7 +24,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     (tmp_path / "file").touch()  # nothing can be created below it by any user
-    monkeypatch.setattr("fluxmoe.__file__", str(tmp_path / "file" / "__init__.py"))
+    monkeypatch.setattr(caches, "PACKAGE", tmp_path / "file")
     return folder
 
 
@@ -47,6 +49,7 @@ def test_a12_a_user_without_a_home_folder(temporary: Path, monkeypatch: pytest.M
     }
     assert own.stat().st_mode & 0o777 == 0o700
     assert caches.folders({}) == found  # the same at the next start
+    assert caches.folders(found) == found  # and in a process that has them already
     # Part of what a server is started with; what is given stays.
     assert launch.environment({}).items() >= found.items()
     given = {"HF_HOME": "/models", "VLLM_CACHE_ROOT": "/x"}
@@ -67,7 +70,7 @@ def test_a12_what_can_be_read_or_written_where_it_is_stays_there(
     monkeypatch.setattr(os, "access", lambda path, mode: not path.is_relative_to(home))
     (home / ".cache" / "huggingface").mkdir(parents=True)
     assert set(caches.folders({"HOME": str(home)})) == ALL - {"HF_HOME"}
-    monkeypatch.setattr("fluxmoe.__file__", str(tmp_path / "fluxmoe" / "__init__.py"))
+    monkeypatch.setattr(caches, "PACKAGE", tmp_path / "fluxmoe")
     assert "NUMBA_CACHE_DIR" not in caches.folders({"HOME": str(home)})
 
 
@@ -85,3 +88,18 @@ def test_a12_nowhere_to_write(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"no folder for caches: Not a directory.*TMPDIR"):
         caches.folders({"HOME": str(tmp_path / "file")})
+
+
+def test_a12_a_command_uses_them_too(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ALL:
+        monkeypatch.setenv(name, "")  # so that it is restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    succeeds("--version")
+    assert os.environ["NUMBA_CACHE_DIR"] == str(
+        temporary / f"fluxmoe-{os.getuid()}/NUMBA_CACHE_DIR"
+    )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    succeeds("--version")  # nowhere to write is an error for a server only

@@ -1,7 +1,7 @@
-"""Folders for the caches of a server whose user has no home folder or a read-only one.
+"""Folders for the caches of a user without a writable home folder.
 
-Without a home folder vLLM writes to a folder named ``~``; with a read-only one it logs tracebacks,
-and numba recompiles everything at each start.
+Without a home folder vLLM and numba write to a folder called ``~``. With a read-only one vLLM logs
+tracebacks, and numba compiles again in each process.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import fluxmoe
 from fluxmoe.errors import ConfigError
+
+#: The package's folder, where numba keeps its cache beside the sources if it can.
+PACKAGE = Path(__file__).parent
 
 
 def folders(given: Mapping[str, str]) -> dict[str, str]:
     """Make environment variables for caches that cannot be in their default folder.
 
     Args:
-        given: The server's environment, which takes precedence.
+        given: Environment of a process, which takes precedence. Folders chosen by an earlier call
+            are returned again.
 
     Raises:
         ConfigError: There is no folder for them.
     """
-    home = _home(given)
+    own, home = _own(), _home(given)
     caches = _base(given, "XDG_CACHE_HOME", home, ".cache")
     settings = _base(given, "XDG_CONFIG_HOME", home, ".config")
     defaults = {
@@ -34,19 +37,18 @@ def folders(given: Mapping[str, str]) -> dict[str, str]:
         "HF_HOME": caches and caches / "huggingface",
         "NUMBA_CACHE_DIR": caches and caches / "numba",
     }
-    beside = Path(fluxmoe.__file__).parent  # default folder of numba's cache
     lacking = [
         name
         for name, folder in defaults.items()
-        if name not in given
+        if given.get(name, str(own / name)) == str(own / name)
         and not _writable(folder)
         # Models downloaded there can still be read.
         and not (name == "HF_HOME" and folder is not None and folder.is_dir())
-        and not (name == "NUMBA_CACHE_DIR" and _writable(beside))
+        and not (name == "NUMBA_CACHE_DIR" and _writable(PACKAGE))
     ]
     if not lacking:
         return {}
-    own = _own_folder()
+    own = _safe(own)
     return {name: str(own / name) for name in lacking}
 
 
@@ -73,10 +75,18 @@ def _writable(folder: Path | None) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _own_folder() -> Path:
-    """Make the user's folder for temporary caches; they hold code, so only the user may write."""
+def _own() -> Path:
+    """This user's folder for temporary caches, which need not exist."""
     try:
-        folder = Path(tempfile.gettempdir()) / f"fluxmoe-{os.getuid()}"
+        folder = tempfile.gettempdir()
+    except OSError:
+        folder = os.sep  # nothing can be written anywhere
+    return Path(folder) / f"fluxmoe-{os.getuid()}"
+
+
+def _safe(folder: Path) -> Path:
+    """Create the folder, or another one if others may write to it: caches hold code."""
+    try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if found.st_uid != os.getuid() or found.st_mode & 0o077 or folder.is_symlink():
