@@ -1,10 +1,10 @@
-"""Record the traces that are shipped in ``fluxmoe/trace/assets``, from the demonstration's model.
+"""Record the traces shipped in ``fluxmoe/trace/assets``, from the demo's model.
 
     python -m benchmarks.record_traces [--model FOLDER] [--prompts FILE] [--out FOLDER]
 
-Run it again whenever that model changes, on one thread, and commit what it writes. The decode
-traces begin after the prompts and hold decode steps only; the prefill trace holds the prefill of
-texts that the model sampled before. All have a column ``predicted``.
+Rerun whenever that model changes, on one thread, and commit the result. The decode traces start
+after the prompts and contain only decode steps; the prefill trace contains the prefill of texts
+sampled from the model. All have a column ``predicted``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def decode(paged: Any, prompts: list[list[int]], batch: int, out: Path) -> list[list[int]]:
-    """Sampled decode at one batch size; returns the texts of the first batch."""
+    """Record sampled decode at one batch size; return the texts of the first batch."""
     tokens, steps = DECODE[batch]
     first: list[list[int]] = []
     with paged.record(
@@ -75,7 +75,7 @@ def decode(paged: Any, prompts: list[list[int]], batch: int, out: Path) -> list[
 
 
 def prefill(paged: Any, texts: list[list[int]], out: Path) -> None:
-    """One prompt per step, the lengths in turn."""
+    """Record one prompt per step, cycling through the lengths."""
     longest = max(PREFILL_LENGTHS)
     usable = [text for text in texts if len(text) >= longest]
     with paged.record(

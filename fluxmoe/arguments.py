@@ -1,4 +1,4 @@
-"""Arguments of the Python API and files that a user names, checked where they come in."""
+"""Validation of arguments of the Python API and of the user's files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Kind = TypeVar("_Kind")
 
 
 def instance(value: object, kind: type[_Kind], name: str, *, where: str, fix: str = "") -> _Kind:
-    """``value`` if it is a ``kind``. Raises ConfigError, which says what was found."""
+    """Return ``value`` if it is a ``kind``. Raises ConfigError."""
     if not isinstance(value, kind):
         raise wrong(
             name, f"a {kind.__module__.partition('.')[0]}.{kind.__name__}", value, where, fix
@@ -23,7 +23,7 @@ def instance(value: object, kind: type[_Kind], name: str, *, where: str, fix: st
 
 
 def path(value: object, name: str, *, where: str) -> Path:
-    """A path given as text or ``os.PathLike``. Raises ConfigError."""
+    """Return a path given as text or ``os.PathLike``. Raises ConfigError."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise wrong(name, "a path", value, where)
@@ -31,7 +31,7 @@ def path(value: object, name: str, *, where: str) -> Path:
 
 
 def whole(value: object, name: str, *, where: str, least: int = 1) -> int:
-    """A whole number of at least ``least``. Raises ConfigError."""
+    """Return a whole number of at least ``least``. Raises ConfigError."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -42,14 +42,14 @@ def whole(value: object, name: str, *, where: str, least: int = 1) -> int:
 
 
 def wrong(name: str, valid: str, value: object, where: str, fix: str = "") -> ConfigError:
-    """The error for an argument that is not what it must be."""
+    """Make the error for an invalid argument."""
     return ConfigError(
         f"{name} must be {valid}, not {line(value, repr, limit=80)}", where=where, fix=fix
     )
 
 
 def require_new(file: Path, *, replace: bool) -> None:
-    """Refuse to write over a file unless ``replace`` is set. Raises ConfigError."""
+    """Reject an existing file unless ``replace`` is set. Raises ConfigError."""
     if not replace and file.exists():
         raise ConfigError(
             "the file already exists",

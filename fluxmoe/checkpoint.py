@@ -124,7 +124,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a checkpoint's weights, in order; empty if there are none.
+    """List the safetensors files with a checkpoint's weights, in order; empty if there are none.
 
     Those that the index names, else ``model.safetensors``, else the only one. A folder may have
     more: other formats of the same weights, or left-over shards.
@@ -142,24 +142,24 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"there are {len(found)} files of weights, but no {_INDEX} that lists them",
             where=str(folder),
-            fix="download or copy the index, too",
+            fix="download or copy the index as well",
         )
     return found
 
 
 def _listed(folder: Path) -> dict[str, str] | None:
-    """Tensor → file by the index; None if there is no index."""
+    """Read the index, tensor → file; None if there is no index."""
     index = folder / _INDEX
     if not index.exists():
         return None
     listed = read_map(index).get("weight_map")
     if not isinstance(listed, dict):
-        raise CheckpointError("it has no weight_map", where=str(index))
+        raise CheckpointError("no weight_map", where=str(index))
     return {str(tensor): str(file) for tensor, file in listed.items()}
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
-    """File, name, shape and type of each tensor, once.
+    """Yield file, name, shape and dtype of each tensor, once.
 
     Raises:
         CheckpointError: A file is missing, damaged, or lacks a tensor that the index promises.
@@ -171,7 +171,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
             promised = {tensor for tensor, file in listed.items() if file == path.name}
             if missing := promised - there.keys():
                 raise CheckpointError(
-                    f"it has no {min(missing)}, which {_INDEX} promises",
+                    f"{min(missing)} is missing, but listed in {_INDEX}",
                     where=str(path),
                     fix="download or copy it again",
                 )
@@ -203,7 +203,7 @@ def read_map(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict):
@@ -224,7 +224,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int], Bytes]]:
-    """Name, type, shape and bytes of every unquantised expert tensor of a checkpoint."""
+    """Yield name, dtype, shape and bytes of every unquantised expert tensor in a checkpoint."""
     listed = _listed(folder)
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -241,7 +241,7 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
 
 
 def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
-    """Refuse a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
+    """Reject a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
 
     Raises:
         QuantisedError: The checkpoint is quantised.
@@ -255,9 +255,9 @@ def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
 
 
 def _quantised_tensor(folder: Path) -> str:
-    """The first tensor with weights of experts that are quantised, and its type; else empty."""
+    """Describe the first quantised expert tensor; empty if there is none."""
     for _, key, shape, dtype in _tensors(folder):
-        # Three dimensions at least, or the experts of a layer would not be recognised.
+        # At least three dimensions; otherwise fused expert tensors would not be recognised.
         if dtype not in _BYTES and expert_tensor(key, max(len(shape), 3)):
             return f"{key} is {dtype}"
     return ""
@@ -273,7 +273,7 @@ def quantised(what: str, where: str) -> QuantisedError:
 
 
 def unknown_layout(architecture: str, detail: str, where: str) -> UnsupportedError:
-    """The error for experts whose names or shapes are not known, described by ``detail``."""
+    """Make the error for experts with unknown names or shapes, described by ``detail``."""
     return UnsupportedError(
         f"the expert layout of the architecture {architecture!r} is not supported yet: {detail}",
         where=where,
@@ -282,7 +282,7 @@ def unknown_layout(architecture: str, detail: str, where: str) -> UnsupportedErr
 
 
 def not_buildable(architecture: str, error: Exception, where: str) -> FluxMoEError:
-    """The error for a model whose configuration is read, but not built, by ``transformers``."""
+    """Make the error for a model that ``transformers`` can configure but not build."""
     kind = MissingDependencyError if isinstance(error, ImportError) else UnsupportedError
     return kind(
         "transformers cannot build a causal language model of the architecture "
@@ -292,7 +292,7 @@ def not_buildable(architecture: str, error: Exception, where: str) -> FluxMoEErr
 
 
 def not_loadable(model: str, error: Exception) -> FluxMoEError:
-    """The error for a model that ``transformers`` cannot find, read or recognise."""
+    """Make the error for a model that ``transformers`` cannot find, read or recognise."""
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
         return UnsupportedError(
             f"unknown architecture: {first_line(error)}",
@@ -302,10 +302,10 @@ def not_loadable(model: str, error: Exception) -> FluxMoEError:
     return CheckpointError(
         f"cannot load the model: {first_line(error)}",
         where=model,
-        fix="name the folder of a Hugging Face checkpoint, or a model on the Hub",
+        fix="use the folder of a Hugging Face checkpoint, or a model on the Hub",
     )
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return line(str(error).strip().partition("\n")[0])

@@ -61,8 +61,8 @@ _Error = TypeVar("_Error", bound=FluxMoEError)
 
 
 def together(errors: Sequence[_Error]) -> _Error:
-    """The first of several errors, with the rest in ``others``, for one ``raise``."""
-    # By identity: an error may be listed itself, and among the others of one before it.
+    """Combine errors for one ``raise``: return the first, with the rest in ``others``."""
+    # By identity: an error may also be among the others of an earlier one.
     _, *rest = dict.fromkeys(each for error in errors for each in error.problems())
     errors[0].others = tuple(rest)
     return errors[0]
@@ -74,7 +74,7 @@ def join(*parts: str) -> str:
 
 
 def meant(name: object, known: Iterable[str]) -> str:
-    """``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
+    """Make ``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
     near = difflib.get_close_matches(str(name), list(known), n=1) if name else []
     return f"did you mean {near[0]!r}?" if near else ""
 

@@ -22,7 +22,7 @@ EXPERTS = (
     "num_moe_experts",
 )
 
-#: Keys for the number of experts that a token uses.
+#: Keys for the number of experts per token.
 TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"),
     "moe_k",
@@ -190,7 +190,7 @@ def _problems(
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """True if a ``config.json`` speaks of several experts, under whatever key and however deep."""
+    """True if a ``config.json`` mentions several experts, under any key and at any depth."""
     for key, value in config.items():
         if isinstance(value, Mapping) and has_experts(value):
             return True

@@ -25,7 +25,7 @@ LARGEST = 2**63 - 1
 _SIZE = re.compile(PATTERN)
 _LONGEST = 64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-#: Characters of a size that need no rounding to be read.
+#: Maximum characters of a size shown without rounding.
 _SHORT = 7
 
 
@@ -47,13 +47,13 @@ def parse(value: object) -> int:
 
 
 def shown(size: float, decimals: int = 1) -> str:
-    """A size for display: 1536 → ``1.5 KiB``."""
+    """Format a size for display: 1536 → ``1.5 KiB``."""
     power = min(max(int(size), 1).bit_length() - 1, 49) // 10
     return f"{size / 1024**power:.{decimals}f} {_UNITS[power]}" if power else f"{size:.0f} B"
 
 
 def apart(one: int, other: int) -> tuple[str, str]:
-    """Two sizes that differ for display, with enough decimals to tell them apart."""
+    """Format two sizes for display, with enough decimals to distinguish them."""
     for decimals in range(1, 4):
         texts = shown(one, decimals), shown(other, decimals)
         if texts[0] != texts[1]:
@@ -62,7 +62,7 @@ def apart(one: int, other: int) -> tuple[str, str]:
 
 
 def exact(size: int) -> int | str:
-    """An exact size as a configuration would write it: 1536 → ``1536``, 2048 → ``2KiB``."""
+    """Format an exact size for a configuration: 1536 → ``1536``, 2048 → ``2KiB``."""
     for power in range(4, 0, -1):
         if size and size % 1024**power == 0:
             return f"{size // 1024**power}{_UNITS[power]}"
@@ -70,7 +70,7 @@ def exact(size: int) -> int | str:
 
 
 def at_least(size: int) -> int | str:
-    """The same, rounded up to a hundredth of its unit unless that is exact: ``12.35MiB``."""
+    """Format a size like ``exact``, but round long ones up to two decimals: ``12.35MiB``."""
     found = exact(size)
     power = (max(size, 1).bit_length() - 1) // 10
     if not power or len(str(found)) <= _SHORT:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in this process or in one of its own."""
+"""The command line, in this process or a separate one."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,7 @@ COMPILING = re.compile(r"^compiling FluxMoE's inner loops, .*\n", re.MULTILINE)
 
 
 def command(*arguments, program="from fluxmoe.cli import main; main()"):
-    """A process of its own."""
+    """Run a command in a separate process."""
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True, text=True, timeout=120, check=False,
@@ -36,7 +36,7 @@ def command(*arguments, program="from fluxmoe.cli import main; main()"):
 
 
 def terminal(*arguments, columns=80, program="from fluxmoe.cli import main; main()", **environment):
-    """Standard output of a process on a terminal of that width, without colours."""
+    """Run a command on a terminal of the given width; return its output without colours."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment}
@@ -56,7 +56,7 @@ def terminal(*arguments, columns=80, program="from fluxmoe.cli import main; main
 
 
 def here(*arguments):
-    """The same in this process, which is quicker."""
+    """Run a command in this process, which is faster."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_:
         main([str(argument) for argument in arguments])
@@ -65,7 +65,7 @@ def here(*arguments):
 
 
 def synth(**options):
-    """The beginning of a command line."""
+    """The beginning of a ``trace synth`` command line."""
     yield from ("trace", "synth")
     for name, value in options.items():
         yield from (f"--{name.replace('_', '-')}", str(value))
@@ -78,7 +78,7 @@ def succeeds(*arguments, run=here):
 
 
 def fails(*arguments, code, message, run=here):
-    """A FluxMoE error: one line on stderr, nothing on stdout, no traceback, exit code 2."""
+    """Assert a FluxMoE error: one line on stderr, nothing on stdout, no traceback, exit code 2."""
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert re.match(rf"error\[{code}\]: .*{message}", done.stderr), done.stderr

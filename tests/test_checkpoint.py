@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is seen before anything tries to load it."""
+"""Problems of a checkpoint are detected before loading it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_damaged_weights(model: Path, damage: Damage) -> None:
 
 
 def test_an_expert_that_is_missing(model: Path) -> None:
-    """vLLM loads such a file and computes with what the memory happened to hold."""
+    """vLLM loads such a file and computes with uninitialised memory."""
     tensors = load_file(model / WEIGHTS)
     del tensors[EXPERT]
     save_file(tensors, model / WEIGHTS)
@@ -171,7 +171,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def changed(model: Path, into: Path, change: Callable[[Tensors], object]) -> Path:
-    """A checkpoint whose tensors were changed, and nothing else."""
+    """Copy a checkpoint with changed tensors."""
     shutil.copytree(model, into)
     tensors = {
         name: tensor
@@ -202,7 +202,7 @@ def test_whole_checkpoints(architecture: str, originals: Callable[[str], Path]) 
 def test_experts_that_config_json_promises(
     architecture: str, originals: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Layers are numbered from 0; the first one of two of these is dense."""
+    """Layers are numbered from 0; two of these models have a dense first layer."""
     path, count, parts = PLACES[architecture]
     whole, layer = originals(architecture), rf"model\.layers\.2\.{path}"
     head = f"model.layers.2.{path}"
@@ -232,7 +232,7 @@ def test_experts_that_config_json_promises(
 
 
 def fused(tensors: Tensors) -> None:
-    """The experts of each layer in two tensors."""
+    """Fuse the experts of each layer into two tensors."""
     names = [name for name in tensors if ".experts." in name]
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name in names:
@@ -289,7 +289,7 @@ def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path)
 
 
 def judged(tensors: dict[str, tuple[int, ...]], **config: object) -> str:
-    """What is said of these tensors; nothing if they will do."""
+    """Return the error for these tensors; empty if they are valid."""
     try:
         require_experts(tensors, {"num_hidden_layers": 4, "num_experts": 4, **config}, where="")
     except CheckpointError as error:
@@ -348,9 +348,9 @@ LATER = {name: shape for name, shape in MOE.items() if "layers.0." not in name}
               ("gate_up_proj_bias", (4, 8)), ("down_proj", (4, 8, 8)))},
             {},
         ),
-        # Whatever is 3-dimensional and no expert.
+        # 3-dimensional tensors that are not experts.
         (MOE | {f"model.layers.{i}.linear_attn.conv1d.weight": (32, 1, 4) for i in range(4)}, {}),
-        # A dense model whose config.json speaks of experts, and names that nobody knows.
+        # A dense model whose config.json mentions experts, and unknown names.
         ({n: s for i in range(4) for n, s in layer(i, "mlp.down_proj.weight").items()}, {}),
         ({n: s for i in range(4) for n, s in layer(i, "ffn.experts.mlp.w1").items()}, {}),
     ],
@@ -412,7 +412,7 @@ def test_names(model: Path) -> None:
     assert refused(model / "config.json").what == "it is a file"
     for wrong in (f"{model}x", "./nothing", "~/nothing", "a/b/c", "two words"):
         assert refused(wrong).what == "no such folder"
-    require_readable("Qwen/Qwen3-30B-A3B")  # whoever loads it looks on the hub
+    require_readable("Qwen/Qwen3-30B-A3B")  # looked up on the hub when loaded
     require_readable("gpt2")
 
 
@@ -430,7 +430,7 @@ def test_names_that_have_been_downloaded(pristine: Path, tmp_path: Path) -> None
 
 
 def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) -> None:
-    """Before an engine starts, whoever starts it, and whatever vLLM reads the files with."""
+    """Before an engine starts, with every way to start it and every load format of vLLM."""
     lacking = without(r"layers\.1\.mlp\.experts\.15\.")
     model = str(changed(originals("qwen3-moe"), tmp_path / "model", lacking))
     said = r"model\.layers\.1\.mlp\.experts\.15\.down_proj\.weight is missing"

@@ -1,4 +1,4 @@
-"""How often an expert is still there: LRU per layer, on what the model routes while it writes."""
+"""LRU hit rate per layer, on the model's routing while generating."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BYTES = 256
 
 
 def lru(folder: Path, shares: tuple[float, ...] = (0.25, 0.5)) -> list[list[float]]:
-    """Hit rate per layer of one sampled sequence, by share of the layer's experts that fit.
+    """Compute one sampled sequence's hit rate per layer, by share of the layer's experts that fit.
 
-    Each layer is replayed through the simulator by itself, so that layers do not compete.
+    Each layer is replayed through the simulator separately, so that layers do not compete.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -10,19 +10,32 @@ some models (docs/project/adr/0001).
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch.library import Library, register_fake
 
-from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.paging.event import Slots
+from fluxmoe.core.paging.pager import EventWatcher
+from fluxmoe.core.types import Ints
 from fluxmoe.trace.recorder import Recorder
 
-# A traced operator only accepts numbers, so it refers to pagers and recorders by number.
-_pagers: dict[int, ExpertPager] = {}
+
+class Pager(Protocol):
+    """The part of ``ExpertPager`` that the operator uses."""
+
+    watcher: EventWatcher | None
+
+    def acquire(self, layer: int, ids: Ints, slots: Slots) -> None: ...
+
+
+# A traced operator can only carry numbers, so it refers to pagers and recorders by number.
+_pagers: dict[int, Pager] = {}
 _recorders: dict[int, Recorder] = {}
 
 
-def attach(pager: ExpertPager) -> int:
-    """Make a pager available to the operator; return its handle, the lowest free number."""
+def attach(pager: Pager) -> int:
+    """Make a pager reachable from the operator; return its handle, the lowest free number."""
     handle = next(i for i in range(len(_pagers) + 1) if i not in _pagers)
     _pagers[handle] = pager
     return handle
@@ -45,8 +58,8 @@ def record(handle: int, recorder: Recorder | None) -> None:
 
 
 def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
-    slots = torch.empty_like(topk_ids, dtype=torch.int32)
-    # numpy's reshape is cheaper than torch's; the ids are contiguous, so neither copies.
+    slots = torch.empty(topk_ids.shape, dtype=torch.int32)  # contiguous, even if the ids are not
+    # numpy's reshape is cheaper than torch's, and does not copy what is contiguous.
     _pagers[handle].acquire(layer, topk_ids.numpy().reshape(-1), slots.numpy().reshape(-1))
     return slots
 

@@ -41,6 +41,7 @@ def limit(
     Without options, show the current limits. The server must run with control: true.
     """
     from fluxmoe import config
+    from fluxmoe.backends.vllm.settings import LIMITS_PATH
     from fluxmoe.errors import ConfigError, EngineError
     from fluxmoe.observe import server
 
@@ -60,7 +61,7 @@ def limit(
         body = config.parse_limits({} if reset else wanted, where="limits").model_dump(mode="json")
     base = server.address(url)
     key = api_key or os.environ.get("VLLM_API_KEY")
-    status, answer = server.ask(base, "/v1/fluxmoe/limits", body=body, key=key)
+    status, answer = server.ask(base, LIMITS_PATH, body=body, key=key)
     if status != 200:
         raise _refused(status, answer, base)
     try:
@@ -98,9 +99,10 @@ def _print(told: dict[str, Any]) -> None:
 
 
 def _refused(status: int, answer: bytes, base: str) -> Exception:
+    from fluxmoe.backends.vllm.settings import LIMITS_PATH
     from fluxmoe.errors import ConfigError, EngineError
 
-    where = f"{base}/v1/fluxmoe/limits"
+    where = base + LIMITS_PATH
     if status == 401:
         return ConfigError("the server requires an API key", where=where, fix="give --api-key")
     if status in (404, 405):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fluxmoe.observe.snapshot import PolicyState
     from fluxmoe.plugins import Plugin, Registration
 
-#: The states of a server's policies, by kind and name.
+#: State of a server's policies, by kind and name.
 States = Mapping[tuple[str, str], "PolicyState"]
 
 
@@ -66,7 +66,7 @@ def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]
         "name": policy.name,
         "plugin": policy.plugin,
         "origin": plugin.origin,
-        "version": _version(plugin),
+        "version": plugin.version,
         "status": "replaced" if replaced else plugin.status,
         "problem": replaced,
         "oracle": bool(getattr(policy.factory, "needs_future", False)),  # eviction only
@@ -76,7 +76,7 @@ def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]
 
 
 def _elsewhere(state: PolicyState) -> dict[str, Any]:
-    """The row of a policy that only the server knows."""
+    """Make the row of a policy that only the server knows."""
     return {
         "kind": state.kind,
         "name": state.name,
@@ -105,9 +105,3 @@ def _without_policy(plugin: Plugin) -> dict[str, Any]:
         "summary": "",
         "faults": None,
     }
-
-
-def _version(plugin: Plugin) -> str:
-    from fluxmoe import __version__
-
-    return __version__ if plugin.origin == "built in" else plugin.version

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fluxmoe.core.arbitration.messages import Decision
     from fluxmoe.observe.snapshot import PolicyState, Rates, Snapshot
 
-#: Columns of a frame; wider terminals get a longer bar, up to ``_BAR`` columns.
+#: Columns of a frame; on wider terminals the bar is longer, up to ``_BAR`` columns.
 _LEAST, _BAR = 80, 48
 _DIRECTIONS = {"to_kv": "memory moves to the KV cache", "to_experts": "memory moves to the experts"}
 
@@ -28,7 +28,7 @@ def top(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
     interval: Annotated[
-        float, typer.Option(min=0.1, help="Seconds between frames, and that rates are of.")
+        float, typer.Option(min=0.1, help="Seconds between frames, and interval of rates.")
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON.")] = False,
 ) -> None:
@@ -100,7 +100,7 @@ def frame(now: Snapshot, rates: Rates, width: int) -> Group:
         f"[bold]{escape(now.model)}[/]  {now.url}  budget {sizes.shown(now.budget_bytes)}",
         f"[dim]FluxMoE {now.version}: {escape(names)}[/]",
         _memory(now, width),
-        *([f"limits set by hand: {limits}"] if limits else []),
+        *([f"operator limits: {limits}"] if limits else []),
         "",
         f"[dim]{since}[/]",
         _numbers(now, rates),
@@ -143,7 +143,7 @@ def _numbers(now: Snapshot, rates: Rates) -> Table:
 
 
 def _grid(*widths: int, right: Sequence[int] = ()) -> Table:
-    """A table with columns of fixed widths, two blanks between them."""
+    """Make a table with columns of fixed widths, separated by two blanks."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

@@ -198,7 +198,7 @@ def read(path: Path) -> object:
     try:
         return yaml.load(path.read_text(), _Loader)
     except OSError as error:
-        raise ConfigError(f"cannot read it: {error.strerror}", where=str(path)) from error
+        raise ConfigError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"not a text file: {error}", where=str(path)) from error
     except yaml.YAMLError as error:

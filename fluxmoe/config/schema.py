@@ -28,7 +28,7 @@ _Chosen = str | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 
 def _policy(value: object) -> object:
-    # From Python a class or instance can take the place of the name (``Registry.create``).
+    # In Python a class or instance can replace the name (``Registry.create``).
     return {"kind": value} if isinstance(value, _Chosen) else value
 
 
@@ -140,7 +140,7 @@ class PolicyLimits(_Model):
     strikes: int = Field(default=DEFAULT_LIMITS.strikes, ge=1)
     """Number of faults before a policy is disabled for good, or of slow calls before a log line."""
     soft_ms: float = Field(default=DEFAULT_LIMITS.soft_s * 1e3, gt=0, le=3.6e6)
-    """Milliseconds of processor time beyond which a call is counted as slow."""
+    """Milliseconds of CPU time beyond which a call is counted as slow."""
     hard_s: float = Field(default=DEFAULT_LIMITS.hard_s, gt=0, le=3600)
     """Seconds beyond which a call is interrupted, which counts as a fault."""
 

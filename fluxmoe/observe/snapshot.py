@@ -14,7 +14,7 @@ from fluxmoe.observe import server
 
 SCHEMA_VERSION = 2
 
-#: Metrics that are read by their labels.
+#: Metrics read by label.
 _LABELS = {
     "fluxmoe_tenant_bytes": ("tenant", "kind"),
     "fluxmoe_limit_bytes": ("tenant", "kind"),
@@ -25,7 +25,7 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """A policy of a server: its contained faults, and the last one if it was replaced for good."""
+    """A server's policy: its contained faults, and the last one if it was disabled for good."""
 
     kind: str
     name: str
@@ -43,7 +43,7 @@ class Snapshot:
         model: vLLM's name of the model.
         version: FluxMoE's version.
         policies: The server's policies.
-        limits: Limits set by hand, such as ``kv.max``, in bytes.
+        limits: Operator limits, such as ``kv.max``, in bytes.
         budget_bytes, expert_bytes, kv_bytes: Bytes of the budget and of its tenants.
         slots, pages: Number of slots for expert pages, and of pages of the model.
         hits, misses, prefetch_hits: Counts of distinct experts per layer execution.

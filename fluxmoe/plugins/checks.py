@@ -98,7 +98,7 @@ def _decides(policy: Any) -> bool:
 
 
 def is_policy(made: type, kind: str) -> bool:
-    """True if a class is a policy of this kind that decides something."""
+    """True if a class is a policy of this kind and implements its decisions."""
     return issubclass(made, _KINDS[kind]) and (kind != "eviction" or _decides(made))
 
 

@@ -32,6 +32,7 @@ from fluxmoe.findings import Findings
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
+from fluxmoe.version import __version__
 from fluxmoe.words import line
 
 GROUP = "fluxmoe"
@@ -41,7 +42,7 @@ logger = logging.getLogger("fluxmoe")
 
 
 def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Registry:
-    """The registry of built-in, installed and explicitly named plugins.
+    """Make the registry of built-in, installed and explicitly named plugins.
 
     Each call imports and registers again, so it may be called repeatedly and in any process.
 
@@ -53,8 +54,8 @@ def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Reg
             allow-list is not installed.
     """
     registry = Registry()
-    registry.add(policies, "fluxmoe", origin="built in")
-    registry.add(codec, codec.__name__, origin="built in")
+    registry.add(policies, "fluxmoe", origin="built in", version=__version__)
+    registry.add(codec, codec.__name__, origin="built in", version=__version__)
     for found in installed():
         try:
             if found.allowed:
@@ -83,7 +84,7 @@ def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Reg
 
 
 def _names(extra: object) -> list[str]:
-    """Files and modules as text. Raises ConfigError."""
+    """Convert files and modules to text. Raises ConfigError."""
     given = [extra] if isinstance(extra, str | PathLike) else extra
     if not isinstance(given, Iterable):
         raise wrong("extra", "files or modules", extra, "plugins.load")

@@ -28,8 +28,8 @@ from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
 from fluxmoe.words import class_name, line
 
-#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a class or an instance of a policy
-#: can take the place of the name.
+#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a policy class or instance can
+#: replace the name.
 PolicySpec = str | Mapping[str, Any] | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 Origin = Literal["built in", "installed", "named"]
@@ -203,6 +203,16 @@ class Registry:
                 raise UnknownCodecError(name, self.names(kind), broken) from None
             raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
 
+    def source(self, kind: str, spec: PolicySpec) -> str:
+        """A policy or codec with its package, such as ``lru (FluxMoE 0.1.0)``; else its module."""
+        made, _ = self._chosen(kind, spec)
+        package = made.plugin
+        for plugin in self.plugins:
+            if plugin.name == made.plugin:
+                name = "FluxMoE" if plugin.origin == "built in" else plugin.name
+                package = f"{name} {plugin.version}".strip()
+        return f"{made.name} ({package})"
+
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 
@@ -226,12 +236,12 @@ class Registry:
         made = chosen if isinstance(chosen, type) else type(chosen)
         if kind == "codec" or not checks.is_policy(made, kind):
             raise ConfigError(
-                f"{line(spec, repr)} names no {'codec' if kind == 'codec' else f'{kind} policy'}",
+                f"no {'codec' if kind == 'codec' else f'{kind} policy'} in {line(spec, repr)}",
                 where=kind,
                 fix="write {kind: NAME, …}"
                 if kind == "codec"
                 else "write {kind: NAME, …}; in Python a class or instance of "
-                f"fluxmoe.{kind.capitalize()}Policy will do",
+                f"fluxmoe.{kind.capitalize()}Policy also works",
             )
         factory = chosen if made is chosen else partial(_again, chosen)
         if made is not chosen:
@@ -273,7 +283,7 @@ class Registry:
 
 
 def name_of(spec: object) -> str:
-    """The name of a policy, or of its class, in messages and results."""
+    """Name of a policy, or of its class, in messages and results."""
     chosen = spec.get("kind") if isinstance(spec, Mapping) else spec
     if isinstance(chosen, str):
         return chosen
@@ -281,7 +291,7 @@ def name_of(spec: object) -> str:
 
 
 def _again(policy: Any) -> Any:
-    """An instance that may have been used before."""
+    """Reset and return an instance that may have been used before."""
     policy.reset()
     return policy
 

@@ -53,6 +53,9 @@ class Events:
         }
         return cls(reader.meta, EventList(**joined))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.meta.described}, events={len(self)})"
+
     def __len__(self) -> int:
         return len(self.block.step)
 
@@ -89,9 +92,9 @@ class Events:
 
     @cached_property
     def cycle(self) -> int:
-        """Number of distinct pages that a step uses, the median of all steps.
+        """Median number of distinct pages used by a step.
 
-        With fewer slots a policy such as LRU evicts a page before the next step uses it.
+        With fewer slots, a policy such as LRU evicts pages before the next step uses them.
         """
         starts = np.flatnonzero(np.diff(self.block.step, prepend=self.block.step[:1] - 1))
         return int(np.median(np.add.reduceat(self.sizes, starts, dtype=np.int64)))

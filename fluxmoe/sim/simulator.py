@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,13 @@ from fluxmoe.trace import TraceMeta
 
 #: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
-#: No engine waits for a policy here, so no call is slow.
+#: No engine waits for the policy here, so no call is slow.
 _LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
-#: In strict mode only an endless call is a fault: a busy machine must not end a simulation.
+#: In strict mode only endless calls are faults: a busy machine must not end a simulation.
 _PATIENT = replace(_LIMITS, hard_s=60.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """Counters of one run, as the event rule defines them.
 
@@ -71,6 +72,23 @@ class Result:
     bytes_prefetch: int | None
     policy_faults: int
     timing: Timing | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.policy}, prefetch={self.prefetch}, "
+            f"slots={self.capacity_pages}, hit_rate={self.hit_rate:.1%}, misses={self.misses})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The result as a table, for notebooks."""
+        shown = self.to_json() | {"hit_rate": f"{self.hit_rate:.1%}"}
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(name.replace('_', ' '))}</th>"
+            f"<td>{escape(f'{value:,.4g}' if isinstance(value, float) else str(value))}</td></tr>"
+            for name, value in shown.items()
+            if value is not None
+        )
+        return f"<table>{rows}</table>"
 
     def to_json(self) -> dict[str, str | int | float | None]:
         """Return a flat dictionary that includes the fields of ``timing``, if any."""

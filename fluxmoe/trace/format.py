@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from fluxmoe.core.types import Geometry, Int64s
 from fluxmoe.errors import TraceError
+from fluxmoe.words import line
 
 VERSION = 1
 KEY = b"fluxmoe"
@@ -64,6 +65,14 @@ class TraceMeta:
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.num_layers, self.experts_per_layer)
+
+    @property
+    def described(self) -> str:
+        """Text of the model for people, such as ``prose: 6 layers of 64 experts, top 8``."""
+        return (
+            f"{line(self.model)}: {self.num_layers} layers of {self.experts_per_layer} experts, "
+            f"top {self.top_k}"
+        )
 
     def check(self, where: str) -> None:
         """Raise TraceError at ``where`` unless the numbers are plausible for a model."""

@@ -45,7 +45,7 @@ class TraceReader:
     def __init__(self, path: str | Path) -> None:
         self._where = str(arguments.path(path, "path", where="TraceReader"))
         try:
-            # Opened here: pyarrow takes a colon in a path for the end of a URI's scheme.
+            # Opened here, because pyarrow takes a path with a colon for a URI.
             self._file = pq.ParquetFile(pa.OSFile(self._where), buffer_size=_BUFFER_BYTES)
         except FileNotFoundError as error:
             raise TraceError("no such file", where=self._where) from error
@@ -67,6 +67,11 @@ class TraceReader:
                 raise self._error(f"column {name!r} is missing")
             if found[name] != type_:
                 raise self._error(f"column {name!r} has type {found[name]}, expected {type_}")
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self._where!r}, {self.meta.described}, rows={self.num_rows})"
+        )
 
     def events(self) -> Iterator[tuple[int, int, Phase, npt.NDArray[np.int32]]]:
         """Yield all events in order, as (step, layer, phase, routed experts with repeats, 1-D).
@@ -189,7 +194,7 @@ class TraceReader:
 
 
 def _row_of(at: int, width: Array, first: int) -> int:
-    """The row with value number ``at`` of a column of lists that are ``width`` long."""
+    """Find the row of value number ``at`` in a column of lists with lengths ``width``."""
     return first + int(np.searchsorted(np.cumsum(width), at, side="right"))
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a process, its output and its exit code."""
+"""The command line as a process: its output and exit code."""
 
 import json
 import re
@@ -108,7 +108,8 @@ def test_everything_at_once(trace, plugin, tmp_path):
 def test_wrong_hardware_and_report(trace, tmp_path):
     run = "simulate", trace, "--policy", "lru", "--capacity", "25%"
     fails(*run, "--hardware", "abacus", code="FM101", message="unknown hardware profile 'abacus'")
-    fails(*run, "--report", tmp_path, code="FM101", message="cannot write the file")
+    fails(*run, "--report", tmp_path / "no" / "r", code="FM101", message="cannot write the file")
+    fails(*run, "--report", tmp_path, code="FM101", message="the file already exists.*--force")
 
 
 def test_policies(plugin):

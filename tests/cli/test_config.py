@@ -1,4 +1,4 @@
-"""``fluxmoe config``: what it refuses and how, what it shows, and the files that are committed."""
+"""``fluxmoe config``: errors, output, and the committed files."""
 
 import json
 import re
@@ -190,7 +190,7 @@ def test_an_error_names_key_value_and_way_out(case, verb, write):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert "cannot read it" in run("check", tmp_path / "none.yaml")[2]
+    assert "cannot read the file" in run("check", tmp_path / "none.yaml")[2]
     assert "it is a folder" in run("check", tmp_path)[2]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert run("check", tmp_path / "binary")[0] == 2
@@ -278,7 +278,7 @@ def test_a_preset_chooses_what_is_not_said():
     assert paper.arbitration == {"kind": "rho"}
     mixed = config.parse({**SMALL, "preset": "paper", "eviction": "lru"}, where="")
     assert (mixed.eviction["kind"], mixed.arbitration["kind"]) == ("lru", "rho")
-    # What is passed on to vLLM's processes says the same again.
+    # The configuration passed on to vLLM's processes is the same.
     dumped = mixed.model_dump(mode="json", exclude_defaults=True)
     assert config.parse(dumped, where="") == mixed
     with pytest.raises(ConfigError, match="preset"):

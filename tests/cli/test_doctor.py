@@ -1,5 +1,5 @@
-"""``fluxmoe doctor`` in real processes whose installation lacks something. No mocks: metadata of
-packages is put on the path, programs are taken off it, the operating system is made to refuse."""
+"""``fluxmoe doctor`` in real processes with incomplete installations. No mocks: package metadata is
+added to the path, programs are removed from it, system calls are made to fail."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def findings(done):
     for finding in both:
         assert set(finding) == {"name", "status", "found", "fix"}
         assert finding["found"]
-        # Whatever is wrong says what to do, unless nothing can be done.
+        # Every problem has a remedy, if there is one.
         assert finding["fix"] or finding["status"] == "ok" or "not in this" in finding["found"]
     checks = {finding["name"]: finding for finding in result["checks"]}
     return result["ok"], checks, {finding["name"]: finding for finding in result["backends"]}
@@ -66,7 +66,7 @@ def test_everything_is_there():
 
 
 def bindings(site: Path, driver: str) -> Path:
-    """Bindings of CUDA's driver, with something else in their place."""
+    """Replacement for the bindings of CUDA's driver."""
     package = installed(site, "cuda-bindings", "13.0.3") / "cuda" / "bindings"
     package.mkdir(parents=True)
     (package / "driver.py").write_text(driver)

@@ -14,7 +14,7 @@ NONE = {"budget": None, "experts": {"min": None, "max": None}, "kv": {"min": Non
 
 @pytest.fixture
 def door():
-    """A server that answers all with one status and body, and notes what it was asked."""
+    """A server that answers every request with one status and body, and records the requests."""
     asked = []
 
     def start(status, body):

@@ -1,4 +1,4 @@
-"""``fluxmoe plan``: sizes from files that are never loaded, the best split, and what is refused."""
+"""``fluxmoe plan``: sizes from files without loading them, the best split, and errors."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def write(folder, **settings):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Qwen3-30B-A3B: a config.json and nothing else."""
+    """Qwen3-30B-A3B: only a config.json."""
     return write(tmp_path_factory.mktemp("plan") / "30b", **QWEN3_30B)
 
 

@@ -1,4 +1,4 @@
-"""Tables (C1): complete at 80 columns, constant columns said once, the same data as CSV."""
+"""Tables (C1): complete at 80 columns, constant columns stated once, the same data as CSV."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ COMMANDS = {
 
 
 def is_shown(value, text):
-    """True if a number is in a text, perhaps rounded, per cent, or in units of bytes."""
+    """True if a text contains a number, possibly rounded, in per cent or in units of bytes."""
     for digits, fraction in re.findall(r"(?<![\d.])(\d+)(?:\.(\d+))?(?![\d.]*\d)", text):
         number, unit = float(f"{digits}.{fraction or 0}"), 10 ** -len(fraction)
         scaled = (value, 100 * value, *(value / 1024**power for power in (1, 2, 3)))

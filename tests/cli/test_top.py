@@ -1,4 +1,4 @@
-"""``fluxmoe top``: frames and JSON from what servers say, and what is said of those that do not."""
+"""``fluxmoe top``: frames and JSON from servers' metrics, and errors without them."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ LABELS = {"model_name": "m", "engine": "0"}
 
 
 def metrics(*, faults=0, replaced="", **changes):
-    """What a server with two tenants and two decisions shows."""
+    """Metrics of a server with two tenants and two decisions."""
     values = {
         ("fluxmoe_budget_bytes", ()): 1000 * 4096,
         ("fluxmoe_info", (("version", "1.2.3"),)): 1,
@@ -65,7 +65,7 @@ def metrics(*, faults=0, replaced="", **changes):
 
 @pytest.fixture
 def serve():
-    """Serve bodies, one after the other, the last one again and again."""
+    """Serve bodies in turn, repeating the last one."""
 
     def start(*bodies, status=200):
         waiting = list(bodies)
@@ -159,7 +159,7 @@ def test_one_frame(serve):
         r"KV cache +█+ +1\.2 MiB +30% +50% in use",
         r"3 running, 9 waiting",
         r"FluxMoE 1\.2\.3: mru",
-        r"limits set by hand: kv\.max 1\.0 MiB",
+        r"operator limits: kv\.max 1\.0 MiB",
         r"7 to KV, 5 to experts",
         r"12:00:09 memory moves to the KV cache \(marginal\): \[9\] running",  # no markup
         r"12:00:10 memory moves to the experts \(marginal\)",

@@ -1,4 +1,4 @@
-"""``fluxmoe trace``: its verbs as a user meets them."""
+"""``fluxmoe trace``: its verbs from the command line."""
 
 from __future__ import annotations
 

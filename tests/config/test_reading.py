@@ -1,4 +1,4 @@
-"""Configurations: all problems at once, keys that were meant, paths of the file (B6, B7)."""
+"""Configurations: all problems at once, suggested keys, relative paths (B6, B7)."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_b6_all_plugins_at_once_and_hooks_that_were_meant(tmp_path):
 
 
 def test_b6_keys_of_every_map_are_known():
-    """A misspelling of any key of any map is recognised."""
+    """A misspelling of any key in any map is recognised."""
     data = json.loads(Config(memory={"budget": 1}).model_dump_json())  # type: ignore[arg-type]
     data["stores"] = [{"kind": "file", "path": "x", "limit": 1}, {"kind": "host"}]
     data["vllm"], free = {}, ("eviction", "prefetch", "arbitration", "codec", "vllm")
@@ -148,7 +148,7 @@ def test_b6_limits_by_hand():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder with a configuration and all it names; the working directory is another one."""
+    """A folder with a configuration and all its files; the working directory is elsewhere."""
     folder, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     elsewhere.mkdir()
     checkpoints.write(folder / "model", "mixtral", num_hidden_layers=1)

@@ -24,7 +24,7 @@ def _param(page: Path) -> object:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a shell has after `pip install fluxmoe`, but pip finds nothing on a network."""
+    """The environment after `pip install fluxmoe`, with pip offline."""
     wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
     python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
     script = python.parent / "pytest"  # pip finds pytest there already, and makes none
@@ -56,10 +56,13 @@ def test_a_wrong_turn_is_noticed(tmp_path: Path, environment: dict[str, str]) ->
         follow(page, tmp_path, environment)
 
 
-def test_a_line_too_long_for_the_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("shown", ["│" + 80 * "x", "1.2…"])
+def test_a_table_too_wide_for_the_terminal(
+    tmp_path: Path, environment: dict[str, str], shown: str
+) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```console\n$ fluxmoe policies --json\n```\n")
-    with pytest.raises(WrongPage, match="more than 80 columns"):
+    page.write_text(f"```console\n$ echo {shown}\n```\n")
+    with pytest.raises(WrongPage, match="wider than 80 columns, or cut"):
         follow(page, tmp_path, environment)
 
 

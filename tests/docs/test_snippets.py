@@ -1,4 +1,4 @@
-"""Every snippet and every command in README and docs does what the page says."""
+"""All snippets and commands in README and docs work as described."""
 
 from __future__ import annotations
 

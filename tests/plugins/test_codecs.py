@@ -1,4 +1,4 @@
-"""Codecs come in by a hook of their own; what is wrong with one is said by name."""
+"""Codecs are registered by their own hook; errors contain the name."""
 
 from __future__ import annotations
 

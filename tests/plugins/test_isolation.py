@@ -1,4 +1,4 @@
-"""A plugin that is broken stops nobody who does not use it, and whoever asks for it is told why."""
+"""Broken plugins affect only users that request them, who get the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.web import served
 HOOK = "import fluxmoe, sys\n@fluxmoe.hookimpl\ndef fluxmoe_register_policies(register):\n"
 HALF = MRU + '    register("lru", MostRecentlyUsed)\n'
 
-#: What is wrong → its source, and what the message says.
+#: Fault → source, and text of the message.
 BROKEN = {
     "missing import": ("import saddle", "ModuleNotFoundError: No module named 'saddle'"),
     "syntax": ("def broken(:", "SyntaxError"),
@@ -61,7 +61,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def pony(site, monkeypatch):
-    """An installed plugin whose module the test writes, beside one that works."""
+    """An installed plugin whose module the test writes, next to a working one."""
     write(site / "cart_policy.py", name="cart")
     install(site, "fluxmoe-cart", {"cart": "cart_policy"})
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})
@@ -86,7 +86,7 @@ def test_an_installed_plugin_that_is_broken_is_reported_and_left_out(pony, caplo
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1, warnings  # once in a process
     assert warnings[0].startswith("plugin pony 1.0 is broken and left out: ")
-    # A server that does not use it starts; whoever asks for what it may have had is told.
+    # A server that does not use it starts; requests for its possible names get the reason.
     wanted = {"model": "m", "memory": {"budget": "1GiB"}, "eviction": "cart"}
     registry.policies(parse(wanted, where="test"))
     with pytest.raises(UnknownPolicyError) as info:

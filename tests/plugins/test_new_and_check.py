@@ -1,4 +1,4 @@
-"""New packages pass their own tests; ``plugin check`` says what is wrong with one."""
+"""New packages pass their own tests; ``plugin check`` finds faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_copier = pytest.mark.skipif(
 
 
 def run(*arguments, code=0):
-    """What a command prints to standard output, or to standard error."""
+    """Run a command; return its standard output or standard error."""
     done = here(*arguments)
     assert (done.returncode or 0) == code, done
     return done.stdout if code in (0, 1) else done.stderr
@@ -114,7 +114,7 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
     assert 'name = "fluxmoe-sieve-2"' in text
     assert 'sieve-2 = "fluxmoe_sieve_2"' in text
     assert "class Sieve2Policy" in Path("fluxmoe-sieve-2/fluxmoe_sieve_2.py").read_text()
-    # A second time it would overwrite what somebody has written since.
+    # A second time it would overwrite the user's changes.
     error = run("plugin", "new", "sieve-2", "--kind", "eviction", code=2)
     assert "error[FM101]: fluxmoe-sieve-2 already exists" in error
 

@@ -1,4 +1,4 @@
-"""How plugins are found, loaded and refused. Every refusal names the plugin and says what to do."""
+"""Plugins are found, loaded and rejected, with errors that name the plugin and the remedy."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_plugin_without_a_usable_hook_is_refused(tmp_path, text, message):
 
 
 class Plugin:
-    """A plugin object that calls ``register`` with what the test says."""
+    """A plugin object that calls ``register`` with the test's arguments."""
 
     def __init__(self, *args, **kwargs):
         self.args, self.kwargs = args, kwargs
@@ -322,7 +322,7 @@ def test_a_refusal_of_the_whole_model_reads_well():
 
 @pytest.mark.parametrize("spec", [{}, {"depth": 1}, {"kind": 3}])
 def test_a_specification_without_a_name_is_refused(spec):
-    with pytest.raises(ConfigError, match="no policy in") as info:
+    with pytest.raises(ConfigError, match="no prefetch policy in") as info:
         plugins.load().create("prefetch", spec)
     assert info.value.where == "prefetch"
 
@@ -418,3 +418,18 @@ def test_an_entry_point_works_in_a_fresh_process(installed):
     )
     assert "pony" in done.stdout
     assert "wheel" not in done.stdout
+
+
+def test_c4_a_policy_and_its_package(tmp_path):
+    class Mine(fluxmoe.EvictionPolicy):
+        def score(self, view, pages):
+            return view.last_use[pages]
+
+    registry = plugins.load()
+    assert registry.source("eviction", "lru") == f"lru (FluxMoE {fluxmoe.__version__})"
+    options = {"kind": "next-layer", "depth": 2}
+    assert registry.source("prefetch", options) == f"next-layer (FluxMoE {fluxmoe.__version__})"
+    for spec in (Mine, Mine()):
+        assert registry.source("eviction", spec) == f"Mine ({__name__})"
+    with pytest.raises(UnknownPolicyError):
+        registry.source("eviction", "nonsense")

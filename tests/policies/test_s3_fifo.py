@@ -15,7 +15,7 @@ LAYERS, EXPERTS = 3, 16
 
 
 class Model:
-    """Lists for queues, the head first; as in the paper, but the running event is passed over."""
+    """Queues as lists, head first; as in the paper, except that the current event is skipped."""
 
     def __init__(self, slots, share):
         self.slots, self.target = slots, max(1, int(share * slots))
@@ -92,7 +92,7 @@ def test_prefetched_pages_and_banks_are_no_fault(events, prefetch, banks):
 
 
 def test_pages_that_left_without_being_victims_are_forgotten():
-    """Where a bank shrinks or a page is discarded, nobody tells the policy."""
+    """The policy is not notified when a bank shrinks or a page is discarded."""
     policy = S3Fifo()
     rig = Rig(LAYERS, EXPERTS, [40], eviction=policy)
     try:

@@ -1,4 +1,4 @@
-"""The virtual clock against times worked out by hand, and profiles."""
+"""The virtual clock compared with times computed by hand, and profiles."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Misses of every built-in policy on the shipped traces, to the last one; and libCacheSim's."""
+"""Exact misses of every built-in policy on the shipped traces, and libCacheSim's."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_belady_is_the_least_and_next_use_close_to_the_best_simple_one():
 
 
 def single(events):
-    """A trace of one expert per event: a shipped one's pages, one after the other."""
+    """Make a trace with one expert per event from a shipped trace's pages."""
     experts = events.meta.experts_per_layer
     pages = [
         page

@@ -1,4 +1,4 @@
-"""Many runs at once, in processes, and the report of them."""
+"""Many runs at once, in processes, and their report."""
 
 import html.parser
 import itertools

@@ -1,4 +1,6 @@
-"""The simulator against an independent reference of the event rule."""
+"""The simulator compared with an independent reference of the event rule."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from fluxmoe.core.types import EventList, Phase
 from fluxmoe.errors import CapacityError, ConfigError, PolicyFaultError, UnknownPolicyError
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.simulator import Simulation, simulate
-from fluxmoe.trace import TraceMeta
+from fluxmoe.trace import TraceMeta, TraceReader
 from fluxmoe.trace.synth import Workload, write
 from tests.core.reference import replay
 from tests.core.rig import rule_for
@@ -30,7 +32,7 @@ PREFETCH = {
 
 
 def in_memory(rows, layers, experts, top_k, page_bytes=1000):
-    """Events from a list of (step, layer, ids)."""
+    """Make events from a list of (step, layer, ids)."""
     meta = TraceMeta("test", layers, experts, top_k, page_bytes, "test")
     ids = [np.asarray(ids, np.int32) for _, _, ids in rows]
     block = EventList(
@@ -112,7 +114,7 @@ def test_equals_the_reference_at_many_capacities(registry, synthetic, policy, pr
 
 
 def test_the_reference_tells_policies_apart(registry, synthetic):
-    """Otherwise the comparisons above would show little."""
+    """Otherwise the comparisons above would prove little."""
     events, rows = synthetic
     misses = {
         policy: check(events, rows, policy, 24, "none", 1, registry)["misses"]
@@ -182,7 +184,7 @@ def test_unknown_policy_lists_the_known(registry):
         simulate(events, "lrru", 2, registry=registry)
 
 
-#: What a policy does wrong, and how its fault is named.
+#: Faults of a policy, and their messages.
 FAULTS = {
     "raises": ("return 1 / 0", "ZeroDivisionError"),
     "not a number": ("return np.full(len(pages), np.nan)", "not finite|NaN|nan"),
@@ -270,7 +272,7 @@ def test_the_phase_of_an_event_reaches_the_policy(tmp_path):
 
 
 class CannotCount(EvictionPolicy):
-    """A kernel that fails in one event out of three, in one of two ways."""
+    """A kernel that fails in one of three events, in one of two ways."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):
@@ -286,7 +288,7 @@ class CannotCountStable(CannotCount):
 @pytest.mark.parametrize("policy", [CannotCount, CannotCountStable])
 @pytest.mark.parametrize("strikes", [3, 10**6])
 def test_a_kernel_that_fails_now_and_then_is_contained_event_by_event(policy, strikes, synthetic):
-    """The compiled replay stops at the event, the guard answers for it, and it goes on."""
+    """The compiled replay stops at the event, the guard falls back, and the replay continues."""
     events, _ = synthetic
     missed = np.zeros(len(events), np.int32)
     fast, slow = (_rule(policy(), strikes, events) for _ in range(2))
@@ -306,3 +308,24 @@ def test_a_kernel_that_fails_now_and_then_is_contained_event_by_event(policy, st
 def _rule(policy, strikes, events):
     table = PageTable(events.meta.geometry, [23])
     return rule_for(table, policy, limits=Limits(strikes=strikes))
+
+
+def test_c10_results_and_traces_as_text(tmp_path, registry):
+    trace = tmp_path / "t.parquet"
+    write(Workload(layers=2, experts=8, top_k=2, steps=20, batch=2), trace)
+    events = Events.load(trace)
+    model = f"{events.meta.model}: 2 layers of 8 experts, top 2"
+    assert repr(events) == f"Events({model}, events=40)"
+    reader = TraceReader(trace)
+    assert repr(reader) == f"TraceReader({str(trace)!r}, {model}, rows={reader.num_rows})"
+    result = simulate(events, {"kind": "lfru"}, 8, registry=registry, hardware="laptop-nvme")
+    assert repr(result) == (
+        f"Result(lfru, prefetch=none, slots=8, hit_rate={result.hit_rate:.1%}, "
+        f"misses={result.misses})"
+    )
+    html = result._repr_html_()
+    for name, value in (("hit rate", f"{result.hit_rate:.1%}"), ("capacity pages", "8")):
+        assert f"<th style='text-align:left'>{name}</th><td>{value}</td>" in html
+    assert "laptop-nvme" in html and "None" not in html
+    risky = dataclasses.replace(result, policy="<b>")
+    assert "&lt;b&gt;" in risky._repr_html_() and "<b>" not in risky._repr_html_()

@@ -1,4 +1,4 @@
-"""Stores that share the pages: every page comes back, from wherever there was room."""
+"""Stores that share the pages: every page can be read back from the one that had room."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGES = GEOMETRY.num_pages
 
 
 def layers(seed: int = 0) -> list[list[np.ndarray]]:
-    """Per layer and part uint8 ``[experts, part bytes]``."""
+    """Make arrays uint8 ``[experts, part bytes]`` per layer and part."""
     rng = np.random.default_rng(seed)
     shape = lambda part: (GEOMETRY.experts_per_layer, part.elements)  # noqa: E731
     return [
@@ -135,7 +135,7 @@ def test_a_page_that_is_not_there_is_an_error(kind, page) -> None:
 
 
 class Faulty(fluxmoe.Codec):
-    """Keeps the first half, which is enough where the second is zero; or fails."""
+    """Keeps only the first half, which suffices if the second is zero; or fails."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -216,7 +216,7 @@ def test_other_weights_codecs_and_layouts_have_files_of_their_own(tmp_path: Path
 
 
 def test_other_options_of_a_codec_make_another_file(tmp_path: Path) -> None:
-    """Some codecs cannot decode what was encoded with others."""
+    """Some codecs cannot decode data encoded with other options."""
     for options in ({}, {"key": 1}, {"key": 2}, {"key": 1}):
         coder = Coder(plugins.load().create("codec", "fixed4"), "fixed4")
         tier = FileTier(GEOMETRY, PAGE_CLASS, tmp_path, coder, None, options=options)

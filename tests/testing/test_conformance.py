@@ -1,4 +1,4 @@
-"""The conformance kit passes what is right and finds what is wrong, whatever is wrong."""
+"""The conformance kit accepts correct policies and codecs, and finds every kind of fault."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_a_right_prefetch_policy_may_propose_any_other_layer():
 
 
 class Eviction(fluxmoe.EvictionPolicy):
-    """LRU, to be spoilt."""
+    """LRU, to be broken by tests."""
 
     def score(self, view, pages):
         return view.last_use[pages]
 
 
 class Prefetch(fluxmoe.PrefetchPolicy):
-    """The first expert of the next layer, to be spoilt."""
+    """Fetches the first expert of the next layer, to be broken by tests."""
 
     def propose(self, view, access):
         layer = (access.layer + 1) % view.num_layers
@@ -75,14 +75,14 @@ class Prefetch(fluxmoe.PrefetchPolicy):
 
 
 class Arbitration(fluxmoe.ArbitrationPolicy):
-    """The present split, to be spoilt."""
+    """Keeps the current split, to be broken by tests."""
 
     def split(self, view):
         return fluxmoe.Split(view.frames)
 
 
 def spoilt(base, **members):
-    """The parameters of a test: a class that is wrong in one way."""
+    """Make the parameters of a test: a class with one fault."""
     return type("Spoilt", (base,), members)
 
 
@@ -128,7 +128,7 @@ def _slow(self, view, pages):
 
 
 class Moody(Eviction):
-    """Counts its calls in score."""
+    """Depends on the number of calls of score."""
 
     calls = 0
 
@@ -138,7 +138,7 @@ class Moody(Eviction):
 
 
 class Forgetful(Eviction):
-    """Learns, and does not unlearn."""
+    """Keeps state across reset()."""
 
     def __init__(self):
         self.seen = 0
@@ -151,7 +151,7 @@ class Forgetful(Eviction):
 
 
 class Shared(Forgetful):
-    """Learns in its class."""
+    """Keeps state in its class."""
 
     book: list[int] = []  # noqa: RUF012
 
@@ -169,7 +169,7 @@ class Shared(Forgetful):
 
 
 class Dice(Eviction):
-    """Draws from where it must not."""
+    """Uses the wrong random generator."""
 
     made = 0
 
@@ -388,7 +388,7 @@ def test_the_policies_own_randomness_must_come_from_the_view():
 
 
 class Plain(fluxmoe.Codec):
-    """The size, then the bytes as they are; to be spoilt."""
+    """Stores the size, then the unchanged bytes; to be broken by tests."""
 
     def encode(self, raw):
         return np.concatenate([np.frombuffer(np.int64(len(raw)).tobytes(), np.uint8), raw])
@@ -405,7 +405,7 @@ def _far(self, coded, out):
 
 
 class OneByOne(Plain):
-    """Keeps what it works on in itself."""
+    """Keeps its working data in self."""
 
     def encode(self, raw):
         self.raw = raw

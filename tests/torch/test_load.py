@@ -1,4 +1,4 @@
-"""``fluxmoe.load``: what ``from_pretrained`` loads, with its experts in the store only."""
+"""``fluxmoe.load``: the model of ``from_pretrained``, with its experts only in the store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fluxmoe
-from fluxmoe import errors
+from fluxmoe import errors, machine
 from tests.torch.conftest import Load, answer, held, prompts, same, sizes
 
 
@@ -56,7 +56,7 @@ def test_another_type_of_numbers(load: Load, checkpoint: Callable[..., Path], dt
 
 
 def test_experts_that_lie_together_in_several_shards(load: Load, tmp_path: Path) -> None:
-    """As transformers 5 has them in memory: nothing to be put together, views of the file."""
+    """Stored as in transformers 5: nothing to assemble, only views of the file."""
     model = load()
     model.save_pretrained(tmp_path, save_original_format=False, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -73,7 +73,7 @@ def test_after_close_it_has_no_experts(checkpoint: Callable[..., Path]) -> None:
         paged.close()
         paged.close()
         assert held() == before
-        for implementation in ("fluxmoe", "eager"):
+        for implementation in ("grouped_mm", "eager"):
             paged.model.set_experts_implementation(implementation)
             with pytest.raises(errors.UnsupportedError, match=r"experts are gone.*load the model"):
                 paged.model(**prompts())
@@ -113,7 +113,7 @@ def sharded(load: Load, tmp_path: Path) -> Path:
 
 
 def shard_of(folder: Path, ending: str) -> Path:
-    """The shard that holds the first weight of that name."""
+    """Find the shard that holds the first weight with this ending."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     return folder / next(file for name, file in index.items() if name.endswith(ending))
 
@@ -173,7 +173,7 @@ def lose_all_of_a_layer(folder: Path) -> str:
 
 def lose_a_norm(folder: Path) -> str:
     change(folder, "model.norm.weight", None)
-    return r"it has no model\.norm\.weight"
+    return r"model\.norm\.weight is missing"
 
 
 def wrong_shape(folder: Path) -> str:
@@ -239,7 +239,7 @@ QUANTISED = {
 
 @pytest.mark.parametrize("method", QUANTISED)
 def test_b11_quantised_checkpoints(load: Load, tmp_path: Path, method: str) -> None:
-    """The refusal is ours, and names method and layer, before transformers reads weights."""
+    """FluxMoE rejects them before transformers reads weights, naming method and layer."""
     load().save_pretrained(tmp_path)
     settings, ending, dtype = QUANTISED[method]
     reconfigure(tmp_path, **({"quantization_config": settings} if settings else {}))
@@ -278,7 +278,7 @@ def test_b11_weights_of_another_shape(load: Load, tmp_path: Path) -> None:
 
 
 def test_b11_architectures_of_another_kind(tmp_path: Path) -> None:
-    """Experts that cannot be paged are not said to be absent."""
+    """Experts that cannot be paged are not reported as absent."""
     for name, says in (("switch_transformers", "cannot build a causal"), ("doge", "expert layout")):
         AutoConfig.for_model(name, **SMALL_ONES.get(name, {})).save_pretrained(tmp_path / name)
         with pytest.raises(errors.UnsupportedError, match=rf"(?i){name.split('_')[0]}.*") as caught:
@@ -323,8 +323,8 @@ for dtype in ("auto", "float32"):
 
 
 def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None:
-    """Both as they are in the checkpoint and converted; the arenas are not counted (shared)."""
-    # What is freed goes back to the system at once, so that nothing but what is held is seen.
+    """Applies to unchanged and converted weights; the arenas are shared memory and not counted."""
+    # Freed memory returns to the system at once, so that only memory in use is measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     shape = {"num_hidden_layers": 8, "moe_intermediate_size": 256, "hidden_size": 256}
     done = subprocess.run(
@@ -338,3 +338,13 @@ def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None
         peak, experts = map(int, line.split())
         assert experts == 8 * 16 * 3 * 256 * 256 * size
         assert 0.9 * experts < peak < 1.4 * experts, line
+
+
+def test_a4_memory_beside_the_weights_is_required_before_they_are_read(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        machine, "memory", lambda: machine.MemoryRoom(1 << 20, 1 << 20, "/sys/fs/cgroup/app")
+    )
+    with pytest.raises(errors.ConfigError, match=r"are needed .* limit of /sys/fs/cgroup/app"):
+        fluxmoe.load(checkpoint("qwen3-moe"), "1023KiB")

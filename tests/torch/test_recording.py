@@ -1,4 +1,4 @@
-"""Traces recorded from Hugging Face models: who routed what, and that the simulator agrees."""
+"""Traces recorded from Hugging Face models: correct routing, and agreement with the simulator."""
 
 from __future__ import annotations
 

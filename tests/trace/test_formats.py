@@ -1,4 +1,4 @@
-"""Other people's formats, from files written here to the layouts that their authors document."""
+"""Foreign formats, read from files in the layouts documented by their authors."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from fluxmoe.trace.formats import FORMATS, Options, convert, detect
 
 
 def rows(path):
-    """(step, layer, token, phase, request, experts[, weights]) of every row."""
+    """Read (step, layer, token, phase, request, experts[, weights]) of every row."""
     return [tuple(row.values()) for row in pq.ParquetFile(path).read().to_pylist()]
 
 
@@ -23,7 +23,7 @@ def rows(path):
 
 
 def write_flame(folder, layers=(2, 3), tokens=50_000, top_k=6, kind=None, seed=0):
-    """As the data set's README shows it: scores (float16) descending, indices (int16)."""
+    """Write files as in the dataset's README: descending scores (float16), indices (int16)."""
     rng = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
     written = {}
@@ -149,7 +149,7 @@ def test_selection_errors(tmp_path, content, message):
 
 
 def routed(tokens, layers=4, top_k=3, seed=0):
-    """As ``CompletionOutput.routed_experts``: layer 0 is dense, its numbers stay zero."""
+    """Make an array like ``CompletionOutput.routed_experts``: layer 0 is dense, with zeros."""
     ids = np.random.default_rng(seed).integers(0, 40, (tokens, layers, top_k)).astype(np.uint8)
     ids[:, 0] = 0
     return ids
@@ -190,7 +190,7 @@ def test_vllm_errors(tmp_path):
         with pytest.raises(TraceError, match=message):
             convert(file, tmp_path / "t")
     np.save(file, np.asarray([{}], object), allow_pickle=True)
-    with pytest.raises(TraceError, match=r"damaged, or holds objects") as caught:
+    with pytest.raises(TraceError, match=r"damaged or contains objects") as caught:
         convert(file, tmp_path / "t")
     assert "allow_pickle" not in str(caught.value)
     np.save(file, routed(50))
@@ -238,7 +238,7 @@ def test_b9_a_zero_of_a_top_1_model_is_an_expert(tmp_path):
 def test_b9_arrays_without_an_element(tmp_path, shape, prompt):
     options, empty = Options(prompt_tokens=prompt), np.zeros(shape, np.int32)
     np.save(tmp_path / "r.npy", empty)
-    with pytest.raises(TraceError, match="nothing was routed"):
+    with pytest.raises(TraceError, match="no experts were routed to"):
         convert(tmp_path / "r.npy", tmp_path / "t", options=options)
     np.savez(tmp_path / "r.npz", a=empty, b=routed(2) | 1)
     convert(tmp_path / "r.npz", tmp_path / "t", options=options)
@@ -252,7 +252,7 @@ def test_b9_empty_files_of_the_others(tmp_path):
     torch.save({"records": [{"topk_ids_of_layer": torch.zeros(2, 0, 2, dtype=torch.int32)}]},
                tmp_path / "g.pt")  # fmt: skip
     for name in ("flame", "s.json", "j.jsonl", "g.pt"):
-        with pytest.raises(TraceError, match=r"nothing was routed|not whole numbers"):
+        with pytest.raises(TraceError, match=r"no experts were routed to|not whole numbers"):
             convert(tmp_path / name, tmp_path / "t")
 
 
@@ -292,7 +292,7 @@ def test_b9_a_wrong_pt_gets_our_own_advice(tmp_path):
             tmp_path / f"{name}.pt",
         )
     for name, says in (
-        ("model", "holds objects other than tensors"), ("no tensor", "not an array of whole"),
+        ("model", "contains objects other than tensors"), ("no tensor", "not an array of whole"),
         ("floats", "not an array of whole"), ("bf16", "not an array of whole"),
         ("flat", "has the shape .1."), ("map", "last_physical.*not an array of whole"),
         ("map of floats", "last_physical.*not an array of whole"),
@@ -349,7 +349,7 @@ def test_b9_json_without_end(tmp_path):
 
 
 def record(ids, mode, index):
-    """As ``_DetailSinglePassGatherer.collect`` and ``_DetailAccumulator.append`` make it."""
+    """Make a record as ``_DetailSinglePassGatherer`` and ``_DetailAccumulator`` do."""
     tokens = ids.shape[1]
     return {
         "forward_pass_id": index, "rank": 0, "gatherer_key": "primary",
@@ -360,7 +360,7 @@ def record(ids, mode, index):
 
 
 def sglang(tokens, seed):
-    """Layer 0 is dense; two of the eight columns that SGLang reserves are in use."""
+    """Make a record with dense layer 0, using two of the eight columns that SGLang reserves."""
     ids = np.full((3, tokens, 8), -1, np.int32)
     ids[1:, :, :2] = np.random.default_rng(seed).permuted(
         np.tile(np.arange(6, dtype=np.int32), (2, tokens, 1)), axis=2
@@ -416,7 +416,7 @@ def test_a_file_that_wants_to_run_code_is_refused(tmp_path):
             return (pytest.fail, ("it ran",))
 
     torch.save({"records": [Evil()]}, tmp_path / "r.pt")
-    with pytest.raises(TraceError, match="holds objects"):
+    with pytest.raises(TraceError, match="contains objects"):
         convert(tmp_path / "r.pt", tmp_path / "t")
     with (tmp_path / "plain.pt").open("wb") as file:
         pickle.dump(Evil(), file)

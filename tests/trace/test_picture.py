@@ -1,4 +1,4 @@
-"""The picture of a trace: what it draws is what was counted."""
+"""The picture of a trace shows the computed statistics."""
 
 import io
 import sys

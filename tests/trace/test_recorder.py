@@ -1,4 +1,4 @@
-"""The recorder's ring: nothing is lost, nothing is held for ever, nothing fails the engine."""
+"""The recorder's ring: no event is lost, no memory retained, and the engine never fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trace format: what is written is read back, what is damaged is refused."""
+"""The trace format: written traces are read back, damaged ones rejected."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ DOCUMENT = {"version": 1, "model": "m", "num_layers": 2, "experts_per_layer": 8,
 
 
 def make(path, document=DOCUMENT, without=(), **columns):
-    """A trace made by hand, with some things changed."""
+    """Make a trace by hand, with some parts changed."""
     chosen = {name: c for name, c in {**COLUMNS, **columns}.items() if name not in without}
     table = pa.table({name: pa.array(values, type_) for name, (values, type_) in chosen.items()})
     if document is not None:
@@ -366,7 +366,7 @@ def test_neither_writer_nor_reader_holds_more_than_a_group(tmp_path, monkeypatch
 
 
 def test_a_large_trace_passes_through_little_memory(tmp_path):
-    """9.6 million expert ids (19 MB as int16, 77 MB as int64) in 32 MB beside what is there."""
+    """Reads 9.6 million expert ids (19 MB as int16, 77 MB as int64) in 32 MB more memory."""
     path = tmp_path / "t"
     program = (
         "import sys, resource, numpy as np, pyarrow as pa\n"

@@ -1,4 +1,4 @@
-"""A12: caches of a server whose user has no home folder, or one that cannot be written."""
+"""A12: caches of a server whose user has no home folder or a read-only one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ALL = {"VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "HF_HOME", "NUMBA_CACHE_DIR"}
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, and a FluxMoE that is installed read-only."""
+    """The folder for temporary files, with a read-only installation of FluxMoE."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    (tmp_path / "file").touch()  # nothing can be made below it, by nobody
+    (tmp_path / "file").touch()  # nothing can be created below it by any user
     monkeypatch.setattr("fluxmoe.__file__", str(tmp_path / "file" / "__init__.py"))
     return folder
 

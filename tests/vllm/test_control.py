@@ -1,4 +1,4 @@
-"""Limits set by hand while vLLM serves: kept to, told, refused where impossible; no token lost."""
+"""Operator limits while vLLM serves: enforced, reported, rejected if impossible; same tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
     eager.restart(fluxmoe=FIXED, **FEW)
     begun, budget = limit(eager)["split"], FIXED["memory"]["budget"]
     same(eager.generate(few, watch=True), stock)
-    assert limit(eager)["split"] == begun  # nobody wanted anything
+    assert limit(eager)["split"] == begun  # no tenant requested a change
     for limits in (
         {"kv": {"max": budget // 4}},
         {"experts": {"max": budget // 3}},
@@ -162,7 +162,7 @@ def test_limits_while_the_server_is_busy(server: Server, monkeypatch: pytest.Mon
 
 
 def fluxmoe_quiet(server: Server, option: str, size: str) -> int:
-    """What the command does, in a thread that may not redirect its output."""
+    """Do the same as the command, in a thread that may not redirect output."""
     tenant, _, end = option.removeprefix("--").partition("-")
     limits = {tenant: {end: size}} if end else {tenant: size}
     answer = httpx.post(

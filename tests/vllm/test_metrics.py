@@ -1,7 +1,8 @@
-"""FluxMoE's counters on vLLM's metrics: complete, right, and never going backwards."""
+"""FluxMoE's counters in vLLM's metrics: complete, correct and monotonic."""
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import prometheus_client
 import pytest
 from prometheus_client import Counter, Gauge, Histogram
 
-from fluxmoe import __version__
+from fluxmoe import __version__, sizes
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.backends.vllm.metrics import (
     DECISION,
@@ -169,7 +170,7 @@ def test_an_interval_in_words() -> None:
 
 
 def scrape(worker: object) -> dict[str, dict[tuple[str, ...], float]]:
-    """Called in the engine's process: every series of FluxMoE, by its own labels."""
+    """Read every FluxMoE series by its own labels; runs in the engine's process."""
     own = {metric.name: metric.labels for metric in METRICS if metric.kind != "histogram"}
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in prometheus_client.REGISTRY.collect():
@@ -252,6 +253,39 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
     assert shown(eager)[HITS][()] == stats["hits"] + again["hits"]
 
 
+def block(worker: Any) -> list[str]:
+    """Called in the engine's process: the lines that it logged at its start."""
+    from fluxmoe.backends.vllm.worker import start
+
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.extend(record.getMessage().splitlines())  # type: ignore[method-assign]
+    start.logger.addHandler(handler)
+    specs = worker.get_kv_cache_spec().values()
+    start.log(worker._runtime, worker._registry, worker.vllm_config, specs, worker._top_k)
+    start.logger.removeHandler(handler)
+    return told
+
+
+@pytest.mark.vllm
+def test_c4_an_engine_tells_what_it_pages(eager: ChildEngine) -> None:
+    few = config(16, eviction="lru", control=True)
+    eager.restart(fluxmoe=few, **EAGER)
+    stats, blocks = eager.call("stats"), eager.info["kv_blocks"]
+    headline, *lines = eager.call("rpc", block)
+    assert "4 layers of 16, 48.0 KiB each" in headline
+    said = {line[2:14].strip(): line[15:] for line in lines}
+    assert said["budget"].startswith(f"{sizes.shown(stats['budget_bytes'])} per worker: experts ")
+    assert "; while serving, experts 768.0 KiB to " in said["budget"]
+    assert said["slots"] == f"{stats['slots']} of 64 pages, in 1 bank"
+    assert said["eviction"] == f"lru (FluxMoE {__version__})"
+    assert said["arbitration"] == f"fixed (FluxMoE {__version__})"
+    assert f"{blocks} blocks, which hold {blocks * 32:,} tokens; a request " in said["KV cache"]
+    assert said["stores"] == "host: 3.0 MiB"
+    assert said["control"].startswith("/v1/fluxmoe/limits on this server")
+    assert "note" not in said  # a token uses just as many
+
+
 @pytest.mark.vllm
 def test_the_connector_switches_nothing_off(eager: ChildEngine) -> None:
     eager.restart(fluxmoe=config(24), **EAGER)
@@ -270,7 +304,7 @@ def switches(worker: Any) -> dict[str, bool]:
 
 
 class FailingScheduler:
-    """Made by the engine when its worker is ready."""
+    """Created by the engine once its worker is ready."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no scheduler today")
@@ -278,7 +312,7 @@ class FailingScheduler:
 
 @pytest.mark.vllm
 def test_a_start_that_fails_late_leaves_no_connector(eager: ChildEngine) -> None:
-    """vLLM keeps a process's connector until the worker is shut down, which then never happens."""
+    """vLLM keeps a process's connector until the worker's shutdown, which then never happens."""
     name = f"{FailingScheduler.__module__}.FailingScheduler"
     with pytest.raises(EngineError, match="no scheduler today"):
         eager.restart(fluxmoe=config(24), scheduler_cls=name, **EAGER)

@@ -1,8 +1,10 @@
-"""vLLM calls FluxMoE's entry point in each of its processes: it must weigh little."""
+"""vLLM calls FluxMoE's entry point in each of its processes, so it must be light."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -91,6 +93,7 @@ from fluxmoe.backends.vllm import register
 register()
 from vllm.logger import _configure_vllm_root_logger
 _configure_vllm_root_logger()
+logging.info("of a library")  # which adds a handler in another format
 logging.getLogger("fluxmoe").info("memory moves")
 logging.getLogger("fluxmoe").warning("a move was undone")
 """
@@ -105,4 +108,46 @@ logging.getLogger("fluxmoe").warning("a move was undone")
     log = done.stdout + done.stderr
     assert ("memory moves" in log) == shown, log
     assert log.count("a move was undone") == 1, log
-    assert "WARNING" in log.split("a move was undone")[0].splitlines()[-1]  # in vLLM's format
+    shown_line = next(line for line in log.splitlines() if "a move was undone" in line)
+    assert re.search(r"WARNING \d\d-\d\d \d\d:\d\d:\d\d \[", shown_line)  # in vLLM's format
+
+
+def test_c4_a_block_of_lines_is_one_record_of_a_json_log() -> None:
+    program = """
+import logging
+from fluxmoe.backends.vllm import register
+register()
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging
+configure_logging(LoggingConfig(formatter="json"))
+logging.getLogger("fluxmoe").info("FluxMoE pages:\\n  budget")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    (line,) = (each for each in (done.stdout + done.stderr).splitlines() if "budget" in each)
+    assert "FluxMoE pages:\n  budget" in json.loads(line).values()
+
+
+def test_c4_a_program_with_its_own_logging_keeps_it() -> None:
+    program = """
+import logging
+logging.basicConfig(format="mine: %(message)s", level=logging.INFO)
+from fluxmoe.backends.vllm import register
+register()
+logging.getLogger("fluxmoe").info("memory moves")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert [line for line in done.stderr.splitlines() if "memory" in line] == ["mine: memory moves"]

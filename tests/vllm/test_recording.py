@@ -1,4 +1,4 @@
-"""Traces recorded from vLLM: whose tokens they are, and that the simulator counts the same."""
+"""Traces recorded from vLLM: requests of tokens, and equal counts in the simulator."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_policy_is_compared() -> None:
 
 
 def test_tokens_requests_and_phases(eager: ChildEngine, tmp_path: Path) -> None:
-    """Every request computes its prompt and all its tokens but the last, in as many rows."""
+    """Every request has one row for each token of its prompt and its answer, except the last."""
     trace = tmp_path / "t.parquet"
     requests = [Prompt([5] * length, 2 + length % 4) for length in (1, 30, 7, 90, 2)]
     eager.restart(fluxmoe=config(PAGES), **{**EAGER, "max_num_seqs": 3,

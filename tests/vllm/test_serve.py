@@ -1,4 +1,4 @@
-"""``fluxmoe serve``: the server of three processes answers what stock vLLM answers."""
+"""``fluxmoe serve``: the server of three processes gives the same answers as stock vLLM."""
 
 from __future__ import annotations
 

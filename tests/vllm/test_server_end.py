@@ -1,4 +1,4 @@
-"""A5, A11, C11: the end of a server, whenever it comes, is the end of all its processes."""
+"""A5, A11, C11: a server's end, at any time, ends all its processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server(checkpoint: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def family_of(server: Server) -> list[psutil.Process]:
-    """The server, vLLM's engine and worker, and Python's tracker of shared memory."""
+    """List the server, vLLM's engine and worker, and Python's shared memory tracker."""
     process = psutil.Process(server.process.pid)
     family = [process, *process.children(recursive=True)]
     assert len(family) == 4
@@ -40,7 +40,7 @@ def family_of(server: Server) -> list[psutil.Process]:
 
 
 def segments(family: list[psutil.Process]) -> set[Path]:
-    """Files of shared memory that the processes map."""
+    """List shared memory files mapped by the processes."""
     maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in family]
     return {
         Path(line.split()[-1]) for text in maps for line in text.splitlines() if "/dev/shm/" in line

@@ -23,10 +23,11 @@ from typing import TypeAlias
 import torch
 
 from fluxmoe.backends import op
-from fluxmoe.backends.torch.layout import Weights, weights_of
+from fluxmoe.backends.torch.layout import weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
-from fluxmoe.backends.torch.refusals import Uncopyable
+from fluxmoe.backends.torch.refusals import require_no_export, require_plain
+from fluxmoe.backends.torch.sealed import Fixed, Gone, Sealed, seal
 from fluxmoe.errors import UnsupportedError
 
 NAMES.require("experts")  # an ImportError from the lines below would give no remedy
@@ -67,16 +68,16 @@ class Lease:
 
 
 @dataclass(eq=False)
-class Binding(Uncopyable):
-    """State needed to run a paged experts module and to restore it.
+class Binding:
+    """State that a paged experts module needs to run, and to be restored.
 
     Attributes:
         handle: The pager (``op.attach``).
         layer: Index of the MoE layer, from 0.
         twin: The module passed to the computing implementation.
         compute: That implementation, by slot; None for ``eager``.
-        original: The module's own parameters; on the meta device for a loaded model.
-        lock: Lock against changes to the arenas from ``acquire`` to the kernel's end.
+        kinds: Class of each of the module's own parameters, which are sealed.
+        lock: Lock against changes of the arenas from ``acquire`` to the kernel's end.
         lease: Keeps the arenas alive.
         note: Passes more than expert ids to a recorder; None if not needed.
     """
@@ -85,7 +86,7 @@ class Binding(Uncopyable):
     layer: int
     twin: torch.nn.Module
     compute: Compute | None
-    original: Weights
+    kinds: list[type[torch.nn.Parameter]]
     lock: ForwardLock
     lease: Lease
     note: Note | None = None
@@ -123,17 +124,17 @@ def bind(
         lock: Lock of the model.
         lease: Keeps the arenas alive.
     """
-    original = weights_of(module)
+    weights = weights_of(module)
     twin = copy.copy(module)
     twin._parameters = {}
     if implementation == EAGER:
         for part, arena in arenas.items():
             setattr(twin, part, ByExpert(arena, table))
     compute = BY_SLOT.get(implementation)
-    module._fluxmoe = Binding(handle, layer, twin, compute, original, lock, lease)
+    kinds = [seal(weight, Sealed) for weight in weights.values()]
+    module._parameters = Fixed(module._parameters)
+    module._fluxmoe = Binding(handle, layer, twin, compute, kinds, lock, lease)
     resize(module, arenas)
-    for part, weight in original.items():
-        module._parameters[part] = absent(weight)
 
 
 def resize(module: torch.nn.Module, arenas: Arenas) -> None:
@@ -162,9 +163,12 @@ def set_note(module: torch.nn.Module, note: Note | None) -> None:
     module._fluxmoe.note = note
 
 
-def release(module: torch.nn.Module) -> None:
-    """Restore a module's own parameters."""
-    module._parameters.update(module._fluxmoe.original)
+def release(module: torch.nn.Module, *, gone: bool) -> None:
+    """Restore a module's own parameters; ``gone``: they have no values."""
+    module._parameters = dict(module._parameters)
+    kinds = module._fluxmoe.kinds
+    for weight, kind in zip(weights_of(module).values(), kinds, strict=True):
+        seal(weight, Gone if gone else kind)
     del module._fluxmoe
 
 
@@ -182,7 +186,12 @@ def forward(
             fix="page the model with fluxmoe.page(), and do not share its config object with "
             "another model",
         )
-    learns = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+    learns = [hidden_states, top_k_weights]
+    if torch.compiler.is_compiling():
+        require_no_export()
+    else:
+        require_plain(hidden_states, top_k_index, top_k_weights)
+        learns += [self.gate_up_proj, self.down_proj]  # a compiler would look into them
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learns):
         # The arenas would be overwritten before a backward pass could read them.
         raise UnsupportedError(

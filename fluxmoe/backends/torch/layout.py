@@ -8,7 +8,7 @@ import torch
 
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import NoExpertsError, UnsupportedError
-from fluxmoe.inventory import has_experts
+from fluxmoe.inventory import TOP_K, has_experts
 
 PARTS = ("gate_up_proj", "down_proj")
 
@@ -29,6 +29,17 @@ def is_experts(module: torch.nn.Module) -> bool:
     """True if a module has experts and selects their implementation at run time."""
     # Set by transformers' decorator for experts classes.
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def name_of(model: torch.nn.Module, layer: torch.nn.Module) -> str:
+    """Name or path of the checkpoint that a model came from; else its class."""
+    return str(getattr(layer.config, "name_or_path", "") or type(model).__name__)
+
+
+def top_k_of(layer: torch.nn.Module) -> int | None:
+    """Number of experts per token; None if the model's configuration does not state it."""
+    found = (getattr(layer.config, key, None) for key in TOP_K)
+    return next((int(value) for value in found if value), None)
 
 
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -80,7 +91,7 @@ def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
     """Determine the number of pages and the parts of a page."""
     weights = weights_of(layers[0])
     parts = [
-        Part(name, weight[0].numel() * weight.element_size(), weight[0].numel())
+        Part(name, weight.nbytes // len(weight), weight.numel() // len(weight))
         for name, weight in weights.items()
     ]
     return Geometry(len(layers), len(weights[PARTS[0]])), PageClass(tuple(parts))

@@ -20,18 +20,20 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fluxmoe import arguments, checkpoint
 from fluxmoe.arguments import wrong
-from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe.backends.budget import require_for_weights
+from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout, pretrained
 from fluxmoe.backends.torch.experts import absent
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
-from fluxmoe.backends.torch.paging import implementation_of, runtime_for
+from fluxmoe.backends.torch.paging import implementation_of, log_start, runtime_for
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Config
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.findings import Findings
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.plugins import load as plugin_registry
 
@@ -96,7 +98,7 @@ def load(
     )
     if isinstance(path, torch.nn.Module):
         raise wrong("path", "a folder or a name", path, _WHERE, "page a model with fluxmoe.page")
-    arguments.path(path, "path", where=_WHERE)  # but "./x" must stay a path, and not become a name
+    arguments.path(path, "path", where=_WHERE)  # "./x" must remain a path, not become a name
     return load_configured(
         os.fspath(path),
         config,
@@ -118,20 +120,32 @@ def load_configured(
     if options is not None and not isinstance(options, Mapping):
         raise wrong("options", "a map of arguments for from_pretrained", options, _WHERE)
     extra, dtype = dict(options or {}), pretrained.type_of_weights(dtype)
-    for key in _OURS:
-        if key in extra:
-            raise ConfigError(
-                f"{key} cannot be set", where=f"options of {_WHERE}", fix="leave it out"
-            )
-    policies, coders = registry.policies(config), make_coders(config, registry)
     folder = checkpoint.downloaded(name, extra.get("revision"), extra.get("cache_dir"))
-    checkpoint.require_readable(folder)
+    found = Findings()
+    found.errors += [
+        ConfigError(f"{key} cannot be set", where=f"options of {_WHERE}", fix="leave it out")
+        for key in _OURS
+        if key in extra
+    ]
+    with found.check():
+        registry.check(config)
+    with found.check():
+        checkpoint.require_readable(folder)
+    found.require()
+    policies, coders = registry.policies(config), make_coders(config, registry)
     planned = pretrained.on_meta(name, folder, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
     lock = ForwardLock()
     room = Room(*layout.describe(layers))
     resolved = room.fit(config, _WHERE)
+    experts = room.geometry.num_pages * room.page_class.nbytes
+    weights = sum(weight.nbytes for weight in planned.parameters())
+    with found.check():
+        require_for_weights(resolved, experts=experts, others=weights - experts)
+    with found.check():
+        require_room(resolved, experts)
+    found.require()
     store = make_store(resolved, room.geometry, room.page_class, coders)
     runtime = runtime_for(room, store, resolved, policies, implementation, lock)
     try:
@@ -150,7 +164,9 @@ def load_configured(
     except BaseException:
         runtime.close()
         raise
-    return PagedModel(model, layers, runtime, implementation, lock, loaded=True)
+    paged = PagedModel(model, layers, runtime, implementation, lock, loaded=True)
+    log_start(model, layers[0], runtime, registry)
+    return paged
 
 
 class _Catch:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fluxmoe.backends.torch.refusals import Uncopyable
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import UnsupportedError
@@ -27,7 +26,7 @@ from fluxmoe.trace import StepRows
 T = TypeVar("T")
 
 
-class ForwardLock(Uncopyable):
+class ForwardLock:
     """A re-entrant lock for passes, with exclusive sections (``alone``) inside them."""
 
     def __init__(self) -> None:

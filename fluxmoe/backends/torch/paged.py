@@ -12,13 +12,14 @@ from types import TracebackType
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from fluxmoe import arguments
+from fluxmoe import arguments, sizes
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_weight
 from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.lock import ForwardLock
-from fluxmoe.backends.torch.refusals import Refusals, gone
+from fluxmoe.backends.torch.refusals import Refusals, Uncopyable
+from fluxmoe.backends.torch.sealed import Watched
 from fluxmoe.backends.torch.settings import Room, given, settings
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
@@ -30,8 +31,8 @@ from fluxmoe.trace.recorder import Recorder
 _RECORD = "PagedModel.record"
 
 
-class PagedModel:
-    """The handle of a paged model. Use it as a context manager or call ``close``.
+class PagedModel(Uncopyable):
+    """The handle of a paged model. Use it as a context manager, or call ``close``.
 
     The model is used as before; it stays paged if the handle is dropped without ``close``.
 
@@ -54,9 +55,10 @@ class PagedModel:
     ) -> None:
         self.model, self._layers, self._runtime, self._lock = model, layers, runtime, lock
         self._asked: RemovableHandle | None = None
-        self._previous = None if loaded else model.get_experts_implementation()
-        self._handle = handle = op.attach(runtime.pager)
-        # If the model is dropped while paged, its arenas are released too.
+        self._previous, self._loaded = model.get_experts_implementation(), loaded
+        weights = [layout.weights_of(layer).values() for layer in layers]
+        self._handle = handle = op.attach(Watched(runtime.pager, weights))
+        # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
         table = torch.from_numpy(runtime.pager.table.expert_table)
@@ -64,7 +66,7 @@ class PagedModel:
             experts.bind(
                 layer, handle, index, implementation, self._arenas(index), table[index], lock, lease
             )
-        self._refusals = Refusals(model, layers, experts.NAME)
+        self._refusals = Refusals(model, layers)
         lock.watch(model.base_model)
         experts.register()
         model.set_experts_implementation(experts.NAME)
@@ -76,6 +78,18 @@ class PagedModel:
                 f"{type(model).__name__} does not let its experts implementation be chosen",
                 fix="use the class of transformers, not one derived from it",
             )
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}({type(self.model).__name__}"
+        if self.closed:
+            return f"{name}, closed)"
+        runtime = self._runtime
+        counters, slots = runtime.pager.counters(), sum(runtime.pager.table.slots)
+        hit_rate = f"{counters.hit_rate:.1%}" if counters.accesses else "unused"
+        return (
+            f"{name}, budget={sizes.shown(runtime.memory.budget_bytes)}, "
+            f"slots={slots} of {runtime.geometry.num_pages}, hit_rate={hit_rate})"
+        )
 
     @property
     def closed(self) -> bool:
@@ -240,12 +254,8 @@ class PagedModel:
         self._lock.leave(self.model.base_model)
         self._refusals.remove()
         for layer in self._layers:
-            experts.release(layer)
-        if self._previous is not None:
-            self.model.set_experts_implementation(self._previous)
-        else:
-            for layer in self._layers:
-                layer.register_forward_pre_hook(gone)
+            experts.release(layer, gone=self._loaded)
+        self.model.set_experts_implementation(self._previous)
         self._release()
 
     def __enter__(self) -> PagedModel:
@@ -262,7 +272,10 @@ class PagedModel:
     def _open(self) -> Runtime:
         self._runtime.pager.owner.require()
         if self.closed:
-            raise ConfigError("the model is no longer paged: its handle was closed")
+            raise ConfigError(
+                "the model is no longer paged: its handle was closed",
+                fix="page or load the model again",
+            )
         return self._runtime
 
     def _arenas(self, layer: int) -> experts.Arenas:
@@ -277,15 +290,15 @@ class PagedModel:
         }
 
     def _trace_meta(self) -> TraceMeta:
-        config = self._layers[0].config
-        top_k = next((value for key in TOP_K if (value := getattr(config, key, None))), None)
+        layer = self._layers[0]
+        top_k = layout.top_k_of(layer)
         if top_k is None:
             raise UnsupportedError(
-                f"{type(config).__name__} has none of {', '.join(TOP_K)}, so no trace of it can be "
-                "recorded"
+                f"{type(layer.config).__name__} has none of {', '.join(TOP_K)}, so no trace of it "
+                "can be recorded"
             )
-        name = getattr(config, "name_or_path", "") or type(self.model).__name__
-        return self._runtime.trace_meta(model=str(name), top_k=int(top_k), source="torch")
+        name = layout.name_of(self.model, layer)
+        return self._runtime.trace_meta(model=name, top_k=top_k, source="torch")
 
 
 def _release(handle: int, runtime: Runtime) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from fluxmoe.arguments import instance
+from fluxmoe.backends import summary
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
@@ -19,7 +21,7 @@ from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import ConfigError, UnsupportedError
-from fluxmoe.plugins import PolicySpec
+from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.page"
@@ -87,6 +89,7 @@ def page(
     )
     config, registry = room.fit(wanted, _WHERE), plugin_registry(wanted.plugins)
     policies, coders = registry.policies(config), make_coders(config, registry)
+    require_room(config, room.geometry.num_pages * room.page_class.nbytes)
     lock = ForwardLock()
     store = make_store(config, room.geometry, room.page_class, coders)
     try:
@@ -96,7 +99,9 @@ def page(
     except BaseException:
         store.close()
         raise
-    return PagedModel(model, layers, runtime, implementation, lock)
+    paged = PagedModel(model, layers, runtime, implementation, lock)
+    log_start(model, layers[0], runtime, registry)
+    return paged
 
 
 def runtime_for(
@@ -119,6 +124,24 @@ def runtime_for(
         phase=lock.phase,
         ceiling=room.most,
     )
+
+
+def log_start(
+    model: torch.nn.Module, layer: torch.nn.Module, runtime: Runtime, registry: Registry
+) -> None:
+    """Log the summary of a model that is paged from now on; ``layer`` is one with experts."""
+    config = runtime.config
+    chosen = {"eviction": config.eviction, "prefetch": config.prefetch}
+    block = summary.start_block(
+        runtime.partition,
+        config,
+        model=layout.name_of(model, layer),
+        top_k=layout.top_k_of(layer),
+        dynamic=False,
+        policies={kind: registry.source(kind, policy) for kind, policy in chosen.items()},
+        store_bytes=runtime.store.nbytes,
+    )
+    logging.getLogger("fluxmoe").info(block)
 
 
 def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:

@@ -31,7 +31,7 @@ def settings(
     Raises:
         ConfigError: An argument is invalid.
     """
-    given: Any = stores  # of any type: the configuration judges it
+    given: Any = stores  # any type: validated by the configuration
     if isinstance(given, list | tuple):
         given = [dict(store) if isinstance(store, Mapping) else store for store in given]
     pages = {"memory": {"budget": memory, "banks": banks}, "stores": given}

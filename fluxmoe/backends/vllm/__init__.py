@@ -49,14 +49,19 @@ class _ToVllm(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger("vllm.fluxmoe")
-        # A root handler already shows the record; vLLM's own logger does not propagate.
-        if not logging.getLogger().handlers and theirs.isEnabledFor(record.levelno):
+        if theirs.isEnabledFor(record.levelno):
             theirs.handle(record)
 
 
 def _log_as_vllm_does() -> None:
-    """Show FluxMoE's messages, such as reasons for moves, in vLLM's log."""
+    """Show FluxMoE's messages, such as why memory moves, in vLLM's log and format.
+
+    Not if the program has handlers of its own at the root. Those that libraries add later, in a
+    format of theirs, do not count.
+    """
     ours = logging.getLogger("fluxmoe")
-    ours.addHandler(_ToVllm())
+    if not logging.getLogger().handlers:
+        ours.addHandler(_ToVllm())
+        ours.propagate = False  # as vLLM's own
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO)

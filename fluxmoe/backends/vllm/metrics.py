@@ -38,7 +38,7 @@ class Metric:
 DECISION = "fluxmoe_split_decision"
 REPLACED = "fluxmoe_policy_replaced"
 LIMIT = "fluxmoe_limit_bytes"
-#: Metrics whose series disappear when what they tell of is over.
+#: Metrics whose series are removed once they no longer apply.
 PASSING = frozenset({DECISION, REPLACED, LIMIT})
 
 METRICS = (
@@ -114,7 +114,7 @@ METRICS = (
     Metric(
         LIMIT,
         "gauge",
-        "Limits set by hand while serving, of a tenant or of the whole budget.",
+        "Operator limits of a tenant or of the whole budget.",
         ("tenant", "kind"),
     ),
     Metric(

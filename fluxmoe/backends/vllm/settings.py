@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WORKER_CLS = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
 #: Name under which the entry point registers FluxMoE's KV connector.
 CONNECTOR = "FluxMoEConnector"
+#: Path on the server at which operator limits are read and set.
+LIMITS_PATH = "/v1/fluxmoe/limits"
 
 
 def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fluxmoe import __version__
 from fluxmoe.backends.vllm.metrics import BUCKETS, DECISION, LIMIT, REPLACED, Readings, Series
 from fluxmoe.core.types import IDLE, LIFETIME, REUSE
+from fluxmoe.version import __version__
 
 if TYPE_CHECKING:
     from fluxmoe.backends.runtime import Runtime
@@ -32,9 +32,9 @@ def reader(
     Args:
         runtime: The worker's memory.
         rank: The worker's rank; one of them tells the configuration.
-        limits: Returns the limits last set by hand, if any.
+        limits: Returns the last operator limits, if any.
     """
-    # Imported here: it needs numba, which a process without a worker does not.
+    # Imported here because it needs numba, which processes without a worker do not.
     from fluxmoe.core.paging.books import (
         C_COLD,
         C_EVICTIONS,
@@ -118,7 +118,7 @@ def reader(
 
 
 def read_ages(runtime: Runtime) -> Readings:
-    """The histograms of one worker."""
+    """Read the histograms of one worker."""
     ages = runtime.ages
     return _AGE_SERIES, [
         n for _, kind in _AGES for n in (*ages.counts[kind].tolist(), int(ages.sums[kind]))
@@ -162,7 +162,7 @@ def split_reader(arbiter: Arbiter | None) -> Callable[[], Readings]:
 
 
 class Passing:
-    """The same list of series as long as those that come and go are the same.
+    """Returns the same list of series as long as the temporary ones are unchanged.
 
     Args:
         always: Series that are always there.
@@ -173,7 +173,7 @@ class Passing:
         self._more: list[Series] = []
 
     def series(self, more: Sequence[tuple[Series, float]]) -> list[Series]:
-        """All series, with these after those that are always there."""
+        """List all series: the permanent ones, then these."""
         now = [series for series, _ in more]
         if now != self._more:
             self._more, self._series = now, [*self._always, *now]

@@ -85,7 +85,7 @@ def record(
             where="--predict",
             fix="use --backend torch",
         )
-    require_new(out, replace=force)  # the writer refuses it, too, after the model was loaded
+    require_new(out, replace=force)  # the writer also checks, but after loading the model
     models.quiet()
     requests = _requests(model, prompt or [], prompt_ids or [], prompts)
     options: dict[str, Any] = {

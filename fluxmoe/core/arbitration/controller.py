@@ -178,7 +178,7 @@ class Arbiter:
         self._steps += 1
         content = self._wish is None
         due = not self.policy.fixed and self._schedule.due(last, running, waiting, content=content)
-        # Most steps need no work, and should cost nothing.
+        # Most steps need no work and must cost nothing.
         if due or not (self._moves.busy or (content and self._settled)):
             view = self._view(state)
             if due:

@@ -99,7 +99,7 @@ class OperatorLimits:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Reason for a move: the ``number``-th decision, direction ``to_kv`` or ``to_experts``.
+    """Reason for a move: decision ``number``, direction ``to_kv`` or ``to_experts``.
 
     ``time`` is its Unix time in whole seconds.
     """

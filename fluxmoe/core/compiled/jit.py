@@ -31,7 +31,7 @@ from numba.core.typed_passes import NopythonTypeInference
 
 F = TypeVar("F", bound=Callable[..., object])
 
-#: Announces compilation, which takes seconds without another sign of life.
+#: Announces compilation, which takes seconds without other output.
 logger = logging.getLogger("fluxmoe.compile")
 
 _CORE = Path(__file__).parents[1]
@@ -58,9 +58,9 @@ class _Cache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             found = super().load_overload(sig, target_context)
-        except Exception:  # unpickling a damaged file can raise anything
+        except Exception:  # unpickling a damaged file can raise any exception
             with contextlib.suppress(OSError):
-                self.flush()  # the next compilation starts a new index
+                self.flush()  # the next compilation creates a new index
             found = None
         if found is None:
             _announce("once")
@@ -72,10 +72,10 @@ class _Cache(FunctionCache):
 
 
 class _NoCache(NullCache):
-    """Neither the source's folder nor the user's cache is writable."""
+    """Raised if neither the source folder nor the user's cache is writable."""
 
     def load_overload(self, sig: Any, target_context: Any) -> None:
-        _announce("at every start, because no folder is writable to keep them")
+        _announce("at every start, because no folder to store them is writable")
 
 
 @register_pass(mutates_CFG=False, analysis_only=False)

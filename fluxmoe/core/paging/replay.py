@@ -191,8 +191,8 @@ def _run_kernel(
     for at in range(begin, end):
         short, found = _open(b, c.next_use, events, at, missed), 0
         if short > 0:
-            # Without prefetch no page is protected. A plain False would be a type of its own to
-            # numba, and ``victims``, which takes ten seconds, would be compiled once more.
+            # No page is protected without prefetch. To numba a plain False has another type, for
+            # which ``victims`` would be compiled again; that takes ten seconds.
             bank = b.bank_of[b.now[LAYER]]
             found = victims(b, heap, c, entry, bank, short, np.bool_(False), scratch)  # type: ignore[arg-type]
             if found == FAILED:

@@ -32,7 +32,7 @@ class PolicyCaller:
     def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
-        #: The last fault of a policy that was replaced; empty while it is in use.
+        #: The last fault of a replaced policy; empty while it is in use.
         self.replaced = ""
         self._limiter = TimeLimiter(limits)
         self._reported: set[str] = set()
@@ -86,7 +86,7 @@ class PolicyCaller:
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
-                "%s policy %r: %d calls worked for more than %g ms, the last one of %s "
+                "%s policy %r: %d calls worked for more than %g ms, most recently %s "
                 "(reported once)",
                 *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
@@ -94,7 +94,7 @@ class PolicyCaller:
 
     def note(self, method: str, problem: BaseException | str) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        # Sanitise here whatever the policy returned or raised.
+        # Text that the policy returned or raised is sanitised here.
         said, where, fix, cause = problem, "", "", None
         if isinstance(problem, BaseException):
             said, cause = f"raised {raised(problem)}", problem
@@ -118,9 +118,9 @@ class PolicyCaller:
 
 
 def _place(error: BaseException) -> str:
-    """``file:line`` of the policy's code in which an exception arose; empty if it has none.
+    """Return ``file:line`` of the policy's code that raised an exception; empty if there is none.
 
-    The innermost line in the folder of the method called, not one in a library that it called.
+    It is the innermost line in the folder of the called method, not in a library called by it.
     """
     frames = [
         (frame.f_code.co_filename, at) for frame, at in traceback.walk_tb(error.__traceback__)
@@ -144,7 +144,7 @@ def suggestion(error: BaseException) -> str:
             frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
             known = [*frame.f_locals, *frame.f_globals, *dir(builtins)]
         return line(meant(error.name, known))
-    except BaseException as failure:  # an object of the policy that cannot be listed
+    except BaseException as failure:  # an object of the policy whose attributes cannot be listed
         if isinstance(failure, KeyboardInterrupt) or from_signal(failure):
             raise
         return ""
@@ -167,7 +167,7 @@ class PolicyGuard:
 
     @property
     def replaced(self) -> str:
-        """The last fault of a policy that was replaced for good; empty while it is in use."""
+        """The last fault of a policy that was disabled for good; empty while it is in use."""
         return self._faults.replaced
 
     @property
@@ -176,5 +176,5 @@ class PolicyGuard:
 
     @property
     def slow(self) -> int:
-        """Calls so far that returned, but worked for longer than the soft limit."""
+        """Number of calls so far that returned, but ran longer than the soft limit."""
         return self._faults.slow

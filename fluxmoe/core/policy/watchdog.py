@@ -1,11 +1,11 @@
 """Time limits for policy calls, and interruption of calls that exceed them.
 
 A call beyond the soft limit is counted, by the processor time of its thread: on a busy machine any
-call can be late by the clock. That time is costly to read, so only calls after one that was late
-are measured. Beyond the hard limit, by the clock, the watchdog, one thread per process that sleeps
-while no call is late, raises ``HardLimitExceeded`` in the thread that made the call.
-Python delivers it between two bytecode instructions: C code (a NumPy function, a compiled kernel, a
-system call) runs to its end first, and such a call still counts as late.
+call can be late by the clock. That time is costly to read, so only calls after a late one are
+measured. Beyond the hard limit, which is wall time, the watchdog, one thread per process that
+sleeps while no call is late, raises ``HardLimitExceeded`` in the calling thread. Python delivers it
+between two bytecode instructions: C code (a NumPy function, a compiled kernel, a system call)
+finishes first, and the call still counts as late.
 
 The exception must never reach the code after the call. A lock makes the end of a call and its
 interruption mutually exclusive, each call is interrupted at most once, and an interrupted call
@@ -32,8 +32,8 @@ class Limits:
     """Limits on a policy's faults and call times.
 
     Attributes:
-        strikes: Number of faults after which it is replaced for good; also the number of slow
-            calls after which they are logged.
+        strikes: Number of faults after which the policy is disabled for good; also the number of
+            slow calls after which they are logged.
         soft_s: Seconds of processor time beyond which a call is counted as slow.
         hard_s: Seconds beyond which a call is interrupted, which is a fault.
     """
@@ -45,7 +45,7 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
-#: Number of calls whose processor time is measured after one that was late by the clock.
+#: Number of calls whose CPU time is measured after one that was late by wall time.
 _SUSPECTED = 1024
 
 
@@ -57,7 +57,7 @@ class TimeLimiter:
     """Times the calls of one policy, which are made by one thread at a time and never nested.
 
     Attributes:
-        slow: Number of calls that returned, but took more processor time than the soft limit.
+        slow: Number of calls that returned, but worked for longer than the soft limit.
     """
 
     def __init__(self, limits: Limits) -> None:

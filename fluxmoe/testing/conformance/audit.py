@@ -135,7 +135,7 @@ class Auditor(PolicyCaller):
         )
 
 
-#: Attributes of views that policies have no use for.
+#: Attributes of views that policies do not need.
 _FOR_THE_HOST = {"future", "NO_NEXT_USE"}
 
 

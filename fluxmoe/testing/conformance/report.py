@@ -107,7 +107,7 @@ def try_rules(rules: Iterable[Rule[Subject]], subject: Subject) -> list[Finding]
 def raise_broken(
     subject: str, findings: Callable[[Callable[[], Any]], Sequence[Finding]], factory: object
 ) -> None:
-    """Raise ConformanceError if a rule is broken, ConfigError if nothing can be made."""
+    """Raise ConformanceError if a rule is broken, ConfigError if the factory is invalid."""
     if not callable(factory):
         raise wrong("factory", "a class or a function that makes one", factory, "the kit")
     broken = [finding for finding in findings(factory) if finding.status == "broken"]

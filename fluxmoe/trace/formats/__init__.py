@@ -83,7 +83,7 @@ def detect(path: Path) -> type[Reader]:
 
 
 def _formats_in(folder: Path) -> dict[str, str]:
-    """The formats of a folder's files, each with the name of the first file; traces do not count.
+    """Find the formats of a folder's files, each with its first file's name; traces do not count.
 
     Raises:
         TraceError: A file cannot be read.
@@ -204,7 +204,7 @@ def _head(path: Path) -> bytes:
         return b""
     head = _first_bytes(path)
     if _is_trace(path, head):
-        raise TraceError("it is already a trace", where=str(path))
+        raise TraceError("the file is already a trace", where=str(path))
     return head
 
 

@@ -53,7 +53,7 @@ class ExpertDistribution(Reader):
         for index, record in enumerate(records):
             where = f"record {index}"
             if not isinstance(record, dict) or "topk_ids_of_layer" not in record:
-                raise self.wrong("it has counts of experts, not the routing of each token", where)
+                raise self.wrong("counts of experts instead of the routing of each token", where)
             ids = self._integers(record["topk_ids_of_layer"], 3, "topk_ids_of_layer", where)
             if not ids.shape[1]:
                 continue  # a pass without tokens for this rank
@@ -73,8 +73,8 @@ class ExpertDistribution(Reader):
             ) from error
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # torch's text advises to execute it
-            raise self.wrong("it holds objects other than tensors, lists and maps") from error
+        except pickle.UnpicklingError as error:  # torch's message advises executing the file
+            raise self.wrong("it contains objects other than tensors, lists and maps") from error
         except (OSError, RuntimeError, EOFError) as error:
             what = str(error).strip().partition("\n")[0]
             raise self.wrong(f"cannot be read: {what}") from error

@@ -70,7 +70,7 @@ class RoutedExperts(Reader):
             with found:
                 for name in found.files:
                     yield name, found[name]
-        except ValueError as error:  # numpy's text advises to execute what is in the file
-            raise self.wrong("it is damaged, or holds objects instead of numbers") from error
+        except ValueError as error:  # numpy's message advises executing the file
+            raise self.wrong("it is damaged or contains objects instead of numbers") from error
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise self.wrong(f"cannot be read: {error}") from error

@@ -29,7 +29,7 @@ def test_it_keeps_to_the_contract(options):
 
 
 def step(policy, number, experts):
-    """Show a step; what is proposed in each of its layers. ``experts``: layer → expert → tokens."""
+    """Run a step; return the proposals in each layer. ``experts``: layer → expert → tokens."""
     proposed = []
     for layer, used in enumerate(experts):
         ids, tokens = np.array(sorted(used)), np.array([used[e] for e in sorted(used)])

@@ -17,7 +17,7 @@ def registry():
 
 
 class Oracle:
-    """The algorithm of the paper, one page at a time: a linked list, marks and a hand."""
+    """The paper's algorithm, one page at a time: a linked list, marks and a hand."""
 
     def __init__(self, capacity):
         self.capacity, self.order, self.marked, self.hand = capacity, [], set(), None

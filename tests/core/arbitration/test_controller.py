@@ -1,4 +1,4 @@
-"""The controller with real memory behind it: many moves, failing workers, nonsensical wishes."""
+"""The controller with real memory: many moves, failing workers, invalid splits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLOTS = 10
 
 
 class Blocks:
-    """The scheduler's block pool: which groups are held, which blocks requests use."""
+    """The scheduler's block pool: held groups, and blocks in use by requests."""
 
     def __init__(self, layout, groups: int) -> None:
         self.layout = layout
@@ -67,7 +67,7 @@ class Blocks:
 
 
 class Wish(fluxmoe.ArbitrationPolicy):
-    """Wants what the test says; by default what there is."""
+    """Requests the split given by the test; by default the current one."""
 
     answer: object = None
     asked = 0
@@ -144,7 +144,7 @@ class World:
             for block in self.blocks.usable:  # crashes where there is no memory
                 rig.memory.kv.buffer()[block * self.layout.block_bytes] = 1
 
-    # The demand that a view shows; each view asks once.
+    # The demand in a view; each view reads it once.
     max_running, preemptions = 8, 0
 
     def request_blocks(self) -> float:
@@ -345,7 +345,7 @@ def test_limits_of_a_tenant_by_hand_win_over_any_wish(world, caplog):
     w.settle()
     assert w.frames["kv"] >= 25
     w.policy.answer = None
-    w.arbiter.set_limits(OperatorLimits(experts_max=10))  # nobody wants what they lose
+    w.arbiter.set_limits(OperatorLimits(experts_max=10))  # no tenant requests the frames they lose
     w.settle()
     assert w.frames["experts"] <= 10
     w.arbiter.set_limits(
@@ -417,7 +417,7 @@ def test_an_idle_engine_ends_a_move_and_begins_none(world):
     assert not w.arbiter.busy
     assert sum(w.arbiter.changes.values()) == 1
     w.policy.answer = None
-    w.arbiter.set_limits(OperatorLimits(16))  # but for this one: somebody wants the memory back
+    w.arbiter.set_limits(OperatorLimits(16))  # except for this one: a tenant requests the memory
     w.settle()
     assert sum(w.frames.values()) <= 16
 
@@ -524,7 +524,7 @@ def test_a_fault_ends_the_wish_before_it(world):
 
 
 class ControllerMachine(RuleBasedStateMachine):
-    """Random wishes, use, faults and limits; every step writes to all blocks that are usable."""
+    """Random splits, use, faults and limits; every step writes to all usable blocks."""
 
     @initialize(workers=st.integers(1, 2))
     def build(self, workers):

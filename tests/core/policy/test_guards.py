@@ -1,4 +1,4 @@
-"""What a policy may do wrong, and that nothing comes of it but a count, a line and LRU."""
+"""Policy faults, whose only effects are a count, a log line and the fallback to LRU."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
         (fails, "select raised ZeroDivisionError"),
         (lambda self, view, pages, n: None, "select returned None"),
         (lambda self, view, pages, n: pages[[0] * n], "select returned a duplicate"),
-        (lambda self, view, pages, n: pages[:n] + 10**6, "or one that was not a candidate"),
-        (lambda self, view, pages, n: -1 - pages[:n], "or one that was not a candidate"),
+        (lambda self, view, pages, n: pages[:n] + 10**6, "or a page that was not a candidate"),
+        (lambda self, view, pages, n: -1 - pages[:n], "or a page that was not a candidate"),
         (lambda self, view, pages, n: pages[: n + 1], "select returned int64 of shape"),
         (lambda self, view, pages, n: pages[: n - 1], "select returned int64 of shape"),
         (lambda self, view, pages, n: pages[:n].astype(float), "select returned float64 of shape"),
@@ -185,7 +185,7 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     ],
 )
 def test_a_bad_selection_makes_that_call_lru(function, message, caplog):
-    # One page an event, so that a repeated page is no possible answer; n >= 2 is made sure of.
+    # One page per event, so that a repeated page cannot be a valid answer; n >= 2 is ensured.
     rule = make(eviction("select", function), strikes=10**6, slots=E)
     with caplog.at_level(logging.WARNING, "fluxmoe"):
         rule.run(0, 0, np.arange(E))

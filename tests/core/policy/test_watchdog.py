@@ -1,4 +1,4 @@
-"""How long a policy may take, and that an interrupt hits the policy's call and nothing else."""
+"""Time limits of policies, and interrupts that affect only the policy's call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lru_but(**methods):
 
 
 def in_a_thread(function):
-    """What ``function`` returns or raises in a thread that is not the main one."""
+    """Run ``function`` in a thread other than the main one; return or raise its result."""
     outcome = []
 
     def run():
@@ -182,9 +182,9 @@ def test_an_interrupt_from_the_keyboard_is_no_fault_and_ends_the_call():
 
 
 def race(rounds: int, seed: int) -> tuple[int, int]:
-    """Calls that end just when the watchdog fires; how many ended well, and how many did not.
+    """Run calls that end just as the watchdog fires; count those that returned and the others.
 
-    Anything raised outside of ``call`` leaves this function.
+    Anything raised outside of ``call`` propagates.
     """
     rng, hard = random.Random(seed), 0.002
     watch = TimeLimiter(Limits(hard_s=hard))
@@ -307,7 +307,7 @@ def test_slow_calls_are_counted_and_reported_once_and_their_answers_used(caplog)
     assert rule.eviction.faults == 0
     [line] = caplog.messages
     assert line == (
-        "eviction policy 'pony': 3 calls worked for more than 5 ms, the last one of score "
+        "eviction policy 'pony': 3 calls worked for more than 5 ms, most recently score "
         "(reported once)"
     )
 
@@ -379,7 +379,7 @@ def test_a_limited_call_costs_little():
 
 def test_no_policy_call_no_stopwatch():
     rule = make(LeastRecentlyUsed())
-    rule.run(0, 0, np.arange(4))  # there is room: nobody is asked
+    rule.run(0, 0, np.arange(4))  # there is room: no policy is called
     assert not rule.eviction._faults._limiter._watched
     evict_once(rule)
     assert rule.eviction._faults._limiter._watched

@@ -16,10 +16,9 @@ from starlette.responses import JSONResponse
 
 from fluxmoe.backends.vllm.compat.engine import collective_rpc, is_idle, run_a_step
 from fluxmoe.backends.vllm.server.hangup import App, Receive, Scope, Send
+from fluxmoe.backends.vllm.settings import LIMITS_PATH
 from fluxmoe.config import parse_limits
 from fluxmoe.errors import ConfigError
-
-PATH = "/v1/fluxmoe/limits"
 
 
 class Control:
@@ -31,7 +30,7 @@ class Control:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._added:
             self._added = True
-            scope["app"].add_route(PATH, limits, methods=["GET", "POST"])
+            scope["app"].add_route(LIMITS_PATH, limits, methods=["GET", "POST"])
         await self._app(scope, receive, send)
 
 

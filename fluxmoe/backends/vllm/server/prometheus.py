@@ -79,7 +79,7 @@ class PagingProm(KVConnectorPromMetrics):
             with contextlib.suppress(KeyError):
                 prometheus_client.REGISTRY.unregister(_collectors.pop())
         self._metrics: dict[str, Any] = {}
-        #: Values of the series that will disappear.
+        #: Values of the series that may be removed.
         self._passing: defaultdict[tuple[object, ...], float] = defaultdict(float)
         self._ages = Histograms([m for m in METRICS if m.kind == "histogram"], labelnames)
         prometheus_client.REGISTRY.register(self._ages)

@@ -28,7 +28,7 @@ from fluxmoe.backends.vllm.compat.worker import (
 from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
-from fluxmoe.backends.vllm.worker import checks, kv, selfcheck
+from fluxmoe.backends.vllm.worker import checks, kv, selfcheck, start
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
@@ -65,7 +65,7 @@ class PagedCPUWorker(CPUWorker):
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
         # Raises policy errors before the weights are loaded.
-        registry = plugins.load(config.plugins)
+        self._registry = registry = plugins.load(config.plugins)
         self._policies = registry.policies(config)
         arbitration = registry.arbitration(config)
         self._dynamic = self._paging and config.dynamic(arbitration)
@@ -176,9 +176,13 @@ class PagedCPUWorker(CPUWorker):
         if not self._kv_buffer.used:
             raise InvariantError("vLLM has allocated its KV cache elsewhere")
         connector = worker_connector()
-        self._side = WorkerSide(self._runtime, get_tensor_model_parallel_rank())
+        rank = get_tensor_model_parallel_rank()
+        self._side = WorkerSide(self._runtime, rank)
         connector.bind(self._side)
         weakref.finalize(self, drop_connector, connector)
+        if rank == 0:
+            specs = self.get_kv_cache_spec().values()
+            start.log(self._runtime, self._registry, self.vllm_config, specs, self._top_k)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> Any:
         if tag == "kv_cache" and self._runtime is not None:

@@ -46,7 +46,7 @@ class WorkerSide:
 
     @property
     def limits(self) -> OperatorLimits | None:
-        """Limits last set by hand; None if none ever were."""
+        """Limits last set by an operator; None if never set."""
         return None if self._demand is None else self._demand.limits
 
     def limit(self, limits: OperatorLimits) -> None:
