@@ -99,15 +99,15 @@ def test_b5_an_oracle_is_refused_by_engines_whatever_its_form():
 @pytest.mark.parametrize(
     ("policy", "says"),
     [
-        (Ahead, "names no eviction policy.*fluxmoe.EvictionPolicy"),
-        (Ahead(), "names no eviction policy"),
-        (int, "<class 'int'> names no eviction policy"),
-        (None, "None names no eviction policy"),
-        (3, "3 names no eviction policy"),
-        (lambda: MyLru(), "names no eviction policy"),
-        (fluxmoe.EvictionPolicy, "names no eviction policy"),
-        ({"kind": MyLru(), "calls": 3}, "unknown option 'calls'.*has no options"),
-        ({}, "names no eviction policy"),
+        (Ahead, "no eviction policy in.*fluxmoe.EvictionPolicy"),
+        (Ahead(), "no eviction policy in"),
+        (int, "no eviction policy in <class 'int'>"),
+        (None, "no eviction policy in None"),
+        (3, "no eviction policy in 3"),
+        (lambda: MyLru(), "no eviction policy in"),
+        (fluxmoe.EvictionPolicy, "no eviction policy in"),
+        ({"kind": MyLru(), "calls": 3}, "unknown option 'calls'.*there are no options"),
+        ({}, "no eviction policy in"),
     ],
 )
 def test_b5_what_is_no_policy(policy, says):
@@ -116,7 +116,7 @@ def test_b5_what_is_no_policy(policy, says):
 
 
 def test_b5_a_class_that_cannot_be_made():
-    with pytest.raises(PluginLoadError, match=r"'Sticky' cannot be made: TypeError.*'kalls'"):
+    with pytest.raises(PluginLoadError, match=r"'Sticky' cannot be created: TypeError.*'kalls'"):
         simulate(TRACE, {"kind": Sticky, "kalls": 3}, "50%")
 
 

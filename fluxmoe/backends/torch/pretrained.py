@@ -16,7 +16,7 @@ from fluxmoe import checkpoint
 from fluxmoe.arguments import wrong
 from fluxmoe.errors import CheckpointError, ConfigError
 
-#: Types of weights that experts can be computed in.
+#: Supported dtypes of experts' weights.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -67,7 +67,7 @@ def on_meta(
 
 
 def type_of_weights(dtype: object) -> str | torch.dtype:
-    """``dtype`` as transformers takes it. Raises ConfigError."""
+    """Convert ``dtype`` to the form accepted by transformers. Raises ConfigError."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto" or found in _TYPES:
         return "auto" if dtype == "auto" else found
