@@ -27,7 +27,7 @@ from fluxmoe.backends.torch.layout import weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.refusals import require_no_export, require_plain
-from fluxmoe.backends.torch.sealed import Fixed, Gone, Sealed, seal
+from fluxmoe.backends.torch.sealed import FixedParameters, Gone, Sealed, seal
 from fluxmoe.errors import UnsupportedError
 
 NAMES.require("experts")  # an ImportError from the lines below would give no remedy
@@ -132,7 +132,7 @@ def bind(
             setattr(twin, part, ByExpert(arena, table))
     compute = BY_SLOT.get(implementation)
     kinds = [seal(weight, Sealed) for weight in weights.values()]
-    module._parameters = Fixed(module._parameters)
+    module._parameters = FixedParameters(module._parameters)
     module._fluxmoe = Binding(handle, layer, twin, compute, kinds, lock, lease)
     resize(module, arenas)
 

@@ -91,7 +91,7 @@ def seal(weight: torch.nn.Parameter, kind: type[torch.nn.Parameter]) -> type[tor
     return before
 
 
-class Fixed(dict[str, torch.nn.Parameter | None]):
+class FixedParameters(dict[str, torch.nn.Parameter | None]):
     """A module's parameters, which cannot be replaced or removed."""
 
     def __setitem__(self, name: str, weight: torch.nn.Parameter | None) -> None:
