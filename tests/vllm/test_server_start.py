@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from fluxmoe import machine
 from fluxmoe.backends.vllm import settings
+from fluxmoe.backends.vllm.server import preflight
+from fluxmoe.errors import ConfigError
 from fluxmoe.testing import checkpoints
 
 pytestmark = pytest.mark.vllm
@@ -135,3 +138,17 @@ def test_the_printed_command_has_the_connector_and_keeps_the_cores(
     given = {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
     printed = serve(tmp_path, model, "--print-command", **given).stdout
     assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in printed
+
+
+@pytest.mark.parametrize(("workers", "least"), [(1, 241), (2, 249)])
+def test_a7_shared_memory_for_vllms_queues(
+    monkeypatch: pytest.MonkeyPatch, workers: int, least: int
+) -> None:
+    for free in (None, least << 20):
+        monkeypatch.setattr(machine, "shared_memory", lambda free=free: free)
+        preflight.require_shared_memory(workers)
+    monkeypatch.setattr(machine, "shared_memory", lambda: 64 << 20)
+    with pytest.raises(
+        ConfigError, match=f"64 MiB are free, vLLM needs {least} MiB; /dev/shm; .*1g"
+    ):
+        preflight.require_shared_memory(workers)

@@ -34,8 +34,9 @@ from fluxmoe.errors import (
 from fluxmoe.findings import Findings
 
 _CACHE = "VLLM_CACHE_ROOT"
-#: Bytes of /dev/shm for vLLM's message queues: for the engine, and for each worker.
-_SHM_ENGINE, _SHM_WORKER = 160 << 20, 80 << 20
+#: Bytes of /dev/shm: vLLM's largest message queue must fit (the queues are sparse, and each is
+#: compared with the free space), and several workers exchange tensors through it.
+_SHM_QUEUE, _SHM_WORKER = 241 << 20, 4 << 20
 _PORTS = range(2**16)
 #: Options of vLLM that replace parts of ``config.json``.
 _OVERRIDES = ("hf-overrides", "hf-config-path", "config-format")
@@ -101,7 +102,8 @@ def workers(config: Config) -> int:
 
 def require_shared_memory(workers: int) -> None:
     """Reject a ``/dev/shm`` that is too small for vLLM's message queues. Raises ConfigError."""
-    free, need = machine.shared_memory(), _SHM_ENGINE + _SHM_WORKER * workers
+    free = machine.shared_memory()
+    need = _SHM_QUEUE + (_SHM_WORKER * workers if workers > 1 else 0)
     if free is not None and free < need:
         raise ConfigError(
             f"{free >> 20} MiB are free, vLLM needs {need >> 20} MiB",
