@@ -3,33 +3,65 @@
 A policy that raises, takes too long or returns an invalid answer commits a fault. That call falls
 back to the default; after ``strikes`` faults the policy is disabled for good. ``strict`` raises
 instead.
+
+All of a policy's code runs within a timed call: its methods, the lookup of a method, the reading of
+an answer (``answers``), the printing of what it raised.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from fluxmoe.core.policy.answers import Refused, nothing
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.errors import PolicyFaultError
-from fluxmoe.words import LIMIT, from_signal, line, raised
+from fluxmoe.words import LIMIT, interrupts, line, raised
 
 logger = logging.getLogger("fluxmoe")
 
-NO_ANSWER: Any = object()  # None is an answer, and a wrong one
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A failure of a policy: the words for it, and the exception if that is to be raised."""
+
+    said: str
+    cause: BaseException | None = None
+
+
+def contained(function: Callable[..., T], *args: object, keep: bool = True) -> T | Fault:
+    """Call ``function``; whatever it raises becomes a ``Fault``, with the exception if ``keep``.
+
+    ``HardLimitExceeded`` passes through, as do Ctrl-C and exceptions from signal handlers.
+    """
+    try:
+        return function(*args)
+    except Refused as refused:
+        return Fault(str(refused))
+    except HardLimitExceeded:
+        raise
+    except BaseException as error:  # sys.exit() in a policy must not end the engine
+        if interrupts(error):
+            raise
+        return Fault(f"raised {raised(error)}", error if keep else None)
 
 
 class PolicyCaller:
     """Calls one policy, counts its faults and contains or raises them."""
 
-    def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
+    def __init__(
+        self, policy: object, kind: str, name: str, *, strict: bool, limits: Limits
+    ) -> None:
+        self._policy = policy
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
         self._limiter = TimeLimiter(limits)
+        self._contained = partial(contained, keep=strict)
         self._reported: set[str] = set()
         self._reported_slow = False
 
@@ -41,43 +73,37 @@ class PolicyCaller:
     def slow(self) -> int:
         return self._limiter.slow
 
-    def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
+    def contain(self, method: str, *args: object) -> None:
         """Call a hook, which returns nothing; a disabled policy is not called."""
-        self.call(method, hook, args)
+        self.ask(method, args, nothing)
 
-    def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
-        """The answer of a method, not yet validated; None after a fault or if disabled."""
-        answer = self.call(method, function, args)
-        if answer is None:
-            self.note(method, "gave None")
-        return None if answer is NO_ANSWER else answer
+    def ask(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T | None:
+        """The answer of a method as ``read`` returns it; None after a fault or if disabled."""
+        return self.run(method, self._answer, method, args, read)
 
-    def ask(
-        self, method: str, function: Callable[..., npt.ArrayLike], *args: object
-    ) -> npt.NDArray[Any] | None:
-        """The answer as an array, not yet validated; None after a fault or if disabled."""
-        answer = self.call(method, function, args)
-        # A subclass of ndarray, such as a masked array, may not behave as the host expects.
-        if answer is not NO_ANSWER and type(answer) is not np.ndarray:
-            # Also under the time limits: the object's conversion to an array may be slow.
-            answer = self.call(method, np.asarray, (answer,))
-        return None if answer is NO_ANSWER else answer
+    def declared(self, attribute: str, read: Callable[[object], T], default: T) -> T:
+        """An attribute as ``read`` returns it, or the default after a fault."""
+        # A stopwatch of its own: while only declarations are read, no thread need watch.
+        limiter, self._limiter = self._limiter, TimeLimiter(self.limits)
+        try:
+            value = self.run(attribute, self._declared, attribute, read)
+        finally:
+            self._limiter = limiter
+        return default if value is None else value
 
-    def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """The answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
+    def run(self, method: str, function: Callable[..., T], *args: object) -> T | None:
+        """Call a function that runs code of the policy; None after a fault or if disabled."""
         if self.count >= self.limits.strikes:
-            return NO_ANSWER
+            return None
         limiter = self._limiter
         try:
-            answer = limiter.call(function, args)
+            answer: T | Fault = limiter.call(self._contained, (function, *args))
         except HardLimitExceeded:
             self.note(method, f"took more than {self.limits.hard_s:g} s")
-            return NO_ANSWER
-        except BaseException as error:  # sys.exit() in a policy must not end the engine
-            if isinstance(error, KeyboardInterrupt) or from_signal(error):
-                raise
-            self.note(method, error)
-            return NO_ANSWER
+            return None
+        if isinstance(answer, Fault):
+            self.note(method, answer.said, answer.cause)
+            return None
         # One slow call may be the machine's fault; ``strikes`` of them are the policy's.
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
@@ -87,13 +113,17 @@ class PolicyCaller:
             )
         return answer
 
-    def note(self, method: str, problem: BaseException | str) -> None:
+    def _declared(self, attribute: str, read: Callable[[object], T]) -> T:
+        return read(getattr(self._policy, attribute))
+
+    def _answer(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T:
+        # The answer ends here as well: its ``__del__`` belongs to the call.
+        return read(getattr(self._policy, method)(*args))
+
+    def note(self, method: str, said: str, cause: BaseException | None = None) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        # Sanitise here whatever the policy returned or raised.
-        said = f"raised {raised(problem)}" if isinstance(problem, BaseException) else problem
         what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
         if self.strict:
-            cause = problem if isinstance(problem, BaseException) else None
             raise PolicyFaultError(
                 what, fix="run without --strict-policies to contain it"
             ) from cause

@@ -1,7 +1,9 @@
 """The contracts of eviction and prefetch policies, and the read-only view they decide from.
 
 A policy needs no copy of the host's records: recency, frequency and residency are in the view, as
-numpy arrays over all pages, and a policy returns arrays. A complete policy has three lines::
+numpy arrays over all pages, and a policy returns arrays. The arrays are copies: numpy's read-only
+flag is no protection (``torch.from_numpy`` ignores it), and the kernel of a layer reads what the
+books say. A complete policy has three lines::
 
     class MostRecentlyUsed(fluxmoe.EvictionPolicy):
         def score(self, view, pages):
@@ -40,10 +42,15 @@ class Uses(Protocol):
 
 
 class Residency(Protocol):
-    """The part of a page table that a view shows (``paging.table`` has the whole)."""
+    """The part of a page table that a view and its guards read (``paging.table`` has the whole).
+
+    ``books`` are the host's arrays; ``uses`` are copies of them, up to date, for policies.
+    """
 
     @property
     def books(self) -> Uses: ...
+    @property
+    def uses(self) -> Uses: ...
     @property
     def geometry(self) -> Geometry: ...
     @property
@@ -73,27 +80,20 @@ class PageView:
 
     NO_NEXT_USE: ClassVar[int] = np.iinfo(np.int64).max
 
-    last_use: Int64s
-    use_count: Int64s
-    loaded_at: Int64s
-    #: ``next_use``, kept up to date by the simulator; for the host only.
-    future: Int64s | None
     num_layers: int
     experts_per_layer: int
     rng: np.random.Generator
     _table: Residency
+    _future: Int64s | None  # ``next_use``, kept up to date by the simulator
 
     def __init__(self, table: Residency, *, seed: int = 0, next_use: Int64s | None = None) -> None:
-        books, geometry = table.books, table.geometry
+        geometry = table.geometry
         vars(self).update(
-            last_use=_locked(books.last_use),
-            use_count=_locked(books.use_count),
-            loaded_at=_locked(books.loaded_at),
-            future=next_use,
             num_layers=geometry.num_layers,
             experts_per_layer=geometry.experts_per_layer,
             rng=np.random.default_rng(seed),
             _table=table,
+            _future=next_use,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -102,6 +102,18 @@ class PageView:
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a policy cannot delete view.{name}: views are read-only")
+
+    @property
+    def last_use(self) -> Int64s:
+        return self._table.uses.last_use
+
+    @property
+    def use_count(self) -> Int64s:
+        return self._table.uses.use_count
+
+    @property
+    def loaded_at(self) -> Int64s:
+        return self._table.uses.loaded_at
 
     @property
     def event(self) -> int:
@@ -125,29 +137,24 @@ class PageView:
     @property
     def resident(self) -> Bools:
         """Bool ``[pages]``, True for pages that have a slot."""
-        return read_only(self._table.resident)
+        return own(self._table.resident)
 
     @property
     def next_use(self) -> Int64s:
-        if self.future is None:
+        if self._future is None:
             raise AttributeError("next_use is known in the simulator only (needs_future = True)")
-        return read_only(self.future)
+        return own(self._future)
 
     def page_of(self, layer: int, experts: npt.ArrayLike) -> Int64s:
         """The pages of ``experts`` of a layer."""
         return layer * self.experts_per_layer + np.asarray(experts, np.int64)
 
 
-def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
-    """A view of ``array`` that cannot be written to."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _locked(array: Int64s) -> Int64s:
-    """A read-only view of ``array`` that cannot be made writable by changing its flags."""
-    return np.asarray(array.data.toreadonly())
+def own(array: npt.NDArray[T]) -> npt.NDArray[T]:
+    """A copy for a policy, read-only: a mistake is reported, and if that is evaded, harmless."""
+    copy = array.copy()
+    copy.flags.writeable = False
+    return copy
 
 
 class EvictionPolicy:
@@ -190,7 +197,7 @@ class EvictionPolicy:
             "distance": (layer - view.layer - 1) % view.num_layers + 1,
             "layer": layer,
             "num_layers": np.full_like(pages, view.num_layers),
-            "next_use": np.zeros_like(pages) if view.future is None else view.future[pages],
+            "next_use": np.zeros_like(pages) if view._future is None else view._future[pages],
         }
         columns = [
             *(view.last_use[pages], view.use_count[pages], view.loaded_at[pages]),

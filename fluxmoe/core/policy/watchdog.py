@@ -81,9 +81,12 @@ class TimeLimiter:
                 self._stop()
             if self._fired:  # too late for an interrupt, or the policy swallowed it
                 raise HardLimitExceeded
-        except BaseException:
+        except BaseException as error:
             self._stop()  # the first one may have been interrupted, but only once
-            self._fired = False
+            fired, self._fired = self._fired, False
+            if fired and isinstance(error, Exception):
+                # Native code that was interrupted in a callback reports an error of its own.
+                raise HardLimitExceeded from error
             raise
         if perf_counter_ns() - started > self._soft:
             self.slow += 1
