@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Usually added after a failure, so it is accepted anywhere, such as at the end of the line.
     debug = _DEBUG in given
+    output.prepare()
     try:
         with ExitStack() as stack:
             stack.enter_context(_compilation_announced())
@@ -59,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         output.print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.filename is not None or error.errno not in output.LOST:
+            raise
+        output.print_error(output.lost(error))
         sys.exit(2)
 
 

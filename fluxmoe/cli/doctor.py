@@ -104,14 +104,13 @@ def _measure(path: Path, model: str | None, as_json: bool) -> None:
 
 
 def _print(system: list[Check], backends: list[Check]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     console = output.console()
     for title, findings in ("This installation", system), ("Backends", backends):
         table = Table("", "status", "found", "what to do", title=title, title_justify="left")
         for finding in findings:
-            table.add_row(*map(escape, astuple(finding)))  # fluxmoe[cuda] is not markup
+            table.add_row(*astuple(finding))
         console.print(table)
 
 

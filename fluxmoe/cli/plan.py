@@ -98,14 +98,16 @@ def _as_json(plan: Plan) -> dict[str, object]:
 
 
 def _print(plan: Plan) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     model, console = plan.model, output.console()
     console.print(
-        f"[bold]{escape(model.name)}[/]: {model.architecture}, {model.moe_layers} layers x "
-        f"{model.experts} experts of {sizes.shown(model.page_bytes)}, top {model.top_k}",
-        highlight=False,
+        Text.assemble(
+            (model.name, "bold"),
+            f": {model.architecture}, {model.moe_layers} layers x {model.experts} experts of "
+            f"{sizes.shown(model.page_bytes)}, top {model.top_k}",
+        )
     )
     table = Table(
         "",
@@ -118,8 +120,8 @@ def _print(plan: Plan) -> None:
         table.add_row(name, *_cells(point))
     console.print(table)
     for sentence in plan.advice:
-        console.print(f"• {sentence}", highlight=False, markup=False)
-    console.print(f"Assumed: {plan.assumption}.", highlight=False, markup=False, style="dim")
+        console.print(f"• {sentence}", highlight=False)
+    console.print(f"Assumed: {plan.assumption}.", highlight=False, style="dim")
 
 
 def _rows(plan: Plan) -> list[tuple[str, Point]]:

@@ -62,7 +62,7 @@ def _row(policy: Registration, plugin: Plugin, faults: Faults | None) -> dict[st
         "version": _version(plugin),
         "status": plugin.status,
         "problem": "",
-        "oracle": bool(getattr(policy.factory, "needs_future", False)),  # eviction only
+        "oracle": policy.oracle,
         "summary": policy.summary,
         "faults": None if faults is None else faults.get((policy.kind, policy.name)),
     }

@@ -42,6 +42,7 @@ def _watch(url: str, first: Snapshot, interval: float) -> None:
     """Show frames until Ctrl-C; if the server does not answer, wait for it."""
     from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
     from fluxmoe.errors import EngineError
     from fluxmoe.observe import snapshot
@@ -55,7 +56,7 @@ def _watch(url: str, first: Snapshot, interval: float) -> None:
                 try:
                     after, moment = snapshot.fetch(url), time.monotonic()
                 except EngineError as error:
-                    live.update(Group(shown, f"[red]{error.what}; waiting[/]"), refresh=True)
+                    live.update(Group(shown, Text(f"{error.what}; waiting", "red")), refresh=True)
                     continue
                 shown = frame(after, snapshot.rates(after, now, moment - taken))
                 live.update(shown, refresh=True)
@@ -67,8 +68,8 @@ def _watch(url: str, first: Snapshot, interval: float) -> None:
 def frame(now: Snapshot, rates: Rates) -> Group:
     """Render one frame; rates are since the previous frame, or since the server's start."""
     from rich.console import Group
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     free = max(now.budget_bytes - now.expert_bytes - now.kv_bytes, 0)
     memory = Table.grid(padding=(0, 2))
@@ -80,7 +81,7 @@ def frame(now: Snapshot, rates: Rates) -> Group:
         share = nbytes / max(now.budget_bytes, 1)
         bar = "█" * round(share * _BAR)
         memory.add_row(
-            name, f"[{colour}]{bar:<{_BAR}}[/]", sizes.shown(nbytes), f"{share:.0%}", more
+            name, Text(f"{bar:<{_BAR}}", colour), sizes.shown(nbytes), f"{share:.0%}", more
         )
     since = f"last {rates.seconds:.0f} s" if rates.seconds else "since the start"
     numbers = Table.grid(padding=(0, 3))
@@ -98,16 +99,18 @@ def frame(now: Snapshot, rates: Rates) -> Group:
     lines = [f"{_DIRECTIONS.get(told.direction, told.direction)} ({told.policy})"
              + (f": {told.reason}" if told.reason else "") for told in now.decisions]  # fmt: skip
     return Group(
-        f"[bold]{escape(now.model)}[/]  {now.url}  budget {sizes.shown(now.budget_bytes)}",
+        Text.assemble(
+            (now.model, "bold"), f"  {now.url}  budget {sizes.shown(now.budget_bytes)}"
+        ),
         memory,
         "",
-        f"[dim]{since}[/]",
+        Text(since, "dim"),
         numbers,
-        *([f"[yellow]policies failed {now.faults} times: see the server's log[/]"]
+        *([Text(f"policies failed {now.faults} times: see the server's log", "yellow")]
           if now.faults else []),
         "",
-        "[bold]Last decisions[/]",
-        *[f"• {escape(line)}" for line in lines or ["none: the split is still the initial one"]],
+        Text("Last decisions", "bold"),
+        *[Text(f"• {line}") for line in lines or ["none: the split is still the initial one"]],
     )  # fmt: skip
 
 

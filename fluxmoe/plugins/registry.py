@@ -54,19 +54,21 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One registered policy or codec. ``plugin`` is the name of the registering plugin."""
+    """One registered policy or codec.
+
+    Attributes:
+        plugin: Name of the registering plugin.
+        summary: First line of the factory's docstring.
+        oracle: True for an eviction policy that needs the future, as far as its class tells.
+    """
 
     kind: str
     name: str
     factory: Callable[..., Any]
     config_model: type[BaseModel] | None
     plugin: str
-
-    @property
-    def summary(self) -> str:
-        """First line of the factory's docstring."""
-        doc: object = self.factory.__doc__
-        return line(doc.strip().partition("\n")[0]) if isinstance(doc, str) else ""
+    summary: str
+    oracle: bool
 
     def create(self, options: Mapping[str, Any]) -> Any:
         """Create a policy or codec with checked options. Raises PluginLoadError."""
@@ -186,7 +188,13 @@ class Registry:
                 where=f"plugin {plugin}",
                 fix="give it another name",
             )
-        self._policies[kind, name] = Registration(kind, name, factory, config_model, plugin)
+        # Read here, where a failure is the plugin's, for a class may compute its attributes.
+        doc: object = factory.__doc__
+        said = str.__str__(doc).strip().partition("\n")[0] if isinstance(doc, str) else ""
+        oracle = getattr(checks.class_made_by(factory), "needs_future", False) is True
+        self._policies[kind, name] = Registration(
+            kind, name, factory, config_model, plugin, line(said), oracle
+        )
 
     def names(self, kind: str) -> list[str]:
         return [name for k, name in sorted(self._policies) if k == kind]
@@ -234,7 +242,7 @@ class Registry:
         """
         self.check(config)
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
-        _refuse_oracle(eviction, config)
+        _refuse_oracle(eviction.needs_future, config)
         prefetch = self.create("prefetch", config.prefetch)
         return Policies(eviction, prefetch, config.eviction["kind"], config.prefetch["kind"])
 
@@ -261,15 +269,15 @@ class Registry:
             try:
                 registration, _ = self._chosen(kind, spec)
                 if kind == "eviction":
-                    _refuse_oracle(checks.class_made_by(registration.factory), config)
+                    _refuse_oracle(registration.oracle, config)
             except FluxMoEError as error:
                 found.append(error)
         return found
 
 
-def _refuse_oracle(policy: object, config: Config) -> None:
-    """Refuse an eviction policy, or a class of them, that needs the future."""
-    if getattr(policy, "needs_future", False) is True:
+def _refuse_oracle(oracle: bool, config: Config) -> None:
+    """Refuse an eviction policy that needs the future."""
+    if oracle:
         raise NeedsFutureError(
             f"eviction policy {config.eviction['kind']!r} needs to know the future",
             where="eviction",

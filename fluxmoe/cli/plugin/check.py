@@ -155,22 +155,21 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _print(verdict: Verdict) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     noun = verdict.kind if verdict.kind == "codec" else f"{verdict.kind} policy"
     console = output.console()
-    title = f"{noun} {escape(verdict.name)}"
+    title = f"{noun} {verdict.name}"
     table = Table("", "rule", "requirement", title=title, title_justify="left")
     for finding in verdict.findings:
         said = finding.sentence
         if finding.status == "does not apply":
             said = f"does not apply: {finding.detail}"
-        table.add_row(_MARKS[finding.status], finding.rule, escape(said))
+        table.add_row(_MARKS[finding.status], finding.rule, said)
     console.print(table)
     for finding in verdict.findings:
         if finding.status == "broken":
-            console.print(finding.text(), markup=False, highlight=False)
+            console.print(finding.text(), highlight=False)
     if verdict.misses:
         compared = Table("golden trace", *next(iter(verdict.misses.values())))
         for trace, misses in verdict.misses.items():
