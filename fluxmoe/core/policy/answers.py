@@ -22,7 +22,7 @@ from fluxmoe.core.types import Bools, Int64s
 from fluxmoe.words import line
 
 
-class Refused(Exception):
+class InvalidAnswer(Exception):
     """An answer that is not valid; the message says what was given."""
 
 
@@ -34,9 +34,9 @@ def scores(answer: object, count: int) -> npt.NDArray[Any]:
     """``count`` integers or floats of a dtype that numba knows, none of them NaN."""
     numbers = _array(answer, count, f"not {count} numbers")
     if numbers.dtype.kind not in "iuf" or numbers.shape != (count,):
-        raise Refused(f"gave {_described(numbers)}, not {count} numbers")
+        raise InvalidAnswer(f"gave {_described(numbers)}, not {count} numbers")
     if numbers.dtype.kind == "f" and np.isnan(numbers).any():
-        raise Refused("gave NaN")
+        raise InvalidAnswer("gave NaN")
     # numba knows neither half nor long double.
     odd = numbers.dtype.kind == "f" and numbers.dtype.itemsize not in (4, 8)
     return numbers.astype(np.float64) if odd else numbers
@@ -46,7 +46,7 @@ def bools(answer: object, count: int) -> Bools:
     """``count`` bools."""
     found = _array(answer, count, f"not {count} bools")
     if found.dtype != np.bool_ or found.shape != (count,):
-        raise Refused(f"gave {_described(found)}, not {count} bools")
+        raise InvalidAnswer(f"gave {_described(found)}, not {count} bools")
     return found
 
 
@@ -54,10 +54,10 @@ def victims(answer: object, candidates: Int64s, count: int) -> Int64s:
     """``count`` different pages out of ``candidates``."""
     pages = _array(answer, count, f"not {count} pages")
     if pages.dtype.kind not in "iu" or pages.shape != (count,):
-        raise Refused(f"gave {_described(pages)}, not {count} pages")
+        raise InvalidAnswer(f"gave {_described(pages)}, not {count} pages")
     pages = pages.astype(np.int64)
     if len(np.unique(pages)) != count or not np.isin(pages, candidates).all():
-        raise Refused("gave a page twice, or one that was not a candidate")
+        raise InvalidAnswer("gave a page twice, or one that was not a candidate")
     return pages
 
 
@@ -68,12 +68,12 @@ def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int6
     if pages.size == 0:
         return np.zeros(0, np.int64)
     if pages.dtype.kind not in "iu" or pages.ndim != 1:
-        raise Refused(f"gave {_described(pages)}, not a list of pages")
+        raise InvalidAnswer(f"gave {_described(pages)}, not a list of pages")
     if pages.min() < 0 or pages.max() >= most:
-        raise Refused(f"gave a page outside 0…{most - 1}")
+        raise InvalidAnswer(f"gave a page outside 0…{most - 1}")
     pages = pages.astype(np.int64)
     if np.any(pages // experts == layer):
-        raise Refused("gave a page of the running layer")
+        raise InvalidAnswer("gave a page of the running layer")
     first = np.unique(pages, return_index=True)[1]
     return pages[np.sort(first)]
 
@@ -81,25 +81,25 @@ def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int6
 def split(answer: object, view: ArbitrationView) -> Split:
     """Frames for the tenants of ``view``, and the reason as one printable line."""
     if not isinstance(answer, Split):
-        raise Refused(f"gave {line(answer, repr)}, not a Split")
+        raise InvalidAnswer(f"gave {line(answer, repr)}, not a Split")
     frames, reason = answer.frames, answer.reason
     if frames is view.frames and type(reason) is str:
         return Split(view.frames, line(reason))  # as in most steps
     if not isinstance(frames, Mapping):
-        raise Refused(f"gave {line(answer, repr)}, not a Split")
+        raise InvalidAnswer(f"gave {line(answer, repr)}, not a Split")
     given: Mapping[Any, object] = frames
     names = list(islice(given, len(view.frames) + 1))
     if {str.__str__(name) for name in names if isinstance(name, str)} != set(view.frames) or (
         len(names) != len(view.frames)
     ):
         shown = line(sorted(line(name) for name in names))
-        raise Refused(f"gave frames for {shown}, not for {sorted(view.frames)}")
+        raise InvalidAnswer(f"gave frames for {shown}, not for {sorted(view.frames)}")
     counts = {str.__str__(name): _frames(given[name], name) for name in names}
     # The current split is always valid, even if the limit has just been lowered.
     if sum(counts.values()) > max(view.total_frames, sum(view.frames.values())):
-        raise Refused(f"gave {line(sum(counts.values()))} frames of {view.total_frames}")
+        raise InvalidAnswer(f"gave {line(sum(counts.values()))} frames of {view.total_frames}")
     if not isinstance(reason, str):
-        raise Refused(f"gave {line(reason, repr)} as a reason")
+        raise InvalidAnswer(f"gave {line(reason, repr)} as a reason")
     # It ends up in the log, in a message between processes and in a label of a metric.
     return Split(counts, line(reason))
 
@@ -107,7 +107,7 @@ def split(answer: object, view: ArbitrationView) -> Split:
 def flag(value: object) -> bool:
     """A declaration that is True or False."""
     if not isinstance(value, bool):
-        raise Refused(f"is {line(value, repr)}, not True or False")
+        raise InvalidAnswer(f"is {line(value, repr)}, not True or False")
     return value
 
 
@@ -117,7 +117,7 @@ def whole(value: object, least: int, noun: str) -> int:
         number = operator.index(value)  # an int itself, whatever class it comes from
         if number >= least:
             return number
-    raise Refused(f"is {line(value, repr)}, not a number of {noun}")
+    raise InvalidAnswer(f"is {line(value, repr)}, not a number of {noun}")
 
 
 def _array(answer: object, most: int, wanted: str) -> npt.NDArray[Any]:
@@ -125,15 +125,15 @@ def _array(answer: object, most: int, wanted: str) -> npt.NDArray[Any]:
     before they are read.
     """
     if answer is None:
-        raise Refused("gave None")
+        raise InvalidAnswer("gave None")
     if not isinstance(answer, np.ndarray):
         length = operator.length_hint(answer)
         if length > most:
-            raise Refused(f"gave {length} values, {wanted}")
+            raise InvalidAnswer(f"gave {length} values, {wanted}")
     # A subclass of ndarray, such as a masked array, may not behave as the host expects.
     array = np.asarray(answer)
     if array.size > most:
-        raise Refused(f"gave {_described(array)}, {wanted}")
+        raise InvalidAnswer(f"gave {_described(array)}, {wanted}")
     copy = np.array(array, order="C")
     return copy.astype(copy.dtype.newbyteorder("="), copy=False)
 
@@ -150,5 +150,5 @@ def _frames(count: object, name: object) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise Refused(f"gave {line(count, repr)} frames for {line(name)}")
+        raise InvalidAnswer(f"gave {line(count, repr)} frames for {line(name)}")
     return number

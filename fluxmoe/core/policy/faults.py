@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from fluxmoe.core.policy.answers import Refused, nothing
+from fluxmoe.core.policy.answers import InvalidAnswer, nothing
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.errors import PolicyFaultError
 from fluxmoe.words import LIMIT, interrupts, line, raised
@@ -41,7 +41,7 @@ def contained(function: Callable[..., T], *args: object, keep: bool = True) -> T
     """
     try:
         return function(*args)
-    except Refused as refused:
+    except InvalidAnswer as refused:
         return Fault(str(refused))
     except HardLimitExceeded:
         raise

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.paging.table import PageTable
-from fluxmoe.core.policy.answers import Refused
+from fluxmoe.core.policy.answers import InvalidAnswer
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView
 from fluxmoe.core.policy.faults import PolicyCaller
 from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
@@ -80,7 +80,7 @@ class Auditor(PolicyCaller):
             ) from None
         except KeyboardInterrupt:
             raise
-        except Refused as refused:
+        except InvalidAnswer as refused:
             raise Broken(f"it {refused}", call=call, mend=_MEND.get(method, "")) from None
         except BaseException as error:  # an exit, too
             raise Broken(
