@@ -1,7 +1,7 @@
-"""Fixtures for tests of policies, stores and codecs, wherever fluxmoe is installed.
+"""Fixtures for tests of policies, stores and codecs, available wherever fluxmoe is installed.
 
-pytest imports this module in every run. It lies outside the package so that importing it imports
-nothing else: who uses no fixture does not wait for fluxmoe.
+pytest imports this module in every run. It is outside the package so that importing it imports
+nothing else: without fixtures, no time is spent on importing fluxmoe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GOLDEN_NAMES = ("sparse", "mixed", "scan", "predicted", "flat", "thin")
 
 @pytest.fixture(params=GOLDEN_NAMES)
 def fluxmoe_golden(request: pytest.FixtureRequest) -> GoldenTrace:
-    """One golden trace after the other: ``events``, ``capacities`` and known ``misses``."""
+    """Each golden trace in turn: ``events``, ``capacities`` and known ``misses``."""
     from fluxmoe.testing import GOLDEN
 
     return GOLDEN[request.param]
@@ -28,7 +28,7 @@ def fluxmoe_golden(request: pytest.FixtureRequest) -> GoldenTrace:
 
 @pytest.fixture
 def fluxmoe_registry() -> Registry:
-    """The built-in policies and nothing that is installed; ``add(module, name)`` adds a plugin."""
+    """Registry of only the built-in policies; ``add(module, name)`` adds a plugin."""
     from fluxmoe import policies
     from fluxmoe.plugins import Registry
 
@@ -39,7 +39,7 @@ def fluxmoe_registry() -> Registry:
 
 @pytest.fixture
 def fluxmoe_fault_plan() -> FaultPlan:
-    """Lets one site of a ``FaultyStore`` or ``FaultySubstrate`` fail at its n-th passage."""
+    """Plan that makes a site of a ``FaultyStore`` or ``FaultySubstrate`` fail on its n-th call."""
     from fluxmoe.testing import FaultPlan
 
     return FaultPlan()
@@ -47,7 +47,7 @@ def fluxmoe_fault_plan() -> FaultPlan:
 
 @pytest.fixture
 def fluxmoe_no_leaks() -> Iterator[None]:
-    """The test fails if it leaves files, mappings, threads or processes behind."""
+    """Fail the test if it leaves files, mappings, threads or processes behind."""
     from fluxmoe.testing import no_leaks
 
     with no_leaks():

@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured side by side in one run, by commands that anyone can repeat."""
+"""Benchmarks: ratios measured side by side in one run, by repeatable commands."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME [OPTIONS]]``: one benchmark, or all of them one after the other."""
+"""``python -m benchmarks [NAME [OPTIONS]]``: run one benchmark, or all of them in turn."""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
-"""How far the codecs shorten bf16 weights, and how fast, on one core beside a plain copy.
+"""Compression ratio and speed of the codecs for bf16 weights, on one core, next to a plain copy.
 
     python -m benchmarks codec [--json] [--save FILE]
 
-Pages of three kinds: the shipped model's experts, normal weights in pages of the same size, and in
-pages as large as those of a 30B model. Every kind has so many pages that no cache holds them.
-Copy, encoding and decoding take turns, each round over all pages; the figure is the best round's,
-in GB of uncoded weights per second, and the ratios are medians over rounds of two times that were
-measured one after the other. Time is this thread's on the processor, so that other work on the
-machine costs no more than what it takes of caches and memory. Targets are written to before the
-first round.
+Three kinds of pages: the shipped model's experts, and normally distributed weights in pages of the
+same size and of the size of a 30B model's. Each kind has too many pages for any cache. Copy,
+encoding and decoding alternate, each round over all pages; speeds are those of the best round, in
+GB of uncoded weights per second, and ratios are medians over rounds of two times measured one after
+the other. Times are CPU times of this thread, so that other work on the machine only affects caches
+and memory. Targets are written to before the first round.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def normal(page: tuple[int, ...]) -> list[Bytes]:
-    """Weights of a normal distribution, as many as there is room for."""
+    """Fill with normally distributed weights."""
     rng = np.random.default_rng(0)
     numbers = rng.standard_normal(16 << 20, np.float32) * 0.02
     pool = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
@@ -78,7 +77,7 @@ def normal(page: tuple[int, ...]) -> list[Bytes]:
 
 
 def lined_up(data: Bytes) -> Bytes:
-    """A copy that begins at a cache line, as slots do."""
+    """Copy to memory aligned to a cache line, like slots."""
     room = np.empty(len(data) + 64, np.uint8)
     begin = -room.ctypes.data % 64
     copy = room[begin : begin + len(data)]
@@ -87,7 +86,7 @@ def lined_up(data: Bytes) -> Bytes:
 
 
 def measure(codec: Codec, parts: list[Bytes]) -> dict[str, Any]:
-    """Ratio, speeds and speeds in copies."""
+    """Measure compression ratio, speeds, and speeds relative to a copy."""
     parts = [lined_up(part) for part in parts]
     blocks = [lined_up(codec.encode(part)) for part in parts]
     outs = [lined_up(np.full_like(part, 1)) for part in parts]

@@ -1,11 +1,11 @@
-"""What the bookkeeping of one event costs that finds all its pages: µs against slots and tokens.
+"""Bookkeeping cost of an event whose pages are all resident: µs by slots and tokens.
 
     python -m benchmarks event_cost [--json] [--save FILE]
 
-Every event routes to all 64 experts of a layer (a batch of one token: to 8 of them), and every page
-is resident, so the numbers are pure overhead: the event rule, and the slot of every routed expert.
-``rule`` is ``EventRule.open`` alone, ``pager`` is ``ExpertPager.acquire``, what an engine calls.
-Pages are tiny, because nothing is copied in a timed event.
+Each event routes to all 64 experts of a layer (8 of them with a single token), and all pages are
+resident, so the numbers are pure overhead: the event rule, and the slot of every routed expert.
+``rule`` is ``EventRule.open`` alone, ``pager`` is ``ExpertPager.acquire``, which engines call.
+Pages are tiny because timed events copy nothing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(slots: int) -> list[dict[str, float]]:
-    """All token counts at one number of slots, every slot holding a page."""
+    """Measure all token counts at one number of slots, with a page in every slot."""
     geometry = Geometry(slots // EXPERTS, EXPERTS)
     substrate = CpuSubstrate(frames_for(PAGE_CLASS, slots, FRAME), FRAME)
     memory = WorkerMemory(substrate, PAGE_CLASS, [slots])
@@ -106,7 +106,7 @@ def measure(slots: int) -> list[dict[str, float]]:
 def per_event(
     geometry: Geometry, ids: Slots, event: Callable[[int, Slots, Slots], object]
 ) -> float:
-    """Median over repeats of the mean time of an event, layers in turn, in µs."""
+    """Median over repeats of the mean time of an event, with layers in turn, in µs."""
     layers = [i % geometry.num_layers for i in range(EVENTS)]
     out = np.zeros(len(ids), np.int32)
     times = []

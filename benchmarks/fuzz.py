@@ -1,10 +1,9 @@
-"""The core under fire: operations against the model, faults by site, what was left behind.
+"""Counts of the fuzzer: operations compared with the model, faults by site, leaks.
 
     python -m benchmarks fuzz [--runs N] [--ops N] [--seed N] [--save FILE]
 
-No times: the figures are counts of what ``tests/fuzz`` does in `make test`
-(docs/project/testing.md).
-A failure ends the command with the line that replays it.
+Nothing is timed: the counts are those of ``tests/fuzz`` in `make test` (docs/project/testing.md).
+On a failure the command ends with the line that replays it.
 """
 
 from __future__ import annotations

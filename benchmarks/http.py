@@ -1,10 +1,10 @@
-"""vLLM's own serving benchmark against both servers at one budget: throughput, TTFT, TPOT.
+"""vLLM's serving benchmark run against both servers at one budget: throughput, TTFT, TPOT.
 
 python -m benchmarks http [--model shipped|mid] [--rates inf 4 …] [--rounds N] [--save FILE]
 
-Both are real OpenAI servers of three processes, started one after the other (never both at once,
-so that neither takes the other's cores); the client is ``vllm bench serve`` with its random
-data set. Rounds alternate between the two and medians are reported.
+Both are OpenAI servers of three processes, started one after the other (never both at once, so that
+they do not compete for cores); the client is ``vllm bench serve`` with its random dataset. Rounds
+alternate between the two, and medians are reported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
-#: What ``vllm bench serve`` reports and we show: key, title, whether more is better.
+#: Shown results of ``vllm bench serve``: key, title, True if more is better.
 FIGURES = (
     ("output_throughput", "tokens/s", True),
     ("request_throughput", "requests/s", True),
@@ -55,7 +55,7 @@ FIGURES = (
 
 
 def commands(model: DemoModel, budget: int, port: int) -> dict[str, list[str]]:
-    """The command of each server; FluxMoE's is what ``fluxmoe serve`` runs."""
+    """Make the command of each server; FluxMoE's is the one run by ``fluxmoe serve``."""
     options = {**model.options(max_num_seqs=64), "host": "127.0.0.1", "port": port}
     parsed = parse(
         {"model": str(model.folder), "memory": {"budget": budget}, "vllm": options},
@@ -74,7 +74,7 @@ def commands(model: DemoModel, budget: int, port: int) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def server(command: list[str], port: int, log: Path) -> Iterator[None]:
-    """A server that answers, ended afterwards."""
+    """Run a server that is ready, and end it afterwards."""
     with log.open("w") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, env={**ENVIRONMENT, **launch.environment(ENVIRONMENT)}
@@ -94,7 +94,7 @@ def server(command: list[str], port: int, log: Path) -> Iterator[None]:
 
 
 def client(folder: Path, port: int, rate: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run of ``vllm bench serve``, as its own JSON."""
+    """Run ``vllm bench serve`` once and return its JSON."""
     with tempfile.TemporaryDirectory() as results:
         options = [
             *("--model", str(folder), "--host", "127.0.0.1", "--port", str(port)),

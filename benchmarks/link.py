@@ -1,9 +1,9 @@
-"""A plugin for measurements: the store is as far away as a card's link makes it.
+"""A plugin for measurements that emulates the link between a GPU and host memory.
 
-To load an expert's weights from a processor's own memory takes hardly longer than to use them once.
-Between a card and its host it takes 15 (GH200) to 60 times (PCIe) as long as the card needs to read
-them. As a codec, this plugin leaves pages as they are, and makes each part take as long as its
-bytes take over a link of ``gb_per_s``.
+Loading an expert's weights from a CPU's own memory takes hardly longer than using them once. From a
+GPU's host it takes 15 (GH200) to 60 times (PCIe) as long as the GPU needs to read them. As a codec,
+this plugin keeps pages unchanged and makes each part take as long as its bytes would over a link of
+``gb_per_s``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fluxmoe.core.types import Bytes
 
 
 class LinkOptions(BaseModel):
-    """How fast the link is."""
+    """Speed of the link."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,7 +27,7 @@ class LinkOptions(BaseModel):
 
 
 class Link(fluxmoe.Codec):
-    """Copies that take their time. What is kept as coded is only where the part lies."""
+    """Copies that take as long as over the link. The coded form is only the part's location."""
 
     def __init__(self, gb_per_s: float) -> None:
         self._rate = gb_per_s * 1e9

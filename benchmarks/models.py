@@ -1,4 +1,4 @@
-"""The models that serving is measured with: the shipped one, and larger ones of random weights."""
+"""Models for measurements of serving: the shipped one, and larger ones with random weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_option(parser: argparse.ArgumentParser, *, default: str = "shipped") -> 
 
 
 def get(name: str, scratch: Path) -> DemoModel:
-    """The model of that name; one of random weights is written below ``scratch``."""
+    """Get a model by name; those with random weights are written below ``scratch``."""
     if name in RANDOM:
         return DemoModel.read(checkpoints.write(scratch / name, **RANDOM[name]))
     return DemoModel.read(SHIPPED)

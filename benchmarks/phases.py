@@ -1,14 +1,13 @@
-"""A day in a minute: phases with different demands, one budget, fixed splits against policies.
+"""Phases with different demands at one budget: fixed splits compared with policies.
 
 python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--policy NAME …]
                             [--share S …] [--link GB/s] [--phase NAME …] [--no-stock]
                             [--at-once N] [--save FILE]
 
-Every engine lives through day after day in a process of its own; what a phase leaves behind (split,
-caches) is where the next one begins, so transitions are part of the figures. All engines go through
-a phase before any goes on to the next, in an order that is drawn anew each time, and take turns at
-the questions of a single user: a machine that is slower for a minute is slower for all. A quiet
-stream comes before the first day.
+Each engine runs several days in its own process. A phase starts from the state (split, caches) left
+by the previous one, so transitions are included. All engines complete a phase before any starts the
+next, in an order that is redrawn each time, and alternate at the questions of a single user, so
+that a temporarily slower machine affects all of them. A quiet stream precedes the first day.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Users who ask one question after the other, each when the one before is answered.
+    """Users who send questions one after the other, each after the answer to the previous one.
 
-    The engines take turns at its parts.
+    The engines alternate at its parts.
     """
 
     name: str
@@ -59,14 +58,14 @@ class Phase:
 
     @property
     def tokens(self) -> int:
-        """What is to be generated."""
+        """Number of tokens to generate."""
         return sum(prompt.max_tokens for part in self.parts for prompt in part)
 
 
 def phases() -> list[Phase]:
-    """Burst of long contexts, chat at 64, one quiet stream, turns with common prefixes, burst.
+    """List the phases: burst of long contexts, chat at 64, one stream, shared prefixes, burst.
 
-    Each lasts at least 500 steps, however many requests run at once.
+    Each lasts at least 500 steps, regardless of the number of concurrent requests.
     """
     rng = random.Random(11)
 
@@ -84,7 +83,7 @@ def phases() -> list[Phase]:
         return Phase(name, tuple((replace(prompt, after=None),) for prompt in prompts))
 
     def talks() -> Iterable[list[int]]:
-        """Three conversations of ten turns: each prompt is all that was said before, and more."""
+        """Make three conversations of ten turns, whose prompts contain all previous turns."""
         for _ in range(3):
             said = tokens(10 * BLOCK)
             yield from (said[: turn * BLOCK] + tokens(12) for turn in range(1, 11))
@@ -99,14 +98,14 @@ def phases() -> list[Phase]:
 
 
 def budget_of(model: DemoModel) -> int:
-    """All experts and stock's KV cache."""
+    """Compute the budget: all experts and stock's KV cache."""
     return model.experts_total_bytes + STOCK_BLOCKS * model.kv_block_bytes
 
 
 def configurations(
     model: DemoModel, link: float, shares: Sequence[float], policies: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """What is compared with stock: fixed splits, policies."""
+    """Make the configurations to compare with stock: fixed splits and policies."""
     budget = budget_of(model)
     store: dict[str, Any] = {"kind": "host"}
     if link:
@@ -124,14 +123,14 @@ def configurations(
 
 @dataclass(frozen=True, slots=True)
 class Lived:
-    """One phase of one engine."""
+    """Results of one phase on one engine."""
 
     tokens_per_s: float
     steps: int
 
 
 def live(engines: dict[str, ChildEngine], phase: Phase, at_once: int = 1) -> dict[str, Lived]:
-    """All engines go through a phase, with what the phases before have left behind."""
+    """Run a phase on all engines, starting from the state left by previous phases."""
     seconds, steps = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0)
 
     def serve(name: str, part: Sequence[Prompt]) -> None:
@@ -188,7 +187,7 @@ def main(argv: list[str]) -> None:
 
 
 def medians(seen: dict[str, list[list[Lived]]]) -> dict[str, list[float]]:
-    """Tokens per second of each engine in each phase."""
+    """Compute the tokens per second of each engine in each phase."""
     return {
         name: [median(lived.tokens_per_s for lived in column) for column in zip(*days, strict=True)]
         for name, days in seen.items()
@@ -203,7 +202,7 @@ def save(
     seen: dict[str, list[list[Lived]]],
     changes: dict[str, dict[str, int]],
 ) -> None:
-    """All that was measured."""
+    """Save all measurements."""
     machine.save(
         path,
         {
@@ -228,7 +227,7 @@ def report(
     seen: dict[str, list[list[Lived]]],
     changes: dict[str, dict[str, int]],
 ) -> None:
-    """Tokens per second, and what they are worth: per phase against the best fixed split."""
+    """Print tokens per second, and the ratio to the best fixed split of each phase."""
     rates = medians(seen)
     fixed = [name for name in rates if name.startswith("fixed")]
     best = [max(rates[name][i] for name in fixed) for i in range(len(day))]

@@ -1,16 +1,16 @@
-"""How close the eviction policies come to the best of the simple ones, and to the optimum.
+"""Misses of the eviction policies relative to the best simple policy and to the optimum.
 
     python -m benchmarks policies [--seeds 11,12] [--policy P,…] [--json] [--save FILE]
 
-Traces: the shipped ones; synthetic decode at batch 1, 8 and 64, with favourites that stay or
-change, without and with locality; cyclic scans; decode with a scan now and then. Every trace is
-replayed at eight capacities, those below its largest event left out. Per trace and policy:
+Traces: the shipped ones; synthetic decode at batch 1, 8 and 64, with constant or changing
+popularity, with and without locality; cyclic scans; decode with occasional scans. Each trace is
+replayed at eight capacities, except those below its largest event. Per trace and policy:
 
-* *worst*: misses over those of the best of lru, lfu and lfru, at the capacity where that is most;
-* *over*: at how many of the capacities that is above 1.01;
-* *gap closed*: of the misses between LRU and Belady, the share that is saved (median).
+* *worst*: ratio of misses to the best of lru, lfu and lfru, at the capacity where it is largest;
+* *over*: number of capacities at which that ratio is above 1.01;
+* *gap closed*: share of the misses between LRU and Belady that is saved (median).
 
-Nothing is timed: the figures are the same on every machine.
+Nothing is timed: the results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def workloads(seed: int) -> dict[str, Workload]:
 
 
 def judge(name: str, events: Events, policies: str) -> Iterator[dict[str, Any]]:
-    """A row per policy."""
+    """Compute a row per policy."""
     registry = plugins.load()
     capacities = [c for c in CAPACITIES if pages_of(c, events.meta) >= events.largest]
 
     def misses(policy: str) -> list[int]:
-        runs = (simulate(events, policy, c, registry=registry, strict=True) for c in capacities)
+        runs = (simulate(events, policy, c, registry=registry) for c in capacities)
         return [run.misses for run in runs]
 
     known = {policy: misses(policy) for policy in (*SIMPLE, "belady")}

@@ -1,11 +1,11 @@
-"""How soon the KV cache has its room after a burst begins, and what moving memory costs a step.
+"""Time until the KV cache has grown after a burst begins, and the cost of moves in a step.
 
 python -m benchmarks reaction [--model NAME] [--link GB/s] [--policy marginal|kv-first] [--rounds N]
                               [--json] [--save FILE]
 
-An engine serves two quiet streams until the experts have what they want, then a burst of long
-requests comes. Counted are the steps from the first that sees the burst until the KV cache has 90 %
-of the most that it gets; the longest pause for a move is compared with the median step.
+An engine serves two quiet streams until the experts have grown, then a burst of long requests
+arrives. The result is the number of steps from the first with the burst until the KV cache has 90 %
+of its maximum; the longest pause for a move is compared with the median step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fluxmoe.demo.model import DemoModel
 
 
 class WatchedOptions(BaseModel):
-    """Which policy is watched, and the file that a line per call is written to."""
+    """The wrapped policy, and the file to write a line per call to."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,7 +40,7 @@ class WatchedOptions(BaseModel):
 
 
 class Watched(fluxmoe.ArbitrationPolicy):
-    """Any built-in arbitration policy, and a line per call about what it was shown."""
+    """A built-in arbitration policy that logs its input, one line per call."""
 
     def __init__(self, policy: str, file: str) -> None:
         self._policy: fluxmoe.ArbitrationPolicy = plugins.load().create("arbitration", policy)
@@ -64,7 +64,7 @@ def fluxmoe_register_policies(register: Any) -> None:
 
 
 def measure(model: DemoModel, link: float, policy: str, folder: Path) -> dict[str, float]:
-    """One quiet time and one burst."""
+    """Measure one quiet period and one burst."""
     log = folder / "steps.jsonl"
     quiet, burst = phases()[2], phases()[0]
     fluxmoe_config = configurations(model, link, [], [policy])[policy]

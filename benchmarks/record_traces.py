@@ -1,10 +1,10 @@
-"""Record the traces that are shipped in ``fluxmoe/trace/assets``, from the demonstration's model.
+"""Record the traces shipped in ``fluxmoe/trace/assets``, from the demo's model.
 
     python -m benchmarks.record_traces [--model FOLDER] [--prompts FILE] [--out FOLDER]
 
-Run it again whenever that model changes, on one thread, and commit what it writes. The decode
-traces begin after the prompts and hold decode steps only; the prefill trace holds the prefill of
-texts that the model sampled before. All have a column ``predicted``.
+Rerun whenever that model changes, on one thread, and commit the result. The decode traces start
+after the prompts and contain only decode steps; the prefill trace contains the prefill of texts
+sampled from the model. All have a column ``predicted``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import fluxmoe
+from fluxmoe.backends.torch.pretrained import unpaged
 from fluxmoe.backends.torch.sampling import sample
-from fluxmoe.cli import models
+from fluxmoe.cli.shared import models
 from fluxmoe.core.types import Phase
 from fluxmoe.trace import TraceReader, shipped
 
@@ -40,7 +41,7 @@ def main() -> None:
     tokenizer = models.tokenizer(str(arguments.model), required=True)
     lines = [line for line in arguments.prompts.read_text().splitlines() if line.strip()]
     prompts = [models.encode(tokenizer, line) for line in lines]
-    model = models.load(str(arguments.model))
+    model = unpaged(str(arguments.model))
     model.config.name_or_path = arguments.model.name  # not where it lies on this machine
     arguments.out.mkdir(parents=True, exist_ok=True)
     with fluxmoe.page(model, "4GiB", eviction="lru") as paged:
@@ -54,11 +55,15 @@ def main() -> None:
 
 
 def decode(paged: Any, prompts: list[list[int]], batch: int, out: Path) -> list[list[int]]:
-    """Sampled decode at one batch size; returns the texts of the first batch."""
+    """Record sampled decode at one batch size; return the texts of the first batch."""
     tokens, steps = DECODE[batch]
     first: list[list[int]] = []
     with paged.record(
-        out / f"decode-{batch}.parquet", predict=True, phase=Phase.DECODE, max_steps=steps
+        out / f"decode-{batch}.parquet",
+        predict=True,
+        phase=Phase.DECODE,
+        max_steps=steps,
+        replace=True,
     ) as recorder:
         for start in range(0, len(prompts) - batch + 1, batch):
             if recorder.done:
@@ -70,10 +75,12 @@ def decode(paged: Any, prompts: list[list[int]], batch: int, out: Path) -> list[
 
 
 def prefill(paged: Any, texts: list[list[int]], out: Path) -> None:
-    """One prompt per step, the lengths in turn."""
+    """Record one prompt per step, cycling through the lengths."""
     longest = max(PREFILL_LENGTHS)
     usable = [text for text in texts if len(text) >= longest]
-    with paged.record(out / "prefill.parquet", predict=True, phase=Phase.PREFILL) as recorder:
+    with paged.record(
+        out / "prefill.parquet", predict=True, phase=Phase.PREFILL, replace=True
+    ) as recorder:
         for index in range(PREFILL_EACH * len(PREFILL_LENGTHS)):
             recorder.first_request = index
             length = PREFILL_LENGTHS[index % len(PREFILL_LENGTHS)]

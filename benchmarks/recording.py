@@ -1,10 +1,10 @@
-"""What recording a trace costs: steps with and without a recorder, in turn, as a ratio.
+"""Cost of recording a trace: ratio of alternating steps with and without a recorder.
 
     python -m benchmarks recording [--rounds N] [--json] [--save FILE]
 
 A Hugging Face model (random weights, 8 layers of 64 experts, top-8) decodes with all experts in
-slots, so that nothing but the recorder makes a difference. Each round times as many steps with as
-without it, alternating; the ratio is that of the medians over all rounds.
+slots, so that only the recorder makes a difference. Each round times equally many steps with and
+without it, alternating; the result is the ratio of the medians over all rounds.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def main(argv: list[str]) -> None:
 
 
 def measure(paged: Any, batch: int, kind: str, trace: Path, rounds: int) -> dict[str, Any]:
-    """Seconds per step without and with the recorder."""
+    """Measure the seconds per step without and with the recorder."""
     steps = stepper(paged.model, batch)
     steps()
     plain, recorded = [], []
     for _ in range(rounds):
         for times, context in (
             (plain, nullcontext()),
-            (recorded, paged.record(trace, **KINDS[kind])),
+            (recorded, paged.record(trace, replace=True, **KINDS[kind])),
         ):
             # Beginning and ending a recording are not part of what is timed.
             with context:
@@ -98,7 +98,7 @@ def measure(paged: Any, batch: int, kind: str, trace: Path, rounds: int) -> dict
 
 
 def stepper(model: Any, batch: int) -> Callable[[], None]:
-    """Decode ``STEPS`` tokens after a short prompt that is computed once."""
+    """Decode ``STEPS`` tokens after a short prompt, which is computed once."""
     prompt = torch.randint(3, 250, (batch, 8), generator=torch.Generator().manual_seed(0))
 
     def steps() -> None:

@@ -1,10 +1,10 @@
-"""Stock vLLM against FluxMoE at one budget: where paging wins, is free, and loses.
+"""Comparison of stock vLLM and FluxMoE at one budget: cases where paging wins, is free, and loses.
 
 python -m benchmarks serving [--model shipped|mid] [--rounds N] [--starts N] [--only NAME …]
                              [--save FILE]
 
-Where memory happens to lie makes two engines that are the same differ by up to 6 %, for as long as
-they live: a few per cent can only be told apart with several engines of each kind (``--starts``).
+Memory placement makes identical engines differ by up to 6 % for their whole lifetime, so a few per
+cent can only be resolved with several engines of each kind (``--starts``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fluxmoe.demo.model import DemoModel
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One row: a budget for so many stock sequences, a batch, and what FluxMoE is told."""
+    """One row: a budget for a number of stock sequences, a batch, and FluxMoE's settings."""
 
     name: str
     #: Requests that stock's KV cache holds at this budget.

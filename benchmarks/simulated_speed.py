@@ -1,13 +1,12 @@
-"""Simulated against measured tokens per second, decode on the torch backend.
+"""Simulated compared with measured tokens per second, for decode on the torch backend.
 
     python -m benchmarks simulated_speed [--rounds N] [--profile FILE.yaml] [--json] [--save FILE]
 
-Each round measures the machine first (``fluxmoe doctor --measure``): steps with every expert
-resident and copies alone, nothing of what is compared here. Then, at each batch size and capacity,
-the shipped model decodes from cold, always with the same tokens; what was recorded of them in the
-first round is simulated at the same capacity with the round's profile. The error is the median of
-the rounds', for a machine is not as fast now as it was a minute ago. One thread; run it on a quiet
-machine.
+Each round first measures the machine (``fluxmoe doctor --measure``): steps with all experts
+resident, and copies alone, but none of the compared cases. Then the shipped model decodes from cold
+at each batch size and capacity, always with the same tokens; their trace from the first round is
+simulated at the same capacity with the round's profile. The error is the median over rounds,
+because the machine's speed changes over time. One thread; run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -95,14 +94,14 @@ class Setting:
     simulated: list[float] = field(default_factory=list)
 
     def record(self, model: Any, steps: int, folder: Path) -> None:
-        """What is routed to; the same in every run."""
+        """Record the routing, which is the same in every run."""
         self.trace = folder / f"{self.batch}-{self.pages}.parquet"
         with self._paged(model) as handle:
             _decode(model, handle, self.batch, steps, self.trace)
             self.slots, self.hit_rate = handle.stats()["slots"], handle.stats()["hit_rate"]
 
     def compare(self, model: Any, profile: hardware.Profile, steps: int) -> None:
-        """One round."""
+        """Run one round."""
         with self._paged(model) as handle:
             seconds = min(_decode(model, handle, self.batch, steps) for _ in range(REPEATS))
         result = simulate(self.trace, POLICY, self.slots, hardware=profile)
@@ -129,7 +128,7 @@ class Setting:
 
 
 def _decode(model: Any, handle: Any, batch: int, steps: int, record: Path | None = None) -> float:
-    """Seconds of ``steps`` steps from cold; the prefill is neither timed nor recorded."""
+    """Time ``steps`` steps from cold, in seconds; the prefill is neither timed nor recorded."""
     run = decode(model, batch, steps)
     next(run)
     handle.reset()

@@ -1,15 +1,15 @@
-"""How many accesses per second the simulator replays on one core, beside MoE-PolicyLang's replay.
+"""Accesses per second replayed by the simulator on one core, next to MoE-PolicyLang's replay.
 
     python -m benchmarks simulator [--steps N] [--capacity 25%] [--json] [--save FILE]
 
 48 layers x 128 experts, top-8, batch 1: 100,000 steps are 38.4 million accesses. ``numpy`` is the
-three-line policy of the documentation, which is asked in Python for every event that is short of
-slots; it replays a tenth of the steps. Machine code is made before the clock starts.
+three-line policy of the documentation, which is called in Python for each event short of slots; it
+replays a tenth of the steps. Compilation is not timed.
 
 The replay of MoE-PolicyLang (PyPI ``moe-policylang``) is measured in the same run if it can be
-imported; it is no dependency. ``pip install --no-deps --target DIR moe-policylang`` and
-``PYTHONPATH=DIR`` will do. It replays the same routing, layer by layer, with the layer's share of
-the capacity, from a matrix of router outputs, which is how it takes its input; one layer is timed.
+imported; it is not a dependency. ``pip install --no-deps --target DIR moe-policylang`` and
+``PYTHONPATH=DIR`` are sufficient. It replays the same routing layer by layer, with the layer's
+share of the capacity, from a matrix of router outputs, its input format; one layer is timed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
 
 def routing(steps: int, seed: int = 0) -> npt.NDArray[np.int32]:
-    """Zipf-distributed, without replacement, per layer: int32 ``[steps, layers, top_k]``."""
+    """Draw Zipf-distributed experts without replacement: int32 ``[steps, layers, top_k]``."""
     rng = np.random.default_rng(seed)
     ranks = np.argsort(rng.standard_normal((LAYERS, EXPERTS)), axis=1)
     popularity = -np.log(np.arange(1, EXPERTS + 1, dtype=np.float32))[ranks]
@@ -95,12 +95,12 @@ def routing(steps: int, seed: int = 0) -> npt.NDArray[np.int32]:
 
 
 def measure(ids: npt.NDArray[np.int32], policy: str, capacity: str) -> dict[str, Any]:
-    """One run; the future of an oracle is computed inside the time, because it is needed once."""
+    """Time one run, including an oracle's future, which is computed once."""
     registry = plugins.load()
     registry.add(_Plugin(), "benchmark")
     Simulation(events_of(ids[:300]), policy, capacity, registry=registry).run()  # compiles
     events = events_of(ids[: len(ids) // 10] if policy == "numpy" else ids)
-    run = Simulation(events, policy, capacity, registry=registry, strict=True)
+    run = Simulation(events, policy, capacity, registry=registry)
     started = time.perf_counter()
     result = run.run()
     seconds = time.perf_counter() - started
@@ -129,7 +129,7 @@ def events_of(ids: npt.NDArray[np.int32]) -> Events:
 
 
 def rival(ids: npt.NDArray[np.int32], capacity: str) -> list[dict[str, Any]]:
-    """The replay of MoE-PolicyLang on one layer; empty if it is not installed."""
+    """Time MoE-PolicyLang's replay of one layer; empty if it is not installed."""
     try:
         replay = importlib.import_module(RIVAL)
     except ImportError:

@@ -1,4 +1,4 @@
-"""Which eviction policy suits a trace? All of them, beside an oracle, without a model.
+"""Comparison of all eviction policies with an oracle on a trace, without a model.
 
 Usage: python examples/choose.py [TRACE.parquet]
 """

@@ -1,7 +1,6 @@
 """An eviction policy in three lines: evict the page that was used last.
 
-It is right where every layer uses all of its experts, one layer after the other, and wrong
-elsewhere.
+It is optimal if every layer uses all its experts, one layer after the other, and bad otherwise.
 """
 
 import fluxmoe

@@ -1,4 +1,4 @@
-"""Half of a Hugging Face model's experts in memory, and the same logits.
+"""Page a Hugging Face model with memory for half of its experts; the logits do not change.
 
 Usage: python examples/page_model.py
 """

@@ -1,4 +1,4 @@
-"""vLLM in this process, with a policy from a file.
+"""Run vLLM in this process, with a policy from a file.
 
 Usage: python examples/vllm_offline.py
 """

@@ -15,11 +15,10 @@ from fluxmoe.core.types import Access, Budget, Counters, Phase
 from fluxmoe.errors import CodecError, FluxMoEError, MissingDependencyError
 from fluxmoe.hookspecs import PLUGIN_API, hookimpl, hookspec
 from fluxmoe.stores.codec.base import Codec
+from fluxmoe.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fluxmoe.backends.torch import load, page
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PLUGIN_API",
@@ -47,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: policies and the simulator do not need torch.
+    # Imported on first use, because policies and the simulator do not need torch.
     if name not in ("load", "page"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -1,7 +1,7 @@
 """Checks of a checkpoint's files that take milliseconds, before an engine spends minutes.
 
-Headers, sizes and names are checked, not the weights themselves: a file whose values were changed
-in place loads without an error, as it does elsewhere.
+Only headers, sizes and names are checked: a file whose weights were modified in place loads without
+an error, as it does elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 import re
 import struct
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +18,22 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, QuantisedError
-from fluxmoe.inventory import ExpertTensor, Shapes, expert_tensor, require_experts
+from fluxmoe.errors import (
+    CheckpointError,
+    ConfigError,
+    FluxMoEError,
+    MissingDependencyError,
+    QuantisedError,
+    UnsupportedError,
+)
+from fluxmoe.inventory import ExpertTensor, expert_tensor, require_experts
+from fluxmoe.words import line
 
-_INDEX = "model.safetensors.index.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 #: Keys under which a multi-part model describes the part with experts, outermost first.
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
-#: vLLM's load formats that read safetensors files if present.
+#: Load formats of vLLM that read safetensors files if present.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -43,18 +50,19 @@ class Tensor(NamedTuple):
 
 
 def require_readable(model: str) -> None:
-    """Refuse a model that cannot be loaded. Names on a hub are left to the code that loads them.
+    """Reject a model that cannot be loaded. Hub names are left to the code that loads them.
 
     Args:
         model: A folder, or the name of a model on a hub (``organisation/name``).
 
     Raises:
-        CheckpointError: Names the file and its problem.
+        CheckpointError: A file is missing, damaged or incomplete.
     """
     folder = Path(model)
     if folder.is_dir():
         config = _config(folder)
-        require_experts(_weights(folder), text_part(config), where=model)
+        shapes = {key: shape for _, key, shape, _ in _tensors(folder)}
+        require_experts(shapes, text_part(config), where=model)
     elif folder.exists():
         raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
     elif not is_hub_name(model):
@@ -62,12 +70,12 @@ def require_readable(model: str) -> None:
 
 
 def is_hub_name(model: str) -> bool:
-    """True if a text can be the name of a model on a hub: ``name`` or ``organisation/name``."""
+    """True if ``model`` can be the name of a model on a hub: ``name`` or ``organisation/name``."""
     return _HUB_NAME.fullmatch(model) is not None
 
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
-    """The cached folder of a model on the hub if it exists, else the name unchanged."""
+    """Return the cached folder of a hub model if it exists, else the name unchanged."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(model).exists() or not is_hub_name(model):
@@ -77,7 +85,7 @@ def downloaded(model: str, revision: str | None = None, cache: str | None = None
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a ``config.json`` about the language model, which may be one among several."""
+    """Return the language model's part of a ``config.json``, which may describe several models."""
     for key in _PARTS:
         if isinstance(part := config.get(key), Mapping):
             config = {**config, **part}
@@ -85,17 +93,18 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def weight_bytes(model: str) -> int:
-    """The total size of a checkpoint's weight files in bytes.
+    """Sum the sizes of a checkpoint's weight files, in bytes.
 
     Raises:
         ConfigError: ``model`` is not a folder with such files.
+        CheckpointError: See ``weight_files``.
     """
-    files = [*Path(model).glob("*.safetensors")] if Path(model).is_dir() else []
+    files = weight_files(Path(model)) if Path(model).is_dir() else []
     if not files:
         raise ConfigError(
             f"auto needs the size of the weights; {model} is not a folder with safetensors files",
             where="memory.budget",
-            fix="give a size such as 24GiB, or a folder as the model",
+            fix="set a size such as 24GiB, or use a folder as the model",
         )
     return sum(path.stat().st_size for path in files)
 
@@ -110,85 +119,119 @@ def _config(folder: Path) -> dict[str, Any]:
         )
     config = read_map(path)
     if "model_type" not in config:
-        raise CheckpointError("it names no model_type", where=str(path))
+        raise CheckpointError("no model_type", where=str(path))
     return config
 
 
-def _weights(folder: Path) -> Shapes:
-    index = folder / _INDEX
-    listed: dict[str, set[str]] = defaultdict(set)
-    if index.exists():
-        weight_map = read_map(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError("it has no weight_map", where=str(index))
-        for tensor, file in weight_map.items():
-            listed[str(file)].add(tensor)
-    else:
-        for path in folder.glob("*.safetensors"):
-            listed[path.name] = set()
-    found: Shapes = {}
-    for name, tensors in sorted(listed.items()):
-        there = {key: shape for key, shape, _ in _headers(folder / name)}
-        if missing := tensors - there.keys():
-            raise CheckpointError(
-                f"it has no {min(missing)}, which {_INDEX} promises",
-                where=str(folder / name),
-                fix="download or copy it again",
-            )
-        found |= there
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files with a checkpoint's weights, in order; empty if there are none.
+
+    Those that the index names, else ``model.safetensors``, else the only one. A folder may have
+    more: other formats of the same weights, or left-over shards.
+
+    Raises:
+        CheckpointError: The index is damaged, or there are several files and no index.
+    """
+    listed = _listed(folder)
+    if listed is not None:
+        return [folder / name for name in sorted(set(listed.values()))]
+    if (folder / _SINGLE).exists():
+        return [folder / _SINGLE]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"there are {len(found)} files of weights, but no {_INDEX} that lists them",
+            where=str(folder),
+            fix="download or copy the index as well",
+        )
     return found
 
 
+def _listed(folder: Path) -> dict[str, str] | None:
+    """Read the index, tensor → file; None if there is no index."""
+    index = folder / _INDEX
+    if not index.exists():
+        return None
+    listed = read_map(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise CheckpointError("no weight_map", where=str(index))
+    return {str(tensor): str(file) for tensor, file in listed.items()}
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
+    """Yield file, name, shape and dtype of each tensor, once.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or lacks a tensor that the index promises.
+    """
+    listed = _listed(folder)
+    for path in weight_files(folder):
+        there = {key: (shape, dtype) for key, shape, dtype in _headers(path)}
+        if listed is not None:
+            promised = {tensor for tensor, file in listed.items() if file == path.name}
+            if missing := promised - there.keys():
+                raise CheckpointError(
+                    f"{min(missing)} is missing, but listed in {_INDEX}",
+                    where=str(path),
+                    fix="download or copy it again",
+                )
+            there = {key: there[key] for key in there if key in promised}
+        for key, (shape, dtype) in there.items():
+            yield path, key, shape, dtype
+
+
 def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and type of each tensor of a file, whose header must describe all its bytes."""
+    """List name, shape and dtype of each tensor in a file; its header must cover all bytes."""
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"the file is missing, but {_INDEX} names it",
+            f"the file is missing, but listed in {_INDEX}",
             where=str(path),
             fix="download or copy it",
         ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"it is damaged or cut off: {error}", where=str(path), fix="download or copy it again"
+            f"damaged or truncated: {error}", where=str(path), fix="download or copy it again"
         ) from error
 
 
 def read_map(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a map, such as ``config.json``. Raises CheckpointError."""
+    """Read a JSON file with an object, such as ``config.json``. Raises CheckpointError."""
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"cannot read it: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=str(path)) from error
     if not isinstance(data, dict):
-        raise CheckpointError("it holds no JSON object", where=str(path))
+        raise CheckpointError("not a JSON object", where=str(path))
     return data
 
 
 def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name, shape and size of every weight of a checkpoint, from the headers of its files.
+    """Yield name, shape and size of every weight in a checkpoint, from its file headers.
 
     Raises:
-        QuantisedError: Experts of a type that cannot be paged.
+        QuantisedError: The experts have a dtype that cannot be paged.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, shape, dtype in _headers(path):
-            if dtype not in _BYTES and ".experts." in key:
-                raise quantised(f"{key} is {dtype}", str(path))
-            yield key, Tensor(shape, _BYTES.get(dtype, 1))
+    for path, key, shape, dtype in _tensors(folder):
+        if dtype not in _BYTES and ".experts." in key:
+            raise quantised(f"{key} is {dtype}", str(path))
+        yield key, Tensor(shape, _BYTES.get(dtype, 1))
 
 
 def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int], Bytes]]:
-    """Name, type, shape and bytes of every unquantised expert tensor of a checkpoint."""
-    for path in sorted(folder.glob("*.safetensors")):
+    """Yield name, dtype, shape and bytes of every unquantised expert tensor in a checkpoint."""
+    listed = _listed(folder)
+    for path in weight_files(folder):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             for key, entry in json.loads(file.read(length)).items():
+                if listed is not None and listed.get(key) != path.name:
+                    continue
                 name = expert_tensor(key, len(entry.get("shape", ())))
                 if name is not None and name.end in ("", ".weight"):
                     begin, end = entry["data_offsets"]
@@ -197,10 +240,72 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
                     yield name, entry["dtype"], entry["shape"], data
 
 
+def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
+    """Reject a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
+
+    Raises:
+        QuantisedError: The checkpoint is quantised.
+    """
+    settings = text_part(config).get("quantization_config")
+    tensor = _quantised_tensor(Path(model)) if Path(model).is_dir() else ""
+    if settings or tensor:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        by = f" with {method}" if method else ""
+        raise quantised(f"the checkpoint is quantised{by}{tensor and f' ({tensor})'}", model)
+
+
+def _quantised_tensor(folder: Path) -> str:
+    """Describe the first quantised expert tensor; empty if there is none."""
+    for _, key, shape, dtype in _tensors(folder):
+        # At least three dimensions; otherwise fused expert tensors would not be recognised.
+        if dtype not in _BYTES and expert_tensor(key, max(len(shape), 3)):
+            return f"{key} is {dtype}"
+    return ""
+
+
 def quantised(what: str, where: str) -> QuantisedError:
-    """The error for quantised experts, described by ``what``."""
+    """Make the error for quantised experts, described by ``what``."""
     return QuantisedError(
         f"{what}, and quantised experts cannot be paged yet",
         where=where,
         fix="use an unquantised (bf16, fp16 or fp32) checkpoint",
     )
+
+
+def unknown_layout(architecture: str, detail: str, where: str) -> UnsupportedError:
+    """Make the error for experts with unknown names or shapes, described by ``detail``."""
+    return UnsupportedError(
+        f"the expert layout of the architecture {architecture!r} is not supported yet: {detail}",
+        where=where,
+        fix="use it without FluxMoE",
+    )
+
+
+def not_buildable(architecture: str, error: Exception, where: str) -> FluxMoEError:
+    """Make the error for a model that ``transformers`` can configure but not build."""
+    kind = MissingDependencyError if isinstance(error, ImportError) else UnsupportedError
+    return kind(
+        "transformers cannot build a causal language model of the architecture "
+        f"{architecture!r}: {first_line(error)}",
+        where=where,
+    )
+
+
+def not_loadable(model: str, error: Exception) -> FluxMoEError:
+    """Make the error for a model that ``transformers`` cannot find, read or recognise."""
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return UnsupportedError(
+            f"unknown architecture: {first_line(error)}",
+            where=model,
+            fix="upgrade transformers, or allow the model's own code",
+        )
+    return CheckpointError(
+        f"cannot load the model: {first_line(error)}",
+        where=model,
+        fix="use the folder of a Hugging Face checkpoint, or a model on the Hub",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return line(str(error).strip().partition("\n")[0])

@@ -1,7 +1,7 @@
 """Sizes of a model for planning, from its config.json and the headers of its weights.
 
-No weight is read. If a folder has no weights, or a name on a hub is given, the sizes are those of
-the parameters that ``transformers`` would create.
+No weights are read. For a folder without weights, or a hub name, the sizes are those of the
+parameters that ``transformers`` would create.
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxmoe.checkpoint import Tensor, headers, quantised, read_map, require_readable, text_part
+from fluxmoe import checkpoint
+from fluxmoe.checkpoint import (
+    Tensor,
+    headers,
+    read_map,
+    require_readable,
+    text_part,
+    weight_files,
+)
 from fluxmoe.errors import (
     CheckpointError,
-    ConfigError,
     MissingDependencyError,
     NoExpertsError,
     UnsupportedError,
 )
-from fluxmoe.inventory import EXPERTS, expert_tensor
+from fluxmoe.inventory import EXPERTS, TOP_K, expert_tensor, has_experts
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -32,17 +38,17 @@ class Model:
     """Sizes of a mixture-of-experts model. All sizes are in bytes.
 
     Attributes:
-        name: The name given by the user.
+        name: Name as given by the user.
         architecture: The configuration's ``model_type``.
         layers: Number of layers; ``moe_layers`` of them have experts.
         experts: Number of experts per layer, of which a token uses ``top_k``.
         page_bytes: Bytes of one expert.
         other_bytes: Bytes of all other weights, which are outside the budget.
-        read_bytes: Bytes of them read by a step (all except the rows of an embedding).
-        weight_bytes: Bytes of one weight of an expert.
+        read_bytes: Bytes of them that a step reads (all except embedding rows).
+        weight_bytes: Bytes of one expert weight.
         kv_bytes: Bytes of KV cache per token in the layers that keep all tokens.
-        window_bytes, window: The same in the layers that keep the last ``window`` tokens.
-        longest: Maximum number of tokens of a request; 0 if unknown.
+        window_bytes, window: The same in layers that keep the last ``window`` tokens.
+        longest: Maximum number of tokens per request; 0 if unknown.
     """
 
     name: str
@@ -69,24 +75,24 @@ class Model:
         return self.pages * self.page_bytes
 
     def request_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache of a request with ``tokens`` tokens."""
+        """Bytes of KV cache for a request with ``tokens`` tokens."""
         return self.kv_bytes * tokens + self.window_bytes * min(tokens, self.window)
 
 
 def read(name: str) -> Model:
-    """The sizes of a model.
+    """Read the sizes of a model.
 
     Args:
-        name: A folder with a ``config.json``, with or without weights, or a name on a hub.
+        name: A folder with a ``config.json``, with or without weights, or a hub name.
 
     Raises:
         CheckpointError, ConfigError: The model cannot be read.
         NoExpertsError: The model has no experts.
         UnsupportedError: The architecture is unknown, or the experts cannot be paged.
-        MissingDependencyError: There are no local weights, and ``transformers`` is not installed.
+        MissingDependencyError: There are no local weights and ``transformers`` is not installed.
     """
     folder = Path(name)
-    if folder.is_dir() and any(folder.glob("*.safetensors*")):
+    if folder.is_dir() and weight_files(folder):
         require_readable(name)
         return of_checkpoint(folder)
     if folder.is_dir() and any(folder.glob("*.bin")):
@@ -98,17 +104,17 @@ def read(name: str) -> Model:
             "there is no config.json", where=name, fix="name the folder of a checkpoint"
         )
     if not folder.exists():
-        require_readable(name)  # distinguishes a name on a hub from a wrong path
+        require_readable(name)  # distinguishes a hub name from a wrong path
     return _describe(name, *_parameters(name))
 
 
 def of_checkpoint(folder: Path) -> Model:
-    """The sizes of a model from its readable files. Raises as ``read``."""
+    """Read the sizes of a model from its files. Raises as ``read``."""
     return _describe(str(folder), read_map(folder / "config.json"), dict(headers(folder)))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model's configuration, and its parameters created without memory."""
+    """Load a model's configuration, and create its parameters without memory."""
     try:
         import torch
         import transformers
@@ -119,26 +125,18 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except ValueError as error:
-        raise UnsupportedError(f"unknown architecture: {_first_line(error)}", where=name) from error
-    except OSError as error:
-        raise ConfigError(
-            f"cannot load the model: {_first_line(error)}",
-            where=name,
-            fix="name a folder with a Hugging Face checkpoint",
-        ) from error
+    except Exception as error:  # of any model's own code
+        raise checkpoint.not_loadable(name, error) from error
     data = config.to_dict()
-    if not _first(text_part(data), EXPERTS):
+    if not has_experts(data):
         raise _dense(name, str(config.model_type))
     with torch.device("meta"):
         try:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.bfloat16
             )
-        except (ValueError, RuntimeError) as error:
-            raise UnsupportedError(
-                f"unknown architecture: {_first_line(error)}", where=name
-            ) from error
+        except Exception as error:  # of any model's own code
+            raise checkpoint.not_buildable(config.model_type, error, name) from error
     stored = model.state_dict()
     weights = [*model.named_parameters(), *model.named_buffers()]  # tied ones appear once
     return data, {
@@ -151,18 +149,18 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
     architecture = str(config.get("model_type"))
     text = text_part(config)
-    experts, top_k = _first(text, EXPERTS), _first(text, _TOP_K)
-    if config.get("quantization_config"):
-        raise quantised("the checkpoint is quantised", name)
-    layers = text.get("num_hidden_layers")
+    experts, top_k = _first(text, EXPERTS), _first(text, TOP_K)
+    checkpoint.refuse_quantised(name, config)
+    depth = text.get("num_hidden_layers")
+    layers = depth if isinstance(depth, int) else 0
     pages: dict[str, int] = defaultdict(int)  # bytes of the experts of each layer
     other = embedding = item = 0
     for key, tensor in tensors.items():
         where = _LAYER.search(key)
-        if where and isinstance(layers, int) and int(where[1]) >= layers:
+        if where and layers and int(where[1]) >= layers:
             continue  # of speculative decoding, not loaded
         if ".experts." in key and key.endswith(".bias"):
-            raise UnsupportedError("experts with biases cannot be paged yet", where=key)
+            raise checkpoint.unknown_layout(architecture, f"{key} is a bias", name)
         one = expert_tensor(key, len(tensor.shape))
         if one is None:
             other += tensor.nbytes
@@ -172,17 +170,18 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
             experts = tensor.shape[0]
         pages[one.owner] += tensor.nbytes
         item = tensor.itemsize
-    if not experts:
+    if not experts and not has_experts(config):
         raise _dense(name, architecture)
-    if not pages or not isinstance(layers, int) or not top_k:
-        raise UnsupportedError(
-            f"unknown architecture {architecture!r}: it has {experts} experts per layer, but under "
-            "unknown names",
-            where=name,
-        )
     sizes = set(pages.values())
-    if len(sizes) > 1 or sizes.pop() % experts:
-        raise UnsupportedError("layers with experts of different layouts", where=name)
+    for wrong, detail in (
+        (not pages, "no weights of experts are under names that are known"),
+        (not layers, "config.json has no num_hidden_layers"),
+        (not top_k, f"config.json has none of {', '.join(TOP_K)}"),
+        (len(sizes) > 1, "layers have experts of different sizes"),
+        (any(size % max(experts, 1) for size in sizes), "experts of a layer differ in size"),
+    ):
+        if wrong:
+            raise checkpoint.unknown_layout(architecture, detail, name)
     tied = not any("lm_head" in key for key in tensors)
     kv, window, tokens = _kv_bytes(text, layers, item)
     return Model(
@@ -204,7 +203,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, int, int]:
-    """Bytes per token in layers that keep all tokens and in those with a window, and the window."""
+    """Compute bytes per token in layers without and with a window, and the window."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if not kinds:
         every = config.get("full_attention_interval") or config.get("attn_layer_period") or 1
@@ -225,7 +224,7 @@ def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, i
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """The value of the first of these keys that exists; a list has one number per layer."""
+    """Get the value of the first existing key; a list has one number per layer."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, list) and value:
@@ -241,7 +240,3 @@ def _dense(name: str, architecture: str) -> NoExpertsError:
         where=name,
         fix="use it without FluxMoE",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -16,9 +16,9 @@ class FluxMoEError(Exception):
     """Base class of all errors that FluxMoE raises on purpose.
 
     Args:
-        what: The problem, naming the value.
-        where: The field, file or call in which it was found (may be empty).
-        fix: The remedy available to the user (may be empty).
+        what: The problem, including the value.
+        where: The field, file or call in which it was found; may be empty.
+        fix: The remedy available to the user; may be empty.
 
     Attributes:
         others: Further errors found at the same time; ``str`` has a line for each.
@@ -37,14 +37,14 @@ class FluxMoEError(Exception):
     @property
     def text(self) -> str:
         """The message without its code, and without ``others``: ``what; where; fix``."""
-        return "; ".join(part for part in (self.what, self.where, self.fix) if part)
+        return join(self.what, self.where, self.fix)
 
     def problems(self) -> list[FluxMoEError]:
-        """This error and the others."""
+        """List this error and the others."""
         return [self, *self.others]
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process boundaries (the engine runs in a child); keyword arguments must too.
+        # Errors cross process boundaries (the engine runs in a child), including keyword arguments.
         return (_rebuild, (type(self), self.what, self.where, self.fix, self.others))
 
 
@@ -61,14 +61,20 @@ _Error = TypeVar("_Error", bound=FluxMoEError)
 
 
 def together(errors: Sequence[_Error]) -> _Error:
-    """The first of several errors, with the rest in ``others``, for one ``raise``."""
-    first, *rest = errors
-    first.others = tuple(error for found in rest for error in found.problems())
-    return first
+    """Combine errors for one ``raise``: return the first, with the rest in ``others``."""
+    # By identity: an error may also be among the others of an earlier one.
+    _, *rest = dict.fromkeys(each for error in errors for each in error.problems())
+    errors[0].others = tuple(rest)
+    return errors[0]
+
+
+def join(*parts: str) -> str:
+    """The parts of a message that are not empty, separated by semicolons."""
+    return "; ".join(part for part in parts if part)
 
 
 def meant(name: object, known: Iterable[str]) -> str:
-    """``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
+    """Make ``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
     near = difflib.get_close_matches(str(name), list(known), n=1) if name else []
     return f"did you mean {near[0]!r}?" if near else ""
 
@@ -77,13 +83,13 @@ def meant(name: object, known: Iterable[str]) -> str:
 
 
 class ConfigError(FluxMoEError):
-    """A key of the configuration, or an argument, has a value that cannot be used."""
+    """A configuration key or an argument has an invalid value."""
 
     code = "FM101"
 
 
 class BudgetTooSmallError(ConfigError):
-    """The memory budget cannot hold the least that experts and KV cache need."""
+    """The memory budget cannot hold the minimum that experts and KV cache need."""
 
     code = "FM102"
 
@@ -104,12 +110,12 @@ class UnknownPolicyError(FluxMoEError):
 
 
 def _known(what: str, name: str, known: Iterable[str], broken: Mapping[str, str] | None) -> str:
-    """List the known names, and the plugins that failed to load and may define the unknown one."""
+    """List the known names, and the broken plugins that may define the unknown one."""
     names = sorted(known)
-    parts = list(filter(None, [meant(name, names), f"known {what}: {', '.join(names)}"]))
+    parts = [meant(name, names), f"known {what}: {', '.join(names)}"]
     for plugin, reason in (broken or {}).items():
         parts.append(f"the installed plugin {plugin} is broken: {reason}")
-    return "; ".join(parts)
+    return join(*parts)
 
 
 class PluginLoadError(FluxMoEError):
@@ -119,16 +125,16 @@ class PluginLoadError(FluxMoEError):
 
 
 class PolicyFaultError(FluxMoEError):
-    """A policy raised or returned an unusable answer under ``--strict-policies``.
+    """A policy raised or returned an invalid answer, and faults are not contained.
 
-    In every mode: its ``score_kernel`` does not compile, or ``make_kernel`` takes too long.
+    In any mode: its ``score_kernel`` does not compile, or ``make_kernel`` takes too long.
     """
 
     code = "FM203"
 
 
 class NeedsFutureError(FluxMoEError):
-    """An oracle policy was requested where the future is not known."""
+    """An oracle policy was requested where the future is unknown."""
 
     code = "FM204"
 
@@ -137,19 +143,19 @@ class NeedsFutureError(FluxMoEError):
 
 
 class SubstrateError(FluxMoEError):
-    """The operating system or the driver refused to reserve, create, commit or release memory."""
+    """The operating system or the driver failed to reserve, create, commit or release memory."""
 
     code = "FM301"
 
 
 class OutOfFramesError(FluxMoEError):
-    """A tenant asked for more frames than the budget has free."""
+    """A tenant requested more frames than the budget has free."""
 
     code = "FM302"
 
 
 class InvariantError(FluxMoEError):
-    """The accounts contradict themselves or the memory: a bug in FluxMoE, please report it."""
+    """The books contradict themselves or the memory: a bug in FluxMoE, please report it."""
 
     code = "FM303"
 
@@ -161,13 +167,13 @@ class StoreError(FluxMoEError):
 
 
 class CodecError(StoreError):
-    """The data given to a lossless codec to decode is damaged or of another format."""
+    """Data for a lossless codec to decode is damaged or has another format."""
 
     code = "FM305"
 
 
 class PageFileError(StoreError):
-    """A page file cannot be written or read, is damaged, or holds other pages."""
+    """A page file cannot be written or read, is damaged, or contains different pages."""
 
     code = "FM307"
 
@@ -184,7 +190,7 @@ class UnknownCodecError(FluxMoEError):
 
 
 class DeviceMemoryError(SubstrateError):
-    """The GPU has no memory left for another frame."""
+    """The GPU is out of memory for another frame."""
 
     code = "FM308"
 
@@ -193,13 +199,13 @@ class DeviceMemoryError(SubstrateError):
 
 
 class NoExpertsError(FluxMoEError):
-    """The model has no MoE layers: there is nothing to page."""
+    """The model has no MoE layers, so there is nothing to page."""
 
     code = "FM401"
 
 
 class UnsupportedError(FluxMoEError):
-    """An architecture, a feature or a device that FluxMoE does not handle (yet)."""
+    """An architecture, feature or device that FluxMoE does not support (yet)."""
 
     code = "FM402"
 
@@ -211,25 +217,25 @@ class QuantisedError(UnsupportedError):
 
 
 class UnsupportedVersionError(FluxMoEError):
-    """A version of the engine outside the range FluxMoE was tested with."""
+    """An engine version outside the range that FluxMoE was tested with."""
 
     code = "FM403"
 
 
 class MissingDependencyError(FluxMoEError):
-    """An optional package that this command needs is not installed."""
+    """A required optional package is not installed."""
 
     code = "FM404"
 
 
 class EngineError(FluxMoEError):
-    """The inference engine failed to start or to answer."""
+    """The inference engine failed to start or to respond."""
 
     code = "FM405"
 
 
 class CheckpointError(FluxMoEError):
-    """A model's files are missing, damaged or cut off, or lack experts."""
+    """A model's files are missing, damaged or truncated, or lack experts."""
 
     code = "FM406"
 

@@ -1,4 +1,4 @@
-"""Collection of independent checks, so that a user sees all problems at once."""
+"""Results of independent checks, so that users see all problems at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fluxmoe.errors import FluxMoEError, together
 
 
 class Findings:
-    """Errors and notes of checks that do not stop one another.
+    """Errors and notes collected from independent checks.
 
     Attributes:
         errors: Problems that would make a start fail.
@@ -22,18 +22,18 @@ class Findings:
 
     @contextmanager
     def check(self) -> Iterator[None]:
-        """A context that records an error of FluxMoE raised in it, and goes on behind it."""
+        """Return a context that records a FluxMoE error raised in it and continues after it."""
         try:
             yield
         except FluxMoEError as error:
             self.errors += error.problems()
 
     def extend(self, others: Findings) -> None:
-        """Append the findings of other checks."""
+        """Append other findings."""
         self.errors += others.errors
         self.notes += others.notes
 
     def require(self) -> None:
-        """Raise the errors found as one (``errors.together``); nothing if there is none."""
+        """Raise the collected errors as one (``errors.together``), if any."""
         if self.errors:
             raise together(self.errors)

@@ -1,4 +1,4 @@
-"""The hooks of a plugin. They run once, at start-up, and only register factories."""
+"""The hooks of a plugin, which run once at startup and only register factories."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
-if TYPE_CHECKING:  # for the annotations alone it would double the time of `import fluxmoe`
+if TYPE_CHECKING:  # importing it just for annotations would double the time of `import fluxmoe`
     from pydantic import BaseModel
 
-#: Version of these hooks, the contracts and the data they may read. It is raised when a change
+#: Version of these hooks, the contracts and the data they may read. Incremented when a change
 #: breaks conforming plugins; docs/plugins/compatibility.md describes the procedure.
 PLUGIN_API = 1
-#: Oldest version that still works; a plugin for a version between the two loads with a warning.
+#: Oldest version that still works; plugins for versions before the current load with a warning.
 OLDEST_PLUGIN_API = 1
 
 hookspec = pluggy.HookspecMarker("fluxmoe")
@@ -43,4 +43,4 @@ def fluxmoe_register_policies(register: Register) -> None:
 
 @hookspec
 def fluxmoe_register_codecs(register: Register) -> None:
-    """Register lossless codes by calling ``register(name, factory, config_model=None)``."""
+    """Register lossless codecs by calling ``register(name, factory, config_model=None)``."""

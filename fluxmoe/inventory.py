@@ -1,6 +1,6 @@
-"""Experts that a checkpoint must have; engines do not notice missing ones.
+"""Check that a checkpoint has all its experts; engines do not notice missing ones.
 
-They load the existing weights into uninitialised memory and compute with whatever the rest holds.
+They load the existing weights into uninitialised memory and compute with garbage for the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ EXPERTS = (
     "num_moe_experts",
 )
 
+#: Keys for the number of experts per token.
+TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"),
+    "moe_k",
+)
+
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.*)")
 #: ``mlp.experts.7.up_proj.weight``, quantised or not. Scales and biases are excluded elsewhere.
 _ONE = re.compile(
@@ -37,7 +43,7 @@ _ROUTER = re.compile(r".*\.(?:gate|router)(?:\.\w+)*\.weight")
 
 
 class ExpertTensor(NamedTuple):
-    """The name of a tensor with weights of experts, such as ``mlp.experts.7.up_proj.weight``.
+    """Parsed name of a tensor with expert weights, such as ``mlp.experts.7.up_proj.weight``.
 
     ``expert`` is None if the tensor has all experts of its layer.
     """
@@ -51,12 +57,12 @@ class ExpertTensor(NamedTuple):
 
     @property
     def owner(self) -> str:
-        """Name of the module that has the experts."""
+        """Name of the module that contains the experts."""
         return f"{self.stack}.{self.layer}.{self.path.removesuffix('.experts')}"
 
 
 def expert_tensor(name: str, dimensions: int) -> ExpertTensor | None:
-    """Parse a tensor's name; None if the tensor has no weights of experts."""
+    """Parse a tensor's name; None if it has no expert weights."""
     at = _LAYER.fullmatch(name)
     if at is None or _NO_WEIGHT.search(at["rest"]):
         return None
@@ -71,11 +77,11 @@ def expert_tensor(name: str, dimensions: int) -> ExpertTensor | None:
 
 
 class _Place(NamedTuple):
-    """The experts of a stack of layers: ``model.layers``, ``mlp.experts``."""
+    """Location of experts in a stack of layers: ``model.layers``, ``mlp.experts``."""
 
     stack: str
     path: str
-    #: True for layers after the last one, which belong to speculative decoding.
+    #: True for layers beyond the last one, which belong to speculative decoding.
     beyond: bool
 
 
@@ -83,7 +89,7 @@ class _Place(NamedTuple):
 class _Layer:
     """The experts found in one layer."""
 
-    #: Part → experts that have a separate tensor for it.
+    #: Part → experts with a separate tensor for it.
     each: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     #: Part → number of experts in the fused tensor.
     fused: dict[str, int] = field(default_factory=dict)
@@ -96,7 +102,7 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Found:
-    """The experts of a checkpoint, and the other tensors of its layers."""
+    """The experts of a checkpoint and the other tensors of its layers."""
 
     layers: dict[_Place, dict[int, _Layer]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(_Layer))
@@ -109,16 +115,16 @@ class _Found:
 
 
 def require_experts(tensors: Shapes, config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a checkpoint that lacks experts its layers must have.
+    """Reject a checkpoint that lacks experts its layers must have.
 
-    The number of experts comes from ``config.json``, else from the largest index found. The tensors
-    show which layers have experts: a layer without any must have other tensors in their place that
-    layers with experts do not have. Every expert must have the same parts.
+    The number of experts comes from ``config.json``, else from the largest index found. Layers with
+    experts are recognised by their tensors: a layer without any must instead have tensors that
+    layers with experts lack. Every expert must have the same parts.
 
     Layers in other stacks, or beyond ``num_hidden_layers``, are compared only with each other.
 
     Raises:
-        CheckpointError: Names the layer and the expert.
+        CheckpointError: An expert is missing; gives the layer and the expert.
     """
     depth = config.get("num_hidden_layers")
     found = _sorted(tensors, depth if isinstance(depth, int) else 1 << 30)
@@ -153,7 +159,7 @@ def _sorted(tensors: Shapes, depth: int) -> _Found:
 def _problems(
     found: _Found, main: str, tensors: Shapes, config: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Describe what is missing, layer by layer; the caller needs only the first."""
+    """Yield descriptions of missing experts, layer by layer; the caller needs only the first."""
     if not found.layers:
         yield from _nothing(tensors, config)
     for place, layers in sorted(found.layers.items()):
@@ -174,6 +180,8 @@ def _problems(
                 if rows != count:
                     told = "config.json says" if said else "other layers have"
                     yield f"{head}.{part} has {rows} experts, {told} {count}"
+            if said and layer.each and layer.count > said:
+                yield f"{head} has {layer.count} experts, config.json says {said}"
             for expert in range(count):
                 for part in parts:
                     if part not in layer.fused and expert not in layer.each.get(part, ()):
@@ -181,8 +189,23 @@ def _problems(
                         yield f"{head}{number}.{part}{found.ends[place, part]} is missing"
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """True if a ``config.json`` mentions several experts, under any key and at any depth."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and has_experts(value):
+            return True
+        if (
+            "expert" in str(key)
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and value > 1
+        ):
+            return True
+    return False
+
+
 def _nothing(tensors: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
-    """Report routers in a checkpoint that has no tensors which could be experts."""
+    """Report routers in a checkpoint without any tensors that could be experts."""
     for name, shape in tensors.items():
         if "expert" in name.replace("shared_expert", "") or (len(shape) > 2 and "conv" not in name):
             return
@@ -193,10 +216,10 @@ def _nothing(tensors: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _count(config: Mapping[str, Any], layer: int) -> int:
-    """Number of experts of a layer according to ``config.json``; 0 if it is not given."""
+    """Number of experts in a layer according to ``config.json``; 0 if not given."""
     for key in EXPERTS:
         value = config.get(key)
-        if isinstance(value, list):  # one number per layer; or per modality, which is of no use
+        if isinstance(value, list):  # one number per layer, or per modality, which does not help
             value = value[layer] if len(value) == config.get("num_hidden_layers") else None
         if isinstance(value, int) and value:
             return value

@@ -1,8 +1,9 @@
-"""Memory, shared memory and cores of the machine, within the limits of this process's container."""
+"""Memory, shared memory and cores available to this process, within its container's limits."""
 
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from fluxmoe.errors import ConfigError
 
-#: The file system's root, under which ``/proc`` and ``/sys`` are read.
+#: File system root, under which ``/proc`` and ``/sys`` are read.
 ROOT = Path("/")
 
 
@@ -19,8 +20,8 @@ class MemoryRoom:
     """Memory that this process may use, in bytes.
 
     Attributes:
-        total, available: Size, and what can be allocated without swapping.
-        limit: The cgroup that limits it; empty if the machine does.
+        total, available: Size, and the part that can be allocated without swapping.
+        limit: The limiting cgroup; empty if the machine is the limit.
     """
 
     total: int
@@ -29,9 +30,9 @@ class MemoryRoom:
 
 
 def memory() -> MemoryRoom:
-    """The machine's memory, or the smallest of the process's cgroups (versions 1 and 2).
+    """Memory of the machine or of the process's smallest cgroup (versions 1 and 2).
 
-    A cgroup's page cache counts as available, as the kernel gives it up on demand.
+    A cgroup's page cache counts as available, because the kernel reclaims it on demand.
     """
     import psutil
 
@@ -50,7 +51,7 @@ def memory() -> MemoryRoom:
 
 
 def shared_memory() -> int | None:
-    """Free bytes of ``/dev/shm``, through which processes exchange data; None if it is missing."""
+    """Free bytes of ``/dev/shm``, used to exchange data between processes; None if missing."""
     try:
         found = os.statvfs(ROOT / "dev/shm")
     except OSError:
@@ -59,16 +60,16 @@ def shared_memory() -> int | None:
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes of the file system that ``folder`` is on or would be created on."""
+    """Free bytes of the file system on which ``folder`` is, or would be created."""
     found = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
     return found.f_bavail * found.f_frsize
 
 
 def require_writable(folder: Path, *, where: str, fix: str) -> None:
-    """Create ``folder`` if it is missing, and write to it.
+    """Create ``folder`` if missing, and check that it is writable.
 
     Raises:
-        ConfigError: The system refuses; with this ``where`` and ``fix``.
+        ConfigError: It is not; with this ``where`` and ``fix``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,11 +82,20 @@ def require_writable(folder: Path, *, where: str, fix: str) -> None:
 
 
 def in_memory(folder: Path) -> bool:
-    """True if ``folder`` is, or would be created, on a file system that is kept in memory."""
+    """True if ``folder`` is, or would be created, on an in-memory file system."""
     where = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
     kinds = {Path(mount): kind for _, mount, kind, _ in _mounts()}
     kind = next((kinds[path] for path in (where, *where.parents) if path in kinds), "")
     return kind in ("tmpfs", "ramfs")
+
+
+def processor() -> str:
+    """Processor name according to the kernel; its architecture if there is none."""
+    for line in _lines(ROOT / "proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.machine()
 
 
 def cores() -> int:
@@ -94,7 +104,7 @@ def cores() -> int:
 
 
 def _cgroups() -> Iterator[Path]:
-    """Folders of the memory cgroups of this process, from its own to the outermost visible one."""
+    """Folders of this process's memory cgroups, from its own to the outermost visible one."""
     own: dict[str, str] = {}
     for line in _lines(ROOT / "proc/self/cgroup"):
         number, controllers, path = line.split(":", 2)
@@ -106,7 +116,7 @@ def _cgroups() -> Iterator[Path]:
         if kind not in own or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         top = ROOT / mount.lstrip("/")
-        # In a container the mount may show only the container's own part of the tree.
+        # In a container the mount may show only the container's part of the tree.
         inside = Path(own[kind])
         folder = top / inside.relative_to(root) if inside.is_relative_to(root) else top
         if not folder.is_dir():
@@ -132,7 +142,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(*paths: Path) -> int | None:
-    """The number in the first of these files that exists; None if there is none, or it is "max"."""
+    """Read the number in the first existing file; None if there is none or it is "max"."""
     for path in paths:
         for line in _lines(path):
             return int(line) if line.strip().isdigit() else None

@@ -1,7 +1,7 @@
-"""Sizes in bytes as text, both ways: ``parse`` reads what users write, the others print.
+"""Sizes in bytes as text: ``parse`` reads user input, the other functions print.
 
 YAML, command line, Python and HTTP all use ``parse``, so all accept and refuse the same text.
-Messages and tables show sizes in units by ``shown``; what a user can copy is from ``exact`` or
+Messages and tables show sizes in units by ``shown``; text for users to copy is made by ``exact`` or
 ``at_least``.
 """
 
@@ -13,47 +13,47 @@ from fractions import Fraction
 
 from fluxmoe.words import line
 
-#: A size as text, anchored at both ends; without flags, as the JSON schema uses it too.
+#: A size as text, anchored at both ends. Without flags, because the JSON schema uses it too.
 PATTERN = (
     r"^\s*([0-9]*\.?[0-9]+)\s*"
     r"(([kKmMgGtTpPeE])([iI]?)([bB]([iI][tT])?)?|[bB]([iI][tT])?)?\s*$"
 )
 VALID = "bytes, or a number with a unit such as 24GiB, 512MiB, 24Gi"
-#: Larger than any machine's memory, and fits in 64 bits.
+#: Exceeds any machine's memory and fits in 64 bits.
 LARGEST = 2**63 - 1
 
 _SIZE = re.compile(PATTERN)
 _LONGEST = 64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-#: Characters of a size that need no rounding to be read.
+#: Maximum characters of a size shown without rounding.
 _SHORT = 7
 
 
 def parse(value: object) -> int:
-    """A size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
+    """Parse a size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
 
-    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in either case. With a unit, a
-    remaining fraction of a byte is dropped.
+    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in upper or lower case. With a
+    unit, fractions of a byte are dropped.
 
     Raises:
-        ValueError: One line that says what was found and what is valid.
+        ValueError: Not a valid size; the message is one line.
     """
     size = _text(value) if isinstance(value, str) else _number(value)
     if size is None or size < 0:
         raise _invalid(value)
     if size > LARGEST:
-        raise _invalid(value, ", which is beyond 8EiB")
+        raise _invalid(value, ", which exceeds 8EiB")
     return size
 
 
 def shown(size: float, decimals: int = 1) -> str:
-    """A size for display: 1536 → ``1.5 KiB``."""
+    """Format a size for display: 1536 → ``1.5 KiB``."""
     power = min(max(int(size), 1).bit_length() - 1, 49) // 10
     return f"{size / 1024**power:.{decimals}f} {_UNITS[power]}" if power else f"{size:.0f} B"
 
 
 def apart(one: int, other: int) -> tuple[str, str]:
-    """Two sizes that differ for display, with enough decimals to tell them apart."""
+    """Format two sizes for display, with enough decimals to distinguish them."""
     for decimals in range(1, 4):
         texts = shown(one, decimals), shown(other, decimals)
         if texts[0] != texts[1]:
@@ -62,7 +62,7 @@ def apart(one: int, other: int) -> tuple[str, str]:
 
 
 def exact(size: int) -> int | str:
-    """An exact size as a configuration would write it: 1536 → ``1536``, 2048 → ``2KiB``."""
+    """Format an exact size for a configuration: 1536 → ``1536``, 2048 → ``2KiB``."""
     for power in range(4, 0, -1):
         if size and size % 1024**power == 0:
             return f"{size // 1024**power}{_UNITS[power]}"
@@ -70,7 +70,7 @@ def exact(size: int) -> int | str:
 
 
 def at_least(size: int) -> int | str:
-    """The same, rounded up to a hundredth of its unit unless that is exact: ``12.35MiB``."""
+    """Format a size like ``exact``, but round long ones up to two decimals: ``12.35MiB``."""
     found = exact(size)
     power = (max(size, 1).bit_length() - 1) // 10
     if not power or len(str(found)) <= _SHORT:

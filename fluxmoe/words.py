@@ -1,8 +1,8 @@
-"""Text from policies and plugins, made safe for logs, metrics, JSON and terminals: ``line``.
+"""Sanitising text from policies and plugins for logs, metrics, JSON and terminals: ``line``.
 
-Foreign text may have any length, contain line breaks, control characters or lone surrogates (not
+Such text may have any length, contain line breaks, control characters or lone surrogates (not
 encodable as UTF-8: a single one in a reason would end the thread that encodes an engine's answers),
-or come from a ``__str__`` that fails. It passes through here where it enters FluxMoE.
+or come from a ``__str__`` that raises. It is sanitised here where it enters FluxMoE.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Any
 LIMIT = 500
 
 #: The traceback of an exception, even if its class overrides ``__traceback__``.
-_traceback: Callable[[BaseException], TracebackType | None] = BaseException.__dict__[
+traceback_of: Callable[[BaseException], TracebackType | None] = BaseException.__dict__[
     "__traceback__"
 ].__get__
 #: The name of a class, even if its metaclass overrides ``__name__``.
-_name: Callable[[type], str] = type.__dict__["__name__"].__get__
+class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 
 def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) -> str:
-    """``str`` or ``repr`` of ``value`` as one line of at most ``limit`` printable characters.
+    """Convert ``value`` by ``str`` or ``repr`` to one line of up to ``limit`` printable characters.
 
     Runs of white space become one space, unprintable characters are escaped as in Python, long text
-    is truncated. Never fails; exceptions from a signal handler pass through.
+    is truncated. Never raises, except for exceptions from signal handlers.
     """
     try:
-        # Converted to a plain str: a subclass may override methods, here and further on.
+        # Converted to a plain str: a subclass may override methods used here or later.
         text = str.__str__(value if how is str and isinstance(value, str) else how(value))
     except BaseException as error:  # including SystemExit
         if interrupts(error):
             raise
-        text = f"a {_name(type(value))} that cannot be printed"
+        text = f"a {class_name(type(value))} that cannot be printed"
     if len(text) <= limit and text.isprintable() and "  " not in text:
         return text
-    # Only slightly more than is shown is read, however long the text is.
+    # Read only slightly more than is shown, since the text may be very long.
     words = text[: 4 * limit].split()
     shown = "".join(c if c.isprintable() else _escaped(c) for c in " ".join(words))
     return shown if len(shown) <= limit and len(text) <= 4 * limit else shown[: limit - 1] + "…"
@@ -47,20 +47,20 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
 
 def raised(error: BaseException) -> str:
     """An exception as ``line``: its type and message."""
-    return line(error, lambda error: f"{_name(type(error))}: {line(error)}")
+    return line(error, lambda error: f"{class_name(type(error))}: {line(error)}")
 
 
 def interrupts(error: BaseException) -> bool:
-    """True for Ctrl-C, and if a signal handler raised ``error`` while a policy ran: not its fault.
+    """True for Ctrl-C, and if a signal handler raised ``error`` while a policy was running.
 
-    Its ``__class__`` and ``__traceback__`` may be the policy's code, and are not looked at.
+    ``__class__`` and ``__traceback__`` are not read: they may be the policy's code.
     """
     if issubclass(type(error), KeyboardInterrupt):
         return True
     handlers = {
         getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()
     } - {None}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(_traceback(error)))
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(traceback_of(error)))
 
 
 def _escaped(character: str) -> str:

@@ -1,10 +1,15 @@
-"""The command line as a user meets it, in this process or in one of its own."""
+"""The command line, in this process or a separate one."""
 
+import contextlib
+import fcntl
 import io
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -15,25 +20,52 @@ from fluxmoe.cli import main
 ROOT = Path(__file__).parents[1]
 
 
+#: Printed by whichever process is the first to need the machine code.
+COMPILING = re.compile(r"^compiling FluxMoE's inner loops, .*\n", re.MULTILINE)
+
+
 def command(*arguments, program="from fluxmoe.cli import main; main()"):
-    """A process of its own."""
-    return subprocess.run(
+    """Run a command in a separate process."""
+    done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
     )  # fmt: skip
+    done.stderr = COMPILING.sub("", done.stderr)
+    return done
+
+
+def terminal(*arguments, columns=80, program="from fluxmoe.cli import main; main()", **environment):
+    """Run a command on a terminal of the given width; return its output without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment}
+    surroundings.pop("COLUMNS", None)
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=theirs, stderr=subprocess.DEVNULL, env=surroundings,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal's output
+            while more := os.read(ours, 1 << 16):
+                shown += more
+        os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+    return subprocess.CompletedProcess(arguments, process.returncode, text, "")
 
 
 def here(*arguments):
-    """The same in this process, which is quicker."""
+    """Run a command in this process, which is faster."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_:
         main([str(argument) for argument in arguments])
-    return subprocess.CompletedProcess(arguments, exit_.value.code, out.getvalue(), err.getvalue())
+    said = COMPILING.sub("", err.getvalue())
+    return subprocess.CompletedProcess(arguments, exit_.value.code, out.getvalue(), said)
 
 
 def synth(**options):
-    """The beginning of a command line."""
+    """The beginning of a ``trace synth`` command line."""
     yield from ("trace", "synth")
     for name, value in options.items():
         yield from (f"--{name.replace('_', '-')}", str(value))
@@ -46,7 +78,7 @@ def succeeds(*arguments, run=here):
 
 
 def fails(*arguments, code, message, run=here):
-    """A FluxMoE error: one line on stderr, nothing on stdout, no traceback, exit code 2."""
+    """Assert a FluxMoE error: one line on stderr, nothing on stdout, no traceback, exit code 2."""
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert re.match(rf"error\[{code}\]: .*{message}", done.stderr), done.stderr

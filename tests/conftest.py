@@ -1,5 +1,4 @@
-"""Shared by all tests: how Hypothesis runs, in which order files start, the identity matrix at
-the end of the output."""
+"""Shared by all tests: Hypothesis profiles, the order of files, the identity matrix's summary."""
 
 import os
 from pathlib import Path
@@ -28,7 +27,7 @@ LONGEST = (
     "vllm/test_move_faults.py",
     "torch/test_identity.py",
     "vllm/test_errors.py",
-    "docs/test_tutorial.py",
+    "docs/test_first_hour.py",
     "torch/test_compiled.py",
     "vllm/test_serve.py",
     "torch/test_faulty_policies.py",
@@ -50,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The cells that tests have run, counted: `identity` among their properties is one each."""
+    """Count the cells that tests have run: each has a property `identity`."""
     rows = [
         value
         for outcome in ("passed", "failed")

@@ -1,4 +1,4 @@
-"""Two ways to fork: Python's, and one that Python does not see."""
+"""Two ways to fork: Python's, and one that bypasses Python."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _fork: Callable[[], int] = ctypes.PyDLL(None).fork
 def c_fork() -> int:
     """Fork as a C library would, without Python's hooks for it.
 
-    The child has no other threads. If one of them had asked for the GIL before the fork, the child
-    would hand it over and wait for ever, so none asks while this runs.
+    The child has no other threads. If one of them had requested the GIL before the fork, the child
+    would hand it over and wait forever, so none may request it meanwhile.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(3600)

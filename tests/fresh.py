@@ -1,4 +1,4 @@
-"""A clean environment with wheels of this checkout; nothing is downloaded."""
+"""A clean environment with wheels of this checkout, without downloads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _OFFLINE = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Nothing of the checkout, and no plugins left out."""
+    """Environment variables without the checkout and without a plugin allow-list."""
     hidden = ("PYTHONPATH", "FLUXMOE_PLUGINS", "PYTEST_ADDOPTS")
     return {**{name: value for name, value in os.environ.items() if name not in hidden}, **more}
 
 
 def do(*command: object, cwd: Path) -> str:
-    """Run a command there; what it prints. Fails with its output if it fails."""
+    """Run a command there and return its output; on failure, raise with its output."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -35,14 +35,14 @@ def do(*command: object, cwd: Path) -> str:
 
 
 def build(folder: Path, projects: Sequence[Path]) -> list[Path]:
-    """Wheels of projects."""
+    """Build wheels of projects."""
     pip = sys.executable, "-m", "pip", "wheel", *_OFFLINE, "--no-build-isolation"
     do(*pip, "--wheel-dir", folder, *projects, cwd=folder)
     return sorted(folder.glob("*.whl"))
 
 
 def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Path:
-    """A virtual environment that has the wheels, and all else from this one; its interpreter."""
+    """Make a virtual environment with the wheels, and the rest from this one; return its Python."""
     venv.create(home, with_pip=with_pip)
     python = home / "bin" / "python"
     do(sys.executable, "-m", "pip", "--python", python, "install", *_OFFLINE, *wheels, cwd=home)
@@ -56,9 +56,9 @@ def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Pa
 
 
 def take_machine_code(site: Path) -> None:
-    """Spare the wheel the minute in which numba makes again what it has made for the checkout.
+    """Reuse numba's machine code of the checkout for the wheel, to save a minute of compilation.
 
-    It knows a source by its time and size, and so the same source gets the same time.
+    Numba identifies a source by modification time and size, so the times are copied.
     """
     for source in (ROOT / "fluxmoe").rglob("*.py"):
         copy = site / source.relative_to(ROOT)

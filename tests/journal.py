@@ -1,11 +1,11 @@
-"""A run of the whole suite that can be interrupted, continued and split: ``make test-full``.
+"""Running the whole suite with interruption, continuation and sharding: ``make test-full``.
 
     pytest -p tests.journal --journal FOLDER [--shard K/N]
     python -m tests.journal FOLDER
 
-Every test that passes is noted in FOLDER, which belongs to one commit; the next run leaves it out.
-Shard K of N takes each N-th file. Shards may share the folder, or have theirs copied together. The
-command prints FOLDER as a table and fails unless every test of the suite has passed or was skipped.
+Passed tests are recorded in FOLDER, which belongs to one commit, and omitted by the next run. Shard
+K of N takes each N-th file. Shards may share the folder, or have theirs merged. The command prints
+FOLDER as a table and fails unless every test of the suite has passed or was skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Journal:
-    """Leaves out tests that have passed, and notes those that pass or are skipped."""
+    """Omits tests that have passed, and records those that pass or are skipped."""
 
     def __init__(self, config: pytest.Config) -> None:
         folder: Path = config.getoption("journal")
@@ -61,7 +61,7 @@ class Journal:
         items[:] = left
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note the outcome after the tear-down, which may fail, too."""
+        """Record the outcome after the teardown, which may fail as well."""
         if not self._writes:
             return
         if report.when == "setup":
@@ -82,12 +82,12 @@ class Journal:
 
 
 def read(folder: Path) -> dict[str, str]:
-    """Test → ``passed`` or ``skipped``, of all shards."""
+    """Read the outcomes of all shards: test → ``passed`` or ``skipped``."""
     return {row["test"]: row["outcome"] for row in _rows(folder) if "test" in row}
 
 
 def table(folder: Path) -> tuple[list[str], list[str]]:
-    """The lines of a table, one per folder of tests, and the tests that have not passed."""
+    """Make table lines, one per folder of tests, and list the tests that have not passed."""
     outcomes = read(folder)
     collected = {test for row in _rows(folder) for test in row.get("collected", ())}
     counts: Counter[tuple[str, str]] = Counter()
@@ -110,7 +110,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """K and N of ``K/N``, from a command line."""
+    """Parse ``K/N`` from a command line."""
     number, _, of = text.partition("/")
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise argparse.ArgumentTypeError(f"not K/N with 1 <= K <= N: {text!r}")

@@ -1,4 +1,4 @@
-"""What the tests of recordings compare: policies, counters, rows."""
+"""Shared by tests of recordings: policies, counters, rows."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ COUNTERS = ("events", "accesses", "hits", "misses", "evictions", "released", "pr
 
 
 def table(path: Path) -> list[dict]:
-    """The rows of a trace."""
+    """Read the rows of a trace."""
     return pq.ParquetFile(path).read().to_pylist()

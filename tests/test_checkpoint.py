@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is seen before anything tries to load it."""
+"""Problems of a checkpoint are detected before loading it (A3, A9)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import fluxmoe
 from fluxmoe import config
 from fluxmoe import dimensions as plan
 from fluxmoe.backends.vllm.server import preflight
-from fluxmoe.checkpoint import downloaded, require_readable
+from fluxmoe.checkpoint import downloaded, expert_tensors, require_readable, weight_bytes
 from fluxmoe.errors import CheckpointError
 from fluxmoe.inventory import require_experts
 from fluxmoe.testing import checkpoints
@@ -71,12 +71,12 @@ def test_damaged_weights(model: Path, damage: Damage) -> None:
     require_readable(str(model))
     damage(model / WEIGHTS)
     error = refused(model)
-    assert "damaged or cut off" in error.what
+    assert "damaged or truncated" in error.what
     assert error.where == str(model / WEIGHTS)
 
 
 def test_an_expert_that_is_missing(model: Path) -> None:
-    """vLLM loads such a file and computes with what the memory happened to hold."""
+    """vLLM loads such a file and computes with uninitialised memory."""
     tensors = load_file(model / WEIGHTS)
     del tensors[EXPERT]
     save_file(tensors, model / WEIGHTS)
@@ -100,7 +100,7 @@ def test_files_in_shards(model: Path) -> None:
 
     (model / INDEX).write_text(json.dumps({"weight_map": {**weight_map, "more": "a.safetensors"}}))
     error = refused(model)
-    assert "it has no more, which" in error.what
+    assert "more is missing, but listed in" in error.what
     assert error.where == str(model / "a.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (model / "b.safetensors").unlink()
@@ -111,6 +111,48 @@ def test_files_in_shards(model: Path) -> None:
     assert "no weight_map" in refused(model).what
     (model / INDEX).unlink()
     assert "is missing" in refused(model).what  # half of the experts, and nothing says so
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a3_other_files_of_weights_do_not_count(model: Path, indexed: bool) -> None:
+    """Mistral's ``consolidated.safetensors``, a left-over shard, a tensor that is in two shards."""
+    before = read(model), weight_bytes(str(model)), sorted(survey(model))
+    if indexed:
+        tensors = load_file(model / WEIGHTS)
+        names = sorted(tensors)
+        shards = {"a.safetensors": names[: len(names) // 2 + 3], "b.safetensors": names[9:]}
+        for file, part in shards.items():
+            save_file({name: tensors[name] for name in part}, model / file)
+        (model / WEIGHTS).unlink()
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        shutil.copy(model / "a.safetensors", model / "consolidated.safetensors")
+    else:
+        shutil.copy(model / WEIGHTS, model / "consolidated.safetensors")
+    require_readable(str(model))
+    assert read(model) == before[0]
+    assert sorted(survey(model)) == before[2]
+    if not indexed:
+        assert weight_bytes(str(model)) == before[1]
+
+
+def survey(model: Path) -> Iterator[tuple[object, ...]]:
+    for name, dtype, shape, data in expert_tensors(model):
+        yield str(name), dtype, tuple(shape), data.tobytes()
+
+
+def read(model: Path) -> object:
+    return plan.of_checkpoint(model)
+
+
+def test_a3_several_files_without_an_index(model: Path) -> None:
+    (model / WEIGHTS).rename(model / "a.safetensors")
+    require_readable(str(model))
+    shutil.copy(model / "a.safetensors", model / "b.safetensors")
+    error = refused(model)
+    assert "there are 2 files of weights, but no model.safetensors.index.json" in error.what
+    with pytest.raises(CheckpointError, match="2 files of weights"):
+        weight_bytes(str(model))
 
 
 #: Architecture → where its experts are, how many, and their parts.
@@ -129,7 +171,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def changed(model: Path, into: Path, change: Callable[[Tensors], object]) -> Path:
-    """A checkpoint whose tensors were changed, and nothing else."""
+    """Copy a checkpoint with changed tensors."""
     shutil.copytree(model, into)
     tensors = {
         name: tensor
@@ -160,7 +202,7 @@ def test_whole_checkpoints(architecture: str, originals: Callable[[str], Path]) 
 def test_experts_that_config_json_promises(
     architecture: str, originals: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Layers are numbered from 0; the first one of two of these is dense."""
+    """Layers are numbered from 0; two of these models have a dense first layer."""
     path, count, parts = PLACES[architecture]
     whole, layer = originals(architecture), rf"model\.layers\.2\.{path}"
     head = f"model.layers.2.{path}"
@@ -190,7 +232,7 @@ def test_experts_that_config_json_promises(
 
 
 def fused(tensors: Tensors) -> None:
-    """The experts of each layer in two tensors."""
+    """Fuse the experts of each layer into two tensors."""
     names = [name for name in tensors if ".experts." in name]
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name in names:
@@ -247,7 +289,7 @@ def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path)
 
 
 def judged(tensors: dict[str, tuple[int, ...]], **config: object) -> str:
-    """What is said of these tensors; nothing if they will do."""
+    """Return the error for these tensors; empty if they are valid."""
     try:
         require_experts(tensors, {"num_hidden_layers": 4, "num_experts": 4, **config}, where="")
     except CheckpointError as error:
@@ -306,9 +348,9 @@ LATER = {name: shape for name, shape in MOE.items() if "layers.0." not in name}
               ("gate_up_proj_bias", (4, 8)), ("down_proj", (4, 8, 8)))},
             {},
         ),
-        # Whatever is 3-dimensional and no expert.
+        # 3-dimensional tensors that are not experts.
         (MOE | {f"model.layers.{i}.linear_attn.conv1d.weight": (32, 1, 4) for i in range(4)}, {}),
-        # A dense model whose config.json speaks of experts, and names that nobody knows.
+        # A dense model whose config.json mentions experts, and unknown names.
         ({n: s for i in range(4) for n, s in layer(i, "mlp.down_proj.weight").items()}, {}),
         ({n: s for i in range(4) for n, s in layer(i, "ffn.experts.mlp.w1").items()}, {}),
     ],
@@ -352,7 +394,7 @@ def test_other_formats_are_left_to_the_engine(model: Path) -> None:
     ("text", "what"),
     [
         ("{nonsense", "not valid JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("{}", "no model_type"),
         (None, "no config.json"),
     ],
@@ -370,7 +412,7 @@ def test_names(model: Path) -> None:
     assert refused(model / "config.json").what == "it is a file"
     for wrong in (f"{model}x", "./nothing", "~/nothing", "a/b/c", "two words"):
         assert refused(wrong).what == "no such folder"
-    require_readable("Qwen/Qwen3-30B-A3B")  # whoever loads it looks on the hub
+    require_readable("Qwen/Qwen3-30B-A3B")  # looked up on the hub when loaded
     require_readable("gpt2")
 
 
@@ -388,7 +430,7 @@ def test_names_that_have_been_downloaded(pristine: Path, tmp_path: Path) -> None
 
 
 def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) -> None:
-    """Before an engine starts, whoever starts it, and whatever vLLM reads the files with."""
+    """Before an engine starts, with every way to start it and every load format of vLLM."""
     lacking = without(r"layers\.1\.mlp\.experts\.15\.")
     model = str(changed(originals("qwen3-moe"), tmp_path / "model", lacking))
     said = r"model\.layers\.1\.mlp\.experts\.15\.down_proj\.weight is missing"

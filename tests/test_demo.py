@@ -1,4 +1,4 @@
-"""``fluxmoe demo``, as its user runs it."""
+"""``fluxmoe demo`` from the command line."""
 
 from __future__ import annotations
 

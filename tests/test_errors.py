@@ -1,4 +1,4 @@
-"""Errors: the code in every text, several problems in one, names that were meant (B4, B6)."""
+"""Errors: the code in every text, several problems in one, suggested names (B4, B6)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import traceback
 import pytest
 
 from fluxmoe import errors
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 from fluxmoe.errors import CheckpointError, ConfigError, UnknownPolicyError, meant, together
 
 CLASSES = [
@@ -50,6 +50,7 @@ def test_b6_several_problems_travel_together(capsys):
         assert str(error) == "FM101: a; x\nFM406: b\nFM101: c; d"
     output.print_error(both)
     assert capsys.readouterr().err == "error[FM101]: a; x\nerror[FM406]: b\nerror[FM101]: c; d\n"
+    assert together(both.problems()).problems() == both.problems()
     assert together([ConfigError("alone")]).problems()[0].others == ()
 
 

@@ -1,4 +1,4 @@
-"""Everything in ``examples`` runs as it is, and is in the list there."""
+"""All examples run unchanged and are in the list."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WITH_VLLM = ["vllm_offline.py"]
 
 
 def do(*command: str) -> str:
-    """Run from the root of the checkout, as the list there says."""
+    """Run an example from the root of the checkout, as described in the list."""
     done = subprocess.run(
         command,
         cwd=ROOT,

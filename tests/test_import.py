@@ -1,4 +1,4 @@
-"""``import fluxmoe`` is light: a plugin or a script pays for what it uses."""
+"""``import fluxmoe`` is light: plugins and scripts import only what they use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEAVY = ("llvmlite", "numba", "prometheus_client", "psutil", "pyarrow", "pydanti
 
 
 def imported(program: str) -> tuple[set[str], dict[str, int]]:
-    """Packages that a fresh interpreter has after a program, and microseconds spent on each."""
+    """Run a program in a fresh interpreter; return imported packages and µs spent on each."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", f"{program}; import sys; print(*sys.modules)"],
         capture_output=True,

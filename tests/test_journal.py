@@ -1,4 +1,4 @@
-"""``make test-full``: what has passed is not run again; shards take each test once."""
+"""``make test-full``: passed tests are not run again; shards run each test once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def run(project: Path, *options: str) -> tuple[int, str]:
-    """A run of the project's suite with the journal; exit code and last line."""
+    """Run the project's suite with the journal; return exit code and last line."""
     plugins = ["-p", "tests.journal", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-q", *plugins, "--journal", "journal", *options]
     done = subprocess.run(

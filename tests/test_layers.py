@@ -1,8 +1,7 @@
-"""The contracts on imports forbid what the design forbids, and the package has its shape.
+"""The import contracts forbid everything that the design forbids; the package has its structure.
 
-Import-linter reads a graph of imports. Here imports that break the design are added to copies of
-that graph, one to each, and the contract that speaks of it must notice; the last test writes one
-to disk.
+Import-linter reads a graph of imports. Here imports that violate the design are added to copies of
+that graph, one to each, and the corresponding contract must fail; the last test writes one to disk.
 """
 
 from __future__ import annotations
@@ -49,9 +48,11 @@ PACKAGES = (
     ("backends", "sim", "observe"),
     ("plugins", "trace", "cuda"),
     ("policies", "stores", "config", "draw"),
+    ("dimensions",),
     ("hookspecs", "checkpoint"),
     ("inventory",),
     ("core",),
+    ("arguments", "caches", "findings", "machine"),
     ("sizes",),
     ("errors",),
     ("words",),
@@ -82,7 +83,7 @@ def contracts() -> dict[str, Any]:
 
 @pytest.fixture
 def kept(graph, contracts):
-    """Whether a contract still holds when one module imports one other."""
+    """True if the contracts still hold when one module imports another."""
 
     def check(contract: str, importer: str, imported: str) -> bool:
         probed = copy.deepcopy(graph)
@@ -96,7 +97,7 @@ def kept(graph, contracts):
 
 
 def probe_in(folder: str) -> str:
-    """A module in ``fluxmoe.folder``, or the module itself."""
+    """Get a module in ``fluxmoe.folder``, or the module itself."""
     path = PACKAGE / folder.replace(".", "/")
     return f"fluxmoe.{folder}.probe" if path.is_dir() else f"fluxmoe.{folder}"
 
@@ -210,7 +211,7 @@ def test_files_of_the_core_are_short_enough_to_be_read():
 
 
 def test_no_class_name_is_used_twice() -> None:
-    """A name means one thing: who searches for it finds one class."""
+    """Names are unique, so that searching for one finds one class."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in PACKAGE.rglob("*.py"):
         if "templates" not in path.parts:

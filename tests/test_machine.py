@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file system whose machine has 24 GiB, 20 of them free."""
+    """A file system root of a machine with 24 GiB, 20 of them free."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     found = SimpleNamespace(total=24 * GIB, available=20 * GIB)
     monkeypatch.setattr("psutil.virtual_memory", lambda: found)
@@ -34,7 +34,7 @@ def write(path: Path, text: object) -> None:
 
 
 def in_cgroup(root: Path, version: int, own: str, mounted: str = "/") -> Path:
-    """Describe this process's memory cgroup; returns the folder on which the tree is mounted."""
+    """Fake this process's memory cgroup; return the mount point of the tree."""
     controller, kind, option = {
         1: ("4:memory:", "cgroup", "rw,memory"),
         2: ("0::", "cgroup2", "rw"),
@@ -115,7 +115,7 @@ def test_a4_use_beyond_the_limit_leaves_nothing(root: Path) -> None:
 
 @pytest.fixture(params=[1, 2])
 def two_gib(request: pytest.FixtureRequest, root: Path) -> None:
-    """A limit of 2 GiB of which half is used."""
+    """A limit of 2 GiB, half of it in use."""
     limited(in_cgroup(root, request.param, "/app") / "app", request.param, 2 * GIB, GIB)
 
 
@@ -137,7 +137,7 @@ def test_a4_every_reader_uses_the_limit(tmp_path: Path) -> None:
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a new memory cgroup of this machine, limited to 2 GiB."""
+    """The folder of a new, real memory cgroup, limited to 2 GiB."""
     place = "memory.max" if Path("/sys/fs/cgroup/memory.max").exists() else "memory.limit_in_bytes"
     folder = next(iter(machine._cgroups()), Path("/nowhere")) / f"fluxmoe-{os.getpid()}"
     try:

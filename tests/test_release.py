@@ -1,4 +1,4 @@
-"""What is released: sdist and wheel, built, compared, and installed where nothing else is."""
+"""The release: sdist and wheel, built, compared, and installed in a clean environment."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def do(*command: object, cwd: Path, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sdist and wheel of what git knows, the wheel from the sdist, as an index would get them."""
+    """sdist of the files known to git, and the wheel built from it, as for an index."""
     folder = tmp_path_factory.mktemp("built")
     files = do("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
     for name in files:
@@ -113,7 +113,7 @@ def test_the_metadata_say_what_the_project_says(built: Path) -> None:
 
 
 def closure(requirements: list[str]) -> Iterator[importlib.metadata.Distribution]:
-    """The distributions that these requirements bring, from those of this environment."""
+    """Find the distributions that these requirements need, in this environment."""
     seen: set[str] = set()
     todo = [(Requirement(each), "") for each in requirements]
     while todo:
@@ -134,7 +134,7 @@ def closure(requirements: list[str]) -> Iterator[importlib.metadata.Distribution
 
 @pytest.fixture(scope="module")
 def bare(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with the wheel and the dependencies that it declares; nothing is downloaded."""
+    """A Python with the wheel and its declared dependencies, without downloads."""
     home = tmp_path_factory.mktemp("bare")
     venv.create(home, with_pip=False)
     python = home / "bin" / "python"

@@ -1,4 +1,4 @@
-"""Sizes: one table of what is taken and what is refused, tried at every door they come in by."""
+"""Sizes (B1): one table of accepted and rejected values, tested at every interface."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ REFUSED = [
 
 
 def ask(*words: object) -> tuple[int, str]:
-    """Exit code of a command, and what it said."""
+    """Run a command; return exit code and output."""
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as exit_:
         main(list(map(str, words)))
@@ -101,7 +101,7 @@ def test_refused(door, value):
         ("50%", "not a valid size: '50%', a percentage (valid: bytes, or a number with a unit "
                 "such as 24GiB, 512MiB, 24Gi)"),
         ("1.5", "'1.5', a fraction of a byte (valid"),
-        ("9EiB", "'9EiB', which is beyond 8EiB (valid"),
+        ("9EiB", "'9EiB', which exceeds 8EiB (valid"),
         ("24,5MiB", "'24,5MiB' (valid"),
         (True, "True (valid"),
     ],
@@ -112,7 +112,7 @@ def test_what_is_said(value, said):
 
 @pytest.mark.parametrize("zero", [0, "0", "0GiB", 0.0, "0.0001KiB"])
 def test_nothing(zero):
-    """A bound may be nothing, a budget not."""
+    """A bound may be zero, a budget may not."""
     assert sizes.parse(zero) == 0
     assert DOORS["a bound"](zero) == 0
     for door in ("the command line", "the budget", "load and page"):
@@ -186,7 +186,7 @@ def test_the_schema_takes_and_refuses_the_same():
 
 
 def test_http():
-    """The door of a server refuses before it asks the workers."""
+    """A server rejects invalid sizes before calling the workers."""
     starlette = pytest.importorskip("starlette.applications")
     client = pytest.importorskip("starlette.testclient")
     control = pytest.importorskip("fluxmoe.backends.vllm.server.control")

@@ -30,7 +30,7 @@ NASTY = "one\ntwo\r\x1b[2J \ud800 \u202e\x00 " + "x" * 1_000_000
 
 
 class Text(str):
-    """A str whose methods do something else."""
+    """A str with overridden methods."""
 
     __slots__ = ()
 
@@ -41,7 +41,7 @@ class Text(str):
 
 
 class Mute(Exception):
-    """Says nothing, in the worst way."""
+    """Cannot be converted to text."""
 
     def __str__(self) -> str:
         sys.exit("planned")
@@ -60,7 +60,7 @@ class Nameless(Exception, metaclass=NamelessKind):
 
 
 def fit(text: str, limit: int = LIMIT) -> bool:
-    """Whether logs, labels, JSON and terminals can take it."""
+    """True if text is valid in logs, labels, JSON and terminals."""
     text.encode()
     return type(text) is str and len(text) <= limit and text.isprintable()
 
@@ -201,7 +201,7 @@ def refused(hook) -> str:
 )
 def test_names_of_policies(name):
     said = refused(lambda register: register(name, Evicts))
-    assert "is not a name" in said and fit(said, 2 * LIMIT)
+    assert "not a valid name" in said and fit(said, 2 * LIMIT)
 
 
 def test_what_plugins_say_when_they_are_loaded():

@@ -1,4 +1,4 @@
-"""Small HTTP servers for what asks one."""
+"""Small HTTP servers for tests of clients."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def served(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> Iterator[str]:
-    """The address of a server that answers every request with a status and a body."""
+    """Run a server that answers every request with a status and a body; yield its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

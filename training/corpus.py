@@ -1,11 +1,10 @@
-"""Fetch the packages the shipped model is trained on, and make train and held-out text of them.
+"""Fetch the packages the shipped model is trained on, and build train and held-out text from them.
 
     python training/corpus.py --out FOLDER
 
-Five packages of Debian 12, named with version and checksum, come through the system's own
-``apt-get download``. What is built from them is the same, byte for byte, on every machine
-(``bible`` is an x86-64 program; it is the reader of its text's own format). The text itself is
-not kept in the repository.
+Five packages of Debian 12, pinned by version and checksum, are fetched with ``apt-get download``.
+The result is the same, byte for byte, on every machine (``bible`` is an x86-64 program that reads
+its own text format). The text is not kept in the repository.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def fetch(folder: Path) -> None:
     """Download and unpack every package into ``folder/NAME``.
 
     Raises:
-        RuntimeError: A package file is not the one that is named here.
+        RuntimeError: A package file does not match its checksum.
     """
     for line in PACKAGES.split("\n")[1:-1]:
         checksum, file_name = line.split()
@@ -55,7 +54,7 @@ def fetch(folder: Path) -> None:
 
 
 def bible(folder: Path) -> Iterator[str]:
-    """One document per chapter, one line per verse."""
+    """Yield one document per chapter, with one line per verse."""
     reader = folder / "bible-kjv/usr/bin/bible"
     data = folder / "bible-kjv-text/usr/lib"
     done = subprocess.run(
@@ -78,7 +77,7 @@ def bible(folder: Path) -> Iterator[str]:
 
 
 def austen(folder: Path) -> Iterator[str]:
-    """One document per chapter of the six novels, one line per paragraph.
+    """Yield one document per chapter of the six novels, with one line per paragraph.
 
     The novels are character vectors in R's lazy-load format: compressed records of strings, each
     with a tag, a length and its bytes.
@@ -100,7 +99,7 @@ def austen(folder: Path) -> Iterator[str]:
 
 
 def jargon(folder: Path) -> Iterator[str]:
-    """One document per twenty or so entries of the Jargon File, one line per paragraph."""
+    """Yield one document per twenty or so entries of the Jargon File, one line per paragraph."""
     file = folder / "jargon-text/usr/share/doc/jargon-text/jargon.txt.gz"
     text = paragraphs(gzip.decompress(file.read_bytes()).decode().splitlines())
     # The file's table of contents is one "entry" of thousands of short lines: prose is wanted.
@@ -114,7 +113,7 @@ def jargon(folder: Path) -> Iterator[str]:
 
 
 def python_docs(folder: Path) -> Iterator[str]:
-    """Python's documentation as its authors wrote it, in documents of some 8,000 characters."""
+    """Yield the source text of Python's documentation, in documents of some 8,000 characters."""
     root = folder / "python3.11-doc/usr/share/doc/python3.11/html/_sources"
     for part in PYTHON_PARTS:
         for file in sorted((root / part).rglob("*.rst.txt")):
@@ -128,7 +127,7 @@ def python_docs(folder: Path) -> Iterator[str]:
 
 
 def paragraphs(lines: list[str]) -> str:
-    """Wrapped lines, joined: one line per paragraph."""
+    """Join wrapped lines into one line per paragraph."""
     joined = re.split(r"\n\s*\n", "\n".join(line.strip() for line in lines))
     return "\n".join(" ".join(part.split()) for part in joined if part.strip())
 

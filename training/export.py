@@ -1,10 +1,10 @@
-"""Write a trained state as a Hugging Face folder, and measure what was written.
+"""Write a trained state as a Hugging Face folder, and measure the result.
 
     python training/export.py --state RUN/final --data FOLDER --out fluxmoe/demo/assets/NAME
 
-Everything is measured on the bf16 weights that are shipped, in float32: bits per byte of the
-held-out text by source, and how evenly each layer's router spreads it. ``measured.json`` in the
-output folder holds the figures, ``README.md`` is the model card with them (from ``card.md``).
+Everything is measured on the shipped bf16 weights, in float32: bits per byte of the held-out text
+by source, and the balance of each layer's router. ``measured.json`` in the output folder holds the
+results, ``README.md`` is the model card with them (from ``card.md``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LENGTH = 512
 
 
 def weights(state: Path, averaged: bool) -> dict[str, torch.Tensor]:
-    """The weights of a state, or the running mean of them, rounded to bf16."""
+    """Get a state's weights, or their running mean, rounded to bf16."""
     found = torch.load(state.with_suffix(".pt"))
     if averaged:
         for rank in range(WORKERS):
@@ -40,7 +40,7 @@ def weights(state: Path, averaged: bool) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def measure(model: Network, text: bytes, windows: int) -> tuple[float, torch.Tensor, int]:
-    """Bits per byte of evenly spaced windows, load per expert [L, E], bytes predicted."""
+    """Measure bits per byte of evenly spaced windows, load per expert [L, E], bytes predicted."""
     tokens = token_ids()[np.frombuffer(text, np.uint8)]
     windows = min(windows, (len(tokens) - 1) // LENGTH)
     starts = np.linspace(0, len(tokens) - LENGTH - 1, windows).astype(int)
@@ -55,7 +55,7 @@ def measure(model: Network, text: bytes, windows: int) -> tuple[float, torch.Ten
 
 
 def balance(load: torch.Tensor) -> list[dict[str, float]]:
-    """Per layer: largest over mean load, and the entropy of the load in bits (64 experts: 6)."""
+    """Compute per layer maximum over mean load, and the load's entropy in bits (64 experts: 6)."""
     share = load / load.sum(1, keepdim=True)
     entropy = -(share * share.clamp(min=1e-12).log2()).sum(1)
     return [
@@ -65,7 +65,7 @@ def balance(load: torch.Tensor) -> list[dict[str, float]]:
 
 
 def card(figures: dict[str, Any], data: Path, megabytes: float) -> str:
-    """The model card, with its blanks filled in."""
+    """Fill in the model card."""
     c = Qwen3MoeConfig(**SETTINGS)
     experts = 3 * c.hidden_size * c.moe_intermediate_size * c.num_experts * c.num_hidden_layers
     return Template(Path(__file__).with_name("card.md").read_text()).substitute(

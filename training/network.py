@@ -1,9 +1,9 @@
-"""The network as it is trained: Qwen3-MoE's arithmetic, arranged for a CPU.
+"""The network for training: Qwen3-MoE's arithmetic, arranged for a CPU.
 
-The parameters have the shapes of transformers' ``Qwen3MoeForCausalLM`` and go into it by
-``export``. Arranged for speed: in training every expert has the same number of
-rows, so that all experts are one batched product of a fixed shape, which oneDNN and
-``torch.compile`` prepare once; and rows are only ever gathered, backwards too, never scattered.
+The parameters have the shapes of transformers' ``Qwen3MoeForCausalLM`` and are converted by
+``export``. For speed, every expert has the same number of rows in training, so that all experts are
+one batched product of a fixed shape, which oneDNN and ``torch.compile`` prepare once; and rows are
+only gathered, in the backward pass as well, never scattered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CAPACITY = 1.3
 
 
 class _Spread(torch.autograd.Function):
-    """Copies of each token's state to its experts' rows: gathers, forwards and backwards."""
+    """Copies each token's state to its experts' rows; gathers in both directions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How often an expert is still there: LRU per layer, on what the model routes while it writes."""
+"""LRU hit rate per layer, on the model's routing while generating."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ BYTES = 256
 
 
 def lru(folder: Path, shares: tuple[float, ...] = (0.25, 0.5)) -> list[list[float]]:
-    """Hit rate per layer of one sampled sequence, by share of the layer's experts that fit.
+    """Compute one sampled sequence's hit rate per layer, by share of the layer's experts that fit.
 
-    Each layer is replayed through the simulator by itself, so that layers do not compete.
+    Each layer is replayed through the simulator separately, so that layers do not compete.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     layers, experts = model.config.num_hidden_layers, model.config.num_experts
     with TemporaryDirectory() as scratch:
         trace = Path(scratch) / "all.parquet"
-        with fluxmoe.page(model, memory="1GiB") as paged, paged.record(trace):
+        with fluxmoe.page(model, memory="1GiB") as paged, paged.record(trace, replace=True):
             torch.manual_seed(0)
             for prompt in PROMPTS:
                 ids = tokenizer(prompt, return_tensors="pt")
                 model.generate(**ids, max_new_tokens=BYTES, temperature=0.8, eos_token_id=None)
         parts = [Path(scratch) / f"{layer}.parquet" for layer in range(layers)]
         meta = TraceMeta(folder.name, 1, experts, model.config.num_experts_per_tok, None, "sampled")
-        writers = [TraceWriter(part, meta) for part in parts]
+        writers = [TraceWriter(part, meta, replace=True) for part in parts]
         for step, layer, phase, ids in TraceReader(trace).events():
             if phase == Phase.DECODE:
                 writers[layer].append(step, 0, ids[None])

@@ -4,12 +4,12 @@
     python training/train.py --data FOLDER --run FOLDER --minutes 48 --decay 28 \
         --resume OTHER/stable.pt
 
-The learning rate is constant until the last ``--decay`` minutes and then falls to zero in a line.
-``stable.pt`` is written where the fall begins, so that a longer run can go on from there.
+The learning rate is constant until the last ``--decay`` minutes and then decays linearly to zero.
+``stable.pt`` is written when the decay begins, so that a longer run can continue from there.
 
 One thread per process: products this small lose more to waking threads than they gain. Both
-processes see the same parameters in shared memory; each takes the gradient of its own half of the
-batch, and after a barrier each updates its half of the parameters with the mean of both gradients.
+processes share the parameters in shared memory; each computes the gradient of its half of the
+batch, and after a barrier updates its half of the parameters with the mean of both gradients.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def token_ids() -> np.ndarray:
 
 
 def load(data: Path, part: str) -> np.ndarray:
-    """All text of one part as token ids (uint16)."""
+    """Load all text of one part as token ids (uint16)."""
     texts = [path.read_bytes() for path in sorted(data.glob(f"{part}-*.txt"))]
     joined = np.frombuffer(b"\0".join(texts), dtype=np.uint8)
     return token_ids().astype(np.uint16)[joined]
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices to ``g`` [..., r, c], by Newton-Schulz (Muon)."""
+    """Compute the nearest semi-orthogonal matrices to ``g`` [..., r, c] by Newton-Schulz (Muon)."""
     x = g.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT.contiguous() if tall else x
@@ -92,7 +92,7 @@ def orthogonal(g: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon for matrices, Adam for the rest, on the parameters that one process owns."""
+    """Muon for matrices, Adam for the rest, on the parameters of one process."""
 
     def __init__(self, named: dict[str, Tensor]) -> None:
         self.named = named
@@ -122,7 +122,7 @@ class Optimizer:
 
 
 def shares(model: Network) -> list[list[str]]:
-    """Names of the parameters that each process updates, about the same work for all."""
+    """Assign parameters to processes, with about equal work for each."""
     out: list[list[str]] = [[] for _ in range(WORKERS)]
     sizes = [0] * WORKERS
     for name, p in sorted(model.named_parameters(), key=lambda pair: -pair[1].numel()):
@@ -134,7 +134,7 @@ def shares(model: Network) -> list[list[str]]:
 
 @torch.no_grad()
 def bits_per_byte(model: Network, tokens: np.ndarray, windows: int, length: int) -> float:
-    """Mean cost in bits of predicting evenly spaced windows, each without what precedes it."""
+    """Mean cost in bits of predicting evenly spaced windows, each without preceding context."""
     model.eval()
     torch.compiler.set_stance("force_eager")
     starts = np.linspace(0, len(tokens) - length - 1, windows).astype(int)

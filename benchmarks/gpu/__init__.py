@@ -1,5 +1,6 @@
-"""The kit for a GPU machine without a network: what to bring there, and what to measure there.
+"""Kit for a GPU machine without a network: required files, and measurements.
 
-``bring`` collects what such a machine lacks into pieces that can be carried, and unpacks and checks
-them there. Every experiment is one command with one table: ``python -m benchmarks gpu --help``.
+``bring`` collects the packages that such a machine lacks into transferable pieces, and checks and
+unpacks them there. Each experiment is one command with one table: ``python -m benchmarks gpu
+--help``.
 """

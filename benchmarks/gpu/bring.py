@@ -1,12 +1,12 @@
-"""Collect what a GPU machine without a network lacks, and unpack it there.
+"""Collect the packages that a GPU machine without a network lacks, and unpack them there.
 
     here:   python -m benchmarks gpu collect [--set kernels|vllm] [--piece 32MiB] [--into DIR]
     there:  python benchmarks/gpu/bring.py unpack [--from DIR] [--into SITE]
 
-``collect`` downloads wheels for that machine's Python, leaves out what is not needed, and packs the
-rest into one compressed archive, cut into pieces, with a manifest of their SHA-256. ``unpack``
-refuses pieces that are missing or damaged, and needs nothing but Python: run as a file it does not
-import FluxMoE. Afterwards ``PYTHONPATH=SITE`` is enough.
+``collect`` downloads wheels for that machine's Python, omits unneeded files, and packs the rest
+into one compressed archive, split into pieces, with a manifest of their SHA-256. ``unpack`` rejects
+missing or damaged pieces and needs only Python: run as a file it does not import FluxMoE. After
+that, ``PYTHONPATH=SITE`` is sufficient.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LARGEST = 64 << 20
 
 @dataclass(frozen=True)
 class Set:
-    """Requirements, each with all that is wanted of it, and files of wheels to leave out."""
+    """Requirements with their extras, and files of wheels to omit."""
 
     requirements: tuple[str, ...]
     leave_out: tuple[str, ...] = ()
 
 
-#: What a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6, transformers, numba and
-#: pyarrow lacks. "vllm" has not been started there yet.
+#: Packages missing on a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6, transformers,
+#: numba and pyarrow. "vllm" has not been started there yet.
 SETS = {
     "kernels": Set(("pydantic", "pydantic_core", "typing-inspection", "annotated-types")),
     "vllm": Set(
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
 
 
 def size(text: str) -> int:
-    """Bytes of ``32MiB``."""
+    """Parse sizes such as ``32MiB``."""
     found = re.fullmatch(r"(\d+) ?(KiB|MiB)", text)
     nbytes = int(found[1]) << {"KiB": 10, "MiB": 20}[found[2]] if found else 0
     if not 0 < nbytes <= LARGEST:
@@ -103,7 +103,7 @@ def size(text: str) -> int:
 def download(
     requirements: tuple[str, ...], into: Path, python: str, lock: Path, options: list[str]
 ) -> None:
-    """Wheels for Linux on x86-64 and CPython ``python``, at the lock's versions if it has them."""
+    """Download wheels for x86-64 Linux and CPython ``python``, at the lock's versions if listed."""
     platforms = [f"manylinux_2_{n}_x86_64" for n in range(5, 40)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -119,18 +119,18 @@ def download(
 
 
 def pins(lock: Path) -> dict[str, str]:
-    """Versions of a lock file, by normal name."""
+    """Read the versions in a lock file, by normalised name."""
     lines = re.findall(r"^([\w.-]+)==([\w.]+)", lock.read_text(), re.M)
     return {normal(name): version for name, version in lines}
 
 
 def normal(name: str) -> str:
-    """A distribution's name as PEP 503 compares it."""
+    """Normalise a distribution's name as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pack(wheels: Path, into: Path, piece: int, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """Unpack the wheels into one archive and cut it; the names of the pieces, in order."""
+    """Unpack the wheels into one archive and split it; return the names of the pieces, in order."""
     into.mkdir(parents=True, exist_ok=True)
     for old in into.glob(f"{ARCHIVE}.*"):
         old.unlink()
@@ -158,7 +158,7 @@ def pack(wheels: Path, into: Path, piece: int, leave_out: tuple[str, ...] = ()) 
 
 
 def _extract(wheel: Path, site: Path, leave_out: tuple[str, ...]) -> None:
-    """What installing would put into site-packages."""
+    """Extract the files that installing would put into site-packages."""
     with zipfile.ZipFile(wheel) as file:
         for item in file.infolist():
             if any(fnmatch.fnmatch(item.filename, pattern) for pattern in leave_out):
@@ -172,12 +172,12 @@ def _extract(wheel: Path, site: Path, leave_out: tuple[str, ...]) -> None:
 
 
 def unpack(pieces: Path, into: Path) -> int:
-    """Check every piece and unpack them; the number of files."""
+    """Check and unpack all pieces; return the number of files."""
     try:
         manifest = json.loads((pieces / MANIFEST).read_text())
         digests, whole = manifest["pieces"], manifest["archive"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{pieces / MANIFEST} is no manifest ({error!r}): run `collect`, bring the folder")
+        sys.exit(f"{pieces / MANIFEST} is not a manifest ({error!r}): run `collect` again")
     for name, digest in digests.items():
         try:
             found = hashlib.sha256((pieces / name).read_bytes()).hexdigest()
@@ -190,7 +190,7 @@ def unpack(pieces: Path, into: Path) -> int:
             archive.write(block)
         archive.seek(0)
         if hashlib.file_digest(archive, "sha256").hexdigest() != whole:
-            sys.exit("the pieces do not make up the archive: collect them anew")
+            sys.exit("the pieces do not form the archive: collect them again")
         archive.seek(0)
         with tarfile.open(fileobj=archive, mode="r:xz") as tar:
             members = tar.getmembers()

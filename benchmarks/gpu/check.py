@@ -1,10 +1,10 @@
-"""Every kernel on the GPU against the host: bit for bit, in seconds.
+"""Comparison of every kernel on the GPU with the host: bit for bit, in seconds.
 
     python -m benchmarks gpu check [--json]
 
-Decoded pages against what was encoded; both projections compressed against raw, and raw against
-float64; gathered pages against copies; the event rule against the core's. The same hard weights
-as in the tests' interpreter. `sanitize` runs this under compute-sanitizer.
+Compares decoded pages with the originals, both projections compressed with raw and raw with
+float64, gathered pages with copies, and the event rule with the core's, on the same difficult
+weights as the interpreted tests. `sanitize` runs this under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
 
 def kinds() -> Iterator[tuple[str, np.ndarray]]:
-    """Bit patterns ``[EXPERTS, N, K]`` that compress."""
+    """Make compressible bit patterns ``[EXPERTS, N, K]``."""
     rng = np.random.default_rng(0)
     shape = (EXPERTS, N, K)
     normal = (rng.standard_normal(shape).astype(np.float32) * 0.02).view(np.uint32) >> 16
@@ -120,7 +120,7 @@ def moving_rows(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def plain_event(books: Any, layer: int, ids: np.ndarray, scores: np.ndarray) -> None:
-    """Points 1–5 of the rule in plain Python, on the same books."""
+    """Run points 1–5 of the event rule in plain Python, on the same books."""
     books.event.add_(1)
     now, first = int(books.event), layer * 64
     asked = [first + int(expert) for expert in np.unique(ids)]

@@ -24,7 +24,7 @@ _BRINGING = ("collect", "unpack")
 
 
 def main(argv: list[str]) -> None:
-    """Run one command; exits with status 2 and the error, if there is one."""
+    """Run one command; exit with status 2 and the message on an error."""
     name, *options = argv or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {each:10}{what}" for each, what in COMMANDS.items()]

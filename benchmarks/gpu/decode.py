@@ -1,10 +1,10 @@
-"""Decoding pages into slots on the GPU, and encoding them on the host.
+"""Speed of decoding pages into slots on the GPU, and of encoding them on the host.
 
     python -m benchmarks gpu decode [--shape NAME] [--save FILE]
 
-``gb_s`` counts the bytes of raw weights. A plain copy within device memory, which moves 4 bytes per
-weight instead of 3.5, stands beside it. Encoding on one core of the host is what decides whether
-the GPU has to encode: a checkpoint is encoded once.
+``gb_s`` counts the bytes of raw weights. It is compared with a plain copy within device memory,
+which moves 4 bytes per weight instead of 3.5. The speed of encoding on one core of the host
+determines if the GPU would have to encode: a checkpoint is encoded once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(raw: RawSlots, packed: CompressedPages, timer: gpu.Timer) -> Iterator[dict[str, Any]]:
-    """One row per number of pages."""
+    """Measure one row per number of pages."""
     weights, host = raw.weights, encoding(raw.weights[0])
     target = RawSlots(torch.empty_like(weights))
     number = torch.arange(len(weights), dtype=torch.int32, device=weights.device)
@@ -68,7 +68,7 @@ def measure(raw: RawSlots, packed: CompressedPages, timer: gpu.Timer) -> Iterato
 
 
 def encoding(page: torch.Tensor) -> float:
-    """GB/s of one core, best of three."""
+    """Measure the GB/s of one core, best of three."""
     raw = page.cpu().view(torch.uint8).numpy().reshape(-1)
     codec, times = Fixed4(page.shape[1]), []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The GPU, or why there is none; how long work takes on it; what a result says about it."""
+"""The GPU, timing of work on it, and output of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fluxmoe.errors import UnsupportedError
 
 
 def require() -> torch.device:
-    """The current CUDA device.
+    """Get the current CUDA device.
 
     Raises:
         UnsupportedError: There is none that torch can use.
@@ -33,12 +33,12 @@ def require() -> torch.device:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in memory of the host that the device can read."""
+    """Copy to host memory that the device can read."""
     return tensor.pin_memory()
 
 
 def describe() -> dict[str, Any]:
-    """Card, driver and what ``machine.describe`` tells."""
+    """Describe GPU, driver and machine."""
     properties = torch.cuda.get_device_properties(require())
     return machine.describe() | {
         "gpu": properties.name,
@@ -50,7 +50,7 @@ def describe() -> dict[str, Any]:
 
 
 def arguments(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser with what every experiment takes."""
+    """Make a parser with the options common to all experiments."""
     parser = argparse.ArgumentParser(f"gpu {name}", description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
@@ -58,7 +58,7 @@ def arguments(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def report(options: argparse.Namespace, title: str, rows: list[dict[str, Any]]) -> None:
-    """Print the table, or JSON, and save the results if asked to."""
+    """Print the table or JSON, and save the results if requested."""
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"machine": describe(), "results": rows}, indent=2)
@@ -70,7 +70,7 @@ def report(options: argparse.Namespace, title: str, rows: list[dict[str, Any]]) 
 
 
 def show(title: str, rows: list[dict[str, Any]], width: int = 200) -> None:
-    """One table: a column per key, in the order of the first row."""
+    """Print a table with a column per key, in the order of the first row."""
     table = Table(title=title, title_justify="left")
     columns = list(rows[0]) if rows else []
     for column in columns:
@@ -82,7 +82,7 @@ def show(title: str, rows: list[dict[str, Any]], width: int = 200) -> None:
 
 
 def cell(value: Any) -> str:
-    """A value as the table shows it: floats with four digits, what is unknown as a dash."""
+    """Format a value for the table: floats with four digits, unknown values as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -91,14 +91,14 @@ def cell(value: Any) -> str:
 
 
 class Timer:
-    """Times of single calls on the device, in µs, with a cold second-level cache before each."""
+    """Times single calls on the device, in µs, each with a cold L2 cache."""
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
         self._flush = torch.empty(256 << 20, dtype=torch.int8, device=require())
 
     def __call__(self, work: Callable[[], object]) -> float:
-        """Median over the repeats. ``work`` must not wait for the host."""
+        """Return the median over the repeats. ``work`` must not wait for the host."""
         for _ in range(3):
             work()
         events = []

@@ -1,13 +1,13 @@
-"""Time of both projections of a layer: raw slots, compressed in place, decoded first, vLLM's stock.
+"""Time of both projections of a layer: raw slots, compressed in place, decoded first, stock vLLM.
 
     python -m benchmarks gpu kernel [--shape NAME] [--tokens 1,8,64,…] [--tiles FILE] [--save FILE]
 
-Per row one batch with uniformly random routing. All variants get the same sorted blocks and tiles
-(stock's defaults, or a tuned table of stock's); alignment and the sum over top-k, which are the
-same for all, are not timed, the activation is. ``to_slot`` decodes every routed expert into a slot
-and then runs raw. ``identical`` compares the bits of the results of all variants. ``chosen`` is
-what `choose` picks without raw pages and with room for all; the aims are at most 1.05 × stock (or
-raw, if vLLM cannot be imported) up to 64 tokens per expert, and 1.1 × beyond.
+Each row is one batch with uniformly random routing. All variants get the same sorted blocks and
+tiles (stock defaults, or a tuned table). The activation is timed; alignment and the sum over top-k,
+which are the same for all, are not. ``to_slot`` decodes every routed expert into a slot and then
+runs raw. ``identical`` compares the results of all variants bit by bit. ``chosen`` is the choice of
+`choose` without raw pages and with slots for all; the targets are at most 1.05 × stock (or raw, if
+vLLM cannot be imported) up to 64 tokens per expert, and 1.1 × above that.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """``1,8,64`` as integers."""
+    """Parse ``1,8,64`` into integers."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
@@ -66,7 +66,7 @@ def numbers(text: str) -> list[int]:
 def measure(
     layer: Layer, tokens: int, timer: gpu.Timer, table: dict[int, Tiles] | None
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     shape, device = layer.shape, slots(layer.raw[0]).weights.device
     generator = torch.Generator(device).manual_seed(tokens)
     x = torch.randn(tokens, shape.hidden, device=device, generator=generator).bfloat16()
@@ -130,7 +130,7 @@ def vllm_stock(
     tiles: Tiles,
     blocks: Blocks,
 ) -> Run | None:
-    """The same two products by vLLM's own kernel; None where vLLM cannot be imported."""
+    """Compute the same two products by vLLM's kernel; None if vLLM cannot be imported."""
     try:
         from vllm.model_executor.layers.fused_moe import fused_moe as stock
         from vllm.triton_utils import HAS_TRITON

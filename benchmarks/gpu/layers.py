@@ -1,4 +1,4 @@
-"""Random MoE layers of real models' shapes on the GPU, raw and compressed."""
+"""Random MoE layers with the shapes of real models on the GPU, raw and compressed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Shape:
 
     @property
     def parts(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Matrices of an expert: w13 and w2."""
+        """Shapes of an expert's matrices w13 and w2."""
         return (2 * self.inner, self.hidden), (self.hidden, self.inner)
 
     @property
     def expert_bytes(self) -> int:
-        """Of an uncompressed expert."""
+        """Bytes of an uncompressed expert."""
         return sum(2 * n * k for n, k in self.parts)
 
 
@@ -42,7 +42,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """w13 and w2 of all experts, both ways, slot and page number = expert."""
+    """w13 and w2 of all experts, raw and compressed; slot and page numbers are the expert's."""
 
     shape: Shape
     raw: tuple[KernelPart, KernelPart]
@@ -66,7 +66,7 @@ def slots(part: KernelPart) -> RawSlots:
 
 
 def make(shape: Shape, device: torch.device, seed: int = 0) -> Layer:
-    """Normal weights with a standard deviation of 0.02."""
+    """Make normally distributed weights with a standard deviation of 0.02."""
     generator = torch.Generator(device).manual_seed(seed)
     raw, compressed = [], []
     for n, k in shape.parts:
@@ -78,7 +78,7 @@ def make(shape: Shape, device: torch.device, seed: int = 0) -> Layer:
 
 
 def compress(weights: torch.Tensor) -> CompressedPages:
-    """``[pages, N, K]`` on the device, encoded on the host."""
+    """Encode weights ``[pages, N, K]`` from the device on the host."""
     count, n, k = weights.shape
     codec = Fixed4(k)
 

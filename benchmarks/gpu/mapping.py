@@ -1,9 +1,9 @@
-"""What the driver's virtual memory calls cost: committing and decommitting frames of 2 MiB.
+"""Cost of the driver's virtual memory calls: committing and decommitting frames of 2 MiB.
 
     python -m benchmarks gpu mapping [--save FILE]
 
-``first`` makes the frames (once in their life), ``again`` maps frames that were there before, which
-is what moving the split costs.
+``first`` creates the frames (once in their lifetime), ``again`` maps existing frames, which is the
+cost of moving the split.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def main(argv: list[str]) -> None:
 
 
 def measure(cuda: Any, count: int, repeats: int, frame_bytes: int = FRAME_BYTES) -> dict[str, Any]:
-    """One row: runs of ``count`` frames."""
+    """Measure one row: runs of ``count`` frames."""
     times = [once(cuda, count, frame_bytes) for _ in range(repeats)]
     middle = [statistics.median(column) / count for column in zip(*times, strict=True)]
     return {"frames": count} | dict(zip(("first", "again", "decommit"), middle, strict=True))
 
 
 def once(cuda: Any, count: int, frame_bytes: int) -> tuple[float, float, float]:
-    """µs of the first commit, of another one, and of a decommit."""
+    """Measure the first commit, another one, and a decommit, in µs."""
     from fluxmoe.cuda.frames import CudaSubstrate
 
     substrate = CudaSubstrate(cuda, count, frame_bytes)
@@ -55,7 +55,7 @@ def once(cuda: Any, count: int, frame_bytes: int) -> tuple[float, float, float]:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """µs."""
+    """Time ``work`` in µs."""
     begin = time.perf_counter()
     work()
     return (time.perf_counter() - begin) * 1e6

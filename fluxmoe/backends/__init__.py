@@ -1,1 +1,1 @@
-"""Integrations of the pager with inference engines: ``torch`` and ``vllm``. May import the core."""
+"""Integrations of the pager with inference engines: ``torch`` and ``vllm``."""

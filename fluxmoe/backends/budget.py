@@ -1,4 +1,4 @@
-"""The user's budget in bytes and frames: ``auto`` resolved on this machine, the first split."""
+"""The user's budget in bytes and frames: resolving ``auto`` on this machine, the initial split."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class KVNeed:
     """Memory needed by the engine's KV cache, in bytes.
 
     Attributes:
-        min: Least with which the engine can serve.
-        max: Enough for all requests that can ever run at once.
+        min: Minimum for the engine to serve.
+        max: Enough for all requests that can run at once.
         reason: Explanation of ``min``, shown in errors.
-        block: One KV block of all layers, 0 if unknown. Frames are sized to suit it.
+        block: One KV block of all layers, 0 if unknown; frames are sized to match it.
     """
 
     min: int
@@ -40,10 +40,10 @@ class KVNeed:
 
 
 def require_free(budget: int, *, held: int = 0) -> None:
-    """Refuse a budget in bytes that exceeds the free memory plus the bytes already held.
+    """Reject a budget in bytes that exceeds the free memory plus the bytes already held.
 
     Raises:
-        ConfigError: Names both.
+        ConfigError: The budget is too large.
     """
     memory = machine.memory()
     available = memory.available + held
@@ -57,18 +57,18 @@ def require_free(budget: int, *, held: int = 0) -> None:
 
 
 def require_for_weights(config: Resolved, *, experts: int, others: int, workers: int = 1) -> None:
-    """Refuse a start whose weights and budgets together exceed the free memory.
+    """Reject a start whose weights and budgets together exceed the free memory.
 
     Called before the weights are loaded. Without a limit and a codec, the host store keeps all
     experts as they are loaded.
 
     Args:
         config: The configuration; its budget is that of one worker.
-        experts, others: Bytes of the experts, and of all other weights.
+        experts, others: Bytes of the experts and of all other weights.
         workers: Number of workers that share the machine.
 
     Raises:
-        ConfigError: Names the parts.
+        ConfigError: The memory is insufficient.
     """
     first = config.stores[0]
     plain = first.kind == "host" and first.limit is None and first.codec["kind"] == "none"
@@ -93,10 +93,10 @@ def _limited(memory: machine.MemoryRoom) -> str:
 
 
 def automatic(model: str | None, workers: int) -> int:
-    """The bytes of ``memory.budget: auto``, in whole MiB.
+    """Compute ``memory.budget: auto`` in bytes, in whole MiB.
 
-    Workers share the machine. All weights not loaded yet are counted as used, because
-    vLLM loads them before the stores take over the experts.
+    Workers share the machine. All weights count as used even if not loaded yet, because vLLM loads
+    them before the stores take over the experts.
 
     Args:
         model: The model's folder.
@@ -116,24 +116,24 @@ def automatic(model: str | None, workers: int) -> int:
             f"the weights of {model} need {sizes.shown(weights)} and leave none of the "
             f"{sizes.shown(free)} free",
             where="memory.budget",
-            fix="free some memory, or choose a smaller model",
+            fix="free some memory or choose a smaller model",
         )
     return budget
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """The budget of one worker in frames and slots: how it begins and how far it may change.
+    """The budget of one worker in frames and slots: its initial split and its limits.
 
     Attributes:
         geometry, page_class: Layers and experts, and the layout of a page.
         frame_bytes: Bytes of a frame.
-        frames, most: Frames of the budget, and of the largest budget it may be raised to.
+        frames, most: Frames of the budget, and of the maximum it may be raised to.
         experts, kv: Minimum, initial number and maximum of each tenant, in frames.
-        bank_limit: Most slots that one kernel call can address; None if there is no limit.
+        bank_limit: Maximum slots that one kernel call can address; None if unlimited.
         bank_of: Bank of each layer.
-        reserved: Slots per bank for which address space is reserved.
-        slots: Slots per bank at the start.
+        reserved: Slots per bank to reserve address space for.
+        slots: Initial slots per bank.
     """
 
     geometry: Geometry
@@ -153,7 +153,7 @@ class Partition:
         return len(self.slots)
 
     def slots_for(self, frames: int) -> list[int] | None:
-        """The most slots per bank in ``frames`` frames; None below the banks' minimum."""
+        """Maximum slots per bank in ``frames`` frames; None below the banks' minimum."""
         return sizing.sizes(
             self.geometry,
             self.page_class,
@@ -181,12 +181,12 @@ def partition(
         geometry, page_class: Layers and experts, and the layout of a page.
         kv: Memory needed by the KV cache.
         dynamic: True if the split may change while serving.
-        bank_limit: Most slots that one kernel call can address; None if there is no limit.
-        ceiling: Bytes that the budget may be raised to later; 0: it is not raised.
+        bank_limit: Maximum slots that one kernel call can address; None if unlimited.
+        ceiling: Bytes that the budget may be raised to later; 0: not raised.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
-        ConfigError: A configured size is below a minimum or beyond the budget or the free memory.
+        ConfigError: A configured size is below a minimum, or above the budget or the free memory.
         UnsupportedError: The kernel cannot address one layer's experts.
     """
     require_free(memory.budget)
@@ -213,7 +213,7 @@ def partition(
     slots = sizing.sizes(
         geometry, page_class, experts.target, frame, banks=len(reserved), limit=bank_limit
     )
-    assert slots is not None  # or there would be fewer banks
+    assert slots is not None  # otherwise there would be fewer banks
     if ceiling > memory.budget:
         pages, _ = sizing.spread(geometry, geometry.num_pages, len(reserved))
         reserved = [min(count, bank_limit or count) for count in pages]
@@ -235,13 +235,13 @@ def partition(
 def resize(memory: WorkerMemory, pager: ExpertPager, part: Partition, budget: int) -> None:
     """Raise or lower the budget, in bytes, between steps; the experts get the difference.
 
-    The number of banks stays. A smaller budget drops the pages in the last slots.
+    The number of banks does not change. A smaller budget drops the pages in the last slots.
 
     Raises:
-        BudgetTooSmallError: A bank could not hold one layer's experts.
+        BudgetTooSmallError: A bank cannot hold one layer's experts.
         ConfigError: The difference exceeds the free memory.
         OutOfFramesError: ``budget`` is above the ceiling.
-        SubstrateError: The system refused. As after every error, nothing has changed.
+        SubstrateError: A system call failed. As after every error, nothing has changed.
     """
     pool = memory.pool
     frames = budget // part.frame_bytes
@@ -250,7 +250,7 @@ def resize(memory: WorkerMemory, pager: ExpertPager, part: Partition, budget: in
         raise BudgetTooSmallError(
             f"{sizes.shown(budget)} cannot hold one layer of {part.geometry.experts_per_layer} "
             f"experts, {sizes.shown(part.page_class.nbytes)} each, in each of {part.banks} banks",
-            fix="give more, or make fewer banks",
+            fix="set a larger budget or fewer banks",
         )
     require_free(budget, held=pool.nbytes)
     before = pool.limit
@@ -271,11 +271,11 @@ def _split(
     frame_bytes: int,
     kv: KVNeed,
 ) -> tuple[Budget, Budget]:
-    """The initial split of ``frames`` frames between experts and KV cache.
+    """Compute the initial split of ``frames`` frames between experts and KV cache.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
-        ConfigError: A configured size is below a minimum or beyond the budget.
+        ConfigError: A configured size is below a minimum or above the budget.
     """
     experts, pages = geometry.experts_per_layer, geometry.num_pages
     least = frames_for(page_class, experts, frame_bytes)
@@ -314,14 +314,14 @@ def _widened(
 
 
 def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizing.Wish:
-    """The need of a tenant, narrowed by the configuration."""
+    """Compute a tenant's demand, narrowed by the configuration."""
     least = need.min if share.min is None else -(-int(share.min) // frame_bytes)
     if share.min is not None and least < need.min:
         given, needed = sizes.apart(share.min, need.min * frame_bytes)
         raise ConfigError(
             f"{given} is less than the minimum of {needed} ({need.reason})",
             where=f"memory.{name}.min",
-            fix="raise it, or set it to auto",
+            fix="raise it or set it to auto",
         )
     cap = None if share.max is None else int(share.max) // frame_bytes
     if share.max is not None and cap is not None and cap < least:
@@ -329,7 +329,7 @@ def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizin
         raise ConfigError(
             f"{given} is less than the minimum of {needed} ({need.reason})",
             where=f"memory.{name}.max",
-            fix="raise it, or set it to auto",
+            fix="raise it or set it to auto",
         )
     target = None if share.target is None else int(share.target) // frame_bytes
     most = need.max if cap is None else min(need.max, cap)

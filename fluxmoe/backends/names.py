@@ -1,8 +1,8 @@
-"""Names of an engine's library that FluxMoE uses or overrides, asserted at start.
+"""Names of an engine's library that FluxMoE uses or overrides, asserted at startup.
 
-To mypy the libraries are ``Any``, and an override whose original was renamed is simply never
-called. So each part of a backend asserts its own names before it imports them, and the attributes
-of the library's objects when it is given one.
+For mypy the libraries are ``Any``, and an override whose original was renamed is never called. So
+each part of a backend asserts its names before importing them, and the attributes of the library's
+objects on receiving one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Names:
     """The names of one library.
 
     Attributes:
-        package: Its module, which has a ``__version__``.
-        fix: Remedy for a name that is missing.
+        package: The library's module, which has a ``__version__``.
+        fix: Remedy for a missing name.
         table: Part of a backend → ``module:name`` or ``module:Class.name`` → the parameters that
-            FluxMoE passes or takes, separated by spaces, in their order, without ``self``.
-        on: An object that the library makes → dotted attributes of it that no class declares.
+            FluxMoE passes or takes, separated by spaces, in order, without ``self``.
+        on: Kind of object made by the library → its dotted attributes that no class declares.
     """
 
     package: str
@@ -41,7 +41,7 @@ class Names:
             part: A key of ``table``.
 
         Raises:
-            UnsupportedVersionError: A module, a name or a parameter is missing; says which.
+            UnsupportedVersionError: A module, a name or a parameter is missing.
         """
         for name, parameters in self.table[part].items():
             try:
@@ -62,7 +62,7 @@ class Names:
             thing: The object.
 
         Raises:
-            UnsupportedVersionError: Names the attribute that is missing.
+            UnsupportedVersionError: An attribute is missing.
         """
         for path in self.on[kind]:
             found = thing
@@ -82,7 +82,7 @@ def _found(name: str) -> Any:
     *owners, last = path.split(".")
     for owner in owners:
         found = getattr(found, owner)
-    # No attributes of the class: fields without a default, and what a constructor assigns.
+    # Not attributes of the class: fields without a default, and names assigned by constructors.
     fields = getattr(found, "__dataclass_fields__", {})
     if last in fields:
         return fields[last]
@@ -92,7 +92,7 @@ def _found(name: str) -> Any:
 
 
 def _assigned(kind: type) -> set[str]:
-    """Names of the attributes that a class's constructors assign."""
+    """Names of the attributes assigned by a class's constructors."""
     constructors = (vars(base).get("__init__") for base in kind.__mro__)
     codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each)
     return {

@@ -1,27 +1,40 @@
 """``fluxmoe::acquire``: the operator through which compiled and eager models call the pager.
 
-``fluxmoe::note`` precedes it while a trace is recorded that holds more than expert ids.
+``fluxmoe::note`` precedes it while recording a trace that contains more than expert ids.
 
 The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
-the kernel that follows depends on it and cannot be moved before it. It is declared functional.
-Declaring an input mutated instead changes what the compiler fuses around the router, and with it
-the output of some models (docs/project/adr/0001).
+the kernel that follows depends on it and cannot be moved before it. It is declared functional:
+declaring a mutated input instead would change the fusion around the router, and thus the output of
+some models (docs/project/adr/0001).
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch.library import Library, register_fake
 
-from fluxmoe.core.paging.pager import ExpertPager
+from fluxmoe.core.paging.event import Slots
+from fluxmoe.core.paging.pager import EventWatcher
+from fluxmoe.core.types import Ints
 from fluxmoe.trace.recorder import Recorder
 
+
+class Pager(Protocol):
+    """The part of ``ExpertPager`` that the operator uses."""
+
+    watcher: EventWatcher | None
+
+    def acquire(self, layer: int, ids: Ints, slots: Slots) -> None: ...
+
+
 # A traced operator can only carry numbers, so it refers to pagers and recorders by number.
-_pagers: dict[int, ExpertPager] = {}
+_pagers: dict[int, Pager] = {}
 _recorders: dict[int, Recorder] = {}
 
 
-def attach(pager: ExpertPager) -> int:
+def attach(pager: Pager) -> int:
     """Make a pager reachable from the operator; return its handle, the lowest free number."""
     handle = next(i for i in range(len(_pagers) + 1) if i not in _pagers)
     _pagers[handle] = pager
@@ -35,7 +48,7 @@ def detach(handle: int) -> None:
 
 
 def record(handle: int, recorder: Recorder | None) -> None:
-    """Pass the events of a pager to a recorder from now on; None stops it."""
+    """Start passing a pager's events to a recorder; None stops it."""
     if recorder is None:
         _recorders.pop(handle, None)
         _pagers[handle].watcher = None
@@ -45,8 +58,9 @@ def record(handle: int, recorder: Recorder | None) -> None:
 
 
 def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
-    slots = torch.empty_like(topk_ids, dtype=torch.int32)
-    # numpy's reshape is cheaper than torch's; the ids are contiguous, so neither copies.
+    # Contiguous even if the ids are not: the pager would fill a copy.
+    slots = torch.empty_like(topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
+    # numpy's reshape is cheaper than torch's, and does not copy what is contiguous.
     _pagers[handle].acquire(layer, topk_ids.numpy().reshape(-1), slots.numpy().reshape(-1))
     return slots
 
@@ -89,19 +103,19 @@ def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     """Make the routed experts resident.
 
     Args:
-        topk_ids: Routed experts of an MoE layer, integers of any shape, negative where padded.
+        topk_ids: Routed experts of an MoE layer, integers of any shape; negative ones are padding.
         handle: The pager (``attach``).
         layer: The MoE layer, from 0.
 
     Returns:
-        int32 of the same shape: the slot of each expert.
+        The slot of each expert, int32 of the same shape.
     """
     if torch.compiler.is_compiling():
         return torch.ops.fluxmoe.acquire(topk_ids, handle, layer)
     return _acquire(topk_ids, handle, layer)  # dispatching the operator costs more than the call
 
 
-# Returns a copy of the ids for `acquire`: an operator whose result is unused is compiled away.
+# Returns a copy of the ids for `acquire`: an operator with an unused result is compiled away.
 _library.define("note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle) -> Tensor")
 _library.impl("note", _note, "CPU")
 register_fake("fluxmoe::note", _fake_note, lib=_library)

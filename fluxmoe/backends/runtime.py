@@ -29,19 +29,19 @@ from fluxmoe.trace import TraceMeta
 
 
 class Runtime:
-    """Everything between the engine's MoE layers and the memory of one worker.
+    """All components between the engine's MoE layers and the memory of one worker.
 
     Args:
-        config: Configuration, its budget in bytes.
+        config: Configuration with the budget in bytes.
         policies: Paging policies.
         geometry: Layers and experts.
         page_class: Layout of an expert page.
         store: Store of the pages.
         kv: Memory needed by the KV cache.
         dynamic: True if the split may change while serving.
-        bank_limit: Maximum slots that one kernel call can address; None if there is no limit.
-        phase: Returns the phase of a step, at its beginning.
-        ceiling: Maximum bytes for ``resize``; 0: not above the initial budget.
+        bank_limit: Maximum slots that one kernel call can address; None if unlimited.
+        phase: Returns the phase of a step; called at its beginning.
+        ceiling: Maximum bytes for ``resize``; 0: the initial budget.
 
     Raises:
         BudgetTooSmallError: The minimums do not fit.
@@ -102,25 +102,25 @@ class Runtime:
 
     @property
     def kv_reserved_bytes(self) -> int:
-        """Bytes that the KV cache may grow to; the engine makes as many blocks as fit."""
+        """Bytes that the KV cache may grow to; the engine creates as many blocks as fit."""
         kv = self.partition.kv
         return (kv.max if self.dynamic else kv.target) * self.partition.frame_bytes
 
     def place_kv(self, blocks: int, block_bytes: int) -> KVTenant:
-        """Reserve the buffer for the engine's KV blocks and commit it as the first split says.
+        """Reserve the buffer for the engine's KV blocks and commit its initial part.
 
         Raises:
-            OutOfFramesError, SubstrateError: There is no room; nothing is reserved.
+            OutOfFramesError, SubstrateError: Not enough memory; nothing is reserved.
         """
         layout = KVLayout(blocks, block_bytes, self.partition.frame_bytes)
         groups = layout.groups_within(self.partition.kv.target)
         return self.memory.place_kv(layout, range(groups))
 
     def inventory(self) -> Inventory:
-        """The state that the scheduler's side needs to change the split."""
+        """Resources that the scheduler's side needs to change the split."""
         kv, part = self.memory.kv, self.partition
         if kv is None:
-            raise InvariantError("the KV cache has no place yet")
+            raise InvariantError("the KV cache has not been placed yet")
         return Inventory(
             frames=self.memory.pool.count,
             geometry=self.geometry,
@@ -134,18 +134,18 @@ class Runtime:
         )
 
     def resize(self, budget: int) -> None:
-        """Raise or lower the budget, in bytes; see ``backends.budget.resize``."""
+        """Raise or lower the budget, in bytes. See ``backends.budget.resize``."""
         resize(self.memory, self.pager, self.partition, budget)
 
     def arenas(self, layer: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
-        """Per part, the layer's bank as uint8 ``[slots, part bytes]``, as its kernel reads it.
+        """The layer's bank as read by its kernel: one uint8 array ``[slots, part bytes]`` per part.
 
-        All slots that the bank may ever have: kernels keep the shape while the split changes.
+        Includes all slots the bank may ever have: kernels keep the shape while the split changes.
         """
         return self.memory.experts.rows(self.pager.table.bank(layer))
 
     def stats(self) -> dict[str, int | float]:
-        """Counters of the event rule, sizes in bytes, faults, and seconds waited for pages."""
+        """Return event rule counters, sizes in bytes, faults, and seconds waited for pages."""
         counters, transfer = self.pager.counters(), self.pager.transfer
         return {
             **asdict(counters),
@@ -168,7 +168,7 @@ class Runtime:
         }
 
     def trace_meta(self, *, model: str, top_k: int, source: str) -> TraceMeta:
-        """Metadata of a trace of this model."""
+        """Metadata for traces of this model."""
         return TraceMeta(
             model=model,
             num_layers=self.geometry.num_layers,
@@ -179,18 +179,18 @@ class Runtime:
         )
 
     def check(self) -> None:
-        """Raise InvariantError unless all accounts agree."""
+        """Raise InvariantError unless all books are consistent."""
         self.pager.check()
         self.memory.check()
 
     def close(self) -> None:
-        """Release all memory. Nothing may read the arenas any more.
+        """Release all memory; the arenas must no longer be read.
 
-        A forked child releases nothing: the memory is its parent's.
+        A forked child releases nothing, because the memory belongs to its parent.
         """
         if not self.pager.owner.here:
             return
-        with ExitStack() as each:  # goes on if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             each.callback(self.store.close)
             each.callback(self.memory.close)
             each.callback(self.pager.close)

@@ -1,4 +1,4 @@
-"""Creation of the configured store."""
+"""Creation of the configured stores."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fluxmoe.stores.tiers import Tier, TieredStore
 
 
 def make_coders(config: Config, registry: Registry) -> list[Coder]:
-    """One coder per configured store.
+    """Make one coder per configured store.
 
     Raises:
-        UnknownCodecError, ConfigError, PluginLoadError, MissingDependencyError: A codec could not
-            be loaded.
+        UnknownCodecError, ConfigError, PluginLoadError, MissingDependencyError: A codec cannot be
+            loaded.
     """
     return [
         Coder(
@@ -36,10 +36,10 @@ def make_coders(config: Config, registry: Registry) -> list[Coder]:
 def make_store(
     config: Config, geometry: Geometry, page_class: PageClass, coders: Sequence[Coder]
 ) -> HostStore | TieredStore:
-    """Create an empty store with the coders of ``make_coders``; it adopts layer by layer."""
+    """Make an empty store with the coders of ``make_coders``, to be filled layer by layer."""
     first = config.stores[0]
     if first.kind == "host" and first.limit is None and first.codec["kind"] == "none":
-        return HostStore(geometry, page_class)  # without a copy; takes all pages
+        return HostStore(geometry, page_class)  # takes all pages without a copy
     tiers: list[Tier] = []
     for store, coder in zip(config.stores, coders, strict=True):
         limit = None if store.limit is None else int(store.limit)
@@ -62,17 +62,17 @@ def make_store(
 
 
 def require_room(config: Config, nbytes: int) -> None:
-    """Refuse file stores whose folder cannot be written or whose disk is too small.
+    """Reject file stores whose folder is not writable or whose disk is too small.
 
-    Page files that exist already count as room. The size of encoded pages is unknown before they
-    are encoded, so only stores without a codec are checked for room.
+    Existing page files count as room. The size of encoded pages is unknown in advance, so only
+    stores without a codec are checked for room.
 
     Args:
         config: The configuration.
         nbytes: Bytes of all expert pages.
 
     Raises:
-        ConfigError: Names the store.
+        ConfigError: A folder is not writable, or its disk is too small.
     """
     rest = nbytes
     for index, store in enumerate(config.stores):

@@ -1,4 +1,4 @@
-"""Views between torch and the core, without copies: weights as bytes, arenas as weights."""
+"""Zero-copy views between torch and the core: weights as bytes, arenas as weights."""
 
 from __future__ import annotations
 

@@ -1,19 +1,21 @@
 """The command line, one file per verb. ``main`` is the console script ``fluxmoe``.
 
-Verbs import heavy modules only when they run: ``fluxmoe --help`` loads no array library or engine.
+Verbs import heavy modules only when run: ``fluxmoe --help`` loads no array library and no engine.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
 
 import fluxmoe
+from fluxmoe import caches
 from fluxmoe.cli import (
     codec,
     config,
@@ -21,7 +23,6 @@ from fluxmoe.cli import (
     doctor,
     generate,
     limit,
-    output,
     plan,
     plugin,
     policies,
@@ -30,23 +31,26 @@ from fluxmoe.cli import (
     top,
     trace,
 )
+from fluxmoe.cli.shared import output
 from fluxmoe.errors import ConfigError, FluxMoEError
 
 _DEBUG = "--debug"
-#: Options with which a verb prints data for programs only.
+#: Options that make a verb print only machine-readable data.
 _DATA = ("--json", "--csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0, 2 for every error a user can correct, 130 after Ctrl-C.
+    """Run one command and exit with 0, 2 for errors that a user can correct, 130 after Ctrl-C.
 
     Args:
-        arguments: Arguments without the program's name; default: those of the process.
+        arguments: Arguments without the program name; default: those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Usually added after a failure, so it is accepted anywhere, such as at the end of the line.
+    # Usually added after a failure, so it is accepted anywhere, including at the end of the line.
     debug = _DEBUG in given
     output.prepare()
+    with suppress(ConfigError):  # an error for a server only, which raises it again
+        os.environ.update(caches.folders(os.environ))
     try:
         with ExitStack() as stack:
             stack.enter_context(_compilation_announced())
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _compilation_announced() -> Iterator[None]:
-    """Show the core's announcement that it compiles: seconds without another sign of life."""
+    """Show the core's message that it is compiling, which takes seconds without other output."""
     logger, handler = logging.getLogger("fluxmoe.compile"), logging.StreamHandler()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -81,7 +85,7 @@ def _compilation_announced() -> Iterator[None]:
 
 
 def program() -> Any:
-    """The whole command line, as click's group of commands."""
+    """Build the whole command line as a click group."""
     app = typer.Typer(
         help="Memory manager for MoE inference: pages expert weights, simulates policies.",
         no_args_is_help=True,
@@ -146,4 +150,4 @@ def _globals(
         bool, typer.Option(_DEBUG, help="Show the traceback of an error (allowed anywhere).")
     ] = False,
 ) -> None:
-    """Declare the options before the verb; both are handled before this runs."""
+    """Declare the options before the verb; they are handled before this runs."""

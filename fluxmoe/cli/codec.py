@@ -1,4 +1,4 @@
-"""``fluxmoe codec``: compression of a checkpoint's experts by a lossless codec."""
+"""``fluxmoe codec``: measure compression of a checkpoint's experts by a lossless codec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Plugins
 from fluxmoe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,11 +22,9 @@ def codec(
         typer.Argument(help="Folder of a safetensors checkpoint; default: the shipped model."),
     ] = None,
     name: Annotated[str, typer.Option("--codec", metavar="NAME", help="Codec.")] = "fixed4",
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: Plugins = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Measure how much a codec compresses a checkpoint's experts, per layer."""
     from fluxmoe import plugins
@@ -44,33 +43,20 @@ def codec(
     total = Survey("all layers")
     for layer in layers:
         total.add(layer)
-    if as_json:
-        output.print_json(
-            {
-                "model": str(model),
-                "codec": name,
-                "total": _as_json(total),
-                "layers": [_as_json(layer) for layer in layers],
-            }
-        )
+    each, whole = [_as_json(layer) for layer in layers], _as_json(total)
+    data = {"model": str(model), "codec": name, "total": whole, "layers": each}
+    if output.printed(as_json, as_csv, data, [*each, whole]):
         return
-    from rich.table import Table
-
-    table = Table("layer", title=f"{name} on {model.name}", title_justify="left")
-    columns = ("experts", "kept in", "ratio", "escapes", "zero-coded", "raw", "zeros")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for each in (*layers, total):
-        if each is total:
-            table.add_section()
-        table.add_row(*_row(each))
-    console = output.console()
-    console.print(table)
-    console.print(
-        "escapes, zero-coded and raw: per 100 segments; zeros: weights that are exactly 0"
-        + (f"\n{total.plain} of {total.parts} parts are kept uncompressed" if total.plain else ""),
-        highlight=False,
+    table.show(
+        f"{name} on {model.name}",
+        ["layer"],
+        ["experts", "kept in", "ratio", "escapes", "zero-coded", "raw", "zeros"],
+        [_row(layer) for layer in (*layers, total)],
+        total=True,
     )
+    output.say("escapes, zero-coded and raw: per 100 segments; zeros: weights that are exactly 0")
+    if total.plain:
+        output.say(f"{total.plain} of {total.parts} parts are kept uncompressed")
 
 
 def _row(survey: Survey) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 
 if TYPE_CHECKING:
     from fluxmoe.config import Config
@@ -23,10 +23,10 @@ _KINDS = ("eviction", "prefetch", "arbitration")
 
 @app.command()
 def check(file: _File) -> None:
-    """Check everything that can be checked before a start; exit code 2 if something is wrong.
+    """Check everything that can be checked without starting an engine; exit code 2 on errors.
 
-    Keys, values, policies and their options, vLLM's options, the model's files, and the memory and
-    disk space of this machine. No engine is started.
+    Checks keys, values, policies and their options, vLLM's options, the model's files, and the
+    memory and disk space of this machine.
     """
     from fluxmoe import config, plugins
     from fluxmoe.backends.vllm.server import launch
@@ -72,7 +72,7 @@ def show(
 
 
 def _shown(loaded: Config) -> dict[str, Any]:
-    """The configuration as ``show`` prints it; also creates policies and codecs, as a check."""
+    """Return the configuration as printed by ``show``; create policies and codecs as a check."""
     from fluxmoe import plugins
     from fluxmoe.backends.stores import make_coders
 
@@ -94,7 +94,7 @@ def _shown(loaded: Config) -> dict[str, Any]:
 
 
 def _resolved(loaded: Config, ready: Config) -> list[str]:
-    """Lines explaining ``off``, and ``auto`` where it is resolved in ``ready``."""
+    """Explain ``off``, and ``auto`` where it is resolved in ``ready``."""
     from fluxmoe.backends import budget
 
     lines = []
@@ -110,7 +110,7 @@ def _resolved(loaded: Config, ready: Config) -> list[str]:
 
 
 def _readable(value: Any) -> Any:
-    """A value as a user would write it: sizes with units, and ``auto``."""
+    """Format a value as in a configuration: sizes with units, and ``auto``."""
     from pydantic import BaseModel, ByteSize
 
     if isinstance(value, ByteSize):
@@ -118,7 +118,7 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if isinstance(value, BaseModel):
-        # The only nested fields that may be None are sizes set to auto.
+        # Only sizes set to auto may be None in nested fields.
         return {key: "auto" if item is None else _readable(item) for key, item in value}
     if isinstance(value, dict) and value.keys() == {"kind"}:
         return value["kind"]

@@ -1,4 +1,4 @@
-"""``fluxmoe demo``: stock vLLM and FluxMoE compared at one memory budget."""
+"""``fluxmoe demo``: compare stock vLLM and FluxMoE at one memory budget."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson
 
 if TYPE_CHECKING:
     from fluxmoe.demo.compare import Comparison
     from fluxmoe.demo.model import DemoModel
 
-#: Number of requests that stock vLLM's KV cache holds at the demonstration's budget.
+#: Number of requests that stock vLLM's KV cache holds at the demo's budget.
 STARVED = 3
 #: Number of generated texts printed.
 SAMPLES = 3
 
 
 def demo(
-    requests: Annotated[int, typer.Option(min=1, help="Requests, all queued at the start.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all queued at once.")] = 64,
     output_tokens: Annotated[
         int, typer.Option(min=1, max=100, help="Tokens generated per request.")
     ] = 96,
     rounds: Annotated[int, typer.Option(min=1, help="Runs per engine, alternating.")] = 3,
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Serve one workload with stock vLLM and with FluxMoE at the same memory budget."""
     from rich.console import Console
@@ -55,23 +57,19 @@ def demo(
             options=model.options(max_num_seqs=requests),
             progress=progress,
         )
-    if json_:
-        output.print_json(result.to_json())
-    else:
+    data = result.to_json()
+    shared = {key: value for key, value in data.items() if key not in ("stock", "fluxmoe")}
+    rows = [{"engine": name, **data[name], **shared} for name in ("stock", "fluxmoe")]
+    if not output.printed(as_json, as_csv, data, rows):
         _print(result, model)
     if not result.tokens_identical:
         sys.exit(1)
 
 
 def _print(result: Comparison, model: DemoModel) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     stock, paged, stats = result.stock, result.fluxmoe, result.stats
-    table = Table()
-    table.add_column(f"both in {sizes.shown(result.budget_bytes)}")
-    table.add_column("stock vLLM", justify="right")
-    table.add_column("vLLM + FluxMoE", justify="right")
     rows = [
         (
             "experts in the budget",
@@ -88,11 +86,9 @@ def _print(result: Comparison, model: DemoModel) -> None:
         ("tokens", "", "identical" if result.tokens_identical else "DIFFERENT"),
         ("page store, outside the budget", "–", sizes.shown(stats["store_bytes"])),
     ]
-    for row in rows:
-        table.add_row(*row)
-    console = output.console()
-    console.print(table)
-    console.print(
+    both = f"both in {sizes.shown(result.budget_bytes)}"
+    table.show("", [both], ["stock vLLM", "vLLM + FluxMoE"], rows)
+    output.say(
         f"{len(result.texts)} requests × {result.output_tokens} tokens, medians of "
         f"{len(stock.runs)} alternating runs, eager, one thread. The shipped Qwen3-MoE, "
         f"{model.layers} layers × {model.experts} experts, top-{model.top_k}; a token is a byte.\n"
@@ -100,6 +96,7 @@ def _print(result: Comparison, model: DemoModel) -> None:
         "store lies outside it in host memory, as it would beside a GPU.",
         style="dim",
     )
-    console.print("Sample outputs (prompts in bold):")
+    output.say("Sample outputs (prompts in bold):")
+    console = output.console()
     for prompt, written in result.texts[:SAMPLES]:
         console.print(Text.assemble("  ", (prompt, "bold"), written.replace("\n", "\n  ")))

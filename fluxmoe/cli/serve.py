@@ -31,5 +31,5 @@ def serve(
     found.require()
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    assert isinstance(ready, configuration.Resolved)  # or an error was found
+    assert isinstance(ready, configuration.Resolved)  # otherwise an error was found
     launch.serve(ready)

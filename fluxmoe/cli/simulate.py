@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force, Plugins, items
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,23 +23,31 @@ if TYPE_CHECKING:
 def simulate(
     trace: Annotated[Path, typer.Argument(help="Trace file.")],
     policy: Annotated[
-        str,
-        typer.Option(help="Eviction policies, comma-separated; options as name:option=value."),
+        list[str],
+        typer.Option(
+            callback=items,
+            help="Eviction policies, comma-separated or repeated; options as name:option=value.",
+        ),
     ],
     capacity: Annotated[
-        str,
-        typer.Option(help="Capacities, comma-separated: pages (96), a share (25%) or 2GiB."),
+        list[str],
+        typer.Option(
+            callback=items,
+            help="Capacities, comma-separated or repeated: pages (96), a share (25%) or 2GiB.",
+        ),
     ],
     prefetch: Annotated[
-        str, typer.Option(help="Prefetch policies, in the same form as eviction policies.")
-    ] = "none",
-    banks: Annotated[int, typer.Option(help="Number of banks for the layers.")] = 1,
-    plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="FILE", help="Plugin: .py file or module; repeatable."),
+        typer.Option(
+            callback=items,
+            help="Prefetch policies, in the form of --policy, comma-separated or repeated.",
+        ),
     ] = None,
-    strict_policies: Annotated[
-        bool, typer.Option("--strict-policies", help="Stop at the first fault of a policy.")
+    banks: Annotated[int, typer.Option(help="Number of banks for the layers.")] = 1,
+    plugin: Plugins = None,
+    contain: Annotated[
+        bool,
+        typer.Option("--contain", help="Fall back to LRU when a policy fails, as in an engine."),
     ] = False,
     hardware: Annotated[
         str | None,
@@ -51,28 +60,35 @@ def simulate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a report: curves and a table.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
-    """Replay a trace with every combination of policy, capacity and prefetcher."""
+    """Replay a trace with every combination of policy, capacity and prefetcher.
+
+    A policy that fails ends the command with exit code 2: its counts would not be its own.
+    """
     from fluxmoe import plugins
-    from fluxmoe.sim import hardware as profiles
+    from fluxmoe.arguments import require_new
+    from fluxmoe.cli.shared.hardware import profile_of
     from fluxmoe.sim import report as page
     from fluxmoe.sim.events import Events
     from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
+    if report is not None:
+        require_new(report, replace=force)
     registry = plugins.load(plugin or ())
-    profile = None if hardware is None else profiles.load(hardware)
+    profile = None if hardware is None else profile_of(hardware)
     events = Events.load(trace)
-    capacities = _items(capacity, "--capacity")
     asked = [
         SimulationRun(spec(name), size, spec(ahead))
-        for name in _items(policy, "--policy")
-        for size in capacities
-        for ahead in _items(prefetch, "--prefetch")
+        for name in policy
+        for size in capacity
+        for ahead in prefetch or ["none"]
     ]
-    optimum = [SimulationRun(page.OPTIMUM, size) for size in capacities]
+    optimum = [SimulationRun(page.OPTIMUM, size) for size in capacity]
     more = [run for run in optimum if run not in asked] if report is not None else []
-    plan = RunPlan([*asked, *more], plugin or (), banks, strict_policies, profile)
+    plan = RunPlan([*asked, *more], plugin or (), banks, not contain, profile)
     with _progress(len(plan.runs) * len(events)) as progress:
         outcomes = execute(
             plan,
@@ -85,15 +101,25 @@ def simulate(
     if report is not None:
         page.write(report, trace.name, events, outcomes)
     outcomes = outcomes[: len(asked)]
-    if as_json:
-        output.print_json([outcome.result.to_json() for outcome in outcomes])
-    else:
-        _print_table(trace, events, outcomes)
+    _warn_of_cycle(outcomes, events)
+    results = [outcome.result.to_json() for outcome in outcomes]
+    if not output.printed(as_json, as_csv, results, results):
+        _print(trace, events, outcomes)
+
+
+def _warn_of_cycle(outcomes: list[Outcome], events: Events) -> None:
+    pages = sorted({outcome.result.capacity_pages for outcome in outcomes})
+    few = [str(count) for count in pages if count < events.cycle]
+    if few:
+        output.warn(
+            f"{', '.join(few)} slots are fewer than the {events.cycle} pages of a step: lru "
+            "evicts pages before their next use"
+        )
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A temporary progress bar on standard error, if that is a terminal."""
+    """Show a temporary progress bar on standard error if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -106,15 +132,8 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda events: progress.update(task, advance=events)
 
 
-def _items(text: str, option: str) -> list[str]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if not items:
-        raise ConfigError("no values given", where=option)
-    return items
-
-
 def spec(text: str) -> PolicySpec:
-    """Parse ``name`` or ``name:option=value:…`` into the form the registry takes."""
+    """Parse ``name`` or ``name:option=value:…`` into the form the registry accepts."""
     name, *settings = text.split(":")
     if not settings:
         return name
@@ -127,25 +146,17 @@ def spec(text: str) -> PolicySpec:
     return options
 
 
-def _print_table(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
-    from rich.table import Table
-
+def _print(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
     meta = events.meta
     pages = meta.geometry.num_pages
     results = [outcome.result for outcome in outcomes]
-    table = Table(
-        "policy",
-        "prefetch",
-        title=f"{trace.name}: {meta.num_layers} layers x {meta.experts_per_layer} experts = "
-        f"{pages} pages, {len(events)} events of at most {events.largest} experts",
-        title_justify="left",
-    )
-    counts = ["hit rate", "misses", "prefetch hits", "evicted", "released"]
     timed = ["step ms", "stalled", "tokens/s"] if results[0].timing is not None else []
-    for column in ["capacity", *counts, "demand", "prefetched", *timed]:
-        table.add_column(column, justify="right")
+    counts = ["hit rate", "misses", "prefetch hits", "evicted", "released"]
+    rows = []
     for result in results:
         cells = [
+            result.policy,
+            result.prefetch,
             f"{result.capacity_pages} ({result.capacity_pages / pages:.0%})",
             f"{result.hit_rate:.2%}",
             *map(str, (result.misses, result.prefetch_hits, result.evictions, result.released)),
@@ -155,14 +166,20 @@ def _print_table(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
         if (timing := result.timing) is not None:
             cells += [f"{timing.step_ms_mean:.2f}", f"{timing.stall_share:.1%}"]
             cells += [f"{timing.tokens_per_s:.1f}"]
-        table.add_row(result.policy, result.prefetch, *cells)
-    console = output.console()
-    console.print(table)
+        rows.append(cells)
+    table.show(
+        f"{trace.name}: {meta.num_layers} layers x {meta.experts_per_layer} experts = "
+        f"{pages} pages, {len(events)} events of at most {events.largest} experts",
+        ["policy", "prefetch"],
+        ["capacity", *counts, "demand", "prefetched", *timed],
+        rows,
+        keys=3,
+    )
     for name in sorted({outcome.result.policy for outcome in outcomes if outcome.oracle}):
-        console.print(f"{name} is an oracle: it knows the trace's future; no engine can run it")
+        output.say(f"{name} is an oracle: it knows the trace's future; no engine can run it")
     for result in results:
         if result.policy_faults:
-            console.print(
+            output.say(
                 f"{result.policy} at {result.capacity_pages} pages: {result.policy_faults} faults "
                 "of a policy were answered by the fallback"
             )

@@ -1,6 +1,6 @@
 """The configuration: one YAML document, validated as a whole, sizes written as ``24GiB``."""
 
-from fluxmoe.config.reading import findings, json_schema, load, parse, parse_limits, read, size
+from fluxmoe.config.reading import json_schema, load, parse, parse_limits, size
 from fluxmoe.config.schema import (
     Config,
     FileStoreConfig,
@@ -20,12 +20,10 @@ __all__ = [
     "Resolved",
     "ResolvedMemory",
     "Share",
-    "findings",
     "is_plugin_file",
     "json_schema",
     "load",
     "parse",
     "parse_limits",
-    "read",
     "size",
 ]

@@ -1,4 +1,4 @@
-"""Reading settings: YAML files, maps and sizes, with errors in the user's terms."""
+"""Reading of settings: YAML files, maps and sizes, with errors in the user's terms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluxmoe.config.schema import Config, HandLimits
 from fluxmoe.errors import ConfigError, meant, together
 from fluxmoe.words import line
 
-#: pydantic's error types → messages in the terms of YAML instead of Python.
+#: pydantic error types → messages in terms of YAML instead of Python.
 _WHAT = {
     "string_type": "it must be text",
     "dict_type": "it must be a map",
@@ -49,63 +49,51 @@ def parse(data: object, *, where: str) -> Config:
     """Validate a configuration.
 
     Raises:
-        ConfigError: Names an invalid field, its value and the remedy; ``others`` has the further
-            ones.
+        ConfigError: A field is invalid; ``others`` has further errors.
     """
     return _parse(Config, data, where)
 
 
-def findings(data: object, *, where: str) -> list[ConfigError]:
-    """Everything ``parse`` refuses, unknown keys first; empty if the configuration is valid."""
-    return _validated(Config, data, where)[1]
-
-
 def parse_limits(data: object, *, where: str) -> HandLimits:
-    """Validate limits set while serving; see ``parse``."""
+    """Validate limits set while serving. See ``parse``."""
     return _parse(HandLimits, data, where)
 
 
 def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
-    made, found = _validated(model, data, where)
-    if made is None:
-        raise together(found)
-    return made
-
-
-def _validated(
-    model: type[_Parsed], data: object, where: str
-) -> tuple[_Parsed | None, list[ConfigError]]:
-    """The settings, or everything that is wrong with them."""
     if data is None:
-        return None, [ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")]
+        raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
     if not isinstance(data, Mapping):
-        said = f"expected a map of settings, not {line(data, repr)}"
-        return None, [ConfigError(said, where=where)]
+        raise ConfigError(f"expected a map of settings, not {line(data, repr)}", where=where)
     try:
-        return model.model_validate(dict(data)), []
+        return model.model_validate(dict(data))
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        unknown, intended = [], set()
-        for each in details:
-            if each["type"] == "extra_forbidden":
-                *above, key = each["loc"]
-                fix = meant(key, known := sorted(_keys(model, above)))
-                unknown.append(
-                    ConfigError(
-                        f"unknown key {_field(each['loc'])!r}",
-                        where=where,
-                        fix=fix or f"remove it; known here: {', '.join(known)}",
-                    )
-                )
-                intended |= {(*above, name) for name in known if meant(key, [name])}
-        rest = [each for each in details if each["type"] != "extra_forbidden"]
-        # A misspelt key is not reported as a missing one, too.
-        rest = [e for e in rest if e["type"] != "missing" or e["loc"] not in intended]
-        return None, unknown + [_finding(each, where) for each in rest]
+        raise together(_problems(model, error, where)) from error
 
 
-def _finding(detail: ErrorDetails, where: str) -> ConfigError:
-    """One of pydantic's errors in the terms of a configuration."""
+def _problems(model: type[BaseModel], error: ValidationError, where: str) -> list[ConfigError]:
+    """Translate all pydantic errors into terms of the configuration, unknown keys first."""
+    unknown, rest, intended = [], [], set()
+    for each in error.errors(include_url=False):
+        if each["type"] != "extra_forbidden":
+            rest.append(each)
+            continue
+        *above, key = each["loc"]
+        fix = meant(key, known := sorted(_keys(model, above)))
+        unknown.append(
+            ConfigError(
+                f"unknown key {_field(each['loc'])!r}",
+                where=where,
+                fix=fix or f"remove it; known here: {', '.join(known)}",
+            )
+        )
+        intended |= {(*above, name) for name in known if meant(key, [name])}
+    # A misspelt key is not also reported as missing.
+    rest = [each for each in rest if each["type"] != "missing" or each["loc"] not in intended]
+    return unknown + [_problem(each, where) for each in rest]
+
+
+def _problem(detail: ErrorDetails, where: str) -> ConfigError:
+    """Translate one pydantic error into terms of the configuration."""
     kind, field, found = detail["type"], _field(detail["loc"]), detail["input"]
     if kind == "missing":
         return ConfigError(f"{field!r} is missing", where=where, fix="add it")
@@ -121,13 +109,13 @@ def _finding(detail: ErrorDetails, where: str) -> ConfigError:
             fix = meant(found, re.findall("'(.*?)'", detail["msg"])) or fix
     if field in ("eviction", "prefetch", "arbitration"):
         fix = "write the name of a policy, or {kind: NAME, option: value}"
-    if kind != "size":  # its message already names the value
+    if kind != "size":  # its message already has the value
         said += f", not {line(found, repr)}"
     return ConfigError(f"{field}: {said}", where=where, fix=fix)
 
 
 def _field(place: Sequence[int | str]) -> str:
-    """A place in the configuration as a dotted name, without a store's kind, as pydantic adds."""
+    """Format a location as a dotted name, without the store kind that pydantic adds."""
     parts = list(map(str, place))
     if parts[:1] == ["stores"]:
         del parts[2:3]
@@ -135,7 +123,7 @@ def _field(place: Sequence[int | str]) -> str:
 
 
 def _keys(model: type[BaseModel], above: Sequence[int | str]) -> set[str]:
-    """The keys that are known below a place, whose parts are names, numbers and stores' kinds."""
+    """List the valid keys at a location, whose parts are names, numbers and store kinds."""
     models = [model]
     for part in above:
         if isinstance(part, int):
@@ -146,7 +134,7 @@ def _keys(model: type[BaseModel], above: Sequence[int | str]) -> set[str]:
             if part in each.model_fields
             for inner in _models(each.model_fields[part].annotation)
         ]
-        # No key: the kind of a store, which pydantic adds to the place.
+        # Not a key: the kind of a store, which pydantic adds to the location.
         models = inside or [m for m in models if _kind(m) == part]
     return {name for each in models for name in each.model_fields}
 
@@ -156,14 +144,14 @@ def _kind(store: type[BaseModel]) -> object:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The classes of settings in a type."""
+    """List the classes of settings in a type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for inner in get_args(annotation) for found in _models(inner)]
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration as a user writes it (docs/fluxmoe.schema.json)."""
+    """Make the JSON schema of a configuration file (docs/fluxmoe.schema.json)."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **Config.model_json_schema(mode="validation"),
@@ -172,7 +160,7 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses duplicate keys; YAML's own takes the last one."""
+    """A loader that rejects duplicate keys; the standard one takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -189,7 +177,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(path: Path) -> Config:
-    """Read a YAML file, whose paths are relative to its folder; see ``Config.located``.
+    """Read a YAML file, with paths relative to its folder. See ``Config.located``.
 
     Raises:
         ConfigError: The file is unreadable, not valid YAML, or does not validate.
@@ -198,7 +186,7 @@ def load(path: Path) -> Config:
 
 
 def read(path: Path) -> object:
-    """The contents of a YAML file, not validated.
+    """Load a YAML file without validating it.
 
     Raises:
         ConfigError: The file is unreadable or not valid YAML.
@@ -210,7 +198,7 @@ def read(path: Path) -> object:
     try:
         return yaml.load(path.read_text(), _Loader)
     except OSError as error:
-        raise ConfigError(f"cannot read it: {error.strerror}", where=str(path)) from error
+        raise ConfigError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"not a text file: {error}", where=str(path)) from error
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""The settings: types, defaults, presets, and what each field means."""
+"""The settings: types, defaults, presets and descriptions."""
 
 from __future__ import annotations
 
@@ -21,15 +21,22 @@ from pydantic_core import PydanticCustomError
 from fluxmoe import sizes
 from fluxmoe.checkpoint import is_hub_name
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
+from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, Limits
+
+_Chosen = str | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 
 def _policy(value: object) -> object:
-    return {"kind": value} if isinstance(value, str) else value
+    # In Python a class or instance can replace the name (``Registry.create``).
+    return {"kind": value} if isinstance(value, _Chosen) else value
 
 
 def _several(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    names = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(names, list | tuple):
+        return names
+    return [os.fspath(name) if isinstance(name, os.PathLike) else name for name in names]
 
 
 def _size(value: object) -> int:
@@ -44,11 +51,11 @@ def _auto(value: object) -> object:
 
 
 def _budget(value: object) -> object:
-    # An empty value in YAML is not "auto", which must be written out.
+    # An empty value in YAML does not mean "auto", which must be written out.
     return None if isinstance(value, str) and value == "auto" else _size(value)
 
 
-#: A policy: its name, or a map with ``kind`` and the policy's own options.
+#: A policy: its name, or a map with ``kind`` and the policy's options.
 Policy = Annotated[
     dict[str, Any], BeforeValidator(_policy, json_schema_input_type=str | dict[str, Any])
 ]
@@ -58,7 +65,7 @@ AutoSize = Annotated[
     ByteSize | None,
     BeforeValidator(_auto, json_schema_input_type=_Written | Literal["auto"] | None),
 ]
-#: The same for the budget, which must be given and greater than 0.
+#: The same for the budget, which is required and greater than 0.
 Budget = Annotated[
     Annotated[ByteSize, Field(gt=0)] | None,
     BeforeValidator(_budget, json_schema_input_type=_Written | Literal["auto"]),
@@ -71,7 +78,7 @@ def is_plugin_file(name: str) -> bool:
 
 
 class _Model(BaseModel):
-    # The docstrings below fields become the descriptions in the JSON schema, shown by editors.
+    # Docstrings of fields become descriptions in the JSON schema, which editors show.
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -101,9 +108,9 @@ class Memory(_Model):
     kv: Share = Share()
     """Bounds of the KV cache."""
     frame: AutoSize = None
-    """Bytes of the unit in which memory moves between the two; auto: budget/8192, 4KiB … 2MiB."""
+    """Bytes of a frame, the unit in which memory moves; auto: budget/8192, 4KiB … 2MiB."""
     banks: int = Field(default=1, ge=1)
-    """Minimum number of banks for the slots; more where the kernel's slot index is narrow."""
+    """Minimum number of banks; more are used if the kernel's slot index is too narrow."""
 
 
 class Bounds(_Model):
@@ -131,14 +138,14 @@ class PolicyLimits(_Model):
     """Limits beyond which a policy is interrupted or replaced."""
 
     strikes: int = Field(default=DEFAULT_LIMITS.strikes, ge=1)
-    """Number of faults before a policy is replaced for good, or of slow calls before a log line."""
+    """Number of faults before a policy is disabled for good, or of slow calls before a log line."""
     soft_ms: float = Field(default=DEFAULT_LIMITS.soft_s * 1e3, gt=0, le=3.6e6)
-    """Milliseconds beyond which a call is counted as slow."""
+    """Milliseconds of CPU time beyond which a call is counted as slow."""
     hard_s: float = Field(default=DEFAULT_LIMITS.hard_s, gt=0, le=3600)
     """Seconds beyond which a call is interrupted, which counts as a fault."""
 
     def limits(self) -> Limits:
-        """The same limits in the form the core takes."""
+        """Convert to the core's limits."""
         return Limits(self.strikes, self.soft_ms / 1e3, self.hard_s)
 
 
@@ -147,21 +154,21 @@ class HostStoreConfig(_Model):
 
     kind: Literal["host"]
     limit: AutoSize = None
-    """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
+    """Maximum bytes of the pages; the rest goes to the next store. auto: no limit."""
     codec: Policy = {"kind": "none"}
-    """Lossless codec that the pages are kept in."""
+    """Lossless codec for the pages."""
 
 
 class FileStoreConfig(_Model):
-    """Pages in a file, which is built at the first start."""
+    """Pages in a file, which is built on the first start."""
 
     kind: Literal["file"]
     path: str = Field(min_length=1)
     """Folder of the page file, relative to the configuration's; created if missing."""
     limit: AutoSize = None
-    """Bytes that the pages may take; what does not fit goes to the next store. auto: no limit."""
+    """Maximum bytes of the pages; the rest goes to the next store. auto: no limit."""
     codec: Policy = {"kind": "none"}
-    """Lossless codec that the pages are kept in."""
+    """Lossless codec for the pages."""
     direct: bool = True
     """Read uncached parts with direct I/O; set false if the file fits in the system's cache."""
 
@@ -185,47 +192,47 @@ class Config(_Model):
     """All settings of FluxMoE. Keys of ``vllm`` are passed to vLLM untouched."""
 
     model: Annotated[str, Field(min_length=1)] | None = None
-    """Folder, relative to the file, or Hugging Face name of the model; needed to serve."""
+    """Model folder, relative to this file, or Hugging Face name; required for serving."""
     memory: Memory
     preset: Literal["default", "paper", "off"] = "default"
-    """A named set of policies; explicit policies override it. off: no paging at all."""
+    """Named set of policies, which explicit policies override. off: no paging."""
     eviction: Policy = {"kind": "next-use"}
-    """Policy that decides which expert is evicted: a name, or {kind: NAME, option: value}."""
+    """Eviction policy: a name, or {kind: NAME, option: value}."""
     prefetch: Policy = {"kind": "none"}
-    """Policy that decides which experts are loaded ahead."""
+    """Prefetch policy, which loads experts ahead of time."""
     arbitration: Policy = {"kind": "fixed"}
-    """Policy that divides the budget between experts and KV cache."""
+    """Arbitration policy, which splits the budget between experts and KV cache."""
     policy_limits: PolicyLimits = PolicyLimits()
     stores: list[StoreConfig] = Field(
         default=[HostStoreConfig(kind="host")], min_length=1, max_length=8
     )
-    """Stores for expert pages that are not resident; a page goes to the first that has room."""
+    """Stores for non-resident expert pages; a page goes to the first one with room."""
     control: bool = False
-    """True if limits can be set while serving (fluxmoe limit). Reserves room for growth."""
+    """Allow setting limits while serving (fluxmoe limit). Reserves room for growth."""
     plugins: Annotated[
         list[str], BeforeValidator(_several, json_schema_input_type=str | list[str])
     ] = []
-    """Files (.py) or modules that register further policies or codecs; one needs no list."""
+    """Plugins: .py files or modules that register policies or codecs; a list or a single one."""
     strict_policies: bool = False
-    """Stop at the first fault of a policy instead of containing it."""
+    """Stop at the first policy fault instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
-    """Number of threads that copy pages; 0: the engine's own thread copies them."""
+    """Number of threads that copy pages; 0: the engine's thread copies them."""
     seed: int = 0
-    """Seed of the random numbers available to policies."""
+    """Seed of the random numbers for policies."""
     vllm: dict[str, Any] = {}
     """Options passed to vLLM untouched."""
 
     def resolved(self, budget: int) -> Resolved:
-        """The same with this budget, in bytes; it may have been ``auto``."""
+        """Return a copy with this budget in bytes, which may have been ``auto``."""
         memory = ResolvedMemory.model_construct(**{**dict(self.memory), "budget": ByteSize(budget)})
         return Resolved.model_construct(**{**dict(self), "memory": memory})
 
     def located(self, folder: Path) -> Self:
-        """The same with absolute paths; relative ones begin in ``folder``.
+        """Return a copy with absolute paths; relative ones start from ``folder``.
 
-        Paths are those of plugin files and stores, and the model unless it is a name on a hub: a
-        name without a folder beside it. Options of ``vllm`` are left alone; a model that becomes
-        absolute is served under the name that was written.
+        Applies to plugin files, stores, and the model unless it is a hub name, which has no
+        matching folder. Options of ``vllm`` are unchanged; a model whose path becomes absolute is
+        served under its original name.
         """
 
         def absolute(path: str) -> str:
@@ -245,9 +252,9 @@ class Config(_Model):
             changed["model"] = absolute(self.model) if local else self.model
             named = {"served-model-name", "served_model_name"} & self.vllm.keys()
             if changed["model"] != self.model and not named:
-                # Clients of the server name the model as the file does.
+                # Clients of the server use the model name from the file.
                 changed["vllm"] = {**self.vllm, "served-model-name": self.model}
-        # Only what changes, so that defaults stay defaults.
+        # Only what changes, so that defaults remain unset.
         update = {key: value for key, value in changed.items() if value != getattr(self, key)}
         return self.model_copy(update=update)
 

@@ -1,8 +1,8 @@
-"""Owner: the process that a resource belongs to.
+"""Owner: the process that owns a resource.
 
-A forked child gets copies of all books and locks, but shares the frames and every open file with
-its parent, and has none of its threads. So it may neither use nor release what the parent
-created: each use checks first, and each release does nothing.
+A forked child gets copies of all books and locks, shares the frames and open files with its parent,
+and has none of its threads. So it may neither use nor release the parent's resources: each use
+checks the owner first, and each release does nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fluxmoe.errors import UnsupportedError
 class Owner:
     """The process that created this object.
 
-    Comparing process ids takes 50 ns. Python's after-fork hooks would cost nothing, but a fork in
-    C does not call them.
+    Comparing process ids takes 50 ns. Python's after-fork hooks would cost nothing, but are not
+    called for a fork in C.
     """
 
     def __init__(self) -> None:
@@ -29,9 +29,9 @@ class Owner:
 
     def require(self) -> None:
         """Raise UnsupportedError in any other process."""
-        if os.getpid() != self._process:  # in each event: not through ``here``
+        if os.getpid() != self._process:  # called for each event: avoids the call of ``here``
             raise UnsupportedError(
                 f"this process was forked from process {self._process} and cannot use what "
                 "FluxMoE created there: paged models, engines, traces being written",
-                fix="use them there; start other processes with spawn and page models in each",
+                fix="use them there, or start other processes with spawn and page models in each",
             )

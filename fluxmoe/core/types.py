@@ -14,10 +14,10 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-#: Kinds of age, all in events: residency of a page when it left; time since its last use at that
-#: point; and the interval between two uses of a page.
+#: Kinds of age, in events: residency of a page on eviction; time since its last use at that point;
+#: interval between two uses of a page.
 LIFETIME, IDLE, REUSE = range(3)
-#: Number of age buckets, by power of two: bucket n counts ages up to 2^n, the last one all others.
+#: Number of age buckets: bucket n counts ages up to 2^n, the last one all others.
 AGES = 24
 
 
@@ -30,7 +30,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Number of expert pages of a model. Layers are MoE layers only, counted from 0."""
+    """Layers and experts of a model. Only MoE layers count, from 0."""
 
     num_layers: int
     experts_per_layer: int
@@ -46,9 +46,9 @@ class Geometry:
 class EventList(NamedTuple):
     """N consecutive events. Event ``i`` routes to ``ids[offsets[i]:offsets[i + 1]]``.
 
-    ``ids`` has one entry per (token, expert) pair, repeats included. ``later``, as long as ``ids``:
-    the next event that uses the same page; empty if no policy needs it. Event ``i`` predicts
-    ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, repeats included;
+    ``ids`` has one entry per (token, expert) pair, including repeats. ``later``, equally long,
+    is the next event that uses the same page; empty if no policy needs it. Event ``i`` predicts
+    ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, including repeats;
     ``guess_offsets`` is empty without predictions.
     """
 
@@ -64,7 +64,7 @@ class EventList(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of an expert (``w13``, ``w2`` …) as the kernel reads it.
+    """One tensor of an expert (``w13``, ``w2`` …) in the layout that the kernel reads.
 
     ``elements`` is the number of weights, which limits kernels with narrow indices.
     """
@@ -76,7 +76,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PageClass:
-    """The common layout of all expert pages of a model: its parts, in order."""
+    """The layout common to all expert pages of a model: its parts, in order."""
 
     parts: tuple[Part, ...]
 
@@ -96,18 +96,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One event as policies see it: the distinct experts that one MoE layer routes to.
+    """One event in the form that policies get: the distinct experts that one MoE layer routes to.
 
     Attributes:
         step: Forward pass of the engine, from 0.
         layer: MoE layer, from 0.
         pages: Distinct pages in ascending order, int64.
-        hit: Per page, True if it was resident when the event began.
-        tokens: Per page, number of (token, expert) pairs routed to it, int64.
+        hit: True for each page that was resident when the event began.
+        tokens: Number of (token, expert) pairs routed to each page, int64.
         phase: Phase of the step.
-        predicted: Pages of the next layer that its router chooses for this layer's hidden states,
-            most requested first. None if unknown: always in the engines, and in traces without
-            the column.
+        predicted: Pages that the next layer's router chooses for this layer's hidden states, most
+            tokens first. None if unknown: always in the engines, and in traces without the column.
     """
 
     step: int
@@ -121,7 +120,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """Pages that were just assigned a slot: page ``pages[i]`` goes into ``slots[i]`` of a bank."""
+    """Pages that were just assigned slots: ``pages[i]`` goes into ``slots[i]`` of a bank."""
 
     bank: int
     pages: Int64s
@@ -136,9 +135,9 @@ class Counters:
     """Counts since the last ``reset()``, as the event rule defines them.
 
     ``accesses = hits + misses`` counts distinct experts, once per event. ``prefetch_hits`` is the
-    part of ``hits`` that a prefetch loaded and that had not been used before. ``evictions`` are
-    victims for demand or prefetch; ``released`` pages were released because the policy did not
-    retain them, ``resized`` ones because the tenant shrank.
+    part of ``hits`` on prefetched pages that had not been used before. ``evictions`` counts victims
+    for demand or prefetch, ``released`` pages that the policy did not retain, ``resized`` pages
+    evicted because the tenant shrank.
     """
 
     events: int

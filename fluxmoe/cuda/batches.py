@@ -9,19 +9,19 @@ from typing import Any
 from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import SubstrateError
 
-#: First CUDA version whose driver copies batches in one call, and times events as used here.
+#: First CUDA version whose driver copies batches in one call and times events as required here.
 _LEAST = 12080
 
 
 @dataclass(slots=True, eq=False)
 class CopyBatch:
-    """Copies that were submitted to a stream together.
+    """Copies submitted to a stream together.
 
     Attributes:
-        event: Event recorded after them; None once they have arrived and were retired.
+        event: Event recorded after them; None once they have completed and been retired.
         fence: Event recorded on the kernels' stream before it waits for them.
         nbytes: Total bytes.
-        buffers: Page-locked buffers that they read.
+        buffers: Page-locked source buffers.
     """
 
     event: Any = None
@@ -59,7 +59,7 @@ class CopySubmitter:
     def __init__(self, cuda: CudaDriver) -> None:
         self._cuda = cuda
         api = cuda.api
-        # The call changed with CUDA 13: bindings for it find no such function in an older driver.
+        # The call changed in CUDA 13: its bindings do not find the function in older drivers.
         least = max(_LEAST, api.CUDA_VERSION // 1000 * 1000)
         self.batched = cuda.version >= least
         if self.batched:
@@ -103,14 +103,14 @@ class EventPool:
     def record(self, stream: Any) -> Any:
         """Record an event on ``stream``, after all work submitted so far, and return it."""
         if not self._free:
-            event = self._cuda.call("cuEventCreate", 0)  # with timing, for the stalls
+            event = self._cuda.call("cuEventCreate", 0)  # with timing, to measure stalls
             self._made.append(event)
             self._free.append(event)
         self._cuda.call("cuEventRecord", self._free[-1], stream)
         return self._free.pop()
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Let ``stream`` wait for an event; if the driver refuses, the CPU waits for it."""
+        """Make ``stream`` wait for an event; if the driver call fails, wait on the CPU."""
         try:
             self._cuda.call("cuStreamWaitEvent", stream, event, 0)
         except SubstrateError:
@@ -120,20 +120,20 @@ class EventPool:
         return self._cuda.ready("cuEventQuery", event)
 
     def seconds(self, first: Any, then: Any) -> float:
-        """Seconds from ``first`` to ``then``, which has passed; 0 if ``then`` came first."""
+        """Seconds from ``first`` to ``then``, which has completed; 0 if ``then`` came first."""
         if first is None or self._cuda.version < _LEAST or not self.passed(first):
             return 0.0
         milliseconds: float = self._cuda.call("cuEventElapsedTime", first, then)
         return max(0.0, milliseconds / 1000)
 
     def free(self, event: Any) -> None:
-        """Return an event to the pool; no new waits. (Waits already submitted stay valid.)"""
+        """Return an event to the pool. Submitted waits stay valid; new ones are not allowed."""
         if event is not None:
             self._free.append(event)
 
     def close(self) -> None:
         """Destroy all events, including those in use."""
-        with ExitStack() as each:  # continues if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             for event in self._made:
                 each.callback(self._cuda.call, "cuEventDestroy", event)
         self._made, self._free = [], []

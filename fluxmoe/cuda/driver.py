@@ -1,8 +1,8 @@
-"""Cuda: one device of the CUDA driver, whose errors become exceptions.
+"""CudaDriver: one device of the CUDA driver, with errors as exceptions.
 
 The driver's functions come from ``cuda.bindings.driver``, imported only when the first device is
-opened. Each returns a tuple whose first member is a ``CUresult``; here the rest is returned, or a
-``SubstrateError`` raised that names the call and the result. Tests pass
+opened. Each returns a tuple that starts with a ``CUresult``; here the rest is returned, or a
+``SubstrateError`` with the call and the result is raised. Tests pass
 ``fluxmoe.cuda.fake.FakeDriver`` instead of the bindings.
 """
 
@@ -18,11 +18,11 @@ _LOST = "the device has lost its state: restart this process; see dmesg for the 
 _BUG = "a bug in FluxMoE, please report it"
 _SEE = "see nvidia-smi, and dmesg for messages of the kernel module"
 _FIXES = {
-    "CUDA_ERROR_NO_DEVICE": "check that nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES allows",
+    "CUDA_ERROR_NO_DEVICE": "check nvidia-smi for a GPU that CUDA_VISIBLE_DEVICES allows",
     "CUDA_ERROR_INVALID_DEVICE": "check that nvidia-smi lists this many GPUs",
     "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process has exclusive use of the GPU; see nvidia-smi",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine: driver and kernel module differ",
-    "CUDA_ERROR_NOT_SUPPORTED": "this GPU, or its driver, does not support it",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "reboot: driver and kernel module versions differ",
+    "CUDA_ERROR_NOT_SUPPORTED": "this GPU or its driver does not support the call",
     "CUDA_ERROR_ILLEGAL_ADDRESS": _LOST,
     "CUDA_ERROR_LAUNCH_FAILED": _LOST,
     "CUDA_ERROR_ECC_UNCORRECTABLE": _LOST,
@@ -33,7 +33,7 @@ _FIXES = {
 
 
 def load() -> Any:
-    """Import the bindings of the driver.
+    """Import the driver's bindings.
 
     Raises:
         MissingDependencyError: They are not installed.
@@ -48,19 +48,19 @@ def load() -> Any:
 
 
 class CudaDriver:
-    """A device and its primary context, which torch also uses.
+    """A device and its primary context, shared with torch.
 
     Args:
-        api: The bindings, or a replacement; None imports them.
+        api: The bindings or a replacement; None imports them.
         ordinal: Index among the visible devices.
 
     Attributes:
         version: CUDA version of the driver, 12080 for CUDA 12.8.
-        device: The driver's number of the device.
+        device: The driver's device number.
 
     Raises:
         MissingDependencyError: The bindings are not installed.
-        SubstrateError: The driver or the device does not exist.
+        SubstrateError: There is no driver or no such device.
     """
 
     def __init__(self, api: Any = None, ordinal: int = 0) -> None:
@@ -72,26 +72,26 @@ class CudaDriver:
         found = int(self.call("cuDeviceGetCount"))
         if not 0 <= ordinal < found:
             raise SubstrateError(
-                f"there is no CUDA device {ordinal}; devices found: {found}",
+                f"no CUDA device {ordinal}; devices found: {found}",
                 fix=_FIXES["CUDA_ERROR_NO_DEVICE"],
             )
         self.device = self.call("cuDeviceGet", ordinal)
         self._context = self.call("cuDevicePrimaryCtxRetain", self.device)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Call the driver; return None, its only result, or the tuple of its results.
+        """Call the driver; return None, the only result, or the tuple of results.
 
         Raises:
-            DeviceMemoryError: The device has no memory left.
-            SubstrateError: Any other refusal.
+            DeviceMemoryError: The device is out of memory.
+            SubstrateError: Any other error.
         """
         try:
             result, *answers = getattr(self.api, name)(*args)
-        except (AttributeError, RuntimeError) as error:  # no such function, or no library at all
+        except (AttributeError, RuntimeError) as error:  # function or library is missing
             raise SubstrateError(
                 f"the CUDA driver cannot be called: {error}",
                 where=name,
-                fix="install NVIDIA's driver, or a newer one; nvidia-smi shows the installed one",
+                fix="install or update NVIDIA's driver; nvidia-smi shows the installed version",
             ) from error
         if result == self.api.CUresult.CUDA_SUCCESS:
             return answers[0] if len(answers) == 1 else tuple(answers) or None
@@ -110,7 +110,7 @@ class CudaDriver:
     def current(self) -> Iterator[None]:
         """Make the device's context current on this thread; restore the previous one afterwards.
 
-        A failure to restore is ignored: the work is done, and the next call reports the error.
+        Failure to restore is ignored: the work is done, and the next call reports the error.
         """
         self.call("cuCtxPushCurrent", self._context)
         try:
@@ -119,13 +119,13 @@ class CudaDriver:
             self.api.cuCtxPopCurrent()
 
     def attribute(self, name: str) -> int:
-        """An attribute of the device, by the suffix of its name, such as ``ASYNC_ENGINE_COUNT``."""
+        """Device attribute by the suffix of its name, such as ``ASYNC_ENGINE_COUNT``."""
         which = getattr(self.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(self.call("cuDeviceGetAttribute", which, self.device))
 
     @property
     def name(self) -> str:
-        """Name of the device, such as ``NVIDIA H100 PCIe``."""
+        """Device name, such as ``NVIDIA H100 PCIe``."""
         text: bytes = self.call("cuDeviceGetName", 128, self.device)
         return text.split(b"\0")[0].decode(errors="replace")
 
@@ -143,26 +143,26 @@ class CudaDriver:
 
 
 def _refusal(name: str, result: Any) -> SubstrateError:
-    """Make the error for the result of a call."""
+    """Make the error for a failed call."""
     reason = getattr(result, "name", str(result))
     if reason == "CUDA_ERROR_OUT_OF_MEMORY":
         return DeviceMemoryError(
             f"the CUDA device is out of memory: {reason}",
             where=name,
-            fix="lower memory.budget, or stop other processes on the GPU (see nvidia-smi)",
+            fix="lower memory.budget or stop other processes on the GPU (see nvidia-smi)",
         )
     return SubstrateError(
-        f"the CUDA driver refused: {reason}", where=name, fix=_FIXES.get(reason, _SEE)
+        f"the CUDA driver call failed: {reason}", where=name, fix=_FIXES.get(reason, _SEE)
     )
 
 
 def no_range(name: str) -> AbstractContextManager[None]:
-    """A context manager that shows no range in a profiler."""
+    """Return a context manager that does nothing, in place of a profiler range."""
     return nullcontext()
 
 
 def nvtx_ranges() -> Callable[[str], AbstractContextManager[Any]]:
-    """The function that makes ranges in NVIDIA's profilers; ``no_range`` without ``nvtx``."""
+    """Return the function that makes NVIDIA profiler ranges; ``no_range`` without ``nvtx``."""
     try:
         import nvtx
     except ImportError:

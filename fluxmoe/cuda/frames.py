@@ -1,11 +1,10 @@
 """Frames of device memory: CUDA's virtual memory calls, one to one with the CPU substrate's.
 
-Frame ``i`` is one allocation of the driver (``cuMemCreate``), made when it is first committed and
-kept for the next commit, because making one costs a hundred times as much as mapping it
-(kvcached on an A100: 193 µs and 1.45 µs). Committing maps each frame and enables access to the
-whole range at once. A committed frame that is new, or was released, reads as zero. An address
-without a frame faults: a kernel that accesses it loses the device's context, and every later call
-reports that.
+Frame ``i`` is one driver allocation (``cuMemCreate``), made on its first commit and kept for the
+next, because allocating costs a hundred times as much as mapping (kvcached on an A100: 193 µs and
+1.45 µs). Committing maps each frame and enables access to the whole range at once. Frames that are
+new or were released read as zero once committed. Addresses without a frame fault: a kernel that
+accesses one loses the device's context, and every later call reports that.
 """
 
 from __future__ import annotations
@@ -23,22 +22,22 @@ from fluxmoe.core.types import Int64s
 from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import DeviceMemoryError, SubstrateError
 
-#: Bytes of a frame on CUDA, equal to its devices' mapping granularity.
+#: Bytes of a frame on CUDA: the mapping granularity of its devices.
 FRAME_BYTES = 2 << 20
 
 
 class CudaSubstrate:
-    """Frames of a CUDA device. Implements ``Substrate``. Called on one thread at a time.
+    """Frames of a CUDA device. Implements ``Substrate``. Not thread-safe.
 
     Args:
         cuda: The device; not closed with the substrate.
-        count: Number of frames, the whole budget.
+        count: Number of frames in the budget.
         frame_bytes: Bytes of a frame, a multiple of the device's mapping granularity.
-        recycle: True to keep the memory of released frames for the next commit, False to return it
-            to the system.
+        recycle: Keep the memory of released frames for the next commit instead of returning it to
+            the system.
 
     Raises:
-        SubstrateError: The device has no virtual memory calls, or a larger mapping granularity.
+        SubstrateError: The device lacks virtual memory calls or has a larger mapping granularity.
     """
 
     def __init__(
@@ -50,12 +49,12 @@ class CudaSubstrate:
         self._handles: list[Any] = [None] * count
         self._dirty = np.ones(count, np.bool_)
         self._ranges: dict[int, int] = {}
-        #: Addresses that have a frame, including those whose unmapping failed.
+        #: Addresses with a frame, including those that failed to unmap.
         self._mapped: set[int] = set()
         self._stale: set[int] = set()
         self._stream: Any = None
         if not cuda.attribute("VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"):
-            raise SubstrateError(f"{cuda.name} has no virtual memory management")
+            raise SubstrateError(f"{cuda.name} does not support virtual memory management")
         api = cuda.api
         self._memory = api.CUmemAllocationProp()
         self._memory.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -87,7 +86,7 @@ class CudaSubstrate:
         return address
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        """Release a reserved range. If the driver refuses, ``close`` tries again."""
+        """Release a reserved range. If the driver call fails, ``close`` tries again."""
         if self._ranges.get(address) != nbytes:
             raise SubstrateError(f"no range of {sizes.exact(nbytes)} was reserved at {address:#x}")
         self._stale |= self._mapped.intersection(self._places(address, nbytes // self.frame_bytes))
@@ -116,7 +115,7 @@ class CudaSubstrate:
             except BaseException:
                 self._mapped |= set(mapped)
                 self._stale |= set(mapped)
-                with suppress(SubstrateError):  # if it fails, the next commit or close tries again
+                with suppress(SubstrateError):  # on failure the next commit or close tries again
                     self._unmap(set(mapped))
                     self._free(made)
                 raise
@@ -124,7 +123,7 @@ class CudaSubstrate:
         self._dirty[frames] = False
 
     def decommit(self, address: int, count: int) -> None:
-        """Unmap ``count`` frames at ``address`` after the device has finished all earlier work."""
+        """Unmap ``count`` frames at ``address`` once the device has finished all earlier work."""
         if count:
             with self._cuda.current():
                 self._unmap(self._mapped.intersection(self._places(address, count)))
@@ -142,11 +141,11 @@ class CudaSubstrate:
         """Release everything. Idempotent.
 
         Raises:
-            SubstrateError: The driver refused a release; everything else was released. Call again.
+            SubstrateError: Some memory could not be released; the rest was. Call again to retry.
         """
         if not self._ranges and not self.allocated() and self._stream is None:
             return
-        with self._cuda.current(), ExitStack() as each:  # in reverse order, continuing on errors
+        with self._cuda.current(), ExitStack() as each:  # in reverse order, all even if one fails
             each.callback(self._end_stream)
             each.callback(self._free, range(self.count))
             for address in list(self._ranges):
@@ -187,7 +186,7 @@ class CudaSubstrate:
         """Unmap frames, adjacent ones in one call."""
         if not addresses:
             return
-        self._cuda.call("cuCtxSynchronize")  # unmapping does not wait for kernels
+        self._cuda.call("cuCtxSynchronize")  # unmapping does not wait for running kernels
         for address, count in runs(np.array(sorted(addresses), np.int64), self.frame_bytes):
             self._cuda.call("cuMemUnmap", address, count * self.frame_bytes)
             done = set(self._places(address, count))

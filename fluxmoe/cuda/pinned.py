@@ -1,4 +1,4 @@
-"""Page-locked host memory: pages that a device fetches directly, and buffers for all others."""
+"""Page-locked host memory: pages that a device fetches directly, and buffers for the others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 
-#: Number of page buffers: pages that can be read before the first of them has been copied.
+#: Number of page buffers: pages that can be read before the first of them is copied.
 BUFFERS = 4
 _ENDLESS = 1 << 30
 
 
 class PageSource:
-    """A store's pages, at addresses from which a device can fetch them.
+    """A store's pages at addresses that a device can fetch from.
 
     Args:
         cuda: The device.
@@ -29,7 +29,7 @@ class PageSource:
         part_bytes: Bytes of a page's parts, in order.
 
     Raises:
-        SubstrateError: The system has no page-locked memory left for the buffers.
+        SubstrateError: Not enough page-locked memory for the buffers.
     """
 
     def __init__(self, cuda: CudaDriver, store: Store, part_bytes: Sequence[int]) -> None:
@@ -48,11 +48,11 @@ class PageSource:
 
     @property
     def room(self) -> int:
-        """Number of pages that can be fetched now."""
+        """Number of pages that can be fetched without waiting for a buffer."""
         return _ENDLESS if self._addressed is not None else len(self._free)
 
     def fetch(self, page: int, batch: CopyBatch) -> Sequence[int]:
-        """Addresses of a page's parts, valid until ``give_back(batch)``.
+        """Return the addresses of a page's parts, valid until ``give_back(batch)``.
 
         Raises:
             StoreError: The page could not be read.
@@ -75,13 +75,13 @@ class PageSource:
 
 
 class PinnedMemory:
-    """Page-locked host memory, which a device reads directly and at the link's full speed.
+    """Page-locked host memory, which a device reads directly at the link's full speed.
 
     Attributes:
         array: uint8 ``[nbytes]``; must not be used after ``close``.
 
     Raises:
-        SubstrateError: The system cannot lock this much memory.
+        SubstrateError: This much memory cannot be locked.
     """
 
     def __init__(self, cuda: CudaDriver, nbytes: int) -> None:
@@ -100,12 +100,12 @@ class PinnedMemory:
 
 
 class PinnedStore(HostStore):
-    """A host store that copies the arrays it is given into page-locked memory, layer by layer.
+    """A host store that copies its arrays into page-locked memory, layer by layer.
 
     Implements ``AddressedStore``.
 
     Args:
-        cuda: The device that will read; not closed with the store.
+        cuda: The device that reads the pages; not closed with the store.
         geometry: Layers and experts.
         page_class: Layout of a page.
     """
@@ -114,14 +114,14 @@ class PinnedStore(HostStore):
         super().__init__(geometry, page_class)
         self._cuda = cuda
         self._memory: list[PinnedMemory] = []
-        #: Per layer and part, address of expert 0 and bytes of an expert.
+        #: Address of expert 0 and bytes of an expert, per layer and part.
         self._places: list[list[tuple[int, int]]] = []
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
-        """Copy the next layer: one array ``[experts, nbytes]`` per part of the page class.
+        """Copy the next layer, one array ``[experts, nbytes]`` per part of the page class.
 
         Raises:
-            SubstrateError: The system cannot lock this much memory; the layer was not added.
+            SubstrateError: This much memory cannot be locked; the layer was not added.
         """
         with ExitStack() as undo:
             copies, memory = [], []
@@ -139,7 +139,7 @@ class PinnedStore(HostStore):
             undo.pop_all()
 
     def addresses(self, page: int) -> Sequence[int]:
-        """Start addresses of a page's parts, in order."""
+        """Return the start addresses of a page's parts, in order."""
         layer, expert = divmod(page, self._geometry.experts_per_layer)
         if not 0 <= layer < len(self._places):
             raise StoreError(f"page {page} is not in the store")
@@ -148,6 +148,6 @@ class PinnedStore(HostStore):
     def close(self) -> None:
         super().close()
         self._places.clear()
-        with ExitStack() as each:  # continues if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             for memory in self._memory:
                 each.callback(memory.close)

@@ -1,1 +1,1 @@
-"""The demonstration: stock vLLM and FluxMoE at the same memory budget, side by side."""
+"""The demo: stock vLLM and FluxMoE at the same memory budget, side by side."""

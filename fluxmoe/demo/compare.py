@@ -1,7 +1,7 @@
-"""Comparison of two real engines at one budget: same requests, alternating, medians reported.
+"""Comparison of two engines at one budget: same requests, alternating runs, medians.
 
-The budget covers what the kernels read: expert weights (or the arenas that hold some of them) and
-the KV cache. Stock vLLM keeps all experts in it and its cache gets the rest. FluxMoE splits it.
+The budget covers expert weights (or the arenas that hold some of them) and KV cache. Stock vLLM
+keeps all experts in it and uses the rest for its cache. FluxMoE splits it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fluxmoe.backends.vllm.child.child import ChildEngine, Generation, Prompt
 from fluxmoe.demo.model import ASSETS
 from fluxmoe.errors import MissingDependencyError
 
-#: Beginnings of sentences from the held-out text of the shipped model, one per line.
+#: Beginnings of sentences from the shipped model's held-out text, one per line.
 PROMPTS = ASSETS / "prompts.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class DemoWorkload:
-    """Requests that continue short texts, sampled, with outputs of fixed length.
+    """Requests that continue short texts by sampling, with outputs of fixed length.
 
-    Every request has its own seed. Greedy decoding of a small model falls into loops, whose routing
-    repeats as well; hence sampling.
+    Every request has its own seed. Sampling is needed because greedy decoding with a small model
+    ends in loops, whose routing repeats as well.
 
     Attributes:
-        requests: Number of requests, all queued at the start.
+        requests: Number of requests, all queued at once.
         output_tokens: Number of tokens generated per request.
         temperature: Sampling temperature; 0 decodes greedily.
     """
@@ -43,7 +43,7 @@ class DemoWorkload:
         return [lines[index % len(lines)] for index in range(self.requests)]
 
     def prompts(self, model: Path) -> list[Prompt]:
-        """The requests for a model with a ``tokenizer.json``."""
+        """Make the requests for a model with a ``tokenizer.json``."""
         tokenizer = _tokenizer(model)
         return [
             Prompt(tokenizer.encode(text).ids, self.output_tokens, self.temperature, seed=index)
@@ -63,7 +63,7 @@ def _tokenizer(model: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One engine's part of a comparison."""
+    """Results of one engine in a comparison."""
 
     runs: tuple[Generation, ...]
     kv_blocks: int
@@ -91,7 +91,7 @@ class Side:
 class Comparison:
     """The result: ``speedup`` is the ratio of the medians of tokens per second.
 
-    ``texts`` has each request's prompt and its output in FluxMoE's last run.
+    ``texts`` has the prompt of each request and its output in FluxMoE's last run.
     """
 
     texts: tuple[tuple[str, str], ...]
@@ -107,13 +107,13 @@ class Comparison:
 
     @property
     def tokens_identical(self) -> bool:
-        """True if every run of both engines gave the same tokens for every request."""
+        """True if all runs of both engines produced the same tokens for every request."""
         first = self.stock.runs[0].tokens
         return all(run.tokens == first for run in (*self.stock.runs, *self.fluxmoe.runs))
 
     @property
     def stats(self) -> dict[str, Any]:
-        """FluxMoE's counters in its last run."""
+        """FluxMoE's counters from its last run."""
         return self.fluxmoe.runs[-1].stats
 
     def to_json(self) -> dict[str, Any]:
@@ -150,22 +150,22 @@ def compare(
     cold: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Run a workload through stock vLLM and through FluxMoE at the same budget.
+    """Run a workload through stock vLLM and FluxMoE at the same budget.
 
     Args:
         model: Folder of the checkpoint.
         workload: The requests.
         budget_bytes: Bytes for experts and KV cache together, for each engine.
-        experts_total_bytes: Bytes of all experts of the model as stock vLLM holds them.
+        experts_total_bytes: Bytes of all the model's experts in stock vLLM.
         fluxmoe: FluxMoE's configuration without ``memory.budget``.
         rounds: Number of runs per engine, alternating.
         options: Options passed to both ``vllm.LLM``.
-        cold: True to begin every run with no page resident; else with those of the run before.
+        cold: Begin every run with no page resident, instead of with those of the previous run.
         progress: Called with progress messages.
     """
     fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
     wanted = config.parse(fluxmoe, where="fluxmoe")
-    plugins.load(wanted.plugins).check(wanted)  # raises its errors before engines start
+    plugins.load(wanted.plugins).check(wanted)  # raises its errors before the engines start
     prompts = workload.prompts(model)
     progress("starting stock vLLM")
     kv_bytes = budget_bytes - experts_total_bytes
@@ -174,7 +174,7 @@ def compare(
         with ChildEngine(model, fluxmoe=fluxmoe, **options) as paged:
             engines = {"stock vLLM": stock, "FluxMoE": paged}
             runs: dict[str, list[Generation]] = {name: [] for name in engines}
-            for engine in engines.values():  # first requests pay for lazy set-up
+            for engine in engines.values():  # the first requests include lazy initialisation
                 engine.generate(prompts[:2] if cold else prompts)
             for turn in range(rounds):
                 for name, engine in engines.items():

@@ -1,4 +1,4 @@
-"""The shipped checkpoint, and the budget at which stock vLLM is short of KV cache."""
+"""The shipped checkpoint, and a budget at which stock vLLM runs out of KV cache."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class DemoModel:
     expert_hidden: int
     kv_heads: int
     head_dim: int
-    #: vLLM's default block on a CPU; a request that fits one block never waits for a second.
+    #: vLLM's default block size on a CPU; a request that fits into one never waits for a second.
     block_tokens: int = 128
 
     @classmethod
     def read(cls, folder: Path) -> DemoModel:
-        """The model whose ``config.json`` is in ``folder``."""
+        """Read the model from the ``config.json`` in ``folder``."""
         config = json.loads((folder / "config.json").read_text())
         return cls(
             folder,
@@ -55,7 +55,7 @@ class DemoModel:
         return self.layers * self.block_tokens * 2 * self.kv_heads * self.head_dim * 2
 
     def budget(self, sequences: int) -> int:
-        """Bytes for all experts and ``sequences`` requests of one KV block (plus vLLM's null)."""
+        """Bytes for all experts, ``sequences`` requests of one KV block, and vLLM's null block."""
         return self.experts_total_bytes + (sequences + 1) * self.kv_block_bytes
 
     def options(self, max_num_seqs: int) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class DemoModel:
             "max_model_len": self.block_tokens,
             "max_num_seqs": max_num_seqs,
             "block_size": self.block_tokens,
-            # vLLM cannot split the prefill of a request that samples with its own seed on a CPU:
-            # all prompts together must fit one step.
+            # On a CPU vLLM cannot split the prefill of a request with its own seed, so all prompts
+            # together must fit one step.
             "max_num_batched_tokens": max_num_seqs * self.block_tokens,
         }

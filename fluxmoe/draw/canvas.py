@@ -1,4 +1,4 @@
-"""Lines, boxes and text, drawn as SVG text or as PNG with Pillow. All sizes are in pixels."""
+"""Canvas for lines, boxes and text, as SVG or as PNG (with Pillow). All sizes are in pixels."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class Canvas(ABC):
 
     @abstractmethod
     def encode(self) -> bytes:
-        """Contents of the file."""
+        """Return the file contents."""
 
 
 class Svg(Canvas):
-    """Canvas that makes an SVG file."""
+    """Canvas for an SVG file."""
 
     def __init__(self, width: int, height: int) -> None:
         super().__init__(width, height)
@@ -98,7 +98,7 @@ class Svg(Canvas):
 
 
 class Png(Canvas):
-    """Canvas that makes a PNG file, with two pixels per unit of size in each direction.
+    """Canvas for a PNG file, with two pixels per unit of size in each direction.
 
     Raises:
         MissingDependencyError: Pillow is not installed.
@@ -112,7 +112,7 @@ class Png(Canvas):
         except ImportError as error:
             raise MissingDependencyError(
                 "Pillow is needed for PNG pictures",
-                fix="pip install 'fluxmoe[report]', or write an .svg",
+                fix="pip install 'fluxmoe[report]' or write an .svg",
             ) from error
         super().__init__(width, height)
         self._image = Image.new("RGB", (width * self._SCALE, height * self._SCALE), "#ffffff")

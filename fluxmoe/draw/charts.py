@@ -16,7 +16,7 @@ class Line:
 
     Attributes:
         label: Name of the line.
-        slot: Number of its colour on the page, from 1; 0 = that of the optimum, drawn dashed.
+        slot: Number of its colour on the page, from 1; 0 = the optimum's colour, dashed.
         points: (x, y, tooltip) of each point.
     """
 
@@ -27,10 +27,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart. Both axes begin and end with their first and last tick.
+    """A chart whose axes begin and end with their first and last tick.
 
     Attributes:
-        title, x_label: Texts of the title and the x axis.
+        title, x_label: Title, and label of the x axis.
         lines: Lines of the chart.
         x_ticks, y_ticks: (value, text) of each tick, ascending.
         dots: True to mark each point.
@@ -44,7 +44,7 @@ class Chart:
     dots: bool = True
 
     def svg(self) -> str:
-        """The chart as an ``<svg>`` element."""
+        """Render the chart as an ``<svg>`` element."""
         parts = [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">'
         ]

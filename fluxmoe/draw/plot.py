@@ -15,11 +15,11 @@ _KINDS: dict[str, type[Canvas]] = {".svg": Svg, ".png": Png}
 
 
 def canvas_for(path: Path, width: int, height: int) -> Canvas:
-    """Make an empty canvas of the kind that the file's suffix names.
+    """Make an empty canvas of the kind given by the file's suffix.
 
     Raises:
         ConfigError: The suffix is neither ``.svg`` nor ``.png``.
-        MissingDependencyError: The file is a PNG, and Pillow is not installed.
+        MissingDependencyError: The file is a PNG and Pillow is not installed.
     """
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
@@ -28,11 +28,11 @@ def canvas_for(path: Path, width: int, height: int) -> Canvas:
 
 
 def save(canvas: Canvas, path: Path) -> None:
-    """Write the picture. Raises TraceError if the file cannot be written."""
+    """Write the picture; raise TraceError if the file cannot be written."""
     try:
         path.write_bytes(canvas.encode())
     except OSError as error:
-        raise TraceError(f"cannot write it: {error.strerror}", where=str(path)) from error
+        raise TraceError(f"cannot write the file: {error.strerror}", where=str(path)) from error
 
 
 def round_up(value: float) -> float:

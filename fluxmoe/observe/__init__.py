@@ -1,1 +1,1 @@
-"""Observation of a running server from outside, through its ``/metrics``."""
+"""Observation of a running server through its ``/metrics``."""

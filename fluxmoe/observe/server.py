@@ -36,19 +36,19 @@ def address(url: str) -> str:
 def ask(
     base: str, path: str, *, body: object | None = None, key: str | None = None
 ) -> tuple[int, bytes]:
-    """Send a request to a server: GET, or POST if there is a body.
+    """Send a request to a server: GET, or POST if ``body`` is given.
 
     Args:
         base: Address returned by ``address``.
-        path: Path that begins with a slash.
+        path: Path, starting with a slash.
         body: Value to send as JSON.
         key: The server's API key.
 
     Returns:
-        HTTP status and answer.
+        HTTP status and response.
 
     Raises:
-        EngineError: There is no answer.
+        EngineError: The server did not respond.
     """
     where = base + path
     headers = {"Content-Type": "application/json"}
@@ -63,7 +63,7 @@ def ask(
         return error.code, error.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise EngineError(
-            f"no server answers: {getattr(error, 'reason', error)}",
+            f"no response from the server: {getattr(error, 'reason', error)}",
             where=where,
-            fix="start one with `fluxmoe serve`, or give its address as http://HOST:PORT",
+            fix="start one with `fluxmoe serve` or check the address (http://HOST:PORT)",
         ) from error

@@ -1,9 +1,9 @@
-"""Snapshot: the state of a server at one moment, read from its ``/metrics``."""
+"""Snapshot: the state of a server at one point in time, read from its ``/metrics``."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,38 +12,61 @@ from fluxmoe.core.arbitration.messages import Decision
 from fluxmoe.errors import EngineError
 from fluxmoe.observe import server
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+#: Metrics read by label.
+_LABELS = {
+    "fluxmoe_tenant_bytes": ("tenant", "kind"),
+    "fluxmoe_limit_bytes": ("tenant", "kind"),
+    "fluxmoe_policy_faults_total": ("kind", "policy"),
+    "fluxmoe_split_changes_total": ("direction",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyState:
+    """A server's policy: its contained faults, and the last one if it was disabled for good."""
+
+    kind: str
+    name: str
+    faults: int
+    replaced: str
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A server's state, summed over its workers. Counters count from its start.
+    """A server's state, summed over its workers. Counters count from startup.
 
     Attributes:
-        schema_version: Raised when a field changes its meaning or is removed.
+        schema_version: Incremented when a field changes its meaning or is removed.
         url: Address of the server.
         model: vLLM's name of the model.
+        version: FluxMoE's version.
+        policies: The server's policies.
+        limits: Operator limits, such as ``kv.max``, in bytes.
         budget_bytes, expert_bytes, kv_bytes: Bytes of the budget and of its tenants.
         slots, pages: Number of slots for expert pages, and of pages of the model.
-        hits, misses, prefetch_hits: Counts of distinct experts per execution of a layer.
+        hits, misses, prefetch_hits: Counts of distinct experts per layer execution.
         evictions: Number of evicted pages.
         loaded_bytes: Bytes copied into slots.
-        stall_seconds: Seconds that layers waited for pages.
+        stall_seconds: Time that layers waited for pages, in seconds.
         moves_to_kv, moves_to_experts, moves_failed: Number of moves of memory.
-        faults: Number of contained policy faults.
         decisions: The last decisions, the oldest first.
         running, waiting: Number of requests.
         kv_usage: Fraction of the KV cache's blocks in use by requests.
         preemptions: Number of times a request lost its KV cache.
         tokens: Number of generated tokens.
         prefix_hits, prefix_queries: Number of tokens found and looked up in the prefix cache.
-        token_gaps, token_gap_seconds: Number and total seconds of pauses between two tokens of a
-            request; a pause is about one step.
+        token_gaps, token_gap_seconds: Number and total seconds of intervals between two tokens of
+            a request; an interval is about one step.
     """
 
     schema_version: int
     url: str
     model: str
+    version: str
+    policies: tuple[PolicyState, ...]
+    limits: dict[str, int]
     budget_bytes: int
     expert_bytes: int
     kv_bytes: int
@@ -58,7 +81,6 @@ class Snapshot:
     moves_to_kv: int
     moves_to_experts: int
     moves_failed: int
-    faults: int
     decisions: tuple[Decision, ...]
     running: int
     waiting: int
@@ -79,33 +101,17 @@ def fetch(url: str) -> Snapshot:
 
     Raises:
         ConfigError: The address is not valid.
-        EngineError: There is no answer, or it has no metrics of FluxMoE.
+        EngineError: The server did not respond, or has no FluxMoE metrics.
     """
     base = server.address(url)
     return read(_metrics(base), base)
-
-
-def policy_faults(url: str) -> dict[tuple[str, str], int]:
-    """Contained faults of a server's policies, by kind and name.
-
-    Raises:
-        ConfigError, EngineError: See ``fetch``.
-    """
-    base = server.address(url)
-    faults: dict[tuple[str, str], int] = defaultdict(int)
-    for name, labels, value in _samples(_metrics(base), base):
-        if name == "fluxmoe_policy_faults_total":
-            faults[labels["kind"], labels["policy"]] += int(value)
-    if not faults:
-        raise _foreign(base)
-    return faults
 
 
 def _metrics(base: str) -> str:
     status, body = server.ask(base, "/metrics")
     if status != 200:
         raise EngineError(
-            f"the server answered with status {status}",
+            f"the server responded with status {status}",
             where=f"{base}/metrics",
             fix="name the address of a vLLM server",
         )
@@ -129,9 +135,9 @@ def _samples(text: str, base: str) -> list[tuple[str, dict[str, str], float]]:
 
 def _foreign(base: str) -> EngineError:
     return EngineError(
-        "the server shows no metrics of FluxMoE",
+        "the server has no FluxMoE metrics",
         where=f"{base}/metrics",
-        fix="start it with `fluxmoe serve`, and without disable-log-stats",
+        fix="start it with `fluxmoe serve` and without disable-log-stats",
     )
 
 
@@ -139,24 +145,30 @@ def read(text: str, url: str) -> Snapshot:
     """Parse a snapshot from the text of a server's ``/metrics``.
 
     Raises:
-        EngineError: The text is not in Prometheus' format, or lacks FluxMoE's metrics.
+        EngineError: The text is not in Prometheus format or lacks FluxMoE metrics.
     """
     sums: dict[str, float] = defaultdict(float)
-    labelled: dict[tuple[str, str], float] = defaultdict(float)
+    labelled: dict[tuple[str, ...], float] = defaultdict(float)
+    replaced: dict[tuple[str, str], str] = {}
     decisions: list[Decision] = []
-    model, workers = "", 0
+    texts: dict[str, str] = {}
     for name, labels, value in _samples(text, url):
         sums[name] += value
-        for label in ("tenant", "direction"):
-            if label in labels and labels.get("kind", "committed") == "committed":
-                labelled[name, labels[label]] += value
-        if name == "fluxmoe_budget_bytes":
-            model, workers = labels.get("model_name", ""), workers + 1
-        if name == "fluxmoe_split_decision" and value > 0:
-            decisions.append(_decision(labels))
-    if not workers:
+        if name in _LABELS:
+            labelled[name, *(labels[label] for label in _LABELS[name])] += value
+        elif name == "fluxmoe_policy_replaced":
+            replaced[labels["kind"], labels["policy"]] = labels["reason"]
+        elif name == "fluxmoe_split_decision":
+            decisions.append(_decision(labels, value))
+        elif name == "fluxmoe_info":
+            texts["version"] = labels["version"]
+        elif name == "fluxmoe_budget_bytes":
+            texts["model"] = labels.get("model_name", "")
+    if "model" not in texts:
         raise _foreign(url)
-    frame = sums["fluxmoe_budget_bytes"] / max(sums["fluxmoe_budget_frames"], 1)
+
+    def of(metric: str) -> Iterator[tuple[tuple[str, ...], int]]:
+        return ((key[1:], int(value)) for key, value in labelled.items() if key[0] == metric)
 
     def count(name: str) -> int:
         return int(sums[name])
@@ -164,10 +176,16 @@ def read(text: str, url: str) -> Snapshot:
     return Snapshot(
         schema_version=SCHEMA_VERSION,
         url=url,
-        model=model,
+        model=texts["model"],
+        version=texts.get("version", ""),
+        policies=tuple(
+            PolicyState(kind, name, faults, replaced.get((kind, name), ""))
+            for (kind, name), faults in of("fluxmoe_policy_faults_total")
+        ),
+        limits={f"{tenant}.{kind}": size for (tenant, kind), size in of("fluxmoe_limit_bytes")},
         budget_bytes=count("fluxmoe_budget_bytes"),
-        expert_bytes=int(labelled["fluxmoe_tenant_frames", "experts"] * frame),
-        kv_bytes=int(labelled["fluxmoe_tenant_frames", "kv"] * frame),
+        expert_bytes=int(labelled["fluxmoe_tenant_bytes", "experts", "committed"]),
+        kv_bytes=int(labelled["fluxmoe_tenant_bytes", "kv", "committed"]),
         slots=count("fluxmoe_expert_slots"),
         pages=count("fluxmoe_expert_pages"),
         hits=count("fluxmoe_expert_hits_total"),
@@ -179,7 +197,6 @@ def read(text: str, url: str) -> Snapshot:
         moves_to_kv=int(labelled["fluxmoe_split_changes_total", "to_kv"]),
         moves_to_experts=int(labelled["fluxmoe_split_changes_total", "to_experts"]),
         moves_failed=count("fluxmoe_split_failures_total"),
-        faults=count("fluxmoe_policy_faults_total"),
         decisions=tuple(sorted(decisions, key=lambda told: told.number)),
         running=count("vllm:num_requests_running"),
         waiting=count("vllm:num_requests_waiting"),
@@ -193,18 +210,19 @@ def read(text: str, url: str) -> Snapshot:
     )
 
 
-def _decision(labels: Mapping[str, str]) -> Decision:
-    return Decision(int(labels["number"]), labels["policy"], labels["direction"], labels["reason"])
+def _decision(labels: Mapping[str, str], value: float) -> Decision:
+    number, policy = int(labels["number"]), labels["policy"]
+    return Decision(number, policy, labels["direction"], labels["reason"], int(value))
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Changes between two snapshots, or since the server's start.
+    """Changes between two snapshots, or since the server started.
 
     Attributes:
-        seconds: Seconds between them; 0 if unknown, then rates per second are 0, too.
+        seconds: Time between them in seconds; 0 if unknown, in which case rates are 0 as well.
         hit_rate, prefix_rate: Fractions from 0 to 1; None if nothing was looked up.
-        token_ms: Mean milliseconds between two tokens of a request; None if there was none.
+        token_ms: Mean milliseconds between two tokens of a request; None if there were none.
         tokens_per_s, loaded_per_s: Tokens and bytes per second.
         stall_share: Fraction of the time that layers waited for pages.
     """
@@ -219,9 +237,9 @@ class Rates:
 
 
 def rates(now: Snapshot, before: Snapshot | None = None, seconds: float = 0.0) -> Rates:
-    """Compare two snapshots, ``seconds`` apart; without ``before``: since the start.
+    """Compare two snapshots ``seconds`` apart; without ``before``, compute rates since startup.
 
-    If the server was restarted in between, counts are from its start.
+    If the server was restarted in between, counts are from its restart.
     """
 
     def change(field: str) -> float:

@@ -1,1 +1,1 @@
-"""Planning: the value of a memory budget for a model on a machine, before loading anything."""
+"""Planning: predicted performance of a model for a memory budget, before loading anything."""

@@ -16,14 +16,14 @@ from fluxmoe.plan.cost import Floats, PlannedWorkload, Splits
 from fluxmoe.sim.hardware import Profile
 from fluxmoe.sizes import apart, at_least, shown
 
-#: Minimum relative gain for which a split is recommended, the same as in ``marginal``.
+#: Minimum relative gain for recommending a split, the same as in ``marginal``.
 GAIN = 0.05
 #: Among splits within this fraction of the best, the one that streams least is recommended.
 _ALIKE = 0.005
 #: Number of points of the curve shown.
 _POINTS = 65
 
-#: ``nothing``: all experts fit, and paging gains nothing. ``share``: all fit, but some of their
+#: ``nothing``: all experts fit, and paging gains nothing. ``share``: all fit, but part of their
 #: memory is better used for KV cache. ``needed``: they do not fit.
 Verdict = Literal["nothing", "share", "needed"]
 
@@ -51,7 +51,7 @@ class Plan:
         memory: The budget, in bytes.
         hardware: Name of the profile.
         assumption: Description of the miss-ratio curve.
-        verdict: Judgement on paging.
+        verdict: Benefit of paging.
         resident: The split with all experts resident, without paging; None if they do not fit.
         automatic: The initial split if no target is set (docs/concepts/memory.md).
         recommended: The best split.
@@ -150,7 +150,7 @@ def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:
 
 
 def _first_split(model: Model, work: PlannedWorkload, memory: int, most: int) -> int:
-    """Index of the split that the engine starts with by its own rule."""
+    """Index of the engine's initial split."""
     frame = frame_bytes_for(memory)
     need = model.experts * model.page_bytes
     one = model.request_bytes(work.tokens)
@@ -209,6 +209,12 @@ def _words(
         words.append("The link is the bottleneck: most of a step is waiting for experts.")
     if best.requests < work.requests:
         words.append(f"The KV cache holds {best.requests} of {asked}; the others wait.")
+    cycle = model.moe_layers * model.top_k
+    if best.resident_pages < cycle:
+        words.append(
+            f"{best.resident_pages} slots are fewer than the {cycle} pages of one token: lru "
+            "evicts pages before their next use."
+        )
     if best.prefetch == "next-layer":
         words.append("Copying whole layers ahead beats loading on demand: prefetch next-layer.")
     if automatic.tokens_per_s * (1 + GAIN) < best.tokens_per_s:

@@ -1,9 +1,9 @@
-"""Cost of a decoding step at each split of a budget: a roofline, for all splits at once.
+"""Cost of a decoding step at each split of a budget: a roofline model for all splits at once.
 
 A step reads the experts that its requests use, the other weights and the requests' KV cache, and
-computes with them. Experts that are not resident come over the link in one of two ways: *on demand*
-(the layer waits for its misses) or *ahead* (whole layers are copied while others compute, so that
-the longer of the two counts, but everything that is not resident is copied).
+computes with them. Non-resident experts are copied over the link in one of two ways: *on demand*
+(the layer waits for its misses) or *ahead* (whole layers are copied while others compute, so only
+the longer of the two times counts, but all non-resident experts are copied).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fluxmoe.sim.hardware import Profile
 
 Floats = npt.NDArray[np.float64]
 
-#: Approximate maximum of pages visited in a trace; events of a longer one are sampled.
+#: Approximate maximum of pages visited in a trace; longer traces are sampled.
 _LOOKS = 2_000_000_000
 
 
@@ -39,9 +39,9 @@ class Splits:
 
     Attributes:
         slots: Number of resident expert pages.
-        requests: Number of concurrent requests: the load's, or as many as the KV cache holds.
+        requests: Number of concurrent requests, limited by the load and the KV cache.
         seconds: Duration of a step in seconds.
-        waits: Seconds of it that layers wait for experts.
+        waits: Part of it that layers wait for experts, in seconds.
         ahead: True if copying whole layers ahead is faster.
     """
 
@@ -59,7 +59,7 @@ class Splits:
 def even_curve(pages: int) -> Floats:
     """Miss ratio for 0 … ``pages`` slots if all experts are equally likely.
 
-    No policy that keeps its pages does worse: memory for x % of them gives a hit rate of x %.
+    Any policy that keeps its pages is at least as good: memory for x % gives a hit rate of x %.
     """
     curve: Floats = np.linspace(1.0, 0.0, pages + 1)
     return curve
@@ -69,7 +69,7 @@ def traced_curve(events: Events, model: Model) -> Floats:
     """Miss ratio for 0 … ``pages`` slots in a trace: the convex hull of LRU's.
 
     Raises:
-        ConfigError: The trace is of a model with another shape.
+        ConfigError: The trace is from a model with a different shape.
     """
     meta = events.meta
     if (meta.num_layers, meta.experts_per_layer) != (model.moe_layers, model.experts):
@@ -102,13 +102,13 @@ def splits(
     Args:
         model, profile, work: The model, the machine and the load.
         memory: Bytes for experts and KV cache.
-        slots: Number of slots per split; each leaves room for one request.
+        slots: Number of slots in each split, which leaves room for one request.
         curve: Miss ratio for 0 … pages slots.
     """
     each = model.request_bytes(work.tokens)
     room = (memory - slots * model.page_bytes) // max(each, 1)
     requests = np.clip(room, 1, work.requests)
-    # Every token uses top_k experts of a layer, independently of the others.
+    # Every token uses top_k experts of a layer, independently of other tokens.
     share = 1 - (1 - model.top_k / model.experts) ** requests
     used = model.pages * share
     read = used * model.page_bytes + model.read_bytes + requests * each

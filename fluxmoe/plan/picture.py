@@ -1,4 +1,4 @@
-"""A plan as a picture: tokens per second and step time against the split."""
+"""Picture of a plan: tokens per second and step time by split."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def draw(plan: Plan, path: Path) -> None:
         path: Path of an ``.svg`` or ``.png`` file.
 
     Raises:
-        ConfigError: The file has another suffix.
-        MissingDependencyError: Pillow is needed for a PNG and is not installed.
+        ConfigError: The suffix is neither ``.svg`` nor ``.png``.
+        MissingDependencyError: The file is a PNG and Pillow is not installed.
         TraceError: The file cannot be written.
     """
     canvas = canvas_for(path, _WIDTH, _HEIGHT)
@@ -37,7 +37,7 @@ def draw(plan: Plan, path: Path) -> None:
     left, right = (
         Plot(canvas, side + 66, _HEAD + 40, width - 100, height - 96) for side in (0.0, width)
     )
-    # The width is the whole budget: what the experts do not have, the KV cache has.
+    # The width is the whole budget: the KV cache gets the part that the experts do not.
     ticks = [(i / 4, f"{plan.memory * i / 4 / 2**power:.3g}") for i in range(5)]
     where = [point.expert_bytes / plan.memory for point in plan.curve]
     rates = [point.tokens_per_s for point in plan.curve]

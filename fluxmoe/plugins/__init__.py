@@ -1,7 +1,7 @@
 """Plugins: finding and loading them, and the registry of policies and codecs."""
 
 from fluxmoe.plugins.loading import ALLOW_LIST, GROUP, load
-from fluxmoe.plugins.registry import Origin, Plugin, PolicySpec, Registration, Registry
+from fluxmoe.plugins.registry import Origin, Plugin, PolicySpec, Registration, Registry, name_of
 
 __all__ = [
     "ALLOW_LIST",
@@ -12,4 +12,5 @@ __all__ = [
     "Registration",
     "Registry",
     "load",
+    "name_of",
 ]

@@ -1,4 +1,4 @@
-"""Checks of plugins: API version, what a hook registers, options; failures become errors."""
+"""Validation of plugins: API version, registrations, options; failures become errors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pydantic import BaseModel, ValidationError
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, meant, together
+from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, join, meant, together
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.words import interrupts, line, raised
 
 T = TypeVar("T")
 
-#: Imports may take their time; a loop that never ends must not.
+#: Generous for slow imports, but ends infinite loops.
 LIMITS = Limits(hard_s=30.0)
 
 logger = logging.getLogger("fluxmoe")
 
-#: Attribute in which a plugin's module declares its API version; 1 if absent.
+#: Attribute of a plugin's module with its API version; 1 if absent.
 DECLARATION = "fluxmoe_plugin_api"
 
 _KINDS: dict[str, type] = {
@@ -50,31 +50,31 @@ _DECLARED: dict[str, dict[str, type]] = {
 
 
 def noun(kind: str) -> str:
-    """The words for a kind in messages."""
+    """Return the noun for a kind in messages."""
     return kind if kind == "codec" else f"{kind} policy"
 
 
 def kind_of(factory: Callable[..., Any], name: str, hook: str, plugin: str) -> str:
-    """The kind of policy or codec that a factory makes. Raises PluginLoadError."""
+    """Determine the kind of policy or codec that a factory makes. Raises PluginLoadError."""
     made = class_made_by(factory)
     kinds = [kind for kind in HOOKS[hook] if issubclass(made, _KINDS[kind])]
     if not kinds and hook == "fluxmoe_register_codecs":
         raise PluginLoadError(
             f"{name!r} is not a codec class: {line(factory, repr)}",
             where=f"plugin {plugin}",
-            fix="derive it from fluxmoe.Codec; a function that makes codecs must say so in its "
-            "return annotation",
+            fix="derive it from fluxmoe.Codec; a function that makes codecs needs a return "
+            "annotation",
         )
     if not kinds:
         raise PluginLoadError(
             f"{name!r} is not a policy class: {line(factory, repr)}",
             where=f"plugin {plugin}",
             fix="derive it from fluxmoe.EvictionPolicy, PrefetchPolicy or ArbitrationPolicy; "
-            "a function that makes policies must say which kind in its return annotation",
+            "a function that makes policies needs the kind as its return annotation",
         )
     if isinstance(factory, type) and kinds[0] == "eviction" and not _decides(factory):
         raise PluginLoadError(
-            f"eviction policy {name!r} decides nothing: {line(factory, repr)}",
+            f"eviction policy {name!r} cannot choose victims: {line(factory, repr)}",
             where=f"plugin {plugin}",
             fix="define score(self, view, pages), score_kernel or select",
         )
@@ -82,7 +82,7 @@ def kind_of(factory: Callable[..., Any], name: str, hook: str, plugin: str) -> s
 
 
 def require_declared(made: Any, kind: str) -> None:
-    """Raise TypeError unless the attributes that the host reads have their types."""
+    """Raise TypeError unless the attributes that the host reads have the required types."""
     for attribute, wanted in _DECLARED[kind].items():
         value: object = getattr(made, attribute)
         if type(value) is not wanted:
@@ -90,15 +90,20 @@ def require_declared(made: Any, kind: str) -> None:
 
 
 def _decides(policy: Any) -> bool:
-    """True if an eviction policy has one of the three ways to choose victims."""
+    """True if an eviction policy implements one of the three ways to choose victims."""
     return policy.score_kernel is not None or any(
         getattr(policy, method) is not getattr(EvictionPolicy, method)
         for method in ("score", "make_kernel", "select")
     )
 
 
+def is_policy(made: type, kind: str) -> bool:
+    """True if a class is a policy of this kind and implements its decisions."""
+    return issubclass(made, _KINDS[kind]) and (kind != "eviction" or _decides(made))
+
+
 def class_made_by(factory: Callable[..., Any]) -> type:
-    """The class a factory makes: itself, or its return annotation."""
+    """Return the class that a factory makes: itself, or its return annotation."""
     if isinstance(factory, type):
         return factory
     try:
@@ -111,20 +116,20 @@ def class_made_by(factory: Callable[..., Any]) -> type:
 def checked_options(
     model: type[BaseModel] | None, options: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Options as their model fills them in; without a model there are none.
+    """Validate options and fill in defaults by their model; without a model there are none.
 
     Raises:
-        ConfigError: An option is unknown or has a bad value.
+        ConfigError: An option is unknown or invalid.
     """
     known = set() if model is None else _options(model)
     if known is not None and (unknown := sorted(options.keys() - known)):
-        valid = f"its options: {', '.join(sorted(known))}" if known else "it has no options"
+        valid = f"valid options: {', '.join(sorted(known))}" if known else "there are no options"
         raise together(
             [
                 ConfigError(
                     f"unknown option {name!r}",
                     where=where,
-                    fix="; ".join(filter(None, [meant(name, known), valid])),
+                    fix=join(meant(name, known), valid),
                 )
                 for name in unknown
             ]
@@ -151,7 +156,7 @@ def checked_options(
 
 
 def _options(model: type[BaseModel]) -> set[str] | None:
-    """The options a model knows; None if it accepts any. A misspelt one must not be ignored."""
+    """Return the options that a model defines; None if it accepts any. Misspelt ones are errors."""
     if model.model_config.get("extra") == "allow":
         return None
     aliases = (field.validation_alias for field in model.model_fields.values())
@@ -168,12 +173,12 @@ def attempt(
 ) -> T:
     """Call ``function``; a failure is reported as ``what`` followed by the reason.
 
-    An exit is a failure like any other, and so is a call that takes longer than ``LIMITS``: it is
-    interrupted between two instructions of Python.
+    An exit counts as a failure, and so does a call that exceeds ``LIMITS``, which is interrupted
+    between two Python instructions.
 
     Raises:
-        PluginLoadError: It failed.
-        FluxMoEError: It raised an error of the class ``passed``, which is not wrapped.
+        PluginLoadError: The call failed.
+        FluxMoEError: The call raised an error of the class ``passed``, which is not wrapped.
     """
 
     def call() -> T:
@@ -197,7 +202,7 @@ def attempt(
 def check_api(
     plugin: object, name: str, *, current: int = PLUGIN_API, oldest: int = OLDEST_PLUGIN_API
 ) -> None:
-    """Refuse a plugin for an unsupported API version, warn about an outdated one.
+    """Reject plugins for unsupported API versions; warn about outdated ones.
 
     Args:
         plugin: The plugin's module or object.
@@ -205,7 +210,7 @@ def check_api(
         current, oldest: Newest and oldest supported API versions.
 
     Raises:
-        PluginLoadError: It declares a newer API, one no longer supported, or an invalid version.
+        PluginLoadError: The declared version is too new, no longer supported, or invalid.
     """
     declared: object = getattr(plugin, DECLARATION, 1)
     where = f"plugin {name}"
@@ -217,15 +222,15 @@ def check_api(
         )
     if declared > current:
         raise PluginLoadError(
-            f"it was written for plugin API {declared}, this is {current}",
+            f"written for plugin API {declared}; this FluxMoE has {current}",
             where=where,
-            fix="upgrade fluxmoe, or use an older version of the plugin",
+            fix="upgrade fluxmoe or use an older version of the plugin",
         )
     if declared < oldest:
         raise PluginLoadError(
-            f"it was written for plugin API {declared}, the oldest that works is {oldest}",
+            f"written for plugin API {declared}; the oldest supported is {oldest}",
             where=where,
-            fix="use a newer version of the plugin, or an older fluxmoe",
+            fix="use a newer version of the plugin or an older fluxmoe",
         )
     if declared < current:
         _warn(name, declared, current)

@@ -1,10 +1,10 @@
-"""``load``: the registry of everything that is built in, installed or named.
+"""``load``: the registry of all built-in, installed and named plugins.
 
 Plugins come from entry points of installed distributions, from files and from modules.
 
-A plugin that is *named*, on the command line or in the configuration, must load: if it does not,
-that is an error. One that is merely *installed* must not stop a server that does not use it: it is
-reported, and only an unknown policy name turns that into an error.
+Failure to load a plugin *named* on the command line or in the configuration is an error. One that
+is merely *installed* must not stop a server that does not use it: the failure is logged, and only
+an unknown policy name turns it into an error.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 
 from fluxmoe import policies
+from fluxmoe.arguments import path, wrong
 from fluxmoe.config import is_plugin_file
-from fluxmoe.errors import PluginLoadError, together
+from fluxmoe.errors import PluginLoadError
+from fluxmoe.findings import Findings
 from fluxmoe.plugins.checks import attempt
 from fluxmoe.plugins.registry import Plugin, Registry
 from fluxmoe.stores import codec
+from fluxmoe.version import __version__
 from fluxmoe.words import line
 
 GROUP = "fluxmoe"
@@ -37,21 +41,21 @@ ALLOW_LIST = "FLUXMOE_PLUGINS"
 logger = logging.getLogger("fluxmoe")
 
 
-def load(extra: str | Iterable[str] = ()) -> Registry:
-    """The registry of built-in, installed and explicitly named plugins.
+def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Registry:
+    """Make the registry of built-in, installed and explicitly named plugins.
 
-    Every call imports and registers again, so it may be called in any process, any number of times.
+    Each call imports and registers again, so it may be called repeatedly and in any process.
 
     Args:
-        extra: Paths of ``.py`` files, or dotted module names; one may be given without a list.
+        extra: Paths of ``.py`` files or dotted module names, or a single one.
 
     Raises:
-        PluginLoadError: One of ``extra`` cannot be loaded (``others``: further ones), or the
-            allow-list has one that is not installed; the message names it.
+        PluginLoadError: Some of ``extra`` cannot be loaded (see ``others``), or a plugin on the
+            allow-list is not installed.
     """
     registry = Registry()
-    registry.add(policies, "fluxmoe", origin="built in")
-    registry.add(codec, codec.__name__, origin="built in")
+    registry.add(policies, "fluxmoe", origin="built in", version=__version__)
+    registry.add(codec, codec.__name__, origin="built in", version=__version__)
     for found in installed():
         try:
             if found.allowed:
@@ -69,28 +73,36 @@ def load(extra: str | Iterable[str] = ()) -> Registry:
             _warn(f"plugin {found.name} {found.version} is broken and left out: {problem}")
             plugin = Plugin(found.name, "installed", found.version, "broken", problem)
         registry.plugins.append(plugin)
-    problems = []
-    for name in dict.fromkeys([extra] if isinstance(extra, str) else extra):
-        try:
+    problems = Findings()
+    for name in dict.fromkeys(_names(extra)):
+        with problems.check():
             module = named(name)
             if not registry.knows(module):  # it may be installed as well
                 registry.add(module, name, version=line(getattr(module, "__version__", "")))
-        except PluginLoadError as error:
-            problems.append(error)
-    if problems:
-        raise together(problems)
+    problems.require()
     return registry
+
+
+def _names(extra: object) -> list[str]:
+    """Convert files and modules to text. Raises ConfigError."""
+    given = [extra] if isinstance(extra, str | PathLike) else extra
+    if not isinstance(given, Iterable):
+        raise wrong("extra", "files or modules", extra, "plugins.load")
+    return [
+        os.fspath(name if isinstance(name, str) else path(name, "a plugin", where="plugins"))
+        for name in given
+    ]
 
 
 @cache
 def _warn(message: str) -> None:
-    """Warn once per process, however often plugins are loaded."""
+    """Log a warning once per process, even if plugins are loaded repeatedly."""
     logger.warning("%s", message)
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """An entry point of the group ``fluxmoe``; ``allowed``: the allow-list permits it."""
+    """An entry point of the group ``fluxmoe``; ``allowed`` is True if the allow-list permits it."""
 
     entry: importlib.metadata.EntryPoint
     allowed: bool
@@ -104,17 +116,17 @@ class Installed:
         return self.entry.dist.version if self.entry.dist else ""
 
     def module(self) -> object:
-        """Import it. Raises PluginLoadError."""
+        """Import the plugin. Raises PluginLoadError."""
         return attempt(
             self.entry.load,
             f"cannot import {self.entry.value}: ",
             where=f"plugin {self.name}",
-            fix=f"uninstall it, or leave it out of {ALLOW_LIST}",
+            fix=f"uninstall it or omit it from {ALLOW_LIST}",
         )
 
 
 def installed() -> list[Installed]:
-    """All entry points by name. Raises PluginLoadError if one on the allow-list is missing."""
+    """List all entry points by name. Raises PluginLoadError if one on the allow-list is missing."""
     entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name)
     allowed = os.environ.get(ALLOW_LIST)
     if allowed is None:
@@ -123,7 +135,7 @@ def installed() -> list[Installed]:
     called = {name: [entry for entry in entries if _is_called(entry, name)] for name in wanted}
     if missing := sorted(name for name, found in called.items() if not found):
         raise PluginLoadError(
-            f"no installed plugin is called {missing[0]!r}",
+            f"no installed plugin is named {missing[0]!r}",
             where=ALLOW_LIST,
             fix=f"installed: {', '.join(e.name for e in entries) or 'none'}",
         )
@@ -131,22 +143,22 @@ def installed() -> list[Installed]:
 
 
 def entries_called(name: str) -> list[Installed]:
-    """The installed plugins whose entry point or distribution has this name."""
+    """List the installed plugins whose entry point or distribution has this name."""
     return [found for found in installed() if _is_called(found.entry, name)]
 
 
 def named(name: str) -> ModuleType:
-    """Import a file or module named in a command line or configuration.
+    """Import a file or module named on the command line or in the configuration.
 
     Raises:
-        PluginLoadError: It does not exist, or cannot be imported.
+        PluginLoadError: It does not exist or cannot be imported.
     """
     path, where = Path(name), f"plugin {name}"
     if not is_plugin_file(name):
         return attempt(lambda: importlib.import_module(name), "cannot import it: ", where=where)
     if not path.is_file():
         raise PluginLoadError("no such file", where=where)
-    # A name of its own per path, so that two files of the same name do not collide.
+    # One name per path, so that two files with the same name do not collide.
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"fluxmoe_plugin_{path.stem}_{digest}", path)
     if spec is None or spec.loader is None:
@@ -163,7 +175,7 @@ def named(name: str) -> ModuleType:
 
 
 def _is_called(entry: importlib.metadata.EntryPoint, name: str) -> bool:
-    """True if ``name`` is the entry point's, or its distribution's as pip compares names."""
+    """True if ``name`` is the entry point's or its distribution's, normalised as in pip."""
     return name == entry.name or (entry.dist is not None and _same(name, entry.dist.name))
 
 

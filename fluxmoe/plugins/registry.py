@@ -1,4 +1,4 @@
-"""The registry of policies and codecs, and the status of every plugin."""
+"""The registry of policies and codecs, and the status of each plugin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from fluxmoe import hookspecs
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
-from fluxmoe.core.policy.paging import EvictionPolicy, Policies
+from fluxmoe.core.policy.paging import EvictionPolicy, Policies, PrefetchPolicy
 from fluxmoe.errors import (
     ConfigError,
     FluxMoEError,
@@ -21,14 +21,16 @@ from fluxmoe.errors import (
     PluginLoadError,
     UnknownCodecError,
     UnknownPolicyError,
+    join,
     meant,
-    together,
 )
+from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
-from fluxmoe.words import line
+from fluxmoe.words import class_name, line
 
-#: A policy in a configuration or a command line: ``lru`` or ``{kind: lru, option: value}``.
-PolicySpec = str | Mapping[str, Any]
+#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a policy class or instance can
+#: replace the name.
+PolicySpec = str | Mapping[str, Any] | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 Origin = Literal["built in", "installed", "named"]
 
@@ -42,7 +44,7 @@ class Plugin:
         origin: Source of the plugin; ``named``: on the command line or in the configuration.
         version: Version of its distribution, or its module's ``__version__``; may be empty.
         status: ``ok``, ``broken``, or ``left out`` by the allow-list.
-        problem: The reason if it is not ``ok``.
+        problem: The reason if not ``ok``.
     """
 
     name: str
@@ -71,7 +73,7 @@ class Registration:
     oracle: bool
 
     def create(self, options: Mapping[str, Any]) -> Any:
-        """Create a policy or codec with checked options. Raises PluginLoadError."""
+        """Create a policy or codec with validated options. Raises PluginLoadError."""
 
         def made() -> Any:
             policy = self.factory(**options)
@@ -80,9 +82,9 @@ class Registration:
 
         return checks.attempt(
             made,
-            f"{checks.noun(self.kind)} {self.name!r} cannot be made: ",
+            f"{checks.noun(self.kind)} {self.name!r} cannot be created: ",
             where=f"plugin {self.plugin}",
-            passed=FluxMoEError,  # such as a missing package
+            passed=FluxMoEError,  # e.g. for a missing package
         )
 
 
@@ -100,19 +102,19 @@ class Registry:
         self.plugins: list[Plugin] = []
 
     def __iter__(self) -> Iterator[Registration]:
-        """The policies."""
+        """Iterate over the policies."""
         return (made for made in self.everything() if made.kind != "codec")
 
     def everything(self) -> list[Registration]:
-        """Policies and codecs."""
+        """List policies and codecs."""
         return sorted(self._policies.values(), key=lambda r: (r.kind, r.name))
 
     def knows(self, plugin: object) -> bool:
-        """True if a plugin object or module has been added."""
+        """True if the plugin object or module has been added."""
         return self._manager.is_registered(plugin)
 
     def require(self, name: str) -> None:
-        """Raise PluginLoadError if the plugin of that name was found but is not in use."""
+        """Raise PluginLoadError if the plugin of this name was found but is not in use."""
         for plugin in self.plugins:
             if plugin.name == name and plugin.status != "ok":
                 problem = f"it is {plugin.status}: {plugin.problem}"
@@ -124,13 +126,13 @@ class Registry:
         """Register a plugin object or module with everything its hooks register, or nothing.
 
         Raises:
-            PluginLoadError: Its hooks raised, or registered something unusable.
+            PluginLoadError: A hook raised or registered something invalid.
         """
         if self._manager.has_plugin(name) or self.knows(plugin):
             raise PluginLoadError(
-                f"a plugin called {name!r} already exists",
+                f"a plugin named {name!r} already exists",
                 where=f"plugin {name}",
-                fix="name it once, or give its entry point another name",
+                fix="name it only once, or rename its entry point",
             )
         before = dict(self._policies)
         try:
@@ -156,7 +158,7 @@ class Registry:
             raise PluginLoadError(
                 f"unknown hook {unknown[0]!r}",
                 where=where,
-                fix="; ".join(filter(None, [meant(unknown[0], checks.HOOKS), known])),
+                fix=join(meant(unknown[0], checks.HOOKS), known),
             ) from error
         if not self._manager.get_hookcallers(plugin):
             raise PluginLoadError(
@@ -179,7 +181,7 @@ class Registry:
         config_model: type[BaseModel] | None = None,
     ) -> None:
         if type(name) is not str or not name or line(name) != name:
-            raise PluginLoadError(f"{line(name, repr)} is not a name", where=f"plugin {plugin}")
+            raise PluginLoadError(f"not a valid name: {line(name, repr)}", where=f"plugin {plugin}")
         kind = checks.kind_of(factory, name, hook, plugin)
         known = self._policies.get((kind, name))
         if known is not None:
@@ -188,19 +190,15 @@ class Registry:
                 where=f"plugin {plugin}",
                 fix="give it another name",
             )
-        # Read here, where a failure is the plugin's, for a class may compute its attributes.
-        doc: object = factory.__doc__
-        said = str.__str__(doc).strip().partition("\n")[0] if isinstance(doc, str) else ""
-        oracle = getattr(checks.class_made_by(factory), "needs_future", False) is True
-        self._policies[kind, name] = Registration(
-            kind, name, factory, config_model, plugin, line(said), oracle
+        self._policies[kind, name] = _registration(
+            kind, name, factory, config_model, plugin, checks.class_made_by(factory)
         )
 
     def names(self, kind: str) -> list[str]:
         return [name for k, name in sorted(self._policies) if k == kind]
 
     def get(self, kind: str, name: str) -> Registration:
-        """Raises UnknownPolicyError or UnknownCodecError, which list the known names."""
+        """Get a registration. Raises UnknownPolicyError or UnknownCodecError."""
         try:
             return self._policies[kind, name]
         except KeyError:
@@ -209,77 +207,119 @@ class Registry:
                 raise UnknownCodecError(name, self.names(kind), broken) from None
             raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
 
+    def source(self, kind: str, spec: PolicySpec) -> str:
+        """A policy or codec with its package, such as ``lru (FluxMoE 0.1.0)``; else its module."""
+        made, _ = self._chosen(kind, spec)
+        package = made.plugin
+        for plugin in self.plugins:
+            if plugin.name == made.plugin:
+                name = "FluxMoE" if plugin.origin == "built in" else plugin.name
+                package = f"{name} {plugin.version}".strip()
+        return f"{made.name} ({package})"
+
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 
+        A class of policies, instead of a name, is called with the options; an instance is reset.
+
         Raises:
             UnknownPolicyError, UnknownCodecError: The name is not registered.
-            ConfigError: An option is unknown or has a bad value.
-            PluginLoadError: Its factory failed.
+            ConfigError: An option is unknown or invalid.
+            PluginLoadError: The factory failed.
         """
         registration, options = self._chosen(kind, spec)
         return registration.create(options)
 
     def _chosen(self, kind: str, spec: PolicySpec) -> tuple[Registration, dict[str, Any]]:
-        options = {"kind": spec} if isinstance(spec, str) else dict(spec)
-        name = options.pop("kind", None)
-        if not isinstance(name, str):
+        options = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
+        chosen = options.pop("kind", None)
+        where = f"{kind} {name_of(spec)!r}"
+        if isinstance(chosen, str):
+            registration = self.get(kind, chosen)
+            return registration, checks.checked_options(registration.config_model, options, where)
+        made = chosen if isinstance(chosen, type) else type(chosen)
+        if kind == "codec" or not checks.is_policy(made, kind):
             raise ConfigError(
-                f"{spec!r} names no {'codec' if kind == 'codec' else 'policy'}",
+                f"no {'codec' if kind == 'codec' else f'{kind} policy'} in {line(spec, repr)}",
                 where=kind,
-                fix="write {kind: NAME, …}",
+                fix="write {kind: NAME, …}"
+                if kind == "codec"
+                else "write {kind: NAME, …}; in Python a class or instance of "
+                f"fluxmoe.{kind.capitalize()}Policy also works",
             )
-        registration = self.get(kind, name)
-        model, where = registration.config_model, f"{kind} {name!r}"
-        return registration, checks.checked_options(model, options, where)
+        factory = chosen if made is chosen else partial(_again, chosen)
+        if made is not chosen:
+            options = checks.checked_options(None, options, where)
+        return _registration(kind, name_of(chosen), factory, None, made.__module__, made), options
 
     def policies(self, config: Config) -> Policies:
-        """Create the paging policies of a configuration, for an engine.
+        """Create a configuration's paging policies for an engine.
 
         Raises:
             UnknownPolicyError, ConfigError, PluginLoadError: See ``create``.
-            NeedsFutureError: The eviction policy is an oracle: an engine cannot know the future.
+            NeedsFutureError: The eviction policy is an oracle, which an engine cannot run.
         """
         self.check(config)
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
         _refuse_oracle(eviction.needs_future, config)
         prefetch = self.create("prefetch", config.prefetch)
-        return Policies(eviction, prefetch, config.eviction["kind"], config.prefetch["kind"])
+        return Policies(eviction, prefetch, name_of(config.eviction), name_of(config.prefetch))
 
     def arbitration(self, config: Config) -> ArbitrationPolicy:
-        """Create the arbitration policy of a configuration. Raises the errors of ``create``."""
+        """Create a configuration's arbitration policy. Raises the errors of ``create``."""
         policy: ArbitrationPolicy = self.create("arbitration", config.arbitration)
         return policy
 
     def check(self, config: Config) -> None:
-        """Raise all ``findings`` together."""
-        if found := self.findings(config):
-            raise together(found)
+        """Validate names and options of a configuration's policies and codecs; creates none.
 
-    def findings(self, config: Config) -> list[FluxMoEError]:
-        """Everything wrong with names and options of policies and codecs; creates none of them.
-
-        For commands that start an engine, which creates them. The errors are those of ``policies``,
-        ``arbitration`` and ``create``, except those of factories.
+        For commands that start an engine, which creates them. Raises the errors of ``policies``,
+        ``arbitration`` and ``create`` together, except those of factories.
         """
         specs = [(kind, getattr(config, kind)) for kind in ("eviction", "prefetch", "arbitration")]
-        specs += [("codec", store.codec) for store in config.stores]
-        found: list[FluxMoEError] = []
-        for kind, spec in specs:
-            try:
+        found = Findings()
+        for kind, spec in [*specs, *(("codec", store.codec) for store in config.stores)]:
+            with found.check():
                 registration, _ = self._chosen(kind, spec)
                 if kind == "eviction":
                     _refuse_oracle(registration.oracle, config)
-            except FluxMoEError as error:
-                found.append(error)
-        return found
+        found.require()
+
+
+def name_of(spec: object) -> str:
+    """Name of a policy, or of its class, in messages and results."""
+    chosen = spec.get("kind") if isinstance(spec, Mapping) else spec
+    if isinstance(chosen, str):
+        return chosen
+    return line(class_name(chosen if isinstance(chosen, type) else type(chosen)))
+
+
+def _registration(
+    kind: str,
+    name: str,
+    factory: Callable[..., Any],
+    config_model: type[BaseModel] | None,
+    plugin: str,
+    made: type,
+) -> Registration:
+    # Read here, where a failure is the plugin's: a class may compute its attributes.
+    doc: object = factory.__doc__
+    said = str.__str__(doc).strip().partition("\n")[0] if isinstance(doc, str) else ""
+    oracle = getattr(made, "needs_future", False) is True
+    return Registration(kind, name, factory, config_model, plugin, line(said), oracle)
+
+
+def _again(policy: Any) -> Any:
+    """Reset and return an instance that may have been used before."""
+    policy.reset()
+    return policy
 
 
 def _refuse_oracle(oracle: bool, config: Config) -> None:
-    """Refuse an eviction policy that needs the future."""
+    """Reject an eviction policy that needs the future."""
     if oracle:
         raise NeedsFutureError(
-            f"eviction policy {config.eviction['kind']!r} needs to know the future",
+            f"eviction policy {name_of(config.eviction)!r} needs to know the future",
             where="eviction",
-            fix="it works in `fluxmoe simulate` only; choose another one to serve with",
+            fix="use it with `fluxmoe simulate` only; choose another one for serving",
         )

@@ -1,6 +1,6 @@
-"""Built-in policies, registered through the same hook as those of plugins.
+"""Built-in policies, registered through the same hook as plugins' policies.
 
-Imports the contracts of ``core.policy``, ``core.types`` and ``hookspecs`` only.
+Imports only the contracts of ``core.policy``, ``core.types`` and ``hookspecs``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Notations of a simulated capacity: pages, a share of all pages, or bytes."""
+"""Notations for a simulated capacity: pages, a share of all pages, or bytes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def pages_of(capacity: int | str, meta: TraceMeta) -> int:
 
     Args:
         capacity: A number of pages (``96``), a share of all pages (``"25%"``) or bytes
-            (``"2GiB"``); the last two are rounded down.
+            (``"2GiB"``); shares and bytes are rounded down.
         meta: Metadata of the trace.
 
     Raises:
-        ConfigError: It is none of these, or bytes for a trace without a page size.
+        ConfigError: The capacity is invalid, or in bytes for a trace without a page size.
     """
     text = line(capacity).strip()
     if _PAGES.fullmatch(text):
         return int(text)
     if share := _SHARE.fullmatch(text):
-        # A fraction, because 29 % of 100 pages in floating point is 28.
+        # A Fraction, because 29 % of 100 pages is 28 in floating point.
         return int(Fraction(share[1]) / 100 * meta.geometry.num_pages)
     try:
         if not text[-1:].isalpha():

@@ -1,10 +1,9 @@
-"""The virtual clock: the time that a replay would have taken on a machine described by a profile.
+"""The virtual clock: the time that a replay would take on the machine described by a profile.
 
-Demand copies block their layer: the engine copies all pages that an event misses, then the kernel
-runs. Prefetched pages are copied one at a time, in the order of their proposal, while layers
-compute; a demand waits for the copy in progress and precedes those that have not begun; a page that
-is used before its copy has begun is copied immediately. This models ``TransferEngine`` with one
-copy thread.
+Demand copies block their layer: all pages that an event misses are copied before the kernel runs.
+Prefetched pages are copied one at a time, in the order proposed, while layers compute. A demand
+waits for the copy in progress and precedes those that have not begun; a page that is used before
+its copy has begun is copied immediately. This models ``TransferEngine`` with one copy thread.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Times by the virtual clock.
+    """Times measured by the virtual clock.
 
     Attributes:
         hardware: Name of the profile.
-        seconds: Seconds from the first step's beginning to the last one's end.
+        seconds: Time from the beginning of the first step to the end of the last, in seconds.
         step_ms_mean, step_ms_p50, step_ms_p95: Duration of a step, in milliseconds.
         stall_share: Fraction of ``seconds`` that layers waited for pages.
-        tokens_per_s: Tokens of all steps per second.
+        tokens_per_s: Tokens per second over all steps.
     """
 
     hardware: str
@@ -60,17 +59,17 @@ class Clock:
         size = events.meta.page_bytes
         if size is None:
             raise ConfigError(
-                "the trace has no page size, which timing needs",
+                "the trace has no page size, which timing requires",
                 where="--hardware",
             )
         self._profile, self._events = profile, events
         self._page = size / (profile.load_gbps * 1e9)
         self._call = profile.load_us * 1e-6
-        #: Seconds that each event's layer computes once its pages are resident, ``[N]``.
+        #: Compute time of each event's layer once its pages are resident, in seconds, ``[N]``.
         self.compute = _compute(profile, events, size)
         self.stall = np.zeros(len(events))
         self._now, self._link_free = 0.0, 0.0
-        self._queue: deque[tuple[int, float]] = deque()  # page, time of its proposal
+        self._queue: deque[tuple[int, float]] = deque()  # page, time of proposal
         self._arrives: dict[int, float] = {}
 
     def demand_only(self, missed: npt.NDArray[np.int32]) -> None:
@@ -78,7 +77,7 @@ class Clock:
         self.stall = np.where(missed > 0, self._call + missed * self._page, 0.0)
 
     def watch(self, rule: EventRule, at: int) -> None:
-        """Time event ``at``, after a rule that prefetches has run it."""
+        """Time event ``at`` after it was run by a rule that prefetches."""
         b = rule.table.books
         count = b.now[PAGES]
         pages, hit = b.pages[:count], b.hit[:count]
@@ -96,7 +95,7 @@ class Clock:
         self._now = done + self.compute[at]
 
     def timing(self) -> Timing:
-        """Summary of all steps."""
+        """Summarise all steps."""
         profile, block = self._profile, self._events.block
         starts = np.flatnonzero(np.diff(block.step, prepend=block.step[:1] - 1))
         steps = np.add.reduceat(self.compute + self.stall, starts) + profile.step_us * 1e-6
@@ -114,7 +113,7 @@ class Clock:
         )
 
     def _advance(self, now: float, slot_of: npt.NDArray[np.int32]) -> None:
-        """Let the link process the proposed pages until ``now``."""
+        """Process the queue of proposed pages up to ``now``."""
         while self._queue:
             page, proposed = self._queue[0]
             start = max(self._link_free, proposed)
@@ -126,7 +125,7 @@ class Clock:
             self._link_free = self._arrives[page] = start + self._call + self._page
 
     def _complete(self, page: int, now: float) -> float:
-        """Time at which a page that is used at ``now`` has arrived."""
+        """Return the time at which a page used at ``now`` has arrived."""
         arrives = self._arrives.pop(page, None)
         if arrives is not None:
             return max(now, arrives)

@@ -1,4 +1,4 @@
-"""A whole trace in memory, as flat arrays that all runs of one invocation share."""
+"""A trace in memory, as flat arrays shared by all runs of one invocation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fluxmoe.trace import TraceMeta, TraceReader
 
 @dataclass(frozen=True, slots=True)
 class Future:
-    """Knowledge of oracles. N events, A routed (token, expert) pairs, P pages.
+    """The future, for oracles. N events, A routed (token, expert) pairs, P pages.
 
     Attributes:
-        first: int64 ``[P]``, the first event that uses the page.
-        later: int64 ``[A]``, the next event after the pair's own that uses the pair's page, in the
-            order of ``Events.ids``. ``PageView.NO_NEXT_USE`` if there is none, as in ``first``.
+        first: int64 ``[P]``, the first event that uses each page, or ``PageView.NO_NEXT_USE``.
+        later: int64 ``[A]``, the next event that uses the page of each pair, in the order of
+            ``Events.ids``, or ``PageView.NO_NEXT_USE``.
     """
 
     first: Int64s
@@ -36,7 +36,7 @@ class Events:
 
     Args:
         meta: Metadata of the trace.
-        block: Events of the trace, already checked; without their future.
+        block: Events of the trace, already validated, without the future.
     """
 
     def __init__(self, meta: TraceMeta, block: EventList) -> None:
@@ -53,16 +53,19 @@ class Events:
         }
         return cls(reader.meta, EventList(**joined))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.meta.described}, events={len(self)})"
+
     def __len__(self) -> int:
         return len(self.block.step)
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:
-        """Routed experts of all events, concatenated, repeats included."""
+        """Routed experts of all events, concatenated, including repeats."""
         return self.block.ids
 
     def __iter__(self) -> Iterator[tuple[int, int, Phase, slice]]:
-        """(step, layer, phase, slice of ``ids``) of every event."""
+        """Yield (step, layer, phase, slice of ``ids``) for each event."""
         phases = (Phase.PREFILL, Phase.DECODE)
         step, layer, phase, bounds = (np.asarray(column).tolist() for column in self.block[:4])
         for i, start in enumerate(bounds[:-1]):
@@ -76,20 +79,29 @@ class Events:
 
     @cached_property
     def largest(self) -> int:
-        """Number of distinct experts of the largest event."""
+        """Number of distinct experts in the largest event."""
         return int(self.sizes.max())
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int32]:
-        """Number of distinct experts of every event."""
+        """Number of distinct experts in each event."""
         sizes = np.zeros(len(self), np.int32)
         seen = np.full(self.meta.experts_per_layer, -1, np.int64)
         _count_distinct(self.block.offsets, self.ids, seen, sizes)
         return sizes
 
     @cached_property
+    def cycle(self) -> int:
+        """Median number of distinct pages used by a step.
+
+        With fewer slots, a policy such as LRU evicts pages before the next step uses them.
+        """
+        starts = np.flatnonzero(np.diff(self.block.step, prepend=self.block.step[:1] - 1))
+        return int(np.median(np.add.reduceat(self.sizes, starts, dtype=np.int64)))
+
+    @cached_property
     def future(self) -> Future:
-        """Next use of every page at every event, from one backward pass."""
+        """Next use of every page at each event, computed in one backward pass."""
         first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)
         later = np.empty(self.ids.size, np.int64)
         experts, block = self.meta.experts_per_layer, self.block
@@ -103,7 +115,7 @@ class Events:
 
 
 def _joined(offsets: Sequence[Int64s]) -> Int64s:
-    """Offsets of the concatenation of several arrays, from the offsets of each, if any."""
+    """Offsets into the concatenation of arrays, given the offsets into each."""
     if not offsets[0].size:
         return offsets[0]
     starts = np.cumsum([0, *(part[-1] for part in offsets)])
@@ -134,6 +146,6 @@ def _look_ahead(
     for event in range(layer.size - 1, -1, -1):
         for i in range(offsets[event], offsets[event + 1]):
             later[i] = upcoming[np.int64(layer[event]) * experts + ids[i]]
-        # In a second loop: an expert shared by several tokens must not see its own event as next.
+        # In a second loop, so that an expert shared by several tokens skips its own event.
         for i in range(offsets[event], offsets[event + 1]):
             upcoming[np.int64(layer[event]) * experts + ids[i]] = event

@@ -1,7 +1,7 @@
 """Hardware profiles: costs of copies and layers, for the simulator's virtual clock.
 
-A profile is a YAML file. Some come with FluxMoE, from data sheets; ``fluxmoe doctor --measure``
-writes one for this machine.
+A profile is a YAML file. Some come with FluxMoE, based on data sheets; ``fluxmoe doctor --measure``
+writes one for the current machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, join, meant
 
 FOLDER = Path(__file__).parent / "profiles"
 
@@ -32,19 +32,19 @@ class Profile(BaseModel):
     load_us: NotNegative = 0
     """Fixed cost of a layer's demand for pages, and of each prefetched page, in microseconds."""
     memory_gbps: Positive
-    """Bandwidth at which a layer's kernel reads the experts it uses, in GB/s."""
+    """Bandwidth at which a layer's kernel reads its experts, in GB/s."""
     tflops: Positive
-    """Compute rate in the format of the weights, in TFLOPS: two operations per weight and token."""
+    """Compute rate in the weights' format, in TFLOPS: two operations per weight and token."""
     weight_bytes: Positive = 2
     """Bytes of one weight in a page."""
     roofline: bool = True
-    """True if reading and computing overlap, so that the longer one counts; else their sum."""
+    """True if reading and computing overlap: the longer time counts instead of their sum."""
     step_us: NotNegative = 0
     """Fixed cost of a forward pass, in microseconds."""
     layer_us: NotNegative = 0
     """Cost of a layer without its experts (attention, router, launches), in microseconds."""
     token_us: NotNegative = 0
-    """Cost of a token in a layer, without its experts, in microseconds."""
+    """Cost of a token in a layer without experts, in microseconds."""
 
 
 def names() -> list[str]:
@@ -56,7 +56,7 @@ def load(name: str | Path) -> Profile:
     """Load a profile by name or from a file.
 
     Raises:
-        ConfigError: The name is unknown, or the file is not a valid profile; the field is named.
+        ConfigError: The name is unknown or the file is not a valid profile.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -67,10 +67,10 @@ def load(name: str | Path) -> Profile:
         raise ConfigError(
             f"unknown hardware profile {str(name)!r}",
             where="--hardware",
-            fix=f"name a YAML file, or one of {', '.join(names())}",
+            fix=join(meant(name, names()), f"use a YAML file or one of {', '.join(names())}"),
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read it: {error}", where=str(path)) from error
+        raise ConfigError(f"cannot read the file: {error}", where=str(path)) from error
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
@@ -89,4 +89,4 @@ def save(profile: Profile, path: Path) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise ConfigError(f"cannot write it: {error.strerror}", where=str(path)) from error
+        raise ConfigError(f"cannot write the file: {error.strerror}", where=str(path)) from error

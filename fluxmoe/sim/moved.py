@@ -1,4 +1,4 @@
-"""Names that have moved out of the simulator; the old ones stay valid for one minor version."""
+"""Names moved out of the simulator; the old ones stay valid for one minor version."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def moved(old: str, new: str, names: tuple[str, ...]) -> Callable[[str], Any]:
-    """Make a module's ``__getattr__`` that warns and gets ``names`` from their new module.
+    """Make a module's ``__getattr__`` that gets ``names`` from their new module, with a warning.
 
     Args:
         old: Published name of the old module.
-        new: Name of the module that has the names now.
+        new: Name of the new module.
         names: Moved names.
     """
 

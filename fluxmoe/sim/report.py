@@ -1,4 +1,4 @@
-"""``--report``: one self-contained HTML page, with curves, timelines and a table."""
+"""``--report``: a self-contained HTML page with curves, timelines and a table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fluxmoe.sim.events import Events
 from fluxmoe.sim.runs import Outcome
 from fluxmoe.sim.simulator import Result
 
-#: The policy that all others are compared with; added to the runs if not requested.
+#: The policy that all others are compared to; added to the runs if not requested.
 OPTIMUM = "belady"
 #: Number of parts of the trace in the timelines.
 BINS = 120
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _COLOURS = 8
-#: Most timelines on one page; of more capacities an evenly spaced selection is shown.
+#: Maximum number of timelines; of more capacities an evenly spaced selection is shown.
 _TIMELINES = 4
 
 
@@ -75,7 +75,7 @@ def write(path: Path, trace: str, events: Events, outcomes: Sequence[Outcome]) -
     try:
         path.write_text(html)
     except OSError as error:
-        raise ConfigError(f"cannot write it: {error.strerror}", where=str(path)) from error
+        raise ConfigError(f"cannot write the file: {error.strerror}", where=str(path)) from error
 
 
 def name_of(result: Result) -> str:
@@ -157,8 +157,8 @@ def _percent() -> list[tuple[float, str]]:
 
 def _notes(results: Sequence[Result]) -> list[str]:
     notes = [
-        f"{OPTIMUM} knows the future: no engine can run it. It is the least number of misses "
-        "where every miss must be admitted and nothing is prefetched."
+        f"{OPTIMUM} knows the future, so no engine can run it. It has the fewest misses possible "
+        "if every miss must be admitted and nothing is prefetched."
     ]
     for result in results:
         if result.policy_faults:

@@ -1,7 +1,7 @@
-"""Many runs over one trace: policies × capacities × prefetchers, in this process or in several.
+"""Many runs over one trace: policies × capacities × prefetchers, in one or several processes.
 
-Processes are spawned and map the trace's arrays from files that the first one wrote, so they share
-the memory and inherit no threads.
+Worker processes are spawned and map the trace's arrays from files written by the parent, so they
+share the memory and inherit no threads.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fluxmoe.trace import TraceMeta
 
 Progress = Callable[[int], None]
 
-#: Fewest accesses (tokens × top-k, over all runs) for which starting processes pays.
+#: Minimum accesses (tokens × top-k, over all runs) for which starting processes pays off.
 _WORTH_IT = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationRun:
-    """One run; ``RunPlan`` has the settings that all runs share."""
+    """One run; settings shared by all runs are in ``RunPlan``."""
 
     policy: PolicySpec
     capacity: str
@@ -45,7 +45,7 @@ class RunPlan:
     """Runs over one trace.
 
     Attributes:
-        runs: Runs, in the order of the results.
+        runs: Runs in the order of the results.
         plugins: Files or modules with policies, for the worker processes.
         banks, strict, hardware: Arguments of ``simulate``.
     """
@@ -53,11 +53,11 @@ class RunPlan:
     runs: Sequence[SimulationRun]
     plugins: Sequence[str] = ()
     banks: int = 1
-    strict: bool = False
+    strict: bool = True
     hardware: Profile | None = None
 
     def simulation(self, run: SimulationRun, events: Events, registry: Registry) -> Simulation:
-        """Make one run, checked. Raises the same errors as ``simulate``."""
+        """Make and validate one run. Raises the same errors as ``simulate``."""
         return Simulation(
             events,
             run.policy,
@@ -72,7 +72,7 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run's result, and its hit rate over time; ``oracle`` is True for an oracle's run.
+    """A run's result and its hit rate over time; ``oracle`` is True for oracles.
 
     ``timeline`` is float64 ``[bins]``: the hit rate in equal parts of the trace.
     """
@@ -103,17 +103,17 @@ def execute(
     Args:
         plan: The runs.
         events: The trace.
-        registry: Known policies, in this process.
+        registry: Policies known in this process.
         jobs: Number of processes.
-        bins: Number of parts of the timeline; 0 = no timeline.
+        bins: Number of bins in the timeline; 0 = no timeline.
         progress: Called with the number of events run since the last call.
 
     Raises:
         UnknownPolicyError, ConfigError, CapacityError: A run is invalid; none is started.
-        PolicyFaultError: Under ``strict``.
+        PolicyFaultError: A policy failed in strict mode.
     """
     if jobs <= 1 or len(plan.runs) <= 1:
-        # All are created before the first runs, so that a mistake in the last one shows at once.
+        # All runs are created before the first starts, so that errors in any show immediately.
         made = [plan.simulation(run, events, registry) for run in plan.runs]
         return [_outcome(simulation, events, bins, progress) for simulation in made]
     for run in plan.runs:
@@ -137,7 +137,7 @@ def execute(
 
 
 class _Worker:
-    """State that a worker process keeps between runs."""
+    """State of a worker process between runs."""
 
     def __init__(self, folder: str, meta: TraceMeta, plan: RunPlan, bins: int) -> None:
         # Mapped, so that all processes share the memory; private, so that numba sees plain arrays.

@@ -1,50 +1,57 @@
-"""The simulator: a trace replayed through the engine's page table, event rule and policy guards.
+"""The simulator: replays a trace through the engine's page table, event rule and policy guards.
 
-Hits and misses are not defined here. A run builds the objects that an engine's pager uses, feeds
-them the events in order, and reads their counters.
+Hits and misses are not defined here: a run builds the same objects as an engine's pager, feeds them
+the events in order, and reads their counters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from fluxmoe import plugins
+from fluxmoe import arguments, plugins
 from fluxmoe.core.memory.sizing import spread
 from fluxmoe.core.paging.replay import replay
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
+from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS
 from fluxmoe.errors import CapacityError, ConfigError
-from fluxmoe.plugins import PolicySpec, Registry
+from fluxmoe.plugins import PolicySpec, Registry, name_of
 from fluxmoe.sim.capacity import pages_of
 from fluxmoe.sim.clock import Clock, Timing
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile, load
 from fluxmoe.trace import TraceMeta
 
-#: Number of events between updates of the progress, and checks for Ctrl-C.
+#: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
+#: No engine waits for the policy here, so no call is slow.
+_LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
+#: In strict mode only endless calls are faults: a busy machine must not end a simulation.
+_PATIENT = replace(_LIMITS, hard_s=60.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """Counters of one run, as the event rule defines them.
 
     Attributes:
         policy, prefetch: Labels of the policies as requested.
-        capacity_pages: Number of slots over all banks.
+        capacity_pages: Total number of slots.
         accesses, hits, misses: Distinct experts, once per event; ``accesses = hits + misses``.
         hit_rate: hits / accesses.
-        prefetch_hits: The part of ``hits`` that a prefetch loaded.
+        prefetch_hits: The part of ``hits`` loaded by a prefetch.
         evictions: Number of victims for demand or prefetch.
         released: Number of pages released because the policy did not retain them.
         bytes_demand, bytes_prefetch: Bytes loaded by cause; None if the page size is unknown.
-        policy_faults: Number of calls of a policy that the fallback answered instead.
+        policy_faults: Number of policy calls that fell back to the default.
         timing: Simulated times; None without a hardware profile.
     """
 
@@ -66,20 +73,37 @@ class Result:
     policy_faults: int
     timing: Timing | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.policy}, prefetch={self.prefetch}, "
+            f"slots={self.capacity_pages}, hit_rate={self.hit_rate:.1%}, misses={self.misses})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The result as a table, for notebooks."""
+        shown = self.to_json() | {"hit_rate": f"{self.hit_rate:.1%}"}
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(name.replace('_', ' '))}</th>"
+            f"<td>{escape(f'{value:,.4g}' if isinstance(value, float) else str(value))}</td></tr>"
+            for name, value in shown.items()
+            if value is not None
+        )
+        return f"<table>{rows}</table>"
+
     def to_json(self) -> dict[str, str | int | float | None]:
-        """A flat dictionary, with the fields of ``timing``, if any, beside the others."""
+        """Return a flat dictionary that includes the fields of ``timing``, if any."""
         fields = asdict(self)
         timing = fields.pop("timing")
         return {**fields, **(timing or {})}
 
 
 class Simulation:
-    """One run, checked and ready to start. Arguments and errors are those of ``simulate``.
+    """One run, validated and ready to start. Arguments and errors are those of ``simulate``.
 
     Attributes:
         policy: Label of the eviction policy as requested.
         oracle: True if the policy needs the future, so that no engine can run it.
-        missed: int32 ``[N]``, number of misses of every event once it has run.
+        missed: int32 ``[N]``, number of misses of each event, filled by ``run``.
     """
 
     def __init__(
@@ -91,7 +115,7 @@ class Simulation:
         *,
         registry: Registry,
         banks: int = 1,
-        strict: bool = False,
+        strict: bool = True,
         hardware: Profile | None = None,
     ) -> None:
         self._events = events
@@ -105,8 +129,13 @@ class Simulation:
         table = _table(events, self._capacity, banks, f"capacity {capacity}")
         future = events.future.first.copy() if self.oracle else None
         view = PageView(table, next_use=future)
-        self._eviction = EvictionGuard(evictor, view, name=self.policy, strict=strict)
-        self._fetching = PrefetchGuard(fetcher, view, name=self._prefetch, strict=strict)
+        limits = _PATIENT if strict else _LIMITS
+        self._eviction = EvictionGuard(
+            evictor, view, name=self.policy, strict=strict, limits=limits
+        )
+        self._fetching = PrefetchGuard(
+            fetcher, view, name=self._prefetch, strict=strict, limits=limits
+        )
         self._rule = EventRule(table, self._eviction, self._fetching)
 
     def run(self, progress: Callable[[int], None] = lambda events: None) -> Result:
@@ -116,7 +145,7 @@ class Simulation:
             progress: Called periodically with the number of events run since the last call.
 
         Raises:
-            PolicyFaultError: A policy failed, and ``strict`` is set.
+            PolicyFaultError: A policy failed in strict mode.
         """
         events = self._events.foreseen if self.oracle else self._events.block
         count = len(self._events)
@@ -161,58 +190,63 @@ def simulate(
     prefetch: PolicySpec = "none",
     banks: int = 1,
     registry: Registry | None = None,
-    strict: bool = False,
+    strict: bool = True,
     hardware: Profile | str | Path | None = None,
 ) -> Result:
     """Replay a trace at one capacity.
 
     Args:
-        trace: A trace file, or its events (load them once for several runs).
-        policy: Eviction policy, ``name`` or ``{kind: name, option: value}``.
+        trace: A trace file, or its events (to load them only once for several runs).
+        policy: Eviction policy: ``name``, ``{kind: name, option: value}``, or a class or instance
+            of ``fluxmoe.EvictionPolicy``, which need not be registered.
         capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), over all banks.
-        prefetch: Prefetch policy.
+        prefetch: Prefetch policy, likewise.
         banks: Number of banks over which layers are spread, each with its share of the capacity.
         registry: Known policies; by default built-in and installed ones.
-        strict: True to raise at the first fault of a policy instead of containing it.
+        strict: False to contain a policy's faults, as an engine does: the fallback, LRU, answers
+            in its place, so that the counts are no longer the policy's alone.
         hardware: A profile, its name, or its file: the result then has a ``timing``.
 
     Raises:
         TraceError: The trace is invalid or cannot be read.
         UnknownPolicyError, ConfigError: A policy, option, capacity, number of banks or profile is
             invalid.
-        CapacityError: A bank could not hold the largest event of the trace.
-        PolicyFaultError: Under ``strict``.
+        CapacityError: A bank cannot hold the largest event of the trace.
+        PolicyFaultError: A policy failed in strict mode.
     """
-    events = trace if isinstance(trace, Events) else Events.load(trace)
-    known = registry or plugins.load()
-    profile = hardware if isinstance(hardware, Profile | None) else load(hardware)
+    where = "simulate"
+    if not isinstance(trace, Events):
+        trace = Events.load(arguments.path(trace, "trace", where=where))
+    if not isinstance(hardware, Profile | None):
+        hardware = load(arguments.path(hardware, "hardware", where=where))
+    known = plugins.load() if registry is None else registry
     return Simulation(
-        events,
+        trace,
         policy,
         capacity,
         prefetch,
-        registry=known,
+        registry=arguments.instance(
+            known, Registry, "registry", where=where, fix="make it with fluxmoe.plugins.load"
+        ),
         banks=banks,
         strict=strict,
-        hardware=profile,
+        hardware=hardware,
     ).run()
 
 
 def label(spec: PolicySpec) -> str:
-    """A policy in command-line notation: ``name`` or ``name:option=value:…``."""
-    if isinstance(spec, str):
-        return spec
-    options = [f"{key}={value}" for key, value in spec.items() if key != "kind"]
-    return ":".join([str(spec.get("kind")), *options])
+    """Format a policy in command-line notation: ``name`` or ``name:option=value:…``."""
+    options = spec.items() if isinstance(spec, Mapping) else ()
+    return ":".join([name_of(spec), *(f"{key}={value}" for key, value in options if key != "kind")])
 
 
 def _table(events: Events, capacity: int, banks: int, where: str) -> PageTable:
     geometry = events.meta.geometry
-    if not 1 <= banks <= geometry.num_layers:
+    if arguments.whole(banks, "banks", where="--banks") > geometry.num_layers:
         raise ConfigError(
             f"{banks} banks for {geometry.num_layers} layers",
             where="--banks",
-            fix="a bank has at least one layer",
+            fix="use at most one bank per layer",
         )
     slots, bank_of = spread(geometry, capacity, banks)
     try:

@@ -1,1 +1,1 @@
-"""Stores of the clean copies of expert pages: host memory, page files, both coded or not."""
+"""Stores of clean copies of expert pages: host memory and page files, both with optional codec."""

@@ -1,4 +1,4 @@
-"""Parts of pages as stores keep them: coded if that is shorter, and verified."""
+"""Encoding of page parts for stores: coded if that is shorter, and verified."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Coder:
     """The host's side of a codec: verifies its output and contains its faults.
 
     A part that the codec cannot restore bit for bit is kept uncoded, counted, and reported once.
-    Kept data as long as the original *is* the original.
+    Stored data of the original's length *is* the original.
 
     Args:
         codec: The codec.
         name: Registered name, for messages.
-        strict: Raise at a fault instead of containing it.
+        strict: Raise faults instead of containing them.
 
     Attributes:
         faults: Number of times the codec raised or did not restore its input.
@@ -37,7 +37,7 @@ class Coder:
         """Encode ``raw``: a new, shorter array, or ``raw`` itself.
 
         Raises:
-            CodecError: The codec failed, under ``strict``.
+            CodecError: The codec failed in strict mode.
         """
         try:
             coded: object = self._codec.encode(raw)
@@ -45,7 +45,7 @@ class Coder:
                 raise CodecError(f"encode returned {type(coded).__name__}, not a 1-d uint8 array")
             if not 0 < len(coded) < len(raw):
                 return raw
-            back = ~raw  # bytes that are not written stay wrong
+            back = ~raw  # bytes that the codec does not write stay wrong
             self._codec.decode(coded, back)
             if not np.array_equal(back, raw):
                 raise CodecError("decoding does not restore the encoded bytes")
@@ -64,7 +64,7 @@ class Coder:
         """Decode ``kept`` to ``out``.
 
         Raises:
-            StoreError: The codec failed, or ``kept`` is damaged.
+            StoreError: The codec failed or ``kept`` is damaged.
         """
         if len(kept) == len(out):
             np.copyto(out, kept)

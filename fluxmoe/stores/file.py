@@ -1,4 +1,4 @@
-"""Pages in a page file: built at the first start, verified and reused at the next."""
+"""Pages in a page file: built on the first start, verified and reused on later ones."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ logger = logging.getLogger("fluxmoe")
 class FileTier:
     """Pages on disk.
 
-    The file's name is derived from its contents: the layout, the codec and the first page. An
-    existing file is used as long as every page put matches its checksum in it; at the first
-    mismatch it is rebuilt.
+    The file's name is derived from its layout, its codec and its first page. An existing file is
+    used as long as every page put matches its checksum in the file; at the first mismatch it is
+    rebuilt.
 
     Args:
         folder: Folder of the file.
         coder: Encodes the pages.
-        limit: Maximum bytes of the pages; None if there is no limit.
+        limit: Maximum bytes of the pages; None if unlimited.
         options: Options of the codec.
         direct: Read uncached parts with direct I/O.
     """
@@ -59,7 +59,7 @@ class FileTier:
         self._shape = (geometry.num_pages, len(page_class.parts))
         self._about = {
             "codec": coder.name,
-            # Some codecs need them to decode; normalised as JSON will return them.
+            # Some codecs need them to decode. Normalised to what JSON returns.
             "options": json.loads(json.dumps(dict(options or {}), default=str)),
             "num_layers": geometry.num_layers,
             "experts_per_layer": geometry.experts_per_layer,
@@ -97,14 +97,14 @@ class FileTier:
         return True
 
     def finish(self) -> None:
-        """Complete a new file, which then appears under its name.
+        """Complete a new file and make it visible under its name.
 
         Raises:
-            PageFileError: It cannot be written.
+            PageFileError: The file cannot be written.
         """
         if self._writer is None or self._path is None:
             return
-        if not self._taken:  # no page fitted
+        if not self._taken:  # no page fit
             self._writer.abandon()
         else:
             self._writer.finish()
@@ -112,15 +112,15 @@ class FileTier:
         self._writer = None
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
-        """Read a page; a read that fails is tried once more.
+        """Read a page; retry once on failure.
 
         Raises:
-            StoreError: The second try failed, too.
+            StoreError: The second attempt failed as well.
         """
         try:
             self._read(page, parts)
         except StoreError as error:
-            logger.warning("a read failed, trying once more: %s", error)
+            logger.warning("a read failed, retrying once: %s", error)
             self._read(page, parts)
 
     def close(self) -> None:
@@ -153,10 +153,10 @@ class FileTier:
         return bool(entry[:, OFFSET].all()) and entry[:, RAW_SUM].tolist() == sums
 
     def _build_anew(self) -> None:
-        """Begin a new file with the pages of the old one that were already put."""
+        """Begin a new file with the pages of the old file that were already put."""
         old, self._file = self._file, None
         assert old is not None and self._path is not None
-        logger.warning("%s is rebuilt: it holds other pages", self._path)
+        logger.warning("%s is rebuilt: it contains different pages", self._path)
         try:
             self._writer = PageFileWriter(self._path, self._about, *self._shape)
             for page in self._taken:
@@ -182,7 +182,7 @@ class FileTier:
                 self._coder.decode(kept, out)
 
     def _room(self, nbytes: int) -> Bytes:
-        """Scratch memory of this thread: twice a part in whole sectors, aligned to a sector."""
+        """This thread's scratch memory: twice a part in whole sectors, aligned to a sector."""
         room: Bytes | None = getattr(self._scratch, "room", None)
         if room is None:
             memory = mmap.mmap(-1, 2 * sectors(self._largest) + SECTOR)

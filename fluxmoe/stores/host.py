@@ -1,4 +1,4 @@
-"""Pages in host memory: adopted layer by layer without a copy, or page by page and coded."""
+"""Pages in host memory: taken over layer by layer without a copy, or page by page and coded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.coding import Coder
 
-#: Bytes of memory reserved at a time. The system allocates only what is written.
+#: Bytes reserved at a time. The system allocates only what is written.
 _CHUNK = 64 << 20
 
 
@@ -27,7 +27,7 @@ class HostStore:
         return sum(part.nbytes for layer in self._layers for part in layer)
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
-        """Take the next layer: one array ``[experts, nbytes]`` per part of the page class."""
+        """Take over the next layer, one array ``[experts, nbytes]`` per part of the page class."""
         require_layer(self._geometry, self._page_class, len(self._layers), parts)
         self._layers.append(list(parts))
 
@@ -43,11 +43,11 @@ class HostStore:
 
 
 class HostTier:
-    """Pages kept in host memory, coded.
+    """Pages in host memory, coded.
 
     Args:
         coder: Encodes the pages.
-        limit: Maximum bytes of the pages; None if there is no limit.
+        limit: Maximum bytes of the pages; None if unlimited.
     """
 
     def __init__(self, coder: Coder, limit: int | None) -> None:
@@ -88,7 +88,7 @@ class HostTier:
 def require_layer(
     geometry: Geometry, page_class: PageClass, layer: int, parts: Sequence[Bytes]
 ) -> None:
-    """Raise StoreError unless ``parts`` fit the next layer, ``layer``."""
+    """Raise StoreError unless ``parts`` match the next layer, ``layer``."""
     if layer == geometry.num_layers:
         raise StoreError(f"the store already has all {layer} layers")
     got = [part.shape for part in parts]
@@ -101,11 +101,11 @@ def require_layer(
 
 
 def _lines(part: Bytes) -> int:
-    """Bytes that a part occupies, in whole cache lines."""
+    """Bytes occupied by a part, in whole cache lines."""
     return -(-len(part) // 64) * 64
 
 
 def _anonymous(nbytes: int) -> Bytes:
-    """Anonymous memory outside the heap, which encoding would fragment."""
+    """Allocate anonymous memory outside the heap, which encoding would fragment."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, np.uint8)

@@ -1,14 +1,14 @@
-"""The page file: expert pages on disk, each part at a multiple of 4096 bytes, for direct reads.
+"""The page file: expert pages on disk, with parts aligned to 4096 bytes for direct reads.
 
-Format, version 1, little-endian. First 4096 bytes of header: ``FXMPAGES``, version (u32), length of
-the text that follows (u32), its CRC-32 (u32), and that text: JSON with ``about`` (the contents:
+Format, version 1, little-endian. First, a header of 4096 bytes: ``FXMPAGES``, version (u32), length
+of the text that follows (u32), its CRC-32 (u32), and the text: JSON with ``about`` (the contents:
 codec and its options, layers, experts, parts), ``index`` (offset of the index) and ``index_crc``.
-Then the parts as kept, padded with zeros to 4096 bytes. Then the index: per page and part four
-u64: offset of the part (0: not in this file), its length as kept, the checksum of that, and the
-checksum of the original. Checksums are those of docs/concepts/code.md.
+Then the stored parts, padded with zeros to 4096 bytes. Then the index, four u64 per page and part:
+offset of the part (0: not in this file), its stored length, its stored checksum, and the checksum
+of the original. Checksums are those of docs/concepts/code.md.
 
-A file is written under another name and renamed when all of it is on disk, so an unfinished file
-is never visible.
+A file is written under a temporary name and renamed once all of it is on disk, so an unfinished
+file is never visible.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SECTOR = 4096
 _MAGIC, _VERSION = b"FXMPAGES", 1
 _HEAD = struct.Struct("<8sIII")
 
-#: Bytes from which a read from disk is split, and the number of threads it is split over.
+#: Bytes from which a disk read is split, and the number of threads it is split over.
 _SPLIT_FROM, _SPLIT = 1 << 20, 4
 
 #: Suffix of an unfinished file.
@@ -49,7 +49,7 @@ Index = npt.NDArray[np.uint64]
 
 
 def checksum(data: Bytes) -> int:
-    """The checksum of docs/concepts/code.md over whole words; remaining bytes count as one more."""
+    """Checksum of docs/concepts/code.md over whole words; remaining bytes form one more word."""
     whole = len(data) // 4
     words = data[: 4 * whole].view(np.uint32)
     total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))
@@ -58,15 +58,15 @@ def checksum(data: Bytes) -> int:
 
 
 def sectors(nbytes: int) -> int:
-    """``nbytes`` rounded up to whole sectors."""
+    """Round ``nbytes`` up to whole sectors."""
     return -(-nbytes // SECTOR) * SECTOR
 
 
 class PageFileWriter:
-    """Writes a page file; it appears at ``path`` when ``finish`` returns.
+    """Writes a page file, which is visible at ``path`` once ``finish`` returns.
 
     Raises (all methods):
-        PageFileError: The system refused; nothing is left behind.
+        PageFileError: A system call failed; no file remains.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], pages: int, parts: int) -> None:
@@ -78,18 +78,18 @@ class PageFileWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_orphans(path)
             self._fd, self._part_name = tempfile.mkstemp(_PART, path.stem + "-", path.parent)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)  # released when this process ends in any way
+            fcntl.flock(self._fd, fcntl.LOCK_EX)  # released however this process ends
         except OSError as error:
             raise _failure(error, path, "cannot be created") from error
 
     def append(self, page: int, part: int, kept: Bytes, raw_sum: int) -> None:
-        """Append one part of a page in its kept form."""
+        """Append a page's part in stored form."""
         self._write(kept, self._end)
         self._index[page, part] = self._end, len(kept), checksum(kept), raw_sum
         self._end += sectors(len(kept))
 
     def finish(self) -> None:
-        """Write the index and the header, and flush all of it to disk."""
+        """Write index and header, and flush the file to disk."""
         index = self._index.reshape(-1).view(np.uint8)
         self._write(index, self._end)
         head = {"about": self._about, "index": self._end, "index_crc": zlib.crc32(index.data)}
@@ -139,15 +139,15 @@ def _remove_orphans(path: Path) -> None:
 
 
 class PageFile:
-    """A complete page file, opened for reading from several threads.
+    """A complete page file, open for reading from several threads.
 
     Args:
         path: The file.
-        about: The contents that the file must describe.
+        about: The expected description of the contents.
         direct: Read uncached parts with direct I/O.
 
     Raises:
-        PageFileError: The file is missing, incomplete, or has other contents.
+        PageFileError: The file is missing or incomplete, or has different contents.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class PageFile:
             self.nbytes = os.fstat(self._fd).st_size
             self.index = self._checked_index(about, pages, parts)
             if direct and hasattr(os, "O_DIRECT"):
-                with contextlib.suppress(OSError):  # in-memory file systems have no direct I/O
+                with contextlib.suppress(OSError):  # in-memory file systems lack direct I/O
                     self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
             self.close()
@@ -184,27 +184,27 @@ class PageFile:
             raise PageFileError(f"unsupported version {version}", where=str(self.path))
         text = header[_HEAD.size : _HEAD.size + length]
         if zlib.crc32(text) != crc:
-            raise PageFileError("its header is damaged", where=str(self.path))
+            raise PageFileError("the header is damaged", where=str(self.path))
         head = json.loads(text)
         if head["about"] != about:
-            raise PageFileError("its layout, codec or options differ", where=str(self.path))
+            raise PageFileError("the layout, codec or options differ", where=str(self.path))
         nbytes = pages * parts * 4 * 8
         if self.nbytes != sectors(head["index"] + nbytes):
-            raise PageFileError("it is cut off, or longer than it was", where=str(self.path))
+            raise PageFileError("the file is truncated or too long", where=str(self.path))
         raw = os.pread(self._fd, nbytes, head["index"])
         if zlib.crc32(raw) != head["index_crc"]:
-            raise PageFileError("its index is damaged", where=str(self.path))
+            raise PageFileError("the index is damaged", where=str(self.path))
         return np.frombuffer(raw, np.uint64).reshape(pages, parts, 4)
 
     def read(self, page: int, part: int, target: Bytes, scratch: Bytes) -> None:
-        """Read a part of a page in its kept form, and verify it.
+        """Read and verify a part of a page in stored form.
 
         Args:
-            target: Receives the part; has its length.
+            target: Filled with the part; has its length.
             scratch: Memory aligned to 4096 bytes, with the part's length in whole sectors.
 
         Raises:
-            PageFileError: The part cannot be read, or is damaged.
+            PageFileError: The part cannot be read or is damaged.
         """
         offset, length, expected, _ = (int(value) for value in self.index[page, part])
         try:
@@ -224,7 +224,7 @@ class PageFile:
             )
 
     def _read_cached(self, offset: int, target: Bytes) -> bool:
-        """Read the part if it is fully in the system's cache; True if so."""
+        """Read the part if it is entirely in the page cache; return True if so."""
         try:
             return os.preadv(self._fd, [target.data], offset, os.RWF_NOWAIT) == len(target)
         except OSError as error:
@@ -261,14 +261,14 @@ def _read(fd: int, target: memoryview, offset: int) -> None:
     while target:
         done = os.preadv(fd, [target], offset)
         if done == 0:
-            raise OSError(errno.EIO, "the file ends here")
+            raise OSError(errno.EIO, "unexpected end of file")
         target, offset = target[done:], offset + done
 
 
 def _failure(error: OSError, path: Path, what: str) -> PageFileError:
     fix = {
-        errno.ENOSPC: "free some space, or name a folder on another disk",
-        errno.EACCES: "name a writable folder",
-        errno.EROFS: "name a writable folder",
+        errno.ENOSPC: "free some space or choose a folder on another disk",
+        errno.EACCES: "choose a writable folder",
+        errno.EROFS: "choose a writable folder",
     }.get(error.errno or 0, "")
     return PageFileError(f"the page file {what}: {error.strerror}", where=str(path), fix=fix)

@@ -16,22 +16,22 @@ from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.codec.fixed4 import Fixed4, inspect
 from fluxmoe.stores.coding import Coder
 
-#: Engines concatenate these two; a page has both in one part.
+#: Engines concatenate these two, so one part of a page holds both.
 _HALVES = ("gate_proj", "up_proj", "w1", "w3")
 
 
 @dataclass(slots=True)
 class Survey:
-    """Sums over some experts' weights.
+    """Counts over the weights of some experts.
 
     Attributes:
         name: The layer's name in the checkpoint.
-        parts: Number of parts of pages, as engines have them.
+        parts: Number of page parts, as engines lay them out.
         plain: Number of parts that a store would keep uncoded.
-        raw_bytes, coded_bytes: Bytes of the originals, and as a store would keep them.
+        raw_bytes, coded_bytes: Bytes of the originals, and bytes that a store would keep.
         segments, escapes, raw_segments, zero_coded: Counts of ``fixed4``
             (docs/concepts/code.md).
-        weights, zeros: Number of bf16 weights, and of those that are exactly 0 or −0.
+        weights, zeros: Number of bf16 weights, and of those equal to 0 or −0.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Survey:
 
 
 def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
-    """One ``Survey`` per MoE layer of a checkpoint in safetensors.
+    """Make one ``Survey`` per MoE layer of a safetensors checkpoint.
 
     Every expert is encoded, decoded and compared.
 
@@ -75,7 +75,7 @@ def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
         raise NoExpertsError(
             "the checkpoint has no experts under known names",
             where=str(folder),
-            fix="name a mixture-of-experts model in safetensors",
+            fix="use a mixture-of-experts model in safetensors format",
         )
     return [layers[layer] for layer in sorted(layers, key=_natural)]
 
@@ -96,7 +96,7 @@ def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
 
 
 def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
-    """Yield layer, type and bytes of every part of every expert, as in a page."""
+    """Yield layer, dtype and bytes of every part of every expert, as in a page."""
     halves: dict[tuple[str, int], Bytes] = {}
     for name, dtype, shape, data in expert_tensors(folder):
         if name.expert is None:

@@ -1,4 +1,4 @@
-"""Several stores that share the pages: each takes the pages it has room for, in order."""
+"""Several stores that share the pages: in order, each takes the pages it has room for."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Tier(Protocol):
         """Bytes occupied."""
 
     def put(self, page: int, parts: Sequence[Bytes]) -> bool:
-        """Keep a page if there is room for it; its parts may change afterwards. True if kept."""
+        """Keep a page if there is room; its parts may change afterwards. Return True if kept."""
 
     def finish(self) -> None:
         """Complete the tier after the last ``put``."""
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
-        """Read a page that was put, as a store does; called from several threads."""
+        """Read a page that was put. Called from several threads."""
 
     def close(self) -> None:
         """Release everything. Idempotent."""
 
 
 class TieredStore:
-    """A store whose pages are in the first of its tiers that had room.
+    """A store that puts each page into the first tier that has room.
 
     Raises (``adopt``):
         ConfigError: No tier has room for a page.
-        StoreError: The layer has another layout, or a tier fails.
+        StoreError: The layer has a different layout, or a tier failed.
     """
 
     def __init__(self, geometry: Geometry, page_class: PageClass, tiers: Sequence[Tier]) -> None:
@@ -52,7 +52,7 @@ class TieredStore:
         return sum(tier.nbytes for tier in self._tiers)
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
-        """Take the next layer: one array ``[experts, nbytes]`` per part of the page class."""
+        """Take over the next layer, one array ``[experts, nbytes]`` per part of the page class."""
         layer = self._adopted
         require_layer(self._geometry, self._page_class, layer, parts)
         for expert in range(self._geometry.experts_per_layer):
@@ -71,7 +71,7 @@ class TieredStore:
             f"no store has room for page {page} of {self._geometry.num_pages}, "
             f"{sizes.shown(self._page_class.nbytes)} each",
             where="stores",
-            fix="raise a limit, or add a store without one",
+            fix="raise a limit or add a store without one",
         )
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
@@ -82,6 +82,6 @@ class TieredStore:
 
     def close(self) -> None:
         self._tier_of[:] = -1
-        with ExitStack() as each:  # goes on if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             for tier in self._tiers:
                 each.callback(tier.close)

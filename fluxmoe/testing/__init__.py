@@ -1,6 +1,6 @@
 """Test tools for policies and for FluxMoE itself: conformance, golden traces, faults, leaks.
 
-Needs no pytest; with pytest there are also fixtures (``fluxmoe_golden`` and others).
+Works without pytest; with pytest it adds fixtures (``fluxmoe_golden`` and others).
 """
 
 import importlib
@@ -42,7 +42,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: checkpoints and faults do not need the simulator.
+    # Imported on first use, because checkpoints and faults do not need the simulator.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES.get(name, "conformance")

@@ -1,7 +1,7 @@
 """Random checkpoints of real architectures, written to disk as Hugging Face models.
 
-Random routers show more locality than trained ones, so measurements on such a checkpoint do not
-tell the value of a policy. Identity and throughput at full load do not depend on it.
+Random routers show more locality than trained ones, so measurements on such checkpoints do not
+indicate the quality of a policy. Identity and throughput at full load are unaffected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMALL: dict[str, Any] = {
     "num_experts": 16,
     "num_experts_per_tok": 4,
 }
-#: A first layer that is dense, and shared experts.
+#: A dense first layer, and shared experts.
 _ROUTED: dict[str, Any] = {
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
@@ -47,8 +47,8 @@ _LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
-# The state of a layer is so small, and the keys and values so large, that a KV block (vLLM makes
-# it as large as a state) has few enough tokens for the prefixes in tests to fill it.
+# A layer's state is small and its keys and values are large, so that a KV block, which vLLM makes
+# as large as a state, has few enough tokens for the prefixes in tests to fill it.
 _GATED_DELTA_NET: dict[str, Any] = {
     **_SMALL,
     "head_dim": 64,
@@ -108,9 +108,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # Hybrids: one of four layers is full attention, the others keep a state of fixed size. Each
-    # kind is a separate KV cache group in vLLM. Qwen: gated delta net.
+    # kind is a separate KV cache group in vLLM. Qwen: Gated DeltaNet.
     "qwen3-next": ("Qwen3Next", {**_GATED_DELTA_NET, "norm_topk_prob": True}),
-    # Published with its text configuration inside a multimodal one; vLLM reads it alone, too.
+    # Published with its text configuration inside a multimodal one; vLLM also reads it alone.
     "qwen3.5-moe": ("Qwen3_5Moe", _GATED_DELTA_NET),
     # Short convolutions, a dense first layer and a router with a correction bias.
     "lfm2-moe": (
@@ -122,7 +122,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    # Mamba-2 and experts whose gate and up projections are stored as one tensor of a layer.
+    # Mamba-2, and experts whose gate and up projections are stored as one tensor per layer.
     "granite-hybrid": (
         "GraniteMoeHybrid",
         {
@@ -139,7 +139,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "position_embedding_type": "rope",
         },
     ),
-    # No experts at all: must be refused.
+    # No experts: must be rejected.
     "qwen3-dense": ("Qwen3", {"head_dim": 32, "intermediate_size": 256}),
 }
 
@@ -148,7 +148,7 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
     """Write a random checkpoint and return its folder.
 
     Args:
-        path: Folder to write; left unchanged if it already holds this checkpoint.
+        path: Folder to write; left unchanged if it already contains this checkpoint.
         architecture: A key of ``ARCHITECTURES``.
         seed: Random seed of the weights.
         settings: Changes to the architecture's configuration.
@@ -184,12 +184,12 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
     transformers.logging.disable_progress_bar()
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
-    done.write_text(recipe)  # last, so that an incomplete checkpoint is written again
+    done.write_text(recipe)  # written last, so that an incomplete checkpoint is written again
     return path
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer with one token per byte after three special ones, for any text."""
+    """Make a tokenizer for any text, with one token per byte after three special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

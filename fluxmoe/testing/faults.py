@@ -16,10 +16,10 @@ _PATIENCE = 30.0  # seconds; a test that forgets to open a gate fails instead of
 
 
 class FaultPlan:
-    """Makes one site fail at its n-th passage, once or from then on. Thread-safe.
+    """Makes one site fail on its n-th call, once or from then on. Thread-safe.
 
     Attributes:
-        passed: Number of passages per site.
+        passed: Number of calls per site.
         struck: Number of failures per site.
     """
 
@@ -30,9 +30,9 @@ class FaultPlan:
         self._lock = threading.Lock()
 
     def arm(self, site: str, error: BaseException, nth: int = 1, *, lasting: bool = False) -> None:
-        """Raise ``error`` at the ``nth`` passage of ``site`` from now on, replacing earlier plans.
+        """Raise ``error`` on the ``nth`` call of ``site`` from now on, replacing earlier plans.
 
-        ``lasting``: also at all later passages, until ``disarm``.
+        ``lasting``: also on all later calls, until ``disarm``.
         """
         first = self.passed[site] + nth
         self._armed = (site, range(first, sys.maxsize if lasting else first + 1), error)
@@ -42,7 +42,7 @@ class FaultPlan:
         self._armed = None
 
     def reach(self, site: str) -> None:
-        """Count a passage of a site, and fail if armed for it."""
+        """Count a call of a site, and fail if armed for it."""
         with self._lock:
             self.passed[site] += 1
             if self._armed is None:
@@ -57,11 +57,11 @@ class FaultPlan:
 class FaultyStore:
     """Reads from another store, but fails for ``broken`` pages and waits for ``held`` ones.
 
-    Every read passes the site ``read`` of its plan. A read that fails leaves half a page behind.
+    Every read calls the site ``read`` of its plan. A failed read leaves half a page behind.
 
     Attributes:
         broken: Pages that currently cannot be read.
-        reads: Pages in the order in which their reads began.
+        reads: Pages in the order in which reads began.
     """
 
     def __init__(self, store: Store, plan: FaultPlan | None = None) -> None:
@@ -99,7 +99,7 @@ class FaultyStore:
                 raise StoreError(f"page {page} is broken")
         except BaseException:
             for part in parts:
-                part[: len(part) // 2] = 0xEE  # as an interrupted read may leave behind
+                part[: len(part) // 2] = 0xEE  # like an interrupted read
             raise
         self._store.read_into(page, parts)
 
@@ -108,7 +108,7 @@ class FaultyStore:
 
 
 class FaultyAddressedStore(FaultyStore):
-    """The same for an ``AddressedStore``, without ``hold``: the device reads by itself."""
+    """A ``FaultyStore`` for an ``AddressedStore``, without ``hold``: the device reads by itself."""
 
     def __init__(self, store: AddressedStore, plan: FaultPlan | None = None) -> None:
         super().__init__(store, plan)
@@ -123,7 +123,7 @@ class FaultyAddressedStore(FaultyStore):
 
 
 class FaultySubstrate:
-    """A failing substrate; sites: ``reserve``, ``commit``, ``decommit``, ``release``."""
+    """A failing substrate with sites ``reserve``, ``commit``, ``decommit``, ``release``."""
 
     def __init__(self, substrate: Substrate, plan: FaultPlan | None = None) -> None:
         self._substrate, self.plan = substrate, plan or FaultPlan()

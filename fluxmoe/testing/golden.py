@@ -1,7 +1,7 @@
-"""Golden traces: small, generated from a seed in memory, with known miss counts.
+"""Golden traces: small, generated in memory from a seed, with known miss counts.
 
-They are the same on every machine, so tests can contain figures found on one. ``misses`` has those
-of built-in policies, for comparison with other policies or implementations.
+They are the same on every machine, so tests can contain results from another one. ``misses`` has
+those of built-in policies, for comparison with other policies or implementations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GoldenTrace:
     Attributes:
         name: Key in ``GOLDEN``.
         workload: Generator of the trace.
-        capacities: Numbers of pages: the least that hold any event, half of all pages, all pages.
+        capacities: Numbers of pages: the minimum for any event, half of all pages, all pages.
         misses: Policy → misses at each of ``capacities``, without prefetch.
         predicted: True if events predict the next layer's experts (always correctly).
     """
@@ -38,7 +38,7 @@ class GoldenTrace:
 
     @cached_property
     def events(self) -> Events:
-        """The trace in memory, for the simulator."""
+        """Make the trace in memory, for the simulator."""
         return events_of(self.workload, predicted=self.predicted)
 
 
@@ -47,7 +47,7 @@ def events_of(workload: Workload, *, predicted: bool = False) -> Events:
 
     Args:
         workload: The workload.
-        predicted: True to add a correct prediction of the next layer's experts to every event.
+        predicted: Add a correct prediction of the next layer's experts to each event.
     """
     ids, phases = [], []
     for step, layers in enumerate(workload.routing()):
@@ -82,9 +82,9 @@ def events_of(workload: Workload, *, predicted: bool = False) -> Events:
     return Events(meta, block)
 
 
-#: Name → trace. ``sparse`` is a decode at batch 2, ``mixed`` has a prefill every tenth step,
-#: ``scan`` is only prefill, ``predicted`` tells policies the next layer's experts, ``flat``
-#: has one layer, ``thin`` one expert per layer.
+#: Name → trace. ``sparse`` is decode at batch size 2, ``mixed`` has a prefill every tenth step,
+#: ``scan`` is only prefill, ``predicted`` has predictions of the next layer's experts, ``flat`` has
+#: one layer, ``thin`` one expert per layer.
 GOLDEN: dict[str, GoldenTrace] = {
     trace.name: trace
     for trace in (

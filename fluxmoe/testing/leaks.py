@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 class LeakError(AssertionError):
-    """Something was left behind; the message lists it."""
+    """Resources were left behind; the message lists them."""
 
 
 @contextmanager
 def no_leaks() -> Iterator[None]:
-    """Raise LeakError if the block leaves more resources behind than it found.
+    """Raise LeakError if more resources exist after the block than before it.
 
     Counts open files, mappings of frames, threads and child processes of this process. Objects
     waiting only for the garbage collector do not count. Linux only.
@@ -32,11 +32,11 @@ def no_leaks() -> Iterator[None]:
 
 def _held() -> Counter[str]:
     gc.collect()
-    # The watchdog of policy calls ends by itself when there is nothing left to watch.
+    # The watchdog of policy calls ends by itself when there are no policies left.
     names = [thread.name for thread in threading.enumerate() if thread.name != "fluxmoe-watchdog"]
     held = Counter(f"thread {name}" for name in names)
     for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the folder itself, which was open only for the listing
+        with suppress(OSError):  # the folder itself was open only for listing it
             held[f"open file {os.readlink(f'/proc/self/fd/{entry}')}"] += 1
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "/memfd:" in line:

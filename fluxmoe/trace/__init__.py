@@ -1,7 +1,7 @@
-"""Traces: the experts that a model routed to, as one Parquet file, written and read in a stream.
+"""Traces: the experts that a model routed to, in one Parquet file, streamed on reading and writing.
 
-``format`` defines the contents of a file; ``writer`` and ``reader`` never hold more than a few row
-groups of it. Imports the core, ``draw`` and ``errors``.
+``format`` defines the file's contents; ``writer`` and ``reader`` never hold more than a few of its
+row groups. Imports the core, ``draw`` and ``errors``.
 """
 
 from __future__ import annotations

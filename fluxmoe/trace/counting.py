@@ -15,10 +15,10 @@ Floats = npt.NDArray[np.float64]
 
 
 class Streams:
-    """The last token of each request, in each layer.
+    """The last token of each request in each layer.
 
     Attributes:
-        overlaps: float64 ``[layers, 2]``: number of pairs of consecutive tokens, and the sum of the
+        overlaps: float64 ``[layers, 2]``, number of pairs of consecutive tokens, and the sum of the
             shares of experts that the second has in common with the first.
     """
 
@@ -29,8 +29,8 @@ class Streams:
         self.overlaps = np.zeros((meta.num_layers, 2), np.float64)  # pairs, sum of shares
 
     def add(self, rows: Rows, offsets: Int64s) -> None:
-        """Add the next rows; row i's experts are at ``offsets[i] … offsets[i + 1] - 1``."""
-        # Without request numbers: a request per row of the batch in decode, one in all in prefill.
+        """Add the next rows; the experts of row i are at ``offsets[i] … offsets[i + 1] - 1``."""
+        # Without request numbers: one request per batch row in decode, a single one in prefill.
         unknown = np.where(rows["phase"] == 0, -1, -2 - rows["token"].astype(np.int64))
         keys = np.where(rows["request"] >= 0, rows["request"], unknown)
         distinct, slot_of = np.unique(keys, return_inverse=True)
@@ -76,10 +76,10 @@ def count_events(
 ) -> int:
     """Count events into all arrays after ``lengths``; return the number of distinct experts.
 
-    ``windows`` has, per length: index of the running window, its pages so far; number of complete
-    windows, the sum of their pages, the most pages of one. ``seen_in`` is the last window that
-    used each page. ``unions`` has, per bit length of tokens − 1: events, their tokens, their
-    distinct experts.
+    ``windows`` has, per length: index of the current window, its pages so far; number of complete
+    windows, the sum and the maximum of their pages. ``seen_in`` is the last window that used each
+    page. ``unions`` has, per bit length of tokens − 1: events, their tokens, their distinct
+    experts.
     """
     accesses = 0
     farthest = distances.size - 1
@@ -159,9 +159,9 @@ def compare_predictions(
     guesses: npt.NDArray[np.int32],
     counted: Int64s,
 ) -> None:
-    """Count per layer: experts that the previous layer predicted for the token, and all experts.
+    """Count per layer the experts that the previous layer predicted for the token, and all experts.
 
-    ``bounds`` are the first rows of events, and the end of the last one.
+    ``bounds`` are the first rows of the events, and the end of the last event.
     """
     for e in range(bounds.size - 2):
         first, following = bounds[e], bounds[e + 1]

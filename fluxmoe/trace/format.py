@@ -1,7 +1,7 @@
-"""The trace format (docs/reference/traces.md): columns, metadata, the arrays of a file in memory.
+"""The trace format (docs/reference/traces.md): columns, metadata, a file's arrays in memory.
 
 A row is one token in one MoE layer of one step; rows are sorted by step, layer, token. The rows of
-one (step, layer) are one event. The file's metadata (``TraceMeta``) describe the model.
+one (step, layer) form one event. The file's metadata (``TraceMeta``) describes the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from fluxmoe.core.types import Geometry, Int64s
 from fluxmoe.errors import TraceError
+from fluxmoe.words import line
 
 VERSION = 1
 KEY = b"fluxmoe"
@@ -32,10 +33,10 @@ SCHEMA = pa.schema(
     ]
 )
 #: Optional columns: routing weights, one per expert of the row, and the experts that the next layer
-#: was predicted to route this token to (none in the last layer).
+#: is predicted to route this token to (none in the last layer).
 OPTIONAL = {"weights": pa.list_(pa.float16()), "predicted": pa.list_(pa.int16())}
 
-#: Number of rows that are held in memory and written, or read, together.
+#: Number of rows held in memory and read or written together.
 GROUP_ROWS = 1 << 17
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -51,7 +52,7 @@ class TraceMeta:
         experts_per_layer: Number of routed experts per layer.
         top_k: Number of experts per token.
         page_bytes: Bytes of one expert page; None if unknown.
-        source: Name of the program or format that the trace came from.
+        source: Name of the program or format of origin.
     """
 
     model: str
@@ -65,8 +66,16 @@ class TraceMeta:
     def geometry(self) -> Geometry:
         return Geometry(self.num_layers, self.experts_per_layer)
 
+    @property
+    def described(self) -> str:
+        """Text of the model for people, such as ``prose: 6 layers of 64 experts, top 8``."""
+        return (
+            f"{line(self.model)}: {self.num_layers} layers of {self.experts_per_layer} experts, "
+            f"top {self.top_k}"
+        )
+
     def check(self, where: str) -> None:
-        """Raise TraceError, naming ``where``, unless the numbers are plausible for a model."""
+        """Raise TraceError at ``where`` unless the numbers are plausible for a model."""
         for name in ("num_layers", "experts_per_layer", "top_k"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
@@ -83,12 +92,12 @@ class TraceMeta:
             )
 
     def dump(self) -> str:
-        """The value of the metadata key ``fluxmoe``: a JSON object."""
+        """Return the value of the metadata key ``fluxmoe``, a JSON object."""
         return json.dumps({"version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, raw: bytes | None, where: str) -> TraceMeta:
-        """Parse the result of ``dump``. Raises TraceError, naming ``where``."""
+        """Parse the result of ``dump``; raise TraceError at ``where``."""
         if raw is None:
             raise TraceError(
                 "not a trace: the Parquet file has no metadata key 'fluxmoe'",
@@ -97,7 +106,7 @@ class TraceMeta:
             )
         try:
             data = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError("the metadata key 'fluxmoe' is not valid JSON", where=where) from error
         if not isinstance(data, dict):
             raise TraceError("the metadata key 'fluxmoe' is not a JSON object", where=where)
@@ -119,7 +128,7 @@ class TraceMeta:
 
 
 class StepRows(NamedTuple):
-    """Request and phase of the T tokens of a step; the same in all layers.
+    """Request and phase of the T tokens of a step, the same in all layers.
 
     ``request`` is int32 ``[T]`` (−1 = unknown), ``phase`` int8 ``[T]``.
     """

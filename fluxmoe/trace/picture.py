@@ -1,4 +1,4 @@
-"""The statistics of a trace as a picture of six panels."""
+"""Picture of a trace's statistics, in six panels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw(statistics: Statistics, path: Path, title: str) -> None:
 
     Raises:
         ConfigError: The file is neither ``.svg`` nor ``.png``.
-        MissingDependencyError: The file is a PNG, and Pillow is not installed.
+        MissingDependencyError: The file is a PNG and Pillow is not installed.
         TraceError: The file cannot be written.
     """
     canvas = canvas_for(path, _WIDTH, _HEIGHT)

@@ -1,4 +1,4 @@
-"""Reading a trace in a stream, validating every row."""
+"""Streaming reader of traces that validates every row."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fluxmoe import arguments
 from fluxmoe.core.types import Bools, EventList, Int64s, Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.trace.format import (
@@ -23,35 +24,36 @@ from fluxmoe.trace.format import (
     TraceMeta,
 )
 
-# Columns that events are made of. ``request`` must exist but is not needed for them.
+# Columns that make up events. ``request`` must exist but is not needed for them.
 _EVENTS = ("step", "layer", "token", "phase", "experts")
-# Buffer of a column chunk, so that even a file with one huge row group is read in a stream.
+# Buffer of a column chunk, so that even a file with one huge row group is streamed.
 _BUFFER_BYTES = 1 << 20
 
 
 class TraceReader:
-    """Reads a trace in a stream, checking every row. ``meta`` is available immediately.
+    """Streams a trace, validating every row. ``meta`` is available immediately.
 
     Attributes:
         meta: Metadata of the trace.
-        columns: Optional columns that the file has.
-        num_rows: Number of rows of the file, one per (step, layer, token).
+        columns: Optional columns present in the file.
+        num_rows: Number of rows in the file, one per (step, layer, token).
 
     Raises:
-        TraceError: Not a trace: unreadable, damaged, or not of this format and version.
+        TraceError: The file is unreadable, damaged, or not a trace of this version.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._where = str(path)
+        self._where = str(arguments.path(path, "path", where="TraceReader"))
         try:
-            self._file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES)
+            # Opened here, because pyarrow takes a path with a colon for a URI.
+            self._file = pq.ParquetFile(pa.OSFile(self._where), buffer_size=_BUFFER_BYTES)
         except FileNotFoundError as error:
             raise TraceError("no such file", where=self._where) from error
         except (OSError, pa.ArrowException) as error:
             raise TraceError(
-                "not a Parquet file, or a truncated one",
+                "not a Parquet file, or truncated",
                 where=self._where,
-                fix="make traces with `fluxmoe trace synth`, or record them again",
+                fix="record the trace again, or make one with `fluxmoe trace synth`",
             ) from error
         schema = self._file.schema_arrow
         self.meta = TraceMeta.load((schema.metadata or {}).get(KEY), self._where)
@@ -66,8 +68,13 @@ class TraceReader:
             if found[name] != type_:
                 raise self._error(f"column {name!r} has type {found[name]}, expected {type_}")
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self._where!r}, {self.meta.described}, rows={self.num_rows})"
+        )
+
     def events(self) -> Iterator[tuple[int, int, Phase, npt.NDArray[np.int32]]]:
-        """All events in order, as (step, layer, phase, routed experts with repeats, 1-D).
+        """Yield all events in order, as (step, layer, phase, routed experts with repeats, 1-D).
 
         Raises:
             TraceError: A row is damaged, out of range or out of order, or the file has no rows.
@@ -80,30 +87,30 @@ class TraceReader:
                 yield step, layer, phases[phase], block.ids[bounds[i] : bounds[i + 1]]
 
     def blocks(self, *, predicted: bool = False) -> Iterator[EventList]:
-        """All events in order, many at a time.
+        """Yield all events in order, many at a time.
 
         Args:
-            predicted: True to include each layer's predictions for the next, if the file has them.
+            predicted: Include each layer's predictions for the next layer, if present.
 
         Raises:
-            TraceError: Like ``events``.
+            TraceError: See ``events``.
         """
         more = ["predicted"] if predicted and "predicted" in self.columns else []
         for rows in self.rows(more):
             yield _block(rows)
 
     def rows(self, more: Collection[str] = ()) -> Iterator[Rows]:
-        """All rows in order, many at a time; no event is split.
+        """Yield all rows in order, many at a time, without splitting events.
 
         Args:
-            more: Columns besides step, layer, token, phase and experts: ``request``, and the
-                optional ones that the file has.
+            more: Additional columns besides step, layer, token, phase and experts: ``request`` and
+                the optional ones present in the file.
 
         Raises:
-            TraceError: Like ``events``.
+            TraceError: See ``events``.
         """
         held: Rows | None = None
-        first = 0  # number of the first row of `rows` in the file
+        first = 0  # position of the first of `rows` in the file
         for batch in self._batches([*_EVENTS, *more]):
             if batch.num_rows == 0:
                 continue
@@ -157,6 +164,10 @@ class TraceReader:
         self._require(width <= meta.top_k, first, f"more than top_k = {meta.top_k} experts")
         if "weights" in lists:
             self._require(lists["weights"][0] == width, first, "not as many weights as experts")
+            wrong = ~np.isfinite(lists["weights"][1])
+            if wrong.any():
+                row = _row_of(int(np.argmax(wrong)), width, first)
+                raise self._error(f"row {row}: a routing weight is not a finite number")
         return Rows(scalars, lists)
 
     def _experts(self, width: Array, ids: Array, first: int) -> tuple[Array, Array]:
@@ -164,7 +175,7 @@ class TraceReader:
         most = self.meta.experts_per_layer
         if ids.size and (ids.min() < 0 or ids.max() >= most):
             at = int(np.argmax((ids < 0) | (ids >= most)))
-            row = first + int(np.searchsorted(np.cumsum(width), at, side="right"))
+            row = _row_of(at, width, first)
             raise self._error(f"row {row}: expert {ids[at]} is not within 0…{most - 1}")
         return width, ids
 
@@ -182,13 +193,18 @@ class TraceReader:
         return TraceError(what, where=self._where)
 
 
+def _row_of(at: int, width: Array, first: int) -> int:
+    """Find the row of value number ``at`` in a column of lists with lengths ``width``."""
+    return first + int(np.searchsorted(np.cumsum(width), at, side="right"))
+
+
 def _block(rows: Rows) -> EventList:
     starts = rows.starts()
     width, ids = rows.lists["experts"]
     block = EventList(
         step=rows["step"][starts],
         layer=rows["layer"][starts],
-        # Prefill is 0: a batch that mixes both counts as prefill.
+        # Prefill is 0: a mixed batch counts as prefill.
         phase=np.minimum.reduceat(rows["phase"], starts),
         offsets=_offsets(width, starts),
         ids=ids,

@@ -1,8 +1,8 @@
-"""Recording of an engine's routing: copied into a ring in the engine's thread, written in another.
+"""Recorder of an engine's routing: copies to a ring on the engine's thread, writes on another.
 
-The engine's thread pays for one copy of the expert ids per event (about 1.5 µs). Full chunks of
-events go to a thread that builds the Parquet file; while it lags by the whole ring the engine
-waits, so that no event is ever lost.
+The engine's thread only copies the expert ids of each event (about 1.5 µs). Full chunks of events
+go to a thread that builds the Parquet file; if that lags by the whole ring, the engine waits, so no
+event is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fluxmoe.errors import TraceError
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 from fluxmoe.trace.writer import AllOrNothing, Header
 
-#: Called at the first event of a step with its number of tokens; returns their requests and phases.
+#: Called on the first event of a step with its number of tokens; returns their requests and phases.
 AskRows: TypeAlias = Callable[[int], StepRows | None]
 
 _Noted: TypeAlias = tuple[npt.NDArray[np.float16] | None, npt.NDArray[np.int16] | None]
@@ -31,7 +31,7 @@ _CHUNKS, _CHUNK_IDS = 4, 1 << 16
 
 
 class _Chunk:
-    """A chunk of events: their headers, and their expert ids concatenated."""
+    """A chunk of events: their headers and concatenated expert ids."""
 
     def __init__(self) -> None:
         self.ids: npt.NDArray[np.int16] = np.empty(_CHUNK_IDS, np.int16)
@@ -40,28 +40,29 @@ class _Chunk:
 
 
 class Recorder(AllOrNothing):
-    """Writes the routing of an engine's steps to a trace. ``observe`` fits ``ExpertPager.watcher``.
+    """Writes the routing of an engine's steps to a trace; ``observe`` is its pager's watcher.
 
-    Use it as a context manager, or ``close`` it: only then does the file appear under its name.
-    Write errors end the recording, never the engine's work; ``close`` raises them.
+    Use it as a context manager or ``close`` it: only then does the file appear under its name.
+    Write errors end the recording but do not disturb the engine; ``close`` raises them.
 
     Args:
         path: File to write.
         meta: Metadata of the trace.
         columns: Optional columns of the trace (``trace.OPTIONAL``); the engine must then call
             ``note`` before every event.
-        replace: True if an existing file may be replaced.
+        replace: Overwrite an existing file.
         max_steps: Number of steps to record; later ones are ignored.
-        phase: Record only steps of this phase. A replay then counts less than the engine.
-        rows: Returns the request and phase of each token of the step that begins.
+        phase: Record only steps of this phase. A replay then counts fewer events than the engine.
+        rows: Returns the request and phase of each token of the step about to begin.
 
     Attributes:
-        steps: Number of steps that have begun.
-        first_request: Offset added to the requests from ``rows``, for engines that number those of
-            each batch from 0.
+        steps: Number of steps begun so far.
+        first_request: Offset added to the requests from ``rows``, for engines that number the
+            requests of each batch from 0.
 
     Raises:
-        TraceError: The file cannot be written, or already exists.
+        TraceError: The file cannot be written.
+        ConfigError: It already exists, or an argument is not valid.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Recorder(AllOrNothing):
         meta: TraceMeta,
         *,
         columns: Collection[str] = (),
-        replace: bool = True,
+        replace: bool = False,
         max_steps: int | None = None,
         phase: Phase | None = None,
         rows: AskRows = lambda tokens: None,
@@ -94,7 +95,7 @@ class Recorder(AllOrNothing):
 
     @property
     def done(self) -> bool:
-        """True if nothing more will be recorded: ``max_steps`` are complete, or writing failed."""
+        """True if recording has ended: ``max_steps`` are complete or writing failed."""
         full = self._max_steps is not None and self.steps > self._max_steps
         last = self.steps == self._max_steps and self._layer == self._writer.meta.num_layers - 1
         return full or (last and not self._skip) or self._error is not None or self._closed
@@ -102,7 +103,7 @@ class Recorder(AllOrNothing):
     def note(
         self, weights: npt.NDArray[np.float16] | None, predicted: npt.NDArray[np.int16] | None
     ) -> None:
-        """Set the optional columns of the next event; the arrays are kept, not copied.
+        """Set the optional columns of the next event. The arrays are not copied.
 
         Args:
             weights: ``[tokens, top_k]``.
@@ -111,12 +112,12 @@ class Recorder(AllOrNothing):
         self._noted = weights, predicted
 
     def observe(self, step: int, layer: int, ids: Ints, phase: Phase) -> None:
-        """Record one event. Steps are counted here, so a reset of the pager does not disturb them.
+        """Record one event. Steps are counted here, unaffected by resets of the pager.
 
         Args:
             step: Ignored.
             layer: MoE layer; one not above the last begins a new step.
-            ids: Routed experts, any integer dtype, token by token. Copied.
+            ids: Routed experts of any integer dtype, token by token; copied.
             phase: Phase of the step.
         """
         tokens = ids.size // self._top_k
@@ -146,7 +147,7 @@ class Recorder(AllOrNothing):
         """Write pending events and give the file its name. Idempotent.
 
         Raises:
-            TraceError: Writing failed, or nothing was recorded; no file is created.
+            TraceError: Writing failed or nothing was recorded; no file is created.
         """
         if self._stop():
             if self._error is None:
@@ -168,7 +169,7 @@ class Recorder(AllOrNothing):
         return self._chunk
 
     def _stop(self) -> bool:
-        """End the thread; True if it was running. A forked process has none."""
+        """Stop the thread; return True if it was running. A forked process has none."""
         if self._closed or not self._owner.here:
             return False
         self._closed = True

@@ -1,4 +1,4 @@
-"""Statistics of a trace: skew, working sets, reuse, overlap, unions; in one pass, in a stream."""
+"""Statistics of a trace in one streaming pass: skew, working sets, reuse, overlap, unions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fluxmoe.trace.counting import Floats, Streams, compare_predictions, count_e
 
 #: Window lengths of the working sets, in steps.
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-#: Reuse distances above this many events are counted as this many.
+#: Maximum reuse distance, in events; longer ones are counted as this.
 _FARTHEST = 1 << 20
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -23,14 +23,14 @@ class Layer:
     """Routing statistics of one layer.
 
     Attributes:
-        gini: Gini coefficient of the experts' shares: 0 = all equal, 1 = one expert has all.
-        entropy: Entropy of the experts' shares, relative to its maximum: 1 = all equal.
+        gini: Gini coefficient of the experts' shares; 0 = all equal, 1 = one expert has all.
+        entropy: Entropy of the experts' shares relative to its maximum; 1 = all equal.
         top_share: Share of the most popular tenth of the experts (at least one expert).
-        experts_used: Number of experts that were routed to at all.
-        overlap: Mean share of a token's experts that the request's previous token also had; None
+        experts_used: Number of experts routed to at least once.
+        overlap: Mean share of a token's experts also used by the request's previous token; None
             without consecutive tokens.
-        predicted: Share of the layer's experts that the previous layer had predicted; None if the
-            trace has no predictions.
+        predicted: Share of the layer's experts predicted by the previous layer; None if the trace
+            has no predictions.
     """
 
     gini: float
@@ -66,11 +66,11 @@ class Union:
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """Events from one use of a page to the next.
+    """Number of events between two uses of a page.
 
     Attributes:
-        first_uses: Number of uses of a page without an earlier one.
-        reuses: Number of all other uses.
+        first_uses: Number of first uses of a page.
+        reuses: Number of other uses.
         quantiles: Quantile → events.
         histogram: Number of reuses within 2^i … 2^(i+1) − 1 events, i from 0.
     """
@@ -83,7 +83,7 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Statistics of a trace. ``popularity`` ``[layers][experts]``: shares, sum 1 per layer."""
+    """Statistics of a trace. ``popularity``: shares ``[layers][experts]``, sum 1 per layer."""
 
     meta: TraceMeta
     columns: tuple[str, ...]
@@ -106,7 +106,7 @@ class Statistics:
 
 
 def describe(path: str | Path) -> Statistics:
-    """Read a trace once and compute its statistics. Memory does not depend on its length.
+    """Read a trace once and compute its statistics in memory independent of its length.
 
     Raises:
         TraceError: The trace is invalid or cannot be read.
@@ -172,7 +172,7 @@ class _Counts:
             self._compare(rows)
 
     def _compare(self, rows: Rows) -> None:
-        """Compare the predictions of each event with the routing of the next layer's event."""
+        """Compare each event's predictions with the routing of the next layer's event."""
         if self._held is not None:
             rows = self._held.then(rows)
         starts = rows.starts()
@@ -228,7 +228,7 @@ class _Counts:
         for length, (_, pages, whole, total, most) in zip(
             WINDOWS, self._windows.tolist(), strict=True
         ):
-            if self.steps % length == 0:  # the running window is also complete
+            if self.steps % length == 0:  # the current window is complete as well
                 whole, total, most = whole + 1, total + pages, max(most, pages)
             if whole:
                 found.append(WorkingSet(length, total / whole, most))
@@ -274,6 +274,6 @@ def entropy(shares: Floats) -> float:
 
 
 def top_share(shares: Floats) -> float:
-    """Sum of the largest tenth of the shares, at least one of them."""
+    """Sum the largest tenth of the shares, at least one share."""
     count = max(1, round(len(shares) / 10))
     return float(np.sort(shares)[::-1][:count].sum())

@@ -1,4 +1,4 @@
-"""Synthetic traces: skewed routing that drifts, tokens that repeat experts, scans."""
+"""Synthetic traces: skewed, drifting routing, tokens that repeat experts, scans."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 #: One expert of Qwen3-30B-A3B in bf16: three matrices of 768 x 2048.
 DEFAULT_PAGE_BYTES = 3 * 768 * 2048 * 2
 
-# Larger than any log-weight plus noise, so that kept experts come first.
+# Exceeds any log-weight plus noise, so that kept experts come first.
 _KEPT = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A synthetic workload: decode steps of a fixed batch, and optional scans between them.
+    """A synthetic workload: decode steps of a fixed batch with optional scans in between.
 
     Attributes:
         layers, experts, top_k: Geometry of the model.
@@ -31,12 +31,12 @@ class Workload:
         batch: Number of tokens per step.
         seed: Random seed; equal workloads give equal traces.
         skew: Zipf exponent: the expert of rank r is chosen in proportion to r^-skew; 0 = uniform.
-        drift: Rate at which ranks change, 0 = never, 1 = redrawn in every step. The ranks are those
-            of one random number per expert, of which each step renews this share of the amplitude.
-        locality: Probability that a request keeps an expert of its previous token: in the first and
+        drift: Rate at which ranks change; 0 = never, 1 = redrawn in every step. Ranks are given by
+            one random number per expert, of whose amplitude each step renews this share.
+        locality: Probability that a request keeps an expert of its previous token, in the first and
             in the last layer, linear between them.
         scan_every: Interval in steps at which a prefill replaces the decode step; its tokens
-            together use every expert of every layer, in a new random order; 1 = only scans,
+            together use every expert of every layer, in a new random order. 1 = only scans,
             0 = none.
     """
 
@@ -78,7 +78,7 @@ class Workload:
         return self.scan_every > 0 and step % self.scan_every == self.scan_every - 1
 
     def routing(self) -> Iterator[npt.NDArray[np.int16]]:
-        """Routed experts of each step, int16 ``[layers, tokens, top_k]``, strongest first."""
+        """Yield each step's routed experts, int16 ``[layers, tokens, top_k]``, strongest first."""
         rng = np.random.default_rng(self.seed)
         by_rank = -self.skew * np.log(np.arange(1, self.experts + 1))
         popularity = rng.standard_normal((self.layers, self.experts))
@@ -109,7 +109,7 @@ class Workload:
             popularity = np.sqrt(1 - self.drift**2) * popularity + self.drift * fresh
 
     def _scan(self, rng: np.random.Generator) -> npt.NDArray[np.int16]:
-        """The fewest tokens that use all experts; the last one wraps around to the first."""
+        """Make the fewest tokens that use all experts; the last one wraps around to the first."""
         tokens = -(-self.experts // self.top_k)
         order = rng.permuted(np.tile(np.arange(self.experts), (self.layers, 1)), axis=1)
         cycle = np.resize(np.arange(self.experts), tokens * self.top_k)
@@ -121,12 +121,13 @@ def write(
     path: str | Path,
     page_bytes: int = DEFAULT_PAGE_BYTES,
     *,
-    replace: bool = True,
+    replace: bool = False,
 ) -> tuple[int, int]:
-    """Write the workload's trace, step by step; return its numbers of events and routed experts.
+    """Write the workload's trace step by step; return its numbers of events and routed experts.
 
     Raises:
         TraceError: The file cannot be written, or an index does not fit the format.
+        ConfigError: The file already exists.
     """
     meta = TraceMeta(
         model="synthetic",

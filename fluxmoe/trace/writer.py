@@ -1,4 +1,4 @@
-"""Writing a trace: events in, row groups out, with at most one group in memory."""
+"""Streaming writer of traces, with at most one row group in memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fluxmoe import arguments
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bools, Ints, Phase
 from fluxmoe.errors import TraceError
@@ -21,7 +22,7 @@ from fluxmoe.trace.format import GROUP_ROWS, KEY, OPTIONAL, SCHEMA, Array, StepR
 
 
 class Header(NamedTuple):
-    """One event as the writer holds it; its ``tokens`` rows of ids are stored separately.
+    """One event in the writer's buffer; its ``tokens`` rows of ids are stored separately.
 
     ``weights`` is ``[tokens, top_k]``, ``predicted`` ``[tokens, anything]``.
     """
@@ -36,7 +37,7 @@ class Header(NamedTuple):
 
 
 class _OwnFile(io.FileIO):
-    """A file that forked processes do not write to, where pyarrow also closes collected files."""
+    """A file not written to by forked processes, where pyarrow also closes collected files."""
 
     def __init__(self, path: Path) -> None:
         self._owner = Owner()
@@ -51,7 +52,7 @@ class _OwnFile(io.FileIO):
 
 
 class AllOrNothing(ABC):
-    """A context manager whose file is discarded by an exception inside."""
+    """A context manager that discards its file if an exception is raised inside."""
 
     @abstractmethod
     def close(self) -> None:
@@ -72,21 +73,22 @@ class AllOrNothing(ABC):
 
 
 class TraceWriter(AllOrNothing):
-    """Writes a trace event by event. The file appears under its name only when it is complete.
-    In a forked process nothing is written, and closing does nothing.
+    """Writes a trace event by event.
 
-    Use it as a context manager: an exception inside leaves no file behind. ``append`` fits
-    ``ExpertPager.watcher``.
+    The file appears under its name only when it is complete. Use it as a context manager: an
+    exception inside leaves no file behind. ``append`` is an ``ExpertPager.watcher``. In a forked
+    process nothing is written, and closing does nothing.
 
     Args:
         path: File to write.
         meta: Metadata of the trace.
-        columns: ``OPTIONAL`` columns of the file; every event must then have them.
-        replace: True if an existing file may be replaced.
-        group_rows: Number of rows that are held in memory and written together.
+        columns: ``OPTIONAL`` columns of the file, required of every event.
+        replace: Overwrite an existing file.
+        group_rows: Number of rows held in memory and written together.
 
     Raises:
         TraceError: The metadata are invalid, or the file cannot be created.
+        ConfigError: The file already exists, or ``path`` is none.
     """
 
     def __init__(
@@ -95,18 +97,15 @@ class TraceWriter(AllOrNothing):
         meta: TraceMeta,
         *,
         columns: Collection[str] = (),
-        replace: bool = True,
+        replace: bool = False,
         group_rows: int = GROUP_ROWS,
     ) -> None:
-        self.path, self.meta = Path(path), meta
+        self.path, self.meta = arguments.path(path, "path", where="TraceWriter"), meta
         meta.check(str(path))
         if self.path.is_dir() or not self.path.parent.is_dir():
             what = "it is a folder" if self.path.is_dir() else "its folder does not exist"
             raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
-        if not replace and self.path.exists():
-            raise TraceError(
-                "the file already exists", where=str(path), fix="name another, or use --force"
-            )
+        arguments.require_new(self.path, replace=replace)
         self._columns = [name for name in OPTIONAL if name in columns]
         self._schema = SCHEMA
         for name in self._columns:
@@ -139,18 +138,18 @@ class TraceWriter(AllOrNothing):
         """Add one event. All arrays are copied.
 
         Args:
-            step: Forward pass; (step, layer) must grow from event to event.
+            step: Forward pass; (step, layer) must increase from event to event.
             layer: MoE layer, from 0.
-            ids: Routed experts, any integer dtype, ``[tokens, top_k]`` or flat in that order.
+            ids: Routed experts of any integer dtype, ``[tokens, top_k]`` or flat in that order.
                 Negative entries are padding; a token with only padding is omitted.
-            phase: Phase of the step, for tokens that ``rows`` does not cover.
+            phase: Phase of the step, for tokens not covered by ``rows``.
             rows: Request and phase of each token.
-            weights: Routing weights, floats like ``ids``; needed if the file has the column.
+            weights: Routing weights, floats like ``ids``; required if the file has the column.
             predicted: Experts predicted for the next layer, ``[tokens, any]``, negative = none.
 
         Raises:
-            TraceError: Out of order, out of range, or not ``top_k`` experts per token. May be
-                raised as late as the next ``append`` or ``close``.
+            TraceError: The event is out of order or out of range, or does not have ``top_k``
+                experts per token. May be raised as late as the next ``append`` or ``close``.
         """
         top_k = self.meta.top_k
         if ids.size % top_k:
@@ -173,7 +172,7 @@ class TraceWriter(AllOrNothing):
         self.extend([header], ids.reshape(tokens, top_k).astype(np.int16))
 
     def extend(self, headers: Sequence[Header], ids: npt.NDArray[np.int16]) -> None:
-        """Add many events, which the writer keeps without copying.
+        """Add many events without copying them.
 
         Args:
             headers: The events, in order.
@@ -193,7 +192,7 @@ class TraceWriter(AllOrNothing):
         """Write pending events and give the file its name.
 
         Raises:
-            TraceError: No event was appended, or the disk is full; no file is created.
+            TraceError: No event was appended or the disk is full; no file is created.
         """
         if not self._owner.here:
             return
@@ -247,7 +246,10 @@ class TraceWriter(AllOrNothing):
         valid = ids[kept] >= 0
         arrays.append(_lists(ids[kept], valid))
         if "weights" in self._columns:
-            arrays.append(_lists(np.concatenate(self._needed(headers, "weights"))[kept], valid))
+            weights = np.concatenate(self._needed(headers, "weights"))[kept]
+            if not np.isfinite(weights[valid]).all():
+                raise TraceError("a routing weight is not a finite number", where=str(self.path))
+            arrays.append(_lists(weights, valid))
         if "predicted" in self._columns:
             predicted = _stacked(self._needed(headers, "predicted"))
             self._require_range(predicted)
@@ -261,9 +263,9 @@ class TraceWriter(AllOrNothing):
         found = [getattr(header, name) for header in headers]
         if any(array is None for array in found):
             raise TraceError(
-                f"an event without {name}, which every event of this file must have",
+                f"an event lacks {name}, which this file requires",
                 where=str(self.path),
-                fix="compiled models omit them; use eager mode" if name == "weights" else "",
+                fix="use eager mode: compiled models omit them" if name == "weights" else "",
             )
         return found
 
@@ -297,7 +299,7 @@ class TraceWriter(AllOrNothing):
 
 
 def _kept(ids: Array, token: Array) -> Bools:
-    """Rows that are not padding; an event of only padding keeps its first row."""
+    """Mask of rows that are not padding; an event of only padding keeps its first row."""
     kept: Bools = np.any(ids >= 0, axis=1)
     if kept.all():
         return kept
@@ -309,7 +311,7 @@ def _kept(ids: Array, token: Array) -> Bools:
 def _of_rows(
     headers: Sequence[Header], name: str, otherwise: Array, tokens: Array, dtype: npt.DTypeLike
 ) -> Array:
-    """A column from ``StepRows`` if known; else the event's ``otherwise``."""
+    """Make a column from ``StepRows`` if known, else from the event's ``otherwise``."""
     column = np.repeat(otherwise, tokens).astype(dtype)
     start = 0
     for header in headers:
@@ -327,7 +329,7 @@ def _lists(values: Array, valid: Bools) -> Any:
 
 
 def _stacked(parts: Sequence[Array]) -> Array:
-    """Stack 2-D arrays of several widths vertically, padded with −1."""
+    """Stack 2-D arrays of different widths vertically, padded with −1."""
     width = max(part.shape[1] for part in parts)
     stacked = np.full((sum(map(len, parts)), width), -1, np.int64)
     start = 0

@@ -1,16 +1,16 @@
-"""Prefetch by the step that began most like this one.
+"""Prefetch by the most similar previous step.
 
 Xue, Fu, Lu, Mai, Marina: "MoE-Infinity: Efficient MoE Inference on Personal Machines with
-Sparsity-Aware Expert Cache", arXiv 2401.14361. Which experts a request uses, layer by layer, is an
-expert activation matrix. Past matrices are kept; while a new one is being filled, the kept one that
-is most similar so far tells what later layers will use. Nearer layers and larger shares come first.
+Sparsity-Aware Expert Cache", arXiv 2401.14361. The experts used by a request, layer by layer, form
+an expert activation matrix. Past matrices are kept. While a new one is being filled, the most
+similar one so far predicts the experts of later layers; nearer layers and larger shares come first.
 
-What is different here:
+Differences from the paper:
 
-* A policy is shown batches, not requests. A matrix is that of one step, all requests together. At
-  large batches all matrices are alike, and what is left is popularity per layer.
-* The paper forms the collection by clustering. Here a new matrix takes the place of the kept one
-  that is most similar to it, so that the collection stays varied.
+* Policies get batches, not requests, so a matrix covers all requests of one step. With large
+  batches all matrices are similar, and only popularity per layer remains.
+* The paper forms the collection by clustering. Here a new matrix replaces the most similar kept
+  one, so that the collection remains diverse.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ class Options(BaseModel):
 
 
 class ActivationMatrices(fluxmoe.PrefetchPolicy):
-    """Fetch what later layers used in the most similar of the steps before (MoE-Infinity)."""
+    """Fetch the experts that later layers used in the most similar previous step (MoE-Infinity)."""
 
     def __init__(self, lead=1, keep=64):
         self.lead, self._keep = lead, keep
@@ -57,7 +57,7 @@ class ActivationMatrices(fluxmoe.PrefetchPolicy):
         return self._ahead(view, access.layer, past, len(experts))
 
     def _finish(self):
-        """Keep the matrix of the step that has ended."""
+        """Keep the matrix of the finished step."""
         length = np.linalg.norm(self._now)
         if not length:
             return
@@ -69,13 +69,13 @@ class ActivationMatrices(fluxmoe.PrefetchPolicy):
         self._now[:] = 0
 
     def _most_similar(self, matrix, layers):
-        """The kept matrix with the largest cosine to ``matrix`` over its first ``layers``."""
+        """Find the kept matrix with the largest cosine to ``matrix`` over the first ``layers``."""
         kept = self._kept[: self._count, :layers].reshape(self._count, -1)
         lengths = np.linalg.norm(kept, axis=1)
         return int(np.argmax(kept @ matrix[:layers].ravel() / np.maximum(lengths, 1e-9)))
 
     def _ahead(self, view, layer, past, count):
-        """The ``count`` most used experts of each later layer, most urgent first."""
+        """List the ``count`` most used experts of each later layer, most urgent first."""
         pages, urgency = [], []
         for distance in range(1, min(self.lead, view.num_layers - 1 - layer) + 1):
             row = past[layer + distance]

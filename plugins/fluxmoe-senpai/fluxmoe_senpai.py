@@ -1,21 +1,22 @@
-"""Squeeze the experts until it begins to hurt, as Senpai squeezes containers.
+"""Shrink the experts until they come under pressure, as Senpai does with containers.
 
 Weiner et al.: "TMO: Transparent Memory Offloading in Datacenters", ASPLOS 2022. Senpai, its
-controller, takes a little memory from a container in every period, as long as the pressure, the
-share of time that work waits for memory, stays below a target. The amount is
+controller, takes a little memory from a container in each period, as long as the pressure, the
+share of time that work waits for memory, is below a target. The amount is
 
     memory × ratio × max(0, 1 − pressure / target)
 
-so it shrinks as the target comes near, and nothing is taken beyond it.
+so it decreases towards the target, and nothing is taken above it.
 
-Here the experts are the container: layers that wait for pages are its pressure, and what is taken
-goes to the KV cache. What is different:
+Here the experts are the container: its pressure is layers waiting for pages, and the KV cache gets
+the memory. Differences:
 
-* There the kernel gives memory back when a container faults pages in. Here nobody does: above the
-  target the experts get back as much as would have been taken from them that far below it.
-* The KV cache has a pressure of its own: while requests wait, a preemption counts as a period, and
-  what requests use is never taken (the host sees to that).
-* Pressure is averaged over the period, by time, as the kernel's is.
+* In TMO the kernel returns memory when a container faults pages in. Here the policy must do so:
+  above the target the experts get back the amount that would be taken from them equally far below
+  it.
+* The KV cache has its own pressure: while requests wait, a preemption counts as a period, and
+  memory in use by requests is never taken (ensured by the host).
+* Pressure is averaged over the period, by time, like the kernel's.
 """
 
 from pydantic import BaseModel, ConfigDict, Field

@@ -1,19 +1,19 @@
 """SIEVE for expert pages.
 
 Zhang, Yang, Yue, Vigfusson, Rashmi: "SIEVE is Simpler than LRU: an Efficient Turn-Key Eviction
-Algorithm for Web Caches", NSDI 2024. Pages stand in a queue in the order in which they came. A hand
-moves from the oldest towards the newest: it passes over pages that were used since it last came by,
-taking their mark, and evicts the first that was not. Unlike CLOCK it moves nothing: what survives
-keeps its place, so newcomers are tried soon and old favourites rarely.
+Algorithm for Web Caches", NSDI 2024. Pages are in a queue in insertion order. A hand moves from the
+oldest towards the newest: it skips pages that were used since its last visit, clearing their mark,
+and evicts the first other one. Unlike in CLOCK, surviving pages keep their position, so new pages
+are examined soon and popular old ones rarely.
 
-What is different here:
+Differences from the paper:
 
-* FluxMoE evicts for a whole event at once. The hand takes as many victims as are asked for, one
-  after the other; pages of the running event are no candidates and are passed over with their mark.
-* A page counts as used when an event routes to it, once per event, however many tokens do.
-* Layers take their turns in a fixed order, so pages are scanned in a cycle. Where a layer uses all
-  of its experts, every page is marked when the hand comes by: SIEVE turns into first in, first out,
-  which evicts what is needed next. It is made for skewed use, small batches that is.
+* FluxMoE evicts for a whole event at once. The hand selects the requested number of victims in
+  turn; pages of the current event are not candidates and are skipped with their mark.
+* A page counts as used once per event that routes to it, regardless of the number of tokens.
+* Layers run in a fixed order, so pages are scanned cyclically. If a layer uses all its experts,
+  every page is marked when the hand arrives: SIEVE becomes FIFO, which evicts the pages needed
+  next. It is meant for skewed use, i.e. small batches.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ fluxmoe_plugin_api = 1
 
 
 class Sieve(fluxmoe.EvictionPolicy):
-    """Evict the oldest page that was not used since the hand came by (SIEVE, NSDI 2024)."""
+    """Evict the oldest page not used since the hand's last visit (SIEVE, NSDI 2024)."""
 
     def __init__(self):
         self.reset()

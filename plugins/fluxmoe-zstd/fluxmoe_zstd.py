@@ -1,13 +1,12 @@
-"""Byte planes through Zstandard.
+"""Zstandard compression of byte planes.
 
-A bf16 weight is a byte with the sign and most of the exponent, and a byte with the rest. Exponents
-are much alike, the rest is noise. Coded apart, as byte planes, the first plane becomes a fraction
-of its size, and the second one stays what it is. The idea of splitting into planes is old; for
-weights see Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", arXiv 2411.05239.
-Zstandard (RFC 8878) comes with pyarrow, which FluxMoE needs anyway.
+A bf16 weight consists of a byte with the sign and most of the exponent, and a byte with the rest.
+Exponents are similar, the rest is noise. Coded separately, as byte planes, the first plane shrinks
+to a fraction of its size, and the second one is kept unchanged. Splitting into planes is an old
+idea; for weights see Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", arXiv
+2411.05239. Zstandard (RFC 8878) is part of pyarrow, which FluxMoE requires anyway.
 
-Smaller than FluxMoE's own `fixed4`, and more than ten times slower: for pages that are rarely
-needed.
+Smaller than FluxMoE's `fixed4` and more than ten times slower: for rarely needed pages.
 """
 
 import struct
@@ -33,7 +32,7 @@ class Options(BaseModel):
 
 
 class Zstd(fluxmoe.Codec):
-    """Zstandard on the bytes with the exponents; the others stay as they are."""
+    """Zstandard on the bytes with the exponents; the other bytes are kept unchanged."""
 
     def __init__(self, level=3):
         # One codec serves many threads; an object of pyarrow's keeps nothing between calls.

@@ -1,4 +1,4 @@
-"""The kit for a GPU machine, as far as it goes without one: bringing, refusing, printing."""
+"""The parts of the GPU kit that work without a GPU: collecting, rejecting, printing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIBRARY = "class Wheel:\n    works = True\n"
 
 
 def wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
-    """A wheel that pip takes for one of Linux on x86-64."""
+    """A wheel that pip accepts for Linux on x86-64."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-1.0-cp312-cp312-manylinux_2_17_x86_64.whl"
     about = f"{name}-1.0.dist-info"
@@ -36,7 +36,7 @@ def wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
-    """Two wheels to download; one has a large file that is not wanted and one that installs."""
+    """Two wheels to download; one has a large file to omit and a file to install."""
     noise = bytes(torch.randint(0, 256, (200_000,), dtype=torch.uint8).tolist())
     wheel(tmp_path / "shelf", "alpha", {"alpha.py": LIBRARY.encode(), "alpha_data.bin": noise})
     wheel(
@@ -109,7 +109,7 @@ def test_damaged_pieces_are_refused(few, shelf, tmp_path, damage) -> None:
         first.write_bytes(second.read_bytes())
     else:
         (pieces / "manifest.json").write_text("[]")
-    says = {"missing": "missing", "manifest": "no manifest"}.get(damage, "damaged")
+    says = {"missing": "missing", "manifest": "not a manifest"}.get(damage, "damaged")
     with pytest.raises(SystemExit, match=says):
         bring.main(["unpack", f"--from={pieces}", f"--into={site}"])
     assert not site.exists()
@@ -196,7 +196,7 @@ echo "========= ERROR SUMMARY: 0 errors"
 
 @pytest.fixture
 def sanitizer(monkeypatch, tmp_path):
-    """A compute-sanitizer that finds something with the tool it is told."""
+    """A compute-sanitizer that finds an error with the given tool."""
 
     def put(bad: str) -> None:
         monkeypatch.setattr(device, "require", lambda: torch.device("cpu"))

@@ -1,13 +1,18 @@
-"""The command line as a user meets it: a process, its output and its exit code."""
+"""The command line as a process: its output and exit code."""
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import fluxmoe
+from fluxmoe import plugins
+from fluxmoe.errors import PolicyFaultError
 from fluxmoe.sim.events import Events
-from tests.commandline import command, fails, succeeds, synth
+from fluxmoe.sim.simulator import simulate
+from tests.commandline import command, fails, here, succeeds, synth
 from tests.core.reference import replay
 from tests.plugins.rig import MRU, write
 
@@ -50,7 +55,7 @@ def test_simulate_equals_the_reference(trace, plugin, prefetch, banks):
     policies, capacities = ["lru", "lfu", "belady", "immediate", "mru"], ["16", "40%", "200MiB"]
     printed = succeeds("simulate", trace, "--policy", ",".join(policies), "--capacity",
                        ",".join(capacities), "--prefetch", prefetch, "--banks", banks,
-                       "--plugin", plugin, "--strict-policies", "--json", run=command)  # fmt: skip
+                       "--plugin", plugin, "--json", run=command)  # fmt: skip
     results = json.loads(printed)
     events = Events.load(trace)
     rows = [(layer, events.ids[at].tolist()) for _, layer, _, at in events]
@@ -70,7 +75,7 @@ def test_the_table_names_oracles_and_faults(trace, tmp_path):
     broken = tmp_path / "broken.py"
     write(broken, MRU.replace("-view.last_use[pages]", "view.no_such_thing"))
     printed = succeeds("simulate", trace, "--policy", "lru,belady,mru", "--capacity", "25%",
-                       "--plugin", broken)  # fmt: skip
+                       "--plugin", broken, "--contain")  # fmt: skip
     assert "4 layers x 16 experts = 64 pages, 200 events" in printed
     assert "belady is an oracle" in printed and "lru is an oracle" not in printed
     assert "mru at 16 pages: 16 faults" in printed
@@ -84,7 +89,8 @@ def test_everything_at_once(trace, plugin, tmp_path):
         *("--prefetch", "none,next-layer", "--plugin", plugin, "--jobs", "2"),
         *("--hardware", "rtx4090-pcie4", "--report", out, "--json"),
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and done.stderr.startswith("note: 16 slots")
+    assert done.stderr.count("\n") == 1
     results = json.loads(done.stdout)
     assert [(r["policy"], r["capacity_pages"], r["prefetch"]) for r in results] == [
         (policy, pages, prefetch)
@@ -102,7 +108,8 @@ def test_everything_at_once(trace, plugin, tmp_path):
 def test_wrong_hardware_and_report(trace, tmp_path):
     run = "simulate", trace, "--policy", "lru", "--capacity", "25%"
     fails(*run, "--hardware", "abacus", code="FM101", message="unknown hardware profile 'abacus'")
-    fails(*run, "--report", tmp_path, code="FM101", message="cannot write it")
+    fails(*run, "--report", tmp_path / "no" / "r", code="FM101", message="cannot write the file")
+    fails(*run, "--report", tmp_path, code="FM101", message="the file already exists.*--force")
 
 
 def test_policies(plugin):
@@ -159,11 +166,78 @@ def test_traces(tmp_path):
     fails(*run, tmp_path / "text", code="FM501", message="not a Parquet file")
 
 
-def test_a_policy_fault_is_an_error_where_asked(trace, tmp_path):
-    broken = tmp_path / "broken.py"
-    write(broken, MRU.replace("-view.last_use[pages]", "view.no_such_thing"))
-    run = ["simulate", trace, "--policy", "mru", "--capacity", 16, "--plugin", broken]
-    fails(*run, "--strict-policies", code="FM203", message="'mru': score raised AttributeError")
+TYPO = MRU.replace("-view.last_use[pages]", "view.last_uses[pages]")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_c2_a_policy_that_fails_ends_a_simulation_and_its_line_is_named(trace, tmp_path, jobs):
+    broken = Path(write(tmp_path / "broken.py", TYPO))
+    at = 1 + broken.read_text().splitlines().index("        return view.last_uses[pages]")
+    run = ["simulate", trace, "--policy", "mru,lru", "--capacity", "25%", "--plugin", broken]
+    said = fails(*run, "--jobs", jobs, code="FM203", run=command if jobs > 1 else here,
+                 message="'mru': score raised AttributeError")  # fmt: skip
+    assert f"; {broken}:{at}; did you mean 'last_use'?; " in said
+    contained = json.loads(succeeds(*run, "--contain", "--json"))
+    assert [result["policy_faults"] > 0 for result in contained] == [True, False]
+
+
+def test_c2_simulate_of_python_is_strict_by_default(trace, tmp_path):
+    registry = plugins.load([write(tmp_path / "broken.py", TYPO)])
+    with pytest.raises(PolicyFaultError, match="did you mean 'last_use'"):
+        simulate(trace, "mru", "25%", registry=registry)
+    assert simulate(trace, "mru", "25%", registry=registry, strict=False).policy_faults == 16
+
+
+def test_c15_slots_below_a_step_s_pages_are_remarked_on(trace):
+    run = ["simulate", trace, "--policy", "lru", "--capacity"]
+    cycle = Events.load(trace).cycle
+    assert 16 < cycle < 32  # two tokens of 4 layers × 4 experts
+    below, enough = here(*run, "16,17,100%", "--json"), here(*run, f"{cycle}")
+    assert below.stderr == (
+        f"note: 16, 17 slots are fewer than the {cycle} pages of a step: lru evicts pages before "
+        "their next use\n"
+    )
+    assert json.loads(below.stdout)[0]["hit_rate"] < 0.1
+    assert enough.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("once", "repeated"),
+    [
+        (["--policy", "lru,lfu", "--capacity", "50%,25%", "--prefetch", "none,next-layer"],
+         ["--policy", "lru", "--policy", "lfu", "--capacity", "50%", "--capacity", "25%",
+          "--prefetch", "none", "--prefetch", "next-layer"]),
+        (["--policy", " lru , lfu,", "--capacity", "50%,25%", "--prefetch", "none,next-layer"],
+         ["--policy", "lru,lfu", "--capacity", "50%,25%", "--prefetch", "none",
+          "--prefetch", "next-layer"]),
+    ],
+)  # fmt: skip
+def test_b2_list_options_take_commas_and_repetition(trace, once, repeated):
+    one, other = (succeeds("simulate", trace, *words, "--json") for words in (once, repeated))
+    assert one == other
+    assert [(r["policy"], r["prefetch"]) for r in json.loads(one)][:3] == [
+        ("lru", "none"), ("lru", "next-layer"), ("lru", "none")
+    ]  # fmt: skip
+
+
+def test_b2_plugins_and_policies_to_check_are_lists_too(plugin, tmp_path):
+    other = write(tmp_path / "other.py", name="other")
+    for words in (["--plugin", f"{plugin},{other}"], ["--plugin", plugin, "--plugin", other]):
+        names = {row["name"] for row in json.loads(succeeds("policies", "--json", *words))}
+        assert names >= {"mru", "other"}
+    both = write(tmp_path / "both.py", MRU + '    register("second", MostRecentlyUsed)\n')
+    checked = json.loads(succeeds("plugin", "check", both, "--policy", "mru,second", "--json"))
+    assert [verdict["name"] for verdict in checked] == ["mru", "second"]
+    fails("policies", "--plugin", " , ", code="FM101", message="no values given; --plugin")
+
+
+def test_a_trace_s_name_may_have_a_colon(trace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["--policy", "lru", "--capacity", "25%"]
+    fails("simulate", "a:b.parquet", *run, code="FM501", message="no such file; a:b.parquet")
+    Path("a:b.parquet").write_bytes(trace.read_bytes())
+    succeeds("simulate", "a:b.parquet", *run)
+    fails("trace", "convert", "a:b.parquet", "--out", "c", code="FM501", message="already a trace")
 
 
 def test_synth_arguments(tmp_path):
@@ -172,6 +246,39 @@ def test_synth_arguments(tmp_path):
     run = [*synth(layers=2, experts=4, top_k=2, steps=1, batch=1), "--out"]
     fails(*run, tmp_path / "no" / "t", code="FM501", message="cannot write")
     assert list(tmp_path.iterdir()) == []
+
+
+NOISY = (
+    """
+import os, sys
+print("printed by Python")
+os.write(1, b"written by a library in C\\n")
+os.system("echo said by a child process")
+"""
+    + MRU
+)
+
+
+@pytest.mark.parametrize("format", ["--json", "--csv"])
+@pytest.mark.parametrize("run", [here, command])
+def test_c11_what_a_plugin_prints_does_not_spoil_data(tmp_path, run, format):
+    noisy = write(tmp_path / "noisy.py", NOISY if run is command else 'print("printed")' + MRU)
+    quiet = write(tmp_path / "quiet.py")
+    done = run("policies", "--plugin", noisy, format)
+    assert done.returncode == 0
+    assert done.stdout == succeeds("policies", "--plugin", quiet, format).replace(quiet, noisy)
+    for words in ("printed by Python", "in C", "child process") if run is command else ("printed",):
+        assert words in done.stderr
+    text = run("policies", "--plugin", noisy)
+    assert "printed" in text.stdout and text.stderr == ""
+
+
+def test_c11_workers_that_print_do_not_spoil_data(trace, tmp_path):
+    noisy = write(tmp_path / "noisy.py", NOISY)
+    run = ["simulate", trace, "--policy", "mru,lru", "--capacity", "50%", "--plugin", noisy]
+    done = command(*run, "--jobs", 2, "--json")
+    assert [result["policy"] for result in json.loads(done.stdout)] == ["mru", "lru"]
+    assert done.stderr.count("said by a child process") == 3
 
 
 @pytest.mark.parametrize("arguments", [["simulate"], ["no-such-verb"], ["policies", "--no-such"]])
@@ -191,7 +298,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path):
 
 def test_ctrl_c():
     program = (
-        "from fluxmoe.cli import main, policies, output\n"
+        "from fluxmoe.cli import main\n"
         "import fluxmoe.plugins\n"
         "def load(extra): raise KeyboardInterrupt\n"
         "fluxmoe.plugins.load = load\n"
@@ -223,6 +330,34 @@ def test_version_and_help():
     assert all(verb in printed for verb in ("simulate", "trace", "policies", "--debug"))
 
 
+def test_c13_help_says_what_values_are_called_in_plain_words():
+    from tests.docs.commands import verbs
+
+    for verb, _ in verbs():
+        texts = [succeeds(*verb.split(), flag) for flag in ("-h", "--help")]
+        assert texts[0] == texts[1]
+        assert not re.search(r"<\w|[{}╭…]|list\[|\.\.\.$", texts[0]), texts[0]
+        assert texts[0].startswith(f"Usage: fluxmoe {verb} [OPTIONS]")
+    assert "[OPTIONS] TRACE\n" in succeeds("simulate", "-h")
+    assert "[OPTIONS] [URL]\n" in succeeds("top", "-h")
+    assert "--backend torch|vllm " in succeeds("generate", "-h")
+    assert "without loading the model." in " ".join(succeeds("-h").split())
+    assert "Missing argument 'TRACE'" in here("simulate").stderr
+
+
+def test_c13_python_m():
+    program = "import runpy, sys; runpy.run_module('fluxmoe', run_name='__main__')"
+    assert succeeds("--version", run=partial(command, program=program)).startswith("fluxmoe ")
+
+
+def test_c13_completion(monkeypatch):
+    assert "_FLUXMOE_COMPLETE" in succeeds("--show-completion", "bash")
+    monkeypatch.setenv("_FLUXMOE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "fluxmoe simulate --cap")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert succeeds(run=command) == "--capacity\n"
+
+
 def test_help_imports_no_array_file_library_and_no_engine():
     program = (
         "import sys, atexit\n"
@@ -234,3 +369,43 @@ def test_help_imports_no_array_file_library_and_no_engine():
         "main()"
     )
     assert command("--help", program=program).stderr == "set()\n"
+
+
+def test_e11_closed_output_and_names_that_look_like_markup(tmp_path):
+    closed = "import sys; sys.stdout = None; from fluxmoe.cli import main; main()"
+    done = command("policies", program=closed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    plugin = tmp_path / "red.py"
+    plugin.write_text(
+        "import fluxmoe\n"
+        "class Red(fluxmoe.EvictionPolicy):\n"
+        "    '[/red] [bold'\n"
+        "    def score(self, view, pages): return view.last_use[pages]\n"
+        "@fluxmoe.hookimpl\n"
+        "def fluxmoe_register_policies(register): register('[/red]', Red)\n"
+    )
+    for words in (("policies", "--plugin"), ("plugin", "check")):
+        assert "[/red]" in succeeds(*words, plugin)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "MODEL", "--memory", "1GiB"),
+        ("generate", "MODEL", "--prompt-ids", "1"),
+        ("trace", "record", "MODEL", "--prompt-ids", "1", "--out", "FOLDER/t"),
+        ("codec", "MODEL"),
+        ("doctor", "--measure", "FOLDER/m.yaml", "--model", "MODEL"),
+        ("config", "check", "FOLDER/c.yaml"),
+        ("serve", "FOLDER/c.yaml"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_b6_one_code_for_a_model_that_is_missing(words, tmp_path):
+    missing = tmp_path / "no" / "model"
+    (tmp_path / "c.yaml").write_text("model: ./no/model\nmemory: {budget: 1MiB}\n")
+    given = [word.replace("MODEL", str(missing)).replace("FOLDER", str(tmp_path)) for word in words]
+    done = here(*given)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if str(missing) in line]
+    assert line.startswith("error[FM406]: no such folder")

@@ -1,4 +1,4 @@
-"""``fluxmoe codec``: what a codec makes of a checkpoint's experts."""
+"""``fluxmoe codec``: compression of a checkpoint's experts."""
 
 from __future__ import annotations
 

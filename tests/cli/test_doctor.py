@@ -1,5 +1,5 @@
-"""``fluxmoe doctor`` in real processes whose installation lacks something. No mocks: metadata of
-packages is put on the path, programs are taken off it, the operating system is made to refuse."""
+"""``fluxmoe doctor`` in real processes with incomplete installations. No mocks: package metadata is
+added to the path, programs are removed from it, system calls are made to fail."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def findings(done):
     for finding in both:
         assert set(finding) == {"name", "status", "found", "fix"}
         assert finding["found"]
-        # Whatever is wrong says what to do, unless nothing can be done.
+        # Every problem has a remedy, if there is one.
         assert finding["fix"] or finding["status"] == "ok" or "not in this" in finding["found"]
     checks = {finding["name"]: finding for finding in result["checks"]}
     return result["ok"], checks, {finding["name"]: finding for finding in result["backends"]}
@@ -66,7 +66,7 @@ def test_everything_is_there():
 
 
 def bindings(site: Path, driver: str) -> Path:
-    """Bindings of CUDA's driver, with something else in their place."""
+    """Replacement for the bindings of CUDA's driver."""
     package = installed(site, "cuda-bindings", "13.0.3") / "cuda" / "bindings"
     package.mkdir(parents=True)
     (package / "driver.py").write_text(driver)
@@ -107,9 +107,16 @@ def test_a_gpu_that_does_not_work_is_no_reason_to_fail(tmp_path, more, found, fi
     assert fix in checks["CUDA"]["fix"]
 
 
-def test_what_to_install_is_shown_with_its_extra():
-    if importlib.util.find_spec("cuda") is None:
-        assert "pip install 'fluxmoe[cuda]'" in " ".join(doctor(COLUMNS="200").stdout.split())
+def test_what_to_install_is_shown_with_its_extra(tmp_path):
+    old = doctor(site=installed(tmp_path, "transformers", "4.57.1"))
+    assert "pip install 'fluxmoe[hf]'" in old.stdout
+
+
+def test_c6_no_card_is_recommended_to_a_machine_without_one_and_its_profile_is_named(tmp_path):
+    _, checks, _ = findings(doctor("--json", XDG_CACHE_HOME=str(tmp_path)))
+    if not list(Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("cuda") is None:
+        assert (checks["CUDA"]["status"], checks["CUDA"]["fix"]) == ("ok", "")
+    assert checks["hardware profile"]["found"] == "this machine is not measured yet"
 
 
 def test_no_engine_is_imported():

@@ -14,7 +14,7 @@ NONE = {"budget": None, "experts": {"min": None, "max": None}, "kv": {"min": Non
 
 @pytest.fixture
 def door():
-    """A server that answers all with one status and body, and notes what it was asked."""
+    """A server that answers every request with one status and body, and records the requests."""
     asked = []
 
     def start(status, body):
@@ -51,7 +51,7 @@ def test_what_is_sent_and_shown(door, monkeypatch):
 
 
 def test_what_is_refused(door):
-    fails("limit", "127.0.0.1:9", code="FM405", message="no server answers")
+    fails("limit", "127.0.0.1:9", code="FM405", message="no response from the server")
     fails("limit", "x y", code="FM101", message="not a valid server address")
     fails("limit", "--kv-min", "2MiB", "--kv-max", "1MiB", code="FM101", message="min must not")
     fails("limit", "--kv-min", "lots", code="FM101", message=r"kv\.min: not a valid size")

@@ -1,14 +1,15 @@
-"""``fluxmoe plan``: sizes from files that are never loaded, the best split, and what is refused."""
+"""``fluxmoe plan``: sizes from files without loading them, the best split, and errors."""
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
 from fluxmoe import dimensions as models
 from fluxmoe.core.paging.measures import convex_hull
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.plan import advice, cost
 from fluxmoe.sim import hardware
 from fluxmoe.sim.events import Events
@@ -40,7 +41,7 @@ def write(folder, **settings):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Qwen3-30B-A3B: a config.json and nothing else."""
+    """Qwen3-30B-A3B: only a config.json."""
     return write(tmp_path_factory.mktemp("plan") / "30b", **QWEN3_30B)
 
 
@@ -173,7 +174,7 @@ def test_a_trace_says_what_is_missed():
 
 
 def test_json_and_pictures(large, tmp_path):
-    words = ["plan", large, "--memory", "68GB", "--context", "1024"]
+    words = ["plan", large, "--memory", "68GB", "--context", "1024", "--hardware", "h100-pcie5"]
     drawn = [tmp_path / f"plan.{kind}" for kind in ("svg", "png")]
     printed = [json.loads(succeeds(*words, "--picture", path, "--json")) for path in drawn]
     assert printed[0] == printed[1]
@@ -197,7 +198,7 @@ def test_a_trace_on_the_command_line():
 
 
 def test_what_is_refused(large, tmp_path):
-    enough = ("--memory", "68GB")
+    enough = ("--memory", "68GB", "--hardware", "h100-pcie5")
     fails("plan", tmp_path / "no/such", *enough, code="FM406", message="no such folder")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -213,7 +214,8 @@ def test_what_is_refused(large, tmp_path):
     fails(
         "plan", large, "--memory", "-1", code="FM101", message="not a valid size: '-1' .*; --memory"
     )
-    fails("plan", large, "--memory", "1GiB", code="FM102", message="need .*--memory; give")
+    short = ("--memory", "1GiB", "--hardware", "h100-pcie5")
+    fails("plan", large, *short, code="FM102", message="need .*--memory; give")
     fails("plan", large, *enough, "--hardware", "abacus", code="FM101", message="abacus.*h100")
     fails("plan", large, *enough, "--context", 10**6, code="FM101", message="--context")
     fails("plan", large, *enough, "--picture", "p.gif", code="FM101", message="p.gif")
@@ -223,6 +225,8 @@ def test_what_is_refused(large, tmp_path):
     fails("plan", large, *enough, "--trace", decode, code="FM101", message=shape)
     dense = checkpoints.write(tmp_path / "dense", "qwen3-dense")
     fails("plan", dense, *enough, code="FM401", message="no MoE layers")
+    typed = write(tmp_path / "t", **QWEN3_30B | {"num_experts_per_tok": "two"})
+    fails("plan", typed, *enough, code="FM406", message="cannot load the model")
     bare = write(tmp_path / "bare", model_type="qwen3", num_hidden_layers=2)
     fails("plan", bare, *enough, code="FM401", message="no MoE layers")
     quantised = write(tmp_path / "q", **QWEN3_30B, quantization_config={"quant_method": "fp8"})
@@ -232,7 +236,53 @@ def test_what_is_refused(large, tmp_path):
     torn = checkpoints.write(tmp_path / "torn", "mixtral")
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    fails("plan", torn, *enough, code="FM406", message="damaged or cut off")
+    fails("plan", torn, *enough, code="FM406", message="damaged or truncated")
+
+
+@pytest.mark.parametrize(
+    "key", ["num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"]
+)
+def test_b11_keys_of_top_k(key, tmp_path):
+    folder = checkpoints.write(tmp_path / "m", "qwen3-moe", num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    config[key] = config.pop("num_experts_per_tok")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert models.read(str(folder)).top_k == config.pop(key)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=f"qwen3_moe.* has none of .*{key}"):
+        models.read(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "says"),
+    [
+        ("dbrx", {"ffn_config": {"moe_num_experts": 16}}, "cannot build .* 'dbrx'"),
+        ("doge", {"num_hidden_layers": 1}, "expert layout of the architecture 'doge'"),
+        ("jetmoe", {"num_hidden_layers": 1}, "expert layout of the architecture 'jetmoe'"),
+        ("nllb-moe", {}, "cannot build .* 'nllb-moe'"),
+        ("switch_transformers", {}, "cannot build .* 'switch_tr"),
+    ],
+)  # fmt: skip
+def test_b11_experts_of_another_layout_are_not_said_to_be_absent(
+    architecture, settings, says, tmp_path
+):
+    folder = write(tmp_path / "m", model_type=architecture, **settings)
+    with pytest.raises(UnsupportedError) as caught:
+        models.read(str(folder))
+    assert re.search(says, caught.value.what) and caught.value.where == str(folder)
+
+
+def test_b11_dbrx_with_its_weights(tmp_path):
+    from safetensors.numpy import save_file
+
+    experts = {"moe_num_experts": 4, "moe_top_k": 2}
+    folder = write(tmp_path / "m", model_type="dbrx", n_layers=1, ffn_config=experts)
+    save_file(
+        {"transformer.blocks.0.ffn.experts.mlp.w1": np.zeros((32, 4), np.float16)},
+        folder / "model.safetensors",
+    )
+    with pytest.raises(UnsupportedError, match="expert layout of the architecture 'dbrx'"):
+        models.read(str(folder))
 
 
 def test_foreign_names_of_experts_are_not_guessed(tmp_path):
@@ -242,4 +292,6 @@ def test_foreign_names_of_experts_are_not_guessed(tmp_path):
     save_file(
         {"model.layers.0.mlp.bank": np.zeros((2, 2, 2), np.float16)}, folder / "a.safetensors"
     )
-    fails("plan", folder, "--memory", "1GiB", code="FM402", message="qwen3_moe.*names")
+    fails(
+        "plan", folder, "--memory", "1GiB", code="FM402", message="qwen3_moe.*no weights of experts"
+    )

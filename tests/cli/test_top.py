@@ -1,29 +1,35 @@
-"""``fluxmoe top``: frames and JSON from what servers say, and what is said of those that do not."""
+"""``fluxmoe top``: frames and JSON from servers' metrics, and errors without them."""
 
 import dataclasses
 import json
 import re
+import time
 from contextlib import ExitStack
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from fluxmoe.cli import output, top
+from fluxmoe.cli import top
+from fluxmoe.cli.shared import output
 from fluxmoe.observe import snapshot
 from tests.commandline import command, fails, succeeds
 from tests.web import served
 
+#: Unix time, and the same on the clock, of the zeroth decision.
+NOON = int(time.mktime((2026, 1, 2, 12, 0, 0, 0, 0, -1)))
 LABELS = {"model_name": "m", "engine": "0"}
 
 
-def metrics(**changes):
-    """What a server with two tenants and two decisions shows."""
+def metrics(*, faults=0, replaced="", **changes):
+    """Metrics of a server with two tenants and two decisions."""
     values = {
         ("fluxmoe_budget_bytes", ()): 1000 * 4096,
-        ("fluxmoe_budget_frames", ()): 1000,
-        ("fluxmoe_tenant_frames", (("tenant", "experts"), ("kind", "committed"))): 600,
-        ("fluxmoe_tenant_frames", (("tenant", "kv"), ("kind", "committed"))): 300,
-        ("fluxmoe_tenant_frames", (("tenant", "kv"), ("kind", "max"))): 900,
+        ("fluxmoe_info", (("version", "1.2.3"),)): 1,
+        ("fluxmoe_tenant_bytes", (("tenant", "experts"), ("kind", "committed"))): 600 * 4096,
+        ("fluxmoe_tenant_bytes", (("tenant", "kv"), ("kind", "committed"))): 300 * 4096,
+        ("fluxmoe_tenant_bytes", (("tenant", "kv"), ("kind", "max"))): 900 * 4096,
+        ("fluxmoe_limit_bytes", (("tenant", "kv"), ("kind", "max"))): 1 << 20,
+        ("fluxmoe_policy_faults_total", (("kind", "eviction"), ("policy", "mru"))): faults,
         ("fluxmoe_expert_slots", ()): 60,
         ("fluxmoe_expert_pages", ()): 64,
         ("fluxmoe_expert_hits_total", ()): 300,
@@ -44,7 +50,10 @@ def metrics(**changes):
     for number, direction in ((9, "to_kv"), (10, "to_experts")):
         told = {"number": number, "policy": "marginal", "direction": direction,
                 "reason": f"[{number}] running"}  # fmt: skip
-        values["fluxmoe_split_decision", tuple(told.items())] = 1
+        values["fluxmoe_split_decision", tuple(told.items())] = NOON + number
+    if replaced:
+        why = {"kind": "eviction", "policy": "mru", "reason": replaced}
+        values["fluxmoe_policy_replaced", tuple(why.items())] = 1
     registry, made = CollectorRegistry(), {}
     for (name, labels), value in values.items():
         names = [*LABELS, *(label for label, _ in labels)]
@@ -56,7 +65,7 @@ def metrics(**changes):
 
 @pytest.fixture
 def serve():
-    """Serve bodies, one after the other, the last one again and again."""
+    """Serve bodies in turn, repeating the last one."""
 
     def start(*bodies, status=200):
         waiting = list(bodies)
@@ -75,16 +84,72 @@ def test_json_is_the_snapshot(serve):
     url = serve(metrics())
     shown = json.loads(succeeds("top", url, "--json"))
     assert set(shown) == {f.name for f in dataclasses.fields(snapshot.Snapshot)} | {"rates"}
-    assert (shown["schema_version"], shown["model"], shown["url"]) == (1, "m", url)
+    assert (shown["schema_version"], shown["model"], shown["url"]) == (2, "m", url)
+    assert (shown["version"], shown["limits"]) == ("1.2.3", {"kv.max": 1 << 20})
+    (policy,) = shown["policies"]
+    assert policy == {"kind": "eviction", "name": "mru", "faults": 0, "replaced": ""}
     assert shown["budget_bytes"] == 4096000
     assert (shown["expert_bytes"], shown["kv_bytes"]) == (600 * 4096, 300 * 4096)
     assert (shown["hits"], shown["misses"]) == (300, 100)
     assert (shown["moves_to_kv"], shown["moves_to_experts"]) == (7, 5)
     assert [told["number"] for told in shown["decisions"]] == [9, 10]
-    assert shown["rates"]["hit_rate"] == 0.75
-    assert shown["rates"]["token_ms"] == 20
+    assert [told["time"] for told in shown["decisions"]] == [NOON + 9, NOON + 10]
     for address in (url.removeprefix("http://"), f"{url}/", f"{url}/metrics"):
         assert json.loads(succeeds("top", address, "--json"))["url"] == url
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Time passes at once; a second for every one that is slept."""
+    now = [0.0]
+    monkeypatch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+
+def test_c7_once_and_json_show_rates_of_an_interval(serve):
+    later = {"fluxmoe_expert_hits_total": 390, "vllm:generation_tokens_total": 1100}
+    for option, interval, rate in (("--json", [], 100), ("--once", ["--interval", "4"], 25)):
+        shown = succeeds("top", serve(metrics(), metrics(**later)), option, *interval)
+        if option == "--json":
+            rates = json.loads(shown)["rates"]
+            assert (rates["seconds"], rates["tokens_per_s"], rates["hit_rate"]) == (1, rate, 1)
+        else:
+            assert "last 4 s" in shown and f"{rate}.0/s" in shown
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_c7_columns_do_not_jump(width):
+    """Whatever the numbers, all lines of a frame's upper part have the same columns."""
+    console = output.console()
+    console.width = width
+
+    def places(**changes):
+        now = snapshot.read(metrics(**changes).decode(), "u")
+        before = snapshot.read(metrics().decode(), "u")
+        with console.capture() as shown:
+            console.print(top.frame(now, snapshot.rates(now, before, 1.0), width))
+        lines = shown.get().partition("Last decisions")[0].splitlines()
+        assert max(map(len, lines)) <= width
+        words = ("preempted", "prefix hit rate", "tokens", "waited for them", "failed", "% in use")
+        found = {word: line.index(word) for word in words for line in lines if word in line}
+        assert set(found) == set(words)
+        return found, "\n".join(lines)
+
+    small, _ = places()
+    large, text = places(**{
+        "fluxmoe_budget_bytes": 1 << 44,
+        "fluxmoe_expert_slots": 123456, "fluxmoe_expert_pages": 654321,
+        "vllm:num_requests_running": 1234, "vllm:num_requests_waiting": 12345,
+        "vllm:generation_tokens_total": 10**9, "vllm:num_preemptions_total": 10**9,
+    })  # fmt: skip
+    assert small == large
+    for number in (
+        "123456 of 654321",
+        "1234 running, 12345 waiting",
+        "999999000.0/s",
+        "1000000000",
+    ):
+        assert number in text
 
 
 def test_one_frame(serve):
@@ -93,18 +158,18 @@ def test_one_frame(serve):
         r"experts +█+ +2\.3 MiB +60% +60 of 64 pages",
         r"KV cache +█+ +1\.2 MiB +30% +50% in use",
         r"3 running, 9 waiting",
-        r"expert hit rate +75\.0%",
-        r"time per token +20\.0 ms",
-        r"7 to the KV cache, 5 to the experts",
-        r"memory moves to the KV cache \(marginal\): \[9\] running",  # no markup
-        r"memory moves to the experts \(marginal\)",
-        r"since the start",
+        r"FluxMoE 1\.2\.3: mru",
+        r"operator limits: kv\.max 1\.0 MiB",
+        r"7 to KV, 5 to experts",
+        r"12:00:09 memory moves to the KV cache \(marginal\): \[9\] running",  # no markup
+        r"12:00:10 memory moves to the experts \(marginal\)",
     ):
         assert re.search(words, frame), words
-    assert "policies failed" not in frame
-    assert "policies failed 3 times" in succeeds(
-        "top", serve(metrics(fluxmoe_policy_faults_total=3)), "--once"
-    )
+    assert "mru failed" not in frame
+    frame = succeeds("top", serve(metrics(faults=3)), "--once")
+    assert "eviction policy mru failed 3 times" in frame
+    frame = succeeds("top", serve(metrics(faults=16, replaced="score [red] gave NaN")), "--once")
+    assert "eviction policy mru was replaced after 16 faults: score [red] gave NaN" in frame
 
 
 def test_rates_are_those_of_the_interval():
@@ -123,7 +188,7 @@ def test_rates_are_those_of_the_interval():
     assert again.hit_rate == 1.0 and again.tokens_per_s == 500
     console = output.console()
     with console.capture() as shown:
-        console.print(top.frame(after, rates))
+        console.print(top.frame(after, rates, 80))
     assert "last 2 s" in shown.get() and "50.0/s" in shown.get()
 
 
@@ -142,7 +207,7 @@ def test_it_watches_until_told_to_stop_and_waits_for_a_server_that_is_gone(serve
     def gone(url):
         from fluxmoe.errors import EngineError
 
-        raise EngineError("no server answers: gone")
+        raise EngineError("no response from the server: gone")
 
     monkeypatch.setattr("time.sleep", sleep)
     succeeds("top", url)
@@ -154,12 +219,18 @@ def test_it_watches_until_told_to_stop_and_waits_for_a_server_that_is_gone(serve
 
 
 def test_what_does_not_answer_as_it_should(serve):
-    fails("top", "http://127.0.0.1:9", "--once", code="FM405", message="no server answers.*serve")
-    fails("top", "http://127.0.0.1:9", code="FM405", message="no server answers")
+    fails(
+        "top",
+        "http://127.0.0.1:9",
+        "--once",
+        code="FM405",
+        message="no response from the server.*serve",
+    )
+    fails("top", "http://127.0.0.1:9", code="FM405", message="no response from the server")
     fails("top", "x y", "--json", code="FM101", message="not a valid server address: 'x y'")
     fails("top", "ftp://host", "--json", code="FM101", message="not a valid server address")
     stock = b"# TYPE x gauge\nx 1\n"
-    fails("top", serve(stock), "--once", code="FM405", message="no metrics of FluxMoE.*serve")
+    fails("top", serve(stock), "--once", code="FM405", message="has no FluxMoE metrics.*serve")
     fails("top", serve(b"<html>hello there</html>"), "--once", code="FM405", message="")
     fails("top", serve(b"", status=401), "--once", code="FM405", message="status 401")
     fails("top", serve(b"\xff\xfe"), "--once", code="FM405", message="")

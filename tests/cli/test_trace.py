@@ -1,4 +1,4 @@
-"""``fluxmoe trace``: its verbs as a user meets them."""
+"""``fluxmoe trace``: its verbs from the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fluxmoe.testing import checkpoints
 from fluxmoe.trace import TraceReader
 from fluxmoe.trace.statistics import Statistics
-from tests.commandline import command, fails, succeeds
+from tests.commandline import command, fails, succeeds, synth
 from tests.recorded import table
 
 
@@ -47,7 +47,7 @@ def test_record(model: Path, tmp_path: Path) -> None:
     assert [r["request"] for r in rows if r["step"] in (1, 4, 5)] == [0, 1, 2, 3, 3, 3, 3]
     assert TraceReader(out).meta.source == "torch"
     before = out.read_bytes()
-    fails(*run, code="FM101", message=".* already exists; --out; .*--force")
+    fails(*run, code="FM101", message="the file already exists; .*--force")
     assert out.read_bytes() == before
     assert "top 4" in succeeds(*run, "--force", "--max-steps", 2, "--steps", "decode")
     assert {(r["step"], r["phase"]) for r in table(out)} == {(0, 1), (1, 1)}
@@ -75,7 +75,7 @@ def test_record_errors(model: Path, tmp_path: Path) -> None:
     fails(*run, "--prompts", tmp_path / "no", code="FM101", message="cannot read the prompts")
     fails(*run, "--prompt", "x", "--predict", "--backend", "vllm", code="FM402", message=".*torch")
     fails("trace", "record", tmp_path / "no", "--out", tmp_path / "t", "--prompt-ids", "1",
-          code="FM101", message="cannot load the model")  # fmt: skip
+          code="FM406", message="no such folder")  # fmt: skip
     fails("trace", "record", model, "--out", tmp_path / "no" / "t", "--prompt", "x", code="FM501",
           message="cannot write a trace: its folder does not exist")  # fmt: skip
     bad = tmp_path / "p.jsonl"
@@ -114,11 +114,11 @@ def test_convert(tmp_path: Path) -> None:
     run = ["trace", "convert", source, "--out", out]
     assert "3 rows, 1 layers x 8 experts, top 2" in succeeds(*run, "--experts", 8, "--model", "m")
     assert TraceReader(out).meta.model == "m"
-    fails(*run, code="FM501", message="the file already exists.*--force")
+    fails(*run, code="FM101", message="the file already exists.*--force")
     succeeds(*run, "--force", "--max-steps", 1)
     assert len(table(out)) == 2
     fails(*run, "--force", "--from", "csv", code="FM101", message="unknown format 'csv'; --from")
-    fails(*run, "--force", "--from", "vllm", code="FM501", message="cannot be read.*npy")
+    fails(*run, "--force", "--from", "vllm", code="FM501", message="it is damaged.*npy")
     fails("trace", "convert", tmp_path / "no", "--out", out, "--force", code="FM501",
           message="no such file")  # fmt: skip
 
@@ -128,7 +128,7 @@ def test_info(tmp_path: Path) -> None:
     run = ["trace", "synth", "--layers", 2, "--experts", 8, "--top-k", 2, "--steps", 30, "--batch",
            4, "--out", out]  # fmt: skip
     succeeds(*run)
-    fails(*run, code="FM501", message="the file already exists.*--force")
+    fails(*run, code="FM101", message="the file already exists.*--force")
     succeeds(*run, "--force", "--locality", "0.5:0.1", "--scan-every", 10)
     fails(*run, "--force", "--locality", "a", code="FM101", message="'a' is neither a number")
     printed = succeeds("trace", "info", out, "--picture", tmp_path / "p.svg")
@@ -160,3 +160,21 @@ def test_help_of_the_verbs_loads_no_model_library() -> None:
         "print(heavy & set(sys.modules))\n"
     )
     assert command(program=program).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"), [("1MiB", 1 << 20), ("24Gi", 24 << 30), ("8192", 8192)]
+)
+def test_b9_sizes_of_pages_have_units(tmp_path: Path, size: str, nbytes: int) -> None:
+    lines = tmp_path / "x.jsonl"
+    lines.write_text('{"layer_idx": 0, "token_idx": 0, "selected_ids": [3, 1]}\n')
+    succeeds("trace", "convert", lines, "--out", tmp_path / "c", "--page-bytes", size)
+    whole = synth(layers=1, experts=2, top_k=1, steps=1, batch=1, page_bytes=size)
+    succeeds(*whole, "--out", tmp_path / "s")
+    for name in "cs":
+        assert TraceReader(tmp_path / name).meta.page_bytes == nbytes
+    for bad in ("0", "50%", "lots"):
+        tiny = synth(layers=1, experts=2, top_k=1, steps=1, batch=1)
+        for words in (("trace", "convert", lines), tuple(tiny)):
+            fails(*words, "--out", tmp_path / "n", "--page-bytes", bad, code="FM101",
+                  message=".*; --page-bytes")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The core's tests look at the process they run in, which other test files have used before."""
+"""Setup for the core's tests, which inspect a process that other test files have used before."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from tests.core import rig
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of a module that names `GROUNDS` run on each of them."""
+    """Run the tests of a module with `GROUNDS` on each of them."""
     grounds = getattr(metafunc.module, "GROUNDS", ())
     if grounds:
         only = ["host"] if getattr(metafunc.function, "host_only", False) else grounds

@@ -1,6 +1,6 @@
-"""The event rule (docs/concepts/event-rule.md) in plain Python, sharing nothing with the product.
+"""The event rule (docs/concepts/event-rule.md) in plain Python, independent of the product.
 
-Written from the text, not from the code. Where the text leaves a choice, the choice is named.
+Written from the text, not from the code. Where the text leaves a choice, a comment notes it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Reference:
 
     Args:
         key: ``key(reference, page)`` → worth; the lowest is evicted, ties by the lowest page.
-        retain: Whether an event's pages stay once the layer has run.
-        ahead: How many whole layers are fetched ahead of their turn.
+        retain: True if an event's pages stay once the layer has run.
+        ahead: Number of whole layers fetched ahead of their turn.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Reference:
             self.counts[counter] += 1
 
     def resize(self, bank: int, slots: int) -> None:
-        """A bank that shrinks gives up what it values least, as for point 4."""
+        """Resize a bank; when shrinking, the lowest-valued pages are evicted, as for point 4."""
         self.release()
         own = {page for page in self.resident if self.last.get(page) == self.now}
         for spared in ({*own, *self.protected}, own):
@@ -179,7 +179,7 @@ def stable_kernel(r: Reference, page: int) -> float:
 
 
 def outlook(r: Reference, page: int) -> tuple[int, float, int]:
-    """Events to the layer's next turn, tries until the page is used, turns that it missed."""
+    """Events to the layer's next turn, tries until the page is used, turns it was not used in."""
     own = page // r.experts
     turns = len(range(own, r.now + 1, r.layers))
     missed = (r.now - lru(r, page)) // r.layers
@@ -208,7 +208,7 @@ def replay(
     prefetch: str = "none",
     banks: int = 1,
 ) -> dict[str, int]:
-    """Counters of a trace of (layer, routed experts) by policies with these names.
+    """Compute the counters of a trace of (layer, routed experts) with policies of these names.
 
     Consecutive layers share a bank, which has slots in proportion to its layers.
     """

@@ -1,4 +1,4 @@
-"""What the tests of the core share: a whole memory manager, small, with recognisable pages."""
+"""Shared by the core's tests: a small but complete memory manager with recognisable pages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PAGE_CLASS = PageClass((Part("w13", 3000, 1500), Part("w2", 1700, 850)))
 
 
 def content(page: int, part: int) -> np.ndarray:
-    """The bytes of one part of a page, unlike those of any other page or part."""
+    """Bytes of one part of a page, different from those of all other pages and parts."""
     nbytes = PAGE_CLASS.parts[part].nbytes
     data = ((np.arange(nbytes) * 7 + page * 31 + part * 101) % 251).astype(np.uint8)
     data[:2] = page, part
@@ -55,7 +55,7 @@ def content(page: int, part: int) -> np.ndarray:
 
 @cache
 def contents(pages: int) -> list[np.ndarray]:
-    """Per part, the bytes of the first ``pages`` pages as uint8 ``[pages, part bytes]``."""
+    """Bytes of the first ``pages`` pages, one uint8 array ``[pages, part bytes]`` per part."""
     parts = range(len(PAGE_CLASS.parts))
     return [np.stack([content(page, part) for page in range(pages)]) for part in parts]
 
@@ -79,7 +79,7 @@ def rule_for(
     prefetch: PrefetchPolicy | None = None,
     **options: object,
 ) -> EventRule:
-    """The event rule over a table, by LRU and without prefetch unless told otherwise."""
+    """Make the event rule over a table, by default with LRU and without prefetch."""
     view = PageView(table)
     options = {"name": "under-test", **options}
     return EventRule(
@@ -89,17 +89,17 @@ def rule_for(
     )
 
 
-#: Where the memory of the tests lies: "host", or "cuda" and when its streams do their work.
+#: Location of the tests' memory: "host", or "cuda" with the timing of its streams.
 GROUND = "host"
 
 
 def host_only(test):
-    """Of copy threads, or of what only the processor's memory does."""
+    """Mark a test of copy threads, or of host memory only."""
     test.host_only = True
     return test
 
 
-#: Refusals of the driver that leave something behind, whatever one does.
+#: Driver errors that inevitably leave something behind.
 LEFT = {
     "cuStreamDestroy": "streams",
     "cuEventDestroy": "events",
@@ -110,7 +110,7 @@ LEFT = {
 
 
 class FakeCuda(CudaSubstrate):
-    """Frames of a GPU that is not there, which must get everything back."""
+    """Frames of a fake GPU, which checks that everything is returned."""
 
     def __init__(self, count, frame_bytes=FRAME, *, recycle=False, **options) -> None:
         # As much memory as the budget has: what is not given back is missed at once.
@@ -134,14 +134,14 @@ class FakeCuda(CudaSubstrate):
 
 
 def frames_of_memory(count: int) -> Substrate:
-    """Frames of the test's ground."""
+    """Make frames of the test's memory kind."""
     if GROUND == "host":
         return CpuSubstrate(count, FRAME)
     return FakeCuda(count, pace=GROUND.removeprefix("cuda, "))
 
 
 def fake_cuda(substrate: Substrate) -> FakeCuda | None:
-    """The GPU under a substrate, and under what makes it fail, if there is one."""
+    """Get the fake GPU under a substrate and its fault wrapper, if any."""
     substrate = getattr(substrate, "_substrate", substrate)
     return substrate if isinstance(substrate, FakeCuda) else None
 
@@ -216,7 +216,7 @@ class Rig:
         return set(np.flatnonzero(self.table.resident).tolist())
 
     def acquire(self, layer: int, ids: Sequence[int]) -> list[int]:
-        """Acquire, and see that the answered slots hold what the layer asked for."""
+        """Acquire, and check that the returned slots hold the routed experts."""
         wanted = np.asarray(ids, np.int32)
         slots = np.full(len(wanted), -7, np.int32)
         self.pager.acquire(layer, wanted, slots)
@@ -228,7 +228,7 @@ class Rig:
         return slots.tolist()
 
     def assert_holds(self, bank: int, slot: int, page: int) -> None:
-        """Look into a slot; on a GPU, when a kernel would that was started now."""
+        """Check a slot; on a GPU, at the time at which a kernel started now would read it."""
         assert 0 <= slot < self.table.slots[bank]
         parts = self.rows[bank]
 
@@ -239,7 +239,7 @@ class Rig:
         self.look(look)
 
     def look(self, kernel: Callable[[], None]) -> None:
-        """Look at the slots; on a GPU, when a kernel would that was started now."""
+        """Inspect the slots; on a GPU, at the time a kernel started now would read them."""
         if self.gpu is None:
             kernel()
         else:
@@ -256,20 +256,20 @@ class Rig:
 
     def close(self) -> None:
         self.rows = []
-        with ExitStack() as each:  # goes on if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             each.callback(self.memory.close)
             each.callback(self.store.close)
             each.callback(self.pager.close)
 
 
 class Leaks:
-    """Counts what a run of the core could leave behind in this process."""
+    """Counts resources that a run of the core could leak in this process."""
 
     def __init__(self) -> None:
         self._before = self._count()
 
     def found(self) -> dict[str, int]:
-        """How many there are more than at the beginning."""
+        """Number of additional resources since the beginning."""
         return {kind: count - self._before[kind] for kind, count in self._count().items()}
 
     def assert_none(self) -> None:
@@ -288,7 +288,7 @@ STRANGERS: set[int] = set()
 
 
 def memfds(name: str = "fluxmoe") -> list[int]:
-    """Open descriptors of the substrate's memory files, but for those of strangers."""
+    """Open descriptors of the substrate's memory files, except those of other test files."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the descriptor that lists the folder
@@ -299,7 +299,7 @@ def memfds(name: str = "fluxmoe") -> list[int]:
 
 
 class Quadratic(fluxmoe.EvictionPolicy):
-    """A plugin author's numpy policy: any function of what the view shows."""
+    """A plugin author's numpy policy: an arbitrary function of the view."""
 
     def score(self, view, pages):
         return view.last_use[pages] + 3 * view.use_count[pages] ** 2 - pages % 3
@@ -313,7 +313,7 @@ class HighestPages(fluxmoe.EvictionPolicy):
 
 
 class Kernel(fluxmoe.EvictionPolicy):
-    """A policy that is nothing but its kernel."""
+    """A policy that consists only of its kernel."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):
@@ -321,7 +321,7 @@ class Kernel(fluxmoe.EvictionPolicy):
 
 
 class StableKernel(Kernel):
-    """A kernel whose scores change with accesses and loads only, so that the host keeps order."""
+    """A kernel whose scores change only with accesses and loads, so the host keeps the order."""
 
     stable_score = True
 

@@ -1,4 +1,4 @@
-"""What a forked child cannot do to the memory and the threads of its parent."""
+"""A forked child cannot affect the memory and threads of its parent."""
 
 from __future__ import annotations
 

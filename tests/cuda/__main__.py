@@ -1,6 +1,6 @@
-"""``python -m tests.cuda``: what is promised on a GPU, tried on this machine's, in one command.
+"""``python -m tests.cuda``: run the conformance tests on this machine's GPU.
 
-Needs no plugin of pytest and no test configuration. ``--fake`` runs on the fake only.
+Needs no pytest plugins and no test configuration. ``--fake`` runs only on the fake.
 """
 
 from __future__ import annotations

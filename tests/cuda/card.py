@@ -1,4 +1,4 @@
-"""One device for the conformance tests, real or not: looking at its memory, launching kernels."""
+"""A device for the conformance tests, real or fake: reading its memory, launching kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FRAME = FRAME_BYTES
 
 
 class Card:
-    """A device, and a stream of kernels on it."""
+    """A device with a stream of kernels."""
 
     def __init__(self, cuda: CudaDriver, fake: FakeDriver | None = None) -> None:
         self.cuda, self.fake = cuda, fake
@@ -40,17 +40,17 @@ class Card:
         self.write(address, np.full(frames * FRAME, value, np.uint8))
 
     def firsts(self, address: int, frames: int) -> list[int]:
-        """The byte in the middle of each frame."""
+        """Read the byte in the middle of each frame."""
         middle = FRAME // 2
         return [int(self.read(address + i * FRAME + middle, 1)[0]) for i in range(frames)]
 
     def copy_when_its_turn_comes(self, target: int, source: int, nbytes: int) -> None:
-        """Launch a kernel, as far as streams can tell: it reads one place and writes another."""
+        """Launch a stand-in for a kernel, which reads one location and writes another."""
         with self.cuda.current():
             self.cuda.call("cuMemcpyDtoDAsync", target, source, nbytes, self.kernels)
 
     def keep_busy(self, address: int, nbytes: int, times: int) -> None:
-        """Give the kernels' stream something that takes a while."""
+        """Give the kernels' stream work that takes some time."""
         with self.cuda.current():
             for _ in range(times):
                 self.cuda.call("cuMemsetD8Async", address, 0, nbytes, self.kernels)
@@ -69,7 +69,7 @@ class Card:
 
     @contextmanager
     def arena(self, frames: int) -> Iterator[Arena]:
-        """An arena with frames of its own, all committed."""
+        """Make an arena with its own frames, all committed."""
         with self.substrate(frames) as substrate:
             arena = Arena(substrate, frames * FRAME)
             arena.commit(0, np.arange(frames))
@@ -88,7 +88,7 @@ def fake_card(pace: str) -> Card:
 
 
 def real_card() -> Card | str:
-    """The first GPU of this machine, or why there is none."""
+    """Get the first GPU of this machine, or the reason why there is none."""
     try:
         return Card(CudaDriver())
     except FluxMoEError as error:

@@ -1,4 +1,4 @@
-"""The same look at the process as for the core's tests: some of these were written with them."""
+"""The same process inspection as for the core's tests, which some of these share code with."""
 
 from tests.core.conftest import ground, pytest_generate_tests, strangers
 

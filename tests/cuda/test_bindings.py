@@ -1,4 +1,4 @@
-"""The fake driver against the real bindings: the same names, arguments, numbers and structures.
+"""The fake driver compared with the real bindings: names, arguments, numbers and structures.
 
 Needs ``cuda-bindings``, but neither a GPU nor a driver.
 """
@@ -70,12 +70,12 @@ def test_a_batch_wants_handles_as_the_fake_does():
     fake.close()
 
 
-#: How the names begin that FluxMoE takes from the bindings.
+#: Prefixes of the names that FluxMoE uses from the bindings.
 OURS = re.compile(r"(cu[A-Z]|CU_|CUDA_ERROR_|CU[a-z])\w*[^_]")
 
 
 def test_whatever_is_taken_from_the_bindings_is_there():
-    """Every name in the sources below ``cuda`` that looks like the driver's, in strings, too."""
+    """Check every name below ``cuda`` that looks like the driver's, including those in strings."""
     words = set()
     for path in Path(fluxmoe.__file__).parent.glob("cuda/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

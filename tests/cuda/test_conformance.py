@@ -1,8 +1,8 @@
-"""What substrate and streams promise, on a GPU if there is one, and on the fake in any case.
+"""The contract of substrate and streams, on a GPU if there is one, and always on the fake.
 
-``python -m tests.cuda`` runs it with nothing but numpy, pytest, torch and what ``import fluxmoe``
-needs. Memory is looked at by the driver's own copies. A kernel is a copy from one place of the
-device to another on the kernels' stream: its order among the others is what counts.
+``python -m tests.cuda`` runs it with only numpy, pytest, torch and the dependencies of ``import
+fluxmoe``. Memory is read by the driver's copies. A kernel is a copy within the device on the
+kernels' stream, since only its order matters.
 """
 
 from __future__ import annotations

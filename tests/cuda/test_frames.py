@@ -1,4 +1,4 @@
-"""What frames on a GPU have of their own: the driver's calls, each failed in turn, and leaks."""
+"""GPU frames: failures of each driver call in turn, and leaks."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_an_error_names_the_call_the_result_and_the_way_out(make):
 
 
 def scenario(s: CudaSubstrate) -> None:
-    """All that a substrate does."""
+    """Use all functions of a substrate."""
     first, second = s.reserve(6 * FRAME), s.reserve(3 * FRAME)
     s.commit(first + FRAME, frames(1, 2, 5))
     s.commit(second, frames(7, 0))
@@ -197,7 +197,7 @@ def test_whatever_call_fails_it_is_an_error_and_nothing_is_lost(site, recycle):
         leaks.assert_none()
         if not struck:
             return
-        # What `unreserve` could not do, `close` did.
+        # `close` completed the failed `unreserve`.
         again = ("cuCtxPushCurrent", "cuCtxSynchronize", "cuMemUnmap", "cuMemAddressFree")
         assert errors or site in (*again, "cuCtxPopCurrent")
         assert all("CUDA_ERROR_UNKNOWN" in str(error) for error in errors)

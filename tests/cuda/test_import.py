@@ -1,4 +1,4 @@
-"""Nothing of FluxMoE needs a CUDA package to be imported."""
+"""Importing FluxMoE requires no CUDA package."""
 
 import subprocess
 import sys

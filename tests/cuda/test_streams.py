@@ -1,7 +1,7 @@
-"""Copies on streams: who waits for whom on the device, how much is under way, what fails.
+"""Copies on streams: waiting on the device, bytes in flight, failures.
 
-The fake's streams do their work late, early or at random, as far as the events allow: an order that
-is not asked for is an order that does not happen.
+The fake's streams work late, early or at random, as far as events allow, so missing waits show up
+as wrong results.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def gpu():
 @paces
 @sources
 def test_kernels_read_their_own_pages_however_late_they_come(gpu, pace, source):
-    """A slot is written while kernels that read its last page have not begun; and the reverse."""
+    """A slot is ordered to be written while kernels that read its previous page have not begun."""
     for seed in range(20):
         g, rng = gpu(source, pace=pace, seed=seed), np.random.default_rng(seed)
         holds = {}
@@ -118,7 +118,7 @@ def test_kernels_read_their_own_pages_however_late_they_come(gpu, pace, source):
                 g.demand(fresh)
                 holds |= fresh
             elif kind == 1:
-                g.prefetch(fresh)  # nobody may read them before they are completed
+                g.prefetch(fresh)  # not to be read before they are completed
                 holds = {slot: page for slot, page in holds.items() if slot not in fresh}
                 for slot, page in list(fresh.items())[: rng.integers(4)]:
                     g.engine.complete(0, page, slot)
@@ -142,7 +142,7 @@ def test_a_demand_overtakes_the_prefetches_that_wait_for_their_turn(gpu):
     g.demand({9: 20})
     g.expect(9, 20)
     g.fake.timeline.finish(KERNELS)
-    assert g.rows[0][7, 0] == 0  # nobody has written there yet
+    assert g.rows[0][7, 0] == 0  # nothing has been written there yet
 
 
 def test_prefetches_go_on_when_those_before_have_arrived(gpu):
@@ -311,7 +311,7 @@ def test_a_failed_copy_is_a_store_error_that_says_which_call_and_why(gpu):
 
 
 def test_what_was_copied_of_a_demand_that_failed_does_not_come_later(gpu):
-    """Nobody waits for it any more, and its slot may be somebody else's."""
+    """Nothing waits for the copy any more, and its slot may belong to another page."""
     g = gpu(version=12040, pace="kernels")
     g.fake.plan.arm("cuMemcpyHtoDAsync", NO, nth=2)
     with pytest.raises(StoreError, match="UNKNOWN"):
@@ -357,7 +357,7 @@ SITES = [
     "cuMemHostAlloc", "cuMemFreeHost", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap",
     "cuMemRelease", "cuMemAddressReserve", "cuMemAddressFree", "cuMemsetD8Async",
 ]  # fmt: skip
-#: How often a site is failed in turn: at its first passages, and at some later ones.
+#: Number of times a site is failed in turn: on its first calls, and on some later ones.
 FIRST, LATER = 6, (9, 20, 47, 130)
 PACES = ("copies", "kernels", "random")
 
@@ -365,7 +365,7 @@ PACES = ("copies", "kernels", "random")
 @pytest.mark.parametrize("threads", [0, 1])  # pages from pinned memory, pages through buffers
 @pytest.mark.parametrize("site", SITES)
 def test_a_whole_memory_manager_lives_through_the_failure_of_any_call(site, threads):
-    """Every answered slot is read by a kernel, late, and no wrong byte is seen."""
+    """Kernels read every returned slot late, and never see a wrong byte."""
     struck = 0
     for nth in (*range(1, FIRST + 1), *LATER):
         plan = FaultPlan()
@@ -385,7 +385,7 @@ def test_a_whole_memory_manager_lives_through_the_failure_of_any_call(site, thre
             with contextlib.suppress(FluxMoEError):
                 each.close()
         struck += plan.struck[site]
-    # Nobody waits for anything where there are no buffers, and few demands.
+    # Nothing waits if there are no buffers and few demands.
     assert struck or (site, threads) == ("cuEventSynchronize", 0)
 
 

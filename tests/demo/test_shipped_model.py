@@ -1,4 +1,4 @@
-"""The shipped model: what its card says of it holds, and what it writes reads as text."""
+"""The shipped model: the claims of its card hold, and its output reads like text."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_routers_are_balanced(measured: dict[str, Any]) -> None:
 
 
 def test_samples_read_as_text(model: Any, tokenizer: Any) -> None:
-    """Most of the words that it samples are known from the held-out text."""
+    """Most sampled words occur in the held-out text."""
     known = set(re.findall(r"[a-z]+", f"{HELD_OUT}".lower()))
     prompt = tokenizer(["And he said unto them, ", "She could not but think "], padding=True)
     ids = torch.tensor(prompt["input_ids"])

@@ -1,6 +1,6 @@
-"""docs/reference/cli.md, made from the command line itself: every verb, argument and option.
+"""docs/reference/cli.md, generated from the command line: every verb, argument and option.
 
-``python -m tests.docs.commands`` writes it again.
+``python -m tests.docs.commands`` regenerates it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .pages import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "cli.md"
 
-#: Where a verb is explained.
+#: Verb → page that explains it.
 EXPLAINED = {
     "demo": ("Get started", "../start/getting-started.md"),
     "serve": ("vLLM", "../guides/vllm.md#serving"),
@@ -50,14 +50,14 @@ Ctrl-C 130, else 0.
 
 
 def verbs() -> Iterator[tuple[str, Any]]:
-    """All verbs, those of groups as ``group verb``."""
+    """List all verbs, those of groups as ``group verb``."""
     for name, command in cli.program().commands.items():
         for inner, each in getattr(command, "commands", {"": command}).items():
             yield f"{name} {inner}".strip(), each
 
 
 def options(command: Any) -> set[str]:
-    """The options of a command, or of all commands of a group."""
+    """List the options of a command, or of all commands of a group."""
     commands = getattr(command, "commands", {"": command})
     return {
         option
@@ -69,7 +69,7 @@ def options(command: Any) -> set[str]:
 
 
 def page() -> str:
-    """What docs/reference/cli.md has to be."""
+    """Generate the content of docs/reference/cli.md."""
     return "\n".join([_HEAD, *(_section(verb, command) for verb, command in verbs())])
 
 
@@ -126,7 +126,7 @@ def _help(parameter: Any) -> str:
     choices = getattr(parameter.type_descriptor.annotation, "__members__", None)
     if choices:
         text += " One of " + ", ".join(f"`{each.value}`" for each in choices.values()) + "."
-    if parameter.multiple and "repeatable" not in text:
+    if parameter.multiple and "repeat" not in text:
         text += " May be repeated."
     return text
 

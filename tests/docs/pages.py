@@ -1,32 +1,48 @@
-"""What a page of documentation says that can be run, and running it.
+"""Running the code and commands on a documentation page.
 
-A fenced block may be preceded by a comment that says how to treat it, its directives separated by
-commas: ``exact`` (the output shown must be what is printed), ``exit N`` (the commands end with
-status N), ``slow``, ``needs vllm`` (run in a process of its own), ``not run: why`` (``bash`` only).
-Nothing else is marked: every ``python`` and ``bash`` block runs, every ``$ fluxmoe`` line of a
-``console`` block runs, and a ``python`` or ``yaml`` block with a title is written to that file.
+A fenced block may be preceded by a comment with comma-separated directives: ``exact`` (the output
+must match), ``exit N`` (the commands end with status N), ``slow``, ``needs vllm`` (run in a
+separate process), ``not run: why`` (``bash`` only). Blocks need no other marks: every ``python``
+and ``bash`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs, and a ``python`` or
+``yaml`` block with a title is written to that file.
 
-A page with ``fresh`` blocks is followed word for word (``follow``): its files are written and all
-of its ``$`` lines given to a shell, in an environment that has a wheel of FluxMoE and nothing else
-of this checkout.
+The pages of a newcomer's first hour are followed word for word (``follow``): their files are
+written and all their commands run by a shell, in a terminal of 80 columns and an environment that
+has a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.commandline import COMPILING
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+#: A newcomer's first hour: the pages to follow besides those with ``fresh`` blocks.
+FIRST_HOUR = [
+    ROOT / "README.md",
+    ROOT / "docs/start/getting-started.md",
+    ROOT / "docs/start/first-launch.md",
+]
+COLUMNS = 80
+_TABLE = re.compile("[│┃]")
 
 #: ``fluxmoe demo`` takes minutes and has a test of its own.
 ELSEWHERE = ("demo",)
@@ -42,12 +58,12 @@ _TITLE = re.compile(r'title="([^"]+)"')
 
 
 class WrongPage(AssertionError):
-    """The page promises something that is not so."""
+    """A page is wrong."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. ``line`` is that of its first line."""
+    """A fenced block; ``line`` is its first line."""
 
     language: str
     body: str
@@ -69,20 +85,29 @@ class Block:
         return next((int(d.split()[1]) for d in self.directives if d.startswith("exit ")), 0)
 
     def commands(self) -> Iterator[tuple[list[str], str]]:
-        """The ``$`` lines of a console block as words, each with the output shown below it."""
+        """Yield the ``$`` lines of a console block as words, each with its output."""
         for line, output in self.lines():
             yield shlex.split(line, comments=True), output
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """The same as they are written."""
+        """List the ``$`` lines as written."""
         parts = re.split(r"^\$ (.*)$", self.body, flags=re.MULTILINE)
         if parts[0].strip():
             raise WrongPage(f"{self.where}: a console block begins with a $ line")
         yield from zip(parts[1::2], parts[2::2], strict=True)
 
+    def steps(self) -> Iterator[tuple[str, str]]:
+        """Yield the commands that a newcomer runs in a shell, each with the output shown."""
+        if self.language == "console":
+            yield from self.lines()
+        elif self.language == "bash":
+            yield f"set -e -o pipefail\n{self.body}", ""
+        elif self.language == "python" and self.title is None:
+            yield f"python - <<'END'\n{self.body}END", ""
+
 
 def blocks(path: Path) -> list[Block]:
-    """All fenced blocks of a page, in order."""
+    """List all fenced blocks of a page, in order."""
     text = path.read_text()
     found = []
     for match in _FENCE.finditer(text):
@@ -107,7 +132,7 @@ def blocks(path: Path) -> list[Block]:
 
 
 def run(path: Path, folder: Path) -> int:
-    """Run a page from top to bottom in ``folder``, its current directory; how much was run."""
+    """Run a page from top to bottom in ``folder``; return the number of blocks run."""
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     ran = 0
     for block in blocks(path):
@@ -136,7 +161,7 @@ def run(path: Path, folder: Path) -> int:
 
 
 def run_with_vllm(path: Path, folder: Path) -> None:
-    """Run the page's ``needs vllm`` snippets, one after the other, in one process of its own."""
+    """Run the page's ``needs vllm`` snippets in turn, in one separate process."""
     for block in blocks(path):
         if block.needs_vllm and block.language == "bash":
             with contextlib.chdir(folder):
@@ -156,31 +181,58 @@ def run_with_vllm(path: Path, folder: Path) -> None:
 
 
 def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
-    """Do what a page with ``fresh`` blocks says, beginning in ``folder``; how many commands."""
+    """Follow a page in ``folder`` like a newcomer; return the number of commands.
+
+    Each command runs in a terminal of 80 columns, which no table may exceed. If the page has
+    ``fresh`` blocks, only those run.
+    """
     ran, here = 0, folder
+    marked = any("fresh" in block.directives for block in blocks(path))
     for block in blocks(path):
         if block.title is not None:
             (here / block.title).write_text(block.body)
-        if "fresh" not in block.directives:
+        elif block.not_run or (marked and "fresh" not in block.directives):
             continue
-        for line, shown in block.lines():
-            done = subprocess.run(
-                ["bash", "-c", f"{line}\nstatus=$?\npwd > {folder}/.here\nexit $status"],
-                cwd=here,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=600,
-                check=False,
-                env={**environment, "COLUMNS": "100"},
-            )
-            if done.returncode != block.status:
-                raise WrongPage(f"{block.where}: $ {line}: {done.returncode}\n{done.stdout}")
-            if "exact" in block.directives and _lines(done.stdout) != _lines(shown):
-                raise WrongPage(f"{block.where}: $ {line} printed\n{done.stdout}\nnot\n{shown}")
+        for line, shown in block.steps():
+            script = f"{line}\nstatus=$?\npwd > {folder}/.here\nexit $status"
+            status, said = in_terminal(["bash", "-c", script], here, environment)
+            where = f"{block.where}: $ {line}"
+            if status != block.status:
+                raise WrongPage(f"{where}: {status}\n{said}")
+            # The page may show a line whole that the terminal folds between words.
+            if "exact" in block.directives and _words(said) != _words(shown):
+                raise WrongPage(f"{where} printed\n{said}\nnot\n{shown}")
+            wide = [row for row in said.splitlines() if _TABLE.search(row) and len(row) > COLUMNS]
+            if wide or "…" in said:
+                raise WrongPage(f"{where}: a table is wider than {COLUMNS} columns, or cut\n{said}")
             here = Path((folder / ".here").read_text().strip())
             ran += 1
     return ran
+
+
+def in_terminal(
+    command: list[str], folder: Path, environment: Mapping[str, str]
+) -> tuple[int, str]:
+    """Status and output of a command in a terminal of 80 columns without colours or progress."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    given = {key: value for key, value in environment.items() if key != "COLUMNS"}
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+        env={**given, "TERM": "dumb"}, start_new_session=True,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        late = threading.Timer(600, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
+        said = b""
+        with contextlib.suppress(OSError):  # how the output of a terminal ends
+            while more := os.read(ours, 1 << 16):
+                said += more
+        process.wait()
+        late.cancel()
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode(errors="replace"))
+    return process.returncode, text.replace("\r\n", "\n")
 
 
 def _compiled(block: Block, path: Path) -> Any:
@@ -209,7 +261,7 @@ def _run_command(block: Block, words: list[str], shown: str, folder: Path) -> No
 
 
 def _run_script(block: Block, folder: Path) -> None:
-    # What the folder gets as ``fluxmoe`` is the checkout's, whatever is installed.
+    # ``fluxmoe`` in the folder is the checkout's, even if another one is installed.
     program = folder / ".bin" / "fluxmoe"
     program.parent.mkdir(exist_ok=True)
     start = f"exec {shlex.quote(sys.executable)} -c 'from fluxmoe.cli import main; main()'"
@@ -221,11 +273,15 @@ def _run_script(block: Block, folder: Path) -> None:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip("\n").splitlines()]
+    return [line.rstrip() for line in COMPILING.sub("", text).strip("\n").splitlines()]
+
+
+def _words(text: str) -> list[str]:
+    return [word for line in _lines(text) for word in line.split()]
 
 
 def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Standard output and standard error together, as a terminal shows them."""
+    """Run a command; return standard output and error interleaved, as on a terminal."""
     path = f"{folder / '.bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "PATH": path}
     with subprocess.Popen(

@@ -1,6 +1,6 @@
-"""The pictures in docs/pictures that are computed; the others there are drawn by hand.
+"""The computed pictures in docs/pictures; the others are drawn by hand.
 
-``python -m tests.docs.pictures`` computes them again.
+``python -m tests.docs.pictures`` regenerates them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TRACES = {
     "decode-64": "Decode, 64 requests",
     "prefill": "Prefill",
 }
-#: Where the shipped model's largest event still fits.
+#: Capacities that hold the shipped model's largest event.
 SHARES = range(20, 101, 5)
 
 #: The measured day.
@@ -56,7 +56,7 @@ _HEAD = 72
 
 
 def hit_rates(trace: str, title: str) -> str:
-    """Hit rate by capacity on a shipped trace."""
+    """Plot hit rate by capacity on a shipped trace."""
     events = Events.load(shipped.path(trace))
     lines = []
     for slot, policy in enumerate(POLICIES):
@@ -70,7 +70,7 @@ def hit_rates(trace: str, title: str) -> str:
 
 
 def promise(requests: int) -> str:
-    """What the planner promises for one model and one budget."""
+    """Plot the planner's prediction for one model and one budget."""
     (settings,) = (
         block.body
         for block in blocks(ROOT / "docs" / "guides" / "plan.md")
@@ -103,7 +103,7 @@ def promise(requests: int) -> str:
 
 
 def demands() -> str:
-    """What each phase of a day earns with each split, as it was measured."""
+    """Plot the measured speed of each phase with each split."""
     results = json.loads((ROOT / "benchmarks" / "results" / PHASES).read_text())["results"]
     rates = {
         int(name.split()[1][:-1]): row
@@ -122,7 +122,7 @@ def demands() -> str:
 
 
 def _sheet(chart: Chart) -> str:
-    """A chart below its title and legend, as a file."""
+    """Render a chart with title and legend as a file."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + _HEAD}">',
         f"<style>\n{_STYLE}</style>",

@@ -1,4 +1,4 @@
-"""The reference pages leave nothing out and name nothing that is not there."""
+"""The reference pages are complete and mention nothing that does not exist."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def text(name: str) -> str:
 
 
 def headings(name: str) -> set[str]:
-    """Headings that are code, without the backquotes."""
+    """List headings that are code, without the backquotes."""
     return set(re.findall(r"^#+ `([^`]+)`", text(name), flags=re.MULTILINE))
 
 
 def rows(name: str, section: str) -> list[list[str]]:
-    """The cells of the first table below a heading."""
+    """List the cells of the first table below a heading."""
     table = re.search(r"(?:^\|.*\n)+", text(name).split(f"## {section}\n", 1)[1], re.MULTILINE)
     assert table is not None
     lines = table[0].splitlines()[2:]
@@ -57,7 +57,7 @@ def test_the_files_and_packages_of_the_design_page_are_there() -> None:
     named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("concepts/design.md"))
     assert len(named) > 30
     assert [name for name in named if not (package / name).exists()] == []
-    # All packages and modules of the first level, but for data, are in the table of parts.
+    # All packages and modules of the first level, except data, are in the table of parts.
     table = "\n".join(row[0] for row in rows("concepts/design.md", "Parts"))
     there = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")}
     there -= {"__init__", "__pycache__", "errors", "templates"}
@@ -89,7 +89,7 @@ def test_no_page_names_a_code_that_does_not_exist() -> None:
 
 
 def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of the configuration, dotted; entries of lists as ``name[]``."""
+    """Yield every configuration key, dotted; list entries as ``name[]``."""
     for name, field in model.model_fields.items():
         inner, entry = field.annotation, ""
         if getattr(inner, "__origin__", None) is list:
@@ -98,14 +98,14 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        # What several kinds have is the same in all of them.
+        # Methods of several kinds are the same in all of them.
         yield from {
             key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
         }.items()
 
 
 def shown(key: str, field: FieldInfo) -> str:
-    """A default as the page writes it."""
+    """Format a default as on the page."""
     if field.is_required():
         return "required"
     value: Any = field.default
@@ -251,7 +251,7 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
 
 def test_every_result_of_the_simulator_is_shown() -> None:
     (shown,) = (
-        json.loads(output)
+        json.loads(output[output.index("[\n") :])  # after notes, which go to standard error
         for block in blocks(DOCS / "reference" / "simulator.md")
         if block.language == "console"
         for words, output in block.commands()
@@ -268,7 +268,7 @@ def test_timings_profiles_and_their_fields_are_listed(name: str) -> None:
 
 
 def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
-    """Mend with ``python -m tests.docs.commands``."""
+    """Fix with ``python -m tests.docs.commands``."""
     assert commands.PAGE.read_text() == commands.page()
     assert {verb.split()[0] for verb, _ in commands.verbs()} == set(commands.EXPLAINED)
 
@@ -276,7 +276,7 @@ def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", pictures.MADE)
 def test_computed_pictures_show_what_is_computed(name: str) -> None:
-    """Mend with ``python -m tests.docs.pictures``."""
+    """Fix with ``python -m tests.docs.pictures``."""
     assert (pictures.FOLDER / name).read_text() == pictures.MADE[name]()
 
 
@@ -300,7 +300,7 @@ def test_every_public_name_is_in_the_api() -> None:
 
 
 def imported(code: str) -> set[str]:
-    """The names of FluxMoE that a piece of Python imports."""
+    """List the FluxMoE names imported by Python code."""
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fluxmoe":
@@ -341,7 +341,7 @@ def links(page: Path) -> set[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What can follow a # behind a page's name."""
+    """List the anchors of a page."""
     from markdown.extensions.toc import slugify
 
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The pages on plugins leave out no hook, rule, fixture, golden trace or option."""
+"""The pages on plugins list every hook, rule, fixture, golden trace and option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The site as it is built: strictly, whole, and without anything from elsewhere."""
+"""The built site: strict, complete, and without external resources."""
 
 from __future__ import annotations
 

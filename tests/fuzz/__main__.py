@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz``: see one run again, or look for one that fails."""
+"""``python -m tests.fuzz``: repeat a run, or search for one that fails."""
 
 from __future__ import annotations
 

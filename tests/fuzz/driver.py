@@ -1,4 +1,4 @@
-"""Many runs one after the other, or side by side in threads; and what to do when one fails."""
+"""Many runs, sequential or in parallel threads, and shrinking of failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fuzz.run import Run
 
 @dataclass
 class Tally:
-    """What was done, summed over runs."""
+    """Counts of operations, summed over runs."""
 
     runs: int = 0
     operations: int = 0
@@ -35,7 +35,7 @@ class Tally:
 
 
 class Failure(AssertionError):
-    """A run failed; the message says how to see it again."""
+    """A run failed; the message has the command to repeat it."""
 
     def __init__(
         self, seed: int, operations: int, error: BaseException, *, gpu: bool = False
@@ -48,7 +48,7 @@ class Failure(AssertionError):
 
 
 def attempt(seed: int, operations: int, *, gpu: bool = False) -> Run:
-    """One run, closed again, with nothing left behind; raises what went wrong."""
+    """Make one run, close it and check for leaks; raise any failure."""
     leaks = Leaks()
     run = Run(seed, gpu=gpu)
     try:
@@ -63,10 +63,10 @@ def attempt(seed: int, operations: int, *, gpu: bool = False) -> Run:
 
 
 def fuzz(seeds: Iterable[int], operations: int, *, gpu: bool = False) -> Tally:
-    """One run of so many operations per seed.
+    """Make one run of ``operations`` operations per seed.
 
     Raises:
-        Failure: With the shortest prefix of the run that fails.
+        Failure: A run fails; has the shortest failing prefix.
     """
     tally = Tally()
     for seed in seeds:
@@ -81,10 +81,10 @@ def fuzz(seeds: Iterable[int], operations: int, *, gpu: bool = False) -> Tally:
 def shrink(
     seed: int, operations: int, error: Exception, *, gpu: bool = False
 ) -> tuple[int, Exception]:
-    """Bisect for the shortest prefix that fails, and its error.
+    """Bisect for the shortest failing prefix, and its error.
 
-    Every prefix ends with a look at everything, so a short one may show what a long one only
-    stumbled over later.
+    Every prefix ends with a complete check, so a short one may detect a problem earlier than the
+    whole run.
     """
     passes, fails = 0, operations
     while fails - passes > 1:
@@ -101,7 +101,7 @@ def shrink(
 
 
 class Dawdling(FaultPlan):
-    """Lets nothing fail, but makes every read take a while, each a different one."""
+    """Causes no failures, but delays every read by a different time."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class Dawdling(FaultPlan):
 
 
 def together(seeds: Iterable[int], operations: int, *, threads: int = 2) -> Tally:
-    """One engine per seed, each on a thread of its own with copy threads of its own, watched.
+    """Run one engine per seed, each on its own thread with its own copy threads, with watchers.
 
     The engines share the process: compiled code, watchdog, address space, descriptors. The watchers
-    do what a metrics endpoint does while a step is running.
+    read data like a metrics endpoint while a step is running.
     """
     leaks = Leaks()
     runs = {seed: Run(seed, plan=Dawdling(seed), threads=threads) for seed in seeds}

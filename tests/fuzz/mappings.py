@@ -1,4 +1,4 @@
-"""What the operating system says is mapped, against what the books say."""
+"""Comparison of the operating system's mappings with the books."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.core.rig import FRAME, FakeCuda
 
 
 def assert_mapped(arenas: Iterable[Arena], gpu: FakeCuda | None = None) -> None:
-    """Every committed position of every arena maps its own frame, and no other position does."""
+    """Assert that exactly the committed positions of each arena map frames, each its own."""
     mapped = _frames_by_address() if gpu is None else _frames_of_a_gpu(gpu)
     for arena in arenas:
         addresses = arena.address + np.arange(len(arena.frame_at)) * FRAME
@@ -21,7 +21,7 @@ def assert_mapped(arenas: Iterable[Arena], gpu: FakeCuda | None = None) -> None:
 
 
 def _frames_of_a_gpu(gpu: FakeCuda) -> dict[int, int]:
-    """The same, as the driver has it; but for what was to be unmapped and could not."""
+    """Get the driver's mappings, except those that failed to unmap."""
     handles = enumerate(gpu._handles)
     frames = {int(handle): frame for frame, handle in handles if handle is not None}
     places = {at: gpu.fake.handle_at(at) for at in gpu.fake._maps if at not in gpu._stale}
@@ -29,7 +29,7 @@ def _frames_of_a_gpu(gpu: FakeCuda) -> dict[int, int]:
 
 
 def _frames_by_address() -> dict[int, int]:
-    """Address → number of the frame that lies there, for all frames of this process."""
+    """Map addresses to the frames mapped there, for all frames of this process."""
     frames = {}
     with open("/proc/self/maps") as maps:
         for line in maps:

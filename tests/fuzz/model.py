@@ -1,4 +1,4 @@
-"""The reference of the fuzzer: the event rule in plain Python, told when a policy failed."""
+"""The fuzzer's reference: the event rule in plain Python, informed of policy faults."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.fuzz.policies import Entry, wild
 
 
 class Model(Reference):
-    """What the rig should do.
+    """Expected behaviour of the rig.
 
-    Which calls of a policy failed is not the model's to know, so it listens at the guards; what
-    follows from it, it decides by itself.
+    The model cannot know which policy calls fail, so it listens to the guards, and derives the
+    consequences by itself.
     """
 
     def __init__(self, rig: Rig, entry: Entry, ahead: int | None) -> None:
-        """``ahead``: whole layers, or None for proposals at random."""
+        """Make a model; ``ahead``: number of whole layers, or None for random proposals."""
         table = rig.table
         super().__init__(
             table.geometry.num_layers,
@@ -87,14 +87,14 @@ class Model(Reference):
         self.key = own
 
     def lose(self, pages: set[int]) -> None:
-        """A page that was still on its way could not be read when it had to move."""
+        """Remove pages in flight that could not be read when they had to move."""
         for page in pages:
             self.drop(page)
 
     def follow_failure(self) -> None:
-        """What was begun was cut short by an error: see that the rest makes sense, go on there.
+        """Continue after an event cut short by an error, checking that the state is valid.
 
-        Nothing may be resident that was not, but for pages of the event itself.
+        Only pages of the event itself may have become resident.
         """
         for notes in self.failed.values():
             notes.clear()
@@ -112,7 +112,7 @@ class Model(Reference):
         self.leaving = b.leaving[: b.now[LEAVING]].tolist()
 
     def assert_same_books(self) -> None:
-        """Every array that policies see, and every counter."""
+        """Compare every array in the policies' view, and every counter."""
         b, pages = self.rig.table.books, range(self.layers * self.experts)
         assert self.rig.resident == self.resident
         assert b.last_use.tolist() == [self.last.get(page, -1) for page in pages]

@@ -1,7 +1,7 @@
-"""The policies that the fuzzer drives the core with, and the order of each in plain Python.
+"""The fuzzer's policies, and the order of each in plain Python.
 
-Beside the ones that other tests have: scores that fall, tie or are infinite, lists instead of
-arrays, a queue, pages given up at random, proposals at random; and any of them made faulty.
+In addition to those of other tests: scores that fall, tie or are infinite, lists instead of arrays,
+a queue, random releases, random proposals; and a faulty variant of each.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def infinite(r: Reference, page: int) -> float:
 
 
 class Queue(fluxmoe.EvictionPolicy):
-    """First in, first out, by books of its own."""
+    """First in, first out, with its own records."""
 
     def __init__(self):
         self.entered = {}
@@ -75,7 +75,7 @@ def queue(r: Reference, page: int) -> float:
 
 
 class Fickle(LeastFrequentlyUsed):
-    """Gives up about a third of the pages as soon as their layer has run."""
+    """Releases about a third of the pages as soon as their layer has run."""
 
     def retain(self, view, access):
         return np.array([kept(view.event, page) for page in access.pages.tolist()], np.bool_)
@@ -87,7 +87,7 @@ def kept(event: int, page: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A policy, its order (lowest goes first) and what it keeps, given an event and a page."""
+    """A policy with its order (lowest first) and its ``retain``, given an event and a page."""
 
     make: Callable[[], fluxmoe.EvictionPolicy]
     key: Callable[[Reference, int], float]
@@ -125,7 +125,7 @@ def wild(event: int, layer: int, layers: int, experts: int) -> list[int]:
 
 
 def faulty(policy, every: int):
-    """``policy`` made to fail at about one call in ``every``; it counts that in ``raised``."""
+    """Make ``policy`` fail in about one of ``every`` calls, counted in ``raised``."""
     kind = type(policy)
     answers = [name for name in ("score", "select", "retain", "propose") if _overrides(kind, name)]
     hooks = [name for name in ("on_access", "on_load", "on_evict") if hasattr(kind, name)]
@@ -150,7 +150,7 @@ def _failing(method, is_hook: bool, every: int):
         self.raised += 1
         if is_hook or self.raised % 4 == 0:
             raise ValueError("planned")
-        # None of these can be right, whatever was asked.
+        # None of these can be a valid answer to any call.
         return ["nonsense", None, [[0.5], [1]]][self.raised % 3]
 
     return call

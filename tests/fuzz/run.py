@@ -1,7 +1,7 @@
 """One run of the fuzzer: a memory manager and a series of operations, both drawn from one seed.
 
-The series does not depend on its length, so a run of fewer operations is a prefix of a longer one:
-that is what makes a failure replayable, and lets ``shrink`` find its shortest prefix by bisection.
+The series does not depend on its length, so a run of fewer operations is a prefix of a longer one.
+Failures can therefore be replayed, and ``shrink`` can bisect for the shortest failing prefix.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ MOVING_MEMORY = {"event": 60, "resize": 20, "kv": 8, "reset": 1, "wrong": 1}
 
 
 class Run:
-    """The core and its model, side by side. Whatever differs is an AssertionError.
+    """The core and its model side by side; any difference is an AssertionError.
 
     Args:
-        seed: Of the layout, the policies and the operations.
-        plan: Decides what fails; if None, stores, substrates and policies fail at random.
-        threads: Copy threads; if None, drawn.
-        wrap: Replaces the policies that were drawn.
-        kinds: How often each call is made, relative to the others.
-        gpu: On a GPU that is not there; its calls pass the sites of their names.
+        seed: Seed of the layout, the policies and the operations.
+        plan: Faults to inject; if None, stores, substrates and policies fail at random.
+        threads: Number of copy threads; if None, drawn.
+        wrap: Replaces the drawn policies.
+        kinds: Relative frequency of each call.
+        gpu: Use a fake GPU, whose calls are sites of their names.
 
     Attributes:
         operations: Page accesses (one distinct expert of one event) and other calls so far.
-        calls: How often each call was made.
-        errors: Codes of the errors that the core raised because of a fault.
+        calls: Number of times each call was made.
+        errors: Codes of the errors raised by the core because of a fault.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Run:
             self.faulty.append(faulty(eviction, rng.choice([3, 30, 300])))
             if prefetch is not None:
                 self.faulty.append(faulty(prefetch, rng.choice([3, 30, 300])))
-        #: How often a page cannot be read, and how often the system refuses memory.
+        #: Frequencies of failed reads, and of failed system calls.
         self.unreadable, self.refusing = (
             (rng.choice([0, 0, 0.02, 0.3]), rng.choice([0, 0.5])) if faults else (0, 0)
         )
@@ -133,20 +133,20 @@ class Run:
         )
 
     def _gpu(self, frames: int, seed: int) -> FakeCuda:
-        """Streams that work when they like, and frames that are kept or not."""
+        """Make a fake GPU with random stream timing, which keeps released frames or not."""
         rng = random.Random(seed)
         pace = rng.choice(["at once", "kernels", "copies", "random"])
         recycle = rng.random() < 0.5
         return FakeCuda(frames, pace=pace, recycle=recycle, seed=seed, plan=self.plan)
 
     def go(self, operations: int) -> None:
-        """Run until so many operations have been made, then look at everything once more."""
+        """Run until ``operations`` operations are made, then check everything."""
         while self.operations < operations:
             self.step()
         self.verify()
 
     def step(self) -> None:
-        """One call, with all that can be seen of it compared."""
+        """Make one call and compare all its observable effects."""
         kind = self.rng.choices(list(self.kinds), list(self.kinds.values()))[0]
         self.calls[kind] += 1
         self.operations += getattr(self, kind)() or 1
@@ -190,7 +190,7 @@ class Run:
         return np.array(ids, rng.choice([np.int32, np.int64]))
 
     def _compare(self, layer: int, ids: np.ndarray, slots: np.ndarray) -> None:
-        """The event's books, who is resident, and the bytes that the kernel will read."""
+        """Compare the event's books, the resident pages, and the bytes the kernel will read."""
         rig, model, b = self.rig, self.model, self.rig.table.books
         own = model.own
         assert b.pages[: len(own)].tolist() == own
@@ -212,7 +212,7 @@ class Run:
         self.rig.look(look)
 
     def wrong(self) -> None:
-        """Something that no engine may ask for: an error, and nothing else happens."""
+        """Make an invalid call, which must raise an error without other effects."""
         layer, expert = self.rng.choice(
             [(0, self.model.experts), (self.model.layers, 0), (-1, 0), (10**9, 0), (0, 10**9)]
         )
@@ -264,7 +264,7 @@ class Run:
         self._books()
 
     def kv(self) -> None:
-        """The KV cache gives up some groups and takes others."""
+        """Release some KV groups and commit others."""
         rng, rig, kv = self.rng, self.rig, self.rig.memory.kv
         groups = range(kv.layout.groups)
         for action in (FreeKV, TakeKV):
@@ -289,7 +289,7 @@ class Run:
             self._stamp(before, after)
 
     def _stamp(self, before: set[int], after: set[int]) -> None:
-        """Write into every group that is new, which reads as zero, something of its own."""
+        """Check that new groups read as zero, and write distinct data to each."""
         layout, buffer = self.rig.memory.kv.layout, self._kv_blocks()
         for group in before - after:
             del self.stamps[group]
@@ -312,11 +312,11 @@ class Run:
             assert not notes
 
     def _refused(self) -> int:
-        """How often memory was refused by plan. (Copy threads may fail beside a call, too.)"""
+        """Number of planned memory errors. (Copy threads may also fail outside a call.)"""
         return sum(self.plan.struck[site] for site in MEMORY)
 
     def _while_refusing(self, call, *args) -> type[FluxMoEError] | None:
-        """Call, perhaps while the system refuses memory; the class of the error, if any."""
+        """Make a call, possibly while memory is refused; return the class of the error, if any."""
         refuse = self.rng.random() < self.refusing
         if refuse:
             site = self.rng.choice(["commit", "decommit", "release"])
@@ -336,7 +336,7 @@ class Run:
     # --- looking at everything -------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Books, arrays, counters, mappings, the bytes of every resident page and KV group."""
+        """Check books, arrays, counters, mappings, and bytes of resident pages and KV groups."""
         self._books()
         self.model.assert_same_books()
         rig, table = self.rig, self.rig.table
@@ -348,7 +348,7 @@ class Run:
                 assert np.all(blocks[block] == self.stamps.get(group, 0xFF))
         for bank in range(table.num_banks):
             held = np.flatnonzero(table.books.page_at[bank] >= 0)
-            # A prefetched page that nobody has asked for yet may still be on its way.
+            # A prefetched page that has not been needed yet may still be in flight.
             here = [(bank, slot) not in rig.transfer._queued for slot in held.tolist()]
             slots = held[np.array(here, bool)]
             pages, right = table.books.page_at[bank, slots], contents(rig.geometry.num_pages)
@@ -367,7 +367,7 @@ class Run:
         assert self.rig.table.slots == self.model.slots
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release everything."""
         pool, struck = self.rig.memory.pool, self.plan.struck.total()
         error = self._try(self.rig.close)
         if error is not None:
@@ -379,7 +379,7 @@ class Run:
 
     @property
     def faults(self) -> Counter[str]:
-        """What was made to fail at random, by site. Only reads that surfaced are counted."""
+        """Number of random failures by site. Only reads whose failure surfaced are counted."""
         counts = Counter(self.plan.struck)
         counts["read"] = self.errors[StoreError.code]
         counts["policy"] = sum(policy.raised for policy in self.faulty)
@@ -387,5 +387,5 @@ class Run:
 
 
 def _probes(parts: list[np.ndarray]) -> list[np.ndarray]:
-    """Some bytes from all over each row: enough to tell pages apart after every event."""
+    """Sample bytes from each row, enough to distinguish pages after every event."""
     return [rows[:, :: (rows.shape[1] - 1) // 20] for rows in parts]

@@ -1,8 +1,8 @@
-"""Every place where the world can fail the core, each failed in turn: the 1st time, the 2nd …
+"""Every external failure site of the core, failed in turn: on the 1st call, the 2nd …
 
-A site is failed at one passage per run. After it the books must agree with what is mapped, the run
-must go on and agree with the model to its end, and nothing may be left behind. An error that comes
-out of the core must be one of its own, with a code; anything else ends the run as a failure.
+Each run fails a site on one call. After that the books must match the mappings, the run must
+continue and agree with the model to its end, and nothing may leak. Errors raised by the core must
+be its own, with a code; any other ends the run as a failure.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tests.fuzz.run import MOVING_MEMORY, Run
 
 
 class Refused(Exception):
-    """Told to whoever stands in for the system; never seen by the core."""
+    """Raised to a stand-in for the system; never reaches the core."""
 
 
 # --- sites below the protocols: the system's own calls --------------------------------------------
 
 
 class _Libc:
-    """The C library, except that ``mmap`` and ``fallocate`` may be refused."""
+    """The C library, except that ``mmap`` and ``fallocate`` may fail."""
 
     def __init__(self, real, plan: FaultPlan) -> None:
         self._real, self._plan = real, plan
@@ -85,7 +85,7 @@ def thread_starts(plan: FaultPlan) -> Iterator[None]:
 
 @contextmanager
 def copy_threads(plan: FaultPlan) -> Iterator[None]:
-    """A thread may die before it begins a copy, or with the copy in its hands, not having told."""
+    """Let copy threads die before a copy begins, or during it, without reporting."""
     real = CopyJob.run
 
     def run(copy: CopyJob) -> None:
@@ -106,7 +106,7 @@ def copy_threads(plan: FaultPlan) -> Iterator[None]:
 
 
 class _InCopyThreads(FaultPlan):
-    """Passes a site of its own where a copy thread reads."""
+    """Reads in copy threads call a separate site."""
 
     def reach(self, site: str) -> None:
         if site == "read" and threading.current_thread().name.startswith("fluxmoe-copy"):
@@ -120,7 +120,7 @@ _HOOKS = ("on_access", "on_load", "on_evict", "score", "select", "retain", "prop
 
 
 def reaching(plan: FaultPlan) -> Callable[[object], object]:
-    """Makes a policy pass a site at each of its methods that is ever called."""
+    """Make a policy call a site in each of its methods that is used."""
 
     def wrap(policy):
         kind = type(policy)
@@ -152,7 +152,7 @@ def _reaching(plan: FaultPlan, name: str, method):
 
 @dataclass(frozen=True)
 class Site:
-    """Where, with which error, and what has to stand in for the real thing meanwhile."""
+    """A failure site: its name, the error, and the stand-in that injects it."""
 
     error: Callable[[], BaseException]
     around: Callable[[FaultPlan], AbstractContextManager[None]] = lambda plan: nullcontext()
@@ -188,7 +188,7 @@ SITES = {
 }
 
 
-#: Where the core goes on without an error: it does without, does it another way, or later.
+#: Sites whose failure raises no error: the core skips the call, replaces it, or retries it later.
 SURVIVED = {
     *(site for site in SITES if "thread" in site),
     *("cuMemAddressFree", "cuMemcpyDtoDAsync", "cuStreamWaitEvent"),
@@ -197,9 +197,9 @@ SURVIVED = {
 
 @dataclass
 class Outcome:
-    """What came of failing one site.
+    """Result of failing one site.
 
-    ``errors``: codes that the core raised; the rest of the injected faults it lived through.
+    ``errors``: codes raised by the core; it survived the other injected faults.
     """
 
     injected: int = 0
@@ -212,7 +212,7 @@ _TRIES = 100
 
 
 def fail_everywhere(name: str, *, runs: int, operations: int, most: int) -> Outcome:
-    """Fail a site in turn in ``runs`` runs that pass it, see ``fail_in_turn``."""
+    """Fail a site in turn in ``runs`` runs that call it. See ``fail_in_turn``."""
     total, found = Outcome(), 0
     for seed in range(_TRIES):
         outcome = fail_in_turn(name, seed, operations, most)
@@ -226,9 +226,9 @@ def fail_everywhere(name: str, *, runs: int, operations: int, most: int) -> Outc
 
 
 def fail_in_turn(name: str, seed: int, operations: int, most: int) -> Outcome:
-    """Fail a site at its 1st, 2nd … passage in the run of ``seed``, one run for each.
+    """Fail a site on its 1st, 2nd … call in the run of ``seed``, one run for each.
 
-    If it is passed more than ``most`` times, at the first half of ``most`` and at as many others.
+    If it is called more than ``most`` times, fail the first half of ``most`` and as many others.
     """
     site, outcome = SITES[name], Outcome()
     passages = range(1, _run(site, name, None, seed, operations).passed[name] + 1)

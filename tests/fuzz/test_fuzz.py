@@ -1,6 +1,6 @@
 """Random operations against the model, several engines at once, every fault site in turn.
 
-A million operations in ``make test-full``, a quarter of them in ``make test``.
+A million operations in ``make test-full``, a quarter of that in ``make test``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Faulty policies are reported, once per run, and there are many runs."""
+    """Silence the log: faulty policies are reported once per run, and there are many runs."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
@@ -105,7 +105,7 @@ def test_a_planted_bug_is_found_and_its_replay_shows_it_again(bug, monkeypatch, 
         assert command.main(["--seed", "0", "--runs", "60", "--ops", "1000"]) == 1
         replay = capsys.readouterr().err.splitlines()[-1].split()
         assert replay[:4] == ["replay:", "python", "-m", "tests.fuzz"]
-        with pytest.raises(Exception):  # noqa: B017 whatever it was
+        with pytest.raises(Exception):  # noqa: B017 any exception
             command.main(replay[4:])
         seed, operations = int(replay[5]), int(replay[7])
         assert operations < 1000

@@ -1,6 +1,6 @@
-"""The identity matrix: whatever FluxMoE pages must answer what the unpaged engine answers.
+"""The identity matrix: paged models must give the same outputs as the unpaged engine.
 
-``cells`` says which combinations there are, ``requests`` what is asked, ``vllm_cells`` and
-``torch_cells`` run one cell, ``limits`` tries what vLLM does not run on a CPU, ``report`` writes it
-down. ``python -m benchmarks identity`` runs all cells, the tests a selection that covers them.
+``cells`` defines the combinations, ``requests`` the requests, ``vllm_cells`` and ``torch_cells``
+run one cell, ``limits`` tries features that vLLM does not support on a CPU, ``report`` formats the
+results. ``python -m benchmarks identity`` runs all cells, the tests a covering selection.
 """

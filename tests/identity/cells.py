@@ -49,15 +49,15 @@ class Cell:
 
     @property
     def stock(self) -> tuple[str, str, bool | None, bool | None]:
-        """What the unpaged run depends on: cells that share it are compared with the same one."""
+        """Settings of the unpaged run; cells with equal ones are compared with the same run."""
         return self.model, self.mode, self.prefix_caching, self.chunked_prefill
 
 
 @cache
 def policies() -> tuple[list[str], list[str]]:
-    """Eviction and prefetch policies that can serve, of those built in.
+    """List the built-in eviction and prefetch policies that can serve.
 
-    Not oracles, and not ``gate``: no engine has the predictions it passes on, so it is ``none``.
+    Excludes oracles, and ``gate``: engines lack the predictions it needs, so it equals ``none``.
     """
     known = [policy for policy in plugins.load() if policy.plugin == "fluxmoe"]
     eviction = [
@@ -70,9 +70,9 @@ def policies() -> tuple[list[str], list[str]]:
 
 
 def settings(model: str) -> list[tuple[bool, bool]]:
-    """Prefix caching and chunked prefill.
+    """List settings of prefix caching and chunked prefill.
 
-    vLLM forces both off for MLA on a CPU, and caches prefixes of hybrids only in chunks.
+    vLLM disables both for MLA on a CPU, and caches prefixes of hybrids only in chunks.
     """
     if model in MLA:
         return [(False, False)] * 4
@@ -82,11 +82,11 @@ def settings(model: str) -> list[tuple[bool, bool]]:
 
 
 def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
-    """Every model x mode x eviction policy x prefix caching x chunked prefill.
+    """List every model x mode x eviction policy x prefix caching x chunked prefill.
 
-    Prefetch, slots and banks are dealt out so that each model meets all their combinations in each
-    mode. Torch has neither cache nor chunks, and takes all combinations with every policy instead;
-    compiled, where one takes long, it takes one.
+    Prefetch, slots and banks are distributed so that each model gets all their combinations in each
+    mode. Torch has neither cache nor chunks, and gets all combinations with every policy instead,
+    or one in compiled mode, which is slow.
     """
     evictions, _ = policies()
     for mode in modes:
@@ -108,7 +108,7 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
 
 
 def product_of(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
-    """Every combination of all values."""
+    """List every combination of all values."""
     evictions, _ = policies()
     for model, mode, eviction, shape in product(models, modes, evictions, _shapes()):
         prefetch, (slots, banks) = shape
@@ -117,12 +117,12 @@ def product_of(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
 
 
 def _shapes() -> list[tuple[str, tuple[str, int]]]:
-    """All combinations of a prefetch policy with slots and banks."""
+    """List all combinations of a prefetch policy with slots and banks."""
     return list(product(policies()[1], SIZES))
 
 
 def _dealt(seed: str) -> Iterator[tuple[str, tuple[str, int]]]:
-    """The shapes over and over, each round in an order of its own, the same in every run."""
+    """Yield the shapes repeatedly, each round in a different but reproducible order."""
     rng, shapes = random.Random(seed), _shapes()
     while True:
         yield from rng.sample(shapes, len(shapes))

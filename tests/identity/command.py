@@ -1,13 +1,13 @@
-"""Every cell of the identity matrix.
+"""Run the cells of the identity matrix.
 
     python -m benchmarks identity [--mode MODE]... [--model MODEL]... [--shard K/N] [--save FOLDER]
     python -m benchmarks identity --select
     python -m benchmarks identity --limits [--save FOLDER]
     python -m benchmarks identity --report
 
-A cell that the folder's files have already is not run again, so that a run can be interrupted.
-``--select`` writes the table of the cells that ``make test`` runs, ``--report`` the tables of
-the committed results into docs/concepts/identity.md.
+Cells that are already in the folder's files are not run again, so a run can be interrupted.
+``--select`` writes the table of the cells for ``make test``, ``--report`` the tables of the
+committed results to docs/concepts/identity.md.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
-    """Run what ``save`` does not have yet. Results are kept per mode."""
+    """Run the cells that ``save`` does not have yet. Results are stored per mode."""
     results: dict[Cell, Outcome] = {}
     begun = set()
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
 
 
 def tables() -> list[str]:
-    """What docs/concepts/identity.md shows of the committed results."""
+    """Make the tables of docs/concepts/identity.md from the committed results."""
     results = record.committed()
     whole = set(cells.full(models.names(), report.MODES))
     return [

@@ -1,4 +1,4 @@
-"""What vLLM does not run on a CPU, tried: stock's own error, and what FluxMoE says to the rest."""
+"""Features that vLLM does not support on a CPU: errors of stock vLLM and of FluxMoE."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.identity.cells import MLA
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Something one might ask of vLLM on a CPU.
+    """A feature to try with vLLM on a CPU.
 
     Attributes:
-        name: In words.
-        options: vLLM's, beyond those of every engine of the matrix.
-        model: Architecture, and changes to its checkpoint.
-        checkpoint: Those changes.
-        seeded: Ask for sampling with a seed per request.
+        name: Description.
+        options: vLLM's options, in addition to those of all engines of the matrix.
+        model: Architecture.
+        checkpoint: Changes to its checkpoint.
+        seeded: Use sampling with a seed per request.
     """
 
     name: str
@@ -69,7 +69,7 @@ TRIALS = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What became of a trial: empty where it ran."""
+    """Result of a trial: empty where it succeeded."""
 
     name: str
     vllm: str
@@ -77,7 +77,7 @@ class Found:
 
 
 def attempt(trial: Trial, folder: Path) -> Found:
-    """Try it on stock vLLM and on FluxMoE, in a process of its own."""
+    """Run a trial on stock vLLM and on FluxMoE, in a separate process."""
     path = (
         checkpoints.write(folder / f"{trial.model}-changed", trial.model, **trial.checkpoint)
         if trial.checkpoint
@@ -98,7 +98,7 @@ def attempt(trial: Trial, folder: Path) -> Found:
 
 
 def _error(trial: Trial, path: Path, options: dict[str, Any]) -> str:
-    """The error of a start and a few requests; what vLLM changed without one; or nothing."""
+    """Return the error of a start with a few requests, a setting changed by vLLM, or nothing."""
     long = [Prompt([5 + i] * requests.LONG, 4, 1.0 if trial.seeded else 0.0, i) for i in range(4)]
     try:
         with ChildEngine(path, **options) as engine:
@@ -114,7 +114,7 @@ def _error(trial: Trial, path: Path, options: dict[str, Any]) -> str:
 
 
 def _plain(error: str) -> str:
-    """Without pydantic's frame around a message, in one line, not too long."""
+    """Shorten a message to one line, without pydantic's frame."""
     text = re.sub(r"^\w+: \d+ validation errors? for \w+\s+Value error, ", "ValueError: ", error)
     text = " ".join(re.sub(r" \[type=.*", "", text, flags=re.DOTALL).split())
     return text if len(text) <= LENGTH else text[:LENGTH] + "…"

@@ -26,19 +26,19 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 def shipped() -> Path | None:
-    """The folder of the trained model, if it is in the package."""
+    """Folder of the trained model, if it is in the package."""
     assets = Path(fluxmoe.demo.__file__).parent / "assets"
     found = sorted(path.parent for path in assets.rglob("config.json"))
     return found[0] if found else None
 
 
 def names() -> list[str]:
-    """All models of the matrix that are at hand."""
+    """List all available models of the matrix."""
     return [*([SHIPPED] if shipped() else []), *RANDOM]
 
 
 def write(folder: Path, model: str) -> Path:
-    """The checkpoint's folder; a random one is written below ``folder`` first."""
+    """Return the checkpoint's folder, writing a random one below ``folder`` first."""
     if model == SHIPPED:
         path = shipped()
         assert path is not None
@@ -48,19 +48,19 @@ def write(folder: Path, model: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a checkpoint: pages of all layers, and the tokens of its vocabulary."""
+    """Sizes of a checkpoint: pages of all layers, and vocabulary size."""
 
     geometry: Geometry
     page_class: PageClass
     vocabulary: int
 
     def slots(self, share: str) -> int:
-        """The number of slots that a cell's ``slots`` stand for."""
+        """Number of slots for a cell's ``slots``."""
         experts, pages = self.geometry.experts_per_layer, self.geometry.num_pages
         return {"one layer": experts, "half": pages // 2, "all": pages}[share]
 
     def arena_bytes(self, share: str, banks: int) -> int:
-        """Room for just so many slots, in whole frames."""
+        """Bytes for exactly that number of slots, in whole frames."""
         slots = self.slots(share)
         assert slots % banks == 0
         return banks * frames_for(self.page_class, slots // banks, FRAME) * FRAME
@@ -68,7 +68,7 @@ class Shape:
 
 @cache
 def shape(path: Path) -> Shape:
-    """Read from the checkpoint's configuration; no weight is loaded."""
+    """Read the sizes from the checkpoint's configuration, without loading weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

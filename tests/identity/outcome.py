@@ -1,4 +1,4 @@
-"""What became of a cell."""
+"""Outcome of a cell."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ class Outcome:
     """A cell's comparison with the unpaged engine.
 
     Attributes:
-        sequences: Compared.
-        identical: Those of them whose tokens all agree.
-        bits: Those whose log-probabilities (vLLM) or logits (torch) agree bit for bit, too.
-        error: Of the engine, paged or not, if it did not answer.
-        stock_differs: The unpaged engine did not agree with itself either (asked on a difference).
-        stats: Counters that show what was paged, reused and split.
+        sequences: Number of compared sequences. identical: Number of sequences with equal tokens.
+        bits: Number of sequences whose log-probabilities (vLLM) or logits (torch) are also equal
+        bit
+            for bit.
+        error: Error of the engine, paged or not, if it failed. stock_differs: The unpaged engine
+        does not reproduce itself either (checked on a difference). stats: Counters of paging, reuse
+        and moves.
     """
 
     sequences: int = 0

@@ -1,4 +1,4 @@
-"""Results on disk: JSON lines, one per cell, so a run can go on. Each run names its machine."""
+"""Results on disk as JSON lines, one per cell, so that runs can be resumed; with machine data."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "identity"
 
 
 def as_row(part: Cell | Outcome) -> dict[str, object]:
-    """A cell or an outcome as plain data."""
+    """Convert a cell or an outcome to plain data."""
     return asdict(part)
 
 
 def load(path: Path) -> dict[Cell, Outcome]:
-    """The cells of a file; none if there is no such file."""
+    """Load the cells of a file; none if it does not exist."""
     if not path.exists():
         return {}
     return {Cell(**row["cell"]): Outcome(**row["outcome"]) for row in _rows(path)}
 
 
 def begin(path: Path) -> None:
-    """Say on which machine, and with which commit, the next lines were written."""
+    """Record the machine and the commit of the following lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _line(path, {"machine": machine.describe()})
 
 
 def append(path: Path, cell: Cell, outcome: Outcome) -> None:
-    """Add what became of a cell."""
+    """Append the outcome of a cell."""
     _line(path, {"cell": as_row(cell), "outcome": as_row(outcome)})
 
 
 def committed() -> dict[Cell, Outcome]:
-    """All cells of the results in the repository."""
+    """Load all cells of the results in the repository."""
     return {
         cell: outcome
         for path in sorted(RESULTS.glob("*.jsonl"))
@@ -50,12 +50,12 @@ def committed() -> dict[Cell, Outcome]:
 
 
 def save_limit(path: Path, found: Found) -> None:
-    """Add what became of a trial."""
+    """Append the result of a trial."""
     _line(path, asdict(found))
 
 
 def limits() -> Iterator[Found]:
-    """The trials in the repository's results."""
+    """Load the trials in the repository's results."""
     yield from (Found(**row) for row in _rows(RESULTS / "limits.jsonl"))
 
 

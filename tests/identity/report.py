@@ -1,4 +1,4 @@
-"""Tables of the matrix: for the terminal, for a test run, and for docs/concepts/identity.md."""
+"""Tables of the matrix for the terminal, for test runs, and for docs/concepts/identity.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODES = (*VLLM_MODES, *TORCH_MODES)
 
 
 def summary(results: Mapping[Cell, Outcome]) -> list[list[str]]:
-    """A row per model, a column per mode: cells and sequences that were identical, of how many."""
+    """Make a row per model, a column per mode: identical cells and sequences out of all."""
     modes = [mode for mode in MODES if any(cell.mode == mode for cell in results)]
     table = [["model", *modes]]
     for model in dict.fromkeys(cell.model for cell in results):
@@ -26,13 +26,13 @@ def summary(results: Mapping[Cell, Outcome]) -> list[list[str]]:
 
 
 def progress(results: Mapping[Cell, Outcome], cells: int) -> str:
-    """How much of the matrix has run."""
+    """Make a table of the completed part of the matrix."""
     good = sum(outcome.ok for outcome in results.values())
     return f"{len(results)} of {cells} cells have run, {good} of them are identical.\n"
 
 
 def by_setting(results: Mapping[Cell, Outcome]) -> list[list[str]]:
-    """The same for vLLM, a row per eviction policy, a column per setting of vLLM."""
+    """Make the same table for vLLM, with a row per eviction policy and a column per setting."""
     vllm = {c: o for c, o in results.items() if c.prefix_caching is not None}
     settings = sorted({(c.prefix_caching, c.chunked_prefill) for c in vllm})
     table = [["eviction", *(_setting(prefix, chunked) for prefix, chunked in settings)]]
@@ -54,12 +54,12 @@ def by_setting(results: Mapping[Cell, Outcome]) -> list[list[str]]:
 
 
 def failures(results: Mapping[Cell, Outcome]) -> list[str]:
-    """A line per cell that is not identical."""
+    """Make a line per cell that is not identical."""
     return [f"{cell}: {_why(outcome)}" for cell, outcome in results.items() if not outcome.ok]
 
 
 def limits(found: Iterable[Found]) -> list[list[str]]:
-    """What vLLM was asked, what it said, and what FluxMoE says."""
+    """Make a table of trials with the errors of vLLM and FluxMoE."""
     table = [["asked", "stock vLLM on a CPU", "with FluxMoE"]]
     for trial in found:
         same = trial.vllm and trial.fluxmoe == trial.vllm
@@ -68,13 +68,13 @@ def limits(found: Iterable[Found]) -> list[list[str]]:
 
 
 def markdown(table: list[list[str]]) -> str:
-    """A table as docs write it."""
+    """Format a table as Markdown."""
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]]) + "\n"
 
 
 def fill(page: str, parts: list[str]) -> str:
-    """A page whose blocks ``<!-- report N --> … <!-- end -->`` have these parts."""
+    """Replace a page's blocks ``<!-- report N --> … <!-- end -->`` by these parts."""
     return re.sub(
         r"(<!-- report (\d) -->\n).*?(<!-- end -->)",
         lambda block: f"{block[1]}{parts[int(block[2])]}{block[3]}",
@@ -84,7 +84,7 @@ def fill(page: str, parts: list[str]) -> str:
 
 
 def plain(table: list[list[str]]) -> str:
-    """A table in columns."""
+    """Format a table in columns."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -113,5 +113,5 @@ def _why(outcome: Outcome) -> str:
 
 
 def _code(text: str) -> str:
-    """An error in a table's cell."""
+    """Format an error for a table cell."""
     return "`" + text.replace("|", "\\|").replace("`", "'") + "`" if text else "runs"

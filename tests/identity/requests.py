@@ -1,4 +1,4 @@
-"""What every cell is asked: 73 sequences in waves of 1, 8 and 64 that share prefixes."""
+"""The requests of each cell: 73 sequences in waves of 1, 8 and 64 that share prefixes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = {"max_model_len": 256, "max_num_seqs": 64, "block_size": BLOCK}
 
 
 def options(mode: str, prefix_caching: bool, chunked_prefill: bool) -> dict[str, object]:
-    """vLLM's settings of a cell."""
+    """Make a cell's settings for vLLM."""
     return {
         **OPTIONS,
         "enforce_eager": mode != "vllm compiled",
@@ -28,15 +28,15 @@ def options(mode: str, prefix_caching: bool, chunked_prefill: bool) -> dict[str,
 
 
 def waves(vocabulary: int, *, seeded: bool) -> list[list[Prompt]]:
-    """The requests; a wave is sent when the one before has been answered.
+    """Make the requests; each wave is sent after the previous one has been answered.
 
-    The first is one long prompt, whose prefixes later ones share: they find them in the prefix
-    cache. In the others every second prompt is of its own, of 1 to 40 tokens.
+    The first wave is one long prompt, whose prefixes later prompts share and find in the prefix
+    cache. In the other waves every second prompt is independent, with 1 to 40 tokens.
 
     Args:
-        vocabulary: Prompts consist of tokens below it.
-        seeded: Every second request samples with a seed of its own; else all are greedy, which
-            chunked prefill needs (vLLM on a CPU cannot split the prefill of a seeded request).
+        vocabulary: Upper bound of the prompts' tokens. seeded: Every second request samples with
+        its own seed; otherwise all are greedy, as required
+            by chunked prefill (vLLM on a CPU cannot split the prefill of a seeded request).
     """
     rng = random.Random(0)
 

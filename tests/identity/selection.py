@@ -1,4 +1,4 @@
-"""The cells that ``make test`` runs: a pairwise covering selection, kept in a table.
+"""The cells for ``make test``: a pairwise covering selection, stored in a table.
 
 ``python -m benchmarks identity --select`` writes the table; ``make test-full`` runs all cells.
 """
@@ -30,13 +30,13 @@ VLLM_MODELS = {
 
 
 def read() -> list[Cell]:
-    """The selected cells."""
+    """Read the selected cells."""
     with TABLE.open(newline="") as file:
         return [_cell(row) for row in csv.DictReader(file)]
 
 
 def write() -> None:
-    """Choose the cells and write the table."""
+    """Select the cells and write the table."""
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         names = [field.name for field in fields(Cell)]
@@ -46,10 +46,10 @@ def write() -> None:
 
 
 def demanded(cell: Cell) -> set[Pair]:
-    """The pairs of the cell's values that the selection must have.
+    """List the pairs of the cell's values that the selection must cover.
 
-    All of them in eager mode. Of a mode whose starts take long, each value once; of the one with
-    three processes, and of a hybrid, whose steps take long, the model and (eager) its settings.
+    All pairs in eager mode. For modes with slow starts, each value once; with three processes, and
+    for hybrids, whose steps are slow, the model and (eager) its settings.
     """
     values = [(field.name, getattr(cell, field.name)) for field in fields(Cell)]
     found = set(combinations(values, 2))
@@ -62,9 +62,9 @@ def demanded(cell: Cell) -> set[Pair]:
 
 
 def choose() -> list[Cell]:
-    """Few cells that have all demanded pairs of the candidates.
+    """Select few cells that cover all demanded pairs of the candidates.
 
-    Greedy: the candidate with the most new pairs is next; at a tie the first one.
+    Greedy: the candidate with the most new pairs is next; on ties the first one.
     """
     chosen: list[Cell] = []
     for backend in VLLM_MODES, TORCH_MODES:
@@ -80,7 +80,7 @@ def choose() -> list[Cell]:
 
 
 def candidates() -> Iterator[Cell]:
-    """The cells to choose from. A model keeps to two of vLLM's settings: each has a stock run."""
+    """List the candidates, with two of vLLM's settings per model, since each needs a stock run."""
     for mode, models in VLLM_MODELS.items():
         for cell in cells.product_of(models, [mode]):
             settings = cells.settings(cell.model)

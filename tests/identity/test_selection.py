@@ -1,4 +1,4 @@
-"""The committed selection of the identity matrix covers what it must."""
+"""The committed selection of the identity matrix covers the demanded pairs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def values(chosen, *names):
 
 
 def test_the_table_is_what_the_command_writes() -> None:
-    """After a new policy or model: python -m benchmarks identity --select."""
+    """Fix after adding a policy or model: python -m benchmarks identity --select."""
     assert selection.choose() == SELECTED
     assert set(SELECTED) <= set(cells.product_of(EVERY_MODEL, VLLM_MODES + TORCH_MODES))
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(FIELDS, 2)))
 def test_all_pairs_of_the_matrix(one: str, other: str) -> None:
-    """In eager mode, where the prototype of each architecture meets them."""
+    """Covers eager mode, where the prototype of each architecture has all pairs."""
     everything = cells.product_of(EVERY_MODEL, ["vllm eager"])
     mine = [cell for cell in SELECTED if cell.mode == "vllm eager"]
     assert values(mine, one, other) == values(everything, one, other)

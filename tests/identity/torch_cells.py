@@ -18,7 +18,7 @@ Answer = tuple[torch.Tensor, ...]
 
 
 def prompts() -> dict[str, torch.Tensor]:
-    """Three prompts of different lengths, padded at the left; ids below 259, as bytes have."""
+    """Make three left-padded prompts of different lengths, with ids below 259, as for bytes."""
     ids = torch.randint(3, 259, (3, 10), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -27,7 +27,7 @@ def prompts() -> dict[str, torch.Tensor]:
 
 
 def answer(model: Any, new_tokens: int = 8) -> Answer:
-    """Generated tokens, logits of all prompt tokens, and the logits of every decode step."""
+    """Return generated tokens, logits of all prompt tokens, and logits of every decode step."""
     with torch.inference_mode():
         logits = model(**prompts()).logits
         generated = model.generate(
@@ -43,7 +43,7 @@ def answer(model: Any, new_tokens: int = 8) -> Answer:
 
 
 def compiled_answer(model: Any) -> Answer:
-    """The same of a model compiled as one graph, which decodes without a cache."""
+    """Return the same for a model compiled as one graph, which decodes without a cache."""
     torch._dynamo.reset()
     call = torch.compile(model, fullgraph=True, dynamic=False)
     ids = prompts()["input_ids"]
@@ -53,12 +53,12 @@ def compiled_answer(model: Any) -> Answer:
 
 
 def same(one: Answer, other: Answer) -> bool:
-    """Bit for bit."""
+    """True if two answers are equal bit for bit."""
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 class Models:
-    """One model at a time, and what it answers unpaged."""
+    """Holds one model at a time, with its unpaged answers."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

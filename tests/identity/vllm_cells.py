@@ -22,7 +22,7 @@ MULTIMODAL = ("qwen3.5-moe",)
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Per request: output tokens, the log-probability of each, cached prompt tokens."""
+    """Output tokens, their log-probabilities, and cached prompt tokens of each request."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
@@ -31,7 +31,7 @@ class Answers:
 
 
 class Engines:
-    """A child process per kind of engine, started when first needed."""
+    """Child processes, one per kind of engine, started on first use."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._stack = folder, ExitStack()
@@ -66,7 +66,7 @@ class Engines:
         return Outcome(len(pairs), identical, bits, "", differs, stats)
 
     def stock(self, cell: Cell) -> Answers | str:
-        """What stock answered for this cell, or its error."""
+        """Return stock's answer for this cell, or its error."""
         return self._stock[cell.stock]
 
     def _config(self, cell: Cell) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Engines:
 
 @contextmanager
 def _torchvision() -> Iterator[None]:
-    """Processes that start here can import torchvision's names."""
+    """Let child processes import torchvision's names."""
     folder, before = str(Path(__file__).with_name("stand_ins")), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
     sys.path.insert(0, folder)  # what multiprocessing hands on
@@ -141,7 +141,7 @@ def _torchvision() -> Iterator[None]:
 
 @contextmanager
 def engines(folder: Path) -> Iterator[Engines]:
-    """``Engines`` that are closed at the end."""
+    """Provide ``Engines`` that are closed at the end."""
     running = Engines(folder)
     try:
         yield running

@@ -1,4 +1,4 @@
-"""Wrong inputs (faults A and B): a line with a code for each problem, soon, and nothing is lost."""
+"""Wrong inputs (faults A and B): a prompt error line with a code per problem, no side effects."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def workplace(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder as working directory; afterwards it must be as before."""
+    """Use the folder as working directory; it must be unchanged afterwards."""
     monkeypatch.chdir(files)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("FLUXMOE_PLUGINS", "")
@@ -111,7 +111,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """Interrupt what takes more processor time than ``LIMIT``."""
+    """Interrupt calls that take more CPU time than ``LIMIT``."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"no answer after {LIMIT} s")
@@ -126,7 +126,7 @@ def soon() -> Iterator[None]:
 
 
 def answer(case: dict[str, Any], folder: Path, config: Path) -> list[str]:
-    """The lines of the error, without what the command line puts around the codes."""
+    """Return the lines of the error, without the command line's decoration of the codes."""
     if "python" in case:
         with pytest.raises(FluxMoEError) as caught, soon():
             eval(case["python"], {"fluxmoe": fluxmoe})

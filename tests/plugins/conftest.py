@@ -1,4 +1,4 @@
-"""A folder like site-packages, and no plugin of the machine's own."""
+"""A folder like site-packages, without the machine's plugins."""
 
 from __future__ import annotations
 

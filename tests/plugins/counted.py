@@ -1,5 +1,4 @@
-"""A plugin that notes in a file, named by ``COUNTED``, each time it is executed and asked to make
-a policy or codec; and what it notes, counted."""
+"""A plugin that logs its executions and created policies and codecs to the file ``COUNTED``."""
 
 from __future__ import annotations
 
@@ -19,12 +18,12 @@ SETTINGS = {
     "plugins": [PLUGIN],
 }
 ALL = Counter(("execute", "eviction", "prefetch", "arbitration", "codec"))
-#: Where nothing arbitrates.
+#: Settings without arbitration.
 PAGING = Counter(("execute", "eviction", "prefetch", "codec"))
 
 
 def counts(path: Path) -> dict[int, Counter[str]]:
-    """Process → what it noted, how often."""
+    """Count the log entries of each process."""
     found: dict[int, Counter[str]] = {}
     for line in path.read_text().splitlines():
         pid, what = line.split()
@@ -69,7 +68,7 @@ class Arbitration(fluxmoe.ArbitrationPolicy):
 
 
 class Codec(fluxmoe.Codec):
-    """Pages as they are."""
+    """Keep pages unchanged."""
 
     def __init__(self):
         _note("codec")

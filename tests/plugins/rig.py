@@ -1,4 +1,4 @@
-"""Plugins written to disk, as files and as what pip leaves of a distribution."""
+"""Plugins written to disk, as files and as installed distributions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(path: Path, text: str = MRU, name: str = "mru") -> str:
 
 
 def install(site: Path, dist: str, entries: dict[str, str]) -> None:
-    """What pip leaves of a distribution: its metadata with the entry points."""
+    """Write the metadata of an installed distribution with entry points."""
     info = site / f"{dist.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")

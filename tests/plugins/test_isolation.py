@@ -1,4 +1,4 @@
-"""A plugin that is broken stops nobody who does not use it, and whoever asks for it is told why."""
+"""Broken plugins affect only users that request them, who get the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.web import served
 HOOK = "import fluxmoe, sys\n@fluxmoe.hookimpl\ndef fluxmoe_register_policies(register):\n"
 HALF = MRU + '    register("lru", MostRecentlyUsed)\n'
 
-#: What is wrong → its source, and what the message says.
+#: Fault → source, and text of the message.
 BROKEN = {
     "missing import": ("import saddle", "ModuleNotFoundError: No module named 'saddle'"),
     "syntax": ("def broken(:", "SyntaxError"),
@@ -48,7 +48,7 @@ BROKEN = {
     "not a policy": (HOOK + "    register('x', int)", "'x' is not a policy class"),
     "clash with a built-in": (HALF, "policy 'lru' is already registered by fluxmoe"),
     "twice the same name": (MRU + '    register("NAME", MostRecentlyUsed)', "already registered"),
-    "newer api": ("fluxmoe_plugin_api = 99\n" + MRU, "plugin API 99, this is 1"),
+    "newer api": ("fluxmoe_plugin_api = 99\n" + MRU, "plugin API 99; this FluxMoE has 1"),
     "no api": ("fluxmoe_plugin_api = '1.0'\n" + MRU, "fluxmoe_plugin_api is '1.0'"),
 }
 
@@ -61,7 +61,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def pony(site, monkeypatch):
-    """An installed plugin whose module the test writes, beside one that works."""
+    """An installed plugin whose module the test writes, next to a working one."""
     write(site / "cart_policy.py", name="cart")
     install(site, "fluxmoe-cart", {"cart": "cart_policy"})
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})
@@ -86,7 +86,7 @@ def test_an_installed_plugin_that_is_broken_is_reported_and_left_out(pony, caplo
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1, warnings  # once in a process
     assert warnings[0].startswith("plugin pony 1.0 is broken and left out: ")
-    # A server that does not use it starts; whoever asks for what it may have had is told.
+    # A server that does not use it starts; requests for its possible names get the reason.
     wanted = {"model": "m", "memory": {"budget": "1GiB"}, "eviction": "cart"}
     registry.policies(parse(wanted, where="test"))
     with pytest.raises(UnknownPolicyError) as info:
@@ -187,7 +187,7 @@ def test_what_the_allow_list_leaves_out_is_shown(pony, monkeypatch):
 def test_a_policy_that_cannot_be_made_is_refused_before_anything_starts(tmp_path, body, message):
     source = MRU.replace("    def score", f"{body}\n    def score")
     registry = plugins.load([write(tmp_path / "p.py", source, name="mine")])
-    with pytest.raises(PluginLoadError, match="eviction policy 'mine' cannot be made: ") as info:
+    with pytest.raises(PluginLoadError, match="eviction policy 'mine' cannot be created: ") as info:
         registry.create("eviction", "mine")
     assert message in info.value.what
 
@@ -231,8 +231,8 @@ def test_an_older_api_works_for_a_while_with_a_warning(caplog):
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        (4, "plugin API 4, this is 3; plugin pony; upgrade fluxmoe"),
-        (1, "plugin API 1, the oldest that works is 2; plugin pony; use a newer version"),
+        (4, "plugin API 4; this FluxMoE has 3; plugin pony; upgrade fluxmoe"),
+        (1, "plugin API 1; the oldest supported is 2; plugin pony; use a newer version"),
         (0, "fluxmoe_plugin_api is 0"),
         (True, "fluxmoe_plugin_api is True"),
         ("2", "fluxmoe_plugin_api is '2'"),
@@ -289,6 +289,10 @@ fluxmoe_policy_faults_total{kind="eviction",policy="lru"} 3.0
 fluxmoe_policy_faults_total{kind="eviction",policy="mru"} 16.0
 fluxmoe_policy_faults_total{kind="arbitration",policy="marginal"} 1.0e+01
 fluxmoe_policy_faults_created{kind="eviction",policy="lru"} 1.7e+09
+# TYPE fluxmoe_policy_replaced gauge
+fluxmoe_policy_replaced{kind="eviction",policy="mru",reason="score raised ValueError: no idea"} 2.0
+# TYPE fluxmoe_budget_bytes gauge
+fluxmoe_budget_bytes 4096.0
 """
 
 
@@ -305,15 +309,23 @@ def server():
         yield url, answers
 
 
-def test_policies_asks_a_running_server_for_its_faults(server, capsys):
+def test_c3_policies_tells_what_became_of_a_running_servers(server, capsys):
     url, answers = server
     answers["/metrics"] = METRICS
-    rows = {(r["kind"], r["name"]): r["faults"] for r in listed(capsys, "--server", url + "/")}
-    assert rows["eviction", "lru"] == 3
-    assert rows["arbitration", "marginal"] == 10
-    assert rows["eviction", "lfu"] is None  # the server does not run it
+    rows = {(r["kind"], r["name"]): r for r in listed(capsys, "--server", url + "/")}
+    lru, mru = rows["eviction", "lru"], rows["eviction", "mru"]
+    assert (lru["status"], lru["problem"], lru["faults"]) == ("ok", "", 3)
+    assert rows["arbitration", "marginal"]["faults"] == 10
+    assert rows["eviction", "lfu"]["faults"] is None  # the server does not run it
+    # Of a plugin that is not installed here.
+    assert (mru["status"], mru["faults"]) == ("replaced", 16)
+    assert mru["problem"] == "score raised ValueError: no idea"
+    answers["/metrics"] = METRICS.replace('policy="mru"', 'policy="lfu"')
+    (lfu,) = (r for r in listed(capsys, "--server", url) if r["name"] == "lfu")
+    assert (lfu["status"], lfu["plugin"]) == ("replaced", rows["eviction", "lfu"]["plugin"])
     main_to_end("policies", "--server", url)
-    assert "faults" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "faults" in shown and "replaced" in shown and "no idea" in shown
 
 
 @pytest.mark.parametrize("text", [None, "vllm:num_requests_running 0.0\n"])

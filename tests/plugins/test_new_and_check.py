@@ -1,4 +1,4 @@
-"""New packages pass their own tests; ``plugin check`` says what is wrong with one."""
+"""New packages pass their own tests; ``plugin check`` finds faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_copier = pytest.mark.skipif(
 
 
 def run(*arguments, code=0):
-    """What a command prints to standard output, or to standard error."""
+    """Run a command; return its standard output or standard error."""
     done = here(*arguments)
     assert (done.returncode or 0) == code, done
     return done.stdout if code in (0, 1) else done.stderr
@@ -59,6 +59,53 @@ def test_a_new_package_passes_its_own_tests(tmp_path, kind):
     assert [(v["kind"], v["name"], v["conforms"]) for v in verdict] == [(kind, "brand-new", True)]
 
 
+#: Policies and a codec that are legitimate, but useless on the kit's traces.
+LEGITIMATE = {
+    "eviction": """
+import numpy as np
+class Arc(fluxmoe.EvictionPolicy):
+    def score(self, view, pages):
+        return view.last_use[pages]
+    def retain(self, view, access):
+        return np.zeros(len(access.pages), bool)
+""",
+    "prefetch": """
+class Arc(fluxmoe.PrefetchPolicy):
+    lead = 1
+    def propose(self, view, access):
+        return []
+""",
+    "codec": """
+class Arc(fluxmoe.Codec):
+    def encode(self, raw):
+        return raw.copy()
+    def decode(self, coded, out):
+        if len(coded) != len(out):
+            raise fluxmoe.CodecError("of another size")
+        out[:] = coded
+""",
+}
+
+
+@needs_copier
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LEGITIMATE)
+def test_d1_the_tests_of_a_new_package_know_its_policy_by_its_name_only(tmp_path, kind):
+    folder = tmp_path / "pack"
+    run("plugin", "new", "arc", "--kind", kind, "--output", folder)
+    module = folder / "fluxmoe_arc.py"
+    hook = module.read_text().partition("@fluxmoe.hookimpl")[2]
+    hook = hook.replace("ArcPolicy", "Arc").replace("ArcCodec", "Arc")
+    module.write_text(f"import fluxmoe\n{LEGITIMATE[kind]}\n@fluxmoe.hookimpl{hook}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
+
+
 @needs_copier
 def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -67,7 +114,7 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
     assert 'name = "fluxmoe-sieve-2"' in text
     assert 'sieve-2 = "fluxmoe_sieve_2"' in text
     assert "class Sieve2Policy" in Path("fluxmoe-sieve-2/fluxmoe_sieve_2.py").read_text()
-    # A second time it would overwrite what somebody has written since.
+    # A second time it would overwrite the user's changes.
     error = run("plugin", "new", "sieve-2", "--kind", "eviction", code=2)
     assert "error[FM101]: fluxmoe-sieve-2 already exists" in error
 
@@ -147,6 +194,28 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path):
     assert all(broken[0][part] for part in ("detail", "call", "mend"))
     assert by_name["good"]["misses"]["sparse"]["lru"] == 320
     assert by_name["short"]["misses"] == {}
+
+
+@pytest.mark.parametrize(
+    ("expression", "mend"),
+    [
+        ("view.use_counts[pages]", "did you mean 'use_count'?; a PageView has event, "),
+        ("view.zzz[pages]", "a PageView has event, experts_per_layer, last_use, layer, "),
+        ("self.cuont[pages] if self.count else pages", "did you mean 'count'?; set self.cuont in"),
+        ("pagse", "did you mean 'pages'?"),
+        ("self.zzz", "set self.zzz in __init__, and again in reset, before score reads it"),
+        ("pages.argmx()", "did you mean 'argmax'?"),
+        ("view.next_use[pages]", "avoid it, or set needs_future = True"),
+    ],
+)
+def test_d3_advice_for_an_attribute_that_does_not_exist(tmp_path, expression, mend):
+    source = MRU.replace("return -view.last_use[pages]", f"return {expression}")
+    source = source.replace("    def score", "    count = [0] * 10**6\n    def score")
+    assert expression in source
+    path = write(tmp_path / "p.py", source)
+    (verdict,) = json.loads(run("plugin", "check", path, "--json", code=1))
+    mends = [rule["mend"] for rule in verdict["rules"] if rule["status"] == "broken"]
+    assert any(mend in found for found in mends), mends
 
 
 def test_one_policy_with_options(tmp_path):

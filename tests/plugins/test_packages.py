@@ -1,4 +1,4 @@
-"""The packages below ``plugins``: built as wheels, installed beside a wheel of fluxmoe, tested."""
+"""The packages below ``plugins``: built as wheels, installed with a wheel of fluxmoe, tested."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_of_them_are_found_and_conform(python, tmp_path):
     fluxmoe = python, "-c", "from fluxmoe.cli import main; main()"
     rows = json.loads(do(*fluxmoe, "policies", "--json", cwd=tmp_path))
     found = {row["plugin"]: row for row in rows if row["origin"] == "installed"}
-    assert set(found) == set(NAMES) - {"zstd"}  # a codec is no policy
+    assert set(found) == set(NAMES) - {"zstd"}  # a codec is not a policy
     assert {row["version"] for row in found.values()} == {"0.1.0"}
     # Their own tests have called the kit; the command finds an installed package by its name.
     verdicts = json.loads(do(*fluxmoe, "plugin", "check", "sieve", "--json", cwd=tmp_path))

@@ -1,4 +1,4 @@
-"""How plugins are found, loaded and refused. Every refusal names the plugin and says what to do."""
+"""Plugins are found, loaded and rejected, with errors that name the plugin and the remedy."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_plugin_without_a_usable_hook_is_refused(tmp_path, text, message):
 
 
 class Plugin:
-    """A plugin object that calls ``register`` with what the test says."""
+    """A plugin object that calls ``register`` with the test's arguments."""
 
     def __init__(self, *args, **kwargs):
         self.args, self.kwargs = args, kwargs
@@ -198,9 +198,9 @@ def test_score_select_or_kernel_makes_a_policy(policy):
         (("x", int), "'x' is not a policy class: <class 'int'>", "fluxmoe.EvictionPolicy"),
         (("x", lambda: Good()), "'x' is not a policy class", "fluxmoe.EvictionPolicy"),
         (("x", Good()), "'x' is not a policy class", "fluxmoe.EvictionPolicy"),
-        (("x", DecidesNothing), "'x' decides nothing", "define score"),
-        ((7, Good), "7 is not a name", ""),
-        (("", Good), "'' is not a name", ""),
+        (("x", DecidesNothing), "'x' cannot choose victims", "define score"),
+        ((7, Good), "not a valid name: 7", ""),
+        (("", Good), "not a valid name: ''", ""),
         (("lru", Good), "eviction policy 'lru' is already registered by fluxmoe", "another name"),
         (("x",), "fluxmoe_register_policies raised TypeError", ""),
     ],
@@ -242,7 +242,7 @@ def test_a_policy_that_cannot_be_made_names_its_plugin():
 
     with pytest.raises(PluginLoadError) as info:
         registry_with("fails", Fails).create("eviction", "fails")
-    assert info.value.what == "eviction policy 'fails' cannot be made: OSError: no table"
+    assert info.value.what == "eviction policy 'fails' cannot be created: OSError: no table"
     assert info.value.where == "plugin pony"
 
 
@@ -289,7 +289,7 @@ def test_an_unknown_option_is_refused_even_by_a_model_that_would_ignore_it():
         registry_with("good", Good, Options).create("eviction", {"kind": "good", "wieght": 3})
     assert info.value.what == "unknown option 'wieght'"
     assert info.value.where == "eviction 'good'"
-    assert info.value.fix == "did you mean 'weight'?; its options: mode, weight"
+    assert info.value.fix == "did you mean 'weight'?; valid options: mode, weight"
 
 
 def test_a_policy_without_options_takes_none():
@@ -322,7 +322,7 @@ def test_a_refusal_of_the_whole_model_reads_well():
 
 @pytest.mark.parametrize("spec", [{}, {"depth": 1}, {"kind": 3}])
 def test_a_specification_without_a_name_is_refused(spec):
-    with pytest.raises(ConfigError, match="names no policy") as info:
+    with pytest.raises(ConfigError, match="no prefetch policy in") as info:
         plugins.load().create("prefetch", spec)
     assert info.value.where == "prefetch"
 
@@ -384,7 +384,7 @@ def test_an_unknown_name_in_the_allow_list_is_an_error(installed, monkeypatch):
     monkeypatch.setenv("FLUXMOE_PLUGINS", "pony,poni")
     with pytest.raises(PluginLoadError) as info:
         plugins.load()
-    assert info.value.what == "no installed plugin is called 'poni'"
+    assert info.value.what == "no installed plugin is named 'poni'"
     assert info.value.where == "FLUXMOE_PLUGINS"
     assert info.value.fix == "installed: pony, the-cart, wheel"
 
@@ -418,3 +418,18 @@ def test_an_entry_point_works_in_a_fresh_process(installed):
     )
     assert "pony" in done.stdout
     assert "wheel" not in done.stdout
+
+
+def test_c4_a_policy_and_its_package(tmp_path):
+    class Mine(fluxmoe.EvictionPolicy):
+        def score(self, view, pages):
+            return view.last_use[pages]
+
+    registry = plugins.load()
+    assert registry.source("eviction", "lru") == f"lru (FluxMoE {fluxmoe.__version__})"
+    options = {"kind": "next-layer", "depth": 2}
+    assert registry.source("prefetch", options) == f"next-layer (FluxMoE {fluxmoe.__version__})"
+    for spec in (Mine, Mine()):
+        assert registry.source("eviction", spec) == f"Mine ({__name__})"
+    with pytest.raises(UnknownPolicyError):
+        registry.source("eviction", "nonsense")

@@ -1,4 +1,4 @@
-"""The arbitration policies against a model of an engine: who gets the memory, and when nobody."""
+"""The arbitration policies with a model of an engine: moves in both directions, or none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOTAL, PAGES, FRAMES_PER_PAGE = 400, 100, 3.0
 
 @dataclass
 class Engine:
-    """An engine that takes what it is given at once: a step of it costs what the formulas say."""
+    """An engine that applies a split at once, with step times given by formulas."""
 
     policy: ArbitrationPolicy
     experts: int = 200

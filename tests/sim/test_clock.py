@@ -1,4 +1,4 @@
-"""The virtual clock against times worked out by hand, and profiles."""
+"""The virtual clock compared with times computed by hand, and profiles."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_a_profile_survives_its_file(tmp_path):
         ("name: x\nload_gbps: 1\nmemory_gbps: 1\n", "tflops: Field required"),
         ("name: x\nload_gbps: 1\nmemory_gbps: 1\ntflops: 1\nwarp: 9\n", "warp: Extra inputs"),
         ("[1, 2]\n", "the document: "),
-        ("a: [\n", "cannot read it"),
+        ("a: [\n", "cannot read the file"),
         ("name: x\nload_gbps: .inf\nmemory_gbps: 1\ntflops: 1\n", "load_gbps: .*finite"),
     ],
 )

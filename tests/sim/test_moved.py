@@ -1,4 +1,4 @@
-"""Names that were published in ``fluxmoe.sim`` and have moved: still there, with a warning."""
+"""Names published in ``fluxmoe.sim`` that have moved: still available, with a warning."""
 
 import importlib
 

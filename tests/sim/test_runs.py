@@ -1,4 +1,4 @@
-"""Many runs at once, in processes, and the report of them."""
+"""Many runs at once, in processes, and their report."""
 
 import html.parser
 import itertools
@@ -136,5 +136,5 @@ def test_the_curves_show_the_hit_rates(tmp_path, events, outcomes):
 
 
 def test_a_report_that_cannot_be_written(tmp_path, events, outcomes):
-    with pytest.raises(ConfigError, match="cannot write it"):
+    with pytest.raises(ConfigError, match="cannot write the file"):
         report.write(tmp_path / "no" / "out.html", "t", events, outcomes)

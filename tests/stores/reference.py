@@ -1,6 +1,6 @@
-"""The lossless code of docs/concepts/code.md in plain numpy, written apart from the product.
+"""The lossless code of docs/concepts/code.md in plain numpy, independent of the product.
 
-Encoder and decoder take the whole matrix at once and are slow. The tests compare bytes with them.
+Encoder and decoder process the whole matrix at once and are slow. Tests compare bytes with them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ def section(raw: bytes) -> bytes:
 
 
 def choose(high: U8) -> tuple[str, int]:
-    """Kind and base of a segment ``[halves, 64]`` of exponents: what an encoder should do.
+    """Choose the kind and base of a segment ``[halves, 64]`` of exponents, as an encoder should.
 
-    The highest exponents always fit. What is lower than they reach are escapes, unless
-    zeros are the reason.
+    The highest exponents always fit. Lower ones out of range are escapes, unless they are zeros.
     """
     base = max(int(high.max()) - 7, 0)
     low = high < base
@@ -61,7 +60,7 @@ def choose(high: U8) -> tuple[str, int]:
 
 
 def encode(weights: U16, tail: bytes = b"") -> U8:
-    """``[rows, cols]`` bf16 patterns as a block."""
+    """Encode ``[rows, cols]`` bf16 patterns as a block."""
     rows, cols = weights.shape
     assert cols % 64 == 0 and len(tail) < 2 * cols
     row_tiles, col_tiles = -(-rows // 64), cols // 64
@@ -129,7 +128,7 @@ def encode(weights: U16, tail: bytes = b"") -> U8:
 
 
 def decode(block: U8) -> tuple[U16, bytes]:
-    """The weights and the tail of a block that is not damaged."""
+    """Decode the weights and the tail of an undamaged block."""
     trailer = block[-64:].view(TRAILER)[0]
     rows, cols = int(trailer["rows"]), int(trailer["cols"])
     assert trailer["magic"] == b"FXM4" and trailer["nbytes"] == len(block)

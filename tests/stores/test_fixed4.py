@@ -1,4 +1,4 @@
-"""``fixed4``: byte for byte as docs/concepts/code.md says, and unimpressed by damage."""
+"""``fixed4``: byte for byte as in docs/concepts/code.md, and robust against damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_bytes(weights: np.ndarray) -> np.ndarray:
 
 
 def guarded(nbytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Room for ``nbytes``, and the larger array around it, all of one byte."""
+    """Allocate ``nbytes`` inside a larger array filled with one value."""
     around = np.full(nbytes + 256, 0xA5, np.uint8)
     return around[128 : 128 + nbytes], around
 
@@ -160,7 +160,7 @@ def test_columns_must_fit_the_tiles(cols: int) -> None:
 
 
 def damaged_by(block: np.ndarray, raw: np.ndarray) -> bool:
-    """Whether a block that was changed is refused, without a byte written elsewhere."""
+    """True if a modified block is rejected without writing elsewhere."""
     out, around = guarded(len(raw))
     try:
         Fixed4().decode(block, out)
@@ -245,5 +245,5 @@ def test_errors_say_what_is_wrong() -> None:
         Fixed4().decode(block, np.zeros(5, np.uint8))
     newer = block.copy()
     newer[len(newer) - 60] = 9
-    with pytest.raises(CodecError, match="the block has version 9, supported is 1"):
+    with pytest.raises(CodecError, match="the block has version 9; supported: 1"):
         inspect(newer)

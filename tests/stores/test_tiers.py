@@ -1,4 +1,4 @@
-"""Stores that share the pages: every page comes back, from wherever there was room."""
+"""Stores that share the pages: every page can be read back from the one that had room."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGES = GEOMETRY.num_pages
 
 
 def layers(seed: int = 0) -> list[list[np.ndarray]]:
-    """Per layer and part uint8 ``[experts, part bytes]``."""
+    """Make arrays uint8 ``[experts, part bytes]`` per layer and part."""
     rng = np.random.default_rng(seed)
     shape = lambda part: (GEOMETRY.experts_per_layer, part.elements)  # noqa: E731
     return [
@@ -135,7 +135,7 @@ def test_a_page_that_is_not_there_is_an_error(kind, page) -> None:
 
 
 class Faulty(fluxmoe.Codec):
-    """Keeps the first half, which is enough where the second is zero; or fails."""
+    """Keeps only the first half, which suffices if the second is zero; or fails."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -216,7 +216,7 @@ def test_other_weights_codecs_and_layouts_have_files_of_their_own(tmp_path: Path
 
 
 def test_other_options_of_a_codec_make_another_file(tmp_path: Path) -> None:
-    """Some codecs cannot decode what was encoded with others."""
+    """Some codecs cannot decode data encoded with other options."""
     for options in ({}, {"key": 1}, {"key": 2}, {"key": 1}):
         coder = Coder(plugins.load().create("codec", "fixed4"), "fixed4")
         tier = FileTier(GEOMETRY, PAGE_CLASS, tmp_path, coder, None, options=options)
@@ -231,7 +231,7 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
     changed[1][1][2, 5] ^= 1  # a model that was trained a little more
     for parts in changed:
         store.adopt(parts)
-    assert "is rebuilt: it holds other pages" in caplog.text
+    assert "is rebuilt: it contains different pages" in caplog.text
     for page in range(PAGES):
         store.read_into(page, target := rows())
         layer, expert = divmod(page, GEOMETRY.experts_per_layer)
@@ -243,15 +243,15 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda data: data[:-1], "it is cut off"),
-        (lambda data: data[: len(data) // 2], "it is cut off"),
-        (lambda data: data + bytes(4096), "it is cut off, or longer"),
+        (lambda data: data[:-1], "the file is truncated"),
+        (lambda data: data[: len(data) // 2], "the file is truncated"),
+        (lambda data: data + bytes(4096), "the file is truncated or too long"),
         (lambda data: data[:100], "not a page file"),
         (lambda data: b"", "not a page file"),
         (lambda data: b"PK" + data[2:], "not a page file"),
         (lambda data: data[:8] + b"\2" + data[9:], "unsupported version 2"),
-        (lambda data: data[:30] + b"x" + data[31:], "its header is damaged"),
-        (lambda data: data[:-4096] + b"\1" + data[-4095:], "its index is damaged"),
+        (lambda data: data[:30] + b"x" + data[31:], "the header is damaged"),
+        (lambda data: data[:-4096] + b"\1" + data[-4095:], "the index is damaged"),
     ],
 )
 def test_a_torn_or_foreign_file_is_refused_and_built_anew(tmp_path, caplog, damage, said) -> None:
@@ -272,7 +272,7 @@ def test_a_file_of_another_model_under_this_name_is_refused(tmp_path: Path, capl
     (other,) = set(page_files(tmp_path)) - {mine}
     mine.write_bytes(other.read_bytes())
     store = filled(in_file(tmp_path))
-    assert "its layout, codec or options differ" in caplog.text
+    assert "the layout, codec or options differ" in caplog.text
     check(store)
     store.close()
 
@@ -291,7 +291,7 @@ def test_a_bit_that_flips_on_the_disk_is_noticed_at_the_read(
         file.write(bytes([byte[0] ^ 4]))
     with pytest.raises(StoreError, match=r"part 0 of page 0 is damaged.*delete the file") as info:
         store.read_into(0, rows())
-    assert info.value.code == "FM307" and "trying once more" in caplog.text
+    assert info.value.code == "FM307" and "retrying once" in caplog.text
     store.read_into(1, rows())
     store.close()
 

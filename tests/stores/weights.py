@@ -1,4 +1,4 @@
-"""Arrays of bf16 weights that are hard on a code, by name."""
+"""Arrays of bf16 weights that are difficult to code, by name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ U16 = npt.NDArray[np.uint16]
 
 
 def bf16(numbers: npt.NDArray[np.floating]) -> U16:
-    """The upper halves of float32 numbers."""
+    """Truncate float32 numbers to their upper halves."""
     return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def matrices(rows: int = 70, cols: int = 192) -> dict[str, U16]:
-    """``[rows, cols]`` each."""
+    """Make all arrays as ``[rows, cols]``."""
     rng = np.random.default_rng(0)
     shape = (rows, cols)
     normal = bf16(rng.standard_normal(shape) * 0.02)

@@ -1,4 +1,4 @@
-"""The conformance kit passes what is right and finds what is wrong, whatever is wrong."""
+"""The conformance kit accepts correct policies and codecs, and finds every kind of fault."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_a_right_prefetch_policy_may_propose_any_other_layer():
 
 
 class Eviction(fluxmoe.EvictionPolicy):
-    """LRU, to be spoilt."""
+    """LRU, to be broken by tests."""
 
     def score(self, view, pages):
         return view.last_use[pages]
 
 
 class Prefetch(fluxmoe.PrefetchPolicy):
-    """The first expert of the next layer, to be spoilt."""
+    """Fetches the first expert of the next layer, to be broken by tests."""
 
     def propose(self, view, access):
         layer = (access.layer + 1) % view.num_layers
@@ -75,14 +75,14 @@ class Prefetch(fluxmoe.PrefetchPolicy):
 
 
 class Arbitration(fluxmoe.ArbitrationPolicy):
-    """The present split, to be spoilt."""
+    """Keeps the current split, to be broken by tests."""
 
     def split(self, view):
         return fluxmoe.Split(view.frames)
 
 
 def spoilt(base, **members):
-    """The parameters of a test: a class that is wrong in one way."""
+    """Make the parameters of a test: a class with one fault."""
     return type("Spoilt", (base,), members)
 
 
@@ -128,7 +128,7 @@ def _slow(self, view, pages):
 
 
 class Moody(Eviction):
-    """Counts its calls in score."""
+    """Depends on the number of calls of score."""
 
     calls = 0
 
@@ -138,7 +138,7 @@ class Moody(Eviction):
 
 
 class Forgetful(Eviction):
-    """Learns, and does not unlearn."""
+    """Keeps state across reset()."""
 
     def __init__(self):
         self.seen = 0
@@ -151,7 +151,7 @@ class Forgetful(Eviction):
 
 
 class Shared(Forgetful):
-    """Learns in its class."""
+    """Keeps state in its class."""
 
     book: list[int] = []  # noqa: RUF012
 
@@ -169,7 +169,7 @@ class Shared(Forgetful):
 
 
 class Dice(Eviction):
-    """Draws from where it must not."""
+    """Uses the wrong random generator."""
 
     made = 0
 
@@ -229,7 +229,7 @@ EVICTION = [
     (spoilt(Eviction, score=_score(_loop)), "answers", "more than 2 s"),
     (spoilt(Eviction, score=_score(lambda v, p: p[:-1])), "answers", "numbers"),
     (spoilt(Eviction, score=_score(lambda v, p: p[0])), "answers", "numbers"),
-    (spoilt(Eviction, score=_score(lambda v, p: None)), "answers", "gave None"),
+    (spoilt(Eviction, score=_score(lambda v, p: None)), "answers", "returned None"),
     (spoilt(Eviction, score=_score(lambda v, p: "high")), "answers", "numbers"),
     (spoilt(Eviction, score=_score(lambda v, p: [str(q) for q in p])), "answers", "numbers"),
     (spoilt(Eviction, score=_score(lambda v, p: p * np.nan)), "answers", "NaN"),
@@ -238,7 +238,7 @@ EVICTION = [
     (spoilt(Eviction, score=_score(_write)), "answers", "read-only"),
     (spoilt(Eviction, score=_score(_set)), "answers", "views are read-only"),
     (spoilt(Eviction, select=lambda s, v, p, n: p[: n + 1]), "answers", "pages"),
-    (spoilt(Eviction, select=lambda s, v, p, n: [p[0]] * n), "answers", "a page twice"),
+    (spoilt(Eviction, select=lambda s, v, p, n: [p[0]] * n), "answers", "a duplicate"),
     (spoilt(Eviction, select=lambda s, v, p, n: p[:n] + 0.5), "answers", "float64"),
     (spoilt(Eviction, retain=lambda s, v, a: [1] * len(a.pages)), "answers", "bools"),
     (spoilt(Eviction, retain=lambda s, v, a: [True]), "answers", "bools"),
@@ -268,7 +268,7 @@ PREFETCH = [
     (spoilt(Prefetch, propose=lambda self, view: []), "declared", "cannot be called"),
     (spoilt(Prefetch, lead=1.5), "declared", "lead is 1.5"),
     (spoilt(Prefetch, lead=-1), "declared", "lead is -1"),
-    (spoilt(Prefetch, propose=lambda s, v, a: a.pages), "answers", "page of the running layer"),
+    (spoilt(Prefetch, propose=lambda s, v, a: a.pages), "answers", "page of the current layer"),
     (spoilt(Prefetch, propose=lambda s, v, a: [-1]), "answers", "outside"),
     (spoilt(Prefetch, propose=lambda s, v, a: [0.5]), "answers", "not a list of pages"),
     (spoilt(Prefetch, propose=lambda s, v, a: None), "answers", "None"),
@@ -380,7 +380,7 @@ def test_the_policies_own_randomness_must_come_from_the_view():
         def score(self, view, pages):
             return np.random.random(len(pages))
 
-    with pytest.raises(ConformanceError, match=r"view\.rng only"):
+    with pytest.raises(ConformanceError, match=r"only view\.rng"):
         check_eviction_policy(Unfair)
 
 
@@ -388,7 +388,7 @@ def test_the_policies_own_randomness_must_come_from_the_view():
 
 
 class Plain(fluxmoe.Codec):
-    """The size, then the bytes as they are; to be spoilt."""
+    """Stores the size, then the unchanged bytes; to be broken by tests."""
 
     def encode(self, raw):
         return np.concatenate([np.frombuffer(np.int64(len(raw)).tobytes(), np.uint8), raw])
@@ -405,7 +405,7 @@ def _far(self, coded, out):
 
 
 class OneByOne(Plain):
-    """Keeps what it works on in itself."""
+    """Keeps its working data in self."""
 
     def encode(self, raw):
         self.raw = raw
@@ -432,7 +432,7 @@ CODEC = [
     (spoilt(Plain, decode=lambda s, coded, out: out.fill(0)), "lossless", "was restored as"),
     (spoilt(Plain, decode=lambda s, coded, out: coded), "lossless", "it returned array"),
     (spoilt(Plain, decode=_far), "lossless", "it wrote beyond `out`"),
-    (Random, "repeats", "code it differently"),
+    (Random, "repeats", "encode it differently"),
     (
         spoilt(Plain, decode=lambda s, c, o: o.__setitem__(slice(None), np.resize(c[8:], len(o)))),
         "refuses",

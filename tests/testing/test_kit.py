@@ -39,9 +39,7 @@ def test_the_figures_of_golden_traces_are_right(name):
         trace.events.meta.geometry.num_pages,
     )
     for policy, misses in trace.misses.items():
-        found = tuple(
-            simulate(trace.events, policy, c, strict=True).misses for c in trace.capacities
-        )
+        found = tuple(simulate(trace.events, policy, c).misses for c in trace.capacities)
         assert found == misses, policy
 
 
@@ -172,7 +170,7 @@ def test_golden(fluxmoe_golden, fluxmoe_registry):
     from fluxmoe.sim.simulator import simulate
     fluxmoe_registry.add(Plugin(), "mine")
     runs = [
-        simulate(fluxmoe_golden.events, "mine", c, registry=fluxmoe_registry, strict=True).misses
+        simulate(fluxmoe_golden.events, "mine", c, registry=fluxmoe_registry).misses
         for c in fluxmoe_golden.capacities
     ]
     assert tuple(runs) == fluxmoe_golden.misses["lru"]

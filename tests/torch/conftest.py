@@ -1,4 +1,4 @@
-"""Real Hugging Face models, small and random, and what they answer unpaged."""
+"""Small random Hugging Face models, and their unpaged outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Load", "answer", "held", "prompts", "same", "sizes"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Spinning threads of tests that run side by side cost more than they bring."""
+    """Use one thread: spinning threads of parallel tests cost more than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def load(checkpoint: Callable[..., Path]) -> Load:
-    """``load(architecture, implementation, **settings)``: a model of its own."""
+    """``load(architecture, implementation, **settings)`` makes a new model."""
 
     def load(
         architecture: str = "qwen3-moe",
@@ -64,13 +64,13 @@ def load(checkpoint: Callable[..., Path]) -> Load:
 
 
 def sizes(model: Any) -> tuple[int, int, int]:
-    """Experts per layer, pages, and bytes of a page."""
+    """Return experts per layer, pages, and bytes of a page."""
     geometry, page_class = layout.describe(layout.experts_of(model))
     return geometry.experts_per_layer, geometry.num_pages, page_class.nbytes
 
 
 def held() -> tuple[int, int, int]:
-    """Open files, mapped frames and copy threads of this process."""
+    """Count open files, mapped frames and copy threads of this process."""
     gc.collect()
     return (
         len(os.listdir("/proc/self/fd")),

@@ -1,6 +1,6 @@
-"""A process that pages, and forks: what its children get, and what they leave of it.
+"""A process that pages and forks: errors in its children, and their effects on the parent.
 
-``python -m tests.torch.forks CHECKPOINT FOLDER`` prints one JSON object: case → what was found.
+``python -m tests.torch.forks CHECKPOINT FOLDER`` prints one JSON object: case → findings.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ stock: list[Any] = []
 
 
 class End(BaseException):
-    """The child has nothing left to do, and reaches the end of the program."""
+    """Raised when the child has nothing left to do and must reach the end of the program."""
 
 
 def start() -> None:
-    """All pages resident, where a lost one is never read again; and few, with much to copy."""
+    """Start with all pages resident, where a lost one is never reread, or few, with many copies."""
     torch.set_num_threads(1)
     for name, settings in {
         "all": {"memory": "1GiB"},
@@ -137,7 +137,7 @@ def end() -> None:
 
 
 def forked(child: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
-    """The exit status of a child, negative for a signal."""
+    """Return the exit status of a child, negative for a signal."""
     sys.stdout.flush()
     if pid := fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -166,7 +166,7 @@ def pool() -> list[str]:
 
 
 def while_another_thread_runs(child: Callable[[], Any]) -> int:
-    """Fork while a pass has its turn."""
+    """Fork while a pass in another thread holds the lock."""
     begun, go_on = threading.Event(), threading.Event()
 
     def wait(*_: object) -> None:
@@ -253,7 +253,7 @@ def main() -> None:
         if not found[name][1]:
             handles["all"].reset()  # for the next one
         print(name, found[name], file=sys.stderr, flush=True)  # tells where it hangs
-    # What the children used to do: it would be seen.
+    # Checks that the former behaviour of children would be detected.
     substrate = handles["all"]._runtime.memory.substrate
     substrate.release(np.arange(substrate.count))
     found["control"] = unharmed()

@@ -1,4 +1,4 @@
-"""A compiled paged model answers what the compiled unpaged model answers, bit for bit.
+"""A compiled paged model gives the same output as the compiled unpaged model, bit for bit.
 
 Each compilation takes seconds, so the models have one or two layers.
 """
@@ -39,7 +39,7 @@ def test_compiled_as_one_graph(load: Load) -> None:
 
 
 def generate_with_static_cache(model: Any) -> list[torch.Tensor]:
-    """The loop of transformers: prefill as it is, decode steps compiled."""
+    """Generate with transformers' loop: eager prefill, compiled decode steps."""
     compiled = CompileConfig(fullgraph=True, mode="default", dynamic=False)
     compiled._compile_all_devices = True  # else transformers compiles on GPUs only
     vars(model).pop("_compiled_call", None)
@@ -58,7 +58,7 @@ def generate_with_static_cache(model: Any) -> list[torch.Tensor]:
 
 
 def decode_with_dynamic_cache(model: Any) -> list[torch.Tensor]:
-    """A loop of one's own: the cache grows, so shapes become symbols at the second step."""
+    """Decode in a custom loop: the cache grows, so shapes become symbolic in the second step."""
     cache, call = DynamicCache(config=model.config), torch.compile(model, fullgraph=True)
     found = [model(prompts()["input_ids"], past_key_values=cache).logits]
     for _ in range(4):

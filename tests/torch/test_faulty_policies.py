@@ -1,4 +1,4 @@
-"""Whatever a policy does wrong, in whichever method: the model answers the same, bit for bit."""
+"""Policy faults of every kind, in every method, do not change the model's output, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = [c for c in CASES if not (c[1] == "reset" and c[2] in ("write", "flag", 
 
 
 def selected() -> Iterator[object]:
-    """``make test`` runs every method and every fault at least once."""
+    """Select cases so that ``make test`` runs every method and every fault at least once."""
     seen: set[str] = set()
     for case in CASES:
         yield pytest.param(*case, marks=[pytest.mark.full] if seen >= {*case} else [])

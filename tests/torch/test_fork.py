@@ -1,4 +1,4 @@
-"""A forked child cannot use what its parent pages, and does it no harm, however it ends."""
+"""A forked child cannot use its parent's paged model, and does not harm it, however it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def found(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Of ``forks.py``: case → what the child came to, and whether the parent answers as before."""
+    """Findings of ``forks.py``: case → result of the child, and the parent's output."""
     folder = tmp_path_factory.mktemp("forks")
     result = subprocess.run(
         [sys.executable, "-m", "tests.torch.forks", str(checkpoint()), str(folder)],

@@ -17,7 +17,7 @@ from tests.torch.conftest import Load
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
+    """Run the command; return exit status, standard output and standard error."""
     done = here("generate", *arguments)
     return done.returncode or 0, done.stdout, done.stderr
 

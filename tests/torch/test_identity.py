@@ -1,4 +1,4 @@
-"""A paged model answers what it answers unpaged, bit for bit."""
+"""A paged model gives the same output as unpaged, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def test_cells(
     running: Models, model: str, mode: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """The selected cells of the identity matrix; ``make test-full`` runs them all."""
+    """Runs the selected cells of the identity matrix; ``make test-full`` runs all."""
     for cell in (c for c in SELECTED if (c.model, c.mode) == (model, mode)):
         outcome = running.run(cell)
         row = {"cell": record.as_row(cell), "outcome": record.as_row(outcome)}
@@ -87,7 +87,7 @@ def test_several_threads(load: Load) -> None:
 
 
 def test_more_slots_than_grouped_mm_can_count(load: Load) -> None:
-    """From 4098 on its float32 histogram counts some slots' tokens for their neighbours."""
+    """From 4098 slots on, its float32 histogram counts some tokens for neighbouring slots."""
     model = load(
         "qwen3-moe",
         num_hidden_layers=34,

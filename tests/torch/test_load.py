@@ -1,9 +1,10 @@
-"""``fluxmoe.load``: what ``from_pretrained`` loads, with its experts in the store only."""
+"""``fluxmoe.load``: the model of ``from_pretrained``, with its experts only in the store."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fluxmoe
-from fluxmoe import errors
+from fluxmoe import errors, machine
 from tests.torch.conftest import Load, answer, held, prompts, same, sizes
 
 
@@ -55,7 +56,7 @@ def test_another_type_of_numbers(load: Load, checkpoint: Callable[..., Path], dt
 
 
 def test_experts_that_lie_together_in_several_shards(load: Load, tmp_path: Path) -> None:
-    """As transformers 5 has them in memory: nothing to be put together, views of the file."""
+    """Stored as in transformers 5: nothing to assemble, only views of the file."""
     model = load()
     model.save_pretrained(tmp_path, save_original_format=False, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -72,7 +73,7 @@ def test_after_close_it_has_no_experts(checkpoint: Callable[..., Path]) -> None:
         paged.close()
         paged.close()
         assert held() == before
-        for implementation in ("fluxmoe", "eager"):
+        for implementation in ("grouped_mm", "eager"):
             paged.model.set_experts_implementation(implementation)
             with pytest.raises(errors.UnsupportedError, match=r"experts are gone.*load the model"):
                 paged.model(**prompts())
@@ -90,7 +91,7 @@ def test_what_cannot_be_loaded_is_refused_before_weights_are_read(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
     before = held()
-    with pytest.raises(errors.BudgetTooSmallError, match=r"fluxmoe\.load; give at least 786432"):
+    with pytest.raises(errors.BudgetTooSmallError, match=r"fluxmoe\.load; give at least 768KiB"):
         fluxmoe.load(checkpoint(), 786431)
     with pytest.raises(errors.UnknownPolicyError, match="known eviction policies"):
         fluxmoe.load(checkpoint(), eviction="lur")
@@ -98,7 +99,7 @@ def test_what_cannot_be_loaded_is_refused_before_weights_are_read(
         fluxmoe.load(checkpoint("qwen3-dense"))
     with pytest.raises(errors.UnsupportedError, match=r"sonicmoe.*grouped_mm"):
         fluxmoe.load(checkpoint(), options={"experts_implementation": "sonicmoe"})
-    with pytest.raises(errors.ConfigError, match="device_map cannot be chosen"):
+    with pytest.raises(errors.ConfigError, match="device_map cannot be set"):
         fluxmoe.load(checkpoint(), options={"device_map": "auto"})
     with pytest.raises(errors.ConfigError, match="plenty"):
         fluxmoe.load(checkpoint(), "plenty")
@@ -112,7 +113,7 @@ def sharded(load: Load, tmp_path: Path) -> Path:
 
 
 def shard_of(folder: Path, ending: str) -> Path:
-    """The shard that holds the first weight of that name."""
+    """Find the shard that holds the first weight with this ending."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     return folder / next(file for name, file in index.items() if name.endswith(ending))
 
@@ -126,19 +127,19 @@ def remove(folder: Path) -> str:
 def truncate(folder: Path) -> str:
     shard = shard_of(folder, "experts.3.up_proj.weight")
     shard.write_bytes(shard.read_bytes()[:-1000])
-    return "it is damaged or cut off"
+    return "damaged or truncated"
 
 
 def empty(folder: Path) -> str:
     shard = shard_of(folder, "lm_head.weight")
     shard.write_bytes(b"")
-    return "it is damaged or cut off"
+    return "damaged or truncated"
 
 
 def overwrite_header(folder: Path) -> str:
     shard = shard_of(folder, "experts.3.up_proj.weight")
     shard.write_bytes(b"\xff" * 64 + shard.read_bytes()[64:])
-    return "it is damaged or cut off"
+    return "damaged or truncated"
 
 
 def change(folder: Path, ending: str, weight: torch.Tensor | None) -> None:
@@ -153,7 +154,7 @@ def change(folder: Path, ending: str, weight: torch.Tensor | None) -> None:
 
 def lose_an_expert(folder: Path) -> str:
     change(folder, "layers.1.mlp.experts.3.up_proj.weight", None)
-    return r"up_proj\.weight, which model\.safetensors\.index\.json promises"
+    return r"up_proj\.weight is missing, but listed in model\.safetensors\.index\.json"
 
 
 def lose_all_of_a_layer(folder: Path) -> str:
@@ -172,7 +173,7 @@ def lose_all_of_a_layer(folder: Path) -> str:
 
 def lose_a_norm(folder: Path) -> str:
     change(folder, "model.norm.weight", None)
-    return r"it has no model\.norm\.weight"
+    return r"model\.norm\.weight is missing"
 
 
 def wrong_shape(folder: Path) -> str:
@@ -223,6 +224,79 @@ def test_damaged_checkpoints(sharded: Path, harm: Callable[[Path], str]) -> None
     assert held() == before
 
 
+QUANTISED = {
+    "fp8": ({"quant_method": "fp8"}, ".weight", torch.float8_e4m3fn),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, ".qweight", torch.int32),
+    "awq": ({"quant_method": "awq", "bits": 4}, ".qweight", torch.int32),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "config_groups": {}}, ".weight", torch.int8,
+    ),
+    "bitsandbytes": ({"quant_method": "bitsandbytes"}, ".weight", torch.uint8),
+    "mxfp4": ({"quant_method": "mxfp4"}, ".weight", torch.uint8),
+    "": (None, ".weight", torch.float8_e4m3fn),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_b11_quantised_checkpoints(load: Load, tmp_path: Path, method: str) -> None:
+    """FluxMoE rejects them before transformers reads weights, naming method and layer."""
+    load().save_pretrained(tmp_path)
+    settings, ending, dtype = QUANTISED[method]
+    reconfigure(tmp_path, **({"quantization_config": settings} if settings else {}))
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    for key in [key for key in weights if ".experts." in key]:
+        weights[key.replace(".weight", ending)] = weights.pop(key).to(dtype)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(errors.QuantisedError) as caught:
+        fluxmoe.load(tmp_path, "1MiB")
+    error = caught.value
+    assert (f"with {method} (" if method else "is quantised (") in error.what
+    assert "model.layers.0.mlp.experts." in error.what and error.where == str(tmp_path)
+    assert "unquantised" in error.fix
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_b11_another_number_of_experts(load: Load, tmp_path: Path, count: int) -> None:
+    load().save_pretrained(tmp_path)
+    reconfigure(tmp_path, num_experts=count, num_local_experts=count)
+    says = "has 16 experts, config.json says 8" if count == 8 else r"experts\.16\..* is missing"
+    with pytest.raises(errors.CheckpointError, match=rf"model\.layers\.0\.mlp.*{says}"):
+        fluxmoe.load(tmp_path, "1MiB")
+
+
+def test_b11_weights_of_another_shape(load: Load, tmp_path: Path) -> None:
+    load().save_pretrained(tmp_path)
+    reconfigure(tmp_path, moe_intermediate_size=96)
+    with pytest.raises(errors.CheckpointError) as caught:
+        fluxmoe.load(tmp_path, "2MiB")
+    assert re.match(
+        r"model\.layers\.0\.mlp\.experts\.down_proj is \[16, \d+, \d+\] in the checkpoint, and "
+        r"\[16, \d+, 96\] by its config\.json, and \d more",
+        caught.value.what,
+    )
+
+
+def test_b11_architectures_of_another_kind(tmp_path: Path) -> None:
+    """Experts that cannot be paged are not reported as absent."""
+    for name, says in (("switch_transformers", "cannot build a causal"), ("doge", "expert layout")):
+        AutoConfig.for_model(name, **SMALL_ONES.get(name, {})).save_pretrained(tmp_path / name)
+        with pytest.raises(errors.UnsupportedError, match=rf"(?i){name.split('_')[0]}.*") as caught:
+            fluxmoe.load(tmp_path / name, "1MiB", dtype="float32")
+        assert says in str(caught.value)
+    reconfigure(tmp_path / "doge", model_type="moe-of-2030")
+    with pytest.raises(errors.UnsupportedError, match=r"unknown architecture.*moe-of-2030"):
+        fluxmoe.load(tmp_path / "doge")
+
+
+SMALL_ONES = {"doge": {"num_hidden_layers": 1, "is_moe": True}}
+
+
+def reconfigure(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 PEAK = """
 import re, sys, threading
 import fluxmoe
@@ -249,8 +323,8 @@ for dtype in ("auto", "float32"):
 
 
 def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None:
-    """Both as they are in the checkpoint and converted; the arenas are not counted (shared)."""
-    # What is freed goes back to the system at once, so that nothing but what is held is seen.
+    """Applies to unchanged and converted weights; the arenas are shared memory and not counted."""
+    # Freed memory returns to the system at once, so that only memory in use is measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     shape = {"num_hidden_layers": 8, "moe_intermediate_size": 256, "hidden_size": 256}
     done = subprocess.run(
@@ -264,3 +338,13 @@ def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None
         peak, experts = map(int, line.split())
         assert experts == 8 * 16 * 3 * 256 * 256 * size
         assert 0.9 * experts < peak < 1.4 * experts, line
+
+
+def test_a4_memory_beside_the_weights_is_required_before_they_are_read(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        machine, "memory", lambda: machine.MemoryRoom(1 << 20, 1 << 20, "/sys/fs/cgroup/app")
+    )
+    with pytest.raises(errors.ConfigError, match=r"are needed .* limit of /sys/fs/cgroup/app"):
+        fluxmoe.load(checkpoint("qwen3-moe"), "1023KiB")

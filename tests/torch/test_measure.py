@@ -1,4 +1,4 @@
-"""Measuring a machine: the fit, the tokens it decodes, and a profile that the simulator takes."""
+"""Measurement of a machine: the fit, the decoded tokens, and a profile for the simulator."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_what_costs_nothing_is_very_fast():
 
 
 def test_the_same_tokens_whatever_is_paged(load):
-    """So that a timed and a recorded run are the same run."""
+    """Needed so that timed and recorded runs are identical."""
     model = load()
     seen = []
     for pages in (16, 32):

@@ -1,4 +1,4 @@
-"""However a model gets paged, plugins are loaded, policies made and its memory parsed once."""
+"""For every way to page a model, plugins, policies and memory size are processed only once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def sizes_read(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The sizes written with a unit that were parsed."""
+    """Sizes with units that were parsed."""
     found: list[object] = []
     parse = sizes.parse
 

@@ -1,4 +1,4 @@
-"""More and less room for the experts while a model is in use."""
+"""Resizing the memory for experts while a model is in use."""
 
 from __future__ import annotations
 

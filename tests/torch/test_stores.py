@@ -1,4 +1,4 @@
-"""Wherever and however the pages are kept, the answers are the stock model's, bit for bit."""
+"""With every store and codec, the output equals the stock model's, bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_loaded_model_answers_what_stock_answers(
 def test_layers_are_kept_as_they_are_loaded(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not after all of them were, which would need room for all of them."""
+    """Storing them only after loading would need memory for all layers."""
     waiting, most = loader._Catch._take, 0
 
     def take(self: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Threads that share a paged model, hooks inside its passes, and passes that end in other ways."""
+"""Threads that share a paged model, hooks inside its passes, and abnormally ended passes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def join(*threads: threading.Thread) -> None:
 
 
 def room(model: Any, layers: float) -> int:
-    """Bytes for the pages of so many layers."""
+    """Bytes for the pages of ``layers`` layers."""
     experts, _, page_bytes = sizes(model)
     return int(layers * experts) * page_bytes
 
@@ -43,7 +43,7 @@ def room(model: Any, layers: float) -> int:
 @pytest.mark.parametrize("part", ["mlp", "mlp.experts"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_layers_called_by_themselves(load: Load, implementation: str, part: str) -> None:
-    """By many threads at once, with a model whose layers drive each other's pages out."""
+    """Layers called by many threads at once, evicting each other's pages."""
     model = load("qwen3-moe", implementation)
     layers = [layer.mlp for layer in model.model.layers]
     draw = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def test_layers_called_by_themselves(load: Load, implementation: str, part: str)
 
 
 def test_a_layer_waits_for_the_pass_that_runs_and_for_an_event(load: Load) -> None:
-    """The event: acquire has been called, the kernel not yet."""
+    """The event is between acquire and the kernel."""
     model = load()
     stock = run(model)
     block, states = model.model.layers[0].mlp, torch.ones(1, 4, model.config.hidden_size).bfloat16()
@@ -109,7 +109,7 @@ def test_a_layer_waits_for_the_pass_that_runs_and_for_an_event(load: Load) -> No
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_hooks_between_the_layers_may_do_everything(load: Load, implementation: str) -> None:
-    """While another thread runs the same model, which runs the same hooks."""
+    """Another thread runs the same model, with the same hooks, at the same time."""
     model = load("qwen3-moe", implementation)
     stock = run(model)
     draw, depth, done = random.Random(0), threading.local(), []
@@ -199,7 +199,7 @@ def test_close_within_a_pass(load: Load) -> None:
 
 
 def test_a_policy_may_not_use_the_handle(load: Load, tmp_path: Path) -> None:
-    """Neither while it is asked in a pass nor while it is asked by a resize."""
+    """Applies to calls in a pass and in a resize."""
     plugin = tmp_path / "meddler.py"
     plugin.write_text(
         "import fluxmoe\n"
@@ -237,7 +237,7 @@ def test_a_policy_may_not_use_the_handle(load: Load, tmp_path: Path) -> None:
 
 
 def test_a_layer_that_waited_for_close(load: Load) -> None:
-    """The pager's number may be another's by the time it goes on."""
+    """The pager's number may belong to another pager by the time it continues."""
     model, other = load(), load("mixtral")
     block, states = model.model.layers[0].mlp, torch.ones(1, 4, model.config.hidden_size).bfloat16()
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_a_layer_that_waited_for_close(load: Load) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("place", ["layer", "experts", "activation"])
 def test_a_turn_ends_with_its_pass(load: Load, error: type[BaseException], place: str) -> None:
-    """However it ends, in a thread that goes on or is gone, at any depth."""
+    """Covers all ways to end, in threads that continue or exit, at any depth."""
     model = load()
     stock = answer(model)
     layer = model.model.layers[2]
@@ -284,7 +284,7 @@ def test_a_turn_ends_with_its_pass(load: Load, error: type[BaseException], place
         thread = threading.Thread(target=interrupted)
         thread.start()
         join(thread)
-        interrupted()  # and this thread goes on to live, but does not use the model
+        interrupted()  # and this thread continues, but does not use the model
         hook.remove()
         with ThreadPoolExecutor(1) as pool:
             assert same(pool.submit(answer, model).result(60), stock)
@@ -293,7 +293,7 @@ def test_a_turn_ends_with_its_pass(load: Load, error: type[BaseException], place
 
 
 def test_steps_of_a_trace_are_passes(load: Load, tmp_path: Path) -> None:
-    """Whatever ends a pass or runs within one, phases and requests are its own."""
+    """Phases and requests are correct for nested and abnormally ended passes."""
     model, trace = load(), tmp_path / "trace"
     ids = prompts()["input_ids"]
     layer = model.model.layers[0]

@@ -1,4 +1,4 @@
-"""Other people's formats, from files written here to the layouts that their authors document."""
+"""Foreign formats, read from files in the layouts documented by their authors."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from fluxmoe.trace.formats import FORMATS, Options, convert, detect
 
 
 def rows(path):
-    """(step, layer, token, phase, request, experts[, weights]) of every row."""
+    """Read (step, layer, token, phase, request, experts[, weights]) of every row."""
     return [tuple(row.values()) for row in pq.ParquetFile(path).read().to_pylist()]
 
 
@@ -23,7 +23,7 @@ def rows(path):
 
 
 def write_flame(folder, layers=(2, 3), tokens=50_000, top_k=6, kind=None, seed=0):
-    """As the data set's README shows it: scores (float16) descending, indices (int16)."""
+    """Write files as in the dataset's README: descending scores (float16), indices (int16)."""
     rng = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
     written = {}
@@ -72,11 +72,11 @@ def test_flame_errors(tmp_path):
     folder = tmp_path / "iter"
     write_flame(folder, tokens=10)
     write_flame(folder, layers=(3,), tokens=11)
-    with pytest.raises(TraceError, match="same number of rows"):
+    with pytest.raises(TraceError, match="different numbers of rows"):
         convert(folder, tmp_path / "t")
     file = tmp_path / "samples.parquet"
     pq.write_table(pa.table({"token_id": pa.array([1, 2], pa.int32())}), file)
-    with pytest.raises(TraceError, match=r"columns token_id, not indices.*FLAME-MoE: a folder"):
+    with pytest.raises(TraceError, match=r"columns token_id, not indices.*FLAME-MoE: layer_NN"):
         convert(file, tmp_path / "t")
     file.write_bytes((folder / "layer_02.parquet").read_bytes()[:-20])
     with pytest.raises(TraceError, match="not a valid Parquet file"):
@@ -135,7 +135,7 @@ def test_a_folder_of_selections_is_one_request_after_the_other(tmp_path):
         ('[{"0": [[1, 2], [3]]}]', "different numbers of experts"),
         ('[{"0": [1, 2]}]', "not one list of expert numbers per token"),
         ('[{"0": [[1.5]]}]', "not one list of expert numbers per token"),
-        ('[{"0": null}]', "nothing was routed"),
+        ('[{"0": null}]', "no experts were routed to"),
     ],
 )
 def test_selection_errors(tmp_path, content, message):
@@ -149,7 +149,7 @@ def test_selection_errors(tmp_path, content, message):
 
 
 def routed(tokens, layers=4, top_k=3, seed=0):
-    """As ``CompletionOutput.routed_experts``: layer 0 is dense, its numbers stay zero."""
+    """Make an array like ``CompletionOutput.routed_experts``: layer 0 is dense, with zeros."""
     ids = np.random.default_rng(seed).integers(0, 40, (tokens, layers, top_k)).astype(np.uint8)
     ids[:, 0] = 0
     return ids
@@ -184,25 +184,172 @@ def test_vllm_errors(tmp_path):
     for array, message in (
         (np.zeros((3, 2), np.uint8), "shape"),
         (np.zeros((3, 2, 2)), "float64 of shape"),
-        (np.zeros((3, 2, 2), np.uint8), "nothing was routed"),
+        (np.zeros((3, 2, 2), np.uint8), "no experts were routed to"),
     ):
         np.save(file, array)
         with pytest.raises(TraceError, match=message):
             convert(file, tmp_path / "t")
     np.save(file, np.asarray([{}], object), allow_pickle=True)
-    with pytest.raises(TraceError, match="cannot be read"):
+    with pytest.raises(TraceError, match=r"damaged or contains objects") as caught:
         convert(file, tmp_path / "t")
+    assert "allow_pickle" not in str(caught.value)
     np.save(file, routed(50))
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(TraceError, match="cannot be read"):
+    with pytest.raises(TraceError, match="damaged"):
         convert(file, tmp_path / "t")
+
+
+def test_b9_tokens_of_a_cached_prefix_are_left_out(tmp_path):
+    """vLLM leaves the rows of tokens zero whose KV cache was found."""
+    array = routed(9) | 1
+    array[:, 0], array[:4] = 0, 0
+    np.save(tmp_path / "r.npy", array)
+    for prompt, steps in ((6, [0, 0, 1, 2, 3]), (0, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 3, 4])):
+        convert(tmp_path / "r.npy", tmp_path / "t", options=Options(prompt_tokens=prompt),
+                replace=True)  # fmt: skip
+        found = rows(tmp_path / "t")
+        assert [row[0] for row in found if row[1] == 0] == steps
+        assert [row[5] for row in found if row[1] == 1] == array[4:, 2].tolist()
+        assert {row[3] for row in found if row[0] == 0} == {0 if prompt == 6 else 1}
+
+
+def test_b9_zeros_are_judged_per_row(tmp_path):
+    array = routed(4, layers=3) | 1
+    array[:, 0] = 0
+    array[1, 2] = 0  # one layer of one token
+    np.save(tmp_path / "r.npy", array)
+    meta = convert(tmp_path / "r.npy", tmp_path / "t", options=Options(prompt_tokens=4))
+    assert meta.num_layers == 2
+    found = [(row[1], row[2], row[5]) for row in rows(tmp_path / "t")]
+    assert found == [
+        *((0, token, array[token, 1].tolist()) for token in range(4)),
+        *((1, token, array[token, 2].tolist()) for token in (0, 2, 3)),
+    ]
+
+
+def test_b9_a_zero_of_a_top_1_model_is_an_expert(tmp_path):
+    np.save(tmp_path / "r.npy", np.zeros((2, 3, 1), np.uint8))
+    assert convert(tmp_path / "r.npy", tmp_path / "t").num_layers == 3
+    assert {tuple(row[5]) for row in rows(tmp_path / "t")} == {(0,)}
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2), (0, 2, 1), (3, 0, 2), (3, 2, 0), (0, 0, 0)])
+@pytest.mark.parametrize("prompt", [0, 5])
+def test_b9_arrays_without_an_element(tmp_path, shape, prompt):
+    options, empty = Options(prompt_tokens=prompt), np.zeros(shape, np.int32)
+    np.save(tmp_path / "r.npy", empty)
+    with pytest.raises(TraceError, match="no experts were routed to"):
+        convert(tmp_path / "r.npy", tmp_path / "t", options=options)
+    np.savez(tmp_path / "r.npz", a=empty, b=routed(2) | 1)
+    convert(tmp_path / "r.npz", tmp_path / "t", options=options)
+    assert {row[4] for row in rows(tmp_path / "t")} == {1}
+
+
+def test_b9_empty_files_of_the_others(tmp_path):
+    write_flame(tmp_path / "flame", tokens=0)
+    (tmp_path / "s.json").write_text("[]")
+    (tmp_path / "j.jsonl").write_text('{"layer_idx": 0, "token_idx": 0, "selected_ids": []}')
+    torch.save({"records": [{"topk_ids_of_layer": torch.zeros(2, 0, 2, dtype=torch.int32)}]},
+               tmp_path / "g.pt")  # fmt: skip
+    for name in ("flame", "s.json", "j.jsonl", "g.pt"):
+        with pytest.raises(TraceError, match=r"no experts were routed to|not whole numbers"):
+            convert(tmp_path / name, tmp_path / "t")
+
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf"), 1e300]
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_b9_weights_that_are_no_numbers(tmp_path, bad):
+    file = tmp_path / "x.jsonl"
+    file.write_text(lines((0, 0, [1, 2], [0.5, 0.5])) + "\n" + lines((0, 1, [1, 2], [0.5, bad])))
+    with pytest.raises(
+        TraceError, match=r"step 1, layer 0.*not a finite|not a finite.*step 1, lay"
+    ):
+        convert(file, tmp_path / "t")
+    pq.write_table(
+        pa.table({"indices": [[1, 2]], "scores": [np.asarray([0.5, bad], np.float64)]}),
+        tmp_path / "layer_00.parquet",
+    )
+    with pytest.raises(TraceError, match="not a finite number"):
+        convert(tmp_path / "layer_00.parquet", tmp_path / "t")
+
+
+def test_b9_a_wrong_pt_gets_our_own_advice(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "model.pt")
+    torch.save({"records": [{"topk_ids_of_layer": [[[1]]]}]}, tmp_path / "lists.pt")
+    for name, field in (
+        ("no tensor", "words"),
+        ("floats", torch.zeros(1, 1, 1)),
+        ("bf16", torch.zeros(1, 1, 1).bfloat16()),
+        ("flat", torch.tensor([1])),
+    ):
+        torch.save({"records": [{"topk_ids_of_layer": field}]}, tmp_path / f"{name}.pt")
+    ids = torch.ones(1, 1, 1, dtype=torch.int32)
+    for name, field in (("map", {"a": 1}), ("map of floats", torch.zeros(1, 2))):
+        torch.save(
+            {"records": [{"topk_ids_of_layer": ids}], "last_physical_to_logical_map": field},
+            tmp_path / f"{name}.pt",
+        )
+    for name, says in (
+        ("model", "contains objects other than tensors"), ("no tensor", "not an array of whole"),
+        ("floats", "not an array of whole"), ("bf16", "not an array of whole"),
+        ("flat", "has the shape .1."), ("map", "last_physical.*not an array of whole"),
+        ("map of floats", "last_physical.*not an array of whole"),
+    ):  # fmt: skip
+        with pytest.raises(TraceError, match=says) as caught:
+            convert(tmp_path / f"{name}.pt", tmp_path / "t")
+        assert "weights_only" not in str(caught.value) and "trust" not in str(caught.value)
+        assert "format sglang is" in caught.value.fix
+    convert(tmp_path / "lists.pt", tmp_path / "t")
+
+
+def test_b9_a_folder_of_several_formats_names_the_choice(tmp_path):
+    (tmp_path / "b.json").write_text(json.dumps([{"0": [[1, 2]]}]))
+    convert(tmp_path, tmp_path / "t")
+    assert detect(tmp_path).name == "selection"  # a trace beside it does not count
+    np.save(tmp_path / "a.npy", routed(2))
+    with pytest.raises(
+        TraceError, match=r"several formats: a\.npy \(vllm\), b\.json \(sel"
+    ) as caught:
+        convert(tmp_path, tmp_path / "u")
+    assert "--from" in caught.value.fix
+    convert(tmp_path, tmp_path / "u", "selection")
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(TraceError, match=r"unknown trace format.*name one of its files"):
+        detect(tmp_path)
+
+
+def test_b9_columns_of_flame_that_are_not_what_they_must_be(tmp_path):
+    file = tmp_path / "layer_00.parquet"
+    for column, says in (
+        ([[1, 2, 3], [4]], "rows of different lengths"), ([["a"], ["b"]], "indices are string"),
+        ([[1.0], [2.0]], "indices are double"),
+    ):  # fmt: skip
+        pq.write_table(pa.table({"indices": column}), file)
+        with pytest.raises(TraceError, match=says):
+            convert(file, tmp_path / "t")
+
+
+@pytest.mark.parametrize("given", [{"step_tokens": 0}, {"step_tokens": "2"}, {"prompt_tokens": -1}])
+def test_b9_options(given):
+    with pytest.raises(ConfigError, match="whole number of at least"):
+        Options(**given)
+
+
+def test_b9_json_without_end(tmp_path):
+    (tmp_path / "s.json").write_text("[" * 10**5)
+    (tmp_path / "j.jsonl").write_text('{"a":' * 10**5)
+    for name in ("s.json", "j.jsonl"):
+        with pytest.raises(TraceError, match=r"not (valid JSON|a JSON object)"):
+            convert(tmp_path / name, tmp_path / "t")
 
 
 # --- SGLang ------------------------------------------------------------------------------------
 
 
 def record(ids, mode, index):
-    """As ``_DetailSinglePassGatherer.collect`` and ``_DetailAccumulator.append`` make it."""
+    """Make a record as ``_DetailSinglePassGatherer`` and ``_DetailAccumulator`` do."""
     tokens = ids.shape[1]
     return {
         "forward_pass_id": index, "rank": 0, "gatherer_key": "primary",
@@ -213,7 +360,7 @@ def record(ids, mode, index):
 
 
 def sglang(tokens, seed):
-    """Layer 0 is dense; two of the eight columns that SGLang reserves are in use."""
+    """Make a record with dense layer 0, using two of the eight columns that SGLang reserves."""
     ids = np.full((3, tokens, 8), -1, np.int32)
     ids[1:, :, :2] = np.random.default_rng(seed).permuted(
         np.tile(np.arange(6, dtype=np.int32), (2, tokens, 1)), axis=2
@@ -248,10 +395,10 @@ def test_sglang(tmp_path, redundant):
 def test_sglang_errors(tmp_path):
     file = tmp_path / "r.pt"
     torch.save({"logical_count": torch.zeros(1, 3, 6), "rank": 0}, file)
-    with pytest.raises(TraceError, match=r"no records.*logical_count, rank.*per_token"):
+    with pytest.raises(TraceError, match=r"no per-token records.*logical_count, rank.*per_token"):
         convert(file, tmp_path / "t")
     torch.save({"records": [{"global_physical_count": torch.zeros(3, 6)}]}, file)
-    with pytest.raises(TraceError, match="it has counts of experts, not the routing of each token"):
+    with pytest.raises(TraceError, match="counts of experts instead of the routing of each token"):
         convert(file, tmp_path / "t")
     wrong = record(sglang(3, 0), 1, 0)
     torch.save({"records": [wrong], "last_physical_to_logical_map": torch.zeros(3, 2).int()}, file)
@@ -269,7 +416,7 @@ def test_a_file_that_wants_to_run_code_is_refused(tmp_path):
             return (pytest.fail, ("it ran",))
 
     torch.save({"records": [Evil()]}, tmp_path / "r.pt")
-    with pytest.raises(TraceError, match="cannot be read"):
+    with pytest.raises(TraceError, match="contains objects"):
         convert(tmp_path / "r.pt", tmp_path / "t")
     with (tmp_path / "plain.pt").open("wb") as file:
         pickle.dump(Evil(), file)
@@ -306,7 +453,7 @@ def test_jsonl_of_one_layer_and_of_one_token(tmp_path):
     convert(file, tmp_path / "t")
     assert [row[:2] for row in rows(tmp_path / "t")] == [(0, 0), (1, 0), (2, 0)]
     file.write_text(lines(*((layer, 0, [1]) for _ in range(2) for layer in range(3))))
-    convert(file, tmp_path / "t")
+    convert(file, tmp_path / "t", replace=True)
     assert [(row[0], row[1], row[4]) for row in rows(tmp_path / "t")] == [
         *((0, layer, 0) for layer in range(3)), *((1, layer, 1) for layer in range(3)),
     ]  # fmt: skip
@@ -320,7 +467,7 @@ def test_jsonl_of_one_layer_and_of_one_token(tmp_path):
         (lines((0, 0, [1])) + "\n[]", "line 2"),
         (lines((0, 0, "ab")), "are not whole numbers"),
         (lines((0, -1, [1])), "are not whole numbers"),
-        (lines((0, 0, [1, 2], [0.5])), "not as many gate_weights"),
+        (lines((0, 0, [1, 2], [0.5])), "numbers of gate_weights and selected_ids differ"),
         (lines((0, 0, [1]), (0, 1, [1]), (1, 0, [1]), (1, 1, [1])), "sorted by layer"),
         (lines((0, 0, [1]), (2, 0, [1]), (1, 0, [1])), "layer 1 after layer 2"),
     ],
@@ -347,12 +494,10 @@ def test_what_the_user_says_wins_and_is_checked(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text(lines((0, 0, [3, 1])))
     assert convert(file, tmp_path / "t", experts=9).experts_per_layer == 9
-    with pytest.raises(ConfigError, match="3 experts, but expert 3 was routed to"):
+    with pytest.raises(ConfigError, match="3 experts, but the file has expert 3"):
         convert(file, tmp_path / "t", experts=3)
     with pytest.raises(ConfigError, match=r"unknown format 'csv'.*flame"):
         convert(file, tmp_path / "t", "csv")
-    with pytest.raises(TraceError, match="already exists"):
-        convert(file, tmp_path / "t", replace=False)
     with pytest.raises(TraceError, match="not a valid Parquet file"):
         convert(file, tmp_path / "t", "flame")
 
@@ -374,5 +519,5 @@ def test_a_trace_is_not_converted(tmp_path):
     file.write_text(lines((0, 0, [3, 1])))
     convert(file, tmp_path / "t")
     assert TraceReader(tmp_path / "t").meta.source == "jsonl"
-    with pytest.raises(TraceError, match="it is already a trace"):
+    with pytest.raises(TraceError, match="the file is already a trace"):
         convert(tmp_path / "t", tmp_path / "u")

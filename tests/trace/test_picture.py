@@ -1,4 +1,4 @@
-"""The picture of a trace: what it draws is what was counted."""
+"""The picture of a trace shows the computed statistics."""
 
 import io
 import sys
@@ -60,5 +60,5 @@ def test_without_pillow(statistics, tmp_path, monkeypatch):
 def test_where_it_cannot_be_drawn(statistics, tmp_path):
     with pytest.raises(ConfigError, match=r"neither \.svg nor \.png"):
         draw(statistics, tmp_path / "p.pdf", "t")
-    with pytest.raises(TraceError, match="cannot write it"):
+    with pytest.raises(TraceError, match="cannot write the file"):
         draw(statistics, tmp_path / "no" / "p.svg", "t")

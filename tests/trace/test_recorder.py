@@ -1,4 +1,4 @@
-"""The recorder's ring: nothing is lost, nothing is held for ever, nothing fails the engine."""
+"""The recorder's ring: no event is lost, no memory retained, and the engine never fails."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_max_steps(tmp_path: Path) -> None:
 
 def test_notes_belong_to_the_next_event_only(tmp_path: Path) -> None:
     with (
-        pytest.raises(TraceError, match=r"an event without weights.*eager"),
+        pytest.raises(TraceError, match=r"an event lacks weights.*eager"),
         Recorder(tmp_path / "t", META, columns=["weights"]) as recorder,
     ):
         recorder.note(np.ones((1, 2), np.float16), None)

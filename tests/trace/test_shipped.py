@@ -1,4 +1,4 @@
-"""The shipped traces are what their README says."""
+"""The shipped traces match their README."""
 
 import json
 from pathlib import Path
@@ -48,9 +48,9 @@ def test_prefill_is_prefill_of_all_lengths(found):
 
 
 def test_they_are_real(found):
-    """A trained model's: no layer neglects its experts, and routers agree with those before them.
+    """They have properties of a trained model: balanced experts, and predictive previous routers.
 
-    Consecutive tokens have hardly more in common than by chance: they are single bytes.
+    Consecutive tokens, which are single bytes, have hardly more in common than by chance.
     """
     for name, one in found.items():
         by_chance = one.meta.top_k / one.meta.experts_per_layer

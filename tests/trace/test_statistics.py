@@ -1,4 +1,4 @@
-"""What ``trace info`` counts, against the definitions written down in plain Python."""
+"""Statistics of ``trace info`` compared with their definitions in plain Python."""
 
 import itertools
 from collections import defaultdict
@@ -17,7 +17,7 @@ LAYERS, EXPERTS, TOP_K = 3, 6, 2
 
 
 def write(path, events, columns=()):
-    """Events are (step, layer, phase, [(request, experts, predicted)])."""
+    """Write events (step, layer, phase, [(request, experts, predicted)])."""
     meta = TraceMeta("m", LAYERS, EXPERTS, TOP_K, None, "test")
     with TraceWriter(path, meta, columns=columns) as writer:
         for step, layer, phase, tokens in events:
@@ -29,7 +29,7 @@ def write(path, events, columns=()):
 
 
 def reference(events):
-    """The same numbers, slowly."""
+    """Compute the same numbers, slowly."""
     steps = sorted({step for step, *_ in events})
     ordinal = {step: i for i, step in enumerate(steps)}
     pages = [{(la, e) for _, ids, _ in tokens for e in ids} for _, la, _, tokens in events]

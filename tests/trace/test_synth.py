@@ -1,4 +1,4 @@
-"""Synthetic traces: the same seed, the same file; the popularity that was asked for."""
+"""Synthetic traces: same file for the same seed, and the requested popularity."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -75,7 +75,7 @@ def test_nonsense(changes):
 
 
 def kept(got):
-    """Per layer, the share of experts that a request's next token has again."""
+    """Compute per layer the share of experts that a request's next token reuses."""
     one, following = got[:-1], got[1:]
     again = (one[..., :, None] == following[..., None, :]).any(axis=-1)
     return again.mean(axis=(0, 2, 3))
@@ -112,7 +112,7 @@ def test_scans_are_prefill_and_decode_has_requests(tmp_path):
 
 
 def test_it_is_written_in_a_stream(tmp_path, monkeypatch):
-    """A step is written before the next but a few is made."""
+    """A step is written after at most a few more have been generated."""
     from fluxmoe.trace import synth
 
     made, held = [0], []

@@ -1,4 +1,4 @@
-"""The trace format: what is written is read back, what is damaged is refused."""
+"""The trace format: written traces are read back, damaged ones rejected."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ DOCUMENT = {"version": 1, "model": "m", "num_layers": 2, "experts_per_layer": 8,
 
 
 def make(path, document=DOCUMENT, without=(), **columns):
-    """A trace made by hand, with some things changed."""
+    """Make a trace by hand, with some parts changed."""
     chosen = {name: c for name, c in {**COLUMNS, **columns}.items() if name not in without}
     table = pa.table({name: pa.array(values, type_) for name, (values, type_) in chosen.items()})
     if document is not None:
@@ -143,7 +143,8 @@ def test_a_wrong_event_leaves_no_file(tmp_path, step, layer, ids, message):
 def test_an_interrupted_writer_keeps_the_old_file(tmp_path):
     path = make(tmp_path / "t.parquet")
     before = path.read_bytes()
-    with pytest.raises(KeyboardInterrupt), TraceWriter(path, META) as writer:
+    writing = TraceWriter(path, META, replace=True)
+    with pytest.raises(KeyboardInterrupt), writing as writer:
         writer.append(0, 0, np.asarray([0, 1]))
         raise KeyboardInterrupt
     assert [path.read_bytes()] == [before]
@@ -185,7 +186,7 @@ def test_not_parquet(tmp_path, content):
 def test_truncated(tmp_path):
     path = make(tmp_path / "t")
     path.write_bytes(path.read_bytes()[:-30])
-    refused(path, "not a Parquet file, or a truncated one")
+    refused(path, "not a Parquet file, or truncated")
 
 
 def test_damaged_in_the_middle(tmp_path):
@@ -311,7 +312,7 @@ def test_a_trace_without_predictions_has_none(tmp_path):
 
 def test_an_event_without_what_the_file_promises(tmp_path):
     with (
-        pytest.raises(TraceError, match="an event without weights"),
+        pytest.raises(TraceError, match="an event lacks weights"),
         TraceWriter(tmp_path / "t", META, columns=["weights"]) as writer,
     ):
         writer.append(0, 0, np.asarray([1, 2]), weights=np.ones(2))
@@ -365,7 +366,7 @@ def test_neither_writer_nor_reader_holds_more_than_a_group(tmp_path, monkeypatch
 
 
 def test_a_large_trace_passes_through_little_memory(tmp_path):
-    """9.6 million expert ids (19 MB as int16, 77 MB as int64) in 32 MB beside what is there."""
+    """Reads 9.6 million expert ids (19 MB as int16, 77 MB as int64) in 32 MB more memory."""
     path = tmp_path / "t"
     program = (
         "import sys, resource, numpy as np, pyarrow as pa\n"
@@ -374,7 +375,7 @@ def test_a_large_trace_passes_through_little_memory(tmp_path):
         "reader.GROUP_ROWS = 1 << 13\n"
         "def run(path, steps):\n"
         "    rng = np.random.default_rng(0)\n"
-        "    with TraceWriter(path, meta, group_rows=1 << 13) as writer:\n"
+        "    with TraceWriter(path, meta, replace=True, group_rows=1 << 13) as writer:\n"
         "        for step in range(steps):\n"
         "            ids = rng.integers(0, 128, (48, 250, 8), np.int16)\n"
         "            for layer in range(48): writer.append(step, layer, ids[layer])\n"
@@ -388,13 +389,6 @@ def test_a_large_trace_passes_through_little_memory(tmp_path):
 
 
 # --- what exists, and what cannot be written ---------------------------------------------------
-
-
-def test_an_existing_file_is_replaced_only_if_wanted(tmp_path):
-    path = make(tmp_path / "t")
-    with pytest.raises(TraceError, match=r"already exists.*--force"):
-        TraceWriter(path, META, replace=False)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -415,3 +409,20 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 
         monkeypatch.setattr(w._file, "write_table", refuse)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_b9_weights_that_are_no_numbers(tmp_path, bad):
+    ids, weights = np.asarray([[0, 1], [2, -1]]), np.asarray([[0.5, 0.5], [1, bad]])
+    with TraceWriter(tmp_path / "t", META, columns=["weights"]) as writer:
+        writer.append(0, 0, ids, weights=weights)  # the place of no expert does not count
+    weights[1, 0] = bad
+    refused = pytest.raises(TraceError, match="not a finite number")
+    with refused, TraceWriter(tmp_path / "u", META, columns=["weights"]) as writer:
+        writer.append(0, 0, ids, weights=weights)
+    table = pq.read_table(tmp_path / "t")
+    column = pa.array([[0.5, 0.5], [bad]], table.schema.field("weights").type)
+    at = table.schema.get_field_index("weights")
+    pq.write_table(table.set_column(at, table.schema.field(at), column), tmp_path / "v")
+    with pytest.raises(TraceError, match="row 1: a routing weight is not a finite number"):
+        list(TraceReader(tmp_path / "v").rows(["weights"]))

@@ -1,4 +1,4 @@
-"""Tests of the kernels, for `make test-triton`: once interpreted, once compiled for absent GPUs."""
+"""Tests of the kernels, for `make test-triton`: interpreted, and compiled for absent GPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
 
 @pytest.fixture(autouse=True, scope="session")
 def _bf16_products() -> None:
-    """Triton 3.9's interpreter multiplies the bit patterns of bf16 operands (triton#11584)."""
+    """Work around Triton 3.9's interpreter, which multiplies bf16 bit patterns (triton#11584)."""
     if not INTERPRETED:
         return
     import triton.language as tl

@@ -1,4 +1,4 @@
-"""Kernels compiled for a GPU that is not there, and what the machine code needs of it."""
+"""Kernels compiled for an absent GPU, and the resources that the machine code needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one thread: registers, bytes of stack, spilled loads and stores; of a block: memory."""
+    """Registers, stack bytes, spilled loads and stores per thread; memory per block."""
 
     registers: int
     stack: int
@@ -32,7 +32,7 @@ class Needs:
     instructions: dict[str, int]
 
     def counted(self, name: str, ending: str = "") -> int:
-        """Instructions whose name begins and ends so."""
+        """Count instructions whose name begins and ends like this."""
         return sum(
             count
             for each, count in self.instructions.items()
@@ -49,8 +49,8 @@ def compile_kernel(
     unaligned: frozenset[str] = frozenset(),
     **options: int | None,
 ) -> Needs:
-    """Compile for ``sm_<arch>``. ``types`` of the arguments; those not ``unaligned`` are multiples
-    of 16, as the launcher finds them to be."""
+    """Compile for ``sm_<arch>`` with arguments of ``types``; those not ``unaligned`` are multiples
+    of 16, as detected by the launcher."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     attributes = {
@@ -89,7 +89,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def gemm(tiles: Tiles, arch: int, *, compressed: bool, even: bool = True) -> Needs:
-    """The projection kernel as it is launched for top-8 and sizes that are multiples of 16."""
+    """Compile the projection kernel as launched for top-8 and sizes that are multiples of 16."""
     types = {name: "i32" for name in grouped_gemm_kernel.arg_names}
     types |= {name: "*i32" for name in ("offsets_ptr", "table_ptr", "rows_ptr", "experts_ptr")}
     types |= {"padded_ptr": "*i32", "scale_ptr": "*fp32", "x_ptr": "*bf16", "out_ptr": "*bf16"}
@@ -108,7 +108,7 @@ def gemm(tiles: Tiles, arch: int, *, compressed: bool, even: bool = True) -> Nee
 
 
 def stock_gemm(kernel: Any, tiles: Tiles, arch: int) -> Needs:
-    """vLLM's ``fused_moe_kernel``, launched as for the same."""
+    """Compile vLLM's ``fused_moe_kernel`` for the same launch."""
     types = {name: "i32" for name in kernel.arg_names}
     types |= {name: "*bf16" for name in ("a_ptr", "b_ptr", "c_ptr")}
     types |= {name: "*i32" for name in ("sorted_token_ids_ptr", "expert_ids_ptr")}

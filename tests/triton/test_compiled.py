@@ -1,7 +1,7 @@
-"""Machine code for GPUs that are not there: no spills, registers within what occupancy needs.
+"""Machine code for absent GPUs: no spills, and few enough registers for the occupancy.
 
-Bounds are the compiler's own figures (Triton 3.9) with a little room. They are there to notice
-when a change makes a kernel twice as hungry, not to say how fast it is.
+Bounds are the compiler's figures (Triton 3.9) with some slack. They detect changes that double a
+kernel's resources; they do not indicate its speed.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_resolving_an_event(experts: int, arch: int) -> None:
 def test_sums_are_taken_by_the_instructions_of_stocks_kernel(
     stock: Any, name: str, arch: int
 ) -> None:
-    """As many of the same shape, and nothing else adds: one chain per sum, in order of K."""
+    """Equally many instructions of the same shape, and no other adds: one chain per sum over K."""
     tiles = TILES[name][0]
     want = sums(stock_gemm(stock.fused_moe_kernel, tiles, arch))
     assert want
@@ -113,12 +113,12 @@ def sums(needs: Needs) -> dict[str, int]:
 
 
 def test_sixteen_warps_fit_a_processor() -> None:
-    """Stock's tables have such tiles; all registers of a processor are shared by 512 threads."""
+    """Stock's tables have such tiles; 512 threads share all registers of a multiprocessor."""
     tiles = Tiles(64, 128, 64, 1, 16, 3)
     needs = gemm(tiles, 90, compressed=True)
     assert needs.spills == 0 and needs.registers * 32 * tiles.num_warps <= 65536
 
 
 def test_a_spill_would_be_seen() -> None:
-    """The check itself: stock's tiles for an H200 are too large for the registers of an A100."""
+    """The check works: stock's tiles for an H200 are too large for the registers of an A100."""
     assert gemm(Tiles(128, 256, 64, 16, 8, 4), 80, compressed=False).spills > 0

@@ -1,4 +1,4 @@
-"""Decoding pages into slots: bit for bit, and every flipped bit is seen or meant nothing."""
+"""Decoding pages into slots: bit for bit, and every flipped bit is detected or irrelevant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POISON = 0x7FFF
 
 
 def decoded(source: CompressedPages, pages=None, slots=None, count=None, room=None) -> torch.Tensor:
-    """``[slots, N, K]`` bit patterns; slots that nothing went to are poison."""
+    """Decode to ``[slots, N, K]`` bit patterns; unused slots are poison."""
     pages = list(range(len(source.offsets))) if pages is None else pages
     slots = pages if slots is None else slots
     shape = (room or len(pages), source.rows, source.cols)
@@ -61,11 +61,11 @@ def test_slots_of_another_size_are_refused():
 
 @pytest.mark.parametrize("kind", ["normal", "strays", "strays among zeros", "full of escapes"])
 def test_a_flipped_bit_is_seen_by_comparing_slots(kind):
-    """One bit of each damaged block; what the kernel makes of it is what the reference does.
+    """Flips one bit of each block; the kernel decodes it like the reference.
 
-    Of plain headers the base is flipped. Other bits of a header may mean nothing (the place of an
-    escape that is not there) or send the kernel out of the block: therefore blocks have checksums,
-    which are verified before they reach a device.
+    In plain headers the base is flipped. Other header bits may be unused (the place of an absent
+    escape) or make the kernel read outside the block; for this reason blocks have checksums, which
+    are verified before copying to a device.
     """
     w = dict(weights((1, 64, 192)))[kind][0].astype(np.uint16)
     block = reference.encode(w)

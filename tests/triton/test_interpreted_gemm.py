@@ -1,4 +1,4 @@
-"""Both projections: against float64, and compressed against raw bit for bit."""
+"""Both projections: compared with float64, and compressed with raw bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batch(tokens, experts, top_k, k, seed=0):
 
 
 def exact(x, matrices, ids, top_k, scale=None):
-    """``[rows, N]`` in float64; rows of padding are 0."""
+    """Compute ``[rows, N]`` in float64; padding rows are 0."""
     rows = []
     for row, expert in enumerate(ids.flatten().tolist()):
         if expert < 0:
@@ -47,7 +47,7 @@ def exact(x, matrices, ids, top_k, scale=None):
 
 
 def close(got, want):
-    """Within one unit of bf16 (the interpreter cuts off), and what sums in float32 may lose."""
+    """True within one unit of bf16 (the interpreter truncates) and the rounding of float32 sums."""
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-5 * float(want.abs().max()))
 
 

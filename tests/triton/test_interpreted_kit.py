@@ -1,4 +1,4 @@
-"""The experiments of benchmarks/gpu run to their end, on a "card" that is Triton's interpreter."""
+"""The experiments of benchmarks/gpu run to completion on Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Clock:
-    """Stands in for the timer on the card: the work done once."""
+    """Replaces the GPU timer; runs the work once."""
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
@@ -120,7 +120,7 @@ def test_events(card, monkeypatch, capsys):
 
 
 def test_mapping(monkeypatch):
-    """Over the driver that the substrate's own tests use."""
+    """Uses the fake driver of the substrate's tests."""
     driver = pytest.importorskip("fluxmoe.cuda.driver")
     from benchmarks.gpu import mapping
     from fluxmoe.cuda.fake import FakeDriver

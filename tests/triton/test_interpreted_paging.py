@@ -1,4 +1,4 @@
-"""The event rule on the device against the core's, array by array; gathering against copying."""
+"""The event rule on the device compared with the core's, array by array; gather with copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
 class Fixed(EvictionPolicy):
-    """Scores that the test has made up: the table that a host would upload."""
+    """Scores given by the test: the table that a host would upload."""
 
     scores = np.zeros(0)
 

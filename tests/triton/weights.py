@@ -1,4 +1,4 @@
-"""Weights that a lossless code could stumble over, and pages made of them."""
+"""Weights that are difficult for a lossless code, and pages of them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PATTERNS = np.arange(65536, dtype=np.uint16)
 
 
 def patterns(values: npt.ArrayLike) -> U16:
-    """Floats cut off to bf16, as bit patterns."""
+    """Truncate floats to bf16 bit patterns."""
     return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def kinds() -> dict[str, str]:
-    """Names of all kinds, for parametrisation."""
+    """List the names of all kinds, for parametrisation."""
     return {name: name for name, _ in weights((1, 64, 64))}
 
 
 def weights(shape: tuple[int, ...]) -> Iterator[tuple[str, U16]]:
-    """Kind and bit patterns, each of ``shape``."""
+    """Yield kinds and bit patterns, each with shape ``shape``."""
     rng = np.random.default_rng(len(shape) + sum(shape))
     size = int(np.prod(shape))
     normal = patterns(rng.standard_normal(shape) * 0.02)
@@ -58,12 +58,12 @@ def weights(shape: tuple[int, ...]) -> Iterator[tuple[str, U16]]:
 
 
 def raw_slots(weights: U16) -> RawSlots:
-    """``[slots, N, K]`` patterns as an arena."""
+    """Convert patterns ``[slots, N, K]`` to an arena."""
     return RawSlots(torch.from_numpy(weights.astype(np.uint16).view(np.int16)).view(torch.bfloat16))
 
 
 def compressed(weights: U16) -> CompressedPages:
-    """``[pages, N, K]`` patterns as blocks, 128 bytes of garbage between them."""
+    """Encode patterns ``[pages, N, K]`` as blocks, with 128 bytes of garbage in between."""
     blocks, offsets, at = [], [], 1
     codec = Fixed4(weights.shape[-1])
     for page in weights.astype(np.uint16):
@@ -81,5 +81,5 @@ def compressed(weights: U16) -> CompressedPages:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A bfloat16 tensor as what is compared."""
+    """Convert a bfloat16 tensor to comparable bits."""
     return tensor.contiguous().view(torch.int16)

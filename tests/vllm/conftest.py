@@ -1,4 +1,4 @@
-"""Real vLLM on real (random) checkpoints; engines live in child processes and are reused."""
+"""Real vLLM on random checkpoints; engines run in child processes and are reused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KV_BYTES = 8 << 20
 
 
 def prompts(count: int, *, tokens: int = 20, seed: int = 0) -> list[Prompt]:
-    """Mixed lengths; every second request samples with its own seed, the others are greedy."""
+    """Make requests of mixed lengths; every second one samples with a seed, others are greedy."""
     rng = random.Random(seed)
     return [
         Prompt(
@@ -38,7 +38,7 @@ PAGES = 64
 
 
 def config(slots: int, **settings: Any) -> dict[str, Any]:
-    """A budget whose experts get exactly ``slots`` slots (frames are smaller than a part)."""
+    """Make a budget whose experts get exactly ``slots`` slots (frames are smaller than a part)."""
     memory = {
         "budget": slots * PAGE + KV_BYTES,
         "frame": 4096,
@@ -70,20 +70,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def eager(checkpoint: Path) -> Iterator[ChildEngine]:
-    """A child process with an eager engine; restart it as each test needs it."""
+    """A child process with an eager engine, which each test restarts as needed."""
     with ChildEngine(checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
         yield engine
 
 
 @pytest.fixture
 def borrowed(eager: ChildEngine, checkpoint: Path) -> Iterator[ChildEngine]:
-    """``eager`` for a test that restarts it with another model; the others get theirs back."""
+    """``eager`` for a test that restarts it with another model, restored for other tests."""
     yield eager
     eager.restart(model=checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER)
 
 
 @pytest.fixture(scope="session")
 def stock_outputs(eager: ChildEngine) -> Outputs:
-    """What eager stock vLLM answers to ``BATCHES``."""
+    """Answers of eager stock vLLM to ``BATCHES``."""
     eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
     return outputs(eager)

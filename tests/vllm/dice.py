@@ -1,4 +1,4 @@
-"""A policy for tests: wants another split every few steps, at random moments, to both extremes."""
+"""A policy for tests: requests another split every few steps at random, up to both extremes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fluxmoe
 
 
 class Dice(fluxmoe.ArbitrationPolicy):
-    """Throw dice: how much the experts get, and when to ask them again."""
+    """Draw the experts' memory and the next step at random."""
 
     def __init__(self) -> None:
         self._rng = random.Random(5)
@@ -27,7 +27,7 @@ class Dice(fluxmoe.ArbitrationPolicy):
 
 
 class Spite(fluxmoe.ArbitrationPolicy):
-    """Lets the KV cache grow for a while, and wants it back whenever requests use all of it."""
+    """Grows the KV cache for a while, and shrinks it whenever requests use all of it."""
 
     def __init__(self) -> None:
         self._full = 0
@@ -43,7 +43,7 @@ class Spite(fluxmoe.ArbitrationPolicy):
 
 
 class Broken(fluxmoe.ArbitrationPolicy):
-    """Answers nonsense, and raises from time to time."""
+    """Returns nonsense, and raises from time to time."""
 
     def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
         if view.step % 3 == 0:

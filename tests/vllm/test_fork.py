@@ -1,4 +1,4 @@
-"""A process with an engine in it forks: the child cannot use the engine, and does it no harm."""
+"""A process with an engine forks: the child cannot use the engine and does not harm it."""
 
 from __future__ import annotations
 

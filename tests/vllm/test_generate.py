@@ -1,4 +1,4 @@
-"""``fluxmoe generate --backend vllm``: stock vLLM's tokens, and what paging cost."""
+"""``fluxmoe generate --backend vllm``: stock vLLM's tokens, and the cost of paging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIONS = ["--backend", "vllm", "--prompt-ids", "7,8,9"]
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
+    """Run the command; return exit status, standard output and standard error."""
     done = here("generate", *arguments)
     return done.returncode or 0, done.stdout, done.stderr
 
@@ -59,7 +59,7 @@ def test_what_can_be_seen_before_the_engine_starts(
     arguments: list[str],
     says: str,
 ) -> None:
-    monkeypatch.setattr(ChildEngine, "__init__", None)  # nobody calls it
+    monkeypatch.setattr(ChildEngine, "__init__", None)  # never called
     status, out, err = run(checkpoint, *OPTIONS, *arguments)
     assert (status, out) == (2, "")
     assert says in err

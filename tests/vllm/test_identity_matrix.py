@@ -1,4 +1,4 @@
-"""The identity matrix under vLLM: the selected cells; ``make test-full`` runs them all."""
+"""The identity matrix under vLLM (A1): the selected cells; ``make test-full`` runs all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
     assert outcome.sequences == 73
     stats = outcome.stats
     assert stats["banks"] == cell.banks
-    # What the cell is named for did happen: paging, reuse of prefixes, split prefills.
+    # The cell's features were in use: paging, reuse of prefixes, split prefills.
     assert (stats["slots"] == stats["pages"]) == (cell.slots == "all")
     assert stats["misses"] > 0
     freed = stats["evictions"] + stats["released"]
@@ -53,7 +53,7 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
         assert 0 <= steps <= kept
     answers = running.stock(cell)
     assert not isinstance(answers, str)
-    # What stock answered is worth comparing.
+    # Stock's answers are meaningful.
     assert [len(row) for row in answers.logprobs] == [len(row) for row in answers.tokens]
     assert len({tuple(tokens) for tokens in answers.tokens}) > 73 // 2
     assert len({token for tokens in answers.tokens for token in tokens}) > 30

@@ -1,7 +1,7 @@
-"""Where the CPU kernel's slot index ends, on the real kernel; and that no bank goes beyond it.
+"""The limit of the CPU kernel's slot index, on the real kernel; no bank exceeds it.
 
-The kernel runs on an arena of 12 GB of addresses and 36 MiB of memory, in a process of its own:
-beyond the edge it reads foreign memory or crashes.
+The kernel runs on an arena of 12 GB of addresses and 36 MiB of memory, in a separate process:
+beyond the limit it reads unrelated memory or crashes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ try:
 except InvariantError as error:
     print("one slot more:", error, flush=True)
 
-# What was refused, all the same.
+# The rejected call, made anyway.
 beyond = [
     torch.from_numpy(rows).view(torch.bfloat16).view(2 * LIMIT, *shape)
     for rows, shape in zip(parts, shapes)

@@ -1,4 +1,4 @@
-"""What is left when an engine is gone: nothing, neither in its process nor in the parent's."""
+"""An engine leaves nothing behind, neither in its process nor in the parent's."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_stopped_engine_leaves_nothing(states: list[dict[str, int]]) -> None:
 
 
 def test_an_engine_that_failed_to_start_leaves_nothing(states: list[dict[str, int]]) -> None:
-    """vLLM tears down neither such a worker nor its own process group; we only answer for us."""
+    """vLLM tears down neither such a worker nor its process group; this tests FluxMoE's part."""
     for failed in states[6:]:
         assert {**failed, "fds": 0} == dict.fromkeys(failed, 0)
     assert states[7]["fds"] <= states[6]["fds"]
@@ -115,11 +115,11 @@ LONG = [Prompt([5, 6, 7], 200) for _ in range(64)]
 
 @pytest.fixture
 def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for temporary files of this test alone: others have engines at the same time."""
+    """A folder for temporary files of this test only, since other tests may run engines too."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # read the variable anew
+    monkeypatch.setattr(tempfile, "tempdir", None)  # reread the variable
     return folder
 
 
@@ -146,7 +146,7 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
 
 
 def test_three_processes_go_together_when_one_is_killed(checkpoint: Path) -> None:
-    """And when they are closed: ``test_arbitration`` looks, at the end of its three."""
+    """``test_arbitration`` checks the same on closing, at the end of its three-process test."""
     engine = ChildEngine(checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **EAGER)
     processes = family(engine)
     assert len(processes) >= 3
@@ -194,7 +194,7 @@ def test_a_parent_that_is_killed_takes_its_engine_along(
 
 
 def test_an_interrupted_call_does_not_delay_the_end(checkpoint: Path) -> None:
-    """As when Ctrl-C hits the parent but not the child: whoever leaves wants to leave."""
+    """Happens when Ctrl-C hits the parent but not the child: exiting must not wait."""
     # A shell that runs the tests in the background has the signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

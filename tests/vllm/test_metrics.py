@@ -1,7 +1,8 @@
-"""FluxMoE's counters on vLLM's metrics: complete, right, and never going backwards."""
+"""FluxMoE's counters in vLLM's metrics: complete, correct and monotonic."""
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
 from types import SimpleNamespace
@@ -9,25 +10,30 @@ from typing import Any
 
 import prometheus_client
 import pytest
+from prometheus_client import Counter, Gauge, Histogram
 
+from fluxmoe import __version__, sizes
 from fluxmoe.backends.vllm.child.child import ChildEngine
 from fluxmoe.backends.vllm.metrics import (
     DECISION,
+    LIMIT,
     METRICS,
+    PASSING,
+    REPLACED,
     Meter,
     Readings,
     Samples,
     Series,
     add,
-    split_reader,
     summary,
 )
+from fluxmoe.backends.vllm.sources import split_reader
 from fluxmoe.core.arbitration.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
-#: With a fixed split nothing is decided.
-PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - {DECISION}
+#: With a fixed split nothing is decided, and nothing is limited by hand.
+PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - PASSING
 HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
 
 
@@ -74,10 +80,11 @@ def test_series_that_are_gone_are_taken_back_and_rare_ones_wait() -> None:
 
 
 def test_the_last_decisions_are_shown_and_older_ones_taken_back() -> None:
-    decided = [Decision(n, "marginal", "to_kv", f"reason {n}") for n in range(1, REMEMBERED + 2)]
-    arbiter: Any = SimpleNamespace(
-        policy="marginal", changes={"to_kv": 0, "to_experts": 0}, failures=0, faults=0, slow=0
-    )
+    decided = [
+        Decision(n, "marginal", "to_kv", f"reason {n}", 1000 + n) for n in range(1, REMEMBERED + 2)
+    ]
+    policy = SimpleNamespace(name="marginal", faults=0, slow=0, replaced="")
+    arbiter: Any = SimpleNamespace(policy=policy, changes={"to_kv": 0, "to_experts": 0}, failures=0)
     arbiter.decisions = deque(maxlen=REMEMBERED)
     meter = Meter(split_reader(arbiter))
     first = meter.take()
@@ -90,10 +97,13 @@ def test_the_last_decisions_are_shown_and_older_ones_taken_back() -> None:
         changes = meter.take()
         assert changes["fluxmoe_split_changes_total"] == {("to_kv",): 2}
         labels = (str(decision.number), "marginal", "to_kv", decision.reason)
-        assert changes[DECISION].pop(labels) == 1
-    assert changes[DECISION] == {("1", "marginal", "to_kv", "reason 1"): -1}
+        assert changes[DECISION].pop(labels) == decision.time
+    assert changes[DECISION] == {("1", "marginal", "to_kv", "reason 1"): -1001}
     arbiter.failures += 1
     assert meter.take() == {"fluxmoe_split_failures_total": {(): 1}}
+    policy.replaced = "split gave NaN"
+    labels = ("arbitration", "marginal", policy.replaced)
+    assert meter.take() == {REPLACED: {labels: 1}}
 
 
 def test_a_fixed_split_shows_zeros_once() -> None:
@@ -122,6 +132,25 @@ def test_histograms_add_up_what_was_counted_elsewhere() -> None:
     assert family.samples[0].labels["engine"] == "0"
 
 
+def test_series_that_are_over_disappear_and_smaller_values_do_not() -> None:
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    from fluxmoe.backends.vllm.server.prometheus import PagingProm
+
+    unregister_vllm_metrics()
+    types = {kind: kind for kind in (Counter, Gauge, Histogram)}
+    shown = PagingProm(SimpleNamespace(kv_transfer_config=None), types, ["engine"], {0: ["0"]})
+
+    def series(name: str) -> dict[tuple[str, ...], float]:
+        samples = [s for f in prometheus_client.REGISTRY.collect() for s in f.samples]
+        return {(s.labels["tenant"],): s.value for s in samples if s.name == name}
+
+    for change, left in ((8.0, 8.0), (-3.0, 5.0), (-5.0, None), (4.0, 4.0)):
+        shown.observe({LIMIT: {("kv", "max"): change}, FRAMES: {("kv", "max"): change}})
+        assert series(LIMIT) == ({} if left is None else {("kv",): left})
+        assert series(FRAMES) == {("kv",): left or 0}
+
+
 def test_an_interval_in_words() -> None:
     changes: Samples = {
         HITS: {(): 3},
@@ -141,7 +170,7 @@ def test_an_interval_in_words() -> None:
 
 
 def scrape(worker: object) -> dict[str, dict[tuple[str, ...], float]]:
-    """Called in the engine's process: every series of FluxMoE, by its own labels."""
+    """Read every FluxMoE series by its own labels; runs in the engine's process."""
     own = {metric.name: metric.labels for metric in METRICS if metric.kind != "histogram"}
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in prometheus_client.REGISTRY.collect():
@@ -207,6 +236,10 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         }
         frame = one["fluxmoe_budget_bytes"] / one["fluxmoe_budget_frames"]
         frames = found[FRAMES]
+        # C14: the same in bytes, and what the server is.
+        in_bytes = {series: count * frame for series, count in frames.items()}
+        assert found["fluxmoe_tenant_bytes"] == in_bytes
+        assert found["fluxmoe_info"] == {(__version__, "lru", "next-layer", "fixed", "host"): 1}
         assert frames["experts", "committed"] * frame == stats["expert_bytes"]
         assert frames["kv", "committed"] * frame == stats["kv_bytes"]
         for tenant in ("experts", "kv"):
@@ -218,6 +251,39 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
     # A second run resets the statistics, but not the metrics.
     again = eager.generate(prompts(8, seed=1)).stats
     assert shown(eager)[HITS][()] == stats["hits"] + again["hits"]
+
+
+def block(worker: Any) -> list[str]:
+    """Called in the engine's process: the lines that it logged at its start."""
+    from fluxmoe.backends.vllm.worker import start
+
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.extend(record.getMessage().splitlines())  # type: ignore[method-assign]
+    start.logger.addHandler(handler)
+    specs = worker.get_kv_cache_spec().values()
+    start.log(worker._runtime, worker._registry, worker.vllm_config, specs, worker._top_k)
+    start.logger.removeHandler(handler)
+    return told
+
+
+@pytest.mark.vllm
+def test_c4_an_engine_tells_what_it_pages(eager: ChildEngine) -> None:
+    few = config(16, eviction="lru", control=True)
+    eager.restart(fluxmoe=few, **EAGER)
+    stats, blocks = eager.call("stats"), eager.info["kv_blocks"]
+    headline, *lines = eager.call("rpc", block)
+    assert "4 layers of 16, 48.0 KiB each" in headline
+    said = {line[2:14].strip(): line[15:] for line in lines}
+    assert said["budget"].startswith(f"{sizes.shown(stats['budget_bytes'])} per worker: experts ")
+    assert "; while serving, experts 768.0 KiB to " in said["budget"]
+    assert said["slots"] == f"{stats['slots']} of 64 pages, in 1 bank"
+    assert said["eviction"] == f"lru (FluxMoE {__version__})"
+    assert said["arbitration"] == f"fixed (FluxMoE {__version__})"
+    assert f"{blocks} blocks, which hold {blocks * 32:,} tokens; a request " in said["KV cache"]
+    assert said["stores"] == "host: 3.0 MiB"
+    assert said["control"].startswith("/v1/fluxmoe/limits on this server")
+    assert "note" not in said  # a token uses just as many
 
 
 @pytest.mark.vllm
@@ -238,7 +304,7 @@ def switches(worker: Any) -> dict[str, bool]:
 
 
 class FailingScheduler:
-    """Made by the engine when its worker is ready."""
+    """Created by the engine once its worker is ready."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no scheduler today")
@@ -246,7 +312,7 @@ class FailingScheduler:
 
 @pytest.mark.vllm
 def test_a_start_that_fails_late_leaves_no_connector(eager: ChildEngine) -> None:
-    """vLLM keeps a process's connector until the worker is shut down, which then never happens."""
+    """vLLM keeps a process's connector until the worker's shutdown, which then never happens."""
     name = f"{FailingScheduler.__module__}.FailingScheduler"
     with pytest.raises(EngineError, match="no scheduler today"):
         eager.restart(fluxmoe=config(24), scheduler_cls=name, **EAGER)

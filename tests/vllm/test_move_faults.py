@@ -1,4 +1,4 @@
-"""Two workers in processes of their own, one of which fails or dies in the middle of a move."""
+"""Two workers in separate processes, one of which fails or dies during a move."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def engine(checkpoint: Path) -> Iterator[ChildEngine]:
 
 @pytest.fixture(scope="module")
 def stock(engine: ChildEngine) -> Generation:
-    """What stock answers; ``engine`` pages from then on."""
+    """Return stock's answers; ``engine`` is paged afterwards."""
     run = engine.generate(PROMPTS)
     engine.restart(fluxmoe=config(), **OPTIONS)
     return run
@@ -56,12 +56,12 @@ def of_rank(worker: Any, rank: int, fault: Any, *args: Any) -> None:
 
 
 def undisturbed(worker: Any) -> None:
-    """The end of ``disturb``."""
+    """End ``disturb``."""
     del worker._side.receive, worker._side.report
 
 
 def die_in_a_move(worker: Any, after: int) -> None:
-    """The ``after``-th order from now on ends the process, half carried out."""
+    """End the process in the middle of the ``after``-th order from now on."""
     mover = worker._side._moves
     apply, left = mover.apply, iter(range(after, -1, -1))
 
@@ -74,7 +74,7 @@ def die_in_a_move(worker: Any, after: int) -> None:
 
 
 def undone(engine: ChildEngine) -> int:
-    """Moves that were rolled back, as the scheduler's process has logged."""
+    """Count rolled-back moves in the log of the scheduler's process."""
     return Path(engine._log).read_text().count("arbitration: a move was undone")
 
 

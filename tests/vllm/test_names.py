@@ -1,4 +1,4 @@
-"""Each name of vLLM and transformers that FluxMoE relies on, renamed in turn: a clear error."""
+"""A clear error for each name of vLLM and transformers that FluxMoE uses, renamed in turn."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ OVERRIDING = {
     "stats:PagingStats": "connector",
     "server.prometheus:PagingProm": "connector",
     "scheduler.balloon:BalloonPool": "connector",
-    "worker.cpu:PagedCPUWorker": "worker",
+    "worker.cpu:PagedCPUWorker": "cpu",
     "worker.layer:PagedRoutedExperts": "worker",
     "half_configured:GuardedLogitsProcessor": "plugin",
 }
 
 
 def owners(name: str) -> tuple[list[Any], str]:
-    """Where a name may be defined, a module or classes; and its last part."""
+    """Find the possible owners of a name, a module or classes, and its last part."""
     module, _, path = name.partition(":")
     found: Any = importlib.import_module(module)
     *heads, last = path.split(".")
@@ -134,7 +134,7 @@ def test_an_attribute_that_is_gone(kind: str, path: str) -> None:
 
 
 def imported(library: str) -> Iterator[str]:
-    """Names that modules of the backends import from a library, as ``module:name``."""
+    """List the names that backend modules import from a library, as ``module:name``."""
     for file in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == library:

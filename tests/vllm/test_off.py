@@ -1,4 +1,4 @@
-"""``preset: off`` is stock vLLM; ``budget: auto`` is a size that was found out."""
+"""``preset: off`` is stock vLLM; ``budget: auto`` is resolved to a size."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_off_serves_what_cannot_be_paged(borrowed: ChildEngine, tmp_path: Path) 
 
 
 def test_an_automatic_budget(eager: ChildEngine, stock_outputs: Outputs) -> None:
-    # Beside half of this machine's memory, this KV cache is no more than the tests need.
+    # Compared with half of this machine's memory, this KV cache is as small as the tests allow.
     memory = {"budget": "auto", "kv": {"max": KV_BYTES}}
     eager.restart(fluxmoe={"memory": memory}, **EAGER)
     assert outputs(eager) == stock_outputs

@@ -74,7 +74,7 @@ def test_before_an_engine_starts(
 
 def test_what_is_left_is_taken_once_and_dies_with_its_engine() -> None:
     class Engine:
-        """Stands for its VllmConfig."""
+        """Replaces a VllmConfig."""
 
     parsed = configuration.parse({"memory": {"budget": 1}, **SETTINGS}, where="")
     policy = plugins.load(parsed.plugins).arbitration(parsed)
@@ -123,7 +123,7 @@ except SystemExit as end:
 
 
 def resolving(program: str, budget: str, settings: dict[str, Any]) -> tuple[dict[str, int], str]:
-    """How often a program parsed this budget and resolved an automatic one; what it printed."""
+    """Run a program; count budgets parsed and automatic ones resolved; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", RESOLVING + program, budget, json.dumps(settings)],
         env={**os.environ, **ENVIRONMENT},

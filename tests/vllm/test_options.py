@@ -1,4 +1,4 @@
-"""vLLM's options are checked against a list that is its parser's."""
+"""vLLM's options are validated against a list generated from its parser."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_values_that_the_parser_takes(given: dict[str, Any]) -> None:
 
 
 def _parses(given: dict[str, Any]) -> bool:
-    """True if vLLM's own parser accepts the options."""
+    """True if vLLM's parser accepts the options."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -103,6 +103,6 @@ def test_b3_a_refused_feature_is_an_option_and_a_setting(feature: features.Featu
 
 
 class Model:
-    """Stands for a VllmConfig with a model, which cannot be made without one."""
+    """Replaces a VllmConfig with a model, which cannot be created without one."""
 
     from vllm.config import ModelConfig as model_config

@@ -1,8 +1,10 @@
-"""vLLM calls FluxMoE's entry point in each of its processes: it must weigh little."""
+"""vLLM calls FluxMoE's entry point in each of its processes, so it must be light."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -45,6 +47,44 @@ print([name for name in {HEAVY} if name in sys.modules])
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
 
 
+def test_a6_only_the_worker_class_replaces_anything_in_the_process() -> None:
+    program = """
+import importlib, pkgutil
+import torch, vllm
+from vllm.model_executor.custom_op import op_registry_oot
+import fluxmoe.backends.vllm as backend
+
+def state():
+    torches = [torch, torch.cuda, torch.accelerator, torch.Tensor]
+    names = ["Event", "Stream", "set_stream", "current_stream", "stream", "synchronize",
+             "empty_cache", "get_memory_info", "pin_memory", "record_stream"]
+    found = {(at, name): getattr(at, name, None) for at in torches for name in names}
+    return {**found, "layers": dict(op_registry_oot)}
+
+before = state()
+modules = [m.name for m in pkgutil.walk_packages(backend.__path__, backend.__name__ + ".")]
+engines = [name for name in modules if name.endswith((".compat.cpu", ".worker.cpu"))]
+for name in modules:
+    if name not in engines:
+        importlib.import_module(name)
+assert len(modules) > 25 and len(engines) == 2
+print([str(key) for key, value in state().items() if value != before[key]])
+importlib.import_module(engines[0])
+assert state() != before
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[]"]), (
+        done.stdout + done.stderr
+    )
+
+
 @pytest.mark.parametrize("level, shown", [("INFO", True), ("WARNING", False)])
 def test_what_fluxmoe_tells_is_in_vllms_log(level: str, shown: bool) -> None:
     program = """
@@ -53,6 +93,7 @@ from fluxmoe.backends.vllm import register
 register()
 from vllm.logger import _configure_vllm_root_logger
 _configure_vllm_root_logger()
+logging.info("of a library")  # which adds a handler in another format
 logging.getLogger("fluxmoe").info("memory moves")
 logging.getLogger("fluxmoe").warning("a move was undone")
 """
@@ -67,4 +108,46 @@ logging.getLogger("fluxmoe").warning("a move was undone")
     log = done.stdout + done.stderr
     assert ("memory moves" in log) == shown, log
     assert log.count("a move was undone") == 1, log
-    assert "WARNING" in log.split("a move was undone")[0].splitlines()[-1]  # in vLLM's format
+    shown_line = next(line for line in log.splitlines() if "a move was undone" in line)
+    assert re.search(r"WARNING \d\d-\d\d \d\d:\d\d:\d\d \[", shown_line)  # in vLLM's format
+
+
+def test_c4_a_block_of_lines_is_one_record_of_a_json_log() -> None:
+    program = """
+import logging
+from fluxmoe.backends.vllm import register
+register()
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging
+configure_logging(LoggingConfig(formatter="json"))
+logging.getLogger("fluxmoe").info("FluxMoE pages:\\n  budget")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    (line,) = (each for each in (done.stdout + done.stderr).splitlines() if "budget" in each)
+    assert "FluxMoE pages:\n  budget" in json.loads(line).values()
+
+
+def test_c4_a_program_with_its_own_logging_keeps_it() -> None:
+    program = """
+import logging
+logging.basicConfig(format="mine: %(message)s", level=logging.INFO)
+from fluxmoe.backends.vllm import register
+register()
+logging.getLogger("fluxmoe").info("memory moves")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert [line for line in done.stderr.splitlines() if "memory" in line] == ["mine: memory moves"]

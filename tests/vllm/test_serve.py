@@ -1,4 +1,4 @@
-"""``fluxmoe serve``: the server of three processes answers what stock vLLM answers."""
+"""``fluxmoe serve``: the server of three processes gives the same answers as stock vLLM."""
 
 from __future__ import annotations
 
@@ -160,6 +160,7 @@ def test_the_printed_command_has_everything(tmp_path: Path) -> None:
     assert settings["eviction"] == {"kind": "lru"}
     assert words[words.index("--max-model-len") + 1] == "256"
     assert "--enforce-eager" in words
+    assert words[words.index("--disable-access-log-for-endpoints") + 1] == "/metrics"  # C7
     middleware = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
     assert middleware == ["fluxmoe.backends.vllm.server.hangup.EndWithServer", "mine.A", "mine.B"]
 

@@ -1,4 +1,4 @@
-"""``fluxmoe serve`` says at once, and without vLLM, what would stop the server later."""
+"""``fluxmoe serve`` immediately reports, without vLLM, problems that would stop it later."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def serve(
     config = tmp_path / "config.yaml"
     wanted = {"model": str(model), "memory": {"budget": budget}, "vllm": vllm or {}}
     config.write_text(yaml.safe_dump(wanted | (settings or {})))
-    # Whatever goes as far as starting vLLM ends there.
+    # Everything that gets as far as starting vLLM ends there.
     program = "import os; os.execvpe = None; from fluxmoe.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", program, "serve", str(config), *more],

@@ -1,4 +1,4 @@
-"""vLLM with coded pages and page files: the tokens and log-probabilities of stock."""
+"""vLLM with coded pages and page files: same tokens and log-probabilities as stock."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The experts implementation ``fluxmoe``: make pages resident, then run the stock code on slots.
 
-``transformers`` lets each experts module choose its implementation at run time. The function
-registered here asks the pager for slots and calls the implementation that was active before with
-a *twin* of the module: same class and settings, but its weights are the arenas. The numbering of
-the twin's experts depends on that implementation:
+``transformers`` lets each experts module select its implementation at run time. The function
+registered here gets slots from the pager and calls the previous implementation with a *twin* of the
+module: same class and settings, but with arenas as weights. The numbering of the twin's experts
+depends on the implementation:
 
 * ``grouped_mm`` and ``batched_mm`` treat all experts alike, so the twin's experts are the slots.
-  Tokens are grouped in another order than in the stock code, but each group holds the same rows in
+  Groups of tokens are in a different order than in the stock code, but each has the same rows in
   the same order, and the sum over a token's experts runs in the router's order.
 * ``eager`` adds up the experts' contributions in ascending order of expert id. The twin keeps
   the logical ids, and its weights look up the slot in the expert table.
@@ -23,13 +23,14 @@ from typing import TypeAlias
 import torch
 
 from fluxmoe.backends import op
-from fluxmoe.backends.torch.layout import Weights, weights_of
+from fluxmoe.backends.torch.layout import weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
-from fluxmoe.backends.torch.refusals import Uncopyable
+from fluxmoe.backends.torch.refusals import require_no_export, require_plain
+from fluxmoe.backends.torch.sealed import FixedParameters, Gone, Sealed, seal
 from fluxmoe.errors import UnsupportedError
 
-NAMES.require("experts")  # an ImportError of the lines below would not say what to do
+NAMES.require("experts")  # an ImportError from the lines below would give no remedy
 
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
@@ -44,7 +45,7 @@ Compute: TypeAlias = Callable[
     [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
-#: A part's arena, ``[slots, …]``, in the shape and dtype of its weights.
+#: Arena of a part, ``[slots, …]``, with the shape and dtype of its weights.
 Arenas: TypeAlias = dict[str, torch.Tensor]
 
 #: Implementations that can compute on slots.
@@ -57,35 +58,35 @@ IMPLEMENTATIONS = (EAGER, *BY_SLOT)
 #: Called with a layer's (expert ids, routing weights, hidden states); returns the ids.
 Note: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# grouped_mm counts the tokens of each expert with a float32 histogram, whose bins are exact up to
-# 4097 bins. No model has that many experts, but a bank may have that many slots.
+# grouped_mm counts the tokens per expert with a float32 histogram that is exact up to 4097 bins. No
+# model has that many experts, but a bank may have that many slots.
 GROUPED_MM_SLOTS = 4096
 
 
 class Lease:
-    """Token held by every reader of the arenas; they are released with the last holder."""
+    """Token held by each reader of the arenas, which are released with the last holder."""
 
 
 @dataclass(eq=False)
-class Binding(Uncopyable):
+class Binding:
     """State that a paged experts module needs to run, and to be restored.
 
     Attributes:
         handle: The pager (``op.attach``).
         layer: Index of the MoE layer, from 0.
-        twin: The module as the computing implementation sees it.
+        twin: The module passed to the computing implementation.
         compute: That implementation, by slot; None for ``eager``.
-        original: The module's own parameters; of a loaded model they are on the meta device.
+        kinds: Class of each of the module's own parameters, which are sealed.
         lock: Lock against changes of the arenas from ``acquire`` to the kernel's end.
         lease: Keeps the arenas alive.
-        note: Passes more than the expert ids to a recorder; None if not needed.
+        note: Passes more than expert ids to a recorder; None if not needed.
     """
 
     handle: int
     layer: int
     twin: torch.nn.Module
     compute: Compute | None
-    original: Weights
+    kinds: list[type[torch.nn.Parameter]]
     lock: ForwardLock
     lease: Lease
     note: Note | None = None
@@ -111,7 +112,7 @@ def bind(
     lock: ForwardLock,
     lease: Lease,
 ) -> None:
-    """Take the experts out of a module and let it compute on arenas.
+    """Remove the experts from a module and make it compute on arenas.
 
     Args:
         module: An experts module.
@@ -123,21 +124,21 @@ def bind(
         lock: Lock of the model.
         lease: Keeps the arenas alive.
     """
-    original = weights_of(module)
+    weights = weights_of(module)
     twin = copy.copy(module)
     twin._parameters = {}
     if implementation == EAGER:
         for part, arena in arenas.items():
             setattr(twin, part, ByExpert(arena, table))
     compute = BY_SLOT.get(implementation)
-    module._fluxmoe = Binding(handle, layer, twin, compute, original, lock, lease)
+    kinds = [seal(weight, Sealed) for weight in weights.values()]
+    module._parameters = FixedParameters(module._parameters)
+    module._fluxmoe = Binding(handle, layer, twin, compute, kinds, lock, lease)
     resize(module, arenas)
-    for part, weight in original.items():
-        module._parameters[part] = absent(weight)
 
 
 def resize(module: torch.nn.Module, arenas: Arenas) -> None:
-    """Update a paged module after a change in its bank's number of slots."""
+    """Update a paged module after its bank's number of slots has changed."""
     twin = module._fluxmoe.twin
     for part, arena in arenas.items():
         if module._fluxmoe.compute is None:
@@ -148,7 +149,7 @@ def resize(module: torch.nn.Module, arenas: Arenas) -> None:
 
 
 def absent(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-    """A placeholder for a weight in the store: same shape, but without memory."""
+    """Make a placeholder for a weight in the store, with the same shape but without memory."""
     return torch.nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
 
 
@@ -162,9 +163,12 @@ def set_note(module: torch.nn.Module, note: Note | None) -> None:
     module._fluxmoe.note = note
 
 
-def release(module: torch.nn.Module) -> None:
-    """Restore a module's own parameters."""
-    module._parameters.update(module._fluxmoe.original)
+def release(module: torch.nn.Module, *, gone: bool) -> None:
+    """Restore a module's own parameters; ``gone``: they have no values."""
+    module._parameters = dict(module._parameters)
+    kinds = module._fluxmoe.kinds
+    for weight, kind in zip(weights_of(module).values(), kinds, strict=True):
+        seal(weight, Gone if gone else kind)
     del module._fluxmoe
 
 
@@ -179,12 +183,17 @@ def forward(
     if binding is None:
         raise UnsupportedError(
             f"a {type(self).__name__} that is not paged uses the paging implementation",
-            fix="page the model with fluxmoe.page(); do not share a config object between a paged "
-            "model and another one",
+            fix="page the model with fluxmoe.page(), and do not share its config object with "
+            "another model",
         )
-    learns = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+    learns = [hidden_states, top_k_weights]
+    if torch.compiler.is_compiling():
+        require_no_export()
+    else:
+        require_plain(hidden_states, top_k_index, top_k_weights)
+        learns += [self.gate_up_proj, self.down_proj]  # a compiler would look into them
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learns):
-        # The arenas are overwritten long before a backward pass would read them.
+        # The arenas would be overwritten before a backward pass could read them.
         raise UnsupportedError(
             "a paged model cannot compute gradients", fix="call it under torch.no_grad()"
         )
@@ -202,7 +211,7 @@ def _event(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     if getattr(module, "_fluxmoe", None) is not binding:
-        # Closed while this thread waited: its handle may belong to another pager by now.
+        # Closed while this thread was waiting: its handle may belong to another pager now.
         return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
     if binding.note is not None:
         top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)

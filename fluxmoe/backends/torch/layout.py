@@ -1,20 +1,21 @@
-"""The expert layers of a Hugging Face model, and checks that their weights can be paged."""
+"""The expert layers of a Hugging Face model, with checks that their weights can be paged."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import NoExpertsError, UnsupportedError
+from fluxmoe.inventory import TOP_K, has_experts
 
 PARTS = ("gate_up_proj", "down_proj")
 
 #: Part → parameter of an expert layer.
 Weights: TypeAlias = dict[str, torch.nn.Parameter]
 
-#: Model families whose paged output the tests compare with the unpaged model's.
+#: Model families whose paged output tests compare to the unpaged model's.
 TESTED = ("Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V2", "DeepSeek-V3", "GLM4-MoE")
 
 _SUPPORTED = (
@@ -25,23 +26,37 @@ _SUPPORTED = (
 
 
 def is_experts(module: torch.nn.Module) -> bool:
-    """True if a module holds experts and chooses their implementation at run time."""
+    """True if a module has experts and selects their implementation at run time."""
     # Set by transformers' decorator for experts classes.
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
+def name_of(model: torch.nn.Module, layer: torch.nn.Module) -> str:
+    """Name or path of the checkpoint that a model came from; else its class."""
+    return str(getattr(layer.config, "name_or_path", "") or type(model).__name__)
+
+
+def top_k_of(layer: torch.nn.Module) -> int | None:
+    """Number of experts per token; None if the model's configuration does not state it."""
+    found = (getattr(layer.config, key, None) for key in TOP_K)
+    return next((int(value) for value in found if value), None)
+
+
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The expert layers, in order.
+    """List the expert layers, in order.
 
     Raises:
         NoExpertsError: The model has none.
-        UnsupportedError: They cannot be paged, for the given reason.
+        UnsupportedError: They cannot be paged.
     """
     name = type(model).__name__
     layers = [module for module in model.modules() if is_experts(module)]
     if not layers:
         if any(_three_dimensional(module) for module in model.modules()):
             raise _unsupported(f"{name} does not use transformers' experts interface")
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_dict") and has_experts(config.to_dict()):
+            raise _unsupported(f"the expert layout of {name} is not supported yet")
         raise NoExpertsError(
             f"{name} has no MoE layers: there is nothing to page", fix="use it without FluxMoE"
         )
@@ -68,15 +83,15 @@ def require_on_cpu(layers: list[torch.nn.Module]) -> None:
 
 
 def weights_of(layer: torch.nn.Module) -> Weights:
-    """The parameters that hold a layer's experts."""
+    """Get the parameters that hold a layer's experts."""
     return {part: getattr(layer, part) for part in PARTS}
 
 
 def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
-    """The number of pages, and the parts of one page."""
+    """Determine the number of pages and the parts of a page."""
     weights = weights_of(layers[0])
     parts = [
-        Part(name, weight[0].numel() * weight.element_size(), weight[0].numel())
+        Part(name, weight.nbytes // len(weight), weight.numel() // len(weight))
         for name, weight in weights.items()
     ]
     return Geometry(len(layers), len(weights[PARTS[0]])), PageClass(tuple(parts))

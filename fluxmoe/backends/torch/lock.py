@@ -1,9 +1,9 @@
 """The forward lock of a paged model: one forward pass at a time.
 
-Between a layer's ``acquire`` and the end of its kernel the arenas must not change. Threads that
-share a paged model therefore take turns. A forward pass is a turn, so that the steps of a trace are
-passes. Each layer (within a pass or called on its own) and each call of the handle is an exclusive
-turn: even its own thread may do nothing else with the model. A compiled model takes no turns, so
+The arenas must not change between a layer's ``acquire`` and the end of its kernel. Threads that
+share a paged model therefore take turns, by forward pass, so that the steps of a trace are passes.
+Each layer (within a pass or called on its own) and each call of the handle is an exclusive section:
+even its own thread may do nothing else with the model. A compiled model does not take the lock, so
 its threads are not synchronised.
 """
 
@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fluxmoe.backends.torch.refusals import Uncopyable
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import UnsupportedError
@@ -27,7 +26,7 @@ from fluxmoe.trace import StepRows
 T = TypeVar("T")
 
 
-class ForwardLock(Uncopyable):
+class ForwardLock:
     """A re-entrant lock for passes, with exclusive sections (``alone``) inside them."""
 
     def __init__(self) -> None:
@@ -38,15 +37,15 @@ class ForwardLock(Uncopyable):
 
     @property
     def here(self) -> bool:
-        """True in the process that pages, False in one forked from it."""
+        """True in the process that pages, False in forked ones."""
         return self._owner.here
 
     def lock(self) -> AbstractContextManager[object]:
-        """The lock, for a ``with`` statement: it is entered in C, so Ctrl-C cannot lose it.
+        """Return the lock for a ``with`` statement, which enters it in C, so Ctrl-C cannot lose it.
 
         Raises:
-            UnsupportedError: In a forked process, where it may never be released; or this thread
-                is in an exclusive section.
+            UnsupportedError: This is a forked process, where the lock may never be released, or
+                this thread is in an exclusive section.
         """
         self._owner.require()
         if self._alone == threading.get_ident():
@@ -70,17 +69,17 @@ class ForwardLock(Uncopyable):
     def watch(self, model: torch.nn.Module) -> None:
         """Wrap the model's forward passes in the lock.
 
-        The method is wrapped because hooks are not called at the end of a pass that Ctrl-C ended.
+        The method is wrapped because hooks are not called after a pass interrupted by Ctrl-C.
         """
         before = model.forward
         model.forward = functools.update_wrapper(functools.partial(self._run, before), before)
 
     def phase(self) -> Phase:
-        """The phase of the running pass, from the length of its input; compiled: decode."""
+        """Phase of the current pass, from the length of its input; decode for compiled models."""
         return self._phase
 
     def rows(self, tokens: int) -> StepRows | None:
-        """The running step's tokens, one request per row of the batch; None if it was not seen."""
+        """Tokens of the current step, one request per batch row; None if it was not observed."""
         shape, self._shape = self._shape, None
         if shape is None or shape[0] * shape[1] != tokens:
             return None
@@ -90,7 +89,7 @@ class ForwardLock(Uncopyable):
     def leave(self, model: torch.nn.Module) -> None:
         """Unwrap the model. Idempotent.
 
-        If the method has been wrapped again meanwhile, it stays as it is and keeps taking turns.
+        If the method has been wrapped again since, it remains unchanged and keeps taking the lock.
         """
         wrapped = vars(model).get("forward")
         if isinstance(wrapped, functools.partial) and wrapped.func == self._run:
@@ -111,7 +110,7 @@ class ForwardLock(Uncopyable):
 
 
 def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Phase, tuple[int, int] | None]:
-    """The phase of a pass with these arguments, with its number of rows and their length."""
+    """Determine the phase of a pass with these arguments, its number of rows and their length."""
     for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if value is not None:
             rows, length = value.shape[:2]

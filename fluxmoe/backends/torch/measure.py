@@ -1,8 +1,8 @@
 """Measurement of this machine's hardware profile: times of model steps and of page copies.
 
-The measured situations differ from those the profile will predict: steps with every expert
-resident, and copies with hardly any. Step times are fitted by a constant, a cost per token and a
-cost per expert used, matching the profile's fields.
+Measured are steps with all experts resident, and copies with hardly any resident; the profile
+predicts situations in between. Step times are fitted by a constant, a cost per token and a cost per
+expert used, matching the profile's fields.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM
 
 from fluxmoe.backends.torch import layout
 from fluxmoe.backends.torch.paging import page
+from fluxmoe.backends.torch.pretrained import unpaged
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200
-#: Bandwidth or TFLOPS for costs too small to measure.
+#: Bandwidth or TFLOPS for costs that are too small to measure.
 _FAST = 1e6
 
 Floats = npt.NDArray[np.float64]
 
 
 def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
-    """Measure a model on the torch backend; takes about a minute for a small one.
+    """Measure a model on the torch backend; takes about a minute for a small model.
 
     Args:
         folder: Folder or name of a Hugging Face checkpoint.
-        threads: Number of torch threads, here and in the runs the profile is used for.
+        threads: Number of torch threads, here and in the runs to be predicted.
 
     Returns:
         The fields of a ``sim.hardware.Profile``.
 
     Raises:
         NoExpertsError, UnsupportedError: The model cannot be paged.
+        CheckpointError: It cannot be loaded.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto").eval()
+        model = unpaged(str(folder))
         steps = _steps(model)
         copies, page_bytes, layers = _copies(model)
     finally:
@@ -70,7 +71,7 @@ def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
 def decode(
     model: Any, batch: int, steps: int, *, seed: int = 0, prompt: int = _PROMPT
 ) -> Iterator[None]:
-    """Decode sampled tokens of random prompts, one step per item; the prefill is the first.
+    """Decode sampled tokens of random prompts, one step per item, starting with the prefill.
 
     The same arguments give the same tokens, paged or not.
     """
@@ -88,19 +89,19 @@ def decode(
 
 
 def room(model: Any, pages: int) -> int:
-    """Bytes that hold ``pages`` pages of a model, within one frame."""
+    """Bytes that hold ``pages`` pages of a model, up to one frame."""
     _, page_class = layout.describe(layout.experts_of(model))
     return pages * page_class.nbytes
 
 
 def _steps(model: Any) -> tuple[Floats, Floats]:
-    """Rows (1, tokens, experts used) of steps with all experts resident, and their µs."""
+    """Measure steps with all experts resident: rows (1, tokens, experts used), and their µs."""
     geometry, _ = layout.describe(layout.experts_of(model))
     rows, times = [], []
     with page(model, room(model, geometry.num_pages), eviction="lru") as handle:
         for batch in BATCHES:
             best = math.inf
-            for _ in range(_REPEATS):  # with the same tokens, hence the same experts
+            for _ in range(_REPEATS):  # with the same tokens and thus the same experts
                 run = decode(model, batch, _WARM + _STEPS)
                 for _ in itertools.islice(run, 1 + _WARM):
                     pass
@@ -116,7 +117,7 @@ def _steps(model: Any) -> tuple[Floats, Floats]:
 
 
 def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
-    """Rows (1, pages) of events that miss all their pages, and their µs above a hit's."""
+    """Measure events that miss all their pages: rows (1, pages), and their µs above a hit."""
     layers = layout.experts_of(model)
     geometry, page_class = layout.describe(layers)
     experts = geometry.experts_per_layer
@@ -129,7 +130,7 @@ def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
             hitting: list[float] = []
             slots = np.zeros(size, np.int32)
             for turn in range(_COPIES):
-                # A page recurs only after all others have been used.
+                # A page is used again only after all others.
                 layer = turn % geometry.num_layers
                 first = turn // geometry.num_layers * size
                 ids = np.sort((first + np.arange(size)) % experts).astype(np.int32)
@@ -144,7 +145,7 @@ def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
 
 
 def _fit(rows: Floats, times: Floats) -> list[float]:
-    """Non-negative costs that fit the times with the least relative error."""
+    """Fit non-negative costs to the times with the least relative error."""
     best, error = np.zeros(rows.shape[1]), np.inf
     scaled = rows / times[:, np.newaxis]
     for used in itertools.product((False, True), repeat=rows.shape[1]):

@@ -1,4 +1,4 @@
-"""The names of transformers that paging under PyTorch uses, by module that imports them."""
+"""The names of transformers used by the torch backend, by module that imports them."""
 
 from __future__ import annotations
 

@@ -12,30 +12,35 @@ from types import TracebackType
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from fluxmoe import arguments, sizes
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_weight
 from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.lock import ForwardLock
-from fluxmoe.backends.torch.refusals import Refusals, gone
+from fluxmoe.backends.torch.refusals import Refusals, Uncopyable
+from fluxmoe.backends.torch.sealed import Watched
 from fluxmoe.backends.torch.settings import Room, given, settings
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.inventory import TOP_K
 from fluxmoe.trace import TraceMeta
 from fluxmoe.trace.recorder import Recorder
 
+_RECORD = "PagedModel.record"
 
-class PagedModel:
+
+class PagedModel(Uncopyable):
     """The handle of a paged model. Use it as a context manager, or call ``close``.
 
-    The model itself is used as before; it stays paged if the handle is dropped without ``close``.
+    The model is used as before; it stays paged if the handle is dropped without ``close``.
 
     Attributes:
         model: The model.
 
     Args:
-        loaded: True if the model has no weights of its own for ``close`` to restore.
+        loaded: True if the model has no weights that ``close`` could restore.
     """
 
     def __init__(
@@ -50,8 +55,9 @@ class PagedModel:
     ) -> None:
         self.model, self._layers, self._runtime, self._lock = model, layers, runtime, lock
         self._asked: RemovableHandle | None = None
-        self._previous = None if loaded else model.get_experts_implementation()
-        self._handle = handle = op.attach(runtime.pager)
+        self._previous, self._loaded = model.get_experts_implementation(), loaded
+        weights = [layout.weights_of(layer).values() for layer in layers]
+        self._handle = handle = op.attach(Watched(runtime.pager, weights))
         # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
@@ -60,18 +66,30 @@ class PagedModel:
             experts.bind(
                 layer, handle, index, implementation, self._arenas(index), table[index], lock, lease
             )
-        self._refusals = Refusals(model, layers, experts.NAME)
+        self._refusals = Refusals(model, layers)
         lock.watch(model.base_model)
         experts.register()
         model.set_experts_implementation(experts.NAME)
         if any(layer.config._experts_implementation != experts.NAME for layer in layers):
             del lease
             self.close()
-            # transformers looks for its experts interface in the source of the model's class.
+            # transformers searches the source of the model's class for its experts interface.
             raise UnsupportedError(
                 f"{type(model).__name__} does not let its experts implementation be chosen",
-                fix="use the class of transformers itself, not one derived from it",
+                fix="use the class of transformers, not one derived from it",
             )
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}({type(self.model).__name__}"
+        if self.closed:
+            return f"{name}, closed)"
+        runtime = self._runtime
+        counters, slots = runtime.pager.counters(), sum(runtime.pager.table.slots)
+        hit_rate = f"{counters.hit_rate:.1%}" if counters.accesses else "unused"
+        return (
+            f"{name}, budget={sizes.shown(runtime.memory.budget_bytes)}, "
+            f"slots={slots} of {runtime.geometry.num_pages}, hit_rate={hit_rate})"
+        )
 
     @property
     def closed(self) -> bool:
@@ -84,7 +102,7 @@ class PagedModel:
         return self._open().pager
 
     def stats(self) -> dict[str, int | float]:
-        """Counters of the event rule, sizes in bytes, and time spent waiting for pages."""
+        """Return event rule counters, sizes in bytes, and time spent waiting for pages."""
         return self._open().stats()
 
     @contextmanager
@@ -96,11 +114,11 @@ class PagedModel:
         predict: bool = False,
         max_steps: int | None = None,
         phase: Phase | None = None,
-        replace: bool = True,
+        replace: bool = False,
     ) -> Iterator[Recorder]:
         """Write the routing of every step inside the ``with`` block to a trace.
 
-        The simulator starts cold: call ``reset`` before, to compare its counters with ``stats``.
+        The simulator starts cold: call ``reset`` first to compare its counters with ``stats``.
 
         Args:
             path: Path of the new trace file.
@@ -108,20 +126,26 @@ class PagedModel:
             predict: Also record the next layer's router's choices for this layer's hidden states.
             max_steps: Number of steps after which recording stops.
             phase: Record only steps of this phase.
-            replace: True if an existing file may be replaced.
+            replace: Overwrite an existing file.
 
         Raises:
             TraceError: The file cannot be written, or nothing was recorded.
+            ConfigError: The file already exists, or an argument is not valid.
             UnsupportedError: ``predict`` is set and the model's routers were not found.
         """
         if self._open().pager.watcher is not None:
             raise ConfigError("a recording is already active", where=str(path), fix="end it first")
+        if phase is not None:
+            arguments.instance(phase, Phase, "phase", where=_RECORD)
+        if max_steps is not None:
+            arguments.whole(max_steps, "max_steps", where=_RECORD)
+        file = arguments.path(path, "path", where=_RECORD)
         columns = {"weights": weights, "predicted": predict}
         notes = recording.notes(
             self.model, self._layers, self._handle, weights=weights, predict=predict
         )
         with Recorder(
-            str(path),
+            file,
             self._trace_meta(),
             columns=[name for name, wanted in columns.items() if wanted],
             replace=replace,
@@ -144,18 +168,18 @@ class PagedModel:
             experts.set_note(layer, note)
 
     def resize(self, memory: int | str) -> None:
-        """Give the expert pages more or less memory, between forward passes.
+        """Change the memory for expert pages, between forward passes.
 
         Growing keeps all resident pages; shrinking drops those in the last slots. Outputs do not
         change. A compiled model is recompiled.
 
         Args:
-            memory: As for ``page``. The number of banks stays the same.
+            memory: As for ``page``. The number of banks does not change.
 
         Raises:
-            ConfigError: Not a valid size, or more than the free memory.
-            BudgetTooSmallError: It cannot hold one layer's experts (in each bank).
-            SubstrateError: The system refused. As after every error, nothing has changed.
+            ConfigError: The size is invalid or exceeds the free memory.
+            BudgetTooSmallError: The size cannot hold one layer's experts in each bank.
+            SubstrateError: A system call failed. As after every error, nothing has changed.
         """
         self._resize(memory, "PagedModel.resize")
 
@@ -176,19 +200,23 @@ class PagedModel:
             experts.resize(layer, self._arenas(index))
 
     def follow(self, room: Callable[[], int | str] | None) -> None:
-        """Ask before each forward pass how much memory the expert pages may have, and ``resize``.
+        """Call ``room`` before each forward pass for the memory of expert pages, and ``resize``.
 
-        This is arbitration for callers with their own KV cache. A compiled model does not ask.
+        This is arbitration for callers with their own KV cache. Compiled models do not call it.
 
         Args:
             room: Returns bytes, or text such as "4GiB". Less than the minimum counts as the
-                minimum; errors of it, or of ``resize``, end the pass before it begins.
-                None: stop asking.
+                minimum; errors raised by it or by ``resize`` end the pass before it begins.
+                None: stop calling.
 
         Raises:
             ConfigError: The handle is closed.
         """
         self._open()
+        if room is not None and not callable(room):
+            raise arguments.wrong(
+                "room", "a function that returns a size", room, "PagedModel.follow", "or resize()"
+            )
         if self._asked is not None:
             self._asked.remove()
             self._asked = None
@@ -200,7 +228,7 @@ class PagedModel:
                 wanted = room()
                 self._resize(1 if wanted == 0 else wanted, "room", at_least=True)
 
-        # The outermost module, and before all else: the pass must not have taken its turn yet.
+        # On the outermost module and first of all: the pass must not have taken the lock yet.
         self._asked = self.model.register_forward_pre_hook(ask, prepend=True)
 
     def reset(self) -> None:
@@ -208,14 +236,14 @@ class PagedModel:
         self._lock.alone(lambda: self._open().pager.reset())
 
     def check(self) -> None:
-        """Raise InvariantError unless all accounts agree."""
+        """Raise InvariantError unless all books are consistent."""
         self._lock.alone(lambda: self._open().check())
 
     def close(self) -> None:
         """Release the memory and restore the model exactly. Idempotent.
 
-        A model from ``fluxmoe.load`` cannot be restored: from now on it has no experts,
-        and using it is an error. Does nothing in a forked process, as the memory is the parent's.
+        A model from ``fluxmoe.load`` cannot be restored: it has no experts afterwards, and using it
+        is an error. Does nothing in a forked process, because the memory belongs to the parent.
         """
         if self._lock.here:
             self._lock.alone(self._close)
@@ -226,12 +254,8 @@ class PagedModel:
         self._lock.leave(self.model.base_model)
         self._refusals.remove()
         for layer in self._layers:
-            experts.release(layer)
-        if self._previous is not None:
-            self.model.set_experts_implementation(self._previous)
-        else:
-            for layer in self._layers:
-                layer.register_forward_pre_hook(gone)
+            experts.release(layer, gone=self._loaded)
+        self.model.set_experts_implementation(self._previous)
         self._release()
 
     def __enter__(self) -> PagedModel:
@@ -248,12 +272,15 @@ class PagedModel:
     def _open(self) -> Runtime:
         self._runtime.pager.owner.require()
         if self.closed:
-            raise ConfigError("the model is not paged any more: its handle was closed")
+            raise ConfigError(
+                "the model is no longer paged: its handle was closed",
+                fix="page or load the model again",
+            )
         return self._runtime
 
     def _arenas(self, layer: int) -> experts.Arenas:
         table = self._runtime.pager.table
-        # Only those in use: the cost of grouped_mm grows with the slots it sees.
+        # Only those in use: the cost of grouped_mm grows with the number of slots.
         slots = table.slots[table.bank(layer)]
         weights = layout.weights_of(self._layers[layer])
         arenas = self._runtime.arenas(layer)
@@ -263,15 +290,15 @@ class PagedModel:
         }
 
     def _trace_meta(self) -> TraceMeta:
-        config = self._layers[0].config
-        top_k = getattr(config, "num_experts_per_tok", None)
+        layer = self._layers[0]
+        top_k = layout.top_k_of(layer)
         if top_k is None:
             raise UnsupportedError(
-                f"{type(config).__name__} does not tell num_experts_per_tok, so no trace of it "
+                f"{type(layer.config).__name__} has none of {', '.join(TOP_K)}, so no trace of it "
                 "can be recorded"
             )
-        name = getattr(config, "name_or_path", "") or type(self.model).__name__
-        return self._runtime.trace_meta(model=str(name), top_k=int(top_k), source="torch")
+        name = layout.name_of(self.model, layer)
+        return self._runtime.trace_meta(model=name, top_k=top_k, source="torch")
 
 
 def _release(handle: int, runtime: Runtime) -> None:

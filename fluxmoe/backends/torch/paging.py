@@ -1,23 +1,27 @@
-"""``fluxmoe.page``: a Hugging Face model whose experts use a given amount of memory."""
+"""``fluxmoe.page``: limits the experts of a Hugging Face model to a given amount of memory."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from fluxmoe.arguments import instance
+from fluxmoe.backends import summary
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.stores import make_coders, make_store
+from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
-from fluxmoe.backends.torch.settings import HOST, PolicySpec, Room, StoreSpec, settings
+from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.page"
@@ -30,37 +34,39 @@ def page(
     eviction: PolicySpec = "next-use",
     prefetch: PolicySpec = "none",
     stores: Sequence[StoreSpec] = HOST,
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     banks: int = 1,
     copy_threads: int = 1,
     strict_policies: bool = False,
     seed: int = 0,
 ) -> PagedModel:
-    """Page the experts of a model, in place. Its outputs stay the same, bit for bit.
+    """Page the experts of a model in place. Its outputs do not change, bit for bit.
 
     Args:
         model: A Hugging Face model on the CPU.
         memory: Memory for expert pages, bytes or "4GiB"; at least one layer's experts. More than
             all experts need is not used.
-        eviction: Eviction policy, a name or ``{kind: name, option: value}``.
+        eviction: Eviction policy: a name, ``{kind: name, option: value}``, or a class or instance
+            of ``fluxmoe.EvictionPolicy``, which need not be registered.
         prefetch: Prefetch policy, likewise.
         stores: Stores of pages that are not resident, as in the configuration: maps with
             ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
             them; ``fluxmoe.load`` does not.
-        plugins: Files (``.py``) or modules that register policies or codecs.
+        plugins: Files (``.py``) or modules that register policies or codecs; one needs no list.
         banks: Minimum number of banks that consecutive layers are spread over.
-        copy_threads: Number of threads that copy pages, besides the caller's.
+        copy_threads: Number of threads that copy pages, in addition to the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
         seed: Seed of the policies' random numbers.
 
     Raises:
         NoExpertsError: The model has no MoE layers.
         UnsupportedError: Its experts cannot be paged, or computed by slot.
-        ConfigError: An argument has an unusable value, or the model is already paged.
+        ConfigError: An argument is invalid, or the model is already paged.
         BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
-        UnknownCodecError, PageFileError: A store cannot be made.
+        UnknownCodecError, PageFileError: A store cannot be created.
     """
+    instance(model, torch.nn.Module, "model", where=_WHERE, fix="load a checkpoint by fluxmoe.load")
     if any(experts.is_bound(module) for module in model.modules()):
         raise ConfigError(
             "the model is already paged", where=_WHERE, fix="close() its handle first"
@@ -83,6 +89,7 @@ def page(
     )
     config, registry = room.fit(wanted, _WHERE), plugin_registry(wanted.plugins)
     policies, coders = registry.policies(config), make_coders(config, registry)
+    require_room(config, room.geometry.num_pages * room.page_class.nbytes)
     lock = ForwardLock()
     store = make_store(config, room.geometry, room.page_class, coders)
     try:
@@ -92,7 +99,9 @@ def page(
     except BaseException:
         store.close()
         raise
-    return PagedModel(model, layers, runtime, implementation, lock)
+    paged = PagedModel(model, layers, runtime, implementation, lock)
+    log_start(model, layers[0], runtime, registry)
+    return paged
 
 
 def runtime_for(
@@ -103,7 +112,7 @@ def runtime_for(
     implementation: str,
     lock: ForwardLock,
 ) -> Runtime:
-    """Arenas and pager for a model's expert layers, whose weights need not be loaded yet."""
+    """Create arenas and pager for a model's expert layers, whose weights need not be loaded yet."""
     return Runtime(
         config,
         policies,
@@ -117,12 +126,30 @@ def runtime_for(
     )
 
 
+def log_start(
+    model: torch.nn.Module, layer: torch.nn.Module, runtime: Runtime, registry: Registry
+) -> None:
+    """Log the summary of a model that is paged from now on; ``layer`` is one with experts."""
+    config = runtime.config
+    chosen = {"eviction": config.eviction, "prefetch": config.prefetch}
+    block = summary.start_block(
+        runtime.partition,
+        config,
+        model=layout.name_of(model, layer),
+        top_k=layout.top_k_of(layer),
+        dynamic=False,
+        policies={kind: registry.source(kind, policy) for kind, policy in chosen.items()},
+        store_bytes=runtime.store.nbytes,
+    )
+    logging.getLogger("fluxmoe").info(block)
+
+
 def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:
     """Name of the implementation that computes the experts, before and after paging."""
     if not hasattr(model, "set_experts_implementation"):
         raise UnsupportedError(
             f"{type(model).__name__} is not a model of transformers >= 5",
-            fix="page the model inside, or load it with transformers",
+            fix="page the wrapped model, or load it with transformers",
         )
     found = {layer.config._experts_implementation or experts.EAGER for layer in layers}
     if len(found) > 1 or not found <= set(experts.IMPLEMENTATIONS):

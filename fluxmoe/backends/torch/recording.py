@@ -19,14 +19,15 @@ def notes(
     weights: bool,
     predict: bool,
 ) -> list[experts.Note | None]:
-    """Functions per expert layer that note weights and predictions; None if neither is requested.
+    """Make a function per expert layer that notes weights and predictions; None if not requested.
 
     Args:
         model: The model.
         layers: Its expert layers, in order.
         handle: Handle of their pager.
         weights: Note the routing weights.
-        predict: Note which experts the next layer's router chooses for this layer's hidden states.
+        predict: Note the experts that the next layer's router chooses for this layer's hidden
+            states.
 
     Raises:
         UnsupportedError: ``predict`` is set and a layer's router was not found.
@@ -44,7 +45,7 @@ def _note(
     def note(ids: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         predicted = None
         if router is not None:
-            # Bypasses the module's hooks, which may collect its own layer's outputs.
+            # Bypasses the module's hooks, which may collect outputs of its own layer.
             predicted = type(router).forward(router, hidden)[-1]
         elif predict:
             predicted = ids[:, :0]
@@ -54,7 +55,7 @@ def _note(
 
 
 def _routers(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The router of each expert layer: a sibling that returns (logits, weights, expert ids)."""
+    """Find each expert layer's router: a sibling that returns (logits, weights, expert ids)."""
     block_of = {id(child): module for module in model.modules() for child in module.children()}
     routers = []
     for layer in layers:

@@ -1,97 +1,114 @@
-"""Refusal of operations that a paged model does not support, before anything has changed.
-
-The experts' parameters are on the meta device. Saving, moving or loading them would seem to work
-but silently lose them, and so would computing with them: sums on the CPU ignore addends on the meta
-device.
-"""
+"""Refusal of operations that a paged model does not support, before anything has changed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch.fx import _symbolic_trace as fx
 
+from fluxmoe.backends.torch.sealed import CLOSE
 from fluxmoe.errors import UnsupportedError
-
-_CLOSE = "close() its handle first; a model from fluxmoe.load() is in its checkpoint"
 
 
 class Uncopyable:
-    """A part of a paged model; copies are refused, as nothing would fill their arenas."""
+    """A handle; copies are refused, as nothing would fill their arenas."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UnsupportedError("a paged model can be neither copied nor pickled", fix=_CLOSE)
+        _refuse_copy()
 
 
 class Refusals:
-    """Refuses ``state_dict``, ``load_state_dict``, another experts implementation, and changes of
-    type or device.
+    """Refuses copies, ``load_state_dict``, scripts, and changes of type or device.
 
     Args:
         model: The paged model.
         layers: Its expert layers.
-        implementation: Name of the paging implementation.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, layers: list[torch.nn.Module], implementation: str
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
         inside = {id(layer) for layer in layers}
-        # All modules that contain experts, so that a refusal comes before any work is done.
+        # All modules that contain experts, so that the error is raised before any work is done.
         self._guarded = [
             module
             for module in model.modules()
             if any(id(child) in inside for child in module.modules())
         ]
-        self._hooks = [
-            layer.register_forward_pre_hook(_Requirement(implementation)) for layer in layers
-        ]
+        self._hooks = []
         for module in self._guarded:
-            self._hooks += [
-                module.register_state_dict_pre_hook(_Refusal("be saved")),
-                module.register_load_state_dict_pre_hook(_Refusal("have weights loaded into it")),
-            ]
-            # The method behind to(), half(), cuda() ….
-            module._apply = partial(_apply, module, is_experts=id(module) in inside)
+            self._hooks.append(module.register_load_state_dict_pre_hook(_refuse_load))
+            vars(module).update(
+                # The method behind to(), half(), cuda() ….
+                _apply=partial(_apply, module, is_experts=id(module) in inside),
+                __getstate__=_refuse_copy,
+                __prepare_scriptable__=_refuse_script,
+            )
 
     def remove(self) -> None:
-        """Allow everything again. Idempotent."""
+        """Remove all restrictions. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         while self._guarded:
-            del self._guarded.pop()._apply
+            attributes = vars(self._guarded.pop())
+            for name in ("_apply", "__getstate__", "__prepare_scriptable__"):
+                del attributes[name]
 
 
-def gone(module: torch.nn.Module, *_: object) -> NoReturn:
-    """Forward pre-hook of experts that were released."""
-    raise UnsupportedError(
-        "the model's experts are gone: fluxmoe.load() put them into a store, which was released "
-        "when the handle was closed",
-        fix="load the model again, and close the handle after its last use",
+@torch.compiler.assume_constant_result  # called, not traced: an error keeps its class
+def require_no_export() -> None:
+    """Raise UnsupportedError if a graph is made to be kept: it would outlive its pages."""
+    if torch.compiler.is_exporting():
+        raise _untraceable("torch.export")
+
+
+def require_plain(*inputs: torch.Tensor) -> None:
+    """Raise UnsupportedError unless the inputs have values, and only they are asked for.
+
+    A tracer takes the slots of the pages that are resident for constants.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise _untraceable("torch.jit.trace")
+    if fx._is_fx_tracing_flag:
+        raise _untraceable("torch.fx")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise _untraceable("a transform of torch.func")
+    for tensor in inputs:
+        kind = type(tensor)
+        if kind is torch.Tensor and tensor.is_cpu:
+            continue
+        if getattr(kind, "__torch_dispatch__", None) is not _VALUES or not tensor.is_cpu:
+            raise UnsupportedError(
+                f"a paged model cannot compute with a {kind.__module__}.{kind.__qualname__} on "
+                f"{tensor.device}",
+                fix="call it with plain tensors on the CPU",
+            )
+
+
+#: Of plain tensors; fake, functional and distributed ones have another.
+_VALUES = torch.Tensor.__torch_dispatch__
+
+
+def _untraceable(by: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"a paged model cannot be traced, exported or transformed by {by}: the slots of its pages "
+        "would become constants",
+        fix=f"{CLOSE}; torch.compile is supported",
     )
 
 
-class _Refusal(Uncopyable):
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __call__(self, *_: object) -> None:
-        raise UnsupportedError(f"a paged model cannot {self._what}", fix=_CLOSE)
+def _refuse_copy() -> NoReturn:
+    raise UnsupportedError("a paged model can be neither copied nor pickled", fix=CLOSE)
 
 
-class _Requirement(Uncopyable):
-    def __init__(self, implementation: str) -> None:
-        self._implementation = implementation
+def _refuse_script() -> NoReturn:
+    raise _untraceable("torch.jit.script")
 
-    def __call__(self, module: torch.nn.Module, *_: object) -> None:
-        found = module.config._experts_implementation
-        if found != self._implementation:
-            raise UnsupportedError(
-                f"the experts of a paged model cannot be computed by {found!r}",
-                fix="choose the implementation before paging; it is kept",
-            )
+
+def _refuse_load(*_: object) -> NoReturn:
+    raise UnsupportedError("a paged model cannot have weights loaded into it", fix=CLOSE)
 
 
 def _apply(
@@ -103,12 +120,19 @@ def _apply(
 ) -> torch.nn.Module:
     # Pipelines call to("cpu") on a model that is already there, which is allowed.
     for dtype in {weight.dtype for weight in module.parameters()}:
-        probe = torch.empty(0, dtype=dtype)
-        became = fn(probe)
+        probe = torch.tensor([*os.urandom(16)]).to(dtype)
+        try:
+            became = fn(probe)
+        except Exception as error:
+            raise UnsupportedError(
+                f"a paged model keeps its device and dtype: {error}", fix=CLOSE
+            ) from error
         if became.dtype != probe.dtype or became.device != probe.device:
             raise UnsupportedError(
                 f"a paged model keeps its device and dtype: {dtype} on {probe.device} "
                 f"cannot become {became.dtype} on {became.device}",
-                fix=_CLOSE,
+                fix=CLOSE,
             )
+        if not torch.equal(became, probe):
+            raise UnsupportedError("a paged model keeps its weights", fix=CLOSE)
     return module if is_experts else type(module)._apply(module, fn, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Sampling from a Hugging Face model batch by batch, to record its routing."""
+"""Sampling from a Hugging Face model in batches, to record its routing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sample(
         model: A model of ``transformers``.
         prompts: Token ids, one list per row of the batch.
         max_new_tokens: Number of tokens to generate per prompt.
-        temperature: Sampling temperature; 0 always takes the likeliest token.
+        temperature: Sampling temperature; 0 always picks the likeliest token.
         seed: Random seed.
         stop: Called after every step; True ends the run.
 

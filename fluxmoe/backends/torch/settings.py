@@ -12,7 +12,6 @@ from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
-PolicySpec = str | Mapping[str, Any]
 StoreSpec = Mapping[str, Any]
 
 #: The default stores.
@@ -27,20 +26,23 @@ def settings(
     banks: int = 1,
     **others: Any,
 ) -> fluxmoe_config.Config:
-    """The arguments of ``fluxmoe.page`` as a configuration.
+    """Convert the arguments of ``fluxmoe.page`` to a configuration.
 
     Raises:
-        ConfigError: One of them has an unusable value.
+        ConfigError: An argument is invalid.
     """
-    pages = {"memory": {"budget": memory, "banks": banks}, "stores": [*map(dict, stores)]}
+    given: Any = stores  # any type: validated by the configuration
+    if isinstance(given, list | tuple):
+        given = [dict(store) if isinstance(store, Mapping) else store for store in given]
+    pages = {"memory": {"budget": memory, "banks": banks}, "stores": given}
     return fluxmoe_config.parse({**pages, **others}, where=where)
 
 
 def given(config: fluxmoe_config.Config, where: str) -> int:
-    """The budget in bytes. Raises ConfigError: it is ``auto``, which needs an engine."""
+    """Get the budget in bytes. Raises ConfigError for ``auto``, which needs an engine."""
     if config.memory.budget is None:
         raise ConfigError(
-            "auto is not supported here", where=f"memory of {where}", fix="give a size, as 4GiB"
+            "auto is not supported here", where=f"memory of {where}", fix="use a size such as 4GiB"
         )
     return int(config.memory.budget)
 
@@ -51,7 +53,7 @@ class Room:
     Attributes:
         geometry, page_class: Layers and experts, and the layout of a page.
         frame_bytes: Bytes of a frame, the unit of growth.
-        least, most: Bounds in bytes, multiples of a frame; ``most`` is within the machine's memory.
+        least, most: Bounds in bytes, multiples of a frame; ``most`` fits the machine's memory.
     """
 
     def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
@@ -63,7 +65,7 @@ class Room:
         self.most = max(self.least, min(useful, total))
 
     def within(self, memory: int, where: str) -> int:
-        """The usable part of ``memory`` bytes.
+        """Compute the usable part of ``memory`` bytes.
 
         Raises:
             BudgetTooSmallError: They cannot hold one layer's experts.
@@ -78,7 +80,7 @@ class Room:
         return min(memory, self.most)
 
     def fit(self, config: fluxmoe_config.Config, where: str) -> fluxmoe_config.Resolved:
-        """The configuration with its budget limited to what expert pages alone can use."""
+        """Limit the configuration's budget to the maximum that expert pages can use."""
         resolved = config.resolved(self.within(given(config, where), where))
         memory = resolved.memory.model_copy(
             update={"frame": self.frame_bytes, "kv": fluxmoe_config.Share(max=0)}

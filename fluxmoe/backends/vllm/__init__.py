@@ -1,8 +1,8 @@
 """The vLLM backend, loaded by the entry point ``fluxmoe`` of the group ``vllm.general_plugins``.
 
-vLLM calls ``register`` in each of its processes. It changes nothing for models that are not paged:
-paging begins when vLLM is given the settings of ``engine_options``. Only the worker class imports
-the paging code. One folder per process: ``server``, ``scheduler``, ``worker``; ``child`` runs an
+vLLM calls ``register`` in each of its processes. It has no effect on models that are not paged:
+paging is enabled by the settings of ``engine_options``. Only the worker class imports the paging
+code. One folder per process: ``server``, ``scheduler``, ``worker``; ``child`` runs an
 engine in a child process, ``compat`` imports vLLM's private names.
 """
 
@@ -45,18 +45,23 @@ def register() -> None:
 
 
 class _ToVllm(logging.Handler):
-    """Forwards to vLLM's log, which vLLM sets up only after it has called plugins."""
+    """Forwards to vLLM's log, which vLLM sets up only after calling plugins."""
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger("vllm.fluxmoe")
-        # A root handler already shows the record; vLLM's own logger does not propagate.
-        if not logging.getLogger().handlers and theirs.isEnabledFor(record.levelno):
+        if theirs.isEnabledFor(record.levelno):
             theirs.handle(record)
 
 
 def _log_as_vllm_does() -> None:
-    """Show FluxMoE's messages, such as why memory moves, in vLLM's log."""
+    """Show FluxMoE's messages, such as why memory moves, in vLLM's log and format.
+
+    Not if the program has handlers of its own at the root. Those that libraries add later, in a
+    format of theirs, do not count.
+    """
     ours = logging.getLogger("fluxmoe")
-    ours.addHandler(_ToVllm())
+    if not logging.getLogger().handlers:
+        ours.addHandler(_ToVllm())
+        ours.propagate = False  # as vLLM's own
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO)

@@ -1,8 +1,8 @@
 """FluxMoE's KV connector: the channel between vLLM's scheduler, its workers and ``/metrics``.
 
-It moves no KV cache. vLLM calls a connector on both sides in every step and carries its data to the
-other side and, as statistics, to the process that serves ``/metrics``. No other extension point
-of vLLM does that, and this one disables no feature.
+It transfers no KV cache. vLLM calls a connector on both sides in every step and sends its data to
+the other side and, as statistics, to the process that serves ``/metrics``. No other extension point
+of vLLM does that, and this one disables no features.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from fluxmoe.backends.vllm.compat.connector import (
 )
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.metrics import Meter
+from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.scheduler.requests import RequestWatch
 from fluxmoe.backends.vllm.server.prometheus import PagingProm
 from fluxmoe.backends.vllm.settings import paging_config
+from fluxmoe.backends.vllm.sources import split_reader
 from fluxmoe.backends.vllm.stats import PagingStats
 
-if TYPE_CHECKING:  # these import numba, which a process without a worker does not need
+if TYPE_CHECKING:  # these import numba, which processes without a worker do not need
     from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
     from fluxmoe.backends.vllm.worker.side import WorkerSide
     from fluxmoe.core.arbitration.messages import Inventory, Order, StepReport
@@ -52,7 +54,7 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
 
 @dataclass
 class WorkerInventory(KVConnectorHandshakeMetadata):
-    """Message from a worker to the scheduler at the start."""
+    """Message from a worker to the scheduler at startup."""
 
     inventory: Inventory
 
@@ -64,20 +66,21 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         ConfigError: Other settings needed for paging are missing.
     """
 
-    #: Requests do not wait for a delivery.
+    #: Requests do not wait for KV transfers.
     requires_kv_delivery = False
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: object
     ) -> None:
-        paging_config(vllm_config)  # refuses a partial configuration
+        paging_config(vllm_config)  # rejects a partial configuration
         super().__init__(vllm_config, role, kv_cache_config)
+        end_with_parent()
         self._config = vllm_config
         self._requests = RequestWatch()
         self._manager: Any = None
         #: The scheduler's side of arbitration; None if the split is fixed.
         self.arbitration: Arbitration | None = None
-        self._meter = Meter(metrics.split_reader(None))
+        self._meter = Meter(split_reader(None))
         self._worker: WorkerSide | None = None
         self._begun = False
 
@@ -103,7 +106,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
             block_tokens=self._config.cache_config.block_size,
             requests=self._requests,
         )
-        self._meter = Meter(metrics.split_reader(self.arbitration.arbiter))
+        self._meter = Meter(split_reader(self.arbitration.arbiter))
 
     def on_new_request(self, request: Any) -> None:
         self._requests.arrived(request)
@@ -140,7 +143,8 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def has_pending_push_work(self) -> bool:
         """True if the engine must step although it is idle.
 
-        Once at the start, so that metrics exist before the first request, and to end a move.
+        This is the case once at startup, so that metrics exist before the first request, and to
+        finish a move.
         """
         if not self._begun:
             return True
@@ -157,7 +161,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return None if inventory is None else WorkerInventory(inventory)
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
-        """Receive the scheduler's order; called before each forward pass, and in steps without."""
+        """Receive the scheduler's order; called in each step, before any forward pass."""
         if self._worker is not None:
             self._worker.receive(kv_connector_metadata.order)
 
@@ -166,7 +170,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return None if report is None else WorkerMetadata([report])
 
     def has_connector_metadata(self) -> bool:
-        """False, so that attention layers do not call ``wait_for_layer_load`` and the like."""
+        """Return False, so that attention layers do not call ``wait_for_layer_load`` etc."""
         return False
 
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
@@ -186,7 +190,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- statistics ------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> PagingStats | None:
-        """Return the changes of metrics; called on both sides after each step."""
+        """Return the changes to metrics; called on both sides after each step."""
         if self.role == KVConnectorRole.SCHEDULER:
             changes = self._meter.take()
         else:

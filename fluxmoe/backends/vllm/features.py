@@ -1,6 +1,6 @@
-"""vLLM features that FluxMoE refuses, by command-line option and by vLLM's configuration.
+"""vLLM features that FluxMoE does not support, by command-line option and configuration.
 
-Imports no vLLM, so that the preflight checks and the worker share one table.
+Does not import vLLM, so that the preflight checks and the worker share one table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Feature(NamedTuple):
-    """A refused feature.
+    """An unsupported feature.
 
     Attributes:
         name: Name of the feature.
@@ -47,7 +47,7 @@ REFUSED = (
 
 
 def refused_options(options: Mapping[str, Any]) -> Iterator[UnsupportedError]:
-    """An error for each refused feature that these options of ``vllm serve`` turn on.
+    """Yield an error for each unsupported feature that these options of ``vllm serve`` enable.
 
     Args:
         options: Names without leading dashes → values.
@@ -58,14 +58,14 @@ def refused_options(options: Mapping[str, Any]) -> Iterator[UnsupportedError]:
 
 
 def refused_settings(config: VllmConfig) -> Iterator[UnsupportedError]:
-    """An error for each refused feature that an engine's configuration turns on."""
+    """Yield an error for each unsupported feature that an engine's configuration enables."""
     for feature in REFUSED:
         if _on(attrgetter(feature.attribute)(config)):
             yield _refusal(feature)
 
 
 def _on(value: object) -> bool:
-    """True for a flag that is set, a size above 1, and any other value but None."""
+    """True for a flag that is set, a size above 1, and any other value except None."""
     if isinstance(value, int):
         return value is True or value > 1
     return value is not None

@@ -1,7 +1,7 @@
-"""Refusal of a partial configuration: a model built with only some of FluxMoE's settings.
+"""Rejection of partial configurations: a model built with only some of FluxMoE's settings.
 
-vLLM passes its configuration to no plugin, but to layers, which a plugin can replace; nearly every
-model has one LogitsProcessor. This one computes the same as the stock one.
+vLLM passes its configuration not to plugins but to layers, which plugins can replace. Nearly every
+model has one LogitsProcessor; this one computes the same as the stock one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fluxmoe.backends.vllm.compat.plugin import LogitsProcessor, get_current_vll
 
 
 class GuardedLogitsProcessor(LogitsProcessor):
-    """vLLM's logits processor with a check of the configuration when it is built.
+    """vLLM's logits processor, which checks the configuration when built.
 
     Raises:
         ConfigError: See ``settings.paging_config``.

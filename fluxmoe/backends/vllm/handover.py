@@ -1,9 +1,9 @@
 """Handover of the arbitration policy from a worker to the scheduler's side in the same process.
 
-The worker creates the policy, before weights are loaded, to learn if the split may change; the
-scheduler's side asks it. In one process vLLM gives both the same configuration object, and that is
-all they share: the worker leaves the policy under it. In a process without a worker nothing was
-left, and the scheduler's side creates its own.
+The worker creates the policy before loading weights, to find out if the split may change; the
+scheduler's side calls it. In one process the only object that both get from vLLM is the
+configuration, so the worker stores the policy under it. In a process without a worker nothing is
+stored, and the scheduler's side creates its own.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 
-#: Identity of a VllmConfig, which cannot be hashed → what its worker left; until it is taken, or
-#: the object is collected.
+#: Identity of a VllmConfig, which is unhashable → the policy stored by its worker, until it is
+#: taken or the object is collected.
 _left: dict[int, tuple[Config, ArbitrationPolicy]] = {}
 
 
 def leave(vllm_config: VllmConfig, config: Config, policy: ArbitrationPolicy) -> None:
-    """Leave the policy and its configuration for the scheduler's side of the same engine."""
+    """Store the policy and its configuration for the scheduler's side of the same engine."""
     _left[id(vllm_config)] = config, policy
     weakref.finalize(vllm_config, _left.pop, id(vllm_config), None).atexit = False
 
 
 def take(vllm_config: VllmConfig) -> tuple[Config, ArbitrationPolicy]:
-    """Take what the worker left, or create it.
+    """Take the policy stored by the worker, or create it.
 
     Raises:
         UnknownPolicyError, ConfigError, PluginLoadError: It cannot be created.

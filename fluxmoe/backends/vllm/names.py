@@ -1,6 +1,6 @@
 """The names of vLLM that FluxMoE uses or overrides, by module of ``compat`` that imports them.
 
-Imports no vLLM.
+Does not import vLLM.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:"
 _METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics:"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+_SERVER = "vllm.entrypoints.launchers.api_server.entry:"
 _MOE = "vllm.model_executor.layers.fused_moe."
 
 
@@ -113,6 +114,12 @@ _TABLE = {
         **_attributes("vllm.v1.kv_cache_interface:KVCacheConfig", "kv_cache_tensors num_blocks"),
         "vllm.v1.kv_cache_interface:KVCacheSpec.page_size_bytes": "",
         "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
+        _MOE + "experts.cpu_moe:CPUUnquantizedExperts": "",
+        _MOE + "routed_experts:RoutedExperts.register_oot": "",
+        _MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_weights topk_ids",
+        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "",
+    },
+    "cpu": {
         _WORKER: "vllm_config",
         _WORKER + ".load_model": "",
         _WORKER + ".determine_available_memory": "",
@@ -126,10 +133,13 @@ _TABLE = {
         _WORKER + ".save_sharded_state": "",
         _WORKER + ".save_tensorized_model": "",
         _WORKER + ".compute_weight_checksums": "",
-        _MOE + "experts.cpu_moe:CPUUnquantizedExperts": "",
-        _MOE + "routed_experts:RoutedExperts.register_oot": "",
-        _MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_weights topk_ids",
-        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "",
+    },
+    "server": {
+        _SERVER + "main": "",
+        _SERVER + "run_server": "args",
+        _SERVER + "run_server_worker": "listen_address sock args",
+        _SERVER + "setup_server": "args",
+        _SERVER + "decorate_logs": "process_name",
     },
     "engine": {
         "vllm:LLM.llm_engine": "",

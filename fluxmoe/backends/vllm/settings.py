@@ -1,4 +1,4 @@
-"""The vLLM settings that enable paging. Imports no vLLM, so that commands work without it."""
+"""The vLLM settings that enable paging. Does not import vLLM, so that commands work without it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fluxmoe.config import parse
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -16,46 +17,56 @@ if TYPE_CHECKING:
 WORKER_CLS = "fluxmoe.backends.vllm.worker.PagedCPUWorker"
 #: Name under which the entry point registers FluxMoE's KV connector.
 CONNECTOR = "FluxMoEConnector"
+#: Path on the server at which operator limits are read and set.
+LIMITS_PATH = "/v1/fluxmoe/limits"
 
 
 def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for ``vllm.LLM`` that enable paging.
+    """Make the keyword arguments for ``vllm.LLM`` that enable paging.
 
     Args:
         settings: FluxMoE's configuration (docs/reference/configuration.md) without ``model``
-            and ``vllm``.
+            and ``vllm``. Policies are named.
+
+    Raises:
+        ConfigError: It is not a valid configuration.
     """
+    parse(settings, where="additional_config.fluxmoe")
+    return _options(settings)
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "worker_cls": WORKER_CLS,
         "additional_config": {"fluxmoe": settings},
-        # The connector moves no KV cache; this is the role that disables no feature.
+        # The connector transfers no KV cache; this role disables no features.
         "kv_transfer_config": {"kv_connector": CONNECTOR, "kv_role": "kv_producer"},
     }
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """The same options for ``vllm serve``."""
+    """Make the same options for ``vllm serve``."""
     words: list[str] = []
-    for key, value in engine_options(settings).items():
+    for key, value in _options(settings).items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         words += [f"--{key.replace('_', '-')}", text]
     return words
 
 
 def moving_latent_attention() -> UnsupportedError:
-    """The error for a moving split of a model with multi-head latent attention."""
+    """Make the error for a dynamic split of a model with multi-head latent attention."""
     return UnsupportedError(
         "the KV cache of multi-head latent attention (MLA) cannot grow and shrink while serving",
         where="arbitration",
-        fix="set arbitration: fixed, and control: false",
+        fix="set arbitration: fixed and control: false",
     )
 
 
 def paging_config(config: VllmConfig) -> object | None:
-    """FluxMoE's configuration as given to vLLM, not validated; None for a stock engine.
+    """Get FluxMoE's configuration as passed to vLLM, not validated; None for a stock engine.
 
     Raises:
-        ConfigError: Only some of the settings are given; names those to add.
+        ConfigError: Only some of the settings are given.
     """
     additional = config.additional_config
     settings: object | None = additional.get("fluxmoe") if isinstance(additional, dict) else None
@@ -75,6 +86,6 @@ def paging_config(config: VllmConfig) -> object | None:
         raise ConfigError(
             "vLLM was given only some of the settings that paging needs",
             where=", ".join(flag for flag, there in given.items() if there),
-            fix=f"add {' '.join(missing)}; `fluxmoe serve --print-command` prints a whole command",
+            fix=f"add {' '.join(missing)}; `fluxmoe serve --print-command` prints a full command",
         )
     return settings

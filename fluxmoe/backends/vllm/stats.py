@@ -1,4 +1,4 @@
-"""Changes of metrics as statistics of vLLM's connector, from worker and scheduler to the server."""
+"""Changes to metrics, sent from worker and scheduler to the server as connector statistics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fluxmoe.backends.vllm.compat.connector import KVConnectorStats
 
 
 class PagingStats(KVConnectorStats):
-    """Changes of metrics (``metrics.Samples``) of one or more steps and workers."""
+    """Changes to metrics (``metrics.Samples``) over one or more steps and workers."""
 
     data: metrics.Samples
 

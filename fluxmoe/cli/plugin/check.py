@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output, table
+from fluxmoe.cli.shared.options import AsCsv, AsJson, items
 
 if TYPE_CHECKING:
     from fluxmoe.plugins import PolicySpec, Registration, Registry
@@ -24,8 +25,8 @@ class Verdict:
     """The result for one policy or codec.
 
     Attributes:
-        misses: Golden trace → misses at half of its pages, with those of built-in policies;
-            eviction policies only.
+        misses: Golden trace → misses at half of its pages, with those of built-in policies; only
+            for eviction policies.
     """
 
     kind: str
@@ -50,10 +51,12 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="NAME:OPTION=VALUE",
-            help="Check only this one, with these options; repeatable.",
+            callback=items,
+            help="Check only these, with these options; comma-separated or repeated.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Test every policy and codec of a plugin against its contract.
 
@@ -71,9 +74,8 @@ def check(
         _tried(registry, registration, spec)
         for registration, spec in _wanted(brought, policy or [], plugin)
     ]
-    if as_json:
-        output.print_json([_as_json(verdict) for verdict in verdicts])
-    else:
+    data = [_as_json(verdict) for verdict in verdicts]
+    if not output.printed(as_json, as_csv, data, _lines(data)):
         for verdict in verdicts:
             _print(verdict)
     if not all(verdict.conforms for verdict in verdicts):
@@ -83,22 +85,24 @@ def check(
 def _wanted(
     registrations: list[Registration], asked: list[str], plugin: str
 ) -> list[tuple[Registration, PolicySpec]]:
-    """The registrations to check, each with its specification."""
+    """List the registrations to check, each with its specification."""
     from fluxmoe.cli.simulate import spec
-    from fluxmoe.errors import ConfigError
+    from fluxmoe.errors import ConfigError, join, meant
+    from fluxmoe.plugins import name_of
 
     if not asked:
         return [(registration, registration.name) for registration in registrations]
     found = []
     for text in asked:
         made = spec(text)
-        name = made if isinstance(made, str) else made["kind"]
+        name = name_of(made)
+        known = [registration.name for registration in registrations]
         matching = [registration for registration in registrations if registration.name == name]
         if not matching:
             raise ConfigError(
                 f"{plugin} registers no {name!r}",
                 where="--policy",
-                fix=f"it registers {', '.join(r.name for r in registrations)}",
+                fix=join(meant(name, known), f"it registers {', '.join(known)}"),
             )
         found += [(registration, made) for registration in matching]
     return found
@@ -154,26 +158,35 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _print(verdict: Verdict) -> None:
-    from rich.table import Table
+def _lines(data: list[dict[str, Any]]) -> Iterator[dict[str, object]]:
+    """Yield a row for each rule, and for each policy's misses on each golden trace."""
+    for verdict in data:
+        named = {"kind": verdict["kind"], "name": verdict["name"]}
+        for rule in verdict["rules"]:
+            yield {**named, **rule}
+        for trace, misses in verdict["misses"].items():
+            for policy, count in misses.items():
+                yield {**named, "trace": trace, "policy": policy, "misses": count}
 
+
+def _print(verdict: Verdict) -> None:
     noun = verdict.kind if verdict.kind == "codec" else f"{verdict.kind} policy"
-    console = output.console()
     title = f"{noun} {verdict.name}"
-    table = Table("", "rule", "requirement", title=title, title_justify="left")
+    rows = []
     for finding in verdict.findings:
         said = finding.sentence
         if finding.status == "does not apply":
             said = f"does not apply: {finding.detail}"
-        table.add_row(_MARKS[finding.status], finding.rule, said)
-    console.print(table)
+        rows.append([_MARKS[finding.status], finding.rule, said])
+    table.show(title, ["", "rule", "requirement"], [], rows)
     for finding in verdict.findings:
         if finding.status == "broken":
-            console.print(finding.text(), highlight=False)
+            output.say(finding.text())
     if verdict.misses:
-        compared = Table("golden trace", *next(iter(verdict.misses.values())))
-        for trace, misses in verdict.misses.items():
-            compared.add_row(trace, *map(str, misses.values()))
-        console.print("misses with room for half of the pages:")
-        console.print(compared)
-    console.print(f"{title} {'conforms' if verdict.conforms else 'does not conform'}")
+        table.show(
+            "misses with room for half of the pages:",
+            ["golden trace"],
+            list(next(iter(verdict.misses.values()))),
+            [[trace, *map(str, misses.values())] for trace, misses in verdict.misses.items()],
+        )
+    output.say(f"{title} {'conforms' if verdict.conforms else 'does not conform'}")

@@ -30,7 +30,7 @@ def new(
         Path | None, typer.Option(metavar="DIR", help="Target folder; default: ./fluxmoe-NAME.")
     ] = None,
 ) -> None:
-    """Create a package: a minimal policy or codec, and tests that call the conformance kit."""
+    """Create a package with a minimal policy or codec, and tests that call the conformance kit."""
     import fluxmoe
     from fluxmoe import plugins
 

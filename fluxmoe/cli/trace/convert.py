@@ -1,4 +1,4 @@
-"""``fluxmoe trace convert``: traces of other tools."""
+"""``fluxmoe trace convert``: convert traces of other tools."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fluxmoe.cli.shared.options import Force
 
 
 def convert(
@@ -20,14 +22,15 @@ def convert(
         int | None, typer.Option(min=1, help="Experts per layer; default: largest id found + 1.")
     ] = None,
     page_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of one expert page, for byte counts.")
+        str | None, typer.Option(metavar="SIZE", help="Size of one expert page, for byte counts.")
     ] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="flame: tokens per step.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="vllm: prompt tokens per request.")] = 0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after N steps.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Convert a routing trace of another tool to FluxMoE's format."""
+    from fluxmoe.config import size
     from fluxmoe.trace import TraceReader
     from fluxmoe.trace.formats import Options, convert
 
@@ -38,7 +41,7 @@ def convert(
         Options(step_tokens, prompt_tokens),
         model=model,
         experts=experts,
-        page_bytes=page_bytes,
+        page_bytes=None if page_bytes is None else size(page_bytes, where="--page-bytes"),
         max_steps=max_steps,
         replace=force,
     )

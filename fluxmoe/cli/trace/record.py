@@ -1,4 +1,4 @@
-"""``fluxmoe trace record``: record a real model's routing while it answers prompts."""
+"""``fluxmoe trace record``: record a model's routing while it answers prompts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.cli import models, output
+from fluxmoe.arguments import require_new
 from fluxmoe.cli.generate import Backend
+from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import AsJson, Force
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -55,20 +57,20 @@ def record(
     ] = Steps.ALL,
     temperature: Annotated[
         float,
-        typer.Option(min=0, help="Sampling temperature; 0 is greedy, whose texts tend to loop."),
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy, which tends to loop."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
     memory: Annotated[
         str, typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache.")
     ] = "4GiB",
-    eviction: Annotated[str, typer.Option(help="Eviction policy of the running model.")] = "lru",
+    eviction: Annotated[str, typer.Option(help="Eviction policy while recording.")] = "lru",
     weights: Annotated[bool, typer.Option("--weights", help="Also record router weights.")] = False,
     predict: Annotated[
         bool,
         typer.Option("--predict", help="Also record the choices of the next layer's router."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run prompts through a paged model and write a trace of its routing.
 
@@ -83,11 +85,7 @@ def record(
             where="--predict",
             fix="use --backend torch",
         )
-    if out.exists() and not force:
-        # The writer refuses this too, but only after the model was loaded.
-        raise ConfigError(
-            f"{out} already exists", where="--out", fix="name another file, or use --force"
-        )
+    require_new(out, replace=force)  # the writer also checks, but after loading the model
     models.quiet()
     requests = _requests(model, prompt or [], prompt_ids or [], prompts)
     options: dict[str, Any] = {
@@ -127,7 +125,7 @@ def record(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Requests to answer by a paged model, and the arguments of the recorder."""
+    """Requests for a paged model, and the arguments of the recorder."""
 
     model: str
     requests: list[list[int]]
@@ -140,9 +138,10 @@ class _Work:
 
     def with_torch(self) -> dict[str, Any]:
         import fluxmoe
+        from fluxmoe.backends.torch.pretrained import unpaged
         from fluxmoe.backends.torch.sampling import sample
 
-        loaded = models.load(self.model)
+        loaded = unpaged(self.model)
         vocabulary = loaded.get_input_embeddings().num_embeddings
         for tokens in self.requests:
             if not all(0 <= token < vocabulary for token in tokens):
@@ -192,7 +191,7 @@ class _Work:
 def _requests(
     model: str, texts: list[str], numbers: list[str], file: Path | None
 ) -> list[list[int]]:
-    """All prompts as token ids."""
+    """Collect all prompts as token ids."""
     lines: list[str | list[int]] = [*texts]
     lines += [models.numbers(each, "--prompt-ids") for each in numbers]
     lines += [] if file is None else _read(file)
@@ -219,7 +218,7 @@ def _read(file: Path) -> list[str | list[int]]:
         where = f"--prompts {file}, line {number}"
         try:
             data = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not valid JSON: {error}", where=where) from error
         value: Any = None
         if isinstance(data, dict):

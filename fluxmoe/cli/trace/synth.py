@@ -1,4 +1,4 @@
-"""``fluxmoe trace synth``: a synthetic trace, without a model."""
+"""``fluxmoe trace synth``: write a synthetic trace, without a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fluxmoe.cli.shared.options import Force
 from fluxmoe.errors import ConfigError
 
 
@@ -35,11 +36,12 @@ def synth(
         int, typer.Option(help="Scan all experts every N steps; 1 = only scans, 0 = never.")
     ] = 0,
     page_bytes: Annotated[
-        int, typer.Option(min=1, help="Bytes of one expert page, for byte counts.")
-    ] = 3 * 768 * 2048 * 2,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+        str, typer.Option(metavar="SIZE", help="Size of one expert page, for byte counts.")
+    ] = "9MiB",
+    force: Force = False,
 ) -> None:
     """Write a synthetic trace; the same arguments give the same file."""
+    from fluxmoe.config import size
     from fluxmoe.trace.synth import Workload, write
 
     workload = Workload(
@@ -54,7 +56,7 @@ def synth(
         locality=_range(locality),
         scan_every=scan_every,
     )
-    events, routed = write(workload, out, page_bytes, replace=force)
+    events, routed = write(workload, out, size(page_bytes, where="--page-bytes"), replace=force)
     print(f"{out}: {events} events, {routed} routed experts")
 
 

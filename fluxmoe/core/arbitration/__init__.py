@@ -1,4 +1,4 @@
-"""The split between experts and KV cache while serving: messages, moves, planning, the controller.
+"""Splitting memory between experts and KV cache while serving: messages, moves, planning, control.
 
 Imports every other folder of the core; none of them imports it.
 """

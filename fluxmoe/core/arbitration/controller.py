@@ -1,15 +1,16 @@
-"""Arbiter: the scheduler's side of arbitration. Asks the policy, turns its wish into moves.
+"""Arbiter: the scheduler's side of arbitration; calls the policy, turns its split into moves.
 
-In every step it processes the workers' answers, asks the policy if that is due, and, if no move is
-in progress, begins the next one, with few enough frames that the resulting pause stays a fraction
-of a step. A distant wish is reached in many moves, and can be changed or dropped at any time.
+In every step it processes the workers' answers, calls the policy if due, and, if no move is in
+progress, begins the next one, small enough to pause the engine for only a fraction of a step. A
+distant split is reached in many moves and can be changed or dropped at any time.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -30,39 +31,39 @@ from fluxmoe.core.policy.guards import ArbitrationGuard
 
 logger = logging.getLogger("fluxmoe")
 
-#: Steps before the next decision is reported, in the same direction as the last or in the other.
+#: Steps before the next decision is logged: in the same direction as the last, in the opposite one.
 QUIET, TURN = 64, 8
-#: Number of decisions that are remembered.
+#: Number of decisions kept.
 REMEMBERED = 4
 
 
 class BlockSource(Protocol):
-    """The scheduler's KV blocks, by group. Blocks of held groups are not handed out."""
+    """The scheduler's KV blocks, by group. Blocks of held groups are not allocated."""
 
     def hold(self, groups: int) -> tuple[int, ...]:
-        """Hold up to ``groups`` wholly free groups, least valuable first; return them."""
+        """Hold up to ``groups`` entirely free groups, least valuable first; return them."""
 
     def release(self, groups: Iterable[int]) -> None:
-        """Allow blocks of these held groups to be handed out again."""
+        """Make the blocks of these held groups available again."""
 
     def used(self) -> int:
-        """Number of blocks that requests use."""
+        """Number of blocks in use by requests."""
 
     def cached(self) -> int:
-        """Number of blocks that only hold prefixes that no request uses."""
+        """Number of blocks holding only cached prefixes that no request uses."""
 
 
 class Demand(Protocol):
-    """The engine's demand for memory; asked only in the steps in which a view is made."""
+    """The engine's demand for memory, read only in steps that build a view."""
 
     max_running: int
 
     @property
     def preemptions(self) -> int:
-        """Number of requests that lost their KV cache because it was full, since the start."""
+        """Number of requests that lost their KV cache because it was full, since startup."""
 
     def request_blocks(self) -> float:
-        """KV blocks that a request needs at its end, estimated; 0 before the first has ended."""
+        """Estimated KV blocks of a request at its end; 0 until the first has finished."""
 
     def experts(self) -> ExpertDemand:
         """Cost of expert pages."""
@@ -76,9 +77,9 @@ class EngineState:
     """The engine between two steps.
 
     Attributes:
-        last: The step that has ended.
-        running, waiting: Number of requests in the step that begins.
-        answers: Answers of the workers since the last step.
+        last: The step that just ended.
+        running, waiting: Number of requests in the step about to begin.
+        answers: The workers' answers since the last step.
         demand: The engine's demand for memory.
     """
 
@@ -90,42 +91,50 @@ class EngineState:
 
 
 class Arbiter:
-    """Moves frames between experts and KV cache as a policy wishes.
+    """Moves frames between experts and KV cache towards the split that a policy requests.
 
     Args:
         inventory: Resources of the workers.
-        policy: Policy to ask.
+        policy: The arbitration policy.
         blocks: The scheduler's KV blocks; uncommitted groups are already held.
         workers: Number of workers that must answer.
+        clock: Returns the Unix time, for decisions.
     """
 
     def __init__(
-        self, inventory: Inventory, policy: ArbitrationGuard, blocks: BlockSource, workers: int
+        self,
+        inventory: Inventory,
+        policy: ArbitrationGuard,
+        blocks: BlockSource,
+        workers: int,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._inventory, self._policy, self._blocks = inventory, policy, blocks
-        self._moves = MoveCoordinator(workers)
+        self._inventory, self._blocks = inventory, blocks
+        #: The policy; its name, faults and slow calls.
+        self.policy = policy
+        self._moves, self._clock = MoveCoordinator(workers), clock
         self._schedule = AskingSchedule(policy.interval, policy.calm_interval)
-        #: Split that the policy wants; None if it wants the current one.
+        #: Requested split; None if it is the current one.
         self._wish: Split | None = None
         self._planner = Planner(inventory, blocks.hold)
         self._slots = inventory.slots
-        #: KV groups whose memory is committed on every worker.
+        #: KV groups committed on every worker.
         self._groups = set(range(inventory.groups))
         self._frames = self._planner.frames(self._slots, self._groups)
         self._limit = inventory.frames
         bounds = {EXPERTS: inventory.experts, KV: inventory.kv}
         self._bounds = self._initial_bounds = MappingProxyType(bounds)
-        #: The operator's limits; None if none were ever set.
+        #: The operator's limits; None if never set.
         self._limits: OperatorLimits | None = None
-        #: True if the current split needs no move unless the policy wants another.
+        #: True if the current split needs no move unless the policy requests another.
         self._settled = True
         self._pause_per_frame = 0.0
-        #: Seconds of the longest move so far, both halves together.
+        #: Longest move so far, both halves together, in seconds.
         self.longest_pause = 0.0
         self._steps, self._reported, self._line = 0, -QUIET, ""
-        #: The last reported decisions, oldest first.
+        #: The last logged decisions, oldest first.
         self.decisions: deque[Decision] = deque(maxlen=REMEMBERED)
-        #: Moves that took effect, by direction.
+        #: Completed moves by direction.
         self.changes = {"to_kv": 0, "to_experts": 0}
         #: Moves that were rolled back or left frames free.
         self.failures = 0
@@ -134,28 +143,13 @@ class Arbiter:
 
     @property
     def busy(self) -> bool:
-        """True if a move is in progress, so that steps are needed."""
+        """True if a move is in progress and needs further steps."""
         return self._moves.busy
 
     @property
     def frames(self) -> dict[str, int]:
-        """The split that all workers have confirmed: tenant → frames."""
+        """The split confirmed by all workers: tenant → frames."""
         return dict(self._frames)
-
-    @property
-    def policy(self) -> str:
-        """Name of the policy."""
-        return self._policy.name
-
-    @property
-    def faults(self) -> int:
-        """Number of faults of the policy."""
-        return self._policy.faults
-
-    @property
-    def slow(self) -> int:
-        """Number of slow calls of the policy."""
-        return self._policy.slow
 
     def set_limits(self, limits: OperatorLimits) -> None:
         """Enforce these limits from now on, in as many moves as needed. See ``narrowed``."""
@@ -172,10 +166,10 @@ class Arbiter:
     # --- every step ------------------------------------------------------------------------------
 
     def step(self, state: EngineState) -> Order | None:
-        """Called before each step of the engine.
+        """Run before each engine step.
 
         Returns:
-            The order to send to all workers with this step, if any.
+            Order to send to all workers with this step, if any.
         """
         last, running, waiting = state.last, state.running, state.waiting
         result = self._moves.receive(state.answers)
@@ -183,8 +177,8 @@ class Arbiter:
             self._finish(result)
         self._steps += 1
         content = self._wish is None
-        due = not self._policy.fixed and self._schedule.due(last, running, waiting, content=content)
-        # Most steps need no work, and should cost nothing.
+        due = not self.policy.fixed and self._schedule.due(last, running, waiting, content=content)
+        # Most steps need no work and must cost nothing.
         if due or not (self._moves.busy or (content and self._settled)):
             view = self._view(state)
             if due:
@@ -195,7 +189,7 @@ class Arbiter:
         return self._moves.order()
 
     def _view(self, state: EngineState) -> ArbitrationView:
-        """The policy's input. Made only if the policy is asked or memory moves."""
+        """Build the policy's input, only if the policy is called or memory moves."""
         layout, demand = self._inventory.layout, state.demand
         per_block = layout.block_bytes / layout.frame_bytes
         return ArbitrationView(
@@ -219,7 +213,7 @@ class Arbiter:
         )
 
     def _ask(self, view: ArbitrationView) -> None:
-        split = self._policy.split(view)
+        split = self.policy.split(view)
         self._wish = None if split.frames == view.frames else split
         content = self._wish is None
         self._schedule.asked(view.running_requests, view.waiting_requests, content=content)
@@ -230,7 +224,7 @@ class Arbiter:
         over = sum(frames.values()) > view.total_frames or any(
             not bounds.min <= frames[name] <= bounds.max for name, bounds in self._bounds.items()
         )
-        # An idle engine finishes the current move and begins no other: moves keep it stepping.
+        # An idle engine finishes the current move but begins no other: moves keep it stepping.
         if not view.running_requests and not over:
             return
         wanted = self._planner.within(split, view, fill=self._limits is not None)
@@ -238,10 +232,10 @@ class Arbiter:
         move = self._planner.move(wanted, view, held, self._pause_per_frame)
         self._settled = move is None and not over
         if move is not None:
-            if not move.to_kv:  # their blocks are already held
+            if not move.to_kv:  # the blocks are already held
                 self._groups -= set(move.groups)
                 self._count()
-            # Also if a operator's limit frees memory for a tenant whose policy wants no change.
+            # Also when an operator's limit frees memory while the policy requests no change.
             freed = self._limits is not None and split.frames == frames
             self._report(move, split, by_operator=over or freed)
             self._moves.begin(move)
@@ -280,24 +274,26 @@ class Arbiter:
         return sum(bounds.min for bounds in self._bounds.values())
 
     def _report(self, move: Move, split: Split, *, by_operator: bool) -> None:
-        """Log a line per decision, not per move towards the same wish."""
+        """Log one line per decision, not per move towards the same split."""
         direction = "to_kv" if move.to_kv else "to_experts"
         words = "to the KV cache" if move.to_kv else "to the experts"
         reason = split.reason
         if by_operator:
-            reason = f"limits set by hand: {in_words(self._limits or OperatorLimits())}"
+            reason = f"limits set by the operator: {in_words(self._limits or OperatorLimits())}"
         line = f"{words}; {reason}" if reason else words
         turned = not self.decisions or self.decisions[-1].direction != direction
         if line == self._line or self._steps - self._reported < (TURN if turned else QUIET):
             return
         self._line, self._reported = line, self._steps
         number = self.decisions[-1].number + 1 if self.decisions else 1
-        self.decisions.append(Decision(number, self._policy.name, direction, reason))
+        self.decisions.append(
+            Decision(number, self.policy.name, direction, reason, int(self._clock()))
+        )
         size = self._inventory.layout.frame_bytes / 2**20
         have = {name: f"{count * size:.1f}" for name, count in self.frames.items()}
         want = {name: f"{count * size:.1f}" for name, count in split.frames.items()}
         logger.info(
             "arbitration (%s): memory moves %s: experts %s → %s MiB, KV cache %s → %s MiB",
-            *(self._policy.name, line),
+            *(self.policy.name, line),
             *(have[EXPERTS], want[EXPERTS], have[KV], want[KV]),
         )

@@ -1,4 +1,4 @@
-"""Reports from workers to the scheduler in each step: demand for expert pages, and answers."""
+"""Reports from workers to the scheduler in each step: demand for expert pages and answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.policy.arbitration import ExpertDemand
 from fluxmoe.core.types import PageClass
 
-#: Number of points of the curve that is sent, and of steps from one to the next.
+#: Points of the curve that is sent, and steps between two curves.
 POINTS, EVERY = 65, 16
 
 
@@ -23,7 +23,7 @@ class DemandMeter:
 
     Args:
         rank: Rank of the worker.
-        pager: The pager whose counters are read, and to which the curve is attached.
+        pager: Pager whose counters are read and to which the curve is attached.
         seed: Seed for the sampling of events.
     """
 
@@ -34,16 +34,16 @@ class DemandMeter:
         pager.curve = self._curve
         self._grid = np.linspace(0, geometry.num_pages, POINTS).round().astype(np.int64)
         self._load_seconds, self._steps = 0.0, 0
-        #: Limits sent with every report from now on.
+        #: Limits to send with every report.
         self.limits: OperatorLimits | None = None
         self.restarted()
 
     def restarted(self) -> None:
-        """Called when the pager's counters were reset to zero."""
+        """Start over after the pager's counters were reset to zero."""
         self._last = (0, 0, 0, 0, 0.0)
 
     def report(self, answer: Answer | None) -> StepReport:
-        """The report of the step that has just ended."""
+        """Report of the step that just ended."""
         counts, stall = self._pager.table.books.counts.tolist(), self._pager.transfer.stall_seconds
         now = (
             counts[C_ACCESSES],
@@ -75,17 +75,17 @@ class DemandMeter:
 
 
 class DemandView:
-    """The scheduler's side: the reports of all workers as one ``ExpertDemand``.
+    """The scheduler's side: the reports of all workers combined into one ``ExpertDemand``.
 
-    Workers hold different parts of the same pages and see the same routing, so counts are those of
-    the first worker; times are the longest, because all wait for the slowest.
+    Workers hold different parts of the same pages and see the same routing, so counts are taken
+    from the first worker; times are the longest, since all wait for the slowest.
     """
 
     def __init__(self, page_class: PageClass, pages: int, frame_bytes: int) -> None:
         self._frames, self._pages = page_class.nbytes / frame_bytes, pages
         self._curve = np.zeros(0)
         self._load_seconds = 0.0
-        #: Counts of the last step.
+        #: Counts for the last step.
         self.accesses = self.misses = self.loads = 0
         self.stall_seconds = 0.0
 

@@ -1,4 +1,4 @@
-"""Limits that an operator sets while the engine serves: their effect on the tenants' bounds."""
+"""Limits set by an operator while serving, and their effect on the tenants' bounds."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ EXPERTS, KV = ExpertTenant.NAME, KVTenant.NAME
 def narrowed(
     bounds: Mapping[str, Budget], limits: OperatorLimits, *, total: int, group: int
 ) -> MappingProxyType[str, Budget]:
-    """Bounds of the tenants, narrowed by the limits.
+    """Narrow the tenants' bounds to the operator's limits.
 
     Limits that cannot be met (below a tenant's minimum, above the budget) are clipped.
 
     Args:
         bounds: Tenant → its minimum and maximum without limits.
-        limits: Limits set by hand.
+        limits: The operator's limits.
         total: Frames of the whole budget.
-        group: Frames of a KV group.
+        group: Frames per KV group.
     """
     least = None if limits.kv_min is None else -(-limits.kv_min // group) * group
     kv = _within(bounds[KV], least, limits.kv_max)
     experts = _within(bounds[EXPERTS], limits.experts_min, limits.experts_max)
-    if experts.min + kv.min > total:  # both cannot be met: the KV cache wins
+    if experts.min + kv.min > total:  # not both can be met: the KV cache wins
         experts = replace(experts, min=total - kv.min)
     return MappingProxyType({EXPERTS: experts, KV: kv})
 
 
 def _within(bounds: Budget, least: int | None, most: int | None) -> Budget:
-    """Narrow bounds to ``least`` and ``most``, the maximum first; clip what cannot be met."""
+    """Narrow bounds to ``least`` and ``most``, the maximum first, clipping unattainable values."""
     upper = bounds.max if most is None else min(max(most, bounds.min), bounds.max)
     lower = bounds.min if least is None else min(max(least, bounds.min), upper)
     return Budget(lower, bounds.target, upper)
@@ -55,6 +55,6 @@ def filled(wishes: dict[str, int], view: ArbitrationView) -> dict[str, int]:
 
 
 def in_words(limits: OperatorLimits) -> str:
-    """Text of the limits that are set."""
+    """Describe the limits that are set."""
     given = [(field.name, getattr(limits, field.name)) for field in fields(limits)]
     return ", ".join(f"{name} {value} frames" for name, value in given if value is not None)

@@ -1,7 +1,7 @@
-"""Messages of arbitration that cross processes, as plain data.
+"""Arbitration messages that cross processes, as plain data.
 
-``Inventory`` goes from worker to scheduler at the start; in each step ``Order`` goes from scheduler
-to worker, and ``StepReport``, with ``Answer`` and ``OperatorLimits`` in it, back.
+Workers send ``Inventory`` to the scheduler at startup. In each step the scheduler sends an
+``Order`` and receives a ``StepReport``, which contains ``Answer`` and ``OperatorLimits``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from fluxmoe.core.types import Budget, Geometry, PageClass
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Resources of each worker, the same for all: all that the scheduler's side knows of them.
+    """Resources of each worker, identical on all: everything the scheduler's side knows of them.
 
     Attributes:
         frames: Budget in frames.
         geometry, page_class: Geometry and page layout of the experts.
-        bank_limit: Most slots per bank; None if unlimited.
-        slots: Slots per bank at the start.
+        bank_limit: Maximum slots per bank; None if unlimited.
+        slots: Initial slots per bank.
         experts, kv: Minimum, target and maximum of each tenant, in frames.
         layout: Layout of the KV cache.
-        groups: Number of KV groups that are committed at the start, from the first on.
+        groups: Number of KV groups committed at startup, from the first on.
     """
 
     frames: int
@@ -40,7 +40,7 @@ class Inventory:
 
 @dataclass(frozen=True, slots=True)
 class FreeKV:
-    """Release the memory of KV groups. Their blocks must no longer be used."""
+    """Release the memory of KV groups whose blocks are no longer in use."""
 
     groups: tuple[int, ...]
 
@@ -64,7 +64,7 @@ Action: TypeAlias = FreeKV | TakeKV | SetSlots
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Scheduler to all workers: carry out ``action``, the ``number``-th, counted from 1."""
+    """Scheduler to all workers: carry out ``action``. Orders are numbered from 1."""
 
     number: int
     action: Action
@@ -72,9 +72,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Worker to scheduler: order ``number`` is done, or failed because of ``problem``.
+    """Worker to scheduler: order ``number`` is done, or failed with ``problem``.
 
-    ``seconds`` is the time it took to carry out, by which the step is longer.
+    ``seconds`` is the time it took, which lengthens the step.
     """
 
     rank: int
@@ -87,7 +87,7 @@ class Answer:
 class OperatorLimits:
     """Limits set by an operator, in frames; None leaves a limit as configured.
 
-    KV cache that requests use is never taken away, whatever the limits.
+    KV cache in use by requests is never taken away, regardless of the limits.
     """
 
     total: int | None = None
@@ -99,26 +99,30 @@ class OperatorLimits:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Reason of a move: the ``number``-th decision, direction ``to_kv`` or ``to_experts``."""
+    """Reason for a move: decision ``number``, direction ``to_kv`` or ``to_experts``.
+
+    ``time`` is its Unix time in whole seconds.
+    """
 
     number: int
     policy: str
     direction: str
     reason: str
+    time: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One worker's last step. Plain data: it crosses processes.
+    """One worker's last step.
 
     Attributes:
         rank: Rank of the worker.
-        answer: Answer to the last order it carried out, if any.
-        accesses, misses, loads: Counts of the step, see ``ExpertDemand``.
+        answer: Answer to the last order carried out, if any.
+        accesses, misses, loads: Counts for the step, see ``ExpertDemand``.
         stall_seconds: Time that layers waited for pages.
         load_seconds: Time to load one page, averaged over recent steps.
-        curve: ``ExpertDemand.curve``; None if not sent with this step.
-        limits: Limits that an operator last gave to the worker, if any.
+        curve: ``ExpertDemand.curve``; None if not part of this report.
+        limits: Limits last set by an operator on this worker, if any.
     """
 
     rank: int

@@ -1,10 +1,10 @@
-"""Moves of memory: the protocol between scheduler and workers, and its execution on a worker.
+"""Moves of memory: the protocol between scheduler and workers, and its execution on workers.
 
-The scheduler's side is a pure state machine, without an engine and without a clock. The worker's
-side applies actions to the pager (slots) and to the memory (KV groups).
+The scheduler's side is a pure state machine without an engine or a clock. The worker's side applies
+actions to the pager (slots) and to the memory (KV groups).
 
 A move is a *shrink* of one tenant and a *grow* of the other. The scheduler's ``MoveCoordinator``
-sends one order at a time to all workers and the next one only when every worker has answered::
+sends one order at a time to all workers, and the next only after every worker has answered::
 
     shrink ── all done ──▶ grow ── all done ──▶ MOVED
        │ one failed          │ one failed
@@ -13,9 +13,9 @@ sends one order at a time to all workers and the next one only when every worker
     grow back ◀──────────────┘
        │ all done ──▶ UNDONE           one failed ──▶ shrink again ──▶ STRANDED (frames are free)
 
-Each order has a number, is repeated in every step until it is answered, and is carried out once:
-messages may be lost, duplicated or late. In every step workers repeat their last answer. Actions
-give absolute values, so repeating one that was carried out halfway is harmless.
+Orders are numbered, repeated in every step until answered, and carried out once: messages may be
+lost, duplicated or late. Workers repeat their last answer in every step. Actions contain absolute
+values, so repeating a half-completed one is harmless.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fluxmoe.words import raised
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Change of memory: KV groups in one direction, the banks' slots in the other.
+    """A change of memory: KV groups in one direction, bank slots in the other.
 
-    A move of one tenant alone has ``slots == before`` or empty ``groups``.
+    A move that affects only one tenant has ``slots == before`` or empty ``groups``.
 
     Attributes:
-        to_kv: True if KV groups are committed and experts lose slots; else the reverse.
-        groups: KV groups that change.
+        to_kv: True if KV groups are committed and experts lose slots; False for the reverse.
+        groups: KV groups to commit or release.
         before: Slots per bank before the move.
         slots: Slots per bank after the move.
     """
@@ -67,7 +67,7 @@ class Move:
 class MoveOutcome(Enum):
     """Outcome of a move.
 
-    ``STRANDED``: the shrink stands, neither tenant has grown; the frames are free.
+    ``STRANDED``: one tenant has shrunk, neither has grown; the frames are free.
     """
 
     MOVED = "moved"
@@ -77,9 +77,9 @@ class MoveOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class MoveResult:
-    """A move that has ended, with the problems that workers reported during it.
+    """A completed move, with the problems reported by workers.
 
-    ``seconds`` is the longest time that any of its orders took.
+    ``seconds`` is the duration of its slowest order.
     """
 
     move: Move
@@ -96,11 +96,11 @@ class _Stage(Enum):
     SHRINK_AGAIN = "shrink again"
 
 
-#: Stage → next stage or outcome if all workers succeeded, and if one failed.
+#: Stage → next stage or outcome if all workers succeeded, and if any failed.
 _NEXT: dict[_Stage, tuple[_Stage | MoveOutcome, _Stage | MoveOutcome]] = {
     _Stage.SHRINK: (_Stage.GROW, _Stage.GROW_BACK),
     _Stage.GROW: (MoveOutcome.MOVED, _Stage.SHRINK_BACK),
-    # A failed shrink is not repeated: the grow that follows shows what remained.
+    # A failed shrink is not repeated: the following grow shows the frames that are left.
     _Stage.SHRINK_BACK: (_Stage.GROW_BACK, _Stage.GROW_BACK),
     _Stage.GROW_BACK: (MoveOutcome.UNDONE, _Stage.SHRINK_AGAIN),
     _Stage.SHRINK_AGAIN: (MoveOutcome.STRANDED, MoveOutcome.STRANDED),
@@ -108,7 +108,7 @@ _NEXT: dict[_Stage, tuple[_Stage | MoveOutcome, _Stage | MoveOutcome]] = {
 
 
 class MoveCoordinator:
-    """The scheduler's side: carries out one move at a time.
+    """The scheduler's side: coordinates one move at a time.
 
     Args:
         workers: Number of workers that must answer.
@@ -128,13 +128,13 @@ class MoveCoordinator:
         return self._move is not None
 
     def begin(self, move: Move) -> None:
-        """Start a move. Blocks of KV groups to be freed must already be held."""
+        """Begin a move. Blocks of KV groups to be freed must already be held."""
         assert self._move is None
         self._move, self._problems, self._seconds = move, [], 0.0
         self._enter(_Stage.SHRINK)
 
     def order(self) -> Order | None:
-        """The order to send to all workers in this step; None if no move is in progress."""
+        """Order to send to all workers in this step; None if no move is in progress."""
         if self._move is None:
             return None
         action = {
@@ -178,7 +178,7 @@ class MoveWorker:
     Args:
         rank: Rank of the worker.
         memory: The worker's memory.
-        pager: The pager of its experts.
+        pager: The worker's pager.
         clock: Returns the time in seconds, for ``Answer.seconds``.
     """
 
@@ -195,21 +195,21 @@ class MoveWorker:
 
     def receive(self, order: Order | None) -> Answer | None:
         """Carry out ``order`` unless already done; return the answer to the last one."""
-        # The scheduler continues only after all answers: any other number is an old message.
+        # The scheduler waits for all answers, so any other number is an old message.
         if order is not None and order.number == self.done + 1:
             started, problem = self._clock(), ""
             try:
                 self.apply(order.action)
-            except Exception as error:  # whatever it is, the engine must keep serving
+            except Exception as error:  # the engine must keep serving after any error
                 problem = raised(error)
             self._last = Answer(self._rank, order.number, problem, self._clock() - started)
         return self._last
 
     def apply(self, action: Action) -> None:
-        """Carry out one action of a move, between steps, completely or not at all.
+        """Carry out one action of a move between steps, completely or not at all.
 
         Raises:
-            OutOfFramesError, SubstrateError: No room to grow, or the system refused.
+            OutOfFramesError, SubstrateError: No room to grow, or the system call failed.
             CapacityError: A bank cannot have this many slots.
             InvariantError: A KV group does not exist.
         """

@@ -1,11 +1,11 @@
-"""Planning of moves: the next one on the way from the current split to the wanted one.
+"""Planning of moves: the next one from the current split towards the requested one.
 
-Stateless; its only side effect is holding blocks of groups that are to be freed.
+Stateless; its only side effect is to hold the blocks of groups about to be freed.
 
-Three units occur. Experts own *slots*, the KV cache owns *groups*, and both are counted in *frames*
-to be compared; names that end in ``frames`` are frames. ``free_frames`` is the budget minus what
-both tenants own. It is negative while an operator's limit is below that: with a limit of 20 and 12
-frames of experts and 15 of KV cache it is −7, and 7 frames must be released before anything grows.
+Three units occur: experts own *slots*, the KV cache owns *groups*, and both are compared in
+*frames*; names ending in ``frames`` are frames. ``free_frames`` is the budget minus the frames of
+both tenants. It is negative while an operator's limit is lower than that: with a limit of 20, 12
+frames of experts and 15 of KV cache it is −7, so 7 frames must be released before anything grows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.sizing import sizes
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split
 
-#: Largest pause of the engine by a move, as a fraction of a step.
+#: Longest engine pause caused by a move, as a fraction of a step.
 PAUSE = 0.25
-#: Largest move, as a fraction of the budget (at least one group and one slot); FIRST applies before
-#: a pause was measured.
+#: Largest move as a fraction of the budget (at least one group and one slot); FIRST applies until a
+#: pause has been measured.
 LARGEST = 1 / 16
 FIRST = 1 / 64
 
@@ -36,7 +36,7 @@ class Held:
     Attributes:
         slots: Slots per bank.
         groups: KV groups whose memory is committed.
-        frames: Both in frames: tenant → frames.
+        frames: The same in frames: tenant → frames.
     """
 
     slots: tuple[int, ...]
@@ -49,7 +49,7 @@ class Planner:
 
     Args:
         inventory: Resources of the workers.
-        hold: Holds up to this many wholly free KV groups and returns them (``BlockSource.hold``).
+        hold: Holds up to this many entirely free KV groups and returns them; see ``BlockSource``.
     """
 
     def __init__(self, inventory: Inventory, hold: Callable[[int], tuple[int, ...]]) -> None:
@@ -61,12 +61,12 @@ class Planner:
         return MappingProxyType({EXPERTS: experts, KV: kv})
 
     def within(self, split: Split, view: ArbitrationView, *, fill: bool) -> dict[str, int]:
-        """The split that the policy wants, within the bounds; KV cache in use always wins.
+        """Clip the requested split to the bounds; KV cache in use always takes precedence.
 
         Args:
-            split: Split that the policy wants.
-            view: View that the policy saw.
-            fill: True to distribute unclaimed frames: policies need not use all of their bounds,
+            split: The requested split.
+            view: The policy's input.
+            fill: True to distribute unclaimed frames: a policy need not use all of its bounds,
                 but memory that an operator takes from one tenant goes to the other.
         """
         experts, kv = view.bounds[EXPERTS], view.bounds[KV]
@@ -80,13 +80,13 @@ class Planner:
     def move(
         self, wanted: dict[str, int], view: ArbitrationView, held: Held, pause_per_frame: float
     ) -> Move | None:
-        """The next move towards ``wanted``; None if none is worthwhile.
+        """Plan the next move towards ``wanted``; None if none is worthwhile.
 
         Args:
             wanted: Tenant → frames, within the bounds.
-            view: View that the policy saw.
-            held: The current split. Groups of a move to the experts are held from now on.
-            pause_per_frame: Recent seconds per moved frame; 0 before anything moved.
+            view: The policy's input.
+            held: The current split. Groups to be given to the experts are held from then on.
+            pause_per_frame: Recent seconds per moved frame; 0 before the first move.
         """
         have, per_group = held.frames, self._inventory.layout.frames_per_group
         if wanted == have:  # as in most steps
@@ -97,14 +97,14 @@ class Planner:
         if grow_frames >= per_group:
             return self._to_kv(held, grow_frames, free_frames)
 
-        # Slots come in whole frames: the experts may not be able to use all that is wanted.
+        # Slots come in whole frames: the experts may be unable to use all requested frames.
         expert_frames = self.expert_frames(self._sizes(wanted[EXPERTS]) or held.slots)
         surplus_frames = max(-free_frames, have[EXPERTS] - bounds[EXPERTS].max)
         if expert_frames < have[EXPERTS] and surplus_frames > 0:
             least_frames = have[EXPERTS] - min(surplus_frames, most_frames)
             return self._resize(held, max(expert_frames, least_frames))
 
-        # The KV cache gives no more than the experts can use, or than the limit demands.
+        # The KV cache gives no more than the experts can use or the limit demands.
         missing_frames = expert_frames - have[EXPERTS] - free_frames
         needed_frames = max(missing_frames, have[KV] - bounds[KV].max, 0)
         gap_frames = have[KV] - wanted[KV]
@@ -120,7 +120,7 @@ class Planner:
         return None
 
     def _most_frames(self, view: ArbitrationView, held: Held, pause_per_frame: float) -> int:
-        """Most frames of the next move: as the pause allows, but enough to change something."""
+        """Maximum frames of the next move: as the pause allows, but enough to have an effect."""
         per_group, total_frames = self._inventory.layout.frames_per_group, self._inventory.frames
         next_slots = tuple(count + 1 for count in held.slots)
         slot_frames = self.expert_frames(next_slots) - held.frames[EXPERTS]
@@ -130,8 +130,8 @@ class Planner:
         return max(_up(slot_frames, per_group), int(min(most_frames, total_frames * LARGEST)))
 
     def _to_kv(self, held: Held, most_frames: int, free_frames: int) -> Move | None:
-        """Commit as many of the lowest groups as ``most_frames`` frames hold, free frames first,
-        then the experts'.
+        """Commit as many of the lowest groups as ``most_frames`` frames hold, taking free frames
+        first, then the experts'.
         """
         layout, groups, group_frames = self._inventory.layout, [], 0
         for group in range(layout.groups):
@@ -150,12 +150,12 @@ class Planner:
     def _to_experts(
         self, held: Held, groups: int, expert_frames: int, free_frames: int
     ) -> Move | None:
-        """Release up to ``groups`` unused groups; experts get their frames and any free ones, up to
-        ``expert_frames``.
+        """Release up to ``groups`` unused groups; their frames and any free ones go to the experts,
+        up to ``expert_frames``.
         """
         released = self._hold(groups)
         if not released:
-            return None  # all in use: the wish remains, and the next step tries again
+            return None  # all in use: the next step tries again
         have_frames = held.frames[EXPERTS]
         room_frames = have_frames + free_frames + self.kv_frames(released)
         slots = self._sizes(max(min(expert_frames, room_frames), have_frames)) or held.slots
@@ -169,7 +169,7 @@ class Planner:
         return Move(slots < held.slots, (), held.slots, slots)
 
     def _sizes(self, expert_frames: int) -> tuple[int, ...] | None:
-        """The most slots per bank in this many frames; None below the banks' minimum."""
+        """Maximum slots per bank in this many frames; None below the banks' minimum."""
         i = self._inventory
         slots = sizes(
             i.geometry,
@@ -182,7 +182,7 @@ class Planner:
         return None if slots is None else tuple(slots)
 
     def expert_frames(self, slots: Sequence[int]) -> int:
-        """Number of frames for these slots per bank."""
+        """Number of frames that these slots per bank occupy."""
         i = self._inventory
         return sum(frames_for(i.page_class, count, i.layout.frame_bytes) for count in slots)
 

@@ -1,10 +1,10 @@
-"""PrefixCurve: the hit ratio of the prefix cache for any number of blocks.
+"""PrefixCurve: hit ratio of the prefix cache as a function of the number of blocks.
 
-The blocks that no request uses are the prefix cache. vLLM first evicts the block that was freed
-longest ago, the end of a request before its beginning. That is LRU, so a block is still cached if
-fewer blocks than the cache holds were freed since (Mattson, 1970). The stack holds a sample of the
-blocks, chosen by their hash: the same ones in every request (SHARDS, Waldspurger 2015). Thus the
-benefit of more room is known before it is tried, even if the current split finds nothing.
+Blocks that no request uses form the prefix cache. vLLM evicts the block that was freed longest ago
+first, the end of a request before its beginning. This is LRU, so a block is still cached if fewer
+blocks than the cache holds were freed since (Mattson, 1970). The stack holds a sample of the blocks
+selected by hash, so the same ones in every request (SHARDS, Waldspurger 2015). The benefit of a
+larger cache is therefore known in advance, even if the current one has no hits.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-#: Number of points of the curve, from no block to all.
+#: Points of the curve, from no blocks to all.
 POINTS = 65
 
 
 class PrefixCurve:
-    """Share of prompt blocks that are found, by number of free blocks, over the recent past.
+    """Hit ratio of prompt blocks by number of free blocks, over the recent past.
 
     Args:
-        blocks: Most blocks that the KV cache can have.
+        blocks: Maximum blocks of the KV cache.
         sampled: Approximate number of blocks in the sample.
-        window: Number of requests after which the weight of older ones has fallen to 1/e.
+        window: Number of requests after which the weight of older ones has decayed to 1/e.
     """
 
     def __init__(self, blocks: int, *, sampled: int = 512, window: int = 128) -> None:
         self._rate = min(1.0, sampled / blocks)
         self._depth = max(1, round(blocks * self._rate))
         self._growth, self._weight = 1.0 + 1.0 / window, 1.0
-        #: Hashes of unused blocks, the one freed longest ago first.
+        #: Hashes of unused blocks, least recently freed first.
         self._stack: dict[bytes, None] = {}
-        #: Request → hashes of the blocks that it uses; number of requests that use each.
+        #: Request → hashes of its blocks; number of requests that use each.
         self._used: dict[str, list[bytes]] = {}
         self._users: Counter[bytes] = Counter()
         self._histogram = np.zeros(self._depth + 1)  # by depth; the last entry: not in the stack
-        self._shared = 0.0  # found because other requests were using them
+        self._shared = 0.0  # hits on blocks in use by other requests
         self._curve = np.zeros(0)
 
     def admitted(self, request: str, hashes: Sequence[bytes]) -> None:
-        """Record that a request begins to run and its prompt was looked up.
+        """Record that a request starts running after its prompt was looked up.
 
         Args:
-            request: Name of the request. One already running was preempted in between.
-            hashes: Hashes of the full blocks of its tokens, from the first on; each covers all
-                tokens up to the block's end.
+            request: Request id. One already running was preempted in between.
+            hashes: Hashes of its full blocks, from the first on; each covers all tokens up to the
+                block's end.
         """
         if request in self._used:
             self.freed(request, hashes)
@@ -71,9 +71,9 @@ class PrefixCurve:
         self._users.update(names)
 
     def freed(self, request: str, hashes: Sequence[bytes]) -> None:
-        """Record that a request has ended: the blocks that it filled are the last to be evicted.
+        """Record that a request has finished: the blocks it filled are the last to be evicted.
 
-        A request that was never admitted filled none.
+        A request that was never admitted has filled none.
         """
         if request not in self._used:
             return
@@ -89,9 +89,9 @@ class PrefixCurve:
             del self._stack[next(iter(self._stack))]
 
     def curve(self) -> Floats:
-        """Share found at ``POINTS`` numbers of free blocks, from none to all; empty if unknown.
+        """Hit ratio at ``POINTS`` numbers of free blocks, from none to all; empty if unknown.
 
-        Never decreases. Blocks that running requests share are found without a free block.
+        Non-decreasing. Blocks shared by running requests are hits even without a free block.
         """
         total = self._histogram.sum() + self._shared
         if not self._curve.size and total:
@@ -101,7 +101,7 @@ class PrefixCurve:
         return self._curve
 
     def saved(self) -> float:
-        """Average number of blocks that a running request shares with another one."""
+        """Average number of blocks that a running request shares with others."""
         if not self._used:
             return 0.0
         return (self._users.total() - len(self._users)) / self._rate / len(self._used)

@@ -1,4 +1,4 @@
-"""AskingSchedule: in which steps an arbitration policy is asked."""
+"""AskingSchedule: the steps in which an arbitration policy is called."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from fluxmoe.core.policy.arbitration import StepSample
 
 
 class AskingSchedule:
-    """Counts the steps from one call of a policy to the next.
+    """Counts the steps between two calls of a policy.
 
-    Evaluating many steps at once costs hardly more than evaluating one: between two steps of the
-    engine the policy's code has left the CPU caches. So a policy declares how often to ask it, and
-    sees all steps since the last call.
+    Evaluating many steps at once costs little more than evaluating one, because the policy's code
+    leaves the CPU caches between engine steps. So a policy declares how often to call it and
+    receives all steps since the last call.
 
     Calls become rarer while the number of running requests is constant, none waits and the policy
     keeps the current split.
@@ -22,15 +22,15 @@ class AskingSchedule:
     def __init__(self, interval: int, calm: int) -> None:
         self._interval, self._calm = interval, max(interval, calm)
         self._pause, self._running = 1, 0
-        #: Steps since the policy was last asked, oldest first.
+        #: Steps since the last call of the policy, oldest first.
         self.steps: list[StepSample] = []
 
     def due(self, step: StepSample, running: int, waiting: int, *, content: bool) -> bool:
-        """True if the policy should be asked now.
+        """True if the policy should be called now.
 
         Args:
-            step: The step that has just ended.
-            running, waiting: Number of requests in the step that begins.
+            step: The step that just ended.
+            running, waiting: Number of requests in the step about to begin.
             content: True if the policy's last answer was the current split.
         """
         self.steps.append(step)
@@ -38,7 +38,7 @@ class AskingSchedule:
         return len(self.steps) >= (self._pause if calm else min(self._pause, self._interval))
 
     def asked(self, running: int, waiting: int, *, content: bool) -> None:
-        """Record that the policy was asked, with the arguments of ``due``."""
+        """Record a call of the policy, with the arguments of ``due``."""
         calm = content and not waiting and running == self._running
         longer = min(2 * self._pause, self._calm) if calm else 0
         self._pause = max(longer, self._interval)

@@ -1,9 +1,9 @@
-"""Many arrays passed to compiled code as one.
+"""Directories: many arrays passed to compiled code as one.
 
-On every call from Python, numba unpacks a named tuple array by array: 23 of them for the books,
-which costs more than the whole event rule, particularly in an engine, where other work evicts the
-CPU caches between events. A *directory* is one array with the address and the shape of each;
-compiled code rebuilds the tuple from it and reads only what it uses.
+On every call from Python, numba unpacks a named tuple array by array: 23 for the books, which costs
+more than the entire event rule, particularly in an engine, where other work flushes the CPU caches
+between events. A *directory* is one array with the address and shape of each; compiled code
+rebuilds the tuple from it and reads only the entries it uses.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from numba.np.arrayobj import make_array, populate_array
 
 from fluxmoe.core.types import Int64s
 
-_DIMENSIONS = 2  # at most; per array the directory holds its address and this many lengths
+_DIMENSIONS = 2  # maximum; per array the directory holds its address and this many lengths
 _ENTRY = 1 + _DIMENSIONS
 
 
 def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
     """Addresses and shapes of ``arrays`` (C-contiguous, at most 2-D each) as int64 ``[3 n]``.
 
-    The arrays must stay alive, at the same addresses, as long as the directory is used.
+    The arrays must stay alive at the same addresses for as long as the directory is in use.
     """
     entries = np.zeros((len(arrays), _ENTRY), np.int64)
     for entry, array in zip(entries, arrays, strict=True):
@@ -35,10 +35,10 @@ def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
 
 
 def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
-    """Make a function for compiled code: the directory of a tuple like ``example`` → that tuple.
+    """Make a compiled function that turns a directory of tuples like ``example`` into such a tuple.
 
-    It returns a tuple unchanged, so that one compiled function serves Python callers, which pass
-    the directory, and compiled ones, which pass the tuple.
+    It returns tuples unchanged, so one compiled function serves both Python callers, which pass the
+    directory, and compiled callers, which pass the tuple.
     """
     tuple_type = numba.typeof(example)
 

@@ -1,15 +1,14 @@
-"""Compilation of the core's inner loops: numba, cached on disk, without the GIL.
+"""Compilation of the core's inner loops by numba: cached on disk, run without the GIL.
 
-Numba notices when the file of a cached function has changed, but not when a function, a constant or
-a class that it uses from *another* file has: it would then run stale code, or fail to read its own
-index. The functions of ``paging`` use those of ``compiled``, so the machine code is filed under a
-name that contains a digest of all compiled sources of the core, subfolders included, and of the
-function's own folder if it is outside the core.
+Numba detects changes to the file of a cached function, but not to functions, constants or classes
+used from *other* files: it would run stale code or fail to read its own index. Since ``paging``
+uses functions of ``compiled``, cache names contain a digest of all compiled sources of the core,
+including subfolders, and of the function's own folder if that is outside the core.
 
-Before every access numba checks for a negative index, which in Python counts from the end. The
-event rule consists of accesses, and the check took a third of its time; so indices are unsigned
-here, and a negative one, like one beyond the end, is an undetected error. Constant indices may be
-negative.
+Numba checks every array access for a negative index, which in Python counts from the end. The event
+rule consists of such accesses, and the checks took a third of its time. Indices are therefore
+unsigned here: a negative one, like one past the end, is an undetected error. Constant indices may
+be negative.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from numba.core.typed_passes import NopythonTypeInference
 
 F = TypeVar("F", bound=Callable[..., object])
 
-#: Announces compilation, which takes seconds without another sign of life.
+#: Announces compilation, which takes seconds without other output.
 logger = logging.getLogger("fluxmoe.compile")
 
 _CORE = Path(__file__).parents[1]
-#: Matches sources with compiled functions or with tuples that they use (``EventList``).
+#: Matches sources that contain compiled functions or tuples used by them (``EventList``).
 _COMPILED = re.compile(rb"^(@jit|import numba|from numba|class \w+\(NamedTuple\))", re.MULTILINE)
 
 
@@ -54,14 +53,14 @@ def _announce(how_often: str) -> None:
 
 
 class _Cache(FunctionCache):
-    """Numba's cache, except that a full disk or damaged file triggers a recompile."""
+    """Numba's cache, except that a full disk or a damaged file triggers recompilation."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             found = super().load_overload(sig, target_context)
-        except Exception:  # unpickling a damaged file can raise anything
+        except Exception:  # unpickling a damaged file can raise any exception
             with contextlib.suppress(OSError):
-                self.flush()  # the next compilation starts a new index
+                self.flush()  # the next compilation creates a new index
             found = None
         if found is None:
             _announce("once")
@@ -73,19 +72,19 @@ class _Cache(FunctionCache):
 
 
 class _NoCache(NullCache):
-    """Neither the source's folder nor the user's cache is writable."""
+    """Raised if neither the source folder nor the user's cache is writable."""
 
     def load_overload(self, sig: Any, target_context: Any) -> None:
-        _announce("at every start, because no folder is writable to keep them")
+        _announce("at every start, because no folder to store them is writable")
 
 
 @register_pass(mutates_CFG=False, analysis_only=False)
 class _NoNegativeIndex(FunctionPass):
-    """Makes every array index unsigned, once all types are known."""
+    """Makes every array index unsigned, after type inference."""
 
     _name = "no_negative_index"
 
-    def __init__(self) -> None:  # numba's is abstract
+    def __init__(self) -> None:  # abstract in numba
         super().__init__()
 
     def run_pass(self, state: Any) -> bool:
@@ -94,7 +93,7 @@ class _NoNegativeIndex(FunctionPass):
             if subscript and isinstance(signature.args[0], types.Array):
                 array, index, *value = signature.args
                 unsigned = array, _unsigned(index), *value
-                del state.calltypes[node]  # numba's dictionary does not allow overwriting
+                del state.calltypes[node]  # numba's dictionary forbids overwriting
                 state.calltypes[node] = signature.replace(args=unsigned)
         return True
 
@@ -106,7 +105,7 @@ def _unsigned(index: Any) -> Any:
 
 
 class _Compiler(CompilerBase):
-    """Numba's compiler, for code without negative indices."""
+    """Numba's compiler for code without negative indices."""
 
     def define_pipelines(self) -> list[Any]:
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
@@ -116,23 +115,23 @@ class _Compiler(CompilerBase):
 
 
 def jit(function: F) -> F:
-    """Compile ``function`` on first use and keep the machine code beside its source file.
+    """Compile ``function`` on first use and cache the machine code beside its source file.
 
-    For inner loops over arrays that the caller owns: compiled code cannot allocate, so no array
-    needs reference counting, and it is inlined into its compiled callers. Together this makes
-    the event rule, with some thirty arrays, five to ten times as fast.
+    For inner loops over arrays owned by the caller: the code cannot allocate, so arrays need no
+    reference counting, and it is inlined into compiled callers. Together this makes the event rule,
+    with some thirty arrays, five to ten times as fast.
     """
     return _cached(function, {"_nrt": False, "forceinline": True})
 
 
 def jit_allocating(function: F) -> F:
-    """Compile ``function`` like ``jit``, but allow it to allocate arrays."""
+    """Compile ``function`` like ``jit``, but let it allocate arrays."""
     return _cached(function, {})
 
 
 def _cached(function: F, options: dict[str, bool]) -> F:
     folder = Path(function.__code__.co_filename).parent
-    function.__qualname__ += f"_{_digest(folder)}"  # the name of the cache file comes from it
+    function.__qualname__ += f"_{_digest(folder)}"  # determines the name of the cache file
     compiled = numba.njit(nogil=True, pipeline_class=_Compiler, **options)(function)
     try:
         compiled._cache = _Cache(function)  # as enable_caching() does

@@ -1,7 +1,7 @@
-"""Selection of the few lowest of many scores, and sparse sets as the bits of a word.
+"""Selection of the lowest few of many scores, and sparse sets as the bits of a word.
 
-One pass over the scores mostly compares with the worst kept so far. Bits are the cheapest way to
-find and visit a sparse set.
+A single pass over the scores mostly compares with the worst one kept so far. Bits are the cheapest
+way to find and visit a sparse set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _i32 = ir.IntType(32)
 
 @intrinsic
 def lowest_bit(context: Any, word: Any) -> Any:
-    """Position of the lowest set bit of a uint64 that is not 0, as int64. Compiled code only."""
+    """Position of the lowest set bit of a nonzero uint64, as int64. Compiled code only."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -35,9 +35,9 @@ def lowest_bit(context: Any, word: Any) -> Any:
 
 @intrinsic
 def bits_not_above(context: Any, array: Any, first: Any, limit: Any) -> Any:
-    """A bit for each of ``array[first : first + 64]``, set if not above ``limit`` or NaN.
+    """One bit for each of ``array[first : first + 64]``, set if not above ``limit`` or if NaN.
 
-    ``limit`` has the dtype of the array, which is contiguous. Compiled code only.
+    ``limit`` has the dtype of the contiguous array. Compiled code only.
     """
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -58,13 +58,13 @@ def bits_not_above(context: Any, array: Any, first: Any, limit: Any) -> Any:
 
 @jit
 def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64s) -> None:
-    """Write the ``count`` pages of lowest score into ``out``, lowest first.
+    """Write the ``count`` pages with the lowest scores into ``out``, lowest first.
 
     Args:
-        scores: One number per page, any integer or float dtype that numba knows, no NaN.
-        pages: Ties go to the lowest page id.
-        count: Number of pages wanted, from 1 to the number of scores.
-        kept: As long as ``out``, dtype of ``scores``; filled with the scores.
+        scores: One number per page, of any integer or float dtype that numba supports; no NaN.
+        pages: Page ids; ties go to the lowest.
+        count: Number of pages to select, from 1 to the number of scores.
+        kept: Filled with the scores; dtype of ``scores``, same length as ``out``.
         out: Filled with the pages.
     """
     found = 0
@@ -82,9 +82,9 @@ def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64
 
 @jit
 def low_bits(scores: Numbers, first: int, end: int, limit: float) -> np.uint64:
-    """A bit for each of ``scores[first : first + 64]`` before ``end``: not above ``limit``, or NaN.
+    """One bit each for ``scores[first : first + 64]`` before ``end``: not above ``limit``, or NaN.
 
-    Nearly always 0: few of many scores are as low as the few lowest so far.
+    Nearly always 0: few scores are as low as the lowest ones so far.
     """
     bits = np.uint64(0)
     if first + 64 <= end:
@@ -103,9 +103,9 @@ def not_above(score: float, page: int, limit: float, limit_page: int) -> bool:
 
 @jit
 def offer(kept: Numbers, out: Int64s, found: int, count: int, score: float, page: int) -> int:
-    """Keep (score, page), replacing the worst if ``count`` are kept; return the number kept.
+    """Keep (score, page), replacing the worst if ``count`` are held; return the number held.
 
-    ``kept`` and ``out`` are a heap with the worst on top.
+    ``kept`` and ``out`` form a heap with the worst on top.
     """
     if found < count:
         i = found
@@ -121,7 +121,7 @@ def offer(kept: Numbers, out: Int64s, found: int, count: int, score: float, page
 
 @jit
 def ascending(kept: Numbers, out: Int64s, found: int) -> None:
-    """Turn the heap into a list, lowest first."""
+    """Sort the heap in place, lowest first."""
     for size in range(found - 1, 0, -1):
         _swap(kept, out, 0, size)
         _sift_down(kept, out, size)

@@ -1,7 +1,7 @@
-"""Score kernels: a policy's formula for one page, compiled into a loop over the pages of a table.
+"""Score kernels: a policy's formula for one page, compiled into a loop over pages.
 
-The event rule calls the loop through a function pointer (``Kernel.entry``), so the rule itself is
-compiled once and kept on disk, while the policy's formula is inlined into its own loop, which the
+The event rule calls the loop through a function pointer (``Kernel.entry``). The rule itself is thus
+compiled once and cached on disk, while the policy's formula is inlined into its own loop, which the
 compiler can vectorise to score eight pages at a time.
 """
 
@@ -20,7 +20,7 @@ from numba import types
 from fluxmoe.core.compiled.directory import opener
 from fluxmoe.core.types import Int64s
 
-#: Names of the optional parameters of a kernel, after its first five.
+#: Names of a kernel's optional parameters, after the first five.
 EXTRAS = ("distance", "layer", "num_layers", "next_use")
 
 _FIRST = ("last_use", "use_count", "loaded_at", "event", "page")
@@ -29,9 +29,9 @@ _ENTRY = types.int64(_INTS, types.int64, types.int64, types.int64, types.int64, 
 
 
 class KernelRows(NamedTuple):
-    """Input of kernels, each int64: one row per page of the model, or per slot of a bank.
+    """Input of kernels, all int64: one row per page of the model, or per slot of a bank.
 
-    ``page`` is the page of a slot; with a row per page, the ``[n]`` pages to score.
+    ``page`` is the page of each slot, or, with one row per page, the ``[n]`` pages to score.
     """
 
     last_use: Int64s
@@ -52,8 +52,8 @@ class Kernel:
     Attributes:
         entry: For compiled callers: ``entry(rows, event, layer, num_layers, n, out)`` writes the
             scores of the first ``n`` slots, or of ``n`` pages, into ``out``; returns 0, or 1 if the
-            kernel raised. ``rows`` is the directory of ``KernelRows`` (see ``directory``).
-        fill: The same for Python, by page; exceptions of the kernel propagate unchanged.
+            kernel raised. ``rows`` is a directory of ``KernelRows`` (see ``directory``).
+        fill: The same for Python, by page; exceptions raised by the kernel propagate unchanged.
     """
 
     entry: Any
@@ -62,21 +62,21 @@ class Kernel:
     def scores(
         self, rows: KernelRows, event: int, layer: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
-        """The score of every row. Raises what the kernel raises."""
+        """Score of every row. Exceptions raised by the kernel propagate."""
         out = np.empty(len(rows.page))
         self.fill(rows, event, layer, num_layers, len(out), out)
         return out
 
 
 def compile_kernel(function: Callable[..., float], *, by_slot: bool) -> Kernel:
-    """Compile a kernel of the signature that ``EvictionPolicy.score_kernel`` describes.
+    """Compile a kernel with the signature described in ``EvictionPolicy.score_kernel``.
 
-    With ``by_slot``, ``entry`` takes a row per slot and scores a whole bank without looking up
-    each page's row. A few pages are faster to look up than to copy into rows.
+    With ``by_slot``, ``entry`` takes one row per slot and scores a whole bank without looking up
+    each page's row. For a few pages, looking up is faster than copying into rows.
 
-    Division follows numpy: by zero it gives an infinity or NaN and does not raise, since a branch
-    per page would prevent vectorising the loop. The same function, or another one with the same
-    code and closure, is compiled once per process.
+    Division follows numpy: dividing by zero gives an infinity or NaN and does not raise, since a
+    branch per page would prevent vectorisation. Functions with the same code and closure are
+    compiled once per process.
 
     Raises:
         TypeError: Too few parameters, or an unknown one.
@@ -86,14 +86,14 @@ def compile_kernel(function: Callable[..., float], *, by_slot: bool) -> Kernel:
     key = function.__code__, id(function.__globals__), function.__defaults__, cells, by_slot
     try:
         known = _compiled.get(key)
-    except TypeError:  # its closure has a value that cannot be hashed
+    except TypeError:  # its closure holds an unhashable value
         return _compile(function, by_slot)
     if known is None:
         known = _compiled[key] = _compile(function, by_slot), function
     return known[0]
 
 
-#: Kernels by code and closure; each function is kept alive so that the id of its globals is unique.
+#: Kernels by code and closure. Functions are kept alive so that ids of their globals stay unique.
 _compiled: dict[object, tuple[Kernel, Callable[..., float]]] = {}
 
 
@@ -101,10 +101,10 @@ def _compile(function: Callable[..., float], by_slot: bool) -> Kernel:
     extras = tuple(inspect.signature(function).parameters)[len(_FIRST) :]
     unknown = [name for name in extras if name not in EXTRAS]
     if unknown:
-        raise TypeError(f"unknown parameter {unknown[0]!r} of a kernel; valid: {', '.join(EXTRAS)}")
+        raise TypeError(f"unknown kernel parameter {unknown[0]!r}; valid: {', '.join(EXTRAS)}")
     integers = [types.int64] * (len(_FIRST) + len(extras))
     one = numba.njit(types.float64(*integers), nogil=True, error_model="numpy")(function)
-    # All names come from _FIRST and EXTRAS: a call that passes on the parameters the kernel takes.
+    # Builds a call with just the parameters the kernel takes; all names are from _FIRST and EXTRAS.
     call = f"lambda {', '.join(_FIRST + EXTRAS)}: one({', '.join(_FIRST + extras)})"
     score = numba.njit(nogil=True, error_model="numpy")(eval(call, {"one": one}))
     fill = _looped(score, by_slot=False)
@@ -115,7 +115,7 @@ def _looped(score: Any, *, by_slot: bool) -> Any:
     @numba.njit(nogil=True, error_model="numpy")
     def fill(rows, event, layer, layers, n, out):  # type: ignore[no-untyped-def]
         for i in range(n):
-            row = i if by_slot else rows.page[i]  # decided when it is compiled
+            row = i if by_slot else rows.page[i]  # resolved at compile time
             distance = rows.layer[row] - layer
             distance += layers if distance <= 0 else 0
             out[i] = score(
@@ -129,7 +129,7 @@ def _looped(score: Any, *, by_slot: bool) -> Any:
 def _entry(fill: Any) -> Any:
     @numba.cfunc(_ENTRY, nopython=True)
     def entry(rows, event, layer, layers, n, out):  # type: ignore[no-untyped-def]
-        # An exception cannot cross a function pointer: return 1, and the Python side asks again.
+        # Exceptions cannot cross a function pointer: return 1, and the Python side calls again.
         try:
             fill(_open_rows(rows), event, layer, layers, n, out)
         except Exception:

@@ -17,8 +17,8 @@ ABSENT = -1
 class Arena:
     """Reserved address space for at most ``nbytes`` bytes (rounded up to whole frames).
 
-    Kernels keep its address, so it is fixed for the arena's life. The arena records which frame is
-    mapped where; ownership of the frames is recorded by ``FramePool``.
+    Kernels keep its address, so it is fixed for the arena's lifetime. The arena records which frame
+    is mapped where; ``FramePool`` records ownership of the frames.
     """
 
     def __init__(self, substrate: Substrate, nbytes: int) -> None:
@@ -29,30 +29,30 @@ class Arena:
 
     @property
     def committed(self) -> int:
-        """Number of frames mapped now."""
+        """Number of mapped frames."""
         return int(np.count_nonzero(self.frame_at != ABSENT))
 
     def commit(self, first: int, frames: Int64s) -> None:
-        """Map ``frames`` at positions ``first, first+1, …``, which must be uncommitted."""
+        """Map ``frames`` at positions ``first, first + 1, …``, which must be uncommitted."""
         place = slice(first, first + len(frames))
         if len(self.frame_at[place]) != len(frames) or np.any(self.frame_at[place] != ABSENT):
-            raise InvariantError(f"positions {first}…{first + len(frames) - 1} are not all free")
+            raise InvariantError(f"not all positions {first}…{first + len(frames) - 1} are free")
         if len(frames):
             self._substrate.commit(self.address + first * self._substrate.frame_bytes, frames)
             self.frame_at[place] = frames
 
     def decommit(self, first: int, count: int) -> Int64s:
-        """Unmap ``count`` positions from ``first`` on and return the frames mapped there."""
+        """Unmap ``count`` positions starting at ``first``; return the frames mapped there."""
         place = slice(first, first + count)
         frames = self.frame_at[place].copy()
         if len(frames) != count or np.any(frames == ABSENT):
-            raise InvariantError(f"positions {first}…{first + count - 1} are not all committed")
+            raise InvariantError(f"not all positions {first}…{first + count - 1} are committed")
         self._substrate.decommit(self.address + first * self._substrate.frame_bytes, count)
         self.frame_at[place] = ABSENT
         return frames
 
     def rows(self, count: int, nbytes: int) -> Bytes:
-        """The arena as a uint8 array ``[count, nbytes]``, without a copy. Host memory only.
+        """View of the arena as a uint8 array ``[count, nbytes]``. Host memory only.
 
         Only committed rows may be read or written. The array does not keep the arena alive.
         """
@@ -61,7 +61,7 @@ class Arena:
         return np.ctypeslib.as_array(buffer).reshape(count, nbytes)
 
     def export(self, count: int, nbytes: int) -> Exported:
-        """The same rows for ``torch.from_dlpack``, on the frames' device."""
+        """The rows for ``torch.from_dlpack``, on the frames' device."""
         self._require(count, nbytes)
         return Exported(self.address, count, nbytes, self._substrate.device)
 
@@ -70,7 +70,7 @@ class Arena:
             raise InvariantError(f"{count} rows of {nbytes} bytes do not fit the arena")
 
     def close(self) -> Int64s:
-        """Unmap everything, unreserve the addresses, and return the frames that were committed."""
+        """Unmap everything, release the address range, and return the committed frames."""
         frames: Int64s = self.frame_at[self.frame_at != ABSENT]
         self._substrate.unreserve(self.address, len(self.frame_at) * self._substrate.frame_bytes)
         self.frame_at = np.full(0, ABSENT, np.int64)

@@ -1,8 +1,8 @@
-"""Memory at an address as a tensor of any library that accepts DLPack, without a copy.
+"""Zero-copy export of memory at an address, as a tensor of any library that accepts DLPack.
 
-Torch cannot wrap a pointer that it did not allocate, but accepts DLPack from any source, and does
-not query the driver about the address: parts of a reserved range may not be committed yet.
-Structures: https://dmlc.github.io/dlpack/latest/c_api.html, version 0.
+Torch cannot wrap a pointer that it did not allocate, but accepts DLPack from any source without
+querying the driver about the address, parts of whose range may not be committed yet. Structures:
+https://dmlc.github.io/dlpack/latest/c_api.html, version 0.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class _Managed(ctypes.Structure):
     )
 
 
-#: Structures that consumers still point to, by address.
+#: Structures still in use by consumers, by address.
 _lent: dict[int, _Managed] = {}
 
-# Not `ctypes.pythonapi`: other libraries set other argument types on its functions.
+# Not `ctypes.pythonapi`: other libraries set different argument types on its functions.
 _python = ctypes.PyDLL(None)
 _python.PyCapsule_New.restype = ctypes.py_object
 _python.PyCapsule_New.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -59,7 +59,7 @@ def _delete(managed: int) -> None:
 
 @ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 def _drop(capsule: int) -> None:
-    """Destructor of a capsule. A consumer of the tensor has renamed it, and calls ``_delete``."""
+    """Destructor of an unconsumed capsule. Consumers rename theirs and call ``_delete``."""
     if _python.PyCapsule_IsValid(capsule, _NAME):
         _delete(_python.PyCapsule_GetPointer(capsule, _NAME))
 
@@ -83,7 +83,7 @@ class Exported:
         return self.device
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
-        """Make a capsule. No writes to the memory are pending, so no ``stream`` has to wait."""
+        """Make a capsule. No writes to the memory are pending, so ``stream`` is ignored."""
         shape = (ctypes.c_int64 * 2)(self.rows, self.nbytes)
         strides = (ctypes.c_int64 * 2)(self.nbytes, 1)
         tensor = _Tensor(self.address, *self.device, 2, _UINT, 8, 1, shape, strides, 0)

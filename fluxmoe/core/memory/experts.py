@@ -16,12 +16,12 @@ from fluxmoe.errors import CapacityError, InvariantError
 
 
 def frames_for(page_class: PageClass, slots: int, frame_bytes: int) -> int:
-    """Frames that ``slots`` slots of one bank commit: each part fills whole frames."""
+    """Frames committed by ``slots`` slots of one bank; each part fills whole frames."""
     return sum(-(-slots * part.nbytes // frame_bytes) for part in page_class.parts)
 
 
 def slots_within(page_class: PageClass, frames: int, frame_bytes: int) -> int:
-    """The most slots of one bank that commit at most ``frames`` frames."""
+    """Maximum slots of one bank that commit at most ``frames`` frames."""
     slots = frames * frame_bytes // page_class.nbytes
     while slots and frames_for(page_class, slots, frame_bytes) > frames:
         slots -= 1
@@ -29,15 +29,15 @@ def slots_within(page_class: PageClass, frames: int, frame_bytes: int) -> int:
 
 
 class ExpertTenant:
-    """The arenas of all banks: per bank and part a dense array ``[slots, part bytes]``.
+    """The arenas of all banks: one dense array ``[slots, part bytes]`` per bank and part.
 
-    Slots are committed as a prefix, so a bank grows and shrinks at its end.
+    The committed slots form a prefix, so a bank grows and shrinks at its end.
 
     Args:
         pool: Ledger of the budget.
         substrate: Physical memory of the frames.
         page_class: Layout of a page.
-        reserved: Slots per bank for which address space is reserved.
+        reserved: Slots per bank to reserve address space for.
     """
 
     NAME = "experts"
@@ -71,7 +71,7 @@ class ExpertTenant:
         return self.frames * self._pool.frame_bytes
 
     def rows(self, bank: int) -> list[Bytes]:
-        """Per part, the bank's arena as a uint8 array ``[reserved slots, part bytes]``."""
+        """The bank's arenas, one uint8 array ``[reserved slots, part bytes]`` per part."""
         return [
             arena.rows(self._reserved[bank], part.nbytes)
             for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
@@ -87,26 +87,27 @@ class ExpertTenant:
     def resize(self, bank: int, slots: int) -> None:
         """Commit frames for exactly ``slots`` slots of a bank.
 
-        The memory of released frames returns to the system: the next owner of the frames may keep
-        its bytes elsewhere, as the engine's KV cache does.
+        The memory of released frames returns to the system, because the next owner of the frames
+        may keep its bytes elsewhere, as the engine's KV cache does.
 
         Raises:
             CapacityError: More than reserved; nothing has changed.
             OutOfFramesError: The budget has no room; nothing has changed.
-            SubstrateError: The system refused. A bank that was to grow keeps its slots. One that
-                was to shrink has ``slots``; frames that could not be unmapped still belong to the
-                tenant, and are released at the next ``resize`` or ``close``.
+            SubstrateError: A system call failed. When growing, the bank keeps its slots. When
+                shrinking, it has ``slots`` slots; frames that could not be unmapped still belong
+                to the tenant and are released by the next ``resize`` or ``close``.
         """
         if slots > self._reserved[bank]:
             raise CapacityError(
-                f"{slots} slots, but only {self._reserved[bank]} are reserved in bank {bank}",
-                fix=f"at most {self._reserved[bank]} slots are possible",
+                f"{slots} slots requested, but only {self._reserved[bank]} are reserved "
+                f"in bank {bank}",
+                fix=f"request at most {self._reserved[bank]} slots",
             )
         wanted = [
             (arena, -(-slots * part.nbytes // self._pool.frame_bytes))
             for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
         ]
-        with ExitStack() as stack:  # continues if one of its callbacks fails
+        with ExitStack() as stack:  # runs all callbacks even if one fails
             if slots > self.slots[bank]:
                 for arena, want in wanted:
                     stack.callback(self._trim, arena, arena.committed)
@@ -140,18 +141,18 @@ class ExpertTenant:
         """Release all frames and addresses. Idempotent.
 
         Raises:
-            SubstrateError: The system refused to release some memory; the rest was released.
+            SubstrateError: Some memory could not be released; the rest was.
         """
         arenas = [arena for bank in self._arenas for arena in bank]
         self._arenas, self.slots = [], []
-        with ExitStack() as each:  # continues if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             for arena in arenas:
                 each.callback(lambda arena: self._give_up(arena.close()), arena)
 
     def check(self) -> None:
-        """Raise InvariantError unless the mapped frames are exactly those owned, each once.
+        """Raise InvariantError unless the mapped frames are exactly the owned ones, each once.
 
-        More may be mapped than the slots need: see ``resize``.
+        More frames may be mapped than the slots need: see ``resize``.
         """
         arenas = [arena for bank in self._arenas for arena in bank]
         for arena in arenas:

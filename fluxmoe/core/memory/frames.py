@@ -1,9 +1,9 @@
-"""FramePool: the single record of which tenant owns which frame of device memory.
+"""FramePool: the authoritative record of which tenant owns which frame of memory.
 
-The pool knows nothing of addresses or mappings (see ``arena``): it is the ledger behind the
-budget. Committed memory can never exceed the budget because no more frames than that are handed
-out. There may be more frames than the budget currently allows: a frame without an owner costs
-nothing, so the budget can be raised while serving.
+The pool is the ledger of the budget and independent of addresses and mappings (see ``arena``).
+Committed memory can never exceed the budget because no more frames than that are assigned. More
+frames may exist than the budget currently allows: unowned frames cost nothing, so the budget can be
+raised while serving.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FramePool:
     """``count`` frames of ``frame_bytes`` bytes, each owned by one tenant or free.
 
     Attributes:
-        limit: Budget in frames: the most that all tenants together may own; initially ``count``.
+        limit: Budget in frames: the maximum that all tenants may own together; initially ``count``.
     """
 
     def __init__(self, count: int, frame_bytes: int) -> None:
@@ -29,7 +29,7 @@ class FramePool:
         self.frame_bytes = frame_bytes
         self._owner = np.full(count, FREE, np.int16)
         self._tenants: list[str] = []
-        #: Frames per tenant, kept so that they need not be counted in every step.
+        #: Frames per tenant, cached to avoid counting them in every step.
         self._held: list[int] = []
 
     @property
@@ -39,19 +39,19 @@ class FramePool:
 
     @property
     def owned(self) -> int:
-        """Number of frames that have an owner."""
+        """Number of owned frames."""
         return sum(self._held)
 
     @property
     def free(self) -> int:
-        """Number of frames that can be taken now."""
+        """Number of frames available to ``take``."""
         return self.limit - self.owned
 
     def set_limit(self, frames: int) -> None:
         """Raise or lower the budget.
 
         Raises:
-            OutOfFramesError: More frames are owned, or fewer exist; the budget is unchanged.
+            OutOfFramesError: More frames are owned or fewer exist; the budget is unchanged.
         """
         if not self.owned <= frames <= self.count:
             raise OutOfFramesError(
@@ -61,13 +61,13 @@ class FramePool:
         self.limit = frames
 
     def owned_by(self, tenant: str) -> int:
-        """Number of frames ``tenant`` owns now."""
+        """Number of frames owned by ``tenant``."""
         if tenant not in self._tenants:
             return 0
         return self._held[self._tenants.index(tenant)]
 
     def take(self, tenant: str, count: int) -> Int64s:
-        """Assign ``count`` free frames to ``tenant``, lowest first, so that runs stay contiguous.
+        """Assign ``count`` free frames to ``tenant``, lowest first to keep runs contiguous.
 
         Raises:
             OutOfFramesError: Fewer are free; nothing was taken.
@@ -92,7 +92,7 @@ class FramePool:
         """Take ``frames`` back from ``tenant``.
 
         Raises:
-            InvariantError: One of them is not the tenant's; nothing was returned.
+            InvariantError: Not all of them belong to the tenant; nothing was returned.
         """
         if len(frames) == 0:
             return

@@ -1,13 +1,13 @@
 """Frames of host memory: one memfd, mapped piecewise into reserved address space.
 
-The whole budget is one anonymous file; frame ``i`` is the range ``[i, i+1) * frame_bytes`` of it.
-Committing maps a run of frames with ``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: populated at once,
-because first-touch faults on the engine's hot path cost twice as much. An uncommitted
-address reads as NaN from a read-only poison page, so a bookkeeping error shows up in the output
-instead of looking like a weight of zero; ``debug=True`` makes it a segmentation fault instead.
+The whole budget is one anonymous file; frame ``i`` is its range ``[i, i + 1) * frame_bytes``.
+Committing maps a run of frames with ``MAP_FIXED | MAP_SHARED | MAP_POPULATE``; populating up front
+is half the cost of first-touch faults on the engine's hot path. Uncommitted addresses read as NaN
+from a read-only poison page, so a bookkeeping error shows up in the output instead of looking like
+a weight of zero; ``debug=True`` turns it into a segmentation fault.
 
-A forked child shares the file: it cannot map frames, and releasing one keeps its bytes. Its own
-mappings it may remove.
+A forked child shares the file: it cannot map frames, and releasing one there keeps its bytes. It
+may remove its own mappings.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _HUGE_PAGE = 2 << 20
 _POISON_BYTES = 4 << 20
-# Each frame may need a separate mapping, and the system allows 65,530 (vm.max_map_count).
+# Each frame may need its own mapping, and the system allows 65,530 (vm.max_map_count).
 _MOST_FRAMES = 24 << 10
 
 
 def frame_bytes_for(budget: int, unit: int = 0) -> int:
-    """The CPU frame size for a budget: budget/8192, a power of two within 4 KiB … 2 MiB.
+    """CPU frame size for a budget: budget/8192, as a power of two within 4 KiB … 2 MiB.
 
     Args:
         budget: Budget in bytes.
-        unit: Bytes of the unit that is committed and released on its own, a KV block. If it is not
-            a multiple of the frame, smaller frames are tried, as far as the system can map them.
+        unit: Bytes of a unit that is committed and released separately, such as a KV block. If it
+            is not a multiple of the frame, smaller frames are tried, as far as the system can map
+            them.
     """
     wanted = max(1, -(-budget // 8192))
     frame = min(max(1 << (wanted - 1).bit_length(), 4096), 2 << 20)
@@ -79,7 +80,7 @@ class CpuSubstrate:
     """Frames of a memfd. Implements ``Substrate``.
 
     Args:
-        count: Number of frames, the whole budget.
+        count: Number of frames in the budget.
         frame_bytes: Size of a frame, a multiple of the system's page size.
         debug: Leave uncommitted addresses inaccessible instead of reading as NaN.
     """
@@ -102,7 +103,7 @@ class CpuSubstrate:
             self._fd = os.memfd_create("fluxmoe-frames")
             os.ftruncate(self._fd, count * frame_bytes)
             self._poison = os.memfd_create("fluxmoe-poison")
-            # All bits set is a NaN in every floating-point format up to and including bf16.
+            # All bits set is a NaN in every floating-point format down to bf16.
             os.write(self._poison, b"\xff" * _POISON_BYTES)
         except (OSError, OverflowError) as error:
             self.close()
@@ -135,7 +136,7 @@ class CpuSubstrate:
             try:
                 self._commit_run(address + done * self.frame_bytes, first, count)
             except SubstrateError:
-                # A failed MAP_FIXED may have left a hole at its target: fill that in too.
+                # A failed MAP_FIXED may have left a hole at its target: fill that too.
                 self.decommit(address, done + count)
                 raise
             done += count
@@ -151,7 +152,7 @@ class CpuSubstrate:
             self._fd,
             first * self.frame_bytes,
         )
-        if self._huge:  # advise before populating, which would otherwise use small pages
+        if self._huge:  # advise first: populating would otherwise use small pages
             _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
             _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE)
 
@@ -185,7 +186,7 @@ class CpuSubstrate:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
             self._map(address, nbytes, _PROT_NONE, flags, -1, 0)
             return
-        # Many mappings of one small file rather than one large file: the poison costs 4 MiB.
+        # Many mappings of one small file, not one large file: the poison costs 4 MiB.
         for offset in range(0, nbytes, _POISON_BYTES):
             size = min(_POISON_BYTES, nbytes - offset)
             self._map(

@@ -1,9 +1,9 @@
 """The KV cache as a tenant of the budget: one arena, committed in groups of blocks.
 
-The engine numbers its KV blocks and knows nothing of frames. A *group* is the fewest consecutive
-blocks that fill whole frames, and the unit in which the cache grows and shrinks. Each block is
-contiguous (block-outermost, docs/project/adr/0004), so a group is one block if the block size is a
-multiple of the frame size.
+The engine addresses KV blocks by number and is unaware of frames. A *group*, the smallest number of
+consecutive blocks that fill whole frames, is the unit in which the cache grows and shrinks. Each
+block is contiguous (block-outermost, docs/project/adr/0004), so a group is one block if the block
+size is a multiple of the frame size.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fluxmoe.errors import InvariantError
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Layout of KV blocks: block ``b`` is the bytes ``[b, b + 1) * block_bytes`` of one buffer.
+    """Layout of KV blocks: block ``b`` occupies bytes ``[b, b + 1) * block_bytes`` of one buffer.
 
     Attributes:
-        blocks: Most blocks the cache may grow to.
-        block_bytes: Bytes of one block, all layers.
+        blocks: Maximum number of blocks the cache may grow to.
+        block_bytes: Bytes of one block over all layers.
         frame_bytes: Bytes of one frame.
     """
 
@@ -43,7 +43,7 @@ class KVLayout:
 
     @property
     def frames_per_group(self) -> int:
-        """Frames of every group except the last, which may have fewer blocks."""
+        """Frames per group, except the last, which may have fewer blocks."""
         return self.block_bytes // math.gcd(self.block_bytes, self.frame_bytes)
 
     @property
@@ -52,7 +52,7 @@ class KVLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole buffer; address space, not memory."""
+        """Bytes of the whole buffer: address space, not memory."""
         return self.blocks * self.block_bytes
 
     def blocks_of(self, group: int) -> range:
@@ -64,12 +64,12 @@ class KVLayout:
         return -(-nbytes // self.frame_bytes)
 
     def frames(self, groups: Collection[int]) -> int:
-        """Frames that distinct ``groups`` commit. Called in every step, so it does not iterate."""
+        """Frames committed by distinct ``groups``. Called in every step, so it does not iterate."""
         last, full = self.groups - 1, self.frames_per_group
         return len(groups) * full - (full - self.frames_of(last) if last in groups else 0)
 
     def groups_within(self, frames: int) -> int:
-        """The most groups, from the first on, that commit at most ``frames`` frames."""
+        """Maximum number of groups, from the first on, that commit at most ``frames`` frames."""
         count, rest = divmod(frames, self.frames_per_group)
         if count == self.groups - 1 and self.frames_of(count) <= rest:
             count += 1
@@ -77,11 +77,11 @@ class KVLayout:
 
 
 class KVTenant:
-    """The buffer of the engine's KV cache, committed group by group.
+    """The buffer of the engine's KV cache, committed in groups.
 
-    A newly committed group reads as zero, as the engine expects of a fresh cache: the contents of
-    frames are cleared when they are released. Elsewhere the buffer is read-only NaNs, so an engine
-    that uses a block it does not have crashes instead of returning garbage.
+    A newly committed group reads as zero, as the engine expects of a fresh cache, because frames
+    are cleared on release. Uncommitted parts are read-only NaNs, so an engine that writes to a
+    block it does not have crashes instead of returning garbage.
 
     Args:
         pool: Ledger of the budget.
@@ -107,7 +107,7 @@ class KVTenant:
         return self.frames * self._pool.frame_bytes
 
     def buffer(self) -> Bytes:
-        """All blocks as uint8 ``[blocks * block_bytes]``. It does not keep the arena alive."""
+        """All blocks as uint8 ``[blocks * block_bytes]``; does not keep the arena alive."""
         buffer: Bytes = self._arena.rows(1, self.layout.nbytes)[0]
         return buffer
 
@@ -116,11 +116,11 @@ class KVTenant:
         return self._arena.export(self.layout.blocks, self.layout.block_bytes)
 
     def commit(self, groups: Iterable[int]) -> None:
-        """Commit those of ``groups`` that are not committed. On failure nothing has changed.
+        """Commit those of ``groups`` that are not yet committed. On failure nothing has changed.
 
         Raises:
             OutOfFramesError: The budget has no room.
-            SubstrateError: The system refused. (If it also refuses to unmap, see ``committed``.)
+            SubstrateError: A system call failed. (If unmapping fails as well, see ``committed``.)
         """
         done = []
         try:
@@ -144,9 +144,9 @@ class KVTenant:
         """Release those of ``groups`` that are committed; their blocks must not be in use.
 
         Raises:
-            SubstrateError: The system refused to unmap some groups; the others are free.
+            SubstrateError: Some groups could not be unmapped; the others are free.
         """
-        with ExitStack() as each:  # continues if one fails
+        with ExitStack() as each:  # runs all callbacks even if one fails
             for group in self._known(groups):
                 each.callback(self._free, group)
 
@@ -179,7 +179,7 @@ class KVTenant:
             raise InvariantError("the mapped KV groups differ from the committed ones")
         if np.count_nonzero(mapped) != self.frames:
             raise InvariantError(
-                f"{np.count_nonzero(mapped)} frames of KV are mapped, {self.frames} are owned"
+                f"{np.count_nonzero(mapped)} KV frames are mapped, {self.frames} are owned"
             )
 
     def _known(self, groups: Iterable[int]) -> list[int]:

@@ -1,13 +1,11 @@
-"""Conversion of bytes to slots: the first split of the budget, and banks.
+"""Conversion of bytes to slots: the initial split of the budget, and banks.
 
-The first split is what experts and KV cache start with. Both get their minimum, then what the user
-asked for. The rest goes to the KV cache until it holds everything that can run at once, because a
-waiting request costs more than a streamed page; then to the experts until all are resident; what
-remains is room for cached prefixes.
+Experts and KV cache both get their minimum, then their target. The rest goes to the KV cache until
+it holds all requests that can run at once, because a waiting request costs more than a streamed
+page; then to the experts until all are resident. The remainder is room for cached prefixes.
 
-A bank is the slots that one kernel call can address. One is best, because any layer can use any
-slot. More are needed if a kernel's slot index is too narrow for all of them
-(docs/project/adr/0001).
+A bank is the set of slots that one kernel call can address. One is best, because any layer can use
+any slot. More are needed if a kernel's slot index is too narrow (docs/project/adr/0001).
 Consecutive layers share a bank.
 """
 
@@ -23,14 +21,14 @@ from fluxmoe.sizes import apart, at_least, shown
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """Demand of a tenant, in frames.
+    """A tenant's demand, in frames.
 
     Attributes:
-        min: Fewest frames it works with.
-        max: Most frames that are useful; beyond this, more memory only absorbs leftovers.
-        target: Frames the user asked for; None if left open.
+        min: Minimum it can work with.
+        max: Maximum it can use; beyond this it only absorbs leftovers.
+        target: Frames requested by the user; None if left open.
         reason: Explanation of ``min``, shown when the budget is too small.
-        cap: Most frames the user allows; None if unlimited.
+        cap: Maximum set by the user; None if unlimited.
     """
 
     min: int
@@ -66,7 +64,7 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
             raise ConfigError(
                 f"{target} is below the minimum of {least} ({wish.reason})",
                 where=f"memory.{name}.target",
-                fix="raise it, or set it to auto",
+                fix="raise it or set it to auto",
             )
     fixed = (experts.target or experts.min) + (kv.target or kv.min)
     if fixed > frames:
@@ -94,15 +92,15 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
 
 
 def spread(geometry: Geometry, slots: int, banks: int) -> tuple[list[int], list[int]]:
-    """Spread layers and slots over banks, slots in proportion to layers.
+    """Distribute layers and slots over banks, slots in proportion to layers.
 
     Args:
         geometry: Layers and experts.
-        slots: Number of slots over all banks.
+        slots: Total number of slots.
         banks: Number of banks, at most one per layer.
 
     Returns:
-        Slots per bank, at most the bank's number of pages, and the bank of each layer.
+        Slots per bank, at most the number of its pages, and the bank of each layer.
     """
     layers = geometry.num_layers
     bank_of = [layer * banks // layers for layer in range(layers)]
@@ -126,7 +124,7 @@ def sizes(
     banks: int = 1,
     limit: int | None = None,
 ) -> list[int] | None:
-    """The most slots per bank that commit at most ``frames`` frames.
+    """Maximum slots per bank that commit at most ``frames`` frames.
 
     Args:
         geometry: Layers and experts.
@@ -134,14 +132,14 @@ def sizes(
         frames: Frames for all banks together.
         frame_bytes: Bytes of a frame.
         banks: Number of banks.
-        limit: Most slots a bank may have; None if unlimited.
+        limit: Maximum slots per bank; None if unlimited.
 
     Returns:
         Slots per bank; None if a bank could not hold one layer's experts.
     """
     experts = geometry.experts_per_layer
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
-    # Each bank fills whole frames, so several may need a few more than one does.
+    # Each bank fills whole frames, so several may need a few more frames than one does.
     for slots in range(total, banks * experts - 1, -1):
         shares = [min(share, limit or share) for share in spread(geometry, slots, banks)[0]]
         used = sum(frames_for(page_class, share, frame_bytes) for share in shares)
@@ -160,10 +158,10 @@ def fewest_banks(
     *,
     least: int,
 ) -> tuple[list[int], list[int]]:
-    """The most slots per bank within ``frames`` frames, and the bank of each layer.
+    """Maximum slots per bank within ``frames`` frames, and the bank of each layer.
 
-    The fewest banks that waste no slot, or ``wanted`` if that many are possible: even within
-    ``least`` frames each must hold one layer's experts, so a small budget cannot have many.
+    Uses the fewest banks that waste no slot, or ``wanted`` if possible: each must hold one layer's
+    experts even within ``least`` frames, so a small budget cannot have many.
     """
     layers, experts = geometry.num_layers, geometry.experts_per_layer
     if limit is not None and limit < experts:

@@ -1,7 +1,7 @@
-"""Substrates: address space without memory, memory without addresses, and the mapping of both.
+"""Substrates: address space without memory, memory without addresses, and mapping one to the other.
 
-One protocol that maps one to one to the operating system's calls on a CPU (``host.py``) and to the
-driver's on CUDA. Frames are numbered ``0 … count-1`` and exist for the substrate's whole life.
+The protocol maps one to one to the operating system's calls on a CPU (``host.py``) and to the
+driver's on CUDA. Frames are numbered ``0 … count - 1`` and exist for the substrate's lifetime.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ class Substrate(Protocol):
     device: tuple[int, int]
 
     def reserve(self, nbytes: int) -> int:
-        """Reserve address space (a multiple of the frame size) and return its start."""
+        """Reserve ``nbytes``, a multiple of the frame size, of address space; return its start."""
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        """Release a reserved range; any frames mapped there are unmapped."""
+        """Release a reserved range and unmap any frames there."""
 
     def commit(self, address: int, frames: Int64s) -> None:
-        """Map ``frames`` one after the other at ``address``, which is frame-aligned.
+        """Map ``frames`` consecutively at the frame-aligned ``address``.
 
         Raises:
-            SubstrateError: The system refused; nothing is mapped.
+            SubstrateError: A system call failed; nothing is mapped.
         """
 
     def decommit(self, address: int, count: int) -> None:
-        """Unmap ``count`` frames at ``address``. Reading there is an error afterwards."""
+        """Unmap ``count`` frames at ``address``, which must not be read afterwards."""
 
     def release(self, frames: Int64s) -> None:
         """Return the physical memory of unmapped frames to the system; their numbers stay valid."""
 
     def allocated(self) -> int:
-        """Bytes of physical memory that the system has actually allocated for the frames."""
+        """Bytes of physical memory that the system has allocated for the frames."""
 
     def close(self) -> None:
         """Release everything. Idempotent."""
 
 
 def runs(numbers: Int64s, step: int = 1) -> Iterator[tuple[int, int]]:
-    """The runs of numbers that are ``step`` apart, as (first, count)."""
+    """Yield runs of numbers that are ``step`` apart, as (first, count)."""
     for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != step) + 1):
         if len(run):
             yield int(run[0]), len(run)

@@ -1,8 +1,8 @@
-"""WorkerMemory: one worker's budget of frames, and the two tenants that share it.
+"""WorkerMemory: one worker's budget of frames and the two tenants that share it.
 
 It owns the ledger, the physical memory, the expert arenas and the KV cache, and can check at any
-time that committed memory stays within the budget. It knows nothing of pages: a pager fills the
-arenas (``paging``), and moves of memory are carried out by ``arbitration.moves``.
+time that committed memory is within the budget. Pages are not its concern: a pager fills the arenas
+(``paging``), and ``arbitration.moves`` carries out moves of memory.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class WorkerMemory:
     """The memory of one worker.
 
     Args:
-        substrate: Frames of the budget; closed with the memory, or if it cannot be made.
+        substrate: Frames of the budget; closed by ``close``, or if the constructor fails.
         page_class: Layout of an expert page.
-        reserved: Slots per bank for which address space is reserved; none is committed yet.
-        limit: Most frames in use at once; None: all of the substrate.
+        reserved: Slots per bank to reserve address space for; none is committed yet.
+        limit: Maximum frames in use at once; None for all frames of the substrate.
 
     Raises:
-        SubstrateError: The system refused.
+        SubstrateError: A system call failed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class WorkerMemory:
             undo.callback(substrate.close)
             self.experts = ExpertTenant(self.pool, substrate, page_class, reserved)
             undo.pop_all()
-        #: The KV cache, once its layout is known; None if the engine's is not in the budget.
+        #: The KV cache, once its layout is known; None if it is outside the budget.
         self.kv: KVTenant | None = None
 
     @property
@@ -56,7 +56,7 @@ class WorkerMemory:
 
     @property
     def committed_bytes(self) -> int:
-        """Bytes of all frames that a tenant holds now."""
+        """Bytes of all frames owned by a tenant."""
         return self.pool.owned * self.pool.frame_bytes
 
     @property
@@ -72,7 +72,7 @@ class WorkerMemory:
         """Reserve the KV cache's buffer and commit ``groups`` of it.
 
         Raises:
-            OutOfFramesError, SubstrateError: There is no room; nothing is reserved.
+            OutOfFramesError, SubstrateError: Not enough memory; nothing is reserved.
         """
         if self.kv is not None:
             raise InvariantError("the KV cache is already placed")
@@ -95,13 +95,13 @@ class WorkerMemory:
             raise InvariantError("an unknown tenant owns frames of the budget")
 
     def close(self) -> None:
-        """Release everything; nothing may read the arenas or the KV cache any more. Idempotent.
+        """Release everything; the arenas and the KV cache must no longer be read. Idempotent.
 
         Raises:
-            SubstrateError: The system refused to release some memory; the rest was released.
+            SubstrateError: Some memory could not be released; the rest was.
             InvariantError: An unknown tenant holds frames.
         """
-        with ExitStack() as each:  # last first, and all of them if one fails
+        with ExitStack() as each:  # in reverse order, and all even if one fails
             each.callback(self.substrate.close)
             each.callback(self._require_empty)
             if self.kv is not None:

@@ -1,4 +1,4 @@
-"""The books of a page table: its arrays, and moving pages in and out of slots in compiled code."""
+"""The books of a page table: its arrays, and compiled code to move pages in and out of slots."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NEVER = -1
 ABSENT = -1
 
 # Bits of Books.flags.
-PROTECTED = 1  # prefetched, and its layer's next event has not begun
-UNUSED = 2  # prefetched and not used since
+PROTECTED = 1  # prefetched, and the next event of its layer has not begun
+UNUSED = 2  # prefetched and not yet used
 DIRTY = 4  # accessed or loaded since its score was last computed
 
 # Indices into Books.now.
@@ -51,23 +51,23 @@ class Books(NamedTuple):
     loaded_at: Int64s
     slot_of: npt.NDArray[np.int32]
     flags: Bytes
-    present: npt.NDArray[np.uint64]  # a bit per page, set where slot_of is not ABSENT [P / 64]
-    # per bank: slot -> page [B, M]; a stack of free slots [B, M] and its height [B]
+    present: npt.NDArray[np.uint64]  # one bit per page, set where slot_of is not ABSENT [P / 64]
+    # per bank: slot → page [B, M]; stack of free slots [B, M] and its height [B]
     page_at: Int64s
     free: npt.NDArray[np.int32]
     num_free: Int64s
     num_slots: Int64s  # usable slots [B]
-    bank_of: Int64s  # layer -> bank [L]
-    layer_of: Int64s  # page -> layer [P]; a division would cost more than all other work per page
-    # the running event: its distinct pages [E], their tokens, hits, misses, the slots assigned
+    bank_of: Int64s  # layer → bank [L]
+    layer_of: Int64s  # page → layer [P]; a division would cost more than all other work per page
+    # the current event: its distinct pages [E], their tokens, hits, misses, assigned slots
     pages: Int64s
     tokens: Int64s
     routed: Int64s  # scratch, zero between events: tokens per expert [E], and
-    asked: npt.NDArray[np.uint64]  # a bit per expert that has any [E / 64]
+    asked: npt.NDArray[np.uint64]  # one bit per expert, set if it has tokens [E / 64]
     hit: Bools
     missing: Int64s
-    loaded: Int64s  # pages assigned a slot, in order
-    leaving: Int64s  # pages to be freed once the layer has run
+    loaded: Int64s  # newly loaded pages, in order
+    leaving: Int64s  # pages to free once the layer has run
     dirty: Int64s  # pages whose score must be recomputed [P]
     changed: Int64s  # pages whose first three records changed since ``show``, repeats included [P]
     now: Int64s  # scalars, see EVENT …
@@ -75,7 +75,7 @@ class Books(NamedTuple):
 
 
 def new_books(geometry: Geometry, banks: int, width: int, bank_of: Sequence[int] | None) -> Books:
-    """Empty books: no page has a slot."""
+    """Make empty books: no page has a slot."""
     pages, experts = geometry.num_pages, geometry.experts_per_layer
     return Books(
         last_use=np.full(pages, NEVER, np.int64),
@@ -158,13 +158,13 @@ def _show(b: Books, s: Shown, page: int) -> None:
 
 @jit
 def bit(number: int) -> np.uint64:
-    """The bit of a page or expert in its word of 64."""
+    """Bit of a page or expert in its 64-bit word."""
     return np.uint64(1) << np.uint64(number & 63)
 
 
 @jit
 def unload(b: Books, page: int) -> None:
-    """Take ``page`` out of its slot, which becomes free."""
+    """Remove ``page`` from its slot, which becomes free."""
     bank = b.bank_of[b.layer_of[page]]
     slot = b.slot_of[page]
     b.slot_of[page] = ABSENT
@@ -192,7 +192,7 @@ def load(b: Books, page: int) -> None:
 
 @jit
 def release_leaving(b: Books) -> None:
-    """Point 6 of the event rule: free the pages of the last event that were not retained."""
+    """Point 6 of the event rule: free the last event's pages that were not retained."""
     for i in range(b.now[LEAVING]):
         if b.slot_of[b.leaving[i]] != ABSENT:
             unload(b, b.leaving[i])
@@ -211,10 +211,10 @@ def mark_dirty(b: Books, page: int) -> None:
 
 @jit
 def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> int:
-    """Move the pages in slots ``slots …`` of a bank into free slots below; return their number.
+    """Move pages of a bank from slots ``slots …`` into lower free slots; return their number.
 
-    ``moved[i]`` was in slot ``source[i]``. There must be a free slot below for each of them.
-    Scores are kept by slot (``heap``, ``victims``): those of the moved pages are recomputed.
+    ``moved[i]`` was in slot ``source[i]``. Each needs a lower free slot. Scores are stored by slot
+    (``heap``, ``victims``), so those of the moved pages are recomputed.
     """
     n = 0
     for slot in range(slots, b.page_at.shape[1]):
@@ -228,8 +228,8 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
         b.page_at[bank, source[i]] = ABSENT
         b.page_at[bank, free] = moved[i]
         b.slot_of[moved[i]] = free
-        mark_dirty(b, moved[i])  # its score is recorded under the old slot
-    # Rebuild the stack of free slots, the lowest on top.
+        mark_dirty(b, moved[i])  # its score is stored under the old slot
+    # Rebuild the stack of free slots with the lowest on top.
     b.num_free[bank] = 0
     for slot in range(slots - 1, -1, -1):
         if b.page_at[bank, slot] == ABSENT:

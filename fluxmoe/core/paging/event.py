@@ -1,4 +1,4 @@
-"""The points of the event rule (docs/concepts/event-rule.md), compiled, over the books."""
+"""The points of the event rule (docs/concepts/event-rule.md), compiled."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ AnyBooks = Books | Int64s
 
 @jit
 def open_event(books: AnyBooks, step: int, layer: int, ids: Ints, slots: Slots) -> int:
-    """Points 1–3 and 6: free the last event's leaving pages, then count this one's hits and misses.
+    """Points 1–3 and 6: free the last event's leaving pages, count hits and misses of this one.
 
     Args:
         books: The books, or their directory.
         step: Forward pass of the engine, from 0.
         layer: MoE layer, from 0.
         ids: Routed experts, 1-D, repeats allowed; negative entries are padding.
-        slots: Filled with the slot of every entry of ``ids`` if there is no miss; may be empty.
+        slots: Filled with the slot of each entry of ``ids`` if there is no miss; may be empty.
 
     Returns:
         Number of misses.
 
     Raises:
-        IndexError: A layer or an expert that does not exist; the event has not begun.
+        IndexError: Unknown layer or expert; the event has not begun.
     """
     b = open_books(books)
     experts = b.tokens.size
     first = layer * experts
-    # Compiled code does not check indices, and would overwrite unrelated memory.
+    # Compiled code does not check indices and would overwrite unrelated memory.
     if layer < 0 or layer >= b.bank_of.size:
         raise IndexError("no such MoE layer")
     if slots.size != 0 and slots.size != ids.size:
@@ -118,7 +118,7 @@ def open_event(books: AnyBooks, step: int, layer: int, ids: Ints, slots: Slots) 
 
 @jit
 def lookup(books: AnyBooks, layer: int, ids: Ints, slots: Slots) -> None:
-    """Look up slots: ``slots[i]`` becomes the slot of expert ``ids[i]``, 0 for padding."""
+    """Set ``slots[i]`` to the slot of expert ``ids[i]``, 0 for padding."""
     b = open_books(books)
     first = layer * b.tokens.size
     for i in range(slots.size):
@@ -127,7 +127,7 @@ def lookup(books: AnyBooks, layer: int, ids: Ints, slots: Slots) -> None:
 
 @jit
 def evict(books: AnyBooks, victims: Int64s, counter: int) -> None:
-    """Free the slots of ``victims`` and count them in ``counts[counter]``."""
+    """Free the slots of ``victims``, counting them in ``counts[counter]``."""
     b = open_books(books)
     for i in range(victims.size):
         unload(b, victims[i])
@@ -146,14 +146,14 @@ def load_missing(books: AnyBooks) -> None:
 
 @jit
 def admit(b: Books, victims: Int64s) -> None:
-    """Points 4 and 5 with the victims chosen: free their slots, then load the misses."""
+    """Points 4 and 5, given the victims: free their slots, then load the misses."""
     evict(b, victims, C_EVICTIONS)
     load_missing(b)
 
 
 @jit
 def load_ahead(b: Books, pages: Int64s) -> None:
-    """Point 7: assign slots to prefetched pages, in order of urgency, and protect them."""
+    """Point 7: assign slots to prefetched pages in order of urgency, and protect them."""
     for i in range(pages.size):
         load(b, pages[i])
         b.flags[pages[i]] |= np.uint8(PROTECTED | UNUSED)

@@ -1,22 +1,22 @@
-"""VictimHeap: the eviction order of policies with stable scores, kept lazily.
+"""VictimHeap: the eviction order of policies with stable scores, maintained lazily.
 
-``stable_score`` promises that a page's score changes only when the page is accessed or loaded.
-So nothing is computed on a hit: the page is marked dirty, and only when victims are needed are the
-dirty pages scored, in one call. The heap holds *lower bounds*: a page's entry may lag behind when
-its score has risen (lru, lfu: every hit), and is corrected only if it reaches the top. A score
-that fell (belady) gets a second entry; the outdated one is recognised by its key and dropped.
-Ties go to the lowest page id, because entries compare as (score, page).
+``stable_score`` promises that a page's score changes only when the page is accessed or loaded. So a
+hit computes nothing: it marks the page dirty, and dirty pages are scored in one call when victims
+are needed. The heap holds *lower bounds*: if a page's score has risen (lru, lfu: every hit), its
+entry is outdated and is corrected only on reaching the top. A score that fell (belady) gets a
+second entry; the outdated one is recognised by its key and dropped. Ties go to the lowest page id,
+because entries compare as (score, page).
 
-A score above all earlier ones (lru: every one) is not put into the heap but at the end of a
-*queue*, which stays sorted without any work; the next victim is the lower of the two heads. Entries
-of the queue become outdated like those of the heap.
+A score above all earlier ones (lru: every score) is appended to a *queue* instead, which stays
+sorted at no cost; the next victim is the lower of the two heads. Queue entries become outdated like
+heap entries.
 
-Most pages are never near the bottom of the order, so the heap of a large bank holds only pages
-that compare no higher than a *limit*. When it runs out of them, or has grown, a new limit is drawn
-from a sample of the bank and all pages are scanned once; any limit gives the same victims.
+Most pages are never near the bottom of the order, so the heap of a large bank holds only pages no
+higher than a *limit*. When the heap runs out or has grown, a new limit is drawn from a sample of
+the bank and all pages are scanned once. The limit does not affect which victims are chosen.
 
-Scores are kept as integers in the same order (``as_integer``): a heap consists mostly of dependent
-comparisons, which take one cycle for integers, not six.
+Scores are stored as integers in the same order (``as_integer``): a heap mostly performs dependent
+comparisons, which take one cycle for integers and six for floats.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, Books
 from fluxmoe.core.types import Bools, Int64s
 
-#: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. A bank of at most _SMALL pages
-#: is kept in the heap completely.
+#: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. Banks of at most _SMALL pages
+#: are in the heap completely.
 _SAMPLE, _RANK, _SMALL = 32, 1, 128
 
-#: Above every score.
+#: Key above every score.
 NONE = 2**63 - 1
 
 #: Capacity of the queue, in entries per slot.
@@ -42,10 +42,10 @@ _QUEUE = 4
 
 
 class VictimHeap(NamedTuple):
-    """Arrays of a heap per bank. P pages, B banks, M slots reserved per bank, H entries."""
+    """Arrays of one heap per bank. P pages, B banks, M slots reserved per bank, H entries."""
 
-    score: Int64s  # [B, M] latest score of the page in a slot
-    bound: Int64s  # [P] key of the page's valid entry; NONE if it has none
+    score: Int64s  # [B, M] latest score of the page in each slot
+    bound: Int64s  # [P] key of the page's valid entry; NONE if there is none
     key: Int64s  # [B, H]
     page: Int64s  # [B, H]
     size: Int64s  # [B]
@@ -53,18 +53,18 @@ class VictimHeap(NamedTuple):
     queue_key: Int64s
     queue_page: Int64s
     queue_ends: Int64s  # [B, 2]
-    # [B] every resident page whose (score, page) is not above the limit has a valid entry, in the
-    # heap or in the queue; the heap's are never above it
+    # [B] every resident page whose (score, page) is not above the limit has a valid entry in the
+    # heap or the queue; heap entries are never above it
     limit: Int64s
     limit_page: Int64s
-    chosen: Bools  # [P] removed from the heap while victims are being chosen
+    chosen: Bools  # [P] removed from the heap while choosing victims
     aside: Int64s  # [P] scratch, like the lowest of the sample
     sample: Int64s
     sample_page: Int64s
 
 
 def new_heap(pages: int, banks: int, slots: int) -> VictimHeap:
-    """An empty heap for a table of ``pages`` pages with banks of up to ``slots`` slots."""
+    """Make an empty heap for a table of ``pages`` pages with banks of up to ``slots`` slots."""
     entries = 2 * pages + 1
     return VictimHeap(
         score=np.zeros((banks, slots), np.int64),
@@ -85,7 +85,7 @@ def new_heap(pages: int, banks: int, slots: int) -> VictimHeap:
 
 
 def clear(heap: VictimHeap) -> None:
-    """Make the heap empty."""
+    """Empty the heap."""
     heap.bound[...] = NONE
     heap.size[...] = 0
     heap.queue_ends[...] = 0
@@ -97,7 +97,7 @@ def clear(heap: VictimHeap) -> None:
 def as_integer(score: float) -> int:
     """Map every float64 except NaN to an int64, keeping the order; 0.0 and −0.0 are equal."""
     bits = np.float64(score + 0.0).view(np.int64)
-    return int(bits ^ (bits >> 63 & NONE))  # below zero, the higher the bits, the lower the number
+    return int(bits ^ (bits >> 63 & NONE))  # for negative numbers, higher bits mean lower values
 
 
 @jit
@@ -112,17 +112,17 @@ def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.flo
             heap.queue_key[bank, end], heap.queue_page[bank, end], score, page
         ):
             _append(heap, b, bank, page, score)
-        # The first is also true where bound is NONE.
+        # The first condition also holds where bound is NONE.
         elif heap.bound[page] > score and _within(heap, bank, score, page):
             _push(heap, b, bank, page, score)
 
 
 @jit
 def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out: Int64s) -> int:
-    """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first; return how many.
+    """Write up to ``count`` victims of ``bank`` to ``out``, lowest score first; return the count.
 
-    The running event's pages are never victims, protected ones only if ``protect`` is false.
-    Victims leave the heap; the caller must evict them.
+    Pages of the current event are never victims, protected ones only if ``protect`` is false.
+    Victims are removed from the heap; the caller must evict them.
     """
     found = parked = 0
     key, pages = heap.key[bank], heap.page[bank]
@@ -139,7 +139,7 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
         else:
             bound, page = key[0], pages[0]
         if (size == 0 and not queued) or not _within(heap, bank, bound, page):
-            if heap.limit_page[bank] == heap.bound.size:  # there is nothing above the limit
+            if heap.limit_page[bank] == heap.bound.size:  # nothing is above the limit
                 break
             _refill(heap, b, bank)
             size = heap.size[bank]
@@ -152,7 +152,7 @@ def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out
             key[0] = heap.bound[page] = score
             _sift_down(key, pages, size, 0)
             continue
-        # Evicted meanwhile, outdated by an entry with a lower key, above the limit, or a victim.
+        # Already evicted, superseded by an entry with a lower key, above the limit, or chosen.
         if valid or slot == ABSENT:
             heap.bound[page] = NONE
         chosen = valid and not score > bound
@@ -200,7 +200,7 @@ def _held(b: Books, bank: int) -> int:
 
 @jit
 def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
-    """Draw a new limit and fill the heap with exactly the pages that it covers."""
+    """Draw a new limit and fill the heap with exactly the pages not above it."""
     slots, key, pages = b.num_slots[bank], heap.key[bank], heap.page[bank]
     for i in range(heap.size[bank]):
         if key[i] == heap.bound[pages[i]]:
@@ -221,7 +221,7 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
             size += 1
         else:
             covered = False
-    if covered:  # all pages are in the heap or the queue
+    if covered:  # every page is in the heap or the queue
         heap.limit[bank], heap.limit_page[bank] = NONE, heap.bound.size
     heap.size[bank] = size
     for i in range(size // 2 - 1, -1, -1):
@@ -230,7 +230,7 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
 
 @jit
 def _draw_limit(heap: VictimHeap, b: Books, bank: int, slots: int) -> None:
-    """Set the limit to the page of rank ``_RANK`` among pages from equally spaced slots."""
+    """Set the limit to the page of rank ``_RANK`` among the pages of equally spaced slots."""
     n = 0
     for k in range(_SAMPLE):
         slot = k * slots // _SAMPLE
@@ -255,10 +255,10 @@ def _less(a: int, page_a: int, b: int, page_b: int) -> bool:
 
 @jit
 def _sift_down(key: Int64s, page: Int64s, size: int, top: int) -> None:
-    """Restore the heap below ``top``: sink to a leaf along the lower children, then rise again.
+    """Restore the heap below ``top``: sift down to a leaf along the lower children, then up again.
 
-    The sunk entry nearly always comes from the bottom, so comparing it on the way down would be
-    wasted work.
+    The entry nearly always comes from the bottom, so comparing it on the way down would be wasted
+    work.
     """
     k, p, i, child = key[top], page[top], top, 2 * top + 1
     while child + 1 < size:
@@ -290,7 +290,7 @@ def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
 
 @jit
 def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
-    """Append an entry to the queue; if it is full, drop the outdated ones first."""
+    """Append an entry to the queue; if it is full, drop outdated entries first."""
     keys, pages, ends = heap.queue_key[bank], heap.queue_page[bank], heap.queue_ends[bank]
     if ends[1] == keys.size:
         kept = 0
@@ -310,12 +310,12 @@ def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> Non
 
 @jit
 def _compact(heap: VictimHeap, b: Books, bank: int) -> None:
-    """Drop the outdated entries: at most one per page remains, so there is room for one more."""
+    """Drop outdated entries: at most one per page remains, so there is room for one more."""
     kept = 0
     for i in range(heap.size[bank]):
         page = heap.page[bank, i]
         if heap.key[bank, i] == heap.bound[page]:
-            heap.bound[page] = NONE  # a second entry with the same key is no longer valid
+            heap.bound[page] = NONE  # invalidates a second entry with the same key
             if b.slot_of[page] != ABSENT:
                 heap.key[bank, kept], heap.page[bank, kept] = heap.key[bank, i], page
                 kept += 1

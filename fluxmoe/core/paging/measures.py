@@ -1,17 +1,17 @@
-"""Measures of pages while serving: the miss-ratio curve, and ages.
+"""Page statistics while serving: the miss-ratio curve, and page ages.
 
 ``MissRatioCurve`` estimates the miss ratio for any number of slots.
 
-LRU has the inclusion property: with ``k`` slots it holds the ``k`` pages used last, so an access
-hits if fewer than ``k`` other pages were used since (Mattson, 1970). The usual estimators sample
-*pages* and keep a stack of them (SHARDS, Waldspurger 2015). The books already record every page's
-last use, so here *events* are sampled instead and the stack distances of their pages counted by one
-pass over the books: exact for each sampled event, and no work for the others.
+LRU has the inclusion property: with ``k`` slots it holds the ``k`` most recently used pages, so an
+access hits if fewer than ``k`` other pages were used since (Mattson, 1970). The usual estimators
+sample *pages* and keep a stack of them (SHARDS, Waldspurger 2015). The books already record every
+page's last use, so *events* are sampled here, and one pass over the books counts the stack
+distances of their pages: exact for each sampled event, with no work for the others.
 
-The order of the stack is the event rule's: by last event, then by page id, because ties are evicted
-lowest id first. Distances are those at the beginning of an event, for all of its pages.
+The stack is ordered as in the event rule: by last event, then by page id, because ties are evicted
+lowest id first. The distances of all pages of an event are those at its beginning.
 
-``PageAges`` are for display. They are counted where an engine evicts, outside the event rule, which
+``PageAges`` are for display. They are counted where an engine evicts, not in the event rule, which
 a simulator runs millions of times.
 """
 
@@ -28,7 +28,7 @@ from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Int64s, Ints
 
 Floats = npt.NDArray[np.float64]
 
-#: Sampled events after which the weight of older ones has fallen to 1/e.
+#: Sampled events after which the weight of older ones has decayed to 1/e.
 WINDOW = 32
 _NEVER = -1
 
@@ -46,7 +46,7 @@ def sample(
     """Add the stack distances of an event that has not begun yet to a histogram.
 
     Args:
-        last_use: Per page, the last event that used it, −1 = never.
+        last_use: The last event that used each page, −1 = never.
         first: First page of the layer.
         ids: Routed experts, 1-D, repeats and padding (negative) allowed.
         seen: Scratch ``[experts]``.
@@ -94,15 +94,15 @@ def sample(
 
 
 class MissRatioCurve:
-    """The miss ratio of LRU as a function of slots, over the recent past.
+    """Miss ratio of LRU as a function of slots, over the recent past.
 
     Args:
         pages: Number of pages of the model.
         experts: Number of experts per layer.
         every: Average number of events between samples; 1 = all. By default chosen so that
             sampling costs less than a microsecond per event.
-        window: Number of samples after which the weight of older ones has fallen to 1/e; 0 = never.
-        seed: Seed of the random distances between samples, which prevent a bias to some layers.
+        window: Samples after which the weight of older ones has decayed to 1/e; 0 = never.
+        seed: Seed of the random intervals between samples, which prevent a bias to some layers.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class MissRatioCurve:
         self._wait = 0
 
     def observe(self, last_use: Int64s, layer: int, ids: Ints) -> None:
-        """Called before each event: sample it, or only count it."""
+        """Sample or only count an event that has not begun yet."""
         if self._wait:
             self._wait -= 1
             return
@@ -143,9 +143,9 @@ class MissRatioCurve:
             self._weight = 1.0
 
     def curve(self) -> Floats:
-        """Miss ratio for 0, 1 … ``pages`` slots, without first uses, never increasing.
+        """Miss ratio for 0, 1 … ``pages`` slots, without first uses; non-increasing.
 
-        All zeros before anything was sampled.
+        All zeros before the first sample.
         """
         total = self._histogram.sum()
         misses = np.zeros(self._pages + 1)
@@ -154,23 +154,23 @@ class MissRatioCurve:
 
     @property
     def first_uses(self) -> float:
-        """Share of accesses that were a page's first."""
+        """Share of accesses that were the first of their page."""
         total = self._histogram.sum()
         return float(self._histogram[-1] / total) if total else 0.0
 
 
 @jit_allocating
 def convex_hull(curve: Floats) -> Floats:
-    """The lower convex hull of a miss-ratio curve.
+    """Compute the lower convex hull of a miss-ratio curve.
 
-    Where LRU's curve has a cliff (a scan of all pages in every step misses everything until all
-    fit), a better policy can avoid the misses: by keeping a fixed part of the pages it reaches
-    every point of the hull (Talus, Beckmann and Sanchez, 2015).
+    Where LRU's curve has a cliff (scanning all pages in every step always misses unless all fit), a
+    better policy can avoid misses: by keeping a fixed part of the pages it reaches every point of
+    the hull (Talus, Beckmann and Sanchez, 2015).
     """
     hull = np.zeros(curve.size)
     corners, n = np.zeros(curve.size, np.int64), 0
     for k in range(curve.size):
-        # Drop corners on or above the line from the one before them to this point.
+        # Drop corners on or above the line from their predecessor to this point.
         while n > 1:
             i, j = corners[n - 2], corners[n - 1]
             if (curve[j] - curve[i]) * (k - i) < (curve[k] - curve[i]) * (j - i):
@@ -187,7 +187,7 @@ def convex_hull(curve: Floats) -> Floats:
     return hull
 
 
-#: Reuse is sampled once in this many events; a prime, so that no layer is preferred.
+#: Reuse is sampled once in this many events; prime, to avoid a bias to some layers.
 REUSE_EVERY = 61
 
 
@@ -195,8 +195,8 @@ class PageAges:
     """Ages of pages since the last reset.
 
     Attributes:
-        counts: int64 ``[3, AGES]``: number of pages by kind and bucket.
-        sums: int64 ``[3]``: sum of their ages by kind, in events.
+        counts: int64 ``[3, AGES]``, number of pages by kind and bucket.
+        sums: int64 ``[3]``, sum of their ages by kind, in events.
     """
 
     def __init__(self) -> None:
@@ -208,17 +208,17 @@ class PageAges:
         self.counts[:] = self.sums[:] = 0
 
     def routed(self, b: Books, layer: int, ids: Ints) -> None:
-        """Count reuse; called just before an event begins."""
+        """Count reuse in an event that has not begun yet."""
         event = int(b.now[EVENT]) + 1
         if event % REUSE_EVERY == 0:
             last = b.last_use[np.unique(ids[ids >= 0]) + layer * b.tokens.size]
             self._note(REUSE, event - last[last != NEVER])
 
     def leave(self, b: Books, pages: Int64s) -> None:
-        """Count the ages of ``pages``, which are about to leave."""
+        """Count the ages of ``pages``, which are about to be evicted."""
         loaded = b.loaded_at[pages]
         self._note(LIFETIME, b.now[EVENT] - loaded)
-        # A page that was prefetched and never used was idle since it was loaded.
+        # A page that was prefetched and never used has been idle since it was loaded.
         self._note(IDLE, b.now[EVENT] - np.maximum(b.last_use[pages], loaded))
 
     def _note(self, kind: int, ages: Int64s) -> None:

@@ -1,7 +1,7 @@
 """ExpertPager: makes the experts of a layer resident just before its kernel runs.
 
-One pager per worker, called on the engine's thread only. It runs the event rule, orders the copies
-and returns slot numbers; the kernel then reads the arenas as if they were the weights.
+Each worker has one pager, called only on the engine's thread. It runs the event rule, orders the
+copies and returns slot numbers; the kernel then reads the arenas as if they were the weights.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ EventWatcher = Callable[[int, int, Ints, Phase], None]
 
 
 class ExpertPager:
-    """Pages experts of one model into the slots of its arenas.
+    """Pages a model's experts into the slots of its arenas.
 
     Args:
         rule: The event rule over the page table, with its policies.
-        experts: The arenas with the table's slots.
-        transfer: Copies pages from their store into those arenas.
-        phase: Returns the phase of a step; called once at the beginning of each.
+        experts: Arenas with the table's slots.
+        transfer: Copies pages from their store into the arenas.
+        phase: Returns the phase of a step; called once at the beginning of each step.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ExpertPager:
         self._books = rule.table.books
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
-        #: The process whose memory it fills. In any other process pages do not move.
+        #: The process whose memory is filled. Pages do not move in any other process.
         self.owner = Owner()
         self.watcher: EventWatcher | None = None
-        #: Estimates the misses at other sizes; None if the split cannot change.
+        #: Estimates misses at other sizes; None if the split is fixed.
         self.curve: MissRatioCurve | None = None
 
     @property
@@ -71,12 +71,12 @@ class ExpertPager:
         Args:
             layer: MoE layer, from 0. A layer not above the last one begins a new step.
             ids: Routed experts, 1-D integers; negative entries are padding.
-            slots: int32, same length: filled with slots of the layer's bank.
+            slots: int32, same length; filled with slots of the layer's bank.
 
         Raises:
             StoreError: A page could not be read. It is not resident; the books are consistent.
-            PolicyFaultError: A policy failed and is strict. The books are consistent.
-            UnsupportedError: This process was forked from the pager's.
+            PolicyFaultError: A policy failed in strict mode. The books are consistent.
+            UnsupportedError: This process was forked from the pager's process.
         """
         self.owner.require()
         if layer <= self._layer:
@@ -93,7 +93,7 @@ class ExpertPager:
         try:
             self._fill(misses, layer, ids, slots)
         except BaseException:
-            # Pages that have slots, but perhaps not their bytes, must not count as resident.
+            # Pages that have slots but possibly incomplete bytes must not count as resident.
             self.table.discard(self._books.loaded[: self._books.now[LOADED]])
             raise
 
@@ -119,21 +119,21 @@ class ExpertPager:
             try:
                 self._transfer.complete(bank, page, int(b.slot_of[page]))
             except BaseException:
-                # The event's misses have no slot yet: only this page must be discarded.
+                # The event's misses have no slots yet: only this page must be discarded.
                 self.table.discard(np.asarray([page]))
                 raise
 
     def resize(self, bank: int, slots: int) -> None:
         """Change the number of slots of a bank, between events.
 
-        If it shrinks, the eviction policy chooses the pages to evict, and the others move down into
-        the slots that remain.
+        When shrinking, the eviction policy chooses the pages to evict, and the others move into the
+        remaining slots.
 
         Raises:
             CapacityError: Too few for one layer's experts, or more than reserved.
-            PolicyFaultError: A strict policy failed to choose pages; the slots are unchanged.
-            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are unchanged,
-                unless the system refuses that as well: then those that have memory remain.
+            PolicyFaultError: The policy failed in strict mode; the slots are unchanged.
+            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are unchanged
+                or, if restoring them fails as well, those that still have memory.
         """
         self.owner.require()
         self.table.require(slots)
@@ -174,12 +174,12 @@ class ExpertPager:
                     self.resize(bank, slots[bank])
                     done.append(bank)
         except BaseException:
-            for bank in reversed(done):  # those that grew come first here, and release frames
+            for bank in reversed(done):  # banks that grew come first here and release frames
                 self.resize(bank, before[bank])
             raise
 
     def reset(self) -> None:
-        """Clear all residency and counters, as after warm-up."""
+        """Clear residency and counters, e.g. after warm-up."""
         self.owner.require()
         self._transfer.reset()
         self._rule.reset()
@@ -188,11 +188,11 @@ class ExpertPager:
         self._step, self._layer = -1, self.table.geometry.num_layers
 
     def close(self) -> None:
-        """Stop the copies: nothing writes into the arenas any more."""
+        """Stop all copies: nothing writes to the arenas afterwards."""
         self._transfer.close()
 
     def check(self) -> None:
         """Raise InvariantError unless the table is consistent and agrees with the arenas."""
         self.table.check()
         if self.table.slots != self._experts.slots:
-            raise InvariantError("the page table and the arenas disagree about the slots")
+            raise InvariantError("page table and arenas disagree about the number of slots")

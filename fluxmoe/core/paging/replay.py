@@ -1,10 +1,9 @@
 """Replay of many events: the functions of the event rule in a compiled loop over a trace.
 
-``EventRule.run`` goes from Python into compiled code and back several times per event, so that a
-policy can be called. If the policy is not called between events, or is a compiled kernel, that
-round trip costs more than the rule itself. ``replay`` makes it as seldom as the policy allows. The
-rule is not duplicated here: ``open_event``, ``victims`` and ``admit`` are the functions of
-the pager.
+``EventRule.run`` switches between Python and compiled code several times per event so that it can
+call a policy. If the policy is not called between events, or is a compiled kernel, these switches
+cost more than the rule itself; ``replay`` makes as few as the policy allows. The rule is not
+duplicated: ``open_event``, ``victims`` and ``admit`` are the same functions that the pager uses.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Watcher = Callable[[EventRule, int], None]
 
 
 def _typed(*arrays: npt.NDArray[Any]) -> EventList:
-    """An event list of these arrays with the dtypes above; copies only where dtypes differ."""
+    """Make an event list of these arrays with the dtypes above; copies only where dtypes differ."""
     kinds = np.int32, np.int16, np.int8, np.int64, np.int32, np.int64, np.int64, np.int32
     pairs = zip(arrays, kinds, strict=True)
     return EventList(*(np.ascontiguousarray(array, kind) for array, kind in pairs))
@@ -47,18 +46,18 @@ def replay(
     missed: Int32s,
     watch: Watcher | None = None,
 ) -> None:
-    """Run events ``begin`` … ``end - 1``. Event numbers of the books and of the list must agree.
+    """Run events ``begin`` … ``end - 1``. The event numbers of books and list must agree.
 
     Args:
         rule: The event rule, after ``begin`` events.
         events: The trace.
         begin, end: Range of events to run, so that the caller can show progress.
-        missed: int32 ``[N]``, filled with the number of misses of every event.
-        watch: Called with the rule and an event's index after each event, for data not in
-            ``missed``; it costs a call into Python per event.
+        missed: int32 ``[N]``, filled with the number of misses of each event.
+        watch: Called with the rule and the event's index after each event, for data not in
+            ``missed``; costs a call into Python per event.
 
     Raises:
-        PolicyFaultError: A policy failed, and its guard is strict.
+        PolicyFaultError: A policy failed in strict mode.
     """
     quiet = watch is None and rule.eviction.scored and not rule.prefetches
     while begin < end:
@@ -71,7 +70,7 @@ def replay(
 
 
 def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
-    """Run until ``end``, or until the event after a failure of the kernel; return its index."""
+    """Run to ``end``, or to the event after a kernel failure; return its index."""
     kernel = rule.eviction.kernel
     assert kernel is not None
     table = rule.table
@@ -88,13 +87,13 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
     )
     if at < end:
         table.phase = Phase(int(events.phase[at]))
-        rule.admit()  # asks the kernel again, through the guard, which contains the failure
+        rule.admit()  # calls the kernel again through the guard, which contains the failure
         at += 1
     return at
 
 
 def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
-    """Run all events, with one call into Python for each that is short of slots."""
+    """Run all events, with one call into Python for each one short of slots."""
     table, guard, pages = rule.table, rule.eviction, rule.scratch
     future = rule.chooser.next_use
     at, last = begin - 1, -1
@@ -123,7 +122,7 @@ def _event_by_event(
     missed: Int32s,
     watch: Watcher | None,
 ) -> int:
-    """Run all events, each with every call that the policies require."""
+    """Run all events, with every call that the policies require."""
     table, now, future = rule.table, rule.table.books.now, rule.chooser.next_use
     layers, experts = table.geometry.num_layers, table.geometry.experts_per_layer
     for at in range(begin, end):
@@ -140,7 +139,7 @@ def _event_by_event(
 
 
 def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s | None:
-    """Pages of the next layer that an event's tokens predict: most tokens first, then by id."""
+    """Pages of the next layer predicted by an event's tokens, most tokens first, then by id."""
     if not events.guess_offsets.size:
         return None
     following = int(events.layer[at]) + 1
@@ -154,10 +153,10 @@ def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s 
 
 @jit
 def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None:
-    """Set the next use of the event's pages in ``future``, ``[P]``, which oracles see.
+    """Set the next use of the event's pages in ``future`` ``[P]``, the input of oracles.
 
-    Called before the event runs, which marks its pages as accessed and may score them at once. The
-    event uses no other page, so no other page's next use changes or is outdated.
+    Must run before the event, which marks its pages as accessed and may score them at once. The
+    event uses no other pages, so their next use does not change.
     """
     first = np.int64(events.layer[at]) * experts
     for i in range(events.offsets[at], events.offsets[at + 1]):
@@ -166,7 +165,7 @@ def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None
 
 @jit
 def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) -> int:
-    """Open an event; return the number of slots it is short of."""
+    """Open an event; return the number of missing slots."""
     if events.later.size:
         look_ahead(future, events, at, b.tokens.size)
     ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
@@ -187,14 +186,14 @@ def _run_kernel(
     missed: Int32s,
     scratch: Int64s,
 ) -> int:
-    """Run events until ``end``; return ``end``, or the open event in which the kernel failed."""
+    """Run events to ``end``; return ``end``, or the open event in which the kernel failed."""
     for at in range(begin, end):
         short, found = _open(b, c.next_use, events, at, missed), 0
         if short > 0:
-            # Without prefetch no page is protected. A plain False would be a type of its own to
-            # numba, and ``victims``, which takes ten seconds, would be compiled once more.
+            # No page is protected without prefetch. To numba a plain False has another type, for
+            # which ``victims`` would be compiled again; that takes ten seconds.
             bank = b.bank_of[b.now[LAYER]]
-            found = victims(b, heap, c, entry, bank, short, np.bool_(False), scratch)
+            found = victims(b, heap, c, entry, bank, short, np.bool_(False), scratch)  # type: ignore[arg-type]
             if found == FAILED:
                 return at
         admit(b, scratch[:found])
@@ -215,10 +214,10 @@ def _run_until_short(
     """Finish event ``at`` with the victims ``chosen``, then run to the next one short of slots.
 
     Returns:
-        That event, open, or ``end``; the slots it is short of; the number of candidates in
-        ``pages``.
+        That event, still open, or ``end``; the number of missing slots; the number of candidates
+        in ``pages``.
     """
-    # Called from Python for every event that is short of slots: see ``compiled.directory``.
+    # Called from Python for each event short of slots: see ``compiled.directory``.
     b, events = open_books(books), open_events(listed)
     if chosen.size:
         admit(b, chosen)

@@ -1,9 +1,9 @@
-"""The event rule (docs/concepts/event-rule.md): one definition of hit, miss, eviction, release.
+"""The event rule (docs/concepts/event-rule.md): definition of hit, miss, eviction and release.
 
-An *event* is the set of distinct experts that one execution of one MoE layer routes to. The rule
-is applied to the whole event at once, by compiled functions over the page table's books and, only
-where a policy decides, by one call of the policy. In the engine the pager runs it event by event;
-the simulator runs the same object over a trace.
+An *event* is the set of distinct experts that one execution of one MoE layer routes to. The rule is
+applied to the whole event at once by compiled functions over the page table's books, with one call
+of the policy where it decides. In the engine the pager runs it event by event; the simulator runs
+the same object over a trace.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from fluxmoe.errors import CapacityError
 
 
 class EventRule:
-    """The rule bound to one page table, one eviction and one prefetch policy.
+    """The rule bound to a page table, an eviction policy and a prefetch policy.
 
-    Usage: ``open`` for every event; if it returns misses, ``admit`` assigns them slots; then
-    ``prefetch``. After each of the two, ``loads`` returns the copies to make.
+    Usage: call ``open`` for each event; if there are misses, ``admit`` assigns them slots; then
+    call ``prefetch``. After each of the last two, ``loads`` returns the copies to make.
     """
 
     def __init__(self, table: PageTable, eviction: EvictionGuard, prefetch: PrefetchGuard) -> None:
@@ -65,13 +65,13 @@ class EventRule:
         #: Counts the ages of leaving pages; None if not needed. Not used by ``replay``.
         self.ages: PageAges | None = None
         if eviction.kernel is not None:
-            # Compile it, or read it from disk, outside any timed call of a policy.
+            # Compile it, or read it from disk, outside any timed policy call.
             event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
             victims(*event, np.zeros(0, np.int64))
 
     @property
     def follows(self) -> bool:
-        """True if an event needs more work after ``open`` even if all its pages were resident."""
+        """True if an event needs work after ``open`` even if all its pages were resident."""
         return self.eviction.retains or self._prefetch.active
 
     @property
@@ -92,7 +92,7 @@ class EventRule:
     def run(self, step: int, layer: int, ids: Ints, predicted: Int64s | None = None) -> None:
         """Run one whole event, for callers that copy nothing (the simulator).
 
-        Policies see ``predicted`` as ``Access.predicted``.
+        Policies get ``predicted`` as ``Access.predicted``.
         """
         self._predicted = predicted
         self.open(step, layer, ids, self._no_slots)
@@ -109,11 +109,11 @@ class EventRule:
         return misses
 
     def lookup(self, layer: int, ids: Ints, slots: Slots) -> None:
-        """Fill ``slots`` for experts that are resident now. See ``lookup``."""
+        """Fill ``slots`` for resident experts. See ``lookup``."""
         lookup(self.table.directory, layer, ids, slots)
 
     def admit(self) -> None:
-        """Points 4 and 5: choose victims if slots are short, then load the misses."""
+        """Points 4 and 5: choose victims if slots are missing, then load the misses."""
         b = self.table.books
         misses = int(b.now[MISSES])
         if misses:
@@ -133,7 +133,7 @@ class EventRule:
             b.now[LEAVING] = len(leaving)
 
     def prefetch(self) -> bool:
-        """Point 7: proposals take free slots, then victims' slots; proposed pages are protected.
+        """Point 7: load proposed pages into free slots, then into victims' slots; protect them.
 
         Returns:
             True if there is a prefetch policy; then ``loads`` returns its pages.
@@ -161,11 +161,11 @@ class EventRule:
     def shrink(self, bank: int, slots: int) -> tuple[Int64s, Int64s]:
         """Reduce a bank to its first ``slots`` slots, between events.
 
-        The policy chooses the pages to evict, counted as ``resized``. The others move from the
-        slots beyond into those that became free.
+        The policy chooses the pages to evict, counted as ``resized``. The others move from higher
+        slots into those that became free.
 
         Returns:
-            The pages that moved, and their previous slots. The table has their new slots.
+            The moved pages and their previous slots. The table has their new slots.
         """
         b = self.table.books
         release_leaving(b)
@@ -178,7 +178,7 @@ class EventRule:
         return moved[:count].copy(), source[:count]
 
     def loads(self) -> Iterator[Loads]:
-        """Pages that the last ``admit`` or ``prefetch`` loaded, per bank, in order of loading."""
+        """Yield the pages loaded by the last ``admit`` or ``prefetch``, per bank, in load order."""
         b = self.table.books
         pages = b.loaded[: b.now[LOADED]].copy()
         banks = b.bank_of[pages // self.table.geometry.experts_per_layer]
@@ -187,7 +187,7 @@ class EventRule:
             yield Loads(bank, mine, b.slot_of[mine].astype(np.int64))
 
     def access(self) -> Access:
-        """The running event as policies see it."""
+        """The current event in the form that policies get."""
         b = self.table.books
         n = b.now[PAGES]
         return Access(
@@ -203,8 +203,8 @@ class EventRule:
     def _evict(self, bank: int, count: int, *, spare: bool, counter: int = C_EVICTIONS) -> None:
         """Evict ``count`` pages of a bank; fewer if ``spare`` forbids touching protected pages.
 
-        Demand also spares them while it can: a prefetched page is evicted only if the event would
-        not fit otherwise.
+        Demand also spares them if possible: a protected page is evicted only if the event would not
+        fit otherwise.
         """
         victims = self.victims(bank, count, protect=True)
         if len(victims):
@@ -224,14 +224,14 @@ class EventRule:
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
-        finally:  # the heap has dropped them: they must leave, whatever the policy does
+        finally:  # the heap has dropped them, so they must be evicted even if the policy fails
             evict(self.table.directory, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
-        """Point 4: up to ``count`` victims of a bank, lowest score first; nothing is evicted.
+        """Point 4: choose up to ``count`` victims of a bank, lowest score first; evict nothing.
 
-        Three routes: a compiled score (``victims.victims``), stable scores (``heap.choose``), and
-        otherwise ``EvictionGuard.choose``. A faulty policy's victims are the least recently used.
+        Uses a compiled score (``victims.victims``), stable scores (``heap.choose``), or otherwise
+        ``EvictionGuard.choose``. After a policy fault the victims are the least recently used.
         """
         b, guard = self.table.books, self.eviction
         if guard.kernel is not None:
@@ -241,19 +241,19 @@ class EventRule:
             try:
                 found = guard.limited(victims, *event)
             finally:
-                if found is None:  # too late: the heap has dropped pages that will stay
+                if found is None:  # timed out: the heap has dropped pages that stay resident
                     for page in np.flatnonzero(self.table.resident).tolist():
                         mark_dirty(b, page)
             if found is not None and found != FAILED:
                 return out[:found]
         elif guard.stable and self.heap is not None:
             dirty = self.scratch[: take_dirty(b, self.scratch)]
-            dirty.sort()  # policies see pages in ascending order
+            dirty.sort()  # policies get pages in ascending order
             scores = None
             try:
                 scores = guard.scores(dirty)
             finally:
-                if scores is None:  # the policy failed: score again at the next eviction
+                if scores is None:  # policy fault: score again at the next eviction
                     for page in dirty.tolist():
                         mark_dirty(b, page)
             if scores is not None:
@@ -261,7 +261,7 @@ class EventRule:
                 out = np.empty(count, np.int64)
                 return out[: heap.choose(self.heap, b, bank, count, protect, out)]
             return guard.least_recent(self._candidates(bank, protect), count)
-        # A kernel that failed is called once more, in the guard, to learn the reason.
+        # The guard calls a failed kernel once more to get the exception.
         pages = self._candidates(bank, protect)
         return guard.choose(pages, min(count, len(pages)))
 

@@ -1,8 +1,8 @@
-"""PageTable: the mapping of expert pages to slots, and the records of each page.
+"""PageTable: the mapping of expert pages to slots, and the usage records of each page.
 
-The books are plain numpy arrays (``books.Books``), because three readers share them: the event
-rule, compiled by numba (``event``), policies, which see copies (``uses``), and kernels, which need
-the expert table ``slot_of``. Slots are counted per *bank*; nearly every model has one bank.
+The books are plain numpy arrays (``books.Books``), because three readers share them: the compiled
+event rule (``event``), policies, which get copies (``uses``), and kernels, which need the expert
+table ``slot_of``. Slots are numbered per *bank*; nearly every model has one bank.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class PageTable:
     Args:
         geometry: Layers and experts.
         slots: Usable slots per bank, each at least ``experts_per_layer``.
-        reserved: Most slots per bank; by default ``max(slots)``.
+        reserved: Maximum slots per bank; by default ``max(slots)``.
         bank_of: Bank of each layer; by default 0 for all.
-        minimum: Fewest slots per bank; by default ``experts_per_layer``.
+        minimum: Minimum slots per bank; by default ``experts_per_layer``.
 
     Raises:
-        CapacityError: A bank could not hold one layer's experts, so an event would be split.
+        CapacityError: A bank cannot hold one layer's experts, so an event would not fit.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PageTable:
         minimum: int | None = None,
     ) -> None:
         self.geometry = geometry
-        #: The fewest slots of a bank: one layer's experts, or the largest event of a known trace.
+        #: Minimum slots of a bank: one layer's experts, or the largest event of a known trace.
         self.minimum = geometry.experts_per_layer if minimum is None else minimum
         banks, width = len(slots), max(*slots, reserved or 0, self.minimum)
         self.books = new_books(geometry, banks, width, bank_of)
@@ -67,7 +67,7 @@ class PageTable:
         if not np.isin(self.books.bank_of, np.arange(banks)).all() or (
             len(self.books.bank_of) != geometry.num_layers
         ):
-            raise InvariantError(f"bank_of must name one of {banks} banks for each layer")
+            raise InvariantError(f"bank_of must assign each layer one of {banks} banks")
         self._shown = Shown(*(np.zeros(geometry.num_pages, np.int64) for _ in range(3)))
         self._shown_directory = directory(self._shown)
         self._uses = Shown(*(_locked(array) for array in self._shown))
@@ -82,17 +82,17 @@ class PageTable:
 
     @property
     def event(self) -> int:
-        """The running event, counted from 0; −1 before the first."""
+        """The current event, counted from 0; −1 before the first."""
         return int(self.books.now[EVENT])
 
     @property
     def step(self) -> int:
-        """The running forward pass."""
+        """The current forward pass."""
         return int(self.books.now[STEP])
 
     @property
     def layer(self) -> int:
-        """The MoE layer of the running event."""
+        """The MoE layer of the current event."""
         return int(self.books.now[LAYER])
 
     @property
@@ -101,7 +101,7 @@ class PageTable:
 
     @property
     def expert_table(self) -> npt.NDArray[np.int32]:
-        """``[layers, experts]`` → slot in the layer's bank, −1 if absent. A view, not a copy."""
+        """View ``[layers, experts]`` → slot in the layer's bank, −1 if absent."""
         shape = (self.geometry.num_layers, self.geometry.experts_per_layer)
         return self.books.slot_of.reshape(shape)
 
@@ -148,12 +148,12 @@ class PageTable:
         b.now[EVENT] = b.now[LAYER] = b.now[STEP] = -1
         b.now[CHANGES] = ALL_PAGES
         for bank, count in enumerate(self.slots):
-            # Popped from the top: the lowest slot goes first, so a bank can shrink from its tail.
+            # Popped from the top: the lowest slot goes first, so a bank can shrink at its end.
             b.free[bank, :count] = np.arange(count - 1, -1, -1)
             b.num_free[bank] = count
 
     def discard(self, pages: Int64s) -> None:
-        """Undo the loading of pages whose copy failed; not counted as evictions."""
+        """Undo the load of pages whose copy failed; not counted as evictions."""
         for page in pages.tolist():
             if self.books.slot_of[page] != ABSENT:
                 unload(self.books, page)
@@ -173,9 +173,9 @@ class PageTable:
             )
 
     def resize(self, bank: int, slots: int) -> None:
-        """Make ``slots`` slots of a bank usable. Pages in slots beyond are dropped.
+        """Make exactly ``slots`` slots of a bank usable. Pages in higher slots are dropped.
 
-        Called between events only. ``EventRule.shrink`` first moves the pages worth keeping.
+        Called only between events, after ``EventRule.shrink`` has moved the pages worth keeping.
 
         Raises:
             CapacityError: Too few for one layer, or more than reserved.
@@ -197,7 +197,7 @@ class PageTable:
     # --- checking --------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise InvariantError unless page↔slot is a bijection and no slot is lost."""
+        """Raise InvariantError unless page ↔ slot is a bijection and no slot is lost."""
         b = self.books
         experts = self.geometry.experts_per_layer
         for bank, usable in enumerate(self.slots):
@@ -207,9 +207,9 @@ class PageTable:
                 raise InvariantError(f"bank {bank}: slots are lost, duplicated or out of range")
             pages = b.page_at[bank, held]
             if np.any(b.slot_of[pages] != held) or np.any(b.bank_of[pages // experts] != bank):
-                raise InvariantError(f"bank {bank}: the two directions of the table disagree")
+                raise InvariantError(f"bank {bank}: page → slot and slot → page disagree")
         if np.count_nonzero(self.resident) != np.count_nonzero(b.page_at != ABSENT):
-            raise InvariantError("a page is marked resident but is not in any slot")
+            raise InvariantError("a page is marked resident but has no slot")
         present = np.unpackbits(b.present.view(np.uint8), bitorder="little")
         if np.any(present[: self.geometry.num_pages] != self.resident):
             raise InvariantError("the bits of the resident pages disagree with the table")

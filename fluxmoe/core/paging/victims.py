@@ -1,8 +1,8 @@
-"""Chooser: victims for a policy with a compiled score kernel, without a call into Python.
+"""Chooser: victim selection with a compiled score kernel, without a call into Python.
 
-A kernel with stable scores keeps a ``VictimHeap``. Any other kernel rescores all pages of the
-bank for every event that is short of slots; its input is in *columns*, one row per slot, which are
-updated from the dirty list, so that the loop over them needs no gather.
+Stable scores are kept in a ``VictimHeap``. Any other kernel rescores all pages of the bank for each
+event short of slots; its input is in *columns*, one row per slot, which are updated from the dirty
+list so that the loop over them needs no gather.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fluxmoe.core.paging.heap import VictimHeap, choose, update
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import Int64s
 
-#: Result of ``victims`` if the kernel raised or returned NaN: nothing has changed.
+#: Result of ``victims`` if the kernel raised or returned NaN; nothing has changed.
 FAILED = -1
 
 
 class Columns(NamedTuple):
-    """Input of the kernel, a row per slot ``[B, M]``; ``[0, 0]`` for stable scores."""
+    """Input of the kernel, one row per slot ``[B, M]``; ``[0, 0]`` for stable scores."""
 
     last_use: Int64s
     use_count: Int64s
@@ -50,14 +50,14 @@ class Chooser(NamedTuple):
     """Working arrays of a kernel."""
 
     columns: Columns
-    rows: Int64s  # [B, …] directories of the kernel's input: of the columns, or one for all banks
+    rows: Int64s  # [B, …] directories of the kernel's input: the columns, or one for all banks
     next_use: Int64s  # [P], the view's for oracles; zeros for others
     dirty: Int64s  # [P] scratch
     scores: npt.NDArray[np.float64]  # [P] scratch
 
 
 def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> Chooser:
-    """Make the working arrays of a kernel over the pages of a table."""
+    """Make the working arrays of a kernel over a table's pages."""
     pages, b = table.geometry.num_pages, table.books
     shape = (0, 0) if stable else b.page_at.shape
     columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in KernelRows._fields}
@@ -80,8 +80,8 @@ def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> C
 def take_dirty(b: Books, out: Int64s) -> int:
     """Move the dirty pages that may be evicted into ``out``; return their number.
 
-    Pages of the running event stay dirty, including those it is about to load, so that ``heap``
-    receives them in ascending order. Other absent pages are scored when they return.
+    Pages of the current event stay dirty, including those about to be loaded, so that ``heap`` gets
+    them in ascending order. Other absent pages are scored when they are loaded again.
     """
     n = kept = 0
     for i in range(b.now[DIRTIES]):
@@ -112,15 +112,15 @@ def victims(
 ) -> int:
     """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first.
 
-    Follows point 4 of the event rule: never a page of the running event, a protected one only if
-    ``protect`` is false. ``heap`` is for stable scores, None for others; ``entry`` is that of a
+    As in point 4 of the event rule, pages of the current event are never victims, protected ones
+    only if ``protect`` is false. ``heap`` is None unless scores are stable; ``entry`` belongs to a
     ``score_kernel.Kernel``. The caller evicts the victims.
 
     Returns:
-        Their number, or ``FAILED``.
+        The number of victims, or ``FAILED``.
     """
     n = take_dirty(b, c.dirty)
-    if heap is not None:  # decided at compile time: only one of the two branches is compiled
+    if heap is not None:  # resolved at compile time: only one branch is compiled
         if n != 0 and not _score_dirty(b, heap, c, entry, n):
             return FAILED
         return choose(heap, b, bank, count, protect, out)
@@ -143,7 +143,7 @@ def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
 
 @jit
 def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> bool:
-    """Record the scores of the dirty pages; if the kernel fails they stay dirty."""
+    """Record the scores of dirty pages; if the kernel fails they stay dirty."""
     scores = c.scores[:n]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
     good = entry(c.rows[0], event, layer, layers, n, scores) == 0
@@ -174,7 +174,7 @@ def _scan(
             low &= low - np.uint64(1)
             page, score = b.page_at[bank, slot], scores[slot]
             if (
-                score > limit  # which may have fallen
+                score > limit  # the limit may have fallen
                 or page == ABSENT
                 or b.last_use[page] == b.now[EVENT]
                 or (protect and b.flags[page] & PROTECTED)

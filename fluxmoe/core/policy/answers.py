@@ -31,13 +31,13 @@ def nothing(answer: object) -> None:
 
 
 def scores(answer: object, count: int) -> npt.NDArray[Any]:
-    """``count`` integers or floats of a dtype that numba knows, none of them NaN."""
+    """``count`` integers or floats of a dtype that numba supports, none of them NaN."""
     numbers = _array(answer, count, f"not {count} numbers")
     if numbers.dtype.kind not in "iuf" or numbers.shape != (count,):
-        raise InvalidAnswer(f"gave {_described(numbers)}, not {count} numbers")
+        raise InvalidAnswer(f"returned {_described(numbers)}, not {count} numbers")
     if numbers.dtype.kind == "f" and np.isnan(numbers).any():
-        raise InvalidAnswer("gave NaN")
-    # numba knows neither half nor long double.
+        raise InvalidAnswer("returned NaN")
+    # numba supports neither half nor long double.
     odd = numbers.dtype.kind == "f" and numbers.dtype.itemsize not in (4, 8)
     return numbers.astype(np.float64) if odd else numbers
 
@@ -46,7 +46,7 @@ def bools(answer: object, count: int) -> Bools:
     """``count`` bools."""
     found = _array(answer, count, f"not {count} bools")
     if found.dtype != np.bool_ or found.shape != (count,):
-        raise InvalidAnswer(f"gave {_described(found)}, not {count} bools")
+        raise InvalidAnswer(f"returned {_described(found)}, not {count} bools")
     return found
 
 
@@ -54,10 +54,10 @@ def victims(answer: object, candidates: Int64s, count: int) -> Int64s:
     """``count`` different pages out of ``candidates``."""
     pages = _array(answer, count, f"not {count} pages")
     if pages.dtype.kind not in "iu" or pages.shape != (count,):
-        raise InvalidAnswer(f"gave {_described(pages)}, not {count} pages")
+        raise InvalidAnswer(f"returned {_described(pages)}, not {count} pages")
     pages = pages.astype(np.int64)
     if len(np.unique(pages)) != count or not np.isin(pages, candidates).all():
-        raise InvalidAnswer("gave a page twice, or one that was not a candidate")
+        raise InvalidAnswer("returned a duplicate or a page that was not a candidate")
     return pages
 
 
@@ -68,12 +68,12 @@ def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int6
     if pages.size == 0:
         return np.zeros(0, np.int64)
     if pages.dtype.kind not in "iu" or pages.ndim != 1:
-        raise InvalidAnswer(f"gave {_described(pages)}, not a list of pages")
+        raise InvalidAnswer(f"returned {_described(pages)}, not a list of pages")
     if pages.min() < 0 or pages.max() >= most:
-        raise InvalidAnswer(f"gave a page outside 0…{most - 1}")
+        raise InvalidAnswer(f"returned a page outside 0…{most - 1}")
     pages = pages.astype(np.int64)
     if np.any(pages // experts == layer):
-        raise InvalidAnswer("gave a page of the running layer")
+        raise InvalidAnswer("returned a page of the current layer")
     first = np.unique(pages, return_index=True)[1]
     return pages[np.sort(first)]
 
@@ -81,26 +81,26 @@ def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int6
 def split(answer: object, view: ArbitrationView) -> Split:
     """Frames for the tenants of ``view``, and the reason as one printable line."""
     if not isinstance(answer, Split):
-        raise InvalidAnswer(f"gave {line(answer, repr)}, not a Split")
+        raise InvalidAnswer(f"returned {line(answer, repr)}, not a Split")
     frames, reason = answer.frames, answer.reason
     if frames is view.frames and type(reason) is str:
         return Split(view.frames, line(reason))  # as in most steps
     if not isinstance(frames, Mapping):
-        raise InvalidAnswer(f"gave {line(answer, repr)}, not a Split")
+        raise InvalidAnswer(f"returned {line(answer, repr)}, not a Split")
     given: Mapping[Any, object] = frames
     names = list(islice(given, len(view.frames) + 1))
     if {str.__str__(name) for name in names if isinstance(name, str)} != set(view.frames) or (
         len(names) != len(view.frames)
     ):
         shown = line(sorted(line(name) for name in names))
-        raise InvalidAnswer(f"gave frames for {shown}, not for {sorted(view.frames)}")
+        raise InvalidAnswer(f"returned frames for {shown}, not for {sorted(view.frames)}")
     counts = {str.__str__(name): _frames(given[name], name) for name in names}
     # The current split is always valid, even if the limit has just been lowered.
     if sum(counts.values()) > max(view.total_frames, sum(view.frames.values())):
-        raise InvalidAnswer(f"gave {line(sum(counts.values()))} frames of {view.total_frames}")
+        raise InvalidAnswer(f"returned {line(sum(counts.values()))} frames of {view.total_frames}")
     if not isinstance(reason, str):
-        raise InvalidAnswer(f"gave {line(reason, repr)} as a reason")
-    # It ends up in the log, in a message between processes and in a label of a metric.
+        raise InvalidAnswer(f"returned {line(reason, repr)} as a reason")
+    # It ends up in the log, in messages between processes and in a metric label.
     return Split(counts, line(reason))
 
 
@@ -125,15 +125,15 @@ def _array(answer: object, most: int, wanted: str) -> npt.NDArray[Any]:
     before they are read.
     """
     if answer is None:
-        raise InvalidAnswer("gave None")
+        raise InvalidAnswer("returned None")
     if not isinstance(answer, np.ndarray):
         length = operator.length_hint(answer)
         if length > most:
-            raise InvalidAnswer(f"gave {length} values, {wanted}")
+            raise InvalidAnswer(f"returned {length} values, {wanted}")
     # A subclass of ndarray, such as a masked array, may not behave as the host expects.
     array = np.asarray(answer)
     if array.size > most:
-        raise InvalidAnswer(f"gave {_described(array)}, {wanted}")
+        raise InvalidAnswer(f"returned {_described(array)}, {wanted}")
     copy = np.array(array, order="C")
     return copy.astype(copy.dtype.newbyteorder("="), copy=False)
 
@@ -150,5 +150,5 @@ def _frames(count: object, name: object) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise InvalidAnswer(f"gave {line(count, repr)} frames for {line(name)}")
+        raise InvalidAnswer(f"returned {line(count, repr)} frames for {line(name)}")
     return number

@@ -1,6 +1,6 @@
-"""The contract of arbitration policies: their input between two steps, and their answer.
+"""The contract of arbitration policies: their input between two steps and their answer.
 
-As for the policies of ``paging``, all input is read-only and aliases nothing of the host's.
+All input is read-only, as in ``paging``, and shares no memory with the host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Split:
 
     Attributes:
         frames: Tenant (``experts``, ``kv``) → frames, together at most ``view.total_frames``.
-        reason: The numbers behind the decision, for the log.
+        reason: Explanation with the relevant numbers, for the log.
     """
 
     frames: Mapping[str, int]
@@ -33,18 +33,18 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class ExpertDemand:
-    """Current cost of expert pages.
+    """Current demand for expert pages, and its cost.
 
     Attributes:
-        frames: Frames per page: ``frames × pages`` hold all experts.
+        frames: Frames per page; ``frames × pages`` hold all experts.
         pages: Number of pages of the model.
-        accesses: Number of distinct experts that a step uses, over all layers.
+        accesses: Number of distinct experts used by a step, over all layers.
         misses: Number of them that were not resident.
         loads: Number of pages copied, prefetched ones included.
-        load_seconds: Measured time to load one page; 0 before the first.
+        load_seconds: Measured time to load one page; 0 before the first load.
         curve: float64, miss ratio at equally spaced numbers of slots from 0 to ``pages``; empty
-            before anything was sampled. It is the convex hull of LRU's, without first uses: what
-            a policy that suits the workload comes close to (``core.paging.measures``).
+            before the first sample. It is the convex hull of LRU's curve, without first uses, which
+            a suitable policy comes close to (``core.paging.measures``).
     """
 
     frames: float = 0.0
@@ -59,7 +59,7 @@ class ExpertDemand:
         _lock_curve(self)
 
     def miss_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The curve at ``frames`` frames (a number or an array); zero before anything is known."""
+        """Curve at ``frames`` frames (a number or an array); zero before the first sample."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames * self.pages)
 
 
@@ -68,12 +68,12 @@ class PrefixDemand:
     """Demand for cached prefixes.
 
     Attributes:
-        asked: Number of prompt tokens that were looked up, since the start.
-        found: Number of them that were cached, and need not be computed.
+        asked: Number of prompt tokens looked up since startup.
+        found: Number of them that were cached and need not be computed.
         frames: Frames of the prefix cache at the curve's end.
-        curve: float64, share of the prompts' blocks that are found with prefix caches at equally
-            spaced sizes from 0 to ``frames``, not counting KV cache that requests use. Empty before
-            the first lookup (``core.arbitration.prefixes``).
+        curve: float64, hit ratio of prompt blocks at equally spaced sizes of the prefix cache from
+            0 to ``frames``, excluding KV cache in use by requests. Empty before the first lookup
+            (``core.arbitration.prefixes``).
     """
 
     asked: int = 0
@@ -85,19 +85,19 @@ class PrefixDemand:
         _lock_curve(self)
 
     def hit_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The curve at ``frames`` frames of KV cache not used by requests; zero if unknown."""
+        """Curve at ``frames`` frames not used by requests; zero before the first lookup."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames)
 
 
 def _lock_curve(demand: ExpertDemand | PrefixDemand) -> None:
-    """Copy the curve and lock the copy, like everything that a policy is shown."""
+    """Copy the curve and make the copy read-only, like all input of policies."""
     object.__setattr__(demand, "curve", own(demand.curve))
 
 
 def _at(
     curve: npt.NDArray[np.float64], asked: npt.NDArray[np.float64], end: float
 ) -> npt.NDArray[np.float64]:
-    """Interpolate a curve from 0 to ``end`` at the points ``asked``."""
+    """Interpolate a curve over 0 … ``end`` at the points ``asked``."""
     steps = len(curve) - 1
     if steps < 1 or not end:
         return np.zeros_like(asked)
@@ -106,12 +106,12 @@ def _at(
 
 
 class StepSample(NamedTuple):
-    """One step of the engine, with the fields of ``ArbitrationView`` for the last one.
+    """One step of the engine.
 
     Attributes:
         requests: Number of requests that ran.
         tokens: Number of tokens computed.
-        seconds, stall_seconds: Duration, and the part of it that layers waited for pages.
+        seconds, stall_seconds: Duration, and the part of it spent waiting for pages.
         accesses, misses: See ``ExpertDemand``.
     """
 
@@ -128,23 +128,23 @@ class ArbitrationView:
     """Input of an arbitration policy between two steps. Immutable.
 
     Attributes:
-        frames: Tenant → frames it owns.
+        frames: Tenant → number of frames it owns.
         total_frames: Budget in frames.
-        bounds: Tenant → its minimum and maximum (``target`` is the initial number), in frames.
+        bounds: Tenant → its minimum and maximum in frames (``target`` is the initial number).
         step: Number of steps so far.
         waiting_requests, running_requests: Number of requests in the engine's queues.
-        max_running_requests: Most requests the engine runs at once.
-        kv_used_frames: Frames of KV cache in use by requests, without merely cached blocks.
+        max_running_requests: Maximum number of requests that the engine runs at once.
+        kv_used_frames: Frames of KV cache in use by requests, without blocks that are only cached.
         request_frames: Frames of KV cache that a request needs at its end, estimated from known
-            prompts and the lengths of past answers; 0 before the first has ended.
-        kv_cached_frames: Frames of KV cache that only hold prefixes no request currently uses.
-        preemptions: Number of requests that lost their KV cache because it was full, since the
-            start.
+            prompts and the lengths of past answers; 0 until the first request has finished.
+        kv_cached_frames: Frames of KV cache holding only prefixes that no request currently uses.
+        preemptions: Number of requests that lost their KV cache because it was full, since
+            startup.
         tokens: Number of tokens computed in the last step.
         step_seconds: Duration of the last step.
-        stall_seconds: Part of it that layers waited for pages.
-        steps: All steps since the policy was last asked, oldest first.
-        experts: Cost of expert pages.
+        stall_seconds: Part of it spent waiting for pages.
+        steps: All steps since the policy was last called, oldest first.
+        experts: Demand for expert pages.
         prefixes: Demand for cached prefixes.
     """
 
@@ -174,15 +174,15 @@ class ArbitrationView:
 
 
 class ArbitrationPolicy(ABC):
-    """Decides how the budget is split between tenants, between steps.
+    """Decides between steps on the split of the budget.
 
     Attributes:
-        fixed: True if the split never changes: the policy is never asked, and nothing is reserved
+        fixed: True if the split never changes: the policy is never called, and nothing is reserved
             for growth.
-        interval: Number of steps between calls; ``view.steps`` has them all.
-        calm_interval: The same after a period in which the number of running requests is constant,
-            none waits and the policy keeps the current split. When that ends, the policy is asked
-            within ``interval``.
+        interval: Number of steps between calls; ``view.steps`` contains all of them.
+        calm_interval: The same while the number of running requests is constant, none is waiting
+            and the policy keeps the current split. Once that changes, the policy is called within
+            ``interval``.
     """
 
     fixed: ClassVar[bool] = False
@@ -191,11 +191,11 @@ class ArbitrationPolicy(ABC):
 
     @abstractmethod
     def split(self, view: ArbitrationView) -> Split:
-        """The split wanted from now on; returning the current one is the normal answer.
+        """Return the split to aim for; returning the current one is the normal answer.
 
-        Called every ``interval`` steps, even while frames are moving; in between, the last answer
-        stands. The host enforces the bounds, never takes KV cache that is in use, and moves a
-        limited number of frames per step.
+        Called every ``interval`` steps, even while frames are moving; each answer stands until the
+        next call. The host enforces the bounds, never takes KV cache in use, and moves a limited
+        number of frames per step.
         """
 
     def reset(self) -> None:

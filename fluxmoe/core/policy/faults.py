@@ -1,8 +1,8 @@
 """Faults of policies: counted, logged once, and contained or raised.
 
-A policy that raises, takes too long or returns an invalid answer commits a fault. That call falls
-back to the default; after ``strikes`` faults the policy is disabled for good. ``strict`` raises
-instead.
+A policy call that raises, takes too long or returns an invalid answer is a fault. The call falls
+back to the default; after ``strikes`` faults the policy is disabled for good. In ``strict`` mode
+faults are raised instead.
 
 All of a policy's code runs within a timed call: its methods, the lookup of a method, the reading of
 an answer (``answers``), the printing of what it raised.
@@ -10,16 +10,19 @@ an answer (``answers``), the printing of what it raised.
 
 from __future__ import annotations
 
+import builtins
 import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from fluxmoe.core.policy.answers import InvalidAnswer, nothing
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.errors import PolicyFaultError
-from fluxmoe.words import LIMIT, interrupts, line, raised
+from fluxmoe.errors import PolicyFaultError, join, meant
+from fluxmoe.words import LIMIT, interrupts, line, raised, traceback_of
 
 logger = logging.getLogger("fluxmoe")
 
@@ -28,9 +31,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A failure of a policy: the words for it, and the exception if that is to be raised."""
+    """A failure of a policy.
+
+    Attributes:
+        said: Description that continues ``method …``.
+        where, fix: ``file:line`` of the policy's code, and a suggestion; may be empty.
+        cause: The exception, if it is to be raised.
+    """
 
     said: str
+    where: str = ""
+    fix: str = ""
     cause: BaseException | None = None
 
 
@@ -45,14 +56,16 @@ def contained(function: Callable[..., T], *args: object, keep: bool = True) -> T
         return Fault(str(refused))
     except HardLimitExceeded:
         raise
-    except BaseException as error:  # sys.exit() in a policy must not end the engine
+    except BaseException as error:  # sys.exit() in a policy must not stop the engine
         if interrupts(error):
             raise
-        return Fault(f"raised {raised(error)}", error if keep else None)
+        return Fault(
+            f"raised {raised(error)}", _place(error), suggestion(error), error if keep else None
+        )
 
 
 class PolicyCaller:
-    """Calls one policy, counts its faults and contains or raises them."""
+    """Calls a policy; counts its faults and contains or raises them."""
 
     def __init__(
         self, policy: object, kind: str, name: str, *, strict: bool, limits: Limits
@@ -60,6 +73,8 @@ class PolicyCaller:
         self._policy = policy
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
+        #: The last fault of a replaced policy; empty while it is in use.
+        self.replaced = ""
         self._limiter = TimeLimiter(limits)
         self._contained = partial(contained, keep=strict)
         self._reported: set[str] = set()
@@ -74,16 +89,16 @@ class PolicyCaller:
         return self._limiter.slow
 
     def contain(self, method: str, *args: object) -> None:
-        """Call a hook, which returns nothing; a disabled policy is not called."""
+        """Call a hook without a return value; a disabled policy is not called."""
         self.ask(method, args, nothing)
 
     def ask(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T | None:
-        """The answer of a method as ``read`` returns it; None after a fault or if disabled."""
+        """Return a method's answer as ``read`` returns it; None after a fault or if disabled."""
         return self.run(method, self._answer, method, args, read)
 
     def declared(self, attribute: str, read: Callable[[object], T], default: T) -> T:
-        """An attribute as ``read`` returns it, or the default after a fault."""
-        # A stopwatch of its own: while only declarations are read, no thread need watch.
+        """Return an attribute as ``read`` returns it; the default after a fault."""
+        # A limiter of its own, dropped afterwards: nothing to watch before the first call.
         limiter, self._limiter = self._limiter, TimeLimiter(self.limits)
         try:
             value = self.run(attribute, self._declared, attribute, read)
@@ -99,16 +114,16 @@ class PolicyCaller:
         try:
             answer: T | Fault = limiter.call(self._contained, (function, *args))
         except HardLimitExceeded:
-            self.note(method, f"took more than {self.limits.hard_s:g} s")
+            self.note(method, Fault(f"took more than {self.limits.hard_s:g} s"))
             return None
         if isinstance(answer, Fault):
-            self.note(method, answer.said, answer.cause)
+            self.note(method, answer)
             return None
-        # One slow call may be the machine's fault; ``strikes`` of them are the policy's.
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
-                "%s policy %r: %d calls took more than %g ms, the last one of %s (reported once)",
+                "%s policy %r: %d calls worked for more than %g ms, most recently %s "
+                "(reported once)",
                 *(self.kind, self.name, limiter.slow, self.limits.soft_s * 1e3, method),
             )
         return answer
@@ -120,25 +135,61 @@ class PolicyCaller:
         # The answer ends here as well: its ``__del__`` belongs to the call.
         return read(getattr(self._policy, method)(*args))
 
-    def note(self, method: str, said: str, cause: BaseException | None = None) -> None:
+    def note(self, method: str, fault: Fault) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        what = f"{self.kind} policy {self.name!r}: {method} {line(said, limit=2 * LIMIT)}"
+        # Text that the policy returned or raised is sanitised here.
+        said = f"{method} {line(fault.said, limit=2 * LIMIT)}"
+        what = f"{self.kind} policy {self.name!r}: {said}"
         if self.strict:
-            raise PolicyFaultError(
-                what, fix="run without --strict-policies to contain it"
-            ) from cause
+            contain = "contain it with --contain, or in an engine with strict_policies: false"
+            fix = join(fault.fix, "correct the policy", contain)
+            raise PolicyFaultError(what, where=fault.where, fix=fix) from fault.cause
         self.count += 1
         if method not in self._reported:
             self._reported.add(method)
+            what = join(what, fault.where, fault.fix)
             logger.warning("%s; this call falls back to the default (reported once)", what)
         if self.count == self.limits.strikes:
+            self.replaced = said
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
 
 
+def _place(error: BaseException) -> str:
+    """Return ``file:line`` of the policy's code that raised an exception; empty if there is none.
+
+    It is the innermost line in the folder of the called method, not in a library called by it.
+    """
+    trace = traceback.walk_tb(traceback_of(error))
+    frames = [(frame.f_code.co_filename, at) for frame, at in trace]
+    outside = [frame for frame in frames if Path(frame[0]).parent != Path(__file__).parent]
+    if not outside:
+        return ""
+    folder = Path(outside[0][0]).parent
+    file, at = next(frame for frame in reversed(outside) if Path(frame[0]).parent == folder)
+    return line(f"{file}:{at}")
+
+
+def suggestion(error: BaseException) -> str:
+    """Python's ``did you mean``, which it shows only for an exception that ends the program."""
+    try:
+        if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
+            return ""
+        if isinstance(error, AttributeError):
+            known = dir(error.obj)
+        else:
+            frame = list(traceback.walk_tb(traceback_of(error)))[-1][0]
+            known = [*frame.f_locals, *frame.f_globals, *dir(builtins)]
+        return line(meant(error.name, known))
+    except BaseException as failure:  # an object of the policy whose attributes cannot be listed
+        if interrupts(failure):
+            raise
+        return ""
+
+
 class PolicyGuard:
-    """Properties of the policy common to all guards."""
+    """Properties common to all guards."""
 
     def __init__(self, faults: PolicyCaller) -> None:
         self._faults = faults
@@ -149,8 +200,13 @@ class PolicyGuard:
 
     @property
     def faults(self) -> int:
-        """Faults contained so far."""
+        """Number of faults contained so far."""
         return self._faults.count
+
+    @property
+    def replaced(self) -> str:
+        """The last fault of a policy that was disabled for good; empty while it is in use."""
+        return self._faults.replaced
 
     @property
     def limits(self) -> Limits:
@@ -158,5 +214,5 @@ class PolicyGuard:
 
     @property
     def slow(self) -> int:
-        """Calls so far that returned, but took longer than the soft limit."""
+        """Number of calls so far that returned, but ran longer than the soft limit."""
         return self._faults.slow

@@ -1,10 +1,10 @@
-"""Guards: the host's side of a policy. Each validates the answers of its kind of policy.
+"""Guards: the host's side of policies. Each validates the answers of one kind of policy.
 
-A policy is trusted code that may be wrong: if it raises or returns an invalid answer, that call
-falls back to LRU, to no prefetch or to the current split (see ``faults``). A call that takes too
-long is counted, or interrupted, which is a fault (see ``watchdog``). Arrays are copied on the way
-to a policy (``paging.own``) and on the way back (``answers``). Attacks are not contained: a plugin
-runs with the privileges of the engine.
+A policy is trusted code that may have bugs: if it raises or returns an invalid answer, that call
+falls back to LRU, no prefetch or the current split (see ``faults``). A call that takes too long is
+counted or interrupted, which is a fault (see ``watchdog``). Arrays are copied on the way to a
+policy (``paging.own``) and on the way back (``answers``). Attacks are not contained: plugins run
+with the privileges of the engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fluxmoe.words import line
 
 
 class EvictionGuard(PolicyGuard):
-    """An eviction policy as the event rule calls it."""
+    """Calls an eviction policy for the event rule."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class EvictionGuard(PolicyGuard):
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
             for method in ("on_access", "on_load", "on_evict", "retain", "select")
         }
-        # Hooks that a policy does not override are never called: the call would be wasted.
+        # Hooks that the policy does not override are not called, to save the time.
         self.watches_access = overrides["on_access"]
         self.watches_load = overrides["on_load"]
         self.watches_evict = overrides["on_evict"]
@@ -62,23 +62,23 @@ class EvictionGuard(PolicyGuard):
 
     @property
     def stable(self) -> bool:
-        """True if the host keeps the order (``heap.VictimHeap``) from ``scores``."""
+        """True if the host keeps pages in order of their ``scores`` (``heap.VictimHeap``)."""
         return self._promises_stable and not self._selects and not self._faults.out
 
     @property
     def kernel(self) -> Kernel | None:
-        """Compiled replacement of ``scores``; None if there is none or the policy is disabled."""
+        """Compiled replacement for ``scores``; None if there is none or the policy is disabled."""
         return None if self._selects or self._faults.out else self._kernel
 
     @property
     def scored(self) -> bool:
-        """True if only ``choose`` is ever called, so that events need no call before it."""
+        """True if ``choose`` is the only method called, so events need no earlier call."""
         watches = self.watches_access or self.watches_load or self.watches_evict
         return not watches and not self.retains
 
     @property
     def future(self) -> Int64s | None:
-        """Next use of every page, int64 ``[pages]``; None unless the policy needs the future."""
+        """Next use of every page, int64 ``[pages]``; None unless the policy is an oracle."""
         return self._view._future
 
     def limited(self, function: Callable[..., int], *args: object) -> int | None:
@@ -98,20 +98,20 @@ class EvictionGuard(PolicyGuard):
         self._faults.contain("on_evict", self._view, own(pages))
 
     def retained(self, access: Access) -> Bools | None:
-        """Per page of the event, False if its slot is to be freed; None after a fault."""
+        """Return for each page of the event False to free its slot; None after a fault."""
         return self._faults.ask(
             "retain", (self._view, access), partial(answers.bools, count=len(access.pages))
         )
 
     def scores(self, pages: Int64s) -> npt.NDArray[np.float64] | None:
-        """Valid scores of ``pages``, or None after a fault."""
+        """Return valid scores of ``pages``; None after a fault."""
         if len(pages) == 0:
-            return np.zeros(0)  # not worth a call, and not every policy handles an empty array
+            return np.zeros(0)  # saves a call, and not every policy handles an empty array
         raw = self._raw_scores(pages)
         return None if raw is None else raw.astype(np.float64)
 
     def choose(self, pages: Int64s, count: int) -> Int64s:
-        """``count`` victims among ``pages`` (ascending), the lowest score first."""
+        """Choose ``count`` victims among ``pages`` (ascending), lowest score first."""
         if count and not self._faults.out:
             victims = self._select(pages, count) if self._selects else self._lowest(pages, count)
             if victims is not None:
@@ -119,7 +119,7 @@ class EvictionGuard(PolicyGuard):
         return self.least_recent(pages, count)
 
     def least_recent(self, pages: Int64s, count: int) -> Int64s:
-        """Victims by LRU, the fallback of a faulty policy."""
+        """Choose victims by LRU, the fallback for faulty policies."""
         return _lowest(self._view._table.books.last_use[pages], pages, count)
 
     def _lowest(self, pages: Int64s, count: int) -> Int64s | None:
@@ -148,7 +148,7 @@ class EvictionGuard(PolicyGuard):
 
 
 class PrefetchGuard(PolicyGuard):
-    """A prefetch policy as the event rule calls it. One with ``lead = 0`` is never asked."""
+    """Calls a prefetch policy for the event rule; one with ``lead = 0`` is never called."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class PrefetchGuard(PolicyGuard):
         self._faults.contain("reset")
 
     def propose(self, access: Access) -> Int64s:
-        """Valid proposals without repeats, most urgent first; none after a fault."""
+        """Return valid proposals without repeats, most urgent first; none after a fault."""
         read = partial(
             answers.proposals,
             layer=access.layer,
@@ -214,8 +214,8 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) ->
     if isinstance(made, Fault):
         raise PolicyFaultError(
             f"{what}: numba cannot compile score_kernel: {line(made.cause, limit=2000)}",
-            fix="use (int, int, int, int, int) -> float in the subset of Python numba supports, "
-            "or leave score_kernel out and define score",
+            fix="use (int, int, int, int, int) -> float in the subset of Python that numba "
+            "supports, or define score instead of score_kernel",
         ) from made.cause
     return made
 
@@ -238,6 +238,6 @@ class ArbitrationGuard(PolicyGuard):
         self.calm_interval = self._faults.declared("calm_interval", steps, 1)
 
     def split(self, view: ArbitrationView) -> Split:
-        """The split that the policy wants, or the current split after a fault."""
+        """Return the policy's split, or the current one after a fault."""
         found = self._faults.ask("split", (view,), partial(answers.split, view=view))
         return Split(view.frames) if found is None else found

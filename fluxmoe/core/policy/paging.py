@@ -1,15 +1,16 @@
-"""The contracts of eviction and prefetch policies, and the read-only view they decide from.
+"""The contracts of eviction and prefetch policies, and their input, a read-only view.
 
-A policy needs no copy of the host's records: recency, frequency and residency are in the view, as
-numpy arrays over all pages, and a policy returns arrays. The arrays are copies: numpy's read-only
-flag is no protection (``torch.from_numpy`` ignores it), and the kernel of a layer reads what the
-books say. A complete policy has three lines::
+A policy needs no records of its own: recency, frequency and residency are in the view, as numpy
+arrays over all pages, and its answers are arrays. The arrays are copies: numpy's read-only flag is
+no protection (``torch.from_numpy`` ignores it), and the kernel of a layer reads the books. A
+complete policy takes three lines::
 
     class MostRecentlyUsed(fluxmoe.EvictionPolicy):
         def score(self, view, pages):
             return -view.last_use[pages]
 
-The host validates every answer and contains faults (see ``guards``); policies need no defence.
+The host validates every answer and contains faults (see ``guards``), so policies need not check
+anything.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Uses(Protocol):
 
 
 class Residency(Protocol):
-    """The part of a page table that a view and its guards read (``paging.table`` has the whole).
+    """The part of a page table read by views and guards (see ``paging.table``).
 
-    ``books`` are the host's arrays; ``uses`` are copies of them, up to date, for policies.
+    ``books`` are the host's arrays; ``uses`` are up-to-date copies of them for policies.
     """
 
     @property
@@ -70,12 +71,12 @@ class PageView:
 
     Attributes:
         last_use: int64 ``[pages]``, event in which the page was last routed to, −1 = never.
-        use_count: int64 ``[pages]``, number of events that routed to it; survives eviction.
-        loaded_at: int64 ``[pages]``, event in which it last got a slot, −1 = never.
-        next_use: int64 ``[pages]``, next event that routes to it; simulator only, for oracles
-            (``needs_future``). ``NO_NEXT_USE`` if there is none.
+        use_count: int64 ``[pages]``, number of events that routed to it; kept across evictions.
+        loaded_at: int64 ``[pages]``, event in which it was last loaded, −1 = never.
+        next_use: int64 ``[pages]``, next event that routes to it, ``NO_NEXT_USE`` if none; only in
+            the simulator, for oracles (``needs_future``).
         num_layers, experts_per_layer, slots: Geometry, and number of usable slots over all banks.
-        rng: Seeded random generator, the only randomness a policy may use.
+        rng: Seeded random generator, the only source of randomness a policy may use.
     """
 
     NO_NEXT_USE: ClassVar[int] = np.iinfo(np.int64).max
@@ -97,7 +98,7 @@ class PageView:
         )
 
     def __setattr__(self, name: str, value: object) -> None:
-        # The host reads the view as well: a policy must not be able to corrupt it.
+        # The host reads the view too: a policy must not be able to corrupt it.
         raise AttributeError(f"a policy cannot set view.{name}: views are read-only")
 
     def __delattr__(self, name: str) -> None:
@@ -117,17 +118,17 @@ class PageView:
 
     @property
     def event(self) -> int:
-        """The running event, counted from 0."""
+        """The current event, counted from 0."""
         return self._table.event
 
     @property
     def step(self) -> int:
-        """The running forward pass."""
+        """The current forward pass."""
         return self._table.step
 
     @property
     def layer(self) -> int:
-        """The MoE layer of the running event."""
+        """The MoE layer of the current event."""
         return self._table.layer
 
     @property
@@ -142,35 +143,35 @@ class PageView:
     @property
     def next_use(self) -> Int64s:
         if self._future is None:
-            raise AttributeError("next_use is known in the simulator only (needs_future = True)")
+            raise AttributeError("next_use is known only in the simulator (needs_future = True)")
         return own(self._future)
 
     def page_of(self, layer: int, experts: npt.ArrayLike) -> Int64s:
-        """The pages of ``experts`` of a layer."""
+        """Page ids of ``experts`` of a layer."""
         return layer * self.experts_per_layer + np.asarray(experts, np.int64)
 
 
 def own(array: npt.NDArray[T]) -> npt.NDArray[T]:
-    """A copy for a policy, read-only: a mistake is reported, and if that is evaded, harmless."""
+    """Return a read-only copy for a policy: writes are reported, and harmless if forced."""
     copy = array.copy()
     copy.flags.writeable = False
     return copy
 
 
 class EvictionPolicy:
-    """Decides which resident page is worth least. Only ``score`` is required.
+    """Ranks resident pages for eviction. Only ``score`` is required.
 
     ``score_kernel``, ``make_kernel`` or ``select`` can replace ``score``.
 
     Attributes:
         stable_score: Promise that a page's score changes only when it is accessed or loaded. The
-            host then keeps the pages in order and asks for scores only after a change.
+            host then keeps the pages in order and requests scores only after a change.
         score_kernel: A static function ``(last_use, use_count, loaded_at, event, page) -> float``
-            in the subset of Python that numba compiles; used instead of ``score``. Division follows
-            numpy: by zero it gives an infinity or NaN. More parameters may follow, by name:
-            ``distance`` (layers until the page's layer runs, 1…num_layers), ``layer`` (that of the
-            page), ``num_layers``, and for oracles ``next_use``.
-        needs_future: True for an oracle that reads ``view.next_use``; refused outside the
+            in the subset of Python that numba compiles; replaces ``score``. Division follows numpy:
+            dividing by zero gives an infinity or NaN. Further parameters may follow, by name:
+            ``distance`` (layers until the page's layer runs, 1…num_layers), ``layer`` (the page's),
+            ``num_layers``, and, for oracles, ``next_use``.
+        needs_future: True for an oracle that reads ``view.next_use``; rejected outside the
             simulator.
     """
 
@@ -179,15 +180,15 @@ class EvictionPolicy:
     score_kernel: ClassVar[ScoreKernel | None] = None
 
     def score(self, view: PageView, pages: Int64s) -> npt.ArrayLike:
-        """The value of each of ``pages``: the lowest is evicted, ties go to the lowest page id.
+        """Return the value of each of ``pages``; the lowest is evicted, on ties the lowest page id.
 
         Args:
             view: The state of all pages.
-            pages: Candidates in ascending order: resident, unpinned, not of this event.
+            pages: Candidates in ascending order: resident, not protected, not of this event.
 
         Returns:
-            ``len(pages)`` numbers of any integer or float dtype; ±inf allowed, NaN is an error.
-            Must be pure; called on the engine's thread only.
+            ``len(pages)`` numbers of any integer or float dtype; ±inf is allowed, NaN is a fault.
+            Must be pure; called only on the engine's thread.
         """
         kernel = self.make_kernel(view)
         if kernel is None:
@@ -207,7 +208,7 @@ class EvictionPolicy:
         return [kernel(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def make_kernel(self, view: PageView) -> ScoreKernel | None:
-        """The score kernel of this object, for kernels that depend on its options or on the model.
+        """Make the score kernel of this object, if it depends on options or on the model.
 
         Called once, before the first event. The function may close over numbers, which the
         compiler treats as constants. The default is the class's ``score_kernel``.
@@ -215,20 +216,20 @@ class EvictionPolicy:
         return type(self).score_kernel
 
     def on_access(self, view: PageView, access: Access) -> None:
-        """Called when an event begins; ``last_use`` and ``use_count`` already include it."""
+        """Handle the start of an event, which ``last_use`` and ``use_count`` already include."""
 
     def on_load(self, view: PageView, pages: Int64s) -> None:
-        """Called when ``pages`` were assigned slots."""
+        """Handle the assignment of slots to ``pages``."""
 
     def on_evict(self, view: PageView, pages: Int64s) -> None:
-        """Called when ``pages`` were chosen as victims and are about to lose their slots."""
+        """Handle the eviction of ``pages``, just before they lose their slots."""
 
     def retain(self, view: PageView, access: Access) -> npt.ArrayLike:
-        """For each page of the event, False to free its slot as soon as the layer has run."""
+        """Return for each page of the event False to free its slot as soon as the layer has run."""
         return np.ones(len(access.pages), np.bool_)
 
     def select(self, view: PageView, pages: Int64s, n: int) -> npt.ArrayLike:
-        """Choose ``n`` victims among ``pages`` instead of scoring (queues, quotas, ARC …)."""
+        """Choose ``n`` victims among ``pages`` instead of scoring them (queues, quotas, ARC …)."""
         raise NotImplementedError
 
     def reset(self) -> None:
@@ -239,14 +240,14 @@ class PrefetchPolicy(ABC):
     """Proposes pages to load before their layer needs them.
 
     Attributes:
-        lead: Number of layers that proposals reach ahead; a policy with 0 is never asked.
+        lead: Number of layers that proposals look ahead; a policy with 0 is never called.
     """
 
     lead: int = 1
 
     @abstractmethod
     def propose(self, view: PageView, access: Access) -> npt.ArrayLike:
-        """Pages of later layers, most urgent first. Resident ones among them are kept."""
+        """Return pages of later layers, most urgent first. Resident ones among them are kept."""
 
     def reset(self) -> None:
         """Clear all state: the books were reset."""
@@ -254,7 +255,7 @@ class PrefetchPolicy(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """The paging policies of one worker, each with the name under which it was chosen."""
+    """The paging policies of one worker, each with its configured name."""
 
     eviction: EvictionPolicy
     prefetch: PrefetchPolicy

@@ -1,13 +1,15 @@
-"""Time limits for calls of policies, and interruption of calls that exceed them.
+"""Time limits for policy calls, and interruption of calls that exceed them.
 
-A call beyond the soft limit is counted. Beyond the hard limit the watchdog, one thread per process
-that sleeps while no call is late, raises ``HardLimitExceeded`` in the thread that made the call.
-Python delivers it between two bytecode instructions: C code (a NumPy function, a compiled kernel, a
-system call) runs to its end first, and such a call still counts as late.
+A call beyond the soft limit is counted, by the processor time of its thread: on a busy machine any
+call can be late by the clock. That time is costly to read, so only calls after a late one are
+measured. Beyond the hard limit, which is wall time, the watchdog, one thread per process that
+sleeps while no call is late, raises ``HardLimitExceeded`` in the calling thread. Python delivers it
+between two bytecode instructions: C code (a NumPy function, a compiled kernel, a system call)
+finishes first, and the call still counts as late.
 
-The exception must never reach the code after the call. A lock makes the end of a call and the
-interrupt mutually exclusive, at most one is fired per call, and an interrupted call withdraws an
-exception that has not been delivered yet before it returns.
+The exception must never reach the code after the call. A lock makes the end of a call and its
+interruption mutually exclusive, each call is interrupted at most once, and an interrupted call
+withdraws an undelivered exception before it returns.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import get_ident
-from time import perf_counter_ns
+from time import perf_counter_ns, thread_time_ns
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -27,12 +29,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of a policy's faults and call times.
+    """Limits on a policy's faults and call times.
 
     Attributes:
-        strikes: Number of faults after which it is replaced for good; also the number of slow
-            calls after which they are logged.
-        soft_s: Seconds beyond which a call is counted as slow.
+        strikes: Number of faults after which the policy is disabled for good; also the number of
+            slow calls after which they are logged.
+        soft_s: Seconds of processor time beyond which a call is counted as slow.
         hard_s: Seconds beyond which a call is interrupted, which is a fault.
     """
 
@@ -43,20 +45,24 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
+#: Number of calls whose CPU time is measured after one that was late by wall time.
+_SUSPECTED = 1024
+
 
 class HardLimitExceeded(BaseException):
-    """Raised inside a policy. Not an Exception, so that its ``except Exception`` lets it pass."""
+    """Raised inside a policy. Not an Exception, so that ``except Exception`` does not catch it."""
 
 
 class TimeLimiter:
-    """Times the calls of one policy, which come from one thread at a time and do not nest.
+    """Times the calls of one policy, which are made by one thread at a time and never nested.
 
     Attributes:
-        slow: Number of calls that returned, but beyond the soft limit.
+        slow: Number of calls that returned, but worked for longer than the soft limit.
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._soft, self._hard = int(limits.soft_s * 1e9), int(limits.hard_s * 1e9)
+        self._soft, self._hard = limits.soft_s * 1e9, int(limits.hard_s * 1e9)
+        self._suspected = 0
         self._lock = threading.Lock()
         self._started = 0  # 0 = no call is running
         self._thread = 0
@@ -67,11 +73,12 @@ class TimeLimiter:
         """Call ``function(*args)``.
 
         Raises:
-            HardLimitExceeded: It took too long; it was interrupted, or ended by itself.
+            HardLimitExceeded: The call took too long; it was interrupted or returned by itself.
         """
         if not self._watched:
             _watchdog.watch(self)
             self._watched = True
+        worked = thread_time_ns() if self._suspected else 0
         try:
             self._thread = get_ident()
             started = self._started = perf_counter_ns()
@@ -82,14 +89,18 @@ class TimeLimiter:
             if self._fired:  # too late for an interrupt, or the policy swallowed it
                 raise HardLimitExceeded
         except BaseException as error:
-            self._stop()  # the first one may have been interrupted, but only once
+            self._stop()  # the first attempt may have been interrupted, but only once
             fired, self._fired = self._fired, False
             if fired and isinstance(error, Exception):
                 # Native code that was interrupted in a callback reports an error of its own.
                 raise HardLimitExceeded from error
             raise
         if perf_counter_ns() - started > self._soft:
-            self.slow += 1
+            if self._suspected and thread_time_ns() - worked > self._soft:
+                self.slow += 1
+            self._suspected = _SUSPECTED
+        elif self._suspected:
+            self._suspected -= 1
         return answer
 
     def _stop(self) -> None:
@@ -99,7 +110,7 @@ class TimeLimiter:
             _raise_in(self._thread, None)
 
     def due(self, now: int) -> int:
-        """Fire if the running call is late; return the ns until a call can be late."""
+        """Interrupt the current call if it is late; return the ns until a call can be late."""
         started = self._started
         if not started or self._fired:
             return self._hard
@@ -107,7 +118,7 @@ class TimeLimiter:
         if left > 0:
             return left
         with self._lock:
-            # Still the same call? If so it cannot end before the exception is set.
+            # If it is still the same call, it cannot end before the exception is set.
             if self._started == started:
                 self._fired = True
                 _raise_in(self._thread, HardLimitExceeded)
@@ -115,7 +126,7 @@ class TimeLimiter:
 
 
 class _Watchdog:
-    """The thread that monitors all time limiters; it runs while there are any."""
+    """The thread that monitors all time limiters, running while there are any."""
 
     def __init__(self) -> None:
         self._limiters: WeakSet[TimeLimiter] = WeakSet()
@@ -129,7 +140,7 @@ class _Watchdog:
 
     def watch(self, limiter: TimeLimiter) -> None:
         if self._process != os.getpid():
-            self._start()  # forked: the thread is gone, and may have held the lock at the fork
+            self._start()  # forked: the thread is gone and may have held the lock at the fork
         with self._lock:
             self._limiters.add(limiter)
             if self._thread is None or not self._thread.is_alive():
@@ -159,7 +170,7 @@ class _Watchdog:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Make ``thread`` raise ``error`` soon; None withdraws an exception not raised yet."""
+    """Make ``thread`` raise ``error`` soon; None withdraws an exception not yet raised."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error)
     )

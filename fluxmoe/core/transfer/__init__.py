@@ -1,4 +1,4 @@
-"""Copies of pages into slots: the contract of stores, the order of copies, threads that copy.
+"""Copies of pages into slots: the contract of stores, the order of copies, copy threads.
 
 Imports ``core.types`` only.
 """

@@ -1,9 +1,9 @@
-"""TransferEngine: orders copies into slots, immediately or ahead of time, and cancels them.
+"""TransferEngine: orders copies into slots, on demand or ahead of time, and cancels them.
 
-*Demand* copies must be complete before the layer's kernel runs. *Prefetch* copies are made when
-there is no other work. A slot may be assigned to another page while an old copy into it is still
-queued, so every copy is recorded under its slot, and a slot is settled before it is written again.
-The ``Copier`` moves the bytes.
+*Demand* copies must complete before the layer's kernel runs. *Prefetch* copies run when there is no
+other work. A slot may be assigned to another page while an old copy into it is still queued, so
+each copy is recorded under its slot, and a slot is settled before it is written again. The
+``Copier`` moves the bytes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Protocol
 
 from fluxmoe.core.types import Loads
 
-#: Pages and the slots they are to lie in.
+#: Pages and their destination slots.
 Pairs = Sequence[tuple[int, int]]
 
 
 class PendingCopy(Protocol):
-    """A copy that was ordered ahead of time."""
+    """A copy ordered ahead of time."""
 
     def withdraw(self) -> bool:
         """Cancel the copy if it has not begun; True if it was cancelled."""
 
     def error(self) -> Exception | None:
-        """Ensure that a copy that has begun is complete before its slot is written again.
+        """Ensure that a copy that has begun completes before its slot is written again.
 
         Returns its error, if any.
         """
@@ -34,7 +34,7 @@ class Copier(Protocol):
     """Copies pages into slots. Called on the engine's thread.
 
     Attributes:
-        stall_seconds: Time that layers waited for their pages.
+        stall_seconds: Time that layers waited for pages.
     """
 
     stall_seconds: float
@@ -47,10 +47,10 @@ class Copier(Protocol):
         """
 
     def prefetch(self, bank: int, pairs: Pairs) -> Sequence[PendingCopy | None]:
-        """Order copies, most urgent first; None in place of one that is already complete."""
+        """Order copies, most urgent first; None stands for a copy that is already complete."""
 
     def arrive(self, copy: PendingCopy) -> Exception | None:
-        """Ensure that a copy that has begun is complete before the next kernel runs.
+        """Ensure that a copy that has begun completes before the next kernel runs.
 
         Returns its error, if any.
         """
@@ -63,7 +63,7 @@ class Copier(Protocol):
         """
 
     def close(self) -> None:
-        """Finish copies that have begun, and stop. Idempotent."""
+        """Finish copies that have begun, then stop. Idempotent."""
 
 
 class TransferEngine:
@@ -81,7 +81,7 @@ class TransferEngine:
 
     @property
     def busy(self) -> bool:
-        """True if there are queued prefetches whose pages have not been needed yet."""
+        """True if prefetches are queued whose pages have not been needed yet."""
         return bool(self._queued)
 
     @property
@@ -96,7 +96,7 @@ class TransferEngine:
         self._copier.stall_seconds = 0.0
 
     def demand(self, loads: Loads) -> None:
-        """Copy now: the next reader of the slots finds all pages in them.
+        """Copy before the slots are read next.
 
         Raises:
             StoreError: A page could not be read; which of the others were copied is undefined.
@@ -109,7 +109,7 @@ class TransferEngine:
         self.bytes_demand += len(loads) * self._page_bytes
 
     def prefetch(self, loads: Loads) -> None:
-        """Queue copies, in order. A copy that fails is repeated when its page is needed."""
+        """Queue copies in order. A failed copy is repeated when its page is needed."""
         slots = loads.slots.tolist()
         for slot in slots:
             self._settle(loads.bank, slot)
@@ -120,12 +120,12 @@ class TransferEngine:
         self.bytes_prefetch += len(loads) * self._page_bytes
 
     def complete(self, bank: int, page: int, slot: int) -> None:
-        """Ensure that a prefetched page, if still in flight, has arrived.
+        """Ensure that a prefetched page has arrived if it is still in flight.
 
-        A copy that has not begun, or that failed, is made immediately.
+        A copy that has not begun or has failed is made immediately.
 
         Raises:
-            StoreError: The page could not be read, even at the second attempt.
+            StoreError: The page could not be read, even on the second attempt.
         """
         copy = self._queued.pop((bank, slot), None)
         if copy is None:
@@ -137,7 +137,7 @@ class TransferEngine:
         """Copy a resident page from slot ``source`` to slot ``target`` of its bank.
 
         Raises:
-            StoreError: The page was still in flight, and could not be read.
+            StoreError: The page was still in flight and could not be read.
         """
         self._settle(bank, target)
         self.complete(bank, page, source)
@@ -146,7 +146,7 @@ class TransferEngine:
     def settle_from(self, bank: int, first: int) -> None:
         """Ensure that no copy into slots ``first …`` of a bank is running or queued.
 
-        On a device a copy that has begun may continue: unmapping waits for all its work.
+        On a device, a copy that has begun may continue: unmapping waits for all work on it.
         """
         for key in [key for key in self._queued if key[0] == bank and key[1] >= first]:
             self._settle(*key)
@@ -161,7 +161,7 @@ class TransferEngine:
             self._settle(*key)
 
     def _settle(self, bank: int, slot: int) -> None:
-        """Cancel or finish the copy into a slot; its page is no longer wanted there."""
+        """Cancel or finish the copy into a slot whose page is no longer needed."""
         copy = self._queued.pop((bank, slot), None)
         if copy is not None and not copy.withdraw():
-            copy.error()  # whether it failed no longer matters
+            copy.error()  # a failure no longer matters

@@ -1,12 +1,11 @@
-"""HostCopier: copies pages into slots in host memory, with a pool of copy threads.
+"""HostCopier: copies pages into slots in host memory with a pool of threads.
 
-``TransferEngine`` decides which pages, and in what order. The copier for CUDA devices is in
+``TransferEngine`` decides on the pages and their order. The copier for CUDA devices is in
 ``cuda.streams``.
 
-All threads are started at construction: a thread that fails to start later would leave a job
-behind whose slot has long been assigned to another page. Whatever happens to a thread, no caller
-waits for its job forever: a job that no thread has begun can be withdrawn, and one that was begun
-always ends.
+All threads are started by the constructor: one that failed to start later would leave a job behind
+whose slot has long been assigned to another page. No caller waits for a job forever, even if its
+thread dies: a job that has not begun can be withdrawn, and one that has begun always ends.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fluxmoe.words import line
 
 
 class CopyJob:
-    """One copy job. Either a thread runs it, or the caller that ordered it withdraws it."""
+    """A copy job, either run by a thread or withdrawn by the caller that ordered it."""
 
     def __init__(self, make: Callable[[], None]) -> None:
         self._make = make
@@ -51,26 +50,26 @@ class CopyJob:
         return error
 
     def run(self) -> None:
-        """Run the job, unless it was withdrawn. Called by a copy thread."""
+        """Run the job unless it was withdrawn. Called by a copy thread."""
         with self._lock:
             if self._withdrawn:
                 return
             self._begun = True
         try:
             self._make()
-        except BaseException as error:  # not even SystemExit may pass: a caller is waiting
+        except BaseException as error:  # including SystemExit: a caller is waiting
             self._error = error
         self._ended.set()
 
     def abandon(self) -> None:
-        """End the job with an error, because its thread is about to die."""
+        """End the job with an error because its thread is about to die."""
         if not self._ended.is_set():
             self._error = StoreError("the copy thread died")
             self._ended.set()
 
 
 class CopyPool:
-    """Pool of ``count`` threads that make copies in the order in which they were ordered.
+    """Pool of ``count`` threads that make copies in the order requested.
 
     Raises:
         ConfigError: This many threads cannot be started.
@@ -101,9 +100,9 @@ class CopyPool:
         return copy
 
     def close(self) -> None:
-        """Finish all jobs that were ordered and not withdrawn, and stop the threads. Idempotent."""
+        """Finish all jobs that were not withdrawn, then stop the threads. Idempotent."""
         if not self._owner.here:
-            return  # the threads run in the parent only: joining them would block forever
+            return  # the threads run only in the parent: joining them would block forever
         for _ in self._threads:
             self._orders.put(None)
         for thread in self._threads:
@@ -122,12 +121,12 @@ def _work(orders: SimpleQueue[CopyJob | None]) -> None:
 
 
 class HostCopier:
-    """Copies with the CPU: in the caller's thread and in copy threads.
+    """Copies with the CPU, in the caller's thread and in copy threads.
 
     Args:
         store: Source of the pages.
         rows: Per bank and part, the arena as uint8 ``[slots, part bytes]``.
-        threads: Number of copy threads. With 0, the caller copies prefetches immediately.
+        threads: Number of copy threads; with 0 the caller copies prefetches immediately.
 
     Raises:
         ConfigError: This many threads cannot be started.
@@ -146,7 +145,7 @@ class HostCopier:
         others = [(self._copiers.order(partial(self._copy, bank, p)), p) for p in rest]
         try:
             self._copy(bank, pairs[:share])
-            for copy, part in others:  # do not wait for threads that are busy with prefetches
+            for copy, part in others:  # do not wait for threads busy with prefetches
                 if copy.withdraw():
                     self._copy(bank, part)
         finally:

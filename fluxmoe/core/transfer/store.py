@@ -1,4 +1,4 @@
-"""The contract of stores: write a page's parts into rows that the caller provides."""
+"""The contract of stores: write the parts of a page into rows provided by the caller."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fluxmoe.words import line
 
 
 class Store(Protocol):
-    """Read-only source of expert pages. ``read_into`` is called from several threads at once."""
+    """Read-only source of expert pages. ``read_into`` is called concurrently by several threads."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory or disk that the store occupies."""
+        """Bytes of memory or disk occupied by the store."""
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
-        """Copy a page into ``parts``: one uint8 row per part of the page class, in order.
+        """Copy a page into ``parts``, one uint8 row per part of the page class, in order.
 
         Raises:
             StoreError: The page could not be read; the rows' contents are undefined.
@@ -30,7 +30,7 @@ class Store(Protocol):
 
 @runtime_checkable
 class AddressedStore(Store, Protocol):
-    """A store whose pages are in page-locked memory, from which a device can fetch them itself."""
+    """A store whose pages are in page-locked memory, where a device can fetch them directly."""
 
     def addresses(self, page: int) -> Sequence[int]:
         """Start addresses of a page's parts, in order, valid until the store is closed.
@@ -41,7 +41,7 @@ class AddressedStore(Store, Protocol):
 
 
 def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
-    """Call ``store.read_into``; any exception of the store becomes a StoreError."""
+    """Call ``store.read_into``; turn any exception into a StoreError."""
     try:
         store.read_into(page, parts)
     except StoreError:
@@ -51,7 +51,7 @@ def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
 
 
 def locate(store: AddressedStore, page: int) -> Sequence[int]:
-    """Call ``store.addresses``; any exception of the store becomes a StoreError."""
+    """Call ``store.addresses``; turn any exception into a StoreError."""
     try:
         return store.addresses(page)
     except StoreError:

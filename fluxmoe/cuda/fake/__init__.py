@@ -1,9 +1,9 @@
-"""FakeDriver: a replacement of ``cuda.bindings.driver``, with host memory instead of a GPU's.
+"""FakeDriver: a replacement for ``cuda.bindings.driver`` that uses host memory.
 
 Addresses are real, memory is mapped and unmapped, bytes are copied. It is stricter than the driver:
-an access to memory that is not mapped or not accessible, or unmapping while a stream uses it, loses
-the context, and every later call reports that. Each call passes the site of its name in a
-``FaultPlan``; armed with ``Refused``, it returns that result and does nothing.
+accessing memory that is not mapped or not accessible, or unmapping memory that a stream uses, loses
+the context, and every later call reports that. Each call is a site of a ``FaultPlan``; armed with
+``Refused``, it returns that result and does nothing.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _CONTEXT = 77
 
 
 class FakeDriver(FakeMemory):
-    """The driver's functions that FluxMoE calls, for one device.
+    """The driver functions that FluxMoE calls, for one device.
 
     Args:
-        pieces: Memory of the device, in pieces.
+        pieces: Device memory, in pieces.
         piece: Bytes of a piece, the mapping granularity.
         version: CUDA version of driver and bindings.
-        pace: Order in which streams do their work.
-        seed: Seed of random scheduling.
+        pace: Order in which streams execute.
+        seed: Seed for random scheduling.
         plan: Faults to inject.
 
     Attributes:
-        lost: Result of every call since the context was lost; None before.
+        lost: Result of every call since the context was lost; None before that.
     """
 
     CUresult = names.CUresult
@@ -71,7 +71,7 @@ class FakeDriver(FakeMemory):
     # --- for tests -------------------------------------------------------------------------------
 
     def launch(self, kernel: Callable[[], None], stream: int = KERNELS) -> None:
-        """Submit a kernel to a stream; it sees memory as it is when it runs."""
+        """Submit a kernel to a stream; it reads memory when it runs."""
 
         def run() -> float:
             kernel()
@@ -81,7 +81,7 @@ class FakeDriver(FakeMemory):
             self.timeline.give(stream, Work(run))
 
     def live(self) -> dict[str, int]:
-        """Number of resources of each kind that were not released."""
+        """Number of unreleased resources of each kind."""
         found = {
             "ranges": len(self._reserved),
             "memory": len(self._memory),
@@ -94,7 +94,7 @@ class FakeDriver(FakeMemory):
         return {kind: count for kind, count in found.items() if count}
 
     def handle_at(self, address: int) -> int | None:
-        """The number of the memory that is mapped at an address, if any."""
+        """Handle of the memory mapped at an address, if any."""
         mapping = self._maps.get(address)
         numbers = [n for n, memory in self._memory.items() if mapping and memory is mapping.memory]
         return numbers[0] if numbers else None

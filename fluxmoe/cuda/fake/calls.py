@@ -10,7 +10,7 @@ from fluxmoe.cuda.fake.names import CUresult, Refused
 
 
 def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], Any]:
-    """Make a function of the driver, which returns a result and ``answers`` values."""
+    """Make a driver function, which returns a ``CUresult`` and ``answers`` values."""
 
     def wrap(function: Any) -> Any:
         @wraps(function)
@@ -33,6 +33,6 @@ def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], An
 
 
 def require(condition: bool, result: CUresult = CUresult.CUDA_ERROR_INVALID_VALUE) -> None:
-    """Let the call return ``result`` unless a condition holds."""
+    """Make the call return ``result`` unless a condition holds."""
     if not condition:
         raise Refused(result)

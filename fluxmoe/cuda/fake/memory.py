@@ -20,7 +20,7 @@ from fluxmoe.testing.faults import FaultPlan
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """Physical memory: its pieces, number of mappings, and True if its handle was released."""
+    """Physical memory: pieces, number of mappings, True if its handle was released."""
 
     pieces: list[int]
     nbytes: int
@@ -35,7 +35,7 @@ class _Mapping:
 
 
 class FakeMemory:
-    """The memory functions; ``FakeDriver`` adds the others, and documents the arguments."""
+    """The memory functions; ``FakeDriver`` adds the others and documents the arguments."""
 
     def __init__(
         self, pieces: int, piece: int, version: int, pace: Pace, seed: int, plan: FaultPlan | None
@@ -178,7 +178,7 @@ class FakeMemory:
             self._free = sorted(self._free + memory.pieces)
 
     def _mapped(self, address: int, size: int) -> Iterator[tuple[int, _Mapping]]:
-        """The mappings that fill a range exactly, one after the other."""
+        """Yield the mappings that fill a range exactly, in order."""
         at = address
         while at < address + size:
             mapping = self._maps.get(at)
@@ -195,7 +195,7 @@ class FakeMemory:
         return covered
 
     def _covered(self, address: int, nbytes: int) -> bool:
-        """True if all of a range is mapped and accessible."""
+        """True if the entire range is mapped and accessible."""
         last, found = address + nbytes, 0
         for at, mapping in self._maps.items():
             if mapping.accessible:

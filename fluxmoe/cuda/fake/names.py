@@ -1,6 +1,6 @@
-"""Numbers, structures and handles of ``cuda.bindings.driver`` that FluxMoE uses.
+"""Constants, structures and handles of ``cuda.bindings.driver`` used by FluxMoE.
 
-``tests/cuda/test_bindings.py`` compares them with the real ones if those are installed.
+``tests/cuda/test_bindings.py`` compares them with the real ones if they are installed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class CUmemcpyAttributes:
 
 
 class Handle:
-    """An object of the driver, represented by a number."""
+    """A driver object, represented by a number."""
 
     def __init__(self, init_value: Any = 0) -> None:
         self._number = int(init_value)
@@ -155,7 +155,7 @@ class CUevent(Handle):
 
 
 class Refused(Exception):
-    """Injected result of a call of the fake: ``plan.arm("cuMemMap", Refused(result))``."""
+    """Result to inject into a fake call: ``plan.arm("cuMemMap", Refused(result))``."""
 
     def __init__(self, result: CUresult) -> None:
         super().__init__(result.name)

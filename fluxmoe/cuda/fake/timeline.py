@@ -1,4 +1,4 @@
-"""Streams that do their work when a test wants it: as early, late or random as is allowed."""
+"""Streams with controlled timing: work is done as early, as late or as randomly as allowed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 
 #: Order of streams that could all proceed.
 #: ``at once``: work is done before the submitting call returns. ``kernels``: the kernels' stream
-#: proceeds as long as it can, so that copies come as late as they may. ``copies``: the reverse.
-#: ``random``: any order that is allowed.
+#: proceeds as long as it can, so copies run as late as allowed. ``copies``: the reverse.
+#: ``random``: any allowed order.
 Pace = Literal["at once", "kernels", "copies", "random"]
 
 #: The default stream, to which kernels are submitted.
@@ -20,7 +20,7 @@ KERNELS = 0
 
 @dataclass(slots=True)
 class Event:
-    """Numbers of times it was recorded and passed, and the time of the last pass, in ms."""
+    """Number of times recorded and passed, and the time of the last pass, in ms."""
 
     recorded: int = 0
     passed: int = 0
@@ -29,7 +29,7 @@ class Event:
 
 @dataclass(slots=True)
 class Work:
-    """An item of a stream: optionally wait for an event, then run, then pass an event."""
+    """A stream's work item: optionally wait for an event, then run, then pass an event."""
 
     do: Callable[[], float] | None = None
     wait: tuple[Event, int] | None = None
@@ -41,7 +41,7 @@ class Timeline:
 
     Args:
         pace: Order of streams.
-        seed: Seed of random choices.
+        seed: Seed for random choices.
     """
 
     def __init__(self, pace: Pace, seed: int) -> None:
@@ -62,7 +62,7 @@ class Timeline:
 
     @property
     def pending(self) -> int:
-        """Number of work items not done yet."""
+        """Number of pending work items."""
         return sum(map(len, self._streams.values()))
 
     @property
@@ -80,11 +80,11 @@ class Timeline:
         self.give(stream, Work(passes=event))
 
     def wait(self, stream: int, event: Event) -> None:
-        """Wait for the last ``record`` of an event before this call, like the driver."""
+        """Wait for the last ``record`` of an event before this call, as the driver does."""
         self.give(stream, Work(wait=(event, event.recorded)))
 
     def finish(self, stream: int | None = None) -> None:
-        """Run until a stream, or all of them, have no pending work."""
+        """Run until a stream, or all streams, have no pending work."""
         self.until(lambda: not (self.pending if stream is None else self._streams[stream]))
 
     def until(self, over: Callable[[], bool]) -> None:
@@ -92,7 +92,7 @@ class Timeline:
             self.step()
 
     def dawdle(self) -> None:
-        """Let a random small amount of work happen."""
+        """Do a small random amount of work."""
         for _ in range(self._rng.randint(0, 2)):
             if self.pending:
                 self.step()
@@ -101,7 +101,7 @@ class Timeline:
         """Run one work item of one stream."""
         able = [number for number, works in self._streams.items() if works and _able(works[0])]
         if not able:
-            raise AssertionError(f"streams wait for each other forever: {self._streams}")
+            raise AssertionError(f"deadlock between streams: {self._streams}")
         first = [number for number in able if (number == KERNELS) == (self.pace == "kernels")]
         number = self._rng.choice(able if self.pace == "random" else first or able)
         work = self._streams[number].popleft()

@@ -1,7 +1,7 @@
 """Tokens sorted by expert and padded to whole blocks, like stock vLLM's ``moe_align_block_size``.
 
-Plain torch without synchronising with the host: every shape depends on shapes only. Inside vLLM
-its own operator gives the same arrays in one launch.
+Plain torch without host synchronisation: all shapes depend only on input shapes. In vLLM its own
+operator computes the same arrays in one launch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 
 class Blocks(NamedTuple):
-    """Rows of the two products, in blocks that belong to one expert each. All int32.
+    """Rows of the two products, in blocks of one expert each. All int32.
 
     ``rows`` ``[blocks * block]``: index into the flattened ``[tokens, top_k]`` ids; the number of
     ids for padding rows. ``experts`` ``[blocks]``: *logical* expert of each block. ``padded``
-    ``[1]``: number of rows in use; rows beyond are not computed.
+    ``[1]``: number of rows in use; later rows are not computed.
     """
 
     rows: torch.Tensor
@@ -25,11 +25,11 @@ class Blocks(NamedTuple):
 
 
 def align_blocks(ids: torch.Tensor, block: int, experts: int) -> Blocks:
-    """Sort the routed ids of a batch.
+    """Sort the routed expert ids of a batch.
 
     Args:
-        ids: ``[tokens, top_k]`` int32 or int64, logical expert ids; negative ones are padding rows
-            of the batch, which get no row.
+        ids: ``[tokens, top_k]`` int32 or int64, logical expert ids; negative ones are padding of
+            the batch and get no row.
         block: Number of rows per block (``Tiles.block_m``).
         experts: Number of experts of the layer.
     """
@@ -46,7 +46,7 @@ def align_blocks(ids: torch.Tensor, block: int, experts: int) -> Blocks:
     order = flat.argsort(stable=True)
     expert = flat[order]
     rank = torch.arange(count, device=ids.device) - (routed.cumsum(0) - routed)[expert]
-    place = torch.where(expert < experts, begins[expert] + rank, size)  # padding: behind the end
+    place = torch.where(expert < experts, begins[expert] + rank, size)  # padding: past the end
     rows = torch.full((size + 1,), count, dtype=torch.int32, device=ids.device)
     rows.scatter_(0, place, order.int())
 

@@ -1,15 +1,15 @@
 """Choice of the fused MoE kernel's variant for a batch: a pure function and its thresholds.
 
-Decoding in registers trades arithmetic for bandwidth: it pays while a weight is read for few
-tokens. The thresholds are estimated from instruction counts of the compiled kernels; no card has
-confirmed them yet (docs/concepts/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
+Decoding in registers trades arithmetic for bandwidth, which pays off while each weight is read for
+few tokens. The thresholds are estimated from instruction counts of the compiled kernels and not yet
+confirmed on a GPU (docs/concepts/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-#: Average number of tokens per expert up to which decoding in registers should be free.
+#: Average number of tokens per expert up to which decoding in registers should cost no time.
 IN_PLACE_UP_TO = 64
 
 
@@ -24,18 +24,18 @@ class Variant(StrEnum):
 def choose(
     tokens: int, top_k: int, experts: int, *, raw_resident: bool, free_slots: int
 ) -> Variant:
-    """The variant for one execution of one layer.
+    """Choose the variant for one execution of one layer.
 
     Args:
         tokens: Number of tokens in the batch.
         top_k: Number of experts per token.
-        experts: Number of distinct experts in the batch, or of the layer's experts if unknown.
-        raw_resident: True if all of these experts are uncompressed in slots.
-        free_slots: Number of slots that pages may be decoded into for this layer; may be 0.
+        experts: Number of distinct experts in the batch or, if unknown, in the layer.
+        raw_resident: True if all of these experts are in slots uncompressed.
+        free_slots: Number of slots available for decoding pages of this layer; may be 0.
 
     Returns:
         ``RAW`` if nothing is compressed; ``TO_SLOT`` if weights are read so often that decoding
-        them once is cheaper, and there are slots for all of them; else ``IN_PLACE``.
+        them once is cheaper, and there are enough slots; else ``IN_PLACE``.
     """
     if raw_resident:
         return Variant.RAW

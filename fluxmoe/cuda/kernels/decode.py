@@ -1,10 +1,10 @@
 """Decoding of the lossless code in registers.
 
-docs/concepts/code.md defines the code byte by byte. In short: a part of a page is a matrix in
-tiles of 64 × 64 weights; eight weights of a row are three 32-bit words, two with their low bytes
-and one with eight nibbles; a header per row and 128 columns (a *segment*) has the base that the
-nibbles count from and two escapes. Segments that do not fit this scheme are special; bytes of
-flags mark them. Four weights are decoded per 32-bit operation.
+docs/concepts/code.md defines the code byte by byte. In short: a part of a page is a matrix in tiles
+of 64 × 64 weights; eight weights of a row take three 32-bit words, two with their low bytes and one
+with eight nibbles. A header per row and 128 columns (a *segment*) holds the base of the nibbles and
+two escapes. Segments that do not fit this scheme are special and marked by flag bytes. Each 32-bit
+operation decodes four weights.
 
 A *step* is ``BLOCK_K`` columns, 32 to 256.
 """
@@ -16,13 +16,13 @@ from fluxmoe.cuda.kernels.language import tl, triton
 
 @triton.jit
 def step_words(step, BLOCK_K: tl.constexpr):
-    """The words of a step, counted along the row from its first column. ``[BLOCK_K / 8]``."""
+    """Words of a step, counted along the row from its first column: ``[BLOCK_K / 8]``."""
     return step * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
 
 
 @triton.jit
 def next_step(step, BLOCK_K: tl.constexpr):
-    """Number of words by which the pointers of full tiles advance after ``step``."""
+    """Number of words by which pointers of full tiles advance after ``step``."""
     if BLOCK_K == 32:  # half a tile
         return tl.where(step % 2 == 0, 4, 1532)
     else:
@@ -31,7 +31,7 @@ def next_step(step, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_headers(ptr, stride, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, last):
-    """Load the headers of the rows at ``ptr``: ``[BLOCK_N]``, beyond 128 columns one per word.
+    """Load the headers of the rows at ``ptr``: ``[BLOCK_N]``, or one per word above 128 columns.
 
     ``stride`` is the number of words from one segment to the next; ``last`` is the last segment.
     """
@@ -47,7 +47,7 @@ def load_headers(ptr, stride, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def load_flags(ptr, segments, step, tile, tiles, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load flags: not 0 if any segment of this step in row tiles ``tile …`` is special."""
+    """Load flags: nonzero if any segment of this step in row tiles ``tile …`` is special."""
     rows = tile + tl.arange(0, (BLOCK_N + 63) // 64)[:, None]
     columns = step * BLOCK_K // 128 + tl.arange(0, (BLOCK_K + 127) // 128)[None, :]
     there = (rows < tiles) & (columns < segments)
@@ -66,11 +66,11 @@ def decode(
         ptr: Scalar pointer to the words of the step; the only value that advances.
         offset: ``[BLOCK_N, BLOCK_K / 8]``, offsets of plane A's words from ``ptr``.
         plane: Number of words from one plane to the next.
-        mask: Mask of existing words, or None.
+        mask: Mask of the words that exist, or None.
         header: Result of ``load_headers``.
         pool_ptr: Pointer to the part's pool.
-        special: Result of ``load_flags``; decides for all rows at once.
-        step: Number of the step.
+        special: Result of ``load_flags``; applies to all rows.
+        step: Index of the step.
 
     Returns:
         ``[BLOCK_N, BLOCK_K]`` bfloat16; finite values for words that do not exist.
@@ -138,13 +138,13 @@ def _place(escape):
 
 @triton.jit
 def _change(escape):
-    """Value to exclusive-or with that word's high bytes."""
+    """Value to XOR with the high bytes of the escape's word."""
     return ((escape >> 3) & 0x78) << ((escape & 3) * 8)
 
 
 @triton.jit
 def _kept(offset, here, escaped):
-    """Masks of the zero code: all bits of bytes whose offset is not 0, and of an escape."""
+    """Masks for the zero code: all bits of bytes whose offset is not 0, and of escapes."""
     bits = ((offset + 0x07070707) >> 3) & 0x01010101
     bits = tl.where(here, bits | escaped, bits)
     return (bits << 7) - bits
@@ -152,7 +152,7 @@ def _kept(offset, here, escaped):
 
 @triton.jit
 def _weave(low_a, low_b, high_a, high_b, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Combine low and high bytes, in the order 0, 2, 1, 3 within a word, to bfloat16 in order."""
+    """Combine low and high bytes, stored as 0, 2, 1, 3 in each word, to bfloat16 in order."""
     a01 = (low_a & 0x00FF00FF) | ((high_a & 0x00FF00FF) << 8)
     a23 = ((low_a >> 8) & 0x00FF00FF) | (high_a & 0xFF00FF00)
     b01 = (low_b & 0x00FF00FF) | ((high_b & 0x00FF00FF) << 8)

@@ -1,4 +1,4 @@
-"""The experts of one MoE layer on the kernels: both projections over paged weights."""
+"""The experts of one MoE layer, run on the kernels: both projections over paged weights."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from fluxmoe.cuda.kernels.tiles import Tiles
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.stores.codec.fixed4 import Layout
 
-#: Entry of an absent expert in the table that kernels read.
+#: Entry of absent experts in the kernels' expert table.
 ABSENT = -1
 
 
 @dataclass(frozen=True, slots=True)
 class KernelPart:
-    """Locations of one part (w13 or w2) of a layer's experts; at least one of the two is set."""
+    """Weights of one part (w13 or w2) of a layer's experts; raw, compressed or both are set."""
 
     raw: RawSlots | None = None
     compressed: CompressedPages | None = None
 
 
 def most_registers(tiles: Tiles) -> int:
-    """Register limit of a decoding thread: all that are available.
+    """Register limit of a decoding thread: all available ones.
 
-    By default the assembler spills some to make room for one more block per multiprocessor.
+    By default the assembler spills some to fit one more block per multiprocessor.
     """
     return min(255, 65536 // (32 * tiles.num_warps) // 8 * 8)
 
 
 def page_entry(page: int) -> int:
-    """Entry of compressed page ``page`` in the kernels' expert table; a raw slot is its number."""
+    """Entry of compressed page ``page`` in the kernels' expert table, where raw slots are ≥ 0."""
     return -2 - page
 
 
@@ -64,12 +64,12 @@ def run_experts(
         topk_ids: ``[tokens, top_k]`` integers, logical experts; negative for padding rows.
         tiles: Result of ``tiles_for(tokens, experts)``.
         activation: ``[rows, 2I] → [rows, I]``; by default SiLU of the first half, rounded, times
-            the second, like vLLM's ``silu_and_mul``. Inside vLLM pass its own operator.
-        reduce: ``[tokens, top_k, H] → [tokens, H]``; by default torch's sum. Inside vLLM pass its
-            own operator.
+            the second, like vLLM's ``silu_and_mul``. In vLLM pass its own operator.
+        reduce: ``[tokens, top_k, H] → [tokens, H]``; by default torch's sum. In vLLM pass its own
+            operator.
 
     Raises:
-        UnsupportedError: A dtype or layout that the kernels do not support.
+        UnsupportedError: The kernels do not support a dtype or layout.
     """
     tokens, top_k = topk_ids.shape
     blocks = align_blocks(topk_ids, tiles.block_m, table.numel())
@@ -82,7 +82,7 @@ def run_experts(
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """SiLU of the left half, rounded to the dtype, times the right half."""
+    """Compute SiLU of the left half, rounded to the dtype, times the right half."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up
 
@@ -106,7 +106,7 @@ def project(
 
     Args:
         x: ``[valid / top_k, K]`` bfloat16.
-        part: The weights; raw and compressed ones take one launch each.
+        part: The weights; raw and compressed ones need one launch each.
         table: As in ``run_experts``.
         blocks: Result of ``align_blocks`` with ``tiles.block_m``.
         tiles: Launch configuration.
@@ -115,16 +115,16 @@ def project(
         scale: ``valid`` float32 factors of the rows, applied before rounding.
 
     Raises:
-        UnsupportedError: A dtype or layout that the kernel does not support.
+        UnsupportedError: The kernel does not support a dtype or layout.
     """
     sides = [side for side in (part.raw, part.compressed) if side is not None]
     outputs = {_shape(side)[0] for side in sides}
     if len(outputs) != 1:
-        raise UnsupportedError("a part needs weights, raw and compressed ones of the same shape")
+        raise UnsupportedError("a part needs weights; raw and compressed shapes must be equal")
     if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
-        raise UnsupportedError(f"the kernel reads dense bfloat16, not {x.dtype}")
+        raise UnsupportedError(f"inputs must be dense bfloat16, not {x.dtype}")
     if scale is not None and (scale.dtype != torch.float32 or not scale.is_contiguous()):
-        raise UnsupportedError(f"the router's weights must be dense float32, not {scale.dtype}")
+        raise UnsupportedError(f"router weights must be dense float32, not {scale.dtype}")
     out = torch.zeros(valid, outputs.pop(), dtype=torch.bfloat16, device=x.device)
     for side in sides:
         _launch(x, side, table, blocks, tiles, top_k, scale, out)
@@ -154,7 +154,7 @@ def _launch(
         if n % 64 or k % 64:
             raise UnsupportedError(
                 f"a compressed matrix of {n} × {k} cannot be read in place",
-                fix="both sizes must be multiples of 64; decode it to a slot",
+                fix="use sizes that are multiples of 64, or decode it to a slot",
             )
         place = Layout(n, k)
         words, offsets, stride = side.data.view(torch.int32), side.offsets, 0

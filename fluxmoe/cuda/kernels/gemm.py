@@ -1,8 +1,8 @@
 """The kernel of both projections: a grouped GEMM over sorted token blocks, raw or compressed.
 
-Order of blocks and of summation, rounding and the multiplication by the router's weight are those
-of stock vLLM's ``fused_moe_kernel``, so that equal tiles give equal bits. Only the source of the
-weights differs: raw slots or compressed pages, through the expert table.
+The order of blocks and summation, rounding, and multiplication by the router's weight match stock
+vLLM's ``fused_moe_kernel``, so that equal tiles give equal bits. Only the source of the weights
+differs: raw slots or compressed pages, looked up in the expert table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def grouped_gemm_kernel(
 
     ``table_ptr`` has, per expert, s ≥ 0 for raw slot s, −1 if absent, −2 − p for compressed page
     p. Each variant computes the experts of its own kind and skips the others. Absent ones become
-    NaN, so that a mistake in the books is visible. For COMPRESSED ``w_ptr`` are words, ``flag_ptr``
-    the same memory as bytes, ``offsets_ptr`` the pages' starts in units of 128 bytes.
+    NaN, so that bookkeeping errors are visible. For COMPRESSED, ``w_ptr`` points to words,
+    ``flag_ptr`` to the same memory as bytes, ``offsets_ptr`` to page starts in units of 128 bytes.
     """
     pid = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(size, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -65,7 +65,7 @@ def grouped_gemm_kernel(
         offset = row_tile[:, None] + (words // 8 * 1536 + words % 8)[None, :]
         ptr = page
         header_ptr = page + headers_at // 4 + wrapped
-        # Loaded a step ahead: a branch must not wait for memory.
+        # Loaded one step ahead, because a branch must not wait for memory.
         special = load_flags(flags, segments, 0, tile, N // 64, BLOCK_N, BLOCK_K)
         for step in range(0, steps):
             after = load_flags(flags, segments, step + 1, tile, N // 64, BLOCK_N, BLOCK_K)

@@ -1,4 +1,4 @@
-"""Triton, or an error that says what to install. Kernel modules import it from here."""
+"""Import of Triton for kernel modules, with an error that gives the remedy if it is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compressed pages of one layout in device memory, and their decoding into raw slots."""
+"""Compressed pages of one layout in device memory, and decoding into raw slots."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ class CompressedPages:
     """Compressed matrices of one shape, anywhere in one buffer.
 
     Args:
-        data: 1-D uint8, begins at a multiple of 16; a block of the code per page
-            (docs/concepts/code.md).
+        data: 1-D uint8, 16-byte aligned; one block of the code per page (docs/concepts/code.md).
         offsets: ``[pages]`` int32, start of each block, in units of 128 bytes.
         rows: Number of rows, N.
-        cols: Number of columns, K, a multiple of 64. Pages can be read in place only if N also is.
+        cols: Number of columns, K, a multiple of 64. Reading in place requires the same of N.
     """
 
     data: torch.Tensor
@@ -44,9 +43,9 @@ class CompressedPages:
 def pack_pages(
     blocks: Sequence[Bytes], rows: int, cols: int, device: torch.device | str
 ) -> CompressedPages:
-    """Check blocks of the code, one per page, and concatenate them on a device.
+    """Validate blocks of the code, one per page, and concatenate them on a device.
 
-    Kernels trust their input: a damaged header could make them read anywhere.
+    Kernels trust their input: a damaged header could make them read out of bounds.
 
     Args:
         blocks: Results of ``Fixed4(cols).encode`` for matrices of ``rows × cols``; not empty.
@@ -55,7 +54,7 @@ def pack_pages(
         device: Target device.
 
     Raises:
-        CodecError: A block is damaged, or of a matrix of another shape.
+        CodecError: A block is damaged, or its matrix has another shape.
     """
     sizes = [-(-len(block) // 128) for block in blocks]
     starts = np.cumsum([0, *sizes])
@@ -69,7 +68,7 @@ def pack_pages(
         place[:] = block
         words = place.view(np.uint32)
         if int(checksum(words, 0, len(words) - 2)) != facts.checksum:
-            raise CodecError("the block is damaged: its checksum is wrong")
+            raise CodecError("a block is damaged: checksum mismatch")
     offsets = torch.from_numpy(starts[:-1].astype(np.int32)).to(device)
     return CompressedPages(torch.from_numpy(data).to(device), offsets, rows, cols)
 
@@ -87,11 +86,11 @@ def decode_to_slots(
         source: The compressed pages.
         pages: ``[n]`` int32, page numbers, of which the first ``count`` are decoded.
         slots: ``[n]`` int32, target slot of each.
-        count: ``[1]`` int32 on the device, at most n: nothing waits for the host.
-        target: The arena, with slots of the pages' size.
+        count: ``[1]`` int32 on the device, at most n; avoids synchronising with the host.
+        target: The arena, with slots of the same size as the pages.
 
     Raises:
-        UnsupportedError: The arena's slots have another size or are not dense.
+        UnsupportedError: The arena's slots have a different size or are not dense.
     """
     size = source.rows * source.cols
     weights = target.weights
@@ -113,7 +112,7 @@ def decode_to_slots_kernel(
     words_ptr, bytes_ptr, offsets_ptr, out_ptr, pages_ptr, slots_ptr, count_ptr,
     rows, column_tiles, headers_at, flags_at, pool_at, stride_out,
 ):  # fmt: skip
-    """Decode one tile of one page per program. ``words_ptr``, ``bytes_ptr`` are the same memory."""
+    """Decode one tile of one page per program. ``words_ptr``, ``bytes_ptr``: the same memory."""
     item = tl.program_id(0)
     if item >= tl.load(count_ptr):
         return

@@ -1,11 +1,10 @@
-"""The event rule on the device, and missing pages gathered from host memory.
+"""The event rule on the device, and gathering of missing pages from host memory.
 
 For steps without the host (full CUDA graphs): once per step the host uploads the eviction order of
-the pages, made from any policy's scores; one small kernel per layer then resolves hits, picks
+the pages, made from any policy's scores. One small kernel per layer then resolves hits, chooses
 victims and assigns slots, and another copies the missing pages. It implements points 1–5 of the
-event rule (docs/concepts/event-rule.md) for one bank, without policies' callbacks: the tests
-compare every array with the core's after every event. Releasing (``retain``) and
-prefetching stay on the host.
+event rule (docs/concepts/event-rule.md) for one bank, without policy hooks; tests compare every
+array with the core's after every event. Releasing (``retain``) and prefetching stay on the host.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fluxmoe.cuda.kernels.language import tl, triton
 from fluxmoe.errors import UnsupportedError
 
 _PROTECTED, _UNUSED = tl.constexpr(PROTECTED), tl.constexpr(UNUSED)
-#: Number of pages, when picking victims, or ids, when finding hits, that are processed at once.
+#: Number of pages (choosing victims) or ids (finding hits) processed at once.
 _CHUNK = tl.constexpr(1024)
 #: Indices into ``DeviceBooks.counts``.
 HITS, MISSES, EVICTIONS = range(3)
@@ -30,9 +29,9 @@ HITS, MISSES, EVICTIONS = range(3)
 class DeviceBooks(NamedTuple):
     """The books of a page table on the device, as in ``core.paging.books``. P pages, M slots.
 
-    ``order`` ``[P]``: pages by score. ``missing`` and ``slots`` ``[E]``: pages that the running
-    event loads, and their slots, of which the first ``count`` are valid; ``victims`` ``[E]``: pages
-    that it evicted.
+    ``order`` ``[P]``: pages by score. ``missing`` and ``slots`` ``[E]``: pages loaded by the
+    current event and their slots, of which the first ``count`` are valid. ``victims`` ``[E]``: its
+    victims.
     """
 
     last_use: torch.Tensor  # int64 [P]
@@ -53,13 +52,13 @@ class DeviceBooks(NamedTuple):
 
 
 def upload(books: Books, device: torch.device | str) -> DeviceBooks:
-    """Copy the books to the device, between two events.
+    """Copy the books to the device between two events.
 
     Raises:
         UnsupportedError: More than one bank.
     """
     if len(books.num_slots) != 1:
-        raise UnsupportedError("the event rule on a device supports one bank of slots only")
+        raise UnsupportedError("the event rule on a device supports only one bank of slots")
 
     def put(array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array.copy()).to(device)
@@ -89,16 +88,16 @@ def upload(books: Books, device: torch.device | str) -> DeviceBooks:
 def by_score(scores: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
     """Pages in eviction order: lowest score first, ties by lowest page id (rule, point 4).
 
-    ``scores`` ``[P]`` of any integer or float dtype, no NaN.
+    ``scores`` ``[P]`` has any integer or float dtype and no NaN.
     """
     return np.argsort(scores, kind="stable").astype(np.int32)
 
 
 def resolve_event(books: DeviceBooks, layer: int, ids: torch.Tensor) -> None:
-    """Run one event: hits, victims and slots; afterwards ``slot_of`` has every routed expert.
+    """Run one event: find hits, choose victims and assign slots to every routed expert.
 
     Args:
-        books: Changed in place; ``missing``, ``slots`` and ``count`` give the copies to make.
+        books: Updated in place; ``missing``, ``slots`` and ``count`` give the copies to make.
         layer: MoE layer, from 0.
         ids: ``[tokens, top_k]`` int32 on the device; negative ones are padding.
     """
@@ -141,8 +140,8 @@ def resolve_event_kernel(
     spare = tl.load(num_free).to(tl.int32)
     short = misses - spare
     found = 0
-    tl.debug_barrier()  # the choice of victims reads the values stored above
-    for spared in tl.static_range(2):  # protected pages are evicted only if there are no others
+    tl.debug_barrier()  # choosing victims reads the values stored above
+    for spared in tl.static_range(2):  # protected pages are evicted only if no others are left
         at = 0
         while (found < short) & (at < pages):
             where = at + tl.arange(0, _CHUNK)
@@ -169,7 +168,7 @@ def resolve_event_kernel(
     tl.store(loaded_at + page, tl.zeros_like(expert).to(tl.int64) + now, mask=miss)
     tl.store(missing + rank, page, mask=miss)
     tl.store(slots + rank, given, mask=miss)
-    # Values that all threads read may change only after a barrier: some threads may be late.
+    # Values read by all threads may change only after a barrier: some threads may lag behind.
     tl.store(num_free, (spare + found - misses).to(tl.int64))
     tl.store(event, now)
 
@@ -199,7 +198,10 @@ def gather_pages(
     """
     nbytes = arena[0].numel() * arena.element_size()
     if nbytes % 16 or not arena.is_contiguous():
-        raise UnsupportedError(f"cannot gather slots of {nbytes} bytes", fix="dense, 16 n bytes")
+        raise UnsupportedError(
+            f"cannot gather slots of {nbytes} bytes",
+            fix="use dense slots of a multiple of 16 bytes",
+        )
     gather_pages_kernel[(programs,)](
         addresses, pages, slots, count, arena.view(torch.int32), nbytes // 4, BLOCK=4096
     )
@@ -207,7 +209,7 @@ def gather_pages(
 
 @triton.jit
 def gather_pages_kernel(addresses, pages, slots, count, arena, words, BLOCK: tl.constexpr):
-    """Copy blocks of ``BLOCK`` words, distributed to the programs in turn."""
+    """Copy blocks of ``BLOCK`` words, distributed round-robin over the programs."""
     per_page = tl.cdiv(words, BLOCK)
     for task in range(tl.program_id(0), tl.load(count) * per_page, tl.num_programs(0)):
         item, at = task // per_page, task % per_page * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
-"""Tile sizes of the fused MoE kernel: stock vLLM's, to keep its order of summation.
+"""Tile sizes of the fused MoE kernel: those of stock vLLM, to keep its order of summation.
 
-A sum over K in another number of steps rounds differently, so the tiles are chosen from the inputs
-that stock uses (tokens and experts of the *layer*), never from the number of slots in an arena.
+Summing over K in a different number of steps rounds differently, so tiles are chosen from the same
+inputs as in stock vLLM (tokens and experts of the *layer*), never from the number of slots.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEYS = {
 class Tiles:
     """One launch configuration.
 
-    ``block_m`` rows of tokens by ``block_n`` outputs, summed ``block_k`` inputs at a time;
+    Blocks of ``block_m`` tokens by ``block_n`` outputs, summed over ``block_k`` inputs at a time;
     ``group_m`` neighbouring row blocks share weight tiles in the L2 cache.
     """
 
@@ -40,10 +40,10 @@ class Tiles:
 
 
 def default_tiles(tokens: int, experts: int) -> Tiles:
-    """Stock's tiles for bf16 without a tuned table (vLLM 0.32, ``get_default_config``).
+    """Stock vLLM's tiles for bf16 without a tuned table (0.32, ``get_default_config``).
 
     Args:
-        tokens: Number of tokens in the batch, not multiplied by top-k.
+        tokens: Number of tokens in the batch, before top-k.
         experts: Number of experts of the layer, resident or not.
     """
     if tokens <= 32:
@@ -65,10 +65,10 @@ def default_tiles(tokens: int, experts: int) -> Tiles:
 
 
 def read_table(path: Path) -> dict[int, Tiles]:
-    """Read a tuned table in stock's format: JSON, batch size → tiles.
+    """Read a tuned table in stock vLLM's JSON format, batch size → tiles.
 
     Raises:
-        ConfigError: The file is missing, is not such a table, or lacks a key.
+        ConfigError: The file is missing, is not a valid table, or lacks a key.
     """
     try:
         table = json.loads(path.read_text())
@@ -81,12 +81,12 @@ def read_table(path: Path) -> dict[int, Tiles]:
         raise ConfigError(
             f"not a table of tile sizes: {error!r}",
             where=str(path),
-            fix=f"a JSON object: batch size → an object with {', '.join(_KEYS)}",
+            fix=f"use a JSON object: batch size → object with {', '.join(_KEYS)}",
         ) from error
 
 
 def tiles_for(tokens: int, experts: int, table: Mapping[int, Tiles] | None = None) -> Tiles:
-    """Stock's tiles for a batch: the nearest entry of its tuned table, else the default."""
+    """Stock vLLM's tiles for a batch: the nearest entry of its tuned table, else the default."""
     if table:
         return table[min(table, key=lambda size: abs(size - tokens))]
     return default_tiles(tokens, experts)

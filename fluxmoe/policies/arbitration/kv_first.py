@@ -1,4 +1,4 @@
-"""``kv-first``: requests never wait for memory as long as experts can be streamed instead."""
+"""``kv-first``: requests do not wait for memory as long as experts can be streamed instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class KvFirstOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     headroom: float = Field(default=0.25, ge=0)
-    """KV cache beyond what requests use, as a fraction of it."""
+    """Spare KV cache, as a fraction of what requests use."""
     patience: int = Field(default=200, ge=0)
     """Number of steps without a waiting request after which spare memory returns to the experts."""
 
@@ -38,7 +38,7 @@ class KvFirst(ArbitrationPolicy):
         self._preemptions = view.preemptions
         self._calm = 0 if pressed or needed > kv else self._calm + 1
         if pressed:
-            # Room for the waiting requests, each as large as the average running one.
+            # Room for the waiting requests, assuming the average size of the running ones.
             each = view.kv_used_frames / max(view.running_requests, 1)
             needed += round(each * view.waiting_requests)
         elif needed <= kv and self._calm <= self._patience:

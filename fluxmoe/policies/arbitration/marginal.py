@@ -1,9 +1,9 @@
 """``marginal``: the split with the most expected tokens per second, estimated from measurements.
 
-For each split the policy estimates how many requests could run (from the memory each will need and
-the number waiting), the duration of a step of that many (a line fitted to recent steps), the wait
-for experts (the miss-ratio curve, scaled to the actual misses, times the measured time per page),
-and the time to compute prompts (the part that a prefix cache of that size does not find).
+For each split the policy estimates the number of requests that could run (from the memory each
+needs and the number waiting), the duration of a step with that many (a line fitted to recent
+steps), the wait for experts (the miss-ratio curve, scaled to the actual misses, times the measured
+time per page), and the time to compute prompts (the part not found in a prefix cache of that size).
 It moves memory when the best split promises clearly more than the current one.
 """
 
@@ -19,9 +19,9 @@ from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, 
 
 Floats = npt.NDArray[np.float64]
 
-#: Number of splits that are compared.
+#: Number of splits to compare.
 _POINTS = 33
-#: Prior for the fraction of a step's time that does not depend on the batch.
+#: Prior for the fraction of a step's time that is independent of the batch.
 _FLAT = 0.6
 
 
@@ -31,15 +31,15 @@ class MarginalOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     goal: Literal["throughput", "latency"] = "throughput"
-    """Maximised quantity: tokens per second of all requests, or of each running request."""
+    """Quantity to maximise: tokens per second of all requests, or of each running request."""
     gain: float = Field(default=0.02, ge=0)
-    """Smallest relative improvement that is worth a move."""
+    """Minimum relative improvement that justifies a move."""
     dwell: int = Field(default=64, ge=0)
     """Number of steps before the direction may be reversed, unless requests wait for KV cache."""
     headroom: float = Field(default=0.25, ge=0)
-    """KV cache beyond what requests use, as a fraction of it, while their growth is unknown."""
+    """Spare KV cache, as a fraction of what requests use, while their growth is unknown."""
     interval: int = Field(default=4, ge=1)
-    """Number of steps between comparisons, up to 16 times as many while nothing changes."""
+    """Number of steps between comparisons; up to 16 times as many while nothing changes."""
     window: int = Field(default=32, ge=8)
     """Number of steps to average over."""
 
@@ -47,7 +47,7 @@ class MarginalOptions(BaseModel):
 class Marginal(ArbitrationPolicy):
     """Move memory to the tenant where it yields more tokens per second. FluxMoE's own policy.
 
-    The idea of equalising marginal benefit, with miss-ratio curves (``core.paging.measures``).
+    Equalises marginal benefit, using miss-ratio curves (``core.paging.measures``).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Marginal(ArbitrationPolicy):
         if values[best] <= here * (1 + self._gain):
             if self._wish is None:
                 return Split(view.frames)
-            # Drop the current wish if it no longer pays, or cannot be approached any further.
+            # Drop the requested split if it no longer pays off or cannot be approached any further.
             goal = float(np.interp(self._wish.frames["experts"], experts, values))
             if goal < here * (1 - self._gain) or present == before:
                 self._wish = None
@@ -102,14 +102,14 @@ class Marginal(ArbitrationPolicy):
         return self._wish
 
     def _wish_within(self, view: ArbitrationView) -> Split:
-        """The last decision, if it still fits the budget; else the current split."""
+        """Return the last decision if it still fits the budget, else the current split."""
         wish = self._wish
         if wish is None or sum(wish.frames.values()) > view.total_frames:
             return Split(view.frames)
         return wish
 
     def _candidates(self, view: ArbitrationView) -> Floats:
-        """Candidate numbers of expert frames, from fewest to most, including the current one."""
+        """List candidate numbers of expert frames in ascending order, including the current one."""
         bounds, total = view.bounds, view.total_frames
         used = min(view.kv_used_frames, view.frames["kv"])
         kv = max(bounds["kv"].min, min(round(used * (1 + self._headroom)), view.frames["kv"]))
@@ -122,36 +122,36 @@ class Marginal(ArbitrationPolicy):
 
 
 class StepModel:
-    """Cost model of steps, mostly exponentially weighted averages of observed ones."""
+    """Cost model of steps, mostly from exponentially weighted averages of observed steps."""
 
     def __init__(self, window: int) -> None:
         self._keep = 1 - 1 / window
-        # Sums over decode steps: weights, x, y, xx, xy of requests x and seconds y. A row per power
-        # of two of requests decays only when it gets new data: the cost of large batches stays
-        # known through a long quiet period, until the next burst.
+        # Sums over decode steps: weights, x, y, xx, xy of requests x and seconds y. The row of each
+        # power of two of requests decays only when it gets new data, so that the cost of large
+        # batches remains known through a long quiet period.
         self._sums = [[0.0] * 5 for _ in range(16)]
-        # Prompts come in bursts: the first one says nothing about their average rate.
+        # Prompts come in bursts: the first one does not indicate their average rate.
         self._averages = {"prompt": 0.0}
-        #: Prompt tokens computed besides decode steps, and their seconds.
+        #: Prompt tokens computed in addition to decode steps, and their time in seconds.
         self._prefill = [0.0, 0.0]
         self._asked = 0
 
     @property
     def ready(self) -> bool:
-        """True once a few steps were observed."""
+        """True once a few steps have been observed."""
         return sum(row[0] for row in self._sums) > 4
 
     def observe(self, view: ArbitrationView) -> None:
         """Update the model with the last steps and the number of requests in the next."""
-        # The demand rises immediately and decays slowly: a burst must not wait, and after one wave
-        # of requests the next may follow.
+        # The demand rises immediately and decays slowly: a burst must not wait, and another one may
+        # follow.
         demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
         self._average("demand", demand, steps=len(view.steps))
         self._averages["demand"] = max(self._averages["demand"], demand)
         steps = [step for step in view.steps if step.tokens and step.requests]
         if not steps:
             return
-        # Whole answers lie between one prompt and the next.
+        # There are entire answers between one prompt and the next.
         asked, self._asked = view.prefixes.asked - self._asked, view.prefixes.asked
         self._average("prompt", asked / len(steps), steps=len(steps) / 8)
         known, have = view.experts.curve.size, view.frames["experts"]
@@ -186,10 +186,10 @@ class StepModel:
         self._averages[name] = value + (old - value) * self._keep**steps
 
     def line(self) -> tuple[float, float]:
-        """Seconds of a decode step: fixed part, and per request."""
+        """Duration of a decode step in seconds: fixed part and part per request."""
         n, x, y, xx, xy = (sum(column, 0.0) for column in zip(*self._sums, strict=True))
         x, y = x / n, y / n
-        # A weak prior of the usual shape: a constant batch alone would not determine the slope.
+        # A weak prior of the usual shape, because a constant batch does not determine the slope.
         weight = 0.02 * n
         spread = xx / n - x * x + weight / n * x * x
         slope = (xy / n - x * y + weight / n * x * (y - _FLAT * y)) / spread if spread else 0.0
@@ -199,7 +199,7 @@ class StepModel:
     def prompt_token(self) -> float:
         """Seconds per prompt token."""
         tokens, seconds = self._prefill
-        # Computed many at once, so assumed cheaper than decoded tokens until measured.
+        # Computed in batches, so assumed cheaper than decoded tokens until measured.
         return seconds / tokens if tokens else self.line()[1] / 2
 
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
@@ -209,7 +209,7 @@ class StepModel:
         batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
         flat, slope = self.line()
         loading = self._misses(view, experts, batch) * view.experts.load_seconds
-        # Prompt tokens that the prefix cache does not find.
+        # Prompt tokens not found in the prefix cache.
         prompts = batch * self._averages["prompt"] / max(self._averages["answer"], 1.0)
         found = view.prefixes.hit_ratio(np.maximum(kv - batch * each, 0.0))
         computed = prompts * (1 - found) * self.prompt_token()
@@ -222,17 +222,17 @@ class StepModel:
         each = view.kv_used_frames / max(view.running_requests, 1)
         if view.request_frames:
             return max(each, view.request_frames)
-        # A full KV cache holds requests of all ages; otherwise the running ones will grow.
+        # A full KV cache holds requests of all ages; otherwise the running ones are going to grow.
         full = view.waiting_requests and view.running_requests < view.max_running_requests
         return max(each, 1e-9) * (1.0 if full else 1 + headroom)
 
     def _misses(self, view: ArbitrationView, experts: Floats, batch: Floats) -> Floats:
-        """Pages missed per step: the curve, scaled to the eviction policy's actual misses."""
+        """Expected misses per step: the curve, scaled to the eviction policy's actual misses."""
         demand, seen = view.experts, self._averages
         pages = max(demand.pages, 1)
         expected = seen.get("expected", 0.0)
         scale = seen["misses"] / expected if expected > 1 else 1.0
-        # More requests use more experts: each is assumed to use some of them independently.
+        # More requests use more experts, which each is assumed to choose independently.
         share = min(seen["accesses"] / pages, 0.999)
         used = pages * (1 - (1 - share) ** (batch / max(seen["running"], 1.0)))
         ratio = demand.miss_ratio(experts)
@@ -240,7 +240,7 @@ class StepModel:
         return misses
 
     def words(self, view: ArbitrationView, headroom: float, here: float, there: float) -> str:
-        """The numbers behind a decision."""
+        """Describe the numbers behind a decision."""
         flat, slope = self.line()
         misses = self._averages.get("misses", 0.0)
         return (

@@ -16,11 +16,11 @@ class RhoOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     low: float = Field(default=0.9, gt=0)
-    """Lower threshold of ρ; below it loading is the bottleneck, and experts get memory."""
+    """Lower threshold of ρ; below it, loading is the bottleneck and experts get memory."""
     high: float = Field(default=1.0, gt=0)
-    """Upper threshold of ρ; above it loading is hidden by compute, and the KV cache gets memory."""
+    """Upper threshold of ρ; above it, compute hides loading and the KV cache gets memory."""
     share: float = Field(default=1 / 32, gt=0, le=1)
-    """Fraction of the budget that moves at once."""
+    """Fraction of the budget to move at once."""
     window: int = Field(default=8, ge=1)
     """Number of steps to average over."""
 
@@ -61,7 +61,7 @@ class Rho(ArbitrationPolicy):
             experts += amount
         else:
             return Split(frames)
-        # KV cache in use always wins.
+        # KV cache in use always takes precedence.
         experts = min(experts, total - view.kv_used_frames, view.bounds["experts"].max)
         experts = max(experts, view.bounds["experts"].min)
         return Split(

@@ -1,4 +1,4 @@
-"""``immediate``: pages are released as soon as their layer has run.
+"""``immediate``: release pages as soon as their layer has run.
 
 Source: the FluxMoE paper, arXiv 2604.02715.
 """
@@ -17,7 +17,7 @@ class Immediate(EvictionPolicy):
     stable_score = True
 
     def score(self, view: PageView, pages: Int64s) -> Int64s:
-        return view.last_use[pages]  # only prefetched pages can still be candidates
+        return view.last_use[pages]  # only prefetched pages can be candidates
 
     def retain(self, view: PageView, access: Access) -> Bools:
         return np.zeros(len(access.pages), np.bool_)

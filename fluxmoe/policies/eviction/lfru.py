@@ -1,11 +1,10 @@
-"""``lfru``: frequency and recency combined, for routing whose favourite experts change.
+"""``lfru``: frequency and recency combined, for routing whose popular experts change.
 
 FluxMoE's own variant of ``next-use``. A page's expected wait is estimated from its frequency.
-Frequencies cover the whole run, so a page that was popular long ago would be kept for long.
-Therefore each turn of its layer that has passed since its last use adds ``recency`` turns to the
-wait. Turns are counted, not events: by events the layer that has just run would look freshest,
-although it is the last to come round again, which is where lru, and lfu with a bonus for age, fail
-on scans.
+Frequencies cover the whole run, so a page that was popular long ago would be kept for too long.
+Therefore each turn of its layer since its last use adds ``recency`` turns to the wait. Turns are
+counted rather than events: counting events would favour the layer that has just run, although it is
+the last one to run again, which is why lru, and lfu with aging, fail on scans.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class LfruOptions(BaseModel):
 
 
 class LeastFrequentlyRecentlyUsed(EvictionPolicy):
-    """Evict the page with the longest expected wait, by its frequency and time since last use."""
+    """Evict the page with the longest expected wait, by frequency and time since last use."""
 
     def __init__(self, recency: float = 0.3) -> None:
         self._recency = recency
@@ -41,13 +40,12 @@ class LeastFrequentlyRecentlyUsed(EvictionPolicy):
             last_use: int, use_count: int, loaded_at: int, event: int, page: int,
             distance: int, layer: int, num_layers: int,
         ) -> float:  # fmt: skip
-            # Integer divisions in floating point: exact far beyond any event number, and
-            # vectorisable.
+            # Integer division in floating point: exact for any event number, and vectorisable.
             rounds = np.floor(event / num_layers)
             turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
-            # Also an exact quotient: half an event exceeds the rounding error.
+            # Also exact: half an event exceeds the rounding error.
             missed = np.floor((event - last_use + 0.5) * (1.0 / num_layers))
-            # One over the probability. The prior, one use in two turns, fades with more turns.
+            # Reciprocal of the probability. The prior, one use in two turns, fades with more turns.
             tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
             return -float(distance + (tries - 1.0 + recency * missed) * num_layers)
 

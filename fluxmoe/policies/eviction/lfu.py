@@ -6,7 +6,7 @@ from fluxmoe.core.policy.paging import EvictionPolicy
 
 
 class LeastFrequentlyUsed(EvictionPolicy):
-    """Evict the page used in the fewest events (classic LFU); counts survive eviction."""
+    """Evict the page used in the fewest events (classic LFU); counts are kept after eviction."""
 
     stable_score = True
 

@@ -1,6 +1,6 @@
 """``lru``: least recently used. A classic policy.
 
-Worst case: every layer uses all its experts, so each step is one scan.
+Worst case: every layer uses all its experts, so that each step is a scan.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from fluxmoe.core.policy.paging import EvictionPolicy
 
 
 class LeastRecentlyUsed(EvictionPolicy):
-    """Evict the page that was used longest ago (classic LRU)."""
+    """Evict the least recently used page (classic LRU)."""
 
     stable_score = True
 

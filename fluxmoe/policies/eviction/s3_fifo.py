@@ -1,10 +1,9 @@
 """``s3-fifo``: S3-FIFO, three queues instead of a score.
 
-Pages enter a small queue. One that is used again while it waits there moves to the main queue when
-it reaches the head; the others leave, so that pages used once do not displace the rest. Pages that
-left recently are remembered by number only (ghosts), and enter the main queue directly if they
-return. Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache eviction",
-SOSP 2023.
+Pages enter a small queue. One that is used again while in it moves to the main queue on reaching
+the head; the others are evicted, so that pages used only once do not displace the rest. Recently
+evicted pages are remembered by number (ghosts) and enter the main queue directly when loaded again.
+Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache eviction", SOSP 2023.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class S3Fifo(EvictionPolicy):
         self.reset()
 
     def reset(self) -> None:
-        # Dictionaries keep insertion order: the first key is the head. The values of the queues are
-        # the numbers of uses since the page entered.
+        # Dictionaries keep insertion order: the first key is the head. Values are the numbers of
+        # uses since the page entered.
         self._small: dict[int, int] = {}
         self._main: dict[int, int] = {}
         self._ghosts: dict[int, None] = {}

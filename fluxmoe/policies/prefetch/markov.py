@@ -1,9 +1,9 @@
 """``markov``: first-order transitions between the experts of two layers, counted at run time.
 
-A Markov predictor of FluxMoE's own: the experts of one layer predict those of a later layer,
-because a token's path leads through both. The counts are the whole state: layers × experts² numbers
-of four bytes, whatever the length of the run. Routing changes, so a row whose total has reached a
-limit is halved, and old observations fade.
+FluxMoE's own Markov predictor: the experts of one layer predict those of a later layer, because
+tokens pass through both. Its only state is the counts, layers × experts² numbers of four bytes. To
+follow changes in routing, a row whose total reaches a limit is halved, so that old observations
+fade.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fluxmoe.core.policy.paging import PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Int64s
 
-#: Uses of an expert after which its counts are halved.
+#: Number of uses of an expert after which its counts are halved.
 _LIMIT = 1024
 
 
@@ -32,7 +32,7 @@ class MarkovOptions(BaseModel):
 
 
 class Markov(PrefetchPolicy):
-    """Fetch the experts that most often followed the running event's experts."""
+    """Fetch the experts that most often followed the current event's experts."""
 
     def __init__(self, top: int | None = None, lead: int = 1) -> None:
         self.lead, self._top = lead, top
@@ -46,7 +46,7 @@ class Markov(PrefetchPolicy):
 
     def propose(self, view: PageView, access: Access) -> Int64s:
         if self.lead % view.num_layers == 0:
-            return access.pages[:0]  # the layer ahead is the running one
+            return access.pages[:0]  # the layer ahead is the current one
         if self._seen is None or self._followed is None:
             experts = view.experts_per_layer
             self._seen = np.zeros((view.num_layers, experts), np.float32)
@@ -80,7 +80,7 @@ class Markov(PrefetchPolicy):
         access: Access,
         experts: Int64s,
     ) -> Int64s:
-        """Pages by the running experts' transition shares, weighted by tokens, highest first."""
+        """Pages by the current experts' transition shares, weighted by tokens, highest first."""
         known = experts[seen[access.layer, experts] > 0]
         weight = access.tokens[seen[access.layer, experts] > 0] / seen[access.layer, known]
         expected = weight.astype(np.float32) @ followed[access.layer, known]

@@ -1,4 +1,4 @@
-"""``next-layer``: whole layers ahead, as in the FluxMoE paper (arXiv 2604.02715).
+"""``next-layer``: fetches whole layers ahead, as in the FluxMoE paper (arXiv 2604.02715).
 
 Effective if a layer uses most of its experts, wasteful otherwise.
 """

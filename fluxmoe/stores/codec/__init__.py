@@ -14,17 +14,17 @@ class NoCodec(Codec):
     """Keeps pages unchanged."""
 
     def encode(self, raw: Bytes) -> Bytes:
-        """Return nothing, so that ``raw`` itself is kept."""
+        """Return an empty array, so that ``raw`` itself is kept."""
         return np.empty(0, np.uint8)
 
     def decode(self, coded: Bytes, out: Bytes) -> None:
-        """Raise, as there is nothing to decode."""
+        """Raise CodecError: there is nothing to decode."""
         raise CodecError(f"the codec none cannot decode {len(coded)} bytes")
 
 
 def make_fixed4() -> Codec:
     """Fixed-width code for bf16 exponents: 0.77 of the size, decodes as fast as a copy."""
-    from fluxmoe.stores.codec.fixed4 import Fixed4  # numba and LLVM take half a second
+    from fluxmoe.stores.codec.fixed4 import Fixed4  # importing numba and LLVM takes half a second
 
     return Fixed4()
 
@@ -32,7 +32,7 @@ def make_fixed4() -> Codec:
 @hookimpl
 def fluxmoe_register_codecs(register: Register) -> None:
     """Register the built-in codecs."""
-    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # needs pydantic; Codec does not
+    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # imports pydantic; Codec does not
 
     register("none", NoCodec)
     register("fixed4", make_fixed4)

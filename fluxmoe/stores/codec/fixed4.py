@@ -1,6 +1,6 @@
-"""``fixed4``: lossless bf16 in three quarters of its size, one format for CPU and GPU.
+"""``fixed4``: lossless bf16 in three quarters of the size, one format for CPU and GPU.
 
-docs/concepts/code.md defines the format byte by byte; sections and fields have the same names here.
+docs/concepts/code.md defines the format byte by byte, with the same names of sections and fields.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec import kernel
 from fluxmoe.stores.codec.base import Codec
 
-# The end of a block: magic, version, rows, cols, raw segments, bytes of tail, escapes,
-# zero-coded segments, bytes of the block, checksum.
+# The trailer of a block: magic, version, rows, cols, raw segments, tail bytes, escapes,
+# zero-coded segments, block bytes, checksum.
 _TRAILER = struct.Struct("<4sHxx6IQ16xQ")
 _MAGIC, _VERSION = struct.pack("<I", kernel.MAGIC), kernel.VERSION
 
 # From this size in bytes, decoded weights bypass the caches: an event's other experts would evict
-# them before a kernel reads them, and writing past the caches is faster.
+# them before a kernel reads them, and non-temporal stores are faster.
 _PAST_CACHES = 1 << 18
 _LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets of the sections of a block, in bytes.
+    """Offsets of a block's sections, in bytes.
 
     Attributes:
         rows, cols: Shape of the matrix.
         raw: Number of raw segments.
-        tail: Bytes of the tail.
+        tail: Bytes in the tail.
     """
 
     rows: int
@@ -84,7 +84,7 @@ class Facts:
 
     @property
     def segments(self) -> int:
-        """Number of segments of the whole block."""
+        """Number of segments in the block."""
         return self.layout.rows * self.layout.segments
 
 
@@ -93,7 +93,7 @@ class Fixed4(Codec):
 
     Args:
         cols: Number of columns of the matrix that a part is interpreted as, a multiple of 64. 128
-            fits all; the weight's own number lets a GPU kernel read the block in place.
+            always works; the weight's own number lets a GPU kernel read the block in place.
 
     Raises:
         CodecError: ``cols`` is not a positive multiple of 64.
@@ -105,7 +105,7 @@ class Fixed4(Codec):
         self._cols = cols
 
     def encode(self, raw: Bytes) -> Bytes:
-        """Encode ``raw``, uint8 of any length, as a block; empty if that would not be shorter."""
+        """Encode ``raw``, uint8 of any length, as a block; empty if it would not be shorter."""
         rows = len(raw) // 2 // self._cols
         weights = rows * self._cols
         tail = len(raw) - 2 * weights
@@ -114,7 +114,7 @@ class Fixed4(Codec):
         if room < 0 or not rows:
             return np.empty(0, np.uint8)
         block = np.empty(len(raw) // 16 * 16, np.uint8)
-        block[least.headers : least.pool] = 0  # for the padding between the sections
+        block[least.headers : least.pool] = 0  # clears the padding between sections
         found = np.zeros(2, np.int64)
         segments = kernel.encode(
             _as(np.uint16, raw[: 2 * weights]),
@@ -143,13 +143,13 @@ class Fixed4(Codec):
         return block
 
     def decode(self, coded: Bytes, out: Bytes) -> None:
-        """Decode a block of ``encode`` with any ``cols`` to the uint8 array ``out``.
+        """Decode a block, encoded with any ``cols``, to the uint8 array ``out``.
 
         Raises:
-            CodecError: The block is damaged, or of another size than ``out``.
+            CodecError: The block is damaged or its data does not have the size of ``out``.
         """
         if len(coded) < _TRAILER.size or len(coded) % 16:
-            raise CodecError(f"{len(coded)} bytes are no block")
+            raise CodecError(f"{len(coded)} bytes are too short for a block")
         target = out[: len(out) // 2 * 2].view(np.uint16)
         weights = target if target.flags.aligned else np.empty_like(target)
         past_caches = target.nbytes >= _PAST_CACHES and weights.ctypes.data % _LINE == 0
@@ -164,7 +164,7 @@ class Fixed4(Codec):
 
 
 def _problem(result: int, coded: Bytes, wanted: int) -> CodecError:
-    """The error for a block that ``kernel.decode`` refused."""
+    """Make the error for a block that ``kernel.decode`` rejected."""
     if result == kernel.NO_POOL_ROW:
         return CodecError("the block is damaged: a header names a missing raw segment")
     if result == kernel.WRONG_SUM:
@@ -176,24 +176,24 @@ def _problem(result: int, coded: Bytes, wanted: int) -> CodecError:
 
 
 def inspect(block: Bytes) -> Facts:
-    """Read a block's trailer. Its sections are not read.
+    """Read a block's trailer, but none of its sections.
 
     Raises:
         CodecError: The block is not a complete block of this format.
     """
     size = len(block)
     if size < _TRAILER.size or size % 16:
-        raise CodecError(f"{size} bytes are no block")
+        raise CodecError(f"{size} bytes are too short for a block")
     magic, version, rows, cols, raw, tail, escapes, zero_coded, nbytes, total = (
         _TRAILER.unpack_from(block.data, size - _TRAILER.size)
     )
     if magic != _MAGIC:
-        raise CodecError("not a fixed4 block, or its end is damaged")
+        raise CodecError("not a fixed4 block, or its trailer is damaged")
     if version != _VERSION:
-        raise CodecError(f"the block has version {version}, supported is {_VERSION}")
+        raise CodecError(f"the block has version {version}; supported: {_VERSION}")
     layout = Layout(rows, cols, raw, tail)
     if not cols or cols % 64 or nbytes != size or layout.nbytes != size:
-        raise CodecError(f"the block's trailer is damaged: it does not fit {size} bytes")
+        raise CodecError(f"the block's trailer is damaged: it does not match {size} bytes")
     return Facts(layout, escapes, zero_coded, total)
 
 
@@ -202,6 +202,6 @@ def _whole(nbytes: int) -> int:
 
 
 def _as(dtype: type[np.generic], array: Bytes) -> npt.NDArray[Any]:
-    """``array`` as numbers; a copy if it is not aligned for numba."""
+    """View ``array`` as ``dtype``; copy it if it is not aligned for numba."""
     numbers = array.view(dtype)
     return numbers if numbers.flags.aligned else array.copy().view(dtype)

@@ -1,10 +1,10 @@
-"""The steps of the fixed4 code that work on 64 weights at once, as LLVM vectors.
+"""Steps of the fixed4 code that process 64 weights at once, as LLVM vectors.
 
-Numba cannot vectorise these loops, because a step distributes the bytes of its weights to three
-places. So these few steps are given to LLVM as vectors, which it maps to the processor's
-instructions: with AVX-512 VBMI a step is about 15 instructions.
+Numba cannot vectorise these loops because each step distributes the bytes of its weights to three
+places. So these few steps are written as LLVM vectors, which LLVM maps to the processor's
+instructions: about 15 per step with AVX-512 VBMI.
 
-Inside a step the weights of 64 columns are in the order of the tile's words: byte ``i`` of a vector
+Within a step the weights of 64 columns are in the order of the tile's words: byte ``i`` of a vector
 is byte ``i`` of the eight words of plane A, followed by those of plane B (docs/concepts/code.md).
 """
 
@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 COLUMNS = (0, 2, 1, 3)
 
 _i1, _i8, _i16, _i32, _i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-_SIDES = 8  # words in plane A, and in plane B
+_SIDES = 8  # words in plane A and in plane B
 
 #: Byte of a vector → column among the 64.
 _COLUMN = [8 * (i % 32 // 4) + 4 * (i // 32) + COLUMNS[i % 4] for i in range(64)]
@@ -112,7 +112,7 @@ def _decoder(*, zero: bool, past_caches: bool) -> Any:
 decode_plain = _decoder(zero=False, past_caches=False)
 #: The same under the zero code.
 decode_zero = _decoder(zero=True, past_caches=False)
-#: As ``decode_plain``, but writes past the caches, without fetching lines into them first.
+#: As ``decode_plain``, but bypasses the caches, without first fetching lines into them.
 #: ``out[at:]`` must be aligned to 64 bytes; end with ``fence``.
 decode_past_caches = _decoder(zero=False, past_caches=True)
 
@@ -141,7 +141,7 @@ def decode_raw(
 
 
 def _bytes_of(b: ir.IRBuilder, pointer: ir.Value, which: int) -> ir.Value:
-    """The low (0) or high (1) bytes of 64 weights, in the order of the tile."""
+    """Low (0) or high (1) bytes of 64 weights, in tile order."""
     halves = [
         _load(b, b.gep(pointer, [ir.Constant(_i64, i)]), ir.VectorType(_i8, 64)) for i in (0, 32)
     ]
@@ -154,7 +154,7 @@ def _exponents(b: ir.IRBuilder, high: ir.Value) -> ir.Value:
 
 @intrinsic
 def highest(typing: Any, weights: Any, at: Any) -> Any:
-    """``(weights, at)``: the highest ``h`` of the 64 weights ``weights[at:]``, uint16."""
+    """``(weights, at)``: the highest ``h`` of the 64 uint16 weights ``weights[at:]``."""
     signature = types.uint8(weights, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -189,7 +189,7 @@ def _encoder(*, zero: bool) -> Any:
                 lost = b.or_(outside, b.icmp_unsigned("==", offset, nothing))
                 outside = b.and_(lost, b.not_(is_zero))
                 offset = b.select(is_zero, nothing, offset)
-            whole = ir.VectorType(_i32, 16)  # processors do not shift bytes
+            whole = ir.VectorType(_i32, 16)  # processors have no byte shifts
             sign = b.lshr(b.bitcast(high, whole), _vector(_i32, [4] * 16))
             nibble = b.or_(
                 b.and_(b.bitcast(offset, whole), _vector(_i32, [0x07070707] * 16)),
@@ -208,7 +208,7 @@ def _encoder(*, zero: bool) -> Any:
     return intrinsic(step)
 
 
-#: ``(weights, at, base, words, a, b, nibbles)``: encode the 64 weights ``weights[at:]``, uint16, to
+#: ``(weights, at, base, words, a, b, nibbles)``: encode the 64 uint16 weights ``weights[at:]`` to
 #: the words at ``a``, ``b`` and ``nibbles``. Returns the mask of those out of range of
 #: ``base``: bit ``i`` for byte ``i`` of plane A, bit ``32 + i`` for byte ``i`` of plane B.
 encode_plain = _encoder(zero=False)
@@ -235,7 +235,7 @@ def high_bytes(typing: Any, weights: Any, at: Any, words: Any, a: Any, b: Any) -
 
 @intrinsic
 def lowest_bit(typing: Any, mask: Any) -> Any:
-    """``(mask)``: the index of the lowest set bit of a non-zero uint64."""
+    """``(mask)``: the index of the lowest set bit of a nonzero uint64."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return b.cttz(args[0], ir.Constant(_i1, 1))
@@ -261,7 +261,7 @@ def prefetch(typing: Any, words: Any, at: Any) -> Any:
 
 @intrinsic
 def fence(typing: Any) -> Any:
-    """Make writes past the caches visible to other threads."""
+    """Make writes that bypass the caches visible to other threads."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         b.fence("seq_cst")

@@ -1,7 +1,7 @@
 """``zipnn``: the entropy coder of the package ``zipnn``, for rarely needed pages.
 
-Smaller than ``fixed4`` and much slower. Its decoder is C code that does not validate its input, so
-a block here begins with 16 bytes: length of the rest (u64), its CRC-32 (u32), 0.
+Smaller than ``fixed4`` but much slower. Its decoder is C code that does not validate its input, so
+a block here starts with 16 bytes: length of the rest (u64), its CRC-32 (u32), 0.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class ZipNNOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the weights; data of another type is coded too, but hardly compressed."""
+    """Type of the weights; data of other types is coded too, but hardly compressed."""
 
 
 class ZipNN(Codec):
-    """Huffman code of the exponents: 0.67 of the size, a quarter of a copy's speed.
+    """Huffman code of the exponents: 0.67 of the size, a quarter of the speed of a copy.
 
     Args:
         dtype: Type of the weights.
@@ -46,7 +46,7 @@ class ZipNN(Codec):
             raise MissingDependencyError(
                 f"the codec zipnn needs the package zipnn: {error}",
                 where="codec",
-                fix="pip install 'fluxmoe[zipnn]', or use the codec fixed4",
+                fix="pip install 'fluxmoe[zipnn]' or use the codec fixed4",
             ) from error
         self._package, self._dtype = zipnn, dtype
 
@@ -54,27 +54,27 @@ class ZipNN(Codec):
         """Encode ``raw`` as a block; empty if ``raw`` is empty."""
         if not len(raw):
             return np.empty(0, np.uint8)
-        coded = self._coder().compress(bytearray(raw))  # a copy, as zipnn writes to its input
+        coded = self._coder().compress(bytearray(raw))  # a copy, because zipnn modifies its input
         head = _HEAD.pack(len(coded), zlib.crc32(coded))
         return np.frombuffer(head + coded, np.uint8)
 
     def decode(self, coded: Bytes, out: Bytes) -> None:
-        """Decode a block of ``encode``.
+        """Decode a block made by ``encode``.
 
         Raises:
-            CodecError: The block is damaged, or of another size than ``out``.
+            CodecError: The block is damaged or its data does not have the size of ``out``.
         """
         if len(coded) < _HEAD.size:
-            raise CodecError(f"{len(coded)} bytes are no block")
+            raise CodecError(f"{len(coded)} bytes are too short for a block")
         length, checksum = _HEAD.unpack_from(coded.data)
         rest = coded[_HEAD.size :]
         if coded[12 : _HEAD.size].any() or length != len(rest) or checksum != zlib.crc32(rest.data):
-            raise CodecError("the block is damaged: its length or its checksum is wrong")
+            raise CodecError("the block is damaged: wrong length or checksum")
         raw = self._coder().decompress(rest.tobytes())
         if len(raw) != len(out):
             raise CodecError(f"the block holds {len(raw)} bytes, not {len(out)}")
         out[:] = np.frombuffer(raw, np.uint8)
 
     def _coder(self) -> Any:
-        # A new one each time: it keeps state per array, so threads must not share one.
+        # A new one for each call: coders keep state per array, so threads must not share one.
         return self._package.ZipNN(input_format="byte", bytearray_dtype=self._dtype)

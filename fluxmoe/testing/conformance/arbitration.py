@@ -39,13 +39,13 @@ def check_arbitration_policy(factory: Factory) -> None:
         factory: The policy's class, or a function that makes a new policy each time.
 
     Raises:
-        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
+        ConformanceError: A rule is broken; the message gives the rule, the call and the remedy.
     """
-    raise_broken("an arbitration policy does not conform", findings(factory))
+    raise_broken("an arbitration policy does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """The result of every rule."""
+    """Test every rule and return the results."""
     return try_rules(
         RULES, Tried(factory, ArbitrationPolicy, PolicyRun, DAYS, "frames for KV", "step")
     )
@@ -57,9 +57,9 @@ class Day:
 
     Attributes:
         name: Name for messages.
-        total: Number of frames of the budget.
+        total: Number of frames in the budget.
         experts, kv: Bounds in frames; both start with ``target``.
-        steps: The engine's view per step; frames and bounds are filled in.
+        steps: The engine's view in each step; frames and bounds are filled in.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Day:
 
 
 def _steps(total: int, count: int = 240) -> Iterator[ArbitrationView]:
-    """Views: nothing measured, one request, a queue, preemptions, prefixes only, idle again."""
+    """Yield views: nothing measured, one request, queue, preemptions, only prefixes, idle again."""
     rng = np.random.default_rng(7)
     demand = ExpertDemand(frames=total / 100, pages=80)
     preemptions = hits = 0
@@ -127,7 +127,7 @@ DAYS: tuple[Day, ...] = (
 
 
 class PolicyRun:
-    """A running day. A policy's split is approached in small moves, as in the engine."""
+    """A day in progress. A policy's split is approached in small moves, as in the engine."""
 
     def __init__(self, day: Day, policy: ArbitrationPolicy) -> None:
         self._day, self._policy = day, policy
@@ -136,7 +136,7 @@ class PolicyRun:
         self._at, self._frames = 0, (day.experts.target, day.kv.target)
 
     def run(self, share: float = 1.0) -> npt.NDArray[np.int32]:
-        """Run up to ``share`` of the day; return the frames wanted for the KV cache, per step."""
+        """Run up to ``share`` of the day; return the requested KV cache frames per step."""
         day, end = self._day, round(share * len(self._day.steps))
         for step in range(self._at, end):
             experts, kv = self._frames
@@ -153,7 +153,7 @@ class PolicyRun:
         return self._wanted
 
     def _moved(self, split: Split, used: int) -> Frames:
-        """The frames after a move of at most a sixteenth of the budget, within the bounds."""
+        """Frames after a move of at most a sixteenth of the budget, within the bounds."""
         day, (experts, kv) = self._day, self._frames
         most = max(1, day.total // 16)
         floor = max(day.kv.min, min(used, kv))
@@ -163,7 +163,7 @@ class PolicyRun:
         return max(experts + min(max(room - experts, -most), most), day.experts.min), kv
 
     def restart(self) -> None:
-        """Start at the first step again, after ``reset()``."""
+        """Restart at the first step, after ``reset()``."""
         self.guard.auditor.contain("reset")
         self._wanted = np.zeros_like(self._wanted)
         self._at, self._frames = 0, (self._day.experts.target, self._day.kv.target)
@@ -196,7 +196,7 @@ def _answers(tried: Tried[ArbitrationPolicy, Day, PolicyRun]) -> str | None:
 
 
 RULES: list[Rule[Tried[ArbitrationPolicy, Day, PolicyRun]]] = [
-    *first_rules("arbitration", _declares, _answers, "whatever the engine does"),
-    *same_again("the same day leads to the same wishes"),
+    *first_rules("arbitration", _declares, _answers, "in every state of the engine"),
+    *same_again("the same day leads to the same splits"),
     FAST,
 ]

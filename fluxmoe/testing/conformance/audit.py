@@ -1,7 +1,7 @@
 """Audited guards: the host's guards, with every call checked against the contract.
 
-A guard makes each call of its policy through one ``PolicyCaller``. An ``Auditor`` in its place
-compares the state before and after, repeats calls that must be pure, and tolerates no fault.
+A guard makes all calls of its policy through a ``PolicyCaller``. An ``Auditor`` in its place
+compares the state before and after, repeats calls that must be pure, and tolerates no faults.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy.typing as npt
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.answers import InvalidAnswer
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView
-from fluxmoe.core.policy.faults import PolicyCaller
+from fluxmoe.core.policy.faults import PolicyCaller, suggestion
 from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import DEFAULT_LIMITS, HardLimitExceeded
 from fluxmoe.core.types import Access, Int64s
+from fluxmoe.errors import join
 from fluxmoe.testing.conformance.report import Broken
 from fluxmoe.words import line, raised
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"
     "[pages]; ±inf is allowed, NaN is not",
-    "score_kernel": "return a float for any page, also one that was never used (last_use -1, "
+    "score_kernel": "return a float for any page, including ones never used (last_use -1, "
     "use_count 0)",
     "select": "return n different pages out of `pages`, as integers",
     "retain": "return one bool per page of access.pages",
@@ -39,22 +40,22 @@ _MEND = {
     "split": "return fluxmoe.Split with whole, non-negative frames for each tenant of view.frames, "
     "together at most view.total_frames; Split(view.frames) changes nothing",
 }
-#: Number of calls whose fastest tells about the method rather than the machine.
+#: Number of calls whose fastest one reflects the method rather than the machine.
 _ENOUGH = 10
 _KEEP_OFF = "the view belongs to the host: write only to arrays made by the policy"
 
 
 class Auditor(PolicyCaller):
-    """Makes the calls of one policy and notes their problems.
+    """Makes the calls of one policy and records their problems.
 
     Args:
         policy: The policy.
-        kind, view: The policy's; arbitration has no lasting view.
+        kind, view: Kind and view of the policy; arbitration has no permanent view.
         where: The replayed scene, for messages.
 
     Attributes:
-        wrote: The first call that changed what it was shown.
-        impure: The first call that gave another answer when repeated.
+        wrote: The first call that modified its input.
+        impure: The first call that returned a different answer when repeated.
         fastest: Method → seconds of its fastest call.
         calls: Method → number of calls.
     """
@@ -76,13 +77,13 @@ class Auditor(PolicyCaller):
             raise Broken(
                 f"it took more than {self.limits.hard_s:g} s and was interrupted",
                 call=call,
-                mend="the engine waits for every call; 5 ms is slow",
+                mend="make it faster: the engine waits for every call, and 5 ms is slow",
             ) from None
         except KeyboardInterrupt:
             raise
         except InvalidAnswer as refused:
             raise Broken(f"it {refused}", call=call, mend=_MEND.get(method, "")) from None
-        except BaseException as error:  # an exit, too
+        except BaseException as error:  # including SystemExit
             raise Broken(
                 f"it raised {raised(error)}", call=call, mend=_mend(error, method)
             ) from error
@@ -113,14 +114,14 @@ class Auditor(PolicyCaller):
     ) -> None:
         if first.shape == second.shape and np.array_equal(first, second, equal_nan=_floats(first)):
             return
-        found = "called twice in the same state, it gave two answers"
+        found = "called twice in the same state, it returned different answers"
         if first.shape == second.shape and first.shape == args[1].shape:
             at = int(np.flatnonzero(first != second)[0])
             found += f": page {args[1][at]} got {first[at]}, then {second[at]}"
         self.impure = Broken(
             found,
             call=self._called(method),
-            mend="compute from view and pages only, draw from view.rng only; change the policy's "
+            mend="use only view and pages, and only view.rng for randomness; change the policy's "
             "state in on_access and on_load, not in score",
         )
 
@@ -133,13 +134,32 @@ class Auditor(PolicyCaller):
         )
 
 
+#: Attributes of views that policies do not need.
+_FOR_THE_HOST = {"future", "NO_NEXT_USE"}
+
+
 def _mend(error: BaseException, method: str) -> str:
     said = line(error)
     if "read-only" in said or "mappingproxy" in said:
         return _KEEP_OFF
     if isinstance(error, AttributeError) and "next_use" in said:
-        return "set needs_future = True, which limits the policy to the simulator, or avoid it"
+        return "avoid it, or set needs_future = True, which limits the policy to the simulator"
+    if isinstance(error, AttributeError | NameError):
+        owner = getattr(error, "obj", None)
+        return join(suggestion(error), _attributes(owner, error.name, method))
     return _MEND.get(method, "")
+
+
+def _attributes(owner: object, name: object, method: str) -> str:
+    """The attributes that the owner of a missing one has, or how it gets that one."""
+    if isinstance(owner, EvictionPolicy | PrefetchPolicy | ArbitrationPolicy):
+        return f"set self.{name} in __init__, and again in reset, before {method} reads it"
+    for contract in PageView, Access, ArbitrationView:
+        if isinstance(owner, contract):
+            own = {*dir(contract), *contract.__annotations__} - _FOR_THE_HOST
+            shown = sorted(found for found in own if not found.startswith("_"))
+            return f"a {contract.__name__} has {', '.join(shown)}"
+    return ""
 
 
 def _floats(array: npt.NDArray[Any]) -> bool:
@@ -147,7 +167,7 @@ def _floats(array: npt.NDArray[Any]) -> bool:
 
 
 class _Shown:
-    """A copy of everything that a call is shown."""
+    """A copy of all input of a call."""
 
     def __init__(self, args: tuple[object, ...]) -> None:
         self._values: dict[str, Any] = {}
@@ -171,7 +191,7 @@ class _Shown:
             self._values[f"{of}.{name}"] = dict(value) if hasattr(value, "items") else copied
 
     def changed(self, now: _Shown) -> str:
-        """Name of a value that has changed; empty if none has."""
+        """Name a value that has changed; empty if none has."""
         for name, value in self._values.items():
             other = now._values[name]
             if isinstance(value, np.ndarray):
@@ -183,7 +203,7 @@ class _Shown:
 
 
 class WatchedView(PageView):
-    """A view that notes in ``looks`` the events in which the future was read."""
+    """A view that records in ``looks`` the events in which the future was read."""
 
     looks: list[int]
 
@@ -225,7 +245,7 @@ class AuditedPrefetch(PrefetchGuard):
             self.reached = Broken(
                 f"page {page} is {ahead.max()} layers ahead, but lead is {self._policy.lead}",
                 call=f"propose in event {self._view.event}, layer {access.layer}",
-                mend="set `lead` to the number of layers that proposals reach ahead",
+                mend="set `lead` to the number of layers that proposals look ahead",
             )
         return pages
 
@@ -249,7 +269,7 @@ class Seen:
 
 
 def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
-    """Combine the notes of several replays."""
+    """Combine the records of several replays."""
     fastest: dict[str, float] = {}
     calls: Counter[str] = Counter()
     for auditor in auditors:
@@ -268,7 +288,7 @@ def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
         else Broken(
             f"its fastest call took {fastest[slow] * 1e3:.1f} ms",
             call=slow,
-            mend=f"a call beyond {limit * 1e3:g} ms counts as slow, and the engine waits for it; "
-            "work on whole arrays, cache results",
+            mend=f"use whole arrays and cache results: calls of more than {limit * 1e3:g} ms count "
+            "as slow, and the engine waits for them",
         ),
     )

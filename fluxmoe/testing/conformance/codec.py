@@ -17,7 +17,7 @@ from fluxmoe.words import line, raised
 
 Factory = Callable[[], Codec]
 
-#: A part of a page is coded in far less, but the first call may compile something.
+#: Coding part of a page takes far less, but the first call may compile code.
 _LIMITS = Limits(hard_s=60.0)
 _FENCE = 64  # bytes before and after `out` that must not be written
 _NOT_FOR = "raise fluxmoe.errors.CodecError"
@@ -30,13 +30,13 @@ def check_codec(factory: Factory) -> None:
         factory: The codec's class, or a function that makes a codec.
 
     Raises:
-        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
+        ConformanceError: A rule is broken; the message gives the rule, the call and the remedy.
     """
-    raise_broken("a codec does not conform", findings(factory))
+    raise_broken("a codec does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """The result of every rule."""
+    """Test every rule and return the results."""
     return try_rules(RULES, factory)
 
 
@@ -81,7 +81,7 @@ def _lossless(factory: Factory) -> None:
 
 def _encode(codec: Codec, name: str, raw: Bytes) -> Bytes:
     call, shown = f"encode of {name} ({len(raw)} bytes)", raw.copy()
-    shown.flags.writeable = False  # as a page in a mapped file
+    shown.flags.writeable = False  # like a page in a mapped file
     coded = _call(lambda: codec.encode(shown), call)
     if not isinstance(coded, np.ndarray) or coded.dtype != np.uint8 or coded.ndim != 1:
         raise Broken(
@@ -147,11 +147,11 @@ def _repeats(factory: Factory) -> None:
         coded = _encode(first, name, raw)
         if not np.array_equal(coded, _encode(second, name, raw)):
             raise Broken(
-                "two codecs of one kind code it differently",
+                "two codecs of one kind encode it differently",
                 call=f"encode of {name}",
-                mend="make the code depend on `raw` and the options only, not on time or state",
+                mend="make the code depend only on `raw` and the options, not on time or state",
             )
-        if len(coded):  # one process reads what another has written
+        if len(coded):  # data written by one process is read by another
             _same(raw, _decode(second, name, coded, len(raw)), name)
 
 
@@ -172,12 +172,12 @@ def _refuses(factory: Factory) -> None:
                 raise Broken(
                     "it was decoded",
                     call=f"decode of {name}, {what}",
-                    mend=f"store the size in the code, and {_NOT_FOR} if that of `out` differs",
+                    mend=f"store the size in the code, and {_NOT_FOR} if `out` has another size",
                 )
 
 
 def _survives(factory: Factory) -> None:
-    """Check that flipped bits are refused or decoded to something, without other effects."""
+    """Check that flipped bits are rejected, or decoded without side effects."""
     codec, rng = factory(), np.random.default_rng(5)
     for name, raw in parts():
         coded = _encode(codec, name, raw)
@@ -233,12 +233,12 @@ RULES: list[Rule[Factory]] = [
     Rule("declared", "parameters are as the host expects", _declares, essential=True),
     Rule(
         "lossless",
-        "every part comes back bit for bit, and nothing else is written",
+        "every part is restored bit for bit, and nothing else is written",
         _lossless,
         True,
     ),
-    Rule("repeats", "another process codes and decodes the same", _repeats),
-    Rule("refuses", "what is cut off or of another size is refused", _refuses),
-    Rule("survives", "damage is refused with CodecError or decoded, within `out`", _survives),
-    Rule("shared", "several threads may use one codec at once", _shared),
+    Rule("repeats", "another process encodes and decodes the same", _repeats),
+    Rule("refuses", "truncated data and data for another size are refused", _refuses),
+    Rule("survives", "damaged data is refused with CodecError, or decoded within `out`", _survives),
+    Rule("shared", "several threads can use one codec at once", _shared),
 ]

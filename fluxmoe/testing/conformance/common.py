@@ -18,13 +18,13 @@ Counts = npt.NDArray[np.int32]
 
 
 class Played(Protocol):
-    """A running scene: ``stage.Replay`` or ``arbitration.Run``."""
+    """A scene in progress: ``stage.Replay`` or ``arbitration.PolicyRun``."""
 
     def run(self, share: float = 1.0) -> Counts:
         """Continue up to ``share`` of the scene; return one count per turn."""
 
     def restart(self) -> None:
-        """Start from the beginning again, after the policy's ``reset()``."""
+        """Restart from the beginning, after the policy's ``reset()``."""
 
 
 Policy = TypeVar("Policy")
@@ -38,13 +38,13 @@ class Tried(Generic[Policy, Scene, Play]):
     Args:
         factory: Makes the policy.
         base: The required base class.
-        play: Creates a play of a scene with a policy.
-        some: Scenes for the rules that play a scene several times.
-        unit, turn: Names of what a play counts, and per what: ``misses`` of each ``event``.
+        play: Makes a play of a scene with a policy.
+        some: Scenes for rules that play a scene several times.
+        unit, turn: Names of the counted quantity and of its interval: ``misses`` per ``event``.
 
     Attributes:
-        seen: Notes of the audits of all scenes, once they have run.
-        looks: True if the policy read the future there.
+        seen: Audit records of all scenes, once they have run.
+        looks: True if the policy read the future in any of them.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ def check_made(tried: Tried[Any, Any, Any]) -> None:
     if first is second:
         raise Broken(
             "the factory returned the same object twice",
-            mend="make a new one each time, as the simulator runs several in one process",
+            mend="make a new one each time: the simulator runs several in one process",
         )
 
 
 def check_signatures(policy: object, base: type, calls: Mapping[str, tuple[str, ...]]) -> None:
-    """Check that methods can be called as the host calls them, and no hook is misspelt."""
+    """Check that methods accept the host's calls and that no hook is misspelt."""
     for name, arguments in calls.items():
         if getattr(type(policy), name) is getattr(base, name):
             continue
@@ -141,7 +141,7 @@ def check_signature(method: object, name: str, arguments: tuple[str, ...]) -> No
 
 
 def unseen(breach: str) -> Callable[[Tried[Any, Any, Any]], None]:
-    """Make a check that the audits saw no such breach, an attribute of ``Seen``."""
+    """Make a check that the audits found no ``breach``, an attribute of ``Seen``."""
 
     def check(tried: Tried[Any, Any, Any]) -> None:
         found: Broken | None = getattr(tried.seen, breach)
@@ -160,12 +160,12 @@ def check_repeats(tried: Tried[Any, Any, Any]) -> None:
             second,
             scene,
             "two new policies decide differently",
-            "draw from view.rng only; do not depend on time, hashes, set order or class attributes",
+            "use only view.rng for randomness; avoid time, hashes, set order and class attributes",
         )
 
 
 def check_resets(tried: Tried[Any, Any, Any]) -> None:
-    """Check that a policy after ``reset()`` decides like a new one."""
+    """Check that a policy decides like a new one after ``reset()``."""
     for scene in tried.some:
         used = tried.play(scene)
         used.run(0.5)
@@ -175,12 +175,12 @@ def check_resets(tried: Tried[Any, Any, Any]) -> None:
             used.run(),
             scene,
             "after reset() it decides differently from a new one",
-            "make reset() clear everything learnt; __init__ can call it",
+            "make reset() clear all state; __init__ can call it",
         )
 
 
 def check_alone(tried: Tried[Any, Any, Any]) -> None:
-    """Check that a policy is not affected by another one running beside it."""
+    """Check that a policy is not affected by another one that runs at the same time."""
     for scene in tried.some:
         alone = tried.play(scene).run()
         first, second = tried.play(scene), tried.play(scene)
@@ -191,33 +191,33 @@ def check_alone(tried: Tried[Any, Any, Any]) -> None:
             first.run(),
             scene,
             "it decides differently while another one of its kind runs",
-            "keep what is learnt in self, not in the class or the module",
+            "keep state in self, not in the class or the module",
         )
 
 
 #: A rule of one kind of policy.
 Check = Callable[[Any], str | None]
-FAST: Rule[Any] = Rule("fast", "no call takes longer than 5 ms each time", unseen("slow"))
+FAST: Rule[Any] = Rule("fast", "no call repeatedly takes longer than 5 ms", unseen("slow"))
 
 
 def first_rules(
     kind: str, declares: Check, answers: Check, every: str = "at every size"
 ) -> list[Rule[Any]]:
-    """The rules that a policy of any kind is tried with first."""
+    """Make the rules that policies of any kind are tested with first."""
     return [
         Rule("made", f"the factory makes a new {kind} policy each time", check_made, True),
         Rule("declared", "declarations and parameters are as the host expects", declares, True),
-        Rule("answers", f"every call is answered rightly, {every}", answers, True),
-        Rule("looks only", "nothing that it is shown is changed", unseen("wrote")),
+        Rule("answers", f"every call returns a valid answer {every}", answers, True),
+        Rule("looks only", "the inputs are not modified", unseen("wrote")),
     ]
 
 
 def same_again(
     sentence: str = "the same events and seed lead to the same misses",
 ) -> list[Rule[Any]]:
-    """The rules that two plays of a scene agree, with new, reset and neighbouring policies."""
+    """Make the rules that two plays agree, with new, reset and concurrent policies."""
     return [
         Rule("repeats", sentence, check_repeats),
-        Rule("resets", "after reset() it is as if newly made", check_resets),
-        Rule("alone", "two policies of a kind do not share what they learn", check_alone),
+        Rule("resets", "after reset(), it behaves like a new policy", check_resets),
+        Rule("alone", "two policies of one kind share no state", check_alone),
     ]

@@ -43,13 +43,13 @@ def check_eviction_policy(factory: Factory) -> None:
         factory: The policy's class, or a function that makes a new policy each time.
 
     Raises:
-        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
+        ConformanceError: A rule is broken; the message gives the rule, the call and the remedy.
     """
-    raise_broken("an eviction policy does not conform", findings(factory))
+    raise_broken("an eviction policy does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """The result of every rule."""
+    """Test every rule and return the results."""
     return try_rules(RULES, Tried(factory, EvictionPolicy, _replay, SOME))
 
 
@@ -106,7 +106,7 @@ def _stable(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
     if not policy.stable_score:
         return "stable_score is False"
     if type(policy).select is not EvictionPolicy.select:
-        return "a policy with select is not asked for scores"
+        return "the scores of a policy with select are not used"
     known: dict[int, float] = {}
 
     def look(replay: Replay) -> None:
@@ -118,10 +118,10 @@ def _stable(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
             fresh = view.event in (view.last_use[page], view.loaded_at[page])
             if page in known and score != known[page] and not fresh:
                 raise Broken(
-                    f"the score of page {page} changed from {known[page]} to {score}, though it "
-                    "was neither accessed nor loaded since",
+                    f"the score of page {page} changed from {known[page]} to {score}, although it "
+                    "was neither accessed nor loaded in between",
                     call=f"score in event {view.event}, {replay.stage}",
-                    mend="set stable_score = False: the host would keep using the old score",
+                    mend="set stable_score = False: the host keeps using the old score otherwise",
                 )
         known.clear()
         known.update(now)
@@ -147,9 +147,9 @@ def _agrees(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
         for page, one, other in zip(pages.tolist(), asked, compiled, strict=True):
             if not np.isclose(one, other, rtol=1e-9, equal_nan=True):
                 raise Broken(
-                    f"for page {page} score gives {one}, score_kernel {other}",
+                    f"for page {page} score returns {one}, score_kernel {other}",
                     call=f"event {replay.view.event}, {replay.stage}",
-                    mend="omit score: the kernel is used in its place",
+                    mend="omit score: the kernel replaces it",
                 )
 
     _replay(USUAL, policy).run(watch=look)
@@ -158,14 +158,14 @@ def _agrees(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
 
 def _kernel_scores(guard: AuditedEviction, pages: Int64s) -> Int64s:
     scores = guard.scores(pages)
-    assert scores is not None  # or the audit would have raised
+    assert scores is not None  # otherwise the audit would have raised
     return scores.astype(np.float64)
 
 
 def _foresight(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
     policy = tried.new()
     if not policy.needs_future:
-        return "needs_future is False"  # then reading the future has raised
+        return "needs_future is False"  # in that case reading the future raises
     kernel = policy.make_kernel(tried.play(USUAL).view)
     asks = kernel is not None and "next_use" in inspect.signature(kernel).parameters
     if not tried.looks and not asks:
@@ -178,10 +178,10 @@ def _foresight(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
 
 RULES: list[Rule[Tried[EvictionPolicy, Stage, Replay]]] = [
     *first_rules("eviction", _declares, _answers),
-    Rule("pure", "score gives the same answer in the same state", _pure),
+    Rule("pure", "score returns the same values in the same state", _pure),
     *same_again(),
-    Rule("stable", "stable_score is true only of scores that are", _stable),
-    Rule("agrees", "score and score_kernel give the same scores", _agrees),
-    Rule("foresight", "needs_future is set where the future is read", _foresight),
+    Rule("stable", "stable_score is set only if the scores are stable", _stable),
+    Rule("agrees", "score and score_kernel return the same scores", _agrees),
+    Rule("foresight", "needs_future is set if the policy reads the future", _foresight),
     FAST,
 ]

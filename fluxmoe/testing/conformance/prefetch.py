@@ -29,18 +29,18 @@ def check_prefetch_policy(factory: Factory) -> None:
         factory: The policy's class, or a function that makes a new policy each time.
 
     Raises:
-        ConformanceError: It breaks a rule; the message names the rule, the place and the remedy.
+        ConformanceError: A rule is broken; the message gives the rule, the call and the remedy.
     """
-    raise_broken("a prefetch policy does not conform", findings(factory))
+    raise_broken("a prefetch policy does not conform", findings, factory)
 
 
 def findings(factory: Factory) -> list[Finding]:
-    """The result of every rule."""
+    """Test every rule and return the results."""
     return try_rules(RULES, Tried(factory, PrefetchPolicy, _replay, SOME))
 
 
 def _replay(stage: Stage, policy: PrefetchPolicy) -> Replay:
-    # With an eviction policy that keeps what comes next, or with one that does not.
+    # With an eviction policy that keeps the next pages, or with one that does not.
     return Replay(stage, LeastRecentlyUsed() if stage.banks > 1 else None, policy)
 
 
@@ -50,7 +50,7 @@ def _declares(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
     lead: object = policy.lead
     if isinstance(lead, bool) or not isinstance(lead, int) or lead < 0:
         raise Broken(
-            f"lead is {line(lead, repr)}", mend="set it to a number of layers; 0: never called"
+            f"lead is {line(lead, repr)}", mend="set it to a number of layers (0: never called)"
         )
     return None
 
@@ -64,12 +64,12 @@ def _answers(tried: Tried[PrefetchPolicy, Stage, Replay]) -> str | None:
         auditors.append(replay.prefetch.auditor)
         reached += [replay.prefetch.reached] if replay.prefetch.reached else []
     tried.seen = gather(auditors, next(iter(reached), None))
-    return None if tried.new().lead else "lead is 0: it is never asked"
+    return None if tried.new().lead else "lead is 0: it is never called"
 
 
 RULES: list[Rule[Tried[PrefetchPolicy, Stage, Replay]]] = [
     *first_rules("prefetch", _declares, _answers),
-    Rule("leads", "proposals reach no further than lead says", unseen("reached")),
+    Rule("leads", "proposals reach no further than lead declares", unseen("reached")),
     *same_again(),
     FAST,
 ]

@@ -1,12 +1,13 @@
-"""Rules, their findings, and the error that lists broken ones."""
+"""Rules, findings, and the error that lists broken rules."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+from fluxmoe.arguments import wrong
 from fluxmoe.words import line
 
 Subject = TypeVar("Subject")
@@ -14,16 +15,16 @@ Status = Literal["kept", "broken", "does not apply", "not tried"]
 
 
 class Broken(Exception):
-    """Raised inside a rule that is not kept.
+    """Raised inside a rule that is broken.
 
     Args:
-        found: Description of the problem, with the value.
-        call: The call and its place.
+        found: Description of the problem, including the value.
+        call: The call and its location.
         mend: The remedy for the author.
     """
 
     def __init__(self, found: str, *, call: str = "", mend: str = "") -> None:
-        # They contain values and exceptions of the tested code.
+        # They contain values and exceptions from the tested code.
         self.found, self.call, self.mend = line(found), line(call), line(mend)
         super().__init__(self.found)
 
@@ -35,8 +36,8 @@ class Rule(Generic[Subject]):
     Attributes:
         name: Name of one or two words.
         sentence: The requirement.
-        check: Raises ``Broken``; may return the reason for which the rule does not apply.
-        essential: True if later rules are not tried when this one is broken.
+        check: Raises ``Broken``; may return the reason why the rule does not apply.
+        essential: True if later rules are not tested when this one is broken.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Rule(Generic[Subject]):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one rule. ``detail`` has what was found, or why it does not apply."""
+    """The result of one rule. ``detail`` is the problem, or the reason why it does not apply."""
 
     rule: str
     sentence: str
@@ -57,7 +58,7 @@ class Finding:
     mend: str = ""
 
     def text(self) -> str:
-        """Several lines of text for people."""
+        """Multi-line description."""
         lines = [f"broken rule: {self.rule} ({self.sentence})"]
         for label, value in (("call", self.call), ("found", self.detail), ("mend", self.mend)):
             if value:
@@ -84,7 +85,7 @@ class ConformanceError(AssertionError):
 
 
 def try_rules(rules: Iterable[Rule[Subject]], subject: Subject) -> list[Finding]:
-    """Try every rule; after a broken essential one the rest is not tried."""
+    """Test every rule; after a broken essential one the rest is not tested."""
     findings: list[Finding] = []
     going = True
     for rule in rules:
@@ -103,8 +104,12 @@ def try_rules(rules: Iterable[Rule[Subject]], subject: Subject) -> list[Finding]
     return findings
 
 
-def raise_broken(subject: str, findings: Sequence[Finding]) -> None:
-    """Raise ConformanceError if a rule is broken."""
-    broken = [finding for finding in findings if finding.status == "broken"]
+def raise_broken(
+    subject: str, findings: Callable[[Callable[[], Any]], Sequence[Finding]], factory: object
+) -> None:
+    """Raise ConformanceError if a rule is broken, ConfigError if the factory is invalid."""
+    if not callable(factory):
+        raise wrong("factory", "a class or a function that makes one", factory, "the kit")
+    broken = [finding for finding in findings(factory) if finding.status == "broken"]
     if broken:
         raise ConformanceError(subject, broken)

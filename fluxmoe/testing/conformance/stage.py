@@ -1,4 +1,4 @@
-"""Stages: golden traces replayed with the production page table and event rule, audited."""
+"""Stages: audited replays of golden traces with the production page table and event rule."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Stage:
     """A golden trace at one capacity.
 
     Attributes:
-        trace, capacity: The trace, and the number of slots over all banks.
+        trace, capacity: The trace, and the total number of slots.
         banks: Number of banks.
-        fetches: True if ``next-layer`` prefetches beside the tested eviction policy.
+        fetches: True if ``next-layer`` prefetches in addition to the tested eviction policy.
         resizes: True if the banks shrink to their minimum and grow again during the replay.
     """
 
@@ -48,13 +48,13 @@ class Stage:
             f"{self.capacity} slots",
             *([f"{self.banks} banks"] if self.banks > 1 else []),
             *(["prefetch next-layer"] if self.fetches else []),
-            *(["resized on the way"] if self.resizes else []),
+            *(["resized during the replay"] if self.resizes else []),
         ]
         return f"golden trace {self.trace.name} with {', '.join(more)}"
 
 
 def stages() -> Iterator[Stage]:
-    """All stages: from one slot to all pages, one and two banks, with prefetch and resizing."""
+    """Yield all stages: one slot to all pages, one and two banks, with prefetch and resizing."""
     for trace in GOLDEN.values():
         for capacity in trace.capacities:
             yield Stage(trace, capacity)
@@ -66,13 +66,13 @@ def stages() -> Iterator[Stage]:
     yield Stage(sparse, 32, resizes=True)
 
 
-#: The stage for the slower rules: events of many sizes, half of the pages resident.
+#: The stage for slower rules: events of many sizes, half of the pages resident.
 USUAL = Stage(GOLDEN["mixed"], 24)
 SOME = (USUAL, Stage(USUAL.trace, 30, fetches=True))
 
 
 class Replay:
-    """A running stage, started cold.
+    """A stage in progress, started cold.
 
     Args:
         stage: The stage to replay.
@@ -81,7 +81,7 @@ class Replay:
         seed: Random seed of ``view.rng``.
 
     Attributes:
-        missed: Number of misses of every event so far, int32.
+        missed: Number of misses of each event so far, int32.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Replay:
         self._at = 0
 
     def run(self, share: float = 1.0, watch: Watcher | None = None) -> npt.NDArray[np.int32]:
-        """Replay up to ``share`` of the trace and return the misses of every event.
+        """Replay up to ``share`` of the trace and return the misses of each event.
 
         Args:
             share: Fraction of the whole trace.
@@ -142,7 +142,7 @@ class Replay:
         self._at = end
 
     def restart(self) -> None:
-        """Start cold again, as after a warm-up."""
+        """Restart cold, as after a warm-up."""
         self.rule.reset()
         seed = type(self.view.rng.bit_generator)(0).state
         self.view.rng.bit_generator.state = seed

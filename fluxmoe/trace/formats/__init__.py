@@ -1,4 +1,4 @@
-"""Foreign trace formats, one small reader each, and conversion to FluxMoE's format."""
+"""Foreign trace formats, with one small reader each, and conversion to FluxMoE's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmoe.errors import ConfigError, TraceError
+from fluxmoe.errors import ConfigError, TraceError, join, meant
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 from fluxmoe.trace.format import KEY
 from fluxmoe.trace.formats.base import ForeignEvent, Options, Reader
@@ -38,10 +38,17 @@ class _Survey:
     largest: int = -1
     weights: bool = True
 
-    def add(self, event: ForeignEvent) -> None:
+    def add(self, event: ForeignEvent, reader: Reader) -> None:
         valid = event.ids >= 0
         if not valid.any():
             return
+        if event.weights is not None:
+            # As they will be written; nothing is expected to exceed the range of float16.
+            with np.errstate(over="ignore"):
+                weights = np.asarray(event.weights)[valid].astype(np.float16)
+            if not np.isfinite(weights).all():
+                where = f"step {event.step}, layer {event.layer}"
+                raise reader.wrong("a routing weight is not a finite number", where)
         self.layers.add(event.layer)
         self.top_k = max(self.top_k, int(valid.sum(axis=1).max()))
         self.largest = max(self.largest, int(event.ids.max()))
@@ -49,20 +56,47 @@ class _Survey:
 
 
 def detect(path: Path) -> type[Reader]:
-    """The format of a file or folder, from its content.
+    """Detect the format of a file or folder from its content.
 
     Raises:
-        TraceError: It does not exist, is already a trace, or has an unknown format.
+        TraceError: The path does not exist, is already a trace, or has an unknown format.
     """
     head = _head(path)
+    inside = _formats_in(path) if path.is_dir() else {}
+    if len(inside) > 1:
+        listed = ", ".join(f"{file} ({name})" for name, file in inside.items())
+        raise TraceError(
+            f"it has files of several formats: {listed}",
+            where=str(path),
+            fix="name one file, or choose the format with --from",
+        )
     for reader in FORMATS.values():
         if reader.recognises(path, head):
             return reader
     raise TraceError(
         "unknown trace format",
         where=str(path),
-        fix="; ".join(f"{reader.name}: {reader.summary}" for reader in FORMATS.values()),
+        fix="name one of its files"
+        if inside
+        else "; ".join(f"{reader.name}: {reader.summary}" for reader in FORMATS.values()),
     )
+
+
+def _formats_in(folder: Path) -> dict[str, str]:
+    """Find the formats of a folder's files, each with its first file's name; traces do not count.
+
+    Raises:
+        TraceError: A file cannot be read.
+    """
+    found: dict[str, str] = {}
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        head = _first_bytes(file)
+        if not _is_trace(file, head):
+            for reader in FORMATS.values():
+                if reader.recognises(file, head):
+                    found.setdefault(reader.name, file.name)
+                    break
+    return found
 
 
 def convert(
@@ -75,40 +109,42 @@ def convert(
     experts: int | None = None,
     page_bytes: int | None = None,
     max_steps: int | None = None,
-    replace: bool = True,
+    replace: bool = False,
 ) -> TraceMeta:
-    """Write a trace from a file of another format, which is read twice, in a stream.
+    """Convert a file of another format to a trace, streaming it twice.
 
     Args:
         path: A file or folder.
         out: Trace file to write.
         format_: A key of ``FORMATS``; None detects it from the content.
         options: Facts that the file does not contain.
-        model: Name of the model for the trace's metadata; by default the file's name.
+        model: Model name for the trace's metadata; by default the file's name.
         experts: Number of experts per layer; by default the largest expert number plus one.
         page_bytes: Bytes of an expert page.
         max_steps: Number of steps to convert; later ones are omitted.
-        replace: True if ``out`` may be replaced.
+        replace: Overwrite ``out`` if it exists.
 
     Raises:
         TraceError: The file is damaged or not of this format, or ``out`` cannot be written.
-        ConfigError: The format is unknown, or ``experts`` is too small.
+        ConfigError: The format is unknown, ``experts`` is too small, or ``out`` exists.
     """
     path = Path(path)
     if format_ is not None and format_ not in FORMATS:
         raise ConfigError(
-            f"unknown format {format_!r}", where="--from", fix=f"known: {', '.join(FORMATS)}"
+            f"unknown format {format_!r}",
+            where="--from",
+            fix=join(meant(format_, FORMATS), f"known: {', '.join(FORMATS)}"),
         )
     _head(path)
     reader = (FORMATS[format_] if format_ else detect(path))(path, options or Options())
     survey = _Survey()
     for event in _events(reader, max_steps):
-        survey.add(event)
+        survey.add(event, reader)
     if not survey.layers:
-        raise reader.wrong("nothing was routed in it")
+        raise reader.wrong("no experts were routed to")
     if experts is not None and experts <= survey.largest:
         raise ConfigError(
-            f"{experts} experts, but expert {survey.largest} was routed to", where="--experts"
+            f"{experts} experts, but the file has expert {survey.largest}", where="--experts"
         )
     ordinal = {layer: index for index, layer in enumerate(sorted(survey.layers))}
     meta = TraceMeta(
@@ -147,7 +183,7 @@ def _rows(event: ForeignEvent) -> StepRows:
 
 
 def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
-    """Ids and weights in ``top_k`` columns: valid ones first, then −1."""
+    """Pack ids and weights into ``top_k`` columns: valid ones first, then −1."""
     ids = np.asarray(ids, np.int64)
     order = np.argsort(ids < 0, axis=1, kind="stable")
     packed = np.full((len(ids), top_k), -1, np.int64)
@@ -161,28 +197,32 @@ def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
 
 
 def _head(path: Path) -> bytes:
-    """First bytes of a file; raises TraceError if it does not exist, or is already a trace."""
+    """Read the first bytes of a file; raise TraceError if it is missing or already a trace."""
     if not path.exists():
         raise TraceError("no such file", where=str(path))
     if path.is_dir():
         return b""
+    head = _first_bytes(path)
+    if _is_trace(path, head):
+        raise TraceError("the file is already a trace", where=str(path))
+    return head
+
+
+def _first_bytes(file: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            head = file.read(64)
-            if head.startswith(b"PAR1"):
-                _refuse_traces(path)
-            return head
+        with file.open("rb") as opened:
+            return opened.read(64)
     except OSError as error:
-        raise TraceError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        raise TraceError(f"cannot be read: {error.strerror}", where=str(file)) from error
 
 
-def _refuse_traces(path: Path) -> None:
+def _is_trace(file: Path, head: bytes) -> bool:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not head.startswith(b"PAR1"):
+        return False
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        return KEY in (pq.read_schema(file).metadata or {})
     except pa.ArrowException:
-        return  # the reader will report the problem
-    if KEY in metadata:
-        raise TraceError("it is already a trace", where=str(path))
+        return False  # the reader will report the problem

@@ -10,19 +10,20 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy.typing as npt
 
+from fluxmoe.arguments import whole
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import TraceError
 
 
 class ForeignEvent(NamedTuple):
-    """Routing of T tokens in one layer, with the file's own numbers.
+    """Routing of T tokens in one layer, numbered as in the file.
 
     Attributes:
-        step: Forward pass; increases.
-        layer: Layer number in the file; increases within a step. Dense layers may have numbers.
+        step: Forward pass, increasing.
+        layer: Layer number in the file, increasing within a step; dense layers may be counted too.
         ids: ``[T, any]`` integers, negative = none.
         phase: Phase of the step.
-        request: Request of the tokens, −1 = unknown.
+        request: Request of the tokens; −1 = unknown.
         weights: Routing weights, shaped like ``ids``, or None.
     """
 
@@ -40,15 +41,19 @@ class Options:
 
     Attributes:
         step_tokens: Number of tokens per step, for files without steps (flame).
-        prompt_tokens: Number of tokens of each request's prompt, which is one prefill step (vllm).
+        prompt_tokens: Prompt tokens of each request, which form one prefill step (vllm).
     """
 
     step_tokens: int = 1
     prompt_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        whole(self.step_tokens, "step_tokens", where="--step-tokens")
+        whole(self.prompt_tokens, "prompt_tokens", where="--prompt-tokens", least=0)
+
 
 class Reader(ABC):
-    """Reads one format in a stream; can be read repeatedly.
+    """Streams files of one format; can be read repeatedly.
 
     Args:
         path: A file, or a folder of files.
@@ -57,7 +62,7 @@ class Reader(ABC):
 
     #: Value of ``--from``.
     name: ClassVar[str]
-    #: One line for error messages and documentation.
+    #: One-line description for error messages and documentation.
     summary: ClassVar[str]
 
     def __init__(self, path: Path, options: Options) -> None:
@@ -66,7 +71,7 @@ class Reader(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True if this looks like the format.
+        """True if a file or folder seems to have this format.
 
         Args:
             path: An existing file or folder.
@@ -75,14 +80,14 @@ class Reader(ABC):
 
     @abstractmethod
     def events(self) -> Iterator[ForeignEvent]:
-        """All events in order.
+        """Yield all events in order.
 
         Raises:
             TraceError: The file violates the format.
         """
 
     def wrong(self, what: str, where: str = "") -> TraceError:
-        """Make an error about this file; ``where`` is a place inside it."""
+        """Make an error about this file; ``where`` is a location inside it."""
         return TraceError(
             what,
             where=f"{self.path}, {where}" if where else str(self.path),

@@ -1,8 +1,8 @@
-"""FLAME-MoE's routing traces: a Parquet file per MoE layer, a row per token of the training data.
+"""FLAME-MoE's routing traces: one Parquet file per MoE layer, one row per training token.
 
 Layout: https://huggingface.co/datasets/CMU-FLAME/FLAME-MoE-Traces (README, "Schema"):
 ``actives/iter_NNNN/layer_NN.parquet`` with ``scores`` (list of float16) and ``indices`` (list of
-int16), row i of every layer being the same token.
+int16); row i is the same token in every layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Phase
@@ -24,20 +25,20 @@ _BATCH_ROWS = 1 << 14
 
 
 class Flame(Reader):
-    """A folder ``iter_NNNN`` of layers, or one of its files. ``step_tokens`` tokens are a step."""
+    """A folder ``iter_NNNN`` of layers, or one of its files. ``step_tokens`` tokens form a step."""
 
     name = "flame"
-    summary = "FLAME-MoE: a folder of layer_NN.parquet, or one, with columns indices and scores"
+    summary = "FLAME-MoE: layer_NN.parquet, or a folder of them, with columns indices and scores"
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for any Parquet file that is not a trace, or a folder with ``layer_NN.parquet``."""
+        """True for any Parquet file that is not a trace, and folders with ``layer_NN.parquet``."""
         if path.is_dir():
             return any(_LAYER.fullmatch(file.name) for file in path.iterdir())
         return head.startswith(b"PAR1")
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events, reading all layers' files in parallel."""
+        """Yield all events, reading the files of all layers side by side."""
         files = self._files()
         size = self.options.step_tokens
         phase = Phase.DECODE if size == 1 else Phase.PREFILL
@@ -49,7 +50,7 @@ class Flame(Reader):
             if lengths == {None}:
                 return
             if len(lengths) > 1:
-                raise self.wrong("the layers' files do not have the same number of rows")
+                raise self.wrong("the layers' files have different numbers of rows")
             for layer, part in zip(files, parts, strict=True):
                 assert part is not None
                 yield ForeignEvent(step, layer, part[0], phase, weights=part[1])
@@ -62,16 +63,16 @@ class Flame(Reader):
         return dict(sorted(files.items())) or {0: self.path}
 
     def _steps(self, path: Path, size: int) -> Iterator[tuple[Any, Any]]:
-        """(ids, weights or None) of ``size`` rows each; the last has the remainder."""
+        """Yield (ids, weights or None) for ``size`` rows each; the last has the remainder."""
         held: list[Any] = []
         try:
-            file = pq.ParquetFile(path, buffer_size=1 << 20)
+            file = pq.ParquetFile(pa.OSFile(str(path)), buffer_size=1 << 20)  # not a URI
             names = file.schema_arrow.names
             if "indices" not in names:
                 raise self.wrong(f"{path.name} has the columns {', '.join(names)}, not indices")
             columns = [name for name in ("indices", "scores") if name in names]
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                arrays = [self._matrix(batch.column(name), path) for name in columns]
+                arrays = [self._matrix(batch.column(name), name, path) for name in columns]
                 if held:
                     arrays = [np.concatenate(pair) for pair in zip(held, arrays, strict=True)]
                 whole = len(arrays[0]) // size * size
@@ -84,10 +85,14 @@ class Flame(Reader):
         if held and len(held[0]):
             yield held[0], held[1] if len(held) > 1 else None
 
-    def _matrix(self, column: Any, path: Path) -> Any:
+    def _matrix(self, column: Any, name: str, path: Path) -> Any:
         if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
             raise self.wrong(f"{path.name}: a column of {column.type} instead of lists")
-        values = column.flatten()
-        if column.null_count or values.null_count or (len(column) and len(values) % len(column)):
+        kinds = pa.types.is_integer if name == "indices" else pa.types.is_floating
+        if not kinds(column.type.value_type):
+            raise self.wrong(f"{path.name}: {name} are {column.type.value_type}")
+        values, lengths = column.flatten(), pc.list_value_length(column).unique()
+        if column.null_count or values.null_count or len(lengths) > 1:
             raise self.wrong(f"{path.name}: rows of different lengths, or without a value")
-        return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        width = lengths[0].as_py() if len(lengths) else 0
+        return values.to_numpy(zero_copy_only=False).reshape(len(column), width)

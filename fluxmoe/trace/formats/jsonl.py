@@ -25,11 +25,11 @@ class JsonLines(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a text that begins with an object."""
+        """True for text that begins with a JSON object."""
         return head.lstrip().startswith(b"{")
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events, read line by line."""
+        """Yield all events, reading line by line."""
         step, request, lowest = -1, 0, None
         last = (-1, -1)
         for number, line in enumerate(self._lines(), 1):
@@ -41,7 +41,7 @@ class JsonLines(Reader):
                 lowest = layer
             if token != last[0] or (layer == lowest and layer <= last[1]):
                 if layer != lowest and token < last[0]:
-                    raise self.wrong("sorted by layer; sort it by token_idx, layer_idx", where)
+                    raise self.wrong("sorted by layer, not by token_idx, layer_idx", where)
                 step += 1
                 request += step > 0 and token <= last[0]
             elif layer <= last[1]:
@@ -62,7 +62,7 @@ class JsonLines(Reader):
             token, layer = data["token_idx"], data["layer_idx"]
             ids = np.asarray([data["selected_ids"]])
             weights = data.get("gate_weights")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise self.wrong(f"not a JSON object: {error}", where) from error
         except KeyError as error:
             raise self.wrong(f"{error.args[0]} is missing", where) from error
@@ -73,5 +73,5 @@ class JsonLines(Reader):
             return token, layer, ids, None
         scores = np.asarray([weights])
         if scores.shape != ids.shape or scores.dtype.kind not in "if":
-            raise self.wrong("not as many gate_weights as selected_ids", where)
+            raise self.wrong("numbers of gate_weights and selected_ids differ", where)
         return token, layer, ids, scores

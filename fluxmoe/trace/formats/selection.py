@@ -1,9 +1,9 @@
-"""JSON files of the data set MoE_expert_selection_trace.
+"""JSON files of the dataset MoE_expert_selection_trace.
 
 Layout: https://huggingface.co/datasets/core12345/MoE_expert_selection_trace (arXiv:2510.05497). A
-file is one request: a list whose element 0 is the prefill and whose others are decode steps. An
-element maps a layer's number to the experts of each of its tokens, ``[tokens][top_k]``, or to null
-if the layer is dense.
+file is one request: a list whose first element is the prefill and whose others are decode steps.
+Each maps a layer's number to the experts of each of its tokens, ``[tokens][top_k]``, or to null if
+the layer is dense.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 
 class Selection(Reader):
-    """A file, or a folder whose files become requests that run one after the other."""
+    """A file, or a folder whose files are requests that run one after the other."""
 
     name = "selection"
     summary = (
@@ -30,13 +30,13 @@ class Selection(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a JSON list, or a folder with files ``*.json``."""
+        """True for a JSON list, or a folder with ``*.json`` files."""
         if path.is_dir():
             return any(path.glob("*.json"))
         return head.lstrip().startswith(b"[")
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events, with one request in memory at a time."""
+        """Yield all events, with one request in memory at a time."""
         files = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
         first = 0
         for request, file in enumerate(files):
@@ -54,7 +54,7 @@ class Selection(Reader):
     def _read(self, file: Path) -> list[Any]:
         try:
             data = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self.wrong(f"not valid JSON: {error}", file.name) from error
         if not isinstance(data, list):
             raise self.wrong("not a list of steps", file.name)

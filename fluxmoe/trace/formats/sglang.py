@@ -25,7 +25,7 @@ _DECODE = 2  # ForwardMode.DECODE
 
 
 class ExpertDistribution(Reader):
-    """The file of one rank, read as data only: nothing in it is executed."""
+    """The file of one rank, read as data: nothing in it is executed."""
 
     name = "sglang"
     summary = (
@@ -35,28 +35,26 @@ class ExpertDistribution(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a file saved by torch."""
+        """True for files saved by torch."""
         if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events. The file is loaded whole: its format cannot be streamed."""
+        """Yield all events. The whole file is loaded, since its format cannot be streamed."""
         data = self._load()
         records = data.get("records") if isinstance(data, dict) else None
         if not isinstance(records, list) or not records:
             keys = sorted(map(str, data)) if isinstance(data, dict) else [type(data).__name__]
-            raise self.wrong(f"it has no records of single tokens, but {', '.join(keys)}")
+            raise self.wrong(f"no per-token records, only {', '.join(keys)}")
         logical = self._map(data.get("last_physical_to_logical_map"))
         step = 0
         for index, record in enumerate(records):
             where = f"record {index}"
             if not isinstance(record, dict) or "topk_ids_of_layer" not in record:
-                raise self.wrong("it has counts of experts, not the routing of each token", where)
-            ids = record["topk_ids_of_layer"].numpy()
-            if ids.ndim != 3:
-                raise self.wrong(f"topk_ids_of_layer has the shape {list(ids.shape)}", where)
+                raise self.wrong("counts of experts instead of the routing of each token", where)
+            ids = self._integers(record["topk_ids_of_layer"], 3, "topk_ids_of_layer", where)
             if not ids.shape[1]:
                 continue  # a pass without tokens for this rank
             decode = record.get("forward_mode") == _DECODE
@@ -75,17 +73,30 @@ class ExpertDistribution(Reader):
             ) from error
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError as error:  # torch's message advises executing the file
+            raise self.wrong("it contains objects other than tensors, lists and maps") from error
+        except (OSError, RuntimeError, EOFError) as error:
             what = str(error).strip().partition("\n")[0]
             raise self.wrong(f"cannot be read: {what}") from error
 
     def _map(self, found: Any) -> Any:
         if found is None:
             return None
-        logical = np.asarray(found.numpy() if hasattr(found, "numpy") else found)
-        if logical.ndim != 2:
-            raise self.wrong(f"last_physical_to_logical_map has the shape {list(logical.shape)}")
-        return logical
+        return self._integers(found, 2, "last_physical_to_logical_map")
+
+    def _integers(self, found: Any, dimensions: int, name: str, where: str = "") -> Any:
+        import torch
+
+        floating = isinstance(found, torch.Tensor) and found.is_floating_point()
+        try:
+            array = np.asarray(found.float() if floating else found)  # numpy has no bf16
+        except ValueError:  # lists of different lengths
+            array = np.asarray(None)
+        if array.dtype.kind not in "iu":
+            raise self.wrong(f"{name} is not an array of whole numbers", where)
+        if array.ndim != dimensions:
+            raise self.wrong(f"{name} has the shape {list(array.shape)}", where)
+        return array
 
     def _logical(self, physical: Any, layer: int, logical: Any) -> Any:
         if logical is None:

@@ -1,14 +1,15 @@
-"""vLLM's output with ``--enable-return-routed-experts``: an array per request.
+"""vLLM's output with ``--enable-return-routed-experts``: one array per request.
 
 Layout: https://github.com/vllm-project/vllm (``vllm/outputs.py``, ``CompletionOutput``; the
 comment on ``routed_experts`` in ``vllm/entrypoints/openai/completion/protocol.py``; pull request
-#28284): ``(tokens - 1, layers, top_k)`` of uint8, uint16 or int32, dense layers included. The last
+#28284): ``(tokens - 1, layers, top_k)`` of uint8, uint16 or int32, including dense layers. The last
 token is missing because no forward pass follows it.
 """
 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ class RoutedExperts(Reader):
     """An ``.npy`` of one request, or an ``.npz`` of several that run one after the other.
 
     The array does not contain the prompt's length: ``prompt_tokens`` gives it, else every token is
-    a decode step. Dense layers contain only zeros, which is ambiguous for top-1 models.
+    a decode step. Zeros in all places of a row mean that nothing was routed: in dense layers, and
+    for tokens whose KV cache was found (a cached prefix), which are left out. In a top-1 model a
+    zero may be expert 0 as well, and is taken for it.
     """
 
     name = "vllm"
@@ -31,7 +34,7 @@ class RoutedExperts(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a NumPy array, or a zip file of them."""
+        """True for a NumPy array or a zip file of them."""
         if head.startswith(b"\x93NUMPY"):
             return True
         if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
@@ -40,19 +43,22 @@ class RoutedExperts(Reader):
             return all(name.endswith(".npy") for name in archive.namelist())
 
     def events(self) -> Iterator[ForeignEvent]:
-        """All events, with one request in memory at a time."""
+        """Yield all events, with one request in memory at a time."""
         step = 0
         for request, (name, array) in enumerate(self._arrays()):
             if array.ndim != 3 or array.dtype.kind not in "ui":
                 raise self.wrong(f"{array.dtype} of shape {list(array.shape)}", name)
-            dense = ~array.any(axis=(0, 2)) if array.shape[2] > 1 else np.zeros(array.shape[1])
-            layers = [layer for layer in range(array.shape[1]) if not dense[layer]]
-            prompt = min(self.options.prompt_tokens, len(array))
-            starts = [*([0] if prompt else []), *range(prompt, len(array))]
-            for start, end in zip(starts, [*starts[1:], len(array)], strict=True):
-                phase = Phase.PREFILL if prompt and start == 0 else Phase.DECODE
-                for layer in layers:
-                    yield ForeignEvent(step, layer, array[start:end, layer], phase, request)
+            routed = array.any(axis=2) | (array.shape[2] == 1)
+            tokens = np.flatnonzero(routed.any(axis=1))
+            prompt = int((tokens < self.options.prompt_tokens).sum())
+            parts = [tokens[:prompt]] if prompt else []
+            for part in [*parts, *tokens[prompt:, np.newaxis]]:
+                phase = Phase.PREFILL if prompt and part[0] == tokens[0] else Phase.DECODE
+                for layer in range(array.shape[1]):
+                    ids = np.where(
+                        routed[part, layer, np.newaxis], array[part, layer].astype(np.int64), -1
+                    )
+                    yield ForeignEvent(step, layer, ids, phase, request)
                 step += 1
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:
@@ -64,5 +70,7 @@ class RoutedExperts(Reader):
             with found:
                 for name in found.files:
                     yield name, found[name]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except ValueError as error:  # numpy's message advises executing the file
+            raise self.wrong("it is damaged or contains objects instead of numbers") from error
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise self.wrong(f"cannot be read: {error}") from error

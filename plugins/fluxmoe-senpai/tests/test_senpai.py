@@ -32,7 +32,7 @@ def after(policy, steps, **given):
 @pytest.mark.parametrize(
     ("stall", "experts"),
     [
-        (0.0, 570),  # nobody waits: 5 % are taken
+        (0.0, 570),  # no layer waits: 5 % are taken
         (0.05, 585),  # half of the target: half of that
         (0.1, 600),  # the target
         (0.15, 615),  # half of it beyond

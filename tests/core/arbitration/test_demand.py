@@ -1,4 +1,4 @@
-"""What workers report of the demand for expert pages, and what the scheduler's side makes of it."""
+"""The workers' reports of demand for expert pages, and the scheduler's view of it."""
 
 from __future__ import annotations
 

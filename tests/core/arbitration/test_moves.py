@@ -1,4 +1,4 @@
-"""The protocol of moves against workers and a network that do their worst."""
+"""The move protocol with adversarial workers and network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRAMES, GROUPS = 40, 9
 
 
 class Worker:
-    """Memory of one worker as two numbers; an action is carried out whole or not at all."""
+    """Memory of one worker as two numbers; an action is carried out completely or not at all."""
 
     def __init__(self, rank: int) -> None:
         self.groups: set[int] = {0, 1, 2}
@@ -56,7 +56,7 @@ class Worker:
 
 
 class ProtocolMachine(RuleBasedStateMachine):
-    """What the scheduler believes must always be safe, whatever happens to messages and workers."""
+    """The scheduler's beliefs must always be safe, even with lost messages and failing workers."""
 
     @initialize(workers=st.integers(1, 3))
     def build(self, workers):
@@ -84,7 +84,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule()
     def send(self):
-        """A step: the order goes to all workers."""
+        """Make a step: send the order to all workers."""
         order = self.mover.order()
         if order is not None:
             for worker in self.workers:
@@ -125,7 +125,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule()
     def everything_heals(self):
-        """Undisturbed, any move comes to an end within a few steps."""
+        """Without faults, any move completes within a few steps."""
         for worker in self.workers:
             worker.failures = []
         for _ in range(5):
@@ -175,7 +175,7 @@ TestProtocol = ProtocolMachine.TestCase
 
 
 def run(workers: list[Worker], move: Move):
-    """A move over a perfect network."""
+    """Run a move over a perfect network."""
     mover = MoveCoordinator(len(workers))
     mover.begin(move)
     sent = []

@@ -1,4 +1,4 @@
-"""The prefix curve against prefix caches of every size that really forget the oldest block."""
+"""The prefix curve compared with simulated LRU prefix caches of every size."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BLOCKS = 64
 
 
 def hashes(talk: int, count: int) -> list[bytes]:
-    """The first blocks of a conversation."""
+    """Hashes of the first blocks of a conversation."""
     return [hashlib.sha256(f"{talk}:{block}".encode()).digest() for block in range(count)]
 
 
 def lru(requests: list[tuple[int, int]], blocks: int) -> int:
-    """Blocks found by a cache of that size, each request ending before the next begins."""
+    """Count the hits of an LRU cache of that size, with sequential requests."""
     cache: list[bytes] = []
     found = 0
     for talk, count in requests:

@@ -1,4 +1,4 @@
-"""When an arbitration policy is asked, and what it is shown then."""
+"""The steps in which an arbitration policy is called, and its input."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fluxmoe.core.policy.arbitration import Split, StepSample
 from fluxmoe.core.policy.guards import ArbitrationGuard
 from fluxmoe.errors import PolicyFaultError
 
-#: Requests that run, requests that wait, and whether the policy would then want what there is.
+#: Running requests, waiting requests, and True if the policy would keep the current split.
 State = tuple[int, int, bool]
 CALM: State = (3, 0, True)
 
 
 def asked(schedule: AskingSchedule, states: Iterable[State]) -> list[int]:
-    """The steps in which the policy is asked; it is shown all steps since."""
+    """Return the steps in which the policy is called, checking that it gets all steps since."""
     found, wanted, seen = [], True, 0
     for step, (running, waiting, content) in enumerate(states):
         if schedule.due(StepSample(running, step, 0.01), running, waiting, content=wanted):

@@ -1,4 +1,4 @@
-"""Compiled code is cached on disk, but never beyond a change of the sources."""
+"""Compiled code is cached on disk, but not across changes to the sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import fluxmoe
 from fluxmoe.core.compiled.jit import jit
 
-#: Few functions, of two files: every run below compiles them anew.
+#: Few functions from two files: every run below recompiles them.
 COUNT = """
 import numpy as np
 from fluxmoe.core.paging.event import open_event
@@ -29,7 +29,7 @@ print(table.counters().misses, table.books.counts.tolist())
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the package, that may be changed, without machine code."""
+    """A modifiable copy of the package without machine code."""
     no_cache = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(fluxmoe.__file__).parent, tmp_path / "fluxmoe", ignore=no_cache)
     return tmp_path
@@ -153,7 +153,7 @@ def test_c9_compilation_is_announced_once_and_only_if_it_happens(copy):
 
 
 def test_c9_a_policy_s_victims_are_compiled_once():
-    """Numba takes a literal for a type of its own; these ten seconds were spent twice."""
+    """Numba gives literals a separate type, so these ten seconds were spent twice."""
     program = (
         "from fluxmoe.core.paging.victims import victims\n"
         "from fluxmoe.sim.simulator import simulate\n"

@@ -1,4 +1,4 @@
-"""The few lowest of many: against numpy's stable sort."""
+"""Selection of the lowest scores, compared with numpy's stable sort."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from fluxmoe.core.compiled.lowest import low_bits, lowest
 
-#: Around the width of a block of rows, which are compared at once.
+#: Around the width of a block of rows that are compared at once.
 SIZES = (1, 2, 63, 64, 65, 127, 129, 500)
 DTYPES = [*"bhiqBHIQfd"]
 

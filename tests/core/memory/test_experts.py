@@ -1,4 +1,4 @@
-"""Experts and worker memory: frames move, memory follows, and nothing is lost on the way."""
+"""Experts and worker memory: frames and their memory move together, and none is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KV tenant: groups of blocks that fill whole frames, committed and given up in any order."""
+"""The KV tenant: groups of blocks that fill whole frames, committed and released in any order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first split: every branch, and errors that say which field, which value and what to do."""
+"""The initial split: every branch, and errors with field, value and remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def split(frames, experts, kv):
         Wish(*kv, reason="one sequence of 8192 tokens"),
     )
     assert (a.min, a.max, b.min) == (*experts[:2], kv[0])
-    assert b.max == max(kv[1], b.target)  # what nobody else can use holds cached prefixes
+    assert b.max == max(kv[1], b.target)  # memory that no tenant needs holds cached prefixes
     return a.target, b.target
 
 

@@ -1,4 +1,4 @@
-"""The heap of victims against sorting, under scores that rise, fall, tie and are infinite."""
+"""The victim heap compared with sorting, for scores that rise, fall, tie and are infinite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ scores = st.one_of(
 
 
 class Both:
-    """A heap, and the truth."""
+    """A heap next to its reference."""
 
     def __init__(self, banks: int, experts: int = EXPERTS) -> None:
         self.experts, self.pages = experts, LAYERS * experts
@@ -35,7 +35,7 @@ class Both:
         self.truth: dict[int, float] = {}
 
     def score(self, changes: dict[int, float]) -> None:
-        """Load the pages that are absent, give all of them a score."""
+        """Load absent pages and give every page a score."""
         for page in changes:
             if page not in self.truth:
                 self.books.now[LOADED] = 0
@@ -46,7 +46,7 @@ class Both:
         self.check()
 
     def drop(self, page: int) -> None:
-        """Released or resized away: the heap is not told."""
+        """Release or drop a page without notifying the heap."""
         if self.truth.pop(page, None) is not None:
             unload(self.books, page)
 

@@ -1,4 +1,4 @@
-"""The miss-ratio curve against exact simulation, and the hull against brute force."""
+"""The miss-ratio curve compared with exact simulation, and the hull with brute force."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = LAYERS * EXPERTS
 
 
 def events(count: int, seed: int = 0, spread: float = 0.35):
-    """Layer after layer, popular experts more often; padding and repeats among the ids."""
+    """Generate events layer by layer, popular experts more often, with padding and repeats."""
     rng = np.random.default_rng(seed)
     for event in range(count):
         ids = np.minimum(rng.geometric(spread, 5) - 1, EXPERTS - 1).astype(np.int32)
@@ -25,7 +25,7 @@ def events(count: int, seed: int = 0, spread: float = 0.35):
 
 
 def observed(trace, **options) -> MissRatioCurve:
-    """The curve of a trace; the books are kept here, in plain Python."""
+    """Compute the curve of a trace, with the books kept in plain Python."""
     curve, last_use = MissRatioCurve(PAGES, EXPERTS, **options), np.full(PAGES, -1, np.int64)
     for event, (layer, ids) in enumerate(trace):
         curve.observe(last_use, layer, ids)

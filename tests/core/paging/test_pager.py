@@ -1,4 +1,4 @@
-"""The pager: right bytes in the answered slots, whatever the store does, and right books."""
+"""The pager: correct bytes in the returned slots, and consistent books, even if the store fails."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
 
 
 class _Failing(LeastRecentlyUsed):
-    """Fails at one call of one method."""
+    """Fails on one call of one method."""
 
     def __init__(self, method, nth):
         self.method, self.left = method, nth
@@ -290,7 +290,7 @@ def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
 
 
 class _Oldest(fluxmoe.EvictionPolicy):
-    """LRU by a kernel, all scores anew for every event."""
+    """LRU by a kernel that rescores everything for each event."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):

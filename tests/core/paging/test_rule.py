@@ -1,4 +1,4 @@
-"""The event rule, point by point: tests quote the sentence of docs/concepts/event-rule.md."""
+"""The event rule, point by point: tests quote sentences of docs/concepts/event-rule.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_SLOTS = np.zeros(0, np.int32)
 
 
 class Watching(LeastRecentlyUsed):
-    """LRU that writes down what it is told."""
+    """LRU that records its hook calls."""
 
     def __init__(self):
         self.log = []
@@ -38,7 +38,7 @@ class Watching(LeastRecentlyUsed):
 
 
 class Fetch(fluxmoe.PrefetchPolicy):
-    """Proposes what the test says, once."""
+    """Proposes the pages given by the test, once."""
 
     def __init__(self):
         self.wish: list[int] = []

@@ -1,4 +1,4 @@
-"""Everything from the frames to the pager under random use, beside the rule in plain Python."""
+"""Everything from frames to pager under random use, compared with the rule in plain Python."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_slots(self, data):
-        """All banks at once, as a move does: everything or nothing."""
+        """Resize all banks at once, as a move does: all or none."""
         sizes = st.integers(self.experts, self.reserved[0])
         slots = tuple(data.draw(sizes, label="slots") for _ in range(self.banks))
         rig, table = self.rig, self.rig.table

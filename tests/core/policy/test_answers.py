@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -346,13 +346,15 @@ def test_e9_the_end_of_an_answer_is_part_of_the_call():
 
     class Slow(Alive):
         def __del__(self):
-            event = threading.Event()
-            event.wait(0.02)
+            begun = time.thread_time()
+            while time.thread_time() - begun < 0.02:
+                pass
             spent.append(True)
 
     guard = evictor(limits=Limits(soft_s=0.01), score=lambda self, view, pages: Slow([1.0] * 6))
-    assert guard.choose(PAGES, 1).tolist() == [6]
-    assert spent == [True]
+    for _ in range(2):  # calls are measured after a late one, which is not counted itself
+        assert guard.choose(PAGES, 1).tolist() == [6]
+    assert spent == [True, True]
     assert guard.slow == 1
 
 
@@ -376,7 +378,7 @@ def test_e9_answers_that_are_too_long_are_not_read(caplog):
         assert evictor(select=lambda *_: many).choose(PAGES, 1).tolist() == [6]
     assert many.reads == 0
     for said in caplog.messages:
-        assert "gave 1000000 values" in said
+        assert "returned 1000000 values" in said
 
 
 def test_e9_an_array_that_is_too_long_is_not_copied():

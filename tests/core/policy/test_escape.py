@@ -1,4 +1,4 @@
-"""What gets out of a guard: a wish to end the process, and nothing else."""
+"""Exceptions that pass a guard: requests to end the process, and no others."""
 
 from __future__ import annotations
 

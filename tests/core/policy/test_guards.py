@@ -1,4 +1,4 @@
-"""What a policy may do wrong, and that nothing comes of it but a count, a line and LRU."""
+"""Policy faults, whose only effects are a count, a log line and the fallback to LRU."""
 
 from __future__ import annotations
 
@@ -64,16 +64,25 @@ def fails(self, view, *args):
 
 BAD_SCORES = {
     "raises": (fails, "score raised ZeroDivisionError: four legs"),
-    "gives None": (lambda self, view, pages: None, "score gave None"),
-    "too few": (lambda self, view, pages: np.zeros(len(pages) - 1), "score gave float64 of shape"),
-    "too many": (lambda self, view, pages: np.zeros(len(pages) + 1), "score gave float64 of shape"),
-    "a number": (lambda self, view, pages: 1.0, "score gave float64 of shape ()"),
-    "a column": (lambda self, view, pages: np.zeros((len(pages), 1)), "score gave float64 of"),
-    "strings": (lambda self, view, pages: ["x"] * len(pages), "score gave <U1 of shape"),
-    "bools": (lambda self, view, pages: pages > 3, "score gave bool of shape"),
-    "complex": (lambda self, view, pages: pages * 1j, "score gave complex128 of shape"),
+    "gives None": (lambda self, view, pages: None, "score returned None"),
+    "too few": (
+        lambda self, view, pages: np.zeros(len(pages) - 1),
+        "score returned float64 of shape",
+    ),
+    "too many": (
+        lambda self, view, pages: np.zeros(len(pages) + 1),
+        "score returned float64 of shape",
+    ),
+    "a number": (lambda self, view, pages: 1.0, "score returned float64 of shape ()"),
+    "a column": (lambda self, view, pages: np.zeros((len(pages), 1)), "score returned float64 of"),
+    "strings": (lambda self, view, pages: ["x"] * len(pages), "score returned <U1 of shape"),
+    "bools": (lambda self, view, pages: pages > 3, "score returned bool of shape"),
+    "complex": (lambda self, view, pages: pages * 1j, "score returned complex128 of shape"),
     "ragged": (lambda self, view, pages: [[1], [1, 2]], "score raised ValueError"),
-    "NaN": (lambda self, view, pages: np.where(pages == pages[-1], np.nan, 1.0), "score gave NaN"),
+    "NaN": (
+        lambda self, view, pages: np.where(pages == pages[-1], np.nan, 1.0),
+        "score returned NaN",
+    ),
     "writes to the view": (
         lambda self, view, pages: view.last_use.fill(0) or np.zeros(len(pages)),
         "score raised ValueError: assignment destination is read-only",
@@ -84,7 +93,7 @@ BAD_SCORES = {
     ),
     "asks for the future": (
         lambda self, view, pages: view.next_use[pages],
-        "score raised AttributeError: next_use is known in the simulator only",
+        "score raised AttributeError: next_use is known only in the simulator",
     ),
 }
 
@@ -110,7 +119,7 @@ def test_strict_raises_and_names_the_policy_as_registered(fault, stable):
         replay(rule)
     assert message in info.value.what
     assert (info.value.__cause__ is not None) == ("raised" in message)
-    assert "--strict-policies" in info.value.fix
+    assert "strict_policies: false" in info.value.fix and "--contain" in info.value.fix
 
 
 @pytest.mark.parametrize(
@@ -165,18 +174,18 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     ("function", "message"),
     [
         (fails, "select raised ZeroDivisionError"),
-        (lambda self, view, pages, n: None, "select gave None"),
-        (lambda self, view, pages, n: pages[[0] * n], "select gave a page twice"),
-        (lambda self, view, pages, n: pages[:n] + 10**6, "or one that was not a candidate"),
-        (lambda self, view, pages, n: -1 - pages[:n], "or one that was not a candidate"),
-        (lambda self, view, pages, n: pages[: n + 1], "select gave int64 of shape"),
-        (lambda self, view, pages, n: pages[: n - 1], "select gave int64 of shape"),
-        (lambda self, view, pages, n: pages[:n].astype(float), "select gave float64 of shape"),
+        (lambda self, view, pages, n: None, "select returned None"),
+        (lambda self, view, pages, n: pages[[0] * n], "select returned a duplicate"),
+        (lambda self, view, pages, n: pages[:n] + 10**6, "or a page that was not a candidate"),
+        (lambda self, view, pages, n: -1 - pages[:n], "or a page that was not a candidate"),
+        (lambda self, view, pages, n: pages[: n + 1], "select returned int64 of shape"),
+        (lambda self, view, pages, n: pages[: n - 1], "select returned int64 of shape"),
+        (lambda self, view, pages, n: pages[:n].astype(float), "select returned float64 of shape"),
         (lambda self, view, pages, n: pages.sort() or pages[:n], "read-only"),
     ],
 )
 def test_a_bad_selection_makes_that_call_lru(function, message, caplog):
-    # One page an event, so that a repeated page is no possible answer; n >= 2 is made sure of.
+    # One page per event, so that a repeated page cannot be a valid answer; n >= 2 is ensured.
     rule = make(eviction("select", function), strikes=10**6, slots=E)
     with caplog.at_level(logging.WARNING, "fluxmoe"):
         rule.run(0, 0, np.arange(E))
@@ -199,10 +208,10 @@ def test_a_good_selection_is_followed():
     ("function", "message"),
     [
         (fails, "retain raised ZeroDivisionError"),
-        (lambda self, view, access: None, "retain gave None"),
-        (lambda self, view, access: np.zeros(99, bool), "retain gave bool of shape (99,)"),
-        (lambda self, view, access: np.zeros(len(access.pages), int), "retain gave int64"),
-        (lambda self, view, access: False, "retain gave bool of shape ()"),
+        (lambda self, view, access: None, "retain returned None"),
+        (lambda self, view, access: np.zeros(99, bool), "retain returned bool of shape (99,)"),
+        (lambda self, view, access: np.zeros(len(access.pages), int), "retain returned int64"),
+        (lambda self, view, access: False, "retain returned bool of shape ()"),
         (lambda self, view, access: access.pages.fill(0), "read-only"),
         (lambda self, view, access: access.hit.fill(0), "read-only"),
     ],
@@ -251,6 +260,7 @@ def test_after_its_strikes_a_policy_is_replaced(caplog):
             assert replay(rule) == lru_history()
         assert len(calls) == rule.eviction.faults == 3
         assert "policy 'pony' is replaced after 3 faults" in caplog.messages[-1]
+        assert rule.eviction.replaced == "score raised ValueError: no"  # C3
         rule.reset()
         replay(rule)
         assert len(calls) == 3  # for good
@@ -264,6 +274,7 @@ def test_a_replaced_policy_no_longer_releases_pages():
     rule.run(0, 0, np.arange(1))
     rule.run(0, 1, np.arange(1))
     assert (rule.table.counters().released, rule.eviction.faults) == (1, 0)
+    assert rule.eviction.replaced == ""
     rule.run(0, 0, np.arange(E))
     assert rule.eviction.faults == 1
     before = rule.table.counters().released
@@ -393,13 +404,13 @@ class _Fetch(fluxmoe.PrefetchPolicy):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([6, LAYERS * E], "propose gave a page outside 0…23"),
-        ([6, -1], "propose gave a page outside 0…23"),
-        ([6, 2], "propose gave a page of the running layer"),
-        ([6.0, 7.0], "propose gave float64 of shape (2,)"),
-        ([[6, 7]], "propose gave int64 of shape (1, 2)"),
-        (None, "propose gave None"),
-        (["x"], "propose gave <U1 of shape"),
+        ([6, LAYERS * E], "propose returned a page outside 0…23"),
+        ([6, -1], "propose returned a page outside 0…23"),
+        ([6, 2], "propose returned a page of the current layer"),
+        ([6.0, 7.0], "propose returned float64 of shape (2,)"),
+        ([[6, 7]], "propose returned int64 of shape (1, 2)"),
+        (None, "propose returned None"),
+        (["x"], "propose returned <U1 of shape"),
         ([[6], [7, 8]], "propose raised ValueError"),
         (KeyError("k"), "propose raised KeyError"),
     ],

@@ -1,4 +1,4 @@
-"""Copies: their order, who waits for whom, and what a failing store leaves behind."""
+"""Copies: order, waiting, and the effects of a failing store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Engine(TransferEngine):
     """A transfer engine over two banks.
 
     Args:
-        way: Copy threads; or, on a GPU, whether its pages come from pinned memory or by buffers.
+        way: Copy threads; or, on a GPU, the source of its pages: pinned memory or buffers.
     """
 
     def __init__(self, way: int | str) -> None:
@@ -66,7 +66,7 @@ class Engine(TransferEngine):
         self.ground.close()
 
     def holds(self, slot: int, page: int | None, bank: int = 0) -> bool:
-        """Whether a slot holds exactly ``page``, or was never written to if that is None."""
+        """True if a slot holds exactly ``page``, or was never written to if that is None."""
         if self.gpu is not None:  # what a kernel sees that is started now
             seen = []
             self.gpu.fake.launch(lambda: seen.append(self._holds(slot, page, bank)))
@@ -84,7 +84,7 @@ class Engine(TransferEngine):
 
 
 def loads(pairs: dict[int, int], bank: int = 0) -> Loads:
-    """``{slot: page}`` as the event rule says it."""
+    """Convert ``{slot: page}`` to the event rule's ``Loads``."""
     return Loads(bank, np.array(list(pairs.values())), np.array(list(pairs)))
 
 

@@ -1,4 +1,4 @@
-"""Sorted blocks against a plain loop over the routed ids."""
+"""Sorted blocks compared with a plain loop over the routed ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which variant runs: a table of cases on both sides of every condition."""
+"""Choice of the variant: a table of cases on both sides of each condition."""
 
 from __future__ import annotations
 

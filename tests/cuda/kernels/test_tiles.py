@@ -1,4 +1,4 @@
-"""Tile sizes: stock's, by stock's own code, and tables read and refused."""
+"""Tile sizes: compared with stock vLLM's code; valid and invalid tables."""
 
 from __future__ import annotations
 

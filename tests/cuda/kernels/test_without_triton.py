@@ -1,4 +1,4 @@
-"""What works without Triton, and what is said where it is needed."""
+"""Functions that work without Triton, and errors of those that need it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""vLLM in a child process, for commands that need an engine: the client here, the engine there."""
+"""vLLM in a child process, for commands that need an engine: the client and the engine."""

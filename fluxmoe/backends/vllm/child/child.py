@@ -1,8 +1,8 @@
-"""A real vLLM engine in a child process, for demo, benchmarks and tests.
+"""A vLLM engine in a child process, for demo, benchmarks and tests.
 
-The child runs vLLM in-process (no further processes) by default, single-threaded, so
-that two engines can be measured one after the other on the same machine. Each engine needs its own
-process, because vLLM and OpenMP read their environment once.
+By default the child runs vLLM in-process and single-threaded, so that two engines can be measured
+alternately on the same machine. Each engine needs its own process, because vLLM and OpenMP read
+their environment only once.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class ChildEngine:
         model: Folder of a checkpoint.
         fluxmoe: FluxMoE's configuration; None for stock vLLM.
         threads: Number of OpenMP threads of the engine.
-        three_processes: Run vLLM as it does by default: the child is only its client, scheduler and
-            worker run in separate processes.
+        three_processes: Run vLLM as by default: the child is only its client, scheduler and worker
+            run in separate processes.
         options: Passed to ``vllm.LLM``.
 
     Raises:
         FluxMoEError: Raised in the child.
-        EngineError: The engine failed for another reason, or its process ended; the message has
-            the end of its log. All methods raise these.
+        EngineError: The engine failed for another reason or its process ended; the message has the
+            end of its log. All methods raise these.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ChildEngine:
         self._owner = Owner()
         self._remove_log = weakref.finalize(self, _remove, self._log, self._owner)
         self._family = three_processes
-        self._busy = True  # with an unanswered call, initially the start
+        self._busy = True  # a call is pending, initially the start
         environment = {
             **ENVIRONMENT,
             "OMP_NUM_THREADS": str(threads),
@@ -89,8 +89,8 @@ class ChildEngine:
             name="fluxmoe-engine",
             daemon=not three_processes,  # daemons may not have children
         )
-        # A caller that forgets to close must be able to exit: multiprocessing waits for
-        # non-daemons, and these end when the pipe is closed.
+        # A caller that does not close must be able to exit: multiprocessing waits for non-daemons,
+        # which end when the pipe is closed.
         self._hang_up = Finalize(self, self._connection.close, exitpriority=10)
         try:
             with theirs:
@@ -109,7 +109,7 @@ class ChildEngine:
 
         Args:
             prompts: The requests; all are added before the first step, except those with ``after``.
-            watch: Check all accounts and the committed bytes after every step (slow).
+            watch: Check all books and the committed bytes after each step (slow).
             cold: Start from a cold page table and an empty prefix cache.
         """
         run = self.call("generate", list(prompts), watch, cold)
@@ -123,7 +123,7 @@ class ChildEngine:
         fluxmoe: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Replace the engine by another one in the same process, by default of the same model.
+        """Replace the engine by another one in the same process, by default with the same model.
 
         If it cannot start there is no engine, but ``restart`` can be called again.
         """
@@ -141,7 +141,7 @@ class ChildEngine:
         return self._receive()
 
     def close(self) -> None:
-        """End the child, whatever it is doing. Idempotent; does nothing in a forked process."""
+        """End the child even if it is busy. Idempotent; does nothing in a forked process."""
         if not self._owner.here:
             return
         if self._process.is_alive():
@@ -152,7 +152,7 @@ class ChildEngine:
             self._process.kill()
             self._process.join()
         if self._family and self._process.pid is not None:
-            # vLLM's scheduler and worker outlive a client that was killed.
+            # vLLM's scheduler and worker survive a killed client.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._family = False
@@ -205,7 +205,7 @@ def _remove(log: str, owner: Owner) -> None:
 def _main(
     connection: Connection, log: str, environment: dict[str, str], first: tuple[Any, ...]
 ) -> None:
-    """Run the child: build the engine, then answer calls until told to stop."""
+    """Run the child: build the engine, then answer calls until asked to stop."""
     sys.stdout.flush()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -224,8 +224,8 @@ def _main(
                 if old is not None:
                     old.stop()
                 del old
-                gc.collect()  # an engine, or a partly started one, is full of cycles
-                gc.freeze()  # a start collects five times; without the modules, 2 s of 3 are saved
+                gc.collect()  # engines, including partly started ones, are full of cycles
+                gc.freeze()  # a start collects five times; excluding modules saves 2 of 3 s
                 engine = Engine(*args)
                 answer: Any = engine.info
             elif engine is None:
@@ -246,18 +246,18 @@ def _main(
 
 
 def _die_with_parent(log: str) -> None:
-    """Wait for the parent's end, then kill this process whatever it is doing."""
+    """Wait for the parent's end, then kill this process even if it is busy."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         Path(log).unlink(missing_ok=True)
         if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)  # scheduler and worker, too
+            os.killpg(0, signal.SIGKILL)  # including scheduler and worker
         os._exit(1)
 
 
 def _portable(error: BaseException) -> FluxMoEError | str:
-    """The FluxMoEError that caused it, or a description."""
+    """Return the FluxMoEError that caused the exception, or a description."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, FluxMoEError):

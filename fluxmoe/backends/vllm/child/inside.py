@@ -1,4 +1,4 @@
-"""The engine inside the child process, and the types its calls take and return."""
+"""The engine inside the child process, with the argument and result types of its calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxmoe.errors import MissingDependencyError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: token ids in, token ids out, on request with ``logprobs``.
+    """One request: token ids in, token ids out, optionally with ``logprobs``.
 
     The output has ``max_tokens`` tokens, or ends earlier with one of ``stop``. ``after`` is the
     index of an earlier prompt of the same call that must be answered first, as in a dialogue.
@@ -32,12 +32,12 @@ class Generation:
 
     Attributes:
         tokens: Output token ids per request, in the order of the prompts.
-        logprobs: Log-probability of each of these tokens; empty if not requested.
+        logprobs: Log-probability of each output token; empty if not requested.
         cached: Number of prompt tokens found in vLLM's prefix cache, per request.
-        seconds: Wall time in seconds from the first request added to the last finished.
+        seconds: Wall time in seconds from adding the first request to finishing the last.
         peak_running: Maximum number of requests running in one step; 0 if the scheduler is in
             another process.
-        steps: Number of engine steps, or of answers received from the engine's process.
+        steps: Number of engine steps, or of responses from the engine's process.
         stats: ``fluxmoe_stats`` after the run; empty for stock.
         peak_committed: Maximum bytes committed to experts and KV cache after any step, if watched.
     """
@@ -57,7 +57,7 @@ class Generation:
 
 
 class Engine:
-    """An engine and the methods that ``ChildEngine`` can call."""
+    """An engine with the methods that ``ChildEngine`` can call."""
 
     def __init__(self, model: str, fluxmoe: dict[str, Any] | None, options: dict[str, Any]) -> None:
         try:
@@ -86,8 +86,8 @@ class Engine:
                 self._llm.collective_rpc("fluxmoe_reset")
             self._llm.reset_prefix_cache()
         if self._scheduler is None:
-            # A scheduler in another process would start with the first request: the batches, and
-            # with them the last bits, would depend on timing.
+            # A scheduler in another process would start on the first request, so batches, and with
+            # them the last bits, would depend on timing.
             self._llm.sleep(level=0)
         peak = steps = committed = 0
         outputs: dict[int, Any] = {}
@@ -110,7 +110,7 @@ class Engine:
                 if watch:
                     committed = max(committed, self.committed_bytes())
         except BaseException:
-            # Remaining requests must not run on among those of the next call.
+            # Remaining requests must not run alongside those of the next call.
             self._engine.abort_request([str(index) for index in range(len(prompts))])
             raise
         seconds = time.perf_counter() - started
@@ -137,7 +137,7 @@ class Engine:
                 max_tokens=prompt.max_tokens,
                 temperature=prompt.temperature,
                 seed=prompt.seed,
-                logprobs=0 if prompt.logprobs else None,  # 0: of the chosen token only
+                logprobs=0 if prompt.logprobs else None,  # 0: only for the chosen token
                 stop_token_ids=list(prompt.stop),
                 ignore_eos=True,
                 detokenize=False,
@@ -159,7 +159,7 @@ class Engine:
         return result
 
     def arbitration(self) -> dict[str, Any]:
-        """The state of the controller; the engine must be in one process and its split dynamic.
+        """Return the arbiter's state; the engine must be in-process and its split dynamic.
 
         A move in progress is completed first.
         """
@@ -170,17 +170,17 @@ class Engine:
             "frames": arbiter.frames,
             "changes": dict(arbiter.changes),
             "failures": arbiter.failures,
-            "faults": arbiter.faults,
+            "faults": arbiter.policy.faults,
             "longest_pause": arbiter.longest_pause,
         }
 
     def told(self) -> list[str]:
-        """The reasons for the last decisions."""
+        """Return the reasons for the last decisions."""
         arbiter = self._scheduler.connector.arbitration.arbiter
         return [decision.reason for decision in arbiter.decisions]
 
     def limit(self, share: float) -> None:
-        """Use only this share of the budget from now on."""
+        """Limit the engine to this share of the budget."""
         from fluxmoe.core.arbitration.messages import OperatorLimits
 
         arbiter = self._scheduler.connector.arbitration.arbiter
@@ -198,5 +198,5 @@ class Engine:
         return self._llm.collective_rpc(method, args=args)[0]
 
     def stop(self) -> None:
-        """Shut the engine down and let the worker release its memory."""
+        """Shut down the engine and release the worker's memory."""
         self._engine.engine_core.shutdown()

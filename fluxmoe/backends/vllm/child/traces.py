@@ -1,4 +1,4 @@
-"""Recording a trace from a real vLLM engine in a child process."""
+"""Recording of traces from a vLLM engine in a child process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import FluxMoEError
 
-# Number of batches given to the engine together if a recording may end early; the engine completes
-# them. More of them make the batches in the middle fuller.
+# Number of batches submitted together if a recording may end early; the engine completes them. More
+# of them make the batches in the middle fuller.
 _BATCHES = 4
 
 
@@ -25,22 +25,23 @@ def record(
     weights: bool = False,
     max_steps: int | None = None,
     phase: Phase | None = None,
-    replace: bool = True,
+    replace: bool = False,
 ) -> dict[str, Any]:
-    """Record a trace of the prompts' run from a cold page table; return ``fluxmoe_stats``.
+    """Record a trace of running the prompts from a cold page table; return ``fluxmoe_stats``.
 
     Args:
         engine: A paged engine.
-        prompts: The requests, all queued at the start.
+        prompts: The requests, all queued at once.
         path: Path of the new trace file.
         batch: Number of requests that the engine runs at once.
         weights: Also record the routing weights (eager mode only).
         max_steps: Number of steps after which recording stops.
         phase: Record only steps of this phase.
-        replace: True if an existing file may be replaced.
+        replace: Overwrite an existing file.
 
     Raises:
-        TraceError: The file cannot be written, or already exists.
+        TraceError: The file cannot be written.
+        ConfigError: It already exists.
         FluxMoEError: The engine failed.
     """
     together = len(prompts) if max_steps is None else batch * _BATCHES
@@ -53,7 +54,7 @@ def record(
             if engine.call("rpc", "fluxmoe_recorded"):
                 break
     except BaseException:
-        with contextlib.suppress(FluxMoEError):  # the original error says more
+        with contextlib.suppress(FluxMoEError):  # the original error is more informative
             engine.call("rpc", "fluxmoe_record", None)
         raise
     engine.call("rpc", "fluxmoe_record", None)

@@ -1,9 +1,9 @@
-"""All private names of vLLM that FluxMoE uses, and the versions they were checked with.
+"""All private names of vLLM used by FluxMoE, and the versions they were tested with.
 
-One module per part of vLLM, so that each of its processes imports only what it needs:
-``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` (paged
-workers), ``engine`` (engines in this process, and the server's engine client). Each first
-asserts its names (``backends/vllm/names.py``).
+There is one module per part of vLLM, so that each of its processes imports only what it needs:
+``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker`` and ``cpu``
+(paged workers), ``server`` (the API server), ``engine`` (engines in this process, and the server's
+engine client). Each first asserts its names (``backends/vllm/names.py``).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fluxmoe.errors import UnsupportedVersionError
 
 
 def require_supported(version: str = vllm.__version__) -> None:
-    """Refuse versions of vLLM that FluxMoE was not tested with.
+    """Reject versions of vLLM that FluxMoE was not tested with.
 
     Raises:
-        UnsupportedVersionError: Names the version found and the supported range.
+        UnsupportedVersionError: The version is outside the supported range.
     """
     if not is_supported(version):
         raise UnsupportedVersionError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("engine")  # an ImportError of the lines below would not say what to do
+NAMES.require("engine")  # an ImportError from the lines below would give no remedy
 
 from vllm import SamplingParams
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def scheduler_of(llm: LLM) -> Any:
-    """The scheduler (``running`` lists its requests); None if it is in another process."""
+    """Get the scheduler (``running`` lists its requests); None if it is in another process."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     return None if core is None else core.scheduler
 
 
 def engine_info(llm: LLM) -> dict[str, int]:
-    """KV cache sizes and effective features; ``kv_bytes`` only for in-process engines."""
+    """Get KV cache sizes and effective features; ``kv_bytes`` only for in-process engines."""
     config = llm.llm_engine.vllm_config
     info = {
         "kv_blocks": config.cache_config.num_gpu_blocks,
@@ -49,7 +49,7 @@ def is_idle(client: Any) -> bool:
 
 
 async def run_a_step(client: Any, name: str) -> None:
-    """Make an idle engine take a few steps with a request for two tokens; discard the answer."""
+    """Make an idle engine take a few steps by requesting two tokens; discard the answer."""
     params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False)
     async for _ in client.generate({"prompt_token_ids": [0]}, params, name):
         pass

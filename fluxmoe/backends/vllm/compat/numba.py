@@ -6,10 +6,10 @@ from llvmlite.binding import ffi
 
 
 def tolerate_numba() -> None:
-    """Let vLLM's CPU worker start although numba is loaded.
+    """Let vLLM's CPU worker start with numba loaded.
 
-    Without Triton, vLLM 0.32 looks for kernels to override by calling ``vars()`` on every object
-    in every module. llvmlite's library object returns a function for every attribute, ``__dict__``
-    included, and the start fails. This gives it a dictionary to return.
+    Without Triton, vLLM 0.32 searches for kernels to override by calling ``vars()`` on every object
+    in every module. llvmlite's library object returns a function for every attribute, including
+    ``__dict__``, so the start fails. This gives it a dictionary to return.
     """
     ffi.lib._fntab.setdefault("__dict__", {})

@@ -1,10 +1,10 @@
-"""Names imported in every process of vLLM; kept light."""
+"""Names imported in every vLLM process; kept light."""
 
 from __future__ import annotations
 
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("plugin")  # an ImportError of the lines below would not say what to do
+NAMES.require("plugin")  # an ImportError from the lines below would give no remedy
 
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory

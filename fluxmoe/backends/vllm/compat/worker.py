@@ -1,4 +1,4 @@
-"""vLLM's worker, its MoE layers and its end of the KV connector."""
+"""vLLM's MoE layers, the current step, and a worker's end of the KV connector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.core.types import Phase
 
-NAMES.require("worker")  # an ImportError of the lines below would not say what to do
+NAMES.require("worker")  # an ImportError from the lines below would give no remedy
 
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import kv_transfer_state
@@ -20,7 +20,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 def worker_connector() -> Any:
@@ -31,22 +30,22 @@ def worker_connector() -> Any:
 def drop_connector(connector: object) -> None:
     """Drop this process's connector if it is ``connector``, whose worker is gone.
 
-    vLLM does so when it shuts a worker down, but not when a start fails later on. The next engine
-    in the same process would find the old connector.
+    vLLM does so when it shuts down a worker, but not if a start fails later. The next engine in the
+    same process would find the old connector.
     """
     if kv_transfer_state._KV_CONNECTOR_AGENT is connector:
         kv_transfer_state.ensure_kv_transfer_shutdown()
 
 
 def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """The requests of the running step in the order of its tokens, and their first tokens.
+    """List the requests of the current step in the order of its tokens, and their first tokens.
 
     Args:
         runner: A worker's ``model_runner``.
 
     Returns:
-        Names of R requests, and int32 ``[R + 1]``: index of each first token, and the token count.
-        No requests in a dummy run.
+        Ids of R requests, and int32 ``[R + 1]``, the index of each first token, and the token
+        count. No requests in a dummy run.
     """
     if not get_forward_context().attn_metadata:
         return [], np.zeros(1, np.int32)
@@ -55,10 +54,10 @@ def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
 
 
 def step_phase(runner: Any) -> Phase:
-    """Prefill if a request of the running step computes more than one token, else decode.
+    """Prefill if a request of the current step computes more than one token, else decode.
 
-    Derived from the batch rather than from attention metadata, of which a hybrid model has several
-    kinds. A prompt of one token cannot be distinguished from a decode.
+    Derived from the batch rather than attention metadata, of which hybrid models have several
+    kinds. A prompt of one token cannot be distinguished from decode.
     """
     _, starts = scheduled_requests(runner)
     return Phase.PREFILL if np.diff(starts).max(initial=0) > 1 else Phase.DECODE
@@ -66,7 +65,6 @@ def step_phase(runner: Any) -> Phase:
 
 __all__ = [
     "CPUUnquantizedExperts",
-    "CPUWorker",
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "drop_connector",

@@ -1,1 +1,1 @@
-"""Code for vLLM's engine process, beside its scheduler: arbitration, KV blocks, requests seen."""
+"""Code for vLLM's engine process, next to its scheduler: arbitration, KV blocks, requests."""

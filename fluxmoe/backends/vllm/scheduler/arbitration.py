@@ -1,4 +1,4 @@
-"""The scheduler's side of arbitration in vLLM: the demand it sees, and the arbiter."""
+"""The scheduler's side of arbitration in vLLM: its demand, and the arbiter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Arbitration:
     Args:
         config: FluxMoE's configuration.
         policy: Its arbitration policy.
-        inventories: Each worker's inventory, by rank.
+        inventories: Inventory of each worker, by rank.
         manager: vLLM's ``KVCacheManager``.
         watermark: vLLM's setting ``watermark``.
         max_running: Maximum number of requests that vLLM runs at once.
@@ -103,7 +103,7 @@ class Arbitration:
 
     def request_blocks(self) -> float:
         blocks = self._requests.foreseen_blocks(self._block_tokens)
-        # Shared prefixes are needed only once.
+        # Shared prefixes are stored only once.
         return max(blocks - self._prefixes.saved(), 1.0) if blocks else 0.0
 
     def experts(self) -> ExpertDemand:
@@ -121,7 +121,7 @@ class Arbitration:
     # --- end of a step ----------------------------------------------------------------------------
 
     def _obey(self, reports: Sequence[StepReport]) -> None:
-        """Apply the operator limits in the reports, the same from all workers."""
+        """Apply the operator limits from the reports, which are the same for all workers."""
         limits = reports[0].limits if reports else None
         if limits is not None and limits != self._limits:
             self._limits = limits

@@ -1,8 +1,8 @@
-"""The balloon: keeps KV blocks without memory away from the scheduler, as in VM ballooning.
+"""The balloon: hides KV blocks without memory from the scheduler, as in VM ballooning.
 
-vLLM's pool has as many blocks as the KV cache may ever grow to. Those without committed memory
-are *held*: not in the free queue, in no request, dropped from the prefix cache. To vLLM they look
-used, so the two places where that matters are corrected.
+vLLM's pool has as many blocks as the KV cache may ever grow to. Those without committed memory are
+*held*: removed from the free queue and the prefix cache, and in no request. To vLLM they look used,
+so the two places where that matters are corrected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fluxmoe.errors import InvariantError
 
 
 class BalloonPool(BlockPool):
-    """vLLM's block pool with held blocks. ``Balloon`` changes a pool's class to this."""
+    """vLLM's block pool with held blocks. ``Balloon`` changes the class of a pool to this one."""
 
     num_gpu_blocks: int
     held_blocks: int
@@ -28,7 +28,7 @@ class BalloonPool(BlockPool):
         return 1.0 - self.get_num_free_blocks() / blocks if blocks > 0 else 0.0
 
     def reset_prefix_cache(self) -> bool:
-        """Do as vLLM, which would refuse because of the held blocks."""
+        """Do the same as vLLM, which would refuse because of the held blocks."""
         blocks = self.num_gpu_blocks
         self.num_gpu_blocks = blocks - self.held_blocks
         try:
@@ -58,7 +58,7 @@ class Balloon:
             raise InvariantError(
                 f"the scheduler has {pool.num_gpu_blocks} KV blocks, the worker {layout.blocks}"
             )
-        pool.__class__ = BalloonPool  # vLLM cannot be told to make another kind of pool
+        pool.__class__ = BalloonPool  # vLLM has no option for another kind of pool
         pool.held_blocks = 0
         self._held: set[int] = set()
         for group in range(groups, layout.groups):
@@ -67,14 +67,14 @@ class Balloon:
 
     @property
     def held(self) -> frozenset[int]:
-        """The groups that are held."""
+        """Groups that are held."""
         return frozenset(self._held)
 
     def hold(self, groups: int) -> tuple[int, ...]:
-        """Hold up to N groups of which no block is in use, and return them.
+        """Hold up to N groups that have no block in use, and return them.
 
-        Groups without cached prefixes go first, then those whose most valuable block vLLM would
-        evict soonest; among equals the last ones, so that the cache stays dense.
+        Groups without cached prefixes come first, then those whose most valuable block vLLM would
+        evict soonest; on ties the last ones, to keep the cache dense.
         """
         worth = {
             block.block_id: 0 if block.block_hash is None else age + 1
@@ -92,7 +92,7 @@ class Balloon:
         return taken
 
     def release(self, groups: Iterable[int]) -> None:
-        """Return the blocks of held groups to use."""
+        """Make the blocks of held groups available again."""
         for group in sorted(groups):
             if group not in self._held:
                 raise InvariantError(f"KV group {group} is not held")
@@ -103,14 +103,14 @@ class Balloon:
         self._resized()
 
     def used(self) -> int:
-        """Number of blocks in use, including the null block, whose group must stay."""
+        """Number of blocks in use, including the null block, whose group must remain."""
         pool = self._pool
         return int(pool.num_gpu_blocks - pool.held_blocks - pool.get_num_free_blocks())
 
     def cached(self) -> int:
         """Approximate number of free blocks with a cached prefix."""
         pool = self._pool
-        # The full blocks of running requests are cached too; their last ones are not.
+        # Full blocks of running requests are cached as well; their last blocks are not.
         remembered = len(pool.cached_block_hash_to_block) - self.used()
         return max(0, min(remembered, int(pool.get_num_free_blocks())))
 

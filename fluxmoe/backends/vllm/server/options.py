@@ -1,4 +1,4 @@
-"""Checks of vLLM's options against a list of those that its parser accepts. Imports no vLLM.
+"""Validation of vLLM's options against the list that its parser accepts, without importing vLLM.
 
 ``options.json`` is generated from the parser by ``python -m tests.vllm.options``.
 """
@@ -14,12 +14,12 @@ from typing import Any
 from fluxmoe.errors import ConfigError, meant
 from fluxmoe.words import line
 
-#: Options that FluxMoE sets itself.
+#: Options set by FluxMoE.
 OURS = (
     *("worker-cls", "additional-config", "kv-transfer-config"),
     *("kv-cache-memory-bytes", "model"),
 )
-#: Description of the values of an option's type.
+#: Option type → description of valid values.
 _VALID = {
     "flag": "true or false",
     "switch": "true or false",
@@ -31,7 +31,7 @@ _VALID = {
 
 @cache
 def known() -> dict[str, str | list[str]]:
-    """The options of ``vllm serve``, without leading dashes, and their types.
+    """Return the options of ``vllm serve``, without leading dashes, and their types.
 
     Types are ``flag`` (has a negation ``--no-…``), ``switch`` (has none), ``int``, ``float``,
     ``other``, or a list of the valid values.
@@ -42,12 +42,12 @@ def known() -> dict[str, str | list[str]]:
 
 
 def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with dashes in their names, as on vLLM's command line, where both are accepted."""
+    """Normalise option names to dashes, as on vLLM's command line, which accepts both forms."""
     return {name.replace("_", "-"): value for name, value in options.items()}
 
 
 def problems(options: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """An error for each unknown option, and for each value that vLLM's parser would refuse.
+    """Yield an error for each unknown option and each value that vLLM's parser would reject.
 
     Args:
         options: Names without leading dashes → values, as in the configuration's ``vllm``.

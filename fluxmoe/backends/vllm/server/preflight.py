@@ -1,6 +1,6 @@
-"""Checks before a server starts, for errors that it would show late or deep in its log.
+"""Checks before a server starts, for errors that would otherwise appear late or deep in its log.
 
-They take seconds, import no vLLM, and report all problems at once.
+They take seconds, do not import vLLM, and report all problems at once.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from fluxmoe.errors import (
 from fluxmoe.findings import Findings
 
 _CACHE = "VLLM_CACHE_ROOT"
-#: Bytes of /dev/shm for vLLM's message queues: of the engine, and of each worker.
+#: Bytes of /dev/shm for vLLM's message queues: for the engine, and for each worker.
 _SHM_ENGINE, _SHM_WORKER = 160 << 20, 80 << 20
 _PORTS = range(2**16)
-#: vLLM's options that replace parts of ``config.json``.
+#: Options of vLLM that replace parts of ``config.json``.
 _OVERRIDES = ("hf-overrides", "hf-config-path", "config-format")
 
 
 def check(
     config: Config, environment: Mapping[str, str], *, moving: bool, serving: bool = True
 ) -> Findings:
-    """All reasons why a server could not start.
+    """Find all reasons why a server could not start.
 
     Args:
         config: The configuration, ``Resolved`` unless its automatic budget cannot be computed.
@@ -94,13 +94,13 @@ def check(
 
 
 def workers(config: Config) -> int:
-    """Number of tensor-parallel workers; 1 for a value that vLLM would refuse."""
+    """Number of tensor-parallel workers; 1 for a value that vLLM would reject."""
     size = vllm_options.normalised(config.vllm).get("tensor-parallel-size", 1)
     return size if isinstance(size, int) and size > 1 else 1
 
 
 def require_shared_memory(workers: int) -> None:
-    """Refuse a ``/dev/shm`` that is too small for vLLM's message queues. Raises ConfigError."""
+    """Reject a ``/dev/shm`` that is too small for vLLM's message queues. Raises ConfigError."""
     free, need = machine.shared_memory(), _SHM_ENGINE + _SHM_WORKER * workers
     if free is not None and free < need:
         raise ConfigError(
@@ -148,18 +148,18 @@ def _check_model(
 
 
 def _dimensions(folder: Path, found: Findings) -> dimensions.Model | None:
-    """Sizes of the model; None if they cannot be told from its files."""
+    """Read the sizes of the model; None if they cannot be determined from its files."""
     try:
         return dimensions.of_checkpoint(folder)
     except QuantisedError:
         raise
-    except UnsupportedError as error:  # by the planner; the engine may know the architecture
+    except UnsupportedError as error:  # by the planner; the engine may support the architecture
         found.notes.append(f"the memory needed by this model is not checked: {error}")
         return None
 
 
 def _folder(config: Config, options: Mapping[str, Any], found: Findings) -> Path | None:
-    """The model's folder if its files can be examined here. Raises CheckpointError, ConfigError."""
+    """Return the model's folder if its files are available. Raises CheckpointError, ConfigError."""
     if config.model is None:
         raise ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")
     if options.get("load-format", "auto") not in checkpoint.LOAD_FORMATS:
@@ -170,7 +170,7 @@ def _folder(config: Config, options: Mapping[str, Any], found: Findings) -> Path
     checkpoint.require_readable(name)
     folder = Path(name)
     if folder.is_dir():
-        return folder if any(folder.glob("*.safetensors")) else None
+        return folder if checkpoint.weight_files(folder) else None
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise CheckpointError(
             "it is neither a folder nor a downloaded model, and HF_HUB_OFFLINE is set",
@@ -186,7 +186,7 @@ def _latent(environment: Mapping[str, str]) -> bool:
 
 
 def _require_plain_attention(folder: Path) -> None:
-    """Refuse a checkpoint with MLA, detected by ``kv_lora_rank``; the worker refuses the others."""
+    """Reject a checkpoint with MLA, detected by ``kv_lora_rank``; the worker rejects the others."""
     config = checkpoint.text_part(checkpoint.read_map(folder / "config.json"))
     if config.get("kv_lora_rank") is not None:
         raise moving_latent_attention()

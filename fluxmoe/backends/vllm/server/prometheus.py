@@ -1,13 +1,14 @@
 """FluxMoE's metrics in the process that serves ``/metrics``.
 
-The histograms of ``prometheus_client`` count one value per call, too slow for thousands per step;
-those here take buckets that were counted elsewhere.
+The histograms of ``prometheus_client`` count one value per call, which is too slow for thousands
+per step; those here accept precomputed buckets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,11 @@ from prometheus_client.registry import Collector
 from fluxmoe.backends.vllm import metrics
 from fluxmoe.backends.vllm.compat.connector import KVConnectorPromMetrics
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.backends.vllm.metrics import BUCKETS, DECISION, METRICS, Metric
+from fluxmoe.backends.vllm.metrics import BUCKETS, METRICS, PASSING, Metric
 
 
 class Histograms(Collector):
-    """All histograms of one process, per engine.
+    """All histograms of one process, by engine.
 
     Args:
         metrics: The histograms' metrics.
@@ -39,14 +40,14 @@ class Histograms(Collector):
     def add(
         self, name: str, engine: Sequence[object], changes: Mapping[tuple[str, ...], float]
     ) -> None:
-        """Add to the buckets of one engine, given by its values of vLLM's labels."""
+        """Add to the buckets of one engine, identified by its values of vLLM's labels."""
         with self._lock:
             counts = self._counts[name].setdefault(tuple(map(str, engine)), {})
             for (bucket,), change in changes.items():
                 counts[bucket] = counts.get(bucket, 0) + change
 
     def collect(self) -> Iterable[HistogramMetricFamily]:
-        """The current histograms; without series until something was added."""
+        """Yield the current histograms, without series until values are added."""
         with self._lock:
             for metric in self._metrics:
                 family = HistogramMetricFamily(metric.name, metric.help, labels=self._labelnames)
@@ -59,12 +60,12 @@ class Histograms(Collector):
                 yield family
 
 
-#: Collectors of this process, so that a second engine in it can replace them, like vLLM's.
+#: Collectors of this process, which a second engine in it replaces, as in vLLM.
 _collectors: list[Any] = []
 
 
 class PagingProm(KVConnectorPromMetrics):
-    """The metrics in the process that serves ``/metrics``, per engine."""
+    """The metrics in the process that serves ``/metrics``, by engine."""
 
     def __init__(
         self,
@@ -78,6 +79,8 @@ class PagingProm(KVConnectorPromMetrics):
             with contextlib.suppress(KeyError):
                 prometheus_client.REGISTRY.unregister(_collectors.pop())
         self._metrics: dict[str, Any] = {}
+        #: Values of the series that may be removed.
+        self._passing: defaultdict[tuple[object, ...], float] = defaultdict(float)
         self._ages = Histograms([m for m in METRICS if m.kind == "histogram"], labelnames)
         prometheus_client.REGISTRY.register(self._ages)
         _collectors.append(self._ages)
@@ -91,7 +94,7 @@ class PagingProm(KVConnectorPromMetrics):
             }
             if metric.kind == "counter":
                 shown = self._counter_cls(**options)
-            else:  # with several server processes, each sees a part of the changes
+            else:  # with several server processes, each gets part of the changes
                 shown = self._gauge_cls(**options, multiprocess_mode="sum")
             self._metrics[metric.name] = shown
             _collectors.append(shown)
@@ -104,5 +107,15 @@ class PagingProm(KVConnectorPromMetrics):
                 continue
             for labels, change in samples.items():
                 self._metrics[name].labels(*engine, *labels).inc(change)
-                if name == DECISION and change < 0:  # no longer among the last
-                    self._metrics[name].remove(*engine, *labels)
+            if name in PASSING:
+                self._remove_what_is_over(name, engine, samples)
+
+    def _remove_what_is_over(
+        self, name: str, engine: list[object], changes: Mapping[tuple[str, ...], float]
+    ) -> None:
+        for labels, change in changes.items():
+            key = (name, *engine, *labels)
+            self._passing[key] += change
+            if self._passing[key] <= 0:
+                del self._passing[key]
+                self._metrics[name].remove(*engine, *labels)

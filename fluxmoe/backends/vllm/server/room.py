@@ -1,6 +1,6 @@
-"""Lower bounds of the memory that a server needs, computed from the model's files alone.
+"""Lower bounds on the memory that a server needs, computed from the model's files alone.
 
-A budget below them cannot be served. The worker computes the exact needs after vLLM has built the
+A budget below them cannot be served. The worker computes the exact sizes after vLLM has built the
 model: rounding to blocks, the scheduler's reserve and replicated heads make them larger.
 """
 
@@ -24,7 +24,7 @@ _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2*
 
 
 def require(config: Resolved, model: Model, options: Mapping[str, Any], workers: int) -> None:
-    """Refuse a budget that cannot hold one layer's experts and one request, or is not free.
+    """Reject a budget that cannot hold one layer's experts and one request, or exceeds free memory.
 
     Args:
         config: The configuration; its budget is that of one worker.
@@ -41,7 +41,7 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
     element = 1 if "8" in str(options.get("kv-cache-dtype", "auto")) else weight
     request = model.request_bytes(tokens) * element // model.weight_bytes // workers
     memory = config.memory
-    if memory.frame is None:  # the smallest, so that rounding to frames refuses nothing that fits
+    if memory.frame is None:  # the smallest frame, so that rounding rejects nothing that fits
         memory = memory.model_copy(update={"frame": mmap.PAGESIZE})
     partition(
         memory,
@@ -62,7 +62,7 @@ def _weight_bytes(model: Model, options: Mapping[str, Any]) -> int:
 
 
 def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
-    """The tokens of the longest request, or fewer; 1 if vLLM would derive the number."""
+    """Tokens of the longest request, or fewer; 1 if vLLM would derive the number."""
     given = options.get("max-model-len")
     if given is None:
         return min(model.longest, _tokenizer_longest(Path(config.model or ""))) or 1
@@ -70,7 +70,7 @@ def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
     factor = _SUFFIXES.get(text[-1:], 1)
     try:
         return max(int(float(text.rstrip("kmgKMG")) * factor), 1)
-    except ValueError:  # auto, or refused by vLLM's parser
+    except ValueError:  # auto, or rejected by vLLM's parser
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Code for vLLM's worker processes: paged worker, layers, KV cache, its end of the connector.
+"""Code for vLLM's worker processes: paged worker, layers, KV cache, end of the connector.
 
 Configurations and vLLM's command line refer to ``PagedCPUWorker`` by this package
 (``settings.WORKER_CLS``); it is imported on first use, with torch and vLLM.

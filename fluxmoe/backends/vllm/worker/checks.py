@@ -1,4 +1,4 @@
-"""Refusal at start of vLLM features that FluxMoE does not support, naming the setting."""
+"""Rejection at startup of vLLM features that FluxMoE does not support."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 
 def refuse_unsupported(config: VllmConfig) -> None:
-    """Refuse engine features that paging was not tested with.
+    """Reject engine features that paging was not tested with.
 
     Raises:
-        UnsupportedError: Names the first one found.
+        UnsupportedError: Such a feature is enabled.
     """
     for error in refused_settings(config):
         raise error
 
 
 def refuse_moving_split(config: VllmConfig) -> None:
-    """Refuse models whose KV cache cannot be resized while serving.
+    """Reject models whose KV cache cannot be resized while serving.
 
     Raises:
-        UnsupportedError: The model uses MLA. vLLM's CPU kernel for it flattens the cache of a
-            layer, so the layers of a block cannot lie side by side.
+        UnsupportedError: The model uses MLA. vLLM's CPU kernel for it flattens a layer's cache, so
+            the layers of a block cannot be adjacent.
     """
     if config.model_config.use_mla:
         raise moving_latent_attention()
 
 
 def refuse_unpageable(experts: RoutedExperts) -> None:
-    """Refuse expert layers whose weights are not plain slot-addressable parts.
+    """Reject expert layers whose weights are not plain slot-addressable parts.
 
     Raises:
-        UnsupportedError: Experts of a model-specific class, quantised ones, or a kernel other than
-            vLLM's CPU grouped GEMM.
+        UnsupportedError: The experts have a model-specific class or are quantised, or the kernel is
+            not vLLM's CPU grouped GEMM.
     """
     where = experts.layer_name
     if not isinstance(experts, PagedRoutedExperts):
@@ -68,6 +68,6 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
             fix="uninstall zentorch",
         )
     for name, _ in experts.named_parameters(recurse=False):
-        # Other parameters (a router's correction bias) are read by expert id and stay.
+        # Other parameters (a router's correction bias) are read by expert id and remain.
         if name.startswith(("w13", "w2")) and name not in ("w13_weight", "w2_weight"):
             raise UnsupportedError(f"experts with a {name} cannot be paged yet", where=where)

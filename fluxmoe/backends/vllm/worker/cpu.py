@@ -1,4 +1,4 @@
-"""The paged CPU worker: moves the experts out after loading, gives KV the rest of the budget."""
+"""The paged CPU worker: moves experts to the store, gives the KV cache the rest of the budget."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.vllm import handover
+from fluxmoe.backends.vllm.compat.cpu import CPUWorker
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import (
-    CPUWorker,
     RoutedExperts,
     drop_connector,
     get_tensor_model_parallel_rank,
@@ -26,9 +26,10 @@ from fluxmoe.backends.vllm.compat.worker import (
     worker_connector,
 )
 from fluxmoe.backends.vllm.names import NAMES
+from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
-from fluxmoe.backends.vllm.worker import checks, kv
-from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.worker import checks, kv, selfcheck, start
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests
@@ -45,8 +46,6 @@ from fluxmoe.errors import (
 )
 from fluxmoe.trace.recorder import Recorder
 
-tolerate_numba()  # numba is loaded now, and vLLM may start another engine in this process
-
 PARTS = ("w13_weight", "w2_weight")
 
 
@@ -54,6 +53,9 @@ class PagedCPUWorker(CPUWorker):
     """vLLM's CPU worker with paged experts."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        tolerate_numba()  # this module has loaded numba
+        use_paged_layers()
+        end_with_parent()
         config = fluxmoe_config.parse(paging_config(vllm_config), where="additional_config.fluxmoe")
         #: True if experts are paged (not ``preset: off``).
         self._paging = config.preset != "off"
@@ -62,8 +64,8 @@ class PagedCPUWorker(CPUWorker):
         resolved = config.resolved(config.memory.budget or _automatic_budget(vllm_config))
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
-        # Raises their errors before the weights are loaded.
-        registry = plugins.load(config.plugins)
+        # Raises policy errors before the weights are loaded.
+        self._registry = registry = plugins.load(config.plugins)
         self._policies = registry.policies(config)
         arbitration = registry.arbitration(config)
         self._dynamic = self._paging and config.dynamic(arbitration)
@@ -72,7 +74,7 @@ class PagedCPUWorker(CPUWorker):
             handover.leave(vllm_config, resolved, arbitration)
         self._coders = make_coders(config, registry)
         self._config = _with_kv_target(resolved, vllm_config.cache_config.kv_cache_memory_bytes)
-        # An explicit size keeps vLLM from claiming 92 % of the machine; the true one follows.
+        # An explicit size keeps vLLM from claiming 92 % of the machine; the actual size follows.
         vllm_config.cache_config.kv_cache_memory_bytes = int(resolved.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
@@ -80,13 +82,13 @@ class PagedCPUWorker(CPUWorker):
         self._limits = HandLimits()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load as stock vLLM does, then move the experts out of the model."""
+        """Load like stock vLLM, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
         load = self.vllm_config.load_config
         if load.load_format in checkpoint.LOAD_FORMATS:
             model, revision = self.model_config.model, self.model_config.revision
             folder = checkpoint.downloaded(model, revision, load.download_dir)
-            if folder != model:  # a name on a hub, whose files exist only now
+            if folder != model:  # a hub name, whose files exist only now
                 checkpoint.require_readable(folder)
         if not self._paging:
             return
@@ -110,6 +112,7 @@ class PagedCPUWorker(CPUWorker):
         }
         if len(shapes) > 1:
             raise UnsupportedError(f"layers with experts of {len(shapes)} different layouts")
+        selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
         page_class = PageClass(
             tuple(
@@ -131,7 +134,7 @@ class PagedCPUWorker(CPUWorker):
             phase=partial(step_phase, self.model_runner),
         )
         self._handle = handle = op.attach(runtime.pager)
-        # vLLM does not shut down a worker whose start failed later on; it is only collected.
+        # vLLM does not shut down a worker whose start fails later; it is only garbage-collected.
         self._release = weakref.finalize(self, _release, handle, runtime)
         self._top_k = layers[0].top_k
         for index, layer in enumerate(layers):
@@ -167,15 +170,19 @@ class PagedCPUWorker(CPUWorker):
         if self._runtime is None:
             super().initialize_from_config(kv_cache_config)
             return
-        kv_cache_config = copy.deepcopy(kv_cache_config)  # in one process the scheduler has it too
+        kv_cache_config = copy.deepcopy(kv_cache_config)  # shared with an in-process scheduler
         self._kv_buffer = kv.place(self._runtime, kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         if not self._kv_buffer.used:
             raise InvariantError("vLLM has allocated its KV cache elsewhere")
         connector = worker_connector()
-        self._side = WorkerSide(self._runtime, get_tensor_model_parallel_rank())
+        rank = get_tensor_model_parallel_rank()
+        self._side = WorkerSide(self._runtime, rank)
         connector.bind(self._side)
         weakref.finalize(self, drop_connector, connector)
+        if rank == 0:
+            specs = self.get_kv_cache_spec().values()
+            start.log(self._runtime, self._registry, self.vllm_config, specs, self._top_k)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> Any:
         if tag == "kv_cache" and self._runtime is not None:
@@ -183,7 +190,7 @@ class PagedCPUWorker(CPUWorker):
         return super()._maybe_get_memory_pool_context(tag)
 
     def shutdown(self) -> None:
-        """Release the arenas, after the model."""
+        """Release the arenas after the model."""
         super().shutdown()
         try:
             self.fluxmoe_record(None)
@@ -193,14 +200,14 @@ class PagedCPUWorker(CPUWorker):
                 self._release()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; refused in a forked process, which shares the parent's KV cache."""
+        """Run the model; an error in a forked process, which shares the parent's KV cache."""
         if self._runtime is not None:
             self._runtime.pager.owner.require()
         return super().execute_model(*args, **kwargs)
 
     @property
     def _paged(self) -> Runtime:
-        """The runtime. Raises UnsupportedError if nothing is paged, or in another process."""
+        """Get the runtime. Raises UnsupportedError if nothing is paged, or in another process."""
         if self._runtime is None:
             raise UnsupportedError("paging is off", where="preset", fix="remove preset: off")
         self._runtime.pager.owner.require()
@@ -209,11 +216,11 @@ class PagedCPUWorker(CPUWorker):
     # --- called through collective_rpc -----------------------------------------------------------
 
     def fluxmoe_stats(self) -> dict[str, Any]:
-        """Counters and sizes as plain numbers."""
+        """Return counters and sizes as plain numbers."""
         return {**self._paged.stats(), "orders": self._side.orders}
 
     def fluxmoe_check(self) -> None:
-        """Raise InvariantError unless all accounts agree."""
+        """Raise InvariantError unless all books are consistent."""
         self._paged.check()
 
     def fluxmoe_limit(self, limits: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -221,12 +228,11 @@ class PagedCPUWorker(CPUWorker):
 
         Args:
             limits: ``config.HandLimits``: ``budget``, ``experts`` and ``kv`` with ``min`` and
-                ``max``. Limits not given are reset to the configuration.
+                ``max``. Omitted limits are reset to the configuration.
 
         Returns:
             The ``limits`` set and the current ``split``, in bytes; or ``error`` if they are invalid
-            and nothing has changed (an exception would lose its code on the way through vLLM's
-            processes).
+            and nothing has changed (an exception would lose its code between vLLM's processes).
         """
         try:
             runtime = self._paged
@@ -252,19 +258,20 @@ class PagedCPUWorker(CPUWorker):
         weights: bool = False,
         max_steps: int | None = None,
         phase: Phase | None = None,
-        replace: bool = True,
+        replace: bool = False,
     ) -> None:
-        """Write the routing of every step from now on to a trace; None ends the recording.
+        """Start recording the routing of every step to a trace; None ends the recording.
 
         Args:
             path: Path of the new file, which appears when the recording ends.
             weights: Also record the routing weights (eager mode only).
             max_steps: Number of steps after which recording stops.
             phase: Record only steps of this phase.
-            replace: True if an existing file may be replaced.
+            replace: Overwrite an existing file.
 
         Raises:
             TraceError: The file cannot be written; at the end also if nothing was recorded.
+            ConfigError: The file already exists.
         """
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
@@ -314,20 +321,20 @@ def _release(handle: int, runtime: Runtime) -> None:
 
 
 def _automatic_budget(vllm_config: VllmConfig) -> int:
-    """The bytes of ``memory.budget: auto`` in an engine started without ``fluxmoe serve``."""
+    """Compute ``memory.budget: auto`` in bytes for an engine started without ``fluxmoe serve``."""
     workers = vllm_config.parallel_config.world_size
     if workers > 1:
-        # Each would see less free memory than the one that began before it.
+        # Each worker would see less free memory than those started before it.
         raise ConfigError(
             f"auto is not supported for {workers} workers that start separately",
             where="memory.budget",
-            fix="give a size, or start with `fluxmoe serve`",
+            fix="set a size, or start with `fluxmoe serve`",
         )
     return automatic(vllm_config.model_config.model, workers)
 
 
 def _with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:
-    """The configuration with --kv-cache-memory-bytes, if given, as the target of the KV cache."""
+    """Set the KV cache target of a configuration to --kv-cache-memory-bytes, if given."""
     target = config.memory.kv.target
     if kv_bytes is None or target == kv_bytes:
         return config
@@ -336,7 +343,7 @@ def _with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:
             f"memory.kv.target is {sizes.exact(target)}, "
             f"--kv-cache-memory-bytes is {sizes.exact(kv_bytes)}",
             where="additional_config.fluxmoe",
-            fix="give one of them",
+            fix="set only one of them",
         )
     kv = config.memory.kv.model_copy(update={"target": kv_bytes})
     memory = config.memory.model_copy(update={"kv": kv})

@@ -1,4 +1,4 @@
-"""vLLM's KV cache in the budget: the bytes it needs, and its buffer in the KV arena."""
+"""vLLM's KV cache in the budget: required bytes, and its buffer in the KV arena."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fluxmoe.errors import BudgetTooSmallError, UnsupportedError
 
 
 def need(vllm_config: VllmConfig, specs: Collection[Any]) -> KVNeed:
-    """The bytes that the KV cache of an engine needs.
+    """Compute the bytes that an engine's KV cache needs.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -31,7 +31,7 @@ def need(vllm_config: VllmConfig, specs: Collection[Any]) -> KVNeed:
     scheduler = vllm_config.scheduler_config
 
     def room(sequences: int) -> int:
-        """Bytes for N sequences, vLLM's null block, and the watermark kept free."""
+        """Bytes for N sequences, vLLM's null block, and the free watermark."""
         needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
         return needed
 
@@ -44,7 +44,7 @@ def need(vllm_config: VllmConfig, specs: Collection[Any]) -> KVNeed:
 
 
 def beside_all_experts(memory: ResolvedMemory, experts: int, need: KVNeed) -> int:
-    """Bytes of the KV cache without paging: the budget minus those of all experts.
+    """Compute the bytes of the KV cache without paging: the budget minus all experts.
 
     Raises:
         BudgetTooSmallError: The rest is less than the KV cache needs.
@@ -57,14 +57,14 @@ def beside_all_experts(memory: ResolvedMemory, experts: int, need: KVNeed) -> in
             f"{sizes.shown(experts)} for all experts and {sizes.shown(need.min)} for "
             f"the KV cache ({need.reason})",
             where="memory.budget",
-            fix=f"give at least {sizes.at_least(experts + need.min)}, or do not set preset: off",
+            fix=f"set at least {sizes.at_least(experts + need.min)}, or remove preset: off",
         )
     wanted = [int(size) for size in (memory.kv.target, memory.kv.max) if size is not None]
     return max(min(room, *wanted) if wanted else room, need.min)
 
 
 class FromArena(TorchFunctionMode):
-    """Context in which vLLM's single allocation of the KV cache returns our buffer.
+    """Context in which vLLM's single allocation of the KV cache returns FluxMoE's buffer.
 
     vLLM's worker enters it in place of its custom memory pool. vLLM allocates with
     ``torch.zeros(nbytes, dtype=torch.int8)``; committed groups of the buffer are zero.
@@ -93,11 +93,11 @@ def place(runtime: Runtime, config: Any) -> FromArena:
 
     Args:
         runtime: Owner of the budget.
-        config: vLLM's ``KVCacheConfig``. If the split may change, the placement of layers in it is
-            changed so that all layers of a block lie together.
+        config: vLLM's ``KVCacheConfig``. If the split may change, its layer placement is changed so
+            that all layers of a block are adjacent.
 
     Raises:
-        UnsupportedError: This model's KV cache cannot be laid out that way.
+        UnsupportedError: This model's KV cache does not allow that layout.
     """
     (nbytes,) = {tensor.size for tensor in config.kv_cache_tensors}
     if runtime.dynamic:
@@ -107,15 +107,15 @@ def place(runtime: Runtime, config: Any) -> FromArena:
 
 
 def _block_outermost(config: Any) -> None:
-    """Put the pages of all layers of a block side by side; vLLM's CPU layout separates layers.
+    """Make all layers of a block adjacent; vLLM's CPU layout separates layers.
 
-    The kernels receive the distance between blocks as a stride and follow it.
+    The kernels receive the distance between blocks as a stride.
     """
     blocks = config.num_blocks
     tensors = []
     for tensor in config.kv_cache_tensors:
         page = tensor.block_stride
-        if tensor.block_stride * blocks == tensor.size:  # already so
+        if tensor.block_stride * blocks == tensor.size:  # already adjacent
             tensors.append(tensor)
             continue
         if tensor.layer_stride != page * blocks or tensor.size % blocks or tensor.offset % blocks:

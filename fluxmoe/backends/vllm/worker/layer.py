@@ -1,10 +1,8 @@
-"""The paged MoE layer: maps experts to slots between routing and the kernel.
-
-Importing this module makes vLLM build it in place of its routed experts.
-"""
+"""The paged MoE layer: maps experts to slots between routing and the kernel."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ class PagedRoutedExperts(RoutedExperts):
     notes_weights = False
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
-        """Compute on arenas from now on.
+        """Switch to computing on arenas.
 
         Args:
             pager: Handle of the pager (``op.attach``).
@@ -31,7 +29,7 @@ class PagedRoutedExperts(RoutedExperts):
         """
         self._pager, self._layer = pager, layer
         for name, arena in parts.items():
-            # The Parameter stays: vLLM's kernel object and compiled graphs refer to it.
+            # The Parameter is kept: vLLM's kernel object and compiled graphs refer to it.
             getattr(self, name).data = arena
 
     def forward_modular(
@@ -50,5 +48,7 @@ class PagedRoutedExperts(RoutedExperts):
         return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
 
 
-# This module is imported once, and only in a process that pages.
-RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")
+@cache
+def use_paged_layers() -> None:
+    """Make vLLM build paged layers in place of its routed experts in this process."""
+    RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")

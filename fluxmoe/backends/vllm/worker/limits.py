@@ -1,4 +1,4 @@
-"""Checks of operator limits, set while serving, against a worker's memory."""
+"""Validation of operator limits, set while serving, against a worker's memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_frames(runtime: Runtime, limits: HandLimits) -> OperatorLimits:
             raise ConfigError(
                 f"a limit of {sizes.exact(value)} is out of range",
                 where=name,
-                fix=f"give {sizes.at_least(least)} to {sizes.exact(total)}, or auto",
+                fix=f"use {sizes.at_least(least)} to {sizes.exact(total)}, or auto",
             )
     if (limits.experts.min or experts) + (limits.kv.min or kv) > (limits.budget or total):
         raise ConfigError(

@@ -6,13 +6,13 @@ import torch
 
 from fluxmoe.errors import InvariantError
 
-# cpu_fused_moe computes slot * elements, where a slot starts, in a signed 32-bit integer; beyond it
-# reads foreign memory, silently (docs/project/adr/0001).
+# cpu_fused_moe computes slot * elements, the start of a slot, in a signed 32-bit integer; on
+# overflow it silently reads unrelated memory (docs/project/adr/0001).
 INDEX_LIMIT = 2**31
 
 
 def bank_limit(part_elements: int) -> int:
-    """The maximum number of slots that one ``cpu_fused_moe`` call can address.
+    """Compute the maximum number of slots that one ``cpu_fused_moe`` call can address.
 
     Args:
         part_elements: Number of weights in the largest part of one expert (2·I·H for w13).
@@ -21,7 +21,7 @@ def bank_limit(part_elements: int) -> int:
 
 
 def require_addressable(arena: torch.Tensor) -> torch.Tensor:
-    """Refuse an arena ``[slots, …]`` that the kernel could not index to its end.
+    """Reject an arena ``[slots, …]`` that the kernel could not index to its end.
 
     Raises:
         InvariantError: The arena has more slots than ``bank_limit`` allows.

@@ -1,4 +1,4 @@
-"""The requests behind the tokens of a vLLM step, for traces."""
+"""Mapping of a vLLM step's tokens to requests, for traces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluxmoe.trace import StepRows
 
 
 class Requests:
-    """Numbering of requests in the order in which they first run, for ``Recorder.rows``.
+    """Numbers requests in the order in which they first run, for ``Recorder.rows``.
 
     Args:
         runner: The worker's ``model_runner``.
@@ -23,10 +23,10 @@ class Requests:
         self._numbers: dict[str, int] = {}
 
     def __call__(self, tokens: int) -> StepRows | None:
-        """Request and phase of each token of the running step.
+        """Return request and phase of each token of the current step.
 
         A request that computes more than one token is in prefill, the same rule as for the whole
-        step (``step_phase``). Tokens beyond those of the requests are padding by the engine.
+        step (``step_phase``). Tokens beyond those of the requests are padding.
         """
         names, starts = scheduled_requests(self._runner)
         if not names or starts[-1] > tokens:

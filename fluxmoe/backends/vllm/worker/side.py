@@ -1,17 +1,17 @@
-"""A worker's side of the connector: metrics, orders of the scheduler, reports of demand."""
+"""A worker's side of the connector: metrics, the scheduler's orders, demand reports."""
 
 from __future__ import annotations
 
 import time
 
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.vllm import metrics
+from fluxmoe.backends.vllm import metrics, sources
 from fluxmoe.core.arbitration.demand import DemandMeter
 from fluxmoe.core.arbitration.messages import Answer, Inventory, OperatorLimits, Order, StepReport
 from fluxmoe.core.arbitration.moves import MoveWorker
 from fluxmoe.errors import InvariantError
 
-#: Steps between readings of the histograms, which have many buckets and are not urgent.
+#: Steps between reads of the histograms, which have many buckets and are not urgent.
 AGES_EVERY = 32
 
 
@@ -26,8 +26,8 @@ class WorkerSide:
     def __init__(self, runtime: Runtime, rank: int) -> None:
         self._runtime = runtime
         self._meters = (
-            metrics.Meter(metrics.reader(runtime)),
-            metrics.Meter(lambda: metrics.read_ages(runtime), every=AGES_EVERY),
+            metrics.Meter(sources.reader(runtime, rank, lambda: self.limits)),
+            metrics.Meter(lambda: sources.read_ages(runtime), every=AGES_EVERY),
         )
         self._answer: Answer | None = None
         self._demand: DemandMeter | None = None
@@ -41,8 +41,13 @@ class WorkerSide:
         return self._moves.done
 
     def inventory(self) -> Inventory | None:
-        """The inventory for the scheduler; None if the split is fixed."""
+        """Inventory for the scheduler; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
+
+    @property
+    def limits(self) -> OperatorLimits | None:
+        """Limits last set by an operator; None if never set."""
+        return None if self._demand is None else self._demand.limits
 
     def limit(self, limits: OperatorLimits) -> None:
         """Send operator limits to the scheduler with the next step."""
@@ -66,7 +71,7 @@ class WorkerSide:
         return changes
 
     def restarted(self) -> None:
-        """Account for a reset of the pager: its counters are zero, earlier reports stand."""
+        """Account for a reset of the pager: its counters are zero, earlier reports remain valid."""
         for meter in self._meters:
             meter.restarted()
         if self._demand is not None:

@@ -1,4 +1,4 @@
-"""Refusal of direct access to a model's weights while its experts are paged."""
+"""Rejection of direct access to a model's weights while its experts are paged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from fluxmoe.errors import UnsupportedError
 
-#: Methods of vLLM's worker that read or write the model's weights in place. After loading, those of
-#: the experts are slots, whose pages change.
+#: Methods of vLLM's worker that read or write the model's weights in place. After loading, expert
+#: weights are slots, whose pages change.
 WEIGHT_CALLS = (
     "reload_weights",
     "reset_weights",
@@ -19,19 +19,19 @@ WEIGHT_CALLS = (
 
 
 def refusing(call: str) -> Callable[..., None]:
-    """A replacement for the function or method ``call`` that refuses it."""
+    """Make a replacement for the function or method ``call`` that raises an error."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise UnsupportedError(
             f"{call} is not supported for a model whose experts are paged",
-            fix="use a stock engine for it; restart a server to give it new weights",
+            fix="use a stock engine for it, or restart the server to change its weights",
         )
 
     return refuse
 
 
 def refuse_loading(model: Any) -> None:
-    """Refuse ``load_weights`` of a model and of its modules, and the loaders of its experts.
+    """Disable ``load_weights`` of a model and of its modules, and the loaders of its experts.
 
     They would write into slots and not into the page store, mixing old and new experts.
 

@@ -1,7 +1,7 @@
-"""Names of torchvision to be imported, none to be used.
+"""Stand-in for torchvision, whose names can be imported but not used.
 
 vLLM's module for Qwen3.5 has the text model and the vision tower, and imports torchvision for the
-latter. No build of torchvision for the lock's CPU torch is on PyPI.
+latter. PyPI has no build of torchvision for the lock's CPU torch.
 """
 
 import sys
@@ -13,7 +13,7 @@ __version__ = "0.28.0"
 
 
 class _Names(MetaPathFinder, Loader):
-    """Makes any module below this package, and any name in it."""
+    """Creates any module below this package, with any name in it."""
 
     def find_spec(self, name, path=None, target=None):
         return ModuleSpec(name, self, is_package=True) if name.startswith("torchvision.") else None

@@ -1,4 +1,4 @@
-"""Output of commands: text for people, pure JSON or CSV for programs, errors on standard error."""
+"""Output of commands: text for users, pure JSON or CSV for programs, errors on standard error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fluxmoe.errors import ConfigError, FluxMoEError
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Columns of a line in a pipe or a file, where nothing has to fold and rich would assume 80.
+#: Line width in a pipe or a file, where text need not fold and rich would assume 80 columns.
 UNLIMITED = 1 << 16
 
 #: Failures of writing that are not the program's.
@@ -30,8 +30,9 @@ _reserved: ContextVar[TextIO | None] = ContextVar("reserved", default=None)
 
 
 def prepare() -> None:
-    """Let any text be printed: characters that a stream cannot encode are escaped, and a stream
-    that was closed before the start takes everything.
+    """Let any text be printed.
+
+    Characters that a stream cannot encode are escaped; a closed stream (``>&-``) discards.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -42,7 +43,7 @@ def prepare() -> None:
 
 
 def lost(error: OSError) -> ConfigError:
-    """The error for output that could not be written; what is still to be written is dropped."""
+    """Make the error for output that cannot be written; the rest of the output is discarded."""
     sys.stdout = _nowhere()
     return ConfigError(
         f"the output is incomplete: {error.strerror}",
@@ -59,7 +60,7 @@ def _nowhere() -> TextIO:
 def reserved() -> Iterator[None]:
     """Reserve standard output for ``printed``; everything else goes to standard error.
 
-    Plugins and libraries print too: when they are imported, in C, and in child processes.
+    Plugins and libraries print as well: on import, from C, and in child processes.
     """
     shared = sys.stdout
     try:
@@ -75,14 +76,14 @@ def reserved() -> Iterator[None]:
             _reserved.reset(token)
         return
     shared.flush()
-    own = open(os.dup(1), "w", encoding=shared.encoding, errors=shared.errors)
+    own = os.fdopen(os.dup(1), "w", encoding=shared.encoding, errors=shared.errors)
     os.dup2(2, 1)
     token = _reserved.set(own)
     try:
         yield
     finally:
         _reserved.reset(token)
-        with suppress(OSError):  # the reader has gone
+        with suppress(OSError):  # the reader has closed the pipe
             shared.flush()
         os.dup2(own.fileno(), 1)
         with suppress(OSError):
@@ -92,15 +93,15 @@ def reserved() -> Iterator[None]:
 def printed(
     as_json: bool, as_csv: bool, whole: object, rows: Iterable[Mapping[str, object]]
 ) -> bool:
-    """Print what programs read, if that was asked for.
+    """Print machine-readable output, if requested.
 
     Args:
         as_json: True to print ``whole`` as JSON.
-        as_csv: True to print ``rows`` as CSV; a row lacks the columns that it does not have, and
-            a cell that is itself a list or a mapping is JSON.
+        as_csv: True to print ``rows`` as CSV; rows may lack columns, and cells that are lists or
+            mappings are JSON.
 
     Returns:
-        False if neither was asked for and nothing was printed.
+        False if neither was requested and nothing was printed.
     """
     if as_json:
         print_json(whole)
@@ -110,7 +111,7 @@ def printed(
 
 
 def print_json(data: object) -> None:
-    """Write ``data`` as JSON only; not through rich, which would wrap long lines."""
+    """Write ``data`` as JSON, without rich, which would wrap long lines."""
     out = _reserved.get() or sys.stdout
     json.dump(data, out, indent=2)
     out.write("\n")
@@ -133,9 +134,9 @@ def _print_csv(rows: list[Mapping[str, object]]) -> None:
 
 
 def console(least: int = 0) -> Console:
-    """A console on standard output, as wide as its terminal, but at least ``least`` columns.
+    """Make a console on standard output, as wide as the terminal but at least ``least`` columns.
 
-    Text is shown as it is: the name of a policy or a file is no markup.
+    Text is shown as it is: names of policies and files are not markup.
     """
     from rich.console import Console
 
@@ -147,16 +148,16 @@ def console(least: int = 0) -> Console:
 
 
 def say(text: str, *, style: str | None = None) -> None:
-    """Print text, folded between words at the width of a terminal."""
+    """Print text, folded between words at the terminal's width."""
     console().print(text, style=style, highlight=False)
 
 
 def warn(text: str) -> None:
-    """Print a remark that is no result on standard error, so that JSON and CSV stay pure."""
+    """Print a remark on standard error, so that JSON and CSV stay pure."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def print_error(error: FluxMoEError) -> None:
-    """Print ``error[FMxxx]: what; where; what to do`` on standard error, a line per problem."""
+    """Print ``error[FMxxx]: what; where; fix`` on standard error, one line per problem."""
     for each in error.problems():
         print(f"error[{each.code}]: {each.text}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Tables for people: constant columns are said once, text folds, numbers are never cut.
+"""Tables for terminals: constant columns are stated once, text folds, numbers are never truncated.
 
 A table whose columns are together wider than the terminal becomes several, each with the columns
-that tell its rows apart. In a pipe there is no width, so nothing folds.
+that tell its rows apart. A single row is turned into a list. In a pipe nothing folds.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fluxmoe.cli import output
+from fluxmoe.cli.shared import output
 
-#: Least width of a column of text, unless its text is shorter.
+#: Minimum width of a text column, unless its text is shorter.
 _TEXT = 14
 #: Frame and padding: ``│ cell │``.
 _BETWEEN, _EDGE = 3, 1
@@ -31,7 +31,7 @@ class _Column:
 
     @property
     def least(self) -> int:
-        """Smallest width; headings fold between words."""
+        """Minimum width, with headings folded between words."""
         words = max(map(len, self.heading.split()), default=0)
         cells = max(map(len, self.cells), default=0)
         return max(words, cells if self.number else min(cells, _TEXT))
@@ -39,7 +39,7 @@ class _Column:
     @property
     def constant(self) -> bool:
         """True if the rows need not repeat it. A column without a heading names the rows."""
-        return bool(self.heading) and len(self.cells) > 1 and len(set(self.cells)) == 1
+        return bool(self.heading) and len(set(self.cells)) == 1
 
 
 def show(
@@ -54,10 +54,10 @@ def show(
     """Print a table on standard output.
 
     Args:
-        title: Line above it.
+        title: Line above the table; may be empty.
         text, numbers: Headings of the columns, text first.
-        rows: Cells of every row.
-        keys: Number of first columns that tell the rows apart; by default those of text.
+        rows: Cells of each row.
+        keys: Number of leading columns that identify the rows; by default the text columns.
         total: True if the last row is the total of the others.
     """
     columns = [
@@ -65,7 +65,11 @@ def show(
         for at, heading in enumerate((*text, *numbers))
     ]
     first = columns[: len(text) if keys is None else keys]
-    output.say(title, style="bold")
+    if title:
+        output.say(title, style="bold")
+    if len(rows) == 1:
+        _print_list(columns)
+        return
     said = [f"{c.heading} {c.cells[0]}" for c in columns if c.constant and c.cells[0]]
     if said:
         output.say(f"in every row: {', '.join(said)}", style="dim")
@@ -79,24 +83,39 @@ def show(
 
 
 def _blocks(keys: list[_Column], others: list[_Column], width: int) -> list[list[_Column]]:
-    """Columns of each table, as many as fit; every one begins with ``keys``."""
-    blocks = [list(keys)]
+    """Split columns into few tables of similar width, each beginning with ``keys``."""
+    parts = [list[_Column]()]
     for column in others:
-        if len(blocks[-1]) > len(keys) and _width([*blocks[-1], column]) > width:
-            blocks.append(list(keys))
-        blocks[-1].append(column)
-    return blocks
+        if parts[-1] and _width([*keys, *parts[-1], column]) > width:
+            parts.append([])
+        parts[-1].append(column)
+    each = -(-len(others) // len(parts))
+    even = [others[first : first + each] for first in range(0, len(others), each or 1)]
+    if all(_width([*keys, *part]) <= width for part in even):
+        parts = even or parts
+    return [[*keys, *part] for part in parts]
 
 
 def _width(columns: Sequence[_Column]) -> int:
     return sum(column.least + _BETWEEN for column in columns) + _EDGE
 
 
+def _print_list(columns: Sequence[_Column]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    listed = Table(show_header=False)
+    for column in columns:
+        if column.cells[0]:
+            listed.add_row(Text(column.heading), Text(column.cells[0], overflow="fold"))
+    output.console().print(listed)
+
+
 def _print(columns: Sequence[_Column], total: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    # Where even one block is wider than the terminal, its lines wrap there: nothing is cut.
+    # If even a single block is wider than the terminal, its lines wrap: nothing is truncated.
     console = output.console(least=_width(columns))
     roomy = sum(column.natural + _BETWEEN for column in columns) + _EDGE <= console.width
     table = Table()

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the one reading of those that take a list."""
+"""Options shared by several verbs, and parsing of list options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fluxmoe.errors import ConfigError
 
 
 def items(parameter: typer.CallbackParam, values: list[str] | None) -> list[str]:
-    """Values of a list option, which takes commas as well as repetition, in the given order.
+    """Parse a list option, which accepts commas as well as repetition, in the given order.
 
     Raises:
         ConfigError: The option was given without a value.
@@ -25,8 +25,12 @@ def items(parameter: typer.CallbackParam, values: list[str] | None) -> list[str]
 Plugins = Annotated[
     list[str] | None,
     typer.Option(
-        "--plugin", metavar="FILE", callback=items, help="Plugins: .py files or modules; a list."
+        "--plugin",
+        metavar="FILE",
+        callback=items,
+        help="Plugins: .py files or modules, comma-separated or repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from fluxmoe.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """Parse ``1,2,3`` into a list. Raises ConfigError, naming the option."""
+    """Parse ``1,2,3`` into a list. Raises ConfigError with the option."""
     try:
         return [int(item) for item in text.split(",")]
     except ValueError as error:
@@ -31,28 +31,21 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load(model: str) -> PreTrainedModel:
-    """A model with its weights, in the dtype they are stored in. Raises ConfigError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
-
-
 def config(model: str) -> PretrainedConfig:
-    """A model's configuration. Raises ConfigError."""
+    """Load a model's configuration. Raises CheckpointError or UnsupportedError."""
     from transformers import AutoConfig
 
+    from fluxmoe import checkpoint
+
+    checkpoint.require_readable(model)
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
+    except Exception as error:  # of any model's own code
+        raise checkpoint.not_loadable(model, error) from error
 
 
 def stop_tokens(model: str) -> tuple[int, ...]:
-    """The token ids at which transformers stops generating."""
+    """Token ids at which transformers stops generating."""
     from transformers import GenerationConfig
 
     try:
@@ -62,26 +55,20 @@ def stop_tokens(model: str) -> tuple[int, ...]:
     return tuple(tokens) if isinstance(tokens, list) else () if tokens is None else (tokens,)
 
 
-def _cannot_load(model: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"cannot load the model: {_first_line(error)}",
-        where=model,
-        fix="name a folder with a Hugging Face checkpoint",
-    )
-
-
 def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
-    """A model's tokenizer; None if it has none and none is required. Raises ConfigError."""
+    """Load a model's tokenizer; None if there is none and none is required. Raises ConfigError."""
     from transformers import AutoTokenizer
+
+    from fluxmoe.checkpoint import first_line
 
     why = "it has no vocabulary"
     try:
         found = AutoTokenizer.from_pretrained(model)
-        # Some tokenizers load even without their files, and know only special tokens.
+        # Some tokenizers load even without their files, with special tokens only.
         if found.vocab_size > len(found.all_special_ids):
             return found
     except (OSError, ValueError, KeyError) as error:
-        why = _first_line(error)
+        why = first_line(error)
     if not required:
         return None
     raise ConfigError(
@@ -92,11 +79,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
-    """The token ids of a text."""
+    """Convert text to token ids."""
     assert tokenizer is not None
     ids: list[int] = tokenizer(prompt)["input_ids"]
     return ids
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

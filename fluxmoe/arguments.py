@@ -1,0 +1,58 @@
+"""Validation of arguments of the Python API and of the user's files."""
+
+from __future__ import annotations
+
+import operator
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from fluxmoe.errors import ConfigError
+from fluxmoe.words import line
+
+_Kind = TypeVar("_Kind")
+
+
+def instance(value: object, kind: type[_Kind], name: str, *, where: str, fix: str = "") -> _Kind:
+    """Return ``value`` if it is a ``kind``. Raises ConfigError."""
+    if not isinstance(value, kind):
+        raise wrong(
+            name, f"a {kind.__module__.partition('.')[0]}.{kind.__name__}", value, where, fix
+        )
+    return value
+
+
+def path(value: object, name: str, *, where: str) -> Path:
+    """Return a path given as text or ``os.PathLike``. Raises ConfigError."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise wrong(name, "a path", value, where)
+    return Path(text)
+
+
+def whole(value: object, name: str, *, where: str, least: int = 1) -> int:
+    """Return a whole number of at least ``least``. Raises ConfigError."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise wrong(name, f"a whole number of at least {least}", value, where)
+    return number
+
+
+def wrong(name: str, valid: str, value: object, where: str, fix: str = "") -> ConfigError:
+    """Make the error for an invalid argument."""
+    return ConfigError(
+        f"{name} must be {valid}, not {line(value, repr, limit=80)}", where=where, fix=fix
+    )
+
+
+def require_new(file: Path, *, replace: bool) -> None:
+    """Reject an existing file unless ``replace`` is set. Raises ConfigError."""
+    if not replace and file.exists():
+        raise ConfigError(
+            "the file already exists",
+            where=str(file),
+            fix="name another, or replace it (--force, replace=True)",
+        )

@@ -1,0 +1,102 @@
+"""Startup check that an MoE kernel's result does not depend on the slots of the experts.
+
+Kernels are selected by processor, dtype and shape, so a machine may run one that no test has
+covered. The check computes one layer of random weights twice, with the experts in order and spread
+over an arena whose other slots are NaN, and compares the results bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+
+from fluxmoe import machine
+from fluxmoe.errors import UnsupportedError
+
+#: Part of an expert → weights ``[experts or slots, …]``.
+Parts: TypeAlias = Mapping[str, torch.Tensor]
+
+#: The engine's computation of one MoE layer: ``(parts, table, x, weights, experts)``. ``parts`` are
+#: the weights of all experts or, with a ``table`` (int64 ``[experts]`` → slot), of slots. ``x`` and
+#: the result are hidden states ``[tokens, hidden]``; ``weights`` (float32) and ``experts`` (int64)
+#: are the routing ``[tokens, top_k]``.
+Kernel: TypeAlias = Callable[
+    [Parts, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
+
+#: Bytes of weights above which fewer experts are checked; at least two.
+_BYTES = 16 << 20
+#: Tokens per call: decode, a small batch, and enough for a kernel to split into blocks; fewer
+#: where the experts are so large that the last would take more than ``_FLOP``.
+_TOKENS = (1, 5, 48)
+_FLOP = 2e9
+_SEED = 17
+
+
+def require_slot_independence(
+    kernel: Kernel, like: Parts, *, hidden: int, top_k: int, name: str
+) -> None:
+    """Reject a kernel whose result depends on the slots of the experts.
+
+    Args:
+        kernel: The kernel.
+        like: The layer's weights ``[experts, …]``, used only for shapes and dtypes.
+        hidden: Size of a hidden state.
+        top_k: Experts per token.
+        name: Name of the kernel, for the error.
+
+    Raises:
+        UnsupportedError: The results differ.
+    """
+    random = torch.Generator().manual_seed(_SEED)
+    page = sum(weight[0].numel() * weight.element_size() for weight in like.values())
+    dtype, count = next((weight.dtype, len(weight)) for weight in like.values())
+    experts = min(count, max(2, _BYTES // page))
+    slots = experts + max(experts // 2, 1)
+    table = torch.randperm(slots, generator=random)[:experts]
+    arena = {part: _weights(experts, slots, weight, random) for part, weight in like.items()}
+    used = min(top_k, experts)
+    most = _FLOP / (2 * used * sum(weight[0].numel() for weight in like.values()))
+    counts = sorted({int(min(tokens, max(most, 2))) for tokens in _TOKENS})
+    calls = [_call(tokens, hidden, experts, used, random) for tokens in counts]
+    own = {part: weight[:experts] for part, weight in arena.items()}
+    expected = [kernel(own, None, x.to(dtype), weights, ids) for x, weights, ids in calls]
+    for weight in arena.values():
+        _move(weight, table)
+    for (x, weights, ids), wanted in zip(calls, expected, strict=True):
+        found = kernel(arena, table, x.to(dtype), weights, ids)
+        if not torch.equal(wanted.view(torch.uint8), found.view(torch.uint8)):
+            raise UnsupportedError(
+                f"the results of the MoE kernel {name} depend on the slots of the experts",
+                where=f"processor {machine.processor()}, {len(x)} tokens, {dtype}",
+                fix="serve this model without FluxMoE on this machine, and please report it",
+            )
+
+
+def _call(
+    tokens: int, hidden: int, experts: int, top_k: int, random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make hidden states, routing weights and expert ids for one call."""
+    scores = torch.rand(tokens, experts, generator=random)
+    return torch.randn(tokens, hidden, generator=random), *torch.topk(scores.softmax(-1), top_k)
+
+
+def _weights(experts: int, slots: int, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Make an arena with random experts in its first slots; large ones repeat a random block."""
+    arena = torch.empty(slots, *like.shape[1:], dtype=like.dtype)
+    rows = arena.view(slots, -1)
+    block = torch.randn(min(rows.shape[1], 1 << 16), generator=random)
+    block = (block * like.shape[-1] ** -0.5).to(like.dtype)
+    times = -(-rows.shape[1] // len(block))
+    for expert in range(experts):
+        rows[expert] = block.roll(7 * expert).repeat(times)[: rows.shape[1]]
+    return arena
+
+
+def _move(arena: torch.Tensor, table: torch.Tensor) -> None:
+    """Move the experts from the first slots to those in ``table``; other slots become NaN."""
+    experts = arena[: len(table)].clone()
+    arena.fill_(torch.nan)
+    arena[table] = experts

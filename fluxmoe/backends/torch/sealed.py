@@ -1,0 +1,171 @@
+"""The experts' own weights while FluxMoE computes with its copies of them.
+
+An edit of them would be lost or, where the store shares their memory, be mixed with pages copied
+before; of a loaded model they have no memory, and sums on the CPU ignore addends without memory. So
+they are sealed: their shape and type can be read, everything else is refused. Views of them that
+were made before cannot be sealed. They share their weights' version, which is watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch.overrides import resolve_name
+
+from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.paging.event import Slots
+from fluxmoe.core.paging.pager import EventWatcher, ExpertPager
+from fluxmoe.core.types import Ints
+from fluxmoe.errors import UnsupportedError
+
+#: The remedy for most that a paged model refuses.
+CLOSE = "close() its handle first; a model from fluxmoe.load() is in its checkpoint"
+
+_PROPERTIES = (
+    "shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "grad",
+    "grad_fn", "is_leaf", "is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_sparse",
+    "is_quantized", "is_nested", "_backward_hooks",
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_inference",
+    "is_floating_point", "is_complex", "__len__", "requires_grad_",
+)  # fmt: skip
+_READABLE = {
+    *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
+    *(getattr(torch.Tensor, name) for name in _METHODS),
+    torch.Tensor.requires_grad.__set__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+_SET_GRADIENT = torch.Tensor.grad.__set__
+
+
+class Sealed(torch.nn.Parameter):
+    """Weights of paged experts. A parameter becomes one by a change of its class."""
+
+    what: ClassVar[str] = "the experts' weights cannot be used while the model is paged"
+    fix: ClassVar[str] = f"{CLOSE}; choose the experts implementation before paging"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={[*self.shape]}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _READABLE or (func == _SET_GRADIENT and args[1] is None):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        cls._refuse(where=name.removesuffix(".__get__"))
+
+    @classmethod
+    def _refuse(cls, *_: object, where: str = "", **__: object) -> NoReturn:
+        raise UnsupportedError(cls.what, where=where, fix=cls.fix)
+
+    # torch does not ask __torch_function__ about these.
+    set_ = as_subclass = unflatten = _refuse
+
+
+class Gone(Sealed):
+    """Weights of a loaded model whose handle was closed."""
+
+    what = (
+        "the model's experts are gone: fluxmoe.load() put them into a store, which was released "
+        "when the handle was closed"
+    )
+    fix = "load the model again, and close the handle after its last use"
+
+
+def seal(weight: torch.nn.Parameter, kind: type[torch.nn.Parameter]) -> type[torch.nn.Parameter]:
+    """Make a parameter, in place, one of another kind; return what kind it was."""
+    before = type(weight)
+    weight.__class__ = kind
+    return before
+
+
+class FixedParameters(dict[str, torch.nn.Parameter | None]):
+    """A module's parameters, which cannot be replaced or removed."""
+
+    def __setitem__(self, name: str, weight: torch.nn.Parameter | None) -> None:
+        if name not in self or self[name] is not weight:
+            self._refuse()
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise UnsupportedError(
+            "the experts' weights cannot be replaced while the model is paged", fix=CLOSE
+        )
+
+    __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
+
+
+class Watched:
+    """A pager that refuses events of layers whose weights were edited through a view.
+
+    Args:
+        pager: The pager.
+        layers: Per layer the experts' weights, not sealed yet. Edits of inference tensors cannot be
+            seen.
+    """
+
+    def __init__(self, pager: ExpertPager, layers: Iterable[Iterable[torch.nn.Parameter]]) -> None:
+        self._pager = pager
+        self._weights = [
+            [
+                (weight, alias, alias._version)
+                for weight in layer
+                if not weight.is_inference()
+                for alias in [weight.detach()]  # is not sealed, and shares the version
+            ]
+            for layer in layers
+        ]
+
+    @property
+    def watcher(self) -> EventWatcher | None:
+        return self._pager.watcher
+
+    @watcher.setter
+    def watcher(self, watcher: EventWatcher | None) -> None:
+        self._pager.watcher = watcher
+
+    def acquire(self, layer: int, ids: Ints, slots: Slots) -> None:
+        """As of the pager.
+
+        Raises:
+            UnsupportedError: A weight of the layer is not what it was, or an id not an expert's.
+        """
+        for weight, alias, version in self._weights[layer]:
+            if alias._version != version or not isinstance(weight, Sealed):
+                raise UnsupportedError(
+                    f"the experts' weights of layer {layer} were changed while the model was paged",
+                    fix="close() its handle, and page or load the model again",
+                )
+        if ids.dtype.kind not in "iu" or any_negative(ids):
+            raise _no_experts(layer)
+        try:
+            self._pager.acquire(layer, ids, slots)
+        except IndexError as error:
+            raise _no_experts(layer) from error
+
+
+@jit
+def any_negative(ids: Ints) -> bool:
+    """True if a number is below zero; numpy needs several times as long for a few."""
+    for number in ids:  # noqa: SIM110
+        if number < 0:
+            return True
+    return False
+
+
+def _no_experts(layer: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"layer {layer} was called with numbers that are not those of its experts",
+        fix="give integers from 0 to the number of its experts less one",
+    )

@@ -1,0 +1,42 @@
+"""Termination of vLLM's engine and worker processes together with their parent.
+
+vLLM 0.32 ends them when its server exits in an orderly way. After a SIGKILL of the server (a
+container's time limit, the out-of-memory killer) they would survive and keep all memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from functools import cache
+from multiprocessing.process import BaseProcess
+
+#: Prefixes of the names of processes started by vLLM.
+_THEIRS = ("EngineCore", "VllmWorker")
+#: Seconds for an orderly exit.
+PATIENCE = 10.0
+
+logger = logging.getLogger("fluxmoe")
+
+
+@cache
+def end_with_parent() -> None:
+    """End this process together with its parent, if vLLM started it.
+
+    A user's process with an engine inside is not affected.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and multiprocessing.current_process().name.startswith(_THEIRS):
+        threading.Thread(target=_wait, args=(parent,), name="fluxmoe-orphan", daemon=True).start()
+
+
+def _wait(parent: BaseProcess) -> None:
+    parent.join()
+    logger.warning("the parent process has ended; ending this one as well")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(1)

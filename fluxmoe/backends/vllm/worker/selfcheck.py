@@ -1,0 +1,45 @@
+"""Self-check of the MoE kernel in use (``backends.selfcheck``) on a layer of the model."""
+
+from __future__ import annotations
+
+import torch
+
+from fluxmoe.backends.selfcheck import Parts, require_slot_independence
+from fluxmoe.backends.vllm.compat.worker import RoutedExperts
+
+
+def require_sound(layer: RoutedExperts, parts: tuple[str, ...]) -> None:
+    """Check the kernel of a layer that is not yet bound to a pager. Raises UnsupportedError.
+
+    Args:
+        layer: An MoE layer; its weights are restored afterwards.
+        parts: Names of its parameters that hold experts.
+    """
+
+    def kernel(
+        given: Parts,
+        table: torch.Tensor | None,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+    ) -> torch.Tensor:
+        slots = experts if table is None else table[experts]
+        own = {name: getattr(layer, name).data for name in given}
+        try:
+            for name, weight in given.items():
+                getattr(layer, name).data = weight
+            out: torch.Tensor = layer.forward_modular(x, weights, slots.to(torch.int32))
+            return out
+        finally:
+            for name, weight in own.items():
+                getattr(layer, name).data = weight
+
+    like = {name: getattr(layer, name) for name in parts}
+    fused = layer.quant_method.moe_kernel.fused_experts
+    require_slot_independence(
+        kernel,
+        like,
+        hidden=layer.hidden_size,
+        top_k=layer.top_k,
+        name=f"{type(fused).__name__} ({fused.isa})",
+    )

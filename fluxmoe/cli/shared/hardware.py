@@ -1,0 +1,92 @@
+"""The hardware profile of a command: a name, a file, or this machine, which is measured once.
+
+The measurement is kept in the user's cache folder under the name of the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxmoe.cli.shared import models, output
+from fluxmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fluxmoe.sim.hardware import Profile
+
+#: Value of ``--hardware`` for this machine.
+HERE = "this-machine"
+#: Profile for machines that cannot be measured.
+SUBSTITUTE = "laptop-nvme"
+
+
+def profile_of(name: str) -> Profile:
+    """Return the profile for ``--hardware``; measure this machine if not yet done.
+
+    Raises:
+        ConfigError: The name is unknown or the file is not a valid profile.
+    """
+    from fluxmoe.sim import hardware
+
+    if name != HERE:
+        return hardware.load(name)
+    if (kept := measured()) is not None:
+        return kept
+    if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers")):
+        output.warn(
+            f"this machine is measured with torch and transformers, which are not installed: "
+            f"the profile {SUBSTITUTE} is used; pip install 'fluxmoe[hf]', or give --hardware"
+        )
+        return hardware.load(SUBSTITUTE)
+    output.warn("measuring this machine, once: about a minute; --hardware names another profile")
+    found = _measure()
+    try:
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hardware.save(found, path)
+    except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: the user has no home
+        output.warn(f"the measurement cannot be kept: {error}")
+    return found
+
+
+def measured() -> Profile | None:
+    """Return this machine's profile if it has been measured and the file is not damaged."""
+    from fluxmoe.sim import hardware
+
+    try:
+        return hardware.load(_path())
+    except (RuntimeError, ConfigError):
+        return None
+
+
+def _measure() -> Profile:
+    from fluxmoe.backends.torch.measure import measure
+    from fluxmoe.demo.model import SHIPPED
+    from fluxmoe.sim.hardware import Profile
+
+    models.quiet()
+    fields = measure(SHIPPED)
+    said = f"{_cpu()}, {fields['description']}, {date.today().isoformat()}"
+    return Profile(**{**fields, "name": HERE, "description": said})
+
+
+def _path() -> Path:
+    """Return the file of this machine's profile. Raises RuntimeError: the user has no home."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    name = re.sub(r"[^a-z0-9]+", "-", f"{_cpu()} {os.cpu_count()}".lower()).strip("-")
+    return Path(root) / "fluxmoe" / "hardware" / f"{name}.yaml"
+
+
+def _cpu() -> str:
+    """Name of the CPU; a home directory may be shared by several machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return sys.platform
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else sys.platform

@@ -1,0 +1,209 @@
+"""Ways to call a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.identity.torch_cells import prompts
+from tests.torch.ways.use import IDS, Use, pages_itself, slow
+
+
+def call(use: Use) -> Any:
+    with torch.no_grad():
+        full = use.model(**prompts(), output_hidden_states=True, output_router_logits=True)
+        embedded = use.model(inputs_embeds=use.model.get_input_embeddings()(IDS))
+        direct = use.model.forward(IDS)
+    return full.logits, full.hidden_states, full.router_logits, embedded.logits, direct.logits
+
+
+def generate(use: Use) -> Any:
+    found = []
+    for way in (
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 1.3},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "use_cache": False},
+    ):
+        torch.manual_seed(11)
+        found.append(use.model.generate(**prompts(), max_new_tokens=4, pad_token_id=0, **way))
+    ids = IDS[:1].repeat(1, 2)
+    return *found, use.model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
+def parts(use: Use) -> Any:
+    with torch.no_grad():
+        base = use.model.base_model(IDS).last_hidden_state
+        mlp = use.layers[2].mlp(use.states)
+        positions = use.model.model.rotary_emb(use.states, torch.arange(6)[None])
+        layer = use.layers[1](use.states, position_embeddings=positions)
+        return base, mlp, layer, use.run()
+
+
+def routed(use: Use) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        _, weights, ids = use.layers[1].mlp.gate(use.states[0])
+    return use.states[0], ids, weights
+
+
+def experts_alone(use: Use) -> Any:
+    states, ids, weights = routed(use)
+    turned = ids.t().contiguous().t()
+    assert not turned.is_contiguous()
+    with torch.no_grad():
+        return (
+            use.experts(states, ids, weights),
+            use.experts(states, turned, weights),
+            use.experts(states[:, None].expand(-1, 2, -1)[:, 1], ids.int(), weights),
+            use.experts(states, ids[:, ::2], weights[:, ::2]),
+            use.experts(states[:0], ids[:0], weights[:0]),
+            use.experts(torch.nn.Parameter(states), ids, weights),
+        )
+
+
+def experts_that_do_not_exist(use: Use) -> None:
+    states, ids, weights = routed(use)
+    for number in (-1, use.model.config.num_experts, 2**40):
+        wrong = ids.clone()
+        wrong[1, 1] = number
+        use.refuses(lambda wrong=wrong: torch.no_grad()(use.experts)(states, wrong, weights))
+    use.refuses(lambda: torch.no_grad()(use.experts)(states, ids.float(), weights))
+
+
+def nested_call(use: Use) -> Any:
+    found: list[torch.Tensor] = []
+
+    def again(*_: object) -> None:
+        if not found:
+            found.append(torch.empty(0))
+            found.append(use.run())
+
+    hook = use.layers[1].register_forward_hook(again)
+    logits = use.run()
+    hook.remove()
+    return logits, found
+
+
+def hooks(use: Use) -> Any:
+    found: list[Any] = []
+
+    def before(module: torch.nn.Module, args: Any) -> Any:
+        found.append([value.clone() for value in args])
+        return (args[0] * 2, *args[1:])
+
+    def after(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(output.clone())
+        return output + 1
+
+    def no_grad(*_: object) -> None:
+        assert not torch.is_grad_enabled()
+
+    held = [
+        use.experts.register_forward_pre_hook(before),
+        use.experts.register_forward_hook(after),
+        use.layers[0].mlp.register_forward_hook(after),
+        use.experts.act_fn.register_forward_hook(no_grad),
+    ]
+    logits = use.run()
+    for hook in held:
+        hook.remove()
+    return logits, found, use.run()
+
+
+def hooks_cleared(use: Use) -> Any:
+    for module in use.model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    return use.run()
+
+
+def without_gradients(use: Use) -> Any:
+    with torch.inference_mode():
+        first = use.model(IDS).logits.clone()
+    use.model.requires_grad_(False)
+    second = use.model(IDS).logits
+    assert not second.requires_grad
+    return first, second
+
+
+def gradients(use: Use) -> None:
+    use.refuses(lambda: use.model(IDS))
+    for parameter in use.model.parameters():
+        parameter.requires_grad_(False)
+    embedded = use.model.get_input_embeddings()(IDS).requires_grad_()
+    use.refuses(lambda: use.model(inputs_embeds=embedded))
+    use.experts.down_proj.requires_grad_()
+    use.refuses(lambda: use.model(IDS))
+
+
+def training_mode(use: Use) -> Any:
+    use.model.train()
+    first = use.run()
+    use.model.gradient_checkpointing_enable()
+    second = use.run()
+    use.model.gradient_checkpointing_disable()
+    return first, second, use.run(use.model.eval())
+
+
+def autocast(use: Use) -> Any:
+    found = []
+    for implementation in ("grouped_mm", "eager", "batched_mm"):
+        use.close()
+        use.model.set_experts_implementation(implementation)
+        use.page()
+        with torch.autocast("cpu", torch.bfloat16):
+            found += [use.run(), use.run()]
+        found.append(use.run())
+    return found
+
+
+autocast.dtype = "float32"  # type: ignore[attr-defined]
+
+
+class _Pass(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def modes(use: Use) -> Any:
+    found = []
+    with FlopCounterMode(display=False) as counter:
+        found.append(use.run())
+    with torch.profiler.profile():
+        found.append(use.run())
+    with _Pass():
+        found.append(use.run())
+    torch.use_deterministic_algorithms(True)
+    try:
+        found.append(use.run())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return found, counter.get_total_flops()
+
+
+def data_parallel(use: Use) -> Any:
+    return use.run(torch.nn.DataParallel(use.model))
+
+
+@pages_itself  # torch itself refuses a loaded model, whose weights are on two devices
+def distributed(use: Use) -> None:
+    use.page()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{use.folder}/meet", rank=0, world_size=1
+    )
+    try:
+        use.refuses(lambda: torch.nn.parallel.DistributedDataParallel(use.model))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@slow
+def compiled_while_paged(use: Use) -> Any:
+    torch._dynamo.reset()
+    compiled = torch.compile(use.layers[1].mlp, fullgraph=True)
+    with torch.no_grad():
+        return compiled(use.states), compiled(-use.states)
