@@ -382,7 +382,7 @@ def test_limits_of_a_tenant_by_hand_win_over_any_wish(world, caplog):
         w.settle()
     assert w.frames["kv"] <= 12 and w.frames["experts"] >= 19
     assert "limits set by the operator: kv_max 12 frames" in caplog.text
-    assert "by hand" in w.arbiter.decisions[-1].reason
+    assert "set by the operator" in w.arbiter.decisions[-1].reason
     w.arbiter.set_limits(OperatorLimits(kv_min=25))
     w.settle()
     assert w.frames["kv"] >= 25
