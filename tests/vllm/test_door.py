@@ -8,7 +8,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from fluxmoe.backends.vllm.server.control import LARGEST, PATH, limits
+from fluxmoe.backends.vllm.server.control import LARGEST, limits
+from fluxmoe.backends.vllm.settings import LIMITS_PATH
 
 pytestmark = pytest.mark.vllm
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def door():
     app = Starlette()
-    app.add_route(PATH, limits, methods=["GET", "POST"])
+    app.add_route(LIMITS_PATH, limits, methods=["GET", "POST"])
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -47,7 +48,7 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_e11_whatever_is_sent_gets_a_reason(door, body):
-    answer = door.post(PATH, content=body)
+    answer = door.post(LIMITS_PATH, content=body)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["code"].startswith("FM") and error["message"].isprintable()
