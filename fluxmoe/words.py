@@ -10,11 +10,16 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 #: Maximum characters of a line.
 LIMIT = 500
 
+#: The traceback of an exception, even if its class overrides ``__traceback__``.
+traceback_of: Callable[[BaseException], TracebackType | None] = BaseException.__dict__[
+    "__traceback__"
+].__get__
 #: The name of a class, even if its metaclass overrides ``__name__``.
 class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 
@@ -29,7 +34,7 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
         # Converted to a plain str: a subclass may override methods used here or later.
         text = str.__str__(value if how is str and isinstance(value, str) else how(value))
     except BaseException as error:  # including SystemExit
-        if isinstance(error, KeyboardInterrupt) or from_signal(error):
+        if interrupts(error):
             raise
         text = f"a {class_name(type(value))} that cannot be printed"
     if len(text) <= limit and text.isprintable() and "  " not in text:
@@ -45,12 +50,17 @@ def raised(error: BaseException) -> str:
     return line(error, lambda error: f"{class_name(type(error))}: {line(error)}")
 
 
-def from_signal(error: BaseException) -> bool:
-    """True if a signal handler raised ``error`` while a policy was running."""
+def interrupts(error: BaseException) -> bool:
+    """True for Ctrl-C, and if a signal handler raised ``error`` while a policy was running.
+
+    ``__class__`` and ``__traceback__`` are not read: they may be the policy's code.
+    """
+    if issubclass(type(error), KeyboardInterrupt):
+        return True
     handlers = {
         getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()
     } - {None}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(traceback_of(error)))
 
 
 def _escaped(character: str) -> str:

@@ -160,14 +160,15 @@ def test_a_wrong_split(answer, caplog):
 
 @pytest.mark.parametrize("error", [ValueError(NASTY), Mute(), Nameless()])
 def test_what_a_policy_raises(error, caplog):
-    def fails(*_):
-        raise error
+    class Odd:
+        def score(self):
+            raise error
 
     with caplog.at_level(logging.WARNING):
-        PolicyCaller("eviction", "odd", False, DEFAULT_LIMITS).contain("score", fails)
+        PolicyCaller(Odd(), "eviction", "odd", strict=False, limits=DEFAULT_LIMITS).contain("score")
     assert fit(caplog.records[0].getMessage(), 3 * LIMIT)
     with pytest.raises(PolicyFaultError) as caught:
-        PolicyCaller("eviction", "odd", True, DEFAULT_LIMITS).contain("score", fails)
+        PolicyCaller(Odd(), "eviction", "odd", strict=True, limits=DEFAULT_LIMITS).contain("score")
     assert fit(str(caught.value), 3 * LIMIT)
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -48,13 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Usually added after a failure, so it is accepted anywhere, including at the end of the line.
     debug = _DEBUG in given
+    output.prepare()
     with suppress(ConfigError):  # an error for a server only, which raises it again
         os.environ.update(caches.folders(os.environ))
     try:
         with ExitStack() as stack:
-            if sys.stdout is None:  # closed (>&-): nothing is printed, as by Python itself
-                discard = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(redirect_stdout(discard))
             stack.enter_context(_compilation_announced())
             if asked := [option for option in _DATA if option in given]:
                 if len(asked) > 1:
@@ -66,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         output.print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.filename is not None or error.errno not in output.LOST:
+            raise
+        output.print_error(output.lost(error))
         sys.exit(2)
 
 

@@ -69,7 +69,7 @@ def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]
         "version": plugin.version,
         "status": "replaced" if replaced else plugin.status,
         "problem": replaced,
-        "oracle": bool(getattr(policy.factory, "needs_future", False)),  # eviction only
+        "oracle": policy.oracle,
         "summary": policy.summary,
         "faults": None if state is None else state.faults,
     }

@@ -53,6 +53,7 @@ def _watch(url: str, now: Snapshot, taken: float, interval: float) -> None:
     """Show frames until Ctrl-C; if the server does not answer, wait for it."""
     from rich.console import Group
     from rich.live import Live
+    from rich.text import Text
 
     from fluxmoe.errors import EngineError
     from fluxmoe.observe import snapshot
@@ -66,7 +67,7 @@ def _watch(url: str, now: Snapshot, taken: float, interval: float) -> None:
                 try:
                     after, moment = snapshot.fetch(url), time.monotonic()
                 except EngineError as error:
-                    live.update(Group(shown, f"[red]{error.what}; waiting[/]"), refresh=True)
+                    live.update(Group(shown, Text(f"{error.what}; waiting", "red")), refresh=True)
                     continue
                 shown = frame(after, snapshot.rates(after, now, moment - taken), console.width)
                 live.update(shown, refresh=True)
@@ -85,11 +86,11 @@ def frame(now: Snapshot, rates: Rates, width: int) -> Group:
             numbers, so that frames do not jump.
     """
     from rich.console import Group
-    from rich.markup import escape
+    from rich.text import Text
 
     names = ", ".join(policy.name for policy in now.policies)
     warnings = [
-        f"[yellow]{policy.kind} policy {escape(policy.name)} {escape(said)}[/]"
+        Text(f"{policy.kind} policy {policy.name} {said}", "yellow")
         for policy in now.policies
         if (said := _trouble(policy))
     ]
@@ -97,21 +98,23 @@ def frame(now: Snapshot, rates: Rates, width: int) -> Group:
     lines = [_told(told) for told in now.decisions]
     since = f"last {rates.seconds:.0f} s" if rates.seconds else "since the start"
     return Group(
-        f"[bold]{escape(now.model)}[/]  {now.url}  budget {sizes.shown(now.budget_bytes)}",
-        f"[dim]FluxMoE {now.version}: {escape(names)}[/]",
+        Text.assemble((now.model, "bold"), f"  {now.url}  budget {sizes.shown(now.budget_bytes)}"),
+        Text(f"FluxMoE {now.version}: {names}", "dim"),
         _memory(now, width),
         *([f"operator limits: {limits}"] if limits else []),
         "",
-        f"[dim]{since}[/]",
+        Text(since, "dim"),
         _numbers(now, rates),
         *warnings,
         "",
-        "[bold]Last decisions[/]",
-        *[f"• {escape(line)}" for line in lines or ["none: the split is still the initial one"]],
+        Text("Last decisions", "bold"),
+        *[Text(f"• {line}") for line in lines or ["none: the split is still the initial one"]],
     )
 
 
 def _memory(now: Snapshot, width: int) -> Table:
+    from rich.text import Text
+
     length = min(_BAR, max(width, _LEAST) - (_LEAST - 24))
     table = _grid(8, length, 9, 4, 18, right=(2, 3))
     free = max(now.budget_bytes - now.expert_bytes - now.kv_bytes, 0)
@@ -122,7 +125,7 @@ def _memory(now: Snapshot, width: int) -> Table:
     ):
         share = nbytes / max(now.budget_bytes, 1)
         bar = "█" * round(share * length)
-        table.add_row(name, f"[{colour}]{bar}[/]", sizes.shown(nbytes), f"{share:.0%}", more)
+        table.add_row(name, Text(bar, colour), sizes.shown(nbytes), f"{share:.0%}", more)
     return table
 
 

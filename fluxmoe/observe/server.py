@@ -21,8 +21,12 @@ def address(url: str) -> str:
     """
     base = url if "://" in url else f"http://{url}"
     base = base.rstrip("/").removesuffix("/metrics")
-    parts = urllib.parse.urlsplit(base)
-    if parts.scheme not in ("http", "https") or not parts.hostname or " " in base:
+    try:
+        parts = urllib.parse.urlsplit(base)
+        valid = parts.scheme in ("http", "https") and parts.hostname and " " not in base
+    except ValueError:  # of brackets that are no address
+        valid = False
+    if not valid:
         raise ConfigError(
             f"not a valid server address: {url!r}", where="URL", fix="write http://HOST:PORT"
         )

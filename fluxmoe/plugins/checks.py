@@ -15,7 +15,7 @@ from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
 from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError, join, meant, together
 from fluxmoe.hookspecs import OLDEST_PLUGIN_API, PLUGIN_API
 from fluxmoe.stores.codec.base import Codec
-from fluxmoe.words import from_signal, line, raised
+from fluxmoe.words import interrupts, line, raised
 
 T = TypeVar("T")
 
@@ -180,17 +180,23 @@ def attempt(
         PluginLoadError: The call failed.
         FluxMoEError: The call raised an error of the class ``passed``, which is not wrapped.
     """
+
+    def call() -> T:
+        try:
+            return function()
+        except (passed, HardLimitExceeded):
+            raise
+        except BaseException as error:
+            if interrupts(error):
+                raise
+            # Within the limit: what an exception says about itself is the plugin's code.
+            raise PluginLoadError(f"{what}{raised(error)}", where=where, fix=fix) from error
+
     try:
-        return TimeLimiter(LIMITS).call(function, ())
+        return TimeLimiter(LIMITS).call(call, ())
     except HardLimitExceeded:
         reason = f"it took more than {LIMITS.hard_s:g} s"
         raise PluginLoadError(f"{what}TimeoutError: {reason}", where=where, fix=fix) from None
-    except (passed, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        if from_signal(error):
-            raise
-        raise PluginLoadError(f"{what}{raised(error)}", where=where, fix=fix) from error
 
 
 def check_api(

@@ -159,7 +159,7 @@ def named(name: str) -> ModuleType:
     if not path.is_file():
         raise PluginLoadError("no such file", where=where)
     # One name per path, so that two files with the same name do not collide.
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"fluxmoe_plugin_{path.stem}_{digest}", path)
     if spec is None or spec.loader is None:
         raise PluginLoadError("not a Python file", where=where)

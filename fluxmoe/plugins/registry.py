@@ -56,19 +56,21 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One registered policy or codec. ``plugin`` is the name of the registering plugin."""
+    """One registered policy or codec.
+
+    Attributes:
+        plugin: Name of the registering plugin.
+        summary: First line of the factory's docstring.
+        oracle: True for an eviction policy that needs the future, as far as its class tells.
+    """
 
     kind: str
     name: str
     factory: Callable[..., Any]
     config_model: type[BaseModel] | None
     plugin: str
-
-    @property
-    def summary(self) -> str:
-        """First line of the factory's docstring."""
-        doc: object = self.factory.__doc__
-        return line(doc.strip().partition("\n")[0]) if isinstance(doc, str) else ""
+    summary: str
+    oracle: bool
 
     def create(self, options: Mapping[str, Any]) -> Any:
         """Create a policy or codec with validated options. Raises PluginLoadError."""
@@ -188,7 +190,9 @@ class Registry:
                 where=f"plugin {plugin}",
                 fix="give it another name",
             )
-        self._policies[kind, name] = Registration(kind, name, factory, config_model, plugin)
+        self._policies[kind, name] = _registration(
+            kind, name, factory, config_model, plugin, checks.class_made_by(factory)
+        )
 
     def names(self, kind: str) -> list[str]:
         return [name for k, name in sorted(self._policies) if k == kind]
@@ -246,7 +250,7 @@ class Registry:
         factory = chosen if made is chosen else partial(_again, chosen)
         if made is not chosen:
             options = checks.checked_options(None, options, where)
-        return Registration(kind, name_of(chosen), factory, None, made.__module__), options
+        return _registration(kind, name_of(chosen), factory, None, made.__module__, made), options
 
     def policies(self, config: Config) -> Policies:
         """Create a configuration's paging policies for an engine.
@@ -257,7 +261,7 @@ class Registry:
         """
         self.check(config)
         eviction: EvictionPolicy = self.create("eviction", config.eviction)
-        _refuse_oracle(eviction, config)
+        _refuse_oracle(eviction.needs_future, config)
         prefetch = self.create("prefetch", config.prefetch)
         return Policies(eviction, prefetch, name_of(config.eviction), name_of(config.prefetch))
 
@@ -278,7 +282,7 @@ class Registry:
             with found.check():
                 registration, _ = self._chosen(kind, spec)
                 if kind == "eviction":
-                    _refuse_oracle(checks.class_made_by(registration.factory), config)
+                    _refuse_oracle(registration.oracle, config)
         found.require()
 
 
@@ -290,15 +294,30 @@ def name_of(spec: object) -> str:
     return line(class_name(chosen if isinstance(chosen, type) else type(chosen)))
 
 
+def _registration(
+    kind: str,
+    name: str,
+    factory: Callable[..., Any],
+    config_model: type[BaseModel] | None,
+    plugin: str,
+    made: type,
+) -> Registration:
+    # Read here, where a failure is the plugin's: a class may compute its attributes.
+    doc: object = factory.__doc__
+    said = str.__str__(doc).strip().partition("\n")[0] if isinstance(doc, str) else ""
+    oracle = getattr(made, "needs_future", False) is True
+    return Registration(kind, name, factory, config_model, plugin, line(said), oracle)
+
+
 def _again(policy: Any) -> Any:
     """Reset and return an instance that may have been used before."""
     policy.reset()
     return policy
 
 
-def _refuse_oracle(policy: object, config: Config) -> None:
-    """Reject an eviction policy, or a policy class, that needs the future."""
-    if getattr(policy, "needs_future", False) is True:
+def _refuse_oracle(oracle: bool, config: Config) -> None:
+    """Reject an eviction policy that needs the future."""
+    if oracle:
         raise NeedsFutureError(
             f"eviction policy {name_of(config.eviction)!r} needs to know the future",
             where="eviction",

@@ -32,6 +32,7 @@ from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.frames import CudaSubstrate
 from fluxmoe.cuda.pinned import PinnedStore
 from fluxmoe.cuda.streams import StreamCopier
+from fluxmoe.errors import SubstrateError
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.prefetch.none import NoPrefetch
 from fluxmoe.stores.host import HostStore
@@ -143,6 +144,17 @@ def fake_cuda(substrate: Substrate) -> FakeCuda | None:
     """Get the fake GPU under a substrate and its fault wrapper, if any."""
     substrate = getattr(substrate, "_substrate", substrate)
     return substrate if isinstance(substrate, FakeCuda) else None
+
+
+def fails_late(commit, decommit):
+    """A commit that has mapped its frames, and so has their memory, before it fails."""
+
+    def late(address, frames):
+        commit(address, frames)
+        decommit(address, len(frames))
+        raise SubstrateError("injected fault")
+
+    return late
 
 
 class Rig:

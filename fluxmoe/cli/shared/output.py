@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
-from fluxmoe.errors import FluxMoEError
+from fluxmoe.errors import ConfigError, FluxMoEError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +22,38 @@ if TYPE_CHECKING:
 #: Line width in a pipe or a file, where text need not fold and rich would assume 80 columns.
 UNLIMITED = 1 << 16
 
+#: Failures of writing that are not the program's.
+LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+
 #: The stream for JSON and CSV while standard output is reserved for them.
 _reserved: ContextVar[TextIO | None] = ContextVar("reserved", default=None)
+
+
+def prepare() -> None:
+    """Let any text be printed.
+
+    Characters that a stream cannot encode are escaped; a closed stream (``>&-``) discards.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, _nowhere())
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def lost(error: OSError) -> ConfigError:
+    """Make the error for output that cannot be written; the rest of the output is discarded."""
+    sys.stdout = _nowhere()
+    return ConfigError(
+        f"the output is incomplete: {error.strerror}",
+        where="standard output",
+        fix="write to another file or disk",
+    )
+
+
+def _nowhere() -> TextIO:
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 @contextmanager
@@ -101,18 +134,22 @@ def _print_csv(rows: list[Mapping[str, object]]) -> None:
 
 
 def console(least: int = 0) -> Console:
-    """Make a console on standard output, as wide as the terminal but at least ``least`` columns."""
+    """Make a console on standard output, as wide as the terminal but at least ``least`` columns.
+
+    Text is shown as it is: names of policies and files are not markup.
+    """
     from rich.console import Console
 
+    plain = partial(Console, markup=False, emoji=False)
     if not sys.stdout.isatty():
-        return Console(width=UNLIMITED)
-    found = Console()
-    return found if found.width >= least else Console(width=least)
+        return plain(width=UNLIMITED)
+    found = plain()
+    return found if found.width >= least else plain(width=least)
 
 
 def say(text: str, *, style: str | None = None) -> None:
-    """Print text without markup, folded between words at the terminal's width."""
-    console().print(text, style=style, highlight=False, markup=False)
+    """Print text, folded between words at the terminal's width."""
+    console().print(text, style=style, highlight=False)
 
 
 def warn(text: str) -> None:

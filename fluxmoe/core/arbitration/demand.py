@@ -12,7 +12,6 @@ from fluxmoe.core.paging.books import C_ACCESSES, C_LOADS_DEMAND, C_LOADS_PREFET
 from fluxmoe.core.paging.measures import MissRatioCurve, convex_hull
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.policy.arbitration import ExpertDemand
-from fluxmoe.core.policy.paging import read_only
 from fluxmoe.core.types import PageClass
 
 #: Points of the curve that is sent, and steps between two curves.
@@ -96,7 +95,7 @@ class DemandView:
             return
         first = reports[0] if len(reports) == 1 else min(reports, key=lambda report: report.rank)
         if first.curve is not None:
-            self._curve = read_only(np.asarray(first.curve))
+            self._curve = np.asarray(first.curve)
         self.accesses, self.misses, self.loads = first.accesses, first.misses, first.loads
         self.stall_seconds = max([report.stall_seconds for report in reports])
         self._load_seconds = max([report.load_seconds for report in reports])

@@ -21,7 +21,10 @@ UNUSED = 2  # prefetched and not yet used
 DIRTY = 4  # accessed or loaded since its score was last computed
 
 # Indices into Books.now.
-EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING = range(8)
+EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING, CHANGES = range(9)
+
+#: Value of ``now[CHANGES]`` if more pages have changed than ``changed`` lists.
+ALL_PAGES = -1
 
 # Indices into Books.counts, in the order of types.Counters.
 (
@@ -66,6 +69,7 @@ class Books(NamedTuple):
     loaded: Int64s  # newly loaded pages, in order
     leaving: Int64s  # pages to free once the layer has run
     dirty: Int64s  # pages whose score must be recomputed [P]
+    changed: Int64s  # pages whose first three records changed since ``show``, repeats included [P]
     now: Int64s  # scalars, see EVENT …
     counts: Int64s  # see C_EVENTS …
 
@@ -95,13 +99,61 @@ def new_books(geometry: Geometry, banks: int, width: int, bank_of: Sequence[int]
         loaded=np.zeros(pages, np.int64),
         leaving=np.zeros(experts, np.int64),
         dirty=np.zeros(pages, np.int64),
-        now=np.zeros(8, np.int64),
+        changed=np.zeros(pages, np.int64),
+        now=np.zeros(9, np.int64),
         counts=np.zeros(11, np.int64),
     )
 
 
 #: For compiled code: the directory of books → the books.
 open_books = opener(new_books(Geometry(1, 1), 1, 1, None))
+
+
+class Shown(NamedTuple):
+    """Usage records of the books as policies see them, in arrays of their own ``[P]``."""
+
+    last_use: Int64s
+    use_count: Int64s
+    loaded_at: Int64s
+
+
+open_shown = opener(Shown(*[np.zeros(0, np.int64)] * 3))
+
+
+@jit
+def note(b: Books, pages: Int64s, n: int) -> None:
+    """List the first ``n`` of ``pages`` as changed. Nothing is listed until the next ``show`` once
+    the list has been too short: that many changes pay for copying all records.
+    """
+    count = b.now[CHANGES]
+    if count == ALL_PAGES:
+        return
+    if count + n > b.changed.size:
+        b.now[CHANGES] = ALL_PAGES
+        return
+    for i in range(n):
+        b.changed[count + i] = pages[i]
+    b.now[CHANGES] = count + n
+
+
+@jit
+def show(books: Books | Int64s, shown: Shown | Int64s) -> None:
+    """Copy the records of the pages that have changed. Both may be directories."""
+    b, s = open_books(books), open_shown(shown)
+    if b.now[CHANGES] == ALL_PAGES:
+        for page in range(b.last_use.size):
+            _show(b, s, page)
+    else:
+        for i in range(b.now[CHANGES]):
+            _show(b, s, b.changed[i])
+    b.now[CHANGES] = 0
+
+
+@jit
+def _show(b: Books, s: Shown, page: int) -> None:
+    s.last_use[page] = b.last_use[page]
+    s.use_count[page] = b.use_count[page]
+    s.loaded_at[page] = b.loaded_at[page]
 
 
 @jit

@@ -31,6 +31,7 @@ from fluxmoe.core.paging.books import (
     bit,
     load,
     mark_dirty,
+    note,
     open_books,
     release_leaving,
     unload,
@@ -105,6 +106,7 @@ def open_event(books: AnyBooks, step: int, layer: int, ids: Ints, slots: Slots) 
             b.use_count[page] += 1
             mark_dirty(b, page)
     b.now[PAGES], b.now[MISSES] = n, misses
+    note(b, b.pages, n)
     b.counts[C_EVENTS] += 1
     b.counts[C_ACCESSES] += n
     b.counts[C_HITS] += n - misses
@@ -138,6 +140,7 @@ def load_missing(books: AnyBooks) -> None:
     b = open_books(books)
     for i in range(b.now[MISSES]):
         load(b, b.missing[i])
+    note(b, b.missing, b.now[MISSES])
     b.counts[C_LOADS_DEMAND] += b.now[MISSES]
 
 
@@ -154,6 +157,7 @@ def load_ahead(b: Books, pages: Int64s) -> None:
     for i in range(pages.size):
         load(b, pages[i])
         b.flags[pages[i]] |= np.uint8(PROTECTED | UNUSED)
+    note(b, pages, pages.size)
     b.counts[C_LOADS_PREFETCH] += pages.size
 
 

@@ -21,7 +21,6 @@ from fluxmoe.core.paging.event import admit, candidates, open_event
 from fluxmoe.core.paging.heap import VictimHeap
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.victims import FAILED, Chooser, victims
-from fluxmoe.core.policy.paging import read_only
 from fluxmoe.core.types import EventList, Int64s, Phase
 
 Int32s = npt.NDArray[np.int32]
@@ -112,7 +111,7 @@ def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, misse
         if guard.stable:
             chosen = rule.victims(table.bank(table.layer), short, protect=False)
         else:
-            chosen = guard.choose(pages[:n].copy(), short)
+            chosen = guard.choose(pages[:n], short)
 
 
 def _event_by_event(
@@ -149,7 +148,7 @@ def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s 
     guesses = events.guesses[events.guess_offsets[at] : events.guess_offsets[at + 1]]
     votes = np.bincount(guesses, minlength=experts)
     order = np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)]
-    return read_only(following * experts + order)
+    return following * experts + order
 
 
 @jit

@@ -41,7 +41,7 @@ from fluxmoe.core.paging.measures import PageAges
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.paging.victims import FAILED, new_chooser, take_dirty, victims
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
-from fluxmoe.core.policy.paging import read_only
+from fluxmoe.core.policy.paging import own
 from fluxmoe.core.types import Access, Int64s, Ints, Loads
 from fluxmoe.errors import CapacityError
 
@@ -123,9 +123,10 @@ class EventRule:
                 self._evict(bank, short, spare=False)
             load_missing(self.table.directory)
             if self.eviction.watches_load:
-                self.eviction.on_load(b.missing[:misses].copy())
+                self.eviction.on_load(b.missing[:misses])
         if self.eviction.retains:
-            leaving = self.eviction.leaving(self.access())
+            kept = self.eviction.retained(self.access())
+            leaving = b.pages[:0] if kept is None else b.pages[: b.now[PAGES]][~kept]
             if self.ages is not None:
                 self.ages.leave(b, leaving)
             b.leaving[: len(leaving)] = leaving
@@ -192,11 +193,11 @@ class EventRule:
         return Access(
             step=int(b.now[STEP]),
             layer=int(b.now[LAYER]),
-            pages=read_only(b.pages[:n].copy()),
-            hit=read_only(b.hit[:n].copy()),
-            tokens=read_only(b.tokens[:n].copy()),
+            pages=own(b.pages[:n]),
+            hit=own(b.hit[:n]),
+            tokens=own(b.tokens[:n]),
             phase=self.table.phase,
-            predicted=self._predicted,
+            predicted=None if self._predicted is None else own(self._predicted),
         )
 
     def _evict(self, bank: int, count: int, *, spare: bool, counter: int = C_EVICTIONS) -> None:
@@ -266,4 +267,4 @@ class EventRule:
 
     def _candidates(self, bank: int, protect: bool) -> Int64s:
         n = candidates(self.table.books, bank, protect, self.scratch)
-        return self.scratch[:n].copy()
+        return self.scratch[:n]

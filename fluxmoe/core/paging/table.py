@@ -1,7 +1,7 @@
 """PageTable: the mapping of expert pages to slots, and the usage records of each page.
 
 The books are plain numpy arrays (``books.Books``), because three readers share them: the compiled
-event rule (``event``), policies, which get read-only views, and kernels, which need the expert
+event rule (``event``), policies, which get copies (``uses``), and kernels, which need the expert
 table ``slot_of``. Slots are numbered per *bank*; nearly every model has one bank.
 """
 
@@ -15,15 +15,19 @@ import numpy.typing as npt
 from fluxmoe.core.compiled.directory import directory
 from fluxmoe.core.paging.books import (
     ABSENT,
+    ALL_PAGES,
     C_RESIZED,
+    CHANGES,
     EVENT,
     LAYER,
     NEVER,
     PROTECTED,
     STEP,
     UNUSED,
+    Shown,
     new_books,
     release_leaving,
+    show,
     unload,
 )
 from fluxmoe.core.types import Bools, Counters, Geometry, Int64s, Phase
@@ -64,11 +68,15 @@ class PageTable:
             len(self.books.bank_of) != geometry.num_layers
         ):
             raise InvariantError(f"bank_of must assign each layer one of {banks} banks")
+        self._shown = Shown(*(np.zeros(geometry.num_pages, np.int64) for _ in range(3)))
+        self._shown_directory = directory(self._shown)
+        self._uses = Shown(*(_locked(array) for array in self._shown))
         self.slots = [0] * banks
         self.phase = Phase.DECODE
         self.reset()
         for bank, count in enumerate(slots):
             self.resize(bank, count)
+        _ = self.uses  # compiled, or read from disk, outside any timed call of a policy
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -103,6 +111,17 @@ class PageTable:
         mask: Bools = self.books.slot_of != ABSENT
         return mask
 
+    @property
+    def uses(self) -> Shown:
+        """Usage records for policies: arrays of their own, read-only, brought up to date.
+
+        The cost is that of the pages that have changed since the last look. Writing to the arrays,
+        by whatever means, does not change the books.
+        """
+        if self.books.now[CHANGES]:
+            show(self.directory, self._shown_directory)
+        return self._uses
+
     def counters(self) -> Counters:
         return Counters(*self.books.counts.tolist())
 
@@ -127,6 +146,7 @@ class PageTable:
         ):
             array[...] = value
         b.now[EVENT] = b.now[LAYER] = b.now[STEP] = -1
+        b.now[CHANGES] = ALL_PAGES
         for bank, count in enumerate(self.slots):
             # Popped from the top: the lowest slot goes first, so a bank can shrink at its end.
             b.free[bank, :count] = np.arange(count - 1, -1, -1)
@@ -198,3 +218,8 @@ class PageTable:
             raise InvariantError("hits and misses do not add up to accesses")
         if np.any(b.flags[~self.resident] & (PROTECTED | UNUSED)):
             raise InvariantError("an absent page is protected")
+
+
+def _locked(array: Int64s) -> Int64s:
+    """A read-only view of ``array`` that cannot be made writable by changing its flags."""
+    return np.asarray(array.data.toreadonly())

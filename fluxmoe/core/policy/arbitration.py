@@ -1,6 +1,6 @@
 """The contract of arbitration policies: their input between two steps and their answer.
 
-All input is read-only, as in ``paging``.
+All input is read-only, as in ``paging``, and shares no memory with the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.policy.paging import read_only
+from fluxmoe.core.policy.paging import own
 from fluxmoe.core.types import Budget
 
 
@@ -90,9 +90,8 @@ class PrefixDemand:
 
 
 def _lock_curve(demand: ExpertDemand | PrefixDemand) -> None:
-    """Make the curve read-only, like all input of policies."""
-    if demand.curve.flags.writeable:
-        object.__setattr__(demand, "curve", read_only(demand.curve))
+    """Copy the curve and make the copy read-only, like all input of policies."""
+    object.__setattr__(demand, "curve", own(demand.curve))
 
 
 def _at(

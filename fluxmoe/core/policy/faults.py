@@ -3,6 +3,9 @@
 A policy call that raises, takes too long or returns an invalid answer is a fault. The call falls
 back to the default; after ``strikes`` faults the policy is disabled for good. In ``strict`` mode
 faults are raised instead.
+
+All of a policy's code runs within a timed call: its methods, the lookup of a method, the reading of
+an answer (``answers``), the printing of what it raised.
 """
 
 from __future__ import annotations
@@ -11,30 +14,69 @@ import builtins
 import logging
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from fluxmoe.core.policy.answers import InvalidAnswer, nothing
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
-from fluxmoe.errors import PolicyFaultError, meant
-from fluxmoe.words import LIMIT, from_signal, line, raised
+from fluxmoe.errors import PolicyFaultError, join, meant
+from fluxmoe.words import LIMIT, interrupts, line, raised, traceback_of
 
 logger = logging.getLogger("fluxmoe")
 
-NO_ANSWER: Any = object()  # None is an (invalid) answer
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A failure of a policy.
+
+    Attributes:
+        said: Description that continues ``method …``.
+        where, fix: ``file:line`` of the policy's code, and a suggestion; may be empty.
+        cause: The exception, if it is to be raised.
+    """
+
+    said: str
+    where: str = ""
+    fix: str = ""
+    cause: BaseException | None = None
+
+
+def contained(function: Callable[..., T], *args: object, keep: bool = True) -> T | Fault:
+    """Call ``function``; whatever it raises becomes a ``Fault``, with the exception if ``keep``.
+
+    ``HardLimitExceeded`` passes through, as do Ctrl-C and exceptions from signal handlers.
+    """
+    try:
+        return function(*args)
+    except InvalidAnswer as refused:
+        return Fault(str(refused))
+    except HardLimitExceeded:
+        raise
+    except BaseException as error:  # sys.exit() in a policy must not stop the engine
+        if interrupts(error):
+            raise
+        return Fault(
+            f"raised {raised(error)}", _place(error), suggestion(error), error if keep else None
+        )
 
 
 class PolicyCaller:
     """Calls a policy; counts its faults and contains or raises them."""
 
-    def __init__(self, kind: str, name: str, strict: bool, limits: Limits) -> None:
+    def __init__(
+        self, policy: object, kind: str, name: str, *, strict: bool, limits: Limits
+    ) -> None:
+        self._policy = policy
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
         #: The last fault of a replaced policy; empty while it is in use.
         self.replaced = ""
         self._limiter = TimeLimiter(limits)
+        self._contained = partial(contained, keep=strict)
         self._reported: set[str] = set()
         self._reported_slow = False
 
@@ -46,43 +88,37 @@ class PolicyCaller:
     def slow(self) -> int:
         return self._limiter.slow
 
-    def contain(self, method: str, hook: Callable[..., object], *args: object) -> None:
+    def contain(self, method: str, *args: object) -> None:
         """Call a hook without a return value; a disabled policy is not called."""
-        self.call(method, hook, args)
+        self.ask(method, args, nothing)
 
-    def answer(self, method: str, function: Callable[..., object], *args: object) -> object | None:
-        """Return a method's answer, not yet validated; None after a fault or if disabled."""
-        answer = self.call(method, function, args)
-        if answer is None:
-            self.note(method, "returned None")
-        return None if answer is NO_ANSWER else answer
+    def ask(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T | None:
+        """Return a method's answer as ``read`` returns it; None after a fault or if disabled."""
+        return self.run(method, self._answer, method, args, read)
 
-    def ask(
-        self, method: str, function: Callable[..., npt.ArrayLike], *args: object
-    ) -> npt.NDArray[Any] | None:
-        """Return the answer as an array, not yet validated; None after a fault or if disabled."""
-        answer = self.call(method, function, args)
-        # A subclass of ndarray, such as a masked array, may not behave as the host expects.
-        if answer is not NO_ANSWER and type(answer) is not np.ndarray:
-            # Also timed: the object's conversion to an array may be slow.
-            answer = self.call(method, np.asarray, (answer,))
-        return None if answer is NO_ANSWER else answer
+    def declared(self, attribute: str, read: Callable[[object], T], default: T) -> T:
+        """Return an attribute as ``read`` returns it; the default after a fault."""
+        # A limiter of its own, dropped afterwards: nothing to watch before the first call.
+        limiter, self._limiter = self._limiter, TimeLimiter(self.limits)
+        try:
+            value = self.run(attribute, self._declared, attribute, read)
+        finally:
+            self._limiter = limiter
+        return default if value is None else value
 
-    def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """Return the answer; ``NO_ANSWER`` after a fault or if the policy is disabled."""
+    def run(self, method: str, function: Callable[..., T], *args: object) -> T | None:
+        """Call a function that runs code of the policy; None after a fault or if disabled."""
         if self.count >= self.limits.strikes:
-            return NO_ANSWER
+            return None
         limiter = self._limiter
         try:
-            answer = limiter.call(function, args)
+            answer: T | Fault = limiter.call(self._contained, (function, *args))
         except HardLimitExceeded:
-            self.note(method, f"took more than {self.limits.hard_s:g} s")
-            return NO_ANSWER
-        except BaseException as error:  # sys.exit() in a policy must not stop the engine
-            if isinstance(error, KeyboardInterrupt) or from_signal(error):
-                raise
-            self.note(method, error)
-            return NO_ANSWER
+            self.note(method, Fault(f"took more than {self.limits.hard_s:g} s"))
+            return None
+        if isinstance(answer, Fault):
+            self.note(method, answer)
+            return None
         if limiter.slow >= self.limits.strikes and not self._reported_slow:
             self._reported_slow = True
             logger.warning(
@@ -92,26 +128,29 @@ class PolicyCaller:
             )
         return answer
 
-    def note(self, method: str, problem: BaseException | str) -> None:
+    def _declared(self, attribute: str, read: Callable[[object], T]) -> T:
+        return read(getattr(self._policy, attribute))
+
+    def _answer(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T:
+        # The answer ends here as well: its ``__del__`` belongs to the call.
+        return read(getattr(self._policy, method)(*args))
+
+    def note(self, method: str, fault: Fault) -> None:
         """Count a fault of ``method``; raises PolicyFaultError if strict."""
         # Text that the policy returned or raised is sanitised here.
-        said, where, fix, cause = problem, "", "", None
-        if isinstance(problem, BaseException):
-            said, cause = f"raised {raised(problem)}", problem
-            where, fix = _place(problem), suggestion(problem)
-        fault = f"{method} {line(said, limit=2 * LIMIT)}"
-        what = f"{self.kind} policy {self.name!r}: {fault}"
+        said = f"{method} {line(fault.said, limit=2 * LIMIT)}"
+        what = f"{self.kind} policy {self.name!r}: {said}"
         if self.strict:
             contain = "contain it with --contain, or in an engine with strict_policies: false"
-            fixes = "; ".join(filter(None, (fix, "correct the policy", contain)))
-            raise PolicyFaultError(what, where=where, fix=fixes) from cause
+            fix = join(fault.fix, "correct the policy", contain)
+            raise PolicyFaultError(what, where=fault.where, fix=fix) from fault.cause
         self.count += 1
         if method not in self._reported:
             self._reported.add(method)
-            what = "; ".join(filter(None, (what, where, fix)))
+            what = join(what, fault.where, fault.fix)
             logger.warning("%s; this call falls back to the default (reported once)", what)
         if self.count == self.limits.strikes:
-            self.replaced = fault
+            self.replaced = said
             logger.warning(
                 "%s policy %r is replaced after %d faults", self.kind, self.name, self.count
             )
@@ -122,9 +161,8 @@ def _place(error: BaseException) -> str:
 
     It is the innermost line in the folder of the called method, not in a library called by it.
     """
-    frames = [
-        (frame.f_code.co_filename, at) for frame, at in traceback.walk_tb(error.__traceback__)
-    ]
+    trace = traceback.walk_tb(traceback_of(error))
+    frames = [(frame.f_code.co_filename, at) for frame, at in trace]
     outside = [frame for frame in frames if Path(frame[0]).parent != Path(__file__).parent]
     if not outside:
         return ""
@@ -135,17 +173,17 @@ def _place(error: BaseException) -> str:
 
 def suggestion(error: BaseException) -> str:
     """Python's ``did you mean``, which it shows only for an exception that ends the program."""
-    if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
-        return ""
     try:
+        if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
+            return ""
         if isinstance(error, AttributeError):
             known = dir(error.obj)
         else:
-            frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+            frame = list(traceback.walk_tb(traceback_of(error)))[-1][0]
             known = [*frame.f_locals, *frame.f_globals, *dir(builtins)]
         return line(meant(error.name, known))
     except BaseException as failure:  # an object of the policy whose attributes cannot be listed
-        if isinstance(failure, KeyboardInterrupt) or from_signal(failure):
+        if interrupts(failure):
             raise
         return ""
 

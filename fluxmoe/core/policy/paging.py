@@ -1,7 +1,9 @@
 """The contracts of eviction and prefetch policies, and their input, a read-only view.
 
 A policy needs no records of its own: recency, frequency and residency are in the view, as numpy
-arrays over all pages, and its answers are arrays. A complete policy takes three lines::
+arrays over all pages, and its answers are arrays. The arrays are copies: numpy's read-only flag is
+no protection (``torch.from_numpy`` ignores it), and the kernel of a layer reads the books. A
+complete policy takes three lines::
 
     class MostRecentlyUsed(fluxmoe.EvictionPolicy):
         def score(self, view, pages):
@@ -41,10 +43,15 @@ class Uses(Protocol):
 
 
 class Residency(Protocol):
-    """The part of a page table exposed by a view (see ``paging.table``)."""
+    """The part of a page table read by views and guards (see ``paging.table``).
+
+    ``books`` are the host's arrays; ``uses`` are up-to-date copies of them for policies.
+    """
 
     @property
     def books(self) -> Uses: ...
+    @property
+    def uses(self) -> Uses: ...
     @property
     def geometry(self) -> Geometry: ...
     @property
@@ -74,27 +81,20 @@ class PageView:
 
     NO_NEXT_USE: ClassVar[int] = np.iinfo(np.int64).max
 
-    last_use: Int64s
-    use_count: Int64s
-    loaded_at: Int64s
-    #: ``next_use``, updated by the simulator; for the host only.
-    future: Int64s | None
     num_layers: int
     experts_per_layer: int
     rng: np.random.Generator
     _table: Residency
+    _future: Int64s | None  # ``next_use``, kept up to date by the simulator
 
     def __init__(self, table: Residency, *, seed: int = 0, next_use: Int64s | None = None) -> None:
-        books, geometry = table.books, table.geometry
+        geometry = table.geometry
         vars(self).update(
-            last_use=_locked(books.last_use),
-            use_count=_locked(books.use_count),
-            loaded_at=_locked(books.loaded_at),
-            future=next_use,
             num_layers=geometry.num_layers,
             experts_per_layer=geometry.experts_per_layer,
             rng=np.random.default_rng(seed),
             _table=table,
+            _future=next_use,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -103,6 +103,18 @@ class PageView:
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a policy cannot delete view.{name}: views are read-only")
+
+    @property
+    def last_use(self) -> Int64s:
+        return self._table.uses.last_use
+
+    @property
+    def use_count(self) -> Int64s:
+        return self._table.uses.use_count
+
+    @property
+    def loaded_at(self) -> Int64s:
+        return self._table.uses.loaded_at
 
     @property
     def event(self) -> int:
@@ -126,29 +138,24 @@ class PageView:
     @property
     def resident(self) -> Bools:
         """Bool ``[pages]``, True for pages that have a slot."""
-        return read_only(self._table.resident)
+        return own(self._table.resident)
 
     @property
     def next_use(self) -> Int64s:
-        if self.future is None:
+        if self._future is None:
             raise AttributeError("next_use is known only in the simulator (needs_future = True)")
-        return read_only(self.future)
+        return own(self._future)
 
     def page_of(self, layer: int, experts: npt.ArrayLike) -> Int64s:
         """Page ids of ``experts`` of a layer."""
         return layer * self.experts_per_layer + np.asarray(experts, np.int64)
 
 
-def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
-    """Return a view of ``array`` that cannot be written to."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _locked(array: Int64s) -> Int64s:
-    """Return a read-only view of ``array`` whose flags cannot make it writable."""
-    return np.asarray(array.data.toreadonly())
+def own(array: npt.NDArray[T]) -> npt.NDArray[T]:
+    """Return a read-only copy for a policy: writes are reported, and harmless if forced."""
+    copy = array.copy()
+    copy.flags.writeable = False
+    return copy
 
 
 class EvictionPolicy:
@@ -191,7 +198,7 @@ class EvictionPolicy:
             "distance": (layer - view.layer - 1) % view.num_layers + 1,
             "layer": layer,
             "num_layers": np.full_like(pages, view.num_layers),
-            "next_use": np.zeros_like(pages) if view.future is None else view.future[pages],
+            "next_use": np.zeros_like(pages) if view._future is None else view._future[pages],
         }
         columns = [
             *(view.last_use[pages], view.use_count[pages], view.loaded_at[pages]),

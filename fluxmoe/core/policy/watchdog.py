@@ -88,9 +88,12 @@ class TimeLimiter:
                 self._stop()
             if self._fired:  # too late for an interrupt, or the policy swallowed it
                 raise HardLimitExceeded
-        except BaseException:
+        except BaseException as error:
             self._stop()  # the first attempt may have been interrupted, but only once
-            self._fired = False
+            fired, self._fired = self._fired, False
+            if fired and isinstance(error, Exception):
+                # Native code that was interrupted in a callback reports an error of its own.
+                raise HardLimitExceeded from error
             raise
         if perf_counter_ns() - started > self._soft:
             if self._suspected and thread_time_ns() - worked > self._soft:

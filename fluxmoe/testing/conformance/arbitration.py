@@ -164,7 +164,7 @@ class PolicyRun:
 
     def restart(self) -> None:
         """Restart at the first step, after ``reset()``."""
-        self.guard.auditor.contain("reset", self._policy.reset)
+        self.guard.auditor.contain("reset")
         self._wanted = np.zeros_like(self._wanted)
         self._at, self._frames = 0, (self._day.experts.target, self._day.kv.target)
 

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.answers import InvalidAnswer
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView
 from fluxmoe.core.policy.faults import PolicyCaller, suggestion
 from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
@@ -25,6 +26,8 @@ from fluxmoe.core.types import Access, Int64s
 from fluxmoe.errors import join
 from fluxmoe.testing.conformance.report import Broken
 from fluxmoe.words import line, raised
+
+T = TypeVar("T")
 
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"
@@ -46,6 +49,7 @@ class Auditor(PolicyCaller):
     """Makes the calls of one policy and records their problems.
 
     Args:
+        policy: The policy.
         kind, view: Kind and view of the policy; arbitration has no permanent view.
         where: The replayed scene, for messages.
 
@@ -56,44 +60,16 @@ class Auditor(PolicyCaller):
         calls: Method → number of calls.
     """
 
-    def __init__(self, kind: str, view: PageView | None, where: str) -> None:
-        super().__init__(kind, "", True, DEFAULT_LIMITS)
+    def __init__(self, policy: object, kind: str, view: PageView | None, where: str) -> None:
+        super().__init__(policy, kind, "", strict=True, limits=DEFAULT_LIMITS)
         self._view, self._where = view, where
         self.wrote: Broken | None = None
         self.impure: Broken | None = None
         self.fastest: dict[str, float] = {}
         self.calls: Counter[str] = Counter()
 
-    def call(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-        """Return the answer. Raises Broken if the call fails."""
-        # Compiled code gets no view; np.asarray is the guard's conversion of an answer.
-        if method == "score_kernel" or function is np.asarray:
-            return self._made(method, function, args)
-        shown = args if self._view is None else (self._view, *args)
-        before = _Shown(shown)
-        dice = None if self._view is None else self._view.rng.bit_generator.state
-        started = perf_counter()
-        answer = self._made(method, function, args)
-        took = perf_counter() - started
-        self.calls[method] += 1
-        self.fastest[method] = min(took, self.fastest.get(method, took))
-        changed = before.changed(_Shown(shown))
-        if changed and self.wrote is None:
-            self.wrote = Broken(f"it changed {changed}", call=self._called(method), mend=_KEEP_OFF)
-        if method == "score" and self.impure is None:
-            assert self._view is not None
-            assert dice is not None
-            self._view.rng.bit_generator.state = dice
-            answer = np.array(answer)  # a copy: the second call may write into the same array
-            self._compare(method, answer, np.asarray(self._made(method, function, args)), args)
-        return answer
-
-    def note(self, method: str, problem: BaseException | str) -> None:
-        """Raise Broken for an answer that the guard rejected."""
-        found = raised(problem) if isinstance(problem, BaseException) else f"it {problem}"
-        raise Broken(found, call=self._called(method), mend=_MEND.get(method, ""))
-
-    def _made(self, method: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+    def run(self, method: str, function: Callable[..., T], *args: object) -> T:
+        """Return the result. Raises Broken if the call fails."""
         call = self._called(method)
         try:
             return self._limiter.call(function, args)
@@ -105,10 +81,33 @@ class Auditor(PolicyCaller):
             ) from None
         except KeyboardInterrupt:
             raise
+        except InvalidAnswer as refused:
+            raise Broken(f"it {refused}", call=call, mend=_MEND.get(method, "")) from None
         except BaseException as error:  # including SystemExit
             raise Broken(
                 f"it raised {raised(error)}", call=call, mend=_mend(error, method)
             ) from error
+
+    def ask(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T:
+        """Return the answer, and compare what the policy was shown before and after."""
+        shown = args if self._view is None else (self._view, *args)
+        before = _Shown(shown)
+        dice = None if self._view is None else self._view.rng.bit_generator.state
+        started = perf_counter()
+        answer = super().ask(method, args, read)
+        took = perf_counter() - started
+        self.calls[method] += 1
+        self.fastest[method] = min(took, self.fastest.get(method, took))
+        changed = before.changed(_Shown(shown))
+        if changed and self.wrote is None:
+            self.wrote = Broken(f"it changed {changed}", call=self._called(method), mend=_KEEP_OFF)
+        if method == "score" and self.impure is None:
+            assert self._view is not None
+            assert dice is not None
+            self._view.rng.bit_generator.state = dice
+            again: Any = super().ask(method, args, read)
+            self._compare(method, cast(Any, answer), again, args)
+        return cast(T, answer)
 
     def _compare(
         self, method: str, first: npt.NDArray[Any], second: npt.NDArray[Any], args: tuple[Any, ...]
@@ -223,7 +222,7 @@ class AuditedEviction(EvictionGuard):
 
     def __init__(self, policy: EvictionPolicy, view: PageView, where: str) -> None:
         super().__init__(policy, view, name="", strict=True)
-        self._faults = self.auditor = Auditor("eviction", view, where)
+        self._faults = self.auditor = Auditor(policy, "eviction", view, where)
 
 
 class AuditedPrefetch(PrefetchGuard):
@@ -235,7 +234,7 @@ class AuditedPrefetch(PrefetchGuard):
 
     def __init__(self, policy: PrefetchPolicy, view: PageView, where: str) -> None:
         super().__init__(policy, view, name="", strict=True)
-        self._faults = self.auditor = Auditor("prefetch", view, where)
+        self._faults = self.auditor = Auditor(policy, "prefetch", view, where)
         self.reached: Broken | None = None
 
     def propose(self, access: Access) -> Int64s:
@@ -256,7 +255,7 @@ class AuditedArbitration(ArbitrationGuard):
 
     def __init__(self, policy: ArbitrationPolicy, where: str) -> None:
         super().__init__(policy, name="", strict=True)
-        self._faults = self.auditor = Auditor("arbitration", None, where)
+        self._faults = self.auditor = Auditor(policy, "arbitration", None, where)
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ class Replay:
         self.rule.reset()
         seed = type(self.view.rng.bit_generator)(0).state
         self.view.rng.bit_generator.state = seed
-        if self.view.future is not None:
-            self.view.future[:] = self._events.future.first
+        if self.eviction.future is not None:
+            self.eviction.future[:] = self._events.future.first
         self.missed = np.zeros_like(self.missed)
         self._at = 0

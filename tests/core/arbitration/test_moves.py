@@ -231,6 +231,16 @@ def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
             assert (worker.groups, worker.slots) == (before.groups - {1, 2}, 12)
 
 
+@pytest.mark.parametrize("number", [0, 2, 3, 7])
+def test_a_worker_carries_out_the_next_order_only(number):
+    """One beyond the next would leave out an order, and its memory with it."""
+    worker = Worker(0)
+    assert worker.mover.receive(Order(number, TakeKV((5,)))) is None
+    first = worker.mover.receive(Order(1, TakeKV((5,))))
+    assert worker.mover.receive(Order(3, TakeKV((6,)))) is first
+    assert (worker.groups, worker.executed) == ({0, 1, 2, 5}, 1)
+
+
 def test_a_worker_that_raises_anything_answers():
     worker = Worker(0)
     worker.failures = [MemoryError("somewhere deep")]

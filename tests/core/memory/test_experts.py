@@ -16,7 +16,7 @@ from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.core.types import PageClass, Part
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
-from tests.core.rig import FRAME, PAGE_CLASS, Leaks, frames_of_memory
+from tests.core.rig import FRAME, PAGE_CLASS, Leaks, fails_late, frames_of_memory
 
 GROUNDS = ("host", "cuda, at once")
 
@@ -109,6 +109,17 @@ def test_a_commit_that_fails_in_either_part_is_rolled_back(setup, part):
     s.memory.check()
     s.experts.resize(0, 12)
     s.experts.check()
+
+
+def test_a_commit_that_fails_late_gives_its_memory_back(setup, monkeypatch):
+    s = setup()
+    s.experts.resize(0, 4)
+    before = s.substrate.allocated()
+    monkeypatch.setattr(s.substrate, "commit", fails_late(s.substrate.commit, s.substrate.decommit))
+    with pytest.raises(SubstrateError, match="injected"):
+        s.experts.resize(0, 12)
+    assert s.substrate.allocated() == before == s.memory.committed_bytes
+    s.memory.check()
 
 
 def test_frames_that_run_out_in_the_second_part_are_rolled_back(setup):

@@ -14,7 +14,7 @@ from fluxmoe.core.memory.kv import KVLayout
 from fluxmoe.core.memory.worker import WorkerMemory
 from fluxmoe.errors import InvariantError, OutOfFramesError, SubstrateError
 from fluxmoe.testing.faults import FaultySubstrate
-from tests.core.rig import FRAME, PAGE_CLASS, Leaks, frames_of_memory
+from tests.core.rig import FRAME, PAGE_CLASS, Leaks, fails_late, frames_of_memory
 
 GROUNDS = ("host", "cuda, at once")
 
@@ -124,6 +124,17 @@ def test_a_commit_that_fails_is_undone(setup, nth):
     assert s.kv.committed.tolist() == [True, False, False, False]
     s.check()
     s.kv.commit([0, 1, 2])
+    s.check()
+
+
+def test_a_commit_that_fails_late_gives_its_memory_back(setup, monkeypatch):
+    """As one does that has mapped its first frames when the system refuses the next."""
+    s = setup()
+    before = s.substrate.allocated()
+    monkeypatch.setattr(s.substrate, "commit", fails_late(s.substrate.commit, s.substrate.decommit))
+    with pytest.raises(SubstrateError, match="injected"):
+        s.kv.commit([1])
+    assert s.substrate.allocated() == before
     s.check()
 
 

@@ -43,6 +43,7 @@ class Both:
         self.truth.update(changes)
         pages = np.array(sorted(changes), np.int64)
         heap.update(self.heap, self.books, pages, np.array([changes[p] for p in sorted(changes)]))
+        self.check()
 
     def drop(self, page: int) -> None:
         """Release or drop a page without notifying the heap."""
@@ -65,6 +66,22 @@ class Both:
         assert out[:found].tolist() == [page for _, page in expected]
         for page in out[:found].tolist():
             self.drop(page)
+        self.check()
+
+    def check(self):
+        """Every bound has an entry, and every page up to the limit, that one included, a bound."""
+        h = self.heap
+        for bank in range(self.table.num_banks):
+            limit, (begin, end) = (h.limit[bank], h.limit_page[bank]), h.queue_ends[bank]
+            kept = set(zip(h.key[bank, : h.size[bank]], h.page[bank], strict=False))
+            kept |= set(zip(h.queue_key[bank, begin:end], h.queue_page[bank, begin:], strict=False))
+            for page in range(self.pages):
+                if self.table.bank(page // self.experts) != bank:
+                    continue
+                bound, score = h.bound[page], self.truth.get(page)
+                assert bound == heap.NONE or (bound, page) in kept
+                if score is not None and (heap.as_integer(score), page) <= limit:
+                    assert bound <= heap.as_integer(score)
 
 
 pages = st.integers(0, PAGES - 1)
@@ -167,6 +184,18 @@ def test_a_page_that_left_unnoticed_and_came_back_is_ordered_by_its_new_score():
         both.choose(0, 3, set(), set(), False)
 
 
+def test_a_page_whose_entry_was_dropped_while_it_was_absent_gets_another():
+    for scores in ({0: 5.0, 1: 6.0, 2: 7.0}, {2: 7.0, 1: 6.0, 0: 5.0}):
+        for new in (0.0, 5.0, 9.0):
+            both = Both(1)
+            for page, score in scores.items():  # ascending scores are queued, others in the heap
+                both.score({page: score})
+            both.drop(0)
+            both.choose(0, 1, set(), set(), False)  # passes by 0
+            both.score({0: new})
+            both.choose(0, 2, set(), set(), False)
+
+
 @given(st.integers(1, 2), st.integers(0, 2**32), st.sampled_from(["few", "many", "rising"]))
 @settings(max_examples=60, deadline=None)
 def test_a_large_bank_keeps_a_part_in_the_heap_and_chooses_as_a_sort(banks, seed, values):
@@ -198,8 +227,8 @@ def test_clear_empties_the_heap():
     heap.clear(both.heap)
     out = np.zeros(2, np.int64)
     assert heap.choose(both.heap, both.books, 0, 2, False, out) == 0
+    both.truth = {1: 2.0}
     both.score({1: 3.0})
-    both.truth = {1: 3.0}
     both.choose(0, 2, set(), set(), False)
 
 

@@ -312,14 +312,14 @@ def test_pages_that_moved_keep_their_scores(rig, policy):
 def test_a_kernel_that_answers_too_late_loses_no_page(rig, policy, monkeypatch):
     r = rig(3, 8, (11,), eviction=policy(), strict=False)
     model = Reference(3, 8, (11,), [0] * 3, reference_keys[policy])
-    call, late, rng = faults.PolicyCaller.call, [], np.random.default_rng(3)
+    run, late, rng = faults.PolicyCaller.run, [], np.random.default_rng(3)
 
-    def sometimes_late(counter, method, function, args):
-        answer = call(counter, method, function, args)
+    def sometimes_late(counter, method, function, *args):
+        answer = run(counter, method, function, *args)
         late.append(function is victims and len(late) % 3 == 0)
-        return faults.NO_ANSWER if late[-1] else answer
+        return None if late[-1] else answer
 
-    monkeypatch.setattr(faults.PolicyCaller, "call", sometimes_late)
+    monkeypatch.setattr(faults.PolicyCaller, "run", sometimes_late)
     for event in range(150):
         ids = rng.integers(0, 8, 4).tolist()
         r.acquire(event % 3, ids)

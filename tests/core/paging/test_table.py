@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmoe.core.paging.books import load, unload
+from fluxmoe.core.paging.books import load, release_leaving, unload
 from fluxmoe.core.paging.measures import REUSE_EVERY, PageAges
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Geometry
@@ -122,6 +122,19 @@ def test_a_resize_first_frees_what_the_last_event_left():
     assert (t.counters().released, t.counters().resized) == (2, 0)
     rule.run(0, 2, np.array([1]))
     assert t.counters().released == 2  # not once more
+    t.check()
+
+
+def test_what_has_left_is_not_released_again_when_it_is_back():
+    t = table()
+    rule_for(t, Immediate()).run(0, 1, np.array([0, 3]))
+    for _ in range(2):
+        release_leaving(t.books)
+        assert t.counters().released == 2
+        t.discard(np.array([7]))
+        fill(t, 7)
+    t.resize(0, 5)
+    assert np.flatnonzero(t.resident).tolist() == [7]
     t.check()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fluxmoe
+from fluxmoe.core.paging.event import open_event
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.policy.arbitration import ArbitrationView
 from fluxmoe.core.policy.guards import ArbitrationGuard, EvictionGuard, PrefetchGuard
@@ -131,15 +132,17 @@ def test_the_arrays_of_a_view_stay_read_only(view, name):
     with pytest.raises(ValueError, match="WRITEABLE"):
         array.flags.writeable = True
     assert array.dtype == np.int64
-    view._table.books.last_use[3] = 9  # but they show what the host writes
-    assert view.last_use[3] == 9
+    before = view._table.event
+    open_event(view._table.directory, 0, 1, np.array([2]), np.zeros(0, np.int32))
+    assert getattr(view, name)[6] == view._table.books._asdict()[name][6]  # but kept up to date
+    assert view.last_use[6] == before + 1
 
 
 def test_make_kernel_that_exits_is_an_error_before_anything_runs(view):
     def make_kernel(self, view):
         raise SystemExit(1)
 
-    with pytest.raises(PolicyFaultError, match="score_kernel"):
+    with pytest.raises(PolicyFaultError, match="make_kernel raised SystemExit"):
         guarded(view, lambda *a: 0, make_kernel=make_kernel)
 
 

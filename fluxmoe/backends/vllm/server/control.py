@@ -20,6 +20,9 @@ from fluxmoe.backends.vllm.settings import LIMITS_PATH
 from fluxmoe.config import parse_limits
 from fluxmoe.errors import ConfigError
 
+#: Bytes of a body: no limits are longer, and the server waits while one is read.
+LARGEST = 4096
+
 
 class Control:
     """ASGI middleware (``vllm serve --middleware``) that adds the route to vLLM's server."""
@@ -38,8 +41,11 @@ async def limits(request: Request) -> JSONResponse:
     """Set the limits in the body, if any; return the current limits and split."""
     wanted: Any = None
     if request.method == "POST":
+        body = await request.body()
+        if len(body) > LARGEST:
+            return _refused("FM101", f"the body is larger than {LARGEST} bytes; send a few limits")
         try:
-            wanted = json.loads(await request.body())
+            wanted = json.loads(body)
         except (ValueError, RecursionError):
             return _refused("FM101", "the body is not valid JSON; send a map such as {}")
         if not isinstance(wanted, dict):
