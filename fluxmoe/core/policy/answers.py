@@ -135,7 +135,7 @@ def _array(answer: object, most: int, wanted: str) -> npt.NDArray[Any]:
     if array.size > most:
         raise InvalidAnswer(f"returned {_described(array)}, {wanted}")
     copy = np.array(array, order="C")
-    return copy.astype(copy.dtype.newbyteorder("="), copy=False)
+    return copy if copy.dtype.isnative else copy.astype(copy.dtype.newbyteorder("="))
 
 
 def _described(array: npt.NDArray[Any]) -> str:

@@ -15,7 +15,6 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,7 +44,9 @@ class Fault:
     cause: BaseException | None = None
 
 
-def contained(function: Callable[..., T], *args: object, keep: bool = True) -> T | Fault:
+def contained(
+    function: Callable[..., T], args: tuple[object, ...] = (), keep: bool = True
+) -> T | Fault:
     """Call ``function``; whatever it raises becomes a ``Fault``, with the exception if ``keep``.
 
     ``HardLimitExceeded`` passes through, as do Ctrl-C and exceptions from signal handlers.
@@ -76,7 +77,6 @@ class PolicyCaller:
         #: The last fault of a replaced policy; empty while it is in use.
         self.replaced = ""
         self._limiter = TimeLimiter(limits)
-        self._contained = partial(contained, keep=strict)
         self._reported: set[str] = set()
         self._reported_slow = False
 
@@ -112,7 +112,7 @@ class PolicyCaller:
             return None
         limiter = self._limiter
         try:
-            answer: T | Fault = limiter.call(self._contained, (function, *args))
+            answer: T | Fault = limiter.call(contained, (function, args, self.strict))
         except HardLimitExceeded:
             self.note(method, Fault(f"took more than {self.limits.hard_s:g} s"))
             return None

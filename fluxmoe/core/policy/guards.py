@@ -210,7 +210,7 @@ def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) ->
         raise PolicyFaultError(f"{what}: make_kernel {function.said}") from function.cause
     if function is None:
         return None
-    made = contained(partial(compile_kernel, by_slot=not stable), function)
+    made = contained(partial(compile_kernel, by_slot=not stable), (function,))
     if isinstance(made, Fault):
         raise PolicyFaultError(
             f"{what}: numba cannot compile score_kernel: {line(made.cause, limit=2000)}",
