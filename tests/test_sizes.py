@@ -191,10 +191,10 @@ def test_http():
     client = pytest.importorskip("starlette.testclient")
     control = pytest.importorskip("fluxmoe.backends.vllm.server.control")
     app = starlette.Starlette()
-    app.add_route(control.PATH, control.limits, methods=["POST"])
+    app.add_route(control.LIMITS_PATH, control.limits, methods=["POST"])
     ask = client.TestClient(app)
     for value in ("50%", "24MiB!", "\ud800", -1, 1.5, 10**400):
-        answer = ask.post(control.PATH, content=json.dumps({"kv": {"max": value}}))
+        answer = ask.post(control.LIMITS_PATH, content=json.dumps({"kv": {"max": value}}))
         error = answer.json()["error"]
         assert answer.status_code == 400 and error["code"] == "FM101"
         assert "kv.max: not a valid size" in error["message"]
@@ -204,7 +204,7 @@ def test_http():
         '{"\\ud800": 1}',
         "[" * 10**5,
     ):
-        assert ask.post(control.PATH, content=text).status_code == 400
+        assert ask.post(control.LIMITS_PATH, content=text).status_code == 400
 
 
 @pytest.mark.parametrize(

@@ -40,5 +40,5 @@ def main(argv: list[str]) -> None:
                 device.require()  # before a module says that it needs Triton
             import_module(f"benchmarks.gpu.{name}").main(options)
     except FluxMoEError as error:
-        print(f"error[{error.code}]: {error}", file=sys.stderr)
+        print(f"error[{error.code}]: {error.text}", file=sys.stderr)
         sys.exit(2)

@@ -351,6 +351,8 @@ def test_c13_python_m():
 
 
 def test_c13_completion(monkeypatch):
+    # The shell is otherwise that of a parent process, which a job of a continuous build lacks.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     assert "_FLUXMOE_COMPLETE" in succeeds("--show-completion", "bash")
     monkeypatch.setenv("_FLUXMOE_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "fluxmoe simulate --cap")

@@ -34,7 +34,7 @@ class Model(Reference):
         self.rig = rig
         self.failed: dict[str, deque[bool]] = {}
         self._listen(rig.rule, "victims", rig.eviction)
-        self._listen(rig.eviction, "leaving", rig.eviction)
+        self._listen(rig.eviction, "retained", rig.eviction)
         self._listen(rig.prefetch, "propose", rig.prefetch)
 
     def _listen(self, owner, method: str, guard) -> None:
@@ -65,7 +65,7 @@ class Model(Reference):
     def admit(self) -> None:
         super().admit()
         # Asked once per event, if the policy overrides it at all.
-        if self.rig.eviction.retains and self.failed["leaving"].popleft():
+        if self.rig.eviction.retains and self.failed["retained"].popleft():
             self.leaving = []
 
     def proposals(self) -> list[int]:

@@ -31,8 +31,10 @@ def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: It is not a valid configuration.
     """
-    parse(settings, where="additional_config.fluxmoe")
-    return _options(settings)
+    budget = parse(settings, where="additional_config.fluxmoe").memory.budget
+    if budget is None:  # auto
+        return _options(settings)
+    return _options({**settings, "memory": {**settings["memory"], "budget": int(budget)}})
 
 
 def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
