@@ -76,9 +76,11 @@ def is_hub_name(model: str) -> bool:
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
     """Return the cached folder of a hub model if it exists, else the name unchanged."""
-    from huggingface_hub import try_to_load_from_cache
-
     if Path(model).exists() or not is_hub_name(model):
+        return model
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:  # of the engines; without them nothing is downloaded
         return model
     found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
     return str(Path(found).parent) if isinstance(found, str) else model

@@ -213,7 +213,7 @@ def while_recording(child: Callable[[], Any]) -> list[Any]:
     found = []
     traces = [FOLDER / "plain", FOLDER / "forked"]
     for trace in traces:
-        with handles["all"].record(trace, weights=True) as recorder:
+        with handles["all"].record(trace, weights=True, replace=True) as recorder:
             recorder._writer._group_rows = 1  # part of the file is written, and more of it is held
             run(models["all"])
             if trace is traces[1]:

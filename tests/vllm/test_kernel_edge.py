@@ -126,7 +126,7 @@ def test_the_kernel_addresses_a_bank_to_its_end_and_no_further() -> None:
     assert lines[:4] == [
         "last slot: True",
         "last slot of a later bank: True",
-        f"one slot more: a bank of {LIMIT + 1} slots of {2 * 768 * 2048} weights: "
+        f"one slot more: FM303: a bank of {LIMIT + 1} slots of {2 * 768 * 2048} weights: "
         f"cpu_fused_moe can address {LIMIT}",
         "last slot of too large a bank: True",
     ], result.stderr

@@ -120,7 +120,7 @@ def test_a_model_that_is_missing_or_damaged(tmp_path: Path) -> None:
     refused(serve(tmp_path, tmp_path / "model"), "error[FM406]: no such folder", str(tmp_path))
     model = checkpoints.write(tmp_path / "model", "qwen3-moe")
     os.truncate(model / "model.safetensors", 5000)
-    refused(serve(tmp_path, model), "error[FM406]: it is damaged or cut off", "model.safetensors")
+    refused(serve(tmp_path, model), "error[FM406]: damaged or truncated", "model.safetensors")
     # With random weights none are read.
     done = serve(tmp_path, model, vllm={"load-format": "dummy", "port": 0})
     assert "NoneType" in done.stderr
