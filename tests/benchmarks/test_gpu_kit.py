@@ -122,7 +122,7 @@ def test_pieces_in_another_order_are_refused(few, shelf, tmp_path) -> None:
     manifest = json.loads(path.read_text())
     manifest["pieces"] = dict(reversed(manifest["pieces"].items()))
     path.write_text(json.dumps(manifest))
-    with pytest.raises(SystemExit, match="do not make up"):
+    with pytest.raises(SystemExit, match="do not form"):
         bring.main(["unpack", f"--from={pieces}", f"--into={tmp_path / 'site'}"])
 
 
