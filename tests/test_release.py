@@ -161,7 +161,7 @@ def test_the_declared_dependencies_are_enough(bare: Path, tmp_path: Path) -> Non
     do(command, "trace", "info", "t.parquet", "--picture", "t.svg", cwd=tmp_path)
     run = command, "simulate", "t.parquet", "--policy", "lru,belady", "--capacity", "50%"
     assert len(json.loads(do(*run, "--json", cwd=tmp_path))) == 2
-    (tmp_path / "c.yaml").write_text("model: m\nmemory: {budget: 1GiB}\n")
+    (tmp_path / "c.yaml").write_text("memory: {budget: 1GiB}\n")
     do(command, "config", "check", "c.yaml", cwd=tmp_path)
     do(command, "policies", cwd=tmp_path)
     shipped = "from fluxmoe.demo.model import SHIPPED; print(SHIPPED)"

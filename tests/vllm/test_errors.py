@@ -444,7 +444,7 @@ except UnsupportedVersionError as error:
 """)
     assert result.returncode == 0, result.stderr
     assert "refused: FM403: vLLM 0.99.0 is not supported; install" in result.stdout
-    assert "FluxMoE is off: vLLM 0.99.0 is not supported" in result.stdout + result.stderr
+    assert "FluxMoE is off: FM403: vLLM 0.99.0 is not supported" in result.stdout + result.stderr
 
 
 # --- the engine ----------------------------------------------------------------------------------
