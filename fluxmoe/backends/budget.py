@@ -70,8 +70,7 @@ def require_for_weights(config: Resolved, *, experts: int, others: int, workers:
     Raises:
         ConfigError: The memory is insufficient.
     """
-    first = config.stores[0]
-    plain = first.kind == "host" and first.limit is None and first.codec["kind"] == "none"
+    plain = config.stores[0].plain
     parts = {
         "the budget" if workers == 1 else f"{workers} budgets": config.memory.budget * workers,
         "experts in the host store": experts if plain else 0,

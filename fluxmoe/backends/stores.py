@@ -37,8 +37,7 @@ def make_store(
     config: Config, geometry: Geometry, page_class: PageClass, coders: Sequence[Coder]
 ) -> HostStore | TieredStore:
     """Make an empty store with the coders of ``make_coders``, to be filled layer by layer."""
-    first = config.stores[0]
-    if first.kind == "host" and first.limit is None and first.codec["kind"] == "none":
+    if config.stores[0].plain:
         return HostStore(geometry, page_class)  # takes all pages without a copy
     tiers: list[Tier] = []
     for store, coder in zip(config.stores, coders, strict=True):

@@ -158,6 +158,11 @@ class HostStoreConfig(_Model):
     codec: Policy = {"kind": "none"}
     """Lossless codec for the pages."""
 
+    @property
+    def plain(self) -> bool:
+        """True if the store keeps all pages as they were loaded, without a copy."""
+        return self.limit is None and self.codec["kind"] == "none"
+
 
 class FileStoreConfig(_Model):
     """Pages in a file, which is built on the first start."""
@@ -171,6 +176,11 @@ class FileStoreConfig(_Model):
     """Lossless codec for the pages."""
     direct: bool = True
     """Read uncached parts with direct I/O; set false if the file fits in the system's cache."""
+
+    @property
+    def plain(self) -> bool:
+        """False: pages are written to the file."""
+        return False
 
 
 StoreConfig = Annotated[HostStoreConfig | FileStoreConfig, Field(discriminator="kind")]
