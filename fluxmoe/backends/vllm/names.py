@@ -161,7 +161,11 @@ _ON = {
         *("blocks", "cached_block_hash_to_block", "num_gpu_blocks", "_reuse_watchers"),
         *("free_block_queue.get_all_free_blocks", "free_block_queue.remove"),
     ),
-    "RoutedExperts": ("layer_name", "quant_method.moe_kernel", "top_k", "w13_weight", "w2_weight"),
+    "RoutedExperts": ("layer_name", "quant_method"),
+    "unquantised RoutedExperts": ("hidden_size", "top_k", "w13_weight", "w2_weight"),
+    "UnquantizedFusedMoEMethod": ("moe_kernel",),
+    "FusedMoEKernel": ("fused_experts",),
+    "CPUUnquantizedExperts": ("_use_zentorch", "isa"),
     "model_runner": ("input_batch.num_reqs", "input_batch.req_ids", "model", "query_start_loc.np"),
     "AsyncLLM": ("output_processor.has_unfinished_requests",),
 }

@@ -101,7 +101,6 @@ class PagedCPUWorker(CPUWorker):
         NAMES.require_on("model_runner", self.model_runner)
         for layer in layers:
             checks.refuse_unpageable(layer)
-            NAMES.require_on("RoutedExperts", layer)
         self._page_out(layers)
         refuse_loading(self.model_runner.model)
 
