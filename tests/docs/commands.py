@@ -23,7 +23,7 @@ EXPLAINED = {
     "generate": ("PyTorch", "../guides/torch.md#from-the-command-line"),
     "simulate": ("Simulator", "simulator.md"),
     "policies": ("Plugins", "../plugins/index.md#broken-plugins"),
-    "codec": ("The lossless code", "../concepts/code.md"),
+    "codec": ("The lossless code", "../concepts/lossless-code.md"),
     "top": ("Watch a server", "../guides/watching.md"),
     "limit": ("Arbitration", "../concepts/arbitration.md#operator-limits"),
     "doctor": ("Get started", "../start/getting-started.md#check-the-installation"),

@@ -1,4 +1,4 @@
-"""The lossless code of docs/concepts/code.md in plain numpy, independent of the product.
+"""The lossless code of docs/concepts/lossless-code.md in plain numpy, independent of the product.
 
 Encoder and decoder process the whole matrix at once and are slow. Tests compare bytes with them.
 """

@@ -1,4 +1,4 @@
-"""``fixed4``: byte for byte as in docs/concepts/code.md, and robust against damage."""
+"""``fixed4``: byte for byte as in docs/concepts/lossless-code.md, and robust against damage."""
 
 from __future__ import annotations
 
