@@ -32,7 +32,7 @@ TRACES = {
 #: Capacities that hold the shipped model's largest event.
 SHARES = range(20, 101, 5)
 
-#: The measured day.
+#: Results of the measured day.
 PHASES = "2026-11-23-phases.json"
 
 #: Follows the browser's setting, like the site.
@@ -77,7 +77,7 @@ def promise(requests: int) -> str:
         if "config.json" in block.body
     )
     with tempfile.TemporaryDirectory() as folder:
-        # The model of the page about planning, written by that page's own snippet.
+        # The planning page's own snippet writes its model.
         exec(settings.replace('Path("', f'Path("{folder}/'), {})
         model = models.read(f"{folder}/qwen3-30b")
     plan = advice.make(

@@ -52,7 +52,7 @@ def choose(high: U8) -> tuple[str, int]:
         return "plain", base
     if base and (((high < base + 1) & (high > 0)).sum(axis=1) <= 1).all():
         return "zero", base
-    for lower in range(base - 1, -1, -1):  # give the few largest weights up instead
+    for lower in range(base - 1, -1, -1):  # make the few largest weights escapes instead
         outside = (high < lower) | (high > lower + 7)
         if (outside.sum(axis=1) <= 1).all():
             return "plain", lower

@@ -69,7 +69,7 @@ class Both:
         self.check()
 
     def check(self):
-        """Assert that every bound has an entry, and every page up to the limit (included) a bound."""
+        """Assert that every bound has an entry, and every page up to the limit a bound."""
         h = self.heap
         for bank in range(self.table.num_banks):
             limit, (begin, end) = (h.limit[bank], h.limit_page[bank]), h.queue_ends[bank]
