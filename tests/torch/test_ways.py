@@ -1,6 +1,6 @@
 """Every way in which a paged model or its handle can be used is right, or refused by name.
 
-``ways/table.csv`` lists them, and the function below ``ways`` that tries each of them.
+``ways/table.csv`` lists them, each with the function in ``ways`` that tries it.
 """
 
 from __future__ import annotations
