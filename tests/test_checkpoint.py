@@ -155,7 +155,7 @@ def test_a3_several_files_without_an_index(model: Path) -> None:
         weight_bytes(str(model))
 
 
-#: Architecture → where its experts are, how many, and their parts.
+#: Architecture → location, number and parts of its experts.
 PLACES = {
     "qwen3-moe": ("mlp.experts", 16, ("down_proj", "gate_proj", "up_proj")),
     "mixtral": ("block_sparse_moe.experts", 8, ("w1", "w2", "w3")),

@@ -34,7 +34,7 @@ def findings(done):
     for finding in both:
         assert set(finding) == {"name", "status", "found", "fix"}
         assert finding["found"]
-        # Every problem has a remedy, if there is one.
+        # Every problem that can be fixed has a remedy.
         assert finding["fix"] or finding["status"] == "ok" or "not in this" in finding["found"]
     checks = {finding["name"]: finding for finding in result["checks"]}
     return result["ok"], checks, {finding["name"]: finding for finding in result["backends"]}

@@ -385,7 +385,7 @@ def test_a_whole_memory_manager_lives_through_the_failure_of_any_call(site, thre
             with contextlib.suppress(FluxMoEError):
                 each.close()
         struck += plan.struck[site]
-    # Nothing waits if there are no buffers and few demands.
+    # Without buffers and with few demands, nothing waits.
     assert struck or (site, threads) == ("cuEventSynchronize", 0)
 
 

@@ -296,7 +296,7 @@ def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[st
         try:
             output, _ = process.communicate(timeout=400)
         finally:
-            # A page that starts a server and fails leaves nothing running.
+            # End servers that a failed page has started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(command, process.returncode, output)

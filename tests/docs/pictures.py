@@ -136,7 +136,7 @@ def _sheet(chart: Chart) -> str:
     return "\n".join([*parts, chart.svg().replace("<svg", at, 1), "</svg>\n"])
 
 
-#: Every computed picture and what draws it.
+#: Every computed picture and the function that draws it.
 MADE: dict[str, Callable[[], str]] = {
     **{
         f"hit-rate-{trace}.svg": partial(hit_rates, trace, title) for trace, title in TRACES.items()

@@ -23,7 +23,7 @@ RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Silence the log: faulty policies are reported once per run, and there are many runs."""
+    """Silence the log: faulty policies are reported once per run, in many runs."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)

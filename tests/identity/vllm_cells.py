@@ -16,7 +16,7 @@ from tests.identity import models, requests
 from tests.identity.cells import MLA, Cell
 from tests.identity.outcome import COUNTERS, Outcome
 
-#: Models whose module of vLLM imports torchvision, which the lock does not have.
+#: Models whose vLLM module imports torchvision, which the lock does not contain.
 MULTIMODAL = ("qwen3.5-moe",)
 
 

@@ -1,4 +1,4 @@
-"""Stores that share the pages: every page can be read back from the one that had room."""
+"""Stores that share the pages: every page can be read back from the store that had room."""
 
 from __future__ import annotations
 

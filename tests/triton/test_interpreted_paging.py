@@ -26,7 +26,7 @@ from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
 class Fixed(EvictionPolicy):
-    """Scores given by the test: the table that a host would upload."""
+    """Scores from the test, in place of the table that a host would upload."""
 
     scores = np.zeros(0)
 

@@ -80,7 +80,7 @@ def test_the_size_of_requests_is_foreseen_from_those_that_ended():
     assert watch.foreseen_blocks(32) == (3 + 4) / 2
     watch.gone(request("c", tokens=21, prompt=20))
     watch.gone(request("d", tokens=41, prompt=40))
-    assert watch.foreseen_blocks(32) == (3 + 4) / 2  # unchanged: there are no requests
+    assert watch.foreseen_blocks(32) == (3 + 4) / 2  # unchanged without requests
     watch.arrived(request("e", prompt=10, limit=5))
     assert watch.foreseen_blocks(1) == 10 + (5 + 1 + 1) / 3 - 1  # at most its limit
     assert watch.foreseen_blocks(128) == 1

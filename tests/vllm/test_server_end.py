@@ -74,7 +74,7 @@ def test_a5_sigkill_of_a_serving_server_ends_its_engine_and_worker(server: Serve
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["a11-sigterm", "c11-ctrl-c"])
 def test_a_signal_while_the_engine_starts(server: Server, sent: signal.Signals) -> None:
-    """SIGTERM goes to the server alone, as from ``docker stop``; Ctrl-C to all processes."""
+    """SIGTERM is sent only to the server, as by ``docker stop``; Ctrl-C to all processes."""
     deadline = time.monotonic() + 120
     while "Loading safetensors" not in server.log.read_text():
         assert server.process.poll() is None and time.monotonic() < deadline, server.tail()

@@ -92,7 +92,7 @@ def test_a_change_of_a_tuple_from_a_file_without_compiled_code_reaches_its_users
 
 def test_machine_code_of_another_version_is_no_obstacle(copy):
     run(copy)
-    for path in (copy / "fluxmoe/core").rglob("*.py"):  # numba's index names the class it has seen
+    for path in (copy / "fluxmoe/core").rglob("*.py"):  # numba's index contains the class's name
         path.write_text(path.read_text().replace("Books", "Ledger"))
     assert run(copy).startswith("2 [1, 2, 0, 2,")
 

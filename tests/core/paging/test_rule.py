@@ -273,7 +273,7 @@ def test_7_proposals_in_order_take_free_slots_then_victims():
     rule = make(slots=5, prefetch=(fetch := Fetch()), eviction=(policy := Watching()))
     run(rule, 0, 0, 1)
     run(rule, 1, 0)
-    fetch.wish = [15, 8, 13]  # one slot is free, pages 0 and 1 may go
+    fetch.wish = [15, 8, 13]  # one slot is free, pages 0 and 1 may be evicted
     run(rule, 1, 1)
     assert [pages for kind, _, pages in policy.log if kind == "evict"] == [[0, 1]]
     assert policy.log[-1] == ("load", 2, [15, 8, 13])

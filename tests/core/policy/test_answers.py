@@ -87,7 +87,7 @@ def test_e9_pages_of_any_byte_order(dtype):
 
 
 class Strided(np.ndarray):
-    """A subclass whose methods are the policy's."""
+    """A subclass with methods written by the policy."""
 
     __getitem__ = astype = min = __floordiv__ = fails
 
@@ -109,7 +109,7 @@ def test_e9_arrays_of_any_kind_are_plain_numbers(answer):
 
 
 class Number(int):
-    """An int whose methods are the policy's."""
+    """An int with methods written by the policy."""
 
     __add__ = __radd__ = __lt__ = __gt__ = __ge__ = __int__ = __index__ = fails
     __repr__ = __str__ = leaves
@@ -148,7 +148,7 @@ def test_e9_splits_that_are_too_much_or_no_numbers(counts, caplog):
     assert guard.faults == 1
 
 
-# --- what is alive -------------------------------------------------------------------------------
+# --- answers with behaviour ----------------------------------------------------------------------
 
 
 def test_e9_an_answer_that_changes_after_it_was_judged():
@@ -358,7 +358,7 @@ def test_e9_the_end_of_an_answer_is_part_of_the_call():
     assert guard.slow == 1
 
 
-# --- how much ------------------------------------------------------------------------------------
+# --- sizes of answers ----------------------------------------------------------------------------
 
 
 class Reads(Alive):

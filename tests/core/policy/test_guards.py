@@ -1,4 +1,4 @@
-"""Policy faults, whose only effects are a count, a log line and the fallback to LRU."""
+"""Policy faults, which only cause a count, a log line and the fallback to LRU."""
 
 from __future__ import annotations
 

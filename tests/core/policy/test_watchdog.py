@@ -224,7 +224,7 @@ def test_an_interrupt_never_comes_after_its_call_has_returned():
         sys.setswitchinterval(before)
     assert len(outcomes) == 3
     assert not [o for o in outcomes if isinstance(o, BaseException)]
-    assert sum(answered for answered, _ in outcomes) > 20  # both ends of the race were seen
+    assert sum(answered for answered, _ in outcomes) > 20  # both outcomes of the race occurred
     assert sum(late for _, late in outcomes) > 20
 
 
