@@ -5,7 +5,7 @@ of the text that follows (u32), its CRC-32 (u32), and the text: JSON with ``abou
 codec and its options, layers, experts, parts), ``index`` (offset of the index) and ``index_crc``.
 Then the stored parts, padded with zeros to 4096 bytes. Then the index, four u64 per page and part:
 offset of the part (0: not in this file), its stored length, its stored checksum, and the checksum
-of the original. Checksums are those of docs/concepts/code.md.
+of the original. Checksums are those of docs/concepts/lossless-code.md.
 
 ``pagewriter`` writes the files.
 """
@@ -48,7 +48,7 @@ Index = npt.NDArray[np.uint64]
 
 
 def checksum(data: Bytes) -> int:
-    """Checksum of docs/concepts/code.md over whole words; remaining bytes form one more word."""
+    """Checksum (docs/concepts/lossless-code.md) over whole words; remaining bytes form one more."""
     whole = len(data) // 4
     words = data[: 4 * whole].view(np.uint32)
     total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))

@@ -1,4 +1,4 @@
-"""Stores that share the pages: every page can be read back from the one that had room."""
+"""Stores that share the pages: every page can be read back from the store that had room."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
     filled(in_file(tmp_path)).close()
     store = in_file(tmp_path)
     changed = layers()
-    changed[1][1][2, 5] ^= 1  # a model that was trained a little more
+    changed[1][1][2, 5] ^= 1  # a model after some more training
     for parts in changed:
         store.adopt(parts)
     assert "is rebuilt: it contains different pages" in caplog.text
@@ -536,7 +536,7 @@ def test_what_a_killed_process_leaves_behind_is_removed(tmp_path: Path) -> None:
         assert orphan.suffix == ".part"
     under_way = in_file(tmp_path)
     under_way.adopt(layers()[0])  # removes the orphan
-    store = filled(in_file(tmp_path))  # leaves alone what another one is writing
+    store = filled(in_file(tmp_path))  # leaves the file that another store is writing
     assert orphan not in page_files(tmp_path) and len(page_files(tmp_path)) == 2
     for parts in layers()[1:]:
         under_way.adopt(parts)

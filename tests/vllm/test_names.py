@@ -30,7 +30,7 @@ ALL = [
 ]
 CALLED = [row for row in ALL if row.values[0].table[row.values[1]][row.values[2]]]
 
-#: Class of ours → class of vLLM's, by dotted path.
+#: FluxMoE's class → vLLM's class, by dotted path.
 OVERRIDING = {
     "connector:PagingConnector": "connector",
     "stats:PagingStats": "connector",
@@ -67,7 +67,7 @@ def rename(patch: pytest.MonkeyPatch, name: str) -> None:
             names = tuple("gone" if name == last else name for name in code.co_names)
             init = FunctionType(code.replace(co_names=names), {}, closure=each.__init__.__closure__)
             patch.setattr(each, "__init__", init)
-    if inspect.ismodule(found[0]):  # lazy ones would find it again
+    if inspect.ismodule(found[0]):  # lazy modules would find it again
         module = found[0]
         lazy = module if "__getattr__" in vars(module) else type(module)
         if lazy is not ModuleType:
@@ -151,7 +151,7 @@ def test_the_table_has_what_is_imported(library: str) -> None:
         for name in imported(library)
         if name not in classes and name.replace(":", ".") not in modules
     }
-    # vLLM's public door, and what names the type of an argument only.
+    # vLLM's public API, and a name used only in annotations.
     assert missing <= {"vllm:LLM", "vllm.config:VllmConfig"}
 
 
