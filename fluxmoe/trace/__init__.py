@@ -1,7 +1,7 @@
-"""Traces: the experts that a model routed to, in one Parquet file, streamed on reading and writing.
+"""Traces: the experts that a model routed tokens to, in one Parquet file that is streamed.
 
-``format`` defines the file's contents; ``writer`` and ``reader`` never hold more than a few of its
-row groups. Imports the core, ``draw`` and ``errors``.
+``format`` defines the file's contents; ``writer`` and ``reader`` never hold more than a few row
+groups in memory. The package imports the core, ``draw`` and ``errors``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The inner loops of ``statistics``, over the arrays of a trace."""
+"""The inner loops of ``statistics``, which run over the arrays of a trace."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class Streams:
     """The last token of each request in each layer.
 
     Attributes:
-        overlaps: float64 ``[layers, 2]``, number of pairs of consecutive tokens, and the sum of the
-            shares of experts that the second has in common with the first.
+        overlaps: float64 ``[layers, 2]``: the number of pairs of consecutive tokens, and the sum,
+            over the pairs, of the share of the second token's experts that the first token also
+            used.
     """
 
     def __init__(self, meta: TraceMeta) -> None:
@@ -30,7 +31,8 @@ class Streams:
 
     def add(self, rows: Rows, offsets: Int64s) -> None:
         """Add the next rows; the experts of row i are at ``offsets[i] … offsets[i + 1] - 1``."""
-        # Without request numbers: one request per batch row in decode, a single one in prefill.
+        # Without request numbers, each batch row is one request in decode; all prefill rows are a
+        # single request.
         unknown = np.where(rows["phase"] == 0, -1, -2 - rows["token"].astype(np.int64))
         keys = np.where(rows["request"] >= 0, rows["request"], unknown)
         distinct, slot_of = np.unique(keys, return_inverse=True)
@@ -74,12 +76,12 @@ def count_events(
     windows: Int64s,
     unions: Int64s,
 ) -> int:
-    """Count events into all arrays after ``lengths``; return the number of distinct experts.
+    """Add the events to all arrays after ``lengths``; return the sum of their distinct experts.
 
-    ``windows`` has, per length: index of the current window, its pages so far; number of complete
-    windows, the sum and the maximum of their pages. ``seen_in`` is the last window that used each
-    page. ``unions`` has, per bit length of tokens − 1: events, their tokens, their distinct
-    experts.
+    ``windows`` has, per length: the index of the current window and its pages so far; the number of
+    complete windows, and the sum and the maximum of their pages. ``seen_in`` is the last window
+    that used each page. ``unions`` has, per bit length of tokens − 1: the events, their tokens and
+    their distinct experts.
     """
     accesses = 0
     farthest = distances.size - 1
@@ -159,9 +161,9 @@ def compare_predictions(
     guesses: npt.NDArray[np.int32],
     counted: Int64s,
 ) -> None:
-    """Count per layer the experts that the previous layer predicted for the token, and all experts.
+    """Count per layer the tokens' experts that the previous layer predicted, and all experts.
 
-    ``bounds`` are the first rows of the events, and the end of the last event.
+    ``bounds`` contains the first row of each event, and the end of the last event.
     """
     for e in range(bounds.size - 2):
         first, following = bounds[e], bounds[e + 1]

@@ -1,7 +1,7 @@
-"""The trace format (docs/reference/traces.md): columns, metadata, a file's arrays in memory.
+"""The trace format (docs/reference/traces.md): columns, metadata, and a file's arrays in memory.
 
-A row is one token in one MoE layer of one step; rows are sorted by step, layer, token. The rows of
-one (step, layer) form one event. The file's metadata (``TraceMeta``) describes the model.
+A row is one token in one MoE layer of one step; rows are sorted by step, layer and token. The rows
+of one (step, layer) form one event. The file's metadata (``TraceMeta``) describes the model.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SCHEMA = pa.schema(
         ("experts", pa.list_(pa.int16())),
     ]
 )
-#: Optional columns: routing weights, one per expert of the row, and the experts that the next layer
-#: is predicted to route this token to (none in the last layer).
+#: Optional columns: routing weights, one per expert of the row; and the experts that the next layer
+#: is predicted to route this token to (empty in the last layer).
 OPTIONAL = {"weights": pa.list_(pa.float16()), "predicted": pa.list_(pa.int16())}
 
 #: Number of rows held in memory and read or written together.
@@ -52,7 +52,7 @@ class TraceMeta:
         experts_per_layer: Number of routed experts per layer.
         top_k: Number of experts per token.
         page_bytes: Bytes of one expert page; None if unknown.
-        source: Name of the program or format of origin.
+        source: Name of the program or format that the trace comes from.
     """
 
     model: str
@@ -68,7 +68,7 @@ class TraceMeta:
 
     @property
     def described(self) -> str:
-        """Text of the model for people, such as ``prose: 6 layers of 64 experts, top 8``."""
+        """Readable description of the model, such as ``prose: 6 layers of 64 experts, top 8``."""
         return (
             f"{line(self.model)}: {self.num_layers} layers of {self.experts_per_layer} experts, "
             f"top {self.top_k}"
@@ -82,7 +82,8 @@ class TraceMeta:
                 raise TraceError(f"metadata: {name} is {value!r}, not 1…{_LARGEST}", where=where)
         if self.top_k > self.experts_per_layer:
             raise TraceError(
-                f"metadata: top_k is {self.top_k} of {self.experts_per_layer} experts",
+                f"metadata: top_k is {self.top_k}, but a layer has {self.experts_per_layer} "
+                "experts",
                 where=where,
             )
         size = self.page_bytes
@@ -97,7 +98,7 @@ class TraceMeta:
 
     @classmethod
     def load(cls, raw: bytes | None, where: str) -> TraceMeta:
-        """Parse the result of ``dump``; raise TraceError at ``where``."""
+        """Parse the result of ``dump``; raise TraceError at ``where`` if it is invalid."""
         if raw is None:
             raise TraceError(
                 "not a trace: the Parquet file has no metadata key 'fluxmoe'",
@@ -128,9 +129,9 @@ class TraceMeta:
 
 
 class StepRows(NamedTuple):
-    """Request and phase of the T tokens of a step, the same in all layers.
+    """Request and phase of the T tokens of a step, which are the same in all layers.
 
-    ``request`` is int32 ``[T]`` (−1 = unknown), ``phase`` int8 ``[T]``.
+    ``request`` is int32 ``[T]`` (−1 = unknown), and ``phase`` is int8 ``[T]``.
     """
 
     request: npt.NDArray[np.int32]
@@ -169,7 +170,7 @@ class Rows:
         )
 
     def split(self, row: int) -> tuple[Rows, Rows]:
-        """Split into the rows before ``row`` and the others."""
+        """Return the rows before ``row``, and the other rows."""
         cuts = {name: int(widths[:row].sum()) for name, (widths, _) in self.lists.items()}
         return (
             Rows(
@@ -183,6 +184,6 @@ class Rows:
         )
 
     def starts(self) -> Int64s:
-        """Index of the first row of each event; the rows must be sorted."""
+        """Return the index of the first row of each event; the rows must be sorted."""
         same = (np.diff(self["step"]) == 0) & (np.diff(self["layer"]) == 0)
         return np.concatenate([[0], np.flatnonzero(~same) + 1])

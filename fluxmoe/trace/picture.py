@@ -1,4 +1,4 @@
-"""Picture of a trace's statistics, in six panels."""
+"""A picture of a trace's statistics, in six panels."""
 
 from __future__ import annotations
 

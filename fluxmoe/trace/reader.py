@@ -1,4 +1,4 @@
-"""Streaming reader of traces that validates every row."""
+"""A streaming reader of traces, which validates every row."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fluxmoe.trace.format import (
     TraceMeta,
 )
 
-# Columns that make up events. ``request`` must exist but is not needed for them.
+# Columns that make up events. The file must have ``request``, but events do not need it.
 _EVENTS = ("step", "layer", "token", "phase", "experts")
 # Buffer of a column chunk, so that even a file with one huge row group is streamed.
 _BUFFER_BYTES = 1 << 20
 
 
 class TraceReader:
-    """Streams a trace, validating every row. ``meta`` is available immediately.
+    """Streams a trace and validates every row. ``meta`` is available immediately.
 
     Attributes:
         meta: Metadata of the trace.
@@ -45,7 +45,7 @@ class TraceReader:
     def __init__(self, path: str | Path) -> None:
         self._where = str(arguments.path(path, "path", where="TraceReader"))
         try:
-            # Opened here, because pyarrow takes a path with a colon for a URI.
+            # Opened here because pyarrow would mistake a path with a colon for a URI.
             self._file = pq.ParquetFile(pa.OSFile(self._where), buffer_size=_BUFFER_BYTES)
         except FileNotFoundError as error:
             raise TraceError("no such file", where=self._where) from error
@@ -90,7 +90,7 @@ class TraceReader:
         """Yield all events in order, many at a time.
 
         Args:
-            predicted: Include each layer's predictions for the next layer, if present.
+            predicted: Include each layer's predictions for the next layer, if the file has them.
 
         Raises:
             TraceError: See ``events``.
@@ -103,14 +103,14 @@ class TraceReader:
         """Yield all rows in order, many at a time, without splitting events.
 
         Args:
-            more: Additional columns besides step, layer, token, phase and experts: ``request`` and
-                the optional ones present in the file.
+            more: Columns to read besides step, layer, token, phase and experts: ``request``, or
+                optional columns that the file has.
 
         Raises:
             TraceError: See ``events``.
         """
         held: Rows | None = None
-        first = 0  # position of the first of `rows` in the file
+        first = 0  # position in the file of the first row in `rows`
         for batch in self._batches([*_EVENTS, *more]):
             if batch.num_rows == 0:
                 continue
@@ -194,7 +194,7 @@ class TraceReader:
 
 
 def _row_of(at: int, width: Array, first: int) -> int:
-    """Find the row of value number ``at`` in a column of lists with lengths ``width``."""
+    """Return the row that holds value number ``at`` in a column of lists with lengths ``width``."""
     return first + int(np.searchsorted(np.cumsum(width), at, side="right"))
 
 
@@ -204,7 +204,7 @@ def _block(rows: Rows) -> EventList:
     block = EventList(
         step=rows["step"][starts],
         layer=rows["layer"][starts],
-        # Prefill is 0: a mixed batch counts as prefill.
+        # The minimum, because prefill is 0 and a mixed batch counts as prefill.
         phase=np.minimum.reduceat(rows["phase"], starts),
         offsets=_offsets(width, starts),
         ids=ids,

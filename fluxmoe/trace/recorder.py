@@ -1,8 +1,8 @@
-"""Recorder of an engine's routing: copies to a ring on the engine's thread, writes on another.
+"""A recorder of an engine's routing: the engine's thread fills a ring, and another thread writes.
 
 The engine's thread only copies the expert ids of each event (about 1.5 µs). Full chunks of events
-go to a thread that builds the Parquet file; if that lags by the whole ring, the engine waits, so no
-event is lost.
+go to a thread that builds the Parquet file; if that thread lags by the whole ring, the engine
+waits, so that no event is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from fluxmoe.errors import TraceError
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 from fluxmoe.trace.writer import AllOrNothing, Header
 
-#: Called on the first event of a step with its number of tokens; returns their requests and phases.
+#: Called at a step's first event with the step's number of tokens; returns the tokens' requests and
+#: phases.
 AskRows: TypeAlias = Callable[[int], StepRows | None]
 
 _Noted: TypeAlias = tuple[npt.NDArray[np.float16] | None, npt.NDArray[np.int16] | None]
@@ -40,10 +41,10 @@ class _Chunk:
 
 
 class Recorder(AllOrNothing):
-    """Writes the routing of an engine's steps to a trace; ``observe`` is its pager's watcher.
+    """Writes the routing of an engine's steps to a trace; ``observe`` is for the pager's watcher.
 
-    Use it as a context manager or ``close`` it: only then does the file appear under its name.
-    Write errors end the recording but do not disturb the engine; ``close`` raises them.
+    Use the recorder as a context manager or call ``close``: only then does the file appear under
+    its name. Write errors end the recording but do not disturb the engine; ``close`` raises them.
 
     Args:
         path: File to write.
@@ -51,18 +52,18 @@ class Recorder(AllOrNothing):
         columns: Optional columns of the trace (``trace.OPTIONAL``); the engine must then call
             ``note`` before every event.
         replace: Overwrite an existing file.
-        max_steps: Number of steps to record; later ones are ignored.
+        max_steps: Number of steps to record; later steps are ignored.
         phase: Record only steps of this phase. A replay then counts fewer events than the engine.
-        rows: Returns the request and phase of each token of the step about to begin.
+        rows: Function that returns the request and phase of each token of the step that begins.
 
     Attributes:
         steps: Number of steps begun so far.
-        first_request: Offset added to the requests from ``rows``, for engines that number the
-            requests of each batch from 0.
+        first_request: Offset added to the request numbers from ``rows``, for engines that number
+            the requests of each batch from 0.
 
     Raises:
         TraceError: The file cannot be written.
-        ConfigError: It already exists, or an argument is not valid.
+        ConfigError: The file already exists and ``replace`` is false, or an argument is invalid.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Recorder(AllOrNothing):
 
         Args:
             weights: ``[tokens, top_k]``.
-            predicted: ``[tokens, any]``, negative = none.
+            predicted: ``[tokens, any]``; negative = none.
         """
         self._noted = weights, predicted
 
@@ -116,8 +117,8 @@ class Recorder(AllOrNothing):
 
         Args:
             step: Ignored.
-            layer: MoE layer; one not above the last begins a new step.
-            ids: Routed experts of any integer dtype, token by token; copied.
+            layer: MoE layer; a layer that is not above the previous event's begins a new step.
+            ids: Routed experts, any integer dtype, token by token; they are copied.
             phase: Phase of the step.
         """
         tokens = ids.size // self._top_k
@@ -169,7 +170,7 @@ class Recorder(AllOrNothing):
         return self._chunk
 
     def _stop(self) -> bool:
-        """Stop the thread; return True if it was running. A forked process has none."""
+        """Stop the thread; return True if it was running. A forked process has no such thread."""
         if self._closed or not self._owner.here:
             return False
         self._closed = True

@@ -1,4 +1,4 @@
-"""Traces that come with FluxMoE, recorded from the demo's model (assets/README.md)."""
+"""Traces shipped with FluxMoE, recorded with the demo's model (assets/README.md)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from fluxmoe.errors import ConfigError, join, meant
 
 FOLDER = Path(__file__).parent / "assets"
 
-#: Sampled decode at batch sizes 1, 8 and 64, and prefill of prompts of various lengths.
+#: Names of the traces: sampled decode at batch sizes 1, 8 and 64, and prefill of prompts of various
+#: lengths.
 NAMES = ("decode-1", "decode-8", "decode-64", "prefill")
 
 

@@ -1,4 +1,4 @@
-"""Statistics of a trace in one streaming pass: skew, working sets, reuse, overlap, unions."""
+"""Statistics of a trace from one streaming pass: skew, working sets, reuse, overlap and unions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fluxmoe.trace.counting import Floats, Streams, compare_predictions, count_e
 
 #: Window lengths of the working sets, in steps.
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-#: Maximum reuse distance, in events; longer ones are counted as this.
+#: Maximum reuse distance, in events; longer distances are counted as the maximum.
 _FARTHEST = 1 << 20
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -23,14 +23,15 @@ class Layer:
     """Routing statistics of one layer.
 
     Attributes:
-        gini: Gini coefficient of the experts' shares; 0 = all equal, 1 = one expert has all.
-        entropy: Entropy of the experts' shares relative to its maximum; 1 = all equal.
+        gini: Gini coefficient of the experts' shares; 0 = equal shares, 1 = one expert gets
+            everything.
+        entropy: Entropy of the experts' shares relative to its maximum; 1 = equal shares.
         top_share: Share of the most popular tenth of the experts (at least one expert).
         experts_used: Number of experts routed to at least once.
-        overlap: Mean share of a token's experts also used by the request's previous token; None
-            without consecutive tokens.
-        predicted: Share of the layer's experts predicted by the previous layer; None if the trace
-            has no predictions.
+        overlap: Mean share of a token's experts that the request's previous token also used; None
+            if no request has consecutive tokens.
+        predicted: Share of the layer's routed experts that the previous layer predicted; None if
+            the trace has no predictions.
     """
 
     gini: float
@@ -43,7 +44,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class WorkingSet:
-    """Distinct pages within a window of ``steps``: mean and maximum over all complete windows."""
+    """Number of distinct pages in a window of ``steps``: mean and maximum over complete windows."""
 
     steps: int
     mean_pages: float
@@ -52,9 +53,10 @@ class WorkingSet:
 
 @dataclass(frozen=True, slots=True)
 class Union:
-    """Distinct experts of events with ``tokens_from`` to ``tokens_to`` tokens.
+    """Mean number of distinct experts in events with ``tokens_from`` to ``tokens_to`` tokens.
 
-    ``uniform`` is the number that independent uniform routing gives for their mean token count.
+    ``uniform`` is the number expected if the events' mean number of tokens were routed uniformly
+    and independently.
     """
 
     tokens_from: int
@@ -69,10 +71,10 @@ class Reuse:
     """Number of events between two uses of a page.
 
     Attributes:
-        first_uses: Number of first uses of a page.
+        first_uses: Number of uses that are the first of their page.
         reuses: Number of other uses.
-        quantiles: Quantile → events.
-        histogram: Number of reuses within 2^i … 2^(i+1) − 1 events, i from 0.
+        quantiles: Quantile → number of events.
+        histogram: Entry i is the number of reuses after 2^i … 2^(i+1) − 1 events.
     """
 
     first_uses: int
@@ -83,7 +85,10 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Statistics of a trace. ``popularity``: shares ``[layers][experts]``, sum 1 per layer."""
+    """Statistics of a trace.
+
+    ``popularity`` contains the experts' shares ``[layers][experts]``; each layer's sum is 1.
+    """
 
     meta: TraceMeta
     columns: tuple[str, ...]
@@ -106,7 +111,7 @@ class Statistics:
 
 
 def describe(path: str | Path) -> Statistics:
-    """Read a trace once and compute its statistics in memory independent of its length.
+    """Read a trace once and compute its statistics; the memory needed does not grow with the trace.
 
     Raises:
         TraceError: The trace is invalid or cannot be read.
@@ -128,11 +133,12 @@ class _Counts:
         self._routed = np.zeros((layers, experts), np.int64)
         self._last_event = np.full(pages, -1, np.int64)
         self._distances = np.zeros(_FARTHEST + 1, np.int64)
-        # Per window length: the last window that used a page; the running window, its pages;
-        # complete windows, their pages, the most pages of one.
+        # Per window length: the last window that used each page.
         self._seen_in = np.full((len(WINDOWS), pages), -1, np.int64)
+        # Per window length: the current window and its pages so far; the number of complete
+        # windows, the sum of their pages, and the largest number of pages in one of them.
         self._windows = np.zeros((len(WINDOWS), 5), np.int64)
-        # By bit length of tokens - 1: events, their tokens, their distinct experts.
+        # By the bit length of tokens - 1: events, their tokens, and their distinct experts.
         self._unions = np.zeros((33, 3), np.int64)
         self._streams = Streams(meta)
         self._guessed = np.zeros((layers, 2), np.int64)  # experts predicted, experts routed
@@ -259,14 +265,14 @@ class _Counts:
 
 
 def gini(shares: Floats) -> float:
-    """Gini coefficient: half the mean absolute difference of two shares, over their mean."""
+    """Compute the Gini coefficient: half the shares' mean absolute difference over their mean."""
     ordered, n = np.sort(shares), len(shares)
     total = ordered.sum()
     return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * total)) if total else 0.0
 
 
 def entropy(shares: Floats) -> float:
-    """Shannon entropy relative to that of equal shares; 1 for a single expert."""
+    """Compute the Shannon entropy relative to that of equal shares; 1 for a single expert."""
     positive = shares[shares > 0]
     if len(shares) < 2 or not len(positive):
         return 1.0
@@ -274,6 +280,6 @@ def entropy(shares: Floats) -> float:
 
 
 def top_share(shares: Floats) -> float:
-    """Sum the largest tenth of the shares, at least one share."""
+    """Return the sum of the largest tenth of the shares, which is at least one share."""
     count = max(1, round(len(shares) / 10))
     return float(np.sort(shares)[::-1][:count].sum())

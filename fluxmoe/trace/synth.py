@@ -1,4 +1,4 @@
-"""Synthetic traces: skewed, drifting routing, tokens that repeat experts, scans."""
+"""Synthetic traces: skewed and drifting routing, tokens that repeat experts, and scans."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
 #: One expert of Qwen3-30B-A3B in bf16: three matrices of 768 x 2048.
 DEFAULT_PAGE_BYTES = 3 * 768 * 2048 * 2
 
-# Exceeds any log-weight plus noise, so that kept experts come first.
+# Larger than any log-weight plus noise, so that kept experts come first.
 _KEPT = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A synthetic workload: decode steps of a fixed batch with optional scans in between.
+    """A synthetic workload: decode steps with a fixed batch size, and optional scans in between.
 
     Attributes:
         layers, experts, top_k: Geometry of the model.
@@ -31,13 +31,13 @@ class Workload:
         batch: Number of tokens per step.
         seed: Random seed; equal workloads give equal traces.
         skew: Zipf exponent: the expert of rank r is chosen in proportion to r^-skew; 0 = uniform.
-        drift: Rate at which ranks change; 0 = never, 1 = redrawn in every step. Ranks are given by
-            one random number per expert, of whose amplitude each step renews this share.
+        drift: Rate at which ranks change; 0 = never, 1 = redrawn in every step. The ranks follow
+            from one random number per expert; each step renews this share of its amplitude.
         locality: Probability that a request keeps an expert of its previous token, in the first and
-            in the last layer, linear between them.
-        scan_every: Interval in steps at which a prefill replaces the decode step; its tokens
-            together use every expert of every layer, in a new random order. 1 = only scans,
-            0 = none.
+            in the last layer; linear between the two.
+        scan_every: Interval in steps at which a scan (a prefill) replaces the decode step; the
+            scan's tokens together use every expert of every layer, in a new random order. 1 = only
+            scans, 0 = no scans.
     """
 
     layers: int
@@ -74,7 +74,7 @@ class Workload:
             raise ConfigError(f"{self.scan_every} is negative", where=_option("scan_every"))
 
     def is_scan(self, step: int) -> bool:
-        """True if a step, counted from 0, is a scan."""
+        """Return True if a step, counted from 0, is a scan."""
         return self.scan_every > 0 and step % self.scan_every == self.scan_every - 1
 
     def routing(self) -> Iterator[npt.NDArray[np.int16]]:
@@ -91,7 +91,7 @@ class Workload:
                 continue
             ranking = np.argsort(-popularity, axis=1)
             np.put_along_axis(weight, ranking, by_rank[np.newaxis], axis=1)
-            # Gumbel top-k: the k largest of log-weight + Gumbel noise are a draw without
+            # Gumbel top-k: the k largest values of log-weight + Gumbel noise are a draw without
             # replacement in proportion to the weights.
             score = weight[:, np.newaxis] + rng.gumbel(size=(self.layers, self.batch, self.experts))
             if chance.any():
@@ -105,11 +105,11 @@ class Workload:
                 np.put_along_axis(last, order, True, axis=2)
             yield order.astype(np.int16)
             fresh = rng.standard_normal(popularity.shape)
-            # Keep the variance at 1, so that the drift is constant.
+            # This keeps the variance at 1, so that the rate of drift is constant.
             popularity = np.sqrt(1 - self.drift**2) * popularity + self.drift * fresh
 
     def _scan(self, rng: np.random.Generator) -> npt.NDArray[np.int16]:
-        """Make the fewest tokens that use all experts; the last one wraps around to the first."""
+        """Make the fewest tokens that use all experts; the last token reuses the first experts."""
         tokens = -(-self.experts // self.top_k)
         order = rng.permuted(np.tile(np.arange(self.experts), (self.layers, 1)), axis=1)
         cycle = np.resize(np.arange(self.experts), tokens * self.top_k)
@@ -123,11 +123,11 @@ def write(
     *,
     replace: bool = False,
 ) -> tuple[int, int]:
-    """Write the workload's trace step by step; return its numbers of events and routed experts.
+    """Write the workload's trace step by step; return the numbers of events and routed experts.
 
     Raises:
         TraceError: The file cannot be written, or an index does not fit the format.
-        ConfigError: The file already exists.
+        ConfigError: The file already exists and ``replace`` is false.
     """
     meta = TraceMeta(
         model="synthetic",

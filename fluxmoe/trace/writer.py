@@ -1,4 +1,4 @@
-"""Streaming writer of traces, with at most one row group in memory."""
+"""A streaming writer of traces, which holds at most one row group in memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fluxmoe.trace.format import GROUP_ROWS, KEY, OPTIONAL, SCHEMA, Array, StepR
 
 
 class Header(NamedTuple):
-    """One event in the writer's buffer; its ``tokens`` rows of ids are stored separately.
+    """One event in the writer's buffer; the ids of its ``tokens`` rows are stored separately.
 
-    ``weights`` is ``[tokens, top_k]``, ``predicted`` ``[tokens, anything]``.
+    ``weights`` is ``[tokens, top_k]``, and ``predicted`` is ``[tokens, any]``.
     """
 
     step: int
@@ -37,7 +37,10 @@ class Header(NamedTuple):
 
 
 class _OwnFile(io.FileIO):
-    """A file not written to by forked processes, where pyarrow also closes collected files."""
+    """A file that only the process that opened it writes to.
+
+    In a forked process, pyarrow would otherwise write when it closes a garbage-collected writer.
+    """
 
     def __init__(self, path: Path) -> None:
         self._owner = Owner()
@@ -52,7 +55,7 @@ class _OwnFile(io.FileIO):
 
 
 class AllOrNothing(ABC):
-    """A context manager that discards its file if an exception is raised inside."""
+    """A context manager that discards its file if an exception is raised inside it."""
 
     @abstractmethod
     def close(self) -> None:
@@ -75,20 +78,20 @@ class AllOrNothing(ABC):
 class TraceWriter(AllOrNothing):
     """Writes a trace event by event.
 
-    The file appears under its name only when it is complete. Use it as a context manager: an
-    exception inside leaves no file behind. ``append`` is an ``ExpertPager.watcher``. In a forked
-    process nothing is written, and closing does nothing.
+    The file appears under its name only when it is complete. Use the writer as a context manager:
+    an exception inside leaves no file behind. ``append`` can serve as an ``ExpertPager.watcher``.
+    In a forked process nothing is written, and closing does nothing.
 
     Args:
         path: File to write.
         meta: Metadata of the trace.
-        columns: ``OPTIONAL`` columns of the file, required of every event.
+        columns: ``OPTIONAL`` columns of the file; every event must then provide them.
         replace: Overwrite an existing file.
         group_rows: Number of rows held in memory and written together.
 
     Raises:
-        TraceError: The metadata are invalid, or the file cannot be created.
-        ConfigError: The file already exists, or ``path`` is none.
+        TraceError: The metadata is invalid, or the file cannot be created.
+        ConfigError: The file already exists and ``replace`` is false, or ``path`` is not a path.
     """
 
     def __init__(
@@ -140,16 +143,19 @@ class TraceWriter(AllOrNothing):
         Args:
             step: Forward pass; (step, layer) must increase from event to event.
             layer: MoE layer, from 0.
-            ids: Routed experts of any integer dtype, ``[tokens, top_k]`` or flat in that order.
-                Negative entries are padding; a token with only padding is omitted.
+            ids: Routed experts, any integer dtype, ``[tokens, top_k]`` or flattened in that order.
+                Negative entries are padding; a token with only padding is omitted, unless the event
+                has no other tokens.
             phase: Phase of the step, for tokens not covered by ``rows``.
             rows: Request and phase of each token.
-            weights: Routing weights, floats like ``ids``; required if the file has the column.
-            predicted: Experts predicted for the next layer, ``[tokens, any]``, negative = none.
+            weights: Routing weights, floats in the order of ``ids``; required if the file has the
+                column.
+            predicted: Experts predicted for the next layer, ``[tokens, any]``; negative = none.
+                Required if the file has the column.
 
         Raises:
             TraceError: The event is out of order or out of range, or does not have ``top_k``
-                experts per token. May be raised as late as the next ``append`` or ``close``.
+                experts per token. The error may be raised only by a later ``append`` or ``close``.
         """
         top_k = self.meta.top_k
         if ids.size % top_k:
@@ -192,7 +198,8 @@ class TraceWriter(AllOrNothing):
         """Write pending events and give the file its name.
 
         Raises:
-            TraceError: No event was appended or the disk is full; no file is created.
+            TraceError: No event was appended, an event is invalid, or the file cannot be written;
+                no file is created.
         """
         if not self._owner.here:
             return
@@ -217,7 +224,7 @@ class TraceWriter(AllOrNothing):
         try:
             self._file.close()
         except OSError:
-            pass  # a full disk; the file is removed anyway
+            pass  # for example, the disk is full; the file is removed anyway
         finally:
             self._temporary.unlink(missing_ok=True)
             self._out.close()
@@ -265,7 +272,7 @@ class TraceWriter(AllOrNothing):
             raise TraceError(
                 f"an event lacks {name}, which this file requires",
                 where=str(self.path),
-                fix="use eager mode: compiled models omit them" if name == "weights" else "",
+                fix="use eager mode: compiled models omit weights" if name == "weights" else "",
             )
         return found
 
@@ -299,7 +306,10 @@ class TraceWriter(AllOrNothing):
 
 
 def _kept(ids: Array, token: Array) -> Bools:
-    """Mask of rows that are not padding; an event of only padding keeps its first row."""
+    """Return a mask of the rows to keep.
+
+    These are the rows that are not padding, and the first row of each event with only padding.
+    """
     kept: Bools = np.any(ids >= 0, axis=1)
     if kept.all():
         return kept
@@ -311,7 +321,7 @@ def _kept(ids: Array, token: Array) -> Bools:
 def _of_rows(
     headers: Sequence[Header], name: str, otherwise: Array, tokens: Array, dtype: npt.DTypeLike
 ) -> Array:
-    """Make a column from ``StepRows`` if known, else from the event's ``otherwise``."""
+    """Make a column from the events' ``StepRows``; tokens without them get ``otherwise``."""
     column = np.repeat(otherwise, tokens).astype(dtype)
     start = 0
     for header in headers:
@@ -329,7 +339,7 @@ def _lists(values: Array, valid: Bools) -> Any:
 
 
 def _stacked(parts: Sequence[Array]) -> Array:
-    """Stack 2-D arrays of different widths vertically, padded with −1."""
+    """Stack 2-D arrays of different widths vertically, padding them with −1."""
     width = max(part.shape[1] for part in parts)
     stacked = np.full((sum(map(len, parts)), width), -1, np.int64)
     start = 0

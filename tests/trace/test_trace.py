@@ -215,7 +215,7 @@ def test_a_directory(tmp_path):
         ({**DOCUMENT, "num_layers": 2.5}, "num_layers is 2.5"),
         ({k: v for k, v in DOCUMENT.items() if k != "experts_per_layer"}, "experts_per_layer is 0"),
         ({**DOCUMENT, "top_k": "two"}, "top_k is 'two'"),
-        ({**DOCUMENT, "top_k": 9}, "top_k is 9 of 8"),
+        ({**DOCUMENT, "top_k": 9}, "top_k is 9, but a layer has 8 experts"),
         ({**DOCUMENT, "page_bytes": -1}, "page_bytes is -1"),
     ],
 )

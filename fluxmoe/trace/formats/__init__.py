@@ -1,4 +1,4 @@
-"""Foreign trace formats, with one small reader each, and conversion to FluxMoE's format."""
+"""Foreign trace formats, one small reader for each, and their conversion to FluxMoE's format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Survey:
         if not valid.any():
             return
         if event.weights is not None:
-            # As they will be written; nothing is expected to exceed the range of float16.
+            # Checked in the type that will be written; no weight should exceed float16's range.
             with np.errstate(over="ignore"):
                 weights = np.asarray(event.weights)[valid].astype(np.float16)
             if not np.isfinite(weights).all():
@@ -66,7 +66,7 @@ def detect(path: Path) -> type[Reader]:
     if len(inside) > 1:
         listed = ", ".join(f"{file} ({name})" for name, file in inside.items())
         raise TraceError(
-            f"it has files of several formats: {listed}",
+            f"the folder has files of several formats: {listed}",
             where=str(path),
             fix="name one file, or choose the format with --from",
         )
@@ -83,7 +83,7 @@ def detect(path: Path) -> type[Reader]:
 
 
 def _formats_in(folder: Path) -> dict[str, str]:
-    """Find the formats of a folder's files, each with its first file's name; traces do not count.
+    """Return the formats of a folder's files, each with its first file's name, ignoring traces.
 
     Raises:
         TraceError: A file cannot be read.
@@ -120,13 +120,14 @@ def convert(
         options: Facts that the file does not contain.
         model: Model name for the trace's metadata; by default the file's name.
         experts: Number of experts per layer; by default the largest expert number plus one.
-        page_bytes: Bytes of an expert page.
-        max_steps: Number of steps to convert; later ones are omitted.
+        page_bytes: Bytes of an expert page; None if unknown.
+        max_steps: Number of steps to convert; later steps are omitted.
         replace: Overwrite ``out`` if it exists.
 
     Raises:
-        TraceError: The file is damaged or not of this format, or ``out`` cannot be written.
-        ConfigError: The format is unknown, ``experts`` is too small, or ``out`` exists.
+        TraceError: The file is damaged or does not have this format, or ``out`` cannot be written.
+        ConfigError: The format is unknown, ``experts`` is too small, or ``out`` exists and
+            ``replace`` is false.
     """
     path = Path(path)
     if format_ is not None and format_ not in FORMATS:
@@ -183,7 +184,7 @@ def _rows(event: ForeignEvent) -> StepRows:
 
 
 def _packed(ids: Any, weights: Any, top_k: int) -> tuple[Any, Any]:
-    """Pack ids and weights into ``top_k`` columns: valid ones first, then −1."""
+    """Pack ids and weights into ``top_k`` columns: valid ids first, then −1, with weight 0."""
     ids = np.asarray(ids, np.int64)
     order = np.argsort(ids < 0, axis=1, kind="stable")
     packed = np.full((len(ids), top_k), -1, np.int64)
@@ -225,4 +226,4 @@ def _is_trace(file: Path, head: bytes) -> bool:
     try:
         return KEY in (pq.read_schema(file).metadata or {})
     except pa.ArrowException:
-        return False  # the reader will report the problem
+        return False  # a damaged file: the format's reader will report it

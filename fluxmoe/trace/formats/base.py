@@ -1,4 +1,4 @@
-"""The contract of readers of foreign formats, and their options."""
+"""The contract that readers of foreign formats fulfil, and their options."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ForeignEvent(NamedTuple):
     Attributes:
         step: Forward pass, increasing.
         layer: Layer number in the file, increasing within a step; dense layers may be counted too.
-        ids: ``[T, any]`` integers, negative = none.
+        ids: Expert numbers, integers ``[T, any]``; negative = none.
         phase: Phase of the step.
-        request: Request of the tokens; −1 = unknown.
-        weights: Routing weights, shaped like ``ids``, or None.
+        request: Number of the request that the tokens belong to; −1 = unknown.
+        weights: Routing weights, shaped like ``ids``; None if the file has none.
     """
 
     step: int
@@ -41,7 +41,7 @@ class Options:
 
     Attributes:
         step_tokens: Number of tokens per step, for files without steps (flame).
-        prompt_tokens: Prompt tokens of each request, which form one prefill step (vllm).
+        prompt_tokens: Number of prompt tokens of each request; they form one prefill step (vllm).
     """
 
     step_tokens: int = 1
@@ -53,7 +53,7 @@ class Options:
 
 
 class Reader(ABC):
-    """Streams files of one format; can be read repeatedly.
+    """Streams a file or folder of one format; its events can be read repeatedly.
 
     Args:
         path: A file, or a folder of files.
@@ -71,7 +71,7 @@ class Reader(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True if a file or folder seems to have this format.
+        """Return True if a file or folder seems to have this format.
 
         Args:
             path: An existing file or folder.
@@ -87,7 +87,7 @@ class Reader(ABC):
         """
 
     def wrong(self, what: str, where: str = "") -> TraceError:
-        """Make an error about this file; ``where`` is a location inside it."""
+        """Make an error about this file; ``where`` is a location inside the file."""
         return TraceError(
             what,
             where=f"{self.path}, {where}" if where else str(self.path),

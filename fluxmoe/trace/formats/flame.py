@@ -25,14 +25,14 @@ _BATCH_ROWS = 1 << 14
 
 
 class Flame(Reader):
-    """A folder ``iter_NNNN`` of layers, or one of its files. ``step_tokens`` tokens form a step."""
+    """A folder ``iter_NNNN`` of layers, or one of its files; ``step_tokens`` tokens form a step."""
 
     name = "flame"
     summary = "FLAME-MoE: layer_NN.parquet, or a folder of them, with columns indices and scores"
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for any Parquet file that is not a trace, and folders with ``layer_NN.parquet``."""
+        """Return True for any Parquet file, and for folders that contain ``layer_NN.parquet``."""
         if path.is_dir():
             return any(_LAYER.fullmatch(file.name) for file in path.iterdir())
         return head.startswith(b"PAR1")
@@ -63,7 +63,7 @@ class Flame(Reader):
         return dict(sorted(files.items())) or {0: self.path}
 
     def _steps(self, path: Path, size: int) -> Iterator[tuple[Any, Any]]:
-        """Yield (ids, weights or None) for ``size`` rows each; the last has the remainder."""
+        """Yield (ids, weights or None) for every ``size`` rows; the last item has the remainder."""
         held: list[Any] = []
         try:
             file = pq.ParquetFile(pa.OSFile(str(path)), buffer_size=1 << 20)  # not a URI

@@ -1,7 +1,7 @@
 """JSON lines, one per (token, layer): ``{"layer_idx": 0, "token_idx": 0, "selected_ids": [3, 1]}``.
 
-Layout: https://github.com/ohdearquant/lattice/pull/903 (``crates/inference/src/moe_admission.rs``):
-``gate_weights`` is optional, other keys are ignored.
+Layout: https://github.com/ohdearquant/lattice/pull/903 (``crates/inference/src/moe_admission.rs``);
+``gate_weights`` is optional, and other keys are ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class JsonLines(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for text that begins with a JSON object."""
+        """Return True for text that begins with a JSON object."""
         return head.lstrip().startswith(b"{")
 
     def events(self) -> Iterator[ForeignEvent]:

@@ -1,9 +1,9 @@
 """JSON files of the dataset MoE_expert_selection_trace.
 
 Layout: https://huggingface.co/datasets/core12345/MoE_expert_selection_trace (arXiv:2510.05497). A
-file is one request: a list whose first element is the prefill and whose others are decode steps.
-Each maps a layer's number to the experts of each of its tokens, ``[tokens][top_k]``, or to null if
-the layer is dense.
+file is one request: a list whose first element is the prefill and whose other elements are decode
+steps. Each element maps a layer's number to the experts of each token, ``[tokens][top_k]``, or to
+null if the layer is dense.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Selection(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a JSON list, or a folder with ``*.json`` files."""
+        """Return True for a JSON list, or for a folder that contains ``*.json`` files."""
         if path.is_dir():
             return any(path.glob("*.json"))
         return head.lstrip().startswith(b"[")

@@ -1,10 +1,10 @@
-"""SGLang's expert distribution recorder in mode ``per_token``.
+"""Files of SGLang's expert distribution recorder in the mode ``per_token``.
 
 Layout: https://github.com/sgl-project/sglang, ``python/sglang/srt/eplb/expert_distribution.py``
 (``_DetailSinglePassGatherer``, ``_DetailAccumulator``): a ``.pt`` file with ``records``, one per
 forward pass and rank, and ``last_physical_to_logical_map`` ``[layers, physical experts]``. A
-record has ``topk_ids_of_layer`` ``[layers, tokens, top_k]`` of physical experts, −1 where nothing
-was routed, ``forward_mode`` (2 = decode) and ``forward_pass_id``.
+record has ``topk_ids_of_layer`` ``[layers, tokens, top_k]`` (physical experts; −1 where nothing was
+routed), ``forward_mode`` (2 = decode) and ``forward_pass_id``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DECODE = 2  # ForwardMode.DECODE
 
 
 class ExpertDistribution(Reader):
-    """The file of one rank, read as data: nothing in it is executed."""
+    """The file of one rank, read as data: nothing in the file is executed."""
 
     name = "sglang"
     summary = (
@@ -35,7 +35,7 @@ class ExpertDistribution(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for files saved by torch."""
+        """Return True for files saved by torch."""
         if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:

@@ -21,12 +21,12 @@ from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 
 class RoutedExperts(Reader):
-    """An ``.npy`` of one request, or an ``.npz`` of several that run one after the other.
+    """An ``.npy`` file of one request, or an ``.npz`` file of requests that run one after another.
 
-    The array does not contain the prompt's length: ``prompt_tokens`` gives it, else every token is
-    a decode step. Zeros in all places of a row mean that nothing was routed: in dense layers, and
-    for tokens whose KV cache was found (a cached prefix), which are left out. In a top-1 model a
-    zero may be expert 0 as well, and is taken for it.
+    The array does not contain the prompt's length: ``prompt_tokens`` gives the length; without it,
+    every token is a decode step. A row of zeros means that nothing was routed: the layer is dense,
+    or the token's KV cache was found (a cached prefix); such tokens are left out. In a top-1 model,
+    a zero may also be expert 0 and is always read as expert 0.
     """
 
     name = "vllm"
@@ -34,7 +34,7 @@ class RoutedExperts(Reader):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """True for a NumPy array or a zip file of them."""
+        """Return True for a NumPy array, or for a zip file of NumPy arrays."""
         if head.startswith(b"\x93NUMPY"):
             return True
         if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
