@@ -1,4 +1,4 @@
-"""Notations for a simulated capacity: pages, a share of all pages, or bytes."""
+"""The notations for a simulated capacity: pages, a share of all pages, or bytes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def pages_of(capacity: int | str, meta: TraceMeta) -> int:
         meta: Metadata of the trace.
 
     Raises:
-        ConfigError: The capacity is invalid, or in bytes for a trace without a page size.
+        ConfigError: The capacity is invalid, or it is in bytes and the trace has no page size.
     """
     text = line(capacity).strip()
     if _PAGES.fullmatch(text):
         return int(text)
     if share := _SHARE.fullmatch(text):
-        # A Fraction, because 29 % of 100 pages is 28 in floating point.
+        # A Fraction, because in floating point, 29% of 100 pages is rounded down to 28.
         return int(Fraction(share[1]) / 100 * meta.geometry.num_pages)
     try:
         if not text[-1:].isalpha():

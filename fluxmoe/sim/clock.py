@@ -2,8 +2,9 @@
 
 Demand copies block their layer: all pages that an event misses are copied before the kernel runs.
 Prefetched pages are copied one at a time, in the order proposed, while layers compute. A demand
-waits for the copy in progress and precedes those that have not begun; a page that is used before
-its copy has begun is copied immediately. This models ``TransferEngine`` with one copy thread.
+waits for the prefetch in progress and precedes the prefetches that have not begun; a prefetched
+page that is used before its copy has begun is copied immediately. This models ``TransferEngine``
+with one copy thread.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class Timing:
     Attributes:
         hardware: Name of the profile.
         seconds: Time from the beginning of the first step to the end of the last, in seconds.
-        step_ms_mean, step_ms_p50, step_ms_p95: Duration of a step, in milliseconds.
-        stall_share: Fraction of ``seconds`` that layers waited for pages.
+        step_ms_mean, step_ms_p50, step_ms_p95: Mean, median and 95th percentile of the duration of
+            a step, in milliseconds.
+        stall_share: Fraction of ``seconds`` that layers spent waiting for pages.
         tokens_per_s: Tokens per second over all steps.
     """
 
@@ -65,7 +67,7 @@ class Clock:
         self._profile, self._events = profile, events
         self._page = size / (profile.load_gbps * 1e9)
         self._call = profile.load_us * 1e-6
-        #: Compute time of each event's layer once its pages are resident, in seconds, ``[N]``.
+        #: ``[N]``, compute time in seconds of each event's layer after its pages have arrived.
         self.compute = _compute(profile, events, size)
         self.stall = np.zeros(len(events))
         self._now, self._link_free = 0.0, 0.0
@@ -73,11 +75,11 @@ class Clock:
         self._arrives: dict[int, float] = {}
 
     def demand_only(self, missed: npt.NDArray[np.int32]) -> None:
-        """Time all events at once, for a replay without prefetch."""
+        """Compute the stalls of all events at once, for a replay without prefetch."""
         self.stall = np.where(missed > 0, self._call + missed * self._page, 0.0)
 
     def watch(self, rule: EventRule, at: int) -> None:
-        """Time event ``at`` after it was run by a rule that prefetches."""
+        """Compute the stall of event ``at``, which ``rule`` has just run, possibly prefetching."""
         b = rule.table.books
         count = b.now[PAGES]
         pages, hit = b.pages[:count], b.hit[:count]
@@ -113,7 +115,7 @@ class Clock:
         )
 
     def _advance(self, now: float, slot_of: npt.NDArray[np.int32]) -> None:
-        """Process the queue of proposed pages up to ``now``."""
+        """Begin the queued copies that the link can begin before ``now``."""
         while self._queue:
             page, proposed = self._queue[0]
             start = max(self._link_free, proposed)

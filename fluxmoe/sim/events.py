@@ -1,4 +1,4 @@
-"""A trace in memory, as flat arrays shared by all runs of one invocation."""
+"""A trace in memory, as flat arrays that all runs of one invocation share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from fluxmoe.trace import TraceMeta, TraceReader
 
 @dataclass(frozen=True, slots=True)
 class Future:
-    """The future, for oracles. N events, A routed (token, expert) pairs, P pages.
+    """The future, for oracles. P is the number of pages, A that of routed (token, expert) pairs.
 
     Attributes:
-        first: int64 ``[P]``, the first event that uses each page, or ``PageView.NO_NEXT_USE``.
+        first: int64 ``[P]``, the first event that uses each page; ``PageView.NO_NEXT_USE`` if there
+            is none.
         later: int64 ``[A]``, the next event that uses the page of each pair, in the order of
-            ``Events.ids``, or ``PageView.NO_NEXT_USE``.
+            ``Events.ids``; ``PageView.NO_NEXT_USE`` if there is none.
     """
 
     first: Int64s
@@ -44,7 +45,7 @@ class Events:
 
     @classmethod
     def load(cls, path: str | Path) -> Events:
-        """Read a trace file. Raises TraceError."""
+        """Read a trace file; raise TraceError if it is invalid or cannot be read."""
         reader = TraceReader(path)
         columns = zip(*reader.blocks(predicted=True), strict=True)
         joined: dict[str, Any] = {
@@ -94,14 +95,15 @@ class Events:
     def cycle(self) -> int:
         """Median number of distinct pages used by a step.
 
-        With fewer slots, a policy such as LRU evicts pages before the next step uses them.
+        With fewer slots than this, a policy such as LRU evicts pages before the next step uses
+        them.
         """
         starts = np.flatnonzero(np.diff(self.block.step, prepend=self.block.step[:1] - 1))
         return int(np.median(np.add.reduceat(self.sizes, starts, dtype=np.int64)))
 
     @cached_property
     def future(self) -> Future:
-        """Next use of every page at each event, computed in one backward pass."""
+        """Next uses of the pages, computed in one backward pass."""
         first = np.full(self.meta.geometry.num_pages, PageView.NO_NEXT_USE, np.int64)
         later = np.empty(self.ids.size, np.int64)
         experts, block = self.meta.experts_per_layer, self.block
@@ -115,7 +117,7 @@ class Events:
 
 
 def _joined(offsets: Sequence[Int64s]) -> Int64s:
-    """Offsets into the concatenation of arrays, given the offsets into each."""
+    """Return offsets into the concatenation of several arrays, given the offsets into each."""
     if not offsets[0].size:
         return offsets[0]
     starts = np.cumsum([0, *(part[-1] for part in offsets)])
@@ -146,6 +148,7 @@ def _look_ahead(
     for event in range(layer.size - 1, -1, -1):
         for i in range(offsets[event], offsets[event + 1]):
             later[i] = upcoming[np.int64(layer[event]) * experts + ids[i]]
-        # In a second loop, so that an expert shared by several tokens skips its own event.
+        # In a second loop, so that the next use of an expert that several tokens of the event share
+        # is a later event, not this one.
         for i in range(offsets[event], offsets[event + 1]):
             upcoming[np.int64(layer[event]) * experts + ids[i]] = event

@@ -1,7 +1,7 @@
 """Hardware profiles: costs of copies and layers, for the simulator's virtual clock.
 
-A profile is a YAML file. Some come with FluxMoE, based on data sheets; ``fluxmoe doctor --measure``
-writes one for the current machine.
+A profile is a YAML file. FluxMoE includes several profiles, based on data sheets; ``fluxmoe doctor
+--measure`` writes a profile of the current machine.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ class Profile(BaseModel):
     load_gbps: Positive
     """Bandwidth from the page store into a slot, in GB/s."""
     load_us: NotNegative = 0
-    """Fixed cost of a layer's demand for pages, and of each prefetched page, in microseconds."""
+    """Fixed cost of each layer's demand copy, and of each prefetched page, in microseconds."""
     memory_gbps: Positive
     """Bandwidth at which a layer's kernel reads its experts, in GB/s."""
     tflops: Positive
-    """Compute rate in the weights' format, in TFLOPS: two operations per weight and token."""
+    """Compute rate in the weights' format, in TFLOPS; a token takes two operations per weight."""
     weight_bytes: Positive = 2
     """Bytes of one weight in a page."""
     roofline: bool = True
-    """True if reading and computing overlap: the longer time counts instead of their sum."""
+    """True if reading and computing overlap, so that the longer time counts instead of the sum."""
     step_us: NotNegative = 0
     """Fixed cost of a forward pass, in microseconds."""
     layer_us: NotNegative = 0
     """Cost of a layer without its experts (attention, router, launches), in microseconds."""
     token_us: NotNegative = 0
-    """Cost of a token in a layer without experts, in microseconds."""
+    """Cost of each token in a layer, without its experts, in microseconds."""
 
 
 def names() -> list[str]:
-    """Names of the profiles that come with FluxMoE."""
+    """List the names of the profiles that FluxMoE includes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""Names moved out of the simulator; the old ones stay valid for one minor version."""
+"""Names that moved out of the simulator; the old names stay valid for one minor version."""
 
 from __future__ import annotations
 

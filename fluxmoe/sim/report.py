@@ -1,4 +1,4 @@
-"""``--report``: a self-contained HTML page with curves, timelines and a table."""
+"""The report of ``--report``: a self-contained HTML page with curves, timelines and a table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fluxmoe.sim.events import Events
 from fluxmoe.sim.runs import Outcome
 from fluxmoe.sim.simulator import Result
 
-#: The policy that all others are compared to; added to the runs if not requested.
+#: The policy with which all others are compared; added to the runs if not requested.
 OPTIMUM = "belady"
-#: Number of parts of the trace in the timelines.
+#: Number of parts into which the timelines divide the trace.
 BINS = 120
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _COLOURS = 8
-#: Maximum number of timelines; of more capacities an evenly spaced selection is shown.
+#: Maximum number of timelines; if there are more capacities, an even selection is shown.
 _TIMELINES = 4
 
 
@@ -79,7 +79,7 @@ def write(path: Path, trace: str, events: Events, outcomes: Sequence[Outcome]) -
 
 
 def name_of(result: Result) -> str:
-    """Label of a run without its capacity."""
+    """Return the label of a run, without the capacity."""
     return result.policy if result.prefetch == "none" else f"{result.policy} + {result.prefetch}"
 
 
@@ -157,14 +157,14 @@ def _percent() -> list[tuple[float, str]]:
 
 def _notes(results: Sequence[Result]) -> list[str]:
     notes = [
-        f"{OPTIMUM} knows the future, so no engine can run it. It has the fewest misses possible "
-        "if every miss must be admitted and nothing is prefetched."
+        f"{OPTIMUM} knows the future, so no engine can run this policy. It has the fewest possible "
+        "misses if every miss must be admitted and nothing is prefetched."
     ]
     for result in results:
         if result.policy_faults:
             notes.append(
                 f"{name_of(result)} at {result.capacity_pages} pages: {result.policy_faults} calls "
-                "of a policy failed and were answered by the fallback."
+                "to a policy failed and were answered by the fallback."
             )
     return notes
 

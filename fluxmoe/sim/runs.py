@@ -1,7 +1,7 @@
-"""Many runs over one trace: policies × capacities × prefetchers, in one or several processes.
+"""Many runs over one trace (policies × capacities × prefetchers), in one or several processes.
 
-Worker processes are spawned and map the trace's arrays from files written by the parent, so they
-share the memory and inherit no threads.
+Worker processes are spawned, so that they inherit no threads. They map the trace's arrays from
+files that the parent wrote, so that all processes share the memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fluxmoe.trace import TraceMeta
 
 Progress = Callable[[int], None]
 
-#: Minimum accesses (tokens × top-k, over all runs) for which starting processes pays off.
+#: Minimum number of accesses (tokens × top-k, over all runs) at which starting processes pays off.
 _WORTH_IT = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationRun:
-    """One run; settings shared by all runs are in ``RunPlan``."""
+    """One run; the settings that all runs share are in ``RunPlan``."""
 
     policy: PolicySpec
     capacity: str
@@ -45,8 +45,8 @@ class RunPlan:
     """Runs over one trace.
 
     Attributes:
-        runs: Runs in the order of the results.
-        plugins: Files or modules with policies, for the worker processes.
+        runs: The runs, in the order of the results.
+        plugins: Files or modules with policies, which the worker processes load.
         banks, strict, hardware: Arguments of ``simulate``.
     """
 
@@ -72,7 +72,7 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run's result and its hit rate over time; ``oracle`` is True for oracles.
+    """A run's result and its hit rate over time; ``oracle`` is True if the policy is an oracle.
 
     ``timeline`` is float64 ``[bins]``: the hit rate in equal parts of the trace.
     """
@@ -83,7 +83,10 @@ class Outcome:
 
 
 def default_jobs(events: Events, runs: int) -> int:
-    """Number of processes: the smaller of cores and runs, or 1 if the work is small."""
+    """Return the default number of processes.
+
+    This is the number of runs or of cores, whichever is smaller, or 1 if there is little work.
+    """
     if events.ids.size * runs < _WORTH_IT:
         return 1
     return min(runs, len(os.sched_getaffinity(0)))
@@ -113,7 +116,7 @@ def execute(
         PolicyFaultError: A policy failed in strict mode.
     """
     if jobs <= 1 or len(plan.runs) <= 1:
-        # All runs are created before the first starts, so that errors in any show immediately.
+        # All runs are created before the first starts, so that an invalid run is reported at once.
         made = [plan.simulation(run, events, registry) for run in plan.runs]
         return [_outcome(simulation, events, bins, progress) for simulation in made]
     for run in plan.runs:
@@ -140,7 +143,8 @@ class _Worker:
     """State of a worker process between runs."""
 
     def __init__(self, folder: str, meta: TraceMeta, plan: RunPlan, bins: int) -> None:
-        # Mapped, so that all processes share the memory; private, so that numba sees plain arrays.
+        # The files are mapped, so that all processes share the memory, and the mappings are
+        # private (copy on write), so that numba sees ordinary writable arrays.
         columns = {
             file.stem: np.asarray(np.load(file, mmap_mode="c"))
             for file in Path(folder).glob("*.npy")

@@ -1,7 +1,7 @@
-"""The simulator: replays a trace through the engine's page table, event rule and policy guards.
+"""The replay of a trace through the engine's page table, event rule and policy guards.
 
-Hits and misses are not defined here: a run builds the same objects as an engine's pager, feeds them
-the events in order, and reads their counters.
+Hits and misses are not defined here: a run builds the same objects as an engine's pager, feeds the
+events to these objects in order, and reads their counters.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fluxmoe.trace import TraceMeta
 _CHUNK = 1 << 16
 #: No engine waits for the policy here, so no call is slow.
 _LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
-#: In strict mode only endless calls are faults: a busy machine must not end a simulation.
+#: In strict mode only endless calls are faults, so that a busy machine does not end a simulation.
 _PATIENT = replace(_LIMITS, hard_s=60.0)
 
 
@@ -45,13 +45,15 @@ class Result:
     Attributes:
         policy, prefetch: Labels of the policies as requested.
         capacity_pages: Total number of slots.
-        accesses, hits, misses: Distinct experts, once per event; ``accesses = hits + misses``.
+        accesses, hits, misses: Numbers of distinct experts, counted once per event; ``accesses =
+            hits + misses``.
         hit_rate: hits / accesses.
-        prefetch_hits: The part of ``hits`` loaded by a prefetch.
-        evictions: Number of victims for demand or prefetch.
+        prefetch_hits: Number of ``hits`` on pages that a prefetch had loaded.
+        evictions: Number of pages evicted to make room for demanded or prefetched pages.
         released: Number of pages released because the policy did not retain them.
-        bytes_demand, bytes_prefetch: Bytes loaded by cause; None if the page size is unknown.
-        policy_faults: Number of policy calls that fell back to the default.
+        bytes_demand, bytes_prefetch: Bytes loaded on demand and by prefetch; None if the page size
+            is unknown.
+        policy_faults: Number of calls to a policy that fell back to the default.
         timing: Simulated times; None without a hardware profile.
     """
 
@@ -80,7 +82,7 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        """The result as a table, for notebooks."""
+        """Return the result as an HTML table, for notebooks."""
         shown = self.to_json() | {"hit_rate": f"{self.hit_rate:.1%}"}
         rows = "".join(
             f"<tr><th style='text-align:left'>{escape(name.replace('_', ' '))}</th>"
@@ -98,12 +100,12 @@ class Result:
 
 
 class Simulation:
-    """One run, validated and ready to start. Arguments and errors are those of ``simulate``.
+    """One run, validated and ready to start. The arguments and errors are those of ``simulate``.
 
     Attributes:
         policy: Label of the eviction policy as requested.
         oracle: True if the policy needs the future, so that no engine can run it.
-        missed: int32 ``[N]``, number of misses of each event, filled by ``run``.
+        missed: int32 ``[N]``, number of misses in each event; ``run`` fills it.
     """
 
     def __init__(
@@ -196,16 +198,16 @@ def simulate(
     """Replay a trace at one capacity.
 
     Args:
-        trace: A trace file, or its events (to load them only once for several runs).
+        trace: A trace file, or its events, so that several runs load them only once.
         policy: Eviction policy: ``name``, ``{kind: name, option: value}``, or a class or instance
             of ``fluxmoe.EvictionPolicy``, which need not be registered.
-        capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), over all banks.
-        prefetch: Prefetch policy, likewise.
-        banks: Number of banks over which layers are spread, each with its share of the capacity.
-        registry: Known policies; by default built-in and installed ones.
-        strict: False to contain a policy's faults, as an engine does: the fallback, LRU, answers
-            in its place, so that the counts are no longer the policy's alone.
-        hardware: A profile, its name, or its file: the result then has a ``timing``.
+        capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), for all banks together.
+        prefetch: Prefetch policy, given in the same way.
+        banks: Number of banks over which layers are spread; each bank gets a share of the capacity.
+        registry: Known policies; by default the built-in and installed ones.
+        strict: False to contain a policy's faults, as an engine does: LRU answers the failed calls,
+            so that the counts no longer reflect the policy alone.
+        hardware: A profile, its name or its file; the result then has a ``timing``.
 
     Raises:
         TraceError: The trace is invalid or cannot be read.
@@ -235,7 +237,7 @@ def simulate(
 
 
 def label(spec: PolicySpec) -> str:
-    """Format a policy in command-line notation: ``name`` or ``name:option=value:…``."""
+    """Format a policy in the notation of the command line: ``name`` or ``name:option=value:…``."""
     options = spec.items() if isinstance(spec, Mapping) else ()
     return ":".join([name_of(spec), *(f"{key}={value}" for key, value in options if key != "kind")])
 
