@@ -1,4 +1,5 @@
-"""GPU support: the driver, frames, streams, page-locked memory, kernels, a fake driver.
+"""GPU support: the driver, frames, streams, page-locked memory, kernels and a fake driver.
 
-No backend uses it yet. Imports the core, stores and codecs; ``fake`` also ``testing.faults``.
+No backend uses this package yet. It imports the core, stores and codecs; ``fake`` also imports
+``testing.faults``.
 """

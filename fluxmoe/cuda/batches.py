@@ -1,4 +1,4 @@
-"""Building blocks of ``streams``: batches of copies, events, the driver's copies."""
+"""Building blocks of ``streams``: batches of copies, events, and the driver's copy calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import SubstrateError
 
-#: First CUDA version whose driver copies batches in one call and times events as required here.
+#: First CUDA version whose driver copies a batch in one call and times events as required here.
 _LEAST = 12080
 
 
@@ -18,10 +18,10 @@ class CopyBatch:
     """Copies submitted to a stream together.
 
     Attributes:
-        event: Event recorded after them; None once they have completed and been retired.
-        fence: Event recorded on the kernels' stream before it waits for them.
+        event: Event recorded after the copies; None after they have completed and been retired.
+        fence: Event recorded on the kernels' stream before that stream waits for the copies.
         nbytes: Total bytes.
-        buffers: Page-locked source buffers.
+        buffers: Indices of the page-locked source buffers.
     """
 
     event: Any = None
@@ -31,7 +31,7 @@ class CopyBatch:
 
 
 class Transfers:
-    """Pieces to copy; pieces adjacent in both source and target are merged."""
+    """Pieces to copy; pieces that are adjacent in both source and target are merged."""
 
     def __init__(self) -> None:
         self.targets: list[int] = []
@@ -54,12 +54,12 @@ class Transfers:
 
 
 class CopySubmitter:
-    """Submits copies from the host to a stream: in one call if supported, else one by one."""
+    """Submits copies from the host to a stream, in one call if supported, otherwise one by one."""
 
     def __init__(self, cuda: CudaDriver) -> None:
         self._cuda = cuda
         api = cuda.api
-        # The call changed in CUDA 13: its bindings do not find the function in older drivers.
+        # The call changed in CUDA 13, whose bindings do not find the function in older drivers.
         least = max(_LEAST, api.CUDA_VERSION // 1000 * 1000)
         self.batched = cuda.version >= least
         if self.batched:
@@ -93,7 +93,7 @@ class CopySubmitter:
 
 
 class EventPool:
-    """Pool of reusable events."""
+    """A pool of reusable events."""
 
     def __init__(self, cuda: CudaDriver) -> None:
         self._cuda = cuda
@@ -103,7 +103,7 @@ class EventPool:
     def record(self, stream: Any) -> Any:
         """Record an event on ``stream``, after all work submitted so far, and return it."""
         if not self._free:
-            event = self._cuda.call("cuEventCreate", 0)  # with timing, to measure stalls
+            event = self._cuda.call("cuEventCreate", 0)  # 0: with timing, to measure stalls
             self._made.append(event)
             self._free.append(event)
         self._cuda.call("cuEventRecord", self._free[-1], stream)
@@ -120,14 +120,17 @@ class EventPool:
         return self._cuda.ready("cuEventQuery", event)
 
     def seconds(self, first: Any, then: Any) -> float:
-        """Seconds from ``first`` to ``then``, which has completed; 0 if ``then`` came first."""
+        """Return the seconds from ``first`` to ``then``, which has passed.
+
+        The result is 0 if ``then`` passed first, or if the time cannot be measured.
+        """
         if first is None or self._cuda.version < _LEAST or not self.passed(first):
             return 0.0
         milliseconds: float = self._cuda.call("cuEventElapsedTime", first, then)
         return max(0.0, milliseconds / 1000)
 
     def free(self, event: Any) -> None:
-        """Return an event to the pool. Submitted waits stay valid; new ones are not allowed."""
+        """Return an event to the pool. Submitted waits stay valid; new waits are not allowed."""
         if event is not None:
             self._free.append(event)
 

@@ -1,8 +1,8 @@
-"""CudaDriver: one device of the CUDA driver, with errors as exceptions.
+"""CudaDriver: access to one device through the CUDA driver, with errors raised as exceptions.
 
-The driver's functions come from ``cuda.bindings.driver``, imported only when the first device is
-opened. Each returns a tuple that starts with a ``CUresult``; here the rest is returned, or a
-``SubstrateError`` with the call and the result is raised. Tests pass
+The driver's functions come from ``cuda.bindings.driver``, which is imported only when the first
+device is opened. Each function returns a tuple that starts with a ``CUresult``; ``CudaDriver``
+returns the rest, or raises a ``SubstrateError`` that names the call and the result. Tests pass
 ``fluxmoe.cuda.fake.FakeDriver`` instead of the bindings.
 """
 
@@ -36,7 +36,7 @@ def load() -> Any:
     """Import the driver's bindings.
 
     Raises:
-        MissingDependencyError: They are not installed.
+        MissingDependencyError: The bindings are not installed.
     """
     try:
         from cuda.bindings import driver
@@ -48,14 +48,14 @@ def load() -> Any:
 
 
 class CudaDriver:
-    """A device and its primary context, shared with torch.
+    """A device and its primary context, which torch also uses.
 
     Args:
-        api: The bindings or a replacement; None imports them.
-        ordinal: Index among the visible devices.
+        api: The bindings or a replacement; None imports the bindings.
+        ordinal: Index of the device among the visible devices.
 
     Attributes:
-        version: CUDA version of the driver, 12080 for CUDA 12.8.
+        version: CUDA version of the driver, such as 12080 for CUDA 12.8.
         device: The driver's device number.
 
     Raises:
@@ -83,11 +83,11 @@ class CudaDriver:
 
         Raises:
             DeviceMemoryError: The device is out of memory.
-            SubstrateError: Any other error.
+            SubstrateError: The call failed for any other reason.
         """
         try:
             result, *answers = getattr(self.api, name)(*args)
-        except (AttributeError, RuntimeError) as error:  # function or library is missing
+        except (AttributeError, RuntimeError) as error:  # the function or the library is missing
             raise SubstrateError(
                 f"the CUDA driver cannot be called: {error}",
                 where=name,
@@ -98,7 +98,7 @@ class CudaDriver:
         raise _refusal(name, result)
 
     def ready(self, name: str, *args: Any) -> bool:
-        """Call a query such as ``cuEventQuery``; False if not ready. Raises like ``call``."""
+        """Call a query such as ``cuEventQuery``; return False if not ready. Errors as ``call``."""
         (result,) = getattr(self.api, name)(*args)
         if result == self.api.CUresult.CUDA_ERROR_NOT_READY:
             return False
@@ -110,7 +110,7 @@ class CudaDriver:
     def current(self) -> Iterator[None]:
         """Make the device's context current on this thread; restore the previous one afterwards.
 
-        Failure to restore is ignored: the work is done, and the next call reports the error.
+        A failure to restore is ignored: the work is done, and the next call reports the error.
         """
         self.call("cuCtxPushCurrent", self._context)
         try:
@@ -119,7 +119,7 @@ class CudaDriver:
             self.api.cuCtxPopCurrent()
 
     def attribute(self, name: str) -> int:
-        """Device attribute by the suffix of its name, such as ``ASYNC_ENGINE_COUNT``."""
+        """Return a device attribute; ``name`` is a suffix such as ``ASYNC_ENGINE_COUNT``."""
         which = getattr(self.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(self.call("cuDeviceGetAttribute", which, self.device))
 
@@ -130,7 +130,7 @@ class CudaDriver:
         return text.split(b"\0")[0].decode(errors="replace")
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes of device memory."""
+        """Return the free and total bytes of device memory."""
         with self.current():
             free, total = self.call("cuMemGetInfo")
         return int(free), int(total)
@@ -162,7 +162,7 @@ def no_range(name: str) -> AbstractContextManager[None]:
 
 
 def nvtx_ranges() -> Callable[[str], AbstractContextManager[Any]]:
-    """Return the function that makes NVIDIA profiler ranges; ``no_range`` without ``nvtx``."""
+    """Return the function that makes NVIDIA profiler ranges, or ``no_range`` without ``nvtx``."""
     try:
         import nvtx
     except ImportError:

@@ -1,10 +1,10 @@
-"""Frames of device memory: CUDA's virtual memory calls, one to one with the CPU substrate's.
+"""Frames of device memory, managed by CUDA's virtual memory calls as the CPU substrate manages its.
 
-Frame ``i`` is one driver allocation (``cuMemCreate``), made on its first commit and kept for the
-next, because allocating costs a hundred times as much as mapping (kvcached on an A100: 193 µs and
-1.45 µs). Committing maps each frame and enables access to the whole range at once. Frames that are
-new or were released read as zero once committed. Addresses without a frame fault: a kernel that
-accesses one loses the device's context, and every later call reports that.
+Frame ``i`` is one driver allocation (``cuMemCreate``), made when the frame is first committed and
+kept for later commits, because allocating costs a hundred times as much as mapping (kvcached on an
+A100: 193 µs and 1.45 µs). Committing maps each frame and enables access to the whole range at once.
+Frames that are new or were released read as zero after a commit. Accesses to addresses without a
+frame fault: the device's context is lost, and every later call reports the loss.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CudaSubstrate:
         self._handles: list[Any] = [None] * count
         self._dirty = np.ones(count, np.bool_)
         self._ranges: dict[int, int] = {}
-        #: Addresses with a frame, including those that failed to unmap.
+        #: Addresses at which a frame is mapped, including those that failed to unmap.
         self._mapped: set[int] = set()
         self._stale: set[int] = set()
         self._stream: Any = None
@@ -115,7 +115,7 @@ class CudaSubstrate:
             except BaseException:
                 self._mapped |= set(mapped)
                 self._stale |= set(mapped)
-                with suppress(SubstrateError):  # on failure the next commit or close tries again
+                with suppress(SubstrateError):  # on failure, the next commit or close tries again
                     self._unmap(set(mapped))
                     self._free(made)
                 raise
@@ -141,11 +141,13 @@ class CudaSubstrate:
         """Release everything. Idempotent.
 
         Raises:
-            SubstrateError: Some memory could not be released; the rest was. Call again to retry.
+            SubstrateError: Some memory could not be released, but the rest was; a further call
+                tries again.
         """
         if not self._ranges and not self.allocated() and self._stream is None:
             return
-        with self._cuda.current(), ExitStack() as each:  # in reverse order, all even if one fails
+        # The callbacks run in reverse order, all of them even if one fails.
+        with self._cuda.current(), ExitStack() as each:
             each.callback(self._end_stream)
             each.callback(self._free, range(self.count))
             for address in list(self._ranges):
@@ -166,14 +168,14 @@ class CudaSubstrate:
             free, total = self._cuda.memory()
             raise DeviceMemoryError(
                 f"the GPU has no memory for another frame of {sizes.exact(self.frame_bytes)} "
-                f"beside {sizes.shown(self.allocated())} of frames: {sizes.shown(free)} of "
-                f"{sizes.shown(total)} are free",
+                f"in addition to frames of {sizes.shown(self.allocated())}: {sizes.shown(free)} of "
+                f"{sizes.shown(total)} is free",
                 where=error.where,
                 fix=error.fix,
             ) from error
 
     def _clear(self, address: int, frames: Int64s) -> None:
-        """Zero the frames that are new or were released."""
+        """Fill the frames that are new or were released with zeros."""
         zero = np.flatnonzero(self._dirty[frames])
         for first, count in runs(zero):
             place = address + first * self.frame_bytes
@@ -183,7 +185,7 @@ class CudaSubstrate:
             self._cuda.call("cuStreamSynchronize", self._stream)
 
     def _unmap(self, addresses: set[int]) -> None:
-        """Unmap frames, adjacent ones in one call."""
+        """Unmap frames, with one call for each run of adjacent frames."""
         if not addresses:
             return
         self._cuda.call("cuCtxSynchronize")  # unmapping does not wait for running kernels

@@ -1,4 +1,4 @@
-"""Page-locked host memory: pages that a device fetches directly, and buffers for the others."""
+"""Page-locked host memory: pages that a device fetches directly, and buffers for other pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 
-#: Number of page buffers: pages that can be read before the first of them is copied.
+#: Number of page buffers: so many pages can be read before the copy of the first one completes.
 BUFFERS = 4
 _ENDLESS = 1 << 30
 
@@ -26,10 +26,10 @@ class PageSource:
     Args:
         cuda: The device.
         store: Source of the pages.
-        part_bytes: Bytes of a page's parts, in order.
+        part_bytes: Bytes of each part of a page, in order.
 
     Raises:
-        SubstrateError: Not enough page-locked memory for the buffers.
+        SubstrateError: The memory for the buffers cannot be locked.
     """
 
     def __init__(self, cuda: CudaDriver, store: Store, part_bytes: Sequence[int]) -> None:
@@ -81,7 +81,7 @@ class PinnedMemory:
         array: uint8 ``[nbytes]``; must not be used after ``close``.
 
     Raises:
-        SubstrateError: This much memory cannot be locked.
+        SubstrateError: The requested amount of memory cannot be locked.
     """
 
     def __init__(self, cuda: CudaDriver, nbytes: int) -> None:
@@ -121,7 +121,7 @@ class PinnedStore(HostStore):
         """Copy the next layer, one array ``[experts, nbytes]`` per part of the page class.
 
         Raises:
-            SubstrateError: This much memory cannot be locked; the layer was not added.
+            SubstrateError: The memory for the layer cannot be locked; the layer was not added.
         """
         with ExitStack() as undo:
             copies, memory = [], []

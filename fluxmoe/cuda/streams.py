@@ -1,14 +1,15 @@
-"""StreamCopier: copies pages into the slots of a CUDA device on two streams of its own.
+"""StreamCopier, which copies pages into the slots of a CUDA device on two streams of its own.
 
 The engine's thread submits copies to a stream and continues. The *urgent* stream takes demands and
-moves, the *behind* stream prefetches. Before a slot is written, its stream waits for the kernels
-submitted so far, which may read the slot's old page; before the next kernel, the kernels' stream
-waits for the pages it needs. The device does this waiting, on events. The CPU waits only if too
-much is in flight. A step whose pages all arrived earlier makes no driver call.
+moves; the *behind* stream takes prefetches. Before a slot is written, the copying stream waits for
+the kernels submitted so far, which may read the slot's old page; before the next kernel, the
+kernels' stream waits for the pages that the kernel needs. These waits take place on the device, by
+means of CUDA events. The CPU waits only if too much is in flight. A step whose pages have all
+arrived makes no driver calls.
 
-A device's copy engine processes copies in submission order regardless of stream priorities, so a
-demand waits for the prefetches submitted before it. Therefore only few bytes of prefetches are
-submitted at a time; the others wait here, where they can still be cancelled.
+A device's copy engine processes copies in the order of submission, regardless of stream priorities,
+so a demand waits for the prefetches submitted before it. Therefore only a few prefetched bytes are
+submitted at a time; the other prefetches wait here, where they can still be cancelled.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from fluxmoe.cuda.driver import CudaDriver, no_range
 from fluxmoe.cuda.pinned import PageSource
 from fluxmoe.errors import InvariantError, StoreError, SubstrateError
 
-#: Bytes of prefetches in flight at a time: about a millisecond of PCIe 5.
+#: Bytes of prefetches in flight at a time: they take PCIe 5 about a millisecond.
 AHEAD_BYTES = 64 << 20
-#: Maximum demands in flight before the CPU waits for the oldest.
+#: Maximum number of demands in flight; at this number the CPU waits for the oldest.
 MOST_DEMANDS = 64
 
 
 class StreamedCopy:
-    """A prefetch: waiting, submitted to the device, failed or cancelled."""
+    """A prefetch that is waiting, submitted to the device, failed or cancelled."""
 
     def __init__(self, copier: StreamCopier, bank: int, page: int, slot: int) -> None:
         self._copier = copier
@@ -53,16 +54,17 @@ class StreamedCopy:
 
 
 class StreamCopier:
-    """Copies on streams. Implements ``Copier``; called only on the engine's thread.
+    """Copies pages on streams. Implements ``Copier``; called only on the engine's thread.
 
     Args:
         cuda: The device; not closed with the copier.
         store: Source of the pages. Pages of an ``AddressedStore`` are copied directly to the
-            device, others via page-locked buffers, which the caller's thread fills.
+            device; other pages pass through page-locked buffers, which the caller's thread fills.
         slots: The arena ``[slots, part bytes]`` of each bank and part.
-        kernels: Returns the stream of the next kernel; by default CUDA's default stream.
-        ahead: Bytes of prefetches in flight at a time, at least one page.
-        ranges: Makes profiler ranges, e.g. ``nvtx.annotate``.
+        kernels: Function that returns the stream of the next kernel; by default, CUDA's default
+            stream.
+        ahead: Maximum bytes of prefetches in flight at a time; one page is always allowed.
+        ranges: Function that makes profiler ranges, such as ``nvtx.annotate``.
 
     Raises:
         SubstrateError: The driver could not provide streams, events or page-locked memory.
@@ -125,7 +127,7 @@ class StreamCopier:
 
     def prefetch(self, bank: int, pairs: Pairs) -> Sequence[StreamedCopy]:
         copies = [StreamedCopy(self, bank, page, slot) for page, slot in pairs]
-        # Errors are suppressed here: they recur and are raised when the pages are needed.
+        # Errors are suppressed here: they will recur, and be raised, when the pages are needed.
         with suppress(StoreError), self._driving(f"prefetch {len(pairs)} pages"):
             self._pump()  # earlier orders need not wait for kernels submitted since then
             fence = self._events.record(self._kernels())
@@ -142,7 +144,7 @@ class StreamCopier:
         if batch is None:
             return copy.failed
         if batch.fence is not None or (batch.event is None and not self._orders):
-            return None  # the kernels already wait for it or no longer need to
+            return None  # the kernels already wait for the batch, or it has completed
         with self._driving("arrive"):
             if batch.event is not None:
                 fence = self._events.record(self._kernels())
@@ -152,7 +154,7 @@ class StreamCopier:
         return None
 
     def follow(self, batch: CopyBatch) -> None:
-        """Make all later work of the urgent stream wait for ``batch``."""
+        """Make all later work on the urgent stream wait for ``batch``."""
         if batch.event is not None:
             with self._driving("settle"):
                 self._events.wait(self._urgent, batch.event)
@@ -181,7 +183,7 @@ class StreamCopier:
     # --- the streams -----------------------------------------------------------------------------
 
     def _fenced(self, stream: Any) -> Any:
-        """Make a stream wait for all kernels so far; return the event recorded after them."""
+        """Make a stream wait for all kernels submitted so far; return the event after them."""
         fence = self._events.record(self._kernels())
         self._events.wait(stream, fence)
         return fence
@@ -201,7 +203,7 @@ class StreamCopier:
 
     @contextmanager
     def _undone(self, stream: Any, batch: CopyBatch) -> Iterator[None]:
-        """Wait for the submitted part of a batch if not all of it could be submitted."""
+        """Return a context that waits for a partly submitted batch if an exception is raised."""
         try:
             yield
         except BaseException:
@@ -223,7 +225,7 @@ class StreamCopier:
             self._give(copies)
 
     def _next(self, room: int) -> list[StreamedCopy]:
-        """Return the next prefetches of one bank that fit, at least one if none is in flight."""
+        """Take the next prefetches of one bank that fit, at least one if none is in flight."""
         page_bytes = self._source.page_bytes
         most = min(self._source.room, max(room // page_bytes, not self._prefetches))
         copies: list[StreamedCopy] = []
@@ -241,7 +243,7 @@ class StreamCopier:
         return copies
 
     def _give(self, copies: list[StreamedCopy]) -> None:
-        """Submit all in one batch; if that fails, one by one, so that only the faulty one fails."""
+        """Submit prefetches in one batch; on failure, singly, so that only a faulty one fails."""
         try:
             pairs = [(copy.page, copy.slot) for copy in copies]
             batch = self._send(self._behind, copies[0].bank, pairs)
@@ -266,7 +268,7 @@ class StreamCopier:
             batch.event = batch.fence = None
 
     def _wait_for_one(self) -> None:
-        """Apply back-pressure: wait for the oldest batch."""
+        """Wait for the oldest batch, so that not too much is in flight."""
         batches = self._demands or self._prefetches
         self._cuda.call("cuEventSynchronize", batches[0].event)
         self._retire(batches)

@@ -116,7 +116,7 @@ def test_out_of_memory_is_told_apart_and_takes_nothing(make):
     address = s.reserve(8 * FRAME)
     s.commit(address, frames(0, 1))
     with pytest.raises(
-        DeviceMemoryError, match=f"beside {shown(4 * FRAME)} .* 0 B of {shown(4 * FRAME)} are"
+        DeviceMemoryError, match=f"frames of {shown(4 * FRAME)}: 0 B of {shown(4 * FRAME)} is"
     ) as info:
         s.commit(address + 2 * FRAME, frames(2, 3, 4))
     assert info.value.code == "FM308"

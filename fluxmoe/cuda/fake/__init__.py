@@ -1,9 +1,9 @@
 """FakeDriver: a replacement for ``cuda.bindings.driver`` that uses host memory.
 
-Addresses are real, memory is mapped and unmapped, bytes are copied. It is stricter than the driver:
-accessing memory that is not mapped or not accessible, or unmapping memory that a stream uses, loses
-the context, and every later call reports that. Each call is a site of a ``FaultPlan``; armed with
-``Refused``, it returns that result and does nothing.
+Addresses are real, memory is mapped and unmapped, and bytes are copied. The fake is stricter than
+the driver: accessing memory that is not mapped or not accessible, or unmapping memory that a stream
+may use, loses the context, and every later call reports the loss. Each call is a site of a
+``FaultPlan``; a call armed with ``Refused`` returns the given result and does nothing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class FakeDriver(FakeMemory):
     """The driver functions that FluxMoE calls, for one device.
 
     Args:
-        pieces: Device memory, in pieces.
+        pieces: Size of the device memory, in pieces.
         piece: Bytes of a piece, the mapping granularity.
-        version: CUDA version of driver and bindings.
+        version: CUDA version of the driver and the bindings.
         pace: Order in which streams execute.
         seed: Seed for random scheduling.
         plan: Faults to inject.
@@ -71,7 +71,7 @@ class FakeDriver(FakeMemory):
     # --- for tests -------------------------------------------------------------------------------
 
     def launch(self, kernel: Callable[[], None], stream: int = KERNELS) -> None:
-        """Submit a kernel to a stream; it reads memory when it runs."""
+        """Submit a kernel to a stream; ``kernel`` is called when the stream reaches it."""
 
         def run() -> float:
             kernel()
@@ -81,7 +81,7 @@ class FakeDriver(FakeMemory):
             self.timeline.give(stream, Work(run))
 
     def live(self) -> dict[str, int]:
-        """Number of unreleased resources of each kind."""
+        """Count the unreleased resources of each kind."""
         found = {
             "ranges": len(self._reserved),
             "memory": len(self._memory),
@@ -94,7 +94,7 @@ class FakeDriver(FakeMemory):
         return {kind: count for kind, count in found.items() if count}
 
     def handle_at(self, address: int) -> int | None:
-        """Handle of the memory mapped at an address, if any."""
+        """Return the handle of the memory mapped at an address, if any."""
         mapping = self._maps.get(address)
         numbers = [n for n, memory in self._memory.items() if mapping and memory is mapping.memory]
         return numbers[0] if numbers else None

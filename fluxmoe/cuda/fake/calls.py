@@ -1,4 +1,4 @@
-"""Common behaviour of the fake driver's functions: fault injection, context check, result tuple."""
+"""Common behaviour of the fake driver's functions: faults, context checks and result tuples."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], An
 
 
 def require(condition: bool, result: CUresult = CUresult.CUDA_ERROR_INVALID_VALUE) -> None:
-    """Make the call return ``result`` unless a condition holds."""
+    """Make the driver call return ``result`` unless a condition holds."""
     if not condition:
         raise Refused(result)

@@ -1,4 +1,4 @@
-"""The fake driver's memory: ranges, physical memory, mappings, page-locked host memory."""
+"""The fake driver's memory: ranges, physical memory, mappings and page-locked host memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fluxmoe.testing.faults import FaultPlan
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """Physical memory: pieces, number of mappings, True if its handle was released."""
+    """Physical memory: pieces, size, number of mappings, and True if its handle was released."""
 
     pieces: list[int]
     nbytes: int
@@ -188,14 +188,14 @@ class FakeMemory:
             at += mapping.memory.nbytes
 
     def _accessible(self, address: int, nbytes: int) -> bool:
-        """True if a stream may access a range; if not, the context is lost."""
+        """Return True if a stream may access a range; otherwise the context is lost."""
         covered = self._covered(address, nbytes)
         if not covered:
             self.lost = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
         return covered
 
     def _covered(self, address: int, nbytes: int) -> bool:
-        """True if the entire range is mapped and accessible."""
+        """Return True if the entire range is mapped and accessible."""
         last, found = address + nbytes, 0
         for at, mapping in self._maps.items():
             if mapping.accessible:

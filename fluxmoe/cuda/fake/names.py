@@ -1,6 +1,6 @@
-"""Constants, structures and handles of ``cuda.bindings.driver`` used by FluxMoE.
+"""Constants, structures and handles of ``cuda.bindings.driver`` that FluxMoE uses.
 
-``tests/cuda/test_bindings.py`` compares them with the real ones if they are installed.
+``tests/cuda/test_bindings.py`` compares them with the real bindings if those are installed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CUmemAllocationType(IntEnum):
 
 
 class CUmemLocationType(IntEnum):
-    """Kind of location that holds or accesses memory."""
+    """Kinds of locations that hold or access memory."""
 
     CU_MEM_LOCATION_TYPE_INVALID = 0
     CU_MEM_LOCATION_TYPE_DEVICE = 1
@@ -54,14 +54,14 @@ class CUmemAccess_flags(IntEnum):
 
 
 class CUmemAllocationGranularity_flags(IntEnum):
-    """Kind of granularity to query."""
+    """Granularities to query."""
 
     CU_MEM_ALLOC_GRANULARITY_MINIMUM = 0
     CU_MEM_ALLOC_GRANULARITY_RECOMMENDED = 1
 
 
 class CUmemcpySrcAccessOrder(IntEnum):
-    """Order in which a batch reads its sources."""
+    """Orders in which a batch reads its sources."""
 
     CU_MEMCPY_SRC_ACCESS_ORDER_INVALID = 0
     CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1
@@ -155,7 +155,7 @@ class CUevent(Handle):
 
 
 class Refused(Exception):
-    """Result to inject into a fake call: ``plan.arm("cuMemMap", Refused(result))``."""
+    """A result to inject into a fake call: ``plan.arm("cuMemMap", Refused(result))``."""
 
     def __init__(self, result: CUresult) -> None:
         super().__init__(result.name)

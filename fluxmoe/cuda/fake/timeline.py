@@ -1,4 +1,4 @@
-"""Streams with controlled timing: work is done as early, as late or as randomly as allowed."""
+"""Streams with controlled timing: work is done as early or as late as allowed, or at random."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-#: Order of streams that could all proceed.
+#: Order in which streams that could all proceed do so.
 #: ``at once``: work is done before the submitting call returns. ``kernels``: the kernels' stream
-#: proceeds as long as it can, so copies run as late as allowed. ``copies``: the reverse.
+#: proceeds as long as possible, so that copies run as late as allowed. ``copies``: the reverse.
 #: ``random``: any allowed order.
 Pace = Literal["at once", "kernels", "copies", "random"]
 
@@ -20,7 +20,7 @@ KERNELS = 0
 
 @dataclass(slots=True)
 class Event:
-    """Number of times recorded and passed, and the time of the last pass, in ms."""
+    """An event: how often it was recorded and passed, and the time of the last pass in ms."""
 
     recorded: int = 0
     passed: int = 0
@@ -29,7 +29,7 @@ class Event:
 
 @dataclass(slots=True)
 class Work:
-    """A stream's work item: optionally wait for an event, then run, then pass an event."""
+    """A work item of a stream: it may wait for an event, then runs, then may pass an event."""
 
     do: Callable[[], float] | None = None
     wait: tuple[Event, int] | None = None
@@ -80,11 +80,11 @@ class Timeline:
         self.give(stream, Work(passes=event))
 
     def wait(self, stream: int, event: Event) -> None:
-        """Wait for the last ``record`` of an event before this call, as the driver does."""
+        """Make a stream wait for the last ``record`` of an event so far, as the driver does."""
         self.give(stream, Work(wait=(event, event.recorded)))
 
     def finish(self, stream: int | None = None) -> None:
-        """Run until a stream, or all streams, have no pending work."""
+        """Run work until a stream, or every stream, has no pending work."""
         self.until(lambda: not (self.pending if stream is None else self._streams[stream]))
 
     def until(self, over: Callable[[], bool]) -> None:

@@ -1,7 +1,7 @@
-"""Tokens sorted by expert and padded to whole blocks, like stock vLLM's ``moe_align_block_size``.
+"""Sorting of tokens by expert into whole blocks, as in stock vLLM's ``moe_align_block_size``.
 
-Plain torch without host synchronisation: all shapes depend only on input shapes. In vLLM its own
-operator computes the same arrays in one launch.
+The code is plain torch and does not synchronise with the host: all shapes depend only on input
+shapes. Within vLLM, vLLM's own operator computes the same arrays in one launch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 
 class Blocks(NamedTuple):
-    """Rows of the two products, in blocks of one expert each. All int32.
+    """Rows of the two products, in blocks of one expert each. All arrays are int32.
 
-    ``rows`` ``[blocks * block]``: index into the flattened ``[tokens, top_k]`` ids; the number of
-    ids for padding rows. ``experts`` ``[blocks]``: *logical* expert of each block. ``padded``
-    ``[1]``: number of rows in use; later rows are not computed.
+    ``rows`` ``[blocks * block]`` are indices into the flattened ``[tokens, top_k]`` ids; padding
+    rows have the number of ids instead. ``experts`` ``[blocks]`` is the *logical* expert of each
+    block. ``padded`` ``[1]`` is the number of rows in use; later rows are not computed.
     """
 
     rows: torch.Tensor
@@ -25,11 +25,11 @@ class Blocks(NamedTuple):
 
 
 def align_blocks(ids: torch.Tensor, block: int, experts: int) -> Blocks:
-    """Sort the routed expert ids of a batch.
+    """Sort the routed expert ids of a batch by expert.
 
     Args:
-        ids: ``[tokens, top_k]`` int32 or int64, logical expert ids; negative ones are padding of
-            the batch and get no row.
+        ids: ``[tokens, top_k]`` int32 or int64, logical expert ids; negative ids are padding of the
+            batch and get no row.
         block: Number of rows per block (``Tiles.block_m``).
         experts: Number of experts of the layer.
     """

@@ -1,8 +1,9 @@
-"""Choice of the fused MoE kernel's variant for a batch: a pure function and its thresholds.
+"""Choice of the fused MoE kernel's variant for a batch: a pure function and its threshold.
 
-Decoding in registers trades arithmetic for bandwidth, which pays off while each weight is read for
-few tokens. The thresholds are estimated from instruction counts of the compiled kernels and not yet
-confirmed on a GPU (docs/concepts/kernels.md). ``python -m benchmarks gpu kernel`` measures them.
+Decoding in registers saves bandwidth at the cost of arithmetic, which pays off while each weight is
+used for few tokens. The threshold is estimated from the instruction counts of the compiled kernels
+and has not been confirmed on a GPU yet (docs/concepts/kernels.md). ``python -m benchmarks gpu
+kernel`` measures the threshold.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def choose(
         tokens: Number of tokens in the batch.
         top_k: Number of experts per token.
         experts: Number of distinct experts in the batch or, if unknown, in the layer.
-        raw_resident: True if all of these experts are in slots uncompressed.
+        raw_resident: True if all of these experts are in slots, uncompressed.
         free_slots: Number of slots available for decoding pages of this layer; may be 0.
 
     Returns:
-        ``RAW`` if nothing is compressed; ``TO_SLOT`` if weights are read so often that decoding
-        them once is cheaper, and there are enough slots; else ``IN_PLACE``.
+        ``RAW`` if all experts are uncompressed; ``TO_SLOT`` if the weights are read so often that
+        decoding them once is cheaper and there are enough slots; otherwise ``IN_PLACE``.
     """
     if raw_resident:
         return Variant.RAW

@@ -2,9 +2,9 @@
 
 docs/concepts/lossless-code.md defines the code byte by byte. In short: a part of a page is a
 matrix in tiles of 64 × 64 weights; eight weights of a row take three 32-bit words, two with their
-low bytes and one with eight nibbles. A header per row and 128 columns (a *segment*) holds the base
-of the nibbles and two escapes. Segments that do not fit this scheme are special and marked by flag
-bytes. Each 32-bit operation decodes four weights.
+low bytes and one with eight nibbles. Each *segment*, 128 columns of a row, has a header with the
+base of the nibbles and two escapes. Segments that do not fit this scheme are special and are marked
+by flag bytes. Each 32-bit operation decodes four weights.
 
 A *step* is ``BLOCK_K`` columns, 32 to 256.
 """
@@ -16,13 +16,13 @@ from fluxmoe.cuda.kernels.language import tl, triton
 
 @triton.jit
 def step_words(step, BLOCK_K: tl.constexpr):
-    """Words of a step, counted along the row from its first column: ``[BLOCK_K / 8]``."""
+    """Return the indices of a step's words, counted from the row's first: ``[BLOCK_K / 8]``."""
     return step * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
 
 
 @triton.jit
 def next_step(step, BLOCK_K: tl.constexpr):
-    """Number of words by which pointers of full tiles advance after ``step``."""
+    """Return the number of words by which pointers into full tiles advance after ``step``."""
     if BLOCK_K == 32:  # half a tile
         return tl.where(step % 2 == 0, 4, 1532)
     else:
@@ -31,7 +31,7 @@ def next_step(step, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_headers(ptr, stride, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, last):
-    """Load the headers of the rows at ``ptr``: ``[BLOCK_N]``, or one per word above 128 columns.
+    """Load the headers of the rows at ``ptr``: one per row, or one per word if BLOCK_K > 128.
 
     ``stride`` is the number of words from one segment to the next; ``last`` is the last segment.
     """
@@ -47,7 +47,7 @@ def load_headers(ptr, stride, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def load_flags(ptr, segments, step, tile, tiles, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load flags: nonzero if any segment of this step in row tiles ``tile …`` is special."""
+    """Load the flags of a step: nonzero if a segment in the row tiles from ``tile`` is special."""
     rows = tile + tl.arange(0, (BLOCK_N + 63) // 64)[:, None]
     columns = step * BLOCK_K // 128 + tl.arange(0, (BLOCK_K + 127) // 128)[None, :]
     there = (rows < tiles) & (columns < segments)
@@ -73,7 +73,7 @@ def decode(
         step: Index of the step.
 
     Returns:
-        ``[BLOCK_N, BLOCK_K]`` bfloat16; finite values for words that do not exist.
+        ``[BLOCK_N, BLOCK_K]`` bfloat16; words that do not exist give arbitrary finite values.
     """
     low_a = _load(ptr + offset, mask)
     low_b = _load(ptr + plane + offset, mask)
@@ -132,19 +132,19 @@ def _load(ptr, mask):
 
 @triton.jit
 def _place(escape):
-    """Index of the escape's word among the 16 of its half (plane A even, plane B odd)."""
+    """Return the index of the escape's word among the 16 of its half (plane A even, B odd)."""
     return (escape >> 2) & 15
 
 
 @triton.jit
 def _change(escape):
-    """Value to XOR with the high bytes of the escape's word."""
+    """Return the value to XOR with the high bytes of the escape's word."""
     return ((escape >> 3) & 0x78) << ((escape & 3) * 8)
 
 
 @triton.jit
 def _kept(offset, here, escaped):
-    """Masks for the zero code: all bits of bytes whose offset is not 0, and of escapes."""
+    """Return masks for the zero code: all bits of bytes whose offset is not 0, and of escapes."""
     bits = ((offset + 0x07070707) >> 3) & 0x01010101
     bits = tl.where(here, bits | escaped, bits)
     return (bits << 7) - bits
@@ -152,7 +152,7 @@ def _kept(offset, here, escaped):
 
 @triton.jit
 def _weave(low_a, low_b, high_a, high_b, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Combine low and high bytes, stored as 0, 2, 1, 3 in each word, to bfloat16 in order."""
+    """Combine low and high bytes, stored as 0, 2, 1, 3 in each word, into bfloat16 in order."""
     a01 = (low_a & 0x00FF00FF) | ((high_a & 0x00FF00FF) << 8)
     a23 = ((low_a >> 8) & 0x00FF00FF) | (high_a & 0xFF00FF00)
     b01 = (low_b & 0x00FF00FF) | ((high_b & 0x00FF00FF) << 8)

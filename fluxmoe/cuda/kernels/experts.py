@@ -1,4 +1,4 @@
-"""The experts of one MoE layer, run on the kernels: both projections over paged weights."""
+"""The experts of one MoE layer, computed by the kernels: both projections over paged weights."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ ABSENT = -1
 
 @dataclass(frozen=True, slots=True)
 class KernelPart:
-    """Weights of one part (w13 or w2) of a layer's experts; raw, compressed or both are set."""
+    """Weights of one part (w13 or w2) of a layer's experts, raw, compressed or both."""
 
     raw: RawSlots | None = None
     compressed: CompressedPages | None = None
 
 
 def most_registers(tiles: Tiles) -> int:
-    """Register limit of a decoding thread: all available ones.
+    """Return the register limit of a decoding thread, which allows all available registers.
 
-    By default the assembler spills some to fit one more block per multiprocessor.
+    By default, the assembler spills some registers to fit one more block per multiprocessor.
     """
     return min(255, 65536 // (32 * tiles.num_warps) // 8 * 8)
 
 
 def page_entry(page: int) -> int:
-    """Entry of compressed page ``page`` in the kernels' expert table, where raw slots are ≥ 0."""
+    """Return the entry of compressed page ``page`` in the kernels' expert table.
+
+    Entries of raw slots are ≥ 0.
+    """
     return -2 - page
 
 
@@ -64,9 +67,9 @@ def run_experts(
         topk_ids: ``[tokens, top_k]`` integers, logical experts; negative for padding rows.
         tiles: Result of ``tiles_for(tokens, experts)``.
         activation: ``[rows, 2I] → [rows, I]``; by default SiLU of the first half, rounded, times
-            the second, like vLLM's ``silu_and_mul``. In vLLM pass its own operator.
-        reduce: ``[tokens, top_k, H] → [tokens, H]``; by default torch's sum. In vLLM pass its own
-            operator.
+            the second half, like vLLM's ``silu_and_mul``. Within vLLM, pass vLLM's operator.
+        reduce: ``[tokens, top_k, H] → [tokens, H]``; by default torch's sum. Within vLLM, pass
+            vLLM's operator.
 
     Raises:
         UnsupportedError: The kernels do not support a dtype or layout.
@@ -82,7 +85,7 @@ def run_experts(
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Compute SiLU of the left half, rounded to the dtype, times the right half."""
+    """Compute the SiLU of the left half, rounded to the dtype, times the right half."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up
 
@@ -106,13 +109,13 @@ def project(
 
     Args:
         x: ``[valid / top_k, K]`` bfloat16.
-        part: The weights; raw and compressed ones need one launch each.
+        part: The weights; raw and compressed weights need one launch each.
         table: As in ``run_experts``.
         blocks: Result of ``align_blocks`` with ``tiles.block_m``.
         tiles: Launch configuration.
         top_k: Number of rows that share a row of ``x``.
         valid: Number of rows: tokens times the layer's top-k.
-        scale: ``valid`` float32 factors of the rows, applied before rounding.
+        scale: Factors of the rows, ``valid`` float32 numbers, applied before rounding.
 
     Raises:
         UnsupportedError: The kernel does not support a dtype or layout.

@@ -1,8 +1,8 @@
-"""The kernel of both projections: a grouped GEMM over sorted token blocks, raw or compressed.
+"""The kernel of both projections: a grouped GEMM over sorted token blocks.
 
-The order of blocks and summation, rounding, and multiplication by the router's weight match stock
-vLLM's ``fused_moe_kernel``, so that equal tiles give equal bits. Only the source of the weights
-differs: raw slots or compressed pages, looked up in the expert table.
+The order of blocks and of summation, the rounding, and the multiplication by the router's weight
+match stock vLLM's ``fused_moe_kernel``, so that equal tiles give equal bits. Only the source of the
+weights differs: raw slots or compressed pages, looked up in the expert table.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ def grouped_gemm_kernel(
     COMPRESSED: tl.constexpr, TOP_K: tl.constexpr, SCALE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``out[row] = x[row // TOP_K] @ w[table[expert of row]].T``, times ``scale[row]`` if SCALE.
+    """Compute ``out[row] = x[row // TOP_K] @ w[table[expert of row]].T``, scaled if SCALE.
 
-    ``table_ptr`` has, per expert, s ≥ 0 for raw slot s, −1 if absent, −2 − p for compressed page
-    p. Each variant computes the experts of its own kind and skips the others. Absent ones become
-    NaN, so that bookkeeping errors are visible. For COMPRESSED, ``w_ptr`` points to words,
-    ``flag_ptr`` to the same memory as bytes, ``offsets_ptr`` to page starts in units of 128 bytes.
+    ``table_ptr`` has, per expert, s ≥ 0 for raw slot s, −1 if the expert is absent, and −2 − p for
+    compressed page p. Each variant computes the experts of its own kind and skips the others. Rows
+    of absent experts become NaN, so that bookkeeping errors are visible. With SCALE, each row is
+    multiplied by ``scale[row]``. With COMPRESSED, ``w_ptr`` points to words, ``flag_ptr`` to the
+    same memory as bytes, and ``offsets_ptr`` to page starts in units of 128 bytes.
     """
     pid = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(size, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -65,7 +66,7 @@ def grouped_gemm_kernel(
         offset = row_tile[:, None] + (words // 8 * 1536 + words % 8)[None, :]
         ptr = page
         header_ptr = page + headers_at // 4 + wrapped
-        # Loaded one step ahead, because a branch must not wait for memory.
+        # The flags are loaded one step ahead, so that the branch on them does not wait for memory.
         special = load_flags(flags, segments, 0, tile, N // 64, BLOCK_N, BLOCK_K)
         for step in range(0, steps):
             after = load_flags(flags, segments, step + 1, tile, N // 64, BLOCK_N, BLOCK_K)

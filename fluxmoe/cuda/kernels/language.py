@@ -1,4 +1,4 @@
-"""Import of Triton for kernel modules, with an error that gives the remedy if it is missing."""
+"""Import of Triton for the kernel modules; if Triton is missing, the error names the remedy."""
 
 from __future__ import annotations
 

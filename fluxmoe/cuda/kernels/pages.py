@@ -1,4 +1,4 @@
-"""Compressed pages of one layout in device memory, and decoding into raw slots."""
+"""Compressed pages of one layout in device memory, and their decoding into raw slots."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class CompressedPages:
     Args:
         data: 1-D uint8, 16-byte aligned; one block of the code per page
             (docs/concepts/lossless-code.md).
-        offsets: ``[pages]`` int32, start of each block, in units of 128 bytes.
-        rows: Number of rows, N.
-        cols: Number of columns, K, a multiple of 64. Reading in place requires the same of N.
+        offsets: ``[pages]`` int32, start of each block in units of 128 bytes.
+        rows: Number of rows, N; must be a multiple of 64 for reading in place.
+        cols: Number of columns, K, a multiple of 64.
     """
 
     data: torch.Tensor
@@ -49,7 +49,7 @@ def pack_pages(
     Kernels trust their input: a damaged header could make them read out of bounds.
 
     Args:
-        blocks: Results of ``Fixed4(cols).encode`` for matrices of ``rows × cols``; not empty.
+        blocks: At least one result of ``Fixed4(cols).encode`` for a matrix of ``rows × cols``.
         rows: Number of rows, N.
         cols: Number of columns, K.
         device: Target device.
@@ -86,8 +86,9 @@ def decode_to_slots(
     Args:
         source: The compressed pages.
         pages: ``[n]`` int32, page numbers, of which the first ``count`` are decoded.
-        slots: ``[n]`` int32, target slot of each.
-        count: ``[1]`` int32 on the device, at most n; avoids synchronising with the host.
+        slots: ``[n]`` int32, target slot of each page.
+        count: ``[1]`` int32 on the device, at most n; it is not a host number, which would require
+            synchronisation.
         target: The arena, with slots of the same size as the pages.
 
     Raises:
@@ -113,7 +114,7 @@ def decode_to_slots_kernel(
     words_ptr, bytes_ptr, offsets_ptr, out_ptr, pages_ptr, slots_ptr, count_ptr,
     rows, column_tiles, headers_at, flags_at, pool_at, stride_out,
 ):  # fmt: skip
-    """Decode one tile of one page per program. ``words_ptr``, ``bytes_ptr``: the same memory."""
+    """Decode one tile of one page; ``words_ptr`` and ``bytes_ptr`` point to the same memory."""
     item = tl.program_id(0)
     if item >= tl.load(count_ptr):
         return

@@ -1,10 +1,11 @@
-"""The event rule on the device, and gathering of missing pages from host memory.
+"""The event rule on the device, and the gathering of missing pages from host memory.
 
-For steps without the host (full CUDA graphs): once per step the host uploads the eviction order of
-the pages, made from any policy's scores. One small kernel per layer then resolves hits, chooses
-victims and assigns slots, and another copies the missing pages. It implements points 1–5 of the
-event rule (docs/concepts/event-rule.md) for one bank, without policy hooks; tests compare every
-array with the core's after every event. Releasing (``retain``) and prefetching stay on the host.
+This is for steps that run without the host (full CUDA graphs): once per step, the host uploads the
+eviction order of the pages, made from any policy's scores. One small kernel per layer then resolves
+hits, chooses victims and assigns slots, and another kernel copies the missing pages. The first
+kernel implements points 1–5 of the event rule (docs/concepts/event-rule.md) for one bank, without
+policy hooks; tests compare every array with the core's after every event. Releasing (``retain``)
+and prefetching stay on the host.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from fluxmoe.cuda.kernels.language import tl, triton
 from fluxmoe.errors import UnsupportedError
 
 _PROTECTED, _UNUSED = tl.constexpr(PROTECTED), tl.constexpr(UNUSED)
-#: Number of pages (choosing victims) or ids (finding hits) processed at once.
+#: Number of pages (when choosing victims) or ids (when finding hits) processed at once.
 _CHUNK = tl.constexpr(1024)
 #: Indices into ``DeviceBooks.counts``.
 HITS, MISSES, EVICTIONS = range(3)
 
 
 class DeviceBooks(NamedTuple):
-    """The books of a page table on the device, as in ``core.paging.books``. P pages, M slots.
+    """The books of a page table on the device, as in ``core.paging.books``.
 
-    ``order`` ``[P]``: pages by score. ``missing`` and ``slots`` ``[E]``: pages loaded by the
-    current event and their slots, of which the first ``count`` are valid. ``victims`` ``[E]``: its
-    victims.
+    P is the number of pages, M that of slots, and E that of experts per layer. ``order`` contains
+    the pages by score. ``missing`` and ``slots`` contain the pages that the current event loads and
+    their slots; the first ``count`` are valid. ``victims`` contains the event's victims.
     """
 
     last_use: torch.Tensor  # int64 [P]
@@ -55,7 +56,7 @@ def upload(books: Books, device: torch.device | str) -> DeviceBooks:
     """Copy the books to the device between two events.
 
     Raises:
-        UnsupportedError: More than one bank.
+        UnsupportedError: The table has more than one bank.
     """
     if len(books.num_slots) != 1:
         raise UnsupportedError("the event rule on a device supports only one bank of slots")
@@ -86,9 +87,9 @@ def upload(books: Books, device: torch.device | str) -> DeviceBooks:
 
 
 def by_score(scores: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
-    """Pages in eviction order: lowest score first, ties by lowest page id (rule, point 4).
+    """Return pages in eviction order: lowest score first, ties by lowest page id (rule, point 4).
 
-    ``scores`` ``[P]`` has any integer or float dtype and no NaN.
+    ``scores`` ``[P]`` has any integer or float dtype and contains no NaN.
     """
     return np.argsort(scores, kind="stable").astype(np.int32)
 
@@ -99,7 +100,7 @@ def resolve_event(books: DeviceBooks, layer: int, ids: torch.Tensor) -> None:
     Args:
         books: Updated in place; ``missing``, ``slots`` and ``count`` give the copies to make.
         layer: MoE layer, from 0.
-        ids: ``[tokens, top_k]`` int32 on the device; negative ones are padding.
+        ids: ``[tokens, top_k]`` int32 on the device; negative ids are padding.
     """
     experts = books.missing.numel()
     resolve_event_kernel[(1,)](
@@ -168,7 +169,7 @@ def resolve_event_kernel(
     tl.store(loaded_at + page, tl.zeros_like(expert).to(tl.int64) + now, mask=miss)
     tl.store(missing + rank, page, mask=miss)
     tl.store(slots + rank, given, mask=miss)
-    # Values read by all threads may change only after a barrier: some threads may lag behind.
+    # Values that all threads read may change only after a barrier, since some threads may lag.
     tl.store(num_free, (spare + found - misses).to(tl.int64))
     tl.store(event, now)
 
@@ -185,22 +186,22 @@ def gather_pages(
     """Copy one part of pages into their slots, reading host memory from the device.
 
     Args:
-        addresses: ``[P]`` int64: device address of each page's part (pinned and mapped on CUDA), a
-            multiple of 16.
+        addresses: ``[P]`` int64, device address of each page's part, a multiple of 16. On CUDA, the
+            memory is pinned and mapped.
         pages: ``[n]`` int32, page numbers, of which the first ``count`` are copied.
-        slots: ``[n]`` int32, target slot of each.
+        slots: ``[n]`` int32, target slot of each page.
         count: ``[1]`` int32 on the device, at most n.
-        arena: ``[slots, …]``, dense slots of a multiple of 16 bytes.
+        arena: ``[slots, …]``, dense; the size of a slot is a multiple of 16 bytes.
         programs: Number of thread blocks that share the work.
 
     Raises:
-        UnsupportedError: The slots are not dense or not a multiple of 16 bytes.
+        UnsupportedError: The slots are not dense, or their size is not a multiple of 16 bytes.
     """
     nbytes = arena[0].numel() * arena.element_size()
     if nbytes % 16 or not arena.is_contiguous():
         raise UnsupportedError(
             f"cannot gather slots of {nbytes} bytes",
-            fix="use dense slots of a multiple of 16 bytes",
+            fix="use dense slots whose size is a multiple of 16 bytes",
         )
     gather_pages_kernel[(programs,)](
         addresses, pages, slots, count, arena.view(torch.int32), nbytes // 4, BLOCK=4096
@@ -209,7 +210,7 @@ def gather_pages(
 
 @triton.jit
 def gather_pages_kernel(addresses, pages, slots, count, arena, words, BLOCK: tl.constexpr):
-    """Copy blocks of ``BLOCK`` words, distributed round-robin over the programs."""
+    """Copy blocks of ``BLOCK`` words; the programs take turns."""
     per_page = tl.cdiv(words, BLOCK)
     for task in range(tl.program_id(0), tl.load(count) * per_page, tl.num_programs(0)):
         item, at = task // per_page, task % per_page * BLOCK + tl.arange(0, BLOCK)

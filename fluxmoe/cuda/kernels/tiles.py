@@ -1,7 +1,7 @@
-"""Tile sizes of the fused MoE kernel: those of stock vLLM, to keep its order of summation.
+"""Tile sizes of the fused MoE kernel, which are stock vLLM's, to keep vLLM's order of summation.
 
-Summing over K in a different number of steps rounds differently, so tiles are chosen from the same
-inputs as in stock vLLM (tokens and experts of the *layer*), never from the number of slots.
+Summing over K in a different number of steps rounds differently, so tiles are chosen by the same
+inputs as in stock vLLM (tokens, and experts of the *layer*), never by the number of slots.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tiles:
 
 
 def default_tiles(tokens: int, experts: int) -> Tiles:
-    """Stock vLLM's tiles for bf16 without a tuned table (0.32, ``get_default_config``).
+    """Return stock vLLM's tiles for bf16 without a tuned table (0.32, ``get_default_config``).
 
     Args:
         tokens: Number of tokens in the batch, before top-k.
@@ -65,7 +65,7 @@ def default_tiles(tokens: int, experts: int) -> Tiles:
 
 
 def read_table(path: Path) -> dict[int, Tiles]:
-    """Read a tuned table in stock vLLM's JSON format, batch size → tiles.
+    """Read a tuned table (batch size → tiles) in stock vLLM's JSON format.
 
     Raises:
         ConfigError: The file is missing, is not a valid table, or lacks a key.
@@ -86,7 +86,7 @@ def read_table(path: Path) -> dict[int, Tiles]:
 
 
 def tiles_for(tokens: int, experts: int, table: Mapping[int, Tiles] | None = None) -> Tiles:
-    """Stock vLLM's tiles for a batch: the nearest entry of its tuned table, else the default."""
+    """Return stock vLLM's tiles for a batch: the table's nearest entry, or default tiles."""
     if table:
         return table[min(table, key=lambda size: abs(size - tokens))]
     return default_tiles(tokens, experts)
