@@ -1,6 +1,6 @@
-"""Built-in policies, registered through the same hook as plugins' policies.
+"""Built-in policies, registered through the same hook as the policies of plugins.
 
-Imports only the contracts of ``core.policy``, ``core.types`` and ``hookspecs``.
+The package imports only the contracts in ``core.policy``, ``core.types`` and ``hookspecs``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from fluxmoe.core.policy.arbitration import ArbitrationPolicy, ArbitrationView, 
 
 
 class Fixed(ArbitrationPolicy):
-    """Keep the initial split; the baseline without arbitration."""
+    """Keep the initial split, as the baseline without arbitration."""
 
     fixed = True
 

@@ -1,4 +1,4 @@
-"""``kv-first``: requests do not wait for memory as long as experts can be streamed instead."""
+"""``kv-first``: requests do not wait for memory while experts can give theirs up."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class KvFirstOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     headroom: float = Field(default=0.25, ge=0)
-    """Spare KV cache, as a fraction of what requests use."""
+    """Spare KV cache, as a fraction of the KV cache that requests use."""
     patience: int = Field(default=200, ge=0)
     """Number of steps without a waiting request after which spare memory returns to the experts."""
 
 
 class KvFirst(ArbitrationPolicy):
-    """Grow the KV cache while requests wait; return spare memory later. FluxMoE's own heuristic."""
+    """Grow the KV cache while requests wait; return spare memory later. A heuristic of FluxMoE."""
 
     def __init__(self, headroom: float = 0.25, patience: int = 200) -> None:
         self._headroom, self._patience = headroom, patience
@@ -38,7 +38,7 @@ class KvFirst(ArbitrationPolicy):
         self._preemptions = view.preemptions
         self._calm = 0 if pressed or needed > kv else self._calm + 1
         if pressed:
-            # Room for the waiting requests, assuming the average size of the running ones.
+            # Room for the waiting requests, assuming that their size is the running ones' average.
             each = view.kv_used_frames / max(view.running_requests, 1)
             needed += round(each * view.waiting_requests)
         elif needed <= kv and self._calm <= self._patience:

@@ -1,10 +1,11 @@
 """``marginal``: the split with the most expected tokens per second, estimated from measurements.
 
-For each split the policy estimates the number of requests that could run (from the memory each
-needs and the number waiting), the duration of a step with that many (a line fitted to recent
-steps), the wait for experts (the miss-ratio curve, scaled to the actual misses, times the measured
-time per page), and the time to compute prompts (the part not found in a prefix cache of that size).
-It moves memory when the best split promises clearly more than the current one.
+For each split the policy estimates the number of requests that could run (from the memory that a
+request needs and the number of requests that wait), the duration of a step with so many requests (a
+line fitted to recent steps), the wait for experts (the miss-ratio curve, scaled to the actual
+misses, times the measured time per page), and the time to compute prompts (the part that a prefix
+cache of the remaining size lacks). It moves memory when the best split promises clearly more than
+the current one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 #: Number of splits to compare.
 _POINTS = 33
-#: Prior for the fraction of a step's time that is independent of the batch.
+#: Prior for the fraction of a step's time that does not depend on the batch.
 _FLAT = 0.6
 
 
@@ -37,7 +38,7 @@ class MarginalOptions(BaseModel):
     dwell: int = Field(default=64, ge=0)
     """Number of steps before the direction may be reversed, unless requests wait for KV cache."""
     headroom: float = Field(default=0.25, ge=0)
-    """Spare KV cache, as a fraction of what requests use, while their growth is unknown."""
+    """Spare KV cache, as a fraction of the KV cache in use, while requests' growth is unknown."""
     interval: int = Field(default=4, ge=1)
     """Number of steps between comparisons; up to 16 times as many while nothing changes."""
     window: int = Field(default=32, ge=8)
@@ -45,9 +46,10 @@ class MarginalOptions(BaseModel):
 
 
 class Marginal(ArbitrationPolicy):
-    """Move memory to the tenant where it yields more tokens per second. FluxMoE's own policy.
+    """Move memory to where it yields more tokens per second. FluxMoE's own policy.
 
-    Equalises marginal benefit, using miss-ratio curves (``core.paging.measures``).
+    The policy equalises the tenants' marginal benefits, using miss-ratio curves
+    (``core.paging.measures``).
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Marginal(ArbitrationPolicy):
         if values[best] <= here * (1 + self._gain):
             if self._wish is None:
                 return Split(view.frames)
-            # Drop the requested split if it no longer pays off or cannot be approached any further.
+            # Drop the requested split if it no longer pays off or if memory has stopped moving.
             goal = float(np.interp(self._wish.frames["experts"], experts, values))
             if goal < here * (1 - self._gain) or present == before:
                 self._wish = None
@@ -102,7 +104,7 @@ class Marginal(ArbitrationPolicy):
         return self._wish
 
     def _wish_within(self, view: ArbitrationView) -> Split:
-        """Return the last decision if it still fits the budget, else the current split."""
+        """Return the last decision if it still fits the budget, otherwise the current split."""
         wish = self._wish
         if wish is None or sum(wish.frames.values()) > view.total_frames:
             return Split(view.frames)
@@ -122,13 +124,13 @@ class Marginal(ArbitrationPolicy):
 
 
 class StepModel:
-    """Cost model of steps, mostly from exponentially weighted averages of observed steps."""
+    """A cost model of steps, mostly from exponentially weighted averages of observed steps."""
 
     def __init__(self, window: int) -> None:
         self._keep = 1 - 1 / window
-        # Sums over decode steps: weights, x, y, xx, xy of requests x and seconds y. The row of each
-        # power of two of requests decays only when it gets new data, so that the cost of large
-        # batches remains known through a long quiet period.
+        # Sums over decode steps of the weights, x, y, xx and xy, for x requests and y seconds. Each
+        # power of two of x has a row, which decays only when it gets new data, so that the cost of
+        # large batches remains known through a long quiet period.
         self._sums = [[0.0] * 5 for _ in range(16)]
         # Prompts come in bursts: the first one does not indicate their average rate.
         self._averages = {"prompt": 0.0}
@@ -142,16 +144,16 @@ class StepModel:
         return sum(row[0] for row in self._sums) > 4
 
     def observe(self, view: ArbitrationView) -> None:
-        """Update the model with the last steps and the number of requests in the next."""
-        # The demand rises immediately and decays slowly: a burst must not wait, and another one may
-        # follow.
+        """Update the model with the last steps and the number of requests in the next one."""
+        # The demand rises immediately and decays slowly: a burst of requests must not wait, and
+        # another burst may follow.
         demand = min(view.running_requests + view.waiting_requests, view.max_running_requests)
         self._average("demand", demand, steps=len(view.steps))
         self._averages["demand"] = max(self._averages["demand"], demand)
         steps = [step for step in view.steps if step.tokens and step.requests]
         if not steps:
             return
-        # There are entire answers between one prompt and the next.
+        # A longer average: there are entire answers between one prompt and the next.
         asked, self._asked = view.prefixes.asked - self._asked, view.prefixes.asked
         self._average("prompt", asked / len(steps), steps=len(steps) / 8)
         known, have = view.experts.curve.size, view.frames["experts"]
@@ -186,10 +188,10 @@ class StepModel:
         self._averages[name] = value + (old - value) * self._keep**steps
 
     def line(self) -> tuple[float, float]:
-        """Duration of a decode step in seconds: fixed part and part per request."""
+        """Return the duration of a decode step in seconds: the fixed part and that per request."""
         n, x, y, xx, xy = (sum(column, 0.0) for column in zip(*self._sums, strict=True))
         x, y = x / n, y / n
-        # A weak prior of the usual shape, because a constant batch does not determine the slope.
+        # A weak prior for the slope, because steps with the same batch size do not determine it.
         weight = 0.02 * n
         spread = xx / n - x * x + weight / n * x * x
         slope = (xy / n - x * y + weight / n * x * (y - _FLAT * y)) / spread if spread else 0.0
@@ -197,13 +199,14 @@ class StepModel:
         return y - slope * x, slope
 
     def prompt_token(self) -> float:
-        """Seconds per prompt token."""
+        """Return the seconds that a prompt token takes."""
         tokens, seconds = self._prefill
-        # Computed in batches, so assumed cheaper than decoded tokens until measured.
+        # Until measured, prompt tokens, which are computed in batches, are assumed to be cheaper
+        # than decoded ones.
         return seconds / tokens if tokens else self.line()[1] / 2
 
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
-        """Expected tokens per second for these numbers of expert frames."""
+        """Return the expected tokens per second for these numbers of expert frames."""
         kv = view.total_frames - experts
         each = self._each(view, headroom)
         batch = np.clip(kv / each, 1.0, max(self._averages["demand"], 1.0))
@@ -218,21 +221,21 @@ class StepModel:
         return value
 
     def _each(self, view: ArbitrationView, headroom: float) -> float:
-        """Number of frames that a request needs."""
+        """Return the number of frames that a request needs."""
         each = view.kv_used_frames / max(view.running_requests, 1)
         if view.request_frames:
             return max(each, view.request_frames)
-        # A full KV cache holds requests of all ages; otherwise the running ones are going to grow.
+        # If the KV cache is full, it holds requests of all ages; otherwise the requests will grow.
         full = view.waiting_requests and view.running_requests < view.max_running_requests
         return max(each, 1e-9) * (1.0 if full else 1 + headroom)
 
     def _misses(self, view: ArbitrationView, experts: Floats, batch: Floats) -> Floats:
-        """Expected misses per step: the curve, scaled to the eviction policy's actual misses."""
+        """Return the expected misses per step: the curve, scaled to the actual misses."""
         demand, seen = view.experts, self._averages
         pages = max(demand.pages, 1)
         expected = seen.get("expected", 0.0)
         scale = seen["misses"] / expected if expected > 1 else 1.0
-        # More requests use more experts, which each is assumed to choose independently.
+        # More requests use more experts; requests are assumed to choose experts independently.
         share = min(seen["accesses"] / pages, 0.999)
         used = pages * (1 - (1 - share) ** (batch / max(seen["running"], 1.0)))
         ratio = demand.miss_ratio(experts)

@@ -16,9 +16,9 @@ class RhoOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     low: float = Field(default=0.9, gt=0)
-    """Lower threshold of ρ; below it, loading is the bottleneck and experts get memory."""
+    """Lower threshold of ρ, below which loading is the bottleneck and the experts get memory."""
     high: float = Field(default=1.0, gt=0)
-    """Upper threshold of ρ; above it, compute hides loading and the KV cache gets memory."""
+    """Upper threshold of ρ, above which compute hides loading and the KV cache gets memory."""
     share: float = Field(default=1 / 32, gt=0, le=1)
     """Fraction of the budget to move at once."""
     window: int = Field(default=8, ge=1)

@@ -17,7 +17,7 @@ class Immediate(EvictionPolicy):
     stable_score = True
 
     def score(self, view: PageView, pages: Int64s) -> Int64s:
-        return view.last_use[pages]  # only prefetched pages can be candidates
+        return view.last_use[pages]  # any order will do: only prefetched pages can be candidates
 
     def retain(self, view: PageView, access: Access) -> Bools:
         return np.zeros(len(access.pages), np.bool_)

@@ -1,10 +1,11 @@
 """``lfru``: frequency and recency combined, for routing whose popular experts change.
 
-FluxMoE's own variant of ``next-use``. A page's expected wait is estimated from its frequency.
-Frequencies cover the whole run, so a page that was popular long ago would be kept for too long.
-Therefore each turn of its layer since its last use adds ``recency`` turns to the wait. Turns are
-counted rather than events: counting events would favour the layer that has just run, although it is
-the last one to run again, which is why lru, and lfu with aging, fail on scans.
+This is FluxMoE's own variant of ``next-use``. A page's expected wait is estimated from the page's
+frequency. Frequencies cover the whole run, so a page that was popular long ago would be kept for
+too long. Therefore each turn of the page's layer since its last use adds ``recency`` turns to the
+wait. Turns are counted rather than events: counting events would favour the layer that has just
+run, although that layer is the last to run again. This is why lru, and lfu with aging, fail on
+scans.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class LeastFrequentlyRecentlyUsed(EvictionPolicy):
             turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
             # Also exact: half an event exceeds the rounding error.
             missed = np.floor((event - last_use + 0.5) * (1.0 / num_layers))
-            # Reciprocal of the probability. The prior, one use in two turns, fades with more turns.
+            # Reciprocal of the probability. The prior, half a use in one turn, fades with time.
             tries = max(1.0, (turns + 1.0) / (use_count + 0.5))
             return -float(distance + (tries - 1.0 + recency * missed) * num_layers)
 

@@ -1,6 +1,6 @@
 """``lru``: least recently used. A classic policy.
 
-Worst case: every layer uses all its experts, so that each step is a scan.
+The worst case is a layer that uses all its experts, so that each step is a scan.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """``next-use``: expected time to next use, estimated from routing frequency and layer order.
 
 FluxMoE's own policy, an estimate of Belady's MIN. Layers run in a fixed cycle, so a page's
-*earliest* next use is known exactly: its layer's next turn, ``distance`` events ahead. If it is
-routed to with probability ``p`` per turn, the expected wait is ``distance + (1/p − 1) · layers``
+*earliest* next use is known exactly: its layer's next turn, ``distance`` events ahead. If the page
+is routed to with probability ``p`` per turn, the expected wait is ``distance + (1/p − 1) · layers``
 events. If a layer uses all its experts (large batches), p is 1 for every page and the rule becomes
 Belady's for cyclic scans, where LRU always misses. If routing is sparse, p dominates.
 
 1/p is estimated as the turns per use so far, plus 0.3 turns for each turn since the last use,
 because popular experts change. A request often keeps an expert for its next token; therefore one
-tenth of (1 − p) is added to p just after a use, a quarter of that one turn later, a ninth after
-two, and so on.
+tenth of (1 − p) is added to p just after a use, a quarter of that amount one turn later, a ninth
+two turns later, and so on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class NextUse(EvictionPolicy):
         turns = rounds + 1.0 + (1.0 if layer <= event - rounds * num_layers else 0.0)
         # Also exact: half an event exceeds the rounding error.
         missed = np.floor((event + 0.5 - last_use) * (1.0 / num_layers))
-        # The prior, one use in two turns, fades with more turns.
+        # The prior, half a use in one turn, fades with more turns.
         uses = use_count + 0.5
         # 1/p in turns, times ``uses``, without the bonus below.
         wait = max(uses, turns) + _RECENCY * missed * uses

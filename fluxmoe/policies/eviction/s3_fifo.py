@@ -1,8 +1,9 @@
-"""``s3-fifo``: S3-FIFO, three queues instead of a score.
+"""``s3-fifo``: S3-FIFO, which uses three queues instead of a score.
 
-Pages enter a small queue. One that is used again while in it moves to the main queue on reaching
-the head; the others are evicted, so that pages used only once do not displace the rest. Recently
-evicted pages are remembered by number (ghosts) and enter the main queue directly when loaded again.
+Pages enter a small queue. A page that is used often enough while in this queue moves to the main
+queue on reaching the head; other pages are evicted there, so that pages used only once do not
+displace the rest. The numbers of recently evicted pages are remembered (ghosts); when loaded again,
+such pages enter the main queue directly.
 Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache eviction", SOSP 2023.
 """
 
@@ -18,7 +19,7 @@ from fluxmoe.core.types import Access, Int64s
 
 #: Highest count of uses, as in the paper: two bits per page.
 _MOST = 3
-#: Number of uses in the small queue that move a page to the main queue.
+#: Number of uses in the small queue with which a page moves to the main queue.
 _EARNED = 2
 
 
@@ -30,7 +31,7 @@ class S3FifoOptions(BaseModel):
 
 
 class S3Fifo(EvictionPolicy):
-    """Evict pages not reused from a small queue, else from the main queue (SOSP 2023)."""
+    """Evict pages that were not reused from a small queue, or from the main queue (SOSP 2023)."""
 
     def __init__(self, small: float = 0.1) -> None:
         self._share = small
@@ -50,7 +51,7 @@ class S3Fifo(EvictionPolicy):
 
     def on_load(self, view: PageView, pages: Int64s) -> None:
         for page in pages.tolist():
-            self._forget(page)  # it may have left without being a victim (released, discarded)
+            self._forget(page)  # it may have lost its slot without being a victim (released)
             queue = self._main if page in self._ghosts else self._small
             self._ghosts.pop(page, None)
             queue[page] = 0
@@ -61,7 +62,7 @@ class S3Fifo(EvictionPolicy):
                 self._ghosts.pop(page, None)
                 self._ghosts[page] = None
             self._forget(page)
-        # As many ghosts as the main queue has slots.
+        # There may be as many ghosts as the main queue has slots.
         while len(self._ghosts) > int((1 - self._share) * view.slots):
             del self._ghosts[next(iter(self._ghosts))]
 

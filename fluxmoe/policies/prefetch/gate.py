@@ -2,8 +2,8 @@
 
 The residual stream changes little from one layer to the next, so the next layer's router, given the
 input of this layer's router, predicts most of the experts that it will choose (HOBBIT,
-arXiv 2411.01433, and others). The prediction comes from the source of the events; the policy passes
-it on.
+arXiv 2411.01433, and others). The source of the events makes the prediction; the policy passes it
+on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fluxmoe.core.types import Access, Int64s
 
 
 class Gate(PrefetchPolicy):
-    """Fetch ``access.predicted``, pages with most tokens first; nothing if it is None."""
+    """Fetch ``access.predicted``, the pages with the most tokens first; nothing if it is None."""
 
     def propose(self, view: PageView, access: Access) -> Int64s:
         return access.pages[:0] if access.predicted is None else access.predicted

@@ -1,9 +1,9 @@
 """``markov``: first-order transitions between the experts of two layers, counted at run time.
 
-FluxMoE's own Markov predictor: the experts of one layer predict those of a later layer, because
-tokens pass through both. Its only state is the counts, layers × experts² numbers of four bytes. To
-follow changes in routing, a row whose total reaches a limit is halved, so that old observations
-fade.
+This is FluxMoE's own Markov predictor: the experts of one layer predict those of a later layer,
+because tokens pass through both. Its main state is the counts: layers × experts² numbers of four
+bytes. To follow changes in routing, an expert's counts are halved when its uses reach a limit, so
+that old observations fade.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MarkovOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     top: int | None = Field(
-        default=None, ge=1, description="Pages to propose; by default as many as the event has."
+        default=None, ge=1, description="Pages to propose; by default, as many as the event uses."
     )
     lead: int = Field(default=1, ge=1, description="Number of layers to predict ahead.")
 
@@ -39,7 +39,7 @@ class Markov(PrefetchPolicy):
         self.reset()
 
     def reset(self) -> None:
-        # The last `lead` events; per (layer, expert), counts of its uses and of its followers.
+        # The last `lead` events; and, per (layer, expert), the counts of uses and of followers.
         self._recent: deque[tuple[int, Int64s]] = deque(maxlen=self.lead)
         self._seen: npt.NDArray[np.float32] | None = None
         self._followed: npt.NDArray[np.float32] | None = None
@@ -80,7 +80,7 @@ class Markov(PrefetchPolicy):
         access: Access,
         experts: Int64s,
     ) -> Int64s:
-        """Pages by the current experts' transition shares, weighted by tokens, highest first."""
+        """Rank pages by the current experts' transition shares, weighted by tokens."""
         known = experts[seen[access.layer, experts] > 0]
         weight = access.tokens[seen[access.layer, experts] > 0] / seen[access.layer, known]
         expected = weight.astype(np.float32) @ followed[access.layer, known]

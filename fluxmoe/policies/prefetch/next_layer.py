@@ -1,6 +1,6 @@
 """``next-layer``: fetches whole layers ahead, as in the FluxMoE paper (arXiv 2604.02715).
 
-Effective if a layer uses most of its experts, wasteful otherwise.
+This is effective if a layer uses most of its experts, and wasteful otherwise.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from fluxmoe.core.types import Access, Int64s
 
 
 class NoPrefetch(PrefetchPolicy):
-    """Fetch nothing ahead; the baseline."""
+    """Fetch nothing ahead, as the baseline."""
 
     lead = 0
 
