@@ -1,6 +1,6 @@
-"""Plugins: finding and loading them, and the registry of policies and codecs.
+"""Discovery and loading of plugins, and the registry of policies and codecs.
 
-Imports ``policies``, ``stores``, ``config`` and the packages below them.
+The package imports ``policies``, ``stores``, ``config`` and the packages below them.
 """
 
 from fluxmoe.plugins.loading import ALLOW_LIST, GROUP, load

@@ -1,4 +1,4 @@
-"""Validation of plugins: API version, registrations, options; failures become errors."""
+"""Validation of plugins: API version, registrations and options; failures become errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fluxmoe.words import interrupts, line, raised
 
 T = TypeVar("T")
 
-#: Generous for slow imports, but ends infinite loops.
+#: Limits that allow slow imports, but end infinite loops.
 LIMITS = Limits(hard_s=30.0)
 
 logger = logging.getLogger("fluxmoe")
 
-#: Attribute of a plugin's module with its API version; 1 if absent.
+#: Attribute of a plugin's module that contains the API version; 1 if absent.
 DECLARATION = "fluxmoe_plugin_api"
 
 _KINDS: dict[str, type] = {
@@ -50,12 +50,12 @@ _DECLARED: dict[str, dict[str, type]] = {
 
 
 def noun(kind: str) -> str:
-    """Return the noun for a kind in messages."""
+    """Return the noun that messages use for a kind."""
     return kind if kind == "codec" else f"{kind} policy"
 
 
 def kind_of(factory: Callable[..., Any], name: str, hook: str, plugin: str) -> str:
-    """Determine the kind of policy or codec that a factory makes. Raises PluginLoadError."""
+    """Determine the kind of policy or codec that a factory makes; raise PluginLoadError if none."""
     made = class_made_by(factory)
     kinds = [kind for kind in HOOKS[hook] if issubclass(made, _KINDS[kind])]
     if not kinds and hook == "fluxmoe_register_codecs":
@@ -90,7 +90,7 @@ def require_declared(made: Any, kind: str) -> None:
 
 
 def _decides(policy: Any) -> bool:
-    """True if an eviction policy implements one of the three ways to choose victims."""
+    """Return True if an eviction policy implements one of the ways to choose victims."""
     return policy.score_kernel is not None or any(
         getattr(policy, method) is not getattr(EvictionPolicy, method)
         for method in ("score", "make_kernel", "select")
@@ -98,12 +98,12 @@ def _decides(policy: Any) -> bool:
 
 
 def is_policy(made: type, kind: str) -> bool:
-    """True if a class is a policy of this kind and implements its decisions."""
+    """Return True if a class is a policy of this kind and implements its decisions."""
     return issubclass(made, _KINDS[kind]) and (kind != "eviction" or _decides(made))
 
 
 def class_made_by(factory: Callable[..., Any]) -> type:
-    """Return the class that a factory makes: itself, or its return annotation."""
+    """Return the class that a factory makes: the factory itself, or its return annotation."""
     if isinstance(factory, type):
         return factory
     try:
@@ -116,7 +116,7 @@ def class_made_by(factory: Callable[..., Any]) -> type:
 def checked_options(
     model: type[BaseModel] | None, options: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Validate options and fill in defaults by their model; without a model there are none.
+    """Validate options by their model and fill in defaults; without a model, no option is valid.
 
     Raises:
         ConfigError: An option is unknown or invalid.
@@ -151,12 +151,12 @@ def checked_options(
                 for each in error.errors()
             ]
         ) from error
-    except Exception as error:  # of a validator, which may raise anything
-        raise ConfigError(f"its options cannot be checked: {raised(error)}", where=where) from error
+    except Exception as error:  # from a validator, which may raise anything
+        raise ConfigError(f"the options cannot be checked: {raised(error)}", where=where) from error
 
 
 def _options(model: type[BaseModel]) -> set[str] | None:
-    """Return the options that a model defines; None if it accepts any. Misspelt ones are errors."""
+    """Return the options that a model defines; None if the model accepts any option."""
     if model.model_config.get("extra") == "allow":
         return None
     aliases = (field.validation_alias for field in model.model_fields.values())
@@ -171,10 +171,10 @@ def attempt(
     fix: str = "",
     passed: type[FluxMoEError] = PluginLoadError,
 ) -> T:
-    """Call ``function``; a failure is reported as ``what`` followed by the reason.
+    """Call ``function``; report a failure as ``what`` followed by the reason.
 
-    An exit counts as a failure, and so does a call that exceeds ``LIMITS``, which is interrupted
-    between two Python instructions.
+    An exit counts as a failure, and so does a call that exceeds ``LIMITS``; such a call is
+    interrupted between two Python instructions.
 
     Raises:
         PluginLoadError: The call failed.
@@ -189,7 +189,7 @@ def attempt(
         except BaseException as error:
             if interrupts(error):
                 raise
-            # Within the limit: what an exception says about itself is the plugin's code.
+            # Formatted within the time limit, because an exception's text comes from plugin code.
             raise PluginLoadError(f"{what}{raised(error)}", where=where, fix=fix) from error
 
     try:
@@ -202,7 +202,7 @@ def attempt(
 def check_api(
     plugin: object, name: str, *, current: int = PLUGIN_API, oldest: int = OLDEST_PLUGIN_API
 ) -> None:
-    """Reject plugins for unsupported API versions; warn about outdated ones.
+    """Reject plugins for unsupported API versions; warn about outdated plugins.
 
     Args:
         plugin: The plugin's module or object.

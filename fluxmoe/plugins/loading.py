@@ -1,10 +1,10 @@
-"""``load``: the registry of all built-in, installed and named plugins.
+"""``load``, which makes the registry of all built-in, installed and named plugins.
 
 Plugins come from entry points of installed distributions, from files and from modules.
 
-Failure to load a plugin *named* on the command line or in the configuration is an error. One that
-is merely *installed* must not stop a server that does not use it: the failure is logged, and only
-an unknown policy name turns it into an error.
+Failure to load a plugin *named* on the command line or in the configuration is an error. A plugin
+that is merely *installed* must not stop a server that does not use it: the failure is logged, and
+only the use of an unknown policy or codec name leads to an error.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ logger = logging.getLogger("fluxmoe")
 def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Registry:
     """Make the registry of built-in, installed and explicitly named plugins.
 
-    Each call imports and registers again, so it may be called repeatedly and in any process.
+    Each call imports and registers the plugins again, so ``load`` may be called repeatedly and in
+    any process.
 
     Args:
-        extra: Paths of ``.py`` files or dotted module names, or a single one.
+        extra: Paths of ``.py`` files or dotted module names; a single one or several.
 
     Raises:
-        PluginLoadError: Some of ``extra`` cannot be loaded (see ``others``), or a plugin on the
-            allow-list is not installed.
+        PluginLoadError: A plugin in ``extra`` cannot be loaded (``others`` has further errors), or
+            a plugin on the allow-list is not installed.
     """
     registry = Registry()
     registry.add(policies, "fluxmoe", origin="built in", version=__version__)
@@ -77,14 +78,14 @@ def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Reg
     for name in dict.fromkeys(_names(extra)):
         with problems.check():
             module = named(name)
-            if not registry.knows(module):  # it may be installed as well
+            if not registry.knows(module):  # a named plugin may be installed as well
                 registry.add(module, name, version=line(getattr(module, "__version__", "")))
     problems.require()
     return registry
 
 
 def _names(extra: object) -> list[str]:
-    """Convert files and modules to text. Raises ConfigError."""
+    """Convert files and modules to text; raise ConfigError if ``extra`` is invalid."""
     given = [extra] if isinstance(extra, str | PathLike) else extra
     if not isinstance(given, Iterable):
         raise wrong("extra", "files or modules", extra, "plugins.load")
@@ -96,7 +97,7 @@ def _names(extra: object) -> list[str]:
 
 @cache
 def _warn(message: str) -> None:
-    """Log a warning once per process, even if plugins are loaded repeatedly."""
+    """Log a warning, only once per process even if plugins are loaded repeatedly."""
     logger.warning("%s", message)
 
 
@@ -116,17 +117,17 @@ class Installed:
         return self.entry.dist.version if self.entry.dist else ""
 
     def module(self) -> object:
-        """Import the plugin. Raises PluginLoadError."""
+        """Import the plugin; raise PluginLoadError if that fails."""
         return attempt(
             self.entry.load,
             f"cannot import {self.entry.value}: ",
             where=f"plugin {self.name}",
-            fix=f"uninstall it or omit it from {ALLOW_LIST}",
+            fix=f"uninstall the plugin or omit it from {ALLOW_LIST}",
         )
 
 
 def installed() -> list[Installed]:
-    """List all entry points by name. Raises PluginLoadError if one on the allow-list is missing."""
+    """List all entry points by name; raise PluginLoadError if an allowed plugin is missing."""
     entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name)
     allowed = os.environ.get(ALLOW_LIST)
     if allowed is None:
@@ -151,11 +152,13 @@ def named(name: str) -> ModuleType:
     """Import a file or module named on the command line or in the configuration.
 
     Raises:
-        PluginLoadError: It does not exist or cannot be imported.
+        PluginLoadError: The plugin does not exist or cannot be imported.
     """
     path, where = Path(name), f"plugin {name}"
     if not is_plugin_file(name):
-        return attempt(lambda: importlib.import_module(name), "cannot import it: ", where=where)
+        return attempt(
+            lambda: importlib.import_module(name), "cannot import the plugin: ", where=where
+        )
     if path.is_dir():
         files = ", ".join(sorted(str(file) for file in path.glob("*.py"))[:3])
         raise PluginLoadError(
@@ -165,7 +168,7 @@ def named(name: str) -> ModuleType:
         )
     if not path.is_file():
         raise PluginLoadError("no such file", where=where)
-    # One name per path, so that two files with the same name do not collide.
+    # Each path has its own module name, so that two files with the same name do not collide.
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"fluxmoe_plugin_{path.stem}_{digest}", path)
     if spec is None or spec.loader is None:
@@ -174,7 +177,7 @@ def named(name: str) -> ModuleType:
     loader = spec.loader
     sys.modules[spec.name] = module
     try:
-        attempt(lambda: loader.exec_module(module), "cannot import it: ", where=where)
+        attempt(lambda: loader.exec_module(module), "cannot import the plugin: ", where=where)
     except BaseException:
         del sys.modules[spec.name]
         raise
@@ -182,10 +185,10 @@ def named(name: str) -> ModuleType:
 
 
 def _is_called(entry: importlib.metadata.EntryPoint, name: str) -> bool:
-    """True if ``name`` is the entry point's or its distribution's, normalised as in pip."""
+    """Return True if ``name`` names the entry point or, normalised as in pip, its distribution."""
     return name == entry.name or (entry.dist is not None and _same(name, entry.dist.name))
 
 
 def _same(a: str, b: str) -> bool:
-    """True if two distribution names are equivalent (PEP 503)."""
+    """Return True if two distribution names are equivalent (PEP 503)."""
     return re.sub(r"[-_.]+", "-", a).lower() == re.sub(r"[-_.]+", "-", b).lower()

@@ -28,7 +28,7 @@ from fluxmoe.findings import Findings
 from fluxmoe.plugins import checks
 from fluxmoe.words import class_name, line
 
-#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python a policy class or instance can
+#: A policy: ``lru`` or ``{kind: lru, option: value}``. In Python, a policy class or an instance can
 #: replace the name.
 PolicySpec = str | Mapping[str, Any] | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
@@ -40,11 +40,11 @@ class Plugin:
     """A plugin and its status.
 
     Attributes:
-        name: Name of its entry point, or the file or module as given.
-        origin: Source of the plugin; ``named``: on the command line or in the configuration.
-        version: Version of its distribution, or its module's ``__version__``; may be empty.
-        status: ``ok``, ``broken``, or ``left out`` by the allow-list.
-        problem: The reason if not ``ok``.
+        name: Name of the entry point, or the file or module as given.
+        origin: Source of the plugin; ``named`` means on the command line or in the configuration.
+        version: Version of the distribution, or the module's ``__version__``; may be empty.
+        status: ``ok``, ``broken``, or ``left out`` (by the allow-list).
+        problem: The reason if the status is not ``ok``.
     """
 
     name: str
@@ -59,9 +59,13 @@ class Registration:
     """One registered policy or codec.
 
     Attributes:
-        plugin: Name of the registering plugin.
+        kind: ``eviction``, ``prefetch``, ``arbitration`` or ``codec``.
+        name: Name under which the policy or codec is registered.
+        factory: Callable that makes the policy or codec.
+        config_model: Model of the options; None if there are no options.
+        plugin: Name of the plugin that registered the policy or codec.
         summary: First line of the factory's docstring.
-        oracle: True for an eviction policy that needs the future, as far as its class tells.
+        oracle: True for an eviction policy whose class declares that it needs the future.
     """
 
     kind: str
@@ -73,7 +77,7 @@ class Registration:
     oracle: bool
 
     def create(self, options: Mapping[str, Any]) -> Any:
-        """Create a policy or codec with validated options. Raises PluginLoadError."""
+        """Create a policy or codec with validated options; raise PluginLoadError if that fails."""
 
         def made() -> Any:
             policy = self.factory(**options)
@@ -84,7 +88,7 @@ class Registration:
             made,
             f"{checks.noun(self.kind)} {self.name!r} cannot be created: ",
             where=f"plugin {self.plugin}",
-            passed=FluxMoEError,  # e.g. for a missing package
+            passed=FluxMoEError,  # raised, for example, if a package is missing
         )
 
 
@@ -110,20 +114,20 @@ class Registry:
         return sorted(self._policies.values(), key=lambda r: (r.kind, r.name))
 
     def knows(self, plugin: object) -> bool:
-        """True if the plugin object or module has been added."""
+        """Return True if the plugin object or module has been added."""
         return self._manager.is_registered(plugin)
 
     def require(self, name: str) -> None:
         """Raise PluginLoadError if the plugin of this name was found but is not in use."""
         for plugin in self.plugins:
             if plugin.name == name and plugin.status != "ok":
-                problem = f"it is {plugin.status}: {plugin.problem}"
+                problem = f"the plugin is {plugin.status}: {plugin.problem}"
                 raise PluginLoadError(problem, where=f"plugin {name}")
 
     def add(
         self, plugin: object, name: str, *, origin: Origin = "named", version: str = ""
     ) -> None:
-        """Register a plugin object or module with everything its hooks register, or nothing.
+        """Register a plugin object or module: everything that its hooks register, or nothing.
 
         Raises:
             PluginLoadError: A hook raised or registered something invalid.
@@ -132,7 +136,7 @@ class Registry:
             raise PluginLoadError(
                 f"a plugin named {name!r} already exists",
                 where=f"plugin {name}",
-                fix="name it only once, or rename its entry point",
+                fix="name the plugin only once, or rename its entry point",
             )
         before = dict(self._policies)
         try:
@@ -198,7 +202,7 @@ class Registry:
         return [name for k, name in sorted(self._policies) if k == kind]
 
     def get(self, kind: str, name: str) -> Registration:
-        """Get a registration. Raises UnknownPolicyError or UnknownCodecError."""
+        """Return a registration; raise UnknownPolicyError or UnknownCodecError if there is none."""
         try:
             return self._policies[kind, name]
         except KeyError:
@@ -208,7 +212,10 @@ class Registry:
             raise UnknownPolicyError(kind, name, self.names(kind), broken) from None
 
     def source(self, kind: str, spec: PolicySpec) -> str:
-        """A policy or codec with its package, such as ``lru (FluxMoE 0.1.0)``; else its module."""
+        """Return a policy or codec with its source, such as ``lru (FluxMoE 0.1.0)``.
+
+        The source is the registering package, or the module if the policy is not registered.
+        """
         made, _ = self._chosen(kind, spec)
         package = made.plugin
         for plugin in self.plugins:
@@ -220,7 +227,8 @@ class Registry:
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 
-        A class of policies, instead of a name, is called with the options; an instance is reset.
+        The name may also be a policy class, which is called with the options, or an instance, which
+        is reset.
 
         Raises:
             UnknownPolicyError, UnknownCodecError: The name is not registered.
@@ -253,7 +261,7 @@ class Registry:
         return _registration(kind, name_of(chosen), factory, None, made.__module__, made), options
 
     def policies(self, config: Config) -> Policies:
-        """Create a configuration's paging policies for an engine.
+        """Create the paging policies of a configuration for an engine.
 
         Raises:
             UnknownPolicyError, ConfigError, PluginLoadError: See ``create``.
@@ -266,15 +274,16 @@ class Registry:
         return Policies(eviction, prefetch, name_of(config.eviction), name_of(config.prefetch))
 
     def arbitration(self, config: Config) -> ArbitrationPolicy:
-        """Create a configuration's arbitration policy. Raises the errors of ``create``."""
+        """Create the arbitration policy of a configuration. Raises the errors of ``create``."""
         policy: ArbitrationPolicy = self.create("arbitration", config.arbitration)
         return policy
 
     def check(self, config: Config) -> None:
-        """Validate names and options of a configuration's policies and codecs; creates none.
+        """Validate names and options of a configuration's policies and codecs; create none.
 
-        For commands that start an engine, which creates them. Raises the errors of ``policies``,
-        ``arbitration`` and ``create`` together, except those of factories.
+        This is for commands that start an engine, which then creates the policies and codecs. It
+        raises the errors of ``policies``, ``arbitration`` and ``create`` together, except those
+        that factories cause.
         """
         specs = [(kind, getattr(config, kind)) for kind in ("eviction", "prefetch", "arbitration")]
         found = Findings()
@@ -287,7 +296,7 @@ class Registry:
 
 
 def name_of(spec: object) -> str:
-    """Name of a policy, or of its class, in messages and results."""
+    """Return the name of a policy, or of its class, for messages and results."""
     chosen = spec.get("kind") if isinstance(spec, Mapping) else spec
     if isinstance(chosen, str):
         return chosen
@@ -302,7 +311,8 @@ def _registration(
     plugin: str,
     made: type,
 ) -> Registration:
-    # Read here, where a failure is the plugin's: a class may compute its attributes.
+    # A class may compute its attributes, so they are read here, where the plugin is blamed for a
+    # failure.
     doc: object = factory.__doc__
     said = str.__str__(doc).strip().partition("\n")[0] if isinstance(doc, str) else ""
     oracle = getattr(made, "needs_future", False) is True
@@ -321,5 +331,5 @@ def _refuse_oracle(oracle: bool, config: Config) -> None:
         raise NeedsFutureError(
             f"eviction policy {name_of(config.eviction)!r} needs to know the future",
             where="eviction",
-            fix="use it with `fluxmoe simulate` only; choose another one for serving",
+            fix="use it only with `fluxmoe simulate`; choose another policy for serving",
         )

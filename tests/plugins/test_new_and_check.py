@@ -248,7 +248,7 @@ def test_an_installed_plugin_is_checked_by_its_name(site, monkeypatch, called):
     ("what", "message"),
     [
         ("nowhere.py", "error[FM202]: no such file; plugin nowhere.py"),
-        ("no_such_module", "error[FM202]: cannot import it: ModuleNotFoundError"),
+        ("no_such_module", "error[FM202]: cannot import the plugin: ModuleNotFoundError"),
     ],
 )
 def test_what_is_not_there(what, message):
@@ -260,7 +260,10 @@ def test_a_broken_installed_plugin_is_told_with_its_reason(site, monkeypatch):
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})
     monkeypatch.delenv("FLUXMOE_PLUGINS")
     error = run("plugin", "check", "pony", code=2)
-    assert "error[FM202]: it is broken: cannot import pony_policy: ModuleNotFoundError" in error
+    assert (
+        "error[FM202]: the plugin is broken: cannot import pony_policy: ModuleNotFoundError"
+        in error
+    )
     monkeypatch.setenv("FLUXMOE_PLUGINS", "")
     error = run("plugin", "check", "pony", code=2)
-    assert "it is left out: not in FLUXMOE_PLUGINS" in error
+    assert "the plugin is left out: not in FLUXMOE_PLUGINS" in error

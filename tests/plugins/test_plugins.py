@@ -98,7 +98,7 @@ def test_a_plugin_that_fails_to_import_is_named(site, kind, text, message):
     with pytest.raises(PluginLoadError) as info:
         plugins.load([name])
     assert info.value.where == f"plugin {name}"
-    assert info.value.what.startswith("cannot import it: ")
+    assert info.value.what.startswith("cannot import the plugin: ")
     assert message in info.value.what
     assert not [m for m in set(sys.modules) - loaded if "pony" in m]  # nothing half-loaded remains
 
