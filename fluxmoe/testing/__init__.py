@@ -1,6 +1,6 @@
-"""Test tools for policies and for FluxMoE itself: conformance, golden traces, faults, leaks.
+"""Test tools for policies and for FluxMoE itself: conformance, golden traces, faults and leaks.
 
-Works without pytest; with pytest it adds fixtures (``fluxmoe_golden`` and others).
+The tools work without pytest; with pytest, FluxMoE adds fixtures (``fluxmoe_golden`` and others).
 """
 
 import importlib

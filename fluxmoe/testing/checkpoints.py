@@ -1,7 +1,7 @@
 """Random checkpoints of real architectures, written to disk as Hugging Face models.
 
 Random routers show more locality than trained ones, so measurements on such checkpoints do not
-indicate the quality of a policy. Identity and throughput at full load are unaffected.
+indicate the quality of a policy. Tests of identity and of throughput at full load are unaffected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMALL: dict[str, Any] = {
     "num_experts": 16,
     "num_experts_per_tok": 4,
 }
-#: A dense first layer, and shared experts.
+#: Settings for a dense first layer and shared experts.
 _ROUTED: dict[str, Any] = {
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
@@ -38,7 +38,7 @@ _ROUTED: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "first_k_dense_replace": 1,
 }
-#: The same with multi-head latent attention. vLLM's CPU backend supports 512 + 64.
+#: The same with multi-head latent attention. vLLM's CPU backend supports the ranks 512 + 64.
 _LATENT: dict[str, Any] = {
     **_ROUTED,
     "num_key_value_heads": 4,
@@ -48,7 +48,7 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 32,
 }
 # A layer's state is small and its keys and values are large, so that a KV block, which vLLM makes
-# as large as a state, has few enough tokens for the prefixes in tests to fill it.
+# as large as a state, has so few tokens that the prefixes in tests fill it.
 _GATED_DELTA_NET: dict[str, Any] = {
     **_SMALL,
     "head_dim": 64,
@@ -107,10 +107,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "q_lora_rank": 64,
         },
     ),
-    # Hybrids: one of four layers is full attention, the others keep a state of fixed size. Each
-    # kind is a separate KV cache group in vLLM. Qwen: Gated DeltaNet.
+    # Hybrids: one of four layers uses full attention, and the others keep a state of fixed size.
+    # Each kind is a separate KV cache group in vLLM. Qwen uses Gated DeltaNet.
     "qwen3-next": ("Qwen3Next", {**_GATED_DELTA_NET, "norm_topk_prob": True}),
-    # Published with its text configuration inside a multimodal one; vLLM also reads it alone.
+    # Published with its text configuration inside a multimodal one; vLLM also reads the text
+    # configuration alone.
     "qwen3.5-moe": ("Qwen3_5Moe", _GATED_DELTA_NET),
     # Short convolutions, a dense first layer and a router with a correction bias.
     "lfm2-moe": (
@@ -139,7 +140,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "position_embedding_type": "rope",
         },
     ),
-    # No experts: must be rejected.
+    # A model without experts, which FluxMoE must reject.
     "qwen3-dense": ("Qwen3", {"head_dim": 32, "intermediate_size": 256}),
 }
 
@@ -170,7 +171,7 @@ def write(path: Path, architecture: str = "qwen3-moe", *, seed: int = 0, **setti
     if done.is_file() and done.read_text() == recipe:
         return path
     path.mkdir(parents=True, exist_ok=True)
-    text = f"{stem}TextConfig"  # of a multimodal family
+    text = f"{stem}TextConfig"  # exists in a multimodal family
     config_class = getattr(transformers, text, None) or getattr(transformers, f"{stem}Config")
     config = config_class(**wanted, dtype="bfloat16")
     with torch.random.fork_rng(devices=[]):

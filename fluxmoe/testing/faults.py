@@ -30,9 +30,9 @@ class FaultPlan:
         self._lock = threading.Lock()
 
     def arm(self, site: str, error: BaseException, nth: int = 1, *, lasting: bool = False) -> None:
-        """Raise ``error`` on the ``nth`` call of ``site`` from now on, replacing earlier plans.
+        """Raise ``error`` on the ``nth`` call to ``site`` from now on, replacing earlier plans.
 
-        ``lasting``: also on all later calls, until ``disarm``.
+        If ``lasting``, all later calls raise the error as well, until ``disarm``.
         """
         first = self.passed[site] + nth
         self._armed = (site, range(first, sys.maxsize if lasting else first + 1), error)
@@ -42,7 +42,7 @@ class FaultPlan:
         self._armed = None
 
     def reach(self, site: str) -> None:
-        """Count a call of a site, and fail if armed for it."""
+        """Count a call to a site, and fail if the plan is armed for this call."""
         with self._lock:
             self.passed[site] += 1
             if self._armed is None:
@@ -55,9 +55,9 @@ class FaultPlan:
 
 
 class FaultyStore:
-    """Reads from another store, but fails for ``broken`` pages and waits for ``held`` ones.
+    """Reads from another store, but fails for ``broken`` pages and waits for held pages.
 
-    Every read calls the site ``read`` of its plan. A failed read leaves half a page behind.
+    Every read calls the site ``read`` of the plan. A failed read leaves half a page behind.
 
     Attributes:
         broken: Pages that currently cannot be read.
@@ -108,7 +108,7 @@ class FaultyStore:
 
 
 class FaultyAddressedStore(FaultyStore):
-    """A ``FaultyStore`` for an ``AddressedStore``, without ``hold``: the device reads by itself."""
+    """A ``FaultyStore`` for an ``AddressedStore``; ``hold`` has no effect: the device reads."""
 
     def __init__(self, store: AddressedStore, plan: FaultPlan | None = None) -> None:
         super().__init__(store, plan)
@@ -123,7 +123,7 @@ class FaultyAddressedStore(FaultyStore):
 
 
 class FaultySubstrate:
-    """A failing substrate with sites ``reserve``, ``commit``, ``decommit``, ``release``."""
+    """A failing substrate with the sites ``reserve``, ``commit``, ``decommit`` and ``release``."""
 
     def __init__(self, substrate: Substrate, plan: FaultPlan | None = None) -> None:
         self._substrate, self.plan = substrate, plan or FaultPlan()

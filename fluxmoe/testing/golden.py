@@ -1,7 +1,8 @@
-"""Golden traces: small, generated in memory from a seed, with known miss counts.
+"""Golden traces: small traces with known miss counts, generated in memory from a seed.
 
-They are the same on every machine, so tests can contain results from another one. ``misses`` has
-those of built-in policies, for comparison with other policies or implementations.
+Golden traces are the same on every machine, so tests can contain results from another machine.
+``misses`` has the results of built-in policies, for comparison with other policies or
+implementations.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class GoldenTrace:
     Attributes:
         name: Key in ``GOLDEN``.
         workload: Generator of the trace.
-        capacities: Numbers of pages: the minimum for any event, half of all pages, all pages.
+        capacities: Numbers of pages: the minimum for every event, half of all pages, and all pages.
         misses: Policy → misses at each of ``capacities``, without prefetch.
         predicted: True if events predict the next layer's experts (always correctly).
     """
@@ -38,7 +39,7 @@ class GoldenTrace:
 
     @cached_property
     def events(self) -> Events:
-        """Make the trace in memory, for the simulator."""
+        """The trace in memory, for the simulator."""
         return events_of(self.workload, predicted=self.predicted)
 
 
@@ -82,9 +83,9 @@ def events_of(workload: Workload, *, predicted: bool = False) -> Events:
     return Events(meta, block)
 
 
-#: Name → trace. ``sparse`` is decode at batch size 2, ``mixed`` has a prefill every tenth step,
+#: Name → trace. ``sparse`` is decode at batch size 2, ``mixed`` has a prefill in every tenth step,
 #: ``scan`` is only prefill, ``predicted`` has predictions of the next layer's experts, ``flat`` has
-#: one layer, ``thin`` one expert per layer.
+#: one layer, and ``thin`` has one expert per layer.
 GOLDEN: dict[str, GoldenTrace] = {
     trace.name: trace
     for trace in (

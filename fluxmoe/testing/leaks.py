@@ -1,4 +1,4 @@
-"""Detection of leaks: open files, mapped frames, threads, child processes."""
+"""Detection of leaked open files, mapped frames, threads and child processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class LeakError(AssertionError):
 
 @contextmanager
 def no_leaks() -> Iterator[None]:
-    """Raise LeakError if more resources exist after the block than before it.
+    """Return a context that raises LeakError if more resources exist at its end than at its start.
 
-    Counts open files, mappings of frames, threads and child processes of this process. Objects
-    waiting only for the garbage collector do not count. Linux only.
+    Resources are open files, mappings of frames, threads and child processes of this process.
+    Objects that only wait for the garbage collector do not count. This works only on Linux.
     """
     before = _held()
     yield
@@ -32,11 +32,11 @@ def no_leaks() -> Iterator[None]:
 
 def _held() -> Counter[str]:
     gc.collect()
-    # The watchdog of policy calls ends by itself when there are no policies left.
+    # The watchdog of policy calls does not count: it ends when there are no policies left.
     names = [thread.name for thread in threading.enumerate() if thread.name != "fluxmoe-watchdog"]
     held = Counter(f"thread {name}" for name in names)
     for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the folder itself was open only for listing it
+        with suppress(OSError):  # the listed folder was itself open, but only while it was listed
             held[f"open file {os.readlink(f'/proc/self/fd/{entry}')}"] += 1
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "/memfd:" in line:

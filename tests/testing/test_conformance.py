@@ -258,7 +258,7 @@ EVICTION = [
         "stable",
         "neither accessed nor loaded",
     ),
-    (TwoMinds, "agrees", ", score_kernel"),
+    (TwoMinds, "agrees", ", but score_kernel"),
     (spoilt(Eviction, needs_future=True), "foresight", "never read"),
     (spoilt(Eviction, retain=_none, on_evict=_slow), "fast", "its fastest call took"),
 ]
@@ -298,7 +298,7 @@ ARBITRATION = [
     (
         spoilt(Arbitration, split=lambda s, v: fluxmoe.Split(dict.fromkeys(v.frames, 9999))),
         "answers",
-        "frames of",
+        "frames, but there are",
     ),
     (spoilt(Arbitration, split=lambda s, v: 1 / v.step_seconds), "answers", "ZeroDivisionError"),
     (spoilt(Arbitration, split=lambda s, v: _spend(v)), "answers", "item assignment"),

@@ -1,4 +1,4 @@
-"""The contract of arbitration policies as tests."""
+"""The contract of arbitration policies, as tests."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Day:
     Attributes:
         name: Name for messages.
         total: Number of frames in the budget.
-        experts, kv: Bounds in frames; both start with ``target``.
-        steps: The engine's view in each step; frames and bounds are filled in.
+        experts, kv: Bounds of the tenants in frames; both tenants start at their ``target``.
+        steps: The engine's view in each step, to which a run adds frames and bounds.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Day:
 
 
 def _steps(total: int, count: int = 240) -> Iterator[ArbitrationView]:
-    """Yield views: nothing measured, one request, queue, preemptions, only prefixes, idle again."""
+    """Yield views: nothing measured, one request, a queue, preemptions, only prefixes, and idle."""
     rng = np.random.default_rng(7)
     demand = ExpertDemand(frames=total / 100, pages=80)
     preemptions = hits = 0
@@ -127,7 +127,7 @@ DAYS: tuple[Day, ...] = (
 
 
 class PolicyRun:
-    """A day in progress. A policy's split is approached in small moves, as in the engine."""
+    """A day in progress, which approaches a policy's split in small moves, as the engine does."""
 
     def __init__(self, day: Day, policy: ArbitrationPolicy) -> None:
         self._day, self._policy = day, policy
@@ -153,7 +153,7 @@ class PolicyRun:
         return self._wanted
 
     def _moved(self, split: Split, used: int) -> Frames:
-        """Frames after a move of at most a sixteenth of the budget, within the bounds."""
+        """Return the frames after a move of at most 1/16 of the budget, within the bounds."""
         day, (experts, kv) = self._day, self._frames
         most = max(1, day.total // 16)
         floor = max(day.kv.min, min(used, kv))
@@ -163,7 +163,7 @@ class PolicyRun:
         return max(experts + min(max(room - experts, -most), most), day.experts.min), kv
 
     def restart(self) -> None:
-        """Restart at the first step, after ``reset()``."""
+        """Call the policy's ``reset()`` and restart at the first step."""
         self.guard.auditor.contain("reset")
         self._wanted = np.zeros_like(self._wanted)
         self._at, self._frames = 0, (self._day.experts.target, self._day.kv.target)

@@ -1,7 +1,8 @@
 """Audited guards: the host's guards, with every call checked against the contract.
 
-A guard makes all calls of its policy through a ``PolicyCaller``. An ``Auditor`` in its place
-compares the state before and after, repeats calls that must be pure, and tolerates no faults.
+A guard makes all calls to its policy through a ``PolicyCaller``. An ``Auditor`` takes that place
+here: it compares the state before and after each call, repeats calls that must be pure, and
+tolerates no faults.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ T = TypeVar("T")
 _MEND = {
     "score": "return one number per page of `pages`, for instance an array made from view.last_use"
     "[pages]; ±inf is allowed, NaN is not",
-    "score_kernel": "return a float for any page, including ones never used (last_use -1, "
+    "score_kernel": "return a float for any page, including pages never used (last_use -1, "
     "use_count 0)",
     "select": "return n different pages out of `pages`, as integers",
     "retain": "return one bool per page of access.pages",
@@ -40,17 +41,17 @@ _MEND = {
     "split": "return fluxmoe.Split with whole, non-negative frames for each tenant of view.frames, "
     "together at most view.total_frames; Split(view.frames) changes nothing",
 }
-#: Number of calls whose fastest one reflects the method rather than the machine.
+#: Number of calls after which the fastest reflects the method rather than the machine.
 _ENOUGH = 10
 _KEEP_OFF = "the view belongs to the host: write only to arrays made by the policy"
 
 
 class Auditor(PolicyCaller):
-    """Makes the calls of one policy and records their problems.
+    """Makes the calls to one policy and records their problems.
 
     Args:
         policy: The policy.
-        kind, view: Kind and view of the policy; arbitration has no permanent view.
+        kind, view: Kind and view of the policy; arbitration policies have no permanent view.
         where: The replayed scene, for messages.
 
     Attributes:
@@ -69,7 +70,7 @@ class Auditor(PolicyCaller):
         self.calls: Counter[str] = Counter()
 
     def run(self, method: str, function: Callable[..., T], *args: object) -> T:
-        """Return the result. Raises Broken if the call fails."""
+        """Return the result of a call; raise Broken if the call fails."""
         call = self._called(method)
         try:
             return self._limiter.call(function, args)
@@ -89,7 +90,7 @@ class Auditor(PolicyCaller):
             ) from error
 
     def ask(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T:
-        """Return the answer, and compare what the policy was shown before and after."""
+        """Return the answer, after comparing the policy's input before and after the call."""
         shown = args if self._view is None else (self._view, *args)
         before = _Shown(shown)
         dice = None if self._view is None else self._view.rng.bit_generator.state
@@ -151,7 +152,7 @@ def _mend(error: BaseException, method: str) -> str:
 
 
 def _attributes(owner: object, name: object, method: str) -> str:
-    """The attributes that the owner of a missing one has, or how it gets that one."""
+    """Return a hint for a missing attribute: the valid ones, or where to set it."""
     if isinstance(owner, EvictionPolicy | PrefetchPolicy | ArbitrationPolicy):
         return f"set self.{name} in __init__, and again in reset, before {method} reads it"
     for contract in PageView, Access, ArbitrationView:
@@ -167,7 +168,7 @@ def _floats(array: npt.NDArray[Any]) -> bool:
 
 
 class _Shown:
-    """A copy of all input of a call."""
+    """A copy of all input to a call."""
 
     def __init__(self, args: tuple[object, ...]) -> None:
         self._values: dict[str, Any] = {}
@@ -191,7 +192,7 @@ class _Shown:
             self._values[f"{of}.{name}"] = dict(value) if hasattr(value, "items") else copied
 
     def changed(self, now: _Shown) -> str:
-        """Name a value that has changed; empty if none has."""
+        """Return the name of a value that has changed; empty if no value has."""
         for name, value in self._values.items():
             other = now._values[name]
             if isinstance(value, np.ndarray):
@@ -203,7 +204,7 @@ class _Shown:
 
 
 class WatchedView(PageView):
-    """A view that records in ``looks`` the events in which the future was read."""
+    """A view that records in ``looks`` the events in which the policy read the future."""
 
     looks: list[int]
 
@@ -218,7 +219,7 @@ class WatchedView(PageView):
 
 
 class AuditedEviction(EvictionGuard):
-    """A guard that audits every call of an eviction policy."""
+    """A guard that audits every call to an eviction policy."""
 
     def __init__(self, policy: EvictionPolicy, view: PageView, where: str) -> None:
         super().__init__(policy, view, name="", strict=True)
@@ -226,7 +227,7 @@ class AuditedEviction(EvictionGuard):
 
 
 class AuditedPrefetch(PrefetchGuard):
-    """A guard that audits every call of a prefetch policy.
+    """A guard that audits every call to a prefetch policy.
 
     Attributes:
         reached: The first event whose proposals reached beyond ``lead``.
@@ -251,7 +252,7 @@ class AuditedPrefetch(PrefetchGuard):
 
 
 class AuditedArbitration(ArbitrationGuard):
-    """A guard that audits every call of an arbitration policy."""
+    """A guard that audits every call to an arbitration policy."""
 
     def __init__(self, policy: ArbitrationPolicy, where: str) -> None:
         super().__init__(policy, name="", strict=True)
@@ -288,7 +289,7 @@ def gather(auditors: list[Auditor], reached: Broken | None = None) -> Seen:
         else Broken(
             f"its fastest call took {fastest[slow] * 1e3:.1f} ms",
             call=slow,
-            mend=f"use whole arrays and cache results: calls of more than {limit * 1e3:g} ms count "
-            "as slow, and the engine waits for them",
+            mend=f"use whole arrays and cache results: calls that take more than {limit * 1e3:g} "
+            "ms count as slow, and the engine waits for them",
         ),
     )

@@ -1,4 +1,4 @@
-"""The contract of codecs as tests."""
+"""The contract of codecs, as tests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fluxmoe.words import line, raised
 
 Factory = Callable[[], Codec]
 
-#: Coding part of a page takes far less, but the first call may compile code.
+#: Coding a part of a page takes far less time, but the first call may compile code.
 _LIMITS = Limits(hard_s=60.0)
-_FENCE = 64  # bytes before and after `out` that must not be written
+_FENCE = 64  # number of bytes before and after `out` that a codec must not write
 _NOT_FOR = "raise fluxmoe.errors.CodecError"
 
 
@@ -97,7 +97,7 @@ def _encode(codec: Codec, name: str, raw: Bytes) -> Bytes:
 
 
 def _decode(codec: Codec, name: str, coded: Bytes, size: int) -> Bytes:
-    """Decode into fenced memory filled with other values."""
+    """Decode into memory with a fence around it, filled with a pattern."""
     call, field = f"decode of {name} ({size} bytes)", np.full(size + 2 * _FENCE, 0xA5, np.uint8)
     shown = coded.copy()
     shown.flags.writeable = False
@@ -151,7 +151,7 @@ def _repeats(factory: Factory) -> None:
                 call=f"encode of {name}",
                 mend="make the code depend only on `raw` and the options, not on time or state",
             )
-        if len(coded):  # data written by one process is read by another
+        if len(coded):  # one process may read the data that another has written
             _same(raw, _decode(second, name, coded, len(raw)), name)
 
 

@@ -36,15 +36,16 @@ class Tried(Generic[Policy, Scene, Play]):
     """A policy under test, and the observations so far.
 
     Args:
-        factory: Makes the policy.
+        factory: Function that makes the policy.
         base: The required base class.
-        play: Makes a play of a scene with a policy.
+        play: Function that makes a play of a scene with a policy.
         some: Scenes for rules that play a scene several times.
-        unit, turn: Names of the counted quantity and of its interval: ``misses`` per ``event``.
+        unit, turn: Names of the counted quantity and of its interval, such as ``misses`` per
+            ``event``.
 
     Attributes:
-        seen: Audit records of all scenes, once they have run.
-        looks: True if the policy read the future in any of them.
+        seen: Audit records of all scenes; None until the scenes have run.
+        looks: True if the policy read the future in any scene.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ def check_made(tried: Tried[Any, Any, Any]) -> None:
     if first is second:
         raise Broken(
             "the factory returned the same object twice",
-            mend="make a new one each time: the simulator runs several in one process",
+            mend="make a new object each time: the simulator runs several in one process",
         )
 
 
@@ -141,7 +142,7 @@ def check_signature(method: object, name: str, arguments: tuple[str, ...]) -> No
 
 
 def unseen(breach: str) -> Callable[[Tried[Any, Any, Any]], None]:
-    """Make a check that the audits found no ``breach``, an attribute of ``Seen``."""
+    """Make a check that the audits found no ``breach``, which is an attribute of ``Seen``."""
 
     def check(tried: Tried[Any, Any, Any]) -> None:
         found: Broken | None = getattr(tried.seen, breach)
@@ -152,7 +153,7 @@ def unseen(breach: str) -> Callable[[Tried[Any, Any, Any]], None]:
 
 
 def check_repeats(tried: Tried[Any, Any, Any]) -> None:
-    """Check that two new policies have the same misses."""
+    """Check that two new policies lead to the same counts."""
     for scene in tried.some:
         first, second = tried.play(scene).run(), tried.play(scene).run()
         tried.same(
@@ -180,7 +181,7 @@ def check_resets(tried: Tried[Any, Any, Any]) -> None:
 
 
 def check_alone(tried: Tried[Any, Any, Any]) -> None:
-    """Check that a policy is not affected by another one that runs at the same time."""
+    """Check that a policy is not affected by another policy that runs at the same time."""
     for scene in tried.some:
         alone = tried.play(scene).run()
         first, second = tried.play(scene), tried.play(scene)
@@ -203,7 +204,7 @@ FAST: Rule[Any] = Rule("fast", "no call repeatedly takes longer than 5 ms", unse
 def first_rules(
     kind: str, declares: Check, answers: Check, every: str = "at every size"
 ) -> list[Rule[Any]]:
-    """Make the rules that policies of any kind are tested with first."""
+    """Make the rules with which policies of any kind are tested first."""
     return [
         Rule("made", f"the factory makes a new {kind} policy each time", check_made, True),
         Rule("declared", "declarations and parameters are as the host expects", declares, True),
@@ -215,7 +216,7 @@ def first_rules(
 def same_again(
     sentence: str = "the same events and seed lead to the same misses",
 ) -> list[Rule[Any]]:
-    """Make the rules that two plays agree, with new, reset and concurrent policies."""
+    """Make the rules that two plays must agree, for new, reset and concurrent policies."""
     return [
         Rule("repeats", sentence, check_repeats),
         Rule("resets", "after reset(), it behaves like a new policy", check_resets),

@@ -1,4 +1,4 @@
-"""The contract of eviction policies as tests."""
+"""The contract of eviction policies, as tests."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _replay(stage: Stage, policy: EvictionPolicy) -> Replay:
         return Replay(stage, policy)
     except Broken:
         raise
-    except Exception as error:  # its kernel cannot be compiled
+    except Exception as error:  # the policy's kernel cannot be compiled
         raise Broken(raised(error), call=str(stage)) from error
 
 
@@ -147,7 +147,7 @@ def _agrees(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
         for page, one, other in zip(pages.tolist(), asked, compiled, strict=True):
             if not np.isclose(one, other, rtol=1e-9, equal_nan=True):
                 raise Broken(
-                    f"for page {page} score returns {one}, score_kernel {other}",
+                    f"for page {page} score returns {one}, but score_kernel returns {other}",
                     call=f"event {replay.view.event}, {replay.stage}",
                     mend="omit score: the kernel replaces it",
                 )
@@ -165,7 +165,7 @@ def _kernel_scores(guard: AuditedEviction, pages: Int64s) -> Int64s:
 def _foresight(tried: Tried[EvictionPolicy, Stage, Replay]) -> str | None:
     policy = tried.new()
     if not policy.needs_future:
-        return "needs_future is False"  # in that case reading the future raises
+        return "needs_future is False"  # reading the future then raises an error
     kernel = policy.make_kernel(tried.play(USUAL).view)
     asks = kernel is not None and "next_use" in inspect.signature(kernel).parameters
     if not tried.looks and not asks:

@@ -1,4 +1,4 @@
-"""The contract of prefetch policies as tests."""
+"""The contract of prefetch policies, as tests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def findings(factory: Factory) -> list[Finding]:
 
 
 def _replay(stage: Stage, policy: PrefetchPolicy) -> Replay:
-    # With an eviction policy that keeps the next pages, or with one that does not.
+    # With several banks, an eviction policy (LRU) that drops the next pages; otherwise one that
+    # keeps them.
     return Replay(stage, LeastRecentlyUsed() if stage.banks > 1 else None, policy)
 
 

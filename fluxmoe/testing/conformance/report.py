@@ -15,7 +15,7 @@ Status = Literal["kept", "broken", "does not apply", "not tried"]
 
 
 class Broken(Exception):
-    """Raised inside a rule that is broken.
+    """An exception that the check of a rule raises if the rule is broken.
 
     Args:
         found: Description of the problem, including the value.
@@ -24,7 +24,7 @@ class Broken(Exception):
     """
 
     def __init__(self, found: str, *, call: str = "", mend: str = "") -> None:
-        # They contain values and exceptions from the tested code.
+        # Sanitised, because they contain values and exceptions from the tested code.
         self.found, self.call, self.mend = line(found), line(call), line(mend)
         super().__init__(self.found)
 
@@ -36,7 +36,8 @@ class Rule(Generic[Subject]):
     Attributes:
         name: Name of one or two words.
         sentence: The requirement.
-        check: Raises ``Broken``; may return the reason why the rule does not apply.
+        check: Function that raises ``Broken`` if the rule is broken; it may return the reason why
+            the rule does not apply.
         essential: True if later rules are not tested when this one is broken.
     """
 
@@ -48,7 +49,7 @@ class Rule(Generic[Subject]):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one rule. ``detail`` is the problem, or the reason why it does not apply."""
+    """The result of one rule; ``detail`` is the problem, or why the rule does not apply."""
 
     rule: str
     sentence: str
@@ -58,7 +59,7 @@ class Finding:
     mend: str = ""
 
     def text(self) -> str:
-        """Multi-line description."""
+        """Describe the broken rule in several lines."""
         lines = [f"broken rule: {self.rule} ({self.sentence})"]
         for label, value in (("call", self.call), ("found", self.detail), ("mend", self.mend)):
             if value:
@@ -85,7 +86,7 @@ class ConformanceError(AssertionError):
 
 
 def try_rules(rules: Iterable[Rule[Subject]], subject: Subject) -> list[Finding]:
-    """Test every rule; after a broken essential one the rest is not tested."""
+    """Test every rule; after a broken essential rule, the remaining rules are not tested."""
     findings: list[Finding] = []
     going = True
     for rule in rules:
@@ -107,7 +108,7 @@ def try_rules(rules: Iterable[Rule[Subject]], subject: Subject) -> list[Finding]
 def raise_broken(
     subject: str, findings: Callable[[Callable[[], Any]], Sequence[Finding]], factory: object
 ) -> None:
-    """Raise ConformanceError if a rule is broken, ConfigError if the factory is invalid."""
+    """Raise ConformanceError if a rule is broken, or ConfigError if the factory is invalid."""
     if not callable(factory):
         raise wrong("factory", "a class or a function that makes one", factory, "the kit")
     broken = [finding for finding in findings(factory) if finding.status == "broken"]

@@ -33,7 +33,7 @@ class Stage:
     Attributes:
         trace, capacity: The trace, and the total number of slots.
         banks: Number of banks.
-        fetches: True if ``next-layer`` prefetches in addition to the tested eviction policy.
+        fetches: True if ``next-layer`` prefetches while an eviction policy is tested.
         resizes: True if the banks shrink to their minimum and grow again during the replay.
     """
 
@@ -54,7 +54,7 @@ class Stage:
 
 
 def stages() -> Iterator[Stage]:
-    """Yield all stages: one slot to all pages, one and two banks, with prefetch and resizing."""
+    """Yield all stages: few slots to all, one bank or two, with prefetch or resizing in some."""
     for trace in GOLDEN.values():
         for capacity in trace.capacities:
             yield Stage(trace, capacity)
@@ -66,18 +66,18 @@ def stages() -> Iterator[Stage]:
     yield Stage(sparse, 32, resizes=True)
 
 
-#: The stage for slower rules: events of many sizes, half of the pages resident.
+#: The stage for slower rules, with events of many sizes and half of the pages resident.
 USUAL = Stage(GOLDEN["mixed"], 24)
 SOME = (USUAL, Stage(USUAL.trace, 30, fetches=True))
 
 
 class Replay:
-    """A stage in progress, started cold.
+    """A stage in progress, which starts cold.
 
     Args:
         stage: The stage to replay.
-        eviction: Eviction policy; default: ``next-use``.
-        prefetch: Prefetch policy; default: none, or ``next-layer`` if the stage fetches.
+        eviction: Eviction policy; by default ``next-use``.
+        prefetch: Prefetch policy; by default none, or ``next-layer`` if the stage fetches.
         seed: Random seed of ``view.rng``.
 
     Attributes:
@@ -112,7 +112,7 @@ class Replay:
         """Replay up to ``share`` of the trace and return the misses of each event.
 
         Args:
-            share: Fraction of the whole trace.
+            share: Fraction of the whole trace, counted from the start.
             watch: Called after each event.
 
         Raises:
@@ -142,7 +142,7 @@ class Replay:
         self._at = end
 
     def restart(self) -> None:
-        """Restart cold, as after a warm-up."""
+        """Restart cold, as an engine does after its warm-up."""
         self.rule.reset()
         seed = type(self.view.rng.bit_generator)(0).state
         self.view.rng.bit_generator.state = seed
