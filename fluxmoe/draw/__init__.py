@@ -1,4 +1,4 @@
-"""Drawing of figures: a canvas for SVG and PNG, axes, charts.
+"""Drawing of figures: a canvas for SVG and PNG, axes and charts.
 
-Independent of the data that is drawn; imports ``errors`` only.
+The package is independent of the data that is drawn, and imports only ``errors``.
 """

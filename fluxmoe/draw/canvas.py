@@ -1,4 +1,4 @@
-"""Canvas for lines, boxes and text, as SVG or as PNG (with Pillow). All sizes are in pixels."""
+"""A canvas for lines, boxes and text, as SVG or as PNG (with Pillow). All sizes are in pixels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Canvas(ABC):
 
     @abstractmethod
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
-        """Draw a filled rectangle with upper left corner (x, y); ``colour`` is ``#rrggbb``."""
+        """Draw a filled rectangle with the upper left corner (x, y); ``colour`` is ``#rrggbb``."""
 
     @abstractmethod
     def line(
@@ -59,7 +59,7 @@ class Canvas(ABC):
 
 
 class Svg(Canvas):
-    """Canvas for an SVG file."""
+    """A canvas for an SVG file."""
 
     def __init__(self, width: int, height: int) -> None:
         super().__init__(width, height)
@@ -98,7 +98,7 @@ class Svg(Canvas):
 
 
 class Png(Canvas):
-    """Canvas for a PNG file, with two pixels per unit of size in each direction.
+    """A canvas for a PNG file, with two pixels of the file per unit of size in each direction.
 
     Raises:
         MissingDependencyError: Pillow is not installed.

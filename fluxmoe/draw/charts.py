@@ -16,7 +16,7 @@ class Line:
 
     Attributes:
         label: Name of the line.
-        slot: Number of its colour on the page, from 1; 0 = the optimum's colour, dashed.
+        slot: Number of the line's colour on the page, from 1; 0 = the optimum's colour, dashed.
         points: (x, y, tooltip) of each point.
     """
 
@@ -30,7 +30,7 @@ class Chart:
     """A chart whose axes begin and end with their first and last tick.
 
     Attributes:
-        title, x_label: Title, and label of the x axis.
+        title, x_label: Title of the chart, and label of the x axis.
         lines: Lines of the chart.
         x_ticks, y_ticks: (value, text) of each tick, ascending.
         dots: True to mark each point.

@@ -1,4 +1,4 @@
-"""A pair of axes on a canvas, and saving a canvas to a file."""
+"""A pair of axes on a canvas, and functions that make a canvas and save it to a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS: dict[str, type[Canvas]] = {".svg": Svg, ".png": Png}
 
 
 def canvas_for(path: Path, width: int, height: int) -> Canvas:
-    """Make an empty canvas of the kind given by the file's suffix.
+    """Make an empty canvas of the kind that the file's suffix gives.
 
     Raises:
         ConfigError: The suffix is neither ``.svg`` nor ``.png``.
@@ -43,7 +43,7 @@ def round_up(value: float) -> float:
 
 @dataclass(slots=True)
 class Plot:
-    """A pair of axes; x and y are given as fractions of the axes, y upwards."""
+    """A pair of axes; x and y are given as fractions of the axes, with y upwards."""
 
     canvas: Canvas
     left: float
