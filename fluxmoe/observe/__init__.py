@@ -1,4 +1,4 @@
 """Observation of a running server through its ``/metrics``.
 
-Imports the core; no engine.
+The package imports the core, but no engine.
 """

@@ -24,7 +24,7 @@ def address(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(base)
         valid = parts.scheme in ("http", "https") and parts.hostname and " " not in base
-    except ValueError:  # of brackets that are no address
+    except ValueError:  # brackets that do not enclose a valid address
         valid = False
     if not valid:
         raise ConfigError(
@@ -45,7 +45,7 @@ def ask(
         key: The server's API key.
 
     Returns:
-        HTTP status and response.
+        The HTTP status and the body of the response.
 
     Raises:
         EngineError: The server did not respond.
@@ -65,5 +65,5 @@ def ask(
         raise EngineError(
             f"no response from the server: {getattr(error, 'reason', error)}",
             where=where,
-            fix="start one with `fluxmoe serve` or check the address (http://HOST:PORT)",
+            fix="start a server with `fluxmoe serve` or check the address (http://HOST:PORT)",
         ) from error

@@ -1,4 +1,4 @@
-"""Snapshot: the state of a server at one point in time, read from its ``/metrics``."""
+"""Snapshot, the state of a server at one point in time, read from the server's ``/metrics``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxmoe.observe import server
 
 SCHEMA_VERSION = 2
 
-#: Metrics read by label.
+#: Metrics whose values are read separately for each combination of these labels.
 _LABELS = {
     "fluxmoe_tenant_bytes": ("tenant", "kind"),
     "fluxmoe_limit_bytes": ("tenant", "kind"),
@@ -25,7 +25,11 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """A server's policy: its contained faults, and the last one if it was disabled for good."""
+    """A server's policy.
+
+    ``faults`` is the number of contained faults; ``replaced`` describes the last fault if the
+    policy was disabled for good.
+    """
 
     kind: str
     name: str
@@ -35,7 +39,7 @@ class PolicyState:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A server's state, summed over its workers. Counters count from startup.
+    """A server's state, summed over its workers. Counters start at the server's startup.
 
     Attributes:
         schema_version: Incremented when a field changes its meaning or is removed.
@@ -45,20 +49,20 @@ class Snapshot:
         policies: The server's policies.
         limits: Operator limits, such as ``kv.max``, in bytes.
         budget_bytes, expert_bytes, kv_bytes: Bytes of the budget and of its tenants.
-        slots, pages: Number of slots for expert pages, and of pages of the model.
-        hits, misses, prefetch_hits: Counts of distinct experts per layer execution.
+        slots, pages: Number of slots for expert pages, and number of the model's pages.
+        hits, misses, prefetch_hits: Numbers of distinct experts, counted once per event.
         evictions: Number of evicted pages.
         loaded_bytes: Bytes copied into slots.
         stall_seconds: Time that layers waited for pages, in seconds.
-        moves_to_kv, moves_to_experts, moves_failed: Number of moves of memory.
-        decisions: The last decisions, the oldest first.
-        running, waiting: Number of requests.
-        kv_usage: Fraction of the KV cache's blocks in use by requests.
-        preemptions: Number of times a request lost its KV cache.
+        moves_to_kv, moves_to_experts, moves_failed: Numbers of moves of memory.
+        decisions: The last decisions, oldest first.
+        running, waiting: Numbers of requests.
+        kv_usage: Fraction of the KV cache's blocks that requests use.
+        preemptions: Number of times that a request lost its KV cache.
         tokens: Number of generated tokens.
-        prefix_hits, prefix_queries: Number of tokens found and looked up in the prefix cache.
-        token_gaps, token_gap_seconds: Number and total seconds of intervals between two tokens of
-            a request; an interval is about one step.
+        prefix_hits, prefix_queries: Numbers of tokens found and looked up in the prefix cache.
+        token_gaps, token_gap_seconds: Number and total seconds of the intervals between two tokens
+            of a request; an interval is about one step.
     """
 
     schema_version: int
@@ -101,7 +105,7 @@ def fetch(url: str) -> Snapshot:
 
     Raises:
         ConfigError: The address is not valid.
-        EngineError: The server did not respond, or has no FluxMoE metrics.
+        EngineError: The server did not respond as expected, or has no FluxMoE metrics.
     """
     base = server.address(url)
     return read(_metrics(base), base)
@@ -220,11 +224,13 @@ class Rates:
     """Changes between two snapshots, or since the server started.
 
     Attributes:
-        seconds: Time between them in seconds; 0 if unknown, in which case rates are 0 as well.
+        seconds: Time between the snapshots in seconds; 0 if unknown. In that case ``tokens_per_s``,
+            ``loaded_per_s`` and ``stall_share`` are 0 as well.
         hit_rate, prefix_rate: Fractions from 0 to 1; None if nothing was looked up.
-        token_ms: Mean milliseconds between two tokens of a request; None if there were none.
-        tokens_per_s, loaded_per_s: Tokens and bytes per second.
-        stall_share: Fraction of the time that layers waited for pages.
+        token_ms: Mean milliseconds between two tokens of a request; None if there were no such
+            intervals.
+        tokens_per_s, loaded_per_s: Generated tokens and loaded bytes per second.
+        stall_share: Fraction of the time that layers spent waiting for pages.
     """
 
     seconds: float
@@ -239,7 +245,7 @@ class Rates:
 def rates(now: Snapshot, before: Snapshot | None = None, seconds: float = 0.0) -> Rates:
     """Compare two snapshots ``seconds`` apart; without ``before``, compute rates since startup.
 
-    If the server was restarted in between, counts are from its restart.
+    If the server was restarted in between, the counts start at the restart.
     """
 
     def change(field: str) -> float:
