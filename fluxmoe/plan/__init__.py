@@ -1,4 +1,4 @@
-"""Planning: predicted performance of a model for a memory budget, before loading anything.
+"""Planning, which predicts a model's performance for a memory budget without loading the model.
 
-Imports ``sim``, ``backends`` and the packages below them.
+The package imports ``sim``, ``backends`` and the packages below them.
 """

@@ -18,19 +18,19 @@ from fluxmoe.sizes import apart, at_least, shown
 
 #: Minimum relative gain for recommending a split, the same as in ``marginal``.
 GAIN = 0.05
-#: Among splits within this fraction of the best, the one that streams least is recommended.
+#: Among the splits within this fraction of the best, the one that streams least is recommended.
 _ALIKE = 0.005
-#: Number of points of the curve shown.
+#: Approximate number of points in the curve.
 _POINTS = 65
 
-#: ``nothing``: all experts fit, and paging gains nothing. ``share``: all fit, but part of their
-#: memory is better used for KV cache. ``needed``: they do not fit.
+#: ``nothing``: all experts fit, and paging gains nothing. ``share``: all experts fit, but part of
+#: their memory is better used for KV cache. ``needed``: the experts do not fit.
 Verdict = Literal["nothing", "share", "needed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One split and its predicted performance; sizes in bytes, times in milliseconds."""
+    """One split and its predicted performance, with sizes in bytes and times in milliseconds."""
 
     expert_bytes: int
     resident_pages: int
@@ -52,11 +52,12 @@ class Plan:
         hardware: Name of the profile.
         assumption: Description of the miss-ratio curve.
         verdict: Benefit of paging.
-        resident: The split with all experts resident, without paging; None if they do not fit.
+        resident: The split with all experts resident, without paging; None if the experts and one
+            request do not fit.
         automatic: The initial split if no target is set (docs/concepts/memory.md).
         recommended: The best split.
-        curve: Splits from the fewest experts to the most.
-        advice: The plan as sentences.
+        curve: Splits in order, from the fewest resident experts to the most.
+        advice: The plan in sentences.
     """
 
     model: Model
@@ -85,10 +86,11 @@ def make(
     Args:
         model, profile, work: The model, the machine and the load.
         memory: Bytes for experts and KV cache.
-        curve: Miss ratio for 0 … pages slots; ``assumption`` describes it.
+        curve: Miss ratio for each number of slots from 0 to all pages.
+        assumption: Description of the curve.
 
     Raises:
-        BudgetTooSmallError: Not even one layer's experts and one request fit.
+        BudgetTooSmallError: The experts of one layer and one request do not fit.
     """
     one = model.request_bytes(work.tokens)
     least = model.experts * model.page_bytes + one
@@ -150,7 +152,7 @@ def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:
 
 
 def _first_split(model: Model, work: PlannedWorkload, memory: int, most: int) -> int:
-    """Index of the engine's initial split."""
+    """Return the index of the engine's initial split."""
     frame = frame_bytes_for(memory)
     need = model.experts * model.page_bytes
     one = model.request_bytes(work.tokens)

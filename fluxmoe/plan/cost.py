@@ -1,9 +1,9 @@
-"""Cost of a decoding step at each split of a budget: a roofline model for all splits at once.
+"""The cost of a decoding step at each split of a budget: a roofline model for all splits at once.
 
 A step reads the experts that its requests use, the other weights and the requests' KV cache, and
 computes with them. Non-resident experts are copied over the link in one of two ways: *on demand*
-(the layer waits for its misses) or *ahead* (whole layers are copied while others compute, so only
-the longer of the two times counts, but all non-resident experts are copied).
+(the layer waits for its misses) or *ahead* (whole layers are copied while other layers compute, so
+only the longer of the two times counts, but all non-resident experts are copied).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fluxmoe.sim.hardware import Profile
 
 Floats = npt.NDArray[np.float64]
 
-#: Approximate maximum of pages visited in a trace; longer traces are sampled.
+#: Approximate maximum number of pages visited for a curve; longer traces are sampled.
 _LOOKS = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedWorkload:
-    """The load: ``requests`` concurrent requests, each of up to ``tokens`` tokens."""
+    """The load: ``requests`` concurrent requests of up to ``tokens`` tokens each."""
 
     tokens: int
     requests: int
@@ -35,13 +35,13 @@ class PlannedWorkload:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Splits of a budget, all arrays ``[splits]``.
+    """Splits of a budget. All arrays have the shape ``[splits]``.
 
     Attributes:
         slots: Number of resident expert pages.
         requests: Number of concurrent requests, limited by the load and the KV cache.
         seconds: Duration of a step in seconds.
-        waits: Part of it that layers wait for experts, in seconds.
+        waits: Part of a step that layers spend waiting for experts, in seconds.
         ahead: True if copying whole layers ahead is faster.
     """
 
@@ -57,16 +57,17 @@ class Splits:
 
 
 def even_curve(pages: int) -> Floats:
-    """Miss ratio for 0 … ``pages`` slots if all experts are equally likely.
+    """Return the miss ratio for 0 … ``pages`` slots if all experts are equally likely.
 
-    Any policy that keeps its pages is at least as good: memory for x % gives a hit rate of x %.
+    Any policy that keeps its pages is at least as good: memory for x% of the pages gives a hit rate
+    of x%.
     """
     curve: Floats = np.linspace(1.0, 0.0, pages + 1)
     return curve
 
 
 def traced_curve(events: Events, model: Model) -> Floats:
-    """Miss ratio for 0 … ``pages`` slots in a trace: the convex hull of LRU's.
+    """Return the miss ratio for 0 … ``pages`` slots in a trace: the convex hull of LRU's curve.
 
     Raises:
         ConfigError: The trace is from a model with a different shape.
@@ -75,7 +76,7 @@ def traced_curve(events: Events, model: Model) -> Floats:
     if (meta.num_layers, meta.experts_per_layer) != (model.moe_layers, model.experts):
         raise ConfigError(
             f"the trace has {meta.num_layers} layers x {meta.experts_per_layer} experts, "
-            f"the model has {model.moe_layers} x {model.experts}",
+            f"but the model has {model.moe_layers} x {model.experts}",
             where="--trace",
             fix="record a trace of this model: fluxmoe trace record",
         )
@@ -102,13 +103,13 @@ def splits(
     Args:
         model, profile, work: The model, the machine and the load.
         memory: Bytes for experts and KV cache.
-        slots: Number of slots in each split, which leaves room for one request.
-        curve: Miss ratio for 0 … pages slots.
+        slots: Number of slots in each split; each leaves room for at least one request.
+        curve: Miss ratio for each number of slots from 0 to all pages.
     """
     each = model.request_bytes(work.tokens)
     room = (memory - slots * model.page_bytes) // max(each, 1)
     requests = np.clip(room, 1, work.requests)
-    # Every token uses top_k experts of a layer, independently of other tokens.
+    # Every token is assumed to use top_k experts of a layer, independently of other tokens.
     share = 1 - (1 - model.top_k / model.experts) ** requests
     used = model.pages * share
     read = used * model.page_bytes + model.read_bytes + requests * each

@@ -1,4 +1,4 @@
-"""Picture of a plan: tokens per second and step time by split."""
+"""A picture of a plan: tokens per second and step time by split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def draw(plan: Plan, path: Path) -> None:
 
     Args:
         plan: The plan to draw.
-        path: Path of an ``.svg`` or ``.png`` file.
+        path: An ``.svg`` or ``.png`` file.
 
     Raises:
         ConfigError: The suffix is neither ``.svg`` nor ``.png``.
@@ -37,7 +37,7 @@ def draw(plan: Plan, path: Path) -> None:
     left, right = (
         Plot(canvas, side + 66, _HEAD + 40, width - 100, height - 96) for side in (0.0, width)
     )
-    # The width is the whole budget: the KV cache gets the part that the experts do not.
+    # The width is the whole budget: the KV cache gets the part that the experts do not get.
     ticks = [(i / 4, f"{plan.memory * i / 4 / 2**power:.3g}") for i in range(5)]
     where = [point.expert_bytes / plan.memory for point in plan.curve]
     rates = [point.tokens_per_s for point in plan.curve]
