@@ -1,6 +1,6 @@
-"""The configuration: one YAML document, validated as a whole, sizes written as ``24GiB``.
+"""The configuration: one YAML document, validated as a whole, with sizes such as ``24GiB``.
 
-Imports the contracts of policies in the core, and modules below it; no engine.
+The package imports the contracts of policies in the core and modules below the core, but no engine.
 """
 
 from fluxmoe.config.reading import json_schema, load, parse, parse_limits, size

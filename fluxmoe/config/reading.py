@@ -1,4 +1,4 @@
-"""Reading of settings: YAML files, maps and sizes, with errors in the user's terms."""
+"""Reading of settings from YAML files, maps and sizes, with errors in the user's terms."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _WHAT = {
 }
 _FIXES = {
     "unused": "give all stores but the last a limit",
-    "size": "",  # the message already contains it
+    "size": "",  # the message already names the valid sizes
 }
 
 
 def size(text: object, *, where: str) -> int:
-    """Parse a size given on the command line; it must be greater than 0. Raises ConfigError."""
+    """Parse a size given on the command line; raise ConfigError unless it is valid and positive."""
     try:
         found = sizes.parse(text)
     except ValueError as error:
@@ -49,7 +49,7 @@ def parse(data: object, *, where: str) -> Config:
     """Validate a configuration.
 
     Raises:
-        ConfigError: A field is invalid; ``others`` has further errors.
+        ConfigError: A field is invalid; ``others`` contains further errors.
     """
     return _parse(Config, data, where)
 
@@ -61,7 +61,7 @@ def parse_limits(data: object, *, where: str) -> HandLimits:
 
 def _parse(model: type[_Parsed], data: object, where: str) -> _Parsed:
     if data is None:
-        raise ConfigError("it is empty", where=where, fix="see `fluxmoe config schema`")
+        raise ConfigError("the document is empty", where=where, fix="see `fluxmoe config schema`")
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a map of settings, not {line(data, repr)}", where=where)
     try:
@@ -87,7 +87,7 @@ def _problems(model: type[BaseModel], error: ValidationError, where: str) -> lis
             )
         )
         intended |= {(*above, name) for name in known if meant(key, [name])}
-    # A misspelt key is not also reported as missing.
+    # A key that was misspelt is not reported as missing as well.
     rest = [each for each in rest if each["type"] != "missing" or each["loc"] not in intended]
     return unknown + [_problem(each, where) for each in rest]
 
@@ -109,7 +109,7 @@ def _problem(detail: ErrorDetails, where: str) -> ConfigError:
             fix = meant(found, re.findall("'(.*?)'", detail["msg"])) or fix
     if field in ("eviction", "prefetch", "arbitration"):
         fix = "write the name of a policy, or {kind: NAME, option: value}"
-    if kind != "size":  # its message already has the value
+    if kind != "size":  # the message about a size already contains the value
         said += f", not {line(found, repr)}"
     return ConfigError(f"{field}: {said}", where=where, fix=fix)
 
@@ -123,7 +123,7 @@ def _field(place: Sequence[int | str]) -> str:
 
 
 def _keys(model: type[BaseModel], above: Sequence[int | str]) -> set[str]:
-    """List the valid keys at a location, whose parts are names, numbers and store kinds."""
+    """Return the valid keys at a location, whose parts are names, numbers and store kinds."""
     models = [model]
     for part in above:
         if isinstance(part, int):
@@ -134,7 +134,7 @@ def _keys(model: type[BaseModel], above: Sequence[int | str]) -> set[str]:
             if part in each.model_fields
             for inner in _models(each.model_fields[part].annotation)
         ]
-        # Not a key: the kind of a store, which pydantic adds to the location.
+        # A part that is not a key is the kind of a store, which pydantic adds to the location.
         models = inside or [m for m in models if _kind(m) == part]
     return {name for each in models for name in each.model_fields}
 
@@ -160,7 +160,7 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that rejects duplicate keys; the standard one takes the last."""
+    """A loader that rejects duplicate keys; the standard loader takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -177,7 +177,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(path: Path) -> Config:
-    """Read a YAML file, with paths relative to its folder. See ``Config.located``.
+    """Read a YAML file, whose paths are relative to its folder (see ``Config.located``).
 
     Raises:
         ConfigError: The file is unreadable, not valid YAML, or does not validate.
@@ -193,7 +193,7 @@ def read(path: Path) -> object:
     """
     if path.is_dir():
         raise ConfigError(
-            "it is a folder", where=str(path), fix="give a YAML file with model: FOLDER in it"
+            "the path is a folder", where=str(path), fix="give a YAML file that has model: FOLDER"
         )
     try:
         return yaml.load(path.read_text(), _Loader)

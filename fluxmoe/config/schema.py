@@ -28,7 +28,7 @@ _Chosen = str | type | EvictionPolicy | PrefetchPolicy | ArbitrationPolicy
 
 
 def _policy(value: object) -> object:
-    # In Python a class or instance can replace the name (``Registry.create``).
+    # In Python, a class or an instance can replace the name (``Registry.create``).
     return {"kind": value} if isinstance(value, _Chosen) else value
 
 
@@ -51,7 +51,7 @@ def _auto(value: object) -> object:
 
 
 def _budget(value: object) -> object:
-    # An empty value in YAML does not mean "auto", which must be written out.
+    # An empty value in YAML does not mean "auto"; the word must be written out.
     return None if isinstance(value, str) and value == "auto" else _size(value)
 
 
@@ -65,7 +65,7 @@ AutoSize = Annotated[
     ByteSize | None,
     BeforeValidator(_auto, json_schema_input_type=_Written | Literal["auto"] | None),
 ]
-#: The same for the budget, which is required and greater than 0.
+#: The same for the budget, which is required and must be greater than 0.
 Budget = Annotated[
     Annotated[ByteSize, Field(gt=0)] | None,
     BeforeValidator(_budget, json_schema_input_type=_Written | Literal["auto"]),
@@ -73,7 +73,7 @@ Budget = Annotated[
 
 
 def is_plugin_file(name: str) -> bool:
-    """True if a plugin is given as a file, not as a module."""
+    """Return True if a plugin is given as a file, not as a module."""
     return name.endswith(".py") or os.sep in name
 
 
@@ -83,7 +83,7 @@ class _Model(BaseModel):
 
 
 class Share(_Model):
-    """Bounds of one tenant; ``auto`` leaves a bound to the planner."""
+    """Bounds of one tenant; ``auto`` lets FluxMoE choose a bound."""
 
     min: AutoSize = None
     target: AutoSize = None
@@ -114,7 +114,7 @@ class Memory(_Model):
 
 
 class Bounds(_Model):
-    """Minimum and maximum bytes of a tenant; ``auto``: as configured."""
+    """Minimum and maximum bytes of a tenant; ``auto`` leaves a bound as configured."""
 
     min: AutoSize = None
     max: AutoSize = None
@@ -138,7 +138,7 @@ class PolicyLimits(_Model):
     """Limits beyond which a policy is interrupted or replaced."""
 
     strikes: int = Field(default=DEFAULT_LIMITS.strikes, ge=1)
-    """Number of faults before a policy is disabled for good, or of slow calls before a log line."""
+    """Number of faults after which a policy is disabled for good, or of slow calls to be logged."""
     soft_ms: float = Field(default=DEFAULT_LIMITS.soft_s * 1e3, gt=0, le=3.6e6)
     """Milliseconds of CPU time beyond which a call is counted as slow."""
     hard_s: float = Field(default=DEFAULT_LIMITS.hard_s, gt=0, le=3600)
@@ -154,7 +154,7 @@ class HostStoreConfig(_Model):
 
     kind: Literal["host"]
     limit: AutoSize = None
-    """Maximum bytes of the pages; the rest goes to the next store. auto: no limit."""
+    """Maximum bytes of the pages; further pages go to the next store. auto: no limit."""
     codec: Policy = {"kind": "none"}
     """Lossless codec for the pages."""
 
@@ -169,13 +169,13 @@ class FileStoreConfig(_Model):
 
     kind: Literal["file"]
     path: str = Field(min_length=1)
-    """Folder of the page file, relative to the configuration's; created if missing."""
+    """Folder of the page file, relative to the configuration file's folder; created if missing."""
     limit: AutoSize = None
-    """Maximum bytes of the pages; the rest goes to the next store. auto: no limit."""
+    """Maximum bytes of the pages; further pages go to the next store. auto: no limit."""
     codec: Policy = {"kind": "none"}
     """Lossless codec for the pages."""
     direct: bool = True
-    """Read uncached parts with direct I/O; set false if the file fits in the system's cache."""
+    """Read uncached parts with direct I/O; set to false if the file fits in the system's cache."""
 
     @property
     def plain(self) -> bool:
@@ -186,7 +186,8 @@ class FileStoreConfig(_Model):
 StoreConfig = Annotated[HostStoreConfig | FileStoreConfig, Field(discriminator="kind")]
 
 
-#: Settings that a preset fills in if absent. ``paper``: arXiv 2604.02715, window of two layers.
+#: Settings that a preset adds if they are absent. ``paper``: arXiv 2604.02715 with a window of two
+#: layers.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "off": {},
@@ -199,7 +200,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Config(_Model):
-    """All settings of FluxMoE. Keys of ``vllm`` are passed to vLLM untouched."""
+    """All settings of FluxMoE. The keys of ``vllm`` are passed to vLLM unchanged."""
 
     model: Annotated[str, Field(min_length=1)] | None = None
     """Model folder, relative to this file, or Hugging Face name; required for serving."""
@@ -218,11 +219,11 @@ class Config(_Model):
     )
     """Stores for non-resident expert pages; a page goes to the first one with room."""
     control: bool = False
-    """Allow setting limits while serving (fluxmoe limit). Reserves room for growth."""
+    """Allow limits to be set while serving (fluxmoe limit), and reserve room for growth."""
     plugins: Annotated[
         list[str], BeforeValidator(_several, json_schema_input_type=str | list[str])
     ] = []
-    """Plugins: .py files or modules that register policies or codecs; a list or a single one."""
+    """Plugins: .py files or modules that register policies or codecs; a list or a single name."""
     strict_policies: bool = False
     """Stop at the first policy fault instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
@@ -230,19 +231,19 @@ class Config(_Model):
     seed: int = 0
     """Seed of the random numbers for policies."""
     vllm: dict[str, Any] = {}
-    """Options passed to vLLM untouched."""
+    """Options passed to vLLM unchanged."""
 
     def resolved(self, budget: int) -> Resolved:
-        """Return a copy with this budget in bytes, which may have been ``auto``."""
+        """Return a copy whose budget, which may have been ``auto``, is this number of bytes."""
         memory = ResolvedMemory.model_construct(**{**dict(self.memory), "budget": ByteSize(budget)})
         return Resolved.model_construct(**{**dict(self), "memory": memory})
 
     def located(self, folder: Path) -> Self:
-        """Return a copy with absolute paths; relative ones start from ``folder``.
+        """Return a copy with absolute paths; relative paths start from ``folder``.
 
-        Applies to plugin files, stores, and the model unless it is a hub name, which has no
-        matching folder. Options of ``vllm`` are unchanged; a model whose path becomes absolute is
-        served under its original name.
+        This applies to plugin files, stores, and the model, unless the model is a hub name and no
+        folder has that name. The options of ``vllm`` are unchanged, except that a model whose path
+        becomes absolute is served under its original name.
         """
 
         def absolute(path: str) -> str:
@@ -262,14 +263,14 @@ class Config(_Model):
             changed["model"] = absolute(self.model) if local else self.model
             named = {"served-model-name", "served_model_name"} & self.vllm.keys()
             if changed["model"] != self.model and not named:
-                # Clients of the server use the model name from the file.
+                # Clients of the server use the model name that is written in the file.
                 changed["vllm"] = {**self.vllm, "served-model-name": self.model}
-        # Only what changes, so that defaults remain unset.
+        # Update only what changes, so that defaults remain unset.
         update = {key: value for key, value in changed.items() if value != getattr(self, key)}
         return self.model_copy(update=update)
 
     def dynamic(self, arbitration: ArbitrationPolicy) -> bool:
-        """True if the split may change while serving with this policy."""
+        """Return True if the split may change while serving with this policy."""
         return self.control or not arbitration.fixed
 
     @field_validator("stores")
@@ -278,7 +279,7 @@ class Config(_Model):
         for index, store in enumerate(stores[:-1]):
             if store.limit is None:
                 raise PydanticCustomError(
-                    "unused", f"number {index} has no limit, so those after it would hold nothing"
+                    "unused", f"store {index} has no limit, so the stores after it would be empty"
                 )
         return stores
 

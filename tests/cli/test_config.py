@@ -133,7 +133,7 @@ BAD = {
     "file without a name": ({**SMALL, "stores": [{"kind": "file", "path": ""}]}, "FM101",
                             r"stores\.0\.path: it must be non-empty text"),
     "store after one without a limit": ({**SMALL, "stores": [{"kind": "host"}] * 2}, "FM101",
-                                        r"stores: number 0 has no limit.*but the last a limit"),
+                                        r"stores: store 0 has no limit.*but the last a limit"),
     "codec": ({**SMALL, "stores": [{"kind": "host", "codec": "zip"}]}, "FM306", "codec 'zip'"),
     "no store": ({**SMALL, "stores": []}, "FM101", r"stores: .*at least 1"),
     "threads": ({**SMALL, "copy_threads": "two"}, "FM101", r"copy_threads: .*'two'"),
@@ -161,7 +161,7 @@ BAD = {
     "oracle": ({**SMALL, "eviction": "belady"}, "FM204", r"'belady'.*eviction.*simulate"),
     "plugin": ({**SMALL, "plugins": ["no.py"]}, "FM202", r"no such file.*no\.py"),
     "a list": ("- 1\n", "FM101", r"expected a map of settings, not \[1\]"),
-    "nothing": ("", "FM101", "it is empty; "),
+    "nothing": ("", "FM101", "the document is empty; "),
     "a key twice": (
         "memory: {budget: 1GiB}\nseed: 1\nmemory: {budget: 2GiB}",
         "FM101",
@@ -191,7 +191,7 @@ def test_an_error_names_key_value_and_way_out(case, verb, write):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert "cannot read the file" in run("check", tmp_path / "none.yaml")[2]
-    assert "it is a folder" in run("check", tmp_path)[2]
+    assert "the path is a folder" in run("check", tmp_path)[2]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert run("check", tmp_path / "binary")[0] == 2
 

@@ -106,7 +106,7 @@ def test_a_folder_instead_of_a_configuration(model: Path) -> None:
     program = "from fluxmoe.cli import main; main()"
     command = [sys.executable, "-c", program, "serve", str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    refused(done, "error[FM101]: it is a folder", "give a YAML file")
+    refused(done, "error[FM101]: the path is a folder", "give a YAML file")
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, model: Path) -> None:
