@@ -1,4 +1,4 @@
-"""Numba utilities of the core: compilation, array directories, lowest scores, score kernels.
+"""Numba utilities of the core: compilation, array directories, lowest scores and score kernels.
 
-Imports ``core.types`` only.
+The package imports only ``core.types``.
 """

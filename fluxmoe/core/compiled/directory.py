@@ -1,9 +1,10 @@
-"""Directories: many arrays passed to compiled code as one.
+"""Directories, by which many arrays are passed to compiled code as one.
 
-On every call from Python, numba unpacks a named tuple array by array: 23 for the books, which costs
-more than the entire event rule, particularly in an engine, where other work flushes the CPU caches
-between events. A *directory* is one array with the address and shape of each; compiled code
-rebuilds the tuple from it and reads only the entries it uses.
+On every call from Python, numba unpacks a named tuple array by array. For the 23 arrays of the
+books, this costs more than the entire event rule, particularly in an engine, where other work
+flushes the CPU caches between events. A *directory* is one array with the address and shape of each
+of the arrays; compiled code rebuilds the tuple from the directory and reads only the entries that
+it uses.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from numba.np.arrayobj import make_array, populate_array
 
 from fluxmoe.core.types import Int64s
 
-_DIMENSIONS = 2  # maximum; per array the directory holds its address and this many lengths
+_DIMENSIONS = 2  # maximum; the directory holds the address and this many lengths of each array
 _ENTRY = 1 + _DIMENSIONS
 
 
 def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
-    """Addresses and shapes of ``arrays`` (C-contiguous, at most 2-D each) as int64 ``[3 n]``.
+    """Make a directory, int64 ``[3 n]``, of n arrays, each C-contiguous and at most 2-D.
 
     The arrays must stay alive at the same addresses for as long as the directory is in use.
     """
@@ -35,10 +36,10 @@ def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
 
 
 def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
-    """Make a compiled function that turns a directory of tuples like ``example`` into such a tuple.
+    """Make a compiled function that turns the directory of a tuple like ``example`` into the tuple.
 
-    It returns tuples unchanged, so one compiled function serves both Python callers, which pass the
-    directory, and compiled callers, which pass the tuple.
+    The function returns tuples unchanged, so that code that uses it serves both Python callers,
+    which pass the directory, and compiled callers, which pass the tuple.
     """
     tuple_type = numba.typeof(example)
 

@@ -1,14 +1,14 @@
-"""Compilation of the core's inner loops by numba: cached on disk, run without the GIL.
+"""Compilation of the core's inner loops by numba: cached on disk, and run without the GIL.
 
 Numba detects changes to the file of a cached function, but not to functions, constants or classes
 used from *other* files: it would run stale code or fail to read its own index. Since ``paging``
 uses functions of ``compiled``, cache names contain a digest of all compiled sources of the core,
-including subfolders, and of the function's own folder if that is outside the core.
+including subfolders, and of the function's own folder if that folder is outside the core.
 
 Numba checks every array access for a negative index, which in Python counts from the end. The event
 rule consists of such accesses, and the checks took a third of its time. Indices are therefore
-unsigned here: a negative one, like one past the end, is an undetected error. Constant indices may
-be negative.
+unsigned here: a negative index, like an index past the end, is an undetected error. Only constant
+indices may be negative.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from numba.core.typed_passes import NopythonTypeInference
 
 F = TypeVar("F", bound=Callable[..., object])
 
-#: Announces compilation, which takes seconds without other output.
+#: Logger that announces compilation, which takes many seconds without other output.
 logger = logging.getLogger("fluxmoe.compile")
 
 _CORE = Path(__file__).parents[1]
-#: Matches sources that contain compiled functions or tuples used by them (``EventList``).
+#: Matches sources that contain compiled functions, or tuples that these use (``EventList``).
 _COMPILED = re.compile(rb"^(@jit|import numba|from numba|class \w+\(NamedTuple\))", re.MULTILINE)
 
 
@@ -72,7 +72,7 @@ class _Cache(FunctionCache):
 
 
 class _NoCache(NullCache):
-    """Raised if neither the source folder nor the user's cache is writable."""
+    """The absence of a cache, for when neither the source folder nor the user's is writable."""
 
     def load_overload(self, sig: Any, target_context: Any) -> None:
         _announce("at every start, because no folder to store them is writable")
@@ -117,9 +117,9 @@ class _Compiler(CompilerBase):
 def jit(function: F) -> F:
     """Compile ``function`` on first use and cache the machine code beside its source file.
 
-    For inner loops over arrays owned by the caller: the code cannot allocate, so arrays need no
-    reference counting, and it is inlined into compiled callers. Together this makes the event rule,
-    with some thirty arrays, five to ten times as fast.
+    This is for inner loops over arrays that the caller owns: the code cannot allocate, so that
+    arrays need no reference counting, and it is inlined into compiled callers. Together this makes
+    the event rule, with some thirty arrays, five to ten times as fast.
     """
     return _cached(function, {"_nrt": False, "forceinline": True})
 

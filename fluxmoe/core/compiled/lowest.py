@@ -1,7 +1,7 @@
 """Selection of the lowest few of many scores, and sparse sets as the bits of a word.
 
-A single pass over the scores mostly compares with the worst one kept so far. Bits are the cheapest
-way to find and visit a sparse set.
+A single pass over the scores mostly compares each score with the worst score kept so far. Bits are
+the cheapest way to find and visit a sparse set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _i32 = ir.IntType(32)
 
 @intrinsic
 def lowest_bit(context: Any, word: Any) -> Any:
-    """Position of the lowest set bit of a nonzero uint64, as int64. Compiled code only."""
+    """Return the position of the lowest set bit of a nonzero uint64. Compiled code only."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -35,9 +35,10 @@ def lowest_bit(context: Any, word: Any) -> Any:
 
 @intrinsic
 def bits_not_above(context: Any, array: Any, first: Any, limit: Any) -> Any:
-    """One bit for each of ``array[first : first + 64]``, set if not above ``limit`` or if NaN.
+    """Return one bit per value in ``array[first : first + 64]``: 1 unless above ``limit``.
 
-    ``limit`` has the dtype of the contiguous array. Compiled code only.
+    The bit of a NaN is 1 as well. ``limit`` has the dtype of the array, which is contiguous.
+    Compiled code only.
     """
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -62,10 +63,11 @@ def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64
 
     Args:
         scores: One number per page, of any integer or float dtype that numba supports; no NaN.
-        pages: Page ids; ties go to the lowest.
+        pages: Page ids; on ties, the lowest id comes first.
         count: Number of pages to select, from 1 to the number of scores.
-        kept: Filled with the scores; dtype of ``scores``, same length as ``out``.
-        out: Filled with the pages.
+        kept: Array to fill with the selected scores; it has the dtype of ``scores`` and the length
+            of ``out``.
+        out: Array to fill with the selected pages.
     """
     found = 0
     for i in range(count):
@@ -82,9 +84,10 @@ def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64
 
 @jit
 def low_bits(scores: Numbers, first: int, end: int, limit: float) -> np.uint64:
-    """One bit each for ``scores[first : first + 64]`` before ``end``: not above ``limit``, or NaN.
+    """Return one bit per value in ``scores[first : first + 64]`` before ``end``.
 
-    Nearly always 0: few scores are as low as the lowest ones so far.
+    A bit is 1 if the score is NaN or not above ``limit``. The result is nearly always 0, since few
+    scores are as low as the lowest scores so far.
     """
     bits = np.uint64(0)
     if first + 64 <= end:
@@ -97,15 +100,15 @@ def low_bits(scores: Numbers, first: int, end: int, limit: float) -> np.uint64:
 
 @jit
 def not_above(score: float, page: int, limit: float, limit_page: int) -> bool:
-    """True if (score, page) comes before (limit, limit_page)."""
+    """Return True if (score, page) comes before (limit, limit_page)."""
     return bool(score < limit or (score == limit and page < limit_page))
 
 
 @jit
 def offer(kept: Numbers, out: Int64s, found: int, count: int, score: float, page: int) -> int:
-    """Keep (score, page), replacing the worst if ``count`` are held; return the number held.
+    """Keep (score, page), replacing the worst pair if ``count`` are held; return the number held.
 
-    ``kept`` and ``out`` form a heap with the worst on top.
+    ``kept`` and ``out`` form a heap with the worst pair on top.
     """
     if found < count:
         i = found

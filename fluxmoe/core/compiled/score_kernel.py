@@ -1,7 +1,7 @@
 """Score kernels: a policy's formula for one page, compiled into a loop over pages.
 
 The event rule calls the loop through a function pointer (``Kernel.entry``). The rule itself is thus
-compiled once and cached on disk, while the policy's formula is inlined into its own loop, which the
+compiled once and cached on disk, while the policy's formula is inlined into the loop, which the
 compiler can vectorise to score eight pages at a time.
 """
 
@@ -29,9 +29,10 @@ _ENTRY = types.int64(_INTS, types.int64, types.int64, types.int64, types.int64, 
 
 
 class KernelRows(NamedTuple):
-    """Input of kernels, all int64: one row per page of the model, or per slot of a bank.
+    """Input to kernels, all int64: one row per page of the model, or one per slot of a bank.
 
-    ``page`` is the page of each slot, or, with one row per page, the ``[n]`` pages to score.
+    With one row per slot, ``page`` is the page in each slot; with one row per page, ``page``
+    contains the pages to score, ``[n]``.
     """
 
     last_use: Int64s
@@ -50,10 +51,12 @@ class Kernel:
     """A compiled score kernel.
 
     Attributes:
-        entry: For compiled callers: ``entry(rows, event, layer, num_layers, n, out)`` writes the
-            scores of the first ``n`` slots, or of ``n`` pages, into ``out``; returns 0, or 1 if the
-            kernel raised. ``rows`` is a directory of ``KernelRows`` (see ``directory``).
-        fill: The same for Python, by page; exceptions raised by the kernel propagate unchanged.
+        entry: Function for compiled callers: ``entry(rows, event, layer, num_layers, n, out)``
+            writes the scores of the first ``n`` slots, or of ``n`` pages, into ``out``, and returns
+            0, or 1 if the kernel raised. ``rows`` is a directory of ``KernelRows`` (see
+            ``directory``).
+        fill: The same function for Python, with one row per page; exceptions that the kernel
+            raises propagate unchanged.
     """
 
     entry: Any
@@ -62,7 +65,7 @@ class Kernel:
     def scores(
         self, rows: KernelRows, event: int, layer: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
-        """Score of every row. Exceptions raised by the kernel propagate."""
+        """Return the scores of the pages in ``rows.page``. The kernel's exceptions propagate."""
         out = np.empty(len(rows.page))
         self.fill(rows, event, layer, num_layers, len(out), out)
         return out
@@ -72,28 +75,29 @@ def compile_kernel(function: Callable[..., float], *, by_slot: bool) -> Kernel:
     """Compile a kernel with the signature described in ``EvictionPolicy.score_kernel``.
 
     With ``by_slot``, ``entry`` takes one row per slot and scores a whole bank without looking up
-    each page's row. For a few pages, looking up is faster than copying into rows.
+    each page's row. For a few pages, looking rows up is faster than copying pages into rows.
 
     Division follows numpy: dividing by zero gives an infinity or NaN and does not raise, since a
     branch per page would prevent vectorisation. Functions with the same code and closure are
     compiled once per process.
 
     Raises:
-        TypeError: Too few parameters, or an unknown one.
+        TypeError: The function has too few parameters, or an unknown parameter.
         Exception: Numba cannot compile the code.
     """
     cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
     key = function.__code__, id(function.__globals__), function.__defaults__, cells, by_slot
     try:
         known = _compiled.get(key)
-    except TypeError:  # its closure holds an unhashable value
+    except TypeError:  # the closure holds an unhashable value
         return _compile(function, by_slot)
     if known is None:
         known = _compiled[key] = _compile(function, by_slot), function
     return known[0]
 
 
-#: Kernels by code and closure. Functions are kept alive so that ids of their globals stay unique.
+#: Kernels by code and closure. The functions are kept alive so that the ids of their globals stay
+#: unique.
 _compiled: dict[object, tuple[Kernel, Callable[..., float]]] = {}
 
 
@@ -104,7 +108,7 @@ def _compile(function: Callable[..., float], by_slot: bool) -> Kernel:
         raise TypeError(f"unknown kernel parameter {unknown[0]!r}; valid: {', '.join(EXTRAS)}")
     integers = [types.int64] * (len(_FIRST) + len(extras))
     one = numba.njit(types.float64(*integers), nogil=True, error_model="numpy")(function)
-    # Builds a call with just the parameters the kernel takes; all names are from _FIRST and EXTRAS.
+    # Passes only the parameters that the kernel takes; all names are from _FIRST and EXTRAS.
     call = f"lambda {', '.join(_FIRST + EXTRAS)}: one({', '.join(_FIRST + extras)})"
     score = numba.njit(nogil=True, error_model="numpy")(eval(call, {"one": one}))
     fill = _looped(score, by_slot=False)
@@ -129,7 +133,8 @@ def _looped(score: Any, *, by_slot: bool) -> Any:
 def _entry(fill: Any) -> Any:
     @numba.cfunc(_ENTRY, nopython=True)
     def entry(rows, event, layer, layers, n, out):  # type: ignore[no-untyped-def]
-        # Exceptions cannot cross a function pointer: return 1, and the Python side calls again.
+        # Exceptions cannot cross a function pointer: return 1, so that the Python side calls the
+        # kernel again and gets the exception.
         try:
             fill(_open_rows(rows), event, layer, layers, n, out)
         except Exception:
