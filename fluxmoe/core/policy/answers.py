@@ -1,10 +1,10 @@
-"""Answers of policies: read into plain values of the host's own, then judged.
+"""Answers of policies, which are copied into plain values of the host and then validated.
 
-An answer may be alive: a list whose ``__len__`` waits, an array that a thread goes on writing to, a
-number whose methods lie, text that cannot be printed. So each function here reads an answer once,
-and no further than a valid one can reach, into an array or a number that nothing else refers to,
-and judges that. It runs as part of the policy's call (``faults``), so that its time is limited and
-whatever it raises is contained.
+An answer may be active code: a list whose ``__len__`` waits, an array that a thread continues to
+write to, a number whose methods return false values, or text that cannot be printed. So each
+function here reads an answer once, and no more of it than a valid answer can contain, into an array
+or a number that nothing else refers to, and validates this copy. The function runs as part of the
+policy's call (``faults``), so that its time is limited and any exception is contained.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fluxmoe.words import line
 
 
 class InvalidAnswer(Exception):
-    """An answer that is not valid; the message says what was given."""
+    """An answer is not valid; the message describes the answer."""
 
 
 def nothing(answer: object) -> None:
-    """The answer of a hook, which is ignored."""
+    """Ignore the answer of a hook."""
 
 
 def scores(answer: object, count: int) -> npt.NDArray[Any]:
-    """``count`` integers or floats of a dtype that numba supports, none of them NaN."""
+    """Read ``count`` integers or floats, without NaN, into a dtype that numba supports."""
     numbers = _array(answer, count, f"not {count} numbers")
     if numbers.dtype.kind not in "iuf" or numbers.shape != (count,):
         raise InvalidAnswer(f"returned {_described(numbers)}, not {count} numbers")
@@ -43,7 +43,7 @@ def scores(answer: object, count: int) -> npt.NDArray[Any]:
 
 
 def bools(answer: object, count: int) -> Bools:
-    """``count`` bools."""
+    """Read ``count`` bools."""
     found = _array(answer, count, f"not {count} bools")
     if found.dtype != np.bool_ or found.shape != (count,):
         raise InvalidAnswer(f"returned {_described(found)}, not {count} bools")
@@ -51,7 +51,7 @@ def bools(answer: object, count: int) -> Bools:
 
 
 def victims(answer: object, candidates: Int64s, count: int) -> Int64s:
-    """``count`` different pages out of ``candidates``."""
+    """Read ``count`` different pages that are among ``candidates``."""
     pages = _array(answer, count, f"not {count} pages")
     if pages.dtype.kind not in "iu" or pages.shape != (count,):
         raise InvalidAnswer(f"returned {_described(pages)}, not {count} pages")
@@ -62,7 +62,7 @@ def victims(answer: object, candidates: Int64s, count: int) -> Int64s:
 
 
 def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int64s:
-    """Pages of other layers than ``layer``, at most as many as there are; repeats are dropped."""
+    """Read pages of layers other than ``layer``, at most all the model's; drop repeats."""
     most = num_layers * experts
     pages = _array(answer, most, f"more than the model's {most} pages")
     if pages.size == 0:
@@ -79,12 +79,12 @@ def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int6
 
 
 def split(answer: object, view: ArbitrationView) -> Split:
-    """Frames for the tenants of ``view``, and the reason as one printable line."""
+    """Read the frames for the tenants of ``view``, and the reason as one printable line."""
     if not isinstance(answer, Split):
         raise InvalidAnswer(f"returned {line(answer, repr)}, not a Split")
     frames, reason = answer.frames, answer.reason
     if frames is view.frames and type(reason) is str:
-        return Split(view.frames, line(reason))  # as in most steps
+        return Split(view.frames, line(reason))  # the usual case: no change
     if not isinstance(frames, Mapping):
         raise InvalidAnswer(f"returned {line(answer, repr)}, not a Split")
     given: Mapping[Any, object] = frames
@@ -97,32 +97,35 @@ def split(answer: object, view: ArbitrationView) -> Split:
     counts = {str.__str__(name): _frames(given[name], name) for name in names}
     # The current split is always valid, even if the limit has just been lowered.
     if sum(counts.values()) > max(view.total_frames, sum(view.frames.values())):
-        raise InvalidAnswer(f"returned {line(sum(counts.values()))} frames of {view.total_frames}")
+        raise InvalidAnswer(
+            f"returned {line(sum(counts.values()))} frames, but there are {view.total_frames}"
+        )
     if not isinstance(reason, str):
         raise InvalidAnswer(f"returned {line(reason, repr)} as a reason")
-    # It ends up in the log, in messages between processes and in a metric label.
+    # The reason ends up in the log, in messages between processes and in a metric label.
     return Split(counts, line(reason))
 
 
 def flag(value: object) -> bool:
-    """A declaration that is True or False."""
+    """Read a declaration that is True or False."""
     if not isinstance(value, bool):
         raise InvalidAnswer(f"is {line(value, repr)}, not True or False")
     return value
 
 
 def whole(value: object, least: int, noun: str) -> int:
-    """A declaration that is an integer, at least ``least``."""
+    """Read a declaration that is an integer of at least ``least``."""
     if isinstance(value, int) and not isinstance(value, bool):
-        number = operator.index(value)  # an int itself, whatever class it comes from
+        number = operator.index(value)  # a plain int, even if the class is a subclass of int
         if number >= least:
             return number
     raise InvalidAnswer(f"is {line(value, repr)}, not a number of {noun}")
 
 
 def _array(answer: object, most: int, wanted: str) -> npt.NDArray[Any]:
-    """A contiguous array of the host's own, in the machine's byte order; longer ones are refused
-    before they are read.
+    """Copy an answer into a contiguous array in the machine's byte order.
+
+    An answer with more than ``most`` values is rejected before it is read.
     """
     if answer is None:
         raise InvalidAnswer("returned None")

@@ -1,4 +1,4 @@
-"""The contract of arbitration policies: their input between two steps and their answer.
+"""The contract of arbitration policies: their input between two steps, and their answers.
 
 All input is read-only, as in ``paging``, and shares no memory with the host.
 """
@@ -23,7 +23,7 @@ class Split:
     """Number of frames that each tenant should own.
 
     Attributes:
-        frames: Tenant (``experts``, ``kv``) → frames, together at most ``view.total_frames``.
+        frames: Tenant (``experts``, ``kv``) → frames; the sum is at most ``view.total_frames``.
         reason: Explanation with the relevant numbers, for the log.
     """
 
@@ -36,15 +36,15 @@ class ExpertDemand:
     """Current demand for expert pages, and its cost.
 
     Attributes:
-        frames: Frames per page; ``frames × pages`` hold all experts.
-        pages: Number of pages of the model.
-        accesses: Number of distinct experts used by a step, over all layers.
-        misses: Number of them that were not resident.
-        loads: Number of pages copied, prefetched ones included.
+        frames: Frames per page; ``frames × pages`` frames hold all experts.
+        pages: Number of the model's pages.
+        accesses: Number of distinct experts that a step used, summed over all layers.
+        misses: Number of these experts that were not resident.
+        loads: Number of pages copied, including prefetched ones.
         load_seconds: Measured time to load one page; 0 before the first load.
         curve: float64, miss ratio at equally spaced numbers of slots from 0 to ``pages``; empty
-            before the first sample. It is the convex hull of LRU's curve, without first uses, which
-            a suitable policy comes close to (``core.paging.measures``).
+            before the first sample. The curve is the convex hull of LRU's curve, without first
+            uses; a suitable policy comes close to it (``core.paging.measures``).
     """
 
     frames: float = 0.0
@@ -59,7 +59,7 @@ class ExpertDemand:
         _lock_curve(self)
 
     def miss_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Curve at ``frames`` frames (a number or an array); zero before the first sample."""
+        """Return the miss ratio at ``frames``, a number or an array; 0 before the first sample."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames * self.pages)
 
 
@@ -69,11 +69,11 @@ class PrefixDemand:
 
     Attributes:
         asked: Number of prompt tokens looked up since startup.
-        found: Number of them that were cached and need not be computed.
-        frames: Frames of the prefix cache at the curve's end.
+        found: Number of these tokens that were cached and need not be computed.
+        frames: Frames of the prefix cache at the end of the curve.
         curve: float64, hit ratio of prompt blocks at equally spaced sizes of the prefix cache from
-            0 to ``frames``, excluding KV cache in use by requests. Empty before the first lookup
-            (``core.arbitration.prefixes``).
+            0 to ``frames``, which exclude the KV cache that requests use. Empty before the first
+            lookup (``core.arbitration.prefixes``).
     """
 
     asked: int = 0
@@ -85,19 +85,19 @@ class PrefixDemand:
         _lock_curve(self)
 
     def hit_ratio(self, frames: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Curve at ``frames`` frames not used by requests; zero before the first lookup."""
+        """Return the hit ratio with ``frames`` that no request uses; 0 before the first lookup."""
         return _at(self.curve, np.asarray(frames, np.float64), self.frames)
 
 
 def _lock_curve(demand: ExpertDemand | PrefixDemand) -> None:
-    """Copy the curve and make the copy read-only, like all input of policies."""
+    """Replace the curve by a read-only copy, like all input to policies."""
     object.__setattr__(demand, "curve", own(demand.curve))
 
 
 def _at(
     curve: npt.NDArray[np.float64], asked: npt.NDArray[np.float64], end: float
 ) -> npt.NDArray[np.float64]:
-    """Interpolate a curve over 0 … ``end`` at the points ``asked``."""
+    """Interpolate a curve that extends from 0 to ``end`` at the points ``asked``."""
     steps = len(curve) - 1
     if steps < 1 or not end:
         return np.zeros_like(asked)
@@ -111,8 +111,8 @@ class StepSample(NamedTuple):
     Attributes:
         requests: Number of requests that ran.
         tokens: Number of tokens computed.
-        seconds, stall_seconds: Duration, and the part of it spent waiting for pages.
-        accesses, misses: See ``ExpertDemand``.
+        seconds, stall_seconds: Duration of the step, and the part spent waiting for pages.
+        accesses, misses: As in ``ExpertDemand``.
     """
 
     requests: int
@@ -125,24 +125,24 @@ class StepSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ArbitrationView:
-    """Input of an arbitration policy between two steps. Immutable.
+    """Input to an arbitration policy between two steps. Immutable.
 
     Attributes:
-        frames: Tenant → number of frames it owns.
+        frames: Tenant → number of frames that the tenant owns.
         total_frames: Budget in frames.
-        bounds: Tenant → its minimum and maximum in frames (``target`` is the initial number).
+        bounds: Tenant → minimum and maximum in frames (``target`` is the initial number).
         step: Number of steps so far.
         waiting_requests, running_requests: Number of requests in the engine's queues.
         max_running_requests: Maximum number of requests that the engine runs at once.
-        kv_used_frames: Frames of KV cache in use by requests, without blocks that are only cached.
+        kv_used_frames: Frames of KV cache that requests use, without blocks that are only cached.
         request_frames: Frames of KV cache that a request needs at its end, estimated from known
             prompts and the lengths of past answers; 0 until the first request has finished.
-        kv_cached_frames: Frames of KV cache holding only prefixes that no request currently uses.
-        preemptions: Number of requests that lost their KV cache because it was full, since
-            startup.
+        kv_cached_frames: Frames of KV cache that hold only prefixes that no request now uses.
+        preemptions: Number of times since startup that a request lost its KV cache because the
+            cache was full.
         tokens: Number of tokens computed in the last step.
         step_seconds: Duration of the last step.
-        stall_seconds: Part of it spent waiting for pages.
+        stall_seconds: Part of ``step_seconds`` spent waiting for pages.
         steps: All steps since the policy was last called, oldest first.
         experts: Demand for expert pages.
         prefixes: Demand for cached prefixes.
@@ -174,15 +174,15 @@ class ArbitrationView:
 
 
 class ArbitrationPolicy(ABC):
-    """Decides between steps on the split of the budget.
+    """Decides on the split of the budget, between steps.
 
     Attributes:
         fixed: True if the split never changes: the policy is never called, and nothing is reserved
             for growth.
-        interval: Number of steps between calls; ``view.steps`` contains all of them.
-        calm_interval: The same while the number of running requests is constant, none is waiting
-            and the policy keeps the current split. Once that changes, the policy is called within
-            ``interval``.
+        interval: Number of steps between calls; ``view.steps`` contains all of these steps.
+        calm_interval: The same while the number of running requests is constant, no request is
+            waiting and the policy keeps the current split. When this ends, the policy is called
+            within ``interval`` steps.
     """
 
     fixed: ClassVar[bool] = False
@@ -191,11 +191,11 @@ class ArbitrationPolicy(ABC):
 
     @abstractmethod
     def split(self, view: ArbitrationView) -> Split:
-        """Return the split to aim for; returning the current one is the normal answer.
+        """Return the split to aim for; the current split is the normal answer.
 
-        Called every ``interval`` steps, even while frames are moving; each answer stands until the
-        next call. The host enforces the bounds, never takes KV cache in use, and moves a limited
-        number of frames per step.
+        The host calls this method every ``interval`` steps, even while frames are moving; each
+        answer stands until the next call. The host enforces the bounds, never takes KV cache in
+        use, and moves a limited number of frames per step.
         """
 
     def reset(self) -> None:

@@ -1,11 +1,11 @@
-"""Faults of policies: counted, logged once, and contained or raised.
+"""Faults of policies, which are counted, logged once, and contained or raised.
 
 A policy call that raises, takes too long or returns an invalid answer is a fault. The call falls
 back to the default; after ``strikes`` faults the policy is disabled for good. In ``strict`` mode
 faults are raised instead.
 
 All of a policy's code runs within a timed call: its methods, the lookup of a method, the reading of
-an answer (``answers``), the printing of what it raised.
+an answer (``answers``), and the formatting of exceptions that it raises.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Fault:
     """A failure of a policy.
 
     Attributes:
-        said: Description that continues ``method …``.
-        where, fix: ``file:line`` of the policy's code, and a suggestion; may be empty.
+        said: Description that continues a sentence beginning with the method's name.
+        where, fix: ``file:line`` of the policy's code, and a suggestion; both may be empty.
         cause: The exception, if it is to be raised.
     """
 
@@ -47,7 +47,7 @@ class Fault:
 def contained(
     function: Callable[..., T], args: tuple[object, ...] = (), keep: bool = True
 ) -> T | Fault:
-    """Call ``function``; whatever it raises becomes a ``Fault``, with the exception if ``keep``.
+    """Call ``function``; turn any exception into a ``Fault``, with the exception if ``keep``.
 
     ``HardLimitExceeded`` passes through, as do Ctrl-C and exceptions from signal handlers.
     """
@@ -66,7 +66,7 @@ def contained(
 
 
 class PolicyCaller:
-    """Calls a policy; counts its faults and contains or raises them."""
+    """Calls a policy, counts its faults, and contains or raises them."""
 
     def __init__(
         self, policy: object, kind: str, name: str, *, strict: bool, limits: Limits
@@ -74,7 +74,7 @@ class PolicyCaller:
         self._policy = policy
         self.kind, self.name, self.strict, self.limits = kind, name, strict, limits
         self.count = 0
-        #: The last fault of a replaced policy; empty while it is in use.
+        #: The last fault of a replaced policy; empty while the policy is in use.
         self.replaced = ""
         self._limiter = TimeLimiter(limits)
         self._reported: set[str] = set()
@@ -98,7 +98,8 @@ class PolicyCaller:
 
     def declared(self, attribute: str, read: Callable[[object], T], default: T) -> T:
         """Return an attribute as ``read`` returns it; the default after a fault."""
-        # A limiter of its own, dropped afterwards: nothing to watch before the first call.
+        # A separate limiter, dropped afterwards, so that the watchdog has nothing to watch before
+        # the first real call.
         limiter, self._limiter = self._limiter, TimeLimiter(self.limits)
         try:
             value = self.run(attribute, self._declared, attribute, read)
@@ -107,7 +108,7 @@ class PolicyCaller:
         return default if value is None else value
 
     def run(self, method: str, function: Callable[..., T], *args: object) -> T | None:
-        """Call a function that runs code of the policy; None after a fault or if disabled."""
+        """Call a function that runs the policy's code; return None after a fault or if disabled."""
         if self.count >= self.limits.strikes:
             return None
         limiter = self._limiter
@@ -132,12 +133,12 @@ class PolicyCaller:
         return read(getattr(self._policy, attribute))
 
     def _answer(self, method: str, args: tuple[object, ...], read: Callable[[object], T]) -> T:
-        # The answer ends here as well: its ``__del__`` belongs to the call.
+        # The answer is also destroyed here, so that its ``__del__`` runs within the timed call.
         return read(getattr(self._policy, method)(*args))
 
     def note(self, method: str, fault: Fault) -> None:
-        """Count a fault of ``method``; raises PolicyFaultError if strict."""
-        # Text that the policy returned or raised is sanitised here.
+        """Count and log a fault of ``method``, or raise PolicyFaultError if strict."""
+        # This sanitises text that the policy returned or raised.
         said = f"{method} {line(fault.said, limit=2 * LIMIT)}"
         what = f"{self.kind} policy {self.name!r}: {said}"
         if self.strict:
@@ -159,7 +160,8 @@ class PolicyCaller:
 def _place(error: BaseException) -> str:
     """Return ``file:line`` of the policy's code that raised an exception; empty if there is none.
 
-    It is the innermost line in the folder of the called method, not in a library called by it.
+    This is the innermost line in the folder of the called method, not in a library that the method
+    calls.
     """
     trace = traceback.walk_tb(traceback_of(error))
     frames = [(frame.f_code.co_filename, at) for frame, at in trace]
@@ -172,7 +174,7 @@ def _place(error: BaseException) -> str:
 
 
 def suggestion(error: BaseException) -> str:
-    """Python's ``did you mean``, which it shows only for an exception that ends the program."""
+    """Return the ``did you mean`` that Python shows only for exceptions that end the program."""
     try:
         if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
             return ""
@@ -182,7 +184,7 @@ def suggestion(error: BaseException) -> str:
             frame = list(traceback.walk_tb(traceback_of(error)))[-1][0]
             known = [*frame.f_locals, *frame.f_globals, *dir(builtins)]
         return line(meant(error.name, known))
-    except BaseException as failure:  # an object of the policy whose attributes cannot be listed
+    except BaseException as failure:  # the attributes of the policy's object cannot be listed
         if interrupts(failure):
             raise
         return ""
@@ -205,7 +207,7 @@ class PolicyGuard:
 
     @property
     def replaced(self) -> str:
-        """The last fault of a policy that was disabled for good; empty while it is in use."""
+        """The last fault if the policy was disabled for good; empty while the policy is in use."""
         return self._faults.replaced
 
     @property

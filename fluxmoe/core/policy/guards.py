@@ -1,10 +1,10 @@
-"""Guards: the host's side of policies. Each validates the answers of one kind of policy.
+"""Guards, the host's side of policies. Each guard validates the answers of one kind of policy.
 
-A policy is trusted code that may have bugs: if it raises or returns an invalid answer, that call
-falls back to LRU, no prefetch or the current split (see ``faults``). A call that takes too long is
-counted or interrupted, which is a fault (see ``watchdog``). Arrays are copied on the way to a
-policy (``paging.own``) and on the way back (``answers``). Attacks are not contained: plugins run
-with the privileges of the engine.
+A policy is trusted code that may have bugs: if a call raises or returns an invalid answer, the call
+falls back to LRU, no prefetch or the current split (see ``faults``). A slow call is counted, and a
+call that takes far too long is interrupted, which is a fault (see ``watchdog``). Arrays are copied
+on the way to a policy (``paging.own``) and on the way back (``answers``). Attacks are not
+contained: plugins run with the privileges of the engine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class EvictionGuard(PolicyGuard):
             method: getattr(type(policy), method) is not getattr(EvictionPolicy, method)
             for method in ("on_access", "on_load", "on_evict", "retain", "select")
         }
-        # Hooks that the policy does not override are not called, to save the time.
+        # Hooks that the policy does not override are not called, which saves time.
         self.watches_access = overrides["on_access"]
         self.watches_load = overrides["on_load"]
         self.watches_evict = overrides["on_evict"]
@@ -62,7 +62,7 @@ class EvictionGuard(PolicyGuard):
 
     @property
     def stable(self) -> bool:
-        """True if the host keeps pages in order of their ``scores`` (``heap.VictimHeap``)."""
+        """True if the host may keep pages in order of their ``scores`` (``heap.VictimHeap``)."""
         return self._promises_stable and not self._selects and not self._faults.out
 
     @property
@@ -72,7 +72,7 @@ class EvictionGuard(PolicyGuard):
 
     @property
     def scored(self) -> bool:
-        """True if ``choose`` is the only method called, so events need no earlier call."""
+        """True if events call the policy only to choose victims (``choose``), and for no hook."""
         watches = self.watches_access or self.watches_load or self.watches_evict
         return not watches and not self.retains
 
@@ -82,7 +82,7 @@ class EvictionGuard(PolicyGuard):
         return self._view._future
 
     def limited(self, function: Callable[..., int], *args: object) -> int | None:
-        """Call compiled code that runs the kernel; None after a fault."""
+        """Call compiled code that runs the kernel; return None after a fault."""
         return self._faults.run("score_kernel", function, *args)
 
     def reset(self) -> None:
@@ -98,7 +98,7 @@ class EvictionGuard(PolicyGuard):
         self._faults.contain("on_evict", self._view, own(pages))
 
     def retained(self, access: Access) -> Bools | None:
-        """Return for each page of the event False to free its slot; None after a fault."""
+        """Return, for each page of the event, False to free its slot; None after a fault."""
         return self._faults.ask(
             "retain", (self._view, access), partial(answers.bools, count=len(access.pages))
         )
@@ -106,7 +106,7 @@ class EvictionGuard(PolicyGuard):
     def scores(self, pages: Int64s) -> npt.NDArray[np.float64] | None:
         """Return valid scores of ``pages``; None after a fault."""
         if len(pages) == 0:
-            return np.zeros(0)  # saves a call, and not every policy handles an empty array
+            return np.zeros(0)  # without a call: not every policy handles an empty array
         raw = self._raw_scores(pages)
         return None if raw is None else raw.astype(np.float64)
 
@@ -148,7 +148,7 @@ class EvictionGuard(PolicyGuard):
 
 
 class PrefetchGuard(PolicyGuard):
-    """Calls a prefetch policy for the event rule; one with ``lead = 0`` is never called."""
+    """Calls a prefetch policy for the event rule; a policy with ``lead = 0`` is never called."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class PrefetchGuard(PolicyGuard):
         self._faults.contain("reset")
 
     def propose(self, access: Access) -> Int64s:
-        """Return valid proposals without repeats, most urgent first; none after a fault."""
+        """Return valid proposals without repeats, most urgent first; no proposals after a fault."""
         read = partial(
             answers.proposals,
             layer=access.layer,
@@ -191,7 +191,7 @@ def _lowest(scores: npt.NDArray[Any], pages: Int64s, count: int) -> Int64s:
 
 
 def _compile(policy: EvictionPolicy, view: PageView, name: str, stable: bool) -> Kernel | None:
-    # The more derived definition wins: a subclass that defines `score` overrides an inherited
+    # The most derived definition wins: a subclass that defines `score` overrides an inherited
     # kernel. If one class defines both, the kernel replaces `score`.
     for cls in type(policy).__mro__:
         if "score_kernel" in vars(cls) or "make_kernel" in vars(cls):

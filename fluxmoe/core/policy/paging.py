@@ -1,9 +1,9 @@
 """The contracts of eviction and prefetch policies, and their input, a read-only view.
 
 A policy needs no records of its own: recency, frequency and residency are in the view, as numpy
-arrays over all pages, and its answers are arrays. The arrays are copies: numpy's read-only flag is
-no protection (``torch.from_numpy`` ignores it), and the kernel of a layer reads the books. A
-complete policy takes three lines::
+arrays over all pages, and the policy's answers are arrays. The view's arrays are copies, since the
+host relies on the originals and numpy's read-only flag does not protect them
+(``torch.from_numpy`` ignores the flag). A complete policy takes three lines::
 
     class MostRecentlyUsed(fluxmoe.EvictionPolicy):
         def score(self, view, pages):
@@ -32,7 +32,7 @@ ScoreKernel = Callable[..., float]
 
 
 class Uses(Protocol):
-    """Usage records of pages, as ``PageView`` describes them: int64 ``[pages]`` each."""
+    """Usage records of pages, int64 ``[pages]`` each, with the meanings given in ``PageView``."""
 
     @property
     def last_use(self) -> Int64s: ...
@@ -43,9 +43,9 @@ class Uses(Protocol):
 
 
 class Residency(Protocol):
-    """The part of a page table read by views and guards (see ``paging.table``).
+    """The part of a page table that views and guards read (see ``paging.table``).
 
-    ``books`` are the host's arrays; ``uses`` are up-to-date copies of them for policies.
+    ``books`` are the host's arrays; ``uses`` are up-to-date copies of these arrays for policies.
     """
 
     @property
@@ -67,15 +67,16 @@ class Residency(Protocol):
 
 
 class PageView:
-    """Input of eviction and prefetch policies: arrays over all pages, read-only.
+    """Input to eviction and prefetch policies: arrays over all pages, read-only.
 
     Attributes:
-        last_use: int64 ``[pages]``, event in which the page was last routed to, −1 = never.
-        use_count: int64 ``[pages]``, number of events that routed to it; kept across evictions.
-        loaded_at: int64 ``[pages]``, event in which it was last loaded, −1 = never.
-        next_use: int64 ``[pages]``, next event that routes to it, ``NO_NEXT_USE`` if none; only in
-            the simulator, for oracles (``needs_future``).
-        num_layers, experts_per_layer, slots: Geometry, and number of usable slots over all banks.
+        last_use: int64 ``[pages]``, event in which the page was last routed to; −1 = never.
+        use_count: int64 ``[pages]``, number of events that routed to the page; kept across
+            evictions.
+        loaded_at: int64 ``[pages]``, event in which the page was last loaded; −1 = never.
+        next_use: int64 ``[pages]``, next event that routes to the page, ``NO_NEXT_USE`` if there is
+            none; available only in the simulator, for oracles (``needs_future``).
+        num_layers, experts_per_layer, slots: Geometry, and number of usable slots in all banks.
         rng: Seeded random generator, the only source of randomness a policy may use.
     """
 
@@ -147,12 +148,12 @@ class PageView:
         return own(self._future)
 
     def page_of(self, layer: int, experts: npt.ArrayLike) -> Int64s:
-        """Page ids of ``experts`` of a layer."""
+        """Return the page ids of ``experts`` in a layer."""
         return layer * self.experts_per_layer + np.asarray(experts, np.int64)
 
 
 def own(array: npt.NDArray[T]) -> npt.NDArray[T]:
-    """Return a read-only copy for a policy: writes are reported, and harmless if forced."""
+    """Return a read-only copy for a policy: writing raises an error, and is harmless if forced."""
     copy = array.copy()
     copy.flags.writeable = False
     return copy
@@ -164,15 +165,15 @@ class EvictionPolicy:
     ``score_kernel``, ``make_kernel`` or ``select`` can replace ``score``.
 
     Attributes:
-        stable_score: Promise that a page's score changes only when it is accessed or loaded. The
-            host then keeps the pages in order and requests scores only after a change.
+        stable_score: Promise that a page's score changes only when the page is accessed or loaded.
+            The host then keeps the pages in order and requests scores only after a change.
         score_kernel: A static function ``(last_use, use_count, loaded_at, event, page) -> float``
-            in the subset of Python that numba compiles; replaces ``score``. Division follows numpy:
-            dividing by zero gives an infinity or NaN. Further parameters may follow, by name:
-            ``distance`` (layers until the page's layer runs, 1…num_layers), ``layer`` (the page's),
-            ``num_layers``, and, for oracles, ``next_use``.
-        needs_future: True for an oracle that reads ``view.next_use``; rejected outside the
-            simulator.
+            in the subset of Python that numba compiles; it replaces ``score``. Division follows
+            numpy: dividing by zero gives an infinity or NaN. Further parameters may follow, with
+            these names: ``distance`` (number of layers until the page's layer runs,
+            1…num_layers), ``layer`` (the page's), ``num_layers``, and, for oracles, ``next_use``.
+        needs_future: True for an oracle that reads ``view.next_use``; such a policy is rejected
+            outside the simulator.
     """
 
     stable_score: ClassVar[bool] = False
@@ -180,15 +181,19 @@ class EvictionPolicy:
     score_kernel: ClassVar[ScoreKernel | None] = None
 
     def score(self, view: PageView, pages: Int64s) -> npt.ArrayLike:
-        """Return the value of each of ``pages``; the lowest is evicted, on ties the lowest page id.
+        """Return the value of each page in ``pages``; the page with the lowest value is evicted.
+
+        Ties go to the lowest page id. The method must be pure, and is called only on the engine's
+        thread.
 
         Args:
             view: The state of all pages.
-            pages: Candidates in ascending order: resident, not protected, not of this event.
+            pages: Candidates in ascending order: resident pages that this event does not use;
+                protected pages only if there are not enough others.
 
         Returns:
-            ``len(pages)`` numbers of any integer or float dtype; ±inf is allowed, NaN is a fault.
-            Must be pure; called only on the engine's thread.
+            ``len(pages)`` numbers of any integer or float dtype; ±inf is allowed, but NaN is a
+            fault.
         """
         kernel = self.make_kernel(view)
         if kernel is None:
@@ -208,15 +213,15 @@ class EvictionPolicy:
         return [kernel(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def make_kernel(self, view: PageView) -> ScoreKernel | None:
-        """Make the score kernel of this object, if it depends on options or on the model.
+        """Make the score kernel of this object, for a kernel that depends on options or the model.
 
-        Called once, before the first event. The function may close over numbers, which the
-        compiler treats as constants. The default is the class's ``score_kernel``.
+        The host calls this method once, before the first event. The kernel may close over numbers,
+        which the compiler treats as constants. The default is the class's ``score_kernel``.
         """
         return type(self).score_kernel
 
     def on_access(self, view: PageView, access: Access) -> None:
-        """Handle the start of an event, which ``last_use`` and ``use_count`` already include."""
+        """Handle the start of an event, which ``last_use`` and ``use_count`` already reflect."""
 
     def on_load(self, view: PageView, pages: Int64s) -> None:
         """Handle the assignment of slots to ``pages``."""
@@ -225,11 +230,11 @@ class EvictionPolicy:
         """Handle the eviction of ``pages``, just before they lose their slots."""
 
     def retain(self, view: PageView, access: Access) -> npt.ArrayLike:
-        """Return for each page of the event False to free its slot as soon as the layer has run."""
+        """Return, for each page of the event, False to free its slot when the layer has run."""
         return np.ones(len(access.pages), np.bool_)
 
     def select(self, view: PageView, pages: Int64s, n: int) -> npt.ArrayLike:
-        """Choose ``n`` victims among ``pages`` instead of scoring them (queues, quotas, ARC …)."""
+        """Choose ``n`` victims among ``pages``, instead of scoring (queues, quotas, ARC …)."""
         raise NotImplementedError
 
     def reset(self) -> None:
@@ -240,14 +245,14 @@ class PrefetchPolicy(ABC):
     """Proposes pages to load before their layer needs them.
 
     Attributes:
-        lead: Number of layers that proposals look ahead; a policy with 0 is never called.
+        lead: Number of layers that proposals look ahead; a policy whose lead is 0 is never called.
     """
 
     lead: int = 1
 
     @abstractmethod
     def propose(self, view: PageView, access: Access) -> npt.ArrayLike:
-        """Return pages of later layers, most urgent first. Resident ones among them are kept."""
+        """Return pages of later layers, most urgent first. Resident pages among them are kept."""
 
     def reset(self) -> None:
         """Clear all state: the books were reset."""

@@ -1,15 +1,16 @@
 """Time limits for policy calls, and interruption of calls that exceed them.
 
-A call beyond the soft limit is counted, by the processor time of its thread: on a busy machine any
-call can be late by the clock. That time is costly to read, so only calls after a late one are
-measured. Beyond the hard limit, which is wall time, the watchdog, one thread per process that
-sleeps while no call is late, raises ``HardLimitExceeded`` in the calling thread. Python delivers it
-between two bytecode instructions: C code (a NumPy function, a compiled kernel, a system call)
-finishes first, and the call still counts as late.
+A call that exceeds the soft limit is counted as slow. The limit is on the processor time of the
+calling thread, since on a busy machine any call can be late by the clock. Processor time is costly
+to read, so it is measured only for the calls that follow a late one. The hard limit is on wall
+time. The watchdog, one thread per process that sleeps while no call is late, enforces it by raising
+``HardLimitExceeded`` in the calling thread. Python delivers the exception between two bytecode
+instructions: C code (a NumPy function, a compiled kernel, a system call) finishes first, and the
+call still counts as late.
 
 The exception must never reach the code after the call. A lock makes the end of a call and its
 interruption mutually exclusive, each call is interrupted at most once, and an interrupted call
-withdraws an undelivered exception before it returns.
+withdraws an undelivered exception before returning.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Limits:
         strikes: Number of faults after which the policy is disabled for good; also the number of
             slow calls after which they are logged.
         soft_s: Seconds of processor time beyond which a call is counted as slow.
-        hard_s: Seconds beyond which a call is interrupted, which is a fault.
+        hard_s: Seconds beyond which a call is interrupted, which counts as a fault.
     """
 
     strikes: int = 16
@@ -45,16 +46,16 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
-#: Number of calls whose CPU time is measured after one that was late by wall time.
+#: Number of calls whose processor time is measured after a call was late by wall time.
 _SUSPECTED = 1024
 
 
 class HardLimitExceeded(BaseException):
-    """Raised inside a policy. Not an Exception, so that ``except Exception`` does not catch it."""
+    """The exception that interrupts a policy; ``except Exception`` does not catch it."""
 
 
 class TimeLimiter:
-    """Times the calls of one policy, which are made by one thread at a time and never nested.
+    """Times the calls to one policy, which are made by one thread at a time and never nested.
 
     Attributes:
         slow: Number of calls that returned, but worked for longer than the soft limit.
@@ -86,13 +87,13 @@ class TimeLimiter:
                 answer = function(*args)
             finally:
                 self._stop()
-            if self._fired:  # too late for an interrupt, or the policy swallowed it
+            if self._fired:  # the interrupt came too late, or the policy swallowed it
                 raise HardLimitExceeded
         except BaseException as error:
             self._stop()  # the first attempt may have been interrupted, but only once
             fired, self._fired = self._fired, False
             if fired and isinstance(error, Exception):
-                # Native code that was interrupted in a callback reports an error of its own.
+                # Native code that is interrupted in a callback reports an error of its own.
                 raise HardLimitExceeded from error
             raise
         if perf_counter_ns() - started > self._soft:
@@ -110,7 +111,7 @@ class TimeLimiter:
             _raise_in(self._thread, None)
 
     def due(self, now: int) -> int:
-        """Interrupt the current call if it is late; return the ns until a call can be late."""
+        """Interrupt the current call if it is late; return the ns until the next check is due."""
         started = self._started
         if not started or self._fired:
             return self._hard
@@ -118,7 +119,8 @@ class TimeLimiter:
         if left > 0:
             return left
         with self._lock:
-            # If it is still the same call, it cannot end before the exception is set.
+            # If the same call is still running, the lock keeps it from ending before the exception
+            # is set.
             if self._started == started:
                 self._fired = True
                 _raise_in(self._thread, HardLimitExceeded)
@@ -126,7 +128,7 @@ class TimeLimiter:
 
 
 class _Watchdog:
-    """The thread that monitors all time limiters, running while there are any."""
+    """The thread that monitors all time limiters and runs while there are any."""
 
     def __init__(self) -> None:
         self._limiters: WeakSet[TimeLimiter] = WeakSet()
@@ -159,7 +161,7 @@ class _Watchdog:
             self._news.wait(pause)
 
     def _look(self) -> float | None:
-        """Check all limiters; return the seconds until the next check, None if none is left."""
+        """Check all limiters; return the seconds until the next check, or None if none is left."""
         with self._lock:
             limiters = list(self._limiters)
             if not limiters:
