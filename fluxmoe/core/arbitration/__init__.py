@@ -1,4 +1,4 @@
-"""Splitting memory between experts and KV cache while serving: messages, moves, planning, control.
+"""The split of memory between experts and KV cache: messages, moves, planning and control.
 
-Imports every other folder of the core; none of them imports it.
+The package imports every other folder of the core; none of those folders imports this package.
 """

@@ -1,8 +1,9 @@
-"""Arbiter: the scheduler's side of arbitration; calls the policy, turns its split into moves.
+"""Arbiter, the scheduler's side of arbitration, which turns a policy's splits into moves.
 
-In every step it processes the workers' answers, calls the policy if due, and, if no move is in
-progress, begins the next one, small enough to pause the engine for only a fraction of a step. A
-distant split is reached in many moves and can be changed or dropped at any time.
+In every step, the arbiter processes the workers' answers, calls the policy if a call is due, and,
+if no move is in progress, begins the next move, which is small enough to pause the engine for only
+a fraction of a step. A distant split is reached in many moves and can be changed or dropped at any
+time.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from fluxmoe.core.policy.guards import ArbitrationGuard
 
 logger = logging.getLogger("fluxmoe")
 
-#: Steps before the next decision is logged: in the same direction as the last, in the opposite one.
+#: Numbers of steps before the next decision is logged: one in the same direction as the last, and
+#: one in the opposite direction.
 QUIET, TURN = 64, 8
-#: Number of decisions kept.
+#: Number of decisions to keep.
 REMEMBERED = 4
 
 
@@ -41,35 +43,35 @@ class BlockSource(Protocol):
     """The scheduler's KV blocks, by group. Blocks of held groups are not allocated."""
 
     def hold(self, groups: int) -> tuple[int, ...]:
-        """Hold up to ``groups`` entirely free groups, least valuable first; return them."""
+        """Hold up to ``groups`` entirely free groups, least valuable first, and return them."""
 
     def release(self, groups: Iterable[int]) -> None:
         """Make the blocks of these held groups available again."""
 
     def used(self) -> int:
-        """Number of blocks in use by requests."""
+        """Return the number of blocks that requests use."""
 
     def cached(self) -> int:
-        """Number of blocks holding only cached prefixes that no request uses."""
+        """Return the number of blocks that hold only cached prefixes that no request uses."""
 
 
 class Demand(Protocol):
-    """The engine's demand for memory, read only in steps that build a view."""
+    """The engine's demand for memory, which is read only in steps that build a view."""
 
     max_running: int
 
     @property
     def preemptions(self) -> int:
-        """Number of requests that lost their KV cache because it was full, since startup."""
+        """Number of times since startup that a request lost its KV cache because it was full."""
 
     def request_blocks(self) -> float:
-        """Estimated KV blocks of a request at its end; 0 until the first has finished."""
+        """Estimate the KV blocks of a request at its end; 0 until the first has finished."""
 
     def experts(self) -> ExpertDemand:
-        """Cost of expert pages."""
+        """Return the demand for expert pages."""
 
     def prefixes(self) -> PrefixDemand:
-        """Demand for cached prefixes."""
+        """Return the demand for cached prefixes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class EngineState:
 
     Attributes:
         last: The step that just ended.
-        running, waiting: Number of requests in the step about to begin.
+        running, waiting: Numbers of requests in the step that is about to begin.
         answers: The workers' answers since the last step.
         demand: The engine's demand for memory.
     """
@@ -98,7 +100,7 @@ class Arbiter:
         policy: The arbitration policy.
         blocks: The scheduler's KV blocks; uncommitted groups are already held.
         workers: Number of workers that must answer.
-        clock: Returns the Unix time, for decisions.
+        clock: Function that returns the Unix time, for decisions.
     """
 
     def __init__(
@@ -110,11 +112,11 @@ class Arbiter:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._inventory, self._blocks = inventory, blocks
-        #: The policy; its name, faults and slow calls.
+        #: The guard of the policy, with its name, faults and slow calls.
         self.policy = policy
         self._moves, self._clock = MoveCoordinator(workers), clock
         self._schedule = AskingSchedule(policy.interval, policy.calm_interval)
-        #: Requested split; None if it is the current one.
+        #: The requested split; None if the policy keeps the current one.
         self._wish: Split | None = None
         self._planner = Planner(inventory, blocks.hold)
         self._slots = inventory.slots
@@ -126,7 +128,7 @@ class Arbiter:
         self._bounds = self._initial_bounds = MappingProxyType(bounds)
         #: The operator's limits; None if never set.
         self._limits: OperatorLimits | None = None
-        #: True if the current split needs no move unless the policy requests another.
+        #: True if no move is needed until the policy requests another split.
         self._settled = True
         self._pause_per_frame = 0.0
         #: Longest move so far, both halves together, in seconds.
@@ -152,7 +154,7 @@ class Arbiter:
         return dict(self._frames)
 
     def set_limits(self, limits: OperatorLimits) -> None:
-        """Enforce these limits from now on, in as many moves as needed. See ``narrowed``."""
+        """Enforce these limits from now on, in as many moves as needed (see ``narrowed``)."""
         total = self._inventory.frames
         self._limits, self._settled = limits, False
         self._limit = total if limits.total is None else min(max(limits.total, 0), total)
@@ -169,7 +171,7 @@ class Arbiter:
         """Run before each engine step.
 
         Returns:
-            Order to send to all workers with this step, if any.
+            The order to send to all workers with this step, if any.
         """
         last, running, waiting = state.last, state.running, state.waiting
         result = self._moves.receive(state.answers)
@@ -178,7 +180,7 @@ class Arbiter:
         self._steps += 1
         content = self._wish is None
         due = not self.policy.fixed and self._schedule.due(last, running, waiting, content=content)
-        # Most steps need no work and must cost nothing.
+        # Most steps need no work here and must cost almost nothing.
         if due or not (self._moves.busy or (content and self._settled)):
             view = self._view(state)
             if due:
@@ -189,7 +191,7 @@ class Arbiter:
         return self._moves.order()
 
     def _view(self, state: EngineState) -> ArbitrationView:
-        """Build the policy's input, only if the policy is called or memory moves."""
+        """Build the policy's input; needed only if the policy is called or memory moves."""
         layout, demand = self._inventory.layout, state.demand
         per_block = layout.block_bytes / layout.frame_bytes
         return ArbitrationView(
@@ -224,7 +226,8 @@ class Arbiter:
         over = sum(frames.values()) > view.total_frames or any(
             not bounds.min <= frames[name] <= bounds.max for name, bounds in self._bounds.items()
         )
-        # An idle engine finishes the current move but begins no other: moves keep it stepping.
+        # An idle engine finishes the current move but begins no other, since each move would keep
+        # the engine stepping.
         if not view.running_requests and not over:
             return
         wanted = self._planner.within(split, view, fill=self._limits is not None)
@@ -232,10 +235,10 @@ class Arbiter:
         move = self._planner.move(wanted, view, held, self._pause_per_frame)
         self._settled = move is None and not over
         if move is not None:
-            if not move.to_kv:  # the blocks are already held
+            if not move.to_kv:  # the blocks of these groups are already held
                 self._groups -= set(move.groups)
                 self._count()
-            # Also when an operator's limit frees memory while the policy requests no change.
+            # The operator also causes a move if a limit frees memory while the policy wants none.
             freed = self._limits is not None and split.frames == frames
             self._report(move, split, by_operator=over or freed)
             self._moves.begin(move)
@@ -274,7 +277,7 @@ class Arbiter:
         return sum(bounds.min for bounds in self._bounds.values())
 
     def _report(self, move: Move, split: Split, *, by_operator: bool) -> None:
-        """Log one line per decision, not per move towards the same split."""
+        """Log one line per decision, rather than one per move towards the same split."""
         direction = "to_kv" if move.to_kv else "to_experts"
         words = "to the KV cache" if move.to_kv else "to the experts"
         reason = split.reason

@@ -1,4 +1,4 @@
-"""Reports from workers to the scheduler in each step: demand for expert pages and answers."""
+"""Reports from workers to the scheduler in each step, on the demand for expert pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.policy.arbitration import ExpertDemand
 from fluxmoe.core.types import PageClass
 
-#: Points of the curve that is sent, and steps between two curves.
+#: Number of points on the curve in a report, and number of steps between two curves.
 POINTS, EVERY = 65, 16
 
 
@@ -39,11 +39,11 @@ class DemandMeter:
         self.restarted()
 
     def restarted(self) -> None:
-        """Start over after the pager's counters were reset to zero."""
+        """Start again after the pager's counters were reset to zero."""
         self._last = (0, 0, 0, 0, 0.0)
 
     def report(self, answer: Answer | None) -> StepReport:
-        """Report of the step that just ended."""
+        """Make the report of the step that has just ended, which includes ``answer``."""
         counts, stall = self._pager.table.books.counts.tolist(), self._pager.transfer.stall_seconds
         now = (
             counts[C_ACCESSES],
@@ -78,7 +78,8 @@ class DemandView:
     """The scheduler's side: the reports of all workers combined into one ``ExpertDemand``.
 
     Workers hold different parts of the same pages and see the same routing, so counts are taken
-    from the first worker; times are the longest, since all wait for the slowest.
+    from the first worker. Times are the longest of all workers' times, since all workers wait for
+    the slowest.
     """
 
     def __init__(self, page_class: PageClass, pages: int, frame_bytes: int) -> None:
@@ -101,7 +102,7 @@ class DemandView:
         self._load_seconds = max([report.load_seconds for report in reports])
 
     def latest(self) -> ExpertDemand:
-        """The demand as policies see it."""
+        """Return the demand as policies see it."""
         return ExpertDemand(
             frames=self._frames,
             pages=self._pages,

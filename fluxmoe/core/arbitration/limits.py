@@ -1,4 +1,4 @@
-"""Limits set by an operator while serving, and their effect on the tenants' bounds."""
+"""Limits that an operator sets while serving, and their effect on the tenants' bounds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def narrowed(
 ) -> MappingProxyType[str, Budget]:
     """Narrow the tenants' bounds to the operator's limits.
 
-    Limits that cannot be met (below a tenant's minimum, above the budget) are clipped.
+    Limits that cannot be met (below a tenant's minimum or above the budget) are clipped.
 
     Args:
-        bounds: Tenant → its minimum and maximum without limits.
+        bounds: Tenant → minimum and maximum without limits.
         limits: The operator's limits.
         total: Frames of the whole budget.
         group: Frames per KV group.
@@ -31,13 +31,13 @@ def narrowed(
     least = None if limits.kv_min is None else -(-limits.kv_min // group) * group
     kv = _within(bounds[KV], least, limits.kv_max)
     experts = _within(bounds[EXPERTS], limits.experts_min, limits.experts_max)
-    if experts.min + kv.min > total:  # not both can be met: the KV cache wins
+    if experts.min + kv.min > total:  # the two cannot both be met: the KV cache has precedence
         experts = replace(experts, min=total - kv.min)
     return MappingProxyType({EXPERTS: experts, KV: kv})
 
 
 def _within(bounds: Budget, least: int | None, most: int | None) -> Budget:
-    """Narrow bounds to ``least`` and ``most``, the maximum first, clipping unattainable values."""
+    """Narrow bounds to ``most`` and then ``least``, clipping values that cannot be attained."""
     upper = bounds.max if most is None else min(max(most, bounds.min), bounds.max)
     lower = bounds.min if least is None else min(max(least, bounds.min), upper)
     return Budget(lower, bounds.target, upper)

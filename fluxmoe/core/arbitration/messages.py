@@ -1,7 +1,7 @@
 """Arbitration messages that cross processes, as plain data.
 
-Workers send ``Inventory`` to the scheduler at startup. In each step the scheduler sends an
-``Order`` and receives a ``StepReport``, which contains ``Answer`` and ``OperatorLimits``.
+Each worker sends an ``Inventory`` to the scheduler at startup. In each step, the scheduler may send
+an ``Order`` and receives a ``StepReport``, which may contain an ``Answer`` and ``OperatorLimits``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from fluxmoe.core.types import Budget, Geometry, PageClass
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Resources of each worker, identical on all: everything the scheduler's side knows of them.
+    """Resources of a worker, identical on all workers: all that the scheduler's side knows.
 
     Attributes:
         frames: Budget in frames.
         geometry, page_class: Geometry and page layout of the experts.
-        bank_limit: Maximum slots per bank; None if unlimited.
-        slots: Initial slots per bank.
+        bank_limit: Maximum number of slots per bank; None if unlimited.
+        slots: Initial number of slots of each bank.
         experts, kv: Minimum, target and maximum of each tenant, in frames.
         layout: Layout of the KV cache.
-        groups: Number of KV groups committed at startup, from the first on.
+        groups: Number of KV groups committed at startup, beginning with the first.
     """
 
     frames: int
@@ -54,7 +54,7 @@ class TakeKV:
 
 @dataclass(frozen=True, slots=True)
 class SetSlots:
-    """Resize each bank of expert slots to this number of slots."""
+    """Resize the banks of expert slots to these numbers of slots."""
 
     slots: tuple[int, ...]
 
@@ -64,7 +64,7 @@ Action: TypeAlias = FreeKV | TakeKV | SetSlots
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Scheduler to all workers: carry out ``action``. Orders are numbered from 1."""
+    """Order from the scheduler to all workers to carry out ``action``, numbered from 1."""
 
     number: int
     action: Action
@@ -72,9 +72,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Worker to scheduler: order ``number`` is done, or failed with ``problem``.
+    """Answer from a worker to the scheduler: order ``number`` is done, or failed (``problem``).
 
-    ``seconds`` is the time it took, which lengthens the step.
+    ``seconds`` is the time that the order took, which lengthens the step.
     """
 
     rank: int
@@ -87,7 +87,7 @@ class Answer:
 class OperatorLimits:
     """Limits set by an operator, in frames; None leaves a limit as configured.
 
-    KV cache in use by requests is never taken away, regardless of the limits.
+    KV cache that requests use is never taken away, whatever the limits are.
     """
 
     total: int | None = None
@@ -99,9 +99,9 @@ class OperatorLimits:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Reason for a move: decision ``number``, direction ``to_kv`` or ``to_experts``.
+    """A decision to move memory, with its number, its direction and the reason for it.
 
-    ``time`` is its Unix time in whole seconds.
+    ``direction`` is ``to_kv`` or ``to_experts``; ``time`` is the Unix time in whole seconds.
     """
 
     number: int
@@ -113,16 +113,16 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One worker's last step.
+    """A worker's report on the last step.
 
     Attributes:
         rank: Rank of the worker.
-        answer: Answer to the last order carried out, if any.
-        accesses, misses, loads: Counts for the step, see ``ExpertDemand``.
+        answer: Answer to the last order that was carried out, if any.
+        accesses, misses, loads: Counts for the step (see ``ExpertDemand``).
         stall_seconds: Time that layers waited for pages.
         load_seconds: Time to load one page, averaged over recent steps.
-        curve: ``ExpertDemand.curve``; None if not part of this report.
-        limits: Limits last set by an operator on this worker, if any.
+        curve: ``ExpertDemand.curve``; None if this report does not include a curve.
+        limits: Limits that an operator last set on this worker, if any.
     """
 
     rank: int

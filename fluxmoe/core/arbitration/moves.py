@@ -1,10 +1,10 @@
-"""Moves of memory: the protocol between scheduler and workers, and its execution on workers.
+"""Moves of memory: the protocol between the scheduler and the workers, and its execution.
 
 The scheduler's side is a pure state machine without an engine or a clock. The worker's side applies
 actions to the pager (slots) and to the memory (KV groups).
 
-A move is a *shrink* of one tenant and a *grow* of the other. The scheduler's ``MoveCoordinator``
-sends one order at a time to all workers, and the next only after every worker has answered::
+A move *shrinks* one tenant and *grows* the other. The scheduler's ``MoveCoordinator`` sends one
+order at a time to all workers, and the next order only after every worker has answered::
 
     shrink ── all done ──▶ grow ── all done ──▶ MOVED
        │ one failed          │ one failed
@@ -13,9 +13,9 @@ sends one order at a time to all workers, and the next only after every worker h
     grow back ◀──────────────┘
        │ all done ──▶ UNDONE           one failed ──▶ shrink again ──▶ STRANDED (frames are free)
 
-Orders are numbered, repeated in every step until answered, and carried out once: messages may be
-lost, duplicated or late. Workers repeat their last answer in every step. Actions contain absolute
-values, so repeating a half-completed one is harmless.
+Since messages may be lost, duplicated or late, orders are numbered, repeated in every step until
+answered, and carried out only once. Workers repeat their last answer in every step. Actions contain
+absolute values, so that repeating a half-completed action is harmless.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from fluxmoe.words import raised
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A change of memory: KV groups in one direction, bank slots in the other.
+    """A move of memory: KV groups change in one direction, bank slots in the other.
 
     A move that affects only one tenant has ``slots == before`` or empty ``groups``.
 
     Attributes:
         to_kv: True if KV groups are committed and experts lose slots; False for the reverse.
         groups: KV groups to commit or release.
-        before: Slots per bank before the move.
-        slots: Slots per bank after the move.
+        before: Number of slots in each bank before the move.
+        slots: Number of slots in each bank after the move.
     """
 
     to_kv: bool
@@ -67,7 +67,7 @@ class Move:
 class MoveOutcome(Enum):
     """Outcome of a move.
 
-    ``STRANDED``: one tenant has shrunk, neither has grown; the frames are free.
+    ``STRANDED`` means that one tenant has shrunk and neither has grown, so that frames are free.
     """
 
     MOVED = "moved"
@@ -77,9 +77,9 @@ class MoveOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class MoveResult:
-    """A completed move, with the problems reported by workers.
+    """A completed move, with the problems that workers reported.
 
-    ``seconds`` is the duration of its slowest order.
+    ``seconds`` is the duration of the move's slowest order.
     """
 
     move: Move
@@ -96,11 +96,11 @@ class _Stage(Enum):
     SHRINK_AGAIN = "shrink again"
 
 
-#: Stage → next stage or outcome if all workers succeeded, and if any failed.
+#: Stage → the next stage or outcome, first if all workers succeeded, then if any failed.
 _NEXT: dict[_Stage, tuple[_Stage | MoveOutcome, _Stage | MoveOutcome]] = {
     _Stage.SHRINK: (_Stage.GROW, _Stage.GROW_BACK),
     _Stage.GROW: (MoveOutcome.MOVED, _Stage.SHRINK_BACK),
-    # A failed shrink is not repeated: the following grow shows the frames that are left.
+    # A failed shrink is not repeated: the grow that follows uses the frames that there are.
     _Stage.SHRINK_BACK: (_Stage.GROW_BACK, _Stage.GROW_BACK),
     _Stage.GROW_BACK: (MoveOutcome.UNDONE, _Stage.SHRINK_AGAIN),
     _Stage.SHRINK_AGAIN: (MoveOutcome.STRANDED, MoveOutcome.STRANDED),
@@ -128,13 +128,13 @@ class MoveCoordinator:
         return self._move is not None
 
     def begin(self, move: Move) -> None:
-        """Begin a move. Blocks of KV groups to be freed must already be held (by the planner)."""
+        """Begin a move. The planner must already hold the blocks of KV groups to be freed."""
         assert self._move is None
         self._move, self._problems, self._seconds = move, [], 0.0
         self._enter(_Stage.SHRINK)
 
     def order(self) -> Order | None:
-        """Order to send to all workers in this step; None if no move is in progress."""
+        """Return the order to send to all workers in this step; None if no move is in progress."""
         if self._move is None:
             return None
         action = {
@@ -147,7 +147,7 @@ class MoveCoordinator:
         return Order(self._number, action)
 
     def receive(self, answers: Iterable[Answer]) -> MoveResult | None:
-        """Process answers; return the result once the move has ended."""
+        """Process answers; return the move's result if the move has ended, otherwise None."""
         if self._move is None:
             return None
         for answer in answers:
@@ -179,7 +179,7 @@ class MoveWorker:
         rank: Rank of the worker.
         memory: The worker's memory.
         pager: The worker's pager.
-        clock: Returns the time in seconds, for ``Answer.seconds``.
+        clock: Function that returns the time in seconds, for ``Answer.seconds``.
     """
 
     def __init__(
@@ -190,12 +190,12 @@ class MoveWorker:
 
     @property
     def done(self) -> int:
-        """Number of orders carried out so far."""
+        """Number of the last order carried out, 0 before the first."""
         return 0 if self._last is None else self._last.number
 
     def receive(self, order: Order | None) -> Answer | None:
-        """Carry out ``order`` unless already done; return the answer to the last one."""
-        # The scheduler waits for all answers, so any other number is an old message.
+        """Carry out ``order`` unless already done; return the answer to the last order."""
+        # The scheduler waits for all answers, so an order with any other number is an old message.
         if order is not None and order.number == self.done + 1:
             started, problem = self._clock(), ""
             try:
@@ -209,8 +209,9 @@ class MoveWorker:
         """Carry out one action of a move between steps, completely or not at all.
 
         Raises:
-            OutOfFramesError, SubstrateError: No room to grow, or the system call failed.
-            CapacityError: A bank cannot have this many slots.
+            OutOfFramesError: There is no room to grow.
+            SubstrateError: A system call failed.
+            CapacityError: A bank cannot have the requested number of slots.
             InvariantError: A KV group does not exist.
         """
         if isinstance(action, SetSlots):

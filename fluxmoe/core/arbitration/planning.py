@@ -1,11 +1,12 @@
-"""Planning of moves: the next one from the current split towards the requested one.
+"""Planning of the next move from the current split towards the requested one.
 
-Stateless; its only side effect is to hold the blocks of groups about to be freed.
+Planning is stateless; its only side effect is to hold the blocks of groups about to be freed.
 
 Three units occur: experts own *slots*, the KV cache owns *groups*, and both are compared in
-*frames*; names ending in ``frames`` are frames. ``free_frames`` is the budget minus the frames of
-both tenants. It is negative while an operator's limit is lower than that: with a limit of 20, 12
-frames of experts and 15 of KV cache it is −7, so 7 frames must be released before anything grows.
+*frames*; names that end in ``frames`` are numbers of frames. ``free_frames`` is the budget minus
+the frames of both tenants. This number is negative while an operator's limit is lower than their
+sum: with a limit of 20 frames, 12 frames of experts and 15 frames of KV cache, it is −7, so that 7
+frames must be released before a tenant can grow.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.sizing import sizes
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split
 
-#: Longest engine pause caused by a move, as a fraction of a step.
+#: Longest pause of the engine that a move may cause, as a fraction of a step.
 PAUSE = 0.25
-#: Largest move as a fraction of the budget (at least one group and one slot); FIRST applies until a
-#: pause has been measured.
+#: Largest move as a fraction of the budget (but at least one group and one slot); FIRST applies
+#: until a pause has been measured.
 LARGEST = 1 / 16
 FIRST = 1 / 64
 
@@ -34,9 +35,9 @@ class Held:
     """The current split.
 
     Attributes:
-        slots: Slots per bank.
+        slots: Number of slots in each bank.
         groups: KV groups whose memory is committed.
-        frames: The same in frames: tenant → frames.
+        frames: The frames of both: tenant → frames.
     """
 
     slots: tuple[int, ...]
@@ -49,7 +50,8 @@ class Planner:
 
     Args:
         inventory: Resources of the workers.
-        hold: Holds up to this many entirely free KV groups and returns them; see ``BlockSource``.
+        hold: Function that holds up to a given number of entirely free KV groups and returns them
+            (see ``BlockSource``).
     """
 
     def __init__(self, inventory: Inventory, hold: Callable[[int], tuple[int, ...]]) -> None:
@@ -66,8 +68,8 @@ class Planner:
         Args:
             split: The requested split.
             view: The policy's input.
-            fill: True to distribute unclaimed frames: a policy need not use all of its bounds,
-                but memory that an operator takes from one tenant goes to the other.
+            fill: True to distribute unclaimed frames, so that memory that an operator takes from
+                one tenant goes to the other. Otherwise a policy may leave frames unclaimed.
         """
         experts, kv = view.bounds[EXPERTS], view.bounds[KV]
         floor = max(kv.min, min(view.kv_used_frames, view.frames[KV]))
@@ -80,16 +82,18 @@ class Planner:
     def move(
         self, wanted: dict[str, int], view: ArbitrationView, held: Held, pause_per_frame: float
     ) -> Move | None:
-        """Plan the next move towards ``wanted``; None if none is worthwhile.
+        """Plan the next move towards ``wanted``; return None if no move is worthwhile.
 
         Args:
             wanted: Tenant → frames, within the bounds.
             view: The policy's input.
-            held: The current split. Groups to be given to the experts are held from then on.
-            pause_per_frame: Recent seconds per moved frame; 0 before the first move.
+            held: The current split. If the move takes groups from the KV cache, their blocks are
+                held from then on.
+            pause_per_frame: Recent duration of a move in seconds per frame; 0 before the first
+                move.
         """
         have, per_group = held.frames, self._inventory.layout.frames_per_group
-        if wanted == have:  # as in most steps
+        if wanted == have:  # the usual case
             return None
         bounds, free_frames = view.bounds, view.total_frames - have[EXPERTS] - have[KV]
         most_frames = self._most_frames(view, held, pause_per_frame)
@@ -97,14 +101,14 @@ class Planner:
         if grow_frames >= per_group:
             return self._to_kv(held, grow_frames, free_frames)
 
-        # Slots come in whole frames: the experts may be unable to use all requested frames.
+        # Slots take whole frames, so that the experts may be unable to use all requested frames.
         expert_frames = self.expert_frames(self._sizes(wanted[EXPERTS]) or held.slots)
         surplus_frames = max(-free_frames, have[EXPERTS] - bounds[EXPERTS].max)
         if expert_frames < have[EXPERTS] and surplus_frames > 0:
             least_frames = have[EXPERTS] - min(surplus_frames, most_frames)
             return self._resize(held, max(expert_frames, least_frames))
 
-        # The KV cache gives no more than the experts can use or the limit demands.
+        # The KV cache gives up no more than the experts can use or the limit demands.
         missing_frames = expert_frames - have[EXPERTS] - free_frames
         needed_frames = max(missing_frames, have[KV] - bounds[KV].max, 0)
         gap_frames = have[KV] - wanted[KV]
@@ -120,7 +124,10 @@ class Planner:
         return None
 
     def _most_frames(self, view: ArbitrationView, held: Held, pause_per_frame: float) -> int:
-        """Maximum frames of the next move: as the pause allows, but enough to have an effect."""
+        """Return the most frames that the next move may move.
+
+        The pause limits this number, but it is always large enough for a move to have an effect.
+        """
         per_group, total_frames = self._inventory.layout.frames_per_group, self._inventory.frames
         next_slots = tuple(count + 1 for count in held.slots)
         slot_frames = self.expert_frames(next_slots) - held.frames[EXPERTS]
@@ -130,8 +137,9 @@ class Planner:
         return max(_up(slot_frames, per_group), int(min(most_frames, total_frames * LARGEST)))
 
     def _to_kv(self, held: Held, most_frames: int, free_frames: int) -> Move | None:
-        """Commit as many of the lowest groups as ``most_frames`` frames hold, taking free frames
-        first, then the experts'.
+        """Commit as many of the lowest groups as fit in ``most_frames`` frames.
+
+        The frames come from the free ones first, then from the experts.
         """
         layout, groups, group_frames = self._inventory.layout, [], 0
         for group in range(layout.groups):
@@ -150,26 +158,27 @@ class Planner:
     def _to_experts(
         self, held: Held, groups: int, expert_frames: int, free_frames: int
     ) -> Move | None:
-        """Release up to ``groups`` unused groups; their frames and any free ones go to the experts,
-        up to ``expert_frames``.
+        """Release up to ``groups`` unused groups, for the experts.
+
+        Their frames and the free frames go to the experts, which own at most ``expert_frames``.
         """
         released = self._hold(groups)
         if not released:
-            return None  # all in use: the next step tries again
+            return None  # all groups are in use; the next step tries again
         have_frames = held.frames[EXPERTS]
         room_frames = have_frames + free_frames + self.kv_frames(released)
         slots = self._sizes(max(min(expert_frames, room_frames), have_frames)) or held.slots
         return Move(False, released, held.slots, slots)
 
     def _resize(self, held: Held, expert_frames: int) -> Move | None:
-        """Resize the experts alone, to at most ``expert_frames`` frames."""
+        """Resize only the experts, to at most ``expert_frames`` frames."""
         slots = self._sizes(expert_frames)
         if slots is None or slots == held.slots:
             return None
         return Move(slots < held.slots, (), held.slots, slots)
 
     def _sizes(self, expert_frames: int) -> tuple[int, ...] | None:
-        """Maximum slots per bank in this many frames; None below the banks' minimum."""
+        """Return the most slots per bank that fit in these frames; None below the minimum."""
         i = self._inventory
         slots = sizes(
             i.geometry,
@@ -182,12 +191,12 @@ class Planner:
         return None if slots is None else tuple(slots)
 
     def expert_frames(self, slots: Sequence[int]) -> int:
-        """Number of frames that these slots per bank occupy."""
+        """Return the number of frames that these numbers of slots occupy."""
         i = self._inventory
         return sum(frames_for(i.page_class, count, i.layout.frame_bytes) for count in slots)
 
     def kv_frames(self, groups: Collection[int]) -> int:
-        """Number of frames of these KV groups."""
+        """Return the number of frames that these KV groups occupy."""
         return self._inventory.layout.frames(groups)
 
 

@@ -1,10 +1,11 @@
-"""PrefixCurve: hit ratio of the prefix cache as a function of the number of blocks.
+"""PrefixCurve, the hit ratio of the prefix cache as a function of the number of blocks.
 
-Blocks that no request uses form the prefix cache. vLLM evicts the block that was freed longest ago
-first, the end of a request before its beginning. This is LRU, so a block is still cached if fewer
-blocks than the cache holds were freed since (Mattson, 1970). The stack holds a sample of the blocks
-selected by hash, so the same ones in every request (SHARDS, Waldspurger 2015). The benefit of a
-larger cache is therefore known in advance, even if the current one has no hits.
+Blocks that no request uses form the prefix cache. vLLM first evicts the block that was freed
+longest ago, and the end of a request before its beginning. This is LRU, so a block is still cached
+if the number of blocks freed since then is smaller than the cache (Mattson, 1970). The stack holds
+a sample of the blocks, selected by hash, so that it includes the same blocks in every request
+(SHARDS, Waldspurger 2015). The benefit of a larger cache is therefore known in advance, even if the
+current cache has no hits.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-#: Points of the curve, from no blocks to all.
+#: Number of points on the curve, from no blocks to all blocks.
 POINTS = 65
 
 
 class PrefixCurve:
-    """Hit ratio of prompt blocks by number of free blocks, over the recent past.
+    """Hit ratio of prompt blocks as a function of the number of free blocks, over the recent past.
 
     Args:
-        blocks: Maximum blocks of the KV cache.
+        blocks: Maximum number of blocks in the KV cache.
         sampled: Approximate number of blocks in the sample.
-        window: Number of requests after which the weight of older ones has decayed to 1/e.
+        window: Number of requests after which the weight of a request has decayed to 1/e.
     """
 
     def __init__(self, blocks: int, *, sampled: int = 512, window: int = 128) -> None:
@@ -36,20 +37,21 @@ class PrefixCurve:
         self._growth, self._weight = 1.0 + 1.0 / window, 1.0
         #: Hashes of unused blocks, least recently freed first.
         self._stack: dict[bytes, None] = {}
-        #: Request → hashes of its blocks; number of requests that use each.
+        #: Request → hashes of its blocks; and hash → number of requests that use the block.
         self._used: dict[str, list[bytes]] = {}
         self._users: Counter[bytes] = Counter()
-        self._histogram = np.zeros(self._depth + 1)  # by depth; the last entry: not in the stack
-        self._shared = 0.0  # hits on blocks in use by other requests
+        # Lookups by depth in the stack; the last entry counts blocks that are not in the stack.
+        self._histogram = np.zeros(self._depth + 1)
+        self._shared = 0.0  # hits on blocks that other requests use
         self._curve = np.zeros(0)
 
     def admitted(self, request: str, hashes: Sequence[bytes]) -> None:
-        """Record that a request starts running after its prompt was looked up.
+        """Record that a request starts to run after its prompt was looked up.
 
         Args:
-            request: Request id. One already running was preempted in between.
-            hashes: Hashes of its full blocks, from the first on; each covers all tokens up to the
-                block's end.
+            request: Request id. If the request is already recorded as running, it was preempted.
+            hashes: Hashes of the request's full blocks, beginning with the first; each hash covers
+                all tokens up to the end of its block.
         """
         if request in self._used:
             self.freed(request, hashes)
@@ -71,9 +73,9 @@ class PrefixCurve:
         self._users.update(names)
 
     def freed(self, request: str, hashes: Sequence[bytes]) -> None:
-        """Record that a request has finished: the blocks it filled are the last to be evicted.
+        """Record that a request has finished: the blocks that it filled will be evicted last.
 
-        A request that was never admitted has filled none.
+        A request that was never admitted has filled no blocks.
         """
         if request not in self._used:
             return
@@ -89,9 +91,10 @@ class PrefixCurve:
             del self._stack[next(iter(self._stack))]
 
     def curve(self) -> Floats:
-        """Hit ratio at ``POINTS`` numbers of free blocks, from none to all; empty if unknown.
+        """Return the hit ratio at ``POINTS`` numbers of free blocks, from none to all.
 
-        Non-decreasing. Blocks shared by running requests are hits even without a free block.
+        The curve does not decrease; it is empty if unknown. Blocks that running requests share are
+        hits even without a free block.
         """
         total = self._histogram.sum() + self._shared
         if not self._curve.size and total:
@@ -101,7 +104,7 @@ class PrefixCurve:
         return self._curve
 
     def saved(self) -> float:
-        """Average number of blocks that a running request shares with others."""
+        """Return the average number of blocks that a running request shares with others."""
         if not self._used:
             return 0.0
         return (self._users.total() - len(self._users)) / self._rate / len(self._used)
