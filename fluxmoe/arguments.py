@@ -1,4 +1,4 @@
-"""Validation of arguments of the Python API and of the user's files."""
+"""Validation of the arguments of the Python API and of the user's files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Kind = TypeVar("_Kind")
 
 
 def instance(value: object, kind: type[_Kind], name: str, *, where: str, fix: str = "") -> _Kind:
-    """Return ``value`` if it is a ``kind``. Raises ConfigError."""
+    """Return ``value`` if it is an instance of ``kind``; otherwise raise ConfigError."""
     if not isinstance(value, kind):
         raise wrong(
             name, f"a {kind.__module__.partition('.')[0]}.{kind.__name__}", value, where, fix
@@ -23,7 +23,7 @@ def instance(value: object, kind: type[_Kind], name: str, *, where: str, fix: st
 
 
 def path(value: object, name: str, *, where: str) -> Path:
-    """Return a path given as text or ``os.PathLike``. Raises ConfigError."""
+    """Return a path given as text or ``os.PathLike``; raise ConfigError for any other value."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise wrong(name, "a path", value, where)
@@ -31,7 +31,7 @@ def path(value: object, name: str, *, where: str) -> Path:
 
 
 def whole(value: object, name: str, *, where: str, least: int = 1) -> int:
-    """Return a whole number of at least ``least``. Raises ConfigError."""
+    """Return a whole number of at least ``least``; raise ConfigError for any other value."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -49,10 +49,10 @@ def wrong(name: str, valid: str, value: object, where: str, fix: str = "") -> Co
 
 
 def require_new(file: Path, *, replace: bool) -> None:
-    """Reject an existing file unless ``replace`` is set. Raises ConfigError."""
+    """Raise ConfigError if the file exists and ``replace`` is false."""
     if not replace and file.exists():
         raise ConfigError(
             "the file already exists",
             where=str(file),
-            fix="name another, or replace it (--force, replace=True)",
+            fix="name another file, or replace this one (--force, replace=True)",
         )

@@ -1,7 +1,7 @@
 """Folders for the caches of a user without a writable home folder.
 
-Without a home folder vLLM and numba write to a folder called ``~``. With a read-only one vLLM logs
-tracebacks, and numba compiles again in each process.
+Without a home folder, vLLM and numba write to a folder called ``~``. With a read-only home folder,
+vLLM logs tracebacks, and numba compiles again in each process.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 
 from fluxmoe.errors import ConfigError
 
-#: The package's folder, where numba keeps its cache beside the sources if it can.
+#: The package's folder, where numba keeps its cache beside the sources if the folder is writable.
 PACKAGE = Path(__file__).parent
 
 
 def folders(given: Mapping[str, str]) -> dict[str, str]:
-    """Make environment variables for caches that cannot be in their default folder.
+    """Make environment variables for the caches that cannot be in their default folders.
 
     Args:
         given: Environment of a process, which takes precedence. Folders chosen by an earlier call
             are returned again.
 
     Raises:
-        ConfigError: There is no folder for them.
+        ConfigError: There is no folder for the caches.
     """
     own, home = _own(), _home(given)
     caches = _base(given, "XDG_CACHE_HOME", home, ".cache")
@@ -42,7 +42,7 @@ def folders(given: Mapping[str, str]) -> dict[str, str]:
         for name, folder in defaults.items()
         if given.get(name, str(own / name)) == str(own / name)
         and not _writable(folder)
-        # Models downloaded there can still be read.
+        # An existing folder will do for models, which can be read from it.
         and not (name == "HF_HOME" and folder is not None and folder.is_dir())
         and not (name == "NUMBA_CACHE_DIR" and _writable(PACKAGE))
     ]
@@ -68,7 +68,7 @@ def _base(given: Mapping[str, str], variable: str, home: Path | None, name: str)
 
 
 def _writable(folder: Path | None) -> bool:
-    """True if files can be created in a folder, or in its nearest existing parent."""
+    """Return True if files can be created in a folder, or in its nearest existing parent."""
     if folder is None or not folder.is_absolute():
         return False
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
@@ -76,7 +76,7 @@ def _writable(folder: Path | None) -> bool:
 
 
 def _own() -> Path:
-    """This user's folder for temporary caches, which need not exist."""
+    """Return this user's folder for temporary caches, which need not exist."""
     try:
         folder = tempfile.gettempdir()
     except OSError:
@@ -85,7 +85,7 @@ def _own() -> Path:
 
 
 def _safe(folder: Path) -> Path:
-    """Create the folder, or another one if others may write to it: caches hold code."""
+    """Create the folder, or another if other users may access it, since caches contain code."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

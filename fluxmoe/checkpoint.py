@@ -1,7 +1,7 @@
-"""Checks of a checkpoint's files that take milliseconds, before an engine spends minutes.
+"""Quick checks of a checkpoint's files, made before an engine spends minutes on loading them.
 
 Only headers, sizes and names are checked: a file whose weights were modified in place loads without
-an error, as it does elsewhere.
+an error, as in other programs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 #: Keys under which a multi-part model describes the part with experts, outermost first.
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
-#: Load formats of vLLM that read safetensors files if present.
+#: Load formats of vLLM that read safetensors files if these are present.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -50,7 +50,7 @@ class Tensor(NamedTuple):
 
 
 def require_readable(model: str) -> None:
-    """Reject a model that cannot be loaded. Hub names are left to the code that loads them.
+    """Reject a model that cannot be loaded; hub names are checked only by the code that loads them.
 
     Args:
         model: A folder, or the name of a model on a hub (``organisation/name``).
@@ -64,23 +64,25 @@ def require_readable(model: str) -> None:
         shapes = {key: shape for _, key, shape, _ in _tensors(folder)}
         require_experts(shapes, text_part(config), where=model)
     elif folder.exists():
-        raise CheckpointError("it is a file", where=model, fix="name the folder of a checkpoint")
+        raise CheckpointError(
+            "the path is a file", where=model, fix="name the folder of a checkpoint"
+        )
     elif not is_hub_name(model):
         raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
 
 
 def is_hub_name(model: str) -> bool:
-    """True if ``model`` can be the name of a model on a hub: ``name`` or ``organisation/name``."""
+    """Return True if ``model`` can be a name on a hub: ``name`` or ``organisation/name``."""
     return _HUB_NAME.fullmatch(model) is not None
 
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
-    """Return the cached folder of a hub model if it exists, else the name unchanged."""
+    """Return the cached folder of a hub model if there is one, otherwise the name unchanged."""
     if Path(model).exists() or not is_hub_name(model):
         return model
     try:
         from huggingface_hub import try_to_load_from_cache
-    except ImportError:  # of the engines; without them nothing is downloaded
+    except ImportError:  # the package comes with the engines; without them nothing is downloaded
         return model
     found = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
     return str(Path(found).parent) if isinstance(found, str) else model
@@ -95,10 +97,10 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def weight_bytes(model: str) -> int:
-    """Sum the sizes of a checkpoint's weight files, in bytes.
+    """Return the total size of a checkpoint's weight files in bytes.
 
     Raises:
-        ConfigError: ``model`` is not a folder with such files.
+        ConfigError: ``model`` is not a folder with weight files.
         CheckpointError: See ``weight_files``.
     """
     files = weight_files(Path(model)) if Path(model).is_dir() else []
@@ -128,8 +130,9 @@ def _config(folder: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """List the safetensors files with a checkpoint's weights, in order; empty if there are none.
 
-    Those that the index names, else ``model.safetensors``, else the only one. A folder may have
-    more: other formats of the same weights, or left-over shards.
+    These are the files that the index names; without an index, ``model.safetensors``; without that
+    file, the only file. A folder may have further files: other formats of the same weights, or
+    left-over shards.
 
     Raises:
         CheckpointError: The index is damaged, or there are several files and no index.
@@ -150,7 +153,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> dict[str, str] | None:
-    """Read the index, tensor → file; None if there is no index."""
+    """Read the index (tensor → file); return None if there is no index."""
     index = folder / _INDEX
     if not index.exists():
         return None
@@ -161,10 +164,10 @@ def _listed(folder: Path) -> dict[str, str] | None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
-    """Yield file, name, shape and dtype of each tensor, once.
+    """Yield the file, name, shape and dtype of each tensor once.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or lacks a tensor that the index promises.
+        CheckpointError: A file is missing or damaged, or lacks a tensor that the index lists.
     """
     listed = _listed(folder)
     for path in weight_files(folder):
@@ -183,7 +186,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], str]]:
 
 
 def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """List name, shape and dtype of each tensor in a file; its header must cover all bytes."""
+    """List the name, shape and dtype of each tensor in a file, whose header must be complete."""
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -201,7 +204,7 @@ def _headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def read_map(path: Path) -> dict[str, Any]:
-    """Read a JSON file with an object, such as ``config.json``. Raises CheckpointError."""
+    """Read a JSON object from a file such as ``config.json``; raise CheckpointError on failure."""
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
@@ -214,7 +217,7 @@ def read_map(path: Path) -> dict[str, Any]:
 
 
 def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield name, shape and size of every weight in a checkpoint, from its file headers.
+    """Yield the name, shape and size of every weight in a checkpoint, from the file headers.
 
     Raises:
         QuantisedError: The experts have a dtype that cannot be paged.
@@ -226,7 +229,7 @@ def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int], Bytes]]:
-    """Yield name, dtype, shape and bytes of every unquantised expert tensor in a checkpoint."""
+    """Yield the name, dtype, shape and bytes of every unquantised expert tensor in a checkpoint."""
     listed = _listed(folder)
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -243,7 +246,7 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
 
 
 def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
-    """Reject a quantised checkpoint by its ``config.json``, and by its weights if it is a folder.
+    """Reject a quantised checkpoint by its ``config.json`` and, if ``model`` is a folder, weights.
 
     Raises:
         QuantisedError: The checkpoint is quantised.
@@ -259,7 +262,7 @@ def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
 def _quantised_tensor(folder: Path) -> str:
     """Describe the first quantised expert tensor; empty if there is none."""
     for _, key, shape, dtype in _tensors(folder):
-        # At least three dimensions; otherwise fused expert tensors would not be recognised.
+        # Assume at least three dimensions; otherwise fused expert tensors might not be recognised.
         if dtype not in _BYTES and expert_tensor(key, max(len(shape), 3)):
             return f"{key} is {dtype}"
     return ""

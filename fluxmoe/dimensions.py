@@ -1,6 +1,6 @@
-"""Sizes of a model for planning, from its config.json and the headers of its weights.
+"""The sizes of a model for planning, from its config.json and the headers of its weight files.
 
-No weights are read. For a folder without weights, or a hub name, the sizes are those of the
+No weights are read. For a folder without weights, or for a hub name, the sizes are those of the
 parameters that ``transformers`` would create.
 """
 
@@ -40,14 +40,16 @@ class Model:
     Attributes:
         name: Name as given by the user.
         architecture: The configuration's ``model_type``.
-        layers: Number of layers; ``moe_layers`` of them have experts.
-        experts: Number of experts per layer, of which a token uses ``top_k``.
+        layers: Number of layers; ``moe_layers`` of these layers have experts.
+        experts: Number of experts per layer; a token uses ``top_k`` of these experts.
         page_bytes: Bytes of one expert.
         other_bytes: Bytes of all other weights, which are outside the budget.
-        read_bytes: Bytes of them that a step reads (all except embedding rows).
-        weight_bytes: Bytes of one expert weight.
+        read_bytes: Bytes of the other weights that a step reads (all except an embedding table
+            that only serves to look up rows).
+        weight_bytes: Bytes of one weight of an expert.
         kv_bytes: Bytes of KV cache per token in the layers that keep all tokens.
-        window_bytes, window: The same in layers that keep the last ``window`` tokens.
+        window_bytes, window: Bytes of KV cache per token in the layers that keep only the last
+            ``window`` tokens, and the number of these tokens.
         longest: Maximum number of tokens per request; 0 if unknown.
     """
 
@@ -75,7 +77,7 @@ class Model:
         return self.pages * self.page_bytes
 
     def request_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache for a request with ``tokens`` tokens."""
+        """Return the bytes of KV cache that a request with ``tokens`` tokens needs."""
         return self.kv_bytes * tokens + self.window_bytes * min(tokens, self.window)
 
 
@@ -109,12 +111,12 @@ def read(name: str) -> Model:
 
 
 def of_checkpoint(folder: Path) -> Model:
-    """Read the sizes of a model from its files. Raises as ``read``."""
+    """Read the sizes of a model from its files. Raises the errors of ``read``."""
     return _describe(str(folder), read_map(folder / "config.json"), dict(headers(folder)))
 
 
 def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Load a model's configuration, and create its parameters without memory."""
+    """Load a model's configuration, and create its parameters without allocating memory."""
     try:
         import torch
         import transformers
@@ -158,7 +160,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     for key, tensor in tensors.items():
         where = _LAYER.search(key)
         if where and layers and int(where[1]) >= layers:
-            continue  # of speculative decoding, not loaded
+            continue  # a layer for speculative decoding, which is not loaded
         if ".experts." in key and key.endswith(".bias"):
             raise checkpoint.unknown_layout(architecture, f"{key} is a bias", name)
         one = expert_tensor(key, len(tensor.shape))
@@ -174,11 +176,11 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
         raise _dense(name, architecture)
     sizes = set(pages.values())
     for wrong, detail in (
-        (not pages, "no weights of experts are under names that are known"),
+        (not pages, "no weights of experts have known names"),
         (not layers, "config.json has no num_hidden_layers"),
         (not top_k, f"config.json has none of {', '.join(TOP_K)}"),
         (len(sizes) > 1, "layers have experts of different sizes"),
-        (any(size % max(experts, 1) for size in sizes), "experts of a layer differ in size"),
+        (any(size % max(experts, 1) for size in sizes), "the experts of a layer differ in size"),
     ):
         if wrong:
             raise checkpoint.unknown_layout(architecture, detail, name)
@@ -203,12 +205,12 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, int, int]:
-    """Compute bytes per token in layers without and with a window, and the window."""
+    """Return the bytes per token in layers without and in layers with a window, and the window."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if not kinds:
         every = config.get("full_attention_interval") or config.get("attn_layer_period") or 1
         kinds = ["attention"] * (layers // every)
-    # Linear attention and state-space layers keep a state of fixed size.
+    # Linear attention and state-space layers keep a state of fixed size, so they do not count.
     attention = [kind for kind in kinds if "attention" in kind and "linear" not in kind]
     sliding = sum("sliding" in kind or "chunked" in kind for kind in attention)
     window = config.get("sliding_window") or config.get("attention_chunk_size") or 0
@@ -224,7 +226,7 @@ def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, i
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """Get the value of the first existing key; a list has one number per layer."""
+    """Return the number under the first key that has one; from a list, the first layer's number."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, list) and value:

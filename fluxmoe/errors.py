@@ -1,7 +1,7 @@
-"""All errors a user can encounter, each with a stable code.
+"""All errors that a user can encounter, each with a stable code.
 
-The text of an error is ``FMxxx: what; where; fix``, in tracebacks and logs as well. The command
-line prints ``error[FMxxx]: what; where; fix`` and exits with status 2. Codes are never reused:
+The text of an error is ``FMxxx: what; where; fix``, also in tracebacks and logs. The command line
+prints ``error[FMxxx]: what; where; fix`` and exits with status 2. Codes are never reused, since
 scripts and third-party documentation may refer to them.
 """
 
@@ -16,12 +16,12 @@ class FluxMoEError(Exception):
     """Base class of all errors that FluxMoE raises on purpose.
 
     Args:
-        what: The problem, including the value.
-        where: The field, file or call in which it was found; may be empty.
+        what: The problem, including the offending value.
+        where: The field, file or call in which the problem was found; may be empty.
         fix: The remedy available to the user; may be empty.
 
     Attributes:
-        others: Further errors found at the same time; ``str`` has a line for each.
+        others: Further errors found at the same time; ``str`` returns a line for each error.
     """
 
     code: ClassVar[str] = "FM000"
@@ -44,7 +44,8 @@ class FluxMoEError(Exception):
         return [self, *self.others]
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process boundaries (the engine runs in a child), including keyword arguments.
+        # Errors cross process boundaries, since the engine runs in a child process; the default
+        # would lose the keyword arguments.
         return (_rebuild, (type(self), self.what, self.where, self.fix, self.others))
 
 
@@ -62,19 +63,19 @@ _Error = TypeVar("_Error", bound=FluxMoEError)
 
 def together(errors: Sequence[_Error]) -> _Error:
     """Combine errors for one ``raise``: return the first, with the rest in ``others``."""
-    # By identity: an error may also be among the others of an earlier one.
+    # Without duplicates: an error may also be among the others of an earlier error.
     _, *rest = dict.fromkeys(each for error in errors for each in error.problems())
     errors[0].others = tuple(rest)
     return errors[0]
 
 
 def join(*parts: str) -> str:
-    """The parts of a message that are not empty, separated by semicolons."""
+    """Join the parts of a message that are not empty, separated by semicolons."""
     return "; ".join(part for part in parts if part)
 
 
 def meant(name: object, known: Iterable[str]) -> str:
-    """Make ``did you mean 'lru'?`` if a known name resembles ``name``, else empty; for ``fix``."""
+    """Return ``did you mean 'lru'?``, for ``fix``, if a known name resembles ``name``, or ""."""
     near = difflib.get_close_matches(str(name), list(known), n=1) if name else []
     return f"did you mean {near[0]!r}?" if near else ""
 
@@ -89,7 +90,7 @@ class ConfigError(FluxMoEError):
 
 
 class BudgetTooSmallError(ConfigError):
-    """The memory budget cannot hold the minimum that experts and KV cache need."""
+    """The memory budget cannot hold the minimum that the experts and the KV cache need."""
 
     code = "FM102"
 
@@ -98,7 +99,7 @@ class BudgetTooSmallError(ConfigError):
 
 
 class UnknownPolicyError(FluxMoEError):
-    """A policy name that no plugin has registered."""
+    """No plugin has registered a policy of this name."""
 
     code = "FM201"
 
@@ -119,22 +120,23 @@ def _known(what: str, name: str, known: Iterable[str], broken: Mapping[str, str]
 
 
 class PluginLoadError(FluxMoEError):
-    """A plugin that cannot be imported or registered."""
+    """A plugin cannot be imported or registered."""
 
     code = "FM202"
 
 
 class PolicyFaultError(FluxMoEError):
-    """A policy raised or returned an invalid answer, and faults are not contained.
+    """A policy raised, took too long or returned an invalid answer, and faults are not contained.
 
-    In any mode: its ``score_kernel`` does not compile, or ``make_kernel`` takes too long.
+    Even if faults are contained, the error is raised if ``score_kernel`` does not compile or
+    ``make_kernel`` fails.
     """
 
     code = "FM203"
 
 
 class NeedsFutureError(FluxMoEError):
-    """An oracle policy was requested where the future is unknown."""
+    """An oracle, which needs to know the future, was requested where the future is unknown."""
 
     code = "FM204"
 
@@ -149,13 +151,13 @@ class SubstrateError(FluxMoEError):
 
 
 class OutOfFramesError(FluxMoEError):
-    """A tenant requested more frames than the budget has free."""
+    """A tenant requested more frames than are free in the budget."""
 
     code = "FM302"
 
 
 class InvariantError(FluxMoEError):
-    """The books contradict themselves or the memory: a bug in FluxMoE, please report it."""
+    """The books contradict themselves or the memory; this is a bug in FluxMoE: please report it."""
 
     code = "FM303"
 
@@ -167,7 +169,7 @@ class StoreError(FluxMoEError):
 
 
 class CodecError(StoreError):
-    """Data for a lossless codec to decode is damaged or has another format."""
+    """The data that a lossless codec should decode is damaged or has another format."""
 
     code = "FM305"
 
@@ -179,7 +181,7 @@ class PageFileError(StoreError):
 
 
 class UnknownCodecError(FluxMoEError):
-    """A codec name that no plugin has registered."""
+    """No plugin has registered a codec of this name."""
 
     code = "FM306"
 
@@ -190,7 +192,7 @@ class UnknownCodecError(FluxMoEError):
 
 
 class DeviceMemoryError(SubstrateError):
-    """The GPU is out of memory for another frame."""
+    """The GPU has no memory for another frame."""
 
     code = "FM308"
 
@@ -205,19 +207,19 @@ class NoExpertsError(FluxMoEError):
 
 
 class UnsupportedError(FluxMoEError):
-    """An architecture, feature or device that FluxMoE does not support (yet)."""
+    """FluxMoE does not support an architecture, a feature or a device (yet)."""
 
     code = "FM402"
 
 
 class QuantisedError(UnsupportedError):
-    """A checkpoint with quantised experts."""
+    """A checkpoint has quantised experts, which cannot be paged yet."""
 
     code = "FM407"
 
 
 class UnsupportedVersionError(FluxMoEError):
-    """An engine version outside the range that FluxMoE was tested with."""
+    """An engine's version is outside the range with which FluxMoE was tested."""
 
     code = "FM403"
 
@@ -244,12 +246,12 @@ class CheckpointError(FluxMoEError):
 
 
 class TraceError(FluxMoEError):
-    """A trace file that is damaged, unsorted or does not follow the format."""
+    """A trace cannot be read or written, is damaged or unsorted, or violates the format."""
 
     code = "FM501"
 
 
 class CapacityError(FluxMoEError):
-    """A capacity below the largest event: no event may be split (event rule, point 8)."""
+    """A capacity is below the largest event, and no event may be split (event rule, point 8)."""
 
     code = "FM502"

@@ -1,4 +1,4 @@
-"""Results of independent checks, so that users see all problems at once."""
+"""Results of independent checks, collected so that users see all problems at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Findings:
 
     Attributes:
         errors: Problems that would make a start fail.
-        notes: Remarks that do not prevent a start, each one sentence.
+        notes: Remarks that do not prevent a start; each is one sentence.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Findings:
 
     @contextmanager
     def check(self) -> Iterator[None]:
-        """Return a context that records a FluxMoE error raised in it and continues after it."""
+        """Return a context that records a FluxMoE error raised inside it instead of raising it."""
         try:
             yield
         except FluxMoEError as error:
@@ -34,6 +34,6 @@ class Findings:
         self.notes += others.notes
 
     def require(self) -> None:
-        """Raise the collected errors as one (``errors.together``), if any."""
+        """Raise the collected errors as one (``errors.together``), if there are any."""
         if self.errors:
             raise together(self.errors)

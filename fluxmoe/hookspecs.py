@@ -1,4 +1,4 @@
-"""The hooks of a plugin, which run once at startup and only register factories."""
+"""The hooks of a plugin, which run once at startup and do nothing but register factories."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pluggy
 if TYPE_CHECKING:  # importing it just for annotations would double the time of `import fluxmoe`
     from pydantic import BaseModel
 
-#: Version of these hooks, the contracts and the data they may read. Incremented when a change
-#: breaks conforming plugins; docs/plugins/compatibility.md describes the procedure.
+#: Version of these hooks, of the contracts and of the data that plugins may read. It is incremented
+#: when a change breaks conforming plugins; docs/plugins/compatibility.md describes the procedure.
 PLUGIN_API = 1
-#: Oldest version that still works; plugins for versions before the current load with a warning.
+#: Oldest version that still works; plugins for older versions than the current load with a warning.
 OLDEST_PLUGIN_API = 1
 
 hookspec = pluggy.HookspecMarker("fluxmoe")
@@ -32,7 +32,8 @@ class Register(Protocol):
         """Register ``factory``, which makes a policy or a ``fluxmoe.Codec``, under ``name``.
 
         The kind of a policy (eviction, prefetch, arbitration) follows from its base class.
-        Options from the configuration are validated by ``config_model`` and passed as keywords.
+        Options from the configuration are validated by ``config_model`` and passed as keyword
+        arguments.
         """
 
 

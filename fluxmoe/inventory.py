@@ -1,6 +1,7 @@
-"""Check that a checkpoint has all its experts; engines do not notice missing ones.
+"""A check that a checkpoint has all its experts, since engines do not notice missing experts.
 
-They load the existing weights into uninitialised memory and compute with garbage for the rest.
+Engines load the existing weights into uninitialised memory and compute with garbage in place of the
+missing weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fluxmoe.errors import CheckpointError
 
-#: Shapes of tensors by name.
+#: Name of a tensor → its shape.
 Shapes = dict[str, tuple[int, ...]]
 
 #: Keys of ``config.json`` for the number of experts per layer, by model family.
@@ -22,14 +23,14 @@ EXPERTS = (
     "num_moe_experts",
 )
 
-#: Keys for the number of experts per token.
+#: Keys of ``config.json`` for the number of experts per token.
 TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k"),
     "moe_k",
 )
 
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.*)")
-#: ``mlp.experts.7.up_proj.weight``, quantised or not. Scales and biases are excluded elsewhere.
+#: ``mlp.experts.7.up_proj.weight``, quantised or not. ``_NO_WEIGHT`` excludes scales and biases.
 _ONE = re.compile(
     r"(?P<path>.*\bexperts)\.(?P<expert>\d+)\.(?P<part>.+)(?P<end>\.(?:q?weight|weight_packed))"
 )
@@ -43,9 +44,9 @@ _ROUTER = re.compile(r".*\.(?:gate|router)(?:\.\w+)*\.weight")
 
 
 class ExpertTensor(NamedTuple):
-    """Parsed name of a tensor with expert weights, such as ``mlp.experts.7.up_proj.weight``.
+    """The parsed name of a tensor with expert weights, such as ``mlp.experts.7.up_proj.weight``.
 
-    ``expert`` is None if the tensor has all experts of its layer.
+    ``expert`` is None if the tensor contains all experts of its layer.
     """
 
     stack: str  # model.layers
@@ -62,7 +63,7 @@ class ExpertTensor(NamedTuple):
 
 
 def expert_tensor(name: str, dimensions: int) -> ExpertTensor | None:
-    """Parse a tensor's name; None if it has no expert weights."""
+    """Parse a tensor's name; return None if the tensor has no expert weights."""
     at = _LAYER.fullmatch(name)
     if at is None or _NO_WEIGHT.search(at["rest"]):
         return None
@@ -77,11 +78,11 @@ def expert_tensor(name: str, dimensions: int) -> ExpertTensor | None:
 
 
 class _Place(NamedTuple):
-    """Location of experts in a stack of layers: ``model.layers``, ``mlp.experts``."""
+    """The location of experts in a stack of layers, such as ``model.layers``, ``mlp.experts``."""
 
     stack: str
     path: str
-    #: True for layers beyond the last one, which belong to speculative decoding.
+    #: True for layers beyond the model's last layer, which belong to speculative decoding.
     beyond: bool
 
 
@@ -89,14 +90,14 @@ class _Place(NamedTuple):
 class _Layer:
     """The experts found in one layer."""
 
-    #: Part → experts with a separate tensor for it.
+    #: Part → experts that have a separate tensor for the part.
     each: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    #: Part → number of experts in the fused tensor.
+    #: Part → number of experts in the fused tensor of the part.
     fused: dict[str, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """The largest expert index plus one."""
+        """The largest expert index plus one; 0 if there are no experts."""
         return max(*(max(held) + 1 for held in self.each.values()), *self.fused.values(), 0, 0)
 
 
@@ -107,7 +108,7 @@ class _Found:
     layers: dict[_Place, dict[int, _Layer]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(_Layer))
     )
-    #: (Place, part) → suffix of the tensor's name.
+    #: (Place, part) → suffix of the tensors' names.
     ends: dict[tuple[_Place, str], str] = field(default_factory=dict)
     rest: dict[str, dict[int, set[str]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(set))
@@ -115,16 +116,16 @@ class _Found:
 
 
 def require_experts(tensors: Shapes, config: Mapping[str, Any], *, where: str) -> None:
-    """Reject a checkpoint that lacks experts its layers must have.
+    """Reject a checkpoint that lacks experts which its layers must have.
 
-    The number of experts comes from ``config.json``, else from the largest index found. Layers with
-    experts are recognised by their tensors: a layer without any must instead have tensors that
+    The number of experts comes from ``config.json``, or else from the largest index found. Layers
+    with experts are recognised by their tensors: a layer without experts must have tensors that
     layers with experts lack. Every expert must have the same parts.
 
     Layers in other stacks, or beyond ``num_hidden_layers``, are compared only with each other.
 
     Raises:
-        CheckpointError: An expert is missing; gives the layer and the expert.
+        CheckpointError: An expert is missing; the message names the layer and the expert.
     """
     depth = config.get("num_hidden_layers")
     found = _sorted(tensors, depth if isinstance(depth, int) else 1 << 30)
@@ -179,9 +180,9 @@ def _problems(
             for part, rows in sorted(layer.fused.items()):
                 if rows != count:
                     told = "config.json says" if said else "other layers have"
-                    yield f"{head}.{part} has {rows} experts, {told} {count}"
+                    yield f"{head}.{part} has {rows} experts, but {told} {count}"
             if said and layer.each and layer.count > said:
-                yield f"{head} has {layer.count} experts, config.json says {said}"
+                yield f"{head} has {layer.count} experts, but config.json says {said}"
             for expert in range(count):
                 for part in parts:
                     if part not in layer.fused and expert not in layer.each.get(part, ()):
@@ -190,7 +191,7 @@ def _problems(
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """True if a ``config.json`` mentions several experts, under any key and at any depth."""
+    """Return True if a ``config.json`` mentions several experts, under any key, at any depth."""
     for key, value in config.items():
         if isinstance(value, Mapping) and has_experts(value):
             return True
@@ -216,10 +217,10 @@ def _nothing(tensors: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _count(config: Mapping[str, Any], layer: int) -> int:
-    """Number of experts in a layer according to ``config.json``; 0 if not given."""
+    """Return the number of experts in a layer according to ``config.json``; 0 if not given."""
     for key in EXPERTS:
         value = config.get(key)
-        if isinstance(value, list):  # one number per layer, or per modality, which does not help
+        if isinstance(value, list):  # one number per layer; one per modality is of no use here
             value = value[layer] if len(value) == config.get("num_hidden_layers") else None
         if isinstance(value, int) and value:
             return value

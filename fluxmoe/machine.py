@@ -1,4 +1,4 @@
-"""Memory, shared memory and cores available to this process, within its container's limits."""
+"""Memory, disk space and cores that this process may use, within its container's limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fluxmoe.errors import ConfigError
 
-#: File system root, under which ``/proc`` and ``/sys`` are read.
+#: Root of the file system, under which ``/proc`` and ``/sys`` are read.
 ROOT = Path("/")
 
 
@@ -20,8 +20,8 @@ class MemoryRoom:
     """Memory that this process may use, in bytes.
 
     Attributes:
-        total, available: Size, and the part that can be allocated without swapping.
-        limit: The limiting cgroup; empty if the machine is the limit.
+        total, available: Size of the memory, and the part that can be allocated without swapping.
+        limit: The cgroup that limits the memory; empty if the machine is the limit.
     """
 
     total: int
@@ -30,7 +30,7 @@ class MemoryRoom:
 
 
 def memory() -> MemoryRoom:
-    """Memory of the machine or of the process's smallest cgroup (versions 1 and 2).
+    """Return the memory of the machine, or of the process's smallest cgroup (version 1 or 2).
 
     A cgroup's page cache counts as available, because the kernel reclaims it on demand.
     """
@@ -51,7 +51,7 @@ def memory() -> MemoryRoom:
 
 
 def shared_memory() -> int | None:
-    """Free bytes of ``/dev/shm``, used to exchange data between processes; None if missing."""
+    """Return the free bytes of ``/dev/shm``, for data shared by processes; None if missing."""
     try:
         found = os.statvfs(ROOT / "dev/shm")
     except OSError:
@@ -60,7 +60,7 @@ def shared_memory() -> int | None:
 
 
 def free_disk(folder: Path) -> int:
-    """Free bytes of the file system on which ``folder`` is, or would be created."""
+    """Return the free bytes of the file system on which ``folder`` is or would be created."""
     found = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
     return found.f_bavail * found.f_frsize
 
@@ -69,7 +69,7 @@ def require_writable(folder: Path, *, where: str, fix: str) -> None:
     """Create ``folder`` if missing, and check that it is writable.
 
     Raises:
-        ConfigError: It is not; with this ``where`` and ``fix``.
+        ConfigError: The folder is not writable. The error has the given ``where`` and ``fix``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def require_writable(folder: Path, *, where: str, fix: str) -> None:
 
 
 def in_memory(folder: Path) -> bool:
-    """True if ``folder`` is, or would be created, on an in-memory file system."""
+    """Return True if ``folder`` is or would be created on an in-memory file system."""
     where = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
     kinds = {Path(mount): kind for _, mount, kind, _ in _mounts()}
     kind = next((kinds[path] for path in (where, *where.parents) if path in kinds), "")
@@ -90,7 +90,7 @@ def in_memory(folder: Path) -> bool:
 
 
 def processor() -> str:
-    """Processor name according to the kernel; its architecture if there is none."""
+    """Return the processor's name according to the kernel, or the architecture if it has none."""
     for line in _lines(ROOT / "proc/cpuinfo"):
         key, _, value = line.partition(":")
         if key.strip() == "model name":
@@ -99,12 +99,12 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Number of cores that this process may run on."""
+    """Return the number of cores on which this process may run."""
     return len(os.sched_getaffinity(0))
 
 
 def _cgroups() -> Iterator[Path]:
-    """Folders of this process's memory cgroups, from its own to the outermost visible one."""
+    """Yield the folders of this process's memory cgroups, from its own to the outermost visible."""
     own: dict[str, str] = {}
     for line in _lines(ROOT / "proc/self/cgroup"):
         number, controllers, path = line.split(":", 2)
@@ -116,7 +116,7 @@ def _cgroups() -> Iterator[Path]:
         if kind not in own or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         top = ROOT / mount.lstrip("/")
-        # In a container the mount may show only the container's part of the tree.
+        # In a container, the mount may show only the container's part of the tree.
         inside = Path(own[kind])
         folder = top / inside.relative_to(root) if inside.is_relative_to(root) else top
         if not folder.is_dir():
@@ -126,7 +126,7 @@ def _cgroups() -> Iterator[Path]:
 
 
 def _mounts() -> Iterator[tuple[str, str, str, str]]:
-    """Root, mount point, type and options of each mounted file system (proc_pid_mountinfo(5))."""
+    """Yield the root, mount point, type and options of each mount (proc_pid_mountinfo(5))."""
     for line in _lines(ROOT / "proc/self/mountinfo"):
         left, _, right = line.partition(" - ")
         root, mount = left.split()[3:5]
@@ -142,7 +142,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(*paths: Path) -> int | None:
-    """Read the number in the first existing file; None if there is none or it is "max"."""
+    """Return the number in the first readable file; None if there is none or it says "max"."""
     for path in paths:
         for line in _lines(path):
             return int(line) if line.strip().isdigit() else None
@@ -150,7 +150,7 @@ def _number(*paths: Path) -> int | None:
 
 
 def _page_cache(folder: Path) -> int:
-    """Bytes of a cgroup's page cache, which the kernel can reclaim."""
+    """Return the bytes of a cgroup's page cache, which the kernel can reclaim."""
     entries = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat"))
     return sum(
         int(entries.get(f"total_{name}", entries.get(name, 0)))

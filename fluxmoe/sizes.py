@@ -1,8 +1,8 @@
-"""Sizes in bytes as text: ``parse`` reads user input, the other functions print.
+"""Sizes in bytes as text: ``parse`` reads user input, and the other functions format sizes.
 
-YAML, command line, Python and HTTP all use ``parse``, so all accept and refuse the same text.
-Messages and tables show sizes in units by ``shown``; text for users to copy is made by ``exact`` or
-``at_least``.
+YAML, the command line, Python and HTTP all use ``parse``, so that all accept and reject the same
+text. Messages and tables show sizes with units by ``shown``; ``exact`` and ``at_least`` make text
+that users can copy.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from fractions import Fraction
 
 from fluxmoe.words import line
 
-#: A size as text, anchored at both ends. Without flags, because the JSON schema uses it too.
+#: Pattern of a size as text, anchored at both ends. The pattern has no flags, because the JSON
+#: schema uses it too.
 PATTERN = (
     r"^\s*([0-9]*\.?[0-9]+)\s*"
     r"(([kKmMgGtTpPeE])([iI]?)([bB]([iI][tT])?)?|[bB]([iI][tT])?)?\s*$"
 )
 VALID = "bytes, or a number with a unit such as 24GiB, 512MiB, 24Gi"
-#: Exceeds any machine's memory and fits in 64 bits.
+#: Largest size, which exceeds any machine's memory and fits in 64 bits.
 LARGEST = 2**63 - 1
 
 _SIZE = re.compile(PATTERN)
 _LONGEST = 64
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-#: Maximum characters of a size shown without rounding.
+#: Maximum number of characters in a size shown without rounding.
 _SHORT = 7
 
 
 def parse(value: object) -> int:
     """Parse a size: whole bytes, or text such as ``8192``, ``24GiB``, ``1.5 GB`` or ``24Gi``.
 
-    ``KB`` and ``k`` are 1000 bytes, ``KiB`` and ``Ki`` are 1024, in upper or lower case. With a
-    unit, fractions of a byte are dropped.
+    ``KB`` and ``k`` are 1000 bytes, and ``KiB`` and ``Ki`` are 1024 bytes, in upper or lower case.
+    If the text has such a unit, fractions of a byte are dropped.
 
     Raises:
-        ValueError: Not a valid size; the message is one line.
+        ValueError: The value is not a valid size; the message is one line.
     """
     size = _text(value) if isinstance(value, str) else _number(value)
     if size is None or size < 0:
@@ -70,7 +71,7 @@ def exact(size: int) -> int | str:
 
 
 def at_least(size: int) -> int | str:
-    """Format a size like ``exact``, but round long ones up to two decimals: ``12.35MiB``."""
+    """Format a size like ``exact``, but round a long one up to two decimals: ``12.35MiB``."""
     found = exact(size)
     power = (max(size, 1).bit_length() - 1) // 10
     if not power or len(str(found)) <= _SHORT:

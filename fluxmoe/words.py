@@ -1,8 +1,9 @@
-"""Sanitising text from policies and plugins for logs, metrics, JSON and terminals: ``line``.
+"""Sanitising of text from policies and plugins for logs, metrics, JSON and terminals (``line``).
 
-Such text may have any length, contain line breaks, control characters or lone surrogates (not
-encodable as UTF-8: a single one in a reason would end the thread that encodes an engine's answers),
-or come from a ``__str__`` that raises. It is sanitised here where it enters FluxMoE.
+Such text may have any length, contain line breaks, control characters or lone surrogates, or come
+from a ``__str__`` that raises. A lone surrogate cannot be encoded as UTF-8: in the reason for a
+decision, it would end the thread that encodes an engine's answers. The functions here sanitise text
+where it enters FluxMoE.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-#: Maximum characters of a line.
+#: Maximum number of characters in a line.
 LIMIT = 500
 
-#: The traceback of an exception, even if its class overrides ``__traceback__``.
+#: Returns the traceback of an exception, even if its class overrides ``__traceback__``.
 traceback_of: Callable[[BaseException], TracebackType | None] = BaseException.__dict__[
     "__traceback__"
 ].__get__
-#: The name of a class, even if its metaclass overrides ``__name__``.
+#: Returns the name of a class, even if its metaclass overrides ``__name__``.
 class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 
 def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) -> str:
     """Convert ``value`` by ``str`` or ``repr`` to one line of up to ``limit`` printable characters.
 
-    Runs of white space become one space, unprintable characters are escaped as in Python, long text
-    is truncated. Never raises, except for exceptions from signal handlers.
+    Each run of white space becomes one space, unprintable characters are escaped as in Python, and
+    long text is truncated. Only exceptions from signal handlers and Ctrl-C are raised.
     """
     try:
         # Converted to a plain str: a subclass may override methods used here or later.
@@ -46,12 +47,12 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
 
 
 def raised(error: BaseException) -> str:
-    """An exception as ``line``: its type and message."""
+    """Describe an exception, by its type and message, as one line (see ``line``)."""
     return line(error, lambda error: f"{class_name(type(error))}: {line(error)}")
 
 
 def interrupts(error: BaseException) -> bool:
-    """True for Ctrl-C, and if a signal handler raised ``error`` while a policy was running.
+    """Return True if ``error`` is Ctrl-C, or if a signal handler raised it during a policy's call.
 
     ``__class__`` and ``__traceback__`` are not read: they may be the policy's code.
     """

@@ -186,7 +186,8 @@ def test_b10_a_file_that_exists_is_not_replaced(tmp_path):
         with pytest.raises(ConfigError) as caught:
             attempt()
         assert caught.value.text == (
-            f"the file already exists; {file}; name another, or replace it (--force, replace=True)"
+            f"the file already exists; {file}; "
+            "name another file, or replace this one (--force, replace=True)"
         )
         assert file.read_bytes() == before
     convert(lines, file, replace=True)

@@ -262,8 +262,8 @@ def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path)
     head = "model.layers.3.mlp.experts"
     for number, (change, said) in enumerate(
         (
-            (cut(f"{head}.down_proj", 15), f"{head}.down_proj has 15 experts, config.json says 16"),
-            (cut(f"{head}.gate_up_proj", 17), f"{head}.gate_up_proj has 17 experts, config.json"),
+            (cut(f"{head}.down_proj", 15), f"{head}.down_proj has 15 experts, but config.json"),
+            (cut(f"{head}.gate_up_proj", 17), f"{head}.gate_up_proj has 17 experts, but"),
             (without(rf"{head}\.down_proj"), f"{head}.down_proj is missing"),
             (without(rf"{head}\."), f"{head} is missing: the layer has none"),
         )
@@ -285,7 +285,7 @@ def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path)
     require_readable(str(granite))
     name = "model.layers.1.block_sparse_moe.input_linear"
     broken = changed(granite, tmp_path / "granite cut", cut(f"{name}.weight", 8))
-    assert refused(broken).what == f"{name} has 8 experts, config.json says 16"
+    assert refused(broken).what == f"{name} has 8 experts, but config.json says 16"
 
 
 def judged(tensors: dict[str, tuple[int, ...]], **config: object) -> str:
@@ -409,7 +409,7 @@ def test_configurations(model: Path, text: str | None, what: str) -> None:
 
 
 def test_names(model: Path) -> None:
-    assert refused(model / "config.json").what == "it is a file"
+    assert refused(model / "config.json").what == "the path is a file"
     for wrong in (f"{model}x", "./nothing", "~/nothing", "a/b/c", "two words"):
         assert refused(wrong).what == "no such folder"
     require_readable("Qwen/Qwen3-30B-A3B")  # looked up on the hub when loaded

@@ -260,7 +260,7 @@ def test_b11_quantised_checkpoints(load: Load, tmp_path: Path, method: str) -> N
 def test_b11_another_number_of_experts(load: Load, tmp_path: Path, count: int) -> None:
     load().save_pretrained(tmp_path)
     reconfigure(tmp_path, num_experts=count, num_local_experts=count)
-    says = "has 16 experts, config.json says 8" if count == 8 else r"experts\.16\..* is missing"
+    says = "has 16 experts, but config.json says 8" if count == 8 else r"experts\.16\..* is missing"
     with pytest.raises(errors.CheckpointError, match=rf"model\.layers\.0\.mlp.*{says}"):
         fluxmoe.load(tmp_path, "1MiB")
 
