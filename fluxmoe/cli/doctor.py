@@ -180,7 +180,7 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
-    from fluxmoe.backends.vllm.server.preflight import require_shared_memory
+    from fluxmoe.backends.vllm.preflight.checks import require_shared_memory
 
     free = machine.shared_memory()
     if free is None:

@@ -16,7 +16,7 @@ import yaml
 
 from fluxmoe import machine
 from fluxmoe.backends.vllm import settings
-from fluxmoe.backends.vllm.server import preflight
+from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.errors import ConfigError
 from fluxmoe.testing import checkpoints
 
@@ -146,9 +146,9 @@ def test_a7_shared_memory_for_vllms_queues(
 ) -> None:
     for free in (None, least << 20):
         monkeypatch.setattr(machine, "shared_memory", lambda free=free: free)
-        preflight.require_shared_memory(workers)
+        checks.require_shared_memory(workers)
     monkeypatch.setattr(machine, "shared_memory", lambda: 64 << 20)
     with pytest.raises(
         ConfigError, match=f"64 MiB are free, vLLM needs {least} MiB; /dev/shm; .*1g"
     ):
-        preflight.require_shared_memory(workers)
+        checks.require_shared_memory(workers)

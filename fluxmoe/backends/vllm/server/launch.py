@@ -13,7 +13,7 @@ from typing import Any
 from fluxmoe import caches
 from fluxmoe.backends import budget
 from fluxmoe.backends.stores import make_coders
-from fluxmoe.backends.vllm.server import options, preflight
+from fluxmoe.backends.vllm.preflight import checks, options
 from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Config, Resolved
 from fluxmoe.errors import ConfigError
@@ -57,7 +57,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 def resolved(config: Config) -> Resolved:
     """Resolve the budget to bytes, the same for all workers (``budget.automatic``)."""
     return config.resolved(
-        config.memory.budget or budget.automatic(config.model, preflight.workers(config))
+        config.memory.budget or budget.automatic(config.model, checks.workers(config))
     )
 
 
@@ -70,7 +70,7 @@ def examine(
         config: The configuration.
         registry: The plugins it lists.
         environment: The server's environment variables.
-        serving: See ``preflight.check``.
+        serving: See ``checks.check``.
     """
     found = Findings()
     with found.check():
@@ -86,7 +86,7 @@ def examine(
     if config.model is not None or config.memory.budget is not None:
         with found.check():
             config = resolved(config)
-    found.extend(preflight.check(config, environment, moving=moving, serving=serving))
+    found.extend(checks.check(config, environment, moving=moving, serving=serving))
     return config, found
 
 
@@ -131,11 +131,11 @@ def command(config: Resolved) -> list[str]:
     """Make the command line that starts the server with this installation.
 
     Raises:
-        MissingDependencyError, UnsupportedVersionError: See ``preflight.require_engine``.
+        MissingDependencyError, UnsupportedVersionError: See ``checks.require_engine``.
         ConfigError: See ``arguments``.
     """
     args = arguments(config)
-    preflight.require_engine()
+    checks.require_engine()
     return [sys.executable, "-m", "fluxmoe.backends.vllm.server.entry", *args]
 
 

@@ -18,8 +18,8 @@ from fluxmoe import checkpoint, dimensions, machine
 from fluxmoe.backends import budget
 from fluxmoe.backends.stores import require_room
 from fluxmoe.backends.vllm import features
-from fluxmoe.backends.vllm.server import options as vllm_options
-from fluxmoe.backends.vllm.server import room
+from fluxmoe.backends.vllm.preflight import options as vllm_options
+from fluxmoe.backends.vllm.preflight import room
 from fluxmoe.backends.vllm.settings import moving_latent_attention
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.config import Config, FileStoreConfig, Resolved

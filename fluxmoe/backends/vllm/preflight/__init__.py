@@ -1,0 +1,1 @@
+"""Checks before an engine of vLLM starts, in seconds and without importing vLLM."""
