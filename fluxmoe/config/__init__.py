@@ -1,6 +1,14 @@
 """The configuration: one YAML document, validated as a whole, sizes written as ``24GiB``."""
 
-from fluxmoe.config.reading import json_schema, load, parse, parse_limits, size
+from fluxmoe.config.reading import (
+    json_schema,
+    load,
+    load_most,
+    parse,
+    parse_limits,
+    parse_most,
+    size,
+)
 from fluxmoe.config.schema import (
     Config,
     FileStoreConfig,
@@ -23,7 +31,9 @@ __all__ = [
     "is_plugin_file",
     "json_schema",
     "load",
+    "load_most",
     "parse",
     "parse_limits",
+    "parse_most",
     "size",
 ]

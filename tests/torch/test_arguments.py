@@ -62,7 +62,7 @@ WRONG: dict[str, tuple[Callable[[torch.nn.Module, Path], object], str]] = {
     "seed": (lambda m, p: fluxmoe.page(m, seed=None), "seed: .*not None"),
     "path": (lambda m, p: fluxmoe.load(None), "path must be a path, not None"),
     "bytes": (lambda m, p: fluxmoe.load(bytes(p)), "path must be a path, not b'"),
-    "a model": (lambda m, p: fluxmoe.load(m), "path must be a folder or a name.*fluxmoe.page"),
+    "a model": (lambda m, p: fluxmoe.load(m), "path must be a path, not .*fluxmoe.page"),
     "dtype": (lambda m, p: fluxmoe.load(p, dtype="fp8"), 'dtype must be "auto" or one of bfloat16'),
     "integers": (lambda m, p: fluxmoe.load(p, dtype=torch.int8), "not torch.int8"),
     "no dtype": (lambda m, p: fluxmoe.load(p, dtype=None), "dtype must be .*not None"),

