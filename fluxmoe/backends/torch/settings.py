@@ -110,9 +110,9 @@ def fit(
         others: Bytes of the weights that are not experts; None if all weights are loaded already.
     """
     resolved = found.result(room.fit, config, where) if found.reliable("memory") else None
-    if resolved is not None and found.reliable("stores"):
+    if resolved is not None:
         with found.check():
-            if others is None:
+            if others is None or not found.reliable("stores"):
                 budget.require_free(resolved.memory.budget)
             else:
                 budget.require_for_weights(resolved, experts=room.nbytes, others=others)

@@ -178,9 +178,10 @@ def _model(
 def _check_memory(
     config: Config, options: Mapping[str, Any], model: Model | None, found: Findings
 ) -> None:
-    if isinstance(config, Resolved) and found.reliable("memory", "model", "stores", "vllm"):
+    if isinstance(config, Resolved) and found.reliable("memory"):
+        paged = config.preset != "off" and found.reliable("stores", "vllm")
         with found.check():
-            if model is None or config.preset == "off":
+            if model is None or not paged:
                 budget.require_free(config.memory.budget * workers(config))
             else:
                 room.require(config, model, options, workers(config))
