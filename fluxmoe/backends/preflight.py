@@ -81,7 +81,7 @@ def folder_of(
             raise CheckpointError(
                 "it is neither a folder nor a downloaded model, and HF_HUB_OFFLINE is set",
                 where=f"model: {model}",
-                fix="name the folder of a checkpoint, or unset HF_HUB_OFFLINE",
+                fix="name the folder of a checkpoint, download the model, or unset HF_HUB_OFFLINE",
             )
         found.notes.append(f"{model} is not a local folder: it will be looked up on the Hub")
     return None

@@ -81,6 +81,21 @@ def test_b5_wrong_types(load: Load, checkpoint: Callable[..., Path], case: str) 
     assert held() == before
 
 
+def test_all_errors_of_page_at_once(load: Load, tmp_path: Path) -> None:
+    model = load()
+    (tmp_path / "file").touch()
+    before = held()
+    store = {"kind": "file", "path": str(tmp_path / "file" / "x")}
+    with pytest.raises(fluxmoe.FluxMoEError) as caught:
+        fluxmoe.page(model, 1024, eviction="lrru", stores=[store])
+    assert [error.code for error in caught.value.problems()] == ["FM201", "FM102", "FM101"]
+    with pytest.raises(fluxmoe.FluxMoEError) as caught:
+        fluxmoe.page(model.to("meta"), "50%", banks=0, copy_threads=100, prefetch="nxt")
+    problems = caught.value.problems()
+    assert [error.code for error in problems] == ["FM402", "FM101", "FM101", "FM101", "FM201"]
+    assert held() == before
+
+
 def test_b5_methods_of_the_handle(load: Load, tmp_path: Path) -> None:
     with fluxmoe.page(load(), "1MiB") as paged:
         for call, says in (

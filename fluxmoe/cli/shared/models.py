@@ -65,11 +65,13 @@ def require_tokens(tokens: Sequence[int], size: int, option: str) -> None:
     Raises:
         ConfigError: It has, with the option that gave it.
     """
-    if not tokens or not all(0 <= token < size for token in tokens):
+    if not tokens:
+        raise ConfigError("a prompt is empty", where=option, fix="give it at least one token")
+    if not all(0 <= token < size for token in tokens):
         raise ConfigError(
             f"invalid prompt tokens: {line(tokens)}",
             where=option,
-            fix=f"give at least one token, each within 0…{size - 1}",
+            fix=f"all must be within 0…{size - 1}",
         )
 
 

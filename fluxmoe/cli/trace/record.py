@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.arguments import require_new
 from fluxmoe.cli.generate import Backend
 from fluxmoe.cli.shared import models, output
 from fluxmoe.cli.shared.options import AsJson, Force
@@ -84,6 +83,7 @@ def record(
     from fluxmoe.core.types import Phase
     from fluxmoe.findings import Findings
     from fluxmoe.trace import TraceReader
+    from fluxmoe.trace.writer import require_place
 
     found = Findings()
     if predict and backend is Backend.VLLM:
@@ -95,7 +95,7 @@ def record(
             )
         )
     with found.check():  # the writer also checks, but after loading the model
-        require_new(out, replace=force)
+        require_place(out, replace=force)
     lines = _lines(prompt or [], prompt_ids or [], prompts, found)
     size = models.vocabulary(model)
     for line in lines:
