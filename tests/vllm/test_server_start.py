@@ -94,15 +94,16 @@ def test_a_budget_beyond_the_machine(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize("setting", [{"arbitration": "marginal"}, {"control": True}])
 def test_latent_attention_with_a_moving_split(tmp_path: Path, setting: dict[str, Any]) -> None:
     model = checkpoints.write(tmp_path / "mla", "deepseek-v2")
-    done = serve(tmp_path, model, settings=setting, vllm={"port": 0, "max-model-len": 64})
+    options = {"port": 0, "max-model-len": 64}
+    done = serve(tmp_path, model, settings=setting, vllm=options)
     refused(done, "error[FM402]", "multi-head latent attention", "arbitration")
-    assert "FM402" not in serve(tmp_path, model, vllm={"port": 0, "max-model-len": 64}).stderr
+    assert "FM402" not in serve(tmp_path, model, vllm=options).stderr
     # vLLM then expands the latent vectors: its ordinary attention can do what is asked.
     done = serve(
         tmp_path,
         model,
         settings=setting,
-        vllm={"port": 0, "max-model-len": 64},
+        vllm=options,
         VLLM_MLA_DISABLE="1",
     )
     assert "FM402" not in done.stderr
