@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fluxmoe import config, plugins
-from fluxmoe.backends.vllm.child.child import ChildEngine, Generation, Prompt
+from fluxmoe.backends.vllm.child.child import ChildEngine, Generation, Prompt, examine
 from fluxmoe.demo.model import ASSETS
 from fluxmoe.errors import MissingDependencyError
+from fluxmoe.findings import Findings
 
 #: Beginnings of sentences from the shipped model's held-out text, one per line.
 PROMPTS = ASSETS / "prompts.txt"
@@ -164,8 +164,11 @@ def compare(
         progress: Called with progress messages.
     """
     fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
-    wanted = config.parse(fluxmoe, where="fluxmoe")
-    plugins.load(wanted.plugins).check(wanted)  # raises its errors before the engines start
+    found = Findings()
+    examine(model, fluxmoe, found, where="fluxmoe demo", **options)
+    found.require()
+    for note in found.notes:
+        progress(f"note: {note}")
     prompts = workload.prompts(model)
     progress("starting stock vLLM")
     kv_bytes = budget_bytes - experts_total_bytes

@@ -7,12 +7,15 @@ of one (step, layer) form one event. The file's metadata (``TraceMeta``) describ
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Geometry, Int64s
 from fluxmoe.errors import TraceError
@@ -38,8 +41,17 @@ OPTIONAL = {"weights": pa.list_(pa.float16()), "predicted": pa.list_(pa.int16())
 
 #: Number of rows held in memory and read or written together.
 GROUP_ROWS = 1 << 17
+#: Buffer of a column chunk, so that even a file with one huge row group is streamed.
+_BUFFER_BYTES = 1 << 20
 
 Array: TypeAlias = npt.NDArray[Any]
+
+
+def parquet_file(path: str | Path) -> pq.ParquetFile:
+    """Open a Parquet file with any name; raise OSError or ArrowException on failure."""
+    # Passed as bytes and opened as a file, because pyarrow would encode text as UTF-8 and mistake a
+    # path with a colon for a URI.
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)), buffer_size=_BUFFER_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
