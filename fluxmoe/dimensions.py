@@ -140,7 +140,7 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         except Exception as error:  # of any model's own code
             raise checkpoint.not_buildable(config.model_type, error, name) from error
     stored = model.state_dict()
-    weights = [*model.named_parameters(), *model.named_buffers()]  # tied ones appear once
+    weights = [*model.named_parameters(), *model.named_buffers()]  # tied weights appear once
     return data, {
         key: Tensor(tuple(weight.shape), weight.element_size())
         for key, weight in weights

@@ -75,7 +75,7 @@ def join(*parts: str) -> str:
 
 
 def meant(name: object, known: Iterable[str]) -> str:
-    """Return ``did you mean 'lru'?``, for ``fix``, if a known name resembles ``name``, or ""."""
+    """Return ``did you mean 'lru'?`` if a known name resembles ``name``, otherwise empty text."""
     near = difflib.get_close_matches(str(name), list(known), n=1) if name else []
     return f"did you mean {near[0]!r}?" if near else ""
 

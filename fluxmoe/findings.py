@@ -41,7 +41,7 @@ class Findings:
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> _Value | None:
-        """Return the result of a call, or record the FluxMoE error that it raises and return None."""
+        """Return the result of a call, or None if it raises a FluxMoE error, which is recorded."""
         try:
             return call(*args, **kwargs)
         except FluxMoEError as error:

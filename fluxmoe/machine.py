@@ -150,7 +150,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(*paths: Path) -> int | None:
-    """Return the number in the first readable file; None if there is none or it says "max"."""
+    """Return the number in the first readable file; None if no file contains a number."""
     for path in paths:
         for line in _lines(path):
             return int(line) if line.strip().isdigit() else None

@@ -183,7 +183,7 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that rejects duplicate keys; the standard loader takes the last one."""
+    """A loader that rejects duplicate keys; the standard loader uses the last duplicate."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

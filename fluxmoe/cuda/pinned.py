@@ -15,7 +15,7 @@ from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 
-#: Number of page buffers: so many pages can be read before the copy of the first one completes.
+#: Number of page buffers, which is the number of pages that can be read before any copy completes.
 BUFFERS = 4
 _ENDLESS = 1 << 30
 

@@ -139,7 +139,7 @@ class Planner:
     def _to_kv(self, held: Held, most_frames: int, free_frames: int) -> Move | None:
         """Commit as many of the lowest groups as fit in ``most_frames`` frames.
 
-        The frames come from the free ones first, then from the experts.
+        Free frames are used first, then the experts' frames.
         """
         layout, groups, group_frames = self._inventory.layout, [], 0
         for group in range(layout.groups):

@@ -142,7 +142,7 @@ def resolve_event_kernel(
     short = misses - spare
     found = 0
     tl.debug_barrier()  # choosing victims reads the values stored above
-    for spared in tl.static_range(2):  # protected pages are evicted only if no others are left
+    for spared in tl.static_range(2):  # protected pages are evicted only if too few others are left
         at = 0
         while (found < short) & (at < pages):
             where = at + tl.arange(0, _CHUNK)

@@ -38,7 +38,7 @@ class KvFirst(ArbitrationPolicy):
         self._preemptions = view.preemptions
         self._calm = 0 if pressed or needed > kv else self._calm + 1
         if pressed:
-            # Room for the waiting requests, assuming that their size is the running ones' average.
+            # Room for the waiting requests, which are assumed to be of the running ones' mean size.
             each = view.kv_used_frames / max(view.running_requests, 1)
             needed += round(each * view.waiting_requests)
         elif needed <= kv and self._calm <= self._patience:

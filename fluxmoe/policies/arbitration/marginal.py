@@ -132,7 +132,7 @@ class StepModel:
         # power of two of x has a row, which decays only when it gets new data, so that the cost of
         # large batches remains known through a long quiet period.
         self._sums = [[0.0] * 5 for _ in range(16)]
-        # Prompts come in bursts: the first one does not indicate their average rate.
+        # Prompts come in bursts, so the first prompt does not indicate the average rate.
         self._averages = {"prompt": 0.0}
         #: Prompt tokens computed in addition to decode steps, and their time in seconds.
         self._prefill = [0.0, 0.0]
@@ -201,8 +201,8 @@ class StepModel:
     def prompt_token(self) -> float:
         """Return the seconds that a prompt token takes."""
         tokens, seconds = self._prefill
-        # Until measured, prompt tokens, which are computed in batches, are assumed to be cheaper
-        # than decoded ones.
+        # Prompt tokens are computed in batches. Until their cost has been measured, they are assumed
+        # to be cheaper than decoded tokens.
         return seconds / tokens if tokens else self.line()[1] / 2
 
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
