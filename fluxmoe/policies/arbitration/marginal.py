@@ -201,8 +201,8 @@ class StepModel:
     def prompt_token(self) -> float:
         """Return the seconds that a prompt token takes."""
         tokens, seconds = self._prefill
-        # Prompt tokens are computed in batches. Until their cost has been measured, they are assumed
-        # to be cheaper than decoded tokens.
+        # Prompt tokens are computed in batches. Until measured, they are assumed to be cheaper than
+        # decoded tokens.
         return seconds / tokens if tokens else self.line()[1] / 2
 
     def value(self, view: ArbitrationView, experts: Floats, headroom: float, goal: str) -> Floats:
