@@ -21,7 +21,7 @@ BENCHMARKS = {
     "simulator": "benchmarks.simulator",
 }
 #: Run by name only: what compares answers instead of times and takes hours, and what needs a GPU.
-CHECKS = {"gpu": "benchmarks.gpu.command", "identity": "tests.identity.command"}
+CHECKS = {"gpu": "benchmarks.gpu.command", "identity": "tests.identity.command", "soak": "benchmarks.soak"}
 
 
 def main() -> None:
