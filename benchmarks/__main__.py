@@ -20,8 +20,12 @@ BENCHMARKS = {
     "simulated_speed": "benchmarks.simulated_speed",
     "simulator": "benchmarks.simulator",
 }
-#: Run by name only: what compares answers instead of times and takes hours, and what needs a GPU.
-CHECKS = {"gpu": "benchmarks.gpu.command", "identity": "tests.identity.command", "soak": "benchmarks.soak"}
+#: Run by name only: what compares answers or memory instead of times, and what needs a GPU.
+CHECKS = {
+    "gpu": "benchmarks.gpu.command",
+    "identity": "tests.identity.command",
+    "soak": "benchmarks.soak",
+}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks soak [--minutes N] [--rounds N] [--save FILE]
 
 Both engines serve the same requests in alternation. Each row has the resident memory of one
-process, by kind: ``anon`` (heap and stacks), ``shmem`` (frames of experts and KV cache) and ``file``
+process, by kind: ``anon`` (heap, stacks), ``shmem`` (frames of experts and KV cache) and ``file``
 (libraries). ``heap`` is what malloc has given out, ``free`` what it keeps; growth of ``anon`` alone
 is fragmentation, growth of ``heap`` too is live data.
 """
@@ -17,7 +17,6 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -89,16 +88,15 @@ def measure(seconds: float, rounds: int | None = None) -> dict[str, list[Row]]:
         ChildEngine(SHIPPED, kv_cache_memory_bytes=stock_kv, **options) as stock,
         ChildEngine(SHIPPED, fluxmoe=fluxmoe, **options) as paged,
     ):
-        steps, moves = dict.fromkeys(rows, 0), 0
+        steps = dict.fromkeys(rows, 0)
         ends, turn = time.monotonic() + seconds, 0
         while time.monotonic() < ends and turn != rounds:
             prompts = traffic(model, turn)
             for name, engine in (("stock", stock), ("FluxMoE", paged)):
                 steps[name] += engine.generate(prompts, cold=False).steps
-                row: dict[str, Any] = {"turn": turn, "steps": steps[name]}
-                if engine is paged:
-                    moves = sum(engine.call("arbitration")["changes"].values())
-                rows[name].append(row | {"moves": moves * (engine is paged)} | engine.call("rpc", held))
+                changes = engine.call("arbitration")["changes"] if engine is paged else {}
+                counts = {"turn": turn, "steps": steps[name], "moves": sum(changes.values())}
+                rows[name].append(counts | engine.call("rpc", held))
             turn += 1
     return rows
 
@@ -121,7 +119,7 @@ def main(argv: list[str]) -> None:
         table = Table(title=f"{name}: MiB in the engine's process", title_justify="left")
         for column in columns:
             table.add_column(column, justify="right")
-        for row in rows[:: max(len(rows) // _ROWS, 1)] + [growth(rows)]:
+        for row in [*rows[:: max(len(rows) // _ROWS, 1)], growth(rows)]:
             table.add_row(*(f"{row[column]:.1f}".removesuffix(".0") for column in columns))
         Console().print(table)
     if arguments.save:

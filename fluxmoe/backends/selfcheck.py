@@ -7,7 +7,9 @@ over an arena whose other slots are NaN, and compares the results bit by bit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -26,18 +28,37 @@ Kernel: TypeAlias = Callable[
     [Parts, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A kernel that has passed, with the dtype of its weights and the time that the check took."""
+
+    kernel: str
+    dtype: str
+    milliseconds: float
+
+
 #: Bytes of weights above which fewer experts are checked; at least two.
 _BYTES = 16 << 20
 #: Tokens per call: decode, a small batch, and enough for a kernel to split into blocks; fewer
 #: where the experts are so large that the last would take more than ``_FLOP``.
 _TOKENS = (1, 5, 48)
 _FLOP = 2e9
+#: Bytes that a kernel which copies the weights per token may copy in one call.
+_COPIED = 64 << 20
 _SEED = 17
 
 
 def require_slot_independence(
-    kernel: Kernel, like: Parts, *, hidden: int, top_k: int, name: str
-) -> None:
+    kernel: Kernel,
+    like: Parts,
+    *,
+    hidden: int,
+    top_k: int,
+    name: str,
+    fix: str,
+    copies: bool = False,
+) -> Checked:
     """Reject a kernel whose result depends on the slots of the experts.
 
     Args:
@@ -45,11 +66,14 @@ def require_slot_independence(
         like: The layer's weights ``[experts, …]``, used only for shapes and dtypes.
         hidden: Size of a hidden state.
         top_k: Experts per token.
-        name: Name of the kernel, for the error.
+        name: Name of the kernel.
+        fix: Remedy, for the error.
+        copies: True if the kernel copies each token's experts, so that fewer tokens are checked.
 
     Raises:
         UnsupportedError: The results differ.
     """
+    started = time.perf_counter()
     random = torch.Generator().manual_seed(_SEED)
     page = sum(weight[0].numel() * weight.element_size() for weight in like.values())
     dtype, count = next((weight.dtype, len(weight)) for weight in like.values())
@@ -59,6 +83,8 @@ def require_slot_independence(
     arena = {part: _weights(experts, slots, weight, random) for part, weight in like.items()}
     used = min(top_k, experts)
     most = _FLOP / (2 * used * sum(weight[0].numel() for weight in like.values()))
+    if copies:
+        most = min(most, _COPIED / (used * page))
     counts = sorted({int(min(tokens, max(most, 2))) for tokens in _TOKENS})
     calls = [_call(tokens, hidden, experts, used, random) for tokens in counts]
     own = {part: weight[:experts] for part, weight in arena.items()}
@@ -71,8 +97,10 @@ def require_slot_independence(
             raise UnsupportedError(
                 f"the results of the MoE kernel {name} depend on the slots of the experts",
                 where=f"processor {machine.processor()}, {len(x)} tokens, {dtype}",
-                fix="serve this model without FluxMoE on this machine, and please report it",
+                fix=f"{fix}, and please report it",
             )
+    took = (time.perf_counter() - started) * 1e3
+    return Checked(name, str(dtype).removeprefix("torch."), took)
 
 
 def _call(

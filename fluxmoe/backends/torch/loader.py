@@ -24,7 +24,7 @@ from fluxmoe.backends.budget import require_for_weights
 from fluxmoe.backends.stores import make_coders, make_store, require_room
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout, pretrained
-from fluxmoe.backends.torch.experts import absent
+from fluxmoe.backends.torch.experts import absent, require_sound
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
@@ -136,6 +136,7 @@ def load_configured(
     planned = pretrained.on_meta(name, folder, dtype, extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
+    require_sound(layers[0], implementation)
     lock = ForwardLock()
     room = Room(*layout.describe(layers))
     resolved = room.fit(config, _WHERE)

@@ -74,6 +74,7 @@ def page(
     layers = layout.experts_of(model)
     layout.require_on_cpu(layers)
     implementation = implementation_of(model, layers)
+    experts.require_sound(layers[0], implementation)
     room = Room(*layout.describe(layers))
     wanted = settings(
         _WHERE,
