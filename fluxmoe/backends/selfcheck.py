@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 import torch
 
-from fluxmoe import machine
-from fluxmoe.errors import UnsupportedError
+from fluxmoe import checkpoint, machine
+from fluxmoe.errors import InvariantError, UnsupportedError
 
 #: Part of an expert → weights ``[experts or slots, …]``.
 Parts: TypeAlias = Mapping[str, torch.Tensor]
@@ -71,7 +71,8 @@ def require_slot_independence(
         copies: True if the kernel copies each token's experts, so that fewer tokens are checked.
 
     Raises:
-        UnsupportedError: The results differ.
+        UnsupportedError: The results differ, or the kernel fails.
+        InvariantError: They do not differ with the experts exchanged either.
     """
     started = time.perf_counter()
     random = torch.Generator().manual_seed(_SEED)
@@ -88,19 +89,34 @@ def require_slot_independence(
     counts = sorted({int(min(tokens, max(most, 2))) for tokens in _TOKENS})
     calls = [_call(tokens, hidden, experts, used, random) for tokens in counts]
     own = {part: weight[:experts] for part, weight in arena.items()}
-    expected = [kernel(own, None, x.to(dtype), weights, ids) for x, weights, ids in calls]
+    where = f"processor {machine.processor()}, {dtype}"
+    try:
+        expected = [kernel(own, None, x.to(dtype), weights, ids) for x, weights, ids in calls]
+    except Exception as error:  # of any engine's own code
+        raise UnsupportedError(
+            f"the MoE kernel {name} fails, even without FluxMoE: {checkpoint.first_line(error)}",
+            where=where,
+            fix=fix,
+        ) from error
     for weight in arena.values():
         _move(weight, table)
     for (x, weights, ids), wanted in zip(calls, expected, strict=True):
         found = kernel(arena, table, x.to(dtype), weights, ids)
-        if not torch.equal(wanted.view(torch.uint8), found.view(torch.uint8)):
+        if not _same(wanted, found):
             raise UnsupportedError(
                 f"the results of the MoE kernel {name} depend on the slots of the experts",
-                where=f"processor {machine.processor()}, {len(x)} tokens, {dtype}",
+                where=f"{where}, {len(x)} tokens",
                 fix=f"{fix}, and please report it",
             )
+    x, weights, ids = calls[0]
+    if experts > 1 and _same(expected[0], kernel(arena, table.roll(1), x.to(dtype), weights, ids)):
+        raise InvariantError(f"the self-check of the MoE kernel {name} sees no difference")
     took = (time.perf_counter() - started) * 1e3
     return Checked(name, str(dtype).removeprefix("torch."), took)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))
 
 
 def _call(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fluxmoe.backends import selfcheck
-from fluxmoe.errors import UnsupportedError
+from fluxmoe.errors import FluxMoEError, InvariantError, UnsupportedError
 
 LIKE = {"up": torch.zeros(8, 24, 16), "down": torch.zeros(8, 16, 24)}
 
@@ -74,6 +75,30 @@ def test_a_faulty_kernel_is_refused(kernel: Callable[..., torch.Tensor]) -> None
     assert "processor " in caught.value.where and "torch.float32" in caught.value.where
 
 
+@pytest.mark.parametrize(
+    ("name", "fault", "error"),
+    [
+        ("_same", lambda one, other: True, InvariantError),
+        ("_same", lambda one, other: False, UnsupportedError),
+        ("_move", lambda arena, table: None, UnsupportedError),
+        ("_weights", lambda experts, slots, like, random: torch.ones(slots, *like.shape[1:]),
+         InvariantError),
+    ],
+)  # fmt: skip
+def test_a_faulty_comparison_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, error: type[FluxMoEError]
+) -> None:
+    """With a sound kernel, which alone would not show it."""
+    monkeypatch.setattr(selfcheck, name, fault)
+    with pytest.raises(error):
+        check(by_slot)
+
+
+def test_a_kernel_that_computes_nothing_is_noticed() -> None:
+    with pytest.raises(InvariantError, match="sees no difference"):
+        check(lambda parts, table, x, weights, experts: torch.full_like(x, torch.nan))
+
+
 def test_large_experts_take_less(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int, int]] = []
 
@@ -82,9 +107,10 @@ def test_large_experts_take_less(monkeypatch: pytest.MonkeyPatch) -> None:
         return by_slot(parts, table, x, weights, experts)
 
     check(kernel)
-    assert seen == [(8, 1, 3), (8, 5, 3), (8, 48, 3), (12, 1, 3), (12, 5, 3), (12, 48, 3)]
+    assert seen == [(8, 1, 3), (8, 5, 3), (8, 48, 3), (12, 1, 3), (12, 5, 3), (12, 48, 3),
+                    (12, 1, 3)]  # fmt: skip
     seen.clear()
     monkeypatch.setattr(selfcheck, "_BYTES", 1)
     monkeypatch.setattr(selfcheck, "_FLOP", 1.0)
     check(kernel)
-    assert seen == [(2, 1, 2), (2, 2, 2), (3, 1, 2), (3, 2, 2)]
+    assert seen == [(2, 1, 2), (2, 2, 2), (3, 1, 2), (3, 2, 2), (3, 1, 2)]
