@@ -231,7 +231,9 @@ def forward(
             "a paged model cannot compute gradients", fix="call it under torch.no_grad()"
         )
     if torch.compiler.is_compiling():  # a lock would break the graph
-        return _event(self, binding, hidden_states, top_k_index, top_k_weights)
+        out = _event(self, binding, hidden_states, top_k_index, top_k_weights)
+        binding.lock.compiled_by = None  # takes effect when the graph has run
+        return out
     event = partial(_event, self, binding, hidden_states, top_k_index, top_k_weights)
     return binding.lock.alone(event)
 

@@ -57,7 +57,7 @@ class PagedModel(Uncopyable):
         self._asked: RemovableHandle | None = None
         self._previous, self._loaded = model.get_experts_implementation(), loaded
         weights = [layout.weights_of(layer).values() for layer in layers]
-        self._handle = handle = op.attach(Watched(runtime.pager, weights))
+        self._handle = handle = op.attach(Watched(runtime.pager, lock, weights))
         # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)

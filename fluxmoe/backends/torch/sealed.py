@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch.overrides import resolve_name
 
+from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.event import Slots
 from fluxmoe.core.paging.pager import EventWatcher, ExpertPager
@@ -111,12 +112,18 @@ class Watched:
 
     Args:
         pager: The pager.
+        lock: Lock of the model, which compiled passes claim.
         layers: Per layer the experts' weights, not sealed yet. Edits of inference tensors cannot be
             seen.
     """
 
-    def __init__(self, pager: ExpertPager, layers: Iterable[Iterable[torch.nn.Parameter]]) -> None:
-        self._pager = pager
+    def __init__(
+        self,
+        pager: ExpertPager,
+        lock: ForwardLock,
+        layers: Iterable[Iterable[torch.nn.Parameter]],
+    ) -> None:
+        self._pager, self._lock = pager, lock
         self._weights = [
             [
                 (weight, alias, alias._version)
@@ -139,8 +146,10 @@ class Watched:
         """As of the pager.
 
         Raises:
-            UnsupportedError: A weight of the layer is not what it was, or an id not an expert's.
+            UnsupportedError: A weight of the layer is not what it was, an id is not an expert's, or
+                another thread is in a compiled pass.
         """
+        self._lock.claim()
         for weight, alias, version in self._weights[layer]:
             if alias._version != version or not isinstance(weight, Sealed):
                 raise UnsupportedError(
