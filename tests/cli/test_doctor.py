@@ -77,9 +77,10 @@ import sys
 if any("spawn_main" in argument for argument in sys.orig_argv):
     import transformers.integrations.moe as moe
     stock = moe.grouped_mm_experts_forward
-    def faulty(module, states, slots, weights):
-        order = slots.argsort(-1)
-        return stock(module, states, slots.gather(-1, order), weights.gather(-1, order))
+    def faulty(self, hidden_states, top_k_index, top_k_weights):
+        order = top_k_index.argsort(-1)
+        ordered = (given.gather(-1, order) for given in (top_k_index, top_k_weights))
+        return stock(self, hidden_states, *ordered)
     moe.grouped_mm_experts_forward = faulty
     try:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts

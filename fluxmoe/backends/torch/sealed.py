@@ -8,7 +8,7 @@ were made before cannot be sealed. They share their weights' version, which is w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -41,6 +41,12 @@ _READABLE = {
     torch.is_complex,
     torch.numel,
 }
+#: Where the weights of a loaded model are, too: in a store.
+_IN_MEMORY = {
+    torch.Tensor.device.__get__: torch.device("cpu"),
+    torch.Tensor.is_cpu.__get__: True,
+    torch.Tensor.is_meta.__get__: False,
+}
 _SET_GRADIENT = torch.Tensor.grad.__set__
 
 
@@ -48,6 +54,7 @@ class Sealed(torch.nn.Parameter):
     """Weights of paged experts. A parameter becomes one by a change of its class."""
 
     what: ClassVar[str] = "the experts' weights cannot be used while the model is paged"
+    place: ClassVar[Mapping[object, object]] = _IN_MEMORY
     fix: ClassVar[str] = f"{CLOSE}; choose the experts implementation before paging"
 
     def __repr__(self) -> str:
@@ -61,6 +68,8 @@ class Sealed(torch.nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in cls.place:
+            return cls.place[func]
         if func in _READABLE or (func == _SET_GRADIENT and args[1] is None):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -82,6 +91,7 @@ class Gone(Sealed):
         "the model's experts are gone: fluxmoe.load() put them into a store, which was released "
         "when the handle was closed"
     )
+    place: ClassVar[Mapping[object, object]] = {}
     fix = "load the model again, and close the handle after its last use"
 
 
