@@ -38,7 +38,8 @@ class Checked:
     milliseconds: float
 
 
-#: Bytes of weights above which fewer experts are checked; at least two.
+#: Bytes of weights above which fewer experts are checked; at least two, or three where the order
+#: of summation matters.
 _BYTES = 16 << 20
 #: Tokens per call: decode, a small batch, and enough for a kernel to split into blocks; fewer
 #: where the experts are so large that the last would take more than ``_FLOP``.
@@ -46,6 +47,8 @@ _TOKENS = (1, 5, 48)
 _FLOP = 2e9
 #: Bytes that a kernel which copies the weights per token may copy in one call.
 _COPIED = 64 << 20
+#: Routing weight of experts that cancel out; their sum must fit float16.
+_LARGE = 256.0
 _SEED = 17
 
 
@@ -78,7 +81,7 @@ def require_slot_independence(
     random = torch.Generator().manual_seed(_SEED)
     page = sum(weight[0].numel() * weight.element_size() for weight in like.values())
     dtype, count = next((weight.dtype, len(weight)) for weight in like.values())
-    experts = min(count, max(2, _BYTES // page))
+    experts = min(count, max(2, min(top_k, 3), _BYTES // page))
     slots = experts + max(experts // 2, 1)
     table = torch.randperm(slots, generator=random)[:experts]
     arena = {part: _weights(experts, slots, weight, random) for part, weight in like.items()}
@@ -121,21 +124,38 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _call(
     tokens: int, hidden: int, experts: int, top_k: int, random: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make hidden states, routing weights and expert ids for one call."""
+) -> tuple[torch.Tensor, ...]:
+    """Make hidden states, routing weights and expert ids for one call.
+
+    Two equal experts (``_weights``) of each token cancel out, up to rounding. Otherwise the order
+    in which a kernel sums would change few results in a narrow dtype.
+    """
     scores = torch.rand(tokens, experts, generator=random)
-    return torch.randn(tokens, hidden, generator=random), *torch.topk(scores.softmax(-1), top_k)
+    x = torch.randn(tokens, hidden, generator=random)
+    if top_k < 3:
+        return x, *torch.topk(scores.softmax(-1), top_k)
+    pair = 2 * torch.randint(experts // 2, (tokens, 1), generator=random)
+    pair = torch.cat([pair, pair + 1], -1)
+    weights, ids = torch.topk(scores.scatter(-1, pair, -torch.inf).softmax(-1), top_k - 2)
+    cancelled = torch.tensor([_LARGE, -_LARGE]).expand(tokens, 2)
+    order = torch.rand(tokens, top_k, generator=random).argsort(-1)
+    both = torch.cat([cancelled, weights], -1), torch.cat([pair, ids], -1)
+    return x, *(given.gather(-1, order) for given in both)
 
 
 def _weights(experts: int, slots: int, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Make an arena with random experts in its first slots; large ones repeat a random block."""
+    """Make an arena with random experts in its first slots, each like one of its neighbours.
+
+    Large ones repeat a random block.
+    """
     arena = torch.empty(slots, *like.shape[1:], dtype=like.dtype)
     rows = arena.view(slots, -1)
     block = torch.randn(min(rows.shape[1], 1 << 16), generator=random)
     block = (block * like.shape[-1] ** -0.5).to(like.dtype)
     times = -(-rows.shape[1] // len(block))
+    alike = 2 if experts > 2 else 1
     for expert in range(experts):
-        rows[expert] = block.roll(7 * expert).repeat(times)[: rows.shape[1]]
+        rows[expert] = block.roll(7 * (expert // alike)).repeat(times)[: rows.shape[1]]
     return arena
 
 
