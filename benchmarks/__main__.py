@@ -16,6 +16,7 @@ BENCHMARKS = {
     "policies": "benchmarks.policies",
     "reaction": "benchmarks.reaction",
     "recording": "benchmarks.recording",
+    "selfcheck": "benchmarks.selfcheck",
     "serving": "benchmarks.serving",
     "simulated_speed": "benchmarks.simulated_speed",
     "simulator": "benchmarks.simulator",

@@ -16,6 +16,7 @@ from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
+from fluxmoe.backends.torch.sealed import Shared
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
@@ -92,6 +93,7 @@ def page(
     policies, coders = registry.policies(config), make_coders(config, registry)
     require_room(config, room.geometry.num_pages * room.page_class.nbytes)
     lock = ForwardLock()
+    shared = Shared.among(layout.weights_of(layer).values() for layer in layers)
     store = make_store(config, room.geometry, room.page_class, coders)
     try:
         for layer in layers:
@@ -100,7 +102,7 @@ def page(
     except BaseException:
         store.close()
         raise
-    paged = PagedModel(model, layers, runtime, implementation, lock)
+    paged = PagedModel(model, layers, runtime, implementation, lock, shared=shared)
     log_start(model, layers[0], runtime, registry)
     return paged
 

@@ -3,17 +3,20 @@
 An edit of them would be lost or, where the store shares their memory, be mixed with pages copied
 before; of a loaded model they have no memory, and sums on the CPU ignore addends without memory. So
 they are sealed: their shape and type can be read, everything else is refused. Views of them that
-were made before cannot be sealed. They share their weights' version, which is watched.
+were made before cannot be sealed. They share their weights' version, which is watched. Arrays, and
+tensors such as ``weight.data``, share the memory only, of which a checksum is taken.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.overrides import resolve_name
 
+from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.event import Slots
@@ -117,6 +120,33 @@ class FixedParameters(dict[str, torch.nn.Parameter | None]):
     __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
 
 
+class Shared:
+    """A weight whose memory tensors or arrays from before paging share, by its checksum."""
+
+    def __init__(self, layer: int, weight: torch.nn.Parameter) -> None:
+        self._layer, self._weight = layer, weight.detach()
+        self._checksum = self._sum()
+
+    @staticmethod
+    def among(layers: Iterable[Iterable[torch.nn.Parameter]]) -> list[Shared]:
+        """Find such weights, per layer the experts', before anything of FluxMoE refers to them."""
+        return [
+            Shared(index, weight)
+            for index, layer in enumerate(layers)
+            for weight in layer
+            # One is the weight's, one this expression's.
+            if torch._C._storage_Use_Count(weight.untyped_storage()._cdata) > 2
+        ]
+
+    def check(self) -> None:
+        """Raise UnsupportedError if the weight has changed."""
+        if self._sum() != self._checksum:
+            raise _changed(self._layer)
+
+    def _sum(self) -> int:
+        return zlib.crc32(as_rows(self._weight).data)
+
+
 class Watched:
     """A pager that refuses events of layers whose weights were edited through a view.
 
@@ -162,10 +192,7 @@ class Watched:
         self._lock.claim()
         for weight, alias, version in self._weights[layer]:
             if alias._version != version or not isinstance(weight, Sealed):
-                raise UnsupportedError(
-                    f"the experts' weights of layer {layer} were changed while the model was paged",
-                    fix="close() its handle, and page or load the model again",
-                )
+                raise _changed(layer)
         if ids.dtype.kind not in "iu" or any_negative(ids):
             raise _no_experts(layer)
         try:
@@ -181,6 +208,13 @@ def any_negative(ids: Ints) -> bool:
         if number < 0:
             return True
     return False
+
+
+def _changed(layer: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"the experts' weights of layer {layer} were changed while the model was paged",
+        fix="close() its handle, and page or load the model again",
+    )
 
 
 def _no_experts(layer: int) -> UnsupportedError:

@@ -55,7 +55,7 @@ def running(
     """Check the kernels of engines meanwhile; returns a function that waits for the results."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(len(engines), 1), context, _silent) as pool:
-        started = [(engine, pool.submit(_ENGINES[engine], folder)) for engine in engines]
+        started = [(engine, pool.submit(ENGINES[engine], folder)) for engine in engines]
         yield lambda: [check for engine, future in started for check in _result(engine, future)]
 
 
@@ -126,7 +126,7 @@ def _of_vllm(folder: Path) -> list[KernelCheck]:
     return found
 
 
-_ENGINES = {"torch": _of_torch, "vLLM": _of_vllm}
+ENGINES = {"torch": _of_torch, "vLLM": _of_vllm}
 
 
 def _silent() -> None:
