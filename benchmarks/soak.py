@@ -1,6 +1,6 @@
 """Memory of an engine's process over many different requests and moves, stock and FluxMoE.
 
-    python -m benchmarks soak [--minutes N] [--rounds N] [--save FILE]
+    python -m benchmarks soak [--minutes N] [--turns N] [--save FILE]
 
 Both engines serve the same requests in alternation. Each row has the resident memory of one
 process, by kind: ``anon`` (heap, stacks), ``shmem`` (frames of experts and KV cache) and ``file``
@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +57,7 @@ def held(_: object) -> Row:
     return row | {"objects": float(len(gc.get_objects()))}
 
 
-def traffic(model: DemoModel, seed: int) -> list[Prompt]:
+def traffic(seed: int) -> list[Prompt]:
     """Make a turn's requests: short and long, greedy and sampled, some with a shared beginning."""
     rng = random.Random(seed)
     shared = [random.Random(index).choices(range(3, 256), k=128) for index in range(4)]
@@ -72,26 +73,29 @@ def traffic(model: DemoModel, seed: int) -> list[Prompt]:
     ]
 
 
-def measure(seconds: float, rounds: int | None = None) -> dict[str, list[Row]]:
-    """Serve with both engines for a time or a number of rounds; rows of ``held`` and counters."""
-    model = DemoModel.read(SHIPPED)
+def settings(model: DemoModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the options of both engines, at one budget; FluxMoE's split changes all the time."""
     options = model.options(max_num_seqs=_SEQUENCES) | {"max_model_len": 512, "block_size": 32}
     budget = model.budget(_SEQUENCES * 2)
-    stock_kv = budget - model.experts_total_bytes
     fluxmoe = {
         "memory": {"budget": budget, "experts": {"target": model.experts_total_bytes // 2}},
         "arbitration": "dice",
         "plugins": [str(DICE)],
     }
+    kv = {"kv_cache_memory_bytes": budget - model.experts_total_bytes}
+    return options | kv, options | {"fluxmoe": fluxmoe}
+
+
+def measure(seconds: float, turns: int | None = None) -> dict[str, list[Row]]:
+    """Serve with both engines for a time or a number of turns; rows of ``held`` and counters."""
+    model = DemoModel.read(SHIPPED)
     rows: dict[str, list[Row]] = {"stock": [], "FluxMoE": []}
-    with (
-        ChildEngine(SHIPPED, kv_cache_memory_bytes=stock_kv, **options) as stock,
-        ChildEngine(SHIPPED, fluxmoe=fluxmoe, **options) as paged,
-    ):
+    of_stock, of_paged = settings(model)
+    with ChildEngine(SHIPPED, **of_stock) as stock, ChildEngine(SHIPPED, **of_paged) as paged:
         steps = dict.fromkeys(rows, 0)
         ends, turn = time.monotonic() + seconds, 0
-        while time.monotonic() < ends and turn != rounds:
-            prompts = traffic(model, turn)
+        while time.monotonic() < ends and turn != turns:
+            prompts = traffic(turn)
             for name, engine in (("stock", stock), ("FluxMoE", paged)):
                 steps[name] += engine.generate(prompts, cold=False).steps
                 changes = engine.call("arbitration")["changes"] if engine is paged else {}
@@ -110,10 +114,10 @@ def growth(rows: Sequence[Row]) -> Row:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--rounds", type=int, help="turns of each engine, instead of a time")
+    parser.add_argument("--turns", type=int, help="turns of each engine, instead of a time")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
     arguments = parser.parse_args(argv)
-    results = measure(arguments.minutes * 60, arguments.rounds)
+    results = measure(arguments.minutes * 60, arguments.turns)
     columns = [*results["FluxMoE"][0]]
     for name, rows in results.items():
         table = Table(title=f"{name}: MiB in the engine's process", title_justify="left")
