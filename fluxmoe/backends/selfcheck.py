@@ -86,10 +86,10 @@ def require_slot_independence(
     table = torch.randperm(slots, generator=random)[:experts]
     arena = {part: _weights(experts, slots, weight, random) for part, weight in like.items()}
     used = min(top_k, experts)
-    most = _FLOP / (2 * used * sum(weight[0].numel() for weight in like.values()))
+    most = max(_FLOP / (2 * used * sum(weight[0].numel() for weight in like.values())), 2)
     if copies:
-        most = min(most, _COPIED / (used * page))
-    counts = sorted({int(min(tokens, max(most, 2))) for tokens in _TOKENS})
+        most = min(most, max(_COPIED / (used * page), 1))
+    counts = sorted({int(min(tokens, most)) for tokens in _TOKENS})
     calls = [_call(tokens, hidden, experts, used, random) for tokens in counts]
     own = {part: weight[:experts] for part, weight in arena.items()}
     where = f"processor {machine.processor()}, {dtype}"
