@@ -51,11 +51,12 @@ class HostStore:
             (size, True) for size in self._sizes
         ]:
             raise StoreError("the arenas do not match the pages' parts")
-        experts, count = self._geometry.experts_per_layer, len(arenas[0])
+        experts = self._geometry.experts_per_layer
         targets = np.array([rows.ctypes.data for rows in arenas])
 
         def read(pages: Int64s, slots: Int64s) -> None:
-            copied = copy_pages(self._first, self._sizes, experts, targets, count, pages, slots)
+            rows = len(arenas[0])  # and the arenas stay alive
+            copied = copy_pages(self._first, self._sizes, experts, targets, rows, pages, slots)
             if copied < len(pages):
                 raise StoreError(f"page {pages[copied]} is not in the store")
 

@@ -106,7 +106,7 @@ class EventRule:
     def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         """Points 1–3 and 6 of the rule. See ``open_event``."""
         if self.ages is not None:
-            self.ages.routed(self.table.books, layer, ids)
+            self.ages.routed(layer, ids)
         misses = open_event(self.table.directory, step, layer, ids, slots)
         if self.eviction.watches_access:
             self.eviction.on_access(self.access())
@@ -132,7 +132,7 @@ class EventRule:
             kept = self.eviction.retained(self.access())
             leaving = b.pages[:0] if kept is None else b.pages[: b.now[PAGES]][~kept]
             if self.ages is not None:
-                self.ages.leave(self.table.directory, leaving)
+                self.ages.leave(leaving)
             b.leaving[: len(leaving)] = leaving
             b.now[LEAVING] = len(leaving)
 
@@ -227,7 +227,7 @@ class EventRule:
 
     def _unload(self, victims: Int64s, counter: int) -> None:
         if self.ages is not None:
-            self.ages.leave(self.table.directory, victims)
+            self.ages.leave(victims)
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)

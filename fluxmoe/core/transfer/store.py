@@ -40,7 +40,7 @@ class BatchStore(Store, Protocol):
         """Make a reader into ``arenas``, one uint8 ``[slots, part bytes]`` per part, in order.
 
         It raises StoreError if a page could not be read; which of the others were copied is
-        undefined. The arenas must keep their addresses for as long as the reader is used.
+        undefined. The arenas' memory must stay where it is for as long as the reader is used.
         """
 
 
