@@ -36,7 +36,7 @@ def demo(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Serve one workload with stock vLLM and with FluxMoE, at one budget and in one total memory."""
+    """Serve one workload with stock vLLM and with FluxMoE, in the same memory."""
     from rich.console import Console
 
     from fluxmoe.demo.compare import DemoWorkload, compare
