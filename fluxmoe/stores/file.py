@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,13 @@ from fluxmoe.stores.pagefile import (
     LENGTH,
     OFFSET,
     RAW_SUM,
-    SECTOR,
+    DamagedPageError,
     PageFile,
-    PageFileWriter,
+    Scratch,
     checksum,
     sectors,
 )
+from fluxmoe.stores.pagewriter import PageFileWriter
 
 logger = logging.getLogger("fluxmoe")
 
@@ -56,7 +55,7 @@ class FileTier:
         options: Mapping[str, Any] | None = None,
         direct: bool = True,
     ) -> None:
-        self._shape = (geometry.num_pages, len(page_class.parts))
+        self._shape = (geometry.num_pages, [part.nbytes for part in page_class.parts])
         self._about = {
             "codec": coder.name,
             # Some codecs need them to decode. Normalised to what JSON returns.
@@ -66,12 +65,11 @@ class FileTier:
             "parts": [[part.name, part.nbytes] for part in page_class.parts],
         }
         self._folder, self._coder, self._limit, self._direct = folder, coder, limit, direct
-        self._largest = max(part.nbytes for part in page_class.parts)
         self._path: Path | None = None
         self._file: PageFile | None = None
         self._writer: PageFileWriter | None = None
         self._taken: list[int] = []
-        self._scratch = threading.local()
+        self._coded = Scratch(sum(sectors(part.nbytes) for part in page_class.parts))
         self.nbytes = 0
 
     def put(self, page: int, parts: Sequence[Bytes]) -> bool:
@@ -107,21 +105,25 @@ class FileTier:
         if not self._taken:  # no page fit
             self._writer.abandon()
         else:
-            self._writer.finish()
-            self._file = self._open(self._path)
+            self._file = self._writer.finish(direct=self._direct)
         self._writer = None
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """Read a page; retry once on failure.
 
         Raises:
-            StoreError: The second attempt failed as well.
+            StoreError: The second attempt failed as well. A damaged file is set aside.
         """
         try:
             self._read(page, parts)
         except StoreError as error:
             logger.warning("a read failed, retrying once: %s", error)
-            self._read(page, parts)
+            try:
+                self._read(page, parts)
+            except DamagedPageError:
+                assert self._file is not None
+                self._file.set_aside()
+                raise
 
     def close(self) -> None:
         if self._writer is not None:
@@ -160,10 +162,14 @@ class FileTier:
         try:
             self._writer = PageFileWriter(self._path, self._about, *self._shape)
             for page in self._taken:
-                for part, (_, length, _, total) in enumerate(old.index[page].tolist()):
-                    data = np.empty(length, np.uint8)
-                    old.read(page, part, data, self._room(length))
-                    self._writer.append(page, part, data, total)
+                entry = old.index[page]
+                kept = [np.empty(length, np.uint8) for length in entry[:, LENGTH].tolist()]
+                old.read(page, kept)
+                for part, data in enumerate(kept):
+                    self._writer.append(page, part, data, int(entry[part, RAW_SUM]))
+        except DamagedPageError:
+            old.set_aside()
+            raise
         finally:
             old.close()
 
@@ -171,20 +177,21 @@ class FileTier:
         file = self._file
         if file is None:
             raise StoreError(f"page {page} is not in the store")
-        for part, out in enumerate(parts):
-            length = int(file.index[page, part, LENGTH])
-            room = self._room(length)
+        room, targets = self._coded.memory, []
+        for out, length in zip(parts, file.index[page, :, LENGTH].tolist(), strict=True):
             if length == len(out):
-                file.read(page, part, out, room)
+                targets.append(out)
             else:
-                kept = room[sectors(length) :][:length]
-                file.read(page, part, kept, room)
-                self._coder.decode(kept, out)
-
-    def _room(self, nbytes: int) -> Bytes:
-        """This thread's scratch memory: twice a part in whole sectors, aligned to a sector."""
-        room: Bytes | None = getattr(self._scratch, "room", None)
-        if room is None:
-            memory = mmap.mmap(-1, 2 * sectors(self._largest) + SECTOR)
-            room = self._scratch.room = np.frombuffer(memory, np.uint8)
-        return room
+                targets.append(room[:length])
+                room = room[sectors(length) :]
+        file.read(page, targets)
+        for part, (out, target) in enumerate(zip(parts, targets, strict=True)):
+            if target is out:
+                continue
+            self._coder.decode(target, out)
+            expected = int(file.index[page, part, RAW_SUM])
+            if not file.verified[page] and checksum(out) != expected:
+                raise DamagedPageError(
+                    f"part {part} of page {page} is not what was encoded", where=str(file.path)
+                )
+        file.verified[page] = True

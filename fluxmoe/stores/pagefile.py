@@ -5,43 +5,42 @@ of the text that follows (u32), its CRC-32 (u32), and the text: JSON with ``abou
 codec and its options, layers, experts, parts), ``index`` (offset of the index) and ``index_crc``.
 Then the stored parts, padded with zeros to 4096 bytes. Then the index, four u64 per page and part:
 offset of the part (0: not in this file), its stored length, its stored checksum, and the checksum
-of the original. Checksums are those of docs/concepts/code.md.
+of the original. Checksums are those of docs/concepts/lossless-code.md.
 
-A file is written under a temporary name and renamed once all of it is on disk, so an unfinished
-file is never visible.
+``pagewriter`` writes the files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
+import mmap
 import os
+import stat
 import struct
-import tempfile
+import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field
 
-from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import PageFileError
+from fluxmoe.stores import residency
 from fluxmoe.stores.codec import kernel
 
 SECTOR = 4096
-_MAGIC, _VERSION = b"FXMPAGES", 1
-_HEAD = struct.Struct("<8sIII")
+MAGIC, VERSION = b"FXMPAGES", 1
+PREFIX = struct.Struct("<8sIII")
 
-#: Bytes from which a disk read is split, and the number of threads it is split over.
-_SPLIT_FROM, _SPLIT = 1 << 20, 4
-
-#: Suffix of an unfinished file.
-_PART = ".part"
+#: Suffix of a file in which damage was found.
+BAD = ".damaged"
+#: Most pieces of memory in one system call (IOV_MAX).
+_VECTORS = 1024
 
 #: Columns of the index.
 OFFSET, LENGTH, SUM, RAW_SUM = range(4)
@@ -49,7 +48,7 @@ Index = npt.NDArray[np.uint64]
 
 
 def checksum(data: Bytes) -> int:
-    """Checksum of docs/concepts/code.md over whole words; remaining bytes form one more word."""
+    """Checksum (docs/concepts/lossless-code.md) over whole words; remaining bytes form one more."""
     whole = len(data) // 4
     words = data[: 4 * whole].view(np.uint32)
     total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))
@@ -62,210 +61,213 @@ def sectors(nbytes: int) -> int:
     return -(-nbytes // SECTOR) * SECTOR
 
 
-class PageFileWriter:
-    """Writes a page file, which is visible at ``path`` once ``finish`` returns.
+class Scratch(threading.local):
+    """Memory of each thread that uses it, uint8 ``[nbytes]``, aligned to sectors."""
 
-    Raises (all methods):
-        PageFileError: A system call failed; no file remains.
-    """
-
-    def __init__(self, path: Path, about: dict[str, Any], pages: int, parts: int) -> None:
-        self._path, self._about, self._owner = path, about, Owner()
-        self._index: Index = np.zeros((pages, parts, 4), np.uint64)
-        self._end = SECTOR
-        self._part_name = ""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(path)
-            self._fd, self._part_name = tempfile.mkstemp(_PART, path.stem + "-", path.parent)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)  # released however this process ends
-        except OSError as error:
-            raise _failure(error, path, "cannot be created") from error
-
-    def append(self, page: int, part: int, kept: Bytes, raw_sum: int) -> None:
-        """Append a page's part in stored form."""
-        self._write(kept, self._end)
-        self._index[page, part] = self._end, len(kept), checksum(kept), raw_sum
-        self._end += sectors(len(kept))
-
-    def finish(self) -> None:
-        """Write index and header, and flush the file to disk."""
-        index = self._index.reshape(-1).view(np.uint8)
-        self._write(index, self._end)
-        head = {"about": self._about, "index": self._end, "index_crc": zlib.crc32(index.data)}
-        text = json.dumps(head).encode()
-        if _HEAD.size + len(text) > SECTOR:
-            raise self._abandon(PageFileError(f"a header of {len(text)} bytes is too long"))
-        header = _HEAD.pack(_MAGIC, _VERSION, len(text), zlib.crc32(text)) + text
-        self._write(np.frombuffer(header, np.uint8), 0)
-        try:
-            os.ftruncate(self._fd, sectors(self._end + index.nbytes))
-            os.fsync(self._fd)
-            os.close(self._fd)
-            os.replace(self._part_name, self._path)
-            self._part_name = ""
-        except OSError as error:
-            raise self._abandon(_failure(error, self._path, "cannot be written")) from error
-
-    def abandon(self) -> None:
-        """Remove the unfinished file. Idempotent; does nothing after ``finish``."""
-        if self._part_name and self._owner.here:
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
-            with contextlib.suppress(OSError):
-                os.unlink(self._part_name)
-            self._part_name = ""
-
-    def _write(self, data: Bytes, offset: int) -> None:
-        left = np.ascontiguousarray(data).data
-        try:
-            while left:
-                done = os.pwrite(self._fd, left, offset)
-                left, offset = left[done:], offset + done
-        except OSError as error:
-            raise self._abandon(_failure(error, self._path, "cannot be written")) from error
-
-    def _abandon(self, error: PageFileError) -> PageFileError:
-        self.abandon()
-        return error
+    def __init__(self, nbytes: int) -> None:
+        self.memory: Bytes = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
-def _remove_orphans(path: Path) -> None:
-    """Remove unfinished files for ``path`` left by killed processes."""
-    for orphan in path.parent.glob(f"{path.stem}-*{_PART}"):
-        with contextlib.suppress(OSError), orphan.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            orphan.unlink()
+class DamagedPageError(PageFileError):
+    """A page's bytes differ from its checksum."""
+
+
+class Head(BaseModel, strict=True, extra="forbid"):
+    """The text of the header."""
+
+    about: dict[str, Any]
+    index: int = Field(ge=SECTOR, multiple_of=SECTOR, lt=2**62)
+    index_crc: int
 
 
 class PageFile:
     """A complete page file, open for reading from several threads.
 
+    Whatever the file says is judged here, so that later reads rely on it.
+
     Args:
         path: The file.
         about: The expected description of the contents.
-        direct: Read uncached parts with direct I/O.
+        sizes: Bytes of each part before encoding.
+        direct: Read pages that are not in the page cache with direct I/O.
 
     Raises:
-        PageFileError: The file is missing or incomplete, or has different contents.
+        PageFileError: The file is missing, incomplete or damaged, has different contents, or may be
+            changed by another user.
+
+    Attributes:
+        verified: Pages whose checksums need no further check, bool ``[pages]``; set by the caller.
     """
 
     def __init__(
-        self, path: Path, about: dict[str, Any], pages: int, parts: int, *, direct: bool = True
+        self,
+        path: Path,
+        about: dict[str, Any],
+        pages: int,
+        sizes: Sequence[int],
+        *,
+        direct: bool = True,
     ) -> None:
         self.path = path
-        self._threads: ThreadPoolExecutor | None = None
         self._direct = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            # O_NONBLOCK: opening a FIFO would wait for a writer.
+            self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
-            raise _failure(error, path, "cannot be read") from error
+            raise failure(error, path, "cannot be read") from error
         try:
-            self.nbytes = os.fstat(self._fd).st_size
-            self.index = self._checked_index(about, pages, parts)
+            self.nbytes = self._judged_size()
+            self.index = self._judged_index(about, pages, sizes)
             if direct and hasattr(os, "O_DIRECT"):
                 with contextlib.suppress(OSError):  # in-memory file systems lack direct I/O
-                    self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                    self._direct = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
             self.close()
-            raise _failure(error, path, "cannot be read") from error
+            raise failure(error, path, "cannot be read") from error
         except BaseException:
             self.close()
             raise
-        if self._direct >= 0:
-            self._threads = ThreadPoolExecutor(_SPLIT - 1, "fluxmoe-read")
+        self.verified = np.zeros(pages, bool)
+        self._scratch = Scratch(SECTOR + sum(map(sectors, sizes)))
 
-    def _checked_index(self, about: dict[str, Any], pages: int, parts: int) -> Index:
+    def _judged_size(self) -> int:
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise self._error("not a regular file")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise self._error(f"the file belongs to user {status.st_uid}")
+        return status.st_size
+
+    def _judged_index(self, about: dict[str, Any], pages: int, sizes: Sequence[int]) -> Index:
         header = os.pread(self._fd, SECTOR, 0)
-        if len(header) < SECTOR or header[: len(_MAGIC)] != _MAGIC:
-            raise PageFileError("not a page file", where=str(self.path))
-        _, version, length, crc = _HEAD.unpack_from(header)
-        if version != _VERSION:
-            raise PageFileError(f"unsupported version {version}", where=str(self.path))
-        text = header[_HEAD.size : _HEAD.size + length]
-        if zlib.crc32(text) != crc:
-            raise PageFileError("the header is damaged", where=str(self.path))
-        head = json.loads(text)
-        if head["about"] != about:
-            raise PageFileError("the layout, codec or options differ", where=str(self.path))
-        nbytes = pages * parts * 4 * 8
-        if self.nbytes != sectors(head["index"] + nbytes):
-            raise PageFileError("the file is truncated or too long", where=str(self.path))
-        raw = os.pread(self._fd, nbytes, head["index"])
-        if zlib.crc32(raw) != head["index_crc"]:
-            raise PageFileError("the index is damaged", where=str(self.path))
-        return np.frombuffer(raw, np.uint64).reshape(pages, parts, 4)
+        if len(header) < SECTOR or header[: len(MAGIC)] != MAGIC:
+            raise self._error("not a page file")
+        _, version, length, crc = PREFIX.unpack_from(header)
+        if version != VERSION:
+            raise self._error(f"unsupported version {version}")
+        text = header[PREFIX.size : PREFIX.size + length]
+        try:
+            head = Head.model_validate_json(text)
+        except ValueError:
+            head = None
+        if zlib.crc32(text) != crc or head is None:
+            raise self._error("the header is damaged")
+        if head.about != about:
+            raise self._error("the layout, codec or options differ")
+        nbytes = pages * len(sizes) * 4 * 8
+        if self.nbytes != sectors(head.index + nbytes):
+            raise self._error("the file is truncated or too long")
+        raw = os.pread(self._fd, nbytes, head.index)
+        index = np.frombuffer(raw, np.uint64).reshape(pages, len(sizes), 4)
+        if zlib.crc32(raw) != head.index_crc or not _consistent(index, sizes, head.index):
+            raise self._error("the index is damaged")
+        return index
 
-    def read(self, page: int, part: int, target: Bytes, scratch: Bytes) -> None:
-        """Read and verify a part of a page in stored form.
+    def read(self, page: int, targets: Sequence[Bytes]) -> None:
+        """Read a page's parts in stored form, in one system call.
+
+        The checksums are verified unless ``verified``.
 
         Args:
-            target: Filled with the part; has its length.
-            scratch: Memory aligned to 4096 bytes, with the part's length in whole sectors.
+            targets: Per part, memory of its stored length. Memory aligned to 4096 bytes is written
+                by the disk itself; other memory costs a copy.
 
         Raises:
-            PageFileError: The part cannot be read or is damaged.
+            DamagedPageError: The page is damaged.
+            PageFileError: The page cannot be read.
         """
-        offset, length, expected, _ = (int(value) for value in self.index[page, part])
+        entry = self.index[page]
+        offset = int(entry[0, OFFSET])
+        nbytes = sum(sectors(len(target)) for target in targets)
+        direct = self._direct >= 0 and not residency.cached(self._fd, offset, nbytes)
+        pieces, copies = _pieces(targets, self._scratch.memory, aligned=direct)
         try:
-            if not self._read_cached(offset, target):
-                if self._direct >= 0:
-                    self._read_direct(offset, scratch[: sectors(length)])
-                    np.copyto(target, scratch[:length])
-                else:
-                    _read(self._fd, target.data, offset)
+            _read(self._direct if direct else self._fd, pieces, offset)
         except OSError as error:
-            raise _failure(error, self.path, f"cannot be read at {offset}") from error
-        if checksum(target) != expected:
-            raise PageFileError(
-                f"part {part} of page {page} is damaged",
-                where=str(self.path),
-                fix="delete the file; the next start rebuilds it",
-            )
+            raise failure(error, self.path, f"cannot be read at {offset}") from error
+        for target, kept in copies:
+            np.copyto(target, kept)
+        if self.verified[page]:
+            return
+        for part, target in enumerate(targets):
+            if checksum(target) != int(entry[part, SUM]):
+                raise DamagedPageError(
+                    f"part {part} of page {page} is damaged",
+                    where=str(self.path),
+                    fix="start again: the file was set aside and will be rebuilt",
+                )
 
-    def _read_cached(self, offset: int, target: Bytes) -> bool:
-        """Read the part if it is entirely in the page cache; return True if so."""
-        try:
-            return os.preadv(self._fd, [target.data], offset, os.RWF_NOWAIT) == len(target)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS):
-                return False
-            raise
+    def set_aside(self) -> None:
+        """Rename the file, unless another has its name now, so that the next start builds one."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                os.replace(self.path, self.path.with_suffix(BAD))
 
-    def _read_direct(self, offset: int, scratch: Bytes) -> None:
-        pieces = _SPLIT if len(scratch) >= _SPLIT_FROM else 1
-        share = sectors(-(-len(scratch) // pieces))
-        parts = [(scratch[i : i + share].data, offset + i)
-                 for i in range(0, len(scratch), share)]  # fmt: skip
-        assert self._threads is not None
-        others = [self._threads.submit(_read, self._direct, *part) for part in parts[1:]]
-        try:
-            _read(self._direct, *parts[0])
-        finally:
-            errors = [other.exception() for other in others]
-        for error in errors:
-            if error is not None:
-                raise error
+    def _error(self, what: str) -> PageFileError:
+        return PageFileError(what, where=str(self.path))
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        if self._threads is not None:
-            self._threads.shutdown()
         for fd in (self._fd, self._direct):
             if fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
 
 
-def _read(fd: int, target: memoryview, offset: int) -> None:
-    while target:
-        done = os.preadv(fd, [target], offset)
+def _consistent(index: Index, sizes: Sequence[int], end: int) -> bool:
+    """True if the pages lie within the file, each in whole sectors with its parts side by side."""
+    offsets, lengths = index[..., OFFSET], index[..., LENGTH]
+    there = offsets[:, 0] != 0
+    if index[~there].any() or (offsets > end).any() or (lengths > np.array(sizes, np.uint64)).any():
+        return False
+    room = -(-lengths.astype(np.int64) // SECTOR) * SECTOR
+    ends = offsets.astype(np.int64) + room
+    return bool(
+        (lengths[there] > 0).all()
+        and (offsets % SECTOR == 0).all()
+        and (ends[:, :-1] == offsets[:, 1:].astype(np.int64))[there].all()
+        and (ends <= end).all()
+    )
+
+
+def _pieces(
+    targets: Sequence[Bytes], scratch: Bytes, *, aligned: bool
+) -> tuple[list[memoryview], list[tuple[Bytes, Bytes]]]:
+    """Memory that receives a page's sectors in order, and copies ``(to, from)`` to make afterwards.
+
+    Args:
+        targets: Destinations of the parts.
+        scratch: Memory for padding and for parts that cannot be read into their destination.
+        aligned: Pieces must begin and end at sectors, as direct I/O demands.
+    """
+    padding, scratch = scratch[:SECTOR], scratch[SECTOR:]
+    pieces, copies = [], []
+    for target in targets:
+        rest = sectors(len(target)) - len(target)
+        if not aligned:
+            pieces += [target.data, padding[:rest].data]
+            continue
+        whole = 0 if target.ctypes.data % SECTOR else len(target) // SECTOR * SECTOR
+        last, scratch = np.split(scratch, [sectors(len(target) - whole)])
+        pieces += [target[:whole].data, last.data]
+        copies.append((target[whole:], last[: len(target) - whole]))
+    return [piece for piece in pieces if len(piece)], copies
+
+
+def _read(fd: int, pieces: list[memoryview], offset: int) -> None:
+    while pieces:
+        done = os.preadv(fd, pieces[:_VECTORS], offset)
         if done == 0:
             raise OSError(errno.EIO, "unexpected end of file")
-        target, offset = target[done:], offset + done
+        offset += done
+        while pieces and done >= len(pieces[0]):
+            done -= len(pieces.pop(0))
+        if done:
+            pieces[0] = pieces[0][done:]
 
 
-def _failure(error: OSError, path: Path, what: str) -> PageFileError:
+def failure(error: OSError, path: Path, what: str) -> PageFileError:
+    """Describe a failed system call on a page file: ``what`` failed, and the way out."""
     fix = {
         errno.ENOSPC: "free some space or choose a folder on another disk",
         errno.EACCES: "choose a writable folder",

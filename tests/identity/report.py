@@ -60,7 +60,7 @@ def failures(results: Mapping[Cell, Outcome]) -> list[str]:
 
 def limits(found: Iterable[Found]) -> list[list[str]]:
     """Make a table of trials with the errors of vLLM and FluxMoE."""
-    table = [["asked", "stock vLLM on a CPU", "with FluxMoE"]]
+    table = [["requested", "stock vLLM on a CPU", "with FluxMoE"]]
     for trial in found:
         same = trial.vllm and trial.fluxmoe == trial.vllm
         table.append([trial.name, _code(trial.vllm), "the same" if same else _code(trial.fluxmoe)])
