@@ -16,12 +16,17 @@ BENCHMARKS = {
     "policies": "benchmarks.policies",
     "reaction": "benchmarks.reaction",
     "recording": "benchmarks.recording",
+    "selfcheck": "benchmarks.selfcheck",
     "serving": "benchmarks.serving",
     "simulated_speed": "benchmarks.simulated_speed",
     "simulator": "benchmarks.simulator",
 }
-#: Run by name only: what compares answers instead of times and takes hours, and what needs a GPU.
-CHECKS = {"gpu": "benchmarks.gpu.command", "identity": "tests.identity.command"}
+#: Run by name only: what compares answers or memory instead of times, and what needs a GPU.
+CHECKS = {
+    "gpu": "benchmarks.gpu.command",
+    "identity": "tests.identity.command",
+    "soak": "benchmarks.soak",
+}
 
 
 def main() -> None:

@@ -7,13 +7,15 @@ over an arena whose other slots are NaN, and compares the results bit by bit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
-from fluxmoe import machine
-from fluxmoe.errors import UnsupportedError
+from fluxmoe import checkpoint, machine
+from fluxmoe.errors import InvariantError, UnsupportedError
 
 #: Part of an expert → weights ``[experts or slots, …]``.
 Parts: TypeAlias = Mapping[str, torch.Tensor]
@@ -26,18 +28,40 @@ Kernel: TypeAlias = Callable[
     [Parts, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
-#: Bytes of weights above which fewer experts are checked; at least two.
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A kernel that has passed, with the dtype of its weights and the time that the check took."""
+
+    kernel: str
+    dtype: str
+    milliseconds: float
+
+
+#: Bytes of weights above which fewer experts are checked; at least two, or three where the order
+#: of summation matters.
 _BYTES = 16 << 20
 #: Tokens per call: decode, a small batch, and enough for a kernel to split into blocks; fewer
 #: where the experts are so large that the last would take more than ``_FLOP``.
 _TOKENS = (1, 5, 48)
 _FLOP = 2e9
+#: Bytes that a kernel which copies the weights per token may copy in one call.
+_COPIED = 64 << 20
+#: Routing weight of experts that cancel out; their sum must fit float16.
+_LARGE = 256.0
 _SEED = 17
 
 
 def require_slot_independence(
-    kernel: Kernel, like: Parts, *, hidden: int, top_k: int, name: str
-) -> None:
+    kernel: Kernel,
+    like: Parts,
+    *,
+    hidden: int,
+    top_k: int,
+    name: str,
+    fix: str,
+    copies: bool = False,
+) -> Checked:
     """Reject a kernel whose result depends on the slots of the experts.
 
     Args:
@@ -45,53 +69,93 @@ def require_slot_independence(
         like: The layer's weights ``[experts, …]``, used only for shapes and dtypes.
         hidden: Size of a hidden state.
         top_k: Experts per token.
-        name: Name of the kernel, for the error.
+        name: Name of the kernel.
+        fix: Remedy, for the error.
+        copies: True if the kernel copies each token's experts, so that fewer tokens are checked.
 
     Raises:
-        UnsupportedError: The results differ.
+        UnsupportedError: The results differ, or the kernel fails.
+        InvariantError: They do not differ with the experts exchanged either.
     """
+    started = time.perf_counter()
     random = torch.Generator().manual_seed(_SEED)
     page = sum(weight[0].numel() * weight.element_size() for weight in like.values())
     dtype, count = next((weight.dtype, len(weight)) for weight in like.values())
-    experts = min(count, max(2, _BYTES // page))
+    experts = min(count, max(2, min(top_k, 3), _BYTES // page))
     slots = experts + max(experts // 2, 1)
     table = torch.randperm(slots, generator=random)[:experts]
     arena = {part: _weights(experts, slots, weight, random) for part, weight in like.items()}
     used = min(top_k, experts)
-    most = _FLOP / (2 * used * sum(weight[0].numel() for weight in like.values()))
-    counts = sorted({int(min(tokens, max(most, 2))) for tokens in _TOKENS})
+    most = max(_FLOP / (2 * used * sum(weight[0].numel() for weight in like.values())), 2)
+    if copies:
+        most = min(most, max(_COPIED / (used * page), 1))
+    counts = sorted({int(min(tokens, most)) for tokens in _TOKENS})
     calls = [_call(tokens, hidden, experts, used, random) for tokens in counts]
     own = {part: weight[:experts] for part, weight in arena.items()}
-    expected = [kernel(own, None, x.to(dtype), weights, ids) for x, weights, ids in calls]
+    where = f"processor {machine.processor()}, {dtype}"
+    try:
+        expected = [kernel(own, None, x.to(dtype), weights, ids) for x, weights, ids in calls]
+    except Exception as error:  # of any engine's own code
+        raise UnsupportedError(
+            f"the MoE kernel {name} fails, even without FluxMoE: {checkpoint.first_line(error)}",
+            where=where,
+            fix=fix,
+        ) from error
     for weight in arena.values():
         _move(weight, table)
     for (x, weights, ids), wanted in zip(calls, expected, strict=True):
         found = kernel(arena, table, x.to(dtype), weights, ids)
-        if not torch.equal(wanted.view(torch.uint8), found.view(torch.uint8)):
+        if not _same(wanted, found):
             raise UnsupportedError(
                 f"the results of the MoE kernel {name} depend on the slots of the experts",
-                where=f"processor {machine.processor()}, {len(x)} tokens, {dtype}",
-                fix="serve this model without FluxMoE on this machine, and please report it",
+                where=f"{where}, {len(x)} tokens",
+                fix=f"{fix}, and please report it",
             )
+    x, weights, ids = calls[0]
+    if experts > 1 and _same(expected[0], kernel(arena, table.roll(1), x.to(dtype), weights, ids)):
+        raise InvariantError(f"the self-check of the MoE kernel {name} sees no difference")
+    took = (time.perf_counter() - started) * 1e3
+    return Checked(name, str(dtype).removeprefix("torch."), took)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))
 
 
 def _call(
     tokens: int, hidden: int, experts: int, top_k: int, random: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make hidden states, routing weights and expert ids for one call."""
+) -> tuple[torch.Tensor, ...]:
+    """Make hidden states, routing weights and expert ids for one call.
+
+    Two equal experts (``_weights``) of each token cancel out, up to rounding. Otherwise the order
+    in which a kernel sums would change few results in a narrow dtype.
+    """
     scores = torch.rand(tokens, experts, generator=random)
-    return torch.randn(tokens, hidden, generator=random), *torch.topk(scores.softmax(-1), top_k)
+    x = torch.randn(tokens, hidden, generator=random)
+    if top_k < 3:
+        return x, *torch.topk(scores.softmax(-1), top_k)
+    pair = 2 * torch.randint(experts // 2, (tokens, 1), generator=random)
+    pair = torch.cat([pair, pair + 1], -1)
+    weights, ids = torch.topk(scores.scatter(-1, pair, -torch.inf).softmax(-1), top_k - 2)
+    cancelled = torch.tensor([_LARGE, -_LARGE]).expand(tokens, 2)
+    order = torch.rand(tokens, top_k, generator=random).argsort(-1)
+    both = torch.cat([cancelled, weights], -1), torch.cat([pair, ids], -1)
+    return x, *(given.gather(-1, order) for given in both)
 
 
 def _weights(experts: int, slots: int, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Make an arena with random experts in its first slots; large ones repeat a random block."""
+    """Make an arena with random experts in its first slots, each like one of its neighbours.
+
+    Large ones repeat a random block.
+    """
     arena = torch.empty(slots, *like.shape[1:], dtype=like.dtype)
     rows = arena.view(slots, -1)
     block = torch.randn(min(rows.shape[1], 1 << 16), generator=random)
     block = (block * like.shape[-1] ** -0.5).to(like.dtype)
     times = -(-rows.shape[1] // len(block))
+    alike = 2 if experts > 2 else 1
     for expert in range(experts):
-        rows[expert] = block.roll(7 * expert).repeat(times)[: rows.shape[1]]
+        rows[expert] = block.roll(7 * (expert // alike)).repeat(times)[: rows.shape[1]]
     return arena
 
 

@@ -1,6 +1,7 @@
 """``fluxmoe doctor``: check this installation, with remedies for problems.
 
-Engines are looked up, not imported: importing vLLM takes longer than all checks together.
+Engines are looked up, not imported: importing vLLM takes longer than all checks together. Only the
+check of their kernels needs them, in processes of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fluxmoe import machine, sizes
 from fluxmoe.arguments import require_new
 from fluxmoe.backends import versions
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.cli.shared import hardware, output, table
+from fluxmoe.cli.shared import hardware, kernels, output, table
 from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
 from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
@@ -56,6 +57,9 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="Model to measure with; default: the shipped model.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out the kernels; engines take long to import.")
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
@@ -68,14 +72,20 @@ def doctor(
     system = list(_system())
     backends = list(_backends()) if sys.platform == "linux" else []
     broken = any(finding.status == "broken" for finding in system)
+    engines = {finding.name.partition(",")[0] for finding in backends if finding.status == "ok"}
+    with kernels.running(sorted(engines) if not quick else []) as wait:
+        if not (as_json or as_csv):
+            _print("This installation", system)
+            _print("Backends", backends)
+        checked = wait()
     tables = {
         "checks": [asdict(finding) for finding in system],
         "backends": [asdict(finding) for finding in backends],
+        "kernels": [asdict(check) for check in checked],
     }
     rows = ({"table": name, **row} for name in tables for row in tables[name])
-    if not output.printed(as_json, as_csv, {"ok": not broken, **tables}, rows):
-        _print("This installation", system)
-        _print("Backends", backends)
+    if not output.printed(as_json, as_csv, {"ok": not broken, **tables}, rows) and checked:
+        _print(f"MoE kernels: {machine.processor()}", [_kernel(check) for check in checked])
     if broken:
         sys.exit(2)
 
@@ -99,6 +109,13 @@ def _measure(path: Path, model: str | None, as_json: bool, as_csv: bool) -> None
         print(f"a page is loaded at {profile.load_gbps:.1f} GB/s + {profile.load_us:.0f} µs")
         print(f"a step takes {profile.step_us:.0f} µs + {profile.token_us:.1f} µs per token and")
         print(f"layer; experts are read at {profile.memory_gbps:.1f} GB/s")
+
+
+def _kernel(check: kernels.KernelCheck) -> Check:
+    name = f"{check.engine}: {check.kernel or 'MoE kernel'} {check.dtype}".rstrip()
+    if check.same:
+        return Check(name, "ok", f"same bits in any slots, {check.milliseconds:.0f} ms")
+    return Check(name, "note", check.problem, check.fix)
 
 
 def _print(title: str, findings: list[Check]) -> None:

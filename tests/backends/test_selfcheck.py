@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fluxmoe.backends import selfcheck
-from fluxmoe.errors import UnsupportedError
+from fluxmoe.errors import FluxMoEError, InvariantError, UnsupportedError
 
 LIKE = {"up": torch.zeros(8, 24, 16), "down": torch.zeros(8, 16, 24)}
 
@@ -38,6 +39,12 @@ def in_slot_order(parts, table, x, weights, experts):  # type: ignore[no-untyped
     return by_slot(parts, table, x, *sorted_)
 
 
+def in_slot_order_rounded_once(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
+    """Like ``in_slot_order``, but sums in float32: of two orders few bits differ in the end."""
+    wide = {part: weight.float() for part, weight in parts.items()}
+    return in_slot_order(wide, table, x.float(), weights, experts).to(x.dtype)
+
+
 def without_table(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
     return by_slot(parts, None, x, weights, experts)
 
@@ -50,26 +57,61 @@ def reads_beside(parts, table, x, weights, experts):  # type: ignore[no-untyped-
 
 def only_in_batches(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
     out = by_slot(parts, table, x, weights, experts)
-    return out if table is None or len(x) < 48 else out.nextafter(torch.tensor(9.0))
+    return out if table is None or len(x) < 48 else 2 * out
 
 
 def check(kernel: selfcheck.Kernel, like: selfcheck.Parts = LIKE, top_k: int = 3) -> None:
-    selfcheck.require_slot_independence(kernel, like, hidden=16, top_k=top_k, name="k (vec)")
+    selfcheck.require_slot_independence(
+        kernel, like, hidden=16, top_k=top_k, name="k (vec)", fix="use another"
+    )
 
 
 def test_a_sound_kernel_passes() -> None:
     check(by_slot)
     check(by_slot, top_k=20)
+    check(by_slot, top_k=2)
+    check(by_slot, {part: weight[:2] for part, weight in LIKE.items()})
+    check(by_slot, {part: weight[:3] for part, weight in LIKE.items()})
     check(by_slot, {part: weight[:1] for part, weight in LIKE.items()}, top_k=1)
     check(by_slot, {part: weight.bfloat16() for part, weight in LIKE.items()})
 
 
-@pytest.mark.parametrize("kernel", [in_slot_order, without_table, reads_beside, only_in_batches])
-def test_a_faulty_kernel_is_refused(kernel: Callable[..., torch.Tensor]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "kernel",
+    [in_slot_order, in_slot_order_rounded_once, without_table, reads_beside, only_in_batches],
+)
+def test_a_faulty_kernel_is_refused(
+    kernel: Callable[..., torch.Tensor], dtype: torch.dtype
+) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        check(kernel)
+        check(kernel, {part: weight.to(dtype) for part, weight in LIKE.items()})
     assert caught.value.what.startswith("the results of the MoE kernel k (vec) depend on the slots")
-    assert "processor " in caught.value.where and "torch.float32" in caught.value.where
+    assert "processor " in caught.value.where and str(dtype) in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "error"),
+    [
+        ("_same", lambda one, other: True, InvariantError),
+        ("_same", lambda one, other: False, UnsupportedError),
+        ("_move", lambda arena, table: None, UnsupportedError),
+        ("_weights", lambda experts, slots, like, random: torch.ones(slots, *like.shape[1:]),
+         InvariantError),
+    ],
+)  # fmt: skip
+def test_a_faulty_comparison_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, error: type[FluxMoEError]
+) -> None:
+    """With a sound kernel, which alone would not show it."""
+    monkeypatch.setattr(selfcheck, name, fault)
+    with pytest.raises(error):
+        check(by_slot)
+
+
+def test_a_kernel_that_computes_nothing_is_noticed() -> None:
+    with pytest.raises(InvariantError, match="sees no difference"):
+        check(lambda parts, table, x, weights, experts: torch.full_like(x, torch.nan))
 
 
 def test_large_experts_take_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +122,10 @@ def test_large_experts_take_less(monkeypatch: pytest.MonkeyPatch) -> None:
         return by_slot(parts, table, x, weights, experts)
 
     check(kernel)
-    assert seen == [(8, 1, 3), (8, 5, 3), (8, 48, 3), (12, 1, 3), (12, 5, 3), (12, 48, 3)]
+    assert seen == [(8, 1, 3), (8, 5, 3), (8, 48, 3), (12, 1, 3), (12, 5, 3), (12, 48, 3),
+                    (12, 1, 3)]  # fmt: skip
     seen.clear()
     monkeypatch.setattr(selfcheck, "_BYTES", 1)
     monkeypatch.setattr(selfcheck, "_FLOP", 1.0)
     check(kernel)
-    assert seen == [(2, 1, 2), (2, 2, 2), (3, 1, 2), (3, 2, 2)]
+    assert seen == [(3, 1, 3), (3, 2, 3), (4, 1, 3), (4, 2, 3), (4, 1, 3)]

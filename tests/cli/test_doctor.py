@@ -1,7 +1,9 @@
 """``fluxmoe doctor`` in real processes with incomplete installations. No mocks: package metadata is
 added to the path, programs are removed from it, system calls are made to fail."""
 
+import csv
 import importlib.util
+import io
 import json
 import os
 import re
@@ -14,15 +16,17 @@ from pathlib import Path
 
 import pytest
 
+from fluxmoe import machine
 from fluxmoe.backends.versions import TORCH
 
 ROOT = Path(__file__).parents[2]
 
 
-def doctor(*arguments, site="", limit=None, **env):
+def doctor(*arguments, site="", limit=None, quick=True, **env):
+    arguments = [*arguments, *["--quick"] * quick]
     return subprocess.run(
         [sys.executable, "-c", "from fluxmoe.cli import main; main()", "doctor", *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=60 if quick else 500, check=False,
         env={**os.environ, "PYTHONPATH": f"{site}:{ROOT}", **env},
         preexec_fn=limit,
     )  # fmt: skip
@@ -30,6 +34,7 @@ def doctor(*arguments, site="", limit=None, **env):
 
 def findings(done):
     result = json.loads(done.stdout)
+    assert result["kernels"] == []
     both = [*result["checks"], *result["backends"]]
     for finding in both:
         assert set(finding) == {"name", "status", "found", "fix"}
@@ -63,6 +68,70 @@ def test_everything_is_there():
     assert set(checks) >= {"platform", "huge pages", "vm.max_map_count", "CUDA", "torch", "vLLM",
                            "transformers", "g++"}  # fmt: skip
     assert list(backends) == ["vLLM, eager", "vLLM, compiled", "torch"]
+
+
+#: In children, which import the engines: torch's grouped_mm sums in the order of slots, vLLM's
+#: kernel adds them to its result.
+FAULTS = """
+import sys
+if any("spawn_main" in argument for argument in sys.orig_argv):
+    import transformers.integrations.moe as moe
+    stock = moe.grouped_mm_experts_forward
+    def faulty(self, hidden_states, top_k_index, top_k_weights):
+        order = top_k_index.argsort(-1)
+        ordered = (given.gather(-1, order) for given in (top_k_index, top_k_weights))
+        return stock(self, hidden_states, *ordered)
+    moe.grouped_mm_experts_forward = faulty
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+        apply = CPUUnquantizedExperts.apply
+        def by_slot(self, **given):
+            apply(self, **given)
+            given["output"] += given["topk_ids"].sum()
+        CPUUnquantizedExperts.apply = by_slot
+    except ImportError:
+        pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faulty", [False, True])
+def test_the_kernels_of_all_engines_are_checked(tmp_path, faulty):
+    if faulty:
+        (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    done = doctor("--json", site=tmp_path, quick=False, FLUXMOE_PLUGINS="")
+    assert done.returncode == 0
+    assert faulty or done.stderr == ""
+    found = json.loads(done.stdout)
+    checked = found["kernels"]
+    engines = {finding["name"].partition(",")[0] for finding in found["backends"]}
+    assert {kernel["engine"] for kernel in checked} == engines
+    for kernel in checked:
+        wrong = faulty and (kernel["engine"] == "vLLM" or "grouped_mm" in kernel["kernel"])
+        assert kernel["same"] is not wrong
+        assert kernel["dtype"] in ("bfloat16", "float32")
+        assert kernel["processor"] == machine.processor()
+        if wrong:
+            assert (
+                f"depend on the slots of the experts (processor {machine.processor()}"
+                in (kernel["problem"])
+            )
+            assert "without FluxMoE on this machine" in kernel["fix"]
+        else:
+            assert kernel["milliseconds"] > 0 and kernel["problem"] == kernel["fix"] == ""
+    names = {kernel["kernel"].partition(" ")[0] for kernel in checked}
+    assert names >= {"eager", "grouped_mm", "batched_mm"}
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_imported_does_not_end_the_check(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers/__init__.py").write_text("import os; os.abort()")
+    done = doctor("--csv", site=tmp_path, quick=False, FLUXMOE_PLUGINS="")
+    rows = [*csv.DictReader(io.StringIO(done.stdout))]
+    problems = {row["engine"]: row["problem"] for row in rows if row["table"] == "kernels"}
+    assert done.returncode == 0
+    assert "terminated abruptly" in problems["torch"]
 
 
 def bindings(site: Path, driver: str) -> Path:
@@ -122,7 +191,7 @@ def test_c6_no_card_is_recommended_to_a_machine_without_one_and_its_profile_is_n
 def test_no_engine_is_imported():
     program = (
         "import sys\nfrom fluxmoe.cli import main\n"
-        "try: main(['doctor'])\n"
+        "try: main(['doctor', '--quick'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     )

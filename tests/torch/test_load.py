@@ -37,9 +37,11 @@ def test_it_answers_what_the_stock_model_answers(
         options={"experts_implementation": implementation},
     ) as paged:
         assert same(answer(paged.model), answer(stock))
+        with torch._C.DisableTorchFunctionSubclass():  # sealed weights appear to be in memory
+            meta = {name: weight.is_meta for name, weight in paged.model.named_parameters()}
         assert all(
-            weight.is_meta == name.endswith(("gate_up_proj", "down_proj"))
-            for name, weight in paged.model.named_parameters()
+            is_meta == name.endswith(("gate_up_proj", "down_proj"))
+            for name, is_meta in meta.items()
             if ".experts." in name
         )
         stats = paged.stats()

@@ -121,7 +121,7 @@ def test_a_kernel_that_depends_on_slots(eager: ChildEngine, tmp_path: Path) -> N
     plugin.write_text(BY_SLOT_ORDER)
     error = refusal(eager, UnsupportedError, config(plugins=[str(plugin)]))
     assert "the results of the MoE kernel" in error.what
-    assert "processor " in error.where and "1 tokens, torch.bfloat16" in error.where
+    assert "processor " in error.where and "torch.bfloat16, 1 tokens" in error.where
     eager.restart(fluxmoe=config(), **EAGER)
     assert answers(eager)
 

@@ -23,7 +23,8 @@ from typing import TypeAlias
 import torch
 
 from fluxmoe.backends import op
-from fluxmoe.backends.torch.layout import weights_of
+from fluxmoe.backends.selfcheck import Checked, Parts, require_slot_independence
+from fluxmoe.backends.torch.layout import top_k_of, weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.refusals import require_no_export, require_plain
@@ -74,8 +75,7 @@ class Binding:
     Attributes:
         handle: The pager (``op.attach``).
         layer: Index of the MoE layer, from 0.
-        twin: The module passed to the computing implementation.
-        compute: That implementation, by slot; None for ``eager``.
+        twin: Computes on the arenas.
         kinds: Class of each of the module's own parameters, which are sealed.
         lock: Lock against changes of the arenas from ``acquire`` to the kernel's end.
         lease: Keeps the arenas alive.
@@ -84,12 +84,58 @@ class Binding:
 
     handle: int
     layer: int
-    twin: torch.nn.Module
-    compute: Compute | None
+    twin: Twin
     kinds: list[type[torch.nn.Parameter]]
     lock: ForwardLock
     lease: Lease
     note: Note | None = None
+
+
+class Twin:
+    """A copy of an experts module that computes on other weights.
+
+    Args:
+        module: The experts module; its weights may be without memory.
+        implementation: Computing implementation, one of ``IMPLEMENTATIONS``.
+        arenas: Part → ``[slots, …]``, or ``[experts, …]`` without a table.
+        table: Expert table, ``[experts]`` → slot; None: the module's own computation.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        implementation: str,
+        arenas: Arenas,
+        table: torch.Tensor | None,
+    ) -> None:
+        self._module = copy.copy(module)
+        self._module._parameters = {}
+        self._compute = BY_SLOT.get(implementation)
+        self._table = table
+        self.resize(arenas)
+
+    def resize(self, arenas: Arenas) -> None:
+        """Use other arenas."""
+        for part, arena in arenas.items():
+            if self._compute is None and self._table is not None:
+                setattr(self._module, part, ByExpert(arena, self._table))
+                self._module.num_experts = len(self._table)
+            else:
+                setattr(self._module, part, torch.nn.Parameter(arena, requires_grad=False))
+                self._module.num_experts = len(arena)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        experts: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute the layer; ``experts`` and their ``slots`` are integers ``[tokens, top_k]``."""
+        if self._compute is None:
+            stock: Compute = type(self._module).forward.__wrapped__
+            return stock(self._module, hidden_states, experts, weights)
+        return self._compute(self._module, hidden_states, slots.to(experts.dtype), weights)
 
 
 class ByExpert:
@@ -124,28 +170,15 @@ def bind(
         lock: Lock of the model.
         lease: Keeps the arenas alive.
     """
-    weights = weights_of(module)
-    twin = copy.copy(module)
-    twin._parameters = {}
-    if implementation == EAGER:
-        for part, arena in arenas.items():
-            setattr(twin, part, ByExpert(arena, table))
-    compute = BY_SLOT.get(implementation)
-    kinds = [seal(weight, Sealed) for weight in weights.values()]
+    twin = Twin(module, implementation, arenas, table)
+    kinds = [seal(weight, Sealed) for weight in weights_of(module).values()]
     module._parameters = FixedParameters(module._parameters)
-    module._fluxmoe = Binding(handle, layer, twin, compute, kinds, lock, lease)
-    resize(module, arenas)
+    module._fluxmoe = Binding(handle, layer, twin, kinds, lock, lease)
 
 
 def resize(module: torch.nn.Module, arenas: Arenas) -> None:
     """Update a paged module after its bank's number of slots has changed."""
-    twin = module._fluxmoe.twin
-    for part, arena in arenas.items():
-        if module._fluxmoe.compute is None:
-            getattr(twin, part).arena = arena
-        else:
-            setattr(twin, part, torch.nn.Parameter(arena, requires_grad=False))
-            twin.num_experts = len(arena)
+    module._fluxmoe.twin.resize(arenas)
 
 
 def absent(weight: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -198,7 +231,9 @@ def forward(
             "a paged model cannot compute gradients", fix="call it under torch.no_grad()"
         )
     if torch.compiler.is_compiling():  # a lock would break the graph
-        return _event(self, binding, hidden_states, top_k_index, top_k_weights)
+        out = _event(self, binding, hidden_states, top_k_index, top_k_weights)
+        binding.lock.compiled_by = None  # takes effect when the graph has run
+        return out
     event = partial(_event, self, binding, hidden_states, top_k_index, top_k_weights)
     return binding.lock.alone(event)
 
@@ -216,11 +251,41 @@ def _event(
     if binding.note is not None:
         top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
     slots = op.acquire(top_k_index, binding.handle, binding.layer)
-    if binding.compute is None:
-        stock: Compute = type(module).forward.__wrapped__
-        return stock(binding.twin, hidden_states, top_k_index, top_k_weights)
-    slots = slots.to(top_k_index.dtype)
-    return binding.compute(binding.twin, hidden_states, slots, top_k_weights)
+    return binding.twin(hidden_states, top_k_index, slots, top_k_weights)
+
+
+def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:
+    """Check the computation of a layer on slots (``backends.selfcheck``). Raises UnsupportedError.
+
+    Args:
+        layer: An experts module, which may be on the meta device. Models whose layers differ in
+            shape or dtype cannot be paged, so one layer stands for all.
+        implementation: One of ``IMPLEMENTATIONS``.
+    """
+
+    def kernel(
+        parts: Parts,
+        table: torch.Tensor | None,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+    ) -> torch.Tensor:
+        slots = experts if table is None else table[experts]
+        return Twin(layer, implementation, dict(parts), table)(x, experts, slots, weights)
+
+    like = weights_of(layer)
+    others = " or ".join(name for name in IMPLEMENTATIONS if name != implementation)
+    with torch.no_grad():
+        return require_slot_independence(
+            kernel,
+            like,
+            hidden=like["gate_up_proj"].shape[-1],
+            top_k=top_k_of(layer) or 1,
+            name=f"{implementation} of {type(layer).__name__}",
+            fix=f"model.set_experts_implementation() to {others}, or use this model without "
+            "FluxMoE on this machine",
+            copies=implementation == "batched_mm",
+        )
 
 
 def register() -> None:

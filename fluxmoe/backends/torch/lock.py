@@ -3,8 +3,11 @@
 The arenas must not change between a layer's ``acquire`` and the end of its kernel. Threads that
 share a paged model therefore take turns, by forward pass, so that the steps of a trace are passes.
 Each layer (within a pass or called on its own) and each call of the handle is an exclusive section:
-even its own thread may do nothing else with the model. A compiled model does not take the lock, so
-its threads are not synchronised.
+even its own thread may do nothing else with the model.
+
+A compiled pass cannot hold a lock: what it does besides its graph happens after the graph. So its
+first event claims the model, and an assignment that torch replays at its end gives it back. Until
+then other threads are refused.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ class ForwardLock:
     def __init__(self) -> None:
         self._lock, self._owner = threading.RLock(), Owner()
         self._alone = 0  # id of the thread in an exclusive section
+        #: Thread whose compiled pass is running, or was interrupted.
+        self.compiled_by: threading.Thread | None = None
         self._phase = Phase.DECODE
         self._shape: tuple[int, int] | None = None
 
@@ -60,11 +65,33 @@ class ForwardLock:
     def alone(self, work: Callable[[], T]) -> T:
         """Run work that uses or moves pages, exclusively."""
         with self.lock():
+            self._require_unclaimed()
             try:
                 self._alone = threading.get_ident()
                 return work()
             finally:
                 self._alone = 0
+
+    def claim(self) -> None:
+        """Claim the model for this thread if the present event is one of a compiled pass.
+
+        Raises:
+            UnsupportedError: A compiled pass of another thread is running.
+        """
+        if self._alone != threading.get_ident():
+            with self.lock():  # waits for an eager pass
+                self._require_unclaimed()
+                self.compiled_by = threading.current_thread()
+
+    def _require_unclaimed(self) -> None:
+        by = self.compiled_by
+        if by is not None and by is not threading.current_thread() and by.is_alive():
+            raise UnsupportedError(
+                "a compiled model can be used by one thread at a time, and "
+                f"{by.name} is using it, or was interrupted",
+                fix="take turns by a lock around each call; after an interruption, call the model "
+                "once more in that thread, or end it",
+            )
 
     def watch(self, model: torch.nn.Module) -> None:
         """Wrap the model's forward passes in the lock.
@@ -101,6 +128,7 @@ class ForwardLock:
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         with self.lock():
+            self._require_unclaimed()
             outer = self._phase, self._shape
             try:
                 self._phase, self._shape = _seen(args, kwargs)

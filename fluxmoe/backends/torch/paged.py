@@ -19,7 +19,7 @@ from fluxmoe.backends.tensors import as_weight
 from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.refusals import Refusals, Uncopyable
-from fluxmoe.backends.torch.sealed import Watched
+from fluxmoe.backends.torch.sealed import Shared, Watched
 from fluxmoe.backends.torch.settings import Room, given
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
@@ -41,6 +41,7 @@ class PagedModel(Uncopyable):
 
     Args:
         loaded: True if the model has no weights that ``close`` could restore.
+        shared: Weights that could be edited unnoticed, for ``check``.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class PagedModel(Uncopyable):
         lock: ForwardLock,
         *,
         loaded: bool = False,
+        shared: Sequence[Shared] = (),
     ) -> None:
+        self._shared = shared
         self.model, self._layers, self._runtime, self._lock = model, layers, runtime, lock
         self._asked: RemovableHandle | None = None
         self._previous, self._loaded = model.get_experts_implementation(), loaded
         weights = [layout.weights_of(layer).values() for layer in layers]
-        self._handle = handle = op.attach(Watched(runtime.pager, weights))
+        self._handle = handle = op.attach(Watched(runtime.pager, lock, weights))
         # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
@@ -236,8 +239,19 @@ class PagedModel(Uncopyable):
         self._lock.alone(lambda: self._open().pager.reset())
 
     def check(self) -> None:
-        """Raise InvariantError unless all books are consistent."""
-        self._lock.alone(lambda: self._open().check())
+        """Check the model's state.
+
+        Raises:
+            InvariantError: The books are not consistent.
+            UnsupportedError: Experts' weights were edited through an array or tensor from before
+                paging.
+        """
+        self._lock.alone(self._check)
+
+    def _check(self) -> None:
+        self._open().check()
+        for weight in self._shared:
+            weight.check()
 
     def close(self) -> None:
         """Release the memory and restore the model exactly. Idempotent.

@@ -17,6 +17,7 @@ from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
+from fluxmoe.backends.torch.sealed import Shared
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, fit, settings
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
@@ -89,6 +90,8 @@ def page(
     assert config is not None
     assert chosen is not None
     (layers, implementation, room), lock = parts, ForwardLock()
+    experts.require_sound(layers[0], implementation)
+    shared = Shared.among(layout.weights_of(layer).values() for layer in layers)
     store = make_store(config, room.geometry, room.page_class, chosen.coders)
     try:
         for layer in layers:
@@ -97,7 +100,7 @@ def page(
     except BaseException:
         store.close()
         raise
-    paged = PagedModel(model, layers, runtime, implementation, lock)
+    paged = PagedModel(model, layers, runtime, implementation, lock, shared=shared)
     log_start(model, layers[0], runtime, chosen.registry)
     return paged
 

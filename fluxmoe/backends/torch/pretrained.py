@@ -20,7 +20,7 @@ from fluxmoe import checkpoint
 from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
-from fluxmoe.backends.torch.experts import absent
+from fluxmoe.backends.torch.experts import absent, require_sound
 from fluxmoe.backends.torch.loader import Ready
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
@@ -63,7 +63,7 @@ def load(ready: Ready) -> PagedModel:
     """
     chosen, name = ready.chosen, ready.name
     dtype = ready.dtype if ready.dtype == "auto" else getattr(torch, ready.dtype)
-    planned = _on_meta(name, ready.folder, dtype, ready.extra)
+    planned = on_meta(name, ready.folder, dtype, ready.extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
     lock, room = ForwardLock(), Room(*layout.describe(layers))
@@ -71,6 +71,7 @@ def load(ready: Ready) -> PagedModel:
     config = fit(room, ready.config, found, ready.where, others=weights - room.nbytes)
     found.require()
     assert config is not None
+    require_sound(layers[0], implementation)
     store = make_store(config, room.geometry, room.page_class, chosen.coders)
     runtime = runtime_for(room, store, config, chosen.policies, implementation, lock)
     try:
@@ -94,7 +95,7 @@ def load(ready: Ready) -> PagedModel:
     return paged
 
 
-def _on_meta(
+def on_meta(
     name: str, folder: str, dtype: str | torch.dtype, extra: dict[str, Any]
 ) -> torch.nn.Module:
     """Build the model on the meta device, before its weights are read."""

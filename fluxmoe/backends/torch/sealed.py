@@ -3,17 +3,21 @@
 An edit of them would be lost or, where the store shares their memory, be mixed with pages copied
 before; of a loaded model they have no memory, and sums on the CPU ignore addends without memory. So
 they are sealed: their shape and type can be read, everything else is refused. Views of them that
-were made before cannot be sealed. They share their weights' version, which is watched.
+were made before cannot be sealed. They share their weights' version, which is watched. Arrays, and
+tensors such as ``weight.data``, share the memory only, of which a checksum is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.overrides import resolve_name
 
+from fluxmoe.backends.tensors import as_rows
+from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.event import Slots
 from fluxmoe.core.paging.pager import EventWatcher, ExpertPager
@@ -40,6 +44,12 @@ _READABLE = {
     torch.is_complex,
     torch.numel,
 }
+#: Where the weights of a loaded model are, too: in a store.
+_IN_MEMORY = {
+    torch.Tensor.device.__get__: torch.device("cpu"),
+    torch.Tensor.is_cpu.__get__: True,
+    torch.Tensor.is_meta.__get__: False,
+}
 _SET_GRADIENT = torch.Tensor.grad.__set__
 
 
@@ -47,6 +57,7 @@ class Sealed(torch.nn.Parameter):
     """Weights of paged experts. A parameter becomes one by a change of its class."""
 
     what: ClassVar[str] = "the experts' weights cannot be used while the model is paged"
+    place: ClassVar[Mapping[object, object]] = _IN_MEMORY
     fix: ClassVar[str] = f"{CLOSE}; choose the experts implementation before paging"
 
     def __repr__(self) -> str:
@@ -60,6 +71,8 @@ class Sealed(torch.nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in cls.place:
+            return cls.place[func]
         if func in _READABLE or (func == _SET_GRADIENT and args[1] is None):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -81,6 +94,7 @@ class Gone(Sealed):
         "the model's experts are gone: fluxmoe.load() put them into a store, which was released "
         "when the handle was closed"
     )
+    place: ClassVar[Mapping[object, object]] = {}
     fix = "load the model again, and close the handle after its last use"
 
 
@@ -106,17 +120,50 @@ class FixedParameters(dict[str, torch.nn.Parameter | None]):
     __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
 
 
+class Shared:
+    """A weight whose memory tensors or arrays from before paging share, by its checksum."""
+
+    def __init__(self, layer: int, weight: torch.nn.Parameter) -> None:
+        self._layer, self._weight = layer, weight.detach()
+        self._checksum = self._sum()
+
+    @staticmethod
+    def among(layers: Iterable[Iterable[torch.nn.Parameter]]) -> list[Shared]:
+        """Find such weights, per layer the experts', before anything of FluxMoE refers to them."""
+        return [
+            Shared(index, weight)
+            for index, layer in enumerate(layers)
+            for weight in layer
+            # One is the weight's, one this expression's.
+            if torch._C._storage_Use_Count(weight.untyped_storage()._cdata) > 2
+        ]
+
+    def check(self) -> None:
+        """Raise UnsupportedError if the weight has changed."""
+        if self._sum() != self._checksum:
+            raise _changed(self._layer)
+
+    def _sum(self) -> int:
+        return zlib.crc32(as_rows(self._weight).data)
+
+
 class Watched:
     """A pager that refuses events of layers whose weights were edited through a view.
 
     Args:
         pager: The pager.
+        lock: Lock of the model, which compiled passes claim.
         layers: Per layer the experts' weights, not sealed yet. Edits of inference tensors cannot be
             seen.
     """
 
-    def __init__(self, pager: ExpertPager, layers: Iterable[Iterable[torch.nn.Parameter]]) -> None:
-        self._pager = pager
+    def __init__(
+        self,
+        pager: ExpertPager,
+        lock: ForwardLock,
+        layers: Iterable[Iterable[torch.nn.Parameter]],
+    ) -> None:
+        self._pager, self._lock = pager, lock
         self._weights = [
             [
                 (weight, alias, alias._version)
@@ -139,14 +186,13 @@ class Watched:
         """As of the pager.
 
         Raises:
-            UnsupportedError: A weight of the layer is not what it was, or an id not an expert's.
+            UnsupportedError: A weight of the layer is not what it was, an id is not an expert's, or
+                another thread is in a compiled pass.
         """
+        self._lock.claim()
         for weight, alias, version in self._weights[layer]:
             if alias._version != version or not isinstance(weight, Sealed):
-                raise UnsupportedError(
-                    f"the experts' weights of layer {layer} were changed while the model was paged",
-                    fix="close() its handle, and page or load the model again",
-                )
+                raise _changed(layer)
         if ids.dtype.kind not in "iu" or any_negative(ids):
             raise _no_experts(layer)
         try:
@@ -162,6 +208,13 @@ def any_negative(ids: Ints) -> bool:
         if number < 0:
             return True
     return False
+
+
+def _changed(layer: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"the experts' weights of layer {layer} were changed while the model was paged",
+        fix="close() its handle, and page or load the model again",
+    )
 
 
 def _no_experts(layer: int) -> UnsupportedError:

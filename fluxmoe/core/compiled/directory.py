@@ -39,7 +39,7 @@ def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
     """Make a compiled function that turns the directory of a tuple like ``example`` into the tuple.
 
     The function returns tuples unchanged, so that code that uses it serves both Python callers,
-    which pass the directory, and compiled callers, which pass the tuple.
+    which pass the directory, and compiled callers, which have the tuple.
     """
     tuple_type = numba.typeof(example)
 

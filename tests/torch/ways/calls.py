@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.identity.torch_cells import prompts
-from tests.torch.ways.use import IDS, Use, pages_itself, slow
+from tests.torch.ways.use import IDS, Use, slow
 
 
 def call(use: Use) -> Any:
@@ -189,16 +194,31 @@ def data_parallel(use: Use) -> Any:
     return use.run(torch.nn.DataParallel(use.model))
 
 
-@pages_itself  # torch itself refuses a loaded model, whose weights are on two devices
-def distributed(use: Use) -> None:
-    use.page()
+@contextlib.contextmanager
+def group(use: Use) -> Iterator[None]:
+    """Make a group of this process alone."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{use.folder}/meet", rank=0, world_size=1
     )
     try:
-        use.refuses(lambda: torch.nn.parallel.DistributedDataParallel(use.model))
+        yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def distributed(use: Use) -> None:
+    with group(use):
+        use.refuses(lambda: torch.nn.parallel.DistributedDataParallel(use.model))
+
+
+def sharded(use: Use) -> None:
+    cpu = torch.device("cpu")
+    with group(use):
+        use.refuses(
+            lambda: FullyShardedDataParallel(use.model, device_id=cpu),
+            lambda: fully_shard(use.experts),
+            lambda: distribute_module(use.experts, init_device_mesh("cpu", (1,))),
+        )
 
 
 @slow

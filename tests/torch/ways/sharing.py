@@ -45,6 +45,51 @@ def compiled_before(use: Use) -> Any:
     return found
 
 
+@slow
+@pages_itself
+def compiled_threads(use: Use) -> None:
+    """Another thread enters while the first is between the compiled graph's events, by any way."""
+    torch._dynamo.reset()
+    layers = use.model.model
+    use.page()
+    block, states = use.layers[2].mlp, use.states
+
+    @torch.no_grad()
+    def two(states: torch.Tensor) -> torch.Tensor:
+        return layers.layers[1].mlp(stop(layers.layers[0].mlp(states)))
+
+    inside, go_on, first = threading.Event(), threading.Event(), threading.current_thread()
+
+    @torch.library.custom_op("fluxmoe_tests::stop", mutates_args=())
+    def stop(x: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is not first:
+            inside.set()
+            assert go_on.wait(60)
+        return x.clone()
+
+    stop.register_fake(torch.empty_like)
+    compiled = torch.compile(two, fullgraph=True)
+    right = compiled(states)
+    with ThreadPoolExecutor(1) as pool:
+        for attempt in (
+            use.run,
+            lambda: compiled(states),
+            lambda: torch.no_grad()(block)(states),
+            use.handle.check,
+            lambda: use.handle.resize("2MiB"),
+            use.handle.close,
+        ):
+            inside.clear()
+            go_on.clear()
+            running = pool.submit(compiled, states)
+            assert inside.wait(60)
+            use.refuses(attempt)
+            go_on.set()
+            assert torch.equal(running.result(60), right)
+            use.handle.check()
+            assert torch.equal(compiled(states), right)
+
+
 def other_implementation(use: Use) -> None:
     for name in ("eager", "batched_mm", "grouped_mm"):
         use.model.set_experts_implementation(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch.func import functional_call
@@ -151,6 +152,24 @@ def edited_view(use: Use) -> None:
         use.refuses(use.run, lambda: use.layers[1].mlp(use.states))
         use.close()
         assert not torch.equal(use.run(), right)  # the answer of stock after the edit
+
+
+@pages_itself
+def edited_memory(use: Use) -> None:
+    for share in (
+        lambda weight: weight.data,
+        lambda weight: weight.detach().view(torch.int16).numpy(),
+        lambda weight: torch.from_dlpack(weight.detach()),
+    ):
+        shared = share(use.experts.down_proj)
+        use.page()
+        use.handle.check()
+        before = shared[3].copy() if isinstance(shared, np.ndarray) else shared[3].clone()
+        shared[3] = shared[4]
+        use.refuses(use.handle.check)
+        shared[3] = before
+        use.handle.check()
+        use.close()
 
 
 @pages_itself

@@ -159,6 +159,14 @@ class ChildEngine:
         self._busy = True
         return self._receive()
 
+    def pss_bytes(self) -> int:
+        """Memory of the engine's processes: their own pages, and their share of shared ones."""
+        import psutil
+
+        child = psutil.Process(self._process.pid)
+        tree = [child, *child.children(recursive=True)]
+        return sum(int(process.memory_full_info().pss) for process in tree)
+
     def close(self) -> None:
         """End the child even if it is busy. Idempotent; does nothing in a forked process."""
         if not self._owner.here:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from fluxmoe.errors import MissingDependencyError
@@ -147,6 +148,10 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         result: dict[str, Any] = self._llm.collective_rpc("fluxmoe_stats")[0]
         return result
+
+    def kernel(self) -> Any:
+        """Return the result of the worker's self-check (``backends.selfcheck.Checked``)."""
+        return self.rpc(attrgetter("kernel"))
 
     def committed_bytes(self) -> int:
         """Bytes that the system has allocated for experts and KV cache."""

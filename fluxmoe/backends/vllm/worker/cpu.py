@@ -111,7 +111,7 @@ class PagedCPUWorker(CPUWorker):
         }
         if len(shapes) > 1:
             raise UnsupportedError(f"layers with experts of {len(shapes)} different layouts")
-        selfcheck.require_sound(layers[0], PARTS)
+        self.kernel = selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
         page_class = PageClass(
             tuple(

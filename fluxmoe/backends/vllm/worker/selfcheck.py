@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fluxmoe.backends.selfcheck import Parts, require_slot_independence
+from fluxmoe.backends.selfcheck import Checked, Parts, require_slot_independence
 from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
 
-def require_sound(layer: RoutedExperts, parts: tuple[str, ...]) -> None:
+def require_sound(layer: RoutedExperts, parts: tuple[str, ...]) -> Checked:
     """Check the kernel of a layer that is not yet bound to a pager. Raises UnsupportedError.
 
     Args:
@@ -36,10 +36,11 @@ def require_sound(layer: RoutedExperts, parts: tuple[str, ...]) -> None:
 
     like = {name: getattr(layer, name) for name in parts}
     fused = layer.quant_method.moe_kernel.fused_experts
-    require_slot_independence(
+    return require_slot_independence(
         kernel,
         like,
         hidden=layer.hidden_size,
         top_k=layer.top_k,
         name=f"{type(fused).__name__} ({fused.isa})",
+        fix="serve this model without FluxMoE on this machine",
     )
