@@ -1,4 +1,4 @@
-"""Numba utilities of the core: compilation, array directories, lowest scores and score kernels.
+"""Numba utilities of the core: compilation, directories, lowest scores, score kernels and copies.
 
 The package imports only ``core.types``.
 """

@@ -1,4 +1,4 @@
-"""Copies of pages between arrays that compiled code knows by address: many rows in one call."""
+"""Copying of many pages in one call, between arrays that compiled code knows by their addresses."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def copy_pages(
     """Copy page ``pages[i]`` into row ``slots[i]`` of each part's array, for all ``i``.
 
     Args:
-        sources: Address of each layer's and part's ``[experts, part bytes]``, int64 ``[layers,
-            parts]``; 0 for a layer that is not there.
-        sizes: Bytes of each part ``[parts]``.
+        sources: Address of the array ``[experts, part bytes]`` of each layer and part, int64
+            ``[layers, parts]``; 0 for a layer that does not exist.
+        sizes: Bytes of each part, ``[parts]``.
         experts: Number of experts per layer.
-        targets: Address of each part's ``[rows, part bytes]``, int64 ``[parts]``.
-        rows: Number of rows.
-        pages: Pages.
-        slots: Their rows.
+        targets: Address of the array ``[rows, part bytes]`` of each part, int64 ``[parts]``.
+        rows: Number of rows in each target array.
+        pages: The pages to copy.
+        slots: The row for each page.
 
     Returns:
-        Number of pages copied, less than all if the next one is not there.
+        The number of pages copied; fewer than all if the next page does not exist.
 
     Raises:
-        IndexError: Unknown slot.
+        IndexError: A slot is not a row of the target arrays.
     """
     for i in range(pages.size):
         layer, expert = pages[i] // experts, pages[i] % experts

@@ -80,9 +80,9 @@ def call_entry(
 ) -> Any:
     """Write the scores of the first ``n`` slots, or of ``n`` pages, into ``out``.
 
-    ``entry`` is the address of a kernel's code, ``rows`` a directory of ``KernelRows``. Returns 0,
-    or 1 if the kernel raised. Compiled code only: to pass an address costs nothing, while numba's
-    function values are typed again in every call from Python.
+    ``entry`` is the address of a kernel's code, and ``rows`` is a directory of ``KernelRows``. The
+    result is 0, or 1 if the kernel raised. Compiled code only: passing an address costs nothing,
+    whereas numba determines the types of its function values again in every call from Python.
     """
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
