@@ -1,4 +1,7 @@
-"""Pages in a page file: built on the first start, verified and reused on later ones."""
+"""Pages in a page file: built on the first start, verified and reused on later ones.
+
+Replaced pages are in an overlay: the file itself never changes.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,9 @@ import numpy as np
 from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import PageFileError, StoreError
 from fluxmoe.stores.coding import Coder
-from fluxmoe.stores.pagefile import (
-    LENGTH,
-    OFFSET,
-    RAW_SUM,
-    SECTOR,
-    PageFile,
-    PageFileWriter,
-    checksum,
-    sectors,
-)
+from fluxmoe.stores.overlay import Overlay
+from fluxmoe.stores.pagefile import PageFile, PageFileWriter
+from fluxmoe.stores.parts import LENGTH, OFFSET, RAW_SUM, SECTOR, Index, checksum, sectors
 
 logger = logging.getLogger("fluxmoe")
 
@@ -57,6 +53,7 @@ class FileTier:
         direct: bool = True,
     ) -> None:
         self._shape = (geometry.num_pages, len(page_class.parts))
+        self._page_class = page_class
         self._about = {
             "codec": coder.name,
             # Some codecs need them to decode. Normalised to what JSON returns.
@@ -70,7 +67,10 @@ class FileTier:
         self._path: Path | None = None
         self._file: PageFile | None = None
         self._writer: PageFileWriter | None = None
-        self._taken: list[int] = []
+        self._overlay: Overlay | None = None
+        self._staged: dict[int, Index] = {}
+        self._growth = 0  # of nbytes, by the staged pages
+        self._held: dict[int, int] = {}  # page → bytes, in the order put
         self._scratch = threading.local()
         self.nbytes = 0
 
@@ -92,7 +92,7 @@ class FileTier:
             assert self._writer is not None
             for part, (data, total) in enumerate(zip(kept, sums, strict=True)):
                 self._writer.append(page, part, data, total)
-        self._taken.append(page)
+        self._held[page] = nbytes
         self.nbytes += nbytes
         return True
 
@@ -104,7 +104,7 @@ class FileTier:
         """
         if self._writer is None or self._path is None:
             return
-        if not self._taken:  # no page fit
+        if not self._held:  # no page fit
             self._writer.abandon()
         else:
             self._writer.finish()
@@ -123,13 +123,41 @@ class FileTier:
             logger.warning("a read failed, retrying once: %s", error)
             self._read(page, parts)
 
+    def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
+        kept = [self._coder.encode(np.ascontiguousarray(part)) for part in parts]
+        growth = self._growth + sum(sectors(len(part)) for part in kept) - self._held.get(page, 0)
+        if self._limit is not None and self.nbytes + growth > self._limit:
+            return False
+        if self._overlay is None:
+            pages, _ = self._shape
+            self._overlay = Overlay(self._folder, pages, self._page_class, direct=self._direct)
+        sums = [checksum(np.ascontiguousarray(part)) for part in parts]
+        self._staged[page] = self._overlay.write(page, kept, sums)
+        self._growth = growth
+        return True
+
+    def commit(self) -> None:
+        for page, entry in self._staged.items():
+            assert self._overlay is not None
+            self._overlay.index[page] = entry
+            self._held[page] = sum(sectors(int(length)) for length in entry[:, LENGTH])
+        self.nbytes += self._growth
+        self.discard()
+
+    def discard(self) -> None:
+        self._staged, self._growth = {}, 0
+
+    def forget(self, page: int) -> None:
+        self.nbytes -= self._held.pop(page)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.abandon()
             self._writer = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._file, self._overlay):
+            if file is not None:
+                file.close()
+        self._file = self._overlay = None
         self.nbytes = 0
 
     def _begin(self, page: int, sums: list[int]) -> Path:
@@ -159,7 +187,7 @@ class FileTier:
         logger.warning("%s is rebuilt: it contains different pages", self._path)
         try:
             self._writer = PageFileWriter(self._path, self._about, *self._shape)
-            for page in self._taken:
+            for page in self._held:
                 for part, (_, length, _, total) in enumerate(old.index[page].tolist()):
                     data = np.empty(length, np.uint8)
                     old.read(page, part, data, self._room(length))
@@ -168,7 +196,9 @@ class FileTier:
             old.close()
 
     def _read(self, page: int, parts: Sequence[Bytes]) -> None:
-        file = self._file
+        file: PageFile | Overlay | None = self._file
+        if self._overlay is not None and self._overlay.holds(page):
+            file = self._overlay
         if file is None:
             raise StoreError(f"page {page} is not in the store")
         for part, out in enumerate(parts):

@@ -14,52 +14,27 @@ file is never visible.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import struct
 import tempfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import PageFileError
-from fluxmoe.stores.codec import kernel
+from fluxmoe.stores.parts import SECTOR, Index, PartReader, checksum, failure, sectors, write
 
-SECTOR = 4096
 _MAGIC, _VERSION = b"FXMPAGES", 1
 _HEAD = struct.Struct("<8sIII")
 
-#: Bytes from which a disk read is split, and the number of threads it is split over.
-_SPLIT_FROM, _SPLIT = 1 << 20, 4
-
 #: Suffix of an unfinished file.
 _PART = ".part"
-
-#: Columns of the index.
-OFFSET, LENGTH, SUM, RAW_SUM = range(4)
-Index = npt.NDArray[np.uint64]
-
-
-def checksum(data: Bytes) -> int:
-    """Checksum of docs/concepts/code.md over whole words; remaining bytes form one more word."""
-    whole = len(data) // 4
-    words = data[: 4 * whole].view(np.uint32)
-    total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))
-    rest = int.from_bytes(data[4 * whole :].tobytes(), "little")
-    return (total + (2 * whole + 1) * rest) % 2**64
-
-
-def sectors(nbytes: int) -> int:
-    """Round ``nbytes`` up to whole sectors."""
-    return -(-nbytes // SECTOR) * SECTOR
 
 
 class PageFileWriter:
@@ -80,7 +55,7 @@ class PageFileWriter:
             self._fd, self._part_name = tempfile.mkstemp(_PART, path.stem + "-", path.parent)
             fcntl.flock(self._fd, fcntl.LOCK_EX)  # released however this process ends
         except OSError as error:
-            raise _failure(error, path, "cannot be created") from error
+            raise failure(error, path, "cannot be created") from error
 
     def append(self, page: int, part: int, kept: Bytes, raw_sum: int) -> None:
         """Append a page's part in stored form."""
@@ -105,7 +80,7 @@ class PageFileWriter:
             os.replace(self._part_name, self._path)
             self._part_name = ""
         except OSError as error:
-            raise self._abandon(_failure(error, self._path, "cannot be written")) from error
+            raise self._abandon(failure(error, self._path, "cannot be written")) from error
 
     def abandon(self) -> None:
         """Remove the unfinished file. Idempotent; does nothing after ``finish``."""
@@ -117,13 +92,10 @@ class PageFileWriter:
             self._part_name = ""
 
     def _write(self, data: Bytes, offset: int) -> None:
-        left = np.ascontiguousarray(data).data
         try:
-            while left:
-                done = os.pwrite(self._fd, left, offset)
-                left, offset = left[done:], offset + done
+            write(self._fd, data, offset)
         except OSError as error:
-            raise self._abandon(_failure(error, self._path, "cannot be written")) from error
+            raise self._abandon(failure(error, self._path, "cannot be written")) from error
 
     def _abandon(self, error: PageFileError) -> PageFileError:
         self.abandon()
@@ -138,7 +110,7 @@ def _remove_orphans(path: Path) -> None:
             orphan.unlink()
 
 
-class PageFile:
+class PageFile(PartReader):
     """A complete page file, open for reading from several threads.
 
     Args:
@@ -153,122 +125,39 @@ class PageFile:
     def __init__(
         self, path: Path, about: dict[str, Any], pages: int, parts: int, *, direct: bool = True
     ) -> None:
-        self.path = path
-        self._threads: ThreadPoolExecutor | None = None
-        self._direct = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            fd = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise _failure(error, path, "cannot be read") from error
+            raise failure(error, path, "cannot be read") from error
         try:
-            self.nbytes = os.fstat(self._fd).st_size
-            self.index = self._checked_index(about, pages, parts)
-            if direct and hasattr(os, "O_DIRECT"):
-                with contextlib.suppress(OSError):  # in-memory file systems lack direct I/O
-                    self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            index = _checked_index(fd, path, about, pages, parts)
         except OSError as error:
-            self.close()
-            raise _failure(error, path, "cannot be read") from error
+            os.close(fd)
+            raise failure(error, path, "cannot be read") from error
         except BaseException:
-            self.close()
+            os.close(fd)
             raise
-        if self._direct >= 0:
-            self._threads = ThreadPoolExecutor(_SPLIT - 1, "fluxmoe-read")
-
-    def _checked_index(self, about: dict[str, Any], pages: int, parts: int) -> Index:
-        header = os.pread(self._fd, SECTOR, 0)
-        if len(header) < SECTOR or header[: len(_MAGIC)] != _MAGIC:
-            raise PageFileError("not a page file", where=str(self.path))
-        _, version, length, crc = _HEAD.unpack_from(header)
-        if version != _VERSION:
-            raise PageFileError(f"unsupported version {version}", where=str(self.path))
-        text = header[_HEAD.size : _HEAD.size + length]
-        if zlib.crc32(text) != crc:
-            raise PageFileError("the header is damaged", where=str(self.path))
-        head = json.loads(text)
-        if head["about"] != about:
-            raise PageFileError("the layout, codec or options differ", where=str(self.path))
-        nbytes = pages * parts * 4 * 8
-        if self.nbytes != sectors(head["index"] + nbytes):
-            raise PageFileError("the file is truncated or too long", where=str(self.path))
-        raw = os.pread(self._fd, nbytes, head["index"])
-        if zlib.crc32(raw) != head["index_crc"]:
-            raise PageFileError("the index is damaged", where=str(self.path))
-        return np.frombuffer(raw, np.uint64).reshape(pages, parts, 4)
-
-    def read(self, page: int, part: int, target: Bytes, scratch: Bytes) -> None:
-        """Read and verify a part of a page in stored form.
-
-        Args:
-            target: Filled with the part; has its length.
-            scratch: Memory aligned to 4096 bytes, with the part's length in whole sectors.
-
-        Raises:
-            PageFileError: The part cannot be read or is damaged.
-        """
-        offset, length, expected, _ = (int(value) for value in self.index[page, part])
-        try:
-            if not self._read_cached(offset, target):
-                if self._direct >= 0:
-                    self._read_direct(offset, scratch[: sectors(length)])
-                    np.copyto(target, scratch[:length])
-                else:
-                    _read(self._fd, target.data, offset)
-        except OSError as error:
-            raise _failure(error, self.path, f"cannot be read at {offset}") from error
-        if checksum(target) != expected:
-            raise PageFileError(
-                f"part {part} of page {page} is damaged",
-                where=str(self.path),
-                fix="delete the file; the next start rebuilds it",
-            )
-
-    def _read_cached(self, offset: int, target: Bytes) -> bool:
-        """Read the part if it is entirely in the page cache; return True if so."""
-        try:
-            return os.preadv(self._fd, [target.data], offset, os.RWF_NOWAIT) == len(target)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS):
-                return False
-            raise
-
-    def _read_direct(self, offset: int, scratch: Bytes) -> None:
-        pieces = _SPLIT if len(scratch) >= _SPLIT_FROM else 1
-        share = sectors(-(-len(scratch) // pieces))
-        parts = [(scratch[i : i + share].data, offset + i)
-                 for i in range(0, len(scratch), share)]  # fmt: skip
-        assert self._threads is not None
-        others = [self._threads.submit(_read, self._direct, *part) for part in parts[1:]]
-        try:
-            _read(self._direct, *parts[0])
-        finally:
-            errors = [other.exception() for other in others]
-        for error in errors:
-            if error is not None:
-                raise error
-
-    def close(self) -> None:
-        """Close the file. Idempotent."""
-        if self._threads is not None:
-            self._threads.shutdown()
-        for fd in (self._fd, self._direct):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct = -1
+        fix = "delete the file; the next start rebuilds it"
+        super().__init__(fd, index, path, direct=direct, fix=fix)
 
 
-def _read(fd: int, target: memoryview, offset: int) -> None:
-    while target:
-        done = os.preadv(fd, [target], offset)
-        if done == 0:
-            raise OSError(errno.EIO, "unexpected end of file")
-        target, offset = target[done:], offset + done
-
-
-def _failure(error: OSError, path: Path, what: str) -> PageFileError:
-    fix = {
-        errno.ENOSPC: "free some space or choose a folder on another disk",
-        errno.EACCES: "choose a writable folder",
-        errno.EROFS: "choose a writable folder",
-    }.get(error.errno or 0, "")
-    return PageFileError(f"the page file {what}: {error.strerror}", where=str(path), fix=fix)
+def _checked_index(fd: int, path: Path, about: dict[str, Any], pages: int, parts: int) -> Index:
+    header = os.pread(fd, SECTOR, 0)
+    if len(header) < SECTOR or header[: len(_MAGIC)] != _MAGIC:
+        raise PageFileError("not a page file", where=str(path))
+    _, version, length, crc = _HEAD.unpack_from(header)
+    if version != _VERSION:
+        raise PageFileError(f"unsupported version {version}", where=str(path))
+    text = header[_HEAD.size : _HEAD.size + length]
+    if zlib.crc32(text) != crc:
+        raise PageFileError("the header is damaged", where=str(path))
+    head = json.loads(text)
+    if head["about"] != about:
+        raise PageFileError("the layout, codec or options differ", where=str(path))
+    nbytes = pages * parts * 4 * 8
+    if os.fstat(fd).st_size != sectors(head["index"] + nbytes):
+        raise PageFileError("the file is truncated or too long", where=str(path))
+    raw = os.pread(fd, nbytes, head["index"])
+    if zlib.crc32(raw) != head["index_crc"]:
+        raise PageFileError("the index is damaged", where=str(path))
+    return np.frombuffer(raw, np.uint64).reshape(pages, parts, 4)

@@ -19,7 +19,7 @@ from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
-from fluxmoe.core.transfer.store import Store
+from fluxmoe.core.transfer.store import ChangingStore
 from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.plugins import PolicySpec, Registry
 from fluxmoe.plugins import load as plugin_registry
@@ -106,7 +106,7 @@ def page(
 
 def runtime_for(
     room: Room,
-    store: Store,
+    store: ChangingStore,
     config: Resolved,
     policies: Policies,
     implementation: str,
