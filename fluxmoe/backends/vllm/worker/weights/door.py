@@ -22,9 +22,10 @@ from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.weights.experts import NewExperts
 from fluxmoe.backends.vllm.worker.weights.state import ModelState
+from fluxmoe.backends.weights import FORM, Shape, checked
 from fluxmoe.core.transfer.store import Put
 from fluxmoe.core.types import Bytes
-from fluxmoe.errors import FluxMoEError, UnsupportedError, WeightsError, meant
+from fluxmoe.errors import FluxMoEError, UnsupportedError, WeightsError
 from fluxmoe.inventory import expert_tensor
 from fluxmoe.words import line
 
@@ -81,10 +82,10 @@ class WeightDoor:
             expert_weights = [getattr(layer, name) for layer in self._layers for name in PARTS]
             before = ModelState(self._model, expert_weights)
             with self._runtime.update() as put:
-                changed = self._taken(_pairs(weights), put, whole)
+                changed = self._taken(weights, put, whole)
                 agreed = True
                 if not reload.all_agree(True):
-                    raise WeightsError("another worker cannot take the new weights")
+                    raise WeightsError("another worker cannot take them", fix="see its log")
         except BaseException as error:
             if before is not None:
                 before.restore()
@@ -94,7 +95,9 @@ class WeightDoor:
                 reload.all_agree(False)
             if isinstance(error, FluxMoEError) or not isinstance(error, Exception):
                 raise
-            raise WeightsError(f"vLLM cannot load the new weights: {line(error, repr)}") from error
+            raise WeightsError(
+                f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
+            ) from error
         self.board.updates += 1
         return changed
 
@@ -121,32 +124,44 @@ class WeightDoor:
                 fix="finish or abort them before the weights change",
             )
         if self._config.model_config.is_multimodal_model:
-            raise UnsupportedError("the weights of a multimodal model cannot be changed yet")
+            raise UnsupportedError(
+                "the weights of a multimodal model cannot be changed yet", fix="restart the server"
+            )
 
-    def _taken(self, weights: Iterable[tuple[str, Any]], put: Put, whole: bool) -> set[str]:
+    def _taken(self, weights: object, put: Put, whole: bool) -> set[str]:
         """Load the weights and check them; experts are handed to ``put``."""
         shapes = self._shapes()
-        given: dict[str, int | None] = {}  # name → memory, if it is of one expert
+        given: set[str] = set()
         experts = self._runtime.geometry.experts_per_layer
 
         def numbered(layer: int) -> Callable[[int, list[Bytes]], None]:
             return lambda expert, parts: put(layer * experts + expert, parts)
 
+        def fused(name: str, weight: torch.Tensor) -> Shape | None:
+            """All experts of a layer. vLLM ignores single ones that it does not know."""
+            found = expert_tensor(name, weight.ndim)
+            return (
+                None if found is None or found.expert is not None else (experts, *weight.shape[1:])
+            )
+
+        def named() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, weight in checked(weights, shapes, fused):
+                given.add(name)
+                yield name, weight
+
         new = [NewExperts(layer, numbered(i)) for i, layer in enumerate(self._layers)]
         with self._loading(new):
-            changed = self._load(_checked(weights, shapes, given))
+            changed = self._load(named())
             count = sum(each.finish() for each in new)
-            taken = set().union(*(each.taken for each in new))
-            for name, memory in given.items():
-                if memory is not None and memory not in taken:
-                    raise WeightsError(f"{name} is no weight of this model")
-            self._require_others(shapes, given.keys(), whole=whole)
+            self._require_others(shapes, given, whole=whole)
             if whole and count < self._runtime.geometry.num_pages:
                 missing = self._runtime.geometry.num_pages - count
-                raise WeightsError(f"{missing} experts are missing", where=_ONE)
+                raise WeightsError(
+                    f"{missing} experts are missing", where=_ONE, fix="use a whole checkpoint"
+                )
         return {str(name) for name in changed or ()}
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def _shapes(self) -> dict[str, Shape]:
         """Shapes of the tensors of the checkpoint that the model was loaded from."""
         folder = Path(self._folder)
         shapes = {name: each.shape for name, each in checkpoint.headers(folder)}
@@ -159,7 +174,7 @@ class WeightDoor:
         return shapes
 
     def _require_others(
-        self, shapes: Mapping[str, tuple[int, ...]], given: Iterable[str], *, whole: bool
+        self, shapes: Mapping[str, Shape], given: Iterable[str], *, whole: bool
     ) -> None:
         """Require all weights that are not experts', or none of them."""
         others = {name for name, shape in shapes.items() if not expert_tensor(name, len(shape))}
@@ -197,41 +212,3 @@ class WeightDoor:
                 reload.pack_tied(self._model)
         finally:
             self.open = False
-
-
-def _pairs(weights: object) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(weights, Mapping):
-        weights = weights.items()
-    if not isinstance(weights, Iterable):
-        raise WeightsError(f"weights of type {type(weights).__name__}", fix=_FORM)
-    for pair in weights:
-        if not isinstance(pair, Sequence) or [type(each) for each in pair[:1]] != [str]:
-            raise WeightsError(f"a weight is a {type(pair).__name__}", fix=_FORM)
-        if len(pair) != 2 or not isinstance(pair[1], torch.Tensor):
-            raise WeightsError(f"{pair[0]} has no tensor", fix=_FORM)
-        yield pair[0], pair[1]
-
-
-_FORM = "give pairs of name and tensor, as in the checkpoint"
-
-
-def _checked(
-    weights: Iterable[tuple[str, torch.Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
-    given: dict[str, int | None],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass weights on that the checkpoint has with the same shape; record them in ``given``."""
-    for name, weight in weights:
-        if name in given:
-            raise WeightsError(f"{name} was given twice", fix="give each weight once")
-        expert = expert_tensor(name, weight.ndim)
-        if name not in shapes and expert is None:
-            raise WeightsError(f"{name} is no weight of this model", fix=meant(name, shapes))
-        if weight.device.type != "cpu":
-            raise WeightsError(f"{name} is on {weight.device}", fix="move it to the CPU")
-        expected = shapes.get(name, tuple(weight.shape))
-        if tuple(weight.shape) != expected:
-            raise WeightsError(f"{name} has the shape {[*weight.shape]}, not {[*expected]}")
-        of_one = expert is not None and expert.expert is not None
-        given[name] = weight.untyped_storage().data_ptr() if of_one else None
-        yield name, weight

@@ -11,6 +11,7 @@ import torch
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.vllm.compat.reload import unloaded
 from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
+from fluxmoe.backends.weights import SAME
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import WeightsError
 
@@ -36,8 +37,6 @@ class NewExperts:
         self._count = len(before[PARTS[0]])
         self._given: set[tuple[int, str]] = set()
         self._weights: dict[str, torch.nn.Parameter] = {}
-        #: Memory of all tensors given so far.
-        self.taken: set[int] = set()
         #: Parameter → one without memory that collects what is loaded into it.
         self.stand_ins = {name: self._stand_in(weight, name) for name, weight in before.items()}
 
@@ -83,7 +82,6 @@ class NewExperts:
                 weight, loaded_weight, weight_name, shard_id, expert_id, return_success
             )
             self._given.add(expected)
-            self.taken.add(loaded_weight.untyped_storage().data_ptr())
             if len(self._given) == len(_MATRICES) * self._count:
                 self._hand_on()
             return loaded
@@ -97,7 +95,7 @@ class NewExperts:
             raise WeightsError(f"{what} was given twice", fix="give each weight once")
         if tuple(weight.shape) != self._shapes[matrix]:
             raise WeightsError(
-                f"{what} has the shape {[*weight.shape]}, not {[*self._shapes[matrix]]}"
+                f"{what} has the shape {[*weight.shape]}, not {[*self._shapes[matrix]]}", fix=SAME
             )
 
     def _hand_on(self) -> None:
