@@ -146,6 +146,7 @@ _TABLE = {
         _RELOAD + "layerwise:finalize_layerwise_reload": "",
         _RELOAD + "layerwise:get_layerwise_info": "layer",
         _RELOAD + "layerwise:initialize_layerwise_reload": "model",
+        _RELOAD + "meta:SKIP_TENSORS": "",
         **_attributes(
             _RELOAD + "types:LayerReloadingInfo", "load_numel_total restore_metadata reset can_load"
         ),

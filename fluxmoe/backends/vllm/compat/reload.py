@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     get_layerwise_info,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 
 
 def exempt(module: torch.nn.Module) -> None:
@@ -40,6 +41,23 @@ def unloaded(module: torch.nn.Module, name: str) -> torch.Tensor:
     """A parameter of a module as it was before it was first loaded, on the meta device."""
     weight: torch.Tensor = get_layerwise_info(module).restore_metadata[0][name]
     return weight
+
+
+def unfollowing(model: torch.nn.Module) -> list[str]:
+    """Names of buffers that would keep old weights.
+
+    They were views of a parameter when the model was built. If what followed loading gave the
+    parameter other memory, they are not written with it any more.
+    """
+    found = []
+    for prefix, module in model.named_modules():
+        captured = get_layerwise_info(module).restore_metadata[1]
+        memory = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+        for name in module._non_persistent_buffers_set - captured.keys() - SKIP_TENSORS:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.untyped_storage().data_ptr() not in memory:
+                found.append(f"{prefix}.{name}")
+    return sorted(found)
 
 
 def pack_tied(model: torch.nn.Module) -> None:
@@ -84,6 +102,7 @@ __all__ = [
     "pack_tied",
     "readmit",
     "set_current_vllm_config",
+    "unfollowing",
     "unloaded",
     "weights_of",
 ]

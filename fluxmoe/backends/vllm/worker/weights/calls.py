@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
 from fluxmoe.errors import UnsupportedError
 
@@ -52,8 +52,8 @@ def guard_loading(model: Any, door: WeightDoor) -> None:
         if hasattr(module, "load_weights"):
             inner = _inside(door, module.load_weights, "load_weights of a part of the model")
             module.load_weights = door.update if module is model else inner
-        for weight in module.parameters(recurse=False):
-            if isinstance(module, PagedRoutedExperts):
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(module, PagedRoutedExperts) and name in PARTS:
                 weight.weight_loader = refusing("weight_loader")
             elif hasattr(weight, "weight_loader"):
                 weight.weight_loader = _inside(door, weight.weight_loader, "weight_loader")

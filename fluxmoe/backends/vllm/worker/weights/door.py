@@ -54,6 +54,7 @@ class WeightDoor:
         self._model, self._layers, self._runtime = model, layers, runtime
         self._config, self._folder = config, folder
         self._load: Callable[[Iterable[Any]], Any] = model.load_weights
+        self._unfollowing = reload.unfollowing(model)
         self.board = Board()
         #: True within an update: only then may vLLM's loaders be called.
         self.open = False
@@ -186,6 +187,11 @@ class WeightDoor:
                 f"{len(missing)} weights are missing, such as {missing[0]}",
                 where=_ONE,
                 fix="give all weights of the model, or only experts",
+            )
+        if self._unfollowing:
+            raise UnsupportedError(
+                f"only the experts of this model can change: vLLM keeps {self._unfollowing[0]}",
+                fix="restart the server with the new weights",
             )
         if not self._config.model_config.enforce_eager:
             raise UnsupportedError(
