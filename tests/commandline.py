@@ -47,7 +47,7 @@ def terminal(*arguments, columns=80, program="from fluxmoe.cli import main; main
     ) as process:  # fmt: skip
         os.close(theirs)
         shown = b""
-        with contextlib.suppress(OSError):  # the end of a terminal's output
+        with contextlib.suppress(OSError):  # a terminal's output ends with an OSError
             while more := os.read(ours, 1 << 16):
                 shown += more
         os.close(ours)

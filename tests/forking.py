@@ -19,7 +19,7 @@ def c_fork() -> int:
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(3600)
-    time.sleep(0.02)  # those that wait already go first
+    time.sleep(0.02)  # threads that already wait go first
     pid = _fork()
     sys.setswitchinterval(interval)
     return pid

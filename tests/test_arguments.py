@@ -1,6 +1,6 @@
 """Arguments of the Python API: policies as classes and instances, wrong types, files that exist.
 
-B5 and B10; what needs torch is in ``tests/torch/test_arguments.py``.
+B5 and B10. ``tests/torch/test_arguments.py`` has the tests that need torch.
 """
 
 from __future__ import annotations

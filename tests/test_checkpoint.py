@@ -82,7 +82,7 @@ def test_an_expert_that_is_missing(model: Path) -> None:
     save_file(tensors, model / WEIGHTS)
     assert refused(model).what == f"{EXPERT} is missing"
     for name in [name for name in tensors if ".experts.3." in name]:
-        del tensors[name]  # of every layer, a gap in the numbers
+        del tensors[name]  # a gap in the numbers of every layer
     save_file(tensors, model / WEIGHTS)
     assert "experts.3." in refused(model).what
 
@@ -110,7 +110,7 @@ def test_files_in_shards(model: Path) -> None:
     (model / INDEX).write_text(json.dumps({}))
     assert "no weight_map" in refused(model).what
     (model / INDEX).unlink()
-    assert "is missing" in refused(model).what  # half of the experts, and nothing says so
+    assert "is missing" in refused(model).what  # only the number of experts shows it
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -155,7 +155,7 @@ def test_a3_several_files_without_an_index(model: Path) -> None:
         weight_bytes(str(model))
 
 
-#: Architecture → where its experts are, how many, and their parts.
+#: Architecture → location, number and parts of its experts.
 PLACES = {
     "qwen3-moe": ("mlp.experts", 16, ("down_proj", "gate_proj", "up_proj")),
     "mixtral": ("block_sparse_moe.experts", 8, ("w1", "w2", "w3")),
@@ -272,7 +272,7 @@ def test_experts_in_one_tensor(originals: Callable[[str], Path], tmp_path: Path)
         assert said in refused(broken).what
         (broken / "config.json").write_text(json.dumps(nested))
         assert said in refused(broken).what
-    # As Granite calls them.
+    # With Granite's names.
     granite = tmp_path / "granite"
 
     def renamed(tensors: Tensors) -> None:
@@ -323,14 +323,14 @@ LATER = {name: shape for name, shape in MOE.items() if "layers.0." not in name}
         (MOE | layer(4, "mlp.down_proj.weight", "eh_proj.weight"), {}),
         (MOE | layer(0, *experts(2), stack="mtp.layers"), {}),
         (MOE | layer(0, "fc1.weight", stack="visual.blocks"), {}),
-        # Some numbers say nothing of a layer, or something else of each.
+        # Values that give no number for a layer, or one number per layer.
         (MOE, {"num_experts": [2, 2]}),
         (LATER | layer(0, *experts(2)), {"num_experts": [2, 4, 4, 4]}),
         (MOE, {"num_experts": None}),
         (MOE, {"num_hidden_layers": None}),
-        # Other layers that mix, but with attention or a state in place of experts.
+        # Layers called mixers that contain attention or a state instead of experts.
         (LATER | layer(0, "mixer.in_proj.weight"), {}),
-        # Quantised ones, whose scales not all experts need have.
+        # Quantised experts, some of which may lack scales.
         (
             {n: s for i in range(4) for n, s in layer(i, *experts(end="weight_packed")).items()}
             | {"model.layers.1.mlp.experts.2.w1.input_scale": ()},

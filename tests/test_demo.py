@@ -28,7 +28,7 @@ def result() -> dict[str, Any]:
     process = demo("--json", *small)
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
-    answer: dict[str, Any] = json.loads(process.stdout)  # all of it
+    answer: dict[str, Any] = json.loads(process.stdout)  # all of stdout
     return answer
 
 
@@ -53,7 +53,7 @@ def test_outcome(result: dict[str, Any]) -> None:
     stock, fluxmoe = result["stock"], result["fluxmoe"]
     assert result["tokens_identical"] is True
     assert result["requests"] == 8
-    # The budget starves stock; FluxMoE runs all of them at once.
+    # The budget starves stock; FluxMoE runs all requests at once.
     assert 2 <= stock["peak_running"] <= 4
     assert fluxmoe["peak_running"] == 8
     assert result["speedup"] == pytest.approx(
@@ -70,7 +70,7 @@ def test_one_budget(result: dict[str, Any]) -> None:
     assert budget == experts + 4 * block
     for engine in (stock, fluxmoe):
         assert engine["kv_bytes"] == engine["kv_blocks"] * block
-        # Neither is over the budget, and neither is denied a part worth naming.
+        # Neither engine exceeds the budget or leaves a notable part of it unused.
         assert 0.95 * budget < engine["expert_bytes"] + engine["kv_bytes"] <= budget
     assert stock["expert_bytes"] == experts
     assert fluxmoe["expert_bytes"] < experts

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fluxmoe.__file__).parent
 
 GROUND = {"types", "owner"}
-#: Room of the core → rooms that it may import.
+#: Folder of the core → folders that it may import.
 CORE: dict[str, set[str]] = {
     "types": set(),
     "owner": set(),
@@ -41,7 +41,7 @@ CORE: dict[str, set[str]] = {
     "paging": GROUND | {"compiled", "transfer", "memory", "policy"},
     "arbitration": GROUND | {"compiled", "transfer", "memory", "policy", "paging"},
 }
-#: The same for the whole package: each line may import the lines below it.
+#: The whole package: each line may import the lines below it.
 PACKAGES = (
     ("cli",),
     ("demo", "plan", "testing"),

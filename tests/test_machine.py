@@ -88,7 +88,7 @@ def test_a4_a_limit_of_an_outer_cgroup(root: Path, version: int) -> None:
     found = machine.memory()
     assert (found.total, found.available) == (2 * GIB, GIB * 3 // 2)
     assert found.limit.endswith("/pod")
-    # The outer one is larger, but others use it.
+    # The outer group is larger, but other processes use it.
     limited(top / "pod", version, 4 * GIB, 3 * GIB)
     assert machine.memory().available == GIB
 

@@ -181,7 +181,7 @@ def evicts() -> Evicts:
     return Evicts()
 
 
-evicts.__doc__ = NASTY[8:]  # a class could not have it
+evicts.__doc__ = NASTY[8:]  # a class statement could not set it
 
 
 def plugin(hook) -> ModuleType:

@@ -1,4 +1,7 @@
-"""The configuration: one YAML document, validated as a whole, sizes written as ``24GiB``."""
+"""The configuration: one YAML document, validated as a whole, sizes written as ``24GiB``.
+
+Imports the contracts of policies in the core, and modules below it; no engine.
+"""
 
 from fluxmoe.config.reading import json_schema, load, parse, parse_limits, size
 from fluxmoe.config.schema import (

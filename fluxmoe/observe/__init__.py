@@ -1,1 +1,4 @@
-"""Observation of a running server through its ``/metrics``."""
+"""Observation of a running server through its ``/metrics``.
+
+Imports the core; no engine.
+"""

@@ -156,6 +156,13 @@ def named(name: str) -> ModuleType:
     path, where = Path(name), f"plugin {name}"
     if not is_plugin_file(name):
         return attempt(lambda: importlib.import_module(name), "cannot import it: ", where=where)
+    if path.is_dir():
+        files = ", ".join(sorted(str(file) for file in path.glob("*.py"))[:3])
+        raise PluginLoadError(
+            "a folder, not a .py file or module",
+            where=where,
+            fix=f"use {files or 'a .py file in it'}",
+        )
     if not path.is_file():
         raise PluginLoadError("no such file", where=where)
     # One name per path, so that two files with the same name do not collide.

@@ -1,1 +1,4 @@
-"""Stores of clean copies of expert pages: host memory and page files, both with optional codec."""
+"""Stores of clean copies of expert pages: host memory and page files, both with optional codec.
+
+Imports the core, ``checkpoint`` and ``hookspecs``.
+"""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,19 @@ from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import PageFileError, StoreError
 from fluxmoe.stores.coding import Coder
 from fluxmoe.stores.overlay import Overlay
-from fluxmoe.stores.pagefile import PageFile, PageFileWriter
-from fluxmoe.stores.parts import LENGTH, OFFSET, RAW_SUM, SECTOR, Index, checksum, sectors
+from fluxmoe.stores.pagefile import PageFile
+from fluxmoe.stores.pagewriter import PageFileWriter
+from fluxmoe.stores.reader import (
+    LENGTH,
+    OFFSET,
+    RAW_SUM,
+    DamagedPageError,
+    Index,
+    PageReader,
+    Scratch,
+    checksum,
+    sectors,
+)
 
 logger = logging.getLogger("fluxmoe")
 
@@ -52,8 +61,7 @@ class FileTier:
         options: Mapping[str, Any] | None = None,
         direct: bool = True,
     ) -> None:
-        self._shape = (geometry.num_pages, len(page_class.parts))
-        self._page_class = page_class
+        self._shape = (geometry.num_pages, [part.nbytes for part in page_class.parts])
         self._about = {
             "codec": coder.name,
             # Some codecs need them to decode. Normalised to what JSON returns.
@@ -63,7 +71,6 @@ class FileTier:
             "parts": [[part.name, part.nbytes] for part in page_class.parts],
         }
         self._folder, self._coder, self._limit, self._direct = folder, coder, limit, direct
-        self._largest = max(part.nbytes for part in page_class.parts)
         self._path: Path | None = None
         self._file: PageFile | None = None
         self._writer: PageFileWriter | None = None
@@ -71,7 +78,7 @@ class FileTier:
         self._staged: dict[int, Index] = {}
         self._growth = 0  # of nbytes, by the staged pages
         self._held: dict[int, int] = {}  # page → bytes, in the order put
-        self._scratch = threading.local()
+        self._coded = Scratch(sum(sectors(part.nbytes) for part in page_class.parts))
         self.nbytes = 0
 
     def put(self, page: int, parts: Sequence[Bytes]) -> bool:
@@ -107,21 +114,28 @@ class FileTier:
         if not self._held:  # no page fit
             self._writer.abandon()
         else:
-            self._writer.finish()
-            self._file = self._open(self._path)
+            self._file = self._writer.finish(direct=self._direct)
         self._writer = None
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """Read a page; retry once on failure.
 
         Raises:
-            StoreError: The second attempt failed as well.
+            StoreError: The second attempt failed as well. A damaged file is set aside.
         """
+        overlay: PageReader | None = self._overlay
+        file = overlay if overlay is not None and overlay.index[page, 0, OFFSET] else self._file
+        if file is None:
+            raise StoreError(f"page {page} is not in the store")
         try:
-            self._read(page, parts)
+            self._read(file, page, parts)
         except StoreError as error:
             logger.warning("a read failed, retrying once: %s", error)
-            self._read(page, parts)
+            try:
+                self._read(file, page, parts)
+            except DamagedPageError:
+                file.set_aside()
+                raise
 
     def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
         kept = [self._coder.encode(np.ascontiguousarray(part)) for part in parts]
@@ -129,8 +143,7 @@ class FileTier:
         if self._limit is not None and self.nbytes + growth > self._limit:
             return False
         if self._overlay is None:
-            pages, _ = self._shape
-            self._overlay = Overlay(self._folder, pages, self._page_class, direct=self._direct)
+            self._overlay = Overlay(self._folder, *self._shape, direct=self._direct)
         sums = [checksum(np.ascontiguousarray(part)) for part in parts]
         self._staged[page] = self._overlay.write(page, kept, sums)
         self._growth = growth
@@ -139,7 +152,7 @@ class FileTier:
     def commit(self) -> None:
         for page, entry in self._staged.items():
             assert self._overlay is not None
-            self._overlay.index[page] = entry
+            self._overlay.replace(page, entry)
             self._held[page] = sum(sectors(int(length)) for length in entry[:, LENGTH])
         self.nbytes += self._growth
         self.discard()
@@ -188,33 +201,33 @@ class FileTier:
         try:
             self._writer = PageFileWriter(self._path, self._about, *self._shape)
             for page in self._held:
-                for part, (_, length, _, total) in enumerate(old.index[page].tolist()):
-                    data = np.empty(length, np.uint8)
-                    old.read(page, part, data, self._room(length))
-                    self._writer.append(page, part, data, total)
+                entry = old.index[page]
+                kept = [np.empty(length, np.uint8) for length in entry[:, LENGTH].tolist()]
+                old.read(page, kept)
+                for part, data in enumerate(kept):
+                    self._writer.append(page, part, data, int(entry[part, RAW_SUM]))
+        except DamagedPageError:
+            old.set_aside()
+            raise
         finally:
             old.close()
 
-    def _read(self, page: int, parts: Sequence[Bytes]) -> None:
-        file: PageFile | Overlay | None = self._file
-        if self._overlay is not None and self._overlay.holds(page):
-            file = self._overlay
-        if file is None:
-            raise StoreError(f"page {page} is not in the store")
-        for part, out in enumerate(parts):
-            length = int(file.index[page, part, LENGTH])
-            room = self._room(length)
+    def _read(self, file: PageReader, page: int, parts: Sequence[Bytes]) -> None:
+        room, targets = self._coded.memory, []
+        for out, length in zip(parts, file.index[page, :, LENGTH].tolist(), strict=True):
             if length == len(out):
-                file.read(page, part, out, room)
+                targets.append(out)
             else:
-                kept = room[sectors(length) :][:length]
-                file.read(page, part, kept, room)
-                self._coder.decode(kept, out)
-
-    def _room(self, nbytes: int) -> Bytes:
-        """This thread's scratch memory: twice a part in whole sectors, aligned to a sector."""
-        room: Bytes | None = getattr(self._scratch, "room", None)
-        if room is None:
-            memory = mmap.mmap(-1, 2 * sectors(self._largest) + SECTOR)
-            room = self._scratch.room = np.frombuffer(memory, np.uint8)
-        return room
+                targets.append(room[:length])
+                room = room[sectors(length) :]
+        file.read(page, targets)
+        for part, (out, target) in enumerate(zip(parts, targets, strict=True)):
+            if target is out:
+                continue
+            self._coder.decode(target, out)
+            expected = int(file.index[page, part, RAW_SUM])
+            if not file.verified[page] and checksum(out) != expected:
+                raise DamagedPageError(
+                    f"part {part} of page {page} is not what was encoded", where=str(file.path)
+                )
+        file.verified[page] = True

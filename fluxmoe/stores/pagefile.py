@@ -5,159 +5,140 @@ of the text that follows (u32), its CRC-32 (u32), and the text: JSON with ``abou
 codec and its options, layers, experts, parts), ``index`` (offset of the index) and ``index_crc``.
 Then the stored parts, padded with zeros to 4096 bytes. Then the index, four u64 per page and part:
 offset of the part (0: not in this file), its stored length, its stored checksum, and the checksum
-of the original. Checksums are those of docs/concepts/code.md.
+of the original. Checksums are those of docs/concepts/lossless-code.md.
 
-A file is written under a temporary name and renamed once all of it is on disk, so an unfinished
-file is never visible.
+``pagewriter`` writes the files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
+import stat
 import struct
-import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
-from fluxmoe.core.owner import Owner
-from fluxmoe.core.types import Bytes
 from fluxmoe.errors import PageFileError
-from fluxmoe.stores.parts import SECTOR, Index, PartReader, checksum, failure, sectors, write
+from fluxmoe.stores.reader import LENGTH, OFFSET, SECTOR, Index, PageReader, failure, sectors
 
-_MAGIC, _VERSION = b"FXMPAGES", 1
-_HEAD = struct.Struct("<8sIII")
+MAGIC, VERSION = b"FXMPAGES", 1
+PREFIX = struct.Struct("<8sIII")
 
-#: Suffix of an unfinished file.
-_PART = ".part"
-
-
-class PageFileWriter:
-    """Writes a page file, which is visible at ``path`` once ``finish`` returns.
-
-    Raises (all methods):
-        PageFileError: A system call failed; no file remains.
-    """
-
-    def __init__(self, path: Path, about: dict[str, Any], pages: int, parts: int) -> None:
-        self._path, self._about, self._owner = path, about, Owner()
-        self._index: Index = np.zeros((pages, parts, 4), np.uint64)
-        self._end = SECTOR
-        self._part_name = ""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(path)
-            self._fd, self._part_name = tempfile.mkstemp(_PART, path.stem + "-", path.parent)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)  # released however this process ends
-        except OSError as error:
-            raise failure(error, path, "cannot be created") from error
-
-    def append(self, page: int, part: int, kept: Bytes, raw_sum: int) -> None:
-        """Append a page's part in stored form."""
-        self._write(kept, self._end)
-        self._index[page, part] = self._end, len(kept), checksum(kept), raw_sum
-        self._end += sectors(len(kept))
-
-    def finish(self) -> None:
-        """Write index and header, and flush the file to disk."""
-        index = self._index.reshape(-1).view(np.uint8)
-        self._write(index, self._end)
-        head = {"about": self._about, "index": self._end, "index_crc": zlib.crc32(index.data)}
-        text = json.dumps(head).encode()
-        if _HEAD.size + len(text) > SECTOR:
-            raise self._abandon(PageFileError(f"a header of {len(text)} bytes is too long"))
-        header = _HEAD.pack(_MAGIC, _VERSION, len(text), zlib.crc32(text)) + text
-        self._write(np.frombuffer(header, np.uint8), 0)
-        try:
-            os.ftruncate(self._fd, sectors(self._end + index.nbytes))
-            os.fsync(self._fd)
-            os.close(self._fd)
-            os.replace(self._part_name, self._path)
-            self._part_name = ""
-        except OSError as error:
-            raise self._abandon(failure(error, self._path, "cannot be written")) from error
-
-    def abandon(self) -> None:
-        """Remove the unfinished file. Idempotent; does nothing after ``finish``."""
-        if self._part_name and self._owner.here:
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
-            with contextlib.suppress(OSError):
-                os.unlink(self._part_name)
-            self._part_name = ""
-
-    def _write(self, data: Bytes, offset: int) -> None:
-        try:
-            write(self._fd, data, offset)
-        except OSError as error:
-            raise self._abandon(failure(error, self._path, "cannot be written")) from error
-
-    def _abandon(self, error: PageFileError) -> PageFileError:
-        self.abandon()
-        return error
+#: Suffix of a file in which damage was found.
+BAD = ".damaged"
 
 
-def _remove_orphans(path: Path) -> None:
-    """Remove unfinished files for ``path`` left by killed processes."""
-    for orphan in path.parent.glob(f"{path.stem}-*{_PART}"):
-        with contextlib.suppress(OSError), orphan.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            orphan.unlink()
+class Head(BaseModel, strict=True, extra="forbid"):
+    """The text of the header."""
+
+    about: dict[str, Any]
+    index: int = Field(ge=SECTOR, multiple_of=SECTOR, lt=2**62)
+    index_crc: int
 
 
-class PageFile(PartReader):
+class PageFile(PageReader):
     """A complete page file, open for reading from several threads.
+
+    Whatever the file says is judged here, so that later reads rely on it.
 
     Args:
         path: The file.
         about: The expected description of the contents.
-        direct: Read uncached parts with direct I/O.
+        sizes: Bytes of each part before encoding.
+        direct: Read pages that are not in the page cache with direct I/O.
 
     Raises:
-        PageFileError: The file is missing or incomplete, or has different contents.
+        PageFileError: The file is missing, incomplete or damaged, has different contents, or may be
+            changed by another user.
     """
 
     def __init__(
-        self, path: Path, about: dict[str, Any], pages: int, parts: int, *, direct: bool = True
+        self,
+        path: Path,
+        about: dict[str, Any],
+        pages: int,
+        sizes: Sequence[int],
+        *,
+        direct: bool = True,
     ) -> None:
+        self.path = path
         try:
-            fd = os.open(path, os.O_RDONLY)
+            # O_NONBLOCK: opening a FIFO would wait for a writer.
+            self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise failure(error, path, "cannot be read") from error
         try:
-            index = _checked_index(fd, path, about, pages, parts)
+            self.nbytes = self._judged_size()
+            index = self._judged_index(about, pages, sizes)
         except OSError as error:
-            os.close(fd)
+            os.close(self._fd)
             raise failure(error, path, "cannot be read") from error
         except BaseException:
-            os.close(fd)
+            os.close(self._fd)
             raise
-        fix = "delete the file; the next start rebuilds it"
-        super().__init__(fd, index, path, direct=direct, fix=fix)
+        fix = "start again: the file was set aside and will be rebuilt"
+        super().__init__(self._fd, path, index, sizes, direct=direct, fix=fix)
+
+    def _judged_size(self) -> int:
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise self._error("not a regular file")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise self._error(f"the file belongs to user {status.st_uid}")
+        return status.st_size
+
+    def _judged_index(self, about: dict[str, Any], pages: int, sizes: Sequence[int]) -> Index:
+        header = os.pread(self._fd, SECTOR, 0)
+        if len(header) < SECTOR or header[: len(MAGIC)] != MAGIC:
+            raise self._error("not a page file")
+        _, version, length, crc = PREFIX.unpack_from(header)
+        if version != VERSION:
+            raise self._error(f"unsupported version {version}")
+        text = header[PREFIX.size : PREFIX.size + length]
+        try:
+            head = Head.model_validate_json(text)
+        except ValueError:
+            head = None
+        if zlib.crc32(text) != crc or head is None:
+            raise self._error("the header is damaged")
+        if head.about != about:
+            raise self._error("the layout, codec or options differ")
+        nbytes = pages * len(sizes) * 4 * 8
+        if self.nbytes != sectors(head.index + nbytes):
+            raise self._error("the file is truncated or too long")
+        raw = os.pread(self._fd, nbytes, head.index)
+        index = np.frombuffer(raw, np.uint64).reshape(pages, len(sizes), 4)
+        if zlib.crc32(raw) != head.index_crc or not _consistent(index, sizes, head.index):
+            raise self._error("the index is damaged")
+        return index
+
+    def set_aside(self) -> None:
+        """Rename the file, unless another has its name now, so that the next start builds one."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                os.replace(self.path, self.path.with_suffix(BAD))
+
+    def _error(self, what: str) -> PageFileError:
+        return PageFileError(what, where=str(self.path))
 
 
-def _checked_index(fd: int, path: Path, about: dict[str, Any], pages: int, parts: int) -> Index:
-    header = os.pread(fd, SECTOR, 0)
-    if len(header) < SECTOR or header[: len(_MAGIC)] != _MAGIC:
-        raise PageFileError("not a page file", where=str(path))
-    _, version, length, crc = _HEAD.unpack_from(header)
-    if version != _VERSION:
-        raise PageFileError(f"unsupported version {version}", where=str(path))
-    text = header[_HEAD.size : _HEAD.size + length]
-    if zlib.crc32(text) != crc:
-        raise PageFileError("the header is damaged", where=str(path))
-    head = json.loads(text)
-    if head["about"] != about:
-        raise PageFileError("the layout, codec or options differ", where=str(path))
-    nbytes = pages * parts * 4 * 8
-    if os.fstat(fd).st_size != sectors(head["index"] + nbytes):
-        raise PageFileError("the file is truncated or too long", where=str(path))
-    raw = os.pread(fd, nbytes, head["index"])
-    if zlib.crc32(raw) != head["index_crc"]:
-        raise PageFileError("the index is damaged", where=str(path))
-    return np.frombuffer(raw, np.uint64).reshape(pages, parts, 4)
+def _consistent(index: Index, sizes: Sequence[int], end: int) -> bool:
+    """True if the pages lie within the file, each in whole sectors with its parts side by side."""
+    offsets, lengths = index[..., OFFSET], index[..., LENGTH]
+    there = offsets[:, 0] != 0
+    if index[~there].any() or (offsets > end).any() or (lengths > np.array(sizes, np.uint64)).any():
+        return False
+    room = -(-lengths.astype(np.int64) // SECTOR) * SECTOR
+    ends = offsets.astype(np.int64) + room
+    return bool(
+        (lengths[there] > 0).all()
+        and (offsets % SECTOR == 0).all()
+        and (ends[:, :-1] == offsets[:, 1:].astype(np.int64))[there].all()
+        and (ends <= end).all()
+    )

@@ -30,7 +30,7 @@ class Survey:
         plain: Number of parts that a store would keep uncoded.
         raw_bytes, coded_bytes: Bytes of the originals, and bytes that a store would keep.
         segments, escapes, raw_segments, zero_coded: Counts of ``fixed4``
-            (docs/concepts/code.md).
+            (docs/concepts/lossless-code.md).
         weights, zeros: Number of bf16 weights, and of those equal to 0 or −0.
     """
 

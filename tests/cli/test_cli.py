@@ -99,7 +99,7 @@ def test_everything_at_once(trace, plugin, tmp_path):
         for prefetch in ("none", "next-layer")
     ]
     assert all(r["tokens_per_s"] > 0 and 0 < r["stall_share"] < 1 for r in results)
-    assert "belady" in out.read_text()  # the optimum was added to the report, and to it alone
+    assert "belady" in out.read_text()  # only the report includes the optimum
     printed = succeeds("simulate", trace, "--policy", "lru", "--capacity", "25%",
                        "--hardware", "rtx4090-pcie4")  # fmt: skip
     assert "tokens/s" in printed
@@ -351,7 +351,7 @@ def test_c13_python_m():
 
 
 def test_c13_completion(monkeypatch):
-    # The shell is otherwise that of a parent process, which a job of a continuous build lacks.
+    # Otherwise, typer looks for a shell among the parent processes; a CI job has none.
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     assert "_FLUXMOE_COMPLETE" in succeeds("--show-completion", "bash")
     monkeypatch.setenv("_FLUXMOE_COMPLETE", "complete_bash")

@@ -299,7 +299,7 @@ def test_the_schema_describes_every_key_at_the_top():
 
 
 def test_the_example_is_checked_complete_and_tells_the_defaults(monkeypatch):
-    free_memory(monkeypatch, 1 << 36)  # its budget and its model are those of a larger machine
+    free_memory(monkeypatch, 1 << 36)  # the example is for a larger machine
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert "vLLM will look it up on the Hub" in succeeds("check", EXAMPLE)
     given = yaml.safe_load(EXAMPLE.read_text())

@@ -87,7 +87,7 @@ def test_c6_no_card_is_the_default():
 
 
 def test_c15_a_recommended_split_below_one_token_s_pages_is_remarked_on(tmp_path):
-    # 16 layers of 8 experts, of which a token uses 6: a cycle of 96 pages, and little memory.
+    # 16 layers of 8 experts, a token uses 6 of them: a cycle of 96 pages, and little memory.
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 16, "hidden_size": 512,
               "vocab_size": 1000, "num_experts": 8, "num_experts_per_tok": 6,
               "moe_intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4,

@@ -1,4 +1,4 @@
-"""E11: any name can be shown, and standard output may take nothing: no traceback."""
+"""E11: no traceback, whatever the names, and even if standard output accepts nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_e11_names_are_no_markup(tmp_path, name, monkeypatch):
     trace = f"{name.replace('/', '')}.parquet"
     succeeds(*synth(layers=2, experts=4, top_k=1, steps=3, batch=1), "--out", trace)
     assert f"{trace}: " in succeeds("trace", "info", trace)
-    if ":" not in name and "=" not in name:  # which begin options
+    if ":" not in name and "=" not in name:  # these separate options
         run = ["simulate", trace, "--plugin", plugin, "--capacity", "4", "--policy", name]
         assert f" {name} " in succeeds(*run)
 
@@ -54,7 +54,7 @@ def test_e11_a_file_name_that_is_not_unicode(tmp_path):
 def test_e11_a_character_that_the_terminal_has_not():
     done = shell("f policies", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"\u03c1" in done.stdout  # of rho
+    assert rb"\u03c1" in done.stdout  # the ρ of rho
 
 
 @pytest.mark.parametrize("options", ["", "--json"])

@@ -108,7 +108,7 @@ def test_on_a_fast_card_only_the_last_few_per_cent_are_streamed(large):
         assert 0.95 < plan.recommended.resident_share < 1
         gain = plan.recommended.tokens_per_s / plan.resident.tokens_per_s
         assert 1.05 < gain < 1.25
-        # Streaming everything is hopeless, as those found who tried it.
+        # Streaming everything is far too slow, as other projects have measured.
         assert plan.curve[0].tokens_per_s < 0.3 * plan.resident.tokens_per_s
 
 
@@ -148,7 +148,7 @@ def test_every_split_keeps_to_the_budget_and_none_beats_the_best(large, requests
         assert 1 <= point.requests <= requests
         assert point.requests * model.request_bytes(2048) <= point.kv_bytes
         assert 0 <= point.stall_ms < point.step_ms
-    # 5 % for doing nothing, 0.5 % for splits that are as good as the best.
+    # 5 %: the threshold of the verdict; 0.5 %: splits that count as equal to the best.
     slack = 1.05 if plan.verdict == "nothing" else 1.006
     assert plan.recommended.tokens_per_s * slack >= best
 
@@ -160,11 +160,11 @@ def test_a_trace_says_what_is_missed():
     events = Events.load(shipped.path("decode-1"))
     curve = cost.traced_curve(events, model)
     assert len(curve) == model.pages + 1
-    assert 0.9 < curve[0] <= 1 and curve[-1] == 0  # first uses are left out
+    assert 0.9 < curve[0] <= 1 and curve[-1] == 0  # first uses are excluded
     assert np.all(np.diff(curve) <= 1e-12)
     assert np.allclose(curve, convex_hull(curve))
     middle = model.pages // 2
-    assert curve[middle] < cost.even_curve(model.pages)[middle]  # favourites
+    assert curve[middle] < cost.even_curve(model.pages)[middle]  # popular experts
     foreign = dataclasses.replace(model, experts=32)
     with pytest.raises(ConfigError, match="6 x 32"):
         cost.traced_curve(events, foreign)

@@ -28,7 +28,7 @@ def values(rows, *fields):
     return [row[field] for row in rows for field in fields]
 
 
-#: Command → the numbers of its --json that its tables show.
+#: Command → the numbers in its JSON that its tables show.
 COMMANDS = {
     "simulate": (RUNS, lambda data: values(data, *SIMULATED, "bytes_demand", "bytes_prefetch")),
     "simulate, timed": (

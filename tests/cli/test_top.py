@@ -15,7 +15,7 @@ from fluxmoe.observe import snapshot
 from tests.commandline import command, fails, succeeds
 from tests.web import served
 
-#: Unix time, and the same on the clock, of the zeroth decision.
+#: Unix time of decision 0: local noon.
 NOON = int(time.mktime((2026, 1, 2, 12, 0, 0, 0, 0, -1)))
 LABELS = {"model_name": "m", "engine": "0"}
 
@@ -100,7 +100,7 @@ def test_json_is_the_snapshot(serve):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Time passes at once; a second for every one that is slept."""
+    """Replace the clock: sleeping returns at once and advances it."""
     now = [0.0]
     monkeypatch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -119,7 +119,7 @@ def test_c7_once_and_json_show_rates_of_an_interval(serve):
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_c7_columns_do_not_jump(width):
-    """Whatever the numbers, all lines of a frame's upper part have the same columns."""
+    """All lines in the upper part of a frame have the same columns for all numbers."""
     console = output.console()
     console.width = width
 
@@ -184,7 +184,7 @@ def test_rates_are_those_of_the_interval():
     assert rates.hit_rate == 1.0
     assert rates.tokens_per_s == 50
     assert rates.token_ms is None and rates.stall_share == 0
-    again = snapshot.rates(before, after, 2.0)  # a server that was started again
+    again = snapshot.rates(before, after, 2.0)  # the server was restarted
     assert again.hit_rate == 1.0 and again.tokens_per_s == 500
     console = output.console()
     with console.capture() as shown:

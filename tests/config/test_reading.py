@@ -42,7 +42,7 @@ def said(data: object) -> list[str]:
          "preset: it must be 'default', 'paper' or 'off', not 'papr'; did you mean 'paper'?"),
         ({**SMALL, "stores": [{"kind": "fil", "path": "x"}]},
          "stores.0.kind: it must be 'host' or 'file', not 'fil'; did you mean 'file'?"),
-        # Keys of the store's own kind only; a key that resembles nothing has no suggestion.
+        # Only keys of this kind of store are suggested; for a dissimilar key, none is.
         ({**SMALL, "stores": [{"kind": "host", "direct": True}]},
          "unknown key 'stores.0.direct'; remove it; known here: codec, kind, limit"),
         ({"memory": {"budget": 1, "zzz": 1}},

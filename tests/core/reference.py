@@ -42,7 +42,7 @@ class Reference:
         self.count: dict[int, int] = {}
         self.loaded: dict[int, int] = {}
         self.resident: set[int] = set()
-        self.own: list[int] = []  # of the running event: its pages, and those that are missing
+        self.own: list[int] = []  # of the current event: its pages, and its misses
         self.misses: list[int] = []
         self.leaving: list[int] = []
         self.protected: set[int] = set()
@@ -103,7 +103,7 @@ class Reference:
     def admit(self) -> None:
         bank, misses = self.bank_of[self.layer], self.misses
         short = len(misses) - self.free(bank)
-        if short > 0:  # point 4; protected pages only when there are no others (our choice)
+        if short > 0:  # point 4; protected pages only if no others are left (our choice)
             self.evict(bank, short, {*self.own, *self.protected})
             self.evict(bank, len(misses) - self.free(bank), set(self.own))
         for page in misses:  # point 5

@@ -113,7 +113,7 @@ class FakeCuda(CudaSubstrate):
     """Frames of a fake GPU, which checks that everything is returned."""
 
     def __init__(self, count, frame_bytes=FRAME, *, recycle=False, **options) -> None:
-        # As much memory as the budget has: what is not given back is missed at once.
+        # No more memory than the budget, so that unreturned memory is noticed at once.
         options.setdefault("pieces", count * frame_bytes // 4096)
         self.fake = FakeDriver(**options)
         with ExitStack() as undo:
@@ -127,7 +127,7 @@ class FakeCuda(CudaSubstrate):
         super().close()
         self.cuda.close()
         left = Counter(self.fake.live())
-        for site, kind in LEFT.items():  # what the driver would not take
+        for site, kind in LEFT.items():  # resources that the driver refused to take back
             left[kind] -= self.fake.plan.struck[site]
         assert max(left.values(), default=0) <= 0, self.fake.live()
         self.fake.close()
@@ -147,7 +147,7 @@ def fake_cuda(substrate: Substrate) -> FakeCuda | None:
 
 
 def fails_late(commit, decommit):
-    """A commit that has mapped its frames, and so has their memory, before it fails."""
+    """Make a commit that maps its frames, which allocates their memory, before it fails."""
 
     def late(address, frames):
         commit(address, frames)
@@ -184,7 +184,7 @@ class Rig:
         self.gpu = fake_cuda(self.memory.substrate)
         if self.gpu is None or threads:
             self.store = FaultyStore(host_store(self.geometry), plan)
-        else:  # with threads, which a GPU has no use for, its pages go through buffers
+        else:  # a GPU uses no copy threads; this covers pages copied through buffers
             store = host_store(self.geometry, self.gpu.cuda)
             self.store = FaultyAddressedStore(store, plan)
         with ExitStack() as undo:

@@ -16,14 +16,14 @@ from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.transfer.host import CopyPool
 from fluxmoe.errors import UnsupportedError
-from fluxmoe.stores.pagefile import PageFileWriter
+from fluxmoe.stores.pagewriter import PageFileWriter
 from tests.forking import FORKS
 
 
 def status(child: Callable[[], None], fork: str) -> int:
     if pid := FORKS[fork]():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's would need Python
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler would need Python
     signal.alarm(60)
     try:
         child()
@@ -68,10 +68,10 @@ def test_copy_threads(fork: str) -> None:
 
 @pytest.mark.parametrize("fork", FORKS)
 def test_a_page_file_that_is_being_written(fork: str, tmp_path: Path) -> None:
-    writer = PageFileWriter(tmp_path / "p.pages", {}, 1, 1)
+    writer = PageFileWriter(tmp_path / "p.pages", {}, 1, [10])
     assert status(writer.abandon, fork) == 0
     writer.append(0, 0, np.zeros(10, np.uint8), 0)
-    writer.finish()
+    writer.finish(direct=False).close()
     assert (tmp_path / "p.pages").exists()
 
 

@@ -88,7 +88,7 @@ def fake_card(pace: str) -> Card:
 
 
 def real_card() -> Card | str:
-    """Get the first GPU of this machine, or the reason why there is none."""
+    """Get the first GPU of this machine, or the reason for its absence."""
     try:
         return Card(CudaDriver())
     except FluxMoEError as error:

@@ -110,7 +110,7 @@ def test_memory_that_runs_out_is_told_apart_and_given_back(card):
         assert s.allocated() == 0
         s.commit(address, np.arange(4))
         assert card.firsts(address, 4) == [0] * 4
-    assert abs(card.cuda.memory()[0] - free) < 64 << 20  # the driver's own tables may stay
+    assert abs(card.cuda.memory()[0] - free) < 64 << 20  # the driver may keep its own tables
 
 
 def test_frames_that_are_given_back_are_free_for_others(card):
@@ -212,7 +212,7 @@ def test_kernels_read_their_own_pages_however_late_they_come(card, pinned):
             ahead=3 * PAGE_CLASS.nbytes,
         )
         engine = TransferEngine(copier, PAGE_CLASS.nbytes)
-        for _ in range(12):  # rounds, each with a look at what its kernels saw
+        for _ in range(12):  # each round checks what its kernels read
             expected = []
             for turn in range(6):
                 card.keep_busy(seen.address + 20 * FRAME, 6 * FRAME, 5)

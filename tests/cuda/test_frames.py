@@ -49,7 +49,7 @@ def passed(substrate: FakeCuda, *names: str) -> list[int]:
     return [substrate.fake.plan.passed[name] for name in names]
 
 
-# --- as few calls as can be -----------------------------------------------------------------------
+# --- minimal numbers of calls ---------------------------------------------------------------------
 
 
 def test_a_commit_maps_each_frame_and_sets_access_and_clears_once(make):
@@ -108,7 +108,7 @@ def test_nothing_is_unmapped_before_the_kernels_are_through(make):
     s.commit(address, frames(0))
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 def test_out_of_memory_is_told_apart_and_takes_nothing(make):
@@ -183,13 +183,13 @@ def test_whatever_call_fails_it_is_an_error_and_nothing_is_lost(site, recycle):
             scenario(s)
         except SubstrateError as error:
             errors.append(error)
-        for each in filter(None, [s, s, cuda, cuda]):  # what was refused goes at the second try
+        for each in filter(None, [s, s, cuda, cuda]):  # refused calls succeed at the second try
             try:
                 each.close()
             except SubstrateError as error:
                 errors.append(error)
         struck = plan.struck[site]
-        # A context that the driver does not let a thread leave stays.
+        # A context that cannot be popped stays.
         left = {"contexts": 1} if struck and site == "cuCtxPopCurrent" else {}
         assert fake.live() == left, (site, nth)
         del fake.plan
@@ -255,7 +255,7 @@ def test_an_arena_is_a_tensor_without_a_copy(make):
     arena = Arena(s, 4 * FRAME)
     exported = arena.export(5, 3000)
     assert exported.__dlpack_device__() == (dlpack.CUDA, 0)
-    # The fake's memory is the host's, and so it can be looked at.
+    # The fake's memory is host memory, so a CPU tensor can read it.
     tensor = torch.from_dlpack(Exported(exported.address, 5, 3000, (dlpack.CPU, 0)))
     assert (tensor.shape, tensor.dtype) == ((5, 3000), torch.uint8)
     assert tensor.data_ptr() == arena.address

@@ -101,7 +101,7 @@ def gpu():
     leaks.assert_none()
 
 
-# --- who waits for whom ---------------------------------------------------------------------------
+# --- order of copies and kernels ------------------------------------------------------------------
 
 
 @paces
@@ -118,7 +118,7 @@ def test_kernels_read_their_own_pages_however_late_they_come(gpu, pace, source):
                 g.demand(fresh)
                 holds |= fresh
             elif kind == 1:
-                g.prefetch(fresh)  # not to be read before they are completed
+                g.prefetch(fresh)  # must not be read before completion
                 holds = {slot: page for slot, page in holds.items() if slot not in fresh}
                 for slot, page in list(fresh.items())[: rng.integers(4)]:
                     g.engine.complete(0, page, slot)
@@ -131,7 +131,7 @@ def test_kernels_read_their_own_pages_however_late_they_come(gpu, pace, source):
                     holds[target] = holds[source_slot]
             for slot, page in holds.items():
                 g.expect(slot, page)
-    # `end` lets the kernels look, as far as they have not.
+    # `end` runs the kernels that have not run yet.
 
 
 def test_a_demand_overtakes_the_prefetches_that_wait_for_their_turn(gpu):
@@ -142,7 +142,7 @@ def test_a_demand_overtakes_the_prefetches_that_wait_for_their_turn(gpu):
     g.demand({9: 20})
     g.expect(9, 20)
     g.fake.timeline.finish(KERNELS)
-    assert g.rows[0][7, 0] == 0  # nothing has been written there yet
+    assert g.rows[0][7, 0] == 0  # not written yet
 
 
 def test_prefetches_go_on_when_those_before_have_arrived(gpu):
@@ -202,7 +202,7 @@ def test_a_prefetch_that_was_called_off_before_its_turn_is_never_made(gpu):
     assert not {2, 3} & set(g.store.reads[len(reads) :])
 
 
-# --- as few calls as can be -----------------------------------------------------------------------
+# --- minimal numbers of calls ---------------------------------------------------------------------
 
 
 def test_a_step_whose_pages_are_all_there_makes_no_call():
@@ -283,7 +283,7 @@ def test_a_prefetch_that_came_in_time_is_no_stall(gpu):
     assert g.engine.stall_seconds == 0
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 def test_a_page_that_cannot_be_read_ahead_does_not_keep_its_neighbours(gpu):
@@ -371,7 +371,7 @@ def test_a_whole_memory_manager_lives_through_the_failure_of_any_call(site, thre
         plan = FaultPlan()
         plan.arm(site, NO, nth)
         ground = rig = None
-        with contextlib.suppress(FluxMoEError):  # at the start it is an error, and that is all
+        with contextlib.suppress(FluxMoEError):  # at startup, the failure is only an error
             version = 12040 if site == "cuMemcpyHtoDAsync" else 13000
             pace = PACES[nth % len(PACES)]
             ground = FakeCuda(60, plan=plan, pace=pace, seed=nth, version=version)
@@ -381,11 +381,11 @@ def test_a_whole_memory_manager_lives_through_the_failure_of_any_call(site, thre
         if rig is not None:
             use(rig, np.random.default_rng(nth))
             ground.fake.timeline.finish()
-        for each in filter(None, [rig, rig, ground, ground]):  # what was refused is given back now
+        for each in filter(None, [rig, rig, ground, ground]):  # refused releases succeed now
             with contextlib.suppress(FluxMoEError):
                 each.close()
         struck += plan.struck[site]
-    # Nothing waits if there are no buffers and few demands.
+    # Without buffers and with few demands, nothing waits.
     assert struck or (site, threads) == ("cuEventSynchronize", 0)
 
 

@@ -44,7 +44,7 @@ FIRST_HOUR = [
 COLUMNS = 80
 _TABLE = re.compile("[│┃]")
 
-#: ``fluxmoe demo`` takes minutes and has a test of its own.
+#: ``fluxmoe demo`` takes minutes and has a separate test.
 ELSEWHERE = ("demo",)
 
 _FENCE = re.compile(
@@ -58,7 +58,7 @@ _TITLE = re.compile(r'title="([^"]+)"')
 
 
 class WrongPage(AssertionError):
-    """A page is wrong."""
+    """A page's code, command or output is wrong."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,11 @@ def run_with_vllm(path: Path, folder: Path) -> None:
     for block in blocks(path):
         if block.needs_vllm and block.language == "bash":
             with contextlib.chdir(folder):
-                run(path, folder)  # what the script finds in its folder
+                run(path, folder)  # creates files that the script needs
             _run_script(block, folder)
     parts = [b for b in blocks(path) if b.needs_vllm and b.language == "python"]
     script = folder / "snippets.py"
-    # Every snippet stands on the lines that it has in the page, so that a traceback tells them.
+    # Every snippet keeps its line numbers in the page, so that tracebacks show them.
     script.write_text("")
     lines: list[str] = []
     for block in parts:
@@ -225,7 +225,7 @@ def in_terminal(
         late = threading.Timer(600, os.killpg, (process.pid, signal.SIGKILL))
         late.start()
         said = b""
-        with contextlib.suppress(OSError):  # how the output of a terminal ends
+        with contextlib.suppress(OSError):  # a terminal's output ends with an OSError
             while more := os.read(ours, 1 << 16):
                 said += more
         process.wait()
@@ -296,7 +296,7 @@ def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[st
         try:
             output, _ = process.communicate(timeout=400)
         finally:
-            # A page that starts a server and fails leaves nothing running.
+            # End servers that a failed page has started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(command, process.returncode, output)

@@ -32,7 +32,7 @@ TRACES = {
 #: Capacities that hold the shipped model's largest event.
 SHARES = range(20, 101, 5)
 
-#: The measured day.
+#: Results of the measured day.
 PHASES = "2026-11-23-phases.json"
 
 #: Follows the browser's setting, like the site.
@@ -77,7 +77,7 @@ def promise(requests: int) -> str:
         if "config.json" in block.body
     )
     with tempfile.TemporaryDirectory() as folder:
-        # The model of the page about planning, written by that page's own snippet.
+        # The planning page's own snippet writes its model.
         exec(settings.replace('Path("', f'Path("{folder}/'), {})
         model = models.read(f"{folder}/qwen3-30b")
     plan = advice.make(
@@ -136,7 +136,7 @@ def _sheet(chart: Chart) -> str:
     return "\n".join([*parts, chart.svg().replace("<svg", at, 1), "</svg>\n"])
 
 
-#: Every computed picture and what draws it.
+#: Every computed picture and the function that draws it.
 MADE: dict[str, Callable[[], str]] = {
     **{
         f"hit-rate-{trace}.svg": partial(hit_rates, trace, title) for trace, title in TRACES.items()

@@ -98,7 +98,7 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        # Methods of several kinds are the same in all of them.
+        # Methods that several kinds share are listed once.
         yield from {
             key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
         }.items()

@@ -27,11 +27,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment after `pip install fluxmoe`, with pip offline."""
     wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
     python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
-    script = python.parent / "pytest"  # pip finds pytest there already, and makes none
+    script = python.parent / "pytest"  # pip sees pytest as installed and creates no script
     script.write_text(f'#!/bin/sh\nexec {python} -m pytest "$@"\n')
     script.chmod(0o755)
     base = fresh.environment(VIRTUAL_ENV=str(python.parents[1]))
-    # "0": for an option that says no, pip takes the variable for its opposite.
+    # "0" is correct: pip inverts the variables of options that begin with "no".
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     return {**base, **offline, "PATH": f"{python.parent}:{base['PATH']}"}
 

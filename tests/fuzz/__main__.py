@@ -16,9 +16,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=1, help="how many seeds, one after the other")
     parser.add_argument("--gpu", action="store_true", help="on a GPU that is not there")
     arguments = parser.parse_args(argv)
-    logging.disable()  # faulty policies are reported, and there are many
+    logging.disable()  # the reports of many faulty policies
     if arguments.runs == 1:
-        attempt(arguments.seed, arguments.ops, gpu=arguments.gpu)  # with the whole traceback
+        attempt(arguments.seed, arguments.ops, gpu=arguments.gpu)  # for a full traceback
         print(f"seed {arguments.seed}: {arguments.ops} operations, nothing wrong")
         return 0
     try:

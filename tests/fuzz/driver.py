@@ -54,7 +54,7 @@ def attempt(seed: int, operations: int, *, gpu: bool = False) -> Run:
     try:
         run.go(operations)
     except BaseException:
-        with suppress(Exception):  # closing what is broken may well fail too
+        with suppress(Exception):  # closing a broken run may fail, too
             run.close()
         raise
     run.close()

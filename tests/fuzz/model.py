@@ -15,8 +15,8 @@ from tests.fuzz.policies import Entry, wild
 class Model(Reference):
     """Expected behaviour of the rig.
 
-    The model cannot know which policy calls fail, so it listens to the guards, and derives the
-    consequences by itself.
+    The model cannot predict which policy calls fail, so the guards report failures to it. The
+    model derives the consequences itself.
     """
 
     def __init__(self, rig: Rig, entry: Entry, ahead: int | None) -> None:
@@ -64,7 +64,7 @@ class Model(Reference):
 
     def admit(self) -> None:
         super().admit()
-        # Asked once per event, if the policy overrides it at all.
+        # Called once per event, if the policy overrides it.
         if self.rig.eviction.retains and self.failed["retained"].popleft():
             self.leaving = []
 

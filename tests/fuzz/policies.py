@@ -87,7 +87,7 @@ def kept(event: int, page: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A policy with its order (lowest first) and its ``retain``, given an event and a page."""
+    """A policy; its order (lowest first) and ``retain`` as functions of an event and a page."""
 
     make: Callable[[], fluxmoe.EvictionPolicy]
     key: Callable[[Reference, int], float]

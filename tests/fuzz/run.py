@@ -33,14 +33,14 @@ from tests.fuzz.model import Model
 from tests.fuzz.policies import EVICTION, Wild, faulty
 
 MAX_LAYERS, MAX_EXPERTS = 6, 32
-#: Sites of a plan at which memory is refused.
+#: Fault sites that refuse memory.
 MEMORY = (
     *("reserve", "commit", "decommit", "release", "mmap", "fallocate", "frames"),
     *("cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap"),
     *("cuMemRelease", "cuMemAddressFree", "cuMemsetD8Async", "cuCtxSynchronize"),
     "cuStreamSynchronize",
 )
-#: Calls of the driver without which a page cannot be moved to another slot.
+#: Driver calls needed to move a page to another slot.
 MOVING = {
     *("cuMemcpyDtoDAsync", "cuEventCreate", "cuEventRecord", "cuEventQuery"),
     "cuEventElapsedTime",
@@ -92,7 +92,7 @@ class Run:
             [(0, None), (0, None), (1, NextLayer()), (2, NextLayer(2)), (None, Wild())]
         )
         self.faulty = []
-        if faults and rng.random() < 0.3 and policy != "queue":  # which relies on its own books
+        if faults and rng.random() < 0.3 and policy != "queue":  # its own records must be exact
             self.faulty.append(faulty(eviction, rng.choice([3, 30, 300])))
             if prefetch is not None:
                 self.faulty.append(faulty(prefetch, rng.choice([3, 30, 300])))
@@ -228,7 +228,7 @@ class Run:
         bank = rng.randrange(table.num_banks)
         slots = rng.randint(self.model.experts - 1, self.reserved[bank] + 1)
         before = table.slots[bank]
-        # Frames that the system would not unmap when the bank shrank are still there.
+        # Frames that the system refused to unmap when the bank shrank are still mapped.
         needed = sum(
             max(0, -(-slots * part.nbytes // FRAME) - arena.committed)
             for part, arena in zip(PAGE_CLASS.parts, rig.tenant._arenas[bank], strict=True)
@@ -276,7 +276,7 @@ class Run:
             if self._refused() > refused:
                 assert outcome in (SubstrateError, OutOfFramesError)
                 self.errors[outcome.code] += 1
-                # One at most is still there because the system would not unmap it.
+                # At most one group remains, because the system refused to unmap it.
                 target = before if action is TakeKV else before - wanted
                 assert target <= after <= before | wanted
                 assert len(after - target) <= 1
@@ -296,7 +296,7 @@ class Run:
         for group in after - before:
             self.stamps[group] = self.rng.randint(1, 254)
             for block in layout.blocks_of(group):
-                # Memory that the system would not take back has kept what was in it.
+                # Memory that the system refused to take back keeps its content.
                 assert self._refused() or not buffer[block].any()
                 buffer[block] = self.stamps[group]
 
@@ -333,7 +333,7 @@ class Run:
             return type(error)
         return None
 
-    # --- looking at everything -------------------------------------------------------------------
+    # --- complete checks -------------------------------------------------------------------------
 
     def verify(self) -> None:
         """Check books, arrays, counters, mappings, and bytes of resident pages and KV groups."""
@@ -373,7 +373,7 @@ class Run:
         if error is not None:
             assert self.plan.struck.total() > struck, error
             self.errors[error.code] += 1
-            if self.rig.gpu is not None:  # what was refused once
+            if self.rig.gpu is not None:  # releases that were refused once
                 self.rig.gpu.close()
         assert pool.free == pool.count
 

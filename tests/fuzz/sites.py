@@ -27,7 +27,7 @@ from tests.fuzz.run import MOVING_MEMORY, Run
 
 
 class Refused(Exception):
-    """Raised to a stand-in for the system; never reaches the core."""
+    """Raised within a stand-in for the system; never reaches the core."""
 
 
 # --- sites below the protocols: the system's own calls --------------------------------------------
@@ -125,7 +125,7 @@ def reaching(plan: FaultPlan) -> Callable[[object], object]:
     def wrap(policy):
         kind = type(policy)
         hooks = [name for name in _HOOKS if getattr(kind, name, None) is not None]
-        if isinstance(policy, fluxmoe.EvictionPolicy):  # overriding these two changes what it is
+        if isinstance(policy, fluxmoe.EvictionPolicy):  # overriding these two changes its kind
             hooks = [
                 name
                 for name in hooks
@@ -207,7 +207,7 @@ class Outcome:
     operations: int = 0
 
 
-#: A run in which a site is never passed tells nothing: so many seeds are tried for ``runs``.
+#: Maximum number of seeds to try, because a run that never reaches the site shows nothing.
 _TRIES = 100
 
 
@@ -262,7 +262,7 @@ def _run(
         try:
             wrap, kinds = reaching(plan), MOVING_MEMORY
             run = Run(seed, plan=plan, threads=2, wrap=wrap, kinds=kinds, gpu=site.gpu)
-        except FluxMoEError as error:  # at the start: then there is nothing, and nothing is left
+        except FluxMoEError as error:  # at startup, so nothing was created
             assert plan.struck[name]
             outcome.errors[error.code] += 1
             return plan

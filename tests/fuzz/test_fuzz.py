@@ -23,7 +23,7 @@ RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Silence the log: faulty policies are reported once per run, and there are many runs."""
+    """Silence the log: faulty policies are reported once per run, in many runs."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
@@ -50,14 +50,14 @@ def test_several_engines_at_once(first):
     assert tally.calls["watch"] > 100
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # they die
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # threads die
 @pytest.mark.parametrize("site", SITES)
 def test_every_fault_site_in_turn(site):
     runs = 1 if SITES[site].gpu else 3  # the driver has many calls, and its runs are slow
     outcome = fail_everywhere(site, runs=runs, operations=300, most=10)
     assert outcome.injected >= runs
-    # Where the core cannot go on without what was refused, it says so. What a thread fails to copy,
-    # the engine copies itself; whether that was too late depends on who was faster.
+    # If the core cannot continue after a refused call, it raises an error. The engine copies pages
+    # that a thread failed to copy; whether it does so too late depends on timing.
     assert outcome.errors or site in SURVIVED
 
 
@@ -68,7 +68,7 @@ def test_a_gpu_that_is_not_there(first):
     assert tally.errors["FM301"] and tally.errors["FM304"]
 
 
-# --- the fuzzer is worth something ----------------------------------------------------------------
+# --- the fuzzer detects bugs ----------------------------------------------------------------------
 
 
 def unstable_ties(guard, pages, count):
@@ -109,7 +109,7 @@ def test_a_planted_bug_is_found_and_its_replay_shows_it_again(bug, monkeypatch, 
             command.main(replay[4:])
         seed, operations = int(replay[5]), int(replay[7])
         assert operations < 1000
-    attempt(seed, 1000)  # without the bug nothing is wrong
+    attempt(seed, 1000)  # no failure without the bug
 
 
 def test_a_failure_is_shrunk_to_the_operation_that_causes_it(monkeypatch):

@@ -92,7 +92,7 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
     for mode in modes:
         dealt = {model: _dealt(f"{model} {mode}") for model in models}
         if mode in VLLM_MODES:
-            # Settings last in the order of nesting: a run that is cut short has seen every policy.
+            # Settings are nested outermost, so a run that is cut short has covered every policy.
             for turn, model, eviction in product(range(4), models, evictions):
                 prefix, chunked = settings(model)[turn]
                 prefetch, (slots, banks) = next(dealt[model])

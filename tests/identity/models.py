@@ -15,7 +15,7 @@ from tests.identity.cells import RANDOM, SHIPPED
 
 FRAME = 4096
 
-#: A dense first layer is no MoE layer: four are left, as in the other models.
+#: A dense first layer is not an MoE layer, so four are left, as in the other models.
 DENSE_FIRST = {"num_hidden_layers": 5}
 SETTINGS: dict[str, dict[str, object]] = {
     "glm4-moe": DENSE_FIRST,
@@ -77,7 +77,7 @@ def shape(path: Path) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
-    # Not layout.experts_of, which refuses weights that lie nowhere.
+    # Not layout.experts_of, which refuses weights on the meta device.
     layers = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
     geometry, page_class = layout.describe(layers)
     return Shape(geometry, page_class, vocabulary)

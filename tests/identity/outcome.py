@@ -10,13 +10,13 @@ class Outcome:
     """A cell's comparison with the unpaged engine.
 
     Attributes:
-        sequences: Number of compared sequences. identical: Number of sequences with equal tokens.
+        sequences: Number of compared sequences.
+        identical: Number of sequences with equal tokens.
         bits: Number of sequences whose log-probabilities (vLLM) or logits (torch) are also equal
-        bit
-            for bit.
-        error: Error of the engine, paged or not, if it failed. stock_differs: The unpaged engine
-        does not reproduce itself either (checked on a difference). stats: Counters of paging, reuse
-        and moves.
+            bit for bit.
+        error: Error of the engine, paged or not, if it failed.
+        stock_differs: The unpaged engine does not reproduce itself (checked on a difference).
+        stats: Counters of paging, reuse and moves.
     """
 
     sequences: int = 0
@@ -31,7 +31,7 @@ class Outcome:
         return not self.error and self.sequences == self.identical == self.bits > 0
 
 
-#: Counters of the pager that are kept.
+#: Recorded counters of the pager.
 COUNTERS = (
     "slots", "pages", "banks", "hits", "misses", "evictions", "released", "prefetch_hits",
 )  # fmt: skip

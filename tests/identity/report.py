@@ -28,7 +28,7 @@ def summary(results: Mapping[Cell, Outcome]) -> list[list[str]]:
 def progress(results: Mapping[Cell, Outcome], cells: int) -> str:
     """Make a table of the completed part of the matrix."""
     good = sum(outcome.ok for outcome in results.values())
-    return f"{len(results)} of {cells} cells have run, {good} of them are identical.\n"
+    return f"{len(results)} of {cells} cells have run, and {good} of them are identical.\n"
 
 
 def by_setting(results: Mapping[Cell, Outcome]) -> list[list[str]]:
@@ -60,7 +60,7 @@ def failures(results: Mapping[Cell, Outcome]) -> list[str]:
 
 def limits(found: Iterable[Found]) -> list[list[str]]:
     """Make a table of trials with the errors of vLLM and FluxMoE."""
-    table = [["asked", "stock vLLM on a CPU", "with FluxMoE"]]
+    table = [["requested", "stock vLLM on a CPU", "with FluxMoE"]]
     for trial in found:
         same = trial.vllm and trial.fluxmoe == trial.vllm
         table.append([trial.name, _code(trial.vllm), "the same" if same else _code(trial.fluxmoe)])

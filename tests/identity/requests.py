@@ -6,12 +6,12 @@ import random
 
 from fluxmoe.backends.vllm.child.child import Prompt
 
-#: Tokens of one step: fewer than the first prompt has where prefill is chunked.
+#: Tokens per step with chunked prefill: fewer than the first prompt has.
 CHUNK = 96
 LONG = 150
 BLOCK = 32
 
-#: Of every engine; stock gets as many bytes of KV cache as FluxMoE does.
+#: KV cache of every engine, in bytes; the same for stock and FluxMoE.
 KV_BYTES = 32 << 20
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 64, "block_size": BLOCK}
 
@@ -34,9 +34,9 @@ def waves(vocabulary: int, *, seeded: bool) -> list[list[Prompt]]:
     cache. In the other waves every second prompt is independent, with 1 to 40 tokens.
 
     Args:
-        vocabulary: Upper bound of the prompts' tokens. seeded: Every second request samples with
-        its own seed; otherwise all are greedy, as required
-            by chunked prefill (vLLM on a CPU cannot split the prefill of a seeded request).
+        vocabulary: Upper bound of the prompts' tokens.
+        seeded: Every second request samples with its own seed; otherwise all are greedy, as needed
+            for chunked prefill (vLLM on a CPU cannot split the prefill of a seeded request).
     """
     rng = random.Random(0)
 

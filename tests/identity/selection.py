@@ -42,7 +42,7 @@ def write() -> None:
         names = [field.name for field in fields(Cell)]
         writer.writerow(names)
         for cell in choose():
-            writer.writerow(getattr(cell, name) for name in names)  # None is empty
+            writer.writerow(getattr(cell, name) for name in names)  # None becomes empty
 
 
 def demanded(cell: Cell) -> set[Pair]:
@@ -75,7 +75,7 @@ def choose() -> list[Cell]:
             missing -= left.pop(best)
             chosen.append(best)
     modes = (*VLLM_MODES, *TORCH_MODES)
-    # Cells that share a stock run follow each other.
+    # Cells that share a stock run are adjacent.
     return sorted(chosen, key=lambda c: (modes.index(c.mode), _MODELS.index(c.model), c.stock[2:]))
 
 

@@ -64,7 +64,7 @@ class Models:
         self._folder = folder
         self._key: tuple[str, str] | None = None
         self._model: Any = None
-        #: Of the last cell.
+        #: Unpaged answers for the last cell.
         self.stock: Answer = ()
 
     def run(self, cell: Cell) -> Outcome:

@@ -16,7 +16,7 @@ from tests.identity import models, requests
 from tests.identity.cells import MLA, Cell
 from tests.identity.outcome import COUNTERS, Outcome
 
-#: Models whose module of vLLM imports torchvision, which the lock does not have.
+#: Models whose vLLM module imports torchvision, which the lock does not contain.
 MULTIMODAL = ("qwen3.5-moe",)
 
 
@@ -90,7 +90,7 @@ class Engines:
         path = models.write(self._folder, cell.model)
         options = requests.options(cell.mode, cell.prefix_caching, cell.chunked_prefill)
         if cell.model in MLA:
-            options["block_size"] = 16  # the only one that vLLM has for MLA on a CPU
+            options["block_size"] = 16  # the only size that vLLM supports for MLA on a CPU
         if fluxmoe is None:
             options["kv_cache_memory_bytes"] = requests.KV_BYTES
         waves = requests.waves(models.shape(path).vocabulary, seeded=not cell.chunked_prefill)
@@ -129,7 +129,7 @@ def _torchvision() -> Iterator[None]:
     """Let child processes import torchvision's names."""
     folder, before = str(Path(__file__).with_name("stand_ins")), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
-    sys.path.insert(0, folder)  # what multiprocessing hands on
+    sys.path.insert(0, folder)  # multiprocessing passes it on
     try:
         yield
     finally:

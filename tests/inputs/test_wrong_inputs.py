@@ -22,7 +22,7 @@ from fluxmoe.testing import checkpoints
 from tests.commandline import here, succeeds, synth
 
 CASES = yaml.safe_load(Path(__file__).with_name("wrong.yaml").read_text())
-#: Seconds of processor time after which an answer is too late.
+#: Maximum processor time of an answer, in seconds.
 LIMIT = 10
 PLUGINS = {
     "syntax.py": "def\n",
@@ -62,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     succeeds(
         *synth(layers=2, experts=16, top_k=2, batch=1, steps=40), "--out", folder / "good.parquet"
     )
-    # Compiled once, or the first case would wait for it.
+    # Compile in advance; otherwise the first case would wait.
     succeeds("simulate", folder / "good.parquet", "--policy", "lru", "--capacity", 8, "--jobs", 1)
     (folder / "broken.yaml").write_text("memory: {budget: [\n")
     (folder / "twice.yaml").write_text("memory: {budget: 1GiB}\nmemory: {budget: 2GiB}\n")

@@ -48,7 +48,7 @@ class Eviction(fluxmoe.EvictionPolicy):
 
 
 class Prefetch(fluxmoe.PrefetchPolicy):
-    """Load nothing ahead."""
+    """Prefetch nothing."""
 
     def __init__(self):
         _note("prefetch")

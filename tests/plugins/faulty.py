@@ -110,7 +110,7 @@ def _faulty(base: type, method: str, fault: str) -> Any:
             return fail(self, *args)
         finally:
             if fault == "loop":
-                type(self).looped = True  # two seconds once are enough
+                type(self).looped = True  # loops only once, because each loop takes two seconds
 
     setattr(Faulty, method, call)
     return Faulty()

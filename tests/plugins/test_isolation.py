@@ -84,9 +84,9 @@ def test_an_installed_plugin_that_is_broken_is_reported_and_left_out(pony, caplo
     assert message in found["pony"].problem
     assert (found["cart"].status, found["cart"].version) == ("ok", "1.0")
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warnings) == 1, warnings  # once in a process
+    assert len(warnings) == 1, warnings  # once per process
     assert warnings[0].startswith("plugin pony 1.0 is broken and left out: ")
-    # A server that does not use it starts; requests for its possible names get the reason.
+    # A server that does not use it starts; the error for an unknown name includes the reason.
     wanted = {"model": "m", "memory": {"budget": "1GiB"}, "eviction": "cart"}
     registry.policies(parse(wanted, where="test"))
     with pytest.raises(UnknownPolicyError) as info:
@@ -118,7 +118,7 @@ def test_nothing_of_a_plugin_that_fails_half_way_is_kept():
             raise OSError("gone")
 
     registry, half = plugins.load(), Half()
-    for _ in range(2):  # and it may be tried again
+    for _ in range(2):  # and may be retried
         with pytest.raises(PluginLoadError, match="OSError: gone"):
             registry.add(half, "half")
         assert "half" not in registry.names("eviction")
@@ -171,7 +171,7 @@ def test_what_the_allow_list_leaves_out_is_shown(pony, monkeypatch):
     assert "FLUXMOE_PLUGINS" in left_out.problem
 
 
-# --- policies that cannot be made -----------------------------------------------------------------
+# --- policies that cannot be created --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_c3_policies_tells_what_became_of_a_running_servers(server, capsys):
     assert (lru["status"], lru["problem"], lru["faults"]) == ("ok", "", 3)
     assert rows["arbitration", "marginal"]["faults"] == 10
     assert rows["eviction", "lfu"]["faults"] is None  # the server does not run it
-    # Of a plugin that is not installed here.
+    # From a plugin that is not installed here.
     assert (mru["status"], mru["faults"]) == ("replaced", 16)
     assert mru["problem"] == "score raised ValueError: no idea"
     answers["/metrics"] = METRICS.replace('policy="mru"', 'policy="lfu"')

@@ -114,7 +114,7 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
     assert 'name = "fluxmoe-sieve-2"' in text
     assert 'sieve-2 = "fluxmoe_sieve_2"' in text
     assert "class Sieve2Policy" in Path("fluxmoe-sieve-2/fluxmoe_sieve_2.py").read_text()
-    # A second time it would overwrite the user's changes.
+    # A second call would overwrite the user's changes.
     error = run("plugin", "new", "sieve-2", "--kind", "eviction", code=2)
     assert "error[FM101]: fluxmoe-sieve-2 already exists" in error
 
@@ -183,7 +183,7 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path):
     assert "broken rule: answers" in printed
     assert "call:  score in event" in printed
     assert "mend:  return one number per page" in printed
-    assert "belady" in printed  # what others miss on the golden traces
+    assert "belady" in printed  # misses of other policies on the golden traces
     verdicts = json.loads(run("plugin", "check", path, "--json", code=1))
     by_name = {verdict["name"]: verdict for verdict in verdicts}
     assert {name: v["conforms"] for name, v in by_name.items()} == {
@@ -228,7 +228,7 @@ def test_one_policy_with_options(tmp_path):
         "@fluxmoe.hookimpl", "class Options(BaseModel):\n    sign: int\n\n@fluxmoe.hookimpl"
     ).replace("MostRecentlyUsed)", "MostRecentlyUsed, Options)")
     path = write(tmp_path / "mru.py", source, name="mine")
-    assert "sign" in run("plugin", "check", path, code=1)  # it has no default
+    assert "sign" in run("plugin", "check", path, code=1)  # `sign` has no default
     found = json.loads(run("plugin", "check", path, "--policy", "mine:sign=-1", "--json"))
     assert [v["conforms"] for v in found] == [True]
     error = run("plugin", "check", path, "--policy", "yours", code=2)

@@ -41,7 +41,7 @@ def test_the_wheel_has_the_template_the_types_and_the_fixtures(wheels):
 
 @pytest.mark.parametrize("package", PACKAGES, ids=NAMES)
 def test_a_package_passes_its_tests_beside_the_wheel(package, python, tmp_path):
-    # From outside the checkout: what is tested is what is installed.
+    # Run outside the checkout, so that the installed package is tested.
     for test in (package / "tests").iterdir():
         if test.suffix == ".py":
             (tmp_path / test.name).write_text(test.read_text())
@@ -57,7 +57,7 @@ def test_all_of_them_are_found_and_conform(python, tmp_path):
     found = {row["plugin"]: row for row in rows if row["origin"] == "installed"}
     assert set(found) == set(NAMES) - {"zstd"}  # a codec is not a policy
     assert {row["version"] for row in found.values()} == {"0.1.0"}
-    # Their own tests have called the kit; the command finds an installed package by its name.
+    # Their own tests call the kit; here, the command finds an installed package by name.
     verdicts = json.loads(do(*fluxmoe, "plugin", "check", "sieve", "--json", cwd=tmp_path))
     assert [verdict["conforms"] for verdict in verdicts] == [True]
 

@@ -22,7 +22,7 @@ BUILT_IN = {
 }
 
 
-# --- what is there without plugins ---------------------------------------------------------------
+# --- without plugins ------------------------------------------------------------------------------
 
 
 def test_built_in_policies_come_through_the_same_door():
@@ -100,7 +100,7 @@ def test_a_plugin_that_fails_to_import_is_named(site, kind, text, message):
     assert info.value.where == f"plugin {name}"
     assert info.value.what.startswith("cannot import it: ")
     assert message in info.value.what
-    assert not [m for m in set(sys.modules) - loaded if "pony" in m]  # nothing half-made is kept
+    assert not [m for m in set(sys.modules) - loaded if "pony" in m]  # nothing half-loaded remains
 
 
 @pytest.mark.parametrize("name", ["nowhere.py", "no/such/file.py", "./dir", "no_such_module_here"])
@@ -143,7 +143,7 @@ def test_a_plugin_without_a_usable_hook_is_refused(tmp_path, text, message):
     assert info.value.where == f"plugin {path}"
 
 
-# --- what may be registered ----------------------------------------------------------------------
+# --- valid and invalid registrations -------------------------------------------------------------
 
 
 class Plugin:

@@ -36,13 +36,13 @@ class Engine:
     per_step: int = 40
     flat: float = 5e-3
     per_request: float = 2e-4
-    #: Every so many steps a prompt of so many tokens is looked up, and found if the KV cache has so
-    #: many frames free; each token that is not found takes its time.
+    #: Every ``every`` steps a prompt of ``prompt`` tokens is looked up, and found if the KV cache
+    #: has ``cliff`` free frames; each token that is not found takes ``token_seconds``.
     every: int = 20
     prompt: int = 0
     cliff: float = 0.0
     token_seconds: float = 1e-4
-    #: The step in which the first miss-ratio curve comes.
+    #: First step with a miss-ratio curve.
     late: int = 0
     asked: int = 0
     found: int = 0
@@ -117,7 +117,7 @@ class Engine:
                 self.schedule.asked(self.running, waiting, content=self.wish is None)
             wanted = self.wish or view.frames
             assert sum(wanted.values()) <= TOTAL
-            # As the host: a part of the way, within the bounds, never what is in use.
+            # Like the host: one small move, within the bounds, without taking memory in use.
             kv = max(wanted["kv"], 12, min(view.kv_used_frames, self.kv))
             experts = min(max(wanted["experts"], 20), 300, TOTAL - kv)
             self.experts += int(np.clip(experts - self.experts, -25, 25))
@@ -233,7 +233,7 @@ def test_rho_balances_computing_and_loading():
     assert 0.85 <= compute / load <= 1.1
     e.page_seconds = 0.0
     e.run(300)
-    assert e.experts == 20  # nothing to load: all to the KV cache
+    assert e.experts == 20  # no loads: the KV cache gets everything
 
 
 def test_rho_spares_what_the_kv_cache_uses():
@@ -245,7 +245,7 @@ def test_rho_spares_what_the_kv_cache_uses():
 @pytest.mark.parametrize(("prompt", "answer"), [(1000, 200), (128, 256), (2000, 20)])
 def test_a_burst_is_served_although_nothing_was_seen_before_it(prompt, answer):
     e = engine("marginal", experts=280, requests=40, frames_each=8.0, token_seconds=2e-5)
-    e.prompt, e.every = 12 * prompt, answer  # all who can run begin at once, and again
+    e.prompt, e.every = 12 * prompt, answer  # all requests that fit begin at once, repeatedly
     e.cliff = float("inf")
     e.run(60)
     assert e.kv >= 0.9 * 320

@@ -55,7 +55,7 @@ def test_where_favourites_stay_it_beats_lru(misses, capacity, batch):
 def test_on_cyclic_scans_it_is_the_optimum(misses, capacity):
     scan = {"top_k": EXPERTS, "steps": 20, "batch": 1}
     assert misses("lfru", capacity, **scan) == misses("belady", capacity, **scan)
-    assert misses("lru", capacity, **scan) == LAYERS * EXPERTS * 20  # not one hit
+    assert misses("lru", capacity, **scan) == LAYERS * EXPERTS * 20  # no hits at all
 
 
 def scores(recency, history, pages):
@@ -69,12 +69,12 @@ def scores(recency, history, pages):
 
 
 def test_a_former_favourite_gives_way_in_time():
-    # Expert 1 was used in the first 20 turns, expert 2 in the 8 before the last; 0 since ever.
+    # Expert 1 was used in the first 20 turns, expert 2 in the 8 before the last; 0 in all.
     history = [[0, 1]] * 20 + [[0]] * 12 + [[0, 2]] * 8 + [[0]]
     always, former, present = scores(0.3, history, [0, 1, 2])
     assert always > present > former
     always, former, present = scores(0, history, [0, 1, 2])
-    assert always > former > present  # next-use's view of it
+    assert always > former > present  # in the estimate of next-use
 
 
 def test_scores_are_as_documented():

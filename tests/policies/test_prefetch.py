@@ -132,9 +132,9 @@ def test_markov_learns_what_follows_what(view):
         policy.propose(view, access(0, [1]))
         policy.propose(view, access(1, [0, 2]))
     policy.propose(view, access(0, [1, 2]))
-    policy.propose(view, access(1, [3]))  # followed 1 once, of four times
+    policy.propose(view, access(1, [3]))  # followed 1 once in four events
     assert policy.propose(view, access(0, [1])).tolist() == [4, 6]
-    # Never seen in this layer: nothing is known of it.
+    # Never used in this layer, so there is no estimate.
     assert policy.propose(view, access(0, [3])).tolist() == []
 
 

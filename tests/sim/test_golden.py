@@ -31,7 +31,7 @@ def test_every_policy_has_a_row():
     assert len(ROWS) == len(expected)
 
 
-#: Policies that run in Python take seconds on the long traces: one capacity of those will do.
+#: Policies that run in Python take seconds on the long traces, so one capacity is enough.
 LONG, IN_PYTHON = ("decode-1", "decode-8"), ("immediate", "s3-fifo")
 
 

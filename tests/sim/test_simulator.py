@@ -71,14 +71,14 @@ def traces(draw):
     rows = []
     for step in range(draw(st.integers(1, 12))):
         for layer in range(layers):
-            if draw(st.integers(0, 9)):  # now and then an event is missing
+            if draw(st.integers(0, 9)):  # occasionally an event is missing
                 tokens = draw(st.lists(token, min_size=1, max_size=3))
                 rows.append((step, layer, [expert for ids in tokens for expert in ids]))
     if not rows:
         rows.append((0, 0, list(range(top_k))))
     banks = draw(st.integers(1, layers))
     largest = max(len(set(ids)) for _, _, ids in rows)
-    # A bank's share goes by its layers, so the smallest bank decides how little will do.
+    # Banks share slots by their layers, so the smallest bank determines the minimum.
     least = largest if banks == 1 else largest * layers
     capacity = draw(st.integers(least, layers * experts + 2))
     return rows, layers, experts, top_k, banks, capacity
@@ -131,7 +131,7 @@ def test_an_event_is_never_counted_token_by_token(registry):
 
 
 def test_belady_knows_the_first_use_of_a_page_that_was_only_prefetched(registry):
-    # Layer 0 prefetches all of layer 1 = {4, 5, 6, 7}; the pages differ in their first use only.
+    # Layer 0 prefetches all of layer 1 = {4, 5, 6, 7}; the pages differ only in their first use.
     rows = [(0, 0, [0]), (1, 0, [1]), (2, 1, [2]), (3, 0, [2]), (4, 1, [0])]
     events = in_memory(rows, 2, 4, 1)
     for capacity in range(1, 9):
@@ -212,12 +212,12 @@ def test_faults_are_contained_and_counted_or_raised(fault, registry, tmp_path):
         "    register('broken', Broken)\n"
     )
     known = plugins.load([str(plugin)])
-    steps = 3 if fault == "sleeps" else 9  # it is woken after two seconds, each time
+    steps = 3 if fault == "sleeps" else 9  # each call is interrupted after two seconds
     events = in_memory([(step, 0, [step % 3]) for step in range(steps)], 1, 4, 1)
     contained = simulate(events, "broken", 2, registry=known, strict=False)
     assert contained.policy_faults == steps - 2
     assert contained.evictions == simulate(events, "lru", 2, registry=known).evictions
-    if fault == "sleeps":  # slow is no fault where no one waits
+    if fault == "sleeps":  # a slow call is not a fault where no engine waits
         events = in_memory([(step, 0, [step % 3]) for step in range(3)], 1, 4, 1)
         assert simulate(events, "broken", 2, registry=known).policy_faults == 0
         return

@@ -1,4 +1,4 @@
-"""The lossless code of docs/concepts/code.md in plain numpy, independent of the product.
+"""The lossless code of docs/concepts/lossless-code.md in plain numpy, independent of the product.
 
 Encoder and decoder process the whole matrix at once and are slow. Tests compare bytes with them.
 """
@@ -52,7 +52,7 @@ def choose(high: U8) -> tuple[str, int]:
         return "plain", base
     if base and (((high < base + 1) & (high > 0)).sum(axis=1) <= 1).all():
         return "zero", base
-    for lower in range(base - 1, -1, -1):  # give the few largest weights up instead
+    for lower in range(base - 1, -1, -1):  # make the few largest weights escapes instead
         outside = (high < lower) | (high > lower + 7)
         if (outside.sum(axis=1) <= 1).all():
             return "plain", lower

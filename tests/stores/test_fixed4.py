@@ -1,4 +1,4 @@
-"""``fixed4``: byte for byte as in docs/concepts/code.md, and robust against damage."""
+"""``fixed4``: byte for byte as in docs/concepts/lossless-code.md, and robust against damage."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_all_patterns_survive(order: str) -> None:
     else:
         rng = np.random.default_rng(1)
         weights = bf16(rng.standard_normal(64 * 65536) * 0.02)
-        weights[::64] = rng.permutation(ALL)  # one to each half of a segment
+        weights[::64] = rng.permutation(ALL)  # one in each half of a segment
         raw = as_bytes(weights)
     block = Fixed4().encode(raw)
     assert 0 < len(block) < len(raw)

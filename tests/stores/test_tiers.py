@@ -1,10 +1,13 @@
-"""Stores that share the pages: every page can be read back from the one that had room."""
+"""Stores that share the pages: every page can be read back from the store that had room."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from fluxmoe import config, plugins
 from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import CodecError, ConfigError, StoreError
+from fluxmoe.stores import pagefile, residency
 from fluxmoe.stores.coding import Coder
 from fluxmoe.stores.file import FileTier
 from fluxmoe.stores.host import HostStore, HostTier
@@ -228,7 +232,7 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
     filled(in_file(tmp_path)).close()
     store = in_file(tmp_path)
     changed = layers()
-    changed[1][1][2, 5] ^= 1  # a model that was trained a little more
+    changed[1][1][2, 5] ^= 1  # a model after some more training
     for parts in changed:
         store.adopt(parts)
     assert "is rebuilt: it contains different pages" in caplog.text
@@ -289,10 +293,138 @@ def test_a_bit_that_flips_on_the_disk_is_noticed_at_the_read(
         byte = file.read(1)
         file.seek(4096 + 1000)
         file.write(bytes([byte[0] ^ 4]))
-    with pytest.raises(StoreError, match=r"part 0 of page 0 is damaged.*delete the file") as info:
+    with pytest.raises(StoreError, match=r"part 0 of page 0 is damaged.*start again") as info:
         store.read_into(0, rows())
     assert info.value.code == "FM307" and "retrying once" in caplog.text
     store.read_into(1, rows())
+    store.close()
+    assert [file.suffix for file in page_files(tmp_path)] == [".damaged"]
+    store = filled(in_file(tmp_path, codec, direct=direct))
+    check(store)
+    store.close()
+    assert page_files(tmp_path) == [path]
+
+
+def test_a_page_that_decodes_to_other_bytes_is_noticed(tmp_path: Path, monkeypatch) -> None:
+    store = filled(in_file(tmp_path))
+    decode = Coder.decode
+
+    def wrong(self, kept, out) -> None:
+        decode(self, kept, out)
+        out[0] ^= 1
+
+    monkeypatch.setattr(Coder, "decode", wrong)
+    with pytest.raises(StoreError, match=r"part 0 of page 3 is not what was encoded"):
+        store.read_into(3, rows())
+    store.close()
+
+
+HEADS = {
+    "not JSON": b"{",
+    "a list": b"[]",
+    "nested too deeply": b"[" * 3000,
+    "no index": b'{"about": {}, "index_crc": 0}',
+    "a text as index": b'{"about": {}, "index": "4096", "index_crc": 0}',
+    "a fraction": b'{"about": {}, "index": 4096.5, "index_crc": 0}',
+    "an infinite index": b'{"about": {}, "index": 1e999, "index_crc": 0}',
+    "a negative index": b'{"about": {}, "index": -4096, "index_crc": 0}',
+    "an index beyond 2^63": b'{"about": {}, "index": 9223372036854775808, "index_crc": 0}',
+    "about is a number": b'{"about": 3, "index": 4096, "index_crc": 0}',
+    "null": b"null",
+    "not UTF-8": b"\xff\xfe",
+    "no text": b"",
+}
+
+
+@pytest.mark.parametrize("text", HEADS.values(), ids=HEADS.keys())
+def test_e10_a_header_that_says_nonsense_is_refused_and_built_anew(tmp_path, caplog, text) -> None:
+    filled(in_file(tmp_path)).close()
+    (path,) = page_files(tmp_path)
+    head = pagefile.PREFIX.pack(pagefile.MAGIC, pagefile.VERSION, len(text), zlib.crc32(text))
+    path.write_bytes((head + text).ljust(4096, b"\0") + path.read_bytes()[4096:])
+    store = filled(in_file(tmp_path))
+    assert "the header is damaged" in caplog.text and "is rebuilt" in caplog.text
+    check(store)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ((3, 0, pagefile.OFFSET), 4096 + 512),  # not at a sector
+        ((3, 0, pagefile.OFFSET), 2**63),
+        ((3, 0, pagefile.OFFSET), 2**64 - 4096),
+        ((3, 1, pagefile.OFFSET), 0),  # half a page
+        ((3, 1, pagefile.OFFSET), 4096),  # not beside the first part
+        ((3, 0, pagefile.LENGTH), 0),
+        ((3, 0, pagefile.LENGTH), 40_961),  # longer than the part
+        ((3, 2, pagefile.LENGTH), 2**64 - 1),
+    ],
+)
+def test_e10_an_index_that_says_nonsense_is_refused_and_built_anew(
+    tmp_path, caplog, where, value
+) -> None:
+    filled(in_file(tmp_path)).close()
+    (path,) = page_files(tmp_path)
+    data = path.read_bytes()
+    index = np.frombuffer(data[-4096:][: PAGES * 3 * 32], np.uint64).reshape(PAGES, 3, 4).copy()
+    index[where] = value
+    head = json.loads(data[pagefile.PREFIX.size : 4096].rstrip(b"\0"))
+    text = json.dumps({**head, "index_crc": zlib.crc32(index.tobytes())}).encode()
+    prefix = pagefile.PREFIX.pack(pagefile.MAGIC, pagefile.VERSION, len(text), zlib.crc32(text))
+    path.write_bytes(
+        (prefix + text).ljust(4096, b"\0") + data[4096:-4096] + index.tobytes().ljust(4096, b"\0")
+    )
+    store = filled(in_file(tmp_path))
+    assert "the index is damaged" in caplog.text
+    check(store)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a link", "a folder", "of another user"])
+def test_e10_what_is_no_file_of_ours_is_not_read(tmp_path, caplog, kind) -> None:
+    filled(in_file(tmp_path)).close()
+    (path,) = page_files(tmp_path)
+    elsewhere = path.rename(tmp_path / "elsewhere")
+    match kind:
+        case "a FIFO":
+            os.mkfifo(path)
+        case "a link":
+            path.symlink_to(elsewhere)
+        case "a folder":
+            path.mkdir()
+            with pytest.raises(StoreError, match="cannot be written: Is a directory"):
+                filled(in_file(tmp_path))
+            return
+        case "of another user":
+            elsewhere.rename(path)
+            if os.geteuid():
+                pytest.skip("needs root")
+            os.chown(path, 12345, 12345)
+    store = filled(in_file(tmp_path))
+    assert "is rebuilt" in caplog.text
+    check(store)
+    store.close()
+    assert path.is_file() and not path.is_symlink()
+
+
+def test_two_starts_on_one_folder_each_keep_the_file_that_they_wrote(tmp_path: Path) -> None:
+    """The second to finish replaces the first one's file, which has fewer pages."""
+    small = store_of([{"kind": "file", "path": str(tmp_path), "limit": 200_000}, {"kind": "host"}])
+    large = store_of([{"kind": "file", "path": str(tmp_path)}])
+    for parts in layers():
+        large.adopt(parts)
+        small.adopt(parts)
+    for store in (small, large):
+        check(store)
+        store.close()
+    assert len(page_files(tmp_path)) == 1
+
+
+def test_a_file_that_disappears_while_it_is_looked_for_is_built(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda *_, **__: True)
+    store = filled(in_file(tmp_path))
+    check(store)
     store.close()
 
 
@@ -326,11 +458,41 @@ def test_what_the_system_has_not_in_memory_is_read_past_its_cache(
     store.adopt([weights])
     if tier._file._direct < 0:
         pytest.skip("this file system has no direct I/O")
-    monkeypatch.setattr(type(tier._file), "_read_cached", lambda *_: False)
+    os.posix_fadvise(tier._file._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    before = read_bytes()
     for page in (1, 0):
         store.read_into(page, [row := np.zeros(size + 6, np.uint8)])
         assert (row == weights[page]).all()
+    time.sleep(0.3)  # a read-ahead may still be under way
+    stored = 2 * pagefile.sectors(size + 6)
+    assert not residency.cached(tier._file._fd, 4096, stored)
+    assert read_bytes() - before in (0, stored)  # 0: no disk below this file system is counted
     store.close()
+
+
+def read_bytes() -> int:
+    """Bytes that this process has read from disks."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["read_bytes"])
+
+
+@pytest.mark.parametrize("how", ["cachestat", "mincore", "neither"])
+def test_residency_reads_nothing(tmp_path: Path, monkeypatch, how) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16 << 20))
+    fd = os.open(path, os.O_RDWR)
+    os.fsync(fd)
+    if how != "cachestat":
+        monkeypatch.setattr(residency, "_CACHESTAT", 9999)
+    if how == "neither":
+        monkeypatch.setattr(residency.mmap, "mmap", lambda *_, **__: os.read(-1, 1))
+    assert residency.cached(fd, 0, 16 << 20) is (how != "neither")
+    os.posix_fadvise(fd, 8 << 20, 8 << 20, os.POSIX_FADV_DONTNEED)
+    for _ in range(2):
+        assert not residency.cached(fd, 0, 16 << 20)
+        assert not residency.cached(fd, 12 << 20, 100)
+        assert residency.cached(fd, 4 << 20, 100) is (how != "neither")
+    os.close(fd)
 
 
 @pytest.mark.parametrize("at", ["mkstemp", "pwrite", "fsync", "replace"])
@@ -374,7 +536,7 @@ def test_what_a_killed_process_leaves_behind_is_removed(tmp_path: Path) -> None:
         assert orphan.suffix == ".part"
     under_way = in_file(tmp_path)
     under_way.adopt(layers()[0])  # removes the orphan
-    store = filled(in_file(tmp_path))  # leaves alone what another one is writing
+    store = filled(in_file(tmp_path))  # leaves the file that another store is writing
     assert orphan not in page_files(tmp_path) and len(page_files(tmp_path)) == 2
     for parts in layers()[1:]:
         under_way.adopt(parts)

@@ -33,7 +33,7 @@ def matrices(rows: int = 70, cols: int = 192) -> dict[str, U16]:
     scattered[hit] = rng.integers(0, 65536, hit.sum())
     found["scattered patterns"] = scattered
 
-    full = normal.copy()  # of some segments every weight is out of reach of the others
+    full = normal.copy()  # every seventh row has no common exponent range
     full[::7] = rng.integers(0, 65536, full[::7].shape)
     found["rows full of escapes"] = full
 

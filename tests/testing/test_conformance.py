@@ -56,7 +56,7 @@ def test_a_right_prefetch_policy_may_propose_any_other_layer():
     check_prefetch_policy(Anything)
 
 
-# --- what is wrong --------------------------------------------------------------------------------
+# --- faulty policies ------------------------------------------------------------------------------
 
 
 class Eviction(fluxmoe.EvictionPolicy):
@@ -182,7 +182,7 @@ class Dice(Eviction):
 
 
 class TwoMinds(Eviction):
-    """score and score_kernel disagree."""
+    """Scores differ between score and score_kernel."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):
@@ -247,7 +247,7 @@ EVICTION = [
     (spoilt(Eviction, on_evict=lambda s, v, p: 1 / 0), "answers", "ZeroDivisionError"),
     (NanKernel, "answers", "NaN"),
     (NoKernel, "answers", "numba cannot compile"),
-    # and the rest
+    # all other rules
     (spoilt(Eviction, on_access=_force), "looks only", "it changed access.tokens"),
     (Moody, "pure", "called twice in the same state"),
     (Dice, "repeats", "decide differently"),
@@ -333,7 +333,7 @@ def test_every_rule_is_broken_by_a_test():
         "arbitration": {case[1] for case in ARBITRATION},
     }
     rules = {m.__name__.rpartition(".")[2]: m.RULES for m in (eviction, prefetch, arbitration)}
-    common = {"looks only", "repeats", "resets", "alone", "fast"}  # tried with eviction
+    common = {"looks only", "repeats", "resets", "alone", "fast"}  # tested with eviction policies
     for kind, known in rules.items():
         assert {rule.name for rule in known} - broken[kind] <= (
             set() if kind == "eviction" else common
@@ -462,7 +462,7 @@ def test_codecs_that_are_right(registry):
     for name in registry.names("codec"):
         if name != "zipnn" or importlib.util.find_spec("zipnn"):
             check_codec(lambda name=name: registry.create("codec", name))
-    check_codec(spoilt(Plain, encode=lambda s, raw: raw[:0].copy()))  # nothing is ever gained
+    check_codec(spoilt(Plain, encode=lambda s, raw: raw[:0].copy()))  # encoding never helps
 
 
 @pytest.mark.parametrize(("factory", "rule", "message"), CODEC)

@@ -32,7 +32,7 @@ from tests.identity.torch_cells import answer, prompts, same
 
 CHECKPOINT, FOLDER = map(Path, sys.argv[1:3]) if len(sys.argv) == 3 else (Path(), Path())
 
-#: A child that hangs is ended by a signal after so many seconds.
+#: Seconds after which a signal ends a child that hangs.
 PATIENCE = 120
 
 models: dict[str, Any] = {}
@@ -45,7 +45,7 @@ class End(BaseException):
 
 
 def start() -> None:
-    """Start with all pages resident, where a lost one is never reread, or few, with many copies."""
+    """Page two models: one with all pages resident, one with few and therefore many copies."""
     torch.set_num_threads(1)
     for name, settings in {
         "all": {"memory": "1GiB"},
@@ -90,7 +90,7 @@ def use_everything(model: Any, handle: Any) -> None:
     for use in (
         lambda: run(model),
         lambda: torch.no_grad()(model.model.layers[1].mlp)(states),
-        lambda: torch.ops.fluxmoe.acquire(ids, handle._handle, 0),  # as compiled models do
+        lambda: torch.ops.fluxmoe.acquire(ids, handle._handle, 0),  # like compiled models
         lambda: op.acquire(ids, handle._handle, 0),
         handle.stats,
         handle.check,
@@ -106,7 +106,7 @@ def use_everything(model: Any, handle: Any) -> None:
         refused(use)
     handle.close()
     handle.close()
-    refused(lambda: run(model))  # it is not unpaged, either
+    refused(lambda: run(model))  # closing does not unpage it
 
 
 def use_and_leave() -> None:
@@ -147,7 +147,7 @@ def forked(child: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
     except Exception:
         traceback.print_exc()
         os._exit(1)
-    os._exit(2)  # it was to end by itself
+    os._exit(2)  # the child should have ended by itself
 
 
 def evaluate(name: str) -> Any:
@@ -194,7 +194,7 @@ def while_pages_are_copied(child: Callable[[], Any]) -> int:
         if threading.current_thread().name.startswith("fluxmoe-copy"):
             begun.set()
             go_on.wait(PATIENCE)
-        begun.wait(PATIENCE)  # or the caller might have taken all copies back before one began
+        begun.wait(PATIENCE)  # otherwise the caller might take back all copies before one begins
         read(*args)
 
     handles["few"].reset()
@@ -214,7 +214,7 @@ def while_recording(child: Callable[[], Any]) -> list[Any]:
     traces = [FOLDER / "plain", FOLDER / "forked"]
     for trace in traces:
         with handles["all"].record(trace, weights=True, replace=True) as recorder:
-            recorder._writer._group_rows = 1  # part of the file is written, and more of it is held
+            recorder._writer._group_rows = 1  # part of the file is written, the rest is buffered
             run(models["all"])
             if trace is traces[1]:
                 found.append(forked(child))
@@ -251,8 +251,8 @@ def main() -> None:
     for name, case in cases.items():
         found[name] = [case(), unharmed()]
         if not found[name][1]:
-            handles["all"].reset()  # for the next one
-        print(name, found[name], file=sys.stderr, flush=True)  # tells where it hangs
+            handles["all"].reset()  # for the next case
+        print(name, found[name], file=sys.stderr, flush=True)  # shows where it hangs
     # Checks that the former behaviour of children would be detected.
     substrate = handles["all"]._runtime.memory.substrate
     substrate.release(np.arange(substrate.count))

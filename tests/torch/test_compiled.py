@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_compiled_as_one_graph(load: Load) -> None:
-    model = load("glm4-moe", num_hidden_layers=2)  # its fp32 router is the touchy one
+    model = load("glm4-moe", num_hidden_layers=2)  # its fp32 router is the most sensitive
     experts, _, page_bytes = sizes(model)
 
     def compiled() -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def test_compiled_as_one_graph(load: Load) -> None:
     with fluxmoe.page(model, experts * page_bytes, eviction="immediate") as paged:
         assert all(map(torch.equal, compiled(), stock))
         assert paged.stats()["misses"] > 2 * experts
-        call = torch.compile(model, fullgraph=True)  # is not to outlive the arenas
+        call = torch.compile(model, fullgraph=True)  # must not outlive the arenas
     with torch.no_grad():
         after = call(prompts()["input_ids"], use_cache=False).logits
     assert torch.equal(after, stock[0])
@@ -94,7 +94,7 @@ def test_decoding_with_a_cache(load: Load, decode: Any, implementation: str, lay
     with fluxmoe.page(model, experts * page_bytes, eviction="immediate") as paged:
         assert all(map(torch.equal, anew(), stock))
         assert paged.stats()["misses"] > experts
-        if pages > experts:  # what was compiled for fewer slots is not used for more
+        if pages > experts:  # code compiled for fewer slots is not used for more
             before = compiled_graphs()
             paged.resize(pages * page_bytes)
             with torch.inference_mode():

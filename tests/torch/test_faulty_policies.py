@@ -18,7 +18,7 @@ CASES = [
     *(("prefetch", "propose", fault) for fault in IN_AN_ANSWER),
     *(("prefetch", "reset", fault) for fault in ("raise", "exit")),
 ]
-#: reset() is shown nothing that it could write to.
+#: reset() gets no inputs to write to.
 CASES = [c for c in CASES if not (c[1] == "reset" and c[2] in ("write", "flag", "set", "delete"))]
 
 

@@ -37,7 +37,7 @@ def found(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     ],
 )  # fmt: skip
 def test_a_child(found: Any, case: str) -> None:
-    assert found[case] == [0, True]  # ended as it was told to, and nothing has happened
+    assert found[case] == [0, True]  # ended as intended, without side effects
 
 
 def test_a_pool_that_evaluates_the_model(found: Any) -> None:

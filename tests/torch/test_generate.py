@@ -80,7 +80,7 @@ def test_no_such_model(tmp_path: Path) -> None:
     status, _, err = run(tmp_path / "nothing", "--prompt-ids", "1")
     assert status == 2
     assert "error[FM406]: no such folder" in err
-    status, _, err = run("no-such-name", "--prompt-ids", "1")  # may be one on a hub
+    status, _, err = run("no-such-name", "--prompt-ids", "1")  # may be a name on the Hub
     assert status == 2
     assert "cannot load the model" in err
 

@@ -179,7 +179,7 @@ def test_a_config_shared_with_a_model_that_is_not_paged(load: Load) -> None:
 
 
 class Derived(Dots1ForCausalLM):
-    """A class in whose source transformers does not find the experts interface."""
+    """A class whose source hides the experts interface from transformers."""
 
 
 def test_a_class_that_does_not_let_the_implementation_be_chosen() -> None:

@@ -40,7 +40,7 @@ def test_cells(
         assert stats["misses"] > 0
         freed = stats["evictions"] + stats["released"]
         assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
-        if cell.prefetch != "markov" or cell.slots != "all":  # what it has learned is resident then
+        if cell.prefetch != "markov" or cell.slots != "all":  # else all proposals are resident
             assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
     tokens = running.stock[0]
     assert len({tuple(row) for row in tokens.tolist()}) == len(tokens)

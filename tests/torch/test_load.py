@@ -56,7 +56,7 @@ def test_another_type_of_numbers(load: Load, checkpoint: Callable[..., Path], dt
 
 
 def test_experts_that_lie_together_in_several_shards(load: Load, tmp_path: Path) -> None:
-    """Stored as in transformers 5: nothing to assemble, only views of the file."""
+    """Stored as in transformers 5: no tensors to assemble, only views of the file."""
     model = load()
     model.save_pretrained(tmp_path, save_original_format=False, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2

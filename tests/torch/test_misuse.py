@@ -67,7 +67,7 @@ def test_loading_weights(paged: Any, load: Load) -> None:
     ):
         with pytest.raises(errors.UnsupportedError, match="cannot have weights loaded into it"):
             module.load_state_dict(source.state_dict())
-    assert same(answer(paged.model), answer(load()))  # nothing of it was loaded
+    assert same(answer(paged.model), answer(load()))  # nothing was loaded
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_a_room_that_is_asked_for_before_each_pass(
     draw, asked, seen = random.Random(1), [], set()
 
     def room() -> int | str:
-        asked.append(draw.randint(0, 2 * pages) * page_bytes)  # too little and too much, too
+        asked.append(draw.randint(0, 2 * pages) * page_bytes)  # sometimes too small or large
         seen.add(paged.stats()["slots"])
         paged.check()
         return asked[-1] if draw.random() < 0.5 else f"{asked[-1] + 1}B"
@@ -219,4 +219,4 @@ def test_a_room_that_is_nonsense_ends_the_pass_and_nothing_else(load: Load) -> N
         assert same(answer(model), stock)
         paged.check()
         paged.follow(lambda: experts * page_bytes)
-    assert same(answer(model), stock)  # a closed handle is not asked
+    assert same(answer(model), stock)  # a closed handle does not follow

@@ -1,4 +1,4 @@
-"""C4, C10: what a paged model logs at its start, and what it is as text."""
+"""C4, C10: the log of a paged model at startup, and its representation as text."""
 
 from __future__ import annotations
 

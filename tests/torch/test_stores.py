@@ -37,7 +37,7 @@ def test_a_loaded_model_answers_what_stock_answers(
 ) -> None:
     stock = load()
     experts, pages, page_bytes = sizes(stock)
-    for _ in range(2):  # the second time there is a page file
+    for _ in range(2):  # the second time, a page file exists
         with fluxmoe.load(
             checkpoint(),
             (experts + 2) * page_bytes,
@@ -69,7 +69,7 @@ def test_layers_are_kept_as_they_are_loaded(
     monkeypatch.setattr(loader._Catch, "_take", take)
     with fluxmoe.load(checkpoint(num_hidden_layers=12), "1MiB", stores=[CODED]) as paged:
         assert paged.stats()["pages"] == 12 * 16
-    assert most == 1  # one part of a layer, while the other is on its way
+    assert most == 1  # one part of a layer, while the other is still being read
 
 
 def test_an_error_of_a_store_is_not_taken_for_one_of_the_checkpoint(
@@ -101,4 +101,4 @@ def test_stores_that_cannot_be_had(load: Load, stores: Any, kind: type, message:
     model = load()
     with pytest.raises(kind, match=message):
         fluxmoe.page(model, "1MiB", stores=stores)
-    answer(model)  # it is as it was
+    answer(model)  # the model is unchanged

@@ -284,7 +284,7 @@ def test_a_turn_ends_with_its_pass(load: Load, error: type[BaseException], place
         thread = threading.Thread(target=interrupted)
         thread.start()
         join(thread)
-        interrupted()  # and this thread continues, but does not use the model
+        interrupted()  # this thread continues without using the model
         hook.remove()
         with ThreadPoolExecutor(1) as pool:
             assert same(pool.submit(answer, model).result(60), stock)

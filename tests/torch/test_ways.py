@@ -1,6 +1,6 @@
 """Every way in which a paged model or its handle can be used is right, or refused by name.
 
-``ways/table.csv`` lists them, and the function below ``ways`` that tries each of them.
+``ways/table.csv`` lists them, each with the function in ``ways`` that tries it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def function(row: dict[str, str]) -> Way:
 
 
 def cases() -> list[Any]:
-    """All rows paged; refusals also loaded, as a loaded model has no weights of its own."""
+    """All rows on a paged model; refusals also on a loaded model, which has no weights itself."""
     found = []
     for row in ROWS:
         way = function(row)
@@ -87,7 +87,7 @@ def test_a_way(
 
 
 def unharmed(tried: Use) -> None:
-    """A refusal has changed nothing."""
+    """Assert that a refusal has changed nothing."""
     right = tried.run(tried.stock)
     assert torch.equal(tried.run(), right)
     if tried.handle._loaded:

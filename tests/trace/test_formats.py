@@ -200,7 +200,7 @@ def test_vllm_errors(tmp_path):
 
 
 def test_b9_tokens_of_a_cached_prefix_are_left_out(tmp_path):
-    """vLLM leaves the rows of tokens zero whose KV cache was found."""
+    """vLLM leaves the rows of tokens from a cached prefix zero."""
     array = routed(9) | 1
     array[:, 0], array[:4] = 0, 0
     np.save(tmp_path / "r.npy", array)
@@ -307,7 +307,7 @@ def test_b9_a_wrong_pt_gets_our_own_advice(tmp_path):
 def test_b9_a_folder_of_several_formats_names_the_choice(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps([{"0": [[1, 2]]}]))
     convert(tmp_path, tmp_path / "t")
-    assert detect(tmp_path).name == "selection"  # a trace beside it does not count
+    assert detect(tmp_path).name == "selection"  # a trace in the folder is ignored
     np.save(tmp_path / "a.npy", routed(2))
     with pytest.raises(
         TraceError, match=r"several formats: a\.npy \(vllm\), b\.json \(sel"

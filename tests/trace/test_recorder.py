@@ -30,7 +30,7 @@ def test_events_of_all_sizes_cross_the_chunks(tmp_path: Path, monkeypatch) -> No
     with Recorder(tmp_path / "t", META) as recorder:
         for step in range(300):
             for layer in range(3):
-                # Now and then more than a chunk holds: a long prompt.
+                # Occasionally a long prompt, which does not fit into one chunk.
                 tokens = int(rng.integers(1, 200 if step % 50 == 7 else 20))
                 ids = np.resize(ids, (tokens, 2))  # the engine reuses its buffers
                 ids[:] = rng.integers(0, 16, (tokens, 2))

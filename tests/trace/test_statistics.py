@@ -73,7 +73,7 @@ def traces(draw):
     for _ in range(draw(st.integers(1, 12))):
         step += draw(st.integers(1, 3))
         phase = draw(st.sampled_from(Phase))
-        # Requests of a step are distinct in decode, as they are in engines.
+        # In decode, the requests of a step are distinct, as in engines.
         size = draw(st.integers(1, 5))
         if phase == Phase.DECODE:
             who = draw(st.permutations(range(5)))[:size]
@@ -94,8 +94,8 @@ def test_equals_the_definitions(tmp_path_factory, events, batch):
     write(path, events, ["predicted"])
     distances, windows, shares, guessed, unions, pages = reference(events)
     with pytest.MonkeyPatch.context() as patch:
-        # Streams that a batch does not show are forgotten (see below), so not smaller than events
-        # of all requests; here the other numbers are compared for any size.
+        # The statistics forget streams absent from a batch (see below), so a batch must hold an
+        # event of all requests; here, the other numbers are compared for any size.
         patch.setattr(reader, "GROUP_ROWS", batch)
         found = describe(path)
     assert found.events == len(events)

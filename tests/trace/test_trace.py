@@ -63,7 +63,7 @@ def test_a_batch_that_mixes_phases_counts_as_prefill(tmp_path):
 events_lists = st.lists(
     st.tuples(
         st.booleans(),  # a new step
-        st.integers(1, 2),  # layers further, modulo 3
+        st.integers(1, 2),  # layers to advance, modulo 3
         st.sampled_from(Phase),
         st.lists(st.lists(st.integers(0, 7), min_size=2, max_size=2), min_size=1, max_size=5),
     ),
@@ -116,7 +116,7 @@ def test_padding_is_left_out_and_the_caller_may_reuse_its_array(tmp_path):
     with TraceWriter(path, META) as writer:
         writer.append(0, 0, ids)
         ids[:] = -1
-        writer.append(0, 1, ids)  # an event of nothing but padding is still an event
+        writer.append(0, 1, ids)  # an event with only padding is still an event
     assert read(path) == [(0, 0, 1, [1, 2, 3]), (0, 1, 1, [])]
 
 
@@ -293,7 +293,7 @@ def test_weights_predictions_requests_and_phases(tmp_path):
     assert [row["predicted"] for row in found] == [[4, 5, 6], [0], [], []]
     trace = TraceReader(path)
     assert trace.columns == ("weights", "predicted")
-    first, last = trace.blocks(predicted=True)  # the last event comes alone
+    first, last = trace.blocks(predicted=True)  # the last event is alone in its block
     assert first.guess_offsets.tolist() == [0, 4]
     assert first.guesses.tolist() == [4, 5, 6, 0]
     assert last.guess_offsets.tolist() == [0, 0]
@@ -388,7 +388,7 @@ def test_a_large_trace_passes_through_little_memory(tmp_path):
     subprocess.run([sys.executable, "-c", program, path], check=True)
 
 
-# --- what exists, and what cannot be written ---------------------------------------------------
+# --- existing files and failed writes ----------------------------------------------------------
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -415,7 +415,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 def test_b9_weights_that_are_no_numbers(tmp_path, bad):
     ids, weights = np.asarray([[0, 1], [2, -1]]), np.asarray([[0.5, 0.5], [1, bad]])
     with TraceWriter(tmp_path / "t", META, columns=["weights"]) as writer:
-        writer.append(0, 0, ids, weights=weights)  # the place of no expert does not count
+        writer.append(0, 0, ids, weights=weights)  # the weight of a padding entry is ignored
     weights[1, 0] = bad
     refused = pytest.raises(TraceError, match="not a finite number")
     with refused, TraceWriter(tmp_path / "u", META, columns=["weights"]) as writer:

@@ -11,7 +11,7 @@ import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# `make test` has no Triton, and vLLM behaves otherwise where it can be imported.
+# `make test` has no Triton, because vLLM behaves differently if it can import Triton.
 collect_ignore_glob: list[str] = []
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob.append("test_*.py")

@@ -85,7 +85,7 @@ def test_a_flipped_bit_is_seen_by_comparing_slots(kind):
             plane, row = divmod(rest, 2048)[0], rest % 2048 // 32
             seen = plane < 2 or not headers[column_tile // 2, row] >> 31
         elif place.flags <= byte < place.pool or byte >= len(block) - 64:
-            continue  # flags are hints, the trailer is for readers on the host
+            continue  # flags are hints; only readers on the host use the trailer
         else:
             seen = False  # the second half of a row's last segment may not exist
         copy = block.copy()

@@ -26,7 +26,7 @@ from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
 class Fixed(EvictionPolicy):
-    """Scores given by the test: the table that a host would upload."""
+    """Scores from the test, in place of the table that a host would upload."""
 
     scores = np.zeros(0)
 
@@ -67,7 +67,7 @@ def test_events_are_the_cores(layers, experts, slots, top_k):
     rule, policy = rule_of(layers, experts, slots)
     device = upload(rule.table.books, "cpu")
     for step in range(3 if slots > 1000 else 12):
-        # Ties in plenty, infinities, and another dtype each step.
+        # Many ties, infinities, and a different dtype in each step.
         scores = rng.integers(-3, 3, layers * experts).astype([np.int64, np.float32][step % 2])
         if step % 2:
             scores[rng.random(len(scores)) < 0.1] = np.inf
@@ -99,7 +99,7 @@ def test_prefetched_pages_are_given_up_last():
     rule.run(0, 0, np.arange(4, dtype=np.int32))
     rule.run(0, 1, np.array([0, 1], np.int32))
     books = rule.table.books
-    for protected in ([0, 1], [0, 1, 2, 3]):  # the second leaves too few others
+    for protected in ([0, 1], [0, 1, 2, 3]):  # the second leaves too few unprotected pages
         for page in range(12):
             books.flags[page] &= DIRTY
         books.flags[protected] |= PROTECTED | UNUSED

@@ -68,7 +68,7 @@ def compressed(weights: U16) -> CompressedPages:
     codec = Fixed4(weights.shape[-1])
     for page in weights.astype(np.uint16):
         block = codec.encode(page.reshape(-1).view(np.uint8))
-        if not len(block):  # not shorter than the page: the kernel reads it all the same
+        if not len(block):  # not shorter than the page; the kernel can still read it
             block = reference.encode(page)
         blocks += [np.full(128, 0xA5, np.uint8), block, np.full(-len(block) % 128, 0x5A, np.uint8)]
         offsets.append(at)

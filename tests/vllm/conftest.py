@@ -53,7 +53,7 @@ BATCHES = [prompts(1, seed=1), prompts(8, seed=8), prompts(64, seed=64)]
 
 
 #: Tokens, and the log-probability of each, per batch and request. One wrong page can leave every
-#: token as it was, but hardly every bit of these (docs/project/adr/0001).
+#: token unchanged, but hardly every bit of these (docs/project/adr/0001).
 Outputs = list[tuple[list[list[int]], list[list[float]]]]
 
 

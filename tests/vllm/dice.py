@@ -19,7 +19,7 @@ class Dice(fluxmoe.ArbitrationPolicy):
             self._until = view.step + self._rng.choice([2, 2, 3, 4, 7])
             least, most = view.bounds["experts"].min, view.bounds["experts"].max
             middle = view.frames["experts"]
-            # Mostly to the other side of where we are, so that nearly every throw moves something.
+            # Mostly to the other side of the current split, so nearly every throw moves memory.
             low, high = self._rng.choice([(least, middle), (middle, most), (least, most)])
             self._experts = self._rng.randint(low, max(low, high))
         experts = min(self._experts, view.total_frames)

@@ -122,7 +122,7 @@ def test_tokens_are_stocks_while_the_split_changes_all_the_time(
 ) -> None:
     fluxmoe = config()
     engine.restart(fluxmoe=fluxmoe, **FEW)
-    run = engine.generate(TRAFFIC, watch=True)  # all books, and the bytes given, in each step
+    run = engine.generate(TRAFFIC, watch=True)  # checks all books and allocated bytes in each step
     same(run, stock)
     budget = fluxmoe["memory"]["budget"]
     assert 0.9 * budget < run.peak_committed <= budget
@@ -234,8 +234,8 @@ def family(engine: ChildEngine) -> list[psutil.Process]:
     client = psutil.Process(engine._process.pid)
     found = []
     for process in (client, *client.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended, as helpers do
-            # Not that one of multiprocessing that waits for all others to go.
+        with contextlib.suppress(psutil.NoSuchProcess):  # a helper process has just ended
+            # Not multiprocessing's resource tracker, which outlives the others.
             if "resource_tracker" not in " ".join(process.cmdline()):
                 found.append(process)
     return found

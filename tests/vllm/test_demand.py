@@ -56,7 +56,7 @@ def test_prompts_count_when_they_are_admitted_and_their_blocks_are_remembered():
     blocks = [bytes([i] * 8) for i in range(3)]
     watch.arrived(request("a"))
     watch.looked_up("a", 0)
-    watch.looked_up("a", 32)  # it had to wait: only the last look counts
+    watch.looked_up("a", 32)  # the request waited: only the last lookup counts
     assert (watch.prompt_tokens, watch.prefix_hits) == (0, 0)
     watch.admitted(request("a", 100, blocks[:2]))
     assert (watch.prompt_tokens, watch.prefix_hits) == (100, 32)
@@ -69,20 +69,20 @@ def test_the_size_of_requests_is_foreseen_from_those_that_ended():
     watch = RequestWatch()
     watch.arrived(request("a", prompt=100))
     assert watch.foreseen_blocks(1) == 0  # the length of answers is unknown
-    watch.gone(request("a", tokens=100, prompt=100))  # aborted before it said a word
+    watch.gone(request("a", tokens=100, prompt=100))  # aborted before its first token
     watch.arrived(request("b", prompt=100))
     assert watch.foreseen_blocks(1) == 0
     watch.gone(request("b", tokens=160))
     watch.arrived(request("c", prompt=20))
-    assert watch.foreseen_blocks(1) == 20 + 60 - 1  # the last token is answered, not computed
+    assert watch.foreseen_blocks(1) == 20 + 60 - 1  # the last token is returned, not computed
     watch.arrived(request("d", prompt=40))
     assert watch.foreseen_blocks(1) == 30 + 60 - 1
     assert watch.foreseen_blocks(32) == (3 + 4) / 2
     watch.gone(request("c", tokens=21, prompt=20))
     watch.gone(request("d", tokens=41, prompt=40))
-    assert watch.foreseen_blocks(32) == (3 + 4) / 2  # unchanged: there are no requests
+    assert watch.foreseen_blocks(32) == (3 + 4) / 2  # unchanged without requests
     watch.arrived(request("e", prompt=10, limit=5))
-    assert watch.foreseen_blocks(1) == 10 + (5 + 1 + 1) / 3 - 1  # what it wants at most
+    assert watch.foreseen_blocks(1) == 10 + (5 + 1 + 1) / 3 - 1  # at most its limit
     assert watch.foreseen_blocks(128) == 1
 
 

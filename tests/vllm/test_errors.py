@@ -216,13 +216,13 @@ def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
 
 
 def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
-    # In a process of its own: after a failed start of such a model vLLM has no groups for experts.
+    # In a separate process: after such a failed start, vLLM has no process groups for experts.
     model = checkpoints.write(tmp_path / "model", "qwen3-dense")
     with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
         error = refusal(engine, NoExpertsError, config())
         assert "no MoE layers" in error.what
         assert "without FluxMoE" in error.fix
-        # It has no expert layers that could notice a forgotten setting; something else must.
+        # No expert layer can detect the missing setting, so another check must.
         given = SETTINGS["additional_config"]
         error = refusal(
             engine, ConfigError, None, kv_cache_memory_bytes=KV_BYTES, additional_config=given
@@ -235,7 +235,7 @@ def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
 
 
 def test_experts_with_biases(borrowed: ChildEngine, tmp_path: Path) -> None:
-    """gpt-oss has them, in a separate class; stock vLLM serves it on a CPU."""
+    """gpt-oss has biases, in a separate class; stock vLLM serves it on a CPU."""
     import torch
     import transformers
 
@@ -301,12 +301,12 @@ def test_weights_are_not_loaded_into_slots(eager: ChildEngine) -> None:
     prompt = [Prompt(list(range(5, 105)), 4, logprobs=True)]  # routes to every expert
     eager.restart(fluxmoe=config(), **EAGER)
     before = eager.generate(prompt).logprobs
-    for door, message in zip(doors, ("no gate projection, up", "load_weights of a part", "weight_l"),
-                             strict=True):  # fmt: skip
+    messages = "no gate projection, up", "load_weights of a part", "weight_loader is not"
+    for door, message in zip(doors, messages, strict=True):
         with pytest.raises((UnsupportedError, WeightsError), match=message):
             eager.call("rpc", door)
     assert eager.generate(prompt).logprobs == before
-    # The doors of stock are open: each of them changes what the model answers.
+    # In stock vLLM, each of these methods changes the model's answers.
     eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
     answers = [before]
     for door in doors:
@@ -465,7 +465,7 @@ def test_errors_of_vllm_come_through(eager: ChildEngine) -> None:
 
 
 def test_a_policy_fault_under_strict_policies(eager: ChildEngine, tmp_path: Path) -> None:
-    """It ends the call, but not the engine's process, and leaves nothing behind."""
+    """The fault ends the call, but not the engine's process, and leaves nothing behind."""
     plugin = tmp_path / "tired.py"
     plugin.write_text(
         "import fluxmoe\n"

@@ -30,7 +30,7 @@ def test_many_faults_in_all_policies_change_no_token(
         eviction="everything",
         prefetch="fetches-nonsense",
         arbitration="splits-nonsense",
-        policy_limits={"strikes": 1000},  # or they would be out before they had tried everything
+        policy_limits={"strikes": 1000},  # lets each policy try all its faults
     )
     eager.restart(fluxmoe=settings, **EAGER)
     assert outputs(eager) == stock_outputs

@@ -136,7 +136,7 @@ def test_a_forked_client_leaves_its_engine_alone(eager: ChildEngine) -> None:
             with pytest.raises(UnsupportedError, match="forked"):
                 eager.generate(prompt)
             eager.close()
-            eager._remove_log()  # as at the end of a process
+            eager._remove_log()  # like the end of a process
             os._exit(0)
         finally:
             os._exit(1)

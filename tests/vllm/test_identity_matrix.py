@@ -40,7 +40,7 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
     assert stats["misses"] > 0
     freed = stats["evictions"] + stats["released"]
     assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
-    if cell.prefetch != "markov" or cell.slots != "all":  # what it has learned is resident then
+    if cell.prefetch != "markov" or cell.slots != "all":  # else all proposals are resident
         assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
     assert (stats["cached_prompt_tokens"] > 0) == cell.prefix_caching
     assert stats["cached_prompt_tokens"] == stats["stock_cached_prompt_tokens"]

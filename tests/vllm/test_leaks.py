@@ -22,7 +22,7 @@ from tests.vllm.test_arbitration import family
 
 pytestmark = pytest.mark.vllm
 
-#: The child's own engine class, in a process that then looks at itself.
+#: Uses the child's engine class, then inspects its own process.
 SCRIPT = """
 import gc, json, os, sys, threading
 from fluxmoe.backends import op
@@ -73,7 +73,7 @@ sys.__stdout__.write("states: " + json.dumps(states))
 
 @pytest.fixture(scope="module")
 def states(checkpoint: Path) -> list[dict[str, int]]:
-    """Running, stopped, running, stopped, running, stopped, failed, failed."""
+    """States after three cycles of running and stopping, and after two failed starts."""
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(checkpoint), json.dumps(EAGER)],
         env={**os.environ, **ENVIRONMENT},
@@ -135,7 +135,7 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
             while True:
                 engine.generate(LONG)
         assert time.monotonic() - started < 10
-        # Also every call after that, and without a hang.
+        # Every later call fails, too, without a hang.
         with pytest.raises(EngineError, match="ended unexpectedly"):
             engine.generate(LONG)
         with pytest.raises(EngineError, match="ended unexpectedly"):
@@ -180,7 +180,7 @@ def test_a_parent_that_is_killed_takes_its_engine_along(
         try:
             assert parent.stdout is not None
             engine = psutil.Process(int(parent.stdout.readline()))
-            time.sleep(0.5)  # into the generation
+            time.sleep(0.5)  # until generation is running
             assert parent.poll() is None
             assert engine.is_running()
         finally:
@@ -195,7 +195,7 @@ def test_a_parent_that_is_killed_takes_its_engine_along(
 
 def test_an_interrupted_call_does_not_delay_the_end(checkpoint: Path) -> None:
     """Happens when Ctrl-C hits the parent but not the child: exiting must not wait."""
-    # A shell that runs the tests in the background has the signal ignored.
+    # A shell that runs the tests in the background makes them ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _interrupt(checkpoint)

@@ -32,7 +32,7 @@ from fluxmoe.core.arbitration.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
-#: With a fixed split nothing is decided, and nothing is limited by hand.
+#: Metrics shown with a fixed split: no decisions, no operator limits.
 PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - PASSING
 HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
 
@@ -51,7 +51,7 @@ def test_the_changes_of_a_meter_add_up() -> None:
     for step in range(200):
         add(shown, meter.take())
         assert shown == {**now, HITS: {(): hits}}
-        if step % 50 == 49:  # a reset of the source is none of what is shown
+        if step % 50 == 49:  # a reset of the source does not show
             now[HITS][()] = 0
             meter.restarted()
         more, moved = rng.randrange(3), rng.randrange(-5, 6)
@@ -236,7 +236,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         }
         frame = one["fluxmoe_budget_bytes"] / one["fluxmoe_budget_frames"]
         frames = found[FRAMES]
-        # C14: the same in bytes, and what the server is.
+        # C14: the same in bytes, and the server's description.
         in_bytes = {series: count * frame for series, count in frames.items()}
         assert found["fluxmoe_tenant_bytes"] == in_bytes
         assert found["fluxmoe_info"] == {(__version__, "lru", "next-layer", "fixed", "host"): 1}
@@ -245,7 +245,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         for tenant in ("experts", "kv"):
             low, high = frames[tenant, "min"], frames[tenant, "max"]
             assert low <= frames[tenant, "committed"] <= frames[tenant, "target"] <= high
-        # Those that were there after the last look, which is every 32 steps.
+        # The histogram is updated every 32 steps, so it may lag.
         evicted = sum(found["fluxmoe_expert_evictions_total"].values())
         assert 0 < lifetimes(eager) <= evicted
     # A second run resets the statistics, but not the metrics.

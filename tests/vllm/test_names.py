@@ -30,7 +30,7 @@ ALL = [
 ]
 CALLED = [row for row in ALL if row.values[0].table[row.values[1]][row.values[2]]]
 
-#: Class of ours → class of vLLM's, by dotted path.
+#: FluxMoE's class → vLLM's class, by dotted path.
 OVERRIDING = {
     "connector:PagingConnector": "connector",
     "stats:PagingStats": "connector",
@@ -67,7 +67,7 @@ def rename(patch: pytest.MonkeyPatch, name: str) -> None:
             names = tuple("gone" if name == last else name for name in code.co_names)
             init = FunctionType(code.replace(co_names=names), {}, closure=each.__init__.__closure__)
             patch.setattr(each, "__init__", init)
-    if inspect.ismodule(found[0]):  # lazy ones would find it again
+    if inspect.ismodule(found[0]):  # lazy modules would find it again
         module = found[0]
         lazy = module if "__getattr__" in vars(module) else type(module)
         if lazy is not ModuleType:
@@ -151,7 +151,7 @@ def test_the_table_has_what_is_imported(library: str) -> None:
         for name in imported(library)
         if name not in classes and name.replace(":", ".") not in modules
     }
-    # vLLM's public door, and what names the type of an argument only.
+    # vLLM's public API, and a name used only in annotations.
     assert missing <= {"vllm:LLM", "vllm.config:VllmConfig"}
 
 
@@ -183,3 +183,57 @@ def test_every_class_that_overrides_is_listed() -> None:
                 }:
                     found.add(node.name)
     assert found == {name.partition(":")[2] for name in OVERRIDING}
+
+
+#: Attribute of vLLM's objects → class of the configuration there.
+CONFIGS = {
+    f"{name}_config": kind
+    for name, kind in {
+        "vllm": "VllmConfig",
+        "cache": "CacheConfig",
+        "load": "LoadConfig",
+        "model": "ModelConfig",
+        "parallel": "ParallelConfig",
+        "scheduler": "SchedulerConfig",
+        "kv_transfer": "KVTransferConfig",
+    }.items()
+}
+
+
+def config_reads(code: str) -> set[str]:
+    """Collect ``Class.attribute`` of vLLM's configurations that this code reads."""
+    found: set[str] = set()
+    for function in ast.walk(ast.parse(code)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        called = {"vllm_config": "VllmConfig"}  # variable → class
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+                targets = [each.id for each in node.targets if isinstance(each, ast.Name)]
+                called |= {name: CONFIGS.get(node.value.attr, "") for name in targets}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute):
+                of = node.value
+                kind = CONFIGS.get(of.attr) if isinstance(of, ast.Attribute) else None
+                kind = called.get(of.id) if isinstance(of, ast.Name) else kind
+                if kind:
+                    found.add(f"{kind}.{node.attr}")
+    return found
+
+
+def test_every_attribute_of_a_configuration_that_is_read_is_in_the_table() -> None:
+    table = {name.partition(":")[2] for part in VLLM.table.values() for name in part}
+    read = {
+        name: path.name
+        for path in (FOLDER / "vllm").rglob("*.py")
+        for name in config_reads(path.read_text())
+    }
+    assert len(read) > 15
+    assert {name: file for name, file in read.items() if name not in table} == {}
+
+
+def test_reads_of_configurations_are_found() -> None:
+    code = (
+        "def f(c):\n    load = c.vllm_config.load_config\n    return load.x, c.model_config.y, c.z"
+    )
+    assert config_reads(code) == {"VllmConfig.load_config", "LoadConfig.x", "ModelConfig.y"}

@@ -41,7 +41,7 @@ def test_b3_what_the_parser_would_refuse(given: dict[str, Any], says: str) -> No
     (error,) = options.problems(given)
     assert says in str(error)
     (name,) = given
-    if name not in options.OURS and given[name] != "yes":  # which it takes for the model's name
+    if name not in options.OURS and given[name] != "yes":  # read as the model's name
         assert not _parses(given)
 
 

@@ -24,7 +24,7 @@ LAYERS = 4
 @pytest.mark.parametrize(
     ("policy", "prefetch"),
     [
-        # ``make test``: every policy once, with the two in turn.
+        # ``make test``: every policy once, with alternating prefetchers.
         pytest.param(policy, prefetch, marks=[pytest.mark.full] if (row + column) % 2 else [])
         for row, policy in enumerate(POLICIES)
         for column, prefetch in enumerate(["none", "next-layer"])

@@ -63,7 +63,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     assert printed.returncode == 0, printed.stderr
     log = folder / "log"
     with log.open("w") as out:
-        # The printed line is what is run: it must be complete.
+        # Runs the printed line, which must therefore be complete.
         process = subprocess.Popen(
             ["/bin/sh", "-c", f"exec env {printed.stdout.strip()}"],
             stdout=out,
@@ -120,7 +120,7 @@ def test_streams_and_clients_that_hang_up(server: dict[str, Any]) -> None:
     url = f"{server['url']}/v1/completions"
     for _ in range(3):
         with httpx.stream("POST", url, json=body(server, prompt, stream=True)) as stream:
-            next(stream.iter_lines())  # the first token, then the client is gone
+            next(stream.iter_lines())  # the client disconnects after the first token
     streamed: list[int] = []
     with httpx.stream("POST", url, json=body(server, prompt, stream=True), timeout=60) as stream:
         for line in stream.iter_lines():
@@ -140,12 +140,12 @@ def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
         streamed = body(server, prompt, stream=True)
         with httpx.stream("POST", url, json=streamed, timeout=60) as stream:
             lines = stream.iter_lines()
-            next(lines)  # both are with the engine now
+            next(lines)  # the engine has both requests now
             server["process"].send_signal(signal.SIGTERM)
             assert psutil.wait_procs(family, timeout=60)[1] == []
             with contextlib.suppress(httpx.RemoteProtocolError):  # cut off in the middle
                 list(lines)
-        # Answered in time, or told so: no client is left waiting.
+        # A late request gets an error: no client is left waiting.
         assert request.result().status_code in (200, 500, 503)
 
 

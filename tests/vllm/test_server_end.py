@@ -62,7 +62,7 @@ def test_a5_sigkill_of_a_serving_server_ends_its_engine_and_worker(server: Serve
     assert shared
     with ThreadPoolExecutor(1) as pool:
         request = pool.submit(server.complete, Prompt([9, 9], 250))
-        time.sleep(0.3)  # it is with the engine, or has been answered: both must do
+        time.sleep(0.3)  # in the engine or answered: both must work
         server.process.kill()
         server.process.wait()
         if not request.cancel():
@@ -74,7 +74,7 @@ def test_a5_sigkill_of_a_serving_server_ends_its_engine_and_worker(server: Serve
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["a11-sigterm", "c11-ctrl-c"])
 def test_a_signal_while_the_engine_starts(server: Server, sent: signal.Signals) -> None:
-    """SIGTERM goes to the server alone, as from ``docker stop``; Ctrl-C to all processes."""
+    """SIGTERM is sent only to the server, as by ``docker stop``; Ctrl-C to all processes."""
     deadline = time.monotonic() + 120
     while "Loading safetensors" not in server.log.read_text():
         assert server.process.poll() is None and time.monotonic() < deadline, server.tail()
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     [
         ("EngineCore", True, True),
         ("VllmWorker-0", False, True),  # SIGTERM is not enough
-        ("mine", True, False),  # a process of the user's, with the engine inside
+        ("mine", True, False),  # a user's process that contains the engine
     ],
 )
 def test_a5_only_vllms_own_processes_end_with_their_parent(

@@ -40,7 +40,7 @@ def serve(
     config = tmp_path / "config.yaml"
     wanted = {"model": str(model), "memory": {"budget": budget}, "vllm": vllm or {}}
     config.write_text(yaml.safe_dump(wanted | (settings or {})))
-    # Everything that gets as far as starting vLLM ends there.
+    # Runs that reach the start of vLLM fail there.
     program = "import os; os.execvpe = None; from fluxmoe.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", program, "serve", str(config), *more],
@@ -69,7 +69,7 @@ def test_a_port_in_use(tmp_path: Path, model: Path, host: str | None) -> None:
         options = {"port": port, **({"host": host} if host else {})}
         done = serve(tmp_path, model, vllm=options)
         refused(done, f"error[FM101]: port {port} is in use; vllm.port; choose another port")
-    assert "NoneType" in serve(tmp_path, model, vllm=options).stderr  # it is free: vLLM would start
+    assert "NoneType" in serve(tmp_path, model, vllm=options).stderr  # free: vLLM would start
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_latent_attention_with_a_moving_split(tmp_path: Path, setting: dict[str,
     done = serve(tmp_path, model, settings=setting, vllm={"port": 0})
     refused(done, "error[FM402]", "multi-head latent attention", "arbitration")
     assert "FM402" not in serve(tmp_path, model, vllm={"port": 0}).stderr
-    # vLLM then expands the latent vectors: its ordinary attention can do what is asked.
+    # With this variable, vLLM expands the latent vectors and uses ordinary attention.
     done = serve(tmp_path, model, settings=setting, vllm={"port": 0}, VLLM_MLA_DISABLE="1")
     assert "FM402" not in done.stderr
 
@@ -110,7 +110,7 @@ def test_a_folder_instead_of_a_configuration(model: Path) -> None:
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, model: Path) -> None:
-    # A file in its place: to the root of a container everything else is writable.
+    # A file in its place, because root in a container can write everywhere else.
     (tmp_path / "file").touch()
     done = serve(tmp_path, model, vllm={"port": 0}, VLLM_CACHE_ROOT=str(tmp_path / "file" / "x"))
     refused(done, "cannot write to", "Not a directory", "VLLM_CACHE_ROOT")
@@ -121,7 +121,7 @@ def test_a_model_that_is_missing_or_damaged(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model", "qwen3-moe")
     os.truncate(model / "model.safetensors", 5000)
     refused(serve(tmp_path, model), "error[FM406]: damaged or truncated", "model.safetensors")
-    # With random weights none are read.
+    # With random weights, no weight files are read.
     done = serve(tmp_path, model, vllm={"load-format": "dummy", "port": 0})
     assert "NoneType" in done.stderr
 

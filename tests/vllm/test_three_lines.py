@@ -53,7 +53,7 @@ def source(request, tmp_path, monkeypatch) -> list[str]:
     site.mkdir()
     (site / "three_lines_policy.py").write_text(SOURCE)
     install(site, "fluxmoe-three-lines", {"three-lines": "three_lines_policy"})
-    install(site, "fluxmoe-broken", {"broken": "no_such_module"})  # which is not used
+    install(site, "fluxmoe-broken", {"broken": "no_such_module"})  # broken, but not used
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{ROOT}")
     monkeypatch.setenv("FLUXMOE_PLUGINS", "three-lines,broken")
@@ -107,4 +107,4 @@ def test_three_lines_run_everywhere(source: list[str], checkpoint: Path, tmp_pat
             assert (run.tokens, run.logprobs) == (plain.tokens, plain.logprobs)
             assert run.stats["slots"] * PAGE == settings["memory"]["experts"]["target"]
             counted[policy] = run.stats["misses"]
-        assert counted["three-lines"] != counted["lru"]  # it was this one that chose
+        assert counted["three-lines"] != counted["lru"]  # the plugin chose the victims

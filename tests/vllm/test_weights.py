@@ -484,7 +484,9 @@ def test_other_architectures(
     eager.restart(model=a, fluxmoe={"memory": {"budget": "64MiB"}}, **options)
     assert greedy(eager) == found[0]
     if kept:
-        with pytest.raises(UnsupportedError, match=r"vLLM keeps model\.layers\.0\.mamba\.conv_weights"):
+        with pytest.raises(
+            UnsupportedError, match=r"vLLM keeps model\.layers\.0\.mamba\.conv_weights"
+        ):
             eager.call("rpc", through_path, str(b))
         assert greedy(eager) == found[0]
         eager.call("rpc", weights, [*experts.items()])

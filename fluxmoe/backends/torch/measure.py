@@ -57,7 +57,7 @@ def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
     load_us, page_us = _fit(*copies)
     return dict(
         name="this-cpu",
-        description=f"measured with {threads} thread(s): {Path(folder).name}, torch backend",
+        description=f"measured with {Path(folder).name}, torch backend, threads: {threads}",
         load_gbps=_gbps(page_bytes, page_us),
         load_us=load_us,
         memory_gbps=_gbps(page_bytes, expert_us),

@@ -3,7 +3,7 @@
 vLLM calls ``register`` in each of its processes. It has no effect on models that are not paged:
 paging is enabled by the settings of ``engine_options``. Only the worker class imports the paging
 code. One folder per process: ``server``, ``scheduler``, ``worker``; ``child`` runs an
-engine in a child process, ``compat`` imports vLLM's private names.
+engine in a child process, ``compat`` imports vLLM's private names. Only this package imports vLLM.
 """
 
 from __future__ import annotations

@@ -38,8 +38,10 @@ _TABLE = {
         ),
         **_attributes(_CONFIG + "CacheConfig", "kv_cache_memory_bytes block_size"),
         _CONFIG + "KVTransferConfig.kv_connector": "",
-        _CONFIG + "LoadConfig.load_format": "",
-        **_attributes(_CONFIG + "ModelConfig", "enable_sleep_mode max_model_len use_mla"),
+        **_attributes(_CONFIG + "LoadConfig", "download_dir load_format"),
+        **_attributes(
+            _CONFIG + "ModelConfig", "enable_sleep_mode max_model_len model revision use_mla"
+        ),
         **_attributes(_CONFIG + "SchedulerConfig", "max_num_seqs watermark"),
         "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector": (
             "name module_path class_name"
@@ -122,6 +124,7 @@ _TABLE = {
     },
     "cpu": {
         _WORKER: "vllm_config",
+        **_attributes(_WORKER, "cache_config model_config model_runner vllm_config"),
         _WORKER + ".load_model": "",
         _WORKER + ".determine_available_memory": "",
         _WORKER + ".initialize_from_config": "kv_cache_config",
@@ -165,7 +168,10 @@ _TABLE = {
         **_attributes("vllm.v1.engine.llm_engine:LLMEngine", "engine_core vllm_config"),
         "vllm.v1.engine.core_client:InprocClient.engine_core": "",
         "vllm.v1.engine.core:EngineCore.scheduler": "",
-        **_attributes("vllm.v1.core.sched.scheduler:Scheduler", "kv_cache_config running"),
+        **_attributes(
+            "vllm.v1.core.sched.scheduler:Scheduler",
+            "connector kv_cache_config kv_cache_manager running",
+        ),
         **_attributes(_CONFIG + "CacheConfig", "num_gpu_blocks enable_prefix_caching"),
         _CONFIG + "SchedulerConfig.enable_chunked_prefill": "",
         "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": "method",
@@ -179,11 +185,15 @@ _ON = {
         *("blocks", "cached_block_hash_to_block", "num_gpu_blocks", "_reuse_watchers"),
         *("free_block_queue.get_all_free_blocks", "free_block_queue.remove"),
     ),
-    "RoutedExperts": (
+    "RoutedExperts": ("layer_name", "quant_method"),
+    "unquantised RoutedExperts": (
+        *("hidden_size", "top_k", "w13_weight", "w2_weight", "weight_loader"),
         *("moe_config.intermediate_size_per_partition_unpadded", "moe_config.hidden_dim_unpadded"),
-        *("moe_config.moe_parallel_config.tp_size", "weight_loader"),
-        *("layer_name", "quant_method.moe_kernel", "top_k", "w13_weight", "w2_weight"),
+        "moe_config.moe_parallel_config.tp_size",
     ),
+    "UnquantizedFusedMoEMethod": ("moe_kernel",),
+    "FusedMoEKernel": ("fused_experts",),
+    "CPUUnquantizedExperts": ("_use_zentorch", "isa"),
     "model_runner": ("input_batch.num_reqs", "input_batch.req_ids", "model", "query_start_loc.np"),
     "AsyncLLM": ("output_processor.has_unfinished_requests",),
 }

@@ -128,7 +128,7 @@ class MoveCoordinator:
         return self._move is not None
 
     def begin(self, move: Move) -> None:
-        """Begin a move. Blocks of KV groups to be freed must already be held."""
+        """Begin a move. Blocks of KV groups to be freed must already be held (by the planner)."""
         assert self._move is None
         self._move, self._problems, self._seconds = move, [], 0.0
         self._enter(_Stage.SHRINK)

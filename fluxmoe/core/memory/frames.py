@@ -21,6 +21,7 @@ class FramePool:
     """``count`` frames of ``frame_bytes`` bytes, each owned by one tenant or free.
 
     Attributes:
+        count: Maximum to which the budget can be raised.
         limit: Budget in frames: the maximum that all tenants may own together; initially ``count``.
     """
 

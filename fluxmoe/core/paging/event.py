@@ -163,7 +163,10 @@ def load_ahead(b: Books, pages: Int64s) -> None:
 
 @jit
 def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
-    """Write the evictable pages of a bank into ``out``, ascending; return their number."""
+    """Write the evictable pages of a bank into ``out``, ascending; return their number.
+
+    ``victims`` and ``heap`` apply the same filter.
+    """
     n, banks = 0, b.num_slots.size
     for word in range(b.present.size):
         present = b.present[word]

@@ -1,10 +1,10 @@
 """Decoding of the lossless code in registers.
 
-docs/concepts/code.md defines the code byte by byte. In short: a part of a page is a matrix in tiles
-of 64 × 64 weights; eight weights of a row take three 32-bit words, two with their low bytes and one
-with eight nibbles. A header per row and 128 columns (a *segment*) holds the base of the nibbles and
-two escapes. Segments that do not fit this scheme are special and marked by flag bytes. Each 32-bit
-operation decodes four weights.
+docs/concepts/lossless-code.md defines the code byte by byte. In short: a part of a page is a
+matrix in tiles of 64 × 64 weights; eight weights of a row take three 32-bit words, two with their
+low bytes and one with eight nibbles. A header per row and 128 columns (a *segment*) holds the base
+of the nibbles and two escapes. Segments that do not fit this scheme are special and marked by flag
+bytes. Each 32-bit operation decodes four weights.
 
 A *step* is ``BLOCK_K`` columns, 32 to 256.
 """

@@ -28,7 +28,8 @@ class CompressedPages:
     """Compressed matrices of one shape, anywhere in one buffer.
 
     Args:
-        data: 1-D uint8, 16-byte aligned; one block of the code per page (docs/concepts/code.md).
+        data: 1-D uint8, 16-byte aligned; one block of the code per page
+            (docs/concepts/lossless-code.md).
         offsets: ``[pages]`` int32, start of each block, in units of 128 bytes.
         rows: Number of rows, N.
         cols: Number of columns, K, a multiple of 64. Reading in place requires the same of N.

@@ -1,6 +1,7 @@
 """``fixed4``: lossless bf16 in three quarters of the size, one format for CPU and GPU.
 
-docs/concepts/code.md defines the format byte by byte, with the same names of sections and fields.
+docs/concepts/lossless-code.md defines the format byte by byte, with the same names of sections and
+fields.
 """
 
 from __future__ import annotations

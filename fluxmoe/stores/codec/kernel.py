@@ -1,7 +1,7 @@
 """The fixed4 code, segment by segment: numba loops over the steps of ``vector``.
 
-All arrays belong to the caller and are views of one block (docs/concepts/code.md) and its weights.
-``decode`` validates everything it reads from a block.
+All arrays belong to the caller and are views of one block (docs/concepts/lossless-code.md) and its
+weights. ``decode`` validates everything it reads from a block.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ places. So these few steps are written as LLVM vectors, which LLVM maps to the p
 instructions: about 15 per step with AVX-512 VBMI.
 
 Within a step the weights of 64 columns are in the order of the tile's words: byte ``i`` of a vector
-is byte ``i`` of the eight words of plane A, followed by those of plane B (docs/concepts/code.md).
+is byte ``i`` of the eight words of plane A, followed by those of plane B
+(docs/concepts/lossless-code.md).
 """
 
 from __future__ import annotations

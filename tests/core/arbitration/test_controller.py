@@ -141,7 +141,7 @@ class World:
         self.answers = [answer for answer in answers if answer is not None]
         for rig in self.rigs:
             rig.acquire(int(self.rng.integers(LAYERS)), self.rng.integers(0, EXPERTS, 3).tolist())
-            for block in self.blocks.usable:  # crashes where there is no memory
+            for block in self.blocks.usable:  # crashes if a block has no memory
                 rig.memory.kv.buffer()[block * self.layout.block_bytes] = 1
 
     # The demand in a view; each view reads it once.
@@ -202,7 +202,7 @@ def test_memory_goes_both_ways_and_back(world, workers):
     assert w.frames == {"experts": frames_for(PAGE_CLASS, 16, FRAME), "kv": 9}
     w.want(8, 32)
     w.settle()
-    assert w.frames == {"experts": 10, "kv": 30}  # what the KV cache cannot take stays
+    assert w.frames == {"experts": 10, "kv": 30}  # experts keep what KV cannot take
     w.want(19, 21)
     w.settle()
     assert w.frames == {"experts": 19, "kv": 21}
@@ -225,15 +225,15 @@ def test_bounds_and_use_win_over_any_wish(world):
     assert w.frames["kv"] >= 3 and w.frames["experts"] >= frames_for(PAGE_CLASS, EXPERTS, FRAME)
     w.want(0, FRAMES)
     w.settle()
-    assert w.frames == {"experts": FRAMES - 32, "kv": 32}  # there are no more blocks
+    assert w.frames == {"experts": FRAMES - 32, "kv": 32}  # no more blocks exist
     w.blocks.in_use = set(w.blocks.usable)
     kv = w.frames["kv"]
     w.want(FRAMES - 3, 3)
     w.settle(20)
-    assert w.frames["kv"] == kv  # every block is in use: the wish waits …
+    assert w.frames["kv"] == kv  # every block is in use: the request waits …
     w.blocks.in_use = set()
     w.settle()
-    assert w.frames["kv"] < kv  # … until it can be granted
+    assert w.frames["kv"] < kv  # … until blocks are free
 
 
 @pytest.mark.parametrize("used", [{0}, {0, 4, 9}])
@@ -267,7 +267,7 @@ def test_a_commit_that_fails_on_one_worker_rolls_all_back(world, rank, caplog):
 
 
 def exact(w):
-    """What the scheduler believes of memory is what every worker has."""
+    """Assert that the scheduler's view of memory matches every worker's."""
     for rig in w.rigs:
         assert rig.memory.frames() == w.frames
         committed = {int(group) for group in np.flatnonzero(rig.memory.kv.committed)}
@@ -279,11 +279,11 @@ def exact(w):
 @pytest.mark.parametrize("outcome", ["undone", "stranded"])
 def test_after_a_move_that_failed_the_split_is_the_workers(world, to_kv, outcome, caplog):
     w = world(2)
-    w.want(13, 27)  # hardly a frame is free
+    w.want(13, 27)  # hardly any frame is free
     w.settle()
     before, held = w.frames, set(w.blocks.held)
     w.want(*((8, 30) if to_kv else (19, 3)))
-    # A grow fails; for a stranded move the growing back, too.
+    # Growing fails; for a stranded move, so does growing back.
     for at, substrate in enumerate(w.substrates):
         if at == 1 or outcome == "undone":
             error = SubstrateError("injected fault")
@@ -311,7 +311,7 @@ def test_after_a_move_that_failed_the_split_is_the_workers(world, to_kv, outcome
 def test_frames_that_were_stranded_are_found_again(world):
     w = world(2)
     w.want(0, 30)
-    # No grow, and no growing back.
+    # Neither growing nor growing back succeeds.
     w.substrates[1].plan.arm("commit", SubstrateError("injected fault"), lasting=True)
     for _ in range(30):
         w.step()
@@ -343,7 +343,7 @@ def test_nonsense_changes_nothing_and_is_counted(world, answer, caplog):
     w.policy.answer = answer
     w.settle(20)
     assert w.frames == before
-    assert w.arbiter.policy.faults == 16  # then it is out
+    assert w.arbiter.policy.faults == 16  # then it is replaced
     assert caplog.text.count("arbitration policy 'wish': split") == 1
     strict = world(strict=True)
     strict.policy.answer = answer
@@ -358,7 +358,7 @@ def test_a_lowered_limit_is_kept_to_and_raised_again(world):
     full = sum(w.frames.values())
     kv = w.frames["kv"]
     w.blocks.in_use = set(w.blocks.usable)
-    w.policy.answer = None  # the present split is an answer, even if it is too large now
+    w.policy.answer = None  # the current split is valid, even if it is too large now
     w.arbiter.set_limits(OperatorLimits(20))
     w.settle()
     assert w.frames == {"experts": frames_for(PAGE_CLASS, EXPERTS, FRAME), "kv": kv}
@@ -387,12 +387,12 @@ def test_limits_of_a_tenant_by_hand_win_over_any_wish(world, caplog):
     w.settle()
     assert w.frames["kv"] >= 25
     w.policy.answer = None
-    w.arbiter.set_limits(OperatorLimits(experts_max=10))  # no tenant requests the frames they lose
+    w.arbiter.set_limits(OperatorLimits(experts_max=10))  # no tenant requests the freed frames
     w.settle()
     assert w.frames["experts"] <= 10
     w.arbiter.set_limits(
         OperatorLimits(experts_max=0, kv_max=0)
-    )  # less than they need is not possible
+    )  # limits below the minimums are raised to them
     w.settle()
     assert 0 < w.frames["kv"] <= 5
     assert w.frames["experts"] == frames_for(PAGE_CLASS, EXPERTS, FRAME)
@@ -409,7 +409,7 @@ def test_limits_of_a_tenant_by_hand_win_over_any_wish(world, caplog):
         (
             OperatorLimits(kv_max=9),
             {"kv": 9, "experts": 19},
-        ),  # all experts are resident: the rest is free
+        ),  # all experts are resident; the remaining frames stay free
         (OperatorLimits(experts_max=10), {"kv": 30, "experts": 10}),
         (OperatorLimits(total=24), None),
     ],
@@ -418,7 +418,7 @@ def test_what_a_person_takes_from_one_tenant_is_the_others(world, limits, frames
     w = world()
     w.want(20, 20)
     w.settle()
-    w.policy.answer = None  # a policy that never wants anything
+    w.policy.answer = None  # a policy that never requests a change
     begun = w.frames
     w.arbiter.set_limits(limits)
     w.settle()
@@ -440,7 +440,7 @@ def test_limits_by_hand_move_an_idle_engines_memory_and_let_it_rest(world):
     w.arbiter.set_limits(OperatorLimits(kv_max=4))
     for _ in range(3):
         w.step()
-        assert not w.arbiter.busy  # all in use: nothing to do, and nothing to step for
+        assert not w.arbiter.busy  # all blocks are in use: no move, and no reason to step
     w.blocks.in_use = set()
     w.step()
     while w.arbiter.busy:
@@ -459,7 +459,7 @@ def test_an_idle_engine_ends_a_move_and_begins_none(world):
     assert not w.arbiter.busy
     assert sum(w.arbiter.changes.values()) == 1
     w.policy.answer = None
-    w.arbiter.set_limits(OperatorLimits(16))  # except for this one: a tenant requests the memory
+    w.arbiter.set_limits(OperatorLimits(16))  # not here: the other tenant requests the memory
     w.settle()
     assert sum(w.frames.values()) <= 16
 
@@ -503,7 +503,7 @@ def test_a_slow_move_makes_the_next_one_small(world):
         assert w.frames["kv"] == 399
         return w.arbiter.changes["to_kv"]
 
-    assert moves(10.0) > 100  # a move takes ten steps: the least possible each time
+    assert moves(10.0) > 100  # a move would take ten steps, so each is the smallest possible
     assert 5 <= moves(1e-9) < 20
 
 

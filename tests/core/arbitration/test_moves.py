@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, rank: int) -> None:
         self.groups: set[int] = {0, 1, 2}
         self.slots = 12
-        self.failures: list[bool | Exception] = []  # of the next actions
+        self.failures: list[bool | Exception] = []  # outcomes of the next actions
         self.mover = MoveWorker(rank, self, self, clock=lambda: 0.0)
         self.inbox: deque[Order] = deque()
         self.executed = 0
@@ -56,14 +56,14 @@ class Worker:
 
 
 class ProtocolMachine(RuleBasedStateMachine):
-    """The scheduler's beliefs must always be safe, even with lost messages and failing workers."""
+    """The scheduler's view is always safe, even with lost messages and failing workers."""
 
     @initialize(workers=st.integers(1, 3))
     def build(self, workers):
         self.workers = [Worker(rank) for rank in range(workers)]
         self.mover = MoveCoordinator(workers)
         self.usable = {0, 1, 2}  # groups whose blocks the scheduler may hand out
-        self.slots = 12  # what all workers have at least, as the scheduler believes
+        self.slots = 12  # the scheduler's lower bound for all workers
         self.answers: deque[Answer] = deque()
         self.healthy = True
         self.moves: list[MoveOutcome] = []
@@ -94,7 +94,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def deliver(self, data):
         worker = data.draw(st.sampled_from(self.workers))
         if worker.inbox:
-            index = data.draw(st.integers(0, len(worker.inbox) - 1))  # not in order
+            index = data.draw(st.integers(0, len(worker.inbox) - 1))  # in any order
             order = worker.inbox[index]
             if data.draw(st.booleans(), label="only once"):
                 del worker.inbox[index]
@@ -163,10 +163,10 @@ class ProtocolMachine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "workers"))
     def safe(self):
         for worker in self.workers:
-            # No block is handed out whose memory is not there, on any worker.
+            # Every block handed out has memory on all workers.
             assert self.usable <= worker.groups
             assert worker.frames <= FRAMES
-            # No order is carried out twice, so none undoes what came after it.
+            # No order is executed twice, so none undoes a later one.
             assert worker.executed == worker.mover.done
 
 
@@ -233,7 +233,7 @@ def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
 
 @pytest.mark.parametrize("number", [0, 2, 3, 7])
 def test_a_worker_carries_out_the_next_order_only(number):
-    """One beyond the next would leave out an order, and its memory with it."""
+    """Skipping an order would lose its memory."""
     worker = Worker(0)
     assert worker.mover.receive(Order(number, TakeKV((5,)))) is None
     first = worker.mover.receive(Order(1, TakeKV((5,))))

@@ -1,4 +1,4 @@
-"""Planning: what a wish comes to within bounds, limits and the KV cache in use."""
+"""Planning: a requested split, restricted by bounds, limits and the KV cache in use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_kv_cache_in_use_stays_when_frames_move_to_the_experts(used, floor, fill
     view = replace(VIEW, kv_used_frames=used)
     for wish in ({"experts": 40, "kv": 0}, {"experts": 36, "kv": 4}, {"experts": 20, "kv": 20}):
         wanted = planner.within(Split(wish), view, fill=fill)
-        rest = 40 - INVENTORY.experts.max if fill else 0  # nobody else can use it
+        rest = 40 - INVENTORY.experts.max if fill else 0  # no other tenant can use it
         assert wanted["kv"] == max(wish["kv"], floor, rest)
         assert sum(wanted.values()) <= 40
 

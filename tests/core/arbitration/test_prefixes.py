@@ -44,7 +44,7 @@ def test_it_is_what_caches_of_every_size_find(requests):
 
 
 def test_a_sample_of_the_blocks_sees_the_cliff():
-    # 100 talks in turn, 10 blocks each: with less than 1000 blocks nothing is found, with more all.
+    # 100 alternating conversations of 10 blocks: below 1000 blocks, no hits; above, all hit.
     curve = PrefixCurve(4000, sampled=400)
     for _ in range(8):
         for talk in range(100):
@@ -94,7 +94,7 @@ def test_blocks_in_use_are_found_without_a_free_one_and_forgotten_when_their_las
         curve.freed(request, hashes(0, 4))
     curve.admitted("d", hashes(1, 8))
     curve.freed("d", hashes(1, 8))
-    curve.admitted("e", hashes(0, 4))  # below eight others
+    curve.admitted("e", hashes(0, 4))  # beneath eight others
     assert curve.curve()[0] == pytest.approx(8 / 24)
     assert curve.curve()[-1] == pytest.approx(12 / 24)
 
@@ -102,7 +102,7 @@ def test_blocks_in_use_are_found_without_a_free_one_and_forgotten_when_their_las
 def test_a_request_that_was_preempted_leaves_its_blocks_behind():
     curve = PrefixCurve(BLOCKS, window=10**9)
     curve.admitted("a", hashes(0, 2))
-    curve.admitted("a", hashes(0, 8))  # it had filled all of them when it lost its KV cache
+    curve.admitted("a", hashes(0, 8))  # all of them were filled before the preemption
     assert curve.curve()[0] == 0
     assert curve.curve()[4] < curve.curve()[8] == pytest.approx(8 / 10)
     curve.freed("a", hashes(0, 8))

@@ -45,7 +45,7 @@ def test_an_engine_that_is_idle_at_first():
 def test_soon_when_something_happens(news):
     steps = asked(AskingSchedule(4, 64), [CALM] * 70 + [news] * 20)
     assert steps[:5] == [0, 4, 12, 28, 60]
-    assert steps[5] == 70  # ten steps after the last time
+    assert steps[5] == 70  # ten steps after the previous call
     assert steps[6] == 74
 
 

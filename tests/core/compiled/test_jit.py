@@ -15,7 +15,7 @@ import pytest
 import fluxmoe
 from fluxmoe.core.compiled.jit import jit
 
-#: Few functions from two files: every run below recompiles them.
+#: Only a few functions from two files, because every run below recompiles them.
 COUNT = """
 import numpy as np
 from fluxmoe.core.paging.event import open_event
@@ -57,7 +57,7 @@ def test_a_change_in_one_file_reaches_the_compiled_code_of_another(copy):
     swapped = text.replace("    C_HITS,\n    C_MISSES,\n", "    C_MISSES,\n    C_HITS,\n")
     assert swapped != text
     pages.write_text(swapped)
-    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is as it was, its constants are not
+    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is unchanged, its constants are not
 
 
 @pytest.mark.parametrize("user", ["core/first", "outside"])
@@ -92,13 +92,13 @@ def test_a_change_of_a_tuple_from_a_file_without_compiled_code_reaches_its_users
 
 def test_machine_code_of_another_version_is_no_obstacle(copy):
     run(copy)
-    for path in (copy / "fluxmoe/core").rglob("*.py"):  # numba's index names the class it has seen
+    for path in (copy / "fluxmoe/core").rglob("*.py"):  # numba's index contains the class's name
         path.write_text(path.read_text().replace("Books", "Ledger"))
     assert run(copy).startswith("2 [1, 2, 0, 2,")
 
 
 def test_it_runs_where_nothing_can_be_cached(copy):
-    # As for an unprivileged user without a home; an unusable locator stands for it, even as root.
+    # Like an unprivileged user without a home folder; an unusable locator has the same effect.
     assert run(copy, NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator").startswith("2 [1, 2, 0, 2,")
 
 
@@ -109,7 +109,7 @@ def test_it_runs_where_the_disk_is_full_and_from_damaged_machine_code(copy):
     assert run(copy, before=full, NUMBA_CACHE_DIR=str(cache)).startswith("2 [1, 2, 0, 2,")
     assert not list(cache.rglob("*.nb?"))
     run(copy, NUMBA_CACHE_DIR=str(cache))
-    for kind in ("*.nbc", "*.nbi"):  # of one function the code, of the next its index
+    for kind in ("*.nbc", "*.nbi"):  # damage the code of one function and the index of the next
         files = sorted(cache.rglob(kind))
         for path in files[kind == "*.nbi" :: 2]:
             path.write_bytes(path.read_bytes()[:40])
@@ -126,8 +126,8 @@ def put(row: npt.NDArray[np.int64], grid: npt.NDArray[np.int64], i: int) -> int:
 
 
 def test_no_index_is_looked_at_whether_it_is_negative():
-    # So −1 is what lies before: in an array that is part of another one, that can be told. A
-    # constant counts from the end.
+    # Index −1 therefore reads the preceding element, which a view of a larger array makes visible.
+    # A constant index counts from the end.
     whole, grid = np.arange(10), np.arange(40).reshape(2, 20)
     row = whole[5:]
     compiled = jit(get)
@@ -153,7 +153,7 @@ def test_c9_compilation_is_announced_once_and_only_if_it_happens(copy):
 
 
 def test_c9_a_policy_s_victims_are_compiled_once():
-    """Numba gives literals a separate type, so these ten seconds were spent twice."""
+    """Numba gives literals a separate type, which used to cost ten seconds twice."""
     program = (
         "from fluxmoe.core.paging.victims import victims\n"
         "from fluxmoe.sim.simulator import simulate\n"

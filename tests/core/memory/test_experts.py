@@ -80,7 +80,7 @@ def test_slots_keep_address_and_contents_through_resize_and_frames_are_cleared_b
     for part in rows:
         part[...] = np.arange(12, dtype=np.uint8)[:, None]
     s.experts.resize(0, 5)
-    s.experts.resize(1, 4)  # takes frames that slots of bank 0 had
+    s.experts.resize(1, 4)  # takes frames that belonged to slots of bank 0
     s.experts.check()
     assert all((part[:5] == np.arange(5)[:, None]).all() for part in rows)
     assert all(not part.any() for part in s.experts.rows(1))
@@ -146,7 +146,7 @@ def test_a_refusal_to_undo_what_was_refused_leaves_the_books_right(setup, monkey
         s.experts.resize(0, 12)
     s.experts.check()
     assert s.experts.slots == [4]
-    assert s.pool.free < free  # what is still mapped is still the experts'
+    assert s.pool.free < free  # frames still mapped belong to the experts
     s.experts.resize(0, 4)
     s.experts.check()
     assert s.pool.free == free

@@ -44,10 +44,10 @@ def test_a_negative_number_of_frames_is_refused(pool):
 @pytest.mark.parametrize(
     ("frames", "why"),
     [
-        ([0, 3], "does not own"),  # 3 is b's
+        ([0, 3], "does not own"),  # b owns 3
         ([0, 5], "does not own"),  # 5 is free
         ([0, 0], "twice"),
-        ([0, -8], "outside 0…7"),  # numpy would take -8 for 0
+        ([0, -8], "outside 0…7"),  # numpy would read -8 as 0
         ([0, 8], "outside 0…7"),
     ],
 )

@@ -50,9 +50,9 @@ def test_groups_within_is_the_most_that_fit(layout, frames):
     ("budget", "unit", "frame"),
     [
         (64 << 20, 0, 8192),
-        (64 << 20, 32 << 10, 8192),  # suits already
+        (64 << 20, 32 << 10, 8192),  # fits without a change
         (64 << 20, 12 << 10, 4096),
-        (2560 << 20, 192 << 10, 128 << 10),  # smaller would be more frames than can be mapped
+        (2560 << 20, 192 << 10, 128 << 10),  # smaller frames would exceed the number of mappings
         (24 << 30, 12 << 20, 2 << 20),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_commit_that_fails_is_undone(setup, nth):
 
 
 def test_a_commit_that_fails_late_gives_its_memory_back(setup, monkeypatch):
-    """As one does that has mapped its first frames when the system refuses the next."""
+    """The first frames are mapped before the system refuses the next one."""
     s = setup()
     before = s.substrate.allocated()
     monkeypatch.setattr(s.substrate, "commit", fails_late(s.substrate.commit, s.substrate.decommit))

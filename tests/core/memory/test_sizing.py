@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 
 def split(frames, experts, kv):
-    """Targets of both."""
+    """Return the targets of both tenants."""
     a, b = first_split(
         frames,
         MIB,
@@ -29,24 +29,24 @@ def split(frames, experts, kv):
 @pytest.mark.parametrize(
     ("frames", "experts", "kv", "expected"),
     [
-        # nothing said: KV first up to all that can run, then experts, the rest is cache
+        # no targets: KV for all requests that can run, then experts, then KV for prefixes
         (30, (10, 100), (5, 40), (10, 20)),
         (60, (10, 100), (5, 40), (20, 40)),
         (140, (10, 100), (5, 40), (100, 40)),
         (150, (10, 100), (5, 40), (100, 50)),
         (15, (10, 100), (5, 40), (10, 5)),  # just the minimums
-        # experts given: KV gets the rest
+        # target for experts: KV gets the rest
         (60, (10, 100, 30), (5, 40), (30, 30)),
-        (60, (10, 25, 30), (5, 40), (25, 35)),  # not more than there are experts
+        (60, (10, 25, 30), (5, 40), (25, 35)),  # no more than all experts need
         (60, (10, 100, 55), (5, 40), (55, 5)),
-        # KV given: experts get the rest
+        # target for KV: experts get the rest
         (60, (10, 100), (5, 40, 20), (40, 20)),
         (60, (10, 30), (5, 40, 20), (30, 20)),
         (60, (10, 100), (5, 40, 50), (10, 50)),
-        # both given
+        # targets for both
         (60, (10, 100, 20), (5, 40, 30), (20, 30)),
         (60, (10, 100, 20), (5, 40, 40), (20, 40)),
-        # a tenant that needs nothing
+        # a tenant with target 0
         (60, (0, 100, 0), (5, 40), (0, 60)),
         (60, (10, 100), (0, 40, 0), (60, 0)),
         (60, (10, 100, 20), (0, 40, 0), (20, 0)),

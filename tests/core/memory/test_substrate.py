@@ -116,7 +116,7 @@ def test_a_commit_that_fails_half_way_maps_nothing():
 
 
 def test_uncommitted_memory_reads_as_nan_in_every_format(substrate):
-    address = substrate.reserve(9 << 20)  # more than the poison file holds at once
+    address = substrate.reserve(9 << 20)  # larger than the poison file
     poison = memory(address, 9 << 20)
     bf16 = (poison.view(np.uint16)[::1024].astype(np.uint32) << 16).view(np.float32)
     assert np.isnan(bf16).all()
@@ -177,7 +177,7 @@ def test_release_returns_the_memory_to_the_system(substrate):
     substrate.commit(address, frames(3, 4, 5, 9, 10, 0, 1, 2))
     memory(address, 8 * FRAME)[...] = 9
     substrate.decommit(address, 8)
-    assert substrate.allocated() - before == 8 * FRAME  # decommitting alone keeps it
+    assert substrate.allocated() - before == 8 * FRAME  # decommitting alone frees nothing
     substrate.release(frames(9, 3, 5, 4))
     assert substrate.allocated() - before == 4 * FRAME
     substrate.commit(address, frames(9, 10))

@@ -69,7 +69,7 @@ class Both:
         self.check()
 
     def check(self):
-        """Every bound has an entry, and every page up to the limit, that one included, a bound."""
+        """Assert that every bound has an entry, and every page up to the limit a bound."""
         h = self.heap
         for bank in range(self.table.num_banks):
             limit, (begin, end) = (h.limit[bank], h.limit_page[bank]), h.queue_ends[bank]
@@ -191,7 +191,7 @@ def test_a_page_whose_entry_was_dropped_while_it_was_absent_gets_another():
             for page, score in scores.items():  # ascending scores are queued, others in the heap
                 both.score({page: score})
             both.drop(0)
-            both.choose(0, 1, set(), set(), False)  # passes by 0
+            both.choose(0, 1, set(), set(), False)  # skips 0
             both.score({0: new})
             both.choose(0, 2, set(), set(), False)
 

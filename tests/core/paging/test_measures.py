@@ -25,7 +25,7 @@ def events(count: int, seed: int = 0, spread: float = 0.35):
 
 
 def observed(trace, **options) -> MissRatioCurve:
-    """Compute the curve of a trace, with the books kept in plain Python."""
+    """Compute the curve of a trace, with the bookkeeping in plain Python."""
     curve, last_use = MissRatioCurve(PAGES, EXPERTS, **options), np.full(PAGES, -1, np.int64)
     for event, (layer, ids) in enumerate(trace):
         curve.observe(last_use, layer, ids)
@@ -69,7 +69,7 @@ def test_a_scan_is_a_cliff_and_its_hull_a_line():
     scan = [(event % LAYERS, np.arange(EXPERTS)) for event in range(30)]
     curve = observed(scan, every=1, window=0)
     warm = 1 - LAYERS / 30
-    # Beyond the cliff each page finds those of the other layers and its successors in its own.
+    # Beyond the cliff, a reuse follows the other layers' pages and its successors in its layer.
     assert curve.curve()[:16].tolist() == pytest.approx([warm] * 16)
     assert curve.curve()[PAGES] == 0
     hull = convex_hull(curve.curve())

@@ -1,4 +1,4 @@
-"""The pager: correct bytes in the returned slots, and consistent books, even if the store fails."""
+"""The pager: correct bytes in returned slots, consistent bookkeeping, even if the store fails."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_after_a_failed_read_on_demand_the_pages_are_absent_and_the_next_acquire
     with pytest.raises(StoreError, match="page 6"):
         r.acquire(1, [0, 1, 2, 3])
     r.check()
-    assert r.resident == {0, 1}  # neither the broken page nor those that came with it
+    assert r.resident == {0, 1}  # neither the broken page nor the other pages of its event
     c = r.pager.counters()
     assert (c.hits, c.misses, c.evictions) == (0, 6, 0)
     r.acquire(0, [0, 1])
@@ -172,7 +172,7 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
     rng = np.random.default_rng(5)
     served = failed = 0
     for event in range(400):
-        if event % 3 == 0:  # for several events, or the second try would always succeed
+        if event % 3 == 0:  # for several events; otherwise the second try would always succeed
             r.store.broken = set(rng.choice(24, 4).tolist()) if rng.random() < 0.6 else set()
         try:
             r.acquire(event % 4, rng.integers(-1, 6, 5).tolist())  # compares the bytes
@@ -217,7 +217,7 @@ class _Failing(LeastRecentlyUsed):
 
 
 class _NextLayerWatched(NextLayer):
-    """Asks the eviction policy whether to fail."""
+    """Fails when the eviction policy says so."""
 
     def __init__(self, eviction):
         super().__init__()
@@ -274,7 +274,7 @@ def test_a_policy_hears_of_the_victims_of_a_bank_that_shrinks(rig):
 def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
     r = rig(slots=(6,), reserved=(12,))
     r.acquire(0, [0, 1, 2, 3])
-    r.acquire(1, [0, 1])  # in the two slots that go
+    r.acquire(1, [0, 1])  # in the two slots that are removed
     r.pager.resize(0, 4)
     r.check()
     assert r.tenant.frames == frames_for(PAGE_CLASS, 4, FRAME)
@@ -302,7 +302,7 @@ def test_pages_that_moved_keep_their_scores(rig, policy):
     r = rig(slots=(8,), eviction=policy())
     for layer, experts in [(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1])]:
         r.acquire(layer, experts)
-    r.pager.resize(0, 6)  # 2 and 3 go, and 6 and 7 move into their slots
+    r.pager.resize(0, 6)  # 2 and 3 are evicted; 6 and 7 move into their slots
     assert r.resident == {0, 1, 4, 5, 6, 7}
     r.acquire(2, [0])
     assert r.resident == {0, 1, 5, 6, 7, 8}

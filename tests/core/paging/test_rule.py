@@ -127,7 +127,7 @@ def test_2_hits_are_the_pages_resident_at_the_events_start_the_others_are_misses
 def test_2_residency_is_logical_from_the_moment_a_slot_is_assigned():
     rule = make()
     rule.open(0, 0, np.array([2]), NO_SLOTS)
-    rule.admit()  # nothing is ever copied here
+    rule.admit()  # no page is ever copied here
     slots = np.zeros(2, np.int32)
     assert rule.open(0, 0, np.array([2, 2]), slots) == 0
     assert slots.tolist() == [0, 0]
@@ -148,7 +148,7 @@ def test_3_all_of_the_events_pages_get_last_use_and_use_count_and_on_access_runs
     rule = make(eviction=(policy := Looks()))
     run(rule, 0, 0, 1)
     run(rule, 0, 1, 3)
-    assert policy.seen == ([1, 1], [2, 1], [True, False])  # up to date, and nothing loaded yet
+    assert policy.seen == ([1, 1], [2, 1], [True, False])  # counts updated, nothing loaded yet
 
 
 def test_3_use_count_survives_eviction():
@@ -168,7 +168,7 @@ def test_4_the_missing_number_of_victims_is_taken_lowest_score_first():
     run(rule, 0, 0, 1)
     run(rule, 1, 0)
     run(rule, 0, 1)
-    run(rule, 2, 0, 1, 2)  # two slots are free, one is missing
+    run(rule, 2, 0, 1, 2)  # two slots are free, one more is needed
     assert [pages for kind, _, pages in policy.log if kind == "evict"] == [[0]]
     assert resident(rule) == [1, 4, 8, 9, 10]
     assert counts(rule, "evictions") == [1]
@@ -187,7 +187,7 @@ def test_4_ties_by_lowest_page_id():
         run(rule, 2, 1, 3)
         run(rule, 0, 3)
         run(rule, 1, 0)
-        run(rule, 3, 0, 1, 2, 3)  # two are missing: 3 and 4 go
+        run(rule, 3, 0, 1, 2, 3)  # two slots are missing: 3 and 4 are evicted
         assert resident(rule) == [9, 11, 12, 13, 14, 15]
 
 
@@ -246,7 +246,7 @@ def test_6_the_events_pages_stay_pinned_until_the_next_event_begins_then_those_n
     run(rule, 0, 0, 1)
     assert resident(rule) == [0, 1]
     assert counts(rule, "released", "evictions") == [0, 0]
-    run(rule, 0, 1)  # page 1 leaves before this event looks: a miss again
+    run(rule, 0, 1)  # page 1 is released before this event begins: a miss
     assert resident(rule) == [1]
     assert counts(rule, "hits", "released", "evictions") == [0, 2, 0]
 
@@ -260,7 +260,7 @@ def test_6_only_pages_that_are_not_retained_leave():
     run(rule, 0, 0, 1, 2, 3)
     run(rule, 1)
     assert resident(rule) == [0, 2]
-    run(rule, 0, 0, 3)  # page 0 hits and is asked about again
+    run(rule, 0, 0, 3)  # page 0 hits, and `retain` decides on it again
     run(rule, 1)
     assert resident(rule) == [0, 2]
     assert counts(rule, "released", "hits") == [3, 1]
@@ -273,7 +273,7 @@ def test_7_proposals_in_order_take_free_slots_then_victims():
     rule = make(slots=5, prefetch=(fetch := Fetch()), eviction=(policy := Watching()))
     run(rule, 0, 0, 1)
     run(rule, 1, 0)
-    fetch.wish = [15, 8, 13]  # one slot is free, pages 0 and 1 may go
+    fetch.wish = [15, 8, 13]  # one slot is free, pages 0 and 1 may be evicted
     run(rule, 1, 1)
     assert [pages for kind, _, pages in policy.log if kind == "evict"] == [[0, 1]]
     assert policy.log[-1] == ("load", 2, [15, 8, 13])
@@ -293,7 +293,7 @@ def test_7_this_events_and_already_prefetched_pages_are_protected():
     rule = make(slots=4, prefetch=(fetch := Fetch()))
     fetch.wish = [8, 9]
     run(rule, 0, 0, 1)
-    fetch.wish = [12, 13, 14]  # only 0 and 1 may go
+    fetch.wish = [12, 13, 14]  # only 0 and 1 may be evicted
     run(rule, 1)
     assert resident(rule) == [8, 9, 12, 13]
 
@@ -303,9 +303,9 @@ def test_7_a_prefetched_page_is_protected_until_its_layers_next_event():
     fetch.wish = [8, 9]
     run(rule, 0, 0)
     run(rule, 1, 0)
-    run(rule, 1, 1)  # full: 0 goes, not 8 or 9, which were never used
+    run(rule, 1, 1)  # full: 0 is evicted, not 8 or 9, which were never used
     assert resident(rule) == [4, 5, 8, 9]
-    run(rule, 2, 0)  # layer 2 had its turn: 9 is a page like any other
+    run(rule, 2, 0)  # layer 2 has run: 9 is no longer protected
     run(rule, 1, 0, 2)
     assert resident(rule) == [4, 5, 6, 8]
 
@@ -381,7 +381,7 @@ def test_slots_answer_every_id_and_padding_gets_slot_0():
 @pytest.mark.parametrize(
     ("layer", "ids", "slots"),
     [
-        (0, [0, 4], 0),  # an expert of the next layer: memory beyond the books
+        (0, [0, 4], 0),  # an expert of the next layer: beyond the arrays
         (0, [2**40], 0),
         (4, [0], 0),
         (-1, [0], 0),

@@ -164,12 +164,12 @@ class CoreMachine(RuleBasedStateMachine):
                 self.rig.mover.apply(SetSlots(slots))
             assert table.slots == before
             after = before
-            # The banks that shrank at first have lost pages for it.
+            # The banks that shrank first have lost pages.
         else:
             self.rig.mover.apply(SetSlots(slots))
             assert table.slots == list(slots)
             after = slots
-        if not table.books.now[LEAVING]:  # a bank has changed, if only for a moment
+        if not table.books.now[LEAVING]:  # a bank has changed, if only briefly
             self.model.release()
         for bank in sorted(range(self.banks), key=lambda bank: slots[bank] - before[bank]):
             if slots[bank] < before[bank]:

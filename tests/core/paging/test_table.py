@@ -107,7 +107,7 @@ def test_banks_have_slots_of_their_own():
 def test_discard_frees_the_slot_and_is_no_eviction():
     t = table()
     fill(t, 1, 2, 3)
-    t.discard(np.array([2, 9]))  # 9 is not there: nothing to do
+    t.discard(np.array([2, 9]))  # 9 is not resident: no effect
     assert slot_of(t, 1, 2, 3, 9) == [0, -1, 2, -1]
     assert (t.counters().evictions, t.counters().resized) == (0, 0)
     t.check()
@@ -121,7 +121,7 @@ def test_a_resize_first_frees_what_the_last_event_left():
     assert not t.resident.any()
     assert (t.counters().released, t.counters().resized) == (2, 0)
     rule.run(0, 2, np.array([1]))
-    assert t.counters().released == 2  # not once more
+    assert t.counters().released == 2  # not counted twice
     t.check()
 
 

@@ -1,7 +1,7 @@
-"""E8: nothing that a policy is shown is the host's own memory, however it is written to.
+"""E8: policies never get the host's own memory, however they write to their inputs.
 
-numpy's read-only flag stops ``array[0] = 1``, and neither ``torch.from_numpy(array)`` nor, for an
-array whose owner may write, ``setflags(write=True)``.
+numpy's read-only flag prevents ``array[0] = 1``. It does not prevent writes through
+``torch.from_numpy(array)`` or, for an array with a writable owner, ``setflags(write=True)``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ARRAYS = ("last_use", "use_count", "loaded_at", "resident")
 
 
 def arrays_of(shown):
-    """Every array that can be reached from an argument of a hook, by public names."""
+    """Yield every array reachable from an argument of a hook through public names."""
     if isinstance(shown, np.ndarray):
         yield shown
     elif isinstance(shown, PageView):
@@ -47,7 +47,7 @@ def arrays_of(shown):
 
 
 def spoil(*shown):
-    """Write to everything, in each way that goes past the read-only flag."""
+    """Write to everything, in each way that bypasses the read-only flag."""
     for argument in shown:
         for array in arrays_of(argument):
             with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def spoil(*shown):
 
 
 class ByNumber(fluxmoe.EvictionPolicy):
-    """Decides by page numbers alone, so that what it breaks is not an excuse."""
+    """Decides by page numbers alone, so that damaged inputs cannot explain a difference."""
 
     vandal = True
 
@@ -139,7 +139,7 @@ def test_e8_writing_to_whatever_a_hook_is_shown_changes_no_page(policy, prefetch
             seen[-1].append((sorted(r.resident), r.pager.counters()))
         books = r.table.books._asdict()
         del books["changed"]
-        books["now"][CHANGES] = 0  # the vandal has looked
+        books["now"][CHANGES] = 0  # only the vandal has read it
         seen[-1] += [(name, array.tolist()) for name, array in books.items()]
     assert rigs[1].eviction.faults == rigs[1].prefetch.faults == 0
     assert seen[0] == seen[1]
@@ -220,7 +220,7 @@ def test_e8_arbitration_is_shown_copies_of_the_curves():
 
 @pytest.mark.parametrize("every", [1, 3, 50])
 def test_e8_what_is_shown_is_what_the_books_say(every):
-    """Whether a look finds few changes, many, or more than are listed."""
+    """Covers reads after few changes, many changes, and more changes than are listed."""
     table = PageTable(Geometry(LAYERS, E), [8])
     rule, view = rule_for(table, ByNumber(), Fetches()), PageView(table)
     rule.eviction._policy.vandal = rule._prefetch._policy.vandal = False

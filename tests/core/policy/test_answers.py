@@ -1,7 +1,7 @@
-"""E9: whatever a policy answers is read once into plain values, then judged; nothing of it escapes.
+"""E9: every answer of a policy is read once into plain values, then validated; nothing escapes.
 
-Escapes are exceptions out of a guard, code of the policy that runs unlimited, and answers that
-become others after they were judged.
+Escapes are exceptions that leave a guard, policy code that runs without a time limit, and answers
+that change after validation.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_e9_pages_of_any_byte_order(dtype):
 
 
 class Strided(np.ndarray):
-    """A subclass whose methods are the policy's."""
+    """A subclass with methods written by the policy."""
 
     __getitem__ = astype = min = __floordiv__ = fails
 
@@ -109,7 +109,7 @@ def test_e9_arrays_of_any_kind_are_plain_numbers(answer):
 
 
 class Number(int):
-    """An int whose methods are the policy's."""
+    """An int with methods written by the policy."""
 
     __add__ = __radd__ = __lt__ = __gt__ = __ge__ = __int__ = __index__ = fails
     __repr__ = __str__ = leaves
@@ -148,7 +148,7 @@ def test_e9_splits_that_are_too_much_or_no_numbers(counts, caplog):
     assert guard.faults == 1
 
 
-# --- what is alive -------------------------------------------------------------------------------
+# --- answers with behaviour ----------------------------------------------------------------------
 
 
 def test_e9_an_answer_that_changes_after_it_was_judged():
@@ -173,7 +173,7 @@ def test_e9_an_answer_that_changes_after_it_was_judged():
 
 
 class Alive(Sequence):
-    """A sequence with one method that does as told."""
+    """A sequence with one method given by the test."""
 
     def __init__(self, values, **does):
         self.values, self.does = values, does
@@ -196,7 +196,7 @@ class Alive(Sequence):
 
 
 class Frames(Mapping):
-    """A mapping with one method that does as told."""
+    """A mapping with one method given by the test."""
 
     def __init__(self, **does):
         self.does = does
@@ -302,7 +302,7 @@ def test_e9_printing_runs_within_the_call(does, caplog):
 
 
 class Sly(Exception):
-    """An exception that says it is none."""
+    """An exception whose attributes raise."""
 
     @property
     def __class__(self):
@@ -352,13 +352,13 @@ def test_e9_the_end_of_an_answer_is_part_of_the_call():
             spent.append(True)
 
     guard = evictor(limits=Limits(soft_s=0.01), score=lambda self, view, pages: Slow([1.0] * 6))
-    for _ in range(2):  # calls are measured after a late one, which is not counted itself
+    for _ in range(2):  # measurement begins after a late call, which does not count
         assert guard.choose(PAGES, 1).tolist() == [6]
     assert spent == [True, True]
     assert guard.slow == 1
 
 
-# --- how much ------------------------------------------------------------------------------------
+# --- sizes of answers ----------------------------------------------------------------------------
 
 
 class Reads(Alive):
@@ -382,11 +382,11 @@ def test_e9_answers_that_are_too_long_are_not_read(caplog):
 
 
 def test_e9_an_array_that_is_too_long_is_not_copied():
-    endless = np.broadcast_to(np.int64(7), 2**50)  # eight bytes
+    endless = np.broadcast_to(np.int64(7), 2**50)  # takes eight bytes
     guard = fetcher(lambda: endless)
     assert guard.propose(ACCESS).tolist() == []
     assert guard.faults == 1
-    assert fetcher(lambda: [7, 8] * 12).propose(ACCESS).tolist() == [7, 8]  # as many as pages
+    assert fetcher(lambda: [7, 8] * 12).propose(ACCESS).tolist() == [7, 8]  # one per page at most
 
 
 def test_e9_a_mapping_without_end_is_not_read_to_its_end():
@@ -404,7 +404,7 @@ def test_e9_a_mapping_without_end_is_not_read_to_its_end():
 
 
 def test_e9_an_interrupt_that_native_code_turns_into_its_own_error_is_told(caplog):
-    """An interrupt within a callback of native code comes out as whatever that raises."""
+    """An interrupt in a callback of native code surfaces as the error that the code raises."""
 
     def score(self, view, pages):
         try:

@@ -1,4 +1,4 @@
-"""Exceptions that pass a guard: requests to end the process, and no others."""
+"""Exceptions that pass a guard: only requests to end the process."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_arrays_of_a_view_stay_read_only(view, name):
     assert array.dtype == np.int64
     before = view._table.event
     open_event(view._table.directory, 0, 1, np.array([2]), np.zeros(0, np.int32))
-    assert getattr(view, name)[6] == view._table.books._asdict()[name][6]  # but kept up to date
+    assert getattr(view, name)[6] == view._table.books._asdict()[name][6]  # updated nevertheless
     assert view.last_use[6] == before + 1
 
 

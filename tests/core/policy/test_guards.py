@@ -1,4 +1,4 @@
-"""Policy faults, whose only effects are a count, a log line and the fallback to LRU."""
+"""Policy faults, which only cause a count, a log line and the fallback to LRU."""
 
 from __future__ import annotations
 
@@ -165,9 +165,9 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     for layer, ids in [(3, [5]), (1, [2, 0]), (0, [4, 1])]:
         rule.run(0, layer, np.array(ids))
     rule.run(0, 1, np.array([0, 1, 2, 3]))
-    assert shown == [[1, 4, 23]]  # not as they came
+    assert shown == [[1, 4, 23]]  # sorted
     rule.run(0, 2, np.array([0]))
-    assert shown == [[1, 4, 23], [6, 7, 8, 9]]  # only what has changed since
+    assert shown == [[1, 4, 23], [6, 7, 8, 9]]  # only the pages changed since
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_after_its_strikes_a_policy_is_replaced(caplog):
         assert rule.eviction.replaced == "score raised ValueError: no"  # C3
         rule.reset()
         replay(rule)
-        assert len(calls) == 3  # for good
+        assert len(calls) == 3  # permanently
 
 
 def test_a_replaced_policy_no_longer_releases_pages():
@@ -326,7 +326,7 @@ def test_a_kernel_is_used_instead_of_score_and_equals_it(policy, key):
             raise AssertionError("the kernel takes its place")
 
     class Derived(Forbidden):
-        def score(self, view, pages):  # nearer than the kernel, so it is meant
+        def score(self, view, pages):  # more derived than the kernel, so it takes precedence
             return policy().score(view, pages)
 
     model = reference.Reference(LAYERS, E, [SLOTS], [0] * LAYERS, key)
@@ -432,7 +432,7 @@ def test_a_bad_proposal_is_dropped_whole_counted_and_reported_once(answer, messa
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.int64])
 def test_repeats_are_taken_once_in_the_order_of_urgency(dtype):
     rule = make(LeastRecentlyUsed(), prefetch=_Fetch(np.array([20, 7, 20, 9, 7, 8], dtype)))
-    rule.run(0, 0, np.arange(E))  # nine slots: three are left
+    rule.run(0, 0, np.arange(E))  # of nine slots, three are left
     (loads,) = rule.loads()
     assert loads.pages.tolist() == [20, 7, 9]
 

@@ -76,7 +76,7 @@ def spin(seconds: float) -> None:
 
 
 def work(seconds: float) -> None:
-    """Use the processor for at least that long."""
+    """Use the processor for at least ``seconds``."""
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
@@ -197,15 +197,15 @@ def race(rounds: int, seed: int) -> tuple[int, int]:
             answered += 1
         except HardLimitExceeded:
             late += 1
-        assert not watch._started  # or the watchdog would fire again
-        spin(1e-4)  # what was fired too late would come out here
+        assert not watch._started  # otherwise the watchdog would fire again
+        spin(1e-4)  # a late interrupt would surface here
     spin(3 * hard)
     return answered, late
 
 
 def test_an_interrupt_never_comes_after_its_call_has_returned():
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # threads change places all the time
+    sys.setswitchinterval(1e-5)  # threads switch constantly
     try:
         outcomes = [race(400, 1)]
         threads: list[tuple[int, int] | BaseException] = []
@@ -224,7 +224,7 @@ def test_an_interrupt_never_comes_after_its_call_has_returned():
         sys.setswitchinterval(before)
     assert len(outcomes) == 3
     assert not [o for o in outcomes if isinstance(o, BaseException)]
-    assert sum(answered for answered, _ in outcomes) > 20  # both ends of the race were seen
+    assert sum(answered for answered, _ in outcomes) > 20  # both outcomes of the race occurred
     assert sum(late for _, late in outcomes) > 20
 
 
@@ -236,7 +236,7 @@ def test_a_call_is_fired_at_once_only():
 
     def swallows():
         try:
-            watch.due(LATE)  # the watchdog's part, played by hand
+            watch.due(LATE)  # called in place of the watchdog
         except HardLimitExceeded:
             rest.append(watch.due(LATE))
 
@@ -255,9 +255,9 @@ def test_a_shot_and_the_end_of_a_call_exclude_each_other():
         watch._lock.acquire()
         aiming = threading.Thread(target=watch.due, args=(LATE,))
         aiming.start()
-        spin(0.02)  # it has seen that the call is late, and waits for the lock
+        spin(0.02)  # the watchdog has seen that the call is late, and waits for the lock
         reached.append(aiming.is_alive())
-        watch._started = 0  # as at the end of a call, which the lock would let go first
+        watch._started = 0  # like the end of a call that got the lock first
         watch._lock.release()
         aiming.join()
         return "answer"
@@ -286,7 +286,7 @@ def test_nothing_is_fired_at_a_call_that_has_ended_or_at_the_next_one():
     assert watch.call(len, ("four",)) == 4
 
 
-# --- the soft limit and what it costs ------------------------------------------------------------
+# --- the soft limit and its cost -----------------------------------------------------------------
 
 
 def test_slow_calls_are_counted_and_reported_once_and_their_answers_used(caplog):
@@ -298,7 +298,7 @@ def test_slow_calls_are_counted_and_reported_once_and_their_answers_used(caplog)
     with caplog.at_level(logging.WARNING, "fluxmoe"):
         for layer in range(3):
             rule.run(0, layer, np.arange(4))
-        # The first one only raised the suspicion.
+        # The first late call only starts the measurement.
         assert (rule.eviction.slow, caplog.messages) == (1, [])
         assert rule.table.resident[2:4].all()  # LRU would not have kept these
         for layer in range(LAYERS):
@@ -315,7 +315,7 @@ def test_slow_calls_are_counted_and_reported_once_and_their_answers_used(caplog)
 def test_c5_a_call_that_only_waited_is_not_slow():
     watch = TimeLimiter(DEFAULT_LIMITS)
     for _ in range(5):
-        watch.call(time.sleep, (0.006,))  # as if the machine had given the processor to others
+        watch.call(time.sleep, (0.006,))  # as if other programs had used the processor
     assert watch.slow == 0
     for _ in range(3):
         watch.call(work, (0.006,))
@@ -373,20 +373,20 @@ def test_a_limited_call_costs_little():
             times.append(time.perf_counter() - start)
         return min(times) / len(calls)
 
-    # 0.6 µs where it was measured; the limit leaves room for slower and busier machines.
+    # Measured: 0.6 µs. The limit leaves room for slower and busier machines.
     assert best(limited) - best(plain) < 3e-6
 
 
 def test_no_policy_call_no_stopwatch():
     rule = make(LeastRecentlyUsed())
-    rule.run(0, 0, np.arange(4))  # there is room: no policy is called
+    rule.run(0, 0, np.arange(4))  # slots are free: no policy is called
     assert not rule.eviction._faults._limiter._watched
     evict_once(rule)
     assert rule.eviction._faults._limiter._watched
 
 
 def test_there_is_one_watchdog_and_it_ends_when_there_is_nothing_to_watch():
-    # A process of its own: other tests leave stopwatches behind.
+    # In a separate process, because other tests leave stopwatches behind.
     program = """
 import threading, time
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter

@@ -67,7 +67,7 @@ class Engine(TransferEngine):
 
     def holds(self, slot: int, page: int | None, bank: int = 0) -> bool:
         """True if a slot holds exactly ``page``, or was never written to if that is None."""
-        if self.gpu is not None:  # what a kernel sees that is started now
+        if self.gpu is not None:  # the bytes that a kernel started now would read
             seen = []
             self.gpu.fake.launch(lambda: seen.append(self._holds(slot, page, bank)))
             self.gpu.fake.timeline.finish(KERNELS)
@@ -109,7 +109,7 @@ def test_demand_has_copied_when_it_returns(engine):
     assert engine.holds(3, None)
     assert engine.holds(3, 9, bank=1)
     assert engine.bytes_demand == 6 * PAGE_CLASS.nbytes
-    assert engine.gpu or engine.stall_seconds > 0  # a GPU tells when it has waited
+    assert engine.gpu or engine.stall_seconds > 0  # a GPU reports stalls later
     assert not engine.busy
 
 
@@ -119,7 +119,7 @@ def test_prefetch_has_copied_when_completed(engine):
     for slot, page in [(4, 7), (0, 3)]:
         engine.complete(0, page, slot)
         assert engine.holds(slot, page)
-    engine.complete(0, 5, 2)  # never queued: nothing to do
+    engine.complete(0, 5, 2)  # never queued: no effect
     assert not engine.busy
     assert engine.bytes_prefetch == 2 * PAGE_CLASS.nbytes
 
@@ -128,7 +128,7 @@ def test_completing_a_copy_that_no_thread_has_begun_makes_it_here(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 2: 5, 3: 6}))
     engine.store.wait_until_reading(1)
-    engine.complete(0, 5, 2)  # would wait for ever for the thread
+    engine.complete(0, 5, 2)  # would wait forever for the thread
     assert engine.holds(2, 5)
     engine.store.let_go(1)
     engine.complete(0, 6, 3)
@@ -143,7 +143,7 @@ def test_a_slot_given_to_another_page_is_not_overwritten_by_the_copy_still_queue
     engine.demand(loads({2: 9}))
     engine.store.let_go(1)
     engine.complete(0, 1, 0)
-    engine.demand(loads({3: 4, 4: 6}))  # the thread has been through its queue
+    engine.demand(loads({3: 4, 4: 6}))  # the thread has emptied its queue
     assert engine.holds(2, 9)
     assert 5 not in engine.store.reads
 
@@ -156,7 +156,7 @@ def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
     other = threading.Thread(target=getattr(engine, how), args=(loads({0: 9}),))
     other.start()
     other.join(0.05)
-    assert other.is_alive()  # it must not write before the old copy has
+    assert other.is_alive()  # must not write before the old copy has ended
     engine.store.let_go(1)
     other.join(10)
     assert not other.is_alive()
@@ -233,7 +233,7 @@ def test_settle_from_waits_for_a_copy_under_way(engine):
     waiting = threading.Thread(target=engine.settle_from, args=(0, 2))
     waiting.start()
     waiting.join(0.05)
-    assert waiting.is_alive()  # the memory must not go while it is written to
+    assert waiting.is_alive()  # memory must not be freed while being written
     engine.store.let_go(4)
     waiting.join(10)
     assert not waiting.is_alive()
@@ -258,7 +258,7 @@ def test_close_drops_what_is_queued_and_is_idempotent(engine):
     assert not engine.busy
 
 
-# --- stores and threads that do what they must not ------------------------------------------------
+# --- misbehaving stores and threads ---------------------------------------------------------------
 
 
 @threads

@@ -181,7 +181,7 @@ def edited_view(use: Use) -> None:
             view += 1
         use.refuses(use.run, lambda: use.layers[1].mlp(use.states))
         use.close()
-        assert not torch.equal(use.run(), right)  # what stock answers after the edit
+        assert not torch.equal(use.run(), right)  # the answer of stock after the edit
 
 
 @pages_itself

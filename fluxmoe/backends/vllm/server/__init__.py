@@ -1,1 +1,4 @@
-"""Code for vLLM's API server process: checks and launch, limits over HTTP, ``/metrics``."""
+"""Code for vLLM's API server process: checks and launch, limits over HTTP, ``/metrics``.
+
+Imports neither ``worker`` nor ``scheduler``.
+"""

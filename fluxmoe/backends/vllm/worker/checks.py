@@ -10,6 +10,7 @@ from fluxmoe.backends.vllm.compat.worker import (
     UnquantizedFusedMoEMethod,
 )
 from fluxmoe.backends.vllm.features import refused_settings
+from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.settings import moving_latent_attention
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
 from fluxmoe.checkpoint import quantised
@@ -46,7 +47,9 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
     Raises:
         UnsupportedError: The experts have a model-specific class or are quantised, or the kernel is
             not vLLM's CPU grouped GEMM.
+        UnsupportedVersionError: vLLM has renamed an attribute.
     """
+    NAMES.require_on("RoutedExperts", experts)
     where = experts.layer_name
     if not isinstance(experts, PagedRoutedExperts):
         raise UnsupportedError(
@@ -56,17 +59,22 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
     method = experts.quant_method
     if not isinstance(method, UnquantizedFusedMoEMethod):
         raise quantised(f"the experts' method is {type(method).__name__}", where)
+    NAMES.require_on("UnquantizedFusedMoEMethod", method)
+    if method.moe_kernel is not None:
+        NAMES.require_on("FusedMoEKernel", method.moe_kernel)
     kernel = method.moe_kernel.fused_experts if method.moe_kernel is not None else None
     if not isinstance(kernel, CPUUnquantizedExperts):
         raise UnsupportedError(
             f"the MoE kernel {type(kernel).__name__} does not read experts by slot", where=where
         )
-    if getattr(kernel, "_use_zentorch", False):
+    NAMES.require_on("CPUUnquantizedExperts", kernel)
+    if kernel._use_zentorch:
         raise UnsupportedError(
             "zentorch's MoE kernel does not read experts by slot",
             where=where,
             fix="uninstall zentorch",
         )
+    NAMES.require_on("unquantised RoutedExperts", experts)
     for name, _ in experts.named_parameters(recurse=False):
         # Other parameters (a router's correction bias) are read by expert id and remain.
         if name.startswith(("w13", "w2")) and name not in ("w13_weight", "w2_weight"):

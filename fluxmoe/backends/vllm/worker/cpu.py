@@ -92,16 +92,15 @@ class PagedCPUWorker(CPUWorker):
             checkpoint.require_readable(folder)
         if not self._paging:
             return
+        NAMES.require_on("model_runner", self.model_runner)
         layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
         if not layers:
             raise NoExpertsError(
                 f"{self.model_config.model} has no MoE layers: there is nothing to page",
                 fix="serve it without FluxMoE",
             )
-        NAMES.require_on("model_runner", self.model_runner)
         for layer in layers:
             checks.refuse_unpageable(layer)
-            NAMES.require_on("RoutedExperts", layer)
         runtime = self._page_out(layers)
         model = self.model_runner.model
         self._door = WeightDoor(model, layers, runtime, self.vllm_config, folder)

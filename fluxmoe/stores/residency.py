@@ -1,0 +1,38 @@
+"""Page cache residency of a file's bytes: ``cached``.
+
+A read with ``RWF_NOWAIT`` would answer too, but makes the kernel start reading what is absent into
+the page cache: every cold page would be read from the disk twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import numpy as np
+
+#: Number of the system call on all architectures; Linux 6.5 and newer.
+_CACHESTAT = 451
+_libc = ctypes.CDLL(None)
+
+
+def cached(fd: int, offset: int, nbytes: int) -> bool:
+    """True if the page cache holds all of ``nbytes`` bytes at ``offset``, a multiple of a page.
+
+    Reads nothing. False if the kernel does not tell.
+    """
+    wanted = -(-nbytes // mmap.PAGESIZE)
+    area, counts = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()
+    if _libc.syscall(_CACHESTAT, fd, area, counts, 0) == 0:
+        return counts[0] == wanted
+    try:
+        mapped = np.frombuffer(mmap.mmap(fd, nbytes, prot=mmap.PROT_READ, offset=offset), np.uint8)
+    except (OSError, ValueError):
+        return False
+    present = np.zeros(wanted, np.uint8)
+    failed = _libc.mincore(
+        ctypes.c_void_p(mapped.ctypes.data),
+        ctypes.c_size_t(nbytes),
+        present.ctypes.data_as(ctypes.POINTER(ctypes.c_ubyte)),
+    )
+    return not failed and bool((present & 1).all())
