@@ -2,8 +2,8 @@
 
     python -m benchmarks gpu mapping [--save FILE]
 
-``first`` creates the frames (once in their lifetime), ``again`` maps existing frames, which is the
-cost of moving the split.
+``first`` includes creating the frames, once in their lifetime. ``again`` only maps existing frames,
+which is the cost of moving the split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def measure(cuda: Any, count: int, repeats: int, frame_bytes: int = FRAME_BYTES)
 
 
 def once(cuda: Any, count: int, frame_bytes: int) -> tuple[float, float, float]:
-    """Measure the first commit, another one, and a decommit, in µs."""
+    """Measure a first commit, a second commit, and a decommit, in µs."""
     from fluxmoe.cuda.frames import CudaSubstrate
 
     substrate = CudaSubstrate(cuda, count, frame_bytes)
