@@ -1,4 +1,4 @@
-"""Configurations: all problems at once, suggested keys, relative paths (B6, B7)."""
+"""Configurations: all problems at once, suggested keys, and relative paths (B6, B7)."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_b6_limits_by_hand():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder with a configuration and all its files; the working directory is elsewhere."""
+    """Make a folder with a configuration and all its files; the working directory is elsewhere."""
     folder, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     elsewhere.mkdir()
     checkpoints.write(folder / "model", "mixtral", num_hidden_layers=1)
