@@ -57,7 +57,7 @@ def test_a_change_in_one_file_reaches_the_compiled_code_of_another(copy):
     swapped = text.replace("    C_HITS,\n    C_MISSES,\n", "    C_MISSES,\n    C_HITS,\n")
     assert swapped != text
     pages.write_text(swapped)
-    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is unchanged, its constants are not
+    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is unchanged, but not its constants
 
 
 @pytest.mark.parametrize("user", ["core/first", "outside"])
@@ -104,7 +104,7 @@ def test_it_runs_where_nothing_can_be_cached(copy):
 
 def test_it_runs_where_the_disk_is_full_and_from_damaged_machine_code(copy):
     cache = copy / "cache"
-    # No file may grow: every write fails, while an empty file can still be made.
+    # No file may grow: every write fails, but an empty file can still be created.
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
     assert run(copy, before=full, NUMBA_CACHE_DIR=str(cache)).startswith("2 [1, 2, 0, 2,")
     assert not list(cache.rglob("*.nb?"))
@@ -153,7 +153,7 @@ def test_c9_compilation_is_announced_once_and_only_if_it_happens(copy):
 
 
 def test_c9_a_policy_s_victims_are_compiled_once():
-    """Numba gives literals a separate type, which used to cost ten seconds twice."""
+    """Numba gives literals a separate type, which used to cost ten seconds of compilation twice."""
     program = (
         "from fluxmoe.core.paging.victims import victims\n"
         "from fluxmoe.sim.simulator import simulate\n"

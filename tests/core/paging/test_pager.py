@@ -1,4 +1,4 @@
-"""The pager: correct bytes in returned slots, consistent bookkeeping, even if the store fails."""
+"""The pager: correct bytes in slots and consistent bookkeeping, even if the store fails."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
     rng = np.random.default_rng(5)
     served = failed = 0
     for event in range(400):
-        if event % 3 == 0:  # for several events; otherwise the second try would always succeed
+        if event % 3 == 0:  # for several events, or the second try would always succeed
             r.store.broken = set(rng.choice(24, 4).tolist()) if rng.random() < 0.6 else set()
         try:
             r.acquire(event % 4, rng.integers(-1, 6, 5).tolist())  # compares the bytes
@@ -188,7 +188,7 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
 
 
 class _Failing(LeastRecentlyUsed):
-    """Fails on one call of one method."""
+    """A policy that fails in one call to one method."""
 
     def __init__(self, method, nth):
         self.method, self.left = method, nth
@@ -217,7 +217,7 @@ class _Failing(LeastRecentlyUsed):
 
 
 class _NextLayerWatched(NextLayer):
-    """Fails when the eviction policy says so."""
+    """A prefetch policy that fails when the test's eviction policy is set to fail there."""
 
     def __init__(self, eviction):
         super().__init__()
@@ -290,7 +290,7 @@ def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
 
 
 class _Oldest(fluxmoe.EvictionPolicy):
-    """LRU by a kernel that rescores everything for each event."""
+    """LRU as a kernel that is not stable, so that each event scores all pages again."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):
@@ -387,7 +387,7 @@ def test_a_size_that_the_system_refuses_changes_nothing(rig):
     r = rig(slots=(6,), reserved=(12,), substrate=substrate)
     r.acquire(0, [0, 1, 2])
     free = r.memory.pool.free
-    # The first part grows, the second fails.
+    # The first part grows; the second fails.
     substrate.plan.arm("commit", SubstrateError("injected fault"), nth=2)
     with pytest.raises(SubstrateError, match="injected"):
         r.pager.resize(0, 12)

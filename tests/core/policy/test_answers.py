@@ -87,7 +87,7 @@ def test_e9_pages_of_any_byte_order(dtype):
 
 
 class Strided(np.ndarray):
-    """A subclass with methods written by the policy."""
+    """An array subclass with methods written by the policy."""
 
     __getitem__ = astype = min = __floordiv__ = fails
 
@@ -341,7 +341,7 @@ def test_e9_make_kernel_runs_within_a_call():
 
 
 def test_e9_the_end_of_an_answer_is_part_of_the_call():
-    """What an object does when it is dropped takes time as well."""
+    """The code that an object runs when it is dropped takes time as well."""
     spent = []
 
     class Slow(Alive):

@@ -1,4 +1,4 @@
-"""Exceptions that pass a guard: only requests to end the process."""
+"""Exceptions that pass a guard: only those that request the end of the process."""
 
 from __future__ import annotations
 

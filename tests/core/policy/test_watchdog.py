@@ -174,7 +174,7 @@ def test_an_interrupt_from_the_keyboard_is_no_fault_and_ends_the_call():
     rule = make(lru_but(score=score))
     with pytest.raises(KeyboardInterrupt):
         evict_once(rule)
-    spin(0.12)  # the watchdog would fire in here if the call still counted as running
+    spin(0.12)  # the watchdog would fire here if the call still counted as running
     assert rule.eviction.faults == 0
 
 
@@ -182,9 +182,9 @@ def test_an_interrupt_from_the_keyboard_is_no_fault_and_ends_the_call():
 
 
 def race(rounds: int, seed: int) -> tuple[int, int]:
-    """Run calls that end just as the watchdog fires; count those that returned and the others.
+    """Run calls that end just as the watchdog fires; count those that return, and all others.
 
-    Anything raised outside of ``call`` propagates.
+    Anything raised outside ``call`` propagates.
     """
     rng, hard = random.Random(seed), 0.002
     watch = TimeLimiter(Limits(hard_s=hard))
