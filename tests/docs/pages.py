@@ -7,8 +7,8 @@ and ``bash`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs, a
 ``yaml`` block with a title is written to that file.
 
 The pages of a newcomer's first hour are followed word for word (``follow``): their files are
-written and all their commands run by a shell, in a terminal of 80 columns and an environment that
-has a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
+written and a shell runs all their commands, in a terminal of 80 columns and an environment that has
+a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class WrongPage(AssertionError):
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; ``line`` is its first line."""
+    """A fenced block; ``line`` is the number of its first line."""
 
     language: str
     body: str
@@ -199,7 +199,7 @@ def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
             where = f"{block.where}: $ {line}"
             if status != block.status:
                 raise WrongPage(f"{where}: {status}\n{said}")
-            # The page may show a line whole that the terminal folds between words.
+            # The page may show a line unbroken that the terminal breaks between words.
             if "exact" in block.directives and _words(said) != _words(shown):
                 raise WrongPage(f"{where} printed\n{said}\nnot\n{shown}")
             wide = [row for row in said.splitlines() if _TABLE.search(row) and len(row) > COLUMNS]
@@ -213,7 +213,7 @@ def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
 def in_terminal(
     command: list[str], folder: Path, environment: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Status and output of a command in a terminal of 80 columns without colours or progress."""
+    """Run a command in a plain terminal of 80 columns; return its status and output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     given = {key: value for key, value in environment.items() if key != "COLUMNS"}

@@ -89,7 +89,7 @@ def test_no_page_names_a_code_that_does_not_exist() -> None:
 
 
 def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every configuration key, dotted; list entries as ``name[]``."""
+    """Yield every configuration key in dotted form, with list entries as ``name[]``."""
     for name, field in model.model_fields.items():
         inner, entry = field.annotation, ""
         if getattr(inner, "__origin__", None) is list:
@@ -98,7 +98,7 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        # Methods that several kinds share are listed once.
+        # Keys that several kinds share are listed once.
         yield from {
             key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
         }.items()
@@ -334,7 +334,7 @@ LINKING = [
 
 
 def links(page: Path) -> set[str]:
-    """Targets of a page's links and pictures, outside of code."""
+    """List the targets of a page's links and pictures, outside code."""
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     inline = re.findall(r"\]\(([^)\s]+)\)", prose)
     return {*inline, *re.findall(r"^\[[^\]]+\]: (\S+)$", prose, re.MULTILINE)}

@@ -24,7 +24,7 @@ def _param(page: Path) -> object:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment after `pip install fluxmoe`, with pip offline."""
+    """Make the environment after `pip install fluxmoe`, with pip offline."""
     wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
     python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
     script = python.parent / "pytest"  # pip sees pytest as installed and creates no script
