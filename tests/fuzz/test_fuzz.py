@@ -1,6 +1,6 @@
-"""Random operations against the model, several engines at once, every fault site in turn.
+"""Random operations against the model, several engines at once, and each fault site in turn.
 
-A million operations in ``make test-full``, a quarter of that in ``make test``.
+``make test-full`` runs a million operations, and ``make test`` runs a quarter of a million.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Silence the log: faulty policies are reported once per run, in many runs."""
+    """Silence the log, because each of the many runs reports its faulty policies."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
