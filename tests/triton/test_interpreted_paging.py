@@ -1,4 +1,4 @@
-"""The event rule on the device compared with the core's, array by array; gather with copies."""
+"""The event rule on the device compared with the core's, array by array, and gather with copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
 class Fixed(EvictionPolicy):
-    """Scores from the test, in place of the table that a host would upload."""
+    """A policy with scores from the test, in place of the table that a host would upload."""
 
     scores = np.zeros(0)
 
