@@ -20,7 +20,7 @@ BENCHMARKS = {
     "simulated_speed": "benchmarks.simulated_speed",
     "simulator": "benchmarks.simulator",
 }
-#: Run only by name: a check that takes hours, and experiments that need a GPU.
+#: Experiments that need a GPU, and a check that takes hours. They run only if named.
 CHECKS = {"gpu": "benchmarks.gpu.command", "identity": "tests.identity.command"}
 
 

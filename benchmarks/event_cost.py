@@ -1,4 +1,4 @@
-"""Bookkeeping cost of an event whose pages are all resident: µs by slots and tokens.
+"""Bookkeeping cost of an event whose pages are all resident: µs by number of slots and tokens.
 
     python -m benchmarks event_cost [--json] [--save FILE]
 

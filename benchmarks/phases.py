@@ -1,4 +1,4 @@
-"""Phases with different demands at one budget: fixed splits compared with policies.
+"""Phases with different demands at one budget: arbitration policies compared with fixed splits.
 
 python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--policy NAME …]
                             [--share S …] [--link GB/s] [--phase NAME …] [--no-stock]

@@ -1,4 +1,4 @@
-"""Misses of the eviction policies relative to the best simple policy and to the optimum.
+"""Misses of eviction policies relative to those of the best simple policy and of the optimum.
 
     python -m benchmarks policies [--seeds 11,12] [--policy P,…] [--json] [--save FILE]
 

@@ -1,4 +1,4 @@
-"""Comparison of stock vLLM and FluxMoE at one budget: cases where paging wins, is free, and loses.
+"""Comparison of stock vLLM and FluxMoE at one budget: cases where paging wins, is free, or loses.
 
 python -m benchmarks serving [--model shipped|mid] [--rounds N] [--starts N] [--only NAME …]
                              [--save FILE]

@@ -1,4 +1,4 @@
-"""Simulated compared with measured tokens per second, for decode on the torch backend.
+"""Simulated and measured tokens per second, compared for decode on the torch backend.
 
     python -m benchmarks simulated_speed [--rounds N] [--profile FILE.yaml] [--json] [--save FILE]
 

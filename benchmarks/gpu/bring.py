@@ -103,7 +103,7 @@ def size(text: str) -> int:
 def download(
     requirements: tuple[str, ...], into: Path, python: str, lock: Path, options: list[str]
 ) -> None:
-    """Download wheels for x86-64 Linux and CPython ``python``, at the locked versions if any."""
+    """Download wheels for x86-64 Linux and CPython ``python``, in the locked versions if listed."""
     platforms = [f"manylinux_2_{n}_x86_64" for n in range(5, 40)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -166,7 +166,7 @@ def _extract(wheel: Path, site: Path, leave_out: tuple[str, ...]) -> None:
             parts = Path(item.filename).parts
             if parts[0].endswith(".data"):
                 if parts[1] not in ("purelib", "platlib"):
-                    continue  # scripts and manuals
+                    continue  # omit scripts and manuals
                 item.filename = "/".join(parts[2:])
             file.extract(item, site)
 

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
             bring.main(argv)
         else:
             if not {"-h", "--help"} & set(options):
-                device.require()  # or a module would first report a missing Triton
+                device.require()  # before a module reports a missing Triton
             import_module(f"benchmarks.gpu.{name}").main(options)
     except FluxMoEError as error:
         print(f"error[{error.code}]: {error.text}", file=sys.stderr)

@@ -131,7 +131,7 @@ def vllm_stock(
     tiles: Tiles,
     blocks: Blocks,
 ) -> Run | None:
-    """Make a run of the same two products with vLLM's kernel, if the kernel can be used."""
+    """Make a function that runs the same two products with vLLM's kernel, if this is possible."""
     try:
         from vllm.model_executor.layers.fused_moe import fused_moe as stock
         from vllm.triton_utils import HAS_TRITON

@@ -1,4 +1,4 @@
-"""Cost of the driver's virtual memory calls: committing and decommitting frames of 2 MiB.
+"""Cost of the driver's virtual memory calls for committing and decommitting frames of 2 MiB.
 
     python -m benchmarks gpu mapping [--save FILE]
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(cuda: Any, count: int, repeats: int, frame_bytes: int = FRAME_BYTES) -> dict[str, Any]:
-    """Measure one row: runs of ``count`` frames."""
+    """Measure one row of the table, with ``count`` frames at a time."""
     times = [once(cuda, count, frame_bytes) for _ in range(repeats)]
     middle = [statistics.median(column) / count for column in zip(*times, strict=True)]
     return {"frames": count} | dict(zip(("first", "again", "decommit"), middle, strict=True))
