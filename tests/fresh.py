@@ -35,7 +35,7 @@ def do(*command: object, cwd: Path) -> str:
 
 
 def build(folder: Path, projects: Sequence[Path]) -> list[Path]:
-    """Build wheels of projects."""
+    """Build the wheels of ``projects``."""
     pip = sys.executable, "-m", "pip", "wheel", *_OFFLINE, "--no-build-isolation"
     do(*pip, "--wheel-dir", folder, *projects, cwd=folder)
     return sorted(folder.glob("*.whl"))
@@ -48,7 +48,8 @@ def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Pa
     do(sys.executable, "-m", "pip", "--python", python, "install", *_OFFLINE, *wheels, cwd=home)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(do(python, "-c", where, cwd=home).strip())
-    # Last on the path, so that the wheels come first; .pth files in that folder are ignored.
+    # These folders are last on the path, so that the wheels come first; .pth files there are
+    # ignored.
     others = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))
     (site / "others.pth").write_text("".join(f"{path}\n" for path in others))
     take_machine_code(site)

@@ -1,4 +1,4 @@
-"""Running the whole suite with interruption, continuation and sharding: ``make test-full``.
+"""Runs of the whole suite that can be interrupted, resumed and sharded, for ``make test-full``.
 
     pytest -p tests.journal --journal FOLDER [--shard K/N]
     python -m tests.journal FOLDER

@@ -25,7 +25,7 @@ TRACE = GOLDEN["sparse"].events
 
 
 class MyLru(fluxmoe.EvictionPolicy):
-    """LRU, unregistered."""
+    """LRU that is not registered."""
 
     def score(self, view, pages):
         return view.last_use[pages]

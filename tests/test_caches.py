@@ -23,7 +23,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    (tmp_path / "file").touch()  # no user can create anything below a file
+    (tmp_path / "file").touch()  # nothing can be created below a file
     monkeypatch.setattr(caches, "PACKAGE", tmp_path / "file")
     return folder
 
@@ -49,7 +49,7 @@ def test_a12_a_user_without_a_home_folder(temporary: Path, monkeypatch: pytest.M
     }
     assert own.stat().st_mode & 0o777 == 0o700
     assert caches.folders({}) == found  # the same at the next startup
-    assert caches.folders(found) == found  # and in a process that has them set
+    assert caches.folders(found) == found  # and in a process with these variables
     # A server is started with these folders; existing settings are kept.
     assert launch.environment({}).items() >= found.items()
     given = {"HF_HOME": "/models", "VLLM_CACHE_ROOT": "/x"}

@@ -1,4 +1,4 @@
-"""Problems of a checkpoint are detected before loading it (A3, A9)."""
+"""Problems of a checkpoint are detected before the checkpoint is loaded (A3, A9)."""
 
 from __future__ import annotations
 

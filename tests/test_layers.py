@@ -212,7 +212,7 @@ def test_files_of_the_core_are_short_enough_to_be_read():
 
 
 def test_no_class_name_is_used_twice() -> None:
-    """Names are unique, so that searching for one finds one class."""
+    """Names are unique, so that searching for a name finds one class."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in PACKAGE.rglob("*.py"):
         if "templates" not in path.parts:

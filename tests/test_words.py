@@ -181,7 +181,7 @@ def evicts() -> Evicts:
     return Evicts()
 
 
-evicts.__doc__ = NASTY[8:]  # a class statement could not set it
+evicts.__doc__ = NASTY[8:]  # a class statement could not set such text
 
 
 def plugin(hook) -> ModuleType:

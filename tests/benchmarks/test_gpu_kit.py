@@ -1,4 +1,4 @@
-"""The parts of the GPU kit that work without a GPU: collecting, rejecting, printing."""
+"""The parts of the GPU kit that work without a GPU: collecting, rejecting and printing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
-    """Make two wheels to download; one has a large file to omit and a file to install."""
+    """Make two wheels to download; one contains a large file to omit and a file to install."""
     noise = bytes(torch.randint(0, 256, (200_000,), dtype=torch.uint8).tolist())
     wheel(tmp_path / "shelf", "alpha", {"alpha.py": LIBRARY.encode(), "alpha_data.bin": noise})
     wheel(

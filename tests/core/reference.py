@@ -44,7 +44,7 @@ class Reference:
         self.count: dict[int, int] = {}
         self.loaded: dict[int, int] = {}
         self.resident: set[int] = set()
-        self.own: list[int] = []  # the current event's pages; next, its misses
+        self.own: list[int] = []  # the pages of the current event
         self.misses: list[int] = []
         self.leaving: list[int] = []
         self.protected: set[int] = set()

@@ -216,7 +216,7 @@ class Rig:
         return set(np.flatnonzero(self.table.resident).tolist())
 
     def acquire(self, layer: int, ids: Sequence[int]) -> list[int]:
-        """Acquire, and check that the returned slots hold the routed experts."""
+        """Acquire experts, and check that the returned slots hold them."""
         wanted = np.asarray(ids, np.int32)
         slots = np.full(len(wanted), -7, np.int32)
         self.pager.acquire(layer, wanted, slots)

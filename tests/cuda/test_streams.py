@@ -142,7 +142,7 @@ def test_a_demand_overtakes_the_prefetches_that_wait_for_their_turn(gpu):
     g.demand({9: 20})
     g.expect(9, 20)
     g.fake.timeline.finish(KERNELS)
-    assert g.rows[0][7, 0] == 0  # not written yet
+    assert g.rows[0][7, 0] == 0  # the slot is not written yet
 
 
 def test_prefetches_go_on_when_those_before_have_arrived(gpu):

@@ -1,4 +1,4 @@
-"""Running the code and commands on a documentation page.
+"""Execution of the code and commands on a documentation page.
 
 A fenced block may be preceded by a comment with comma-separated directives: ``exact`` (the output
 must match), ``exit N`` (the commands end with status N), ``slow``, ``needs vllm`` (run in a
@@ -35,7 +35,8 @@ from tests.commandline import COMPILING
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
-#: A newcomer's first hour: the pages to follow besides those with ``fresh`` blocks.
+#: The pages of a newcomer's first hour, which are followed in addition to pages with ``fresh``
+#: blocks.
 FIRST_HOUR = [
     ROOT / "README.md",
     ROOT / "docs/start/getting-started.md",
@@ -58,7 +59,7 @@ _TITLE = re.compile(r'title="([^"]+)"')
 
 
 class WrongPage(AssertionError):
-    """A page's code, command or output is wrong."""
+    """An error for a page whose code, command or output is wrong."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def run(path: Path, folder: Path) -> int:
 
 
 def run_with_vllm(path: Path, folder: Path) -> None:
-    """Run the page's ``needs vllm`` snippets in turn, in one separate process."""
+    """Run a page's ``needs vllm`` snippets in turn, in one separate process."""
     for block in blocks(path):
         if block.needs_vllm and block.language == "bash":
             with contextlib.chdir(folder):

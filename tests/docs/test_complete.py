@@ -1,4 +1,4 @@
-"""The reference pages are complete and mention nothing that does not exist."""
+"""The reference pages are complete and mention only things that exist."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
 
 def test_every_result_of_the_simulator_is_shown() -> None:
     (shown,) = (
-        json.loads(output[output.index("[\n") :])  # after notes, which go to standard error
+        json.loads(output[output.index("[\n") :])  # after the notes, which go to standard error
         for block in blocks(DOCS / "reference" / "simulator.md")
         if block.language == "console"
         for words, output in block.commands()
@@ -268,7 +268,7 @@ def test_timings_profiles_and_their_fields_are_listed(name: str) -> None:
 
 
 def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
-    """Fix with ``python -m tests.docs.commands``."""
+    """To fix a failure, run ``python -m tests.docs.commands``."""
     assert commands.PAGE.read_text() == commands.page()
     assert {verb.split()[0] for verb, _ in commands.verbs()} == set(commands.EXPLAINED)
 
@@ -276,7 +276,7 @@ def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", pictures.MADE)
 def test_computed_pictures_show_what_is_computed(name: str) -> None:
-    """Fix with ``python -m tests.docs.pictures``."""
+    """To fix a failure, run ``python -m tests.docs.pictures``."""
     assert (pictures.FOLDER / name).read_text() == pictures.MADE[name]()
 
 

@@ -1,6 +1,6 @@
 """Every external failure site of the core, failed in turn: on the 1st call, the 2nd …
 
-Each run fails a site on one call. After that the books must match the mappings, the run must
+Each run fails a site on one call. After that, the books must match the mappings, the run must
 continue and agree with the model to its end, and nothing may leak. Errors raised by the core must
 be its own, with a code; any other error ends the run as a failure.
 """

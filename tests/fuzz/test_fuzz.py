@@ -18,7 +18,7 @@ from tests.fuzz.driver import Failure, attempt, fuzz, together
 from tests.fuzz.run import Run
 from tests.fuzz.sites import SITES, SURVIVED, fail_everywhere
 
-RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
+RUNS, OPERATIONS, PARTS = 200, 5000, 8  # one million operations in total
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
 
 
 def product_of(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
-    """List every combination of all values."""
+    """List all combinations of all values."""
     evictions, _ = policies()
     for model, mode, eviction, shape in product(models, modes, evictions, _shapes()):
         prefetch, (slots, banks) = shape

@@ -19,7 +19,7 @@ class Trial:
     """A feature to try with vLLM on a CPU.
 
     Attributes:
-        name: Description.
+        name: Description of the feature.
         options: vLLM's options, in addition to those of all engines of the matrix.
         model: Architecture of the model.
         checkpoint: Changes to the model's checkpoint.

@@ -77,7 +77,7 @@ def shape(path: Path) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
-    # Not layout.experts_of, which refuses weights on the meta device.
+    # This does not use layout.experts_of, which refuses weights on the meta device.
     layers = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
     geometry, page_class = layout.describe(layers)
     return Shape(geometry, page_class, vocabulary)

@@ -42,7 +42,7 @@ def write() -> None:
         names = [field.name for field in fields(Cell)]
         writer.writerow(names)
         for cell in choose():
-            writer.writerow(getattr(cell, name) for name in names)  # None is written as empty
+            writer.writerow(getattr(cell, name) for name in names)  # None becomes an empty field
 
 
 def demanded(cell: Cell) -> set[Pair]:

@@ -22,7 +22,7 @@ MULTIMODAL = ("qwen3.5-moe",)
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Output tokens, their log-probabilities, and cached prompt tokens of each request."""
+    """Output tokens, their log-probabilities, and number of cached prompt tokens per request."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]

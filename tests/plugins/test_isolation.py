@@ -61,7 +61,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def pony(site, monkeypatch):
-    """An installed plugin whose module the test writes, next to a working one."""
+    """Install a plugin whose module the test writes, next to a working plugin."""
     write(site / "cart_policy.py", name="cart")
     install(site, "fluxmoe-cart", {"cart": "cart_policy"})
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})
@@ -119,7 +119,7 @@ def test_nothing_of_a_plugin_that_fails_half_way_is_kept():
             raise OSError("gone")
 
     registry, half = plugins.load(), Half()
-    for _ in range(2):  # and may be retried
+    for _ in range(2):  # a failed plugin may be added again
         with pytest.raises(PluginLoadError, match="OSError: gone"):
             registry.add(half, "half")
         assert "half" not in registry.names("eviction")
@@ -317,7 +317,7 @@ def test_c3_policies_tells_what_became_of_a_running_servers(server, capsys):
     lru, mru = rows["eviction", "lru"], rows["eviction", "mru"]
     assert (lru["status"], lru["problem"], lru["faults"]) == ("ok", "", 3)
     assert rows["arbitration", "marginal"]["faults"] == 10
-    assert rows["eviction", "lfu"]["faults"] is None  # the server does not run it
+    assert rows["eviction", "lfu"]["faults"] is None  # the server does not run this policy
     # This policy is from a plugin that is not installed here.
     assert (mru["status"], mru["faults"]) == ("replaced", 16)
     assert mru["problem"] == "score raised ValueError: no idea"

@@ -118,7 +118,7 @@ class Engine:
                 self.schedule.asked(self.running, waiting, content=self.wish is None)
             wanted = self.wish or view.frames
             assert sum(wanted.values()) <= TOTAL
-            # Like the host: one small move, within the bounds, without taking memory in use.
+            # As the host does: one small move, within the bounds, without taking memory in use.
             kv = max(wanted["kv"], 12, min(view.kv_used_frames, self.kv))
             experts = min(max(wanted["experts"], 20), 300, TOTAL - kv)
             self.experts += int(np.clip(experts - self.experts, -25, 25))

@@ -43,8 +43,8 @@ def test_prefetched_copies_overlap_with_computing(registry):
 def test_a_page_whose_copy_has_not_begun_is_copied_at_once(registry):
     rows = [(0, 0, [0]), (0, 1, [1])]
     timing = timed(rows, 4, "next-layer", registry=registry).timing
-    # Pages 2 and 3 are proposed at 1.0. Page 2 is still being copied, until 2.0, when page 3 is
-    # needed at 1.5, so page 3 is next and arrives at 3.0.
+    # Pages 2 and 3 are proposed at 1.0, and page 2 is copied until 2.0. Page 3, which is needed at
+    # 1.5, is next and arrives at 3.0.
     assert timing.seconds == pytest.approx(3.5e-3, rel=1e-6)
 
 

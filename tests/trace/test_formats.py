@@ -216,7 +216,7 @@ def test_b9_tokens_of_a_cached_prefix_are_left_out(tmp_path):
 def test_b9_zeros_are_judged_per_row(tmp_path):
     array = routed(4, layers=3) | 1
     array[:, 0] = 0
-    array[1, 2] = 0  # one layer of one token
+    array[1, 2] = 0  # only one layer of one token
     np.save(tmp_path / "r.npy", array)
     meta = convert(tmp_path / "r.npy", tmp_path / "t", options=Options(prompt_tokens=4))
     assert meta.num_layers == 2

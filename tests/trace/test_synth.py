@@ -85,7 +85,7 @@ def test_locality_is_that_of_each_layer():
     free = kept(routing(layers=5, drift=0.0, skew=0.0))
     np.testing.assert_allclose(free, 4 / 16, atol=0.03)
     got = kept(routing(layers=5, drift=0.0, skew=0.0, locality=(0.8, 0.0)))
-    # An expert stays with probability p; if not, it may still be drawn again.
+    # An expert stays with probability p; otherwise, it may still be drawn again.
     assert got[0] > 0.8 and abs(got[-1] - 4 / 16) < 0.03
     assert (np.diff(got) < 0).all()
     assert kept(routing(locality=(1.0, 1.0))).tolist() == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""Decoding pages into slots: bit for bit, and every flipped bit is detected or irrelevant."""
+"""Pages are decoded into slots bit for bit, and each flipped bit is detected or irrelevant."""
 
 from __future__ import annotations
 

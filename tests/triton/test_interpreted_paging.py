@@ -67,7 +67,7 @@ def test_events_are_the_cores(layers, experts, slots, top_k):
     rule, policy = rule_of(layers, experts, slots)
     device = upload(rule.table.books, "cpu")
     for step in range(3 if slots > 1000 else 12):
-        # Many ties, infinities, and a different dtype in each step.
+        # There are many ties and infinities, and the dtype alternates from step to step.
         scores = rng.integers(-3, 3, layers * experts).astype([np.int64, np.float32][step % 2])
         if step % 2:
             scores[rng.random(len(scores)) < 0.1] = np.inf

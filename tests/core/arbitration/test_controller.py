@@ -141,7 +141,7 @@ class World:
         self.answers = [answer for answer in answers if answer is not None]
         for rig in self.rigs:
             rig.acquire(int(self.rng.integers(LAYERS)), self.rng.integers(0, EXPERTS, 3).tolist())
-            for block in self.blocks.usable:  # this would crash if a block had no memory
+            for block in self.blocks.usable:  # a write to a block without memory would crash
                 rig.memory.kv.buffer()[block * self.layout.block_bytes] = 1
 
     # The demand in a view; each view reads it once.
@@ -418,7 +418,7 @@ def test_what_a_person_takes_from_one_tenant_is_the_others(world, limits, frames
     w = world()
     w.want(20, 20)
     w.settle()
-    w.policy.answer = None  # a policy that never requests a change
+    w.policy.answer = None  # the policy never requests a change
     begun = w.frames
     w.arbiter.set_limits(limits)
     w.settle()
@@ -503,7 +503,7 @@ def test_a_slow_move_makes_the_next_one_small(world):
         assert w.frames["kv"] == 399
         return w.arbiter.changes["to_kv"]
 
-    assert moves(10.0) > 100  # a move would take ten steps, so each is the smallest possible
+    assert moves(10.0) > 100  # a move would take ten steps, so each is as small as possible
     assert 5 <= moves(1e-9) < 20
 
 

@@ -84,7 +84,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule()
     def send(self):
-        """Make a step: send the order to all workers."""
+        """Begin a step: send the order to all workers."""
         order = self.mover.order()
         if order is not None:
             for worker in self.workers:
@@ -94,7 +94,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def deliver(self, data):
         worker = data.draw(st.sampled_from(self.workers))
         if worker.inbox:
-            index = data.draw(st.integers(0, len(worker.inbox) - 1))  # in any order
+            index = data.draw(st.integers(0, len(worker.inbox) - 1))  # messages arrive in any order
             order = worker.inbox[index]
             if data.draw(st.booleans(), label="only once"):
                 del worker.inbox[index]

@@ -1,4 +1,4 @@
-"""The steps in which an arbitration policy is called, and its input."""
+"""The steps in which an arbitration policy is called, and the input of each call."""
 
 from __future__ import annotations
 

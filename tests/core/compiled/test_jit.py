@@ -29,7 +29,7 @@ print(table.counters().misses, table.books.counts.tolist())
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A modifiable copy of the package without machine code."""
+    """Make a modifiable copy of the package without machine code."""
     no_cache = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(fluxmoe.__file__).parent, tmp_path / "fluxmoe", ignore=no_cache)
     return tmp_path
@@ -85,7 +85,7 @@ def test_a_change_in_one_folder_reaches_the_compiled_code_of_another(copy, user)
 def test_a_change_of_a_tuple_from_a_file_without_compiled_code_reaches_its_users(copy):
     types = copy / "fluxmoe/core/types.py"
     name = "from fluxmoe.core.paging.replay import look_ahead as f; print(f.py_func.__qualname__)"
-    before = run(copy, program=name)  # the name of its machine code
+    before = run(copy, program=name)  # its machine code has this name
     types.write_text(types.read_text().replace("    later: Int64s", "    next_use: Int64s"))
     assert run(copy, program=name) != before
 
@@ -98,7 +98,7 @@ def test_machine_code_of_another_version_is_no_obstacle(copy):
 
 
 def test_it_runs_where_nothing_can_be_cached(copy):
-    # Like an unprivileged user without a home folder; an unusable locator has the same effect.
+    # As for an unprivileged user without a home folder: an unusable locator has the same effect.
     assert run(copy, NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator").startswith("2 [1, 2, 0, 2,")
 
 
@@ -109,7 +109,7 @@ def test_it_runs_where_the_disk_is_full_and_from_damaged_machine_code(copy):
     assert run(copy, before=full, NUMBA_CACHE_DIR=str(cache)).startswith("2 [1, 2, 0, 2,")
     assert not list(cache.rglob("*.nb?"))
     run(copy, NUMBA_CACHE_DIR=str(cache))
-    for kind in ("*.nbc", "*.nbi"):  # damage the code of one function and the index of the next
+    for kind in ("*.nbc", "*.nbi"):  # damage one function's code, and the index of the next
         files = sorted(cache.rglob(kind))
         for path in files[kind == "*.nbi" :: 2]:
             path.write_bytes(path.read_bytes()[:40])

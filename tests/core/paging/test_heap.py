@@ -15,7 +15,7 @@ LAYERS, EXPERTS = 3, 4
 PAGES = LAYERS * EXPERTS
 
 scores = st.one_of(
-    st.integers(-3, 3).map(float),  # many ties
+    st.integers(-3, 3).map(float),  # so that there are many ties
     st.sampled_from([float("inf"), float("-inf"), 0.5, -0.0]),
 )
 
@@ -46,7 +46,7 @@ class Both:
         self.check()
 
     def drop(self, page: int) -> None:
-        """Release or drop a page without notifying the heap."""
+        """Remove a page without notifying the heap."""
         if self.truth.pop(page, None) is not None:
             unload(self.books, page)
 

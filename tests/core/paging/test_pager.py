@@ -134,7 +134,7 @@ def test_a_failed_prefetch_surfaces_when_its_layer_runs_and_the_next_acquire_wor
     r.check()
     assert 6 not in r.resident
     with pytest.raises(StoreError, match="page 6"):
-        r.acquire(1, [1, 2])  # read again, on demand: still broken
+        r.acquire(1, [1, 2])  # read again on demand, but still broken
     r.store.broken = set()
     r.acquire(1, [1, 2])
     r.acquire(2, [0, 1, 2, 3])
@@ -274,14 +274,14 @@ def test_a_policy_hears_of_the_victims_of_a_bank_that_shrinks(rig):
 def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
     r = rig(slots=(6,), reserved=(12,))
     r.acquire(0, [0, 1, 2, 3])
-    r.acquire(1, [0, 1])  # in the two slots that are removed
+    r.acquire(1, [0, 1])  # into the two slots that are removed next
     r.pager.resize(0, 4)
     r.check()
     assert r.tenant.frames == frames_for(PAGE_CLASS, 4, FRAME)
     assert r.resident == {2, 3, 4, 5}  # 0 and 1 were used least recently
     assert r.pager.counters().resized == 2
     loads = r.pager.counters().loads_demand
-    assert r.acquire(1, [0, 1]) == [0, 1]  # moved, not loaded again
+    assert r.acquire(1, [0, 1]) == [0, 1]  # the pages were moved, not loaded again
     assert r.pager.counters().loads_demand == loads
     r.pager.resize(0, 12)
     r.check()
@@ -353,7 +353,7 @@ def test_a_page_that_cannot_be_completed_is_given_up_when_it_should_move(rig):
     r.store.broken = {7}
     r.acquire(0, [0, 1, 2, 3])
     r.acquire(0, [0])
-    r.pager.resize(0, 7)  # the policy gives up 1; 7 would move into its slot
+    r.pager.resize(0, 7)  # the policy evicts page 1; 7 would move into its slot
     r.check()
     assert r.resident == {0, 2, 3, 4, 5, 6}
     r.store.broken = set()

@@ -1,4 +1,4 @@
-"""Everything from frames to pager under random use, compared with the rule in plain Python."""
+"""Frames, tenants, table and pager in random use, compared with the rule in plain Python."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class CoreMachine(RuleBasedStateMachine):
         table = self.rig.table
         for page in self.rig.resident:
             bank, slot = table.bank(page // self.experts), int(table.books.slot_of[page])
-            if (bank, slot) not in self.rig.transfer._queued:  # otherwise still on its way
+            if (bank, slot) not in self.rig.transfer._queued:  # otherwise, it is still on its way
                 self.rig.assert_holds(bank, slot, page)
 
     def teardown(self):

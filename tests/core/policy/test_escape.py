@@ -51,7 +51,7 @@ def raising(error):
 def test_whatever_a_policy_raises_is_contained(view, error, caplog):
     guard = guarded(view, raising(error))
     with caplog.at_level(logging.WARNING):
-        assert guard.choose(PAGES, 2).tolist() == [0, 1]  # LRU, ties by page
+        assert guard.choose(PAGES, 2).tolist() == [0, 1]  # LRU; ties are broken by page
     assert guard.faults == 1
     assert type(error).__name__ in caplog.text
 

@@ -167,7 +167,7 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     rule.run(0, 1, np.array([0, 1, 2, 3]))
     assert shown == [[1, 4, 23]]  # sorted
     rule.run(0, 2, np.array([0]))
-    assert shown == [[1, 4, 23], [6, 7, 8, 9]]  # only the pages changed since
+    assert shown == [[1, 4, 23], [6, 7, 8, 9]]  # only the pages that changed since
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_after_its_strikes_a_policy_is_replaced(caplog):
         assert rule.eviction.replaced == "score raised ValueError: no"  # C3
         rule.reset()
         replay(rule)
-        assert len(calls) == 3  # permanently
+        assert len(calls) == 3  # it is replaced permanently
 
 
 def test_a_replaced_policy_no_longer_releases_pages():

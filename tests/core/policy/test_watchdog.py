@@ -373,7 +373,7 @@ def test_a_limited_call_costs_little():
             times.append(time.perf_counter() - start)
         return min(times) / len(calls)
 
-    # Measured: 0.6 µs. The limit leaves room for slower and busier machines.
+    # 0.6 µs were measured. The limit leaves room for slower and busier machines.
     assert best(limited) - best(plain) < 3e-6
 
 
@@ -386,7 +386,7 @@ def test_no_policy_call_no_stopwatch():
 
 
 def test_there_is_one_watchdog_and_it_ends_when_there_is_nothing_to_watch():
-    # In a separate process, because other tests leave stopwatches behind.
+    # This runs in a separate process, because other tests leave stopwatches behind.
     program = """
 import threading, time
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter

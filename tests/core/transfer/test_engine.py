@@ -128,7 +128,7 @@ def test_completing_a_copy_that_no_thread_has_begun_makes_it_here(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 2: 5, 3: 6}))
     engine.store.wait_until_reading(1)
-    engine.complete(0, 5, 2)  # would wait forever for the thread
+    engine.complete(0, 5, 2)  # waiting for the thread would take forever
     assert engine.holds(2, 5)
     engine.store.let_go(1)
     engine.complete(0, 6, 3)
@@ -156,7 +156,7 @@ def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
     other = threading.Thread(target=getattr(engine, how), args=(loads({0: 9}),))
     other.start()
     other.join(0.05)
-    assert other.is_alive()  # must not write before the old copy has ended
+    assert other.is_alive()  # the new copy must wait until the old one has ended
     engine.store.let_go(1)
     other.join(10)
     assert not other.is_alive()
