@@ -40,14 +40,14 @@ CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": requests.CH
 
 TRIALS = (
     Trial(
-        "MLA of another size than 512 + 64",
+        "MLA of a size other than 512 + 64",
         {},
         "deepseek-v2",
         {"kv_lora_rank": 64, "qk_rope_head_dim": 16},
     ),
     Trial("MLA with prefix caching", {"enable_prefix_caching": True}, "deepseek-v2"),
     Trial("MLA with chunked prefill", CHUNKED, "deepseek-v2"),
-    Trial("a seed per request where a prefill is split", CHUNKED, seeded=True),
+    Trial("a seed per request with a split prefill", CHUNKED, seeded=True),
     Trial("experts quantised to fp8", {"quantization": "fp8"}),
     Trial("experts quantised to mxfp8", {"quantization": "mxfp8"}),
     Trial("experts quantised by bitsandbytes", {"quantization": "bitsandbytes"}),

@@ -28,7 +28,7 @@ def summary(results: Mapping[Cell, Outcome]) -> list[list[str]]:
 def progress(results: Mapping[Cell, Outcome], cells: int) -> str:
     """Make a table of the completed part of the matrix."""
     good = sum(outcome.ok for outcome in results.values())
-    return f"{len(results)} of {cells} cells have run, {good} of them are identical.\n"
+    return f"{len(results)} of {cells} cells have run, and {good} of them are identical.\n"
 
 
 def by_setting(results: Mapping[Cell, Outcome]) -> list[list[str]]:
