@@ -21,7 +21,7 @@ BENCHMARKS = {
     "simulated_speed": "benchmarks.simulated_speed",
     "simulator": "benchmarks.simulator",
 }
-#: Run by name only: comparisons of answers or memory instead of times, and experiments that need a GPU.
+#: Run by name only: comparisons of answers or memory instead of times, and what needs a GPU.
 CHECKS = {
     "gpu": "benchmarks.gpu.command",
     "identity": "tests.identity.command",
