@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured side by side in one run, by repeatable commands."""
+"""Benchmarks: repeatable commands that measure ratios side by side in one run."""

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-#: Name → the module whose ``main(options)`` it is.
+#: Name of a benchmark → module whose ``main(options)`` runs it.
 BENCHMARKS = {
     "codec": "benchmarks.codec",
     "event_cost": "benchmarks.event_cost",
@@ -21,7 +21,7 @@ BENCHMARKS = {
     "simulated_speed": "benchmarks.simulated_speed",
     "simulator": "benchmarks.simulator",
 }
-#: Run by name only: what compares answers or memory instead of times, and what needs a GPU.
+#: Run by name only: comparisons of answers or memory instead of times, and what needs a GPU.
 CHECKS = {
     "gpu": "benchmarks.gpu.command",
     "identity": "tests.identity.command",
@@ -38,7 +38,7 @@ def main() -> None:
         _run(name, options)
     else:
         there = ", ".join(BENCHMARKS | CHECKS)
-        sys.exit(f"no benchmark is called {name!r}; there are: {there}")
+        sys.exit(f"no benchmark is called {name!r}; known benchmarks: {there}")
 
 
 def _run(name: str, options: list[str]) -> None:

@@ -1,13 +1,14 @@
-"""Compression ratio and speed of the codecs for bf16 weights, on one core, next to a plain copy.
+"""Compression ratios and speeds of the codecs for bf16 weights on one core, next to a plain copy.
 
     python -m benchmarks codec [--json] [--save FILE]
 
-Three kinds of pages: the shipped model's experts, and normally distributed weights in pages of the
-same size and of the size of a 30B model's. Each kind has too many pages for any cache. Copy,
-encoding and decoding alternate, each round over all pages; speeds are those of the best round, in
-GB of uncoded weights per second, and ratios are medians over rounds of two times measured one after
-the other. Times are CPU times of this thread, so that other work on the machine only affects caches
-and memory. Targets are written to before the first round.
+There are three kinds of pages: the shipped model's experts, and normally distributed weights in
+pages of the same size and in pages as large as those of a 30B model. Each kind has too many pages
+for any cache. Copying, decoding and encoding alternate, and each processes all pages in every
+round. Speeds are those of the best round, in GB of uncoded weights per second. Ratios are medians
+over the rounds; each compares two times measured one after the other. Times are CPU times of this
+thread, so other work on the machine affects only caches and memory. Targets are written to once
+before the first round.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fluxmoe.errors import MissingDependencyError
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.survey import parts_of
 
-#: Bytes of w13 and w2: of the shipped model, and of Qwen3-30B-A3B.
+#: Bytes of an expert's w13 and w2 in the shipped model and in Qwen3-30B-A3B.
 SMALL, LARGE = (40_960, 20_480), (6_291_456, 3_145_728)
 TOTAL = 96 << 20
 ROUNDS = 7
@@ -42,7 +43,7 @@ ROUNDS = 7
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("codec", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     arguments = parser.parse_args(argv)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     shipped = [part for _, _, part in parts_of(SHIPPED)]
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def normal(page: tuple[int, ...]) -> list[Bytes]:
-    """Fill with normally distributed weights."""
+    """Make parts of pages from normally distributed weights."""
     rng = np.random.default_rng(0)
     numbers = rng.standard_normal(16 << 20, np.float32) * 0.02
     pool = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
@@ -77,7 +78,7 @@ def normal(page: tuple[int, ...]) -> list[Bytes]:
 
 
 def lined_up(data: Bytes) -> Bytes:
-    """Copy to memory aligned to a cache line, like slots."""
+    """Copy data to memory that is aligned to a cache line, as slots are."""
     room = np.empty(len(data) + 64, np.uint8)
     begin = -room.ctypes.data % 64
     copy = room[begin : begin + len(data)]
@@ -86,7 +87,7 @@ def lined_up(data: Bytes) -> Bytes:
 
 
 def measure(codec: Codec, parts: list[Bytes]) -> dict[str, Any]:
-    """Measure compression ratio, speeds, and speeds relative to a copy."""
+    """Measure the compression ratio, the speeds, and the speeds relative to a plain copy."""
     parts = [lined_up(part) for part in parts]
     blocks = [lined_up(codec.encode(part)) for part in parts]
     outs = [lined_up(np.full_like(part, 1)) for part in parts]

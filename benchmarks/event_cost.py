@@ -1,11 +1,11 @@
-"""Bookkeeping cost of an event whose pages are all resident: µs by slots and tokens.
+"""Bookkeeping cost of an event whose pages are all resident: µs by number of slots and tokens.
 
     python -m benchmarks event_cost [--json] [--save FILE]
 
-Each event routes to all 64 experts of a layer (8 of them with a single token), and all pages are
-resident, so the numbers are pure overhead: the event rule, and the slot of every routed expert.
-``rule`` is ``EventRule.open`` alone, ``pager`` is ``ExpertPager.acquire``, which engines call.
-Pages are tiny because timed events copy nothing.
+Each event routes to all 64 experts of a layer (to 8 of them with a single token), and all pages are
+resident, so the times are pure overhead: applying the event rule, and looking up the slot of every
+routed expert. ``rule`` is ``EventRule.open`` alone; ``pager`` is ``ExpertPager.acquire``, which
+engines call. Pages are tiny because timed events copy nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FRAME = 4096
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("event_cost", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     arguments = parser.parse_args(argv)
     rows = [row for slots in SLOTS for row in measure(slots)]
     if arguments.save:
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(slots: int) -> list[dict[str, float]]:
-    """Measure all token counts at one number of slots, with a page in every slot."""
+    """Measure all token counts with one number of slots, each of which holds a page."""
     geometry = Geometry(slots // EXPERTS, EXPERTS)
     substrate = CpuSubstrate(frames_for(PAGE_CLASS, slots, FRAME), FRAME)
     memory = WorkerMemory(substrate, PAGE_CLASS, [slots])
@@ -106,7 +106,7 @@ def measure(slots: int) -> list[dict[str, float]]:
 def per_event(
     geometry: Geometry, ids: Slots, event: Callable[[int, Slots, Slots], object]
 ) -> float:
-    """Median over repeats of the mean time of an event, with layers in turn, in µs."""
+    """Measure the time of an event in µs: the median over repeats of the mean over the layers."""
     layers = [i % geometry.num_layers for i in range(EVENTS)]
     out = np.zeros(len(ids), np.int32)
     times = []

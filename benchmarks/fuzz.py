@@ -1,9 +1,9 @@
-"""Counts of the fuzzer: operations compared with the model, faults by site, leaks.
+"""Counts of the fuzzer: operations compared with the model, faults by site, and leaks.
 
     python -m benchmarks fuzz [--runs N] [--ops N] [--seed N] [--save FILE]
 
-Nothing is timed: the counts are those of ``tests/fuzz`` in `make test` (docs/project/testing.md).
-On a failure the command ends with the line that replays it.
+Nothing is timed: the counts are those of ``tests/fuzz`` under `make test`
+(docs/project/testing.md). On a failure, the output ends with the command that replays it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ENGINES = 6
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("fuzz", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the first run")
-    parser.add_argument("--runs", type=int, default=200, help="one seed each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run")
+    parser.add_argument("--runs", type=int, default=200, help="number of runs, one seed each")
     parser.add_argument("--ops", type=int, default=5000, help="operations per run")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     arguments = parser.parse_args(argv)
-    logging.disable()  # faulty policies are reported, and there are many
+    logging.disable()  # otherwise, many faulty policies would be reported
     try:
         results = measure(arguments.seed, arguments.runs, arguments.ops)
     except Failure as failure:

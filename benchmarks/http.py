@@ -1,10 +1,10 @@
-"""vLLM's serving benchmark run against both servers at one budget: throughput, TTFT, TPOT.
+"""vLLM's serving benchmark for stock vLLM and FluxMoE at one budget: throughput, TTFT and TPOT.
 
 python -m benchmarks http [--model shipped|mid] [--rates inf 4 …] [--rounds N] [--save FILE]
 
-Both are OpenAI servers of three processes, started one after the other (never both at once, so that
-they do not compete for cores); the client is ``vllm bench serve`` with its random dataset. Rounds
-alternate between the two, and medians are reported.
+Both servers are OpenAI-compatible and consist of three processes. They are started one after the
+other (never both at once, so that they do not compete for cores). The client is ``vllm bench
+serve`` with its random dataset. Rounds alternate between the servers, and medians are reported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
-#: Shown results of ``vllm bench serve``: key, title, True if more is better.
+#: Displayed results of ``vllm bench serve``: key, title, and True if more is better.
 FIGURES = (
     ("output_throughput", "tokens/s", True),
     ("request_throughput", "requests/s", True),
@@ -56,7 +56,7 @@ FIGURES = (
 
 
 def commands(model: DemoModel, budget: int, port: int) -> dict[str, list[str]]:
-    """Make the command of each server; FluxMoE's is the one run by ``fluxmoe serve``."""
+    """Make the command of each server; FluxMoE's is the command that ``fluxmoe serve`` runs."""
     options = {**model.options(max_num_seqs=64), "host": "127.0.0.1", "port": port}
     parsed = parse(
         {"model": str(model.folder), "memory": {"budget": budget}, "vllm": options},
@@ -75,7 +75,7 @@ def commands(model: DemoModel, budget: int, port: int) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def server(command: list[str], port: int, log: Path) -> Iterator[None]:
-    """Run a server that is ready, and end it afterwards."""
+    """Start a server, wait until it is ready, and end it afterwards."""
     with log.open("w") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, env={**ENVIRONMENT, **launch.environment(ENVIRONMENT)}
@@ -105,8 +105,9 @@ def client(folder: Path, port: int, rate: str, arguments: argparse.Namespace) ->
             *("--num-warmups", "2", "--disable-tqdm", "--percentile-metrics", "ttft,tpot,e2el"),
             *("--save-result", "--result-dir", results, "--result-filename", "out.json"),
         ]
-        # `vllm bench serve` itself does not start in the CPU build (its command asks for
-        # a distribution that is not there); this is what it calls.
+        # `vllm bench serve` itself does not start in the CPU build (the command asks for a
+        # distribution that is not installed), so this code calls the function that the command
+        # would call.
         code = (
             "import argparse; from vllm.benchmarks.serve import add_cli_args, main;"
             "p = argparse.ArgumentParser(); add_cli_args(p); main(p.parse_args())"
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--input", type=int, default=24, help="prompt tokens")
     parser.add_argument("--output", type=int, default=64, help="generated tokens")
-    parser.add_argument("--sequences", type=int, default=3, help="what stock's KV cache holds")
+    parser.add_argument("--sequences", type=int, default=3, help="requests in stock's KV cache")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 """A plugin for measurements that emulates the link between a GPU and host memory.
 
-Loading an expert's weights from a CPU's own memory takes hardly longer than using them once. From a
-GPU's host it takes 15 (GH200) to 60 times (PCIe) as long as the GPU needs to read them. As a codec,
-this plugin keeps pages unchanged and makes each part take as long as its bytes would over a link of
-``gb_per_s``.
+Loading an expert's weights from a CPU's own memory takes hardly longer than using the weights once.
+Loading them from the host of a GPU takes 15 (GH200) to 60 times (PCIe) as long as the GPU needs to
+read them from its own memory. As a codec, this plugin keeps pages unchanged, and it makes the
+decoding of each part take as long as a transfer of the part's bytes over a link with ``gb_per_s``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fluxmoe.core.types import Bytes
 
 
 class LinkOptions(BaseModel):
-    """Speed of the link."""
+    """Option of the codec: the speed of the link."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,7 +27,7 @@ class LinkOptions(BaseModel):
 
 
 class Link(fluxmoe.Codec):
-    """Copies that take as long as over the link. The coded form is only the part's location."""
+    """A codec whose copies take as long as over the link. The coded form is the part's number."""
 
     def __init__(self, gb_per_s: float) -> None:
         self._rate = gb_per_s * 1e9

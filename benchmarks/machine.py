@@ -1,4 +1,4 @@
-"""Description of the machine in result files: hardware and versions only."""
+"""Description of a run in result files: hardware, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def _commit() -> str:
 
 
 def save(path: Path, results: Any) -> None:
-    """Write results and machine as JSON."""
+    """Write the results and the description of the machine as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": describe(), "results": results}, indent=2) + "\n")

@@ -8,9 +8,9 @@ from pathlib import Path
 from fluxmoe.demo.model import SHIPPED, DemoModel
 from fluxmoe.testing import checkpoints
 
-#: 18 MiB of experts, half of them for every token, 0.5 KiB of KV cache per token: both tenants
-#: matter in every phase (a hundredth of the experts is the KV cache of one long request), and steps
-#: take a few milliseconds.
+#: 18 MiB of experts, half of which every token uses, and 0.5 KiB of KV cache per token. Both
+#: tenants matter in every phase (the KV cache of one long request is as large as a hundredth of the
+#: experts), and steps take a few milliseconds.
 BALANCED = {
     "num_hidden_layers": 4,
     "num_experts": 16,
@@ -42,7 +42,7 @@ def add_option(parser: argparse.ArgumentParser, *, default: str = "shipped") -> 
 
 
 def get(name: str, scratch: Path) -> DemoModel:
-    """Get a model by name; those with random weights are written below ``scratch``."""
+    """Get a model by name; a model with random weights is written below ``scratch``."""
     if name in RANDOM:
         return DemoModel.read(checkpoints.write(scratch / name, **RANDOM[name]))
     return DemoModel.read(SHIPPED)

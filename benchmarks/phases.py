@@ -1,13 +1,14 @@
-"""Phases with different demands at one budget: fixed splits compared with policies.
+"""Phases with different demands at one budget: arbitration policies compared with fixed splits.
 
 python -m benchmarks phases [--model balanced|shipped|mid] [--rounds N] [--policy NAME …]
                             [--share S …] [--link GB/s] [--phase NAME …] [--no-stock]
                             [--at-once N] [--save FILE]
 
-Each engine runs several days in its own process. A phase starts from the state (split, caches) left
-by the previous one, so transitions are included. All engines complete a phase before any starts the
-next, in an order that is redrawn each time, and alternate at the questions of a single user, so
-that a temporarily slower machine affects all of them. A quiet stream precedes the first day.
+A day is a series of phases, and each engine runs several days in its own process. A phase starts
+from the state (split, caches) left by the previous phase, so transitions are included. All engines
+complete a phase before any engine starts the next one. They take turns in an order that is redrawn
+each time, and if there is a single user, they alternate after each question, so that a temporarily
+slower machine affects all engines. A quiet stream precedes the first day.
 """
 
 from __future__ import annotations
@@ -35,22 +36,24 @@ from fluxmoe.demo.model import DemoModel
 BLOCK = 32
 LENGTH = 384
 OPTIONS = {"enforce_eager": True, "max_model_len": LENGTH, "max_num_seqs": 64, "block_size": BLOCK}
-#: Stock's KV cache beside all experts: one sequence of the greatest length, and vLLM's null block.
+#: Blocks of stock's KV cache beside all experts: one sequence of maximum length, and the null
+#: block.
 STOCK_BLOCKS = LENGTH // BLOCK + 1
 #: GB/s to the store: loading all experts takes as long as ten steps of a single request. For a
-#: model of 30 billion parameters on an H100 with PCIe 5 it is more than a hundred.
+#: model of 30 billion parameters on an H100 with PCIe 5, it takes as long as more than a hundred
+#: steps.
 LINK = 0.5
-#: Those that serve one long context at a time.
+#: Engines that serve only one long context at a time.
 SLOW = ("stock", "fixed 100%")
-#: Bytes of experts that the fixed splits have, as shares of all experts.
+#: Memory that the fixed splits give to the experts, as a share of all experts' bytes.
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Users who send questions one after the other, each after the answer to the previous one.
+    """A phase, in which each user sends a question after the answer to the previous one.
 
-    The engines alternate at its parts.
+    The engines alternate after each part.
     """
 
     name: str
@@ -63,9 +66,9 @@ class Phase:
 
 
 def phases() -> list[Phase]:
-    """List the phases: burst of long contexts, chat at 64, one stream, shared prefixes, burst.
+    """List the phases: burst of long contexts, 64 chats, one stream, shared prefixes, and a burst.
 
-    Each lasts at least 500 steps, regardless of the number of concurrent requests.
+    Each phase lasts at least 500 steps, regardless of the number of concurrent requests.
     """
     rng = random.Random(11)
 
@@ -98,7 +101,7 @@ def phases() -> list[Phase]:
 
 
 def budget_of(model: DemoModel) -> int:
-    """Compute the budget: all experts and stock's KV cache."""
+    """Compute the budget, which holds all experts and stock's KV cache."""
     return model.experts_total_bytes + STOCK_BLOCKS * model.kv_block_bytes
 
 
@@ -140,7 +143,7 @@ def live(engines: dict[str, ChildEngine], phase: Phase, at_once: int = 1) -> dic
 
     with ThreadPoolExecutor(at_once) as pool:
         for part in phase.parts:
-            # None but the slow ones, which come first, runs alone at the end.
+            # The slow engines come first, so that no other engine runs alone at the end.
             order = sorted(engines, key=lambda name: (name not in SLOW, random.random()))
             list(pool.map(serve, order, repeat(part)))
     return {name: Lived(phase.tokens / seconds[name], steps[name]) for name in engines}
@@ -149,13 +152,13 @@ def live(engines: dict[str, ChildEngine], phase: Phase, at_once: int = 1) -> dic
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("phases", description=__doc__.partition("\n")[0])
     models.add_option(parser, default="balanced")
-    parser.add_argument("--rounds", type=int, default=3, help="days")
+    parser.add_argument("--rounds", type=int, default=3, help="number of days")
     parser.add_argument("--share", nargs="+", type=float, default=SHARES, help="fixed splits")
     parser.add_argument("--policy", nargs="*", default=["marginal", "kv-first", "rho"])
-    parser.add_argument("--link", type=float, default=LINK, help="GB/s to the store; 0: memory")
-    parser.add_argument("--phase", nargs="*", help="only these")
-    parser.add_argument("--no-stock", action="store_true", help="spare the time that stock takes")
-    parser.add_argument("--at-once", type=int, default=1, help="engines that serve side by side")
+    parser.add_argument("--link", type=float, default=LINK, help="GB/s to the store; 0: no link")
+    parser.add_argument("--phase", nargs="*", help="run only these phases")
+    parser.add_argument("--no-stock", action="store_true", help="omit stock vLLM, which is slow")
+    parser.add_argument("--at-once", type=int, default=1, help="engines that run at a time")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
     day = [phase for phase in phases() if not arguments.phase or phase.name in arguments.phase]
@@ -181,7 +184,7 @@ def main(argv: list[str]) -> None:
                 days.append([lived[name] for lived in today])
             for name in arguments.policy:
                 changes[name] = engines[name].call("arbitration")["changes"]
-            if arguments.save:  # after every day: it is long
+            if arguments.save:  # after every day, as a day is long
                 save(arguments.save, arguments.model, budget_of(model), day, seen, changes)
     report(budget_of(model), day, seen, changes)
 
@@ -227,7 +230,7 @@ def report(
     seen: dict[str, list[list[Lived]]],
     changes: dict[str, dict[str, int]],
 ) -> None:
-    """Print tokens per second, and the ratio to the best fixed split of each phase."""
+    """Print the tokens per second, and their ratios to the best fixed split in each phase."""
     rates = medians(seen)
     fixed = [name for name in rates if name.startswith("fixed")]
     best = [max(rates[name][i] for name in fixed) for i in range(len(day))]

@@ -1,14 +1,17 @@
-"""Misses of the eviction policies relative to the best simple policy and to the optimum.
+"""Misses of eviction policies relative to those of the best simple policy and of the optimum.
 
     python -m benchmarks policies [--seeds 11,12] [--policy P,…] [--json] [--save FILE]
 
-Traces: the shipped ones; synthetic decode at batch 1, 8 and 64, with constant or changing
-popularity, with and without locality; cyclic scans; decode with occasional scans. Each trace is
-replayed at eight capacities, except those below its largest event. Per trace and policy:
+The traces are the shipped ones, synthetic decode at batch sizes 1, 8 and 64 (with constant or
+changing popularity, with and without locality), cyclic scans, and decode with occasional scans.
+Each trace is replayed at eight capacities, except those below its largest event. The results per
+trace and policy are:
 
-* *worst*: ratio of misses to the best of lru, lfu and lfru, at the capacity where it is largest;
+* *worst*: ratio of the misses to those of the best of lru, lfu and lfru, at the capacity where this
+  ratio is largest;
 * *over*: number of capacities at which that ratio is above 1.01;
-* *gap closed*: share of the misses between LRU and Belady that is saved (median).
+* *gap closed*: share of LRU's excess misses over Belady that the policy saves (median over
+  capacities).
 
 Nothing is timed: the results are the same on every machine.
 """
@@ -36,17 +39,17 @@ from fluxmoe.trace.synth import Workload, write
 
 CAPACITIES = ("15%", "20%", "25%", "37.5%", "50%", "62.5%", "75%", "87.5%")
 SIMPLE, BOUND = ("lru", "lfu", "lfru"), 1.01
-#: Tokens per step → steps.
+#: Tokens per step → number of steps.
 DECODE = {1: 600, 8: 300, 64: 120}
 LAYERS, EXPERTS, TOP_K = 8, 64, 4
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("policies", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", default="11,12", help="of the synthetic traces")
-    parser.add_argument("--policy", default="next-use,s3-fifo", help="what is judged")
+    parser.add_argument("--seeds", default="11,12", help="seeds of the synthetic traces")
+    parser.add_argument("--policy", default="next-use,s3-fifo", help="policies to judge")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     arguments = parser.parse_args(argv)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     rows = [row for name, events in traces(seeds) for row in judge(name, events, arguments.policy)]
@@ -84,7 +87,7 @@ def workloads(seed: int) -> dict[str, Workload]:
 
 
 def judge(name: str, events: Events, policies: str) -> Iterator[dict[str, Any]]:
-    """Compute a row per policy."""
+    """Compute one row per policy."""
     registry = plugins.load()
     capacities = [c for c in CAPACITIES if pages_of(c, events.meta) >= events.largest]
 

@@ -3,9 +3,9 @@
 python -m benchmarks reaction [--model NAME] [--link GB/s] [--policy marginal|kv-first] [--rounds N]
                               [--json] [--save FILE]
 
-An engine serves two quiet streams until the experts have grown, then a burst of long requests
-arrives. The result is the number of steps from the first with the burst until the KV cache has 90 %
-of its maximum; the longest pause for a move is compared with the median step.
+An engine serves a quiet stream until the experts have grown; then a burst of long requests arrives.
+The result is the number of steps from the first step of the burst until the KV cache has 90% of its
+maximum size. The longest pause for a move is compared with the median step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fluxmoe.demo.model import DemoModel
 
 
 class WatchedOptions(BaseModel):
-    """The wrapped policy, and the file to write a line per call to."""
+    """The wrapped policy, and the file that gets one line per call."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,7 +45,7 @@ class Watched(fluxmoe.ArbitrationPolicy):
     def __init__(self, policy: str, file: str) -> None:
         self._policy: fluxmoe.ArbitrationPolicy = plugins.load().create("arbitration", policy)
         self.interval, self.calm_interval = self._policy.interval, self._policy.calm_interval
-        self._file = open(file, "w", buffering=1)  # noqa: SIM115 - as long as the engine
+        self._file = open(file, "w", buffering=1)  # noqa: SIM115 - open as long as the engine
 
     def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
         seen = {
@@ -79,7 +79,7 @@ def measure(model: DemoModel, link: float, policy: str, folder: Path) -> dict[st
     burst_calls = [call for call in calls if call["requests"] > 4]
     room = [call["kv"] for call in burst_calls]
     there = next(call for call in burst_calls if call["kv"] >= 0.9 * max(room))
-    # The policy may not have been asked in the very step in which it began.
+    # The burst may have begun up to ``interval - 1`` steps before the policy was called.
     begin = burst_calls[0]["step"] - (plugins.load().create("arbitration", policy).interval - 1)
     step_seconds = median(seconds for call in burst_calls for seconds in call["seconds"])
     return {
@@ -97,7 +97,7 @@ def measure(model: DemoModel, link: float, policy: str, folder: Path) -> dict[st
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("reaction", description=__doc__.partition("\n")[0])
     models.add_option(parser, default="balanced")
-    parser.add_argument("--link", type=float, default=LINK, help="GB/s to the store; 0: memory")
+    parser.add_argument("--link", type=float, default=LINK, help="GB/s to the store; 0: no link")
     parser.add_argument("--policy", nargs="*", default=["marginal", "kv-first"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,10 +1,10 @@
-"""Record the traces shipped in ``fluxmoe/trace/assets``, from the demo's model.
+"""Record the traces shipped in ``fluxmoe/trace/assets`` with the demo's model.
 
     python -m benchmarks.record_traces [--model FOLDER] [--prompts FILE] [--out FOLDER]
 
-Rerun whenever that model changes, on one thread, and commit the result. The decode traces start
-after the prompts and contain only decode steps; the prefill trace contains the prefill of texts
-sampled from the model. All have a column ``predicted``.
+Rerun this command, on one thread, whenever that model changes, and commit the result. The decode
+traces start after the prompts and contain only decode steps; the prefill trace contains the prefill
+of texts sampled from the model. All traces have a column ``predicted``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from fluxmoe.trace import TraceReader, shipped
 
 ASSETS = Path(fluxmoe.__file__).parent / "demo" / "assets"
 TEMPERATURE, SEED = 0.8, 2026
-#: Batch → (tokens per request, steps recorded): eight batches, three, one.
+#: Batch size → (tokens per request, recorded steps), for eight batches, three batches and one
+#: batch.
 DECODE = {1: (250, 1992), 8: (250, 747), 64: (200, 199)}
-#: Prompts of each of these lengths, one after the other.
+#: Lengths of the prompts, which are recorded in turn, and number of prompts of each length.
 PREFILL_LENGTHS, PREFILL_EACH = (8, 16, 32, 64, 128, 192), 12
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     lines = [line for line in arguments.prompts.read_text().splitlines() if line.strip()]
     prompts = [models.encode(tokenizer, line) for line in lines]
     model = unpaged(str(arguments.model))
-    model.config.name_or_path = arguments.model.name  # not where it lies on this machine
+    model.config.name_or_path = arguments.model.name  # not its path on this machine
     arguments.out.mkdir(parents=True, exist_ok=True)
     with fluxmoe.page(model, "4GiB", eviction="lru") as paged:
         texts: list[list[int]] = []
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def decode(paged: Any, prompts: list[list[int]], batch: int, out: Path) -> list[list[int]]:
-    """Record sampled decode at one batch size; return the texts of the first batch."""
+    """Record decode with sampling at one batch size; return the texts of the first batch."""
     tokens, steps = DECODE[batch]
     first: list[list[int]] = []
     with paged.record(

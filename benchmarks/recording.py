@@ -1,10 +1,10 @@
-"""Cost of recording a trace: ratio of alternating steps with and without a recorder.
+"""Cost of recording a trace: ratio of the times of alternating steps with and without a recorder.
 
     python -m benchmarks recording [--rounds N] [--json] [--save FILE]
 
 A Hugging Face model (random weights, 8 layers of 64 experts, top-8) decodes with all experts in
 slots, so that only the recorder makes a difference. Each round times equally many steps with and
-without it, alternating; the result is the ratio of the medians over all rounds.
+without the recorder, alternating; the result is the ratio of the medians over all rounds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("recording", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +81,7 @@ def measure(paged: Any, batch: int, kind: str, trace: Path, rounds: int) -> dict
             (plain, nullcontext()),
             (recorded, paged.record(trace, replace=True, **KINDS[kind])),
         ):
-            # Beginning and ending a recording are not part of what is timed.
+            # Beginning and ending a recording are not timed.
             with context:
                 started = time.perf_counter()
                 steps()
@@ -98,7 +98,7 @@ def measure(paged: Any, batch: int, kind: str, trace: Path, rounds: int) -> dict
 
 
 def stepper(model: Any, batch: int) -> Callable[[], None]:
-    """Decode ``STEPS`` tokens after a short prompt, which is computed once."""
+    """Make a function that decodes ``STEPS`` tokens after a short prompt that is computed once."""
     prompt = torch.randint(3, 250, (batch, 8), generator=torch.Generator().manual_seed(0))
 
     def steps() -> None:

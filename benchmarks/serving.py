@@ -7,8 +7,8 @@ all requests at once, stock vLLM also runs with FluxMoE's total, and without a l
 python -m benchmarks serving [--model shipped|mid] [--rounds N] [--starts N] [--only NAME …]
                              [--page-files FOLDER] [--save FILE]
 
-Memory placement makes identical engines differ by up to 6 % for their whole lifetime, so a few per
-cent can only be resolved with several engines of each kind (``--starts``).
+Memory placement makes identical engines differ by up to 6% for their whole lifetime, so differences
+of a few per cent can be resolved only with several engines of each kind (``--starts``).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fluxmoe.demo.model import DemoModel
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One row: a budget for a number of stock sequences, a batch, and FluxMoE's settings."""
+    """A row: a budget for a number of sequences under stock, a batch, and FluxMoE's settings."""
 
     name: str
     #: Requests that stock's KV cache holds at this budget.
     sequences: int
     requests: int
     fluxmoe: dict[str, Any]
-    #: Every run begins with no page resident, so that it pays for the first load of each.
+    #: True if every run begins without resident pages and therefore loads every page that it uses.
     cold: bool = True
 
 
@@ -60,7 +60,7 @@ def scenarios(model: DemoModel) -> list[Scenario]:
 
 
 def run(model: DemoModel, scenario: Scenario, rounds: int, page_files: Path | None) -> Comparison:
-    # Small batches are short: more tokens and rounds make their medians mean something.
+    # Small batches take little time; more tokens and rounds make their medians meaningful.
     small = scenario.requests <= 8
     return compare(
         model,
@@ -78,8 +78,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("serving", description=__doc__.partition("\n")[0])
     models.add_option(parser)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--starts", type=int, default=1, help="engines of each kind")
-    parser.add_argument("--only", nargs="*", default=[], help="parts of scenario names")
+    parser.add_argument("--starts", type=int, default=1, help="number of engines of each kind")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names to run")
     parser.add_argument("--page-files", type=Path, help="folder on a disk for page files")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)

@@ -1,12 +1,13 @@
-"""Simulated compared with measured tokens per second, for decode on the torch backend.
+"""Simulated and measured tokens per second, compared for decode on the torch backend.
 
     python -m benchmarks simulated_speed [--rounds N] [--profile FILE.yaml] [--json] [--save FILE]
 
 Each round first measures the machine (``fluxmoe doctor --measure``): steps with all experts
 resident, and copies alone, but none of the compared cases. Then the shipped model decodes from cold
-at each batch size and capacity, always with the same tokens; their trace from the first round is
-simulated at the same capacity with the round's profile. The error is the median over rounds,
-because the machine's speed changes over time. One thread; run it on an idle machine.
+at each batch size and capacity, always with the same tokens. The trace from the first round is
+simulated at the same capacity with the current round's profile. The error is the median over
+rounds, because the machine's speed changes over time. The benchmark uses one thread; run it on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("simulated_speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=str(SHIPPED), help="a checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--profile", type=Path, help="a profile measured before")
+    parser.add_argument("--profile", type=Path, help="an existing profile to use")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
@@ -101,12 +102,12 @@ class Setting:
             self.slots, self.hit_rate = handle.stats()["slots"], handle.stats()["hit_rate"]
 
     def compare(self, model: Any, profile: hardware.Profile, steps: int) -> None:
-        """Run one round."""
+        """Measure and simulate one round."""
         with self._paged(model) as handle:
             seconds = min(_decode(model, handle, self.batch, steps) for _ in range(REPEATS))
         result = simulate(self.trace, POLICY, self.slots, hardware=profile)
         assert result.timing is not None
-        assert abs(result.hit_rate - self.hit_rate) < 1e-12, "both count the same"
+        assert abs(result.hit_rate - self.hit_rate) < 1e-12, "the hit rates differ"
         self.measured.append(self.batch * steps / seconds)
         self.simulated.append(result.timing.tokens_per_s)
 
@@ -128,7 +129,7 @@ class Setting:
 
 
 def _decode(model: Any, handle: Any, batch: int, steps: int, record: Path | None = None) -> float:
-    """Time ``steps`` steps from cold, in seconds; the prefill is neither timed nor recorded."""
+    """Time ``steps`` steps from cold in seconds; the prefill is neither timed nor recorded."""
     run = decode(model, batch, steps)
     next(run)
     handle.reset()

@@ -1,15 +1,16 @@
-"""Accesses per second replayed by the simulator on one core, next to MoE-PolicyLang's replay.
+"""Accesses per second replayed by the simulator on one core, compared with MoE-PolicyLang's replay.
 
     python -m benchmarks simulator [--steps N] [--capacity 25%] [--json] [--save FILE]
 
 48 layers x 128 experts, top-8, batch 1: 100,000 steps are 38.4 million accesses. ``numpy`` is the
-three-line policy of the documentation, which is called in Python for each event short of slots; it
-replays a tenth of the steps. Compilation is not timed.
+three-line policy of the documentation, which is called in Python for each event that is short of
+slots; for this policy, only a tenth of the steps are replayed. Compilation is not timed.
 
 The replay of MoE-PolicyLang (PyPI ``moe-policylang``) is measured in the same run if it can be
 imported; it is not a dependency. ``pip install --no-deps --target DIR moe-policylang`` and
 ``PYTHONPATH=DIR`` are sufficient. It replays the same routing layer by layer, with the layer's
-share of the capacity, from a matrix of router outputs, its input format; one layer is timed.
+share of the capacity, from a matrix of router outputs, which is its input format. Only one layer is
+timed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fluxmoe.sim.simulator import Simulation
 from fluxmoe.trace import TraceMeta
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
-#: Million accesses per second that issue 4 asks for.
+#: Goals in millions of accesses per second (issue 4).
 GOALS = {"lru": 20.0, "lfu": 20.0, "belady": 5.0, "lfru": 3.0, "next-use": 3.0, "numpy": 0.5}
 RIVAL = "moe_policylang.benchmark.replay"
 RIVAL_STEPS, FACTOR = 20_000, 15.0
@@ -58,10 +59,10 @@ class _Plugin:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("simulator", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--capacity", default="10%,25%,50%", help="one or more, with commas")
-    parser.add_argument("--policies", default=",".join(GOALS), help="which, with commas")
+    parser.add_argument("--capacity", default="10%,25%,50%", help="one or more, comma-separated")
+    parser.add_argument("--policies", default=",".join(GOALS), help="comma-separated")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     arguments = parser.parse_args(argv)
     ids = routing(arguments.steps)
     load = os.getloadavg()[0]
@@ -95,7 +96,7 @@ def routing(steps: int, seed: int = 0) -> npt.NDArray[np.int32]:
 
 
 def measure(ids: npt.NDArray[np.int32], policy: str, capacity: str) -> dict[str, Any]:
-    """Time one run, including an oracle's future, which is computed once."""
+    """Time one run, including the single computation of an oracle's future."""
     registry = plugins.load()
     registry.add(_Plugin(), "benchmark")
     Simulation(events_of(ids[:300]), policy, capacity, registry=registry).run()  # compiles
@@ -129,7 +130,7 @@ def events_of(ids: npt.NDArray[np.int32]) -> Events:
 
 
 def rival(ids: npt.NDArray[np.int32], capacity: str) -> list[dict[str, Any]]:
-    """Time MoE-PolicyLang's replay of one layer; empty if it is not installed."""
+    """Time MoE-PolicyLang's replay of one layer; return no rows if it is not installed."""
     try:
         replay = importlib.import_module(RIVAL)
     except ImportError:

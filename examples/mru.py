@@ -1,6 +1,7 @@
 """An eviction policy in three lines: evict the page that was used last.
 
-It is optimal if every layer uses all its experts, one layer after the other, and bad otherwise.
+This policy is optimal if every layer uses all its experts, one layer after the other, and bad
+otherwise.
 """
 
 import fluxmoe

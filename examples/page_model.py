@@ -26,7 +26,7 @@ def main() -> None:
             assert torch.equal(model(**prompt).logits, unpaged)
         print("the same logits, bit for bit")
 
-        # From cold, so that the simulator can repeat it.
+        # Start without resident pages, as the simulator does.
         paged.reset()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.parquet"

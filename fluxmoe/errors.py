@@ -242,6 +242,15 @@ class CheckpointError(FluxMoEError):
     code = "FM406"
 
 
+class WeightsError(FluxMoEError):
+    """New weights of a running model that do not fit it, or cannot be taken over now.
+
+    The old weights remain.
+    """
+
+    code = "FM408"
+
+
 # --- traces and the simulator ------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The command line, in this process or a separate one."""
+"""Ways of running the command line: in this process, in a separate one, or on a terminal."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ from fluxmoe.cli import main
 ROOT = Path(__file__).parents[1]
 
 
-#: Printed by whichever process is the first to need the machine code.
+#: Printed by the first process that needs the machine code.
 COMPILING = re.compile(r"^compiling FluxMoE's inner loops, .*\n", re.MULTILINE)
 
 
@@ -65,7 +65,7 @@ def here(*arguments):
 
 
 def synth(**options):
-    """The beginning of a ``trace synth`` command line."""
+    """Make the beginning of a ``trace synth`` command line."""
     yield from ("trace", "synth")
     for name, value in options.items():
         yield from (f"--{name.replace('_', '-')}", str(value))

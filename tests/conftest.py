@@ -1,4 +1,4 @@
-"""Shared by all tests: Hypothesis profiles, the order of files, the identity matrix's summary."""
+"""Setup of all tests: Hypothesis profiles, order of files, summary of the identity matrix."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ settings.register_profile(
 )
 settings.load_profile("fluxmoe")
 
-#: Files that take about a minute or more. They start first: started late, one would run alone.
+#: Files that take about a minute or more. They start first, so that none runs alone at the end.
 LONGEST = (
     "vllm/test_identity_matrix.py",
     "docs/test_snippets.py",
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Count the cells that tests have run: each has a property `identity`."""
+    """Summarise the cells of the identity matrix, which tests report as properties `identity`."""
     rows = [
         value
         for outcome in ("passed", "failed")

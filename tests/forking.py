@@ -14,8 +14,8 @@ _fork: Callable[[], int] = ctypes.PyDLL(None).fork
 def c_fork() -> int:
     """Fork as a C library would, without Python's hooks for it.
 
-    The child has no other threads. If one of them had requested the GIL before the fork, the child
-    would hand it over and wait forever, so none may request it meanwhile.
+    The child has no other threads. If another thread had requested the GIL before the fork, the
+    child would hand the GIL over and wait forever, so no other thread may request it meanwhile.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(3600)

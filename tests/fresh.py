@@ -15,13 +15,13 @@ _OFFLINE = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Environment variables without the checkout and without a plugin allow-list."""
+    """Make a set of environment variables without the checkout or a plugin allow-list."""
     hidden = ("PYTHONPATH", "FLUXMOE_PLUGINS", "PYTEST_ADDOPTS")
     return {**{name: value for name, value in os.environ.items() if name not in hidden}, **more}
 
 
 def do(*command: object, cwd: Path) -> str:
-    """Run a command there and return its output; on failure, raise with its output."""
+    """Run a command in ``cwd`` and return its output; raise an error with the output on failure."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -35,20 +35,21 @@ def do(*command: object, cwd: Path) -> str:
 
 
 def build(folder: Path, projects: Sequence[Path]) -> list[Path]:
-    """Build wheels of projects."""
+    """Build the wheels of ``projects``."""
     pip = sys.executable, "-m", "pip", "wheel", *_OFFLINE, "--no-build-isolation"
     do(*pip, "--wheel-dir", folder, *projects, cwd=folder)
     return sorted(folder.glob("*.whl"))
 
 
 def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Path:
-    """Make a virtual environment with the wheels, and the rest from this one; return its Python."""
+    """Make a virtual environment with the wheels and this one's packages; return its Python."""
     venv.create(home, with_pip=with_pip)
     python = home / "bin" / "python"
     do(sys.executable, "-m", "pip", "--python", python, "install", *_OFFLINE, *wheels, cwd=home)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(do(python, "-c", where, cwd=home).strip())
-    # Last on the path, so that the wheels come first; .pth files in that folder are ignored.
+    # These folders are last on the path, so that the wheels come first; .pth files there are
+    # ignored.
     others = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))
     (site / "others.pth").write_text("".join(f"{path}\n" for path in others))
     take_machine_code(site)
@@ -56,7 +57,7 @@ def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Pa
 
 
 def take_machine_code(site: Path) -> None:
-    """Reuse numba's machine code of the checkout for the wheel, to save a minute of compilation.
+    """Reuse the checkout's numba machine code for the wheel, to save a minute of compilation.
 
     Numba identifies a source by modification time and size, so the times are copied.
     """

@@ -1,11 +1,11 @@
-"""Running the whole suite with interruption, continuation and sharding: ``make test-full``.
+"""Runs of the whole suite that can be interrupted, resumed and sharded, for ``make test-full``.
 
     pytest -p tests.journal --journal FOLDER [--shard K/N]
     python -m tests.journal FOLDER
 
 Passed tests are recorded in FOLDER, which belongs to one commit, and omitted by the next run. Shard
-K of N takes each N-th file. Shards may share the folder, or have theirs merged. The command prints
-FOLDER as a table and fails unless every test of the suite has passed or was skipped.
+K of N takes each N-th file. Shards may share the folder, or their folders may be merged. The
+command prints FOLDER as a table and fails unless every test of the suite has passed or was skipped.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Journal:
-    """Omits tests that have passed, and records those that pass or are skipped."""
+    """A plugin that omits tests that have passed, and records those that pass or are skipped."""
 
     def __init__(self, config: pytest.Config) -> None:
         folder: Path = config.getoption("journal")
         self.number, self.shards = config.getoption("shard")
         self._file = folder / f"{self.number}-of-{self.shards}.jsonl"
         given: dict[str, Any] | None = getattr(config, "workerinput", None)
-        #: Read once, by the process that starts the workers: all of them must see the same tests.
+        #: Read once, by the process that starts the workers: all workers must see the same tests.
         self._done: list[str] = given["done"] if given else sorted(read(folder))
         self._writes = given is None
-        #: Tests that run now, with the worst outcome of their phases so far.
+        #: Running tests, with the worst outcome of their phases so far.
         self._outcome: dict[str, str] = {}
 
     @pytest.hookimpl(optionalhook=True)
@@ -53,7 +53,7 @@ class Journal:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         done = set(self._done)
-        # Includes all other shards, so that the table misses a shard that never ran.
+        # The note includes the tests of all shards, so that the table shows if a shard never ran.
         if self._writes or config.workerinput["workerid"] == "gw0":  # type: ignore[attr-defined]
             self._note({"collected": [item.nodeid for item in items]})
         left = [item for item in items if self._is_mine(item) and item.nodeid not in done]

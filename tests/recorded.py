@@ -1,4 +1,4 @@
-"""Shared by tests of recordings: policies, counters, rows."""
+"""Names shared by tests of recordings: policies, counters and rows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Arguments of the Python API: policies as classes and instances, wrong types, files that exist.
+"""Arguments of the Python API: classes and instances as policies, wrong types, existing files.
 
-B5 and B10. ``tests/torch/test_arguments.py`` has the tests that need torch.
+These are tests of B5 and B10; those that need torch are in ``tests/torch/test_arguments.py``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TRACE = GOLDEN["sparse"].events
 
 
 class MyLru(fluxmoe.EvictionPolicy):
-    """LRU, unregistered."""
+    """LRU that is not registered."""
 
     def score(self, view, pages):
         return view.last_use[pages]
 
 
 class Sticky(fluxmoe.EvictionPolicy):
-    """LRU until its 200th call, then the opposite; takes an option."""
+    """A policy that is LRU until its 200th call, then the opposite; it has an option."""
 
     def __init__(self, calls=200):
         self.most = calls

@@ -19,11 +19,11 @@ ALL = {"VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "HF_HOME", "NUMBA_CACHE_DIR"}
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, with a read-only installation of FluxMoE."""
+    """Make the folder for temporary files; the installation of FluxMoE is read-only."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    (tmp_path / "file").touch()  # no user can create anything below a file
+    (tmp_path / "file").touch()  # nothing can be created below a file
     monkeypatch.setattr(caches, "PACKAGE", tmp_path / "file")
     return folder
 
@@ -49,8 +49,8 @@ def test_a12_a_user_without_a_home_folder(temporary: Path, monkeypatch: pytest.M
     }
     assert own.stat().st_mode & 0o777 == 0o700
     assert caches.folders({}) == found  # the same at the next startup
-    assert caches.folders(found) == found  # and in a process that has them set
-    # A server is started with them; existing settings stay.
+    assert caches.folders(found) == found  # and in a process with these variables
+    # A server is started with these folders; existing settings are kept.
     assert launch.environment({}).items() >= found.items()
     given = {"HF_HOME": "/models", "VLLM_CACHE_ROOT": "/x"}
     assert set(caches.folders(given)) == ALL - set(given)
@@ -102,4 +102,4 @@ def test_a12_a_command_uses_them_too(
         temporary / f"fluxmoe-{os.getuid()}/NUMBA_CACHE_DIR"
     )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
-    succeeds("--version")  # nowhere to write is an error for a server only
+    succeeds("--version")  # having nowhere to write is an error only for a server

@@ -1,4 +1,4 @@
-"""Problems of a checkpoint are detected before loading it (A3, A9)."""
+"""Problems of a checkpoint are detected before the checkpoint is loaded (A3, A9)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_damaged_weights(model: Path, damage: Damage) -> None:
 
 
 def test_an_expert_that_is_missing(model: Path) -> None:
-    """vLLM loads such a file and computes with uninitialised memory."""
+    """vLLM loads such a checkpoint and computes with uninitialised memory."""
     tensors = load_file(model / WEIGHTS)
     del tensors[EXPERT]
     save_file(tensors, model / WEIGHTS)
@@ -111,12 +111,12 @@ def test_files_in_shards(model: Path) -> None:
     (model / INDEX).write_text(json.dumps({}))
     assert "no weight_map" in refused(model).what
     (model / INDEX).unlink()
-    assert "is missing" in refused(model).what  # only the number of experts shows it
+    assert "is missing" in refused(model).what  # only the number of experts reveals it
 
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a3_other_files_of_weights_do_not_count(model: Path, indexed: bool) -> None:
-    """Mistral's ``consolidated.safetensors``, a left-over shard, a tensor that is in two shards."""
+    """Mistral's ``consolidated.safetensors``, a left-over shard, and a tensor in two shards."""
     before = read(model), weight_bytes(str(model)), sorted(survey(model))
     if indexed:
         tensors = load_file(model / WEIGHTS)
@@ -324,7 +324,7 @@ LATER = {name: shape for name, shape in MOE.items() if "layers.0." not in name}
         (MOE | layer(4, "mlp.down_proj.weight", "eh_proj.weight"), {}),
         (MOE | layer(0, *experts(2), stack="mtp.layers"), {}),
         (MOE | layer(0, "fc1.weight", stack="visual.blocks"), {}),
-        # Values that give no number for a layer, or one number per layer.
+        # Values that give no number of experts, or one number per layer.
         (MOE, {"num_experts": [2, 2]}),
         (LATER | layer(0, *experts(2)), {"num_experts": [2, 4, 4, 4]}),
         (MOE, {"num_experts": None}),
@@ -431,7 +431,7 @@ def test_names_that_have_been_downloaded(pristine: Path, tmp_path: Path) -> None
 
 
 def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) -> None:
-    """Before an engine starts, with every way to start it and every load format of vLLM."""
+    """This is tested before an engine starts, for every way to start it and every load format."""
     lacking = without(r"layers\.1\.mlp\.experts\.15\.")
     model = str(changed(originals("qwen3-moe"), tmp_path / "model", lacking))
     said = r"model\.layers\.1\.mlp\.experts\.15\.down_proj\.weight is missing"

@@ -31,7 +31,7 @@ def result() -> dict[str, Any]:
     process = demo("--json", *small)
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
-    answer: dict[str, Any] = json.loads(process.stdout)  # all of stdout
+    answer: dict[str, Any] = json.loads(process.stdout)  # and nothing else on standard output
     return answer
 
 

@@ -1,4 +1,4 @@
-"""Errors: the code in every text, several problems in one, suggested names (B4, B6)."""
+"""Errors: the code in every text, several problems in one, and suggested names (B4, B6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All examples run unchanged and are in the list."""
+"""All examples run unchanged and are listed in examples/README.md."""
 
 from __future__ import annotations
 

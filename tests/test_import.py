@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-#: Packages that commands, backends and the simulator need, and policies do not.
+#: Packages that commands, backends and the simulator need, but policies do not.
 HEAVY = ("llvmlite", "numba", "prometheus_client", "psutil", "pyarrow", "pydantic", "rich",
          "safetensors", "torch", "transformers", "typer", "vllm", "yaml")  # fmt: skip
 

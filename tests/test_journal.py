@@ -76,7 +76,7 @@ def test_a_test_whose_tear_down_fails_has_not_passed(project: Path) -> None:
     )
     assert run(project)[0] == 1
     assert journal.table(project / "journal")[1] == ["test_one.py::test_ends_badly"]
-    assert run(project)[0] == 1  # and so it runs again
+    assert run(project)[0] == 1  # so the test runs again
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "-1/2"])

@@ -1,7 +1,8 @@
-"""The import contracts forbid everything that the design forbids; the package has its structure.
+"""The import contracts forbid everything that the design forbids; folders and files are small.
 
-Import-linter reads a graph of imports. Here imports that violate the design are added to copies of
-that graph, one to each, and the corresponding contract must fail; the last test writes one to disk.
+Import-linter reads a graph of imports. Here, imports that violate the design are added to copies of
+that graph, one to each copy, and the corresponding contract must fail. One test writes such an
+import to disk.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def contracts() -> dict[str, Any]:
 
 @pytest.fixture
 def kept(graph, contracts):
-    """True if the contracts still hold when one module imports another."""
+    """Make a function that returns True if a contract holds when one module imports another."""
 
     def check(contract: str, importer: str, imported: str) -> bool:
         probed = copy.deepcopy(graph)
@@ -97,7 +98,7 @@ def kept(graph, contracts):
 
 
 def probe_in(folder: str) -> str:
-    """Get a module in ``fluxmoe.folder``, or the module itself."""
+    """Get a module in ``fluxmoe.folder``, or that module itself."""
     path = PACKAGE / folder.replace(".", "/")
     return f"fluxmoe.{folder}.probe" if path.is_dir() else f"fluxmoe.{folder}"
 
@@ -211,7 +212,7 @@ def test_files_of_the_core_are_short_enough_to_be_read():
 
 
 def test_no_class_name_is_used_twice() -> None:
-    """Names are unique, so that searching for one finds one class."""
+    """Names are unique, so that searching for a name finds one class."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in PACKAGE.rglob("*.py"):
         if "templates" not in path.parts:

@@ -1,4 +1,4 @@
-"""Container limits (A4): memory cgroups of both versions, faked and real; shared memory; disks."""
+"""Container limits (A4): faked and real memory cgroups (both versions), shared memory, disks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file system root of a machine with 24 GiB, 20 of them free."""
+    """Make a file system root of a machine with 24 GiB of memory, 20 GiB of which is free."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     found = SimpleNamespace(total=24 * GIB, available=20 * GIB)
     monkeypatch.setattr("psutil.virtual_memory", lambda: found)
@@ -115,7 +115,7 @@ def test_a4_use_beyond_the_limit_leaves_nothing(root: Path) -> None:
 
 @pytest.fixture(params=[1, 2])
 def two_gib(request: pytest.FixtureRequest, root: Path) -> None:
-    """A limit of 2 GiB, half of it in use."""
+    """Set a limit of 2 GiB, half of which is in use."""
     limited(in_cgroup(root, request.param, "/app") / "app", request.param, 2 * GIB, GIB)
 
 
@@ -137,7 +137,7 @@ def test_a4_every_reader_uses_the_limit(tmp_path: Path) -> None:
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a new, real memory cgroup, limited to 2 GiB."""
+    """Make a real memory cgroup, limited to 2 GiB; return its folder."""
     place = "memory.max" if Path("/sys/fs/cgroup/memory.max").exists() else "memory.limit_in_bytes"
     folder = next(iter(machine._cgroups()), Path("/nowhere")) / f"fluxmoe-{os.getpid()}"
     try:
@@ -192,7 +192,7 @@ def test_disks(tmp_path: Path) -> None:
     ],
 )
 def test_a4_weights_and_budget_together(stores: list[object], says: str) -> None:
-    """1 GiB is free: the budget alone fits, but not with the weights."""
+    """1 GiB is free: the budget alone fits, but not together with the weights."""
     given = {"memory": {"budget": "900MiB"}, "stores": stores or [{"kind": "host"}]}
     ready = config.parse(given, where="").resolved(900 << 20)
     budget.require_for_weights(ready, experts=100 << 20, others=10 << 20)

@@ -44,7 +44,7 @@ def do(*command: object, cwd: Path, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sdist of the files known to git, and the wheel built from it, as for an index."""
+    """Build an sdist of the files known to git, and a wheel from this sdist, as for a release."""
     folder = tmp_path_factory.mktemp("built")
     files = do("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
     for name in files:
@@ -109,7 +109,7 @@ def test_the_metadata_say_what_the_project_says(built: Path) -> None:
     assert text.endswith((ROOT / "README.md").read_text())
 
 
-# --- where only the declared dependencies are -----------------------------------------------------
+# --- with only the declared dependencies ---------------------------------------------------------
 
 
 def closure(requirements: list[str]) -> Iterator[importlib.metadata.Distribution]:
@@ -124,7 +124,7 @@ def closure(requirements: list[str]) -> Iterator[importlib.metadata.Distribution
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            assert requirement.marker, f"{name} is required, and not in this environment"
+            assert requirement.marker, f"{name} is required, but not in this environment"
             continue
         if name not in seen:
             seen.add(name)
@@ -134,7 +134,7 @@ def closure(requirements: list[str]) -> Iterator[importlib.metadata.Distribution
 
 @pytest.fixture(scope="module")
 def bare(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with the wheel and its declared dependencies, without downloads."""
+    """Make a Python with the wheel and its declared dependencies, without downloads."""
     home = tmp_path_factory.mktemp("bare")
     venv.create(home, with_pip=False)
     python = home / "bin" / "python"

@@ -112,7 +112,7 @@ def test_what_is_said(value, said):
 
 @pytest.mark.parametrize("zero", [0, "0", "0GiB", 0.0, "0.0001KiB"])
 def test_nothing(zero):
-    """A bound may be zero, a budget may not."""
+    """A bound may be zero; a budget may not."""
     assert sizes.parse(zero) == 0
     assert DOORS["a bound"](zero) == 0
     for door in ("the command line", "the budget", "load and page"):

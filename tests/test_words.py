@@ -1,4 +1,4 @@
-"""Text of policies and plugins: printable, short, one line, and in UTF-8 where it crosses."""
+"""Text of policies and plugins: printable, short, on one line, and valid UTF-8 when sent."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Text(str):
 
 
 class Mute(Exception):
-    """Cannot be converted to text."""
+    """An exception that cannot be converted to text."""
 
     def __str__(self) -> str:
         sys.exit("planned")
@@ -60,7 +60,7 @@ class Nameless(Exception, metaclass=NamelessKind):
 
 
 def fit(text: str, limit: int = LIMIT) -> bool:
-    """True if text is valid in logs, labels, JSON and terminals."""
+    """Return True if text is valid in logs, labels, JSON and terminals."""
     text.encode()
     return type(text) is str and len(text) <= limit and text.isprintable()
 
@@ -181,7 +181,7 @@ def evicts() -> Evicts:
     return Evicts()
 
 
-evicts.__doc__ = NASTY[8:]  # a class statement could not set it
+evicts.__doc__ = NASTY[8:]  # a class statement could not set such text
 
 
 def plugin(hook) -> ModuleType:

@@ -4,9 +4,9 @@
     there:  python benchmarks/gpu/bring.py unpack [--from DIR] [--into SITE]
 
 ``collect`` downloads wheels for that machine's Python, omits unneeded files, and packs the rest
-into one compressed archive, split into pieces, with a manifest of their SHA-256. ``unpack`` rejects
-missing or damaged pieces and needs only Python: run as a file it does not import FluxMoE. After
-that, ``PYTHONPATH=SITE`` is sufficient.
+into one compressed archive, split into pieces, with a manifest of their SHA-256 digests. ``unpack``
+rejects missing or damaged pieces and needs only Python: run as a file, this module does not import
+FluxMoE. After unpacking, setting ``PYTHONPATH=SITE`` is sufficient.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LARGEST = 64 << 20
 
 @dataclass(frozen=True)
 class Set:
-    """Requirements with their extras, and files of wheels to omit."""
+    """Requirements with their extras, and the files to omit from the wheels."""
 
     requirements: tuple[str, ...]
     leave_out: tuple[str, ...] = ()
 
 
-#: Packages missing on a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6, transformers,
-#: numba and pyarrow. "vllm" has not been started there yet.
+#: Packages that are missing on a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6,
+#: transformers, numba and pyarrow. The set "vllm" has not been used there yet.
 SETS = {
     "kernels": Set(("pydantic", "pydantic_core", "typing-inspection", "annotated-types")),
     "vllm": Set(
@@ -69,12 +69,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("gpu", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("collect", help="download and pack")
-    there.add_argument("--set", choices=SETS, default="kernels", help="what the machine is for")
+    there.add_argument("--set", choices=SETS, default="kernels", help="set of packages to collect")
     there.add_argument("--into", type=Path, default=PIECES, metavar="DIR")
     there.add_argument("--piece", type=size, default=32 << 20, help="at most 64MiB")
-    there.add_argument("--python", default="3.12", metavar="VERSION", help="of that machine")
-    there.add_argument("--lock", type=Path, default=LOCK, help="versions to prefer")
-    there.add_argument("--pip", action="append", default=[], metavar="OPTION", help="for pip")
+    there.add_argument("--python", default="3.12", metavar="VERSION", help="Python of that machine")
+    there.add_argument("--lock", type=Path, default=LOCK, help="lock file with preferred versions")
+    there.add_argument("--pip", action="append", default=[], metavar="OPTION", help="pip option")
     back = commands.add_parser("unpack", help="check and unpack")
     back.add_argument("--from", dest="pieces", type=Path, default=PIECES, metavar="DIR")
     back.add_argument("--into", type=Path, default=SITE, metavar="SITE")
@@ -103,7 +103,7 @@ def size(text: str) -> int:
 def download(
     requirements: tuple[str, ...], into: Path, python: str, lock: Path, options: list[str]
 ) -> None:
-    """Download wheels for x86-64 Linux and CPython ``python``, at the lock's versions if listed."""
+    """Download wheels for x86-64 Linux and CPython ``python``, in the locked versions if listed."""
     platforms = [f"manylinux_2_{n}_x86_64" for n in range(5, 40)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -119,7 +119,7 @@ def download(
 
 
 def pins(lock: Path) -> dict[str, str]:
-    """Read the versions in a lock file, by normalised name."""
+    """Map each normalised name in a lock file to its version."""
     lines = re.findall(r"^([\w.-]+)==([\w.]+)", lock.read_text(), re.M)
     return {normal(name): version for name, version in lines}
 
@@ -158,7 +158,7 @@ def pack(wheels: Path, into: Path, piece: int, leave_out: tuple[str, ...] = ()) 
 
 
 def _extract(wheel: Path, site: Path, leave_out: tuple[str, ...]) -> None:
-    """Extract the files that installing would put into site-packages."""
+    """Extract the files that an installation would put into site-packages."""
     with zipfile.ZipFile(wheel) as file:
         for item in file.infolist():
             if any(fnmatch.fnmatch(item.filename, pattern) for pattern in leave_out):
@@ -166,7 +166,7 @@ def _extract(wheel: Path, site: Path, leave_out: tuple[str, ...]) -> None:
             parts = Path(item.filename).parts
             if parts[0].endswith(".data"):
                 if parts[1] not in ("purelib", "platlib"):
-                    continue  # scripts and manuals
+                    continue  # omit scripts and manuals
                 item.filename = "/".join(parts[2:])
             file.extract(item, site)
 

@@ -1,10 +1,11 @@
-"""Comparison of every kernel on the GPU with the host: bit for bit, in seconds.
+"""Comparison of every kernel on the GPU with the host, bit for bit, within seconds.
 
     python -m benchmarks gpu check [--json]
 
-Compares decoded pages with the originals, both projections compressed with raw and raw with
-float64, gathered pages with copies, and the event rule with the core's, on the same difficult
-weights as the interpreted tests. `sanitize` runs this under compute-sanitizer.
+The command compares decoded pages with the originals, both projections of compressed pages with
+those of raw pages and the latter with float64, gathered pages with copies, and the event rule with
+the core's. The weights are the difficult ones of the interpreted tests. The command `sanitize` runs
+this check under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def moving_rows(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def plain_event(books: Any, layer: int, ids: np.ndarray, scores: np.ndarray) -> None:
-    """Run points 1–5 of the event rule in plain Python, on the same books."""
+    """Run points 1–5 of the event rule in plain Python on the given books."""
     books.event.add_(1)
     now, first = int(books.event), layer * 64
     asked = [first + int(expert) for expert in np.unique(ids)]

@@ -1,9 +1,9 @@
-"""Copies of pages from pinned host memory to the device: one copy each, and the gather kernel.
+"""Copies of pages from pinned host memory to the device, one by one and with the gather kernel.
 
     python -m benchmarks gpu copies [--save FILE]
 
-The peak is one copy of 1 GiB. ``gather`` reads the same pages through mapped memory, as inside a
-CUDA graph. The target for copies is at least 90 % of the peak.
+The peak is the speed of one copy of 1 GiB. ``gather`` reads the same pages through mapped memory,
+as it would inside a CUDA graph. The target for copies is at least 90% of the peak.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks gpu decode [--shape NAME] [--save FILE]
 
-``gb_s`` counts the bytes of raw weights. It is compared with a plain copy within device memory,
-which moves 4 bytes per weight instead of 3.5. The speed of encoding on one core of the host
-determines if the GPU would have to encode: a checkpoint is encoded once.
+``gb_s`` counts the bytes of raw weights. It is compared with the speed of a plain copy within
+device memory, which moves 4 bytes per weight instead of 3.5. The speed of encoding on one core of
+the host shows whether the GPU would have to encode instead; a checkpoint is encoded only once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(raw: RawSlots, packed: CompressedPages, timer: gpu.Timer) -> Iterator[dict[str, Any]]:
-    """Measure one row per number of pages."""
+    """Measure one row of the table per number of pages."""
     weights, host = raw.weights, encoding(raw.weights[0])
     target = RawSlots(torch.empty_like(weights))
     number = torch.arange(len(weights), dtype=torch.int32, device=weights.device)
@@ -68,7 +68,7 @@ def measure(raw: RawSlots, packed: CompressedPages, timer: gpu.Timer) -> Iterato
 
 
 def encoding(page: torch.Tensor) -> float:
-    """Measure the GB/s of one core, best of three."""
+    """Measure the speed of encoding on one core in GB/s, best of three."""
     raw = page.cpu().view(torch.uint8).numpy().reshape(-1)
     codec, times = Fixed4(page.shape[1]), []
     for _ in range(3):

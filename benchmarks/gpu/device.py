@@ -1,4 +1,4 @@
-"""The GPU, timing of work on it, and output of results."""
+"""Access to the GPU, timing of work on the GPU, and output of results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require() -> torch.device:
     """Get the current CUDA device.
 
     Raises:
-        UnsupportedError: There is none that torch can use.
+        UnsupportedError: There is no CUDA device that torch can use.
     """
     if not torch.cuda.is_available():
         build = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
@@ -33,12 +33,12 @@ def require() -> torch.device:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy to host memory that the device can read."""
+    """Copy a tensor to host memory that the device can read."""
     return tensor.pin_memory()
 
 
 def describe() -> dict[str, Any]:
-    """Describe GPU, driver and machine."""
+    """Describe the GPU, the driver and the machine."""
     properties = torch.cuda.get_device_properties(require())
     return machine.describe() | {
         "gpu": properties.name,
@@ -53,7 +53,7 @@ def arguments(name: str, doc: str | None) -> argparse.ArgumentParser:
     """Make a parser with the options common to all experiments."""
     parser = argparse.ArgumentParser(f"gpu {name}", description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write JSON with the machine")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write results as JSON")
     return parser
 
 
@@ -91,14 +91,14 @@ def cell(value: Any) -> str:
 
 
 class Timer:
-    """Times single calls on the device, in µs, each with a cold L2 cache."""
+    """A timer of single calls on the device, in µs, each with a cold L2 cache."""
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
         self._flush = torch.empty(256 << 20, dtype=torch.int8, device=require())
 
     def __call__(self, work: Callable[[], object]) -> float:
-        """Return the median over the repeats. ``work`` must not wait for the host."""
+        """Return the median time over the repeats. ``work`` must not wait for the host."""
         for _ in range(3):
             work()
         events = []

@@ -1,4 +1,4 @@
-"""Cost of the event rule on the device: one kernel per layer, with hits only and with misses.
+"""Cost of the event rule on the device: one kernel per layer, with only hits and with misses.
 
 python -m benchmarks gpu events [--save FILE]
 """
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(share: float, timer: gpu.Timer, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure one row per batch size, with initially full slots for a share of all pages."""
+    """Measure one row per batch size; slots for a share of all pages are full at the beginning."""
     pages = LAYERS * EXPERTS
     table = PageTable(Geometry(LAYERS, EXPERTS), [max(int(pages * share), EXPERTS)])
     books = upload(table.books, device)

@@ -1,13 +1,14 @@
-"""Time of both projections of a layer: raw slots, compressed in place, decoded first, stock vLLM.
+"""Time of both projections of a layer: raw, compressed in place, decoded first, and stock vLLM.
 
     python -m benchmarks gpu kernel [--shape NAME] [--tokens 1,8,64,…] [--tiles FILE] [--save FILE]
 
 Each row is one batch with uniformly random routing. All variants get the same sorted blocks and
 tiles (stock defaults, or a tuned table). The activation is timed; alignment and the sum over top-k,
-which are the same for all, are not. ``to_slot`` decodes every routed expert into a slot and then
-runs raw. ``identical`` compares the results of all variants bit by bit. ``chosen`` is the choice of
-`choose` without raw pages and with slots for all; the targets are at most 1.05 × stock (or raw, if
-vLLM cannot be imported) up to 64 tokens per expert, and 1.1 × above that.
+which are the same for all variants, are not. ``to_slot`` decodes every routed expert into a slot
+and then runs the raw kernel. ``identical`` is true if the results of all variants are equal bit by
+bit. ``chosen`` is the variant that `choose` returns if no page is raw and there are slots for all
+experts; its target is at most 1.05 times the time of stock (or of raw, if vLLM cannot be imported)
+up to 64 tokens per expert, and 1.1 times above that.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all but tiny")
     parser.add_argument("--tokens", type=numbers, default=TOKENS, help="comma-separated")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--tiles", type=Path, help="a tuned table of vLLM's for the shape and card")
+    parser.add_argument("--tiles", type=Path, help="vLLM's tuned table for the shape and card")
     options = parser.parse_args(argv)
     device = gpu.require()
     table = read_table(options.tiles) if options.tiles else None
@@ -130,13 +131,13 @@ def vllm_stock(
     tiles: Tiles,
     blocks: Blocks,
 ) -> Run | None:
-    """Compute the same two products by vLLM's kernel; None if vLLM cannot be imported."""
+    """Make a function that runs the same two products with vLLM's kernel, if this is possible."""
     try:
         from vllm.model_executor.layers.fused_moe import fused_moe as stock
         from vllm.triton_utils import HAS_TRITON
     except ImportError:
         return None
-    if not HAS_TRITON:  # vLLM was built for something else
+    if not HAS_TRITON:  # this build of vLLM is for another device
         return None
     top_k, rows = layer.shape.top_k, ids.numel()
     config = {

@@ -42,7 +42,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """w13 and w2 of all experts, raw and compressed; slot and page numbers are the expert's."""
+    """w13 and w2 of all experts, raw and compressed; slot and page numbers are expert numbers."""
 
     shape: Shape
     raw: tuple[KernelPart, KernelPart]
@@ -66,7 +66,7 @@ def slots(part: KernelPart) -> RawSlots:
 
 
 def make(shape: Shape, device: torch.device, seed: int = 0) -> Layer:
-    """Make normally distributed weights with a standard deviation of 0.02."""
+    """Make a layer of normally distributed weights with a standard deviation of 0.02."""
     generator = torch.Generator(device).manual_seed(seed)
     raw, compressed = [], []
     for n, k in shape.parts:

@@ -1,9 +1,9 @@
-"""Cost of the driver's virtual memory calls: committing and decommitting frames of 2 MiB.
+"""Cost of the driver's virtual memory calls for committing and decommitting frames of 2 MiB.
 
     python -m benchmarks gpu mapping [--save FILE]
 
-``first`` creates the frames (once in their lifetime), ``again`` maps existing frames, which is the
-cost of moving the split.
+``first`` includes creating the frames, once in their lifetime. ``again`` only maps existing frames,
+which is the cost of moving the split.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def main(argv: list[str]) -> None:
 
 
 def measure(cuda: Any, count: int, repeats: int, frame_bytes: int = FRAME_BYTES) -> dict[str, Any]:
-    """Measure one row: runs of ``count`` frames."""
+    """Measure one row of the table, with ``count`` frames at a time."""
     times = [once(cuda, count, frame_bytes) for _ in range(repeats)]
     middle = [statistics.median(column) / count for column in zip(*times, strict=True)]
     return {"frames": count} | dict(zip(("first", "again", "decommit"), middle, strict=True))
 
 
 def once(cuda: Any, count: int, frame_bytes: int) -> tuple[float, float, float]:
-    """Measure the first commit, another one, and a decommit, in µs."""
+    """Measure a first commit, a second commit, and a decommit, in µs."""
     from fluxmoe.cuda.frames import CudaSubstrate
 
     substrate = CudaSubstrate(cuda, count, frame_bytes)

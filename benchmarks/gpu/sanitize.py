@@ -1,4 +1,4 @@
-"""`check` under compute-sanitizer: memory, races, uninitialised reads and barriers.
+"""Run of `check` under compute-sanitizer: memory errors, races, uninitialised reads and barriers.
 
 python -m benchmarks gpu sanitize [--tool memcheck]…
 """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -22,7 +22,7 @@ from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import PageView, Policies
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import HostCopier
-from fluxmoe.core.transfer.store import Store
+from fluxmoe.core.transfer.store import ChangingStore, Put
 from fluxmoe.core.types import Geometry, PageClass, Phase
 from fluxmoe.errors import InvariantError
 from fluxmoe.trace import TraceMeta
@@ -54,7 +54,7 @@ class Runtime:
         policies: Policies,
         geometry: Geometry,
         page_class: PageClass,
-        store: Store,
+        store: ChangingStore,
         kv: KVNeed,
         *,
         dynamic: bool = False,
@@ -136,6 +136,20 @@ class Runtime:
     def resize(self, budget: int) -> None:
         """Raise or lower the budget, in bytes. See ``backends.budget.resize``."""
         resize(self.memory, self.pager, self.partition, budget)
+
+    @contextmanager
+    def update(self) -> Iterator[Put]:
+        """Replace the pages put within the ``with`` block at its end, or none if it raises.
+
+        No page is resident afterwards. Pages are only replaced between forward passes.
+
+        Raises:
+            StoreError: A page cannot be kept; nothing has changed.
+        """
+        self.pager.owner.require()
+        with self.store.update() as put:
+            yield put
+            self.pager.drop()
 
     def arenas(self, layer: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
         """The layer's bank as read by its kernel: one uint8 array ``[slots, part bytes]`` per part.

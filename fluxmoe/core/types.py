@@ -145,7 +145,7 @@ class Counters:
     ``accesses = hits + misses`` counts distinct experts, once per event. ``prefetch_hits`` is the
     part of ``hits`` on prefetched pages that had not been used before. ``evictions`` counts victims
     for demand or prefetch, ``released`` pages that the policy did not retain, ``resized`` pages
-    evicted because the tenant shrank.
+    given up because the tenant shrank or the weights changed.
     """
 
     events: int

@@ -1,4 +1,7 @@
-"""Pages in a page file: built on the first start, verified and reused on later ones."""
+"""Pages in a page file: built on the first start, verified and reused on later ones.
+
+Replaced pages are in an overlay: the file itself never changes.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,20 @@ import numpy as np
 from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import PageFileError, StoreError
 from fluxmoe.stores.coding import Coder
-from fluxmoe.stores.pagefile import (
+from fluxmoe.stores.overlay import Overlay
+from fluxmoe.stores.pagefile import PageFile
+from fluxmoe.stores.pagewriter import PageFileWriter
+from fluxmoe.stores.reader import (
     LENGTH,
     OFFSET,
     RAW_SUM,
     DamagedPageError,
-    PageFile,
+    Index,
+    PageReader,
     Scratch,
     checksum,
     sectors,
 )
-from fluxmoe.stores.pagewriter import PageFileWriter
 
 logger = logging.getLogger("fluxmoe")
 
@@ -68,7 +74,10 @@ class FileTier:
         self._path: Path | None = None
         self._file: PageFile | None = None
         self._writer: PageFileWriter | None = None
-        self._taken: list[int] = []
+        self._overlay: Overlay | None = None
+        self._staged: dict[int, Index] = {}
+        self._growth = 0  # of nbytes, by the staged pages
+        self._held: dict[int, int] = {}  # page → bytes, in the order put
         self._coded = Scratch(sum(sectors(part.nbytes) for part in page_class.parts))
         self.nbytes = 0
 
@@ -90,7 +99,7 @@ class FileTier:
             assert self._writer is not None
             for part, (data, total) in enumerate(zip(kept, sums, strict=True)):
                 self._writer.append(page, part, data, total)
-        self._taken.append(page)
+        self._held[page] = nbytes
         self.nbytes += nbytes
         return True
 
@@ -102,7 +111,7 @@ class FileTier:
         """
         if self._writer is None or self._path is None:
             return
-        if not self._taken:  # no page fit
+        if not self._held:  # no page fit
             self._writer.abandon()
         else:
             self._file = self._writer.finish(direct=self._direct)
@@ -114,24 +123,54 @@ class FileTier:
         Raises:
             StoreError: The second attempt failed as well. A damaged file is set aside.
         """
+        overlay: PageReader | None = self._overlay
+        file = overlay if overlay is not None and overlay.index[page, 0, OFFSET] else self._file
+        if file is None:
+            raise StoreError(f"page {page} is not in the store")
         try:
-            self._read(page, parts)
+            self._read(file, page, parts)
         except StoreError as error:
             logger.warning("a read failed, retrying once: %s", error)
             try:
-                self._read(page, parts)
+                self._read(file, page, parts)
             except DamagedPageError:
-                assert self._file is not None
-                self._file.set_aside()
+                file.set_aside()
                 raise
+
+    def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
+        kept = [self._coder.encode(np.ascontiguousarray(part)) for part in parts]
+        growth = self._growth + sum(sectors(len(part)) for part in kept) - self._held.get(page, 0)
+        if self._limit is not None and self.nbytes + growth > self._limit:
+            return False
+        if self._overlay is None:
+            self._overlay = Overlay(self._folder, *self._shape, direct=self._direct)
+        sums = [checksum(np.ascontiguousarray(part)) for part in parts]
+        self._staged[page] = self._overlay.write(page, kept, sums)
+        self._growth = growth
+        return True
+
+    def commit(self) -> None:
+        for page, entry in self._staged.items():
+            assert self._overlay is not None
+            self._overlay.replace(page, entry)
+            self._held[page] = sum(sectors(int(length)) for length in entry[:, LENGTH])
+        self.nbytes += self._growth
+        self.discard()
+
+    def discard(self) -> None:
+        self._staged, self._growth = {}, 0
+
+    def forget(self, page: int) -> None:
+        self.nbytes -= self._held.pop(page)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.abandon()
             self._writer = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._file, self._overlay):
+            if file is not None:
+                file.close()
+        self._file = self._overlay = None
         self.nbytes = 0
 
     def _begin(self, page: int, sums: list[int]) -> Path:
@@ -161,7 +200,7 @@ class FileTier:
         logger.warning("%s is rebuilt: it contains different pages", self._path)
         try:
             self._writer = PageFileWriter(self._path, self._about, *self._shape)
-            for page in self._taken:
+            for page in self._held:
                 entry = old.index[page]
                 kept = [np.empty(length, np.uint8) for length in entry[:, LENGTH].tolist()]
                 old.read(page, kept)
@@ -173,10 +212,7 @@ class FileTier:
         finally:
             old.close()
 
-    def _read(self, page: int, parts: Sequence[Bytes]) -> None:
-        file = self._file
-        if file is None:
-            raise StoreError(f"page {page} is not in the store")
+    def _read(self, file: PageReader, page: int, parts: Sequence[Bytes]) -> None:
         room, targets = self._coded.memory, []
         for out, length in zip(parts, file.index[page, :, LENGTH].tolist(), strict=True):
             if length == len(out):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from fluxmoe.core.compiled.rows import copy_pages
-from fluxmoe.core.transfer.store import Reader
+from fluxmoe.core.transfer.store import Put, Reader
 from fluxmoe.core.types import Bytes, Geometry, Int64s, PageClass
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.coding import Coder
@@ -63,6 +64,21 @@ class HostStore:
         read(targets[:0], targets[:0])  # compiled, or read from disk, before the first event
         return read
 
+    @contextmanager
+    def update(self) -> Iterator[Put]:
+        """See ``ChangingStore``. The new pages are held beside the old ones until the end."""
+        staged: dict[int, list[Bytes]] = {}
+
+        def put(page: int, parts: Sequence[Bytes]) -> None:
+            require_page(self._geometry, self._page_class, page, parts, staged)
+            staged[page] = [part.copy() for part in parts]
+
+        yield put
+        for page, parts in staged.items():
+            layer, expert = divmod(page, self._geometry.experts_per_layer)
+            for rows, part in zip(self._layers[layer], parts, strict=True):
+                np.copyto(rows[expert], part)
+
     def close(self) -> None:
         self._first[:] = 0
         self._layers.clear()
@@ -79,27 +95,51 @@ class HostTier:
     def __init__(self, coder: Coder, limit: int | None) -> None:
         self._coder, self._limit = coder, limit
         self._pages: dict[int, list[Bytes]] = {}
+        self._staged: dict[int, list[Bytes]] = {}
+        self._growth = 0  # of nbytes, by the staged pages
         self._room = np.empty(0, np.uint8)
         self.nbytes = 0
 
     def put(self, page: int, parts: Sequence[Bytes]) -> bool:
-        kept = [self._coder.encode(part) for part in parts]
-        nbytes = sum(_lines(part) for part in kept)
-        if self._limit is not None and self.nbytes + nbytes > self._limit:
-            return False
-        if len(self._room) < nbytes:
-            self._room = _anonymous(max(nbytes, _CHUNK))
-        self._pages[page] = []
-        for part in kept:
-            place = self._room[: len(part)]
-            np.copyto(place, part)
-            self._pages[page].append(place)
-            self._room = self._room[_lines(part) :]
-        self.nbytes += nbytes
-        return True
+        kept = self.stage(page, parts)
+        self.commit()
+        return kept
 
     def finish(self) -> None:
         """Do nothing: all pages are in place."""
+
+    def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
+        kept = [self._coder.encode(part) for part in parts]
+        nbytes = sum(_lines(part) for part in kept)
+        growth = self._growth + nbytes - self._held(page)
+        if self._limit is not None and self.nbytes + growth > self._limit:
+            return False
+        if len(self._room) < nbytes:
+            self._room = _anonymous(max(nbytes, _CHUNK))
+        self._staged[page] = []
+        for part in kept:
+            place = self._room[: len(part)]
+            np.copyto(place, part)
+            self._staged[page].append(place)
+            self._room = self._room[_lines(part) :]
+        self._growth = growth
+        return True
+
+    def commit(self) -> None:
+        self._pages |= self._staged
+        self.nbytes += self._growth
+        self.discard()
+
+    def discard(self) -> None:
+        self._staged, self._growth = {}, 0
+
+    def forget(self, page: int) -> None:
+        self.nbytes -= self._held(page)
+        del self._pages[page]
+
+    def _held(self, page: int) -> int:
+        """Bytes occupied by a page; 0 if it is elsewhere."""
+        return sum(_lines(part) for part in self._pages.get(page, ()))
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         for kept, part in zip(self._pages[page], parts, strict=True):
@@ -107,6 +147,7 @@ class HostTier:
 
     def close(self) -> None:
         self._pages.clear()
+        self.discard()
         self._room = np.empty(0, np.uint8)
         self.nbytes = 0
 
@@ -126,6 +167,24 @@ def require_layer(
         raise StoreError(f"layer {layer} has parts of {dtypes}, expected uint8")
     if not all(part.flags.c_contiguous for part in parts):
         raise StoreError(f"layer {layer} has parts that are not contiguous")
+
+
+def require_page(
+    geometry: Geometry,
+    page_class: PageClass,
+    page: int,
+    parts: Sequence[Bytes],
+    staged: Container[int],
+) -> None:
+    """Raise StoreError unless ``parts`` can replace ``page``, which is not ``staged`` yet."""
+    if not 0 <= page < geometry.num_pages:
+        raise StoreError(f"there is no page {page}, the last one is {geometry.num_pages - 1}")
+    if page in staged:
+        raise StoreError(f"page {page} is put twice")
+    got = [(part.shape, str(part.dtype)) for part in parts]
+    expected = [((part.nbytes,), "uint8") for part in page_class.parts]
+    if got != expected:
+        raise StoreError(f"page {page} has parts {got}, expected {expected}")
 
 
 def _lines(part: Bytes) -> int:

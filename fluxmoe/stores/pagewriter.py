@@ -19,19 +19,8 @@ import numpy as np
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import PageFileError
-from fluxmoe.stores.pagefile import (
-    BAD,
-    MAGIC,
-    PREFIX,
-    SECTOR,
-    VERSION,
-    Head,
-    Index,
-    PageFile,
-    checksum,
-    failure,
-    sectors,
-)
+from fluxmoe.stores.pagefile import BAD, MAGIC, PREFIX, VERSION, Head, PageFile
+from fluxmoe.stores.reader import SECTOR, Index, checksum, failure, sectors, write
 
 #: Suffix of an unfinished file.
 _PART = ".part"
@@ -102,11 +91,8 @@ class PageFileWriter:
             self._part_name = ""
 
     def _write(self, data: Bytes, offset: int) -> None:
-        left = np.ascontiguousarray(data).data
         try:
-            while left:
-                done = os.pwrite(self._fd, left, offset)
-                left, offset = left[done:], offset + done
+            write(self._fd, data, offset)
         except OSError as error:
             raise self._abandon(failure(error, self._path, "cannot be written")) from error
 

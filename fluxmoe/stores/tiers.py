@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import numpy as np
 
 from fluxmoe import sizes
+from fluxmoe.core.transfer.store import Put
 from fluxmoe.core.types import Bytes, Geometry, PageClass
 from fluxmoe.errors import ConfigError, StoreError
-from fluxmoe.stores.host import require_layer
+from fluxmoe.stores.host import require_layer, require_page
 
 
 class Tier(Protocol):
@@ -29,6 +30,18 @@ class Tier(Protocol):
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """Read a page that was put. Called from several threads."""
+
+    def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
+        """Keep a page's new contents beside the old until ``commit``; True if there is room."""
+
+    def commit(self) -> None:
+        """Replace all staged pages. Not called while a page is read."""
+
+    def discard(self) -> None:
+        """Drop all staged pages."""
+
+    def forget(self, page: int) -> None:
+        """Give up a page, which has moved to another tier."""
 
     def close(self) -> None:
         """Release everything. Idempotent."""
@@ -57,15 +70,41 @@ class TieredStore:
         require_layer(self._geometry, self._page_class, layer, parts)
         for expert in range(self._geometry.experts_per_layer):
             page = self._geometry.page(layer, expert)
-            self._tier_of[page] = self._put(page, [part[expert] for part in parts])
+            rows = [part[expert] for part in parts]
+            self._tier_of[page] = self._taker(page, lambda tier: tier.put(page, rows))  # noqa: B023
         self._adopted += 1
         if self._adopted == self._geometry.num_layers:
             for tier in self._tiers:
                 tier.finish()
 
-    def _put(self, page: int, parts: Sequence[Bytes]) -> int:
-        for index, tier in enumerate(self._tiers):
-            if tier.put(page, parts):
+    @contextmanager
+    def update(self) -> Iterator[Put]:
+        """See ``ChangingStore``. A page that no longer fits its tier moves to another one."""
+        moves: dict[int, int] = {}  # page → its tier from now on
+
+        def put(page: int, parts: Sequence[Bytes]) -> None:
+            require_page(self._geometry, self._page_class, page, parts, moves)
+            own = int(self._tier_of[page])
+            moves[page] = self._taker(page, lambda tier: tier.stage(page, parts), own)
+
+        try:
+            yield put
+        except BaseException:
+            for tier in self._tiers:
+                tier.discard()
+            raise
+        for page, index in moves.items():
+            own = int(self._tier_of[page])
+            if own != index:
+                self._tiers[own].forget(page)
+                self._tier_of[page] = index
+        for tier in self._tiers:
+            tier.commit()
+
+    def _taker(self, page: int, keep: Callable[[Tier], bool], own: int = 0) -> int:
+        """Index of the first tier, after ``own``, that keeps a page."""
+        for index in sorted(range(len(self._tiers)), key=lambda index: index != own):
+            if keep(self._tiers[index]):
                 return index
         raise ConfigError(
             f"no store has room for page {page} of {self._geometry.num_pages}, "

@@ -21,7 +21,7 @@ def by_slot(
     weights: torch.Tensor,
     experts: torch.Tensor,
 ) -> torch.Tensor:
-    """A correct kernel: sums in the router's order."""
+    """Sum in the router's order, as a correct kernel does."""
     slots = experts if table is None else table[experts]
     out = torch.zeros_like(x)
     for token in range(len(x)):
@@ -32,7 +32,7 @@ def by_slot(
 
 
 def in_slot_order(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
-    """Sums in slot order, as a kernel that groups tokens by slot might."""
+    """Sum in slot order, as a kernel that groups tokens by slot might."""
     slots = experts if table is None else table[experts]
     order = slots.argsort(-1)
     sorted_ = (weights.gather(-1, order), experts.gather(-1, order))
@@ -50,7 +50,7 @@ def without_table(parts, table, x, weights, experts):  # type: ignore[no-untyped
 
 
 def reads_beside(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
-    """Multiplies an unused slot by zero, as a padded kernel might."""
+    """Multiply an unused slot by zero, as a padded kernel might."""
     out = by_slot(parts, table, x, weights, experts)
     return out + 0 * parts["up"].sum()
 

@@ -1,4 +1,4 @@
-"""The parts of the GPU kit that work without a GPU: collecting, rejecting, printing."""
+"""The parts of the GPU kit that work without a GPU: collecting, rejecting and printing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIBRARY = "class Wheel:\n    works = True\n"
 
 
 def wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
-    """A wheel that pip accepts for Linux on x86-64."""
+    """Make a wheel that pip accepts for Linux on x86-64."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-1.0-cp312-cp312-manylinux_2_17_x86_64.whl"
     about = f"{name}-1.0.dist-info"
@@ -36,7 +36,7 @@ def wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
-    """Two wheels to download; one has a large file to omit and a file to install."""
+    """Make two wheels to download; one contains a large file to omit and a file to install."""
     noise = bytes(torch.randint(0, 256, (200_000,), dtype=torch.uint8).tolist())
     wheel(tmp_path / "shelf", "alpha", {"alpha.py": LIBRARY.encode(), "alpha_data.bin": noise})
     wheel(
@@ -72,7 +72,7 @@ def test_what_is_collected_works_where_it_is_unpacked(few, shelf, tmp_path, caps
         path.name for path in shelf.iterdir()
     )
 
-    # There: a plain Python, without FluxMoE.
+    # On the GPU machine: a plain Python, without FluxMoE.
     script = Path(bring.__file__)
     done = subprocess.run(
         [sys.executable, "-I", script, "unpack", f"--from={pieces}", f"--into={site}"],
@@ -196,7 +196,7 @@ echo "========= ERROR SUMMARY: 0 errors"
 
 @pytest.fixture
 def sanitizer(monkeypatch, tmp_path):
-    """A compute-sanitizer that finds an error with the given tool."""
+    """Make a fake compute-sanitizer that finds an error with the given tool."""
 
     def put(bad: str) -> None:
         monkeypatch.setattr(device, "require", lambda: torch.device("cpu"))

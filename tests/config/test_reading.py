@@ -1,4 +1,4 @@
-"""Configurations: all problems at once, suggested keys, relative paths (B6, B7)."""
+"""Configurations: all problems at once, suggested keys, and relative paths (B6, B7)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def said(data: object) -> list[str]:
          "preset: it must be 'default', 'paper' or 'off', not 'papr'; did you mean 'paper'?"),
         ({**SMALL, "stores": [{"kind": "fil", "path": "x"}]},
          "stores.0.kind: it must be 'host' or 'file', not 'fil'; did you mean 'file'?"),
-        # Only keys of this kind of store are suggested; for a dissimilar key, none is.
+        # Only keys of this kind of store are suggested; for a dissimilar key, no key is suggested.
         ({**SMALL, "stores": [{"kind": "host", "direct": True}]},
          "unknown key 'stores.0.direct'; remove it; known here: codec, kind, limit"),
         ({"memory": {"budget": 1, "zzz": 1}},
@@ -110,7 +110,7 @@ def test_b6_all_plugins_at_once_and_hooks_that_were_meant(tmp_path):
 
 
 def test_b6_keys_of_every_map_are_known():
-    """A misspelling of any key in any map is recognised."""
+    """Check that a misspelling of any key in any map is recognised."""
     data = json.loads(Config(memory={"budget": 1}).model_dump_json())  # type: ignore[arg-type]
     data["stores"] = [{"kind": "file", "path": "x", "limit": 1}, {"kind": "host"}]
     data["vllm"], free = {}, ("eviction", "prefetch", "arbitration", "codec", "vllm")
@@ -149,7 +149,7 @@ def test_b6_limits_by_hand():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder with a configuration and all its files; the working directory is elsewhere."""
+    """Make a folder with a configuration and all its files; the working directory is elsewhere."""
     folder, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     elsewhere.mkdir()
     checkpoints.write(folder / "model", "mixtral", num_hidden_layers=1)

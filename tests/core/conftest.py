@@ -9,7 +9,7 @@ from tests.core import rig
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the tests of a module with `GROUNDS` on each of them."""
+    """Run the tests of a module that defines `GROUNDS` on each of these grounds."""
     grounds = getattr(metafunc.module, "GROUNDS", ())
     if grounds:
         only = ["host"] if getattr(metafunc.function, "host_only", False) else grounds

@@ -1,6 +1,7 @@
 """The event rule (docs/concepts/event-rule.md) in plain Python, independent of the product.
 
-Written from the text, not from the code. Where the text leaves a choice, a comment notes it.
+This module was written from the text, not from the code. Where the text leaves a choice open, a
+comment notes the choice made.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ class Reference:
     """Residency and counters of one pager.
 
     Args:
-        key: ``key(reference, page)`` → worth; the lowest is evicted, ties by the lowest page.
-        retain: True if an event's pages stay once the layer has run.
+        key: ``key(reference, page)`` → worth. The page with the lowest worth is evicted; on a tie,
+            the lowest page.
+        retain: True if an event's pages stay after the layer has run.
         ahead: Number of whole layers fetched ahead of their turn.
     """
 
@@ -42,7 +44,7 @@ class Reference:
         self.count: dict[int, int] = {}
         self.loaded: dict[int, int] = {}
         self.resident: set[int] = set()
-        self.own: list[int] = []  # of the current event: its pages, and its misses
+        self.own: list[int] = []  # the pages of the current event
         self.misses: list[int] = []
         self.leaving: list[int] = []
         self.protected: set[int] = set()
@@ -103,7 +105,7 @@ class Reference:
     def admit(self) -> None:
         bank, misses = self.bank_of[self.layer], self.misses
         short = len(misses) - self.free(bank)
-        if short > 0:  # point 4; protected pages only if no others are left (our choice)
+        if short > 0:  # point 4; protected pages go only if no others are left (our choice)
             self.evict(bank, short, {*self.own, *self.protected})
             self.evict(bank, len(misses) - self.free(bank), set(self.own))
         for page in misses:  # point 5
@@ -125,7 +127,7 @@ class Reference:
     def prefetch(self) -> None:  # point 7
         own, proposals = set(self.own), self.proposals()
         wanted = [page for page in proposals if page not in self.resident]
-        # Proposals that are resident already are protected like the others (our choice).
+        # Proposals that are already resident are protected like the others (our choice).
         self.protected.update(page for page in proposals if page in self.resident)
         for bank in range(len(self.slots)):
             mine = [page for page in wanted if self.bank(page) == bank]
@@ -145,7 +147,7 @@ class Reference:
             self.counts[counter] += 1
 
     def resize(self, bank: int, slots: int) -> None:
-        """Resize a bank; when shrinking, the lowest-valued pages are evicted, as for point 4."""
+        """Resize a bank; if the bank shrinks, the pages with the lowest worth go, as in point 4."""
         self.release()
         own = {page for page in self.resident if self.last.get(page) == self.now}
         for spared in ({*own, *self.protected}, own):
@@ -179,7 +181,7 @@ def stable_kernel(r: Reference, page: int) -> float:
 
 
 def outlook(r: Reference, page: int) -> tuple[int, float, int]:
-    """Events to the layer's next turn, tries until the page is used, turns it was not used in."""
+    """Return the events until the layer's next turn, expected turns until use, and missed turns."""
     own = page // r.experts
     turns = len(range(own, r.now + 1, r.layers))
     missed = (r.now - lru(r, page)) // r.layers
@@ -208,7 +210,7 @@ def replay(
     prefetch: str = "none",
     banks: int = 1,
 ) -> dict[str, int]:
-    """Compute the counters of a trace of (layer, routed experts) with policies of these names.
+    """Compute the counters of a trace of (layer, routed experts) with the named policies.
 
     Consecutive layers share a bank, which has slots in proportion to its layers.
     """

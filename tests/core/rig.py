@@ -1,4 +1,4 @@
-"""Shared by the core's tests: a small but complete memory manager with recognisable pages."""
+"""Rig of the core's tests: a small but complete memory manager with recognisable pages."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
 FRAME = 4096
 #: Two blocks fill three frames.
 KV_BLOCK = FRAME * 3 // 2
-#: Neither part divides a frame or is divided by one: slots straddle frames.
+#: Neither part's size divides a frame or is a multiple of it, so slots straddle frames.
 PAGE_CLASS = PageClass((Part("w13", 3000, 1500), Part("w2", 1700, 850)))
 
 
 def content(page: int, part: int) -> np.ndarray:
-    """Bytes of one part of a page, different from those of all other pages and parts."""
+    """Make the bytes of one part of a page, different from those of all other pages and parts."""
     nbytes = PAGE_CLASS.parts[part].nbytes
     data = ((np.arange(nbytes) * 7 + page * 31 + part * 101) % 251).astype(np.uint8)
     data[:2] = page, part
@@ -55,7 +55,7 @@ def content(page: int, part: int) -> np.ndarray:
 
 @cache
 def contents(pages: int) -> list[np.ndarray]:
-    """Bytes of the first ``pages`` pages, one uint8 array ``[pages, part bytes]`` per part."""
+    """Make the bytes of the first ``pages`` pages: an array ``[pages, part bytes]`` per part."""
     parts = range(len(PAGE_CLASS.parts))
     return [np.stack([content(page, part) for page in range(pages)]) for part in parts]
 
@@ -89,17 +89,17 @@ def rule_for(
     )
 
 
-#: Location of the tests' memory: "host", or "cuda" with the timing of its streams.
+#: Location of the tests' memory: "host", or "cuda" followed by the timing of its streams.
 GROUND = "host"
 
 
 def host_only(test):
-    """Mark a test of copy threads, or of host memory only."""
+    """Mark a test that runs only on the host, because it concerns copy threads or host memory."""
     test.host_only = True
     return test
 
 
-#: Driver errors that inevitably leave something behind.
+#: Driver call → kind of resource that a failure of this call inevitably leaves behind.
 LEFT = {
     "cuStreamDestroy": "streams",
     "cuEventDestroy": "events",
@@ -113,7 +113,7 @@ class FakeCuda(CudaSubstrate):
     """Frames of a fake GPU, which checks that everything is returned."""
 
     def __init__(self, count, frame_bytes=FRAME, *, recycle=False, **options) -> None:
-        # No more memory than the budget, so that unreturned memory is noticed at once.
+        # There is no more memory than the budget, so that unreturned memory is noticed at once.
         options.setdefault("pieces", count * frame_bytes // 4096)
         self.fake = FakeDriver(**options)
         with ExitStack() as undo:
@@ -134,7 +134,7 @@ class FakeCuda(CudaSubstrate):
 
 
 def frames_of_memory(count: int) -> Substrate:
-    """Make frames of the test's memory kind."""
+    """Make frames of the test's kind of memory."""
     if GROUND == "host":
         return CpuSubstrate(count, FRAME)
     return FakeCuda(count, pace=GROUND.removeprefix("cuda, "))
@@ -158,7 +158,7 @@ def fails_late(commit, decommit):
 
 
 class Rig:
-    """Everything from the frames to the pager, as a backend puts it together."""
+    """All parts from the frames to the pager, as a backend puts them together."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class Rig:
         return set(np.flatnonzero(self.table.resident).tolist())
 
     def acquire(self, layer: int, ids: Sequence[int]) -> list[int]:
-        """Acquire, and check that the returned slots hold the routed experts."""
+        """Acquire experts, and check that the returned slots hold them."""
         wanted = np.asarray(ids, np.int32)
         slots = np.full(len(wanted), -7, np.int32)
         self.pager.acquire(layer, wanted, slots)
@@ -228,7 +228,7 @@ class Rig:
         return slots.tolist()
 
     def assert_holds(self, bank: int, slot: int, page: int) -> None:
-        """Check a slot; on a GPU, at the time at which a kernel started now would read it."""
+        """Check a slot; on a GPU, at the time when a kernel launched now would read the slot."""
         assert 0 <= slot < self.table.slots[bank]
         parts = self.rows[bank]
 
@@ -239,7 +239,7 @@ class Rig:
         self.look(look)
 
     def look(self, kernel: Callable[[], None]) -> None:
-        """Inspect the slots; on a GPU, at the time a kernel started now would read them."""
+        """Inspect the slots; on a GPU, at the time when a kernel launched now would read them."""
         if self.gpu is None:
             kernel()
         else:
@@ -263,13 +263,13 @@ class Rig:
 
 
 class Leaks:
-    """Counts resources that a run of the core could leak in this process."""
+    """A count of the resources that a run of the core could leak in this process."""
 
     def __init__(self) -> None:
         self._before = self._count()
 
     def found(self) -> dict[str, int]:
-        """Number of additional resources since the beginning."""
+        """Count the resources that have been added since the beginning."""
         return {kind: count - self._before[kind] for kind, count in self._count().items()}
 
     def assert_none(self) -> None:
@@ -288,7 +288,7 @@ STRANGERS: set[int] = set()
 
 
 def memfds(name: str = "fluxmoe") -> list[int]:
-    """Open descriptors of the substrate's memory files, except those of other test files."""
+    """List the open descriptors of the substrate's memory files, except other test files'."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the descriptor that lists the folder

@@ -1,6 +1,7 @@
 """``python -m tests.cuda``: run the conformance tests on this machine's GPU.
 
-Needs no pytest plugins and no test configuration. ``--fake`` runs only on the fake.
+The command needs neither pytest plugins nor test configuration. With ``--fake``, the tests run only
+on the fake driver.
 """
 
 from __future__ import annotations

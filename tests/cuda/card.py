@@ -1,4 +1,4 @@
-"""A device for the conformance tests, real or fake: reading its memory, launching kernels."""
+"""A real or fake device on which the conformance tests launch kernels and read memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Card:
         return [int(self.read(address + i * FRAME + middle, 1)[0]) for i in range(frames)]
 
     def copy_when_its_turn_comes(self, target: int, source: int, nbytes: int) -> None:
-        """Launch a stand-in for a kernel, which reads one location and writes another."""
+        """Launch a stand-in for a kernel, which reads one location and writes to another."""
         with self.cuda.current():
             self.cuda.call("cuMemcpyDtoDAsync", target, source, nbytes, self.kernels)
 

@@ -1,4 +1,4 @@
-"""The same process inspection as for the core's tests, which some of these share code with."""
+"""The process inspection of the core's tests, with which some of these tests share code."""
 
 from tests.core.conftest import ground, pytest_generate_tests, strangers
 

@@ -1,6 +1,6 @@
 """The fake driver compared with the real bindings: names, arguments, numbers and structures.
 
-Needs ``cuda-bindings``, but neither a GPU nor a driver.
+The tests need ``cuda-bindings``, but neither a GPU nor a driver.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The contract of substrate and streams, on a GPU if there is one, and always on the fake.
+"""The contract of the substrate and streams, on a GPU if there is one and always on the fake.
 
-``python -m tests.cuda`` runs it with only numpy, pytest, torch and the dependencies of ``import
-fluxmoe``. Memory is read by the driver's copies. A kernel is a copy within the device on the
-kernels' stream, since only its order matters.
+``python -m tests.cuda`` runs these tests with only numpy, pytest, torch and the dependencies of
+``import fluxmoe``. Memory is read by the driver's copies. A kernel is a copy within the device on
+the kernels' stream, since only its order matters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fluxmoe.errors import DeviceMemoryError, SubstrateError
 from fluxmoe.stores.host import HostStore
 from tests.cuda.card import FRAME, fake_card, real_card
 
-#: Neither part divides a frame: slots straddle frames, and no address is round.
+#: Neither part's size divides a frame, so slots straddle frames, and no address is round.
 PAGE_CLASS = PageClass((Part("w13", 1_500_016, 1), Part("w2", 700_016, 1)))
 GEOMETRY = Geometry(4, 6)
 SLOTS = 12

@@ -103,7 +103,7 @@ def test_nothing_is_unmapped_before_the_kernels_are_through(make):
     s.commit(address, frames(0, 1))
     seen = []
     s.fake.launch(lambda: seen.append(int(memory(address, 1)[0])))
-    s.decommit(address, 2)  # the fake's context would be lost
+    s.decommit(address, 2)  # without waiting, the fake's context would be lost
     assert seen == [0]
     s.commit(address, frames(0))
 
@@ -183,7 +183,7 @@ def test_whatever_call_fails_it_is_an_error_and_nothing_is_lost(site, recycle):
             scenario(s)
         except SubstrateError as error:
             errors.append(error)
-        for each in filter(None, [s, s, cuda, cuda]):  # refused calls succeed at the second try
+        for each in filter(None, [s, s, cuda, cuda]):  # refused calls succeed on the second try
             try:
                 each.close()
             except SubstrateError as error:

@@ -1,4 +1,4 @@
-"""Copies on streams: waiting on the device, bytes in flight, failures.
+"""Copies on streams: waiting on the device, bytes in flight, and failures.
 
 The fake's streams work late, early or at random, as far as events allow, so missing waits show up
 as wrong results.
@@ -107,7 +107,7 @@ def gpu():
 @paces
 @sources
 def test_kernels_read_their_own_pages_however_late_they_come(gpu, pace, source):
-    """A slot is ordered to be written while kernels that read its previous page have not begun."""
+    """A write to a slot is ordered before kernels that read the slot's previous page have begun."""
     for seed in range(20):
         g, rng = gpu(source, pace=pace, seed=seed), np.random.default_rng(seed)
         holds = {}
@@ -142,7 +142,7 @@ def test_a_demand_overtakes_the_prefetches_that_wait_for_their_turn(gpu):
     g.demand({9: 20})
     g.expect(9, 20)
     g.fake.timeline.finish(KERNELS)
-    assert g.rows[0][7, 0] == 0  # not written yet
+    assert g.rows[0][7, 0] == 0  # the slot is not written yet
 
 
 def test_prefetches_go_on_when_those_before_have_arrived(gpu):
@@ -357,7 +357,7 @@ SITES = [
     "cuMemHostAlloc", "cuMemFreeHost", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap",
     "cuMemRelease", "cuMemAddressReserve", "cuMemAddressFree", "cuMemsetD8Async",
 ]  # fmt: skip
-#: Number of times a site is failed in turn: on its first calls, and on some later ones.
+#: Calls on which a site fails in turn: the first calls, and some later ones.
 FIRST, LATER = 6, (9, 20, 47, 130)
 PACES = ("copies", "kernels", "random")
 

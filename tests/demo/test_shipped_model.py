@@ -15,7 +15,7 @@ from safetensors import safe_open
 from fluxmoe.demo.compare import PROMPTS, DemoWorkload
 from fluxmoe.demo.model import SHIPPED, DemoModel
 
-#: Public-domain text of the held-out part: three chapters of the Bible, one of Jane Austen.
+#: Public-domain text of the held-out part: three chapters of the Bible, and one by Jane Austen.
 HELD_OUT = Path(__file__).with_name("held-out.txt").read_text()
 WINDOW = 512
 
@@ -55,7 +55,7 @@ def test_shape() -> None:
     demo = DemoModel.read(SHIPPED)
     assert config["architectures"] == ["Qwen3MoeForCausalLM"]
     assert (demo.layers, demo.experts, demo.top_k) == (6, 64, 4)
-    assert demo.hidden % 32 == demo.expert_hidden % 32 == 0  # vLLM's MoE kernel for CPUs
+    assert demo.hidden % 32 == demo.expert_hidden % 32 == 0  # for vLLM's MoE kernel for CPUs
     assert config["tie_word_embeddings"] is True
     assert config["max_position_embeddings"] >= 1024
     expert_bytes = 0

@@ -50,7 +50,7 @@ verb prints only JSON on standard output. Errors go to standard error as
 
 
 def verbs() -> Iterator[tuple[str, Any]]:
-    """List all verbs, those of groups as ``group verb``."""
+    """List all verbs; the verbs of a group as ``group verb``."""
     for name, command in cli.program().commands.items():
         for inner, each in getattr(command, "commands", {"": command}).items():
             yield f"{name} {inner}".strip(), each
@@ -122,7 +122,7 @@ def _default(parameter: Any) -> str:
 
 def _help(parameter: Any) -> str:
     text = (parameter.help or "").replace("|", "\\|")
-    assert text, f"{parameter.opts[0]} says nothing of itself"
+    assert text, f"{parameter.opts[0]} has no help text"
     choices = getattr(parameter.type_descriptor.annotation, "__members__", None)
     if choices:
         text += " One of " + ", ".join(f"`{each.value}`" for each in choices.values()) + "."

@@ -1,4 +1,4 @@
-"""Running the code and commands on a documentation page.
+"""Execution of the code and commands on a documentation page.
 
 A fenced block may be preceded by a comment with comma-separated directives: ``exact`` (the output
 must match), ``exit N`` (the commands end with status N), ``slow``, ``needs vllm`` (run in a
@@ -7,8 +7,8 @@ and ``bash`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs, a
 ``yaml`` block with a title is written to that file.
 
 The pages of a newcomer's first hour are followed word for word (``follow``): their files are
-written and all their commands run by a shell, in a terminal of 80 columns and an environment that
-has a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
+written and a shell runs all their commands, in a terminal of 80 columns and an environment that has
+a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from tests.commandline import COMPILING
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
-#: A newcomer's first hour: the pages to follow besides those with ``fresh`` blocks.
+#: The pages of a newcomer's first hour, which are followed in addition to pages with ``fresh``
+#: blocks.
 FIRST_HOUR = [
     ROOT / "README.md",
     ROOT / "docs/start/getting-started.md",
@@ -58,12 +59,12 @@ _TITLE = re.compile(r'title="([^"]+)"')
 
 
 class WrongPage(AssertionError):
-    """A page's code, command or output is wrong."""
+    """An error for a page whose code, command or output is wrong."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; ``line`` is its first line."""
+    """A fenced block; ``line`` is the number of its first line."""
 
     language: str
     body: str
@@ -161,7 +162,7 @@ def run(path: Path, folder: Path) -> int:
 
 
 def run_with_vllm(path: Path, folder: Path) -> None:
-    """Run the page's ``needs vllm`` snippets in turn, in one separate process."""
+    """Run a page's ``needs vllm`` snippets in turn, in one separate process."""
     for block in blocks(path):
         if block.needs_vllm and block.language == "bash":
             with contextlib.chdir(folder):
@@ -199,7 +200,7 @@ def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
             where = f"{block.where}: $ {line}"
             if status != block.status:
                 raise WrongPage(f"{where}: {status}\n{said}")
-            # The page may show a line whole that the terminal folds between words.
+            # The page may show a line unbroken that the terminal breaks between words.
             if "exact" in block.directives and _words(said) != _words(shown):
                 raise WrongPage(f"{where} printed\n{said}\nnot\n{shown}")
             wide = [row for row in said.splitlines() if _TABLE.search(row) and len(row) > COLUMNS]
@@ -213,7 +214,7 @@ def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
 def in_terminal(
     command: list[str], folder: Path, environment: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Status and output of a command in a terminal of 80 columns without colours or progress."""
+    """Run a command in a plain terminal of 80 columns; return its status and output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     given = {key: value for key, value in environment.items() if key != "COLUMNS"}

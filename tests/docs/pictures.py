@@ -29,13 +29,13 @@ TRACES = {
     "decode-64": "Decode, 64 requests",
     "prefill": "Prefill",
 }
-#: Capacities that hold the shipped model's largest event.
+#: Capacities, in % of all pages, that hold the shipped model's largest event.
 SHARES = range(20, 101, 5)
 
-#: Results of the measured day.
+#: Results of the measured phases.
 PHASES = "2026-11-23-phases.json"
 
-#: Follows the browser's setting, like the site.
+#: The colours follow the browser's setting, like the site.
 _STYLE = """\
 :root { --ink: #1c1e21; --soft: #5c6067; --rule: #d9dbde;
   --c0: #1c1e21; --c1: #2a6fbb; --c2: #c8541d; --c3: #1d8a5f; }
@@ -56,7 +56,7 @@ _HEAD = 72
 
 
 def hit_rates(trace: str, title: str) -> str:
-    """Plot hit rate by capacity on a shipped trace."""
+    """Plot the hit rate by capacity on a shipped trace."""
     events = Events.load(shipped.path(trace))
     lines = []
     for slot, policy in enumerate(POLICIES):

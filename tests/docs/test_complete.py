@@ -1,4 +1,4 @@
-"""The reference pages are complete and mention nothing that does not exist."""
+"""The reference pages are complete and mention only things that exist."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_no_page_names_a_code_that_does_not_exist() -> None:
 
 
 def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every configuration key, dotted; list entries as ``name[]``."""
+    """Yield every configuration key in dotted form, with list entries as ``name[]``."""
     for name, field in model.model_fields.items():
         inner, entry = field.annotation, ""
         if getattr(inner, "__origin__", None) is list:
@@ -98,7 +98,7 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        # Methods that several kinds share are listed once.
+        # Keys that several kinds share are listed once.
         yield from {
             key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
         }.items()
@@ -251,7 +251,7 @@ def test_every_verb_option_and_format_of_traces_is_listed() -> None:
 
 def test_every_result_of_the_simulator_is_shown() -> None:
     (shown,) = (
-        json.loads(output[output.index("[\n") :])  # after notes, which go to standard error
+        json.loads(output[output.index("[\n") :])  # after the notes, which go to standard error
         for block in blocks(DOCS / "reference" / "simulator.md")
         if block.language == "console"
         for words, output in block.commands()
@@ -268,7 +268,7 @@ def test_timings_profiles_and_their_fields_are_listed(name: str) -> None:
 
 
 def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
-    """Fix with ``python -m tests.docs.commands``."""
+    """To fix a failure, run ``python -m tests.docs.commands``."""
     assert commands.PAGE.read_text() == commands.page()
     assert {verb.split()[0] for verb, _ in commands.verbs()} == set(commands.EXPLAINED)
 
@@ -276,7 +276,7 @@ def test_the_page_of_the_command_line_is_what_the_command_line_says() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", pictures.MADE)
 def test_computed_pictures_show_what_is_computed(name: str) -> None:
-    """Fix with ``python -m tests.docs.pictures``."""
+    """To fix a failure, run ``python -m tests.docs.pictures``."""
     assert (pictures.FOLDER / name).read_text() == pictures.MADE[name]()
 
 
@@ -334,7 +334,7 @@ LINKING = [
 
 
 def links(page: Path) -> set[str]:
-    """Targets of a page's links and pictures, outside of code."""
+    """List the targets of a page's links and pictures, outside code."""
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     inline = re.findall(r"\]\(([^)\s]+)\)", prose)
     return {*inline, *re.findall(r"^\[[^\]]+\]: (\S+)$", prose, re.MULTILINE)}

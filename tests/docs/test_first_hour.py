@@ -47,10 +47,10 @@ COPIER = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment after `pip install fluxmoe`."""
+    """Make the environment after `pip install fluxmoe`, with pip offline."""
     wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
     python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
-    script = python.parent / "pytest"  # pip sees pytest as installed and creates no script
+    script = python.parent / "pytest"  # pip regards pytest as installed and creates no script
     script.write_text(f'#!/bin/sh\nexec {python} -m pytest "$@"\n')
     script.chmod(0o755)
     return _activated(python.parents[1])

@@ -27,7 +27,7 @@ def text(name: str) -> str:
 
 
 def first_cells(name: str, heading: str) -> list[str]:
-    """The first column of the first table below a heading, without backquotes."""
+    """Read the first column of the first table below a heading, without backquotes."""
     rows = r"(?:^\|.*\n)+"
     table = re.search(rows, text(name).split(f"## {heading}\n", 1)[1], re.M)
     assert table is not None

@@ -1,4 +1,4 @@
-"""All snippets and commands in README and docs work as described."""
+"""All snippets and commands in the README and the docs work as described."""
 
 from __future__ import annotations
 

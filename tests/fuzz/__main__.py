@@ -11,12 +11,12 @@ from tests.fuzz.driver import Failure, attempt, fuzz
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="the first, or the only one")
+    parser.add_argument("--seed", type=int, default=0, help="the first or only seed")
     parser.add_argument("--ops", type=int, default=5000, help="operations per run")
-    parser.add_argument("--runs", type=int, default=1, help="how many seeds, one after the other")
-    parser.add_argument("--gpu", action="store_true", help="on a GPU that is not there")
+    parser.add_argument("--runs", type=int, default=1, help="number of consecutive seeds")
+    parser.add_argument("--gpu", action="store_true", help="run on a fake GPU")
     arguments = parser.parse_args(argv)
-    logging.disable()  # the reports of many faulty policies
+    logging.disable()  # without the reports of many faulty policies
     if arguments.runs == 1:
         attempt(arguments.seed, arguments.ops, gpu=arguments.gpu)  # for a full traceback
         print(f"seed {arguments.seed}: {arguments.ops} operations, nothing wrong")

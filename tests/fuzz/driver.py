@@ -1,4 +1,4 @@
-"""Many runs, sequential or in parallel threads, and shrinking of failures."""
+"""Many runs, sequential or in parallel threads, and the shrinking of failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Tally:
 
 
 class Failure(AssertionError):
-    """A run failed; the message has the command to repeat it."""
+    """The failure of a run; the message contains the command that repeats the failure."""
 
     def __init__(
         self, seed: int, operations: int, error: BaseException, *, gpu: bool = False
@@ -66,7 +66,7 @@ def fuzz(seeds: Iterable[int], operations: int, *, gpu: bool = False) -> Tally:
     """Make one run of ``operations`` operations per seed.
 
     Raises:
-        Failure: A run fails; has the shortest failing prefix.
+        Failure: A run fails; the error describes the shortest failing prefix.
     """
     tally = Tally()
     for seed in seeds:
@@ -81,9 +81,9 @@ def fuzz(seeds: Iterable[int], operations: int, *, gpu: bool = False) -> Tally:
 def shrink(
     seed: int, operations: int, error: Exception, *, gpu: bool = False
 ) -> tuple[int, Exception]:
-    """Bisect for the shortest failing prefix, and its error.
+    """Find the shortest failing prefix and its error by bisection.
 
-    Every prefix ends with a complete check, so a short one may detect a problem earlier than the
+    Every prefix ends with a complete check, so a short prefix may detect a problem earlier than the
     whole run.
     """
     passes, fails = 0, operations
@@ -101,7 +101,7 @@ def shrink(
 
 
 class Dawdling(FaultPlan):
-    """Causes no failures, but delays every read by a different time."""
+    """A plan that causes no failures, but delays every read by a different time."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class Dawdling(FaultPlan):
 
 
 def together(seeds: Iterable[int], operations: int, *, threads: int = 2) -> Tally:
-    """Run one engine per seed, each on its own thread with its own copy threads, with watchers.
+    """Run one engine per seed, each on its own thread with its own copy threads, and run watchers.
 
-    The engines share the process: compiled code, watchdog, address space, descriptors. The watchers
-    read data like a metrics endpoint while a step is running.
+    The engines share the process: compiled code, watchdog, address space and descriptors. The
+    watchers read data while a step is running, as a metrics endpoint does.
     """
     leaks = Leaks()
     runs = {seed: Run(seed, plan=Dawdling(seed), threads=threads) for seed in seeds}

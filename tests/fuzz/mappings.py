@@ -11,7 +11,7 @@ from tests.core.rig import FRAME, FakeCuda
 
 
 def assert_mapped(arenas: Iterable[Arena], gpu: FakeCuda | None = None) -> None:
-    """Assert that exactly the committed positions of each arena map frames, each its own."""
+    """Assert that exactly the committed positions of each arena map a frame, each its own."""
     mapped = _frames_by_address() if gpu is None else _frames_of_a_gpu(gpu)
     for arena in arenas:
         addresses = arena.address + np.arange(len(arena.frame_at)) * FRAME

@@ -20,7 +20,7 @@ class Model(Reference):
     """
 
     def __init__(self, rig: Rig, entry: Entry, ahead: int | None) -> None:
-        """Make a model; ``ahead``: number of whole layers, or None for random proposals."""
+        """Make a model; ``ahead``: number of layers to prefetch, or None for random proposals."""
         table = rig.table
         super().__init__(
             table.geometry.num_layers,
@@ -64,7 +64,7 @@ class Model(Reference):
 
     def admit(self) -> None:
         super().admit()
-        # Called once per event, if the policy overrides it.
+        # ``retain`` is called once per event, if the policy overrides it.
         if self.rig.eviction.retains and self.failed["retained"].popleft():
             self.leaving = []
 

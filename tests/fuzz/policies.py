@@ -1,7 +1,7 @@
 """The fuzzer's policies, and the order of each in plain Python.
 
-In addition to those of other tests: scores that fall, tie or are infinite, lists instead of arrays,
-a queue, random releases, random proposals; and a faulty variant of each.
+In addition to the policies of other tests, there are scores that fall, tie or are infinite, lists
+instead of arrays, a queue, random releases, random proposals, and a faulty variant of each policy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.core.rig import HighestPages, Kernel, Quadratic, StableKernel
 
 
 class Falling(fluxmoe.EvictionPolicy):
-    """Stable as promised, but an access may lower a score; few values, so many ties."""
+    """A stable policy in which an access may lower a score; its few values cause many ties."""
 
     stable_score = True
 
@@ -36,7 +36,7 @@ def falling(r: Reference, page: int) -> float:
 
 
 class Infinite(fluxmoe.EvictionPolicy):
-    """Plain Python, a list of floats, two thirds of them infinite."""
+    """A policy in plain Python that returns a list of floats, two thirds of which are infinite."""
 
     def score(self, view, pages):
         return [infinite_score(view.event, page) for page in pages.tolist()]
@@ -51,7 +51,7 @@ def infinite(r: Reference, page: int) -> float:
 
 
 class Queue(fluxmoe.EvictionPolicy):
-    """First in, first out, with its own records."""
+    """A first-in, first-out policy with its own records."""
 
     def __init__(self):
         self.entered = {}
@@ -75,7 +75,7 @@ def queue(r: Reference, page: int) -> float:
 
 
 class Fickle(LeastFrequentlyUsed):
-    """Releases about a third of the pages as soon as their layer has run."""
+    """A policy that releases about a third of the pages as soon as their layer has run."""
 
     def retain(self, view, access):
         return np.array([kept(view.event, page) for page in access.pages.tolist()], np.bool_)
@@ -87,7 +87,7 @@ def kept(event: int, page: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A policy; its order (lowest first) and ``retain`` as functions of an event and a page."""
+    """A policy, with its order (lowest first) and ``retain`` as functions of event and page."""
 
     make: Callable[[], fluxmoe.EvictionPolicy]
     key: Callable[[Reference, int], float]
@@ -112,7 +112,7 @@ EVICTION = {
 
 
 class Wild(fluxmoe.PrefetchPolicy):
-    """Proposes pages of any other layer in any order, some of them twice."""
+    """A prefetch policy that proposes pages of any other layer in any order, some of them twice."""
 
     def propose(self, view, access):
         return wild(view.event, access.layer, view.num_layers, view.experts_per_layer)

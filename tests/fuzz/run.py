@@ -58,12 +58,12 @@ class Run:
         threads: Number of copy threads; if None, drawn.
         wrap: Replaces the drawn policies.
         kinds: Relative frequency of each call.
-        gpu: Use a fake GPU, whose calls are sites of their names.
+        gpu: True to use a fake GPU, each of whose driver calls is a site with the name of the call.
 
     Attributes:
         operations: Page accesses (one distinct expert of one event) and other calls so far.
         calls: Number of times each call was made.
-        errors: Codes of the errors raised by the core because of a fault.
+        errors: Counts of the errors that the core raised because of a fault, by code.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Run:
             [(0, None), (0, None), (1, NextLayer()), (2, NextLayer(2)), (None, Wild())]
         )
         self.faulty = []
-        if faults and rng.random() < 0.3 and policy != "queue":  # its own records must be exact
+        if faults and rng.random() < 0.3 and policy != "queue":  # the queue's records must be exact
             self.faulty.append(faulty(eviction, rng.choice([3, 30, 300])))
             if prefetch is not None:
                 self.faulty.append(faulty(prefetch, rng.choice([3, 30, 300])))
@@ -125,7 +125,7 @@ class Run:
         self.probes = [_probes(bank) for bank in self.rig.rows]
         self.model = Model(self.rig, EVICTION[policy], ahead)
         self.next_layer = 0
-        #: Per KV group that is committed, the byte that fills it.
+        #: Committed KV group → the byte that fills the group.
         self.stamps: dict[int, int] = {}
         self.name = (
             f"{policy}{' faulty' if self.faulty else ''}, {layers}×{experts}, slots {slots}, "
@@ -133,14 +133,14 @@ class Run:
         )
 
     def _gpu(self, frames: int, seed: int) -> FakeCuda:
-        """Make a fake GPU with random stream timing, which keeps released frames or not."""
+        """Make a fake GPU with random stream timing, which may or may not keep released frames."""
         rng = random.Random(seed)
         pace = rng.choice(["at once", "kernels", "copies", "random"])
         recycle = rng.random() < 0.5
         return FakeCuda(frames, pace=pace, recycle=recycle, seed=seed, plan=self.plan)
 
     def go(self, operations: int) -> None:
-        """Run until ``operations`` operations are made, then check everything."""
+        """Run until ``operations`` operations have been made, then check everything."""
         while self.operations < operations:
             self.step()
         self.verify()
@@ -190,7 +190,7 @@ class Run:
         return np.array(ids, rng.choice([np.int32, np.int64]))
 
     def _compare(self, layer: int, ids: np.ndarray, slots: np.ndarray) -> None:
-        """Compare the event's books, the resident pages, and the bytes the kernel will read."""
+        """Compare the event's books, the resident pages, and the bytes that kernels will read."""
         rig, model, b = self.rig, self.model, self.rig.table.books
         own = model.own
         assert b.pages[: len(own)].tolist() == own
@@ -312,7 +312,7 @@ class Run:
             assert not notes
 
     def _refused(self) -> int:
-        """Number of planned memory errors. (Copy threads may also fail outside a call.)"""
+        """Count the memory errors so far. (Copy threads may also fail outside a call.)"""
         return sum(self.plan.struck[site] for site in MEMORY)
 
     def _while_refusing(self, call, *args) -> type[FluxMoEError] | None:
@@ -373,13 +373,13 @@ class Run:
         if error is not None:
             assert self.plan.struck.total() > struck, error
             self.errors[error.code] += 1
-            if self.rig.gpu is not None:  # releases that were refused once
+            if self.rig.gpu is not None:  # retry releases that were refused
                 self.rig.gpu.close()
         assert pool.free == pool.count
 
     @property
     def faults(self) -> Counter[str]:
-        """Number of random failures by site. Only reads whose failure surfaced are counted."""
+        """Number of random failures by site; of failed reads, only those that raised an error."""
         counts = Counter(self.plan.struck)
         counts["read"] = self.errors[StoreError.code]
         counts["policy"] = sum(policy.raised for policy in self.faulty)
@@ -387,5 +387,5 @@ class Run:
 
 
 def _probes(parts: list[np.ndarray]) -> list[np.ndarray]:
-    """Sample bytes from each row, enough to distinguish pages after every event."""
+    """Sample enough bytes of each row to distinguish pages after every event."""
     return [rows[:, :: (rows.shape[1] - 1) // 20] for rows in parts]

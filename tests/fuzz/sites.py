@@ -1,8 +1,8 @@
 """Every external failure site of the core, failed in turn: on the 1st call, the 2nd …
 
-Each run fails a site on one call. After that the books must match the mappings, the run must
+Each run fails a site on one call. After that, the books must match the mappings, the run must
 continue and agree with the model to its end, and nothing may leak. Errors raised by the core must
-be its own, with a code; any other ends the run as a failure.
+be its own, with a code; any other error ends the run as a failure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.fuzz.run import MOVING_MEMORY, Run
 
 
 class Refused(Exception):
-    """Raised within a stand-in for the system; never reaches the core."""
+    """An error that is raised within a stand-in for the system and never reaches the core."""
 
 
 # --- sites below the protocols: the system's own calls --------------------------------------------
@@ -85,7 +85,7 @@ def thread_starts(plan: FaultPlan) -> Iterator[None]:
 
 @contextmanager
 def copy_threads(plan: FaultPlan) -> Iterator[None]:
-    """Let copy threads die before a copy begins, or during it, without reporting."""
+    """Let copy threads die before or during a copy without reporting the failure."""
     real = CopyJob.run
 
     def run(copy: CopyJob) -> None:
@@ -106,7 +106,7 @@ def copy_threads(plan: FaultPlan) -> Iterator[None]:
 
 
 class _InCopyThreads(FaultPlan):
-    """Reads in copy threads call a separate site."""
+    """A plan in which reads in copy threads reach a separate site."""
 
     def reach(self, site: str) -> None:
         if site == "read" and threading.current_thread().name.startswith("fluxmoe-copy"):
@@ -120,12 +120,12 @@ _HOOKS = ("on_access", "on_load", "on_evict", "score", "select", "retain", "prop
 
 
 def reaching(plan: FaultPlan) -> Callable[[object], object]:
-    """Make a policy call a site in each of its methods that is used."""
+    """Make a policy reach a site in each of its methods that the core calls."""
 
     def wrap(policy):
         kind = type(policy)
         hooks = [name for name in _HOOKS if getattr(kind, name, None) is not None]
-        if isinstance(policy, fluxmoe.EvictionPolicy):  # overriding these two changes its kind
+        if isinstance(policy, fluxmoe.EvictionPolicy):  # overriding either changes its kind
             hooks = [
                 name
                 for name in hooks
@@ -152,7 +152,7 @@ def _reaching(plan: FaultPlan, name: str, method):
 
 @dataclass(frozen=True)
 class Site:
-    """A failure site: its name, the error, and the stand-in that injects it."""
+    """A failure site: the error, and the stand-in or fault plan that injects it."""
 
     error: Callable[[], BaseException]
     around: Callable[[FaultPlan], AbstractContextManager[None]] = lambda plan: nullcontext()
@@ -199,7 +199,7 @@ SURVIVED = {
 class Outcome:
     """Result of failing one site.
 
-    ``errors``: codes raised by the core; it survived the other injected faults.
+    ``errors`` has the codes of the errors raised by the core, which survived the other faults.
     """
 
     injected: int = 0
@@ -212,7 +212,7 @@ _TRIES = 100
 
 
 def fail_everywhere(name: str, *, runs: int, operations: int, most: int) -> Outcome:
-    """Fail a site in turn in ``runs`` runs that call it. See ``fail_in_turn``."""
+    """Fail a site in turn in ``runs`` runs that reach it. See ``fail_in_turn``."""
     total, found = Outcome(), 0
     for seed in range(_TRIES):
         outcome = fail_in_turn(name, seed, operations, most)
@@ -228,7 +228,8 @@ def fail_everywhere(name: str, *, runs: int, operations: int, most: int) -> Outc
 def fail_in_turn(name: str, seed: int, operations: int, most: int) -> Outcome:
     """Fail a site on its 1st, 2nd … call in the run of ``seed``, one run for each.
 
-    If it is called more than ``most`` times, fail the first half of ``most`` and as many others.
+    If the site is reached more than ``most`` times, fail the first ``most / 2`` calls and as many
+    others.
     """
     site, outcome = SITES[name], Outcome()
     passages = range(1, _run(site, name, None, seed, operations).passed[name] + 1)

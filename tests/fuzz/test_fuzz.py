@@ -1,6 +1,6 @@
-"""Random operations against the model, several engines at once, every fault site in turn.
+"""Random operations against the model, several engines at once, and each fault site in turn.
 
-A million operations in ``make test-full``, a quarter of that in ``make test``.
+``make test-full`` runs a million operations, and ``make test`` runs a quarter of a million.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tests.fuzz.driver import Failure, attempt, fuzz, together
 from tests.fuzz.run import Run
 from tests.fuzz.sites import SITES, SURVIVED, fail_everywhere
 
-RUNS, OPERATIONS, PARTS = 200, 5000, 8  # a million operations in all
+RUNS, OPERATIONS, PARTS = 200, 5000, 8  # one million operations in total
 
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Silence the log: faulty policies are reported once per run, in many runs."""
+    """Silence the log, because each of the many runs reports its faulty policies."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)

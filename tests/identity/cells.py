@@ -12,9 +12,9 @@ from fluxmoe import plugins
 
 #: The model trained for this project, if its checkpoint is in the package.
 SHIPPED = "shipped"
-#: Random checkpoints: plain, and with shared experts from Qwen2-MoE on; the first layer is dense
-#: from GLM4-MoE on; DeepSeek has multi-head latent attention (MLA). Hybrids have layers that keep
-#: a state instead of keys and values.
+#: Random checkpoints. Those from Qwen2-MoE to DeepSeek have shared experts, and GLM4-MoE and
+#: DeepSeek have a dense first layer; DeepSeek has multi-head latent attention (MLA). Hybrids have
+#: layers that keep a state instead of keys and values.
 HYBRID = ("qwen3-next", "qwen3.5-moe", "lfm2-moe", "granite-hybrid")
 MLA = ("deepseek-v2", "deepseek-v3")
 RANDOM = ("mixtral", "olmoe", "qwen3-moe", "qwen2-moe", "glm4-moe", *MLA, *HYBRID)
@@ -22,7 +22,7 @@ RANDOM = ("mixtral", "olmoe", "qwen3-moe", "qwen2-moe", "glm4-moe", *MLA, *HYBRI
 VLLM_MODES = ("vllm eager", "vllm compiled", "vllm three-process")
 TORCH_MODES = ("torch eager", "torch grouped_mm", "torch batched_mm", "torch compiled")
 
-#: Slots as a share of all pages, and banks. A bank needs at least one layer's experts.
+#: Slots as a share of all pages, and number of banks. A bank needs slots for one layer's experts.
 SIZES = (("one layer", 1), ("half", 1), ("half", 2), ("all", 1), ("all", 2))
 
 
@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def stock(self) -> tuple[str, str, bool | None, bool | None]:
-        """Settings of the unpaged run; cells with equal ones are compared with the same run."""
+        """Settings of the unpaged run; cells with equal settings share this run."""
         return self.model, self.mode, self.prefix_caching, self.chunked_prefill
 
 
@@ -57,7 +57,8 @@ class Cell:
 def policies() -> tuple[list[str], list[str]]:
     """List the built-in eviction and prefetch policies that can serve.
 
-    Excludes oracles, and ``gate``: engines lack the predictions it needs, so it equals ``none``.
+    Oracles are excluded, and so is ``gate``: engines lack the predictions that ``gate`` needs, so
+    it equals ``none``.
     """
     known = [policy for policy in plugins.load() if policy.plugin == "fluxmoe"]
     eviction = [
@@ -72,7 +73,7 @@ def policies() -> tuple[list[str], list[str]]:
 def settings(model: str) -> list[tuple[bool, bool]]:
     """List settings of prefix caching and chunked prefill.
 
-    vLLM disables both for MLA on a CPU, and caches prefixes of hybrids only in chunks.
+    vLLM disables both for MLA on a CPU, and caches prefixes of hybrids only with chunked prefill.
     """
     if model in MLA:
         return [(False, False)] * 4
@@ -82,17 +83,18 @@ def settings(model: str) -> list[tuple[bool, bool]]:
 
 
 def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
-    """List every model x mode x eviction policy x prefix caching x chunked prefill.
+    """List every combination of model, mode, eviction policy, prefix caching and chunked prefill.
 
     Prefetch, slots and banks are distributed so that each model gets all their combinations in each
-    mode. Torch has neither cache nor chunks, and gets all combinations with every policy instead,
-    or one in compiled mode, which is slow.
+    mode. Torch has neither prefix caching nor chunked prefill; instead, each eviction policy gets
+    all their combinations, or only one in compiled mode, which is slow.
     """
     evictions, _ = policies()
     for mode in modes:
         dealt = {model: _dealt(f"{model} {mode}") for model in models}
         if mode in VLLM_MODES:
-            # Settings are nested outermost, so a run that is cut short has covered every policy.
+            # Settings vary in the outermost loop, so a run that is cut short has covered every
+            # policy.
             for turn, model, eviction in product(range(4), models, evictions):
                 prefix, chunked = settings(model)[turn]
                 prefetch, (slots, banks) = next(dealt[model])
@@ -108,7 +110,7 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
 
 
 def product_of(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
-    """List every combination of all values."""
+    """List all combinations of all values."""
     evictions, _ = policies()
     for model, mode, eviction, shape in product(models, modes, evictions, _shapes()):
         prefetch, (slots, banks) = shape

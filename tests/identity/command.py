@@ -6,8 +6,8 @@
     python -m benchmarks identity --report
 
 Cells that are already in the folder's files are not run again, so a run can be interrupted.
-``--select`` writes the table of the cells for ``make test``, ``--report`` the tables of the
-committed results to docs/concepts/identity.md.
+``--select`` writes the table of the cells for ``make test``, and ``--report`` writes the tables of
+the committed results to docs/concepts/identity.md.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--mode", action="append", choices=report.MODES)
     parser.add_argument("--model", action="append", choices=[cells.SHIPPED, *cells.RANDOM])
-    parser.add_argument("--select", action="store_true", help="choose what make test runs")
+    parser.add_argument("--select", action="store_true", help="select cells for make test")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="K/N", help="each N-th cell")
-    parser.add_argument("--limits", action="store_true", help="try what vLLM does not run on a CPU")
+    parser.add_argument("--limits", action="store_true", help="try features without CPU support")
     parser.add_argument(
         "--report", action="store_true", help="write the tables of docs/concepts/identity.md"
     )
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write and go on there")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write and resume there")
     arguments = parser.parse_args(argv)
     if arguments.report:
         PAGE.write_text(report.fill(PAGE.read_text(), tables()))

@@ -19,11 +19,11 @@ class Trial:
     """A feature to try with vLLM on a CPU.
 
     Attributes:
-        name: Description.
+        name: Description of the feature.
         options: vLLM's options, in addition to those of all engines of the matrix.
-        model: Architecture.
-        checkpoint: Changes to its checkpoint.
-        seeded: Use sampling with a seed per request.
+        model: Architecture of the model.
+        checkpoint: Changes to the model's checkpoint.
+        seeded: True to sample with a seed per request.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Trial:
     seeded: bool = False
 
 
-#: Longest error kept.
+#: Maximum length of a recorded error.
 LENGTH = 200
 
 CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": requests.CHUNK}
@@ -69,7 +69,7 @@ TRIALS = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Result of a trial: empty where it succeeded."""
+    """Errors of stock vLLM and of FluxMoE in a trial; empty on success."""
 
     name: str
     vllm: str
@@ -98,7 +98,7 @@ def attempt(trial: Trial, folder: Path) -> Found:
 
 
 def _error(trial: Trial, path: Path, options: dict[str, Any]) -> str:
-    """Return the error of a start with a few requests, a setting changed by vLLM, or nothing."""
+    """Run a few requests; return the error, or a setting that vLLM changed, or an empty string."""
     long = [Prompt([5 + i] * requests.LONG, 4, 1.0 if trial.seeded else 0.0, i) for i in range(4)]
     try:
         with ChildEngine(path, **options) as engine:

@@ -15,7 +15,7 @@ from tests.identity.cells import RANDOM, SHIPPED
 
 FRAME = 4096
 
-#: A dense first layer is not an MoE layer, so four are left, as in the other models.
+#: A dense first layer is not an MoE layer, so four MoE layers are left, as in the other models.
 DENSE_FIRST = {"num_hidden_layers": 5}
 SETTINGS: dict[str, dict[str, object]] = {
     "glm4-moe": DENSE_FIRST,
@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 def shipped() -> Path | None:
-    """Folder of the trained model, if it is in the package."""
+    """Return the folder of the trained model, if the model is in the package."""
     assets = Path(fluxmoe.demo.__file__).parent / "assets"
     found = sorted(path.parent for path in assets.rglob("config.json"))
     return found[0] if found else None
@@ -38,7 +38,7 @@ def names() -> list[str]:
 
 
 def write(folder: Path, model: str) -> Path:
-    """Return the checkpoint's folder, writing a random one below ``folder`` first."""
+    """Return the checkpoint's folder; a random checkpoint is first written below ``folder``."""
     if model == SHIPPED:
         path = shipped()
         assert path is not None
@@ -55,12 +55,12 @@ class Shape:
     vocabulary: int
 
     def slots(self, share: str) -> int:
-        """Number of slots for a cell's ``slots``."""
+        """Compute the number of slots for a cell's ``slots``."""
         experts, pages = self.geometry.experts_per_layer, self.geometry.num_pages
         return {"one layer": experts, "half": pages // 2, "all": pages}[share]
 
     def arena_bytes(self, share: str, banks: int) -> int:
-        """Bytes for exactly that number of slots, in whole frames."""
+        """Compute the bytes for exactly that number of slots, in whole frames."""
         slots = self.slots(share)
         assert slots % banks == 0
         return banks * frames_for(self.page_class, slots // banks, FRAME) * FRAME
@@ -77,7 +77,7 @@ def shape(path: Path) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
-    # Not layout.experts_of, which refuses weights on the meta device.
+    # This does not use layout.experts_of, which refuses weights on the meta device.
     layers = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
     geometry, page_class = layout.describe(layers)
     return Shape(geometry, page_class, vocabulary)

@@ -15,7 +15,8 @@ class Outcome:
         bits: Number of sequences whose log-probabilities (vLLM) or logits (torch) are also equal
             bit for bit.
         error: Error of the engine, paged or not, if it failed.
-        stock_differs: The unpaged engine does not reproduce itself (checked on a difference).
+        stock_differs: True if the unpaged engine does not reproduce its own answers (checked only
+            after a difference).
         stats: Counters of paging, reuse and moves.
     """
 

@@ -1,4 +1,4 @@
-"""Results on disk as JSON lines, one per cell, so that runs can be resumed; with machine data."""
+"""Results on disk: JSON lines for the machine and for each cell, so that runs can be resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_row(part: Cell | Outcome) -> dict[str, object]:
 
 
 def load(path: Path) -> dict[Cell, Outcome]:
-    """Load the cells of a file; none if it does not exist."""
+    """Load the outcomes of a file's cells; return none if the file does not exist."""
     if not path.exists():
         return {}
     return {Cell(**row["cell"]): Outcome(**row["outcome"]) for row in _rows(path)}

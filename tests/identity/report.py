@@ -13,7 +13,7 @@ MODES = (*VLLM_MODES, *TORCH_MODES)
 
 
 def summary(results: Mapping[Cell, Outcome]) -> list[list[str]]:
-    """Make a row per model, a column per mode: identical cells and sequences out of all."""
+    """Make a table of identical cells and sequences, with a row per model and a column per mode."""
     modes = [mode for mode in MODES if any(cell.mode == mode for cell in results)]
     table = [["model", *modes]]
     for model in dict.fromkeys(cell.model for cell in results):
@@ -74,7 +74,7 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def fill(page: str, parts: list[str]) -> str:
-    """Replace a page's blocks ``<!-- report N --> … <!-- end -->`` by these parts."""
+    """Replace a page's blocks ``<!-- report N --> … <!-- end -->`` with these parts."""
     return re.sub(
         r"(<!-- report (\d) -->\n).*?(<!-- end -->)",
         lambda block: f"{block[1]}{parts[int(block[2])]}{block[3]}",

@@ -31,12 +31,13 @@ def waves(vocabulary: int, *, seeded: bool) -> list[list[Prompt]]:
     """Make the requests; each wave is sent after the previous one has been answered.
 
     The first wave is one long prompt, whose prefixes later prompts share and find in the prefix
-    cache. In the other waves every second prompt is independent, with 1 to 40 tokens.
+    cache. In the other waves, every second prompt is independent, with 1 to 40 tokens.
 
     Args:
         vocabulary: Upper bound of the prompts' tokens.
-        seeded: Every second request samples with its own seed; otherwise all are greedy, as needed
-            for chunked prefill (vLLM on a CPU cannot split the prefill of a seeded request).
+        seeded: True if every second request samples with its own seed. Otherwise, all requests are
+            greedy, as needed for chunked prefill (vLLM on a CPU cannot split the prefill of a
+            seeded request).
     """
     rng = random.Random(0)
 

@@ -18,8 +18,8 @@ TABLE = Path(__file__).with_name("selection.csv")
 
 Pair = tuple[tuple[str, object], tuple[str, object]]
 
-#: Under vLLM, whose starts take long: shared experts, a dense first layer, a router in fp32 and MLA
-#: are represented once. Torch runs all models.
+#: Models under vLLM, whose starts take long. Each of shared experts, a dense first layer, a router
+#: in fp32 and MLA is represented once. Torch runs all models.
 PLAIN = (SHIPPED, "qwen2-moe", "glm4-moe", "deepseek-v3")
 _EAGER, _COMPILED, _THREE = VLLM_MODES
 VLLM_MODELS = {
@@ -42,14 +42,15 @@ def write() -> None:
         names = [field.name for field in fields(Cell)]
         writer.writerow(names)
         for cell in choose():
-            writer.writerow(getattr(cell, name) for name in names)  # None becomes empty
+            writer.writerow(getattr(cell, name) for name in names)  # None becomes an empty field
 
 
 def demanded(cell: Cell) -> set[Pair]:
     """List the pairs of the cell's values that the selection must cover.
 
-    All pairs in eager mode. For modes with slow starts, each value once; with three processes, and
-    for hybrids, whose steps are slow, the model and (eager) its settings.
+    In eager mode, these are all pairs. In compiled mode, whose starts are slow, each value must
+    occur at least once. With three processes, and for hybrids, whose steps are slow, only each
+    model must occur (in eager mode, with each setting of prefix caching).
     """
     values = [(field.name, getattr(cell, field.name)) for field in fields(Cell)]
     found = set(combinations(values, 2))
@@ -64,7 +65,8 @@ def demanded(cell: Cell) -> set[Pair]:
 def choose() -> list[Cell]:
     """Select few cells that cover all demanded pairs of the candidates.
 
-    Greedy: the candidate with the most new pairs is next; on ties the first one.
+    The selection is greedy: the candidate with the most new pairs is next, or the first of them on
+    a tie.
     """
     chosen: list[Cell] = []
     for backend in VLLM_MODES, TORCH_MODES:
@@ -80,7 +82,7 @@ def choose() -> list[Cell]:
 
 
 def candidates() -> Iterator[Cell]:
-    """List the candidates, with two of vLLM's settings per model, since each needs a stock run."""
+    """List the candidates, with two of vLLM's settings per model, as each needs a stock run."""
     for mode, models in VLLM_MODELS.items():
         for cell in cells.product_of(models, [mode]):
             settings = cells.settings(cell.model)

@@ -20,14 +20,14 @@ def values(chosen, *names):
 
 
 def test_the_table_is_what_the_command_writes() -> None:
-    """Fix after adding a policy or model: python -m benchmarks identity --select."""
+    """After adding a policy or model, run ``python -m benchmarks identity --select``."""
     assert selection.choose() == SELECTED
     assert set(SELECTED) <= set(cells.product_of(EVERY_MODEL, VLLM_MODES + TORCH_MODES))
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(FIELDS, 2)))
 def test_all_pairs_of_the_matrix(one: str, other: str) -> None:
-    """Covers eager mode, where the prototype of each architecture has all pairs."""
+    """Check eager mode, where the prototype of each architecture has all pairs."""
     everything = cells.product_of(EVERY_MODEL, ["vllm eager"])
     mine = [cell for cell in SELECTED if cell.mode == "vllm eager"]
     assert values(mine, one, other) == values(everything, one, other)

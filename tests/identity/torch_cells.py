@@ -1,4 +1,4 @@
-"""Runs torch's cells: a Hugging Face model unpaged, then paged, in this process."""
+"""Runner of torch's cells: a Hugging Face model unpaged, then paged, in this process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def answer(model: Any, new_tokens: int = 8) -> Answer:
 
 
 def compiled_answer(model: Any) -> Answer:
-    """Return the same for a model compiled as one graph, which decodes without a cache."""
+    """Return the same for a model that is compiled as one graph and decodes without a cache."""
     torch._dynamo.reset()
     call = torch.compile(model, fullgraph=True, dynamic=False)
     ids = prompts()["input_ids"]
@@ -53,12 +53,12 @@ def compiled_answer(model: Any) -> Answer:
 
 
 def same(one: Answer, other: Answer) -> bool:
-    """True if two answers are equal bit for bit."""
+    """Return True if two answers are equal bit for bit."""
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 class Models:
-    """Holds one model at a time, with its unpaged answers."""
+    """A holder of one model at a time, with its unpaged answers."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -68,7 +68,7 @@ class Models:
         self.stock: Answer = ()
 
     def run(self, cell: Cell) -> Outcome:
-        """Compare one cell with the unpaged model; single-threaded."""
+        """Compare one cell with the unpaged model, on one thread."""
         implementation = cell.mode.removeprefix("torch ")
         ask = compiled_answer if implementation == "compiled" else answer
         if self._key != (cell.model, cell.mode):

@@ -1,4 +1,4 @@
-"""Runs vLLM's cells: stock once per setting, then each cell in the same child process."""
+"""Runner of vLLM's cells: stock once per setting, then each cell in the same child process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.identity import models, requests
 from tests.identity.cells import MLA, Cell
 from tests.identity.outcome import COUNTERS, Outcome
 
-#: Models whose vLLM module imports torchvision, which the lock does not contain.
+#: Models whose vLLM module imports torchvision, which the lock file does not contain.
 MULTIMODAL = ("qwen3.5-moe",)
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Output tokens, their log-probabilities, and cached prompt tokens of each request."""
+    """Output tokens, their log-probabilities, and number of cached prompt tokens per request."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]

@@ -1,4 +1,4 @@
-"""A folder like site-packages, without the machine's plugins."""
+"""A fixture for a folder like site-packages, without the machine's plugins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def no_installed_plugins(monkeypatch):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder on ``sys.path``, like ``site-packages``."""
+    """Make a folder on ``sys.path``, like ``site-packages``."""
     path = tmp_path / "site"
     path.mkdir()
     monkeypatch.syspath_prepend(str(path))

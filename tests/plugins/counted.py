@@ -1,4 +1,4 @@
-"""A plugin that logs its executions and created policies and codecs to the file ``COUNTED``."""
+"""A plugin that logs its executions and its policies and codecs to the file ``$COUNTED``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import fluxmoe
 
 PLUGIN = __file__
-#: A configuration that uses all that it registers.
+#: A configuration that uses everything that the plugin registers.
 SETTINGS = {
     "eviction": "counted",
     "prefetch": "counted",
@@ -91,5 +91,5 @@ def fluxmoe_register_codecs(register):
     register("counted", Codec)
 
 
-if __name__ != "tests.plugins.counted":  # imported by tests for its names
+if __name__ != "tests.plugins.counted":  # not if tests import it
     _note("execute")

@@ -20,7 +20,7 @@ class Unprintable(Exception):
 
 
 class Sly(BaseException):
-    """Not an Exception, so that `except Exception` does not catch it."""
+    """An error that is not an Exception, so that `except Exception` does not catch it."""
 
 
 def _raise(*args):
@@ -65,7 +65,7 @@ def _answer(value):
     return lambda *args: value
 
 
-#: Possible faults of a hook, and of a method that returns an answer.
+#: Possible faults in a hook, and in a method that returns an answer.
 IN_A_HOOK = {
     "raise": _raise,
     "unprintable": _unprintable,
@@ -133,7 +133,7 @@ def prefetch(method: str, fault: str) -> fluxmoe.PrefetchPolicy:
 
 
 class Everything(fluxmoe.EvictionPolicy):
-    """Fails in every method, in a different way each time."""
+    """A policy that fails in every method, in a different way each time."""
 
     def __init__(self) -> None:
         self._calls = 0
@@ -170,7 +170,7 @@ class Everything(fluxmoe.EvictionPolicy):
 
 
 class FetchesNonsense(fluxmoe.PrefetchPolicy):
-    """Fails in the same ways instead of proposing pages."""
+    """A policy that fails in the same ways instead of proposing pages."""
 
     def __init__(self) -> None:
         self._everything = Everything()
@@ -180,7 +180,7 @@ class FetchesNonsense(fluxmoe.PrefetchPolicy):
 
 
 class SplitsNonsense(fluxmoe.ArbitrationPolicy):
-    """Raises, exits, returns nonsense and writes to its input."""
+    """A policy that raises, exits, returns nonsense and writes to its input."""
 
     def split(self, view):
         kind = view.step % 6

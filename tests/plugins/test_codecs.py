@@ -1,4 +1,4 @@
-"""Codecs are registered by their own hook; errors contain the name."""
+"""Codecs are registered by their own hook; errors contain the name of the codec."""
 
 from __future__ import annotations
 

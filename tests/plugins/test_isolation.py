@@ -1,4 +1,4 @@
-"""Broken plugins affect only users that request them, who get the reason."""
+"""Broken plugins affect only users who request them; these users get the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.web import served
 HOOK = "import fluxmoe, sys\n@fluxmoe.hookimpl\ndef fluxmoe_register_policies(register):\n"
 HALF = MRU + '    register("lru", MostRecentlyUsed)\n'
 
-#: Fault → source, and text of the message.
+#: Fault → source of the plugin, and text in the message.
 BROKEN = {
     "missing import": ("import saddle", "ModuleNotFoundError: No module named 'saddle'"),
     "syntax": ("def broken(:", "SyntaxError"),
@@ -61,7 +61,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def pony(site, monkeypatch):
-    """An installed plugin whose module the test writes, next to a working one."""
+    """Install a plugin whose module the test writes, next to a working plugin."""
     write(site / "cart_policy.py", name="cart")
     install(site, "fluxmoe-cart", {"cart": "cart_policy"})
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})
@@ -86,7 +86,8 @@ def test_an_installed_plugin_that_is_broken_is_reported_and_left_out(pony, caplo
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1, warnings  # once per process
     assert warnings[0].startswith("plugin pony 1.0 is broken and left out: ")
-    # A server that does not use it starts; the error for an unknown name includes the reason.
+    # A server that does not use the plugin starts; the error for an unknown name includes the
+    # reason.
     wanted = {"model": "m", "memory": {"budget": "1GiB"}, "eviction": "cart"}
     registry.policies(parse(wanted, where="test"))
     with pytest.raises(UnknownPolicyError) as info:
@@ -118,7 +119,7 @@ def test_nothing_of_a_plugin_that_fails_half_way_is_kept():
             raise OSError("gone")
 
     registry, half = plugins.load(), Half()
-    for _ in range(2):  # and may be retried
+    for _ in range(2):  # a failed plugin may be added again
         with pytest.raises(PluginLoadError, match="OSError: gone"):
             registry.add(half, "half")
         assert "half" not in registry.names("eviction")
@@ -298,7 +299,7 @@ fluxmoe_budget_bytes 4096.0
 
 @pytest.fixture
 def server():
-    """Serves ``answers[path]``."""
+    """Run a server that answers with ``answers[path]``."""
     answers: dict[str, str] = {}
 
     def answer(request):
@@ -316,8 +317,8 @@ def test_c3_policies_tells_what_became_of_a_running_servers(server, capsys):
     lru, mru = rows["eviction", "lru"], rows["eviction", "mru"]
     assert (lru["status"], lru["problem"], lru["faults"]) == ("ok", "", 3)
     assert rows["arbitration", "marginal"]["faults"] == 10
-    assert rows["eviction", "lfu"]["faults"] is None  # the server does not run it
-    # From a plugin that is not installed here.
+    assert rows["eviction", "lfu"]["faults"] is None  # the server does not run this policy
+    # This policy is from a plugin that is not installed here.
     assert (mru["status"], mru["faults"]) == ("replaced", 16)
     assert mru["problem"] == "score raised ValueError: no idea"
     answers["/metrics"] = METRICS.replace('policy="mru"', 'policy="lfu"')

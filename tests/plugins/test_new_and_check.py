@@ -114,7 +114,7 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
     assert 'name = "fluxmoe-sieve-2"' in text
     assert 'sieve-2 = "fluxmoe_sieve_2"' in text
     assert "class Sieve2Policy" in Path("fluxmoe-sieve-2/fluxmoe_sieve_2.py").read_text()
-    # A second call would overwrite the user's changes.
+    # A second call is refused, because it would overwrite the user's changes.
     error = run("plugin", "new", "sieve-2", "--kind", "eviction", code=2)
     assert "error[FM101]: fluxmoe-sieve-2 already exists" in error
 

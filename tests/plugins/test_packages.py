@@ -1,4 +1,4 @@
-"""The packages below ``plugins``: built as wheels, installed with a wheel of fluxmoe, tested."""
+"""The packages below ``plugins``: built as wheels, installed beside fluxmoe's wheel, and tested."""
 
 from __future__ import annotations
 

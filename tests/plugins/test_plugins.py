@@ -338,7 +338,7 @@ def test_a_specification_is_not_changed_by_using_it():
 
 @pytest.fixture
 def installed(site, monkeypatch):
-    """Two distributions, one of them with two plugins."""
+    """Install two distributions, one of which has two plugins."""
     for module in ("pony", "cart", "wheel"):
         write(site / f"{module}_policy.py", name=module)
     install(site, "fluxmoe-pony", {"pony": "pony_policy"})

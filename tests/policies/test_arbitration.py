@@ -1,4 +1,4 @@
-"""The arbitration policies with a model of an engine: moves in both directions, or none."""
+"""Arbitration policies with a model of an engine: moves in both directions, or no moves."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class Engine:
     per_step: int = 40
     flat: float = 5e-3
     per_request: float = 2e-4
-    #: Every ``every`` steps a prompt of ``prompt`` tokens is looked up, and found if the KV cache
-    #: has ``cliff`` free frames; each token that is not found takes ``token_seconds``.
+    #: Every ``every`` steps, a prompt of ``prompt`` tokens is looked up; it is found if the KV
+    #: cache has at least ``cliff`` free frames; each token that is not found takes
+    #: ``token_seconds``.
     every: int = 20
     prompt: int = 0
     cliff: float = 0.0
@@ -117,7 +118,7 @@ class Engine:
                 self.schedule.asked(self.running, waiting, content=self.wish is None)
             wanted = self.wish or view.frames
             assert sum(wanted.values()) <= TOTAL
-            # Like the host: one small move, within the bounds, without taking memory in use.
+            # As the host does: one small move, within the bounds, without taking memory in use.
             kv = max(wanted["kv"], 12, min(view.kv_used_frames, self.kv))
             experts = min(max(wanted["experts"], 20), 300, TOTAL - kv)
             self.experts += int(np.clip(experts - self.experts, -25, 25))

@@ -59,7 +59,7 @@ def test_on_cyclic_scans_it_is_the_optimum(misses, capacity):
 
 
 def scores(recency, history, pages):
-    """Compute scores after ``history``: experts used per turn of a single layer."""
+    """Compute scores after ``history``, the experts used in each turn of a single layer."""
     table = PageTable(Geometry(1, EXPERTS), [EXPERTS])
     view = PageView(table)
     for step, experts in enumerate(history):
@@ -69,7 +69,7 @@ def scores(recency, history, pages):
 
 
 def test_a_former_favourite_gives_way_in_time():
-    # Expert 1 was used in the first 20 turns, expert 2 in the 8 before the last; 0 in all.
+    # Expert 1 was used in the first 20 turns, expert 2 in the 8 before the last, and 0 in all.
     history = [[0, 1]] * 20 + [[0]] * 12 + [[0, 2]] * 8 + [[0]]
     always, former, present = scores(0.3, history, [0, 1, 2])
     assert always > present > former
@@ -78,7 +78,7 @@ def test_a_former_favourite_gives_way_in_time():
 
 
 def test_scores_are_as_documented():
-    # Two of four turns seen, the last one turn ago: wait = 1 + (5/2.5 - 1 + 0.3) turns.
+    # Used in two of four turns, most recently one turn ago: wait = 1 + (5/2.5 - 1 + 0.3) turns.
     assert scores(0.3, [[1], [0], [1], [0]], [1]) == [pytest.approx(-(1 + 1.0 + 0.3))]
 
 

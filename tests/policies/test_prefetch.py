@@ -29,7 +29,7 @@ def access(layer, experts, tokens=None, predicted=None):
 
 
 class Spy(PrefetchPolicy):
-    """Records its input."""
+    """A policy that records its input."""
 
     def __init__(self):
         self.seen = []
@@ -72,7 +72,7 @@ def watch(events):
 
 
 def test_the_simulator_shows_what_the_trace_predicts(tmp_path):
-    """Predictions are pages of the next layer, most tokens first; none after the last layer."""
+    """Predictions are pages of the next layer, most tokens first; there are none after the last."""
     seen = watch(trace(tmp_path / "t.parquet", predict=True))
     assert [s.tolist() for s in seen] == [[7, 4, 5], [11, 8, 9], []] * 2
 
@@ -114,7 +114,7 @@ def test_gate_without_predictions_is_none(tmp_path):
 
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_gate_knows_more_than_markov_and_both_more_than_nothing(name):
-    """More of their fetched pages are used than of random pages."""
+    """Check that a larger share of the pages that they fetch is used than of random pages."""
     events = Events.load(shipped.path(name))
     none = simulate(events, "next-use", "50%")
     gate = simulate(events, "next-use", "50%", "gate")
@@ -132,9 +132,9 @@ def test_markov_learns_what_follows_what(view):
         policy.propose(view, access(0, [1]))
         policy.propose(view, access(1, [0, 2]))
     policy.propose(view, access(0, [1, 2]))
-    policy.propose(view, access(1, [3]))  # followed 1 once in four events
+    policy.propose(view, access(1, [3]))  # followed expert 1 in one of its four events
     assert policy.propose(view, access(0, [1])).tolist() == [4, 6]
-    # Never used in this layer, so there is no estimate.
+    # Expert 3 was never used in this layer, so there is no estimate.
     assert policy.propose(view, access(0, [3])).tolist() == []
 
 

@@ -15,7 +15,7 @@ LAYERS, EXPERTS = 3, 16
 
 
 class Model:
-    """Queues as lists, head first; as in the paper, except that the current event is skipped."""
+    """The paper's queues as lists, head first, but pages of the current event are skipped."""
 
     def __init__(self, slots, share):
         self.slots, self.target = slots, max(1, int(share * slots))

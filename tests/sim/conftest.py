@@ -6,7 +6,7 @@ from tests.plugins.rig import write
 
 @pytest.fixture(scope="session")
 def plugin_file(tmp_path_factory):
-    """The three-line policy of the documentation, as a file."""
+    """Write the three-line policy of the documentation to a file."""
     return write(tmp_path_factory.mktemp("plugin") / "mru.py")
 
 

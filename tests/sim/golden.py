@@ -13,14 +13,14 @@ from fluxmoe.sim.simulator import simulate
 from fluxmoe.trace import shipped
 
 FILE = Path(__file__).with_name("golden.json")
-#: Of 384 pages; the largest event of decode-64 and prefill has 64.
+#: Slots, for 384 pages; the largest event of decode-64 and of prefill has 64 pages.
 CAPACITIES = (64, 80, 96, 144, 192, 240, 288, 336)
-#: A quarter, a half and three quarters.
+#: Slots for a quarter, a half and three quarters of the pages.
 PREFETCH_CAPACITIES = (96, 192, 288)
 
 
 def policies(kind):
-    """List the built-in policies, without installed ones."""
+    """List the built-in policies, without those of installed plugins."""
     registry = plugins.Registry()
     registry.add(built_in, "fluxmoe")
     return registry.names(kind)

@@ -1,4 +1,4 @@
-"""The virtual clock compared with times computed by hand, and profiles."""
+"""The virtual clock compared with times computed by hand, and hardware profiles."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from fluxmoe.sim.hardware import Profile
 from fluxmoe.sim.simulator import simulate
 from tests.sim.test_simulator import in_memory
 
-#: A page of 1 MB takes 1 ms to load, a layer computes for 0.5 ms.
+#: A page of 1 MB takes 1 ms to load, and a layer computes for 0.5 ms.
 SIMPLE = Profile(name="simple", load_gbps=1, memory_gbps=1e9, tflops=1e9, layer_us=500)
 ROWS = [(0, 0, [0]), (0, 1, [0]), (1, 0, [0]), (1, 1, [1])]
 
@@ -21,7 +21,7 @@ def timed(rows, capacity, prefetch="none", profile=SIMPLE, top_k=1, **arguments)
 
 def test_demand_copies_stand_in_the_way(registry):
     timing = timed(ROWS, 4, registry=registry).timing
-    # Two misses in the first step, one in the second, each 1 ms; two layers each.
+    # Two misses in the first step and one in the second, 1 ms each; two layers per step.
     assert timing.seconds == pytest.approx(5.0e-3, rel=1e-6)
     assert timing.step_ms_mean == pytest.approx(2.5, rel=1e-6)
     assert timing.step_ms_p50 == pytest.approx(2.5, rel=1e-6)
@@ -32,9 +32,9 @@ def test_demand_copies_stand_in_the_way(registry):
 
 def test_prefetched_copies_overlap_with_computing(registry):
     timing = timed(ROWS, 4, "next-layer", registry=registry).timing
-    # 0.0 demand of page 0, 1.0 there; 2 and 3 are proposed, 2 is on its way; computed at 1.5.
-    # 1.5 page 2 is needed, there at 2.0; page 1 is proposed, behind 3; computed at 2.5.
-    # 2.5 page 0 hits; computed at 3.0. Page 3 was on its way from 2.0 to 3.0: no wait.
+    # 0.0: page 0 is demanded and arrives at 1.0; 2 and 3 are proposed, and 2 is copied until 2.0.
+    # 1.5: page 2 is needed and arrives at 2.0; page 1 is proposed, after 3; the layer ends at 2.5.
+    # 2.5: page 0 hits, and the layer ends at 3.0. Page 3 was copied from 2.0 to 3.0: no wait.
     assert timing.seconds == pytest.approx(3.5e-3, rel=1e-6)
     assert timing.stall_share == pytest.approx(1.5 / 3.5, rel=1e-6)
     assert timing.step_ms_p95 == pytest.approx(1.0 + 0.95 * 1.5, rel=1e-6)
@@ -43,8 +43,8 @@ def test_prefetched_copies_overlap_with_computing(registry):
 def test_a_page_whose_copy_has_not_begun_is_copied_at_once(registry):
     rows = [(0, 0, [0]), (0, 1, [1])]
     timing = timed(rows, 4, "next-layer", registry=registry).timing
-    # Pages 2 and 3 are proposed at 1.0; 2 is on its way until 2.0 when 3 is needed at 1.5: it
-    # goes next, there at 3.0.
+    # Pages 2 and 3 are proposed at 1.0, and page 2 is copied until 2.0. Page 3, which is needed at
+    # 1.5, is next and arrives at 3.0.
     assert timing.seconds == pytest.approx(3.5e-3, rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Simulator = engine: on a pager's trace the simulator has the same counters as the pager."""
+"""Simulator = engine: on a pager's trace, the simulator has the same counters as the pager."""
 
 import numpy as np
 import pytest

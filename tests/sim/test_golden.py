@@ -1,4 +1,4 @@
-"""Exact misses of every built-in policy on the shipped traces, and libCacheSim's."""
+"""Exact misses of every built-in policy on the shipped traces, and those of libCacheSim."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Names published in ``fluxmoe.sim`` that have moved: still available, with a warning."""
+"""Names that have moved from ``fluxmoe.sim`` are still available there, with a warning."""
 
 import importlib
 

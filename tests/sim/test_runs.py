@@ -1,4 +1,4 @@
-"""Many runs at once, in processes, and their report."""
+"""Many runs at once, in several processes, and the report of these runs."""
 
 import html.parser
 import itertools

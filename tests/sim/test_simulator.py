@@ -78,7 +78,7 @@ def traces(draw):
         rows.append((0, 0, list(range(top_k))))
     banks = draw(st.integers(1, layers))
     largest = max(len(set(ids)) for _, _, ids in rows)
-    # Banks share slots by their layers, so the smallest bank determines the minimum.
+    # Banks get slots in proportion to their layers, so the smallest bank determines the minimum.
     least = largest if banks == 1 else largest * layers
     capacity = draw(st.integers(least, layers * experts + 2))
     return rows, layers, experts, top_k, banks, capacity
@@ -114,7 +114,7 @@ def test_equals_the_reference_at_many_capacities(registry, synthetic, policy, pr
 
 
 def test_the_reference_tells_policies_apart(registry, synthetic):
-    """Otherwise the comparisons above would prove little."""
+    """Without this, the comparisons above would prove little."""
     events, rows = synthetic
     misses = {
         policy: check(events, rows, policy, 24, "none", 1, registry)["misses"]

@@ -107,7 +107,7 @@ def test_stores_take_pages_in_order_up_to_their_limits(tmp_path: Path) -> None:
     store = filled(store_of(stores))
     check(store)
     assert [len(tier._pages) for tier in store._tiers[:2]] == [3, 4]
-    assert len(store._tiers[2]._taken) == PAGES - 7
+    assert len(store._tiers[2]._held) == PAGES - 7
     store.close()
 
 
@@ -555,7 +555,7 @@ def test_page_files_have_limits_too_and_keep_them_when_found_again(tmp_path: Pat
     for _ in range(2):
         store = filled(store_of(stores))
         check(store)
-        assert 0 < len(store._tiers[0]._taken) < PAGES and store._tiers[0].nbytes <= 400_000
+        assert 0 < len(store._tiers[0]._held) < PAGES and store._tiers[0].nbytes <= 400_000
         store.close()
         written += [path.stat().st_mtime_ns for path in page_files(tmp_path)]
     assert written[0] == written[1] and not caplog.records
@@ -567,7 +567,7 @@ def test_a_page_file_that_may_grow_is_built_anew_with_more_pages(tmp_path: Path)
         store = filled(store_of([file, {"kind": "host"}]))
         check(store)
         store.close()
-    assert len(store._tiers[0]._taken) == PAGES and len(page_files(tmp_path)) == 1
+    assert len(store._tiers[0]._held) == PAGES and len(page_files(tmp_path)) == 1
 
 
 def test_a_page_file_without_room_for_a_page_is_not_made(tmp_path: Path) -> None:

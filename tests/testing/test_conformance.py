@@ -67,7 +67,7 @@ class Eviction(fluxmoe.EvictionPolicy):
 
 
 class Prefetch(fluxmoe.PrefetchPolicy):
-    """Fetches the first expert of the next layer, to be broken by tests."""
+    """A policy that fetches the first expert of the next layer, to be broken by tests."""
 
     def propose(self, view, access):
         layer = (access.layer + 1) % view.num_layers
@@ -75,7 +75,7 @@ class Prefetch(fluxmoe.PrefetchPolicy):
 
 
 class Arbitration(fluxmoe.ArbitrationPolicy):
-    """Keeps the current split, to be broken by tests."""
+    """A policy that keeps the current split, to be broken by tests."""
 
     def split(self, view):
         return fluxmoe.Split(view.frames)
@@ -128,7 +128,7 @@ def _slow(self, view, pages):
 
 
 class Moody(Eviction):
-    """Depends on the number of calls of score."""
+    """A policy whose scores depend on the number of calls to score."""
 
     calls = 0
 
@@ -138,7 +138,7 @@ class Moody(Eviction):
 
 
 class Forgetful(Eviction):
-    """Keeps state across reset()."""
+    """A policy that keeps state across reset()."""
 
     def __init__(self):
         self.seen = 0
@@ -151,7 +151,7 @@ class Forgetful(Eviction):
 
 
 class Shared(Forgetful):
-    """Keeps state in its class."""
+    """A policy that keeps state in its class."""
 
     book: list[int] = []  # noqa: RUF012
 
@@ -169,7 +169,7 @@ class Shared(Forgetful):
 
 
 class Dice(Eviction):
-    """Uses the wrong random generator."""
+    """A policy that uses the wrong random generator."""
 
     made = 0
 
@@ -182,7 +182,7 @@ class Dice(Eviction):
 
 
 class TwoMinds(Eviction):
-    """Scores differ between score and score_kernel."""
+    """A policy whose scores differ between score and score_kernel."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):
@@ -388,7 +388,7 @@ def test_the_policies_own_randomness_must_come_from_the_view():
 
 
 class Plain(fluxmoe.Codec):
-    """Stores the size, then the unchanged bytes; to be broken by tests."""
+    """A codec that stores the size and the unchanged bytes, to be broken by tests."""
 
     def encode(self, raw):
         return np.concatenate([np.frombuffer(np.int64(len(raw)).tobytes(), np.uint8), raw])
@@ -405,7 +405,7 @@ def _far(self, coded, out):
 
 
 class OneByOne(Plain):
-    """Keeps its working data in self."""
+    """A codec that keeps its working data in self."""
 
     def encode(self, raw):
         self.raw = raw

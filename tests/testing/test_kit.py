@@ -1,4 +1,4 @@
-"""Golden traces, the leak check and the fixtures."""
+"""Golden traces, the leak check and the fixtures of the kit."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def rows(path):
 
 
 def write_flame(folder, layers=(2, 3), tokens=50_000, top_k=6, kind=None, seed=0):
-    """Write files as in the dataset's README: descending scores (float16), indices (int16)."""
+    """Write files as in the dataset's README: descending scores (float16) and indices (int16)."""
     rng = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
     written = {}
@@ -200,7 +200,7 @@ def test_vllm_errors(tmp_path):
 
 
 def test_b9_tokens_of_a_cached_prefix_are_left_out(tmp_path):
-    """vLLM leaves the rows of tokens from a cached prefix zero."""
+    """vLLM leaves the rows of tokens from a cached prefix at zero."""
     array = routed(9) | 1
     array[:, 0], array[:4] = 0, 0
     np.save(tmp_path / "r.npy", array)
@@ -216,7 +216,7 @@ def test_b9_tokens_of_a_cached_prefix_are_left_out(tmp_path):
 def test_b9_zeros_are_judged_per_row(tmp_path):
     array = routed(4, layers=3) | 1
     array[:, 0] = 0
-    array[1, 2] = 0  # one layer of one token
+    array[1, 2] = 0  # only one layer of one token
     np.save(tmp_path / "r.npy", array)
     meta = convert(tmp_path / "r.npy", tmp_path / "t", options=Options(prompt_tokens=4))
     assert meta.num_layers == 2
@@ -360,7 +360,7 @@ def record(ids, mode, index):
 
 
 def sglang(tokens, seed):
-    """Make a record with dense layer 0, using two of the eight columns that SGLang reserves."""
+    """Make a record with a dense layer 0, using two of the eight columns that SGLang reserves."""
     ids = np.full((3, tokens, 8), -1, np.int32)
     ids[1:, :, :2] = np.random.default_rng(seed).permuted(
         np.tile(np.arange(6, dtype=np.int32), (2, tokens, 1)), axis=2

@@ -1,4 +1,4 @@
-"""The recorder's ring: no event is lost, no memory retained, and the engine never fails."""
+"""The recorder's ring: no event is lost, no memory is retained, and the engine never fails."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_slow_disk_makes_the_engine_wait(tmp_path: Path, monkeypatch) -> None:
     thread = threading.Thread(target=engine)
     thread.start()
     thread.join(0.3)
-    # A chunk holds two events; all four are full, one of them with the writer.
+    # A chunk holds two events. All four chunks are full, and the writer has one of them.
     assert thread.is_alive() and count[0] == 2 * module._CHUNKS
     go.set()
     thread.join()
@@ -87,7 +87,7 @@ def test_rows_are_asked_for_once_a_step(tmp_path: Path) -> None:
         for step in range(3):
             recorder.first_request = 10 * step
             for layer in range(3):
-                recorder.observe(step, layer, np.arange(6), Phase.PREFILL)  # 3 tokens, 1 padded
+                recorder.observe(step, layer, np.arange(6), Phase.PREFILL)  # one token has no row
     found = pq.ParquetFile(tmp_path / "t").read().to_pylist()
     assert asked == [3, 3, 3]
     assert [row["request"] for row in found] == [0, 1, -1] * 3 + [10, 11, -1] * 3 + [-1] * 9

@@ -48,7 +48,7 @@ def test_prefill_is_prefill_of_all_lengths(found):
 
 
 def test_they_are_real(found):
-    """They have properties of a trained model: balanced experts, and predictive previous routers.
+    """They have properties of a trained model: balanced experts, and predictable routing.
 
     Consecutive tokens, which are single bytes, have hardly more in common than by chance.
     """

@@ -29,7 +29,7 @@ def write(path, events, columns=()):
 
 
 def reference(events):
-    """Compute the same numbers, slowly."""
+    """Compute the same numbers in a simple, slow way."""
     steps = sorted({step for step, *_ in events})
     ordinal = {step: i for i, step in enumerate(steps)}
     pages = [{(la, e) for _, ids, _ in tokens for e in ids} for _, la, _, tokens in events]
@@ -94,8 +94,8 @@ def test_equals_the_definitions(tmp_path_factory, events, batch):
     write(path, events, ["predicted"])
     distances, windows, shares, guessed, unions, pages = reference(events)
     with pytest.MonkeyPatch.context() as patch:
-        # The statistics forget streams absent from a batch (see below), so a batch must hold an
-        # event of all requests; here, the other numbers are compared for any size.
+        # The statistics forget streams absent from a batch (see below), so the overlap is compared
+        # only for large batches; the other numbers are compared for any size.
         patch.setattr(reader, "GROUP_ROWS", batch)
         found = describe(path)
     assert found.events == len(events)
@@ -136,7 +136,7 @@ def test_a_request_that_every_batch_shows_is_never_forgotten(tmp_path, monkeypat
     ]
     write(tmp_path / "t", [(s, 0, Phase.DECODE, tokens[s % 2]) for s in range(40)])
     monkeypatch.setattr(reader, "GROUP_ROWS", group)
-    # Request 0 has the same experts each time, request 7 half of them.
+    # Request 0 has the same experts each time, and request 7 has half of them again.
     assert describe(tmp_path / "t").layers[0].overlap == pytest.approx(0.75)
 
 

@@ -1,4 +1,4 @@
-"""Synthetic traces: same file for the same seed, and the requested popularity."""
+"""Synthetic traces: the same file for the same seed, and the requested popularity."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -60,7 +60,7 @@ def test_drift_changes_who_is_popular():
         return np.corrcoef(early, late)[0, 1]
 
     assert overlap(0.0) > 0.99
-    # At this drift 6,000 steps are several lifetimes of a ranking: the halves differ.
+    # At this drift, 6,000 steps are several lifetimes of a ranking, so the halves differ.
     assert overlap(0.05) < 0.9
 
 
@@ -75,7 +75,7 @@ def test_nonsense(changes):
 
 
 def kept(got):
-    """Compute per layer the share of experts that a request's next token reuses."""
+    """Compute, per layer, the share of experts that a request's next token reuses."""
     one, following = got[:-1], got[1:]
     again = (one[..., :, None] == following[..., None, :]).any(axis=-1)
     return again.mean(axis=(0, 2, 3))
@@ -85,7 +85,7 @@ def test_locality_is_that_of_each_layer():
     free = kept(routing(layers=5, drift=0.0, skew=0.0))
     np.testing.assert_allclose(free, 4 / 16, atol=0.03)
     got = kept(routing(layers=5, drift=0.0, skew=0.0, locality=(0.8, 0.0)))
-    # An expert stays with probability p; if not, it may still be drawn again.
+    # An expert stays with probability p; otherwise, it may still be drawn again.
     assert got[0] > 0.8 and abs(got[-1] - 4 / 16) < 0.03
     assert (np.diff(got) < 0).all()
     assert kept(routing(locality=(1.0, 1.0))).tolist() == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""The trace format: written traces are read back, damaged ones rejected."""
+"""The trace format: written traces are read back, and damaged ones are rejected."""
 
 import json
 import subprocess
@@ -361,12 +361,12 @@ def test_neither_writer_nor_reader_holds_more_than_a_group(tmp_path, monkeypatch
     monkeypatch.setattr(reader, "GROUP_ROWS", group)
     sizes = [len(rows) for rows in TraceReader(path).rows()]
     assert sum(sizes) == 500 * tokens
-    # One event more than a group: the last of a batch waits for the next batch.
+    # A group and one more event, because the last event of a batch waits for the next batch.
     assert max(sizes) <= group + tokens
 
 
 def test_a_large_trace_passes_through_little_memory(tmp_path):
-    """Reads 9.6 million expert ids (19 MB as int16, 77 MB as int64) in 32 MB more memory."""
+    """Read 9.6 million expert ids (19 MB as int16, 77 MB as int64) with 32 MB of extra memory."""
     path = tmp_path / "t"
     program = (
         "import sys, resource, numpy as np, pyarrow as pa\n"

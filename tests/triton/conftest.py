@@ -46,7 +46,7 @@ def _bf16_products() -> None:
 
 @pytest.fixture
 def stock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """vLLM's module with its fused MoE kernel: without a GPU vLLM hides Triton from it."""
+    """Get vLLM's module with the fused MoE kernel, from which vLLM hides Triton without a GPU."""
     fused_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
     import triton
     import vllm.triton_utils

@@ -23,7 +23,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Needs:
-    """Registers, stack bytes, spilled loads and stores per thread; memory per block."""
+    """Registers, stack bytes, and spilled loads and stores per thread; shared memory per block."""
 
     registers: int
     stack: int
@@ -32,7 +32,7 @@ class Needs:
     instructions: dict[str, int]
 
     def counted(self, name: str, ending: str = "") -> int:
-        """Count instructions whose name begins and ends like this."""
+        """Count the instructions whose names begin with ``name`` and end with ``ending``."""
         return sum(
             count
             for each, count in self.instructions.items()
@@ -49,8 +49,8 @@ def compile_kernel(
     unaligned: frozenset[str] = frozenset(),
     **options: int | None,
 ) -> Needs:
-    """Compile for ``sm_<arch>`` with arguments of ``types``; those not ``unaligned`` are multiples
-    of 16, as detected by the launcher."""
+    """Compile a kernel for ``sm_<arch>`` with arguments of ``types``; those not ``unaligned`` are
+    multiples of 16, as detected by the launcher."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     attributes = {

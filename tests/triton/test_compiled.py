@@ -17,8 +17,8 @@ from tests.triton.machine_code import Needs, compile_kernel, gemm, stock_gemm
 
 ARCHS = (80, 89, 90)
 
-# Stock's defaults for these numbers of tokens, and tuned ones of Qwen3-30B-A3B on an H200:
-# tiles, registers per thread, KiB of shared memory per block.
+# Stock's defaults for these numbers of tokens, and tuned tiles for Qwen3-30B-A3B on an H200: tiles,
+# registers per thread, KiB of shared memory per block.
 TILES = {
     "1 token": (default_tiles(1, 128), 170, 66),
     "64 tokens": (default_tiles(64, 128), 230, 60),
@@ -38,7 +38,7 @@ def test_reading_in_place_spills_nothing(name: str, arch: int) -> None:
     needs = gemm(tiles, arch, compressed=True)
     assert needs.spills == 0 and needs.stack == 0
     assert needs.registers <= registers and needs.shared <= shared * 1024
-    # The words of compressed tiles travel 16 bytes at a time, ahead of their use.
+    # The words of compressed tiles are copied 16 bytes at a time, ahead of their use.
     assert needs.counted("LDGSTS", ".128") >= 6
     products = "HGMMA" if arch == 90 and tiles.block_m >= 64 else "HMMA"
     assert needs.counted(products) > 0
@@ -99,7 +99,7 @@ def test_resolving_an_event(experts: int, arch: int) -> None:
 def test_sums_are_taken_by_the_instructions_of_stocks_kernel(
     stock: Any, name: str, arch: int
 ) -> None:
-    """Equally many instructions of the same shape, and no other adds: one chain per sum over K."""
+    """Check for equally many instructions of one shape, and no other adds: one chain per sum."""
     tiles = TILES[name][0]
     want = sums(stock_gemm(stock.fused_moe_kernel, tiles, arch))
     assert want
@@ -120,5 +120,5 @@ def test_sixteen_warps_fit_a_processor() -> None:
 
 
 def test_a_spill_would_be_seen() -> None:
-    """The check works: stock's tiles for an H200 are too large for the registers of an A100."""
+    """Stock's tiles for an H200 are too large for an A100's registers, which the check detects."""
     assert gemm(Tiles(128, 256, 64, 16, 8, 4), 80, compressed=False).spills > 0

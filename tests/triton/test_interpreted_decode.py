@@ -1,4 +1,4 @@
-"""Decoding pages into slots: bit for bit, and every flipped bit is detected or irrelevant."""
+"""Pages are decoded into slots bit for bit, and each flipped bit is detected or irrelevant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POISON = 0x7FFF
 
 
 def decoded(source: CompressedPages, pages=None, slots=None, count=None, room=None) -> torch.Tensor:
-    """Decode to ``[slots, N, K]`` bit patterns; unused slots are poison."""
+    """Decode to ``[slots, N, K]`` bit patterns; unused slots contain poison."""
     pages = list(range(len(source.offsets))) if pages is None else pages
     slots = pages if slots is None else slots
     shape = (room or len(pages), source.rows, source.cols)
@@ -61,11 +61,11 @@ def test_slots_of_another_size_are_refused():
 
 @pytest.mark.parametrize("kind", ["normal", "strays", "strays among zeros", "full of escapes"])
 def test_a_flipped_bit_is_seen_by_comparing_slots(kind):
-    """Flips one bit of each block; the kernel decodes it like the reference.
+    """Flip one bit of each block; the kernel must decode the block as the reference does.
 
-    In plain headers the base is flipped. Other header bits may be unused (the place of an absent
-    escape) or make the kernel read outside the block; for this reason blocks have checksums, which
-    are verified before copying to a device.
+    In plain headers, a bit of the base is flipped. Other header bits may be unused (the place of an
+    absent escape) or make the kernel read outside the block; for this reason blocks have checksums,
+    which are verified before copying to a device.
     """
     w = dict(weights((1, 64, 192)))[kind][0].astype(np.uint16)
     block = reference.encode(w)

@@ -1,4 +1,4 @@
-"""Both projections: compared with float64, and compressed with raw bit for bit."""
+"""Both projections: raw compared with float64, and compressed compared with raw bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def exact(x, matrices, ids, top_k, scale=None):
 
 
 def close(got, want):
-    """True within one unit of bf16 (the interpreter truncates) and the rounding of float32 sums."""
+    """Assert equality within a unit of bf16 (the interpreter truncates) and rounding of sums."""
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-5 * float(want.abs().max()))
 
 

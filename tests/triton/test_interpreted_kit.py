@@ -14,14 +14,14 @@ from fluxmoe.cuda.kernels.pages import pack_pages
 from fluxmoe.errors import CodecError
 from fluxmoe.stores.codec.fixed4 import Fixed4
 
-# Random bits overflow, on purpose; torch warns of itself when vLLM is imported.
+# Random bits overflow, on purpose; torch warns about its own code when vLLM is imported.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow:RuntimeWarning", "ignore:.*torch.jit.*:DeprecationWarning"
 )
 
 
 class Clock:
-    """Replaces the GPU timer; runs the work once."""
+    """A replacement for the GPU timer that runs the work once."""
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
@@ -120,7 +120,7 @@ def test_events(card, monkeypatch, capsys):
 
 
 def test_mapping(monkeypatch):
-    """Uses the fake driver of the substrate's tests."""
+    """Use the fake driver of the substrate's tests."""
     driver = pytest.importorskip("fluxmoe.cuda.driver")
     from benchmarks.gpu import mapping
     from fluxmoe.cuda.fake import FakeDriver

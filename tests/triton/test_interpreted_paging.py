@@ -1,4 +1,4 @@
-"""The event rule on the device compared with the core's, array by array; gather with copies."""
+"""The event rule on the device compared with the core's, array by array, and gather with copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fluxmoe.policies.prefetch.none import NoPrefetch
 
 
 class Fixed(EvictionPolicy):
-    """Scores from the test, in place of the table that a host would upload."""
+    """A policy with scores from the test, in place of the table that a host would upload."""
 
     scores = np.zeros(0)
 
@@ -67,7 +67,7 @@ def test_events_are_the_cores(layers, experts, slots, top_k):
     rule, policy = rule_of(layers, experts, slots)
     device = upload(rule.table.books, "cpu")
     for step in range(3 if slots > 1000 else 12):
-        # Many ties, infinities, and a different dtype in each step.
+        # There are many ties and infinities, and the dtype alternates from step to step.
         scores = rng.integers(-3, 3, layers * experts).astype([np.int64, np.float32][step % 2])
         if step % 2:
             scores[rng.random(len(scores)) < 0.1] = np.inf

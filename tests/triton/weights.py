@@ -28,7 +28,7 @@ def kinds() -> dict[str, str]:
 
 
 def weights(shape: tuple[int, ...]) -> Iterator[tuple[str, U16]]:
-    """Yield kinds and bit patterns, each with shape ``shape``."""
+    """Yield each kind with its bit patterns, which have shape ``shape``."""
     rng = np.random.default_rng(len(shape) + sum(shape))
     size = int(np.prod(shape))
     normal = patterns(rng.standard_normal(shape) * 0.02)
@@ -68,7 +68,7 @@ def compressed(weights: U16) -> CompressedPages:
     codec = Fixed4(weights.shape[-1])
     for page in weights.astype(np.uint16):
         block = codec.encode(page.reshape(-1).view(np.uint8))
-        if not len(block):  # not shorter than the page; the kernel can still read it
+        if not len(block):  # no block is shorter than the page; kernels can read longer ones
             block = reference.encode(page)
         blocks += [np.full(128, 0xA5, np.uint8), block, np.full(-len(block) % 128, 0x5A, np.uint8)]
         offsets.append(at)

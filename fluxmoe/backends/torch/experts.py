@@ -28,7 +28,7 @@ from fluxmoe.backends.torch.layout import top_k_of, weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.refusals import require_no_export, require_plain
-from fluxmoe.backends.torch.sealed import FixedParameters, Gone, Sealed, seal
+from fluxmoe.backends.torch.weights.sealed import FixedParameters, Gone, Sealed, seal
 from fluxmoe.errors import UnsupportedError
 
 NAMES.require("experts")  # an ImportError from the lines below would give no remedy

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
-from types import TracebackType
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -15,12 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from fluxmoe import arguments, config, sizes
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.tensors import as_weight
+from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.refusals import Refusals, Uncopyable
-from fluxmoe.backends.torch.sealed import Shared, Watched
 from fluxmoe.backends.torch.settings import Room, given
+from fluxmoe.backends.torch.weights.sealed import Shared, Watched
+from fluxmoe.backends.torch.weights.update import NewWeights
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
@@ -60,6 +60,8 @@ class PagedModel(Uncopyable):
         self._asked: RemovableHandle | None = None
         self._previous, self._loaded = model.get_experts_implementation(), loaded
         weights = [layout.weights_of(layer).values() for layer in layers]
+        # What close() restores.
+        self._own = [] if loaded else [[as_rows(weight) for weight in each] for each in weights]
         self._handle = handle = op.attach(Watched(runtime.pager, lock, weights))
         # A model that is dropped while paged takes its arenas with it.
         lease = experts.Lease()
@@ -234,6 +236,32 @@ class PagedModel(Uncopyable):
         # On the outermost module and first of all: the pass must not have taken the lock yet.
         self._asked = self.model.register_forward_pre_hook(ask, prepend=True)
 
+    def update_weights(
+        self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        """Replace weights of the model, all or none, between forward passes.
+
+        Later outputs, and the model after ``close``, are those of a model with the new weights.
+        Page files keep the old ones. In a hook within a pass, later layers have the new weights.
+
+        Args:
+            weights: Names and tensors as in the ``state_dict`` of the model before paging; those
+                not given keep their values. A layer's experts must be given as a whole.
+
+        Raises:
+            WeightsError: The weights do not fit the model.
+            StoreError, ConfigError: A store has no room. As after every error, including those of
+                ``weights`` while it is iterated over, nothing has changed.
+        """
+        self._lock.alone(partial(self._update, weights))
+
+    def _update(self, weights: object) -> None:
+        runtime = self._open()
+        new = NewWeights(self.model, self._layers)
+        with runtime.update() as put:
+            new.collect(weights, put)
+        new.take_over(self._own, self._shared)
+
     def reset(self) -> None:
         """Start cold: no page resident, counters zero, policies reset."""
         self._lock.alone(lambda: self._open().pager.reset())
@@ -275,12 +303,7 @@ class PagedModel(Uncopyable):
     def __enter__(self) -> PagedModel:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self) -> Runtime:

@@ -17,11 +17,11 @@ from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
-from fluxmoe.backends.torch.sealed import Shared
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, fit, settings
+from fluxmoe.backends.torch.weights.sealed import Shared
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
-from fluxmoe.core.transfer.store import Store
+from fluxmoe.core.transfer.store import ChangingStore
 from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import PolicySpec, Registry
@@ -125,7 +125,7 @@ def _parts(model: torch.nn.Module) -> _Parts:
 
 def runtime_for(
     room: Room,
-    store: Store,
+    store: ChangingStore,
     config: Resolved,
     policies: Policies,
     implementation: str,

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch.fx import _symbolic_trace as fx
 
-from fluxmoe.backends.torch.sealed import CLOSE
+from fluxmoe.backends.torch.weights.sealed import CLOSE
 from fluxmoe.errors import UnsupportedError
 
 
@@ -108,7 +108,10 @@ def _refuse_script() -> NoReturn:
 
 
 def _refuse_load(*_: object) -> NoReturn:
-    raise UnsupportedError("a paged model cannot have weights loaded into it", fix=CLOSE)
+    raise UnsupportedError(
+        "a paged model cannot have weights loaded into it",
+        fix="call update_weights() of its handle, with names as in the whole model",
+    )
 
 
 def _apply(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxmoe.backends.vllm import metrics
+from fluxmoe.backends.vllm.board import Address, Board
 from fluxmoe.backends.vllm.compat.connector import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -28,6 +29,7 @@ from fluxmoe.backends.vllm.server.prometheus import PagingProm
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.sources import split_reader
 from fluxmoe.backends.vllm.stats import PagingStats
+from fluxmoe.errors import InvariantError
 
 if TYPE_CHECKING:  # these import numba, which processes without a worker do not need
     from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
@@ -53,10 +55,16 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
 
 
 @dataclass
-class WorkerInventory(KVConnectorHandshakeMetadata):
-    """Message from a worker to the scheduler at startup."""
+class WorkerIntroduction(KVConnectorHandshakeMetadata):
+    """Message from a worker to the scheduler at startup.
 
-    inventory: Inventory
+    Attributes:
+        board: Numbers that both share between steps.
+        inventory: What the worker has to move; None if the split is fixed.
+    """
+
+    board: Address
+    inventory: Inventory | None
 
 
 class PagingConnector(KVConnectorBase_V1, SupportsHMA):
@@ -77,6 +85,8 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         end_with_parent()
         self._config = vllm_config
         self._requests = RequestWatch()
+        self._boards: list[Board] = []
+        self._updates = 0
         self._manager: Any = None
         #: The scheduler's side of arbitration; None if the split is fixed.
         self.arbitration: Arbitration | None = None
@@ -89,9 +99,12 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: object) -> None:
         self._manager = kv_cache_manager
 
-    def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerInventory]) -> None:
-        """Start arbitration when all workers are ready; no metadata if the split is fixed."""
-        if not metadata:
+    def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerIntroduction]) -> None:
+        """Learn of the workers when all are ready; start arbitration unless the split is fixed."""
+        workers = [metadata[rank] for rank in sorted(metadata)]
+        self._boards = [Board(worker.board) for worker in workers]
+        inventories = [worker.inventory for worker in workers if worker.inventory is not None]
+        if not inventories:
             return
         from fluxmoe.backends.vllm import handover
         from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
@@ -99,7 +112,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         scheduler = self._config.scheduler_config
         self.arbitration = Arbitration(
             *handover.take(self._config),
-            [metadata[rank].inventory for rank in sorted(metadata)],
+            inventories,
             self._manager,
             watermark=scheduler.watermark,
             max_running=scheduler.max_num_seqs,
@@ -109,7 +122,21 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._meter = Meter(split_reader(self.arbitration.arbiter))
 
     def on_new_request(self, request: Any) -> None:
+        self._forget_other_weights()
         self._requests.arrived(request)
+        self._show_unfinished()
+
+    def _forget_other_weights(self) -> None:
+        """Reset the prefix cache if the weights have changed, which needs an idle engine."""
+        updates = max((board.updates for board in self._boards), default=0)
+        if updates > self._updates:
+            if not self._manager.reset_prefix_cache():
+                raise InvariantError("the weights have changed while KV blocks were in use")
+            self._updates = updates
+
+    def _show_unfinished(self) -> None:
+        for board in self._boards:
+            board.unfinished = self._requests.unfinished
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -138,6 +165,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: object
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.gone(request)
+        self._show_unfinished()
         return False, None
 
     def has_pending_push_work(self) -> bool:
@@ -156,9 +184,10 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         """Attach the worker's side; called by the worker."""
         self._worker = worker
 
-    def get_handshake_metadata(self) -> WorkerInventory | None:
-        inventory = self._worker.inventory() if self._worker is not None else None
-        return None if inventory is None else WorkerInventory(inventory)
+    def get_handshake_metadata(self) -> WorkerIntroduction | None:
+        if self._worker is None:
+            return None
+        return WorkerIntroduction(self._worker.board, self._worker.inventory())
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
         """Receive the scheduler's order; called in each step, before any forward pass."""

@@ -14,6 +14,7 @@ _METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics:"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
 _SERVER = "vllm.entrypoints.launchers.api_server.entry:"
+_RELOAD = "vllm.model_executor.model_loader.reload."
 _MOE = "vllm.model_executor.layers.fused_moe."
 
 
@@ -131,11 +132,28 @@ _TABLE = {
         _WORKER + ".execute_model": "scheduler_output",
         _WORKER + ".get_kv_cache_spec": "",
         _WORKER + ".shutdown": "",
-        _WORKER + ".reload_weights": "",
-        _WORKER + ".reset_weights": "",
-        _WORKER + ".save_sharded_state": "",
-        _WORKER + ".save_tensorized_model": "",
-        _WORKER + ".compute_weight_checksums": "",
+        **_attributes(
+            _WORKER,
+            "reload_weights reset_weights save_sharded_state save_tensorized_model "
+            "compute_weight_checksums init_weight_transfer_engine start_weight_update "
+            "start_draft_weight_update update_weights finish_weight_update",
+        ),
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": (
+            "weights_iterator weights_path is_checkpoint_format"
+        ),
+    },
+    "reload": {
+        _CONFIG + "set_current_vllm_config": "vllm_config",
+        "vllm.distributed:get_tp_group": "",
+        "vllm.model_executor.model_loader:get_model_loader": "load_config",
+        _RELOAD + "layerwise:finalize_layerwise_reload": "",
+        _RELOAD + "layerwise:get_layerwise_info": "layer",
+        _RELOAD + "layerwise:initialize_layerwise_reload": "model",
+        _RELOAD + "meta:SKIP_TENSORS": "",
+        **_attributes(
+            _RELOAD + "types:LayerReloadingInfo", "load_numel_total restore_metadata reset can_load"
+        ),
+        **_attributes(_CONFIG + "ModelConfig", "enforce_eager is_multimodal_model model_weights"),
     },
     "server": {
         _SERVER + "main": "",
@@ -168,7 +186,11 @@ _ON = {
         *("free_block_queue.get_all_free_blocks", "free_block_queue.remove"),
     ),
     "RoutedExperts": ("layer_name", "quant_method"),
-    "unquantised RoutedExperts": ("hidden_size", "top_k", "w13_weight", "w2_weight"),
+    "unquantised RoutedExperts": (
+        *("hidden_size", "top_k", "w13_weight", "w2_weight", "weight_loader"),
+        *("moe_config.intermediate_size_per_partition_unpadded", "moe_config.hidden_dim_unpadded"),
+        "moe_config.moe_parallel_config.tp_size",
+    ),
     "UnquantizedFusedMoEMethod": ("moe_kernel",),
     "FusedMoEKernel": ("fused_experts",),
     "CPUUnquantizedExperts": ("_use_zentorch", "isa"),

@@ -178,6 +178,18 @@ class ExpertPager:
                 self.resize(bank, before[bank])
             raise
 
+    def drop(self) -> None:
+        """Drop all resident pages, between events, because the store's are about to change.
+
+        No page is read from the store until the next event.
+
+        Raises:
+            PolicyFaultError: The policy failed in strict mode. No page is resident.
+        """
+        self.owner.require()
+        self._transfer.settle_all()
+        self._rule.drop()
+
     def reset(self) -> None:
         """Clear residency and counters, e.g. after warm-up."""
         self.owner.require()

@@ -181,6 +181,14 @@ class EventRule:
         self.table.resize(bank, slots)
         return moved[:count].copy(), source[:count]
 
+    def drop(self) -> None:
+        """Drop all resident pages, between events; counted as ``resized``."""
+        b = self.table.books
+        release_leaving(b)
+        if self.heap is not None:
+            heap.clear(self.heap)
+        self._unload(np.flatnonzero(self.table.resident), C_RESIZED)
+
     def loads(self) -> Iterator[Loads]:
         """Yield the pages loaded by the last ``admit`` or ``prefetch``, per bank, in load order."""
         b = self.table.books

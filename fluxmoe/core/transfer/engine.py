@@ -90,7 +90,7 @@ class TransferEngine:
 
     def reset(self) -> None:
         """Settle everything and reset the counters."""
-        self._settle_all()
+        self.settle_all()
         self.bytes_demand = self.bytes_prefetch = 0
         self._copier.stall_seconds = 0.0
 
@@ -147,10 +147,11 @@ class TransferEngine:
 
     def close(self) -> None:
         """Cancel queued copies and close the copier. Idempotent."""
-        self._settle_all()
+        self.settle_all()
         self._copier.close()
 
-    def _settle_all(self) -> None:
+    def settle_all(self) -> None:
+        """Ensure that no copy is running or queued."""
         for key in list(self._queued):
             self._settle(*key)
 

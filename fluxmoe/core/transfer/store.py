@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
@@ -12,6 +13,8 @@ from fluxmoe.words import line
 
 #: Copies page ``pages[i]`` into row ``slots[i]``, for all ``i``; from several threads at a time.
 Reader = Callable[[Int64s, Int64s], None]
+#: Takes a page's new contents, one uint8 row per part, which may change afterwards.
+Put: TypeAlias = Callable[[int, Sequence[Bytes]], None]
 
 
 class Store(Protocol):
@@ -30,6 +33,19 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Release the store's resources. Idempotent."""
+
+
+class ChangingStore(Store, Protocol):
+    """A store whose pages can be replaced."""
+
+    def update(self) -> AbstractContextManager[Put]:
+        """Replace the pages put within the ``with`` block at its end, or none if it raises.
+
+        Until its end, ``read_into`` returns the old pages. No page may be read during its end.
+
+        Raises:
+            StoreError: A page cannot be kept, or was put twice; nothing has changed.
+        """
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The controller with real memory: many moves, failing workers, invalid splits."""
+"""The controller with real memory: many moves, failing workers, and invalid splits."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Blocks:
 
 
 class Wish(fluxmoe.ArbitrationPolicy):
-    """Requests the split given by the test; by default the current one."""
+    """A policy that requests the split given by the test; by default the current split."""
 
     answer: object = None
     asked = 0
@@ -141,7 +141,7 @@ class World:
         self.answers = [answer for answer in answers if answer is not None]
         for rig in self.rigs:
             rig.acquire(int(self.rng.integers(LAYERS)), self.rng.integers(0, EXPERTS, 3).tolist())
-            for block in self.blocks.usable:  # crashes if a block has no memory
+            for block in self.blocks.usable:  # a write to a block without memory would crash
                 rig.memory.kv.buffer()[block * self.layout.block_bytes] = 1
 
     # The demand in a view; each view reads it once.
@@ -202,7 +202,7 @@ def test_memory_goes_both_ways_and_back(world, workers):
     assert w.frames == {"experts": frames_for(PAGE_CLASS, 16, FRAME), "kv": 9}
     w.want(8, 32)
     w.settle()
-    assert w.frames == {"experts": 10, "kv": 30}  # experts keep what KV cannot take
+    assert w.frames == {"experts": 10, "kv": 30}  # the experts keep what the KV cache cannot take
     w.want(19, 21)
     w.settle()
     assert w.frames == {"experts": 19, "kv": 21}
@@ -225,7 +225,7 @@ def test_bounds_and_use_win_over_any_wish(world):
     assert w.frames["kv"] >= 3 and w.frames["experts"] >= frames_for(PAGE_CLASS, EXPERTS, FRAME)
     w.want(0, FRAMES)
     w.settle()
-    assert w.frames == {"experts": FRAMES - 32, "kv": 32}  # no more blocks exist
+    assert w.frames == {"experts": FRAMES - 32, "kv": 32}  # the KV cache has no more blocks
     w.blocks.in_use = set(w.blocks.usable)
     kv = w.frames["kv"]
     w.want(FRAMES - 3, 3)
@@ -289,7 +289,7 @@ def test_after_a_move_that_failed_the_split_is_the_workers(world, to_kv, outcome
             error = SubstrateError("injected fault")
             substrate.plan.arm("commit", error, lasting=outcome == "stranded")
     w.step()
-    w.policy.answer = None  # for one move only
+    w.policy.answer = None  # request only one move
     while w.arbiter.busy:
         w.step()
     assert f"a move was {outcome}" in caplog.text
@@ -343,7 +343,7 @@ def test_nonsense_changes_nothing_and_is_counted(world, answer, caplog):
     w.policy.answer = answer
     w.settle(20)
     assert w.frames == before
-    assert w.arbiter.policy.faults == 16  # then it is replaced
+    assert w.arbiter.policy.faults == 16  # after that, the policy is replaced
     assert caplog.text.count("arbitration policy 'wish': split") == 1
     strict = world(strict=True)
     strict.policy.answer = answer
@@ -418,7 +418,7 @@ def test_what_a_person_takes_from_one_tenant_is_the_others(world, limits, frames
     w = world()
     w.want(20, 20)
     w.settle()
-    w.policy.answer = None  # a policy that never requests a change
+    w.policy.answer = None  # the policy never requests a change
     begun = w.frames
     w.arbiter.set_limits(limits)
     w.settle()
@@ -459,7 +459,7 @@ def test_an_idle_engine_ends_a_move_and_begins_none(world):
     assert not w.arbiter.busy
     assert sum(w.arbiter.changes.values()) == 1
     w.policy.answer = None
-    w.arbiter.set_limits(OperatorLimits(16))  # not here: the other tenant requests the memory
+    w.arbiter.set_limits(OperatorLimits(16))  # a lower total: no tenant gets the memory
     w.settle()
     assert sum(w.frames.values()) <= 16
 
@@ -503,7 +503,7 @@ def test_a_slow_move_makes_the_next_one_small(world):
         assert w.frames["kv"] == 399
         return w.arbiter.changes["to_kv"]
 
-    assert moves(10.0) > 100  # a move would take ten steps, so each is the smallest possible
+    assert moves(10.0) > 100  # a move would take ten steps, so each is as small as possible
     assert 5 <= moves(1e-9) < 20
 
 
@@ -566,7 +566,7 @@ def test_a_fault_ends_the_wish_before_it(world):
 
 
 class ControllerMachine(RuleBasedStateMachine):
-    """Random splits, use, faults and limits; every step writes to all usable blocks."""
+    """A test with random splits, use, faults and limits; every step writes to all usable blocks."""
 
     @initialize(workers=st.integers(1, 2))
     def build(self, workers):

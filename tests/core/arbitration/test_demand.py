@@ -54,7 +54,7 @@ def test_a_report_is_of_one_step():
             rig.acquire(0, [1, 3])
             report = meter.report(None)
             assert (report.accesses, report.misses, report.loads) == (2, expected, expected)
-        assert report.curve is None  # only occasionally
+        assert report.curve is None  # computed only occasionally
         rig.pager.reset()
         meter.restarted()
         rig.acquire(1, [0])

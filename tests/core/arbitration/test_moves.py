@@ -1,4 +1,4 @@
-"""The move protocol with adversarial workers and network."""
+"""The move protocol with adversarial workers and an adversarial network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRAMES, GROUPS = 40, 9
 
 
 class Worker:
-    """Memory of one worker as two numbers; an action is carried out completely or not at all."""
+    """A worker's memory as two numbers; an action is carried out completely or not at all."""
 
     def __init__(self, rank: int) -> None:
         self.groups: set[int] = {0, 1, 2}
@@ -56,7 +56,7 @@ class Worker:
 
 
 class ProtocolMachine(RuleBasedStateMachine):
-    """The scheduler's view is always safe, even with lost messages and failing workers."""
+    """A check that the scheduler's view is safe, even with lost messages and failing workers."""
 
     @initialize(workers=st.integers(1, 3))
     def build(self, workers):
@@ -84,7 +84,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule()
     def send(self):
-        """Make a step: send the order to all workers."""
+        """Begin a step: send the order to all workers."""
         order = self.mover.order()
         if order is not None:
             for worker in self.workers:
@@ -94,7 +94,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def deliver(self, data):
         worker = data.draw(st.sampled_from(self.workers))
         if worker.inbox:
-            index = data.draw(st.integers(0, len(worker.inbox) - 1))  # in any order
+            index = data.draw(st.integers(0, len(worker.inbox) - 1))  # messages arrive in any order
             order = worker.inbox[index]
             if data.draw(st.booleans(), label="only once"):
                 del worker.inbox[index]
@@ -125,7 +125,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule()
     def everything_heals(self):
-        """Without faults, any move completes within a few steps."""
+        """Check that, without faults, any move completes within a few steps."""
         for worker in self.workers:
             worker.failures = []
         for _ in range(5):
@@ -233,7 +233,7 @@ def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
 
 @pytest.mark.parametrize("number", [0, 2, 3, 7])
 def test_a_worker_carries_out_the_next_order_only(number):
-    """Skipping an order would lose its memory."""
+    """Skipping an order would lose the memory that it moves."""
     worker = Worker(0)
     assert worker.mover.receive(Order(number, TakeKV((5,)))) is None
     first = worker.mover.receive(Order(1, TakeKV((5,))))

@@ -36,7 +36,7 @@ def test_kv_cache_in_use_stays_when_frames_move_to_the_experts(used, floor, fill
     view = replace(VIEW, kv_used_frames=used)
     for wish in ({"experts": 40, "kv": 0}, {"experts": 36, "kv": 4}, {"experts": 20, "kv": 20}):
         wanted = planner.within(Split(wish), view, fill=fill)
-        rest = 40 - INVENTORY.experts.max if fill else 0  # no other tenant can use it
+        rest = 40 - INVENTORY.experts.max if fill else 0  # the experts cannot use this rest
         assert wanted["kv"] == max(wish["kv"], floor, rest)
         assert sum(wanted.values()) <= 40
 

@@ -16,12 +16,12 @@ BLOCKS = 64
 
 
 def hashes(talk: int, count: int) -> list[bytes]:
-    """Hashes of the first blocks of a conversation."""
+    """Make the hashes of the first blocks of a conversation."""
     return [hashlib.sha256(f"{talk}:{block}".encode()).digest() for block in range(count)]
 
 
 def lru(requests: list[tuple[int, int]], blocks: int) -> int:
-    """Count the hits of an LRU cache of that size, with sequential requests."""
+    """Count the hits of an LRU cache with ``blocks`` blocks for sequential requests."""
     cache: list[bytes] = []
     found = 0
     for talk, count in requests:
@@ -44,7 +44,8 @@ def test_it_is_what_caches_of_every_size_find(requests):
 
 
 def test_a_sample_of_the_blocks_sees_the_cliff():
-    # 100 alternating conversations of 10 blocks: below 1000 blocks, no hits; above, all hit.
+    # 100 alternating conversations of 10 blocks: a cache of fewer than 1000 blocks has no hits; in
+    # a larger cache, all blocks hit.
     curve = PrefixCurve(4000, sampled=400)
     for _ in range(8):
         for talk in range(100):
@@ -88,13 +89,13 @@ def test_blocks_in_use_are_found_without_a_free_one_and_forgotten_when_their_las
     curve.admitted("b", hashes(0, 4))
     assert curve.curve()[0] == curve.curve()[-1] == pytest.approx(4 / 8)
     curve.freed("a", hashes(0, 4))
-    curve.admitted("c", hashes(0, 4))  # b still has them
+    curve.admitted("c", hashes(0, 4))  # b still uses these blocks
     assert curve.curve()[1] == pytest.approx(8 / 12)
     for request in ("b", "c"):
         curve.freed(request, hashes(0, 4))
     curve.admitted("d", hashes(1, 8))
     curve.freed("d", hashes(1, 8))
-    curve.admitted("e", hashes(0, 4))  # beneath eight others
+    curve.admitted("e", hashes(0, 4))  # beneath eight other blocks
     assert curve.curve()[0] == pytest.approx(8 / 24)
     assert curve.curve()[-1] == pytest.approx(12 / 24)
 
@@ -102,7 +103,7 @@ def test_blocks_in_use_are_found_without_a_free_one_and_forgotten_when_their_las
 def test_a_request_that_was_preempted_leaves_its_blocks_behind():
     curve = PrefixCurve(BLOCKS, window=10**9)
     curve.admitted("a", hashes(0, 2))
-    curve.admitted("a", hashes(0, 8))  # all of them were filled before the preemption
+    curve.admitted("a", hashes(0, 8))  # all eight were filled before the preemption
     assert curve.curve()[0] == 0
     assert curve.curve()[4] < curve.curve()[8] == pytest.approx(8 / 10)
     curve.freed("a", hashes(0, 8))

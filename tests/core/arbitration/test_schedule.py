@@ -1,4 +1,4 @@
-"""The steps in which an arbitration policy is called, and its input."""
+"""The steps in which an arbitration policy is called, and the input of each call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALM: State = (3, 0, True)
 
 
 def asked(schedule: AskingSchedule, states: Iterable[State]) -> list[int]:
-    """Return the steps in which the policy is called, checking that it gets all steps since."""
+    """Return the steps in which the policy is called; check that each call gets all new steps."""
     found, wanted, seen = [], True, 0
     for step, (running, waiting, content) in enumerate(states):
         if schedule.due(StepSample(running, step, 0.01), running, waiting, content=wanted):

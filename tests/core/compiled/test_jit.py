@@ -29,7 +29,7 @@ print(table.counters().misses, table.books.counts.tolist())
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A modifiable copy of the package without machine code."""
+    """Make a modifiable copy of the package without machine code."""
     no_cache = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(fluxmoe.__file__).parent, tmp_path / "fluxmoe", ignore=no_cache)
     return tmp_path
@@ -57,7 +57,7 @@ def test_a_change_in_one_file_reaches_the_compiled_code_of_another(copy):
     swapped = text.replace("    C_HITS,\n    C_MISSES,\n", "    C_MISSES,\n    C_HITS,\n")
     assert swapped != text
     pages.write_text(swapped)
-    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is unchanged, its constants are not
+    assert run(copy).startswith("0 [1, 2, 2, 0,")  # event.py is unchanged, but not its constants
 
 
 @pytest.mark.parametrize("user", ["core/first", "outside"])
@@ -85,7 +85,7 @@ def test_a_change_in_one_folder_reaches_the_compiled_code_of_another(copy, user)
 def test_a_change_of_a_tuple_from_a_file_without_compiled_code_reaches_its_users(copy):
     types = copy / "fluxmoe/core/types.py"
     name = "from fluxmoe.core.paging.replay import look_ahead as f; print(f.py_func.__qualname__)"
-    before = run(copy, program=name)  # the name of its machine code
+    before = run(copy, program=name)  # its machine code has this name
     types.write_text(types.read_text().replace("    later: Int64s", "    next_use: Int64s"))
     assert run(copy, program=name) != before
 
@@ -98,18 +98,18 @@ def test_machine_code_of_another_version_is_no_obstacle(copy):
 
 
 def test_it_runs_where_nothing_can_be_cached(copy):
-    # Like an unprivileged user without a home folder; an unusable locator has the same effect.
+    # As for an unprivileged user without a home folder: an unusable locator has the same effect.
     assert run(copy, NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator").startswith("2 [1, 2, 0, 2,")
 
 
 def test_it_runs_where_the_disk_is_full_and_from_damaged_machine_code(copy):
     cache = copy / "cache"
-    # No file may grow: every write fails, while an empty file can still be made.
+    # No file may grow: every write fails, but an empty file can still be created.
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
     assert run(copy, before=full, NUMBA_CACHE_DIR=str(cache)).startswith("2 [1, 2, 0, 2,")
     assert not list(cache.rglob("*.nb?"))
     run(copy, NUMBA_CACHE_DIR=str(cache))
-    for kind in ("*.nbc", "*.nbi"):  # damage the code of one function and the index of the next
+    for kind in ("*.nbc", "*.nbi"):  # damage one function's code, and the index of the next
         files = sorted(cache.rglob(kind))
         for path in files[kind == "*.nbi" :: 2]:
             path.write_bytes(path.read_bytes()[:40])
@@ -153,7 +153,7 @@ def test_c9_compilation_is_announced_once_and_only_if_it_happens(copy):
 
 
 def test_c9_a_policy_s_victims_are_compiled_once():
-    """Numba gives literals a separate type, which used to cost ten seconds twice."""
+    """Numba gives literals a separate type, which used to cost ten seconds of compilation twice."""
     program = (
         "from fluxmoe.core.paging.victims import victims\n"
         "from fluxmoe.sim.simulator import simulate\n"

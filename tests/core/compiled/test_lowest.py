@@ -7,7 +7,7 @@ import pytest
 
 from fluxmoe.core.compiled.lowest import low_bits, lowest
 
-#: Around the width of a block of rows that are compared at once.
+#: Sizes around the width of a block of rows that are compared at once.
 SIZES = (1, 2, 63, 64, 65, 127, 129, 500)
 DTYPES = [*"bhiqBHIQfd"]
 

@@ -1,4 +1,4 @@
-"""Experts and worker memory: frames and their memory move together, and none is lost."""
+"""Experts and worker memory: frames and their memory move together, and no frame is lost."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_refusal_to_undo_what_was_refused_leaves_the_books_right(setup, monkey
         s.experts.resize(0, 12)
     s.experts.check()
     assert s.experts.slots == [4]
-    assert s.pool.free < free  # frames still mapped belong to the experts
+    assert s.pool.free < free  # frames that are still mapped belong to the experts
     s.experts.resize(0, 4)
     s.experts.check()
     assert s.pool.free == free

@@ -34,10 +34,10 @@ def split(frames, experts, kv):
         (60, (10, 100), (5, 40), (20, 40)),
         (140, (10, 100), (5, 40), (100, 40)),
         (150, (10, 100), (5, 40), (100, 50)),
-        (15, (10, 100), (5, 40), (10, 5)),  # just the minimums
+        (15, (10, 100), (5, 40), (10, 5)),  # exactly the minimums
         # target for experts: KV gets the rest
         (60, (10, 100, 30), (5, 40), (30, 30)),
-        (60, (10, 25, 30), (5, 40), (25, 35)),  # no more than all experts need
+        (60, (10, 25, 30), (5, 40), (25, 35)),  # not more than all experts need
         (60, (10, 100, 55), (5, 40), (55, 5)),
         # target for KV: experts get the rest
         (60, (10, 100), (5, 40, 20), (40, 20)),

@@ -97,7 +97,7 @@ def test_committed_memory_is_there_at_once(substrate):
 @host_only
 def test_a_commit_that_fails_half_way_maps_nothing():
     class Exhausted(CpuSubstrate):
-        """Refuses to map frame 9, like a system that has run out of mappings."""
+        """A substrate that refuses to map frame 9, like a system that has run out of mappings."""
 
         def _map(self, address, nbytes, prot, flags, fd, offset):
             if fd == self._fd and offset == 9 * FRAME:

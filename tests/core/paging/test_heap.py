@@ -15,13 +15,13 @@ LAYERS, EXPERTS = 3, 4
 PAGES = LAYERS * EXPERTS
 
 scores = st.one_of(
-    st.integers(-3, 3).map(float),  # many ties
+    st.integers(-3, 3).map(float),  # so that there are many ties
     st.sampled_from([float("inf"), float("-inf"), 0.5, -0.0]),
 )
 
 
 class Both:
-    """A heap next to its reference."""
+    """A heap and its reference."""
 
     def __init__(self, banks: int, experts: int = EXPERTS) -> None:
         self.experts, self.pages = experts, LAYERS * experts
@@ -46,7 +46,7 @@ class Both:
         self.check()
 
     def drop(self, page: int) -> None:
-        """Release or drop a page without notifying the heap."""
+        """Remove a page without notifying the heap."""
         if self.truth.pop(page, None) is not None:
             unload(self.books, page)
 
@@ -69,7 +69,7 @@ class Both:
         self.check()
 
     def check(self):
-        """Assert that every bound has an entry, and every page up to the limit a bound."""
+        """Assert that every bound has an entry, and that every page up to the limit has a bound."""
         h = self.heap
         for bank in range(self.table.num_banks):
             limit, (begin, end) = (h.limit[bank], h.limit_page[bank]), h.queue_ends[bank]
@@ -138,7 +138,7 @@ def test_rising_scores_cost_no_entries():
     both.score({page: float(-page) for page in range(PAGES)})
     for turn in range(1, 50):
         both.score({page: float(turn - page) for page in range(PAGES)})
-    assert both.heap.size[0] == PAGES - 1  # the first page's scores are the highest: queued
+    assert both.heap.size[0] == PAGES - 1  # only the first page's scores, the highest, are queued
     both.choose(0, 5, {1}, set(), False)
 
 
@@ -188,7 +188,7 @@ def test_a_page_whose_entry_was_dropped_while_it_was_absent_gets_another():
     for scores in ({0: 5.0, 1: 6.0, 2: 7.0}, {2: 7.0, 1: 6.0, 0: 5.0}):
         for new in (0.0, 5.0, 9.0):
             both = Both(1)
-            for page, score in scores.items():  # ascending scores are queued, others in the heap
+            for page, score in scores.items():  # ascending scores are queued; others enter the heap
                 both.score({page: score})
             both.drop(0)
             both.choose(0, 1, set(), set(), False)  # skips 0

@@ -16,7 +16,7 @@ PAGES = LAYERS * EXPERTS
 
 
 def events(count: int, seed: int = 0, spread: float = 0.35):
-    """Generate events layer by layer, popular experts more often, with padding and repeats."""
+    """Generate events layer by layer, with popular experts, padding and repeats."""
     rng = np.random.default_rng(seed)
     for event in range(count):
         ids = np.minimum(rng.geometric(spread, 5) - 1, EXPERTS - 1).astype(np.int32)
@@ -69,7 +69,7 @@ def test_a_scan_is_a_cliff_and_its_hull_a_line():
     scan = [(event % LAYERS, np.arange(EXPERTS)) for event in range(30)]
     curve = observed(scan, every=1, window=0)
     warm = 1 - LAYERS / 30
-    # Beyond the cliff, a reuse follows the other layers' pages and its successors in its layer.
+    # Between two uses of a page lie the other layers' pages and its successors in its layer.
     assert curve.curve()[:16].tolist() == pytest.approx([warm] * 16)
     assert curve.curve()[PAGES] == 0
     hull = convex_hull(curve.curve())

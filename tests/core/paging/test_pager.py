@@ -1,4 +1,4 @@
-"""The pager: correct bytes in returned slots, consistent bookkeeping, even if the store fails."""
+"""The pager: correct bytes in slots and consistent bookkeeping, even if the store fails."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_failed_prefetch_surfaces_when_its_layer_runs_and_the_next_acquire_wor
     r.check()
     assert 6 not in r.resident
     with pytest.raises(StoreError, match="page 6"):
-        r.acquire(1, [1, 2])  # read again, on demand: still broken
+        r.acquire(1, [1, 2])  # read again on demand, but still broken
     r.store.broken = set()
     r.acquire(1, [1, 2])
     r.acquire(2, [0, 1, 2, 3])
@@ -172,7 +172,7 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
     rng = np.random.default_rng(5)
     served = failed = 0
     for event in range(400):
-        if event % 3 == 0:  # for several events; otherwise the second try would always succeed
+        if event % 3 == 0:  # for several events, or the second try would always succeed
             r.store.broken = set(rng.choice(24, 4).tolist()) if rng.random() < 0.6 else set()
         try:
             r.acquire(event % 4, rng.integers(-1, 6, 5).tolist())  # compares the bytes
@@ -188,7 +188,7 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
 
 
 class _Failing(LeastRecentlyUsed):
-    """Fails on one call of one method."""
+    """A policy that fails in one call to one method."""
 
     def __init__(self, method, nth):
         self.method, self.left = method, nth
@@ -217,7 +217,7 @@ class _Failing(LeastRecentlyUsed):
 
 
 class _NextLayerWatched(NextLayer):
-    """Fails when the eviction policy says so."""
+    """A prefetch policy that fails when the test's eviction policy is set to fail there."""
 
     def __init__(self, eviction):
         super().__init__()
@@ -274,14 +274,14 @@ def test_a_policy_hears_of_the_victims_of_a_bank_that_shrinks(rig):
 def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
     r = rig(slots=(6,), reserved=(12,))
     r.acquire(0, [0, 1, 2, 3])
-    r.acquire(1, [0, 1])  # in the two slots that are removed
+    r.acquire(1, [0, 1])  # into the two slots that are removed next
     r.pager.resize(0, 4)
     r.check()
     assert r.tenant.frames == frames_for(PAGE_CLASS, 4, FRAME)
     assert r.resident == {2, 3, 4, 5}  # 0 and 1 were used least recently
     assert r.pager.counters().resized == 2
     loads = r.pager.counters().loads_demand
-    assert r.acquire(1, [0, 1]) == [0, 1]  # moved, not loaded again
+    assert r.acquire(1, [0, 1]) == [0, 1]  # the pages were moved, not loaded again
     assert r.pager.counters().loads_demand == loads
     r.pager.resize(0, 12)
     r.check()
@@ -290,7 +290,7 @@ def test_a_bank_that_shrinks_keeps_what_the_policy_values(rig):
 
 
 class _Oldest(fluxmoe.EvictionPolicy):
-    """LRU by a kernel that rescores everything for each event."""
+    """LRU as a kernel that is not stable, so that each event scores all pages again."""
 
     @staticmethod
     def score_kernel(last_use, use_count, loaded_at, event, page):
@@ -353,7 +353,7 @@ def test_a_page_that_cannot_be_completed_is_given_up_when_it_should_move(rig):
     r.store.broken = {7}
     r.acquire(0, [0, 1, 2, 3])
     r.acquire(0, [0])
-    r.pager.resize(0, 7)  # the policy gives up 1; 7 would move into its slot
+    r.pager.resize(0, 7)  # the policy evicts page 1; 7 would move into its slot
     r.check()
     assert r.resident == {0, 2, 3, 4, 5, 6}
     r.store.broken = set()
@@ -387,7 +387,7 @@ def test_a_size_that_the_system_refuses_changes_nothing(rig):
     r = rig(slots=(6,), reserved=(12,), substrate=substrate)
     r.acquire(0, [0, 1, 2])
     free = r.memory.pool.free
-    # The first part grows, the second fails.
+    # The first part grows; the second fails.
     substrate.plan.arm("commit", SubstrateError("injected fault"), nth=2)
     with pytest.raises(SubstrateError, match="injected"):
         r.pager.resize(0, 12)

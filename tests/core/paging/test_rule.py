@@ -38,7 +38,7 @@ class Watching(LeastRecentlyUsed):
 
 
 class Fetch(fluxmoe.PrefetchPolicy):
-    """Proposes the pages given by the test, once."""
+    """A prefetch policy that proposes the pages given by the test, once."""
 
     def __init__(self):
         self.wish: list[int] = []
@@ -148,7 +148,7 @@ def test_3_all_of_the_events_pages_get_last_use_and_use_count_and_on_access_runs
     rule = make(eviction=(policy := Looks()))
     run(rule, 0, 0, 1)
     run(rule, 0, 1, 3)
-    assert policy.seen == ([1, 1], [2, 1], [True, False])  # counts updated, nothing loaded yet
+    assert policy.seen == ([1, 1], [2, 1], [True, False])  # counts are new, but nothing is loaded
 
 
 def test_3_use_count_survives_eviction():
@@ -168,7 +168,7 @@ def test_4_the_missing_number_of_victims_is_taken_lowest_score_first():
     run(rule, 0, 0, 1)
     run(rule, 1, 0)
     run(rule, 0, 1)
-    run(rule, 2, 0, 1, 2)  # two slots are free, one more is needed
+    run(rule, 2, 0, 1, 2)  # two slots are free, and one more is needed
     assert [pages for kind, _, pages in policy.log if kind == "evict"] == [[0]]
     assert resident(rule) == [1, 4, 8, 9, 10]
     assert counts(rule, "evictions") == [1]
@@ -273,7 +273,7 @@ def test_7_proposals_in_order_take_free_slots_then_victims():
     rule = make(slots=5, prefetch=(fetch := Fetch()), eviction=(policy := Watching()))
     run(rule, 0, 0, 1)
     run(rule, 1, 0)
-    fetch.wish = [15, 8, 13]  # one slot is free, pages 0 and 1 may be evicted
+    fetch.wish = [15, 8, 13]  # one slot is free, and pages 0 and 1 may be evicted
     run(rule, 1, 1)
     assert [pages for kind, _, pages in policy.log if kind == "evict"] == [[0, 1]]
     assert policy.log[-1] == ("load", 2, [15, 8, 13])

@@ -1,4 +1,4 @@
-"""Everything from frames to pager under random use, compared with the rule in plain Python."""
+"""Frames, tenants, table and pager in random use, compared with the rule in plain Python."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_slots(self, data):
-        """Resize all banks at once, as a move does: all or none."""
+        """Resize all banks at once, as a move does: either all banks or none."""
         sizes = st.integers(self.experts, self.reserved[0])
         slots = tuple(data.draw(sizes, label="slots") for _ in range(self.banks))
         rig, table = self.rig, self.rig.table
@@ -199,7 +199,7 @@ class CoreMachine(RuleBasedStateMachine):
         table = self.rig.table
         for page in self.rig.resident:
             bank, slot = table.bank(page // self.experts), int(table.books.slot_of[page])
-            if (bank, slot) not in self.rig.transfer._queued:  # which a GPU may still be fetching
+            if (bank, slot) not in self.rig.transfer._queued:  # otherwise, it is still on its way
                 self.rig.assert_holds(bank, slot, page)
 
     def teardown(self):

@@ -1,4 +1,4 @@
-"""E8: policies never get the host's own memory, however they write to their inputs.
+"""E8: policies cannot reach the host's own memory, however they write to their inputs.
 
 numpy's read-only flag prevents ``array[0] = 1``. It does not prevent writes through
 ``torch.from_numpy(array)`` or, for an array with a writable owner, ``setflags(write=True)``.
@@ -59,7 +59,7 @@ def spoil(*shown):
 
 
 class ByNumber(fluxmoe.EvictionPolicy):
-    """Decides by page numbers alone, so that damaged inputs cannot explain a difference."""
+    """A policy that decides only by page numbers, so that damaged inputs explain no difference."""
 
     vandal = True
 
@@ -139,7 +139,7 @@ def test_e8_writing_to_whatever_a_hook_is_shown_changes_no_page(policy, prefetch
             seen[-1].append((sorted(r.resident), r.pager.counters()))
         books = r.table.books._asdict()
         del books["changed"]
-        books["now"][CHANGES] = 0  # only the vandal has read it
+        books["now"][CHANGES] = 0  # only the vandal has read the list of changes
         seen[-1] += [(name, array.tolist()) for name, array in books.items()]
     assert rigs[1].eviction.faults == rigs[1].prefetch.faults == 0
     assert seen[0] == seen[1]
@@ -215,12 +215,12 @@ def test_e8_arbitration_is_shown_copies_of_the_curves():
     assert not np.shares_memory(ExpertDemand(curve=given).curve, given)
 
 
-# --- arrays of a policy's own are kept up to date ------------------------------------------------
+# --- a policy's own copies of the arrays are kept up to date --------------------------------------
 
 
 @pytest.mark.parametrize("every", [1, 3, 50])
 def test_e8_what_is_shown_is_what_the_books_say(every):
-    """Covers reads after few changes, many changes, and more changes than are listed."""
+    """Read after few changes, after many changes, and after more changes than are listed."""
     table = PageTable(Geometry(LAYERS, E), [8])
     rule, view = rule_for(table, ByNumber(), Fetches()), PageView(table)
     rule.eviction._policy.vandal = rule._prefetch._policy.vandal = False

@@ -1,4 +1,4 @@
-"""E9: every answer of a policy is read once into plain values, then validated; nothing escapes.
+"""E9: each answer of a policy is read once into plain values and then validated; nothing escapes.
 
 Escapes are exceptions that leave a guard, policy code that runs without a time limit, and answers
 that change after validation.
@@ -87,7 +87,7 @@ def test_e9_pages_of_any_byte_order(dtype):
 
 
 class Strided(np.ndarray):
-    """A subclass with methods written by the policy."""
+    """An array subclass with methods written by the policy."""
 
     __getitem__ = astype = min = __floordiv__ = fails
 
@@ -173,7 +173,7 @@ def test_e9_an_answer_that_changes_after_it_was_judged():
 
 
 class Alive(Sequence):
-    """A sequence with one method given by the test."""
+    """A sequence, one method of which is given by the test."""
 
     def __init__(self, values, **does):
         self.values, self.does = values, does
@@ -196,7 +196,7 @@ class Alive(Sequence):
 
 
 class Frames(Mapping):
-    """A mapping with one method given by the test."""
+    """A mapping, one method of which is given by the test."""
 
     def __init__(self, **does):
         self.does = does
@@ -341,7 +341,7 @@ def test_e9_make_kernel_runs_within_a_call():
 
 
 def test_e9_the_end_of_an_answer_is_part_of_the_call():
-    """What an object does when it is dropped takes time as well."""
+    """The code that an object runs when it is dropped takes time as well."""
     spent = []
 
     class Slow(Alive):
@@ -386,7 +386,7 @@ def test_e9_an_array_that_is_too_long_is_not_copied():
     guard = fetcher(lambda: endless)
     assert guard.propose(ACCESS).tolist() == []
     assert guard.faults == 1
-    assert fetcher(lambda: [7, 8] * 12).propose(ACCESS).tolist() == [7, 8]  # one per page at most
+    assert fetcher(lambda: [7, 8] * 12).propose(ACCESS).tolist() == [7, 8]  # each page at most once
 
 
 def test_e9_a_mapping_without_end_is_not_read_to_its_end():

@@ -1,4 +1,4 @@
-"""Exceptions that pass a guard: only requests to end the process."""
+"""Exceptions that pass a guard: only those that request the end of the process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def raising(error):
 def test_whatever_a_policy_raises_is_contained(view, error, caplog):
     guard = guarded(view, raising(error))
     with caplog.at_level(logging.WARNING):
-        assert guard.choose(PAGES, 2).tolist() == [0, 1]  # LRU, ties by page
+        assert guard.choose(PAGES, 2).tolist() == [0, 1]  # LRU; ties are broken by page
     assert guard.faults == 1
     assert type(error).__name__ in caplog.text
 

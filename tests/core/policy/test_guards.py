@@ -1,4 +1,4 @@
-"""Policy faults, which only cause a count, a log line and the fallback to LRU."""
+"""Policy faults, which cause only a count, a log line and the fallback to LRU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lru_history(events: int = 60) -> list[list[int]]:
 
 
 def eviction(method: str, function, *, stable: bool = False) -> fluxmoe.EvictionPolicy:
-    """LRU, except that ``method`` is ``function``."""
+    """Make LRU with ``method`` replaced by ``function``."""
     cls = type("Pony", (LeastRecentlyUsed,), {method: function, "stable_score": stable})
     return cls()
 
@@ -167,7 +167,7 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     rule.run(0, 1, np.array([0, 1, 2, 3]))
     assert shown == [[1, 4, 23]]  # sorted
     rule.run(0, 2, np.array([0]))
-    assert shown == [[1, 4, 23], [6, 7, 8, 9]]  # only the pages changed since
+    assert shown == [[1, 4, 23], [6, 7, 8, 9]]  # only the pages that changed since
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_pages_to_be_ordered_are_ascending_resident_and_not_of_this_event_and_th
     ],
 )
 def test_a_bad_selection_makes_that_call_lru(function, message, caplog):
-    # One page per event, so that a repeated page cannot be a valid answer; n >= 2 is ensured.
+    # The second event needs several victims, so a repeated page cannot be a valid answer.
     rule = make(eviction("select", function), strikes=10**6, slots=E)
     with caplog.at_level(logging.WARNING, "fluxmoe"):
         rule.run(0, 0, np.arange(E))
@@ -263,7 +263,7 @@ def test_after_its_strikes_a_policy_is_replaced(caplog):
         assert rule.eviction.replaced == "score raised ValueError: no"  # C3
         rule.reset()
         replay(rule)
-        assert len(calls) == 3  # permanently
+        assert len(calls) == 3  # it is replaced permanently
 
 
 def test_a_replaced_policy_no_longer_releases_pages():
@@ -432,7 +432,7 @@ def test_a_bad_proposal_is_dropped_whole_counted_and_reported_once(answer, messa
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.int64])
 def test_repeats_are_taken_once_in_the_order_of_urgency(dtype):
     rule = make(LeastRecentlyUsed(), prefetch=_Fetch(np.array([20, 7, 20, 9, 7, 8], dtype)))
-    rule.run(0, 0, np.arange(E))  # of nine slots, three are left
+    rule.run(0, 0, np.arange(E))  # of the nine slots, three are still free
     (loads,) = rule.loads()
     assert loads.pages.tolist() == [20, 7, 9]
 

@@ -174,7 +174,7 @@ def test_an_interrupt_from_the_keyboard_is_no_fault_and_ends_the_call():
     rule = make(lru_but(score=score))
     with pytest.raises(KeyboardInterrupt):
         evict_once(rule)
-    spin(0.12)  # the watchdog would fire in here if the call still counted as running
+    spin(0.12)  # the watchdog would fire here if the call still counted as running
     assert rule.eviction.faults == 0
 
 
@@ -182,9 +182,9 @@ def test_an_interrupt_from_the_keyboard_is_no_fault_and_ends_the_call():
 
 
 def race(rounds: int, seed: int) -> tuple[int, int]:
-    """Run calls that end just as the watchdog fires; count those that returned and the others.
+    """Run calls that end just as the watchdog fires; count those that return, and all others.
 
-    Anything raised outside of ``call`` propagates.
+    Anything raised outside ``call`` propagates.
     """
     rng, hard = random.Random(seed), 0.002
     watch = TimeLimiter(Limits(hard_s=hard))
@@ -373,7 +373,7 @@ def test_a_limited_call_costs_little():
             times.append(time.perf_counter() - start)
         return min(times) / len(calls)
 
-    # Measured: 0.6 µs. The limit leaves room for slower and busier machines.
+    # 0.6 µs were measured. The limit leaves room for slower and busier machines.
     assert best(limited) - best(plain) < 3e-6
 
 
@@ -386,7 +386,7 @@ def test_no_policy_call_no_stopwatch():
 
 
 def test_there_is_one_watchdog_and_it_ends_when_there_is_nothing_to_watch():
-    # In a separate process, because other tests leave stopwatches behind.
+    # This runs in a separate process, because other tests leave stopwatches behind.
     program = """
 import threading, time
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter

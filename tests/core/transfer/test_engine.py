@@ -29,7 +29,7 @@ class Engine(TransferEngine):
     """A transfer engine over two banks.
 
     Args:
-        way: Copy threads; or, on a GPU, the source of its pages: pinned memory or buffers.
+        way: Number of copy threads or, on a GPU, the source of its pages: pinned memory or buffers.
     """
 
     def __init__(self, way: int | str) -> None:
@@ -66,8 +66,8 @@ class Engine(TransferEngine):
         self.ground.close()
 
     def holds(self, slot: int, page: int | None, bank: int = 0) -> bool:
-        """True if a slot holds exactly ``page``, or was never written to if that is None."""
-        if self.gpu is not None:  # the bytes that a kernel started now would read
+        """Return True if a slot holds ``page`` or, if ``page`` is None, was never written to."""
+        if self.gpu is not None:  # the bytes that a kernel launched now would read
             seen = []
             self.gpu.fake.launch(lambda: seen.append(self._holds(slot, page, bank)))
             self.gpu.fake.timeline.finish(KERNELS)
@@ -128,12 +128,12 @@ def test_completing_a_copy_that_no_thread_has_begun_makes_it_here(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 2: 5, 3: 6}))
     engine.store.wait_until_reading(1)
-    engine.complete(0, 5, 2)  # would wait forever for the thread
+    engine.complete(0, 5, 2)  # waiting for the thread would take forever
     assert engine.holds(2, 5)
     engine.store.let_go(1)
     engine.complete(0, 6, 3)
     engine.complete(0, 1, 0)
-    assert sorted(engine.store.reads) == [1, 5, 6]  # each once
+    assert sorted(engine.store.reads) == [1, 5, 6]  # each page once
 
 
 def test_a_slot_given_to_another_page_is_not_overwritten_by_the_copy_still_queued(engine):
@@ -156,7 +156,7 @@ def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
     other = threading.Thread(target=getattr(engine, how), args=(loads({0: 9}),))
     other.start()
     other.join(0.05)
-    assert other.is_alive()  # must not write before the old copy has ended
+    assert other.is_alive()  # the new copy must wait until the old one has ended
     engine.store.let_go(1)
     other.join(10)
     assert not other.is_alive()

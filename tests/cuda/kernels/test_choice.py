@@ -13,9 +13,9 @@ from fluxmoe.cuda.kernels.choice import IN_PLACE_UP_TO, Variant, choose
         (1, 8, 0, Variant.IN_PLACE),
         (1, 8, 100, Variant.IN_PLACE),
         (IN_PLACE_UP_TO, 4, 100, Variant.IN_PLACE),
-        (2 * IN_PLACE_UP_TO, 4, 4, Variant.IN_PLACE),  # exactly as many tokens per expert
+        (2 * IN_PLACE_UP_TO, 4, 4, Variant.IN_PLACE),  # exactly the limit per expert
         (2 * IN_PLACE_UP_TO + 1, 4, 4, Variant.TO_SLOT),
-        (2 * IN_PLACE_UP_TO + 1, 4, 3, Variant.IN_PLACE),  # too few slots for them
+        (2 * IN_PLACE_UP_TO + 1, 4, 3, Variant.IN_PLACE),  # too few slots for the experts
         (4096, 128, 128, Variant.IN_PLACE),
         (4097, 128, 128, Variant.TO_SLOT),
         (0, 0, 0, Variant.IN_PLACE),

@@ -1,4 +1,4 @@
-"""Tile sizes: compared with stock vLLM's code; valid and invalid tables."""
+"""Tile sizes compared with stock vLLM's code, and valid and invalid tables of tile sizes."""
 
 from __future__ import annotations
 

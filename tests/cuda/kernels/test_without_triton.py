@@ -1,4 +1,4 @@
-"""Functions that work without Triton, and errors of those that need it."""
+"""Functions that work without Triton, and errors of functions that need it."""
 
 from __future__ import annotations
 

@@ -73,6 +73,37 @@ def loaded_part(use: Use) -> Any:
     return use.run()
 
 
+def updated(use: Use) -> Any:
+    other = use.other()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    state = other.state_dict()
+    layer = {name: state[name].flip(0) for name in state if "layers.1.mlp.experts" in name}
+    found = []
+    for weights in (state, layer):
+        if use.handle is None:
+            use.model.load_state_dict(weights, strict=False)
+        else:
+            use.handle.update_weights(weights)
+        found.append(use.run())
+    use.close()
+    return [*found, use.run()]
+
+
+def updated_wrongly(use: Use) -> None:
+    name = "model.layers.1.mlp.experts.down_proj"
+    state = {name: weight * 2 for name, weight in use.stock.state_dict().items()}
+    use.refuses(
+        lambda: use.handle.update_weights({name: state[name]}),
+        lambda: use.handle.update_weights({**state, name: state[name][1:]}),
+        lambda: use.handle.update_weights({**state, "nothing": state[name]}),
+        lambda: use.handle.update_weights([*state.items(), (name, state[name])]),
+        lambda: use.handle.update_weights([*state]),
+        lambda: use.handle.update_weights(use.handle.model),
+    )
+
+
 def moved(use: Use) -> None:
     use.refuses(
         lambda: use.model.to(torch.float32),
@@ -169,6 +200,15 @@ def edited_memory(use: Use) -> None:
         use.refuses(use.handle.check)
         shared[3] = before
         use.handle.check()
+        name = next(n for n, p in use.model.named_parameters() if p is use.experts.down_proj)
+        rows = {
+            name.replace("down_proj", part): torch.rand(
+                getattr(use.experts, part).shape, dtype=use.experts.down_proj.dtype
+            )
+            for part in ("gate_up_proj", "down_proj")
+        }
+        use.handle.update_weights(rows)
+        use.handle.check()  # the new weights are no edit
         use.close()
 
 

@@ -202,6 +202,15 @@ class Engine:
     def rpc(self, method: Any, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
 
+    def rpc_between(self, prompts: list[Prompt], method: Any, *args: Any) -> Any:
+        """``rpc`` after the first step of requests, which are then aborted."""
+        self._add(prompts, None)
+        try:
+            self._engine.step()
+            return self.rpc(method, *args)
+        finally:
+            self._engine.abort_request([str(index) for index in range(len(prompts))])
+
     def stop(self) -> None:
         """Shut down the engine and release the worker's memory."""
         self._engine.engine_core.shutdown()

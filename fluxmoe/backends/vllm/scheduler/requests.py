@@ -75,8 +75,12 @@ class RequestWatch:
         self.preemptions += len(output.preempted_req_ids or ())
 
     @property
+    def unfinished(self) -> int:
+        return len(self._known)
+
+    @property
     def waiting(self) -> int:
-        return max(len(self._known) - self.running, 0)
+        return max(self.unfinished - self.running, 0)
 
     def foreseen_blocks(self, tokens: int) -> float:
         """Mean number of KV blocks of ``tokens`` tokens that a request has at its end.

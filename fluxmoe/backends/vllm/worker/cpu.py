@@ -7,10 +7,10 @@ import weakref
 from functools import partial
 from typing import Any
 
-from fluxmoe import checkpoint, plugins, sizes
+from fluxmoe import checkpoint, plugins
 from fluxmoe import config as fluxmoe_config
 from fluxmoe.backends import op
-from fluxmoe.backends.budget import KVNeed, automatic
+from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
 from fluxmoe.backends.tensors import as_rows, as_weight
@@ -28,25 +28,23 @@ from fluxmoe.backends.vllm.compat.worker import (
 from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
-from fluxmoe.backends.vllm.worker import checks, kv, selfcheck, start
-from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
+from fluxmoe.backends.vllm.worker import budget, checks, kv, selfcheck, start
+from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests
 from fluxmoe.backends.vllm.worker.side import WorkerSide
-from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS, refuse_loading, refusing
-from fluxmoe.config import HandLimits, Resolved
+from fluxmoe.backends.vllm.worker.weights.calls import WEIGHT_CALLS, guard_loading, refusing
+from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
+from fluxmoe.config import HandLimits
 from fluxmoe.core.types import Geometry, PageClass, Part, Phase
 from fluxmoe.errors import (
-    ConfigError,
     FluxMoEError,
     InvariantError,
     NoExpertsError,
     UnsupportedError,
 )
 from fluxmoe.trace.recorder import Recorder
-
-PARTS = ("w13_weight", "w2_weight")
 
 
 class PagedCPUWorker(CPUWorker):
@@ -61,7 +59,7 @@ class PagedCPUWorker(CPUWorker):
         self._paging = config.preset != "off"
         if self._paging:
             checks.refuse_unsupported(vllm_config)
-        resolved = config.resolved(config.memory.budget or _automatic_budget(vllm_config))
+        resolved = config.resolved(config.memory.budget or budget.automatic(vllm_config))
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
         # Raises policy errors before the weights are loaded.
@@ -73,7 +71,9 @@ class PagedCPUWorker(CPUWorker):
             checks.refuse_moving_split(vllm_config)
             handover.leave(vllm_config, resolved, arbitration)
         self._coders = make_coders(config, registry)
-        self._config = _with_kv_target(resolved, vllm_config.cache_config.kv_cache_memory_bytes)
+        self._config = budget.with_kv_target(
+            resolved, vllm_config.cache_config.kv_cache_memory_bytes
+        )
         # An explicit size keeps vLLM from claiming 92 % of the machine; the actual size follows.
         vllm_config.cache_config.kv_cache_memory_bytes = int(resolved.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
@@ -85,11 +85,11 @@ class PagedCPUWorker(CPUWorker):
         """Load like stock vLLM, then move the experts out of the model."""
         super().load_model(*args, **kwargs)
         load = self.vllm_config.load_config
-        if load.load_format in checkpoint.LOAD_FORMATS:
-            model, revision = self.model_config.model, self.model_config.revision
-            folder = checkpoint.downloaded(model, revision, load.download_dir)
-            if folder != model:  # a hub name, whose files exist only now
-                checkpoint.require_readable(folder)
+        model, revision = self.model_config.model, self.model_config.revision
+        folder = checkpoint.downloaded(model, revision, load.download_dir)
+        # Of a hub name, whose files exist only now.
+        if load.load_format in checkpoint.LOAD_FORMATS and folder != model:
+            checkpoint.require_readable(folder)
         if not self._paging:
             return
         NAMES.require_on("model_runner", self.model_runner)
@@ -101,10 +101,12 @@ class PagedCPUWorker(CPUWorker):
             )
         for layer in layers:
             checks.refuse_unpageable(layer)
-        self._page_out(layers)
-        refuse_loading(self.model_runner.model)
+        runtime = self._page_out(layers)
+        model = self.model_runner.model
+        self._door = WeightDoor(model, layers, runtime, self.vllm_config, folder)
+        guard_loading(model, self._door)
 
-    def _page_out(self, layers: list[PagedRoutedExperts]) -> None:
+    def _page_out(self, layers: list[PagedRoutedExperts]) -> Runtime:
         shapes = {
             tuple((name, getattr(m, name).shape, getattr(m, name).dtype) for name in PARTS)
             for m in layers
@@ -144,6 +146,7 @@ class PagedCPUWorker(CPUWorker):
                 index,
                 {name: require_addressable(as_weight(rows, like)) for name, like, rows in arenas},
             )
+        return runtime
 
     def _kv_need(self) -> KVNeed:
         return kv.need(self.vllm_config, self.get_kv_cache_spec().values())
@@ -176,7 +179,7 @@ class PagedCPUWorker(CPUWorker):
             raise InvariantError("vLLM has allocated its KV cache elsewhere")
         connector = worker_connector()
         rank = get_tensor_model_parallel_rank()
-        self._side = WorkerSide(self._runtime, rank)
+        self._side = WorkerSide(self._runtime, rank, self._door.board)
         connector.bind(self._side)
         weakref.finalize(self, drop_connector, connector)
         if rank == 0:
@@ -216,7 +219,30 @@ class PagedCPUWorker(CPUWorker):
 
     def fluxmoe_stats(self) -> dict[str, Any]:
         """Return counters and sizes as plain numbers."""
-        return {**self._paged.stats(), "orders": self._side.orders}
+        own = {"orders": self._side.orders, "weight_updates": self._door.board.updates}
+        return {**self._paged.stats(), **own}
+
+    def reload_weights(
+        self,
+        weights_iterator: Any = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """Replace the model's weights between steps, all or none. See ``WeightDoor.update``.
+
+        Args:
+            weights_iterator: Names and tensors as in the checkpoint.
+            weights_path: Without ``weights_iterator``, a folder with a checkpoint; by default the
+                one that the engine was started with.
+            is_checkpoint_format: Must be True.
+        """
+        if self._runtime is None:
+            super().reload_weights(weights_iterator, weights_path, is_checkpoint_format)
+            return
+        if not is_checkpoint_format:
+            refusing("is_checkpoint_format=False", "give the weights as in the checkpoint")()
+        self._paged.pager.owner.require()
+        self._door.reload(weights_iterator, weights_path)
 
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books are consistent."""
@@ -310,40 +336,10 @@ class PagedCPUWorker(CPUWorker):
         self._side.restarted()
 
 
-for _call in WEIGHT_CALLS:
-    setattr(PagedCPUWorker, _call, refusing(_call))
+for _call, _fix in WEIGHT_CALLS.items():
+    setattr(PagedCPUWorker, _call, refusing(_call, _fix))
 
 
 def _release(handle: int, runtime: Runtime) -> None:
     op.detach(handle)
     runtime.close()
-
-
-def _automatic_budget(vllm_config: VllmConfig) -> int:
-    """Compute ``memory.budget: auto`` in bytes for an engine started without ``fluxmoe serve``."""
-    workers = vllm_config.parallel_config.world_size
-    if workers > 1:
-        # Each worker would see less free memory than those started before it.
-        raise ConfigError(
-            f"auto is not supported for {workers} workers that start separately",
-            where="memory.budget",
-            fix="set a size, or start with `fluxmoe serve`",
-        )
-    return automatic(vllm_config.model_config.model, workers)
-
-
-def _with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:
-    """Set the KV cache target of a configuration to --kv-cache-memory-bytes, if given."""
-    target = config.memory.kv.target
-    if kv_bytes is None or target == kv_bytes:
-        return config
-    if target is not None:
-        raise ConfigError(
-            f"memory.kv.target is {sizes.exact(target)}, "
-            f"--kv-cache-memory-bytes is {sizes.exact(kv_bytes)}",
-            where="additional_config.fluxmoe",
-            fix="set only one of them",
-        )
-    kv = config.memory.kv.model_copy(update={"target": kv_bytes})
-    memory = config.memory.model_copy(update={"kv": kv})
-    return config.model_copy(update={"memory": memory})

@@ -10,6 +10,9 @@ import torch
 from fluxmoe.backends import op
 from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
+#: Parameters of a layer, each a part of its experts' pages.
+PARTS = ("w13_weight", "w2_weight")
+
 
 class PagedRoutedExperts(RoutedExperts):
     """vLLM's routed experts; once bound to a pager, their weights are the slots of an arena."""

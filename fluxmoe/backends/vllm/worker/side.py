@@ -6,6 +6,7 @@ import time
 
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm import metrics, sources
+from fluxmoe.backends.vllm.board import Board
 from fluxmoe.core.arbitration.demand import DemandMeter
 from fluxmoe.core.arbitration.messages import Answer, Inventory, OperatorLimits, Order, StepReport
 from fluxmoe.core.arbitration.moves import MoveWorker
@@ -21,10 +22,13 @@ class WorkerSide:
     Args:
         runtime: The worker's memory.
         rank: Rank of the worker in its tensor-parallel group.
+        board: Shared with the scheduler.
     """
 
-    def __init__(self, runtime: Runtime, rank: int) -> None:
+    def __init__(self, runtime: Runtime, rank: int, board: Board) -> None:
         self._runtime = runtime
+        #: Where the scheduler finds the worker's board.
+        self.board = board.address
         self._meters = (
             metrics.Meter(sources.reader(runtime, rank, lambda: self.limits)),
             metrics.Meter(lambda: sources.read_ages(runtime), every=AGES_EVERY),

@@ -13,7 +13,7 @@ __version__ = "0.28.0"
 
 
 class _Names(MetaPathFinder, Loader):
-    """Creates any module below this package, with any name in it."""
+    """An importer that creates any module below this package, with any name in it."""
 
     def find_spec(self, name, path=None, target=None):
         return ModuleSpec(name, self, is_package=True) if name.startswith("torchvision.") else None

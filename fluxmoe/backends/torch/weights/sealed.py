@@ -10,7 +10,7 @@ tensors such as ``weight.data``, share the memory only, of which a checksum is t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -137,6 +137,11 @@ class Shared:
             # One is the weight's, one this expression's.
             if torch._C._storage_Use_Count(weight.untyped_storage()._cdata) > 2
         ]
+
+    def updated(self, layers: Container[int]) -> None:
+        """Take over the new values of the weight if it belongs to one of ``layers``."""
+        if self._layer in layers:
+            self._checksum = self._sum()
 
     def check(self) -> None:
         """Raise UnsupportedError if the weight has changed."""

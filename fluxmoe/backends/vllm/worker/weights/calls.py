@@ -1,0 +1,69 @@
+"""vLLM's doors to a model's weights while its experts are paged: one is open, the rest refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
+from fluxmoe.errors import UnsupportedError
+
+_STOCK = "use a stock engine for it"
+_RELOAD = "call reload_weights, or load_weights of the whole model, with names as in the checkpoint"
+
+#: Methods of vLLM's worker that read or write the model's weights otherwise, with the way out.
+#: After loading, expert weights are slots, whose pages change.
+WEIGHT_CALLS = {
+    "reset_weights": _RELOAD,
+    "save_sharded_state": _STOCK,
+    "save_tensorized_model": _STOCK,
+    "compute_weight_checksums": _STOCK,
+    "init_weight_transfer_engine": _RELOAD,
+    "start_weight_update": _RELOAD,
+    "start_draft_weight_update": _RELOAD,
+    "update_weights": _RELOAD,
+    "finish_weight_update": _RELOAD,
+}
+
+
+def refusing(call: str, fix: str = _RELOAD) -> Callable[..., None]:
+    """Make a replacement for the function or method ``call`` that raises an error."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise UnsupportedError(
+            f"{call} is not supported for a model whose experts are paged", fix=fix
+        )
+
+    return refuse
+
+
+def guard_loading(model: Any, door: WeightDoor) -> None:
+    """Lead ``load_weights`` of a model through the door; disable loaders of parts of it.
+
+    They would write into slots and not into the page store, mixing old and new experts.
+
+    Args:
+        model: vLLM's model, already paged.
+        door: Its door.
+    """
+    for module in model.modules():
+        if hasattr(module, "load_weights"):
+            inner = _inside(door, module.load_weights, "load_weights of a part of the model")
+            module.load_weights = door.update if module is model else inner
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(module, PagedRoutedExperts) and name in PARTS:
+                weight.weight_loader = refusing("weight_loader")
+            elif hasattr(weight, "weight_loader"):
+                weight.weight_loader = _inside(door, weight.weight_loader, "weight_loader")
+
+
+def _inside(door: WeightDoor, load: Callable[..., Any], call: str) -> Callable[..., Any]:
+    """Make a replacement for ``load`` that raises an error outside an update."""
+
+    @wraps(load)
+    def guarded(*args: object, **kwargs: object) -> Any:
+        return load(*args, **kwargs) if door.open else refusing(call)()
+
+    return guarded

@@ -1,0 +1,220 @@
+"""The one door through which the weights of a running model change.
+
+New weights take vLLM's own way (names, slices of tensor parallelism, packing), except that experts
+end in the store instead of slots. All checks come first, then store, pages and the other weights
+change at once; the scheduler drops its prefix cache before its next request (``board``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fluxmoe import checkpoint
+from fluxmoe.backends.runtime import Runtime
+from fluxmoe.backends.vllm.board import Board
+from fluxmoe.backends.vllm.compat import reload
+from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.weights.experts import NewExperts
+from fluxmoe.backends.vllm.worker.weights.state import ModelState
+from fluxmoe.backends.weights import FORM, Shape, checked
+from fluxmoe.core.transfer.store import Put
+from fluxmoe.core.types import Bytes
+from fluxmoe.errors import FluxMoEError, UnsupportedError, WeightsError
+from fluxmoe.inventory import expert_tensor
+from fluxmoe.words import line
+
+_ONE = "one update"
+
+
+class WeightDoor:
+    """Changes the weights of a paged model.
+
+    Args:
+        model: vLLM's model.
+        layers: Its paged layers, in order.
+        runtime: Their pager and store.
+        config: vLLM's configuration.
+        folder: The checkpoint that the model was loaded from.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layers: Sequence[PagedRoutedExperts],
+        runtime: Runtime,
+        config: VllmConfig,
+        folder: str,
+    ) -> None:
+        self._model, self._layers, self._runtime = model, layers, runtime
+        self._config, self._folder = config, folder
+        self._load: Callable[[Iterable[Any]], Any] = model.load_weights
+        self._unfollowing = reload.unfollowing(model)
+        self.board = Board()
+        #: True within an update: only then may vLLM's loaders be called.
+        self.open = False
+
+    def update(self, weights: object, *, whole: bool = False) -> set[str]:
+        """Replace weights, all or none, between two steps.
+
+        Args:
+            weights: Names and tensors as in the checkpoint: pairs or a map. Experts must be given
+                as a whole, and all of the other weights or none of them.
+            whole: Require all weights of the model.
+
+        Returns:
+            vLLM's names of the parameters that were changed.
+
+        Raises:
+            WeightsError: Requests are unfinished, or the weights do not fit. As after every error,
+                the old weights remain.
+            UnsupportedError: The model cannot change its weights.
+            StoreError: A store has no room.
+        """
+        agreed = False
+        before: ModelState | None = None
+        try:
+            self._require_possible()
+            expert_weights = [getattr(layer, name) for layer in self._layers for name in PARTS]
+            before = ModelState(self._model, expert_weights)
+            with self._runtime.update() as put:
+                changed = self._taken(weights, put, whole)
+                agreed = True
+                if not reload.all_agree(True):
+                    raise WeightsError("another worker cannot take them", fix="see its log")
+        except BaseException as error:
+            if before is not None:
+                before.restore()
+                for module in self._model.modules():
+                    reload.readmit(module)
+            if not agreed:
+                reload.all_agree(False)
+            if isinstance(error, FluxMoEError) or not isinstance(error, Exception):
+                raise
+            raise WeightsError(
+                f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
+            ) from error
+        self.board.updates += 1
+        return changed
+
+    def reload(self, weights: object, path: str | None) -> None:
+        """Replace weights by those of a checkpoint, unless ``weights`` are given. See ``update``.
+
+        Args:
+            path: A folder; None: the checkpoint that the model was loaded from.
+
+        Raises:
+            CheckpointError: The checkpoint is missing, damaged or incomplete.
+        """
+        if weights is not None:
+            self.update(weights)
+            return
+        if path is not None:
+            checkpoint.require_readable(path)
+        self.update(reload.weights_of(self._config, self._model, path), whole=True)
+
+    def _require_possible(self) -> None:
+        if unfinished := self.board.unfinished:
+            raise WeightsError(
+                f"{unfinished} requests are unfinished: their KV cache is of the old weights",
+                fix="finish or abort them before the weights change",
+            )
+        if self._config.model_config.is_multimodal_model:
+            raise UnsupportedError(
+                "the weights of a multimodal model cannot be changed yet", fix="restart the server"
+            )
+
+    def _taken(self, weights: object, put: Put, whole: bool) -> set[str]:
+        """Load the weights and check them; experts are handed to ``put``."""
+        shapes = self._shapes()
+        given: set[str] = set()
+        experts = self._runtime.geometry.experts_per_layer
+
+        def numbered(layer: int) -> Callable[[int, list[Bytes]], None]:
+            return lambda expert, parts: put(layer * experts + expert, parts)
+
+        def fused(name: str, weight: torch.Tensor) -> Shape | None:
+            """All experts of a layer. vLLM ignores single ones that it does not know."""
+            found = expert_tensor(name, weight.ndim)
+            return (
+                None if found is None or found.expert is not None else (experts, *weight.shape[1:])
+            )
+
+        def named() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, weight in checked(weights, shapes, fused):
+                given.add(name)
+                yield name, weight
+
+        new = [NewExperts(layer, numbered(i)) for i, layer in enumerate(self._layers)]
+        with self._loading(new):
+            changed = self._load(named())
+            count = sum(each.finish() for each in new)
+            self._require_others(shapes, given, whole=whole)
+            if whole and count < self._runtime.geometry.num_pages:
+                missing = self._runtime.geometry.num_pages - count
+                raise WeightsError(
+                    f"{missing} experts are missing", where=_ONE, fix="use a whole checkpoint"
+                )
+        return {str(name) for name in changed or ()}
+
+    def _shapes(self) -> dict[str, Shape]:
+        """Shapes of the tensors of the checkpoint that the model was loaded from."""
+        folder = Path(self._folder)
+        shapes = {name: each.shape for name, each in checkpoint.headers(folder)}
+        if not shapes:
+            raise UnsupportedError(
+                "the names and shapes of this model's weights are not known",
+                where=self._folder,
+                fix="start with a checkpoint in safetensors format",
+            )
+        return shapes
+
+    def _require_others(
+        self, shapes: Mapping[str, Shape], given: Iterable[str], *, whole: bool
+    ) -> None:
+        """Require all weights that are not experts', or none of them."""
+        others = {name for name, shape in shapes.items() if not expert_tensor(name, len(shape))}
+        here = others.intersection(given)
+        if not here and not whole:
+            return
+        if missing := sorted(others - here):
+            raise WeightsError(
+                f"{len(missing)} weights are missing, such as {missing[0]}",
+                where=_ONE,
+                fix="give all weights of the model, or only experts",
+            )
+        if self._unfollowing:
+            raise UnsupportedError(
+                f"only the experts of this model can change: vLLM keeps {self._unfollowing[0]}",
+                fix="restart the server with the new weights",
+            )
+        if not self._config.model_config.enforce_eager:
+            raise UnsupportedError(
+                f"a compiled model cannot change weights other than experts, such as {min(here)}",
+                fix="start with enforce_eager",
+            )
+
+    @contextmanager
+    def _loading(self, new: Sequence[NewExperts]) -> Iterator[None]:
+        """Let the model be loaded; afterwards its tensors are at the same addresses."""
+        arenas = [dict(layer._parameters) for layer in self._layers]
+        self.open = True
+        try:
+            with reload.set_current_vllm_config(self._config):
+                for layer, each in zip(self._layers, new, strict=True):
+                    layer._parameters.update(each.stand_ins)
+                    reload.exempt(layer)
+                reload.initialize_layerwise_reload(self._model)
+                yield
+                for layer, own in zip(self._layers, arenas, strict=True):
+                    layer._parameters.update(own)
+                    reload.readmit(layer)
+                reload.finalize_layerwise_reload(self._model, self._config.model_config)
+                reload.pack_tied(self._model)
+        finally:
+            self.open = False

@@ -1,0 +1,184 @@
+"""New weights through the handle: outputs, and the model afterwards, as with the new weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fluxmoe
+from fluxmoe.errors import FluxMoEError, UnsupportedError, WeightsError
+from tests.torch.conftest import Load, prompts
+
+STORES = {
+    "host": [{"kind": "host"}],
+    "coded": [{"kind": "host", "codec": "fixed4"}],
+    "file": [{"kind": "file"}],
+}
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+DOWN = "model.layers.1.mlp.experts.down_proj"
+HEAD = "lm_head.weight"
+
+
+def run(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**prompts(), use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def pair(load: Load) -> tuple[Any, Any]:
+    a, b = load(), load()
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in b.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=draw).to(weight.dtype)
+    assert not torch.equal(run(a), run(b))
+    return a, b
+
+
+def stores(kind: str, folder: Path) -> list[dict[str, Any]]:
+    return [{**s, "path": str(folder)} if kind == "file" else s for s in STORES[kind]]
+
+
+@pytest.fixture(params=list(STORES))
+def kept(request: Any, tmp_path: Path) -> list[dict[str, Any]]:
+    return stores(request.param, tmp_path)
+
+
+@pytest.mark.parametrize("memory", ["1MiB", "64MiB"])
+def test_outputs_and_the_model_after_closing_are_those_of_the_new_weights(
+    pair: tuple[Any, Any], kept: list[dict[str, Any]], memory: str, tmp_path: Path
+) -> None:
+    a, b = pair
+    model = copy.deepcopy(a)
+    with fluxmoe.page(model, memory, stores=kept, prefetch="next-layer") as paged:
+        assert torch.equal(run(model), run(a))
+        files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in tmp_path.iterdir()}
+        paged.update_weights(b.state_dict())
+        assert torch.equal(run(model), run(b))
+        paged.check()
+        paged.update_weights(iter(a.state_dict().items()))
+        assert torch.equal(run(model), run(a))
+        paged.update_weights([(GATE_UP, b.state_dict()[GATE_UP]), (DOWN, b.state_dict()[DOWN])])
+        mixed = copy.deepcopy(a)
+        mixed.model.layers[1].mlp.experts.load_state_dict(
+            b.model.layers[1].mlp.experts.state_dict()
+        )
+        assert torch.equal(run(model), run(mixed))
+        paged.update_weights(b.named_parameters())
+    assert torch.equal(run(model), run(b))
+    own, new = model.state_dict(), b.state_dict()
+    assert own.keys() == new.keys()
+    assert all(torch.equal(own[name], new[name]) for name in new)
+    for name, digest in files.items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    assert len(files) == (kept[0]["kind"] == "file")
+
+
+def test_a_loaded_model(
+    pair: tuple[Any, Any], checkpoint: Callable[..., Path], kept: list[dict[str, Any]]
+) -> None:
+    a, b = pair
+    with fluxmoe.load(checkpoint(), "1MiB", stores=kept) as paged:
+        assert torch.equal(run(paged.model), run(a))
+        paged.update_weights(b.state_dict())
+        assert torch.equal(run(paged.model), run(b))
+    with fluxmoe.load(checkpoint(), "1MiB", stores=kept) as paged:
+        assert torch.equal(run(paged.model), run(a))
+
+
+def broken(b: dict[str, torch.Tensor]) -> Any:
+    yield from b.items()
+    raise OSError("the trainer has gone")
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "missing part": (
+        lambda b: {name: b[name] for name in b if name != DOWN},
+        WeightsError,
+        "experts of MoE layer 1 have no down_proj",
+    ),
+    "shape": (lambda b: {**b, HEAD: b[HEAD][1:]}, WeightsError, r"has the shape \[1023, 128\]"),
+    "experts": (lambda b: {**b, DOWN: b[DOWN][1:]}, WeightsError, r"has the shape \[15, "),
+    "name": (
+        lambda b: {**b, "lm_haed.weight": b[HEAD]},
+        WeightsError,
+        r"lm_haed.weight is no weight of this model; did you mean 'lm_head.weight'",
+    ),
+    "twice": (lambda b: [*b.items(), (HEAD, b[HEAD])], WeightsError, "was given twice"),
+    "names": (lambda b: [*b], WeightsError, "a weight is a str"),
+    "no tensor": (lambda b: {**b, HEAD: 1}, WeightsError, "lm_head.weight has no tensor"),
+    "no list": (lambda b: None, WeightsError, "weights of type NoneType"),
+    "meta": (lambda b: {**b, HEAD: b[HEAD].to("meta")}, WeightsError, "is on meta"),
+    "iteration": (broken, OSError, "the trainer has gone"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_weights_change_nothing(pair: tuple[Any, Any], case: str, tmp_path: Path) -> None:
+    a, b = pair
+    make, error, message = WRONG[case]
+    model = copy.deepcopy(a)
+    with fluxmoe.page(model, "1MiB", stores=stores("file", tmp_path)) as paged:
+        with pytest.raises(error, match=message) as caught:
+            paged.update_weights(make(b.state_dict()))
+        assert "\n" not in str(caught.value)
+        if isinstance(caught.value, FluxMoEError):
+            assert caught.value.fix
+        assert torch.equal(run(model), run(a))
+    assert all(map(torch.equal, model.state_dict().values(), a.state_dict().values()))
+
+
+def test_a_hook_may_update_and_a_closed_handle_may_not(pair: tuple[Any, Any]) -> None:
+    a, b = pair
+    model = copy.deepcopy(a)
+    with fluxmoe.page(model, "1MiB") as paged:
+
+        def update(*_: object) -> None:
+            paged.update_weights(b.state_dict())
+
+        hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(update)
+        run(model)  # old weights up to there, new ones from there
+        hook.remove()
+        assert torch.equal(run(model), run(b))
+        paged.close()
+        with pytest.raises(FluxMoEError, match="no longer paged"):
+            paged.update_weights(b.state_dict())
+
+
+def test_threads_see_whole_updates(pair: tuple[Any, Any]) -> None:
+    """Every pass has either the old weights or the new ones."""
+    a, b = pair
+    model, found = copy.deepcopy(a), []
+    with fluxmoe.page(model, "1MiB", copy_threads=2) as paged:
+        done = threading.Event()
+
+        def work() -> None:
+            while not done.is_set():
+                found.append(run(model))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        for each in (b, a, b, a):
+            paged.update_weights(each.state_dict())
+        done.set()
+        thread.join()
+    right = run(a), run(b)
+    assert found
+    assert all(any(torch.equal(each, one) for one in right) for each in found)
+
+
+def test_load_state_dict_names_the_way(pair: tuple[Any, Any]) -> None:
+    a, b = pair
+    with (
+        fluxmoe.page(copy.deepcopy(a), "1MiB") as paged,
+        pytest.raises(UnsupportedError) as caught,
+    ):
+        paged.model.load_state_dict(b.state_dict())
+    assert "update_weights()" in caught.value.fix

@@ -1,0 +1,495 @@
+"""Weights that change while an engine runs: afterwards its answers are stock's with the new ones.
+
+Checkpoints A and B have the same architecture. ``reload_weights``, ``load_weights`` of the model,
+``collective_rpc`` and ``apply_model`` are vLLM's own doors; each is right or refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
+from fluxmoe.errors import CheckpointError, FluxMoEError, UnsupportedError, WeightsError
+from fluxmoe.inventory import expert_tensor
+from fluxmoe.testing import checkpoints
+from tests.vllm.conftest import EAGER, KV_BYTES, PAGES, config, prompts
+
+pytestmark = pytest.mark.vllm
+
+#: Two prompts share a prefix of two KV blocks.
+SHARED = list(range(5, 75))
+BATCH = [
+    *prompts(6, seed=3),
+    Prompt(SHARED, 6, logprobs=True),
+    Prompt([*SHARED[:64], 9], 6, logprobs=True),
+]
+
+Answers = tuple[list[list[int]], list[list[float]]]
+
+
+def answers(engine: ChildEngine, *, cold: bool = False) -> Answers:
+    run = engine.generate(BATCH, cold=cold)
+    return run.tokens, run.logprobs
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Checkpoints, and stock's answers with each."""
+
+    a: Path
+    b: Path
+    of_a: Answers
+    of_b: Answers
+
+
+@pytest.fixture(scope="module")
+def versions(
+    eager: ChildEngine, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Versions]:
+    other = checkpoints.write(tmp_path_factory.mktemp("b") / "model", "qwen3-moe", seed=7)
+    found = []
+    for model in (checkpoint, other):
+        eager.restart(model=model, kv_cache_memory_bytes=KV_BYTES, **EAGER)
+        found.append(answers(eager))
+    assert found[0] != found[1]
+    yield Versions(checkpoint, other, *found)
+    eager.restart(model=checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER)
+
+
+def started(engine: ChildEngine, model: Path, slots: int = 20, **settings: Any) -> ChildEngine:
+    engine.restart(model=model, fluxmoe=config(slots, **settings), **EAGER)
+    return engine
+
+
+# --- doors, which run in the worker ---------------------------------------------------------------
+
+
+def through_model(worker: Any, path: str) -> None:
+    worker.apply_model(
+        lambda model: model.load_weights(load_file(f"{path}/model.safetensors").items())
+    )
+
+
+def through_iterator(worker: Any, path: str) -> None:
+    worker.reload_weights(weights_iterator=iter(load_file(f"{path}/model.safetensors").items()))
+
+
+def through_path(worker: Any, path: str) -> None:
+    worker.reload_weights(weights_path=path)
+
+
+def through_fused_names(worker: Any, path: str) -> None:
+    """As a model of transformers has them, which trains."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    assert any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
+    worker.model_runner.model.load_weights(model.named_parameters())
+
+
+DOORS = (through_path, through_iterator, through_model, through_fused_names)
+
+
+@pytest.mark.parametrize("slots", [20, PAGES])
+@pytest.mark.parametrize("door", DOORS)
+def test_answers_after_an_update_are_stocks_with_the_new_weights(
+    eager: ChildEngine, versions: Versions, door: Callable[..., None], slots: int
+) -> None:
+    """With pages resident and absent, and a prefix of both prompts in the prefix cache."""
+    started(eager, versions.a, slots, prefetch="next-layer")
+    assert answers(eager) == versions.of_a
+    eager.call("rpc", door, str(versions.b))
+    run = eager.generate(BATCH, cold=False)
+    assert (run.tokens, run.logprobs) == versions.of_b
+    assert run.stats["weight_updates"] == 1
+    eager.call("rpc", "fluxmoe_check")
+    # Back again, and the prefix cache works as before.
+    eager.call("rpc", "reload_weights")
+    assert answers(eager) == versions.of_a
+    again = eager.generate(BATCH, cold=False)
+    assert sum(again.cached) > 64
+
+
+def test_the_prefix_cache_of_the_old_weights_would_give_other_answers(
+    eager: ChildEngine, versions: Versions
+) -> None:
+    """The negative control: the same update without the scheduler's notice."""
+    started(eager, versions.a)
+    assert answers(eager) == versions.of_a
+    eager.call("rpc", through_path, str(versions.b))
+    eager.call("rpc", without_notice)
+    run = eager.generate(BATCH, cold=False)
+    assert sum(run.cached) > 64
+    assert run.logprobs != versions.of_b[1]
+
+
+def without_notice(worker: Any) -> None:
+    worker._door.board.updates -= 1
+
+
+# --- parts of the weights -------------------------------------------------------------------------
+
+
+def weights(worker: Any, given: list[tuple[str, Any]]) -> None:
+    worker.model_runner.model.load_weights(given)
+
+
+def expert(checkpoint: Path, layer: int, number: int) -> dict[str, torch.Tensor]:
+    name = f"model.layers.{layer}.mlp.experts.{number}."
+    return {key: value for key, value in load_file(checkpoint / "model.safetensors").items()
+            if key.startswith(name)}  # fmt: skip
+
+
+def mixed(a: Path, folder: Path, changes: dict[str, torch.Tensor]) -> Path:
+    """Copy a checkpoint with changed weights."""
+    folder.mkdir()
+    for file in a.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    save_file({**load_file(a / "model.safetensors"), **changes}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    return folder
+
+
+def test_single_experts_are_replaced(
+    eager: ChildEngine, versions: Versions, tmp_path: Path
+) -> None:
+    changes = {}
+    for layer, number in ((0, 3), (0, 4), (2, 15)):
+        changes |= expert(versions.b, layer, number)
+    model = mixed(versions.a, tmp_path / "mixed", changes)
+    eager.restart(model=model, kv_cache_memory_bytes=KV_BYTES, **EAGER)
+    expected = answers(eager)
+    assert expected not in (versions.of_a, versions.of_b)
+    started(eager, versions.a, stores=[{"kind": "host", "codec": "fixed4"}])
+    assert answers(eager) == versions.of_a
+    eager.call("rpc", weights, [*changes.items()])
+    assert answers(eager) == expected
+
+
+# --- refused, with the old weights ----------------------------------------------------------------
+
+
+def whole(versions: Versions) -> dict[str, torch.Tensor]:
+    return load_file(versions.b / "model.safetensors")
+
+
+UP = "model.layers.3.mlp.experts.7.up_proj.weight"
+FUSED = "model.layers.3.mlp.experts.gate_up_proj"
+QUERY = "model.layers.3.self_attn.q_proj.weight"
+
+
+def missing_part(b: dict[str, Any]) -> object:
+    return {name: b[name] for name in b if name != UP}
+
+
+def one_projection(b: dict[str, Any]) -> object:
+    return {UP: b[UP]}
+
+
+def too_short(b: dict[str, Any]) -> object:
+    return {**b, UP: b[UP][:-1]}
+
+
+def too_long(b: dict[str, Any]) -> object:
+    return {**b, QUERY: torch.cat([b[QUERY], b[QUERY]])}
+
+
+def wrong_dimensions(b: dict[str, Any]) -> object:
+    return {**b, UP: b[UP][None]}
+
+
+def missing_other(b: dict[str, Any]) -> object:
+    return {name: b[name] for name in b if name != QUERY}
+
+
+def wrong_name(b: dict[str, Any]) -> object:
+    return {**b, "model.layers.3.self_attn.q_porj.weight": b[QUERY]}
+
+
+def wrong_expert(b: dict[str, Any]) -> object:
+    return {**b, UP.replace("experts.7", "experts.16"): b[UP]}
+
+
+def wrong_projection(b: dict[str, Any]) -> object:
+    return {**b, UP.replace("up_proj", "w9"): b[UP]}
+
+
+def wrong_layer(b: dict[str, Any]) -> object:
+    return {**b, UP.replace("layers.3", "layers.4"): b[UP]}
+
+
+def twice(b: dict[str, Any]) -> object:
+    return [*b.items(), (UP, b[UP])]
+
+
+def fewer_experts(b: dict[str, Any]) -> object:
+    return {FUSED: torch.zeros(15, 128, 128)}
+
+
+def more_experts(b: dict[str, Any]) -> object:
+    return {FUSED: torch.zeros(17, 128, 128)}
+
+
+def no_pairs(b: dict[str, Any]) -> object:
+    return [*b]
+
+
+def no_tensor(b: dict[str, Any]) -> object:
+    return {**b, UP: [1, 2]}
+
+
+def no_list(b: dict[str, Any]) -> object:
+    return 5
+
+
+def elsewhere(b: dict[str, Any]) -> object:
+    return {**b, UP: b[UP].to("meta")}
+
+
+def breaking(b: dict[str, Any]) -> object:
+    def some() -> Iterator[Any]:
+        yield from [*b.items()][:-1]
+        raise OSError("the trainer has gone")
+
+    return some()
+
+
+WRONG: dict[Callable[[dict[str, Any]], object], str] = {
+    missing_part: "expert 7 of model.layers.3.mlp.experts.* has no up projection",
+    one_projection: "has no gate projection, down projection",
+    too_short: r"up_proj.weight has the shape \[63, 128\], not \[64, 128\]",
+    too_long: r"q_proj.weight has the shape \[256, 128\], not \[128, 128\]",
+    wrong_dimensions: r"has the shape \[1, 64, 128\]",
+    missing_other: "1 weights are missing, such as model.layers.3.self_attn.q_proj.weight",
+    wrong_name: "q_porj.weight is no weight of this model.*did you mean.*q_proj",
+    wrong_expert: "experts.16.up_proj.weight is no weight of this model",
+    wrong_projection: "experts.7.w9.weight is no weight of this model",
+    wrong_layer: "layers.4",
+    twice: "up_proj.weight was given twice",
+    fewer_experts: r"gate_up_proj has the shape \[15, 128, 128\], not \[16, ",
+    more_experts: r"gate_up_proj has the shape \[17, ",
+    no_pairs: "a weight is a str",
+    no_tensor: "up_proj.weight has no tensor",
+    no_list: "weights of type int",
+    elsewhere: "up_proj.weight is on meta",
+    breaking: "the trainer has gone",
+}
+
+
+def wrong(worker: Any, make: Callable[[dict[str, Any]], object], path: str) -> None:
+    worker.model_runner.model.load_weights(make(load_file(f"{path}/model.safetensors")))
+
+
+def test_wrong_weights_are_refused_and_the_old_ones_remain(
+    eager: ChildEngine, versions: Versions, tmp_path: Path
+) -> None:
+    file = {"kind": "file", "path": str(tmp_path)}
+    started(eager, versions.a, stores=[file], prefetch="next-layer")
+    for make, message in WRONG.items():
+        with pytest.raises(WeightsError) as caught:
+            eager.call("rpc", wrong, make, str(versions.b))
+        assert re.search(message, caught.value.text), make
+        assert caught.value.fix
+        assert "\n" not in str(caught.value)
+        assert answers(eager) == versions.of_a, make
+    eager.call("rpc", through_path, str(versions.b))  # and nothing was left behind
+    assert answers(eager) == versions.of_b
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    eager: ChildEngine, versions: Versions, tmp_path: Path
+) -> None:
+    started(eager, versions.a)
+    small = checkpoints.write(tmp_path / "small", "qwen3-moe", num_experts=8)
+    b = whole(versions)
+    lacking = mixed(versions.b, tmp_path / "lacking", {})
+    del b["lm_head.weight"]
+    save_file(b, lacking / "model.safetensors", {"format": "pt"})
+    for path, error, message in (
+        (tmp_path / "none", CheckpointError, "no such folder"),
+        (small, WeightsError, "has the shape"),
+        (lacking, WeightsError, "1 weights are missing, such as lm_head.weight"),
+    ):
+        with pytest.raises(error, match=message):
+            eager.call("rpc", through_path, str(path))
+        assert answers(eager) == versions.of_a
+
+
+def test_no_update_while_requests_are_unfinished(eager: ChildEngine, versions: Versions) -> None:
+    started(eager, versions.a)
+    with pytest.raises(WeightsError, match="8 requests are unfinished") as caught:
+        eager.call("rpc_between", BATCH, through_path, str(versions.b))
+    assert "finish or abort" in caught.value.fix
+    assert answers(eager, cold=True) == versions.of_a
+    eager.call("rpc", through_path, str(versions.b))
+    assert answers(eager) == versions.of_b
+
+
+def test_a_full_store_refuses(eager: ChildEngine, versions: Versions, tmp_path: Path) -> None:
+    """Noise cannot be coded, so the new pages do not fit."""
+    stores = [{"kind": "host", "codec": "fixed4", "limit": f"{int(0.85 * PAGES * 49152)}B"}]
+    started(eager, versions.a, stores=stores)
+    noise = {name: torch.randint(-(2**15), 2**15, value.shape, dtype=torch.int16)
+             .view(torch.bfloat16) for name, value in whole(versions).items()
+             if ".experts." in name}  # fmt: skip
+    with pytest.raises(FluxMoEError, match="no store has room"):
+        eager.call("rpc", weights, [*noise.items()])
+    assert answers(eager) == versions.of_a
+
+
+def test_a_compiled_model_changes_its_experts_only(
+    eager: ChildEngine, versions: Versions, tmp_path: Path
+) -> None:
+    options = {key: value for key, value in EAGER.items() if key != "enforce_eager"}
+    changes = {name: value for name, value in whole(versions).items() if ".experts." in name}
+    model = mixed(versions.a, tmp_path / "mixed", changes)
+    eager.restart(model=model, kv_cache_memory_bytes=KV_BYTES, **options)
+    expected = answers(eager)
+    eager.restart(model=versions.a, fluxmoe=config(20), **options)
+    before = answers(eager)
+    with pytest.raises(UnsupportedError, match="compiled model cannot change weights other than"):
+        eager.call("rpc", through_path, str(versions.b))
+    assert answers(eager) == before
+    eager.call("rpc", weights, [*changes.items()])
+    assert answers(eager) == expected != before
+
+
+# --- stores, and other engines --------------------------------------------------------------------
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("codec", ["none", "fixed4"])
+def test_page_files_keep_the_checkpoints_weights(
+    eager: ChildEngine, versions: Versions, tmp_path: Path, codec: str
+) -> None:
+    """Also for a second engine while the first one has other weights, and after a restart."""
+    stores = [
+        {"kind": "host", "codec": codec, "limit": 20 * 49152},
+        {"kind": "file", "path": str(tmp_path), "codec": codec},
+    ]
+    started(eager, versions.a, stores=stores)
+    assert answers(eager) == versions.of_a
+    before = digests(tmp_path)
+    assert len(before) == 1
+    with ChildEngine(versions.a, fluxmoe=config(20, stores=stores), **EAGER) as other:
+        for path in (versions.b, versions.a, versions.b):
+            eager.call("rpc", through_path, str(path))
+            assert answers(eager) == (versions.of_b if path == versions.b else versions.of_a)
+            assert answers(other, cold=True) == versions.of_a
+        assert digests(tmp_path) == before
+    started(eager, versions.a, stores=stores)
+    assert answers(eager) == versions.of_a
+    assert digests(tmp_path) == before
+
+
+def killed(worker: Any, path: str) -> None:
+    """Update, then die within the next update, when most of it is staged."""
+    worker.reload_weights(weights_path=path)
+
+    def some() -> Iterator[Any]:
+        given = [*load_file(f"{path}/model.safetensors").items()]
+        yield from given[: -len(given) // 8]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    worker.reload_weights(some())
+
+
+def test_an_engine_killed_within_an_update_leaves_a_whole_page_file(
+    eager: ChildEngine, versions: Versions, tmp_path: Path
+) -> None:
+    stores = [{"kind": "file", "path": str(tmp_path)}]
+    with ChildEngine(versions.a, fluxmoe=config(20, stores=stores), **EAGER) as engine:
+        assert answers(engine) == versions.of_a
+        before = digests(tmp_path)
+        with pytest.raises(FluxMoEError, match="ended unexpectedly"):
+            engine.call("rpc", killed, str(versions.b))
+    assert digests(tmp_path) == before
+    started(eager, versions.a, stores=stores)
+    assert answers(eager) == versions.of_a
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_in_three_processes(versions: Versions, eager: ChildEngine, workers: int) -> None:
+    """Also with tensor parallelism, where one worker that refuses makes all refuse."""
+    options = {**EAGER, "tensor_parallel_size": workers}
+    found = []
+    for model in (versions.a, versions.b):
+        with ChildEngine(
+            model, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **options
+        ) as stock:
+            found.append(answers(stock))
+    assert found[0] != found[1]
+    fluxmoe = config(20 if workers == 1 else 40, arbitration="marginal")
+    with ChildEngine(versions.a, three_processes=True, fluxmoe=fluxmoe, **options) as engine:
+        assert answers(engine) == found[0]
+        with pytest.raises(FluxMoEError, match=r"FM406.*no such folder"):
+            engine.call("rpc", "reload_weights", None, str(versions.b / "none"))
+        assert answers(engine) == found[0]
+        engine.call("rpc", "reload_weights", None, str(versions.b))
+        assert answers(engine) == found[1]
+        with pytest.raises(FluxMoEError, match=r"FM402.*update_weights is not supported"):
+            engine.call("rpc", "update_weights", {})
+        engine.call("rpc", "reload_weights")
+        assert answers(engine) == found[0]
+
+
+GREEDY = [Prompt(prompt.tokens, 8, logprobs=True) for prompt in BATCH]
+
+
+def greedy(engine: ChildEngine) -> list[list[float]]:
+    return engine.generate(GREEDY, cold=False).logprobs
+
+
+@pytest.mark.parametrize(
+    "architecture", ["mixtral", "lfm2-moe", "qwen3-next", "deepseek-v2", "granite-hybrid"]
+)
+def test_other_architectures(
+    eager: ChildEngine, versions: Versions, tmp_path: Path, architecture: str
+) -> None:
+    """Tied embeddings, states, latent attention, shared experts, experts fused in the checkpoint.
+
+    Of Mamba-2, vLLM keeps the convolution's old weights, so only the experts can change.
+    """
+    a = checkpoints.write(tmp_path / "a", architecture)
+    b = checkpoints.write(tmp_path / "b", architecture, seed=7)
+    kept = architecture == "granite-hybrid"
+    if kept:
+        experts = {
+            name: weight
+            for name, weight in load_file(b / "model.safetensors").items()
+            if expert_tensor(name, weight.ndim)
+        }
+        b = mixed(a, tmp_path / "mixed", experts)
+    options = {**EAGER, "block_size": 16 if architecture == "deepseek-v2" else 32}
+    found = []
+    for model in (a, b):
+        eager.restart(model=model, kv_cache_memory_bytes=4 * KV_BYTES, **options)
+        found.append(greedy(eager))
+    assert found[0] != found[1]
+    eager.restart(model=a, fluxmoe={"memory": {"budget": "64MiB"}}, **options)
+    assert greedy(eager) == found[0]
+    if kept:
+        with pytest.raises(
+            UnsupportedError, match=r"vLLM keeps model\.layers\.0\.mamba\.conv_weights"
+        ):
+            eager.call("rpc", through_path, str(b))
+        assert greedy(eager) == found[0]
+        eager.call("rpc", weights, [*experts.items()])
+    else:
+        eager.call("rpc", through_path, str(b))
+    assert greedy(eager) == found[1]
