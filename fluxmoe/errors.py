@@ -243,9 +243,9 @@ class CheckpointError(FluxMoEError):
 
 
 class WeightsError(FluxMoEError):
-    """New weights of a running model that do not fit it, or cannot be taken over now.
+    """New weights for a running model do not fit the model, or cannot be adopted now.
 
-    The old weights remain.
+    The old weights remain in use.
     """
 
     code = "FM408"
