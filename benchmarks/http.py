@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, models
+from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.backends.vllm.server import launch
 from fluxmoe.config import parse
 from fluxmoe.demo.model import DemoModel
@@ -61,7 +62,7 @@ def commands(model: DemoModel, budget: int, port: int) -> dict[str, list[str]]:
         {"model": str(model.folder), "memory": {"budget": budget}, "vllm": options},
         where="benchmark",
     )
-    config = launch.resolved(parsed)
+    config = checks.resolved(parsed)
     paged = launch.command(config)
     stock = launch.command(config)
     for flag in launch.OWN_FLAGS:

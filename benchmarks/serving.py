@@ -1,7 +1,11 @@
-"""Comparison of stock vLLM and FluxMoE at one budget: cases where paging wins, is free, and loses.
+"""Comparison of stock vLLM and FluxMoE: cases where paging wins, is free, and loses.
+
+Both have the same budget, and FluxMoE has its page store beside it. Where that budget does not hold
+all requests at once, stock vLLM also runs with FluxMoE's total, and without a limit; with
+``--page-files``, FluxMoE also runs within stock vLLM's total, with its pages in a file.
 
 python -m benchmarks serving [--model shipped|mid] [--rounds N] [--starts N] [--only NAME …]
-                             [--save FILE]
+                             [--page-files FOLDER] [--save FILE]
 
 Memory placement makes identical engines differ by up to 6 % for their whole lifetime, so a few per
 cent can only be resolved with several engines of each kind (``--starts``).
@@ -20,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, models
-from fluxmoe.demo.compare import Comparison, DemoWorkload, compare
+from fluxmoe import sizes
+from fluxmoe.demo.compare import TITLES, Comparison, DemoWorkload, compare
 from fluxmoe.demo.model import DemoModel
 
 
@@ -54,17 +59,17 @@ def scenarios(model: DemoModel) -> list[Scenario]:
     return rows
 
 
-def run(model: DemoModel, scenario: Scenario, rounds: int) -> Comparison:
+def run(model: DemoModel, scenario: Scenario, rounds: int, page_files: Path | None) -> Comparison:
     # Small batches are short: more tokens and rounds make their medians mean something.
     small = scenario.requests <= 8
     return compare(
-        model.folder,
+        model,
         DemoWorkload(scenario.requests, output_tokens=100 if small else 64),
-        budget_bytes=model.budget(scenario.sequences),
-        experts_total_bytes=model.experts_total_bytes,
+        sequences=scenario.sequences,
         fluxmoe={"copy_threads": 0, **scenario.fluxmoe},
         rounds=rounds * 3 if small else rounds,
         options=model.options(max_num_seqs=64),
+        page_files=page_files,
         cold=scenario.cold,
     )
 
@@ -75,36 +80,49 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=1, help="engines of each kind")
     parser.add_argument("--only", nargs="*", default=[], help="parts of scenario names")
+    parser.add_argument("--page-files", type=Path, help="folder on a disk for page files")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args(argv)
-    table = Table(title="stock vLLM and FluxMoE at the same budget (medians, one thread, eager)")
-    for column in ("scenario", "stock tok/s", "FluxMoE tok/s", "ratio", "experts", "hits", "same"):
-        table.add_column(column, justify="left" if column == "scenario" else "right")
+    table = Table(title="stock vLLM and FluxMoE (medians, one thread, eager)")
+    for column in ("scenario", "engine", "total", "PSS", "tok/s", "ratio", "in slots", "hits"):
+        table.add_column(column, justify="left" if column in ("scenario", "engine") else "right")
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         model = models.get(arguments.model, Path(scratch))
         for scenario in scenarios(model):
             if arguments.only and not any(part in scenario.name for part in arguments.only):
                 continue
-            starts = [run(model, scenario, arguments.rounds) for _ in range(arguments.starts)]
-            speedup = median(outcome.speedup for outcome in starts)
+            starts = [
+                run(model, scenario, arguments.rounds, arguments.page_files)
+                for _ in range(arguments.starts)
+            ]
             results.append(
                 {
                     "scenario": scenario.name,
-                    "speedup": round(speedup, 3),
+                    "speedup": round(median(outcome.speedup() for outcome in starts), 3),
                     "starts": [outcome.to_json() for outcome in starts],
                 }
             )
-            stats = starts[-1].stats
-            table.add_row(
-                scenario.name,
-                f"{median(outcome.stock.tokens_per_s for outcome in starts):.0f}",
-                f"{median(outcome.fluxmoe.tokens_per_s for outcome in starts):.0f}",
-                f"{speedup:.2f}×",
-                f"{stats['slots'] / stats['pages']:.0%}",
-                f"{stats['hit_rate']:.1%}",
-                "yes" if all(outcome.tokens_identical for outcome in starts) else "NO",
-            )
+            show(table, scenario.name, starts)
     Console().print(table)
     if arguments.save:
         machine.save(arguments.save, results)
+
+
+def show(table: Table, scenario: str, starts: list[Comparison]) -> None:
+    """Add a row for each engine of a scenario."""
+    same = all(outcome.tokens_identical for outcome in starts)
+    table.add_section()
+    for name in starts[-1].sides:
+        sides = [outcome.sides[name] for outcome in starts]
+        stats = sides[-1].stats
+        table.add_row(
+            scenario if same else f"{scenario}: TOKENS DIFFER",
+            TITLES[name],
+            sizes.shown(sides[-1].total_bytes),
+            sizes.shown(int(median(side.pss_bytes for side in sides))),
+            f"{median(side.tokens_per_s for side in sides):.0f}",
+            f"{median(outcome.speedup(name) for outcome in starts):.2f}×",
+            f"{stats['slots'] / stats['pages']:.0%}" if stats else "",
+            f"{stats['hit_rate']:.1%}" if stats else "",
+        )

@@ -18,7 +18,8 @@ from fluxmoe.stores.codec.base import Codec
 from fluxmoe.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fluxmoe.backends.torch import load, page
+    from fluxmoe.backends.torch.loader import load
+    from fluxmoe.backends.torch.paging import page
 
 __all__ = [
     "PLUGIN_API",
@@ -47,14 +48,18 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported on first use, because policies and the simulator do not need torch.
-    if name not in ("load", "page"):
+    if name == "load":
+        from fluxmoe.backends.torch.loader import load
+
+        return load
+    if name != "page":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from fluxmoe.backends import torch as backend
+        from fluxmoe.backends.torch.paging import page
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
         raise MissingDependencyError(
             f"{error.name} is needed to page a PyTorch model", fix="pip install 'fluxmoe[hf]'"
         ) from error
-    return getattr(backend, name)
+    return page

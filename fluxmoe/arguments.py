@@ -22,11 +22,11 @@ def instance(value: object, kind: type[_Kind], name: str, *, where: str, fix: st
     return value
 
 
-def path(value: object, name: str, *, where: str) -> Path:
+def path(value: object, name: str, *, where: str, fix: str = "") -> Path:
     """Return a path given as text or ``os.PathLike``. Raises ConfigError."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise wrong(name, "a path", value, where)
+        raise wrong(name, "a path", value, where, fix)
     return Path(text)
 
 

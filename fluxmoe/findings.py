@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from fluxmoe.errors import FluxMoEError, together
+
+_Arguments = ParamSpec("_Arguments")
+_Value = TypeVar("_Value")
 
 
 class Findings:
@@ -14,11 +18,13 @@ class Findings:
     Attributes:
         errors: Problems that would make a start fail.
         notes: Remarks that do not prevent a start, each one sentence.
+        wrong: Names of settings with errors, whose values later checks must not rely on.
     """
 
     def __init__(self) -> None:
         self.errors: list[FluxMoEError] = []
         self.notes: list[str] = []
+        self.wrong: set[str] = set()
 
     @contextmanager
     def check(self) -> Iterator[None]:
@@ -28,10 +34,22 @@ class Findings:
         except FluxMoEError as error:
             self.errors += error.problems()
 
-    def extend(self, others: Findings) -> None:
-        """Append other findings."""
-        self.errors += others.errors
-        self.notes += others.notes
+    def result(
+        self,
+        call: Callable[_Arguments, _Value],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> _Value | None:
+        """Return the result of a call; None if it raises a FluxMoE error, which is recorded."""
+        try:
+            return call(*args, **kwargs)
+        except FluxMoEError as error:
+            self.errors += error.problems()
+            return None
+
+    def reliable(self, *settings: str) -> bool:
+        """True if none of these settings is known to be wrong."""
+        return self.wrong.isdisjoint(settings)
 
     def require(self) -> None:
         """Raise the collected errors as one (``errors.together``), if any."""

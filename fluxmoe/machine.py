@@ -13,6 +13,8 @@ from fluxmoe.errors import ConfigError
 
 #: File system root, under which ``/proc`` and ``/sys`` are read.
 ROOT = Path("/")
+#: The remedy if ``huge_pages`` is False.
+HUGE_PAGES = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (speed only)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,12 @@ def shared_memory() -> int | None:
     except OSError:
         return None
     return found.f_bavail * found.f_frsize
+
+
+def huge_pages() -> bool:
+    """True if this system backs shared memory with huge pages on request."""
+    text = "".join(_lines(ROOT / "sys/kernel/mm/transparent_hugepage/shmem_enabled"))
+    return any(f"[{mode}]" in text for mode in ("always", "advise", "within_size"))
 
 
 def free_disk(folder: Path) -> int:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 import fluxmoe
 from fluxmoe import config
 from fluxmoe import dimensions as plan
-from fluxmoe.backends.vllm.server import preflight
+from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.checkpoint import downloaded, expert_tensors, require_readable, weight_bytes
 from fluxmoe.errors import CheckpointError
+from fluxmoe.findings import Findings
 from fluxmoe.inventory import require_experts
 from fluxmoe.testing import checkpoints
 
@@ -440,7 +441,9 @@ def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) ->
         settings = {"model": model, "memory": {"budget": "8MiB"}, "vllm": {"uds": "x"}}
         settings["vllm"]["load-format"] = load_format  # type: ignore[index]
         with pytest.raises(CheckpointError, match=said):
-            preflight.check(config.parse(settings, where=""), {}, moving=False).require()
+            found = Findings()
+            checks.examine(config.parse(settings, where=""), {}, found, start="server")
+            found.require()
     with pytest.raises(CheckpointError, match=said):
         plan.read(model)
     assert "experts.15" in refused(model).what

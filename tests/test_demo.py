@@ -22,6 +22,9 @@ def demo(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+ENGINES = ("stock", "fluxmoe", "stock_at_total", "stock_unlimited", "fluxmoe_page_file")
+
+
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     small = ("--requests", "8", "--rounds", "1", "--output-tokens", "8")
@@ -44,8 +47,10 @@ def test_keys(result: dict[str, Any]) -> None:
         "fluxmoe",
         "speedup",
     }
-    assert result["stock"].keys() >= engine
-    assert result["fluxmoe"].keys() >= {*engine, "expert_bytes", "expert_hit_rate"}
+    memory = {"expert_bytes", "store_bytes", "total_bytes", "pss_bytes"}
+    for name in ENGINES:
+        assert result[name].keys() >= engine | memory
+    assert result["fluxmoe"].keys() >= {"expert_hit_rate", "disk_bytes"}
 
 
 @pytest.mark.slow
@@ -60,6 +65,10 @@ def test_outcome(result: dict[str, Any]) -> None:
         fluxmoe["tokens_per_s"] / stock["tokens_per_s"], rel=0.01
     )
     assert 0 < fluxmoe["expert_hit_rate"] < 1
+    for name in ("stock_at_total", "stock_unlimited", "fluxmoe_page_file"):
+        assert result[name]["peak_running"] == 8
+    # The pages are the same, wherever the store keeps them.
+    assert result["fluxmoe_page_file"]["expert_hit_rate"] == fluxmoe["expert_hit_rate"]
 
 
 @pytest.mark.slow
@@ -74,6 +83,28 @@ def test_one_budget(result: dict[str, Any]) -> None:
         assert 0.95 * budget < engine["expert_bytes"] + engine["kv_bytes"] <= budget
     assert stock["expert_bytes"] == experts
     assert fluxmoe["expert_bytes"] < experts
+
+
+@pytest.mark.slow
+def test_memory_is_told_whole(result: dict[str, Any]) -> None:
+    budget, experts = result["budget_bytes"], result["experts_total_bytes"]
+    block = 6 * 128 * 2 * 2 * 32 * 2
+    totals = {name: result[name]["total_bytes"] for name in ENGINES}
+    assert totals == {
+        "stock": budget,
+        "fluxmoe": budget + experts,  # all experts are in its page store as well
+        "stock_at_total": budget + experts,
+        "stock_unlimited": experts + 9 * block,
+        "fluxmoe_page_file": budget,
+    }
+    for name in ENGINES:
+        side = result[name]
+        assert side["store_bytes"] == (experts if name == "fluxmoe" else 0)
+        assert 0.95 * side["budget_bytes"] < side["expert_bytes"] + side["kv_bytes"]
+        assert side["expert_bytes"] + side["kv_bytes"] <= side["budget_bytes"]
+        # The system counts at least the experts and the store, which have all been written.
+        assert side["pss_bytes"] > side["expert_bytes"] + side["store_bytes"]
+    assert result["fluxmoe_page_file"]["disk_bytes"] >= experts
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class Runtime:
             )
             undo.callback(transfer.close)
             rule = EventRule(table, self.eviction, self.prefetch)
-            self.ages = rule.ages = PageAges()
+            self.ages = rule.ages = PageAges(table.books)
             self.pager = ExpertPager(rule, self.memory.experts, transfer, phase=phase)
             undo.pop_all()
 

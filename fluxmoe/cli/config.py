@@ -28,13 +28,16 @@ def check(file: _File) -> None:
     Checks keys, values, policies and their options, vLLM's options, the model's files, and the
     memory and disk space of this machine.
     """
-    from fluxmoe import config, plugins
-    from fluxmoe.backends.vllm.server import launch
+    from fluxmoe import config
+    from fluxmoe.backends.vllm.preflight import checks
+    from fluxmoe.findings import Findings
 
-    loaded = config.load(file)
-    registry = plugins.load(loaded.plugins)
-    ready, found = launch.examine(loaded, registry, os.environ, serving=False)
+    found = Findings()
+    loaded = config.load_most(file, found)
+    ready = loaded and checks.examine(loaded, os.environ, found, start="later")
     found.require()
+    assert loaded is not None
+    assert ready is not None
     print(f"{file}: ok")
     for note in found.notes:
         print(f"note: {note}")
@@ -59,7 +62,7 @@ def show(
     import yaml
 
     from fluxmoe import config
-    from fluxmoe.backends.vllm.server import launch
+    from fluxmoe.backends.vllm.preflight import checks
 
     loaded = config.load(file)
     shown = _shown(loaded)
@@ -67,7 +70,7 @@ def show(
         output.print_json(shown)
     else:
         yaml.safe_dump(shown, sys.stdout, sort_keys=False, allow_unicode=True)
-        for line in _resolved(loaded, launch.resolved(loaded) if loaded.model else loaded):
+        for line in _resolved(loaded, checks.resolved(loaded) if loaded.model else loaded):
             print(f"# {line}")
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fluxmoe import sizes
+from fluxmoe import machine, sizes
 from fluxmoe.cli.shared import output, table
 from fluxmoe.cli.shared.options import AsCsv, AsJson
 
 if TYPE_CHECKING:
-    from fluxmoe.demo.compare import Comparison
+    from fluxmoe.demo.compare import Comparison, Side
     from fluxmoe.demo.model import DemoModel
 
 #: Number of requests that stock vLLM's KV cache holds at the demo's budget.
@@ -32,7 +36,7 @@ def demo(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Serve one workload with stock vLLM and with FluxMoE at the same memory budget."""
+    """Serve one workload with stock vLLM and with FluxMoE, in the same memory."""
     from rich.console import Console
 
     from fluxmoe.demo.compare import DemoWorkload, compare
@@ -40,7 +44,8 @@ def demo(
 
     model = DemoModel.read(SHIPPED)
     console = Console(stderr=True)
-    with console.status("starting") as status:
+    disk = _disk()
+    with console.status("starting") as status, tempfile.TemporaryDirectory(dir=disk) as page_files:
 
         def progress(what: str) -> None:
             status.update(what)
@@ -48,55 +53,106 @@ def demo(
                 console.print(what, style="dim")
 
         result = compare(
-            model.folder,
+            model,
             DemoWorkload(requests, output_tokens=output_tokens),
-            budget_bytes=model.budget(STARVED),
-            experts_total_bytes=model.experts_total_bytes,
+            sequences=STARVED,
             fluxmoe={"eviction": eviction, "prefetch": prefetch, "copy_threads": 0},
             rounds=rounds,
             options=model.options(max_num_seqs=requests),
+            page_files=Path(page_files) if disk else None,
             progress=progress,
         )
     data = result.to_json()
-    shared = {key: value for key, value in data.items() if key not in ("stock", "fluxmoe")}
-    rows = [{"engine": name, **data[name], **shared} for name in ("stock", "fluxmoe")]
+    shared = {key: value for key, value in data.items() if key not in result.sides}
+    rows = [{"engine": name, **data[name], **shared} for name in result.sides]
     if not output.printed(as_json, as_csv, data, rows):
         _print(result, model)
     if not result.tokens_identical:
         sys.exit(1)
 
 
+def _disk() -> str | None:
+    """Folder for temporary files on a disk, if any: in memory a page file would save none."""
+    folders = [tempfile.gettempdir(), "/var/tmp"]
+    usable = (each for each in folders if os.access(each, os.W_OK))
+    return next((each for each in usable if not machine.in_memory(Path(each))), None)
+
+
 def _print(result: Comparison, model: DemoModel) -> None:
     from rich.text import Text
 
-    stock, paged, stats = result.stock, result.fluxmoe, result.stats
-    rows = [
-        (
-            "experts in the budget",
-            sizes.shown(result.experts_total_bytes),
-            sizes.shown(stats["expert_bytes"]),
-        ),
-        ("  of all experts", "100 %", f"{stats['slots'] / stats['pages']:.0%}"),
-        ("KV cache in the budget", sizes.shown(stock.kv_bytes), sizes.shown(paged.kv_bytes)),
-        ("  blocks", str(stock.kv_blocks), str(paged.kv_blocks)),
-        ("requests running at once", str(stock.peak_running), str(paged.peak_running)),
-        ("expert hit rate", "–", f"{stats['hit_rate']:.1%}"),
-        ("tokens/s", f"{stock.tokens_per_s:.0f}", f"{paged.tokens_per_s:.0f}"),
-        ("speed-up", "1.00×", f"{result.speedup:.2f}×"),
-        ("tokens", "", "identical" if result.tokens_identical else "DIFFERENT"),
-        ("page store, outside the budget", "–", sizes.shown(stats["store_bytes"])),
-    ]
-    both = f"both in {sizes.shown(result.budget_bytes)}"
-    table.show("", [both], ["stock vLLM", "vLLM + FluxMoE"], rows)
+    from fluxmoe.demo.compare import AT_TOTAL, FLUXMOE, PAGE_FILE, STOCK, TITLES, UNLIMITED
+
+    budget = sizes.shown(result.stock.budget_bytes)
+    _table(
+        result,
+        f"A simulated card: a budget of {budget}, the page store beside it",
+        [name for name in result.sides if name != PAGE_FILE],
+    )
+    faster = ", ".join(
+        f"{TITLES[name]}: {result.speedup(name, FLUXMOE):.2f}×"
+        for name in (AT_TOTAL, UNLIMITED)
+        if name in result.sides
+    )
+    output.say(
+        "The page store stands for the host memory beside a card; on a CPU it is more of the same "
+        f"memory. Speed relative to FluxMoE with its store: {faster or 'the same'}.\n",
+        style="dim",
+    )
+    if PAGE_FILE in result.sides:
+        _table(result, f"On this CPU: a total of {budget}, the pages in a file", [STOCK, PAGE_FILE])
+    else:
+        output.say("No page file: set TMPDIR to a folder on a disk to compare one.\n")
     output.say(
         f"{len(result.texts)} requests × {result.output_tokens} tokens, medians of "
-        f"{len(stock.runs)} alternating runs, eager, one thread. The shipped Qwen3-MoE, "
-        f"{model.layers} layers × {model.experts} experts, top-{model.top_k}; a token is a byte.\n"
-        "The budget bounds the memory that the kernels read (expert arenas + KV cache); the page "
-        "store lies outside it in host memory, as it would beside a GPU.",
+        f"{len(result.stock.runs)} alternating runs, eager, one thread. The shipped Qwen3-MoE, "
+        f"{model.layers} layers × {model.experts} experts, top-{model.top_k}; a token is a byte. "
+        "The processes' memory (PSS) includes Python, vLLM and all other weights.",
         style="dim",
     )
     output.say("Sample outputs (prompts in bold):")
     console = output.console()
     for prompt, written in result.texts[:SAMPLES]:
         console.print(Text.assemble("  ", (prompt, "bold"), written.replace("\n", "\n  ")))
+
+
+def _table(result: Comparison, title: str, names: Sequence[str]) -> None:
+    """Print the engines ``names``, one a column."""
+    from fluxmoe.demo.compare import TITLES
+
+    sides = [result.sides[name] for name in names]
+
+    def row(label: str, cell: Callable[[Side], str]) -> tuple[str, ...]:
+        return (label, *map(cell, sides))
+
+    def size(attribute: str) -> Callable[[Side], str]:
+        return lambda side: sizes.shown(found) if (found := getattr(side, attribute)) else "–"
+
+    rows = [
+        row("experts in slots", size("expert_bytes")),
+        row("  of all experts", lambda side: f"{_share(side.stats):.0%}"),
+        row("KV cache", size("kv_bytes")),
+        row("page store", size("store_bytes")),
+        row("page file on disk", size("disk_bytes")),
+        row("total memory", size("total_bytes")),
+        row("processes (PSS)", size("pss_bytes")),
+        row("requests at once", lambda side: str(side.peak_running)),
+        row(
+            "expert hit rate",
+            lambda side: f"{side.stats['hit_rate']:.1%}" if side.stats else "–",
+        ),
+        row("tokens/s", lambda side: f"{side.tokens_per_s:.0f}"),
+        ("speed-up", *(f"{result.speedup(name):.2f}×" for name in names)),
+        (
+            "tokens",
+            *([""] * (len(names) - 1)),
+            "identical" if result.tokens_identical else "DIFFERENT",
+        ),
+    ]
+    unused = ("–",) * len(names)
+    table.show(title, [""], [TITLES[name] for name in names], [r for r in rows if r[1:] != unused])
+
+
+def _share(stats: dict[str, Any]) -> float:
+    """Share of the experts that have a slot; stock vLLM keeps all."""
+    return float(stats["slots"] / stats["pages"]) if stats else 1.0

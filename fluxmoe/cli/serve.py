@@ -19,15 +19,18 @@ def serve(
     """Start vLLM's OpenAI server with paged experts."""
     from fluxmoe import config as configuration
     from fluxmoe import plugins
+    from fluxmoe.backends.vllm.preflight import checks
     from fluxmoe.backends.vllm.server import launch
+    from fluxmoe.findings import Findings
 
-    loaded = configuration.load(config)
-    registry = plugins.load(loaded.plugins)
     if print_command:
-        registry.check(loaded)
-        print(launch.shell_line(launch.resolved(loaded)))
+        loaded = configuration.load(config)
+        plugins.load(loaded.plugins).check(loaded)
+        print(launch.shell_line(checks.resolved(loaded)))
         return
-    ready, found = launch.examine(loaded, registry, os.environ, serving=True)
+    found = Findings()
+    given = configuration.load_most(config, found)
+    ready = given and checks.examine(given, os.environ, found, start="server")
     found.require()
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)

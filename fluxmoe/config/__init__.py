@@ -3,7 +3,15 @@
 Imports the contracts of policies in the core, and modules below it; no engine.
 """
 
-from fluxmoe.config.reading import json_schema, load, parse, parse_limits, size
+from fluxmoe.config.reading import (
+    json_schema,
+    load,
+    load_most,
+    parse,
+    parse_limits,
+    parse_most,
+    size,
+)
 from fluxmoe.config.schema import (
     Config,
     FileStoreConfig,
@@ -26,7 +34,9 @@ __all__ = [
     "is_plugin_file",
     "json_schema",
     "load",
+    "load_most",
     "parse",
     "parse_limits",
+    "parse_most",
     "size",
 ]

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from fluxmoe import sizes
 from fluxmoe.config.schema import Config, HandLimits
 from fluxmoe.errors import ConfigError, meant, together
+from fluxmoe.findings import Findings
 from fluxmoe.words import line
 
 #: pydantic error types → messages in terms of YAML instead of Python.
@@ -52,6 +53,27 @@ def parse(data: object, *, where: str) -> Config:
         ConfigError: A field is invalid; ``others`` has further errors.
     """
     return _parse(Config, data, where)
+
+
+def parse_most(data: object, found: Findings, *, where: str) -> Config | None:
+    """Validate a configuration, and record its errors instead of raising them.
+
+    Settings with errors, which are added to ``found.wrong``, have their defaults (the budget:
+    ``auto``), so that the others can still be checked. None if ``data`` is no map of settings.
+    """
+    config = found.result(parse, data, where=where)
+    if config is not None or not isinstance(data, Mapping):
+        return config
+    rest = dict(data)
+    while True:
+        try:
+            return Config.model_validate(rest)
+        except ValidationError as error:
+            wrong = {str(each["loc"][0]) for each in error.errors()}
+        found.wrong |= wrong
+        rest = {key: value for key, value in rest.items() if str(key) not in wrong}
+        if "memory" in wrong:
+            rest["memory"] = {"budget": "auto"}
 
 
 def parse_limits(data: object, *, where: str) -> HandLimits:
@@ -183,6 +205,17 @@ def load(path: Path) -> Config:
         ConfigError: The file is unreadable, not valid YAML, or does not validate.
     """
     return parse(read(path), where=str(path)).located(path.absolute().parent)
+
+
+def load_most(path: Path, found: Findings) -> Config | None:
+    """Read a YAML file, and record its errors. See ``load`` and ``parse_most``."""
+    try:
+        data = read(path)
+    except ConfigError as error:
+        found.errors.append(error)
+        return None
+    config = parse_most(data, found, where=str(path))
+    return config and config.located(path.absolute().parent)
 
 
 def read(path: Path) -> object:

@@ -129,6 +129,14 @@ class Loads:
     def __len__(self) -> int:
         return len(self.pages)
 
+    def __getitem__(self, some: slice) -> Loads:
+        return Loads(self.bank, self.pages[some], self.slots[some])
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Each page with its slot."""
+        return list(zip(self.pages.tolist(), self.slots.tolist(), strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Counters:

@@ -114,8 +114,6 @@ class PinnedStore(HostStore):
         super().__init__(geometry, page_class)
         self._cuda = cuda
         self._memory: list[PinnedMemory] = []
-        #: Address of expert 0 and bytes of an expert, per layer and part.
-        self._places: list[list[tuple[int, int]]] = []
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
         """Copy the next layer, one array ``[experts, nbytes]`` per part of the page class.
@@ -133,21 +131,18 @@ class PinnedStore(HostStore):
             for part, copy in zip(parts, copies, strict=True):
                 np.copyto(copy, part)
             self._memory += memory
-            sizes = [part.nbytes for part in self._page_class.parts]
-            places = [copy.ctypes.data for copy in copies]
-            self._places.append(list(zip(places, sizes, strict=True)))
             undo.pop_all()
 
     def addresses(self, page: int) -> Sequence[int]:
         """Return the start addresses of a page's parts, in order."""
         layer, expert = divmod(page, self._geometry.experts_per_layer)
-        if not 0 <= layer < len(self._places):
+        if not 0 <= layer < len(self._layers):
             raise StoreError(f"page {page} is not in the store")
-        return [first + expert * nbytes for first, nbytes in self._places[layer]]
+        addresses: list[int] = (self._first[layer] + expert * self._sizes).tolist()
+        return addresses
 
     def close(self) -> None:
         super().close()
-        self._places.clear()
         with ExitStack() as each:  # runs all callbacks even if one fails
             for memory in self._memory:
                 each.callback(memory.close)

@@ -19,8 +19,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from fluxmoe.core.memory.dlpack import Exported
-from fluxmoe.core.transfer.engine import Pairs, PendingCopy
+from fluxmoe.core.transfer.engine import PendingCopy
 from fluxmoe.core.transfer.store import Store
+from fluxmoe.core.types import Loads
 from fluxmoe.cuda.batches import CopyBatch, CopySubmitter, EventPool, Transfers
 from fluxmoe.cuda.driver import CudaDriver, no_range
 from fluxmoe.cuda.pinned import PageSource
@@ -106,16 +107,16 @@ class StreamCopier:
 
     # --- the copier -----------------------------------------------------------------------------
 
-    def demand(self, bank: int, pairs: Pairs) -> None:
-        with self._driving(f"demand {len(pairs)} pages"):
+    def demand(self, loads: Loads) -> None:
+        with self._driving(f"demand {len(loads)} pages"):
             fence = self._fenced(self._urgent)
             try:
-                rest = pairs
+                rest = loads.pairs
                 while rest:
                     while len(self._demands) >= MOST_DEMANDS or not self._source.room:
                         self._wait_for_one()
                     now, rest = rest[: self._source.room], rest[self._source.room :]
-                    batch = self._send(self._urgent, bank, now)
+                    batch = self._send(self._urgent, loads.bank, now)
                     batch.fence, fence = fence, None
                     self._demands.append(batch)
                     self._events.wait(self._kernels(), batch.event)
@@ -123,10 +124,10 @@ class StreamCopier:
                 self._events.free(fence)
             self._pump()
 
-    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[StreamedCopy]:
-        copies = [StreamedCopy(self, bank, page, slot) for page, slot in pairs]
+    def prefetch(self, loads: Loads) -> Sequence[StreamedCopy]:
+        copies = [StreamedCopy(self, loads.bank, page, slot) for page, slot in loads.pairs]
         # Errors are suppressed here: they recur and are raised when the pages are needed.
-        with suppress(StoreError), self._driving(f"prefetch {len(pairs)} pages"):
+        with suppress(StoreError), self._driving(f"prefetch {len(loads)} pages"):
             self._pump()  # earlier orders need not wait for kernels submitted since then
             fence = self._events.record(self._kernels())
             for copy in copies:
@@ -186,7 +187,7 @@ class StreamCopier:
         self._events.wait(stream, fence)
         return fence
 
-    def _send(self, stream: Any, bank: int, pairs: Pairs) -> CopyBatch:
+    def _send(self, stream: Any, bank: int, pairs: Sequence[tuple[int, int]]) -> CopyBatch:
         """Submit copies of pages to a stream, followed by an event."""
         batch, transfers = CopyBatch(), Transfers()
         with self._undone(stream, batch):

@@ -1,21 +1,25 @@
-"""Comparison of two engines at one budget: same requests, alternating runs, medians.
+"""Comparison of engines at one budget and at one total: same requests, alternating runs, medians.
 
 The budget covers expert weights (or the arenas that hold some of them) and KV cache. Stock vLLM
-keeps all experts in it and uses the rest for its cache. FluxMoE splits it.
+keeps all experts in it and uses the rest for its cache. FluxMoE splits it, and keeps its page store
+beside it. For a GPU's budget that store is in other memory; on a CPU it is in the same, and an
+engine's total includes it. With a page file the total is the budget.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fluxmoe import config, plugins
-from fluxmoe.backends.vllm.child.child import ChildEngine, Generation, Prompt
-from fluxmoe.demo.model import ASSETS
+from fluxmoe.backends.vllm.child.child import ChildEngine, Generation, Prompt, examine
+from fluxmoe.demo.model import ASSETS, DemoModel
 from fluxmoe.errors import MissingDependencyError
+from fluxmoe.findings import Findings
 
 #: Beginnings of sentences from the shipped model's held-out text, one per line.
 PROMPTS = ASSETS / "prompts.txt"
@@ -51,6 +55,15 @@ class DemoWorkload:
         ]
 
 
+def _drop_from_cache(path: Path) -> None:
+    """Let the page cache forget a file just written: it would be memory beyond the total."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
 def _tokenizer(model: Path) -> Any:
     try:
         from tokenizers import Tokenizer
@@ -63,11 +76,31 @@ def _tokenizer(model: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Results of one engine in a comparison."""
+    """Results of one engine in a comparison.
+
+    Attributes:
+        runs: Its runs.
+        kv_blocks, kv_bytes: Its KV cache.
+        expert_bytes: Memory of the experts that the kernels read.
+        store_bytes: Memory of the page store.
+        disk_bytes: Size of the page file.
+        budget_bytes: Limit of experts and KV cache together.
+        pss_bytes: Memory of the engine's processes as the system counts it, all else included.
+    """
 
     runs: tuple[Generation, ...]
     kv_blocks: int
     kv_bytes: int
+    expert_bytes: int
+    store_bytes: int
+    disk_bytes: int
+    budget_bytes: int
+    pss_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory for experts, KV cache and page store."""
+        return self.budget_bytes + self.store_bytes
 
     @property
     def tokens_per_s(self) -> float:
@@ -77,119 +110,168 @@ class Side:
     def peak_running(self) -> int:
         return max(run.peak_running for run in self.runs)
 
+    @property
+    def stats(self) -> dict[str, Any]:
+        """FluxMoE's counters from the last run; empty for stock vLLM."""
+        return self.runs[-1].stats
+
     def to_json(self) -> dict[str, Any]:
-        return {
+        data = {
             "tokens_per_s": round(self.tokens_per_s, 1),
             "tokens_per_s_runs": [round(run.tokens_per_s, 1) for run in self.runs],
             "kv_blocks": self.kv_blocks,
             "kv_bytes": self.kv_bytes,
             "peak_running": self.peak_running,
+            "expert_bytes": self.expert_bytes,
+            "budget_bytes": self.budget_bytes,
+            "store_bytes": self.store_bytes,
+            "total_bytes": self.total_bytes,
+            "pss_bytes": self.pss_bytes,
         }
+        if self.stats:
+            data |= {
+                "expert_slots": self.stats["slots"],
+                "expert_pages": self.stats["pages"],
+                "expert_hit_rate": round(self.stats["hit_rate"], 4),
+                "disk_bytes": self.disk_bytes,
+            }
+        return data
+
+
+#: Engines of a comparison, in the order in which they run: keys in JSON → titles.
+TITLES = {
+    "stock": "stock vLLM",
+    "fluxmoe": "vLLM + FluxMoE",
+    "stock_at_total": "stock vLLM, same total",
+    "stock_unlimited": "stock vLLM, no limit",
+    "fluxmoe_page_file": "vLLM + FluxMoE, page file",
+}
+STOCK, FLUXMOE, AT_TOTAL, UNLIMITED, PAGE_FILE = TITLES
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The result: ``speedup`` is the ratio of the medians of tokens per second.
+    """The results by engine.
+
+    ``stock`` and ``fluxmoe`` have the same budget, and FluxMoE has its page store beside it. If
+    that budget does not hold all requests at once, there are also ``stock_at_total``, whose budget
+    includes the page store's memory, and ``stock_unlimited``, whose KV cache holds all requests.
+    ``fluxmoe_page_file``, if measured, keeps its pages on disk, so its total is that of ``stock``.
 
     ``texts`` has the prompt of each request and its output in FluxMoE's last run.
     """
 
     texts: tuple[tuple[str, str], ...]
     output_tokens: int
-    budget_bytes: int
     experts_total_bytes: int
-    stock: Side
-    fluxmoe: Side
+    sides: dict[str, Side]
 
     @property
-    def speedup(self) -> float:
-        return self.fluxmoe.tokens_per_s / self.stock.tokens_per_s
+    def stock(self) -> Side:
+        return self.sides[STOCK]
+
+    @property
+    def fluxmoe(self) -> Side:
+        return self.sides[FLUXMOE]
+
+    def speedup(self, name: str = FLUXMOE, over: str = STOCK) -> float:
+        """Ratio of two engines' medians of tokens per second."""
+        return self.sides[name].tokens_per_s / self.sides[over].tokens_per_s
 
     @property
     def tokens_identical(self) -> bool:
-        """True if all runs of both engines produced the same tokens for every request."""
+        """True if all runs of all engines produced the same tokens for every request."""
         first = self.stock.runs[0].tokens
-        return all(run.tokens == first for run in (*self.stock.runs, *self.fluxmoe.runs))
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """FluxMoE's counters from its last run."""
-        return self.fluxmoe.runs[-1].stats
+        return all(run.tokens == first for side in self.sides.values() for run in side.runs)
 
     def to_json(self) -> dict[str, Any]:
-        stats = self.stats
         return {
             "requests": len(self.texts),
             "output_tokens": self.output_tokens,
             "rounds": len(self.stock.runs),
-            "budget_bytes": self.budget_bytes,
+            "budget_bytes": self.stock.budget_bytes,
             "experts_total_bytes": self.experts_total_bytes,
             "tokens_identical": self.tokens_identical,
-            "stock": {**self.stock.to_json(), "expert_bytes": self.experts_total_bytes},
-            "fluxmoe": {
-                **self.fluxmoe.to_json(),
-                "expert_bytes": stats["expert_bytes"],
-                "expert_slots": stats["slots"],
-                "expert_pages": stats["pages"],
-                "expert_hit_rate": round(stats["hit_rate"], 4),
-                "store_bytes": stats["store_bytes"],
-            },
-            "speedup": round(self.speedup, 3),
+            **{name: side.to_json() for name, side in self.sides.items()},
+            "speedup": round(self.speedup(), 3),
         }
 
 
 def compare(
-    model: Path,
+    model: DemoModel,
     workload: DemoWorkload,
     *,
-    budget_bytes: int,
-    experts_total_bytes: int,
+    sequences: int,
     fluxmoe: dict[str, Any],
     rounds: int,
     options: dict[str, Any],
+    page_files: Path | None = None,
     cold: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Run a workload through stock vLLM and FluxMoE at the same budget.
+    """Run a workload through stock vLLM and FluxMoE at the same budget, and at the same total.
 
     Args:
-        model: Folder of the checkpoint.
+        model: The checkpoint.
         workload: The requests.
-        budget_bytes: Bytes for experts and KV cache together, for each engine.
-        experts_total_bytes: Bytes of all the model's experts in stock vLLM.
-        fluxmoe: FluxMoE's configuration without ``memory.budget``.
+        sequences: Number of requests that the KV cache of stock vLLM holds at the budget.
+        fluxmoe: FluxMoE's configuration without ``memory.budget`` and ``stores``.
         rounds: Number of runs per engine, alternating.
-        options: Options passed to both ``vllm.LLM``.
+        options: Options passed to each ``vllm.LLM``.
+        page_files: Folder for the page file of ``fluxmoe_page_file``; None to leave it out.
         cold: Begin every run with no page resident, instead of with those of the previous run.
         progress: Called with progress messages.
     """
-    fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget_bytes}}
-    wanted = config.parse(fluxmoe, where="fluxmoe")
-    plugins.load(wanted.plugins).check(wanted)  # raises its errors before the engines start
-    prompts = workload.prompts(model)
-    progress("starting stock vLLM")
-    kv_bytes = budget_bytes - experts_total_bytes
-    with ChildEngine(model, kv_cache_memory_bytes=kv_bytes, **options) as stock:
-        progress("starting vLLM with FluxMoE")
-        with ChildEngine(model, fluxmoe=fluxmoe, **options) as paged:
-            engines = {"stock vLLM": stock, "FluxMoE": paged}
-            runs: dict[str, list[Generation]] = {name: [] for name in engines}
-            for engine in engines.values():  # the first requests include lazy initialisation
-                engine.generate(prompts[:2] if cold else prompts)
-            for turn in range(rounds):
-                for name, engine in engines.items():
-                    progress(f"round {turn + 1} of {rounds}: {name}")
-                    runs[name].append(engine.generate(prompts, cold=cold))
-            sides = {
-                name: Side(tuple(runs[name]), engine.info["kv_blocks"], engine.info["kv_bytes"])
-                for name, engine in engines.items()
-            }
-    written = _tokenizer(model).decode_batch(runs["FluxMoE"][-1].tokens)
-    return Comparison(
-        tuple(zip(workload.texts(), written, strict=True)),
-        workload.output_tokens,
-        budget_bytes,
-        experts_total_bytes,
-        sides["stock vLLM"],
-        sides["FluxMoE"],
-    )
+    budget, experts = model.budget(sequences), model.experts_total_bytes
+    fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget}}
+    found = Findings()
+    examine(model.folder, fluxmoe, found, where="fluxmoe demo", **options)
+    found.require()
+    for note in found.notes:
+        progress(f"note: {note}")
+    prompts = workload.prompts(model.folder)
+    engines: dict[str, tuple[ChildEngine, int]] = {}  # with their budgets
+    with ExitStack() as stack:
+
+        def start(name: str, bytes_: int, paged: dict[str, Any] | None = None) -> ChildEngine:
+            progress(f"starting {TITLES[name]}")
+            limit: dict[str, Any] = {"kv_cache_memory_bytes": bytes_ - experts}
+            given = {**options, **(limit if paged is None else {})}
+            engine = ChildEngine(model.folder, fluxmoe=paged, **given)
+            engines[name] = stack.enter_context(engine), bytes_
+            return engine
+
+        start(STOCK, budget)
+        beside = start(FLUXMOE, budget, fluxmoe).call("stats")["store_bytes"]
+        if workload.requests > sequences:
+            start(AT_TOTAL, budget + beside)
+            start(UNLIMITED, model.budget(workload.requests))
+        if page_files is not None:
+            stores = [{"kind": "file", "path": str(page_files)}]
+            start(PAGE_FILE, budget, {**fluxmoe, "stores": stores})
+            for path in page_files.rglob("*.pages"):
+                _drop_from_cache(path)
+        runs: dict[str, list[Generation]] = {name: [] for name in engines}
+        for engine, _ in engines.values():  # the first requests include lazy initialisation
+            engine.generate(prompts[:2] if cold else prompts)
+        for turn in range(rounds):
+            for name, (engine, _) in engines.items():
+                progress(f"round {turn + 1} of {rounds}: {TITLES[name]}")
+                runs[name].append(engine.generate(prompts, cold=cold))
+        sides = {}
+        for name, (engine, limit) in engines.items():
+            stats, info = runs[name][-1].stats, engine.info
+            stored = stats.get("store_bytes", 0)
+            sides[name] = Side(
+                tuple(runs[name]),
+                kv_blocks=info["kv_blocks"],
+                kv_bytes=info["kv_bytes"],
+                expert_bytes=stats.get("expert_bytes", experts),
+                store_bytes=0 if name == PAGE_FILE else stored,
+                disk_bytes=stored if name == PAGE_FILE else 0,
+                budget_bytes=limit,
+                pss_bytes=engine.pss_bytes(),
+            )
+    written = _tokenizer(model.folder).decode_batch(runs[FLUXMOE][-1].tokens)
+    texts = tuple(zip(workload.texts(), written, strict=True))
+    return Comparison(texts, workload.output_tokens, experts, sides)

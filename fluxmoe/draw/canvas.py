@@ -94,7 +94,7 @@ class Svg(Canvas):
             f'height="{self.height}" viewBox="0 0 {self.width} {self.height}" '
             f'font-family="{_FONT}">'
         )
-        return "\n".join([head, *self._parts, "</svg>\n"]).encode()
+        return "\n".join([head, *self._parts, "</svg>\n"]).encode(errors="backslashreplace")
 
 
 class Png(Canvas):

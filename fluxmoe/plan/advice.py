@@ -90,16 +90,8 @@ def make(
     Raises:
         BudgetTooSmallError: Not even one layer's experts and one request fit.
     """
+    require_room(model, work, memory)
     one = model.request_bytes(work.tokens)
-    least = model.experts * model.page_bytes + one
-    if memory < least:
-        given, needed = apart(memory, least)
-        raise BudgetTooSmallError(
-            f"{given} is too little: one layer of {model.experts} experts and one request "
-            f"of {work.tokens} tokens need {needed}",
-            where="--memory",
-            fix=f"give at least {at_least(least)}, or lower --context",
-        )
     most = min(model.pages, (memory - one) // model.page_bytes)
     slots = np.arange(model.experts, most + 1)
     splits = cost.splits(model, profile, work, memory, slots, curve)
@@ -130,6 +122,19 @@ def make(
         tuple(point(int(index)) for index in shown),
         tuple(_words(model, memory, work, verdict, resident, recommended, automatic)),
     )
+
+
+def require_room(model: Model, work: PlannedWorkload, memory: int) -> None:
+    """Raise BudgetTooSmallError unless one layer's experts and one request fit."""
+    least = model.experts * model.page_bytes + model.request_bytes(work.tokens)
+    if memory < least:
+        given, needed = apart(memory, least)
+        raise BudgetTooSmallError(
+            f"{given} is too little: one layer of {model.experts} experts and one request "
+            f"of {work.tokens} tokens need {needed}",
+            where="--memory",
+            fix=f"give at least {at_least(least)}, or lower --context",
+        )
 
 
 def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:

@@ -18,6 +18,7 @@ from fluxmoe.dimensions import Model
 from fluxmoe.errors import ConfigError
 from fluxmoe.sim.events import Events
 from fluxmoe.sim.hardware import Profile
+from fluxmoe.trace import TraceMeta
 
 Floats = npt.NDArray[np.float64]
 
@@ -71,14 +72,7 @@ def traced_curve(events: Events, model: Model) -> Floats:
     Raises:
         ConfigError: The trace is from a model with a different shape.
     """
-    meta = events.meta
-    if (meta.num_layers, meta.experts_per_layer) != (model.moe_layers, model.experts):
-        raise ConfigError(
-            f"the trace has {meta.num_layers} layers x {meta.experts_per_layer} experts, "
-            f"the model has {model.moe_layers} x {model.experts}",
-            where="--trace",
-            fix="record a trace of this model: fluxmoe trace record",
-        )
+    require_shape(events.meta, model)
     every = 1 + len(events) * model.pages // _LOOKS
     curve = MissRatioCurve(model.pages, model.experts, every=every, window=0)
     last_use = np.full(model.pages, -1, np.int64)
@@ -87,6 +81,17 @@ def traced_curve(events: Events, model: Model) -> Floats:
         curve.observe(last_use, layer, ids)
         last_use[layer * model.experts + ids] = index
     return convex_hull(curve.curve())
+
+
+def require_shape(meta: TraceMeta, model: Model) -> None:
+    """Raise ConfigError unless a trace has the layers and experts of the model."""
+    if (meta.num_layers, meta.experts_per_layer) != (model.moe_layers, model.experts):
+        raise ConfigError(
+            f"the trace has {meta.num_layers} layers x {meta.experts_per_layer} experts, "
+            f"the model has {model.moe_layers} x {model.experts}",
+            where="--trace",
+            fix="record a trace of this model: fluxmoe trace record",
+        )
 
 
 def splits(

@@ -73,7 +73,7 @@ def write(path: Path, trace: str, events: Events, outcomes: Sequence[Outcome]) -
         version=version("fluxmoe"),
     )
     try:
-        path.write_text(html)
+        path.write_text(html, "utf-8", "backslashreplace")
     except OSError as error:
         raise ConfigError(f"cannot write the file: {error.strerror}", where=str(path)) from error
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fluxmoe.core.types import Bytes, Geometry, PageClass
+from fluxmoe.core.compiled.rows import copy_pages
+from fluxmoe.core.transfer.store import Reader
+from fluxmoe.core.types import Bytes, Geometry, Int64s, PageClass
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.coding import Coder
 
@@ -21,6 +23,9 @@ class HostStore:
     def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
         self._geometry, self._page_class = geometry, page_class
         self._layers: list[list[Bytes]] = []
+        self._sizes = np.array([part.nbytes for part in page_class.parts])
+        #: Address of expert 0, per layer and part; 0 for layers that are not there.
+        self._first = np.zeros((geometry.num_layers, len(self._sizes)), np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -28,8 +33,10 @@ class HostStore:
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
         """Take over the next layer, one array ``[experts, nbytes]`` per part of the page class."""
-        require_layer(self._geometry, self._page_class, len(self._layers), parts)
+        layer = len(self._layers)
+        require_layer(self._geometry, self._page_class, layer, parts)
         self._layers.append(list(parts))
+        self._first[layer] = [part.ctypes.data for part in parts]
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         layer, expert = divmod(page, self._geometry.experts_per_layer)
@@ -38,7 +45,26 @@ class HostStore:
         for source, target in zip(self._layers[layer], parts, strict=True):
             np.copyto(target, source[expert])
 
+    def reader(self, arenas: Sequence[Bytes]) -> Reader:
+        """Make a reader that copies all pages, and all parts of each, in one compiled call."""
+        if [(rows.shape[1], rows.flags.c_contiguous) for rows in arenas] != [
+            (size, True) for size in self._sizes
+        ]:
+            raise StoreError("the arenas do not match the pages' parts")
+        experts = self._geometry.experts_per_layer
+        targets = np.array([rows.ctypes.data for rows in arenas])
+
+        def read(pages: Int64s, slots: Int64s) -> None:
+            rows = len(arenas[0])  # and the arenas stay alive
+            copied = copy_pages(self._first, self._sizes, experts, targets, rows, pages, slots)
+            if copied < len(pages):
+                raise StoreError(f"page {pages[copied]} is not in the store")
+
+        read(targets[:0], targets[:0])  # compiled, or read from disk, before the first event
+        return read
+
     def close(self) -> None:
+        self._first[:] = 0
         self._layers.clear()
 
 
@@ -98,6 +124,8 @@ def require_layer(
     if any(part.dtype != np.uint8 for part in parts):
         dtypes = [str(part.dtype) for part in parts]
         raise StoreError(f"layer {layer} has parts of {dtypes}, expected uint8")
+    if not all(part.flags.c_contiguous for part in parts):
+        raise StoreError(f"layer {layer} has parts that are not contiguous")
 
 
 def _lines(part: Bytes) -> int:

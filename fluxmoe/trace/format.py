@@ -7,12 +7,15 @@ one (step, layer) form one event. The file's metadata (``TraceMeta``) describes 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Geometry, Int64s
 from fluxmoe.errors import TraceError
@@ -38,8 +41,16 @@ OPTIONAL = {"weights": pa.list_(pa.float16()), "predicted": pa.list_(pa.int16())
 
 #: Number of rows held in memory and read or written together.
 GROUP_ROWS = 1 << 17
+#: Buffer of a column chunk, so that even a file with one huge row group is streamed.
+_BUFFER_BYTES = 1 << 20
 
 Array: TypeAlias = npt.NDArray[Any]
+
+
+def parquet_file(path: str | Path) -> pq.ParquetFile:
+    """Open a Parquet file of any name. Raises OSError, ArrowException."""
+    # As bytes and as a file: pyarrow encodes text as UTF-8, and takes a colon for a URI.
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)), buffer_size=_BUFFER_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

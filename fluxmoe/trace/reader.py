@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fluxmoe import arguments
 from fluxmoe.core.types import Bools, EventList, Int64s, Phase
@@ -22,12 +21,11 @@ from fluxmoe.trace.format import (
     Array,
     Rows,
     TraceMeta,
+    parquet_file,
 )
 
 # Columns that make up events. ``request`` must exist but is not needed for them.
 _EVENTS = ("step", "layer", "token", "phase", "experts")
-# Buffer of a column chunk, so that even a file with one huge row group is streamed.
-_BUFFER_BYTES = 1 << 20
 
 
 class TraceReader:
@@ -45,8 +43,7 @@ class TraceReader:
     def __init__(self, path: str | Path) -> None:
         self._where = str(arguments.path(path, "path", where="TraceReader"))
         try:
-            # Opened here, because pyarrow takes a path with a colon for a URI.
-            self._file = pq.ParquetFile(pa.OSFile(self._where), buffer_size=_BUFFER_BYTES)
+            self._file = parquet_file(self._where)
         except FileNotFoundError as error:
             raise TraceError("no such file", where=self._where) from error
         except (OSError, pa.ArrowException) as error:

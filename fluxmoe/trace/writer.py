@@ -72,6 +72,19 @@ class AllOrNothing(ABC):
             self.discard()
 
 
+def require_place(path: Path, *, replace: bool) -> None:
+    """Reject a path at which no trace can be written.
+
+    Raises:
+        TraceError: It is a folder, or its folder does not exist.
+        ConfigError: The file already exists, and ``replace`` is not set.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
+    arguments.require_new(path, replace=replace)
+
+
 class TraceWriter(AllOrNothing):
     """Writes a trace event by event.
 
@@ -102,10 +115,7 @@ class TraceWriter(AllOrNothing):
     ) -> None:
         self.path, self.meta = arguments.path(path, "path", where="TraceWriter"), meta
         meta.check(str(path))
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            what = "it is a folder" if self.path.is_dir() else "its folder does not exist"
-            raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
-        arguments.require_new(self.path, replace=replace)
+        require_place(self.path, replace=replace)
         self._columns = [name for name in OPTIONAL if name in columns]
         self._schema = SCHEMA
         for name in self._columns:

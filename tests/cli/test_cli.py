@@ -5,6 +5,8 @@ import re
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import fluxmoe
@@ -238,6 +240,24 @@ def test_a_trace_s_name_may_have_a_colon(trace, tmp_path, monkeypatch):
     Path("a:b.parquet").write_bytes(trace.read_bytes())
     succeeds("simulate", "a:b.parquet", *run)
     fails("trace", "convert", "a:b.parquet", "--out", "c", code="FM501", message="already a trace")
+
+
+def test_names_of_files_need_not_be_utf8(trace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "a\udcff.parquet"
+    Path(name).write_bytes(trace.read_bytes())
+    run = ["--policy", "lru", "--capacity", "25%"]
+    assert "lru" in succeeds("simulate", name, *run, "--report", "r\udcff.html")
+    assert "a\\udcff" in Path("r\udcff.html").read_text()
+    for kind in ("svg", "png"):
+        succeeds("trace", "info", name, "--picture", f"p\udcff.{kind}")
+    fails("trace", "convert", name, "--out", "c", code="FM501", message="already a trace")
+    fails("trace", "info", "b\udcff", code="FM501", message="no such file")
+    tokens = pa.table({"indices": pa.array([[1, 2], [3, 4]], pa.list_(pa.int16()))})
+    with open("f\udcff.parquet", "wb") as file:
+        pq.write_table(tokens, file)
+    said = succeeds("trace", "convert", "f\udcff.parquet", "--out", "c\udcff.parquet")
+    assert "2 rows" in said
 
 
 def test_synth_arguments(tmp_path):

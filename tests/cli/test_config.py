@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from fluxmoe import config, plugins
+from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.backends.vllm.server import launch
 from fluxmoe.core.policy.watchdog import Limits
 from fluxmoe.errors import ConfigError
@@ -75,7 +76,7 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
     shown = succeeds("show", path)
     assert yaml.safe_load(shown)["memory"]["budget"] == "auto"
     assert f"# {told}" in shown
-    flags = launch.arguments(launch.resolved(config.load(path)))
+    flags = launch.arguments(checks.resolved(config.load(path)))
     given = json.loads(flags[flags.index("--additional-config") + 1])["fluxmoe"]
     assert given == {"memory": {"budget": budget << 20}}
     two = write({"model": str(SHIPPED), "memory": {"budget": "auto"},
@@ -301,7 +302,7 @@ def test_the_schema_describes_every_key_at_the_top():
 def test_the_example_is_checked_complete_and_tells_the_defaults(monkeypatch):
     free_memory(monkeypatch, 1 << 36)  # the example is for a larger machine
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert "vLLM will look it up on the Hub" in succeeds("check", EXAMPLE)
+    assert "it will be looked up on the Hub" in succeeds("check", EXAMPLE)
     given = yaml.safe_load(EXAMPLE.read_text())
     assert list(given) and set(given) == set(config.Config.model_fields)
     bare = config.parse({"memory": {"budget": given["memory"]["budget"]}}, where="")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fluxmoe import machine
-from fluxmoe.cli.doctor import _LEAST
+from fluxmoe.backends.versions import TORCH
 
 ROOT = Path(__file__).parents[2]
 
@@ -228,7 +228,7 @@ def test_transformers_too_old(tmp_path):
 
 def test_the_least_versions_are_those_of_the_extra():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [f"{name}>={'.'.join(map(str, least))}" for name, least in _LEAST.items()]
+    wanted = [f"{name}>={'.'.join(map(str, least))}" for name, least in TORCH.items()]
     assert sorted(wanted) == sorted(extras["optional-dependencies"]["hf"])
 
 

@@ -93,19 +93,24 @@ def test_c1_the_check_above_can_fail():
 
 def test_c1_the_demonstration_s_table_and_texts():
     program = """
-from types import SimpleNamespace as N
+from fluxmoe.backends.vllm.child.inside import Generation
 from fluxmoe.cli import demo
+from fluxmoe.demo.compare import PAGE_FILE, TITLES, Comparison, Side
 from fluxmoe.demo.model import SHIPPED, DemoModel
-side = N(kv_bytes=3 << 20, kv_blocks=24, peak_running=3, tokens_per_s=1234.0, runs=[1, 2, 3])
-stats = dict(expert_bytes=9 << 20, slots=150, pages=384, hit_rate=0.987, store_bytes=23 << 20)
-demo._print(N(stock=side, fluxmoe=side, stats=stats, budget_bytes=25 << 20, speedup=1.0,
-    experts_total_bytes=22 << 20, texts=[("Once", " upon a time " * 20)], output_tokens=96,
-    tokens_identical=True), DemoModel.read(SHIPPED))
+def side(name):
+    paged, filed = "FluxMoE" in TITLES[name], name == PAGE_FILE
+    stats = dict(slots=150, pages=384, hit_rate=0.987) if paged else {}
+    run = Generation([[65] * 1234], [], [], 1.0, 3, 96, stats)
+    stored = 23 << 20 if paged else 0
+    return Side((run,) * 3, 24, 3 << 20, 9 << 20, 0 if filed else stored, stored if filed else 0,
+                25 << 20, 12345 << 20)
+demo._print(Comparison((("Once", " upon a time " * 20),), 96, 22 << 20,
+                       {name: side(name) for name in TITLES}), DemoModel.read(SHIPPED))
 """
     shown = terminal(columns=80, program=program)
     assert shown.returncode == 0 and "…" not in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80, shown.stdout
-    for part in ("25.0 MiB", "98.7%", "1234", "39%", "identical"):
+    for part in ("25.0 MiB", "48.0 MiB", "98.7%", "1234", "39%", "identical", "12.1 GiB"):
         assert part in shown.stdout
 
 

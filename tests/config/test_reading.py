@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fluxmoe import config, plugins
+from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.backends.vllm.server import launch
 from fluxmoe.config.schema import Config, HandLimits
 from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError
@@ -217,7 +218,7 @@ def test_b7_commands_show_absolute_paths(place):
     (place / "c.yaml").write_text(
         yaml.safe_dump({**SMALL, "model": "model", "plugins": ["mru.py"], "eviction": "mru"})
     )
-    words = launch.arguments(launch.resolved(config.load(place / "c.yaml")))
+    words = launch.arguments(checks.resolved(config.load(place / "c.yaml")))
     assert words[words.index("--model") + 1] == str(place / "model")
     assert words[words.index("--served-model-name") + 1] == "model"
     settings = json.loads(words[words.index("--additional-config") + 1])["fluxmoe"]

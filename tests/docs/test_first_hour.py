@@ -1,18 +1,35 @@
-"""A newcomer's first hour, word for word, in a clean environment and a terminal of 80 columns."""
+"""A newcomer's first hour, word for word, in a clean environment and a terminal of 80 columns.
+
+Followed are all commands of the pages except blocks marked ``not run``. In ``make test`` the
+installation is replaced: by ``pip install`` of a wheel of this checkout, with the other packages
+from the present environment. In ``make test-full`` the installation is README's own: a clone of the
+commit, ``make venv`` and ``make demo`` in it, with packages from where pip finds them (with
+``PIP_ARGS``); the pages are then followed in that environment. The tutorial's ``pip install`` is
+offline in both. Not followed is ``make test``, of which these tests are a part.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import fresh
 
-from .pages import ROOT, WrongPage, blocks, follow
+from .pages import ROOT, WrongPage, blocks, follow, in_terminal
 from .test_snippets import FRESH
 
 pytestmark = pytest.mark.slow
+
+#: pip offline. "0" is correct: pip inverts the variables of options that begin with "no".
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
 
 
 def _param(page: Path) -> object:
@@ -22,24 +39,73 @@ def _param(page: Path) -> object:
     )
 
 
+PAGES = pytest.mark.parametrize("page", [_param(page) for page in FRESH])
+COPIER = pytest.mark.skipif(
+    importlib.util.find_spec("copier") is None, reason="copier is not installed"
+)
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment after `pip install fluxmoe`, with pip offline."""
+    """The environment after `pip install fluxmoe`."""
     wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
     python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
     script = python.parent / "pytest"  # pip sees pytest as installed and creates no script
     script.write_text(f'#!/bin/sh\nexec {python} -m pytest "$@"\n')
     script.chmod(0o755)
-    base = fresh.environment(VIRTUAL_ENV=str(python.parents[1]))
-    # "0" is correct: pip inverts the variables of options that begin with "no".
-    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
-    return {**base, **offline, "PATH": f"{python.parent}:{base['PATH']}"}
+    return _activated(python.parents[1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("copier") is None, reason="copier is not installed")
-@pytest.mark.parametrize("page", [_param(page) for page in FRESH])
+@pytest.fixture(scope="module")
+def cloned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of `.venv` in a clone of this commit, after `make venv`."""
+    clone = tmp_path_factory.mktemp("clone") / "fluxmoe"
+    if subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=False).returncode:
+        pytest.skip("this is not a checkout of a repository")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+    lock = (clone / "requirements/cpu.lock").read_text().splitlines()
+    one = next(line for line in lock if line.startswith("iniconfig=="))
+    where = shlex.split(os.environ.get("PIP_ARGS", ""))
+    if subprocess.run([*pip, "--no-deps", *where, one], check=False).returncode:
+        pytest.skip("pip finds no packages for `make venv` on this machine: give PIP_ARGS")
+    _make("venv", clone)
+    yield _activated(clone / ".venv")
+    shutil.rmtree(clone)  # 2.8 GB, which pytest would keep for three runs
+
+
+def _activated(venv: Path) -> dict[str, str]:
+    base = fresh.environment(VIRTUAL_ENV=str(venv))
+    return {**base, **OFFLINE, "PATH": f"{venv / 'bin'}:{base['PATH']}"}
+
+
+def _make(target: str, clone: Path) -> str:
+    """Follow README's `make TARGET`, whose output a terminal of 80 columns shows."""
+    ours = ("MAKEFLAGS", "MAKELEVEL", "PYTEST_ARGS", "VLLM_CACHE_ROOT")
+    given = {key: value for key, value in fresh.environment().items() if key not in ours}
+    status, said = in_terminal(["make", target], clone, given)
+    assert status == 0, said
+    return said
+
+
+@COPIER
+@PAGES
 def test_a_page_can_be_followed(page: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     assert follow(page, tmp_path, environment) >= 2
+
+
+@pytest.mark.full
+@pytest.mark.vllm
+def test_the_demo_of_a_clone(cloned: dict[str, str]) -> None:
+    said = _make("demo", Path(cloned["VIRTUAL_ENV"]).parent)
+    assert "identical" in said and "speed-up" in said
+
+
+@pytest.mark.full
+@PAGES
+def test_a_page_can_be_followed_in_a_clone(
+    page: Path, tmp_path: Path, cloned: dict[str, str]
+) -> None:
+    assert follow(page, tmp_path, cloned) >= 2
 
 
 def test_a_wrong_turn_is_noticed(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ import yaml
 import fluxmoe
 from fluxmoe.errors import FluxMoEError
 from fluxmoe.testing import checkpoints
-from tests.commandline import here, succeeds, synth
+from tests.commandline import command, here, succeeds, synth
 
 CASES = yaml.safe_load(Path(__file__).with_name("wrong.yaml").read_text())
 #: Maximum processor time of an answer, in seconds.
@@ -142,17 +142,83 @@ def answer(case: dict[str, Any], folder: Path, config: Path) -> list[str]:
     return [re.sub(r"^error\[(FM\d+)\]", r"\1", line) for line in done.stderr.splitlines()]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(next(iter(case.values())))[:60])
+def compare(lines: list[str], case: dict[str, Any]) -> None:
+    assert len(lines) == len(case["says"]), lines
+    for line, said in zip(lines, case["says"], strict=True):
+        code, words = said.split(" ", 1)
+        assert line.startswith(f"{code}: ") and words in line, lines
+
+
+def named(case: dict[str, Any]) -> str:
+    return str(next(iter(case.values())))[:60]
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_wrong_input(case: dict[str, Any], workplace: Path) -> None:
     config = workplace / "changed.yaml"
     try:
         lines = answer(case, workplace, config)
     finally:
         config.unlink(missing_ok=True)
-    assert len(lines) == len(case["says"]), lines
-    for line, said in zip(lines, case["says"], strict=True):
-        code, words = said.split(" ", 1)
-        assert line.startswith(f"{code}: ") and words in line, lines
+    compare(lines, case)
+
+
+#: Runs a case in a process of its own, within ``LIMIT`` seconds of processor time, and fails if it
+#: starts a process or imports an engine. ``page`` is given a model, so its engine is imported.
+ALONE = f"""
+import resource, subprocess, sys, os
+resource.setrlimit(resource.RLIMIT_CPU, ({LIMIT}, {LIMIT}))
+def watch(event, args):
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec"):
+        raise SystemExit(f"a process was started: {{args}}")
+sys.addaudithook(watch)
+try:
+    if sys.argv[1] == "python":
+        import fluxmoe
+        try:
+            eval(sys.argv[2])
+        except fluxmoe.FluxMoEError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+    else:
+        from fluxmoe.cli import main
+        main(sys.argv[2:])
+finally:
+    imported = {{"vllm", "transformers"}} & set(sys.modules)
+    if imported and "page(" not in sys.argv[2]:
+        print("imported:", imported, file=sys.stderr)
+"""
+
+
+def alone(*arguments: object) -> list[str]:
+    done = command(*arguments, program=ALONE)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    return [re.sub(r"^error\[(FM\d+)\]", r"\1", line) for line in done.stderr.splitlines()]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if len(case["says"]) > 1], ids=named)
+def test_all_at_once_before_an_engine_is_imported(case: dict[str, Any], workplace: Path) -> None:
+    if "config" not in case:
+        kind = "python" if "python" in case else "command"
+        words = [case[kind]] if kind == "python" else case[kind]
+        compare(alone(kind, *words), case)
+        return
+    config = workplace / "changed.yaml"
+    config.write_text(yaml.safe_dump(changed(VALID, case["config"])))
+    try:
+        for verb in (["config", "check"], ["serve"]):
+            compare(alone("command", *verb, config), case)
+    finally:
+        config.unlink()
+
+
+def test_an_engine_that_is_imported_is_noticed(workplace: Path) -> None:
+    said = alone("python", "__import__('transformers') and fluxmoe.load(7)")
+    assert said[-1] == "imported: {'transformers'}"
+    with pytest.raises(AssertionError):
+        compare(said, {"says": ["FM101 path"]})
+    with pytest.raises(AssertionError, match="a process was started"):
+        alone("python", "subprocess.run(['true'])")
 
 
 def test_the_configuration_that_is_changed_is_valid(workplace: Path) -> None:

@@ -186,9 +186,9 @@ def while_another_thread_runs(child: Callable[[], Any]) -> int:
 
 def while_pages_are_copied(child: Callable[[], Any]) -> int:
     """Fork while copy threads are inside the store."""
-    store = handles["few"]._runtime.store
+    readers = handles["few"]._runtime.pager.transfer._copier._readers
     begun, go_on = threading.Event(), threading.Event()
-    read = store.read_into
+    read = readers[0]
 
     def slow(*args: Any) -> None:
         if threading.current_thread().name.startswith("fluxmoe-copy"):
@@ -198,14 +198,14 @@ def while_pages_are_copied(child: Callable[[], Any]) -> int:
         read(*args)
 
     handles["few"].reset()
-    store.read_into = slow
+    readers[0] = slow
     thread = threading.Thread(target=run, args=[models["few"]])
     thread.start()
     assert begun.wait(PATIENCE)
     status = forked(child)
     go_on.set()
     thread.join()
-    del store.read_into
+    readers[0] = read
     return status
 
 

@@ -62,7 +62,7 @@ WRONG: dict[str, tuple[Callable[[torch.nn.Module, Path], object], str]] = {
     "seed": (lambda m, p: fluxmoe.page(m, seed=None), "seed: .*not None"),
     "path": (lambda m, p: fluxmoe.load(None), "path must be a path, not None"),
     "bytes": (lambda m, p: fluxmoe.load(bytes(p)), "path must be a path, not b'"),
-    "a model": (lambda m, p: fluxmoe.load(m), "path must be a folder or a name.*fluxmoe.page"),
+    "a model": (lambda m, p: fluxmoe.load(m), "path must be a path, not .*fluxmoe.page"),
     "dtype": (lambda m, p: fluxmoe.load(p, dtype="fp8"), 'dtype must be "auto" or one of bfloat16'),
     "integers": (lambda m, p: fluxmoe.load(p, dtype=torch.int8), "not torch.int8"),
     "no dtype": (lambda m, p: fluxmoe.load(p, dtype=None), "dtype must be .*not None"),
@@ -78,6 +78,21 @@ def test_b5_wrong_types(load: Load, checkpoint: Callable[..., Path], case: str) 
     before = held()
     with pytest.raises(fluxmoe.FluxMoEError, match=says):
         call(model, checkpoint())
+    assert held() == before
+
+
+def test_all_errors_of_page_at_once(load: Load, tmp_path: Path) -> None:
+    model = load()
+    (tmp_path / "file").touch()
+    before = held()
+    store = {"kind": "file", "path": str(tmp_path / "file" / "x")}
+    with pytest.raises(fluxmoe.FluxMoEError) as caught:
+        fluxmoe.page(model, 1024, eviction="lrru", stores=[store])
+    assert [error.code for error in caught.value.problems()] == ["FM201", "FM102", "FM101"]
+    with pytest.raises(fluxmoe.FluxMoEError) as caught:
+        fluxmoe.page(model.to("meta"), "50%", banks=0, copy_threads=100, prefetch="nxt")
+    problems = caught.value.problems()
+    assert [error.code for error in problems] == ["FM402", "FM101", "FM101", "FM101", "FM201"]
     assert held() == before
 
 

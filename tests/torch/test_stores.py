@@ -10,7 +10,7 @@ import pytest
 
 import fluxmoe
 from fluxmoe import errors
-from fluxmoe.backends.torch import loader
+from fluxmoe.backends.torch import pretrained
 from tests.torch.conftest import Load, answer, same, sizes
 
 CODED = {"kind": "host", "codec": "fixed4"}
@@ -58,7 +58,7 @@ def test_layers_are_kept_as_they_are_loaded(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Storing them only after loading would need memory for all layers."""
-    waiting, most = loader._Catch._take, 0
+    waiting, most = pretrained._Catch._take, 0
 
     def take(self: Any, *args: Any) -> Any:
         nonlocal most
@@ -66,7 +66,7 @@ def test_layers_are_kept_as_they_are_loaded(
         most = max(most, len(self._rows))
         return found
 
-    monkeypatch.setattr(loader._Catch, "_take", take)
+    monkeypatch.setattr(pretrained._Catch, "_take", take)
     with fluxmoe.load(checkpoint(num_hidden_layers=12), "1MiB", stores=[CODED]) as paged:
         assert paged.stats()["pages"] == 12 * 16
     assert most == 1  # one part of a layer, while the other is still being read

@@ -7,13 +7,13 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-import fluxmoe.backends.vllm.server
+import fluxmoe.backends.vllm.preflight
 
-FILE = Path(fluxmoe.backends.vllm.server.__path__[0]) / "options.json"
+FILE = Path(fluxmoe.backends.vllm.preflight.__path__[0]) / "options.json"
 
 
 def parsed() -> dict[str, str | list[str]]:
-    """Get option → type, as in ``fluxmoe.backends.vllm.server.options.known``."""
+    """Get option → type, as in ``fluxmoe.backends.vllm.preflight.options.known``."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

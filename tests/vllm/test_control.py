@@ -179,12 +179,13 @@ def fluxmoe_quiet(server: Server, option: str, size: str) -> int:
 
 def test_a_server_without_control_has_no_door(checkpoint: Path, tmp_path: Path) -> None:
     from fluxmoe import config as fluxmoe_config
+    from fluxmoe.backends.vllm.preflight import checks
     from fluxmoe.backends.vllm.server import launch
 
     settings = {"model": str(checkpoint), "memory": {"budget": "8MiB"}}
-    plain = launch.arguments(launch.resolved(fluxmoe_config.parse(settings, where="")))
+    plain = launch.arguments(checks.resolved(fluxmoe_config.parse(settings, where="")))
     assert launch.CONTROL not in plain
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**settings, "control": True}))
     assert launch.CONTROL in launch.arguments(
-        launch.resolved(fluxmoe_config.load(tmp_path / "c.yaml"))
+        checks.resolved(fluxmoe_config.load(tmp_path / "c.yaml"))
     )

@@ -17,7 +17,7 @@ import torch
 
 from fluxmoe.backends.vllm import engine_options
 from fluxmoe.backends.vllm.child.child import ENVIRONMENT, ChildEngine, Prompt
-from fluxmoe.backends.vllm.server import room
+from fluxmoe.backends.vllm.preflight import room
 from fluxmoe.backends.vllm.worker.weights import WEIGHT_CALLS
 from fluxmoe.config import parse
 from fluxmoe.dimensions import of_checkpoint

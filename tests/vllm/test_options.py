@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fluxmoe.backends.vllm import features
-from fluxmoe.backends.vllm.server import launch, options
+from fluxmoe.backends.vllm.preflight import options
+from fluxmoe.backends.vllm.server import launch
 from tests.vllm.options import FILE, text
 
 pytestmark = pytest.mark.vllm

@@ -16,7 +16,7 @@ import yaml
 
 from fluxmoe import machine
 from fluxmoe.backends.vllm import settings
-from fluxmoe.backends.vllm.server import preflight
+from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.errors import ConfigError
 from fluxmoe.testing import checkpoints
 
@@ -94,11 +94,12 @@ def test_a_budget_beyond_the_machine(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize("setting", [{"arbitration": "marginal"}, {"control": True}])
 def test_latent_attention_with_a_moving_split(tmp_path: Path, setting: dict[str, Any]) -> None:
     model = checkpoints.write(tmp_path / "mla", "deepseek-v2")
-    done = serve(tmp_path, model, settings=setting, vllm={"port": 0})
+    options = {"port": 0, "max-model-len": 64}
+    done = serve(tmp_path, model, settings=setting, vllm=options)
     refused(done, "error[FM402]", "multi-head latent attention", "arbitration")
-    assert "FM402" not in serve(tmp_path, model, vllm={"port": 0}).stderr
+    assert "FM402" not in serve(tmp_path, model, vllm=options).stderr
     # With this variable, vLLM expands the latent vectors and uses ordinary attention.
-    done = serve(tmp_path, model, settings=setting, vllm={"port": 0}, VLLM_MLA_DISABLE="1")
+    done = serve(tmp_path, model, settings=setting, vllm=options, VLLM_MLA_DISABLE="1")
     assert "FM402" not in done.stderr
 
 
@@ -146,9 +147,9 @@ def test_a7_shared_memory_for_vllms_queues(
 ) -> None:
     for free in (None, least << 20):
         monkeypatch.setattr(machine, "shared_memory", lambda free=free: free)
-        preflight.require_shared_memory(workers)
+        checks.require_shared_memory(workers)
     monkeypatch.setattr(machine, "shared_memory", lambda: 64 << 20)
     with pytest.raises(
         ConfigError, match=f"64 MiB are free, vLLM needs {least} MiB; /dev/shm; .*1g"
     ):
-        preflight.require_shared_memory(workers)
+        checks.require_shared_memory(workers)

@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from fluxmoe import arguments, sizes
+from fluxmoe import arguments, config, sizes
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_weight
@@ -20,7 +20,7 @@ from fluxmoe.backends.torch import experts, layout, recording
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.refusals import Refusals, Uncopyable
 from fluxmoe.backends.torch.sealed import Shared, Watched
-from fluxmoe.backends.torch.settings import Room, given, settings
+from fluxmoe.backends.torch.settings import Room, given
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
@@ -187,7 +187,7 @@ class PagedModel(Uncopyable):
         self._resize(memory, "PagedModel.resize")
 
     def _resize(self, memory: int | str, where: str, *, at_least: bool = False) -> None:
-        budget = given(settings(where, memory), where)
+        budget = given(config.parse({"memory": {"budget": memory}}, where=where), where)
         self._lock.alone(partial(self._give, budget, where, at_least))
 
     def _give(self, budget: int, where: str, at_least: bool) -> None:

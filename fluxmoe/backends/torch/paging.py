@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fluxmoe.arguments import instance
-from fluxmoe.backends import summary
+from fluxmoe.backends import preflight, summary
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
-from fluxmoe.backends.stores import make_coders, make_store, require_room
+from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.sealed import Shared
-from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, settings
+from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, fit, settings
 from fluxmoe.config import Resolved
 from fluxmoe.core.policy.paging import Policies
 from fluxmoe.core.transfer.store import Store
 from fluxmoe.errors import ConfigError, UnsupportedError
+from fluxmoe.findings import Findings
 from fluxmoe.plugins import PolicySpec, Registry
-from fluxmoe.plugins import load as plugin_registry
 
 _WHERE = "fluxmoe.page"
 
@@ -67,19 +68,12 @@ def page(
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnknownCodecError, PageFileError: A store cannot be created.
     """
-    instance(model, torch.nn.Module, "model", where=_WHERE, fix="load a checkpoint by fluxmoe.load")
-    if any(experts.is_bound(module) for module in model.modules()):
-        raise ConfigError(
-            "the model is already paged", where=_WHERE, fix="close() its handle first"
-        )
-    layers = layout.experts_of(model)
-    layout.require_on_cpu(layers)
-    implementation = implementation_of(model, layers)
-    experts.require_sound(layers[0], implementation)
-    room = Room(*layout.describe(layers))
+    found = Findings()
+    parts = found.result(_parts, model)
     wanted = settings(
         _WHERE,
         memory,
+        found,
         eviction=eviction,
         prefetch=prefetch,
         stores=stores,
@@ -89,22 +83,44 @@ def page(
         strict_policies=strict_policies,
         seed=seed,
     )
-    config, registry = room.fit(wanted, _WHERE), plugin_registry(wanted.plugins)
-    policies, coders = registry.policies(config), make_coders(config, registry)
-    require_room(config, room.geometry.num_pages * room.page_class.nbytes)
-    lock = ForwardLock()
+    chosen = None if wanted is None else preflight.choose(wanted, found)
+    config = None if wanted is None or parts is None else fit(parts.room, wanted, found, _WHERE)
+    found.require()
+    assert parts is not None
+    assert config is not None
+    assert chosen is not None
+    (layers, implementation, room), lock = parts, ForwardLock()
+    experts.require_sound(layers[0], implementation)
     shared = Shared.among(layout.weights_of(layer).values() for layer in layers)
-    store = make_store(config, room.geometry, room.page_class, coders)
+    store = make_store(config, room.geometry, room.page_class, chosen.coders)
     try:
         for layer in layers:
             store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
-        runtime = runtime_for(room, store, config, policies, implementation, lock)
+        runtime = runtime_for(room, store, config, chosen.policies, implementation, lock)
     except BaseException:
         store.close()
         raise
     paged = PagedModel(model, layers, runtime, implementation, lock, shared=shared)
-    log_start(model, layers[0], runtime, registry)
+    log_start(model, layers[0], runtime, chosen.registry)
     return paged
+
+
+class _Parts(NamedTuple):
+    layers: list[torch.nn.Module]
+    implementation: str
+    room: Room
+
+
+def _parts(model: torch.nn.Module) -> _Parts:
+    """The expert layers of a model that can be paged, and their sizes."""
+    instance(model, torch.nn.Module, "model", where=_WHERE, fix="load a checkpoint by fluxmoe.load")
+    if any(experts.is_bound(module) for module in model.modules()):
+        raise ConfigError(
+            "the model is already paged", where=_WHERE, fix="close() its handle first"
+        )
+    layers = layout.experts_of(model)
+    layout.require_on_cpu(layers)
+    return _Parts(layers, implementation_of(model, layers), Room(*layout.describe(layers)))
 
 
 def runtime_for(

@@ -1,23 +1,37 @@
-"""Loading by ``transformers``: its errors in FluxMoE's terms, and nothing random accepted."""
+"""Loading by ``transformers``: experts go to the store, errors are FluxMoE's, nothing is random."""
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fluxmoe import checkpoint
-from fluxmoe.arguments import wrong
-from fluxmoe.errors import CheckpointError, ConfigError
+from fluxmoe.backends.stores import make_store
+from fluxmoe.backends.tensors import as_rows
+from fluxmoe.backends.torch import layout
+from fluxmoe.backends.torch.experts import absent, require_sound
+from fluxmoe.backends.torch.loader import Ready
+from fluxmoe.backends.torch.lock import ForwardLock
+from fluxmoe.backends.torch.names import NAMES
+from fluxmoe.backends.torch.paged import PagedModel
+from fluxmoe.backends.torch.paging import implementation_of, log_start, runtime_for
+from fluxmoe.backends.torch.settings import Room, fit
+from fluxmoe.core.types import Bytes
+from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.findings import Findings
 
-#: Supported dtypes of experts' weights.
-_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NAMES.require("loader")
 
 
 def unpaged(name: str) -> Any:
@@ -35,6 +49,50 @@ def unpaged(name: str) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     except Exception as error:  # of any model's own code
         raise checkpoint.not_loadable(name, error) from error
+
+
+def load(ready: Ready) -> PagedModel:
+    """Load a model that is ready, with its experts directly into the store.
+
+    ``transformers`` does the loading, including names, types and layouts of checkpoints. FluxMoE
+    hooks the registration of parameters: as soon as a layer's experts are complete, the store takes
+    them over, and the model keeps a parameter without memory.
+
+    Raises:
+        FluxMoEError: See ``loader.load``.
+    """
+    chosen, name = ready.chosen, ready.name
+    dtype = ready.dtype if ready.dtype == "auto" else getattr(torch, ready.dtype)
+    planned = on_meta(name, ready.folder, dtype, ready.extra)
+    layers = layout.experts_of(planned)
+    implementation = implementation_of(planned, layers)
+    lock, room = ForwardLock(), Room(*layout.describe(layers))
+    weights, found = sum(weight.nbytes for weight in planned.parameters()), Findings()
+    config = fit(room, ready.config, found, ready.where, others=weights - room.nbytes)
+    found.require()
+    assert config is not None
+    require_sound(layers[0], implementation)
+    store = make_store(config, room.geometry, room.page_class, chosen.coders)
+    runtime = runtime_for(room, store, config, chosen.policies, implementation, lock)
+    try:
+        with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # rejected below, with name and shapes
+                **ready.extra,
+            )
+        _require_all(report, name)
+        layers = layout.experts_of(model)
+        caught.finish(layers)
+    except BaseException:
+        runtime.close()
+        raise
+    paged = PagedModel(model, layers, runtime, implementation, lock, loaded=True)
+    log_start(model, layers[0], runtime, chosen.registry)
+    return paged
 
 
 def on_meta(
@@ -66,20 +124,95 @@ def on_meta(
     return model
 
 
-def type_of_weights(dtype: object) -> str | torch.dtype:
-    """Convert ``dtype`` to the form accepted by transformers. Raises ConfigError."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype == "auto" or found in _TYPES:
-        return "auto" if dtype == "auto" else found
-    raise wrong(
-        "dtype",
-        f'"auto" or one of {", ".join(str(each).removeprefix("torch.") for each in _TYPES)}',
-        dtype,
-        "fluxmoe.load",
-    )
+class _Catch:
+    """Takes the experts' weights from the modules into which this thread loads them.
+
+    A layer is passed on as soon as it and those before it are complete, so that stores that encode
+    the weights need not wait for all of them. The layers are ordered as the model was built, on the
+    meta device before loading.
+
+    Args:
+        adopt: Takes over the next layer, uint8 ``[experts, part bytes]`` per part.
+    """
+
+    def __init__(self, adopt: Callable[[list[Bytes]], None]) -> None:
+        self._adopt = adopt
+        self._thread = threading.get_ident()
+        self._built: list[torch.nn.Module] = []
+        self._rows: dict[tuple[torch.nn.Module, str], Bytes] = {}
+        self._adopted: list[torch.nn.Module] = []
+        self._error: Exception | None = None
+
+    def __enter__(self) -> _Catch:
+        self._hook = register_module_parameter_registration_hook(self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def finish(self, layers: list[torch.nn.Module]) -> None:
+        """Pass on the remaining layers; ``layers`` are all layers, in order.
+
+        Raises:
+            UnsupportedError: The model was not built in this order.
+            FluxMoEError: Raised by ``adopt``.
+        """
+        if self._error is not None:
+            raise self._error
+        if any(a is not b for a, b in zip(self._adopted, layers, strict=False)):
+            raise UnsupportedError(
+                "the model's layers were not built in the order in which they run",
+                fix="load it with transformers and page it with fluxmoe.page()",
+            )
+        for layer in layers[len(self._adopted) :]:
+            self._hand_on(layer)
+
+    def _hand_on(self, layer: torch.nn.Module) -> None:
+        self._adopt([self._rows.pop((layer, part)) for part in layout.PARTS])
+        self._adopted.append(layer)
+
+    def _hand_on_what_is_whole(self) -> None:
+        """Pass on complete layers; errors wait for ``finish``: transformers would change them."""
+        try:
+            for layer in self._built[len(self._adopted) :]:
+                if not all((layer, part) in self._rows for part in layout.PARTS):
+                    return
+                self._hand_on(layer)
+        except Exception as error:
+            self._error = error
+
+    def _take(
+        self, module: torch.nn.Module, name: str, weight: torch.nn.Parameter | None
+    ) -> torch.nn.Parameter | None:
+        if weight is None or name not in layout.PARTS or threading.get_ident() != self._thread:
+            return None
+        if weight.is_meta:
+            if module not in self._built:
+                self._built.append(module)
+            return None
+        if not layout.is_experts(module):
+            return None
+        self._rows[module, name] = _kept(as_rows(weight))
+        if self._error is None:
+            self._hand_on_what_is_whole()
+        stand_in = absent(weight)
+        vars(stand_in).update(vars(weight))  # otherwise transformers would initialise it
+        return stand_in
 
 
-def require_all(report: Mapping[str, Any], name: str) -> None:
+def _kept(rows: Bytes) -> Bytes:
+    """Copy to separate memory.
+
+    On the heap, memory used to assemble a layer would leave holes between the layers; rows that are
+    a view of the checkpoint's file would change or be lost with the file.
+    """
+    memory = mmap.mmap(-1, rows.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = np.frombuffer(memory, np.uint8).reshape(rows.shape)
+    np.copyto(copy, rows)
+    return copy
+
+
+def _require_all(report: Mapping[str, Any], name: str) -> None:
     """Reject a model with random weights in place of missing or mismatched ones."""
     if wrong := sorted(report["mismatched_keys"]):
         key, found, wanted = wrong[0]
@@ -102,7 +235,7 @@ def _and_more(items: Sequence[object]) -> str:
 
 
 @contextmanager
-def loading(name: str) -> Iterator[None]:
+def _loading(name: str) -> Iterator[None]:
     """Convert loading errors to CheckpointError."""
     try:
         yield
@@ -115,7 +248,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
+def _one_at_a_time() -> Iterator[None]:
     """Disable the threads that read ahead and keep the tensors they have read and converted.
 
     Also affects other threads that load a model at the same time.

@@ -7,10 +7,12 @@ from typing import Any
 
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import machine, sizes
+from fluxmoe.backends import budget, preflight
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
+from fluxmoe.findings import Findings
 
 StoreSpec = Mapping[str, Any]
 
@@ -21,21 +23,18 @@ HOST: tuple[StoreSpec, ...] = ({"kind": "host"},)
 def settings(
     where: str,
     memory: int | str,
+    found: Findings,
     *,
     stores: Sequence[StoreSpec] = HOST,
     banks: int = 1,
     **others: Any,
-) -> fluxmoe_config.Config:
-    """Convert the arguments of ``fluxmoe.page`` to a configuration.
-
-    Raises:
-        ConfigError: An argument is invalid.
-    """
+) -> fluxmoe_config.Config | None:
+    """Convert the arguments of ``fluxmoe.page`` to a configuration. See ``config.parse_most``."""
     given: Any = stores  # any type: validated by the configuration
     if isinstance(given, list | tuple):
         given = [dict(store) if isinstance(store, Mapping) else store for store in given]
     pages = {"memory": {"budget": memory, "banks": banks}, "stores": given}
-    return fluxmoe_config.parse({**pages, **others}, where=where)
+    return fluxmoe_config.parse_most({**pages, **others}, found, where=where)
 
 
 def given(config: fluxmoe_config.Config, where: str) -> int:
@@ -64,6 +63,11 @@ class Room:
         useful = frames_for(page_class, geometry.num_pages, frame) * frame
         self.most = max(self.least, min(useful, total))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all expert pages."""
+        return self.geometry.num_pages * self.page_class.nbytes
+
     def within(self, memory: int, where: str) -> int:
         """Compute the usable part of ``memory`` bytes.
 
@@ -86,3 +90,32 @@ class Room:
             update={"frame": self.frame_bytes, "kv": fluxmoe_config.Share(max=0)}
         )
         return resolved.model_copy(update={"memory": memory})
+
+
+def fit(
+    room: Room,
+    config: fluxmoe_config.Config,
+    found: Findings,
+    where: str,
+    *,
+    others: int | None = None,
+) -> fluxmoe_config.Resolved | None:
+    """Limit the budget as ``Room.fit``; check it, the machine's memory and the stores.
+
+    Args:
+        room: Sizes of the model's experts.
+        config: The configuration; settings in ``found.wrong`` are not relied on.
+        found: Where errors are added.
+        where: Name of the caller.
+        others: Bytes of the weights that are not experts; None if all weights are loaded already.
+    """
+    resolved = found.result(room.fit, config, where) if found.reliable("memory") else None
+    if resolved is not None:
+        with found.check():
+            if others is None or not found.reliable("stores"):
+                budget.require_free(resolved.memory.budget)
+            else:
+                budget.require_for_weights(resolved, experts=room.nbytes, others=others)
+    preflight.check_stores(config, room.nbytes, found)
+    preflight.check_machine(resolved or config, 1, found)
+    return resolved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fluxmoe.backends.versions import numbers
+
 #: First supported and first unsupported version.
 SUPPORTED = ((0, 32), (0, 33))
 #: The same range in pip's notation.
@@ -13,6 +15,5 @@ REQUIREMENT = ",".join(
 
 def is_supported(version: str) -> bool:
     """True if FluxMoE was tested with this version of vLLM."""
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     first, beyond = SUPPORTED
-    return first <= numbers < beyond
+    return first <= numbers(version) < beyond

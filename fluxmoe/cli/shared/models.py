@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxmoe.errors import ConfigError, MissingDependencyError
+from fluxmoe.errors import CheckpointError, ConfigError, MissingDependencyError
+from fluxmoe.words import line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -42,6 +45,34 @@ def config(model: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # of any model's own code
         raise checkpoint.not_loadable(model, error) from error
+
+
+def vocabulary(model: str) -> int | None:
+    """Number of tokens that a model knows, read without transformers; None if it is unknown."""
+    from fluxmoe import checkpoint
+
+    try:
+        file = Path(checkpoint.downloaded(model)) / "config.json"
+        found = checkpoint.text_part(checkpoint.read_map(file)).get("vocab_size")
+    except CheckpointError:  # reported by the checks of the model
+        return None
+    return found if isinstance(found, int) else None
+
+
+def require_tokens(tokens: Sequence[int], size: int, option: str) -> None:
+    """Reject a prompt that is empty or has tokens that the model does not know.
+
+    Raises:
+        ConfigError: It has, with the option that gave it.
+    """
+    if not tokens:
+        raise ConfigError("a prompt is empty", where=option, fix="give it at least one token")
+    if not all(0 <= token < size for token in tokens):
+        raise ConfigError(
+            f"invalid prompt tokens: {line(tokens)}",
+            where=option,
+            fix=f"all must be within 0…{size - 1}",
+        )
 
 
 def stop_tokens(model: str) -> tuple[int, ...]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from fluxmoe import sizes
-from fluxmoe.arguments import require_new
 from fluxmoe.cli.generate import Backend
 from fluxmoe.cli.shared import models, output
 from fluxmoe.cli.shared.options import AsJson, Force
@@ -19,6 +19,10 @@ from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fluxmoe.findings import Findings
+
+_WHERE = "fluxmoe trace record"
 
 
 class Steps(StrEnum):
@@ -77,17 +81,27 @@ def record(
     Requests always run to --max-new-tokens; the end-of-text token does not stop them.
     """
     from fluxmoe.core.types import Phase
+    from fluxmoe.findings import Findings
     from fluxmoe.trace import TraceReader
+    from fluxmoe.trace.writer import require_place
 
+    found = Findings()
     if predict and backend is Backend.VLLM:
-        raise UnsupportedError(
-            "vLLM's layers do not see the next layer's router",
-            where="--predict",
-            fix="use --backend torch",
+        found.errors.append(
+            UnsupportedError(
+                "vLLM's layers do not see the next layer's router",
+                where="--predict",
+                fix="use --backend torch",
+            )
         )
-    require_new(out, replace=force)  # the writer also checks, but after loading the model
-    models.quiet()
-    requests = _requests(model, prompt or [], prompt_ids or [], prompts)
+    with found.check():  # the writer also checks, but after loading the model
+        require_place(out, replace=force)
+    lines = _lines(prompt or [], prompt_ids or [], prompts, found)
+    size = models.vocabulary(model)
+    for line in lines:
+        if not isinstance(line, str) and size is not None:
+            with found.check():
+                models.require_tokens(line, size, "--prompt-ids or --prompts")
     options: dict[str, Any] = {
         "weights": weights,
         "max_steps": max_steps,
@@ -97,8 +111,16 @@ def record(
     if backend is Backend.TORCH:
         options["predict"] = predict
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    work = _Work(model, requests, out, batch, memory, eviction, sampling, options)
-    stats = work.with_torch() if backend is Backend.TORCH else work.with_vllm()
+    settings = {"memory": {"budget": memory}, "eviction": eviction}
+    longest = max((len(line) for line in lines if not isinstance(line, str)), default=1)
+    start = _torch if backend is Backend.TORCH else _vllm
+    run = start(model, settings, found, batch, longest + max_new_tokens)
+    found.require()
+    for note in found.notes:
+        output.warn(note)
+    models.quiet()
+    requests = _requests(model, lines, size)
+    stats = run(_Work(requests, out, batch, sampling, options))
     reader = TraceReader(out)
     result = {
         "trace": str(out),
@@ -127,82 +149,101 @@ def record(
 class _Work:
     """Requests for a paged model, and the arguments of the recorder."""
 
-    model: str
     requests: list[list[int]]
     out: Path
     batch: int
-    memory: str
-    eviction: str
     sampling: dict[str, Any]
     options: dict[str, Any]
 
-    def with_torch(self) -> dict[str, Any]:
-        import fluxmoe
-        from fluxmoe.backends.torch.pretrained import unpaged
+
+#: Starts an engine, records a trace and returns the engine's statistics.
+_Run: TypeAlias = Callable[[_Work], dict[str, Any]]
+
+
+def _torch(model: str, settings: dict[str, Any], found: Findings, _batch: int, _: int) -> _Run:
+    """Check all that can be checked, and return the function that starts the engine."""
+    from fluxmoe import config
+    from fluxmoe.backends.torch import loader
+
+    parsed = config.parse_most(settings, found, where=_WHERE)
+    ready = loader.prepare(model, parsed, found, where=_WHERE)
+
+    def run(work: _Work) -> dict[str, Any]:
         from fluxmoe.backends.torch.sampling import sample
 
-        loaded = unpaged(self.model)
-        vocabulary = loaded.get_input_embeddings().num_embeddings
-        for tokens in self.requests:
-            if not all(0 <= token < vocabulary for token in tokens):
-                raise ConfigError(
-                    f"invalid prompt tokens: {tokens}", fix=f"all must be within 0…{vocabulary - 1}"
-                )
-        with (
-            fluxmoe.page(loaded, self.memory, eviction=self.eviction) as paged,
-            paged.record(self.out, **self.options) as recorder,
-        ):
-            for first in range(0, len(self.requests), self.batch):
+        assert ready is not None  # otherwise an error was found
+        with ready.load() as paged, paged.record(work.out, **work.options) as recorder:
+            for first in range(0, len(work.requests), work.batch):
                 if recorder.done:
                     break
                 recorder.first_request = first
                 sample(
-                    loaded,
-                    self.requests[first : first + self.batch],
+                    paged.model,
+                    work.requests[first : first + work.batch],
                     stop=lambda: recorder.done,
-                    **{**self.sampling, "seed": self.sampling["seed"] + first},
+                    **{**work.sampling, "seed": work.sampling["seed"] + first},
                 )
             return paged.stats()
 
-    def with_vllm(self) -> dict[str, Any]:
-        from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
-        from fluxmoe.backends.vllm.child.traces import record
+    return run
 
+
+def _vllm(model: str, settings: dict[str, Any], found: Findings, batch: int, least: int) -> _Run:
+    """As ``_torch``, for requests of at least ``least`` tokens, of which ``batch`` run at once."""
+    from fluxmoe.backends.vllm.child import child
+    from fluxmoe.backends.vllm.child.traces import record
+
+    options: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": batch, "block_size": 32}
+    child.examine(model, settings, found, where=_WHERE, max_model_len=least, **options)
+
+    def run(work: _Work) -> dict[str, Any]:
+        new = work.sampling["max_new_tokens"]
         prompts = [
-            Prompt(
+            child.Prompt(
                 tokens,
-                self.sampling["max_new_tokens"],
-                temperature=self.sampling["temperature"],
-                seed=self.sampling["seed"] + index,
+                new,
+                temperature=work.sampling["temperature"],
+                seed=work.sampling["seed"] + index,
             )
-            for index, tokens in enumerate(self.requests)
+            for index, tokens in enumerate(work.requests)
         ]
-        with ChildEngine(
-            self.model,
-            fluxmoe={"memory": {"budget": self.memory}, "eviction": self.eviction},
-            enforce_eager=True,
-            max_num_seqs=self.batch,
-            max_model_len=max(map(len, self.requests)) + self.sampling["max_new_tokens"],
-            block_size=32,
+        with child.ChildEngine(
+            model,
+            fluxmoe=settings,
+            max_model_len=max(map(len, work.requests)) + new,
+            **options,
         ) as engine:
-            return record(engine, prompts, self.out, batch=self.batch, **self.options)
+            return record(engine, prompts, work.out, batch=work.batch, **work.options)
+
+    return run
 
 
-def _requests(
-    model: str, texts: list[str], numbers: list[str], file: Path | None
-) -> list[list[int]]:
-    """Collect all prompts as token ids."""
+def _lines(
+    texts: list[str], numbers: list[str], file: Path | None, found: Findings
+) -> list[str | list[int]]:
+    """Collect all prompts, as text or token ids; record the errors of the others."""
+    before = len(found.errors)
     lines: list[str | list[int]] = [*texts]
-    lines += [models.numbers(each, "--prompt-ids") for each in numbers]
-    lines += [] if file is None else _read(file)
-    if not lines:
-        raise ConfigError("no prompt given", fix="give --prompt, --prompt-ids or --prompts")
+    for each in numbers:
+        ids = found.result(models.numbers, each, "--prompt-ids")
+        lines += [] if ids is None else [ids]
+    lines += [] if file is None else found.result(_read, file) or []
+    if not lines and len(found.errors) == before:
+        found.errors.append(
+            ConfigError("no prompt given", fix="give --prompt, --prompt-ids or --prompts")
+        )
+    return lines
+
+
+def _requests(model: str, lines: list[str | list[int]], size: int | None) -> list[list[int]]:
+    """Convert prompts to token ids; ``size`` is the model's vocabulary, if known."""
     tokenizer: PreTrainedTokenizerBase | None = None
     if any(isinstance(line, str) for line in lines):
         tokenizer = models.tokenizer(model, required=True)
+    size = size or models.config(model).get_text_config().vocab_size
     requests = [models.encode(tokenizer, line) if isinstance(line, str) else line for line in lines]
-    if not all(requests):
-        raise ConfigError("a prompt is empty", fix="give each prompt at least one token")
+    for tokens in requests:
+        models.require_tokens(tokens, size, "--prompt, --prompt-ids or --prompts")
     return requests
 
 

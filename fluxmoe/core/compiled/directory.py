@@ -37,8 +37,8 @@ def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
 def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
     """Make a compiled function that turns a directory of tuples like ``example`` into such a tuple.
 
-    It returns tuples unchanged, so one compiled function serves both Python callers, which pass the
-    directory, and compiled callers, which pass the tuple.
+    It returns tuples unchanged, so one function serves both Python callers, which pass the
+    directory, and compiled callers that have the tuple.
     """
     tuple_type = numba.typeof(example)
 

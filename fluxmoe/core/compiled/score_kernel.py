@@ -16,6 +16,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numba import types
+from numba.extending import intrinsic
 
 from fluxmoe.core.compiled.directory import opener
 from fluxmoe.core.types import Int64s
@@ -50,14 +51,17 @@ class Kernel:
     """A compiled score kernel.
 
     Attributes:
-        entry: For compiled callers: ``entry(rows, event, layer, num_layers, n, out)`` writes the
-            scores of the first ``n`` slots, or of ``n`` pages, into ``out``; returns 0, or 1 if the
-            kernel raised. ``rows`` is a directory of ``KernelRows`` (see ``directory``).
+        code: For compiled callers, see ``call_entry``.
         fill: The same for Python, by page; exceptions raised by the kernel propagate unchanged.
     """
 
-    entry: Any
+    code: Any
     fill: Callable[..., None]
+
+    @property
+    def entry(self) -> int:
+        """Address of the code for compiled callers (``call_entry``)."""
+        return int(self.code.address)
 
     def scores(
         self, rows: KernelRows, event: int, layer: int, num_layers: int
@@ -66,6 +70,24 @@ class Kernel:
         out = np.empty(len(rows.page))
         self.fill(rows, event, layer, num_layers, len(out), out)
         return out
+
+
+@intrinsic
+def call_entry(
+    context: Any, entry: Any, rows: Any, event: Any, layer: Any, layers: Any, n: Any, out: Any
+) -> Any:
+    """Write the scores of the first ``n`` slots, or of ``n`` pages, into ``out``.
+
+    ``entry`` is the address of a kernel's code, ``rows`` a directory of ``KernelRows``. Returns 0,
+    or 1 if the kernel raised. Compiled code only: to pass an address costs nothing, while numba's
+    function values are typed again in every call from Python.
+    """
+
+    def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = context.get_value_type(types.FunctionType(_ENTRY).ftype)
+        return builder.call(builder.inttoptr(args[0], pointer), args[1:])
+
+    return _ENTRY.return_type(types.int64, *_ENTRY.args), lower
 
 
 def compile_kernel(function: Callable[..., float], *, by_slot: bool) -> Kernel:

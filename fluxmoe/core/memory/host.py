@@ -15,11 +15,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from pathlib import Path
 
 import numpy as np
 
-from fluxmoe import sizes
+from fluxmoe import machine, sizes
 from fluxmoe.core.memory import dlpack
 from fluxmoe.core.memory.substrate import runs
 from fluxmoe.core.owner import Owner
@@ -45,7 +44,7 @@ _PROT_NONE = 0
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_HUGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20
 _POISON_BYTES = 4 << 20
 # Each frame may need its own mapping, and the system allows 65,530 (vm.max_map_count).
 _MOST_FRAMES = 24 << 10
@@ -65,15 +64,6 @@ def frame_bytes_for(budget: int, unit: int = 0) -> int:
     while unit % frame and frame > 4096 and budget // (frame // 2) <= _MOST_FRAMES:
         frame //= 2
     return frame
-
-
-def huge_pages() -> bool:
-    """True if this system backs shared memory with huge pages on request."""
-    try:
-        text = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
-    except OSError:
-        return False
-    return any(f"[{mode}]" in text for mode in ("always", "advise", "within_size"))
 
 
 class CpuSubstrate:
@@ -96,7 +86,7 @@ class CpuSubstrate:
             )
         self.count, self.frame_bytes = count, frame_bytes
         self._debug, self._owner = debug, Owner()
-        self._huge = frame_bytes >= _HUGE_PAGE and huge_pages()
+        self._huge = frame_bytes >= HUGE_PAGE and machine.huge_pages()
         self._ranges: dict[int, int] = {}
         self._fd = self._poison = -1
         try:

@@ -107,6 +107,7 @@ def new_books(geometry: Geometry, banks: int, width: int, bank_of: Sequence[int]
 
 #: For compiled code: the directory of books → the books.
 open_books = opener(new_books(Geometry(1, 1), 1, 1, None))
+AnyBooks = Books | Int64s
 
 
 class Shown(NamedTuple):
@@ -137,7 +138,7 @@ def note(b: Books, pages: Int64s, n: int) -> None:
 
 
 @jit
-def show(books: Books | Int64s, shown: Shown | Int64s) -> None:
+def show(books: AnyBooks, shown: Shown | Int64s) -> None:
     """Copy the records of the pages that have changed. Both may be directories."""
     b, s = open_books(books), open_shown(shown)
     if b.now[CHANGES] == ALL_PAGES:

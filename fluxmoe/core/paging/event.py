@@ -27,6 +27,7 @@ from fluxmoe.core.paging.books import (
     PROTECTED,
     STEP,
     UNUSED,
+    AnyBooks,
     Books,
     bit,
     load,
@@ -39,8 +40,6 @@ from fluxmoe.core.paging.books import (
 from fluxmoe.core.types import Int64s, Ints
 
 Slots = npt.NDArray[np.int32]
-#: The books or, from Python, their directory (``compiled.directory``).
-AnyBooks = Books | Int64s
 
 
 @jit
@@ -152,8 +151,9 @@ def admit(b: Books, victims: Int64s) -> None:
 
 
 @jit
-def load_ahead(b: Books, pages: Int64s) -> None:
+def load_ahead(books: AnyBooks, pages: Int64s) -> None:
     """Point 7: assign slots to prefetched pages in order of urgency, and protect them."""
+    b = open_books(books)
     for i in range(pages.size):
         load(b, pages[i])
         b.flags[pages[i]] |= np.uint8(PROTECTED | UNUSED)
@@ -162,11 +162,12 @@ def load_ahead(b: Books, pages: Int64s) -> None:
 
 
 @jit
-def candidates(b: Books, bank: int, protect: bool, out: Int64s) -> int:
+def candidates(books: AnyBooks, bank: int, protect: bool, out: Int64s) -> int:
     """Write the evictable pages of a bank into ``out``, ascending; return their number.
 
     ``victims`` and ``heap`` apply the same filter.
     """
+    b = open_books(books)
     n, banks = 0, b.num_slots.size
     for word in range(b.present.size):
         present = b.present[word]

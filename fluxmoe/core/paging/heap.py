@@ -26,8 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.compiled.directory import opener
 from fluxmoe.core.compiled.jit import jit
-from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, Books
+from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, AnyBooks, Books, open_books
 from fluxmoe.core.types import Bools, Int64s
 
 #: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. Banks of at most _SMALL pages
@@ -84,6 +85,11 @@ def new_heap(pages: int, banks: int, slots: int) -> VictimHeap:
     )
 
 
+#: For compiled code: the directory of a heap → the heap.
+open_heap = opener(new_heap(1, 1, 1))
+AnyHeap = VictimHeap | Int64s
+
+
 def clear(heap: VictimHeap) -> None:
     """Empty the heap."""
     heap.bound[...] = NONE
@@ -101,8 +107,9 @@ def as_integer(score: float) -> int:
 
 
 @jit
-def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.float64]) -> None:
+def update(heaps: AnyHeap, books: AnyBooks, pages: Int64s, scores: npt.NDArray[np.float64]) -> None:
     """Record the scores of resident ``pages``."""
+    heap, b = open_heap(heaps), open_books(books)
     for i in range(pages.size):
         page, score = pages[i], as_integer(scores[i])
         bank = b.bank_of[b.layer_of[page]]
@@ -118,12 +125,15 @@ def update(heap: VictimHeap, b: Books, pages: Int64s, scores: npt.NDArray[np.flo
 
 
 @jit
-def choose(heap: VictimHeap, b: Books, bank: int, count: int, protect: bool, out: Int64s) -> int:
+def choose(
+    heaps: AnyHeap, books: AnyBooks, bank: int, count: int, protect: bool, out: Int64s
+) -> int:
     """Write up to ``count`` victims of ``bank`` to ``out``, lowest score first; return the count.
 
     Pages of the current event are never victims, protected ones only if ``protect`` is false.
     Victims are removed from the heap; the caller must evict them.
     """
+    heap, b = open_heap(heaps), open_books(books)
     found = parked = 0
     key, pages = heap.key[bank], heap.page[bank]
     queue_key, queue_page, ends = heap.queue_key[bank], heap.queue_page[bank], heap.queue_ends[bank]

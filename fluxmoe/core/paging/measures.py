@@ -22,8 +22,9 @@ import random
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.compiled.jit import jit_allocating
-from fluxmoe.core.paging.books import EVENT, NEVER, Books
+from fluxmoe.core.compiled.directory import directory
+from fluxmoe.core.compiled.jit import jit, jit_allocating
+from fluxmoe.core.paging.books import EVENT, NEVER, Books, open_books
 from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Int64s, Ints
 
 Floats = npt.NDArray[np.float64]
@@ -194,34 +195,54 @@ REUSE_EVERY = 61
 class PageAges:
     """Ages of pages since the last reset.
 
+    Args:
+        books: The books of the pages.
+
     Attributes:
         counts: int64 ``[3, AGES]``, number of pages by kind and bucket.
         sums: int64 ``[3]``, sum of their ages by kind, in events.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, books: Books) -> None:
+        self._books, self._directory = books, directory(books)
         self.counts = np.zeros((3, AGES), np.int64)
         self.sums = np.zeros(3, np.int64)
+        self.leave(np.zeros(0, np.int64))  # compiled, or read from disk, before the first event
 
     def reset(self) -> None:
         """Clear all counts."""
         self.counts[:] = self.sums[:] = 0
 
-    def routed(self, b: Books, layer: int, ids: Ints) -> None:
+    def routed(self, layer: int, ids: Ints) -> None:
         """Count reuse in an event that has not begun yet."""
+        b = self._books
         event = int(b.now[EVENT]) + 1
         if event % REUSE_EVERY == 0:
             last = b.last_use[np.unique(ids[ids >= 0]) + layer * b.tokens.size]
-            self._note(REUSE, event - last[last != NEVER])
+            for age in (event - last[last != NEVER]).tolist():
+                _note(self.counts, self.sums, REUSE, age)
 
-    def leave(self, b: Books, pages: Int64s) -> None:
+    def leave(self, pages: Int64s) -> None:
         """Count the ages of ``pages``, which are about to be evicted."""
-        loaded = b.loaded_at[pages]
-        self._note(LIFETIME, b.now[EVENT] - loaded)
-        # A page that was prefetched and never used has been idle since it was loaded.
-        self._note(IDLE, b.now[EVENT] - np.maximum(b.last_use[pages], loaded))
+        _note_leaving(self._directory, pages, self.counts, self.sums)
 
-    def _note(self, kind: int, ages: Int64s) -> None:
-        buckets = np.frexp(np.maximum(ages - 1, 0))[1]
-        self.counts[kind] += np.bincount(np.minimum(buckets, AGES - 1), minlength=AGES)
-        self.sums[kind] += ages.sum()
+
+@jit
+def _note_leaving(books: Int64s, pages: Int64s, counts: Int64s, sums: Int64s) -> None:
+    b = open_books(books)
+    event = b.now[EVENT]
+    for i in range(pages.size):
+        page = pages[i]
+        loaded = b.loaded_at[page]
+        _note(counts, sums, LIFETIME, event - loaded)
+        # A page that was prefetched and never used has been idle since it was loaded.
+        _note(counts, sums, IDLE, event - max(b.last_use[page], loaded))
+
+
+@jit
+def _note(counts: Int64s, sums: Int64s, kind: int, age: int) -> None:
+    bucket = 0
+    while bucket < AGES - 1 and age > 1 << bucket:
+        bucket += 1
+    counts[kind, bucket] += 1
+    sums[kind] += age

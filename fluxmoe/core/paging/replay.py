@@ -18,9 +18,8 @@ from fluxmoe.core.compiled.directory import directory, opener
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.books import LAYER, MISSES, Books, open_books
 from fluxmoe.core.paging.event import admit, candidates, open_event
-from fluxmoe.core.paging.heap import VictimHeap
 from fluxmoe.core.paging.rule import EventRule
-from fluxmoe.core.paging.victims import FAILED, Chooser, victims
+from fluxmoe.core.paging.victims import FAILED, open_chooser, victims
 from fluxmoe.core.types import EventList, Int64s, Phase
 
 Int32s = npt.NDArray[np.int32]
@@ -75,9 +74,7 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
     assert kernel is not None
     table = rule.table
     at = _run_kernel(
-        table.books,
-        rule.heap,
-        rule.chooser,
+        *rule.scoring,
         kernel.entry,
         events,
         begin,
@@ -95,7 +92,7 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
 def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
     """Run all events, with one call into Python for each one short of slots."""
     table, guard, pages = rule.table, rule.eviction, rule.scratch
-    future = rule.chooser.next_use
+    future = rule.chooser.future
     at, last = begin - 1, -1
     chosen, events = np.zeros(0, np.int64), _typed(*events)
     listed = directory(events)
@@ -123,7 +120,7 @@ def _event_by_event(
     watch: Watcher | None,
 ) -> int:
     """Run all events, with every call that the policies require."""
-    table, now, future = rule.table, rule.table.books.now, rule.chooser.next_use
+    table, now, future = rule.table, rule.table.books.now, rule.chooser.future
     layers, experts = table.geometry.num_layers, table.geometry.experts_per_layer
     for at in range(begin, end):
         step, layer = int(events.step[at]), int(events.layer[at])
@@ -176,10 +173,10 @@ def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) 
 
 @jit
 def _run_kernel(
-    b: Books,
-    heap: VictimHeap | None,
-    c: Chooser,
-    entry: Any,
+    books: Int64s,
+    heap: Int64s | None,
+    chooser: Int64s,
+    entry: int,
     events: EventList,
     begin: int,
     end: int,
@@ -187,13 +184,15 @@ def _run_kernel(
     scratch: Int64s,
 ) -> int:
     """Run events to ``end``; return ``end``, or the open event in which the kernel failed."""
+    b, future = open_books(books), open_chooser(chooser).future
     for at in range(begin, end):
-        short, found = _open(b, c.next_use, events, at, missed), 0
+        short, found = _open(b, future, events, at, missed), 0
         if short > 0:
             # No page is protected without prefetch. To numba a plain False has another type, for
             # which ``victims`` would be compiled again; that takes ten seconds.
             bank = b.bank_of[b.now[LAYER]]
-            found = victims(b, heap, c, entry, bank, short, np.bool_(False), scratch)  # type: ignore[arg-type]
+            spare = np.bool_(False)
+            found = victims(books, heap, chooser, entry, bank, short, spare, scratch)  # type: ignore[arg-type]
             if found == FAILED:
                 return at
         admit(b, scratch[:found])

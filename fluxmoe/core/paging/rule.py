@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fluxmoe.core.compiled.directory import directory
 from fluxmoe.core.paging import heap
 from fluxmoe.core.paging.books import (
     ABSENT,
@@ -58,7 +59,10 @@ class EventRule:
         stable = eviction.stable
         shape = table.books.page_at.shape
         self.heap = heap.new_heap(table.geometry.num_pages, *shape) if stable else None
-        self.chooser = new_chooser(table, stable=stable, next_use=eviction.future)
+        self.chooser = new_chooser(table.books, stable=stable, next_use=eviction.future)
+        self._heap = None if self.heap is None else directory(self.heap)
+        #: Directories of books, heap and chooser, the first arguments of ``victims``.
+        self.scoring = table.directory, self._heap, directory(self.chooser)
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
         self._predicted: Int64s | None = None
@@ -66,7 +70,7 @@ class EventRule:
         self.ages: PageAges | None = None
         if eviction.kernel is not None:
             # Compile it, or read it from disk, outside any timed policy call.
-            event = table.books, self.heap, self.chooser, eviction.kernel.entry, 0, 0, True
+            event = *self.scoring, eviction.kernel.entry, 0, 0, True
             victims(*event, np.zeros(0, np.int64))
 
     @property
@@ -102,7 +106,7 @@ class EventRule:
     def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
         """Points 1–3 and 6 of the rule. See ``open_event``."""
         if self.ages is not None:
-            self.ages.routed(self.table.books, layer, ids)
+            self.ages.routed(layer, ids)
         misses = open_event(self.table.directory, step, layer, ids, slots)
         if self.eviction.watches_access:
             self.eviction.on_access(self.access())
@@ -128,7 +132,7 @@ class EventRule:
             kept = self.eviction.retained(self.access())
             leaving = b.pages[:0] if kept is None else b.pages[: b.now[PAGES]][~kept]
             if self.ages is not None:
-                self.ages.leave(b, leaving)
+                self.ages.leave(leaving)
             b.leaving[: len(leaving)] = leaving
             b.now[LEAVING] = len(leaving)
 
@@ -153,7 +157,7 @@ class EventRule:
             if short > 0:
                 self._evict(bank, short, spare=True)
             pages = pages[: int(b.num_free[bank])]
-            load_ahead(b, pages)
+            load_ahead(self.table.directory, pages)
             if len(pages) and self.eviction.watches_load:
                 self.eviction.on_load(pages)
         return True
@@ -181,6 +185,9 @@ class EventRule:
         """Yield the pages loaded by the last ``admit`` or ``prefetch``, per bank, in load order."""
         b = self.table.books
         pages = b.loaded[: b.now[LOADED]].copy()
+        if self.table.num_banks == 1:
+            yield Loads(0, pages, b.slot_of[pages].astype(np.int64))
+            return
         banks = b.bank_of[pages // self.table.geometry.experts_per_layer]
         for bank in np.unique(banks).tolist():
             mine = pages[banks == bank]
@@ -220,7 +227,7 @@ class EventRule:
 
     def _unload(self, victims: Int64s, counter: int) -> None:
         if self.ages is not None:
-            self.ages.leave(self.table.books, victims)
+            self.ages.leave(victims)
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
@@ -236,7 +243,7 @@ class EventRule:
         b, guard = self.table.books, self.eviction
         if guard.kernel is not None:
             out = np.empty(count, np.int64)
-            event = b, self.heap, self.chooser, guard.kernel.entry, bank, count, protect, out
+            event = *self.scoring, guard.kernel.entry, bank, count, protect, out
             found = None
             try:
                 found = guard.limited(victims, *event)
@@ -246,8 +253,9 @@ class EventRule:
                         mark_dirty(b, page)
             if found is not None and found != FAILED:
                 return out[:found]
-        elif guard.stable and self.heap is not None:
-            dirty = self.scratch[: take_dirty(b, self.scratch)]
+        elif guard.stable and self._heap is not None:
+            books = self.table.directory
+            dirty = self.scratch[: take_dirty(books, self.scratch)]
             dirty.sort()  # policies get pages in ascending order
             scores = None
             try:
@@ -257,14 +265,14 @@ class EventRule:
                     for page in dirty.tolist():
                         mark_dirty(b, page)
             if scores is not None:
-                heap.update(self.heap, b, dirty, scores)
+                heap.update(self._heap, books, dirty, scores)
                 out = np.empty(count, np.int64)
-                return out[: heap.choose(self.heap, b, bank, count, protect, out)]
+                return out[: heap.choose(self._heap, books, bank, count, protect, out)]
             return guard.least_recent(self._candidates(bank, protect), count)
         # The guard calls a failed kernel once more to get the exception.
         pages = self._candidates(bank, protect)
         return guard.choose(pages, min(count, len(pages)))
 
     def _candidates(self, bank: int, protect: bool) -> Int64s:
-        n = candidates(self.table.books, bank, protect, self.scratch)
+        n = candidates(self.table.directory, bank, protect, self.scratch)
         return self.scratch[:n]

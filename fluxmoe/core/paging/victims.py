@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.compiled.directory import directory
+from fluxmoe.core.compiled.directory import directory, opener
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.compiled.lowest import ascending, low_bits, lowest_bit, not_above, offer
-from fluxmoe.core.compiled.score_kernel import KernelRows
+from fluxmoe.core.compiled.score_kernel import KernelRows, call_entry
 from fluxmoe.core.paging.books import (
     ABSENT,
     DIRTIES,
@@ -23,42 +23,39 @@ from fluxmoe.core.paging.books import (
     EVENT,
     LAYER,
     PROTECTED,
+    AnyBooks,
     Books,
     mark_dirty,
+    new_books,
+    open_books,
 )
-from fluxmoe.core.paging.heap import VictimHeap, choose, update
-from fluxmoe.core.paging.table import PageTable
-from fluxmoe.core.types import Int64s
+from fluxmoe.core.paging.heap import choose, update
+from fluxmoe.core.types import Geometry, Int64s
 
 #: Result of ``victims`` if the kernel raised or returned NaN; nothing has changed.
 FAILED = -1
 
 
-class Columns(NamedTuple):
-    """Input of the kernel, one row per slot ``[B, M]``; ``[0, 0]`` for stable scores."""
+class Chooser(NamedTuple):
+    """Working arrays of a kernel."""
 
+    # the columns: input of the kernel, one row per slot [B, M]; [0, 0] for stable scores
     last_use: Int64s
     use_count: Int64s
     loaded_at: Int64s
     page: Int64s
     layer: Int64s
     next_use: Int64s
-    score: npt.NDArray[np.float64]
-
-
-class Chooser(NamedTuple):
-    """Working arrays of a kernel."""
-
-    columns: Columns
+    score: npt.NDArray[np.float64]  # [B, M]
     rows: Int64s  # [B, …] directories of the kernel's input: the columns, or one for all banks
-    next_use: Int64s  # [P], the view's for oracles; zeros for others
+    future: Int64s  # [P] the view's next use for oracles; zeros for others
     dirty: Int64s  # [P] scratch
     scores: npt.NDArray[np.float64]  # [P] scratch
 
 
-def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> Chooser:
-    """Make the working arrays of a kernel over a table's pages."""
-    pages, b = table.geometry.num_pages, table.books
+def new_chooser(b: Books, *, stable: bool, next_use: Int64s | None = None) -> Chooser:
+    """Make the working arrays of a kernel over the pages of these books."""
+    pages = b.last_use.size
     shape = (0, 0) if stable else b.page_at.shape
     columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in KernelRows._fields}
     dirty = np.zeros(pages, np.int64)
@@ -68,21 +65,27 @@ def new_chooser(table: PageTable, *, stable: bool, next_use: Int64s | None) -> C
     else:
         rows = [KernelRows(*banks) for banks in zip(*columns.values(), strict=True)]
     return Chooser(
-        columns=Columns(**columns, score=np.zeros(shape)),
+        **columns,
+        score=np.zeros(shape),
         rows=np.stack([directory(row) for row in rows]),
-        next_use=future,
+        future=future,
         dirty=dirty,
         scores=np.zeros(pages),
     )
 
 
+#: For compiled code: the directory of a chooser → the chooser.
+open_chooser = opener(new_chooser(new_books(Geometry(1, 1), 1, 1, None), stable=True))
+
+
 @jit
-def take_dirty(b: Books, out: Int64s) -> int:
+def take_dirty(books: AnyBooks, out: Int64s) -> int:
     """Move the dirty pages that may be evicted into ``out``; return their number.
 
     Pages of the current event stay dirty, including those about to be loaded, so that ``heap`` gets
     them in ascending order. Other absent pages are scored when they are loaded again.
     """
+    b = open_books(books)
     n = kept = 0
     for i in range(b.now[DIRTIES]):
         page = b.dirty[i]
@@ -101,10 +104,10 @@ def take_dirty(b: Books, out: Int64s) -> int:
 
 @jit
 def victims(
-    b: Books,
-    heap: VictimHeap | None,
-    c: Chooser,
-    entry: Any,
+    books: Int64s,
+    heap: Int64s | None,
+    chooser: Int64s,
+    entry: int,
     bank: int,
     count: int,
     protect: bool,
@@ -113,17 +116,18 @@ def victims(
     """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first.
 
     As in point 4 of the event rule, pages of the current event are never victims, protected ones
-    only if ``protect`` is false. ``heap`` is None unless scores are stable; ``entry`` belongs to a
-    ``score_kernel.Kernel``. The caller evicts the victims.
+    only if ``protect`` is false. The first three are directories; ``heap`` is None unless scores
+    are stable. ``entry`` belongs to a ``score_kernel.Kernel``. The caller evicts the victims.
 
     Returns:
         The number of victims, or ``FAILED``.
     """
+    b, c = open_books(books), open_chooser(chooser)
     n = take_dirty(b, c.dirty)
     if heap is not None:  # resolved at compile time: only one branch is compiled
         if n != 0 and not _score_dirty(b, heap, c, entry, n):
             return FAILED
-        return choose(heap, b, bank, count, protect, out)
+        return choose(heap, books, bank, count, protect, out)
     for i in range(n):
         page = c.dirty[i]
         _put(b, c, b.bank_of[b.layer_of[page]], b.slot_of[page], page)
@@ -132,21 +136,20 @@ def victims(
 
 @jit
 def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
-    columns = c.columns
-    columns.last_use[at, row] = b.last_use[page]
-    columns.use_count[at, row] = b.use_count[page]
-    columns.loaded_at[at, row] = b.loaded_at[page]
-    columns.page[at, row] = page
-    columns.layer[at, row] = b.layer_of[page]
-    columns.next_use[at, row] = c.next_use[page]
+    c.last_use[at, row] = b.last_use[page]
+    c.use_count[at, row] = b.use_count[page]
+    c.loaded_at[at, row] = b.loaded_at[page]
+    c.page[at, row] = page
+    c.layer[at, row] = b.layer_of[page]
+    c.next_use[at, row] = c.future[page]
 
 
 @jit
-def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> bool:
+def _score_dirty(b: Books, heap: Int64s, c: Chooser, entry: int, n: int) -> bool:
     """Record the scores of dirty pages; if the kernel fails they stay dirty."""
     scores = c.scores[:n]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
-    good = entry(c.rows[0], event, layer, layers, n, scores) == 0
+    good = call_entry(entry, c.rows[0], event, layer, layers, n, scores) == 0
     for i in range(n):
         good &= scores[i] == scores[i]
     if not good:
@@ -159,12 +162,12 @@ def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: Any, n: int) -> 
 
 @jit
 def _scan(
-    b: Books, c: Chooser, entry: Any, bank: int, count: int, protect: bool, out: Int64s
+    b: Books, c: Chooser, entry: int, bank: int, count: int, protect: bool, out: Int64s
 ) -> int:
     """Score every slot of a bank and keep the lowest. Scores of non-candidates are ignored."""
-    slots, kept, scores = b.num_slots[bank], c.scores, c.columns.score[bank]
+    slots, kept, scores = b.num_slots[bank], c.scores, c.score[bank]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
-    if entry(c.rows[bank], event, layer, layers, slots, scores) != 0:
+    if call_entry(entry, c.rows[bank], event, layer, layers, slots, scores) != 0:
         return FAILED
     found, limit = 0, np.inf
     for first in range(0, slots, 64):

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fluxmoe.core.types import Loads
+import numpy as np
 
-#: Pages and their destination slots.
-Pairs = Sequence[tuple[int, int]]
+from fluxmoe.core.types import Loads
 
 
 class PendingCopy(Protocol):
@@ -39,14 +38,14 @@ class Copier(Protocol):
 
     stall_seconds: float
 
-    def demand(self, bank: int, pairs: Pairs) -> None:
+    def demand(self, loads: Loads) -> None:
         """Copy before the next kernel runs, ahead of all prefetches.
 
         Raises:
             StoreError: A page could not be read; which of the others were copied is undefined.
         """
 
-    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[PendingCopy | None]:
+    def prefetch(self, loads: Loads) -> Sequence[PendingCopy | None]:
         """Order copies, most urgent first; None stands for a copy that is already complete."""
 
     def arrive(self, copy: PendingCopy) -> Exception | None:
@@ -101,20 +100,15 @@ class TransferEngine:
         Raises:
             StoreError: A page could not be read; which of the others were copied is undefined.
         """
-        slots = loads.slots.tolist()
-        for slot in slots:
-            self._settle(loads.bank, slot)
-        pairs = list(zip(loads.pages.tolist(), slots, strict=True))
-        self._copier.demand(loads.bank, pairs)
+        self._settle_for(loads)
+        self._copier.demand(loads)
         self.bytes_demand += len(loads) * self._page_bytes
 
     def prefetch(self, loads: Loads) -> None:
         """Queue copies in order. A failed copy is repeated when its page is needed."""
-        slots = loads.slots.tolist()
-        for slot in slots:
-            self._settle(loads.bank, slot)
-        pairs = list(zip(loads.pages.tolist(), slots, strict=True))
-        for slot, copy in zip(slots, self._copier.prefetch(loads.bank, pairs), strict=True):
+        self._settle_for(loads)
+        copies = self._copier.prefetch(loads)
+        for slot, copy in zip(loads.slots.tolist(), copies, strict=True):
             if copy is not None:
                 self._queued[loads.bank, slot] = copy
         self.bytes_prefetch += len(loads) * self._page_bytes
@@ -131,7 +125,7 @@ class TransferEngine:
         if copy is None:
             return
         if copy.withdraw() or self._copier.arrive(copy) is not None:
-            self._copier.demand(bank, [(page, slot)])
+            self._copier.demand(Loads(bank, np.asarray([page]), np.asarray([slot])))
 
     def move(self, bank: int, page: int, source: int, target: int) -> None:
         """Copy a resident page from slot ``source`` to slot ``target`` of its bank.
@@ -159,6 +153,11 @@ class TransferEngine:
     def _settle_all(self) -> None:
         for key in list(self._queued):
             self._settle(*key)
+
+    def _settle_for(self, loads: Loads) -> None:
+        if self._queued:
+            for slot in loads.slots.tolist():
+                self._settle(loads.bank, slot)
 
     def _settle(self, bank: int, slot: int) -> None:
         """Cancel or finish the copy into a slot whose page is no longer needed."""

@@ -17,11 +17,14 @@ from functools import partial
 from queue import SimpleQueue
 
 from fluxmoe.core.owner import Owner
-from fluxmoe.core.transfer.engine import Pairs, PendingCopy
-from fluxmoe.core.transfer.store import Store, read
-from fluxmoe.core.types import Bytes
+from fluxmoe.core.transfer.engine import PendingCopy
+from fluxmoe.core.transfer.store import BatchStore, Store, reader
+from fluxmoe.core.types import Bytes, Loads
 from fluxmoe.errors import ConfigError, StoreError
 from fluxmoe.words import line
+
+#: Least bytes that are handed to a thread if they are only to be copied: waking it takes 40 µs.
+_SHARE = 1 << 20
 
 
 class CopyJob:
@@ -133,21 +136,24 @@ class HostCopier:
     """
 
     def __init__(self, store: Store, rows: Sequence[Sequence[Bytes]], *, threads: int = 1) -> None:
-        self._store, self._rows = store, rows
+        self._rows = rows
+        self._readers = [reader(store, parts) for parts in rows]
+        page_bytes = sum(part.shape[1] for part in rows[0])
+        self._least = -(-_SHARE // page_bytes) if isinstance(store, BatchStore) else 1
         self._threads = threads
         self._copiers = CopyPool(threads)
         self.stall_seconds = 0.0
 
-    def demand(self, bank: int, pairs: Pairs) -> None:
+    def demand(self, loads: Loads) -> None:
         started = time.perf_counter()
-        share = -(-len(pairs) // (self._threads + 1))
-        rest = [pairs[i : i + share] for i in range(share, len(pairs), share)]
-        others = [(self._copiers.order(partial(self._copy, bank, p)), p) for p in rest]
+        share = max(-(-len(loads) // (self._threads + 1)), self._least)
+        rest = [loads[i : i + share] for i in range(share, len(loads), share)]
+        others = [(self._copiers.order(partial(self._copy, part)), part) for part in rest]
         try:
-            self._copy(bank, pairs[:share])
+            self._copy(loads[:share])
             for copy, part in others:  # do not wait for threads busy with prefetches
                 if copy.withdraw():
-                    self._copy(bank, part)
+                    self._copy(part)
         finally:
             errors = [copy.error() for copy, _ in others if not copy.withdraw()]
         for error in errors:
@@ -155,8 +161,9 @@ class HostCopier:
                 raise error
         self.stall_seconds += time.perf_counter() - started
 
-    def prefetch(self, bank: int, pairs: Pairs) -> Sequence[CopyJob | None]:
-        return [self._prefetch(partial(self._copy, bank, [pair])) for pair in pairs]
+    def prefetch(self, loads: Loads) -> Sequence[CopyJob | None]:
+        pages = (loads[i : i + 1] for i in range(len(loads)))
+        return [self._prefetch(partial(self._copy, page)) for page in pages]
 
     def _prefetch(self, make: partial[None]) -> CopyJob | None:
         if self._threads:
@@ -180,7 +187,5 @@ class HostCopier:
     def close(self) -> None:
         self._copiers.close()
 
-    def _copy(self, bank: int, pairs: Pairs) -> None:
-        parts = self._rows[bank]
-        for page, slot in pairs:
-            read(self._store, page, [rows[slot] for rows in parts])
+    def _copy(self, loads: Loads) -> None:
+        self._readers[loads.bank](loads.pages, loads.slots)

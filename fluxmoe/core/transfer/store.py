@@ -1,13 +1,17 @@
-"""The contract of stores: write the parts of a page into rows provided by the caller."""
+"""The contract of stores: write the parts of pages into rows provided by the caller."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
-from fluxmoe.core.types import Bytes
+from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
 from fluxmoe.words import line
+
+#: Copies page ``pages[i]`` into row ``slots[i]``, for all ``i``; from several threads at a time.
+Reader = Callable[[Int64s, Int64s], None]
 
 
 class Store(Protocol):
@@ -29,6 +33,18 @@ class Store(Protocol):
 
 
 @runtime_checkable
+class BatchStore(Store, Protocol):
+    """A store that reads many pages in one call."""
+
+    def reader(self, arenas: Sequence[Bytes]) -> Reader:
+        """Make a reader into ``arenas``, one uint8 ``[slots, part bytes]`` per part, in order.
+
+        It raises StoreError if a page could not be read; which of the others were copied is
+        undefined. The arenas' memory must stay where it is for as long as the reader is used.
+        """
+
+
+@runtime_checkable
 class AddressedStore(Store, Protocol):
     """A store whose pages are in page-locked memory, where a device can fetch them directly."""
 
@@ -47,7 +63,28 @@ def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
     except StoreError:
         raise
     except Exception as error:
-        raise _unreadable(page, error) from error
+        raise _unreadable(f"page {page}", error) from error
+
+
+def reader(store: Store, arenas: Sequence[Bytes]) -> Reader:
+    """Make a reader of a store's pages; any exception while it reads becomes a StoreError."""
+    if isinstance(store, BatchStore):
+        return partial(_together, store.reader(arenas))
+    return partial(_one_by_one, store, arenas)
+
+
+def _together(read_all: Reader, pages: Int64s, slots: Int64s) -> None:
+    try:
+        read_all(pages, slots)
+    except StoreError:
+        raise
+    except Exception as error:
+        raise _unreadable(f"one of the pages {pages.tolist()}", error) from error
+
+
+def _one_by_one(store: Store, arenas: Sequence[Bytes], pages: Int64s, slots: Int64s) -> None:
+    for page, slot in zip(pages.tolist(), slots.tolist(), strict=True):
+        read(store, page, [rows[slot] for rows in arenas])
 
 
 def locate(store: AddressedStore, page: int) -> Sequence[int]:
@@ -57,8 +94,8 @@ def locate(store: AddressedStore, page: int) -> Sequence[int]:
     except StoreError:
         raise
     except Exception as error:
-        raise _unreadable(page, error) from error
+        raise _unreadable(f"page {page}", error) from error
 
 
-def _unreadable(page: int, error: Exception) -> StoreError:
-    return StoreError(f"page {page} cannot be read: {line(error, repr)}")
+def _unreadable(what: str, error: Exception) -> StoreError:
+    return StoreError(f"{what} cannot be read: {line(error, repr)}")

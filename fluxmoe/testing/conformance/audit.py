@@ -134,8 +134,8 @@ class Auditor(PolicyCaller):
         )
 
 
-#: Attributes of views that policies do not need.
-_FOR_THE_HOST = {"future", "NO_NEXT_USE"}
+#: Attribute of views that policies do not need.
+_FOR_THE_HOST = {"NO_NEXT_USE"}
 
 
 def _mend(error: BaseException, method: str) -> str:

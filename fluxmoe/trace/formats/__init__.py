@@ -12,7 +12,7 @@ import numpy as np
 
 from fluxmoe.errors import ConfigError, TraceError, join, meant
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
-from fluxmoe.trace.format import KEY
+from fluxmoe.trace.format import KEY, parquet_file
 from fluxmoe.trace.formats.base import ForeignEvent, Options, Reader
 from fluxmoe.trace.formats.flame import Flame
 from fluxmoe.trace.formats.jsonl import JsonLines
@@ -218,11 +218,10 @@ def _first_bytes(file: Path) -> bytes:
 
 def _is_trace(file: Path, head: bytes) -> bool:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not head.startswith(b"PAR1"):
         return False
     try:
-        return KEY in (pq.read_schema(file).metadata or {})
+        return KEY in (parquet_file(file).schema_arrow.metadata or {})
     except pa.ArrowException:
         return False  # the reader will report the problem

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fluxmoe.core.types import Phase
+from fluxmoe.trace.format import parquet_file
 from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 _LAYER = re.compile(r"layer_(\d+)\.parquet")
@@ -66,7 +66,7 @@ class Flame(Reader):
         """Yield (ids, weights or None) for ``size`` rows each; the last has the remainder."""
         held: list[Any] = []
         try:
-            file = pq.ParquetFile(pa.OSFile(str(path)), buffer_size=1 << 20)  # not a URI
+            file = parquet_file(path)
             names = file.schema_arrow.names
             if "indices" not in names:
                 raise self.wrong(f"{path.name} has the columns {', '.join(names)}, not indices")

@@ -169,7 +169,7 @@ def test_check_notices_broken_books():
 def test_ages_are_what_a_second_book_says():
     t = table((4,))
     rule = rule_for(t)
-    ages = rule.ages = PageAges()
+    ages = rule.ages = PageAges(rule.table.books)
     rng = np.random.default_rng(0)
     loaded, used = {}, {}
     lifetimes, idles, gaps = [], [], []

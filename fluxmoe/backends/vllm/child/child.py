@@ -25,8 +25,11 @@ from types import TracebackType
 from typing import Any
 
 from fluxmoe.backends.vllm.child.inside import Engine, Generation, Prompt
+from fluxmoe.backends.vllm.preflight import checks
+from fluxmoe.config import parse_most
 from fluxmoe.core.owner import Owner
 from fluxmoe.errors import EngineError, FluxMoEError
+from fluxmoe.findings import Findings
 
 __all__ = ["ENVIRONMENT", "ChildEngine", "Generation", "Prompt"]
 
@@ -41,6 +44,22 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+def examine(
+    model: str | Path, fluxmoe: dict[str, Any], found: Findings, *, where: str, **options: Any
+) -> None:
+    """Find all reasons why a ``ChildEngine`` could not start with these arguments.
+
+    Args:
+        model, fluxmoe, options: As for ``ChildEngine``.
+        found: Where errors and notes are added.
+        where: Name of the caller, for errors.
+    """
+    data = {**fluxmoe, "model": str(model), "vllm": options}
+    config = parse_most(data, found, where=where)
+    if config is not None:
+        checks.examine(config, {**os.environ, **ENVIRONMENT}, found, start="child")
 
 
 class ChildEngine:
@@ -139,6 +158,14 @@ class ChildEngine:
             raise self._gone() from error
         self._busy = True
         return self._receive()
+
+    def pss_bytes(self) -> int:
+        """Memory of the engine's processes: their own pages, and their share of shared ones."""
+        import psutil
+
+        child = psutil.Process(self._process.pid)
+        tree = [child, *child.children(recursive=True)]
+        return sum(int(process.memory_full_info().pss) for process in tree)
 
     def close(self) -> None:
         """End the child even if it is busy. Idempotent; does nothing in a forked process."""

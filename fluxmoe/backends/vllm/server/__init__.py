@@ -1,4 +1,4 @@
-"""Code for vLLM's API server process: checks and launch, limits over HTTP, ``/metrics``.
+"""Code for vLLM's API server process: launch, limits over HTTP, ``/metrics``.
 
 Imports neither ``worker`` nor ``scheduler``.
 """

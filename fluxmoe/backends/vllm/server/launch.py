@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shlex
@@ -11,14 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxmoe import caches
-from fluxmoe.backends import budget
-from fluxmoe.backends.stores import make_coders
-from fluxmoe.backends.vllm.server import options, preflight
+from fluxmoe.backends.versions import installed
+from fluxmoe.backends.vllm.preflight import checks, options
 from fluxmoe.backends.vllm.settings import flags
-from fluxmoe.config import Config, Resolved
+from fluxmoe.config import Resolved
 from fluxmoe.errors import ConfigError
-from fluxmoe.findings import Findings
-from fluxmoe.plugins import Registry
 
 #: Flags that enable FluxMoE; without them the same command starts stock vLLM.
 OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--middleware")
@@ -41,7 +37,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
         ConfigError: There is no folder for caches.
     """
     wanted = {}
-    if _cpu_build():
+    if installed("vllm") is None:  # a build for CPUs
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
             # vLLM reserves a second core for KV connectors; this one needs none.
@@ -52,42 +48,6 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     if allowed is not None and "fluxmoe" not in allowed.split(","):
         extra["VLLM_PLUGINS"] = ",".join(filter(None, [allowed, "fluxmoe"]))
     return extra
-
-
-def resolved(config: Config) -> Resolved:
-    """Resolve the budget to bytes, the same for all workers (``budget.automatic``)."""
-    return config.resolved(
-        config.memory.budget or budget.automatic(config.model, preflight.workers(config))
-    )
-
-
-def examine(
-    config: Config, registry: Registry, environment: Mapping[str, str], *, serving: bool
-) -> tuple[Config, Findings]:
-    """Resolve the configuration if possible, and find all reasons why a server could not start.
-
-    Args:
-        config: The configuration.
-        registry: The plugins it lists.
-        environment: The server's environment variables.
-        serving: See ``preflight.check``.
-    """
-    found = Findings()
-    with found.check():
-        registry.check(config)
-    moving = config.control
-    if not found.errors:  # names and options are valid: create everything, as the engine will
-        with found.check():
-            registry.policies(config)
-        with found.check():
-            moving = config.dynamic(registry.arbitration(config))
-        with found.check():
-            make_coders(config, registry)
-    if config.model is not None or config.memory.budget is not None:
-        with found.check():
-            config = resolved(config)
-    found.extend(preflight.check(config, environment, moving=moving, serving=serving))
-    return config, found
 
 
 def arguments(config: Resolved) -> list[str]:
@@ -131,11 +91,11 @@ def command(config: Resolved) -> list[str]:
     """Make the command line that starts the server with this installation.
 
     Raises:
-        MissingDependencyError, UnsupportedVersionError: See ``preflight.require_engine``.
+        MissingDependencyError, UnsupportedVersionError: See ``checks.require_engine``.
         ConfigError: See ``arguments``.
     """
     args = arguments(config)
-    preflight.require_engine()
+    checks.require_engine()
     return [sys.executable, "-m", "fluxmoe.backends.vllm.server.entry", *args]
 
 
@@ -149,15 +109,3 @@ def serve(config: Resolved) -> None:
     """Replace this process by the server. Does not return. Raises FluxMoEError: ``command``."""
     args = command(config)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})
-
-
-def _cpu_build() -> bool:
-    return not _installed("vllm")
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

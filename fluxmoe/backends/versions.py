@@ -1,0 +1,44 @@
+"""Versions of installed packages, looked up without importing them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+
+from fluxmoe.errors import MissingDependencyError, UnsupportedVersionError
+
+#: First supported versions for the torch backend, as in the extra ``hf``.
+TORCH = {"torch": (2, 11), "transformers": (5, 0)}
+#: The command that installs them.
+HF = "pip install 'fluxmoe[hf]'"
+
+
+def installed(package: str) -> str | None:
+    """Version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def require(least: Mapping[str, tuple[int, ...]], fix: str) -> None:
+    """Reject missing or old packages.
+
+    Args:
+        least: Package → first supported version.
+        fix: The command that installs them.
+
+    Raises:
+        MissingDependencyError, UnsupportedVersionError: One is missing or too old.
+    """
+    for name, first in least.items():
+        version = installed(name)
+        if version is None:
+            raise MissingDependencyError(f"{name} is not installed", fix=fix)
+        if numbers(version) < first:
+            raise UnsupportedVersionError(f"{name} {version} is too old", fix=fix)

@@ -1,0 +1,67 @@
+"""Copies of pages between arrays that compiled code knows by address: many rows in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.types import Int64s
+
+
+@intrinsic
+def _copy_bytes(context: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy ``count`` bytes from address ``source`` to ``target``. Compiled code only."""
+
+    def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        target, source = (builder.inttoptr(address, pointer) for address in args[:2])
+        cgutils.raw_memcpy(builder, target, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64), lower
+
+
+@jit
+def copy_pages(
+    sources: Int64s,
+    sizes: Int64s,
+    experts: int,
+    targets: Int64s,
+    rows: int,
+    pages: Int64s,
+    slots: Int64s,
+) -> int:
+    """Copy page ``pages[i]`` into row ``slots[i]`` of each part's array, for all ``i``.
+
+    Args:
+        sources: Address of each layer's and part's ``[experts, part bytes]``, int64 ``[layers,
+            parts]``; 0 for a layer that is not there.
+        sizes: Bytes of each part ``[parts]``.
+        experts: Number of experts per layer.
+        targets: Address of each part's ``[rows, part bytes]``, int64 ``[parts]``.
+        rows: Number of rows.
+        pages: Pages.
+        slots: Their rows.
+
+    Returns:
+        Number of pages copied, less than all if the next one is not there.
+
+    Raises:
+        IndexError: Unknown slot.
+    """
+    for i in range(pages.size):
+        layer, expert = pages[i] // experts, pages[i] % experts
+        if pages[i] < 0 or layer >= sources.shape[0] or sources[layer, 0] == 0:
+            return i
+        if slots[i] < 0 or slots[i] >= rows:
+            raise IndexError("no such slot")
+        for part in range(sizes.size):
+            size = sizes[part]
+            source = sources[layer, part] + expert * size
+            _copy_bytes(targets[part] + slots[i] * size, source, size)
+    return pages.size
