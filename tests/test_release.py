@@ -178,6 +178,7 @@ def test_what_is_missing_is_explained(bare: Path, tmp_path: Path) -> None:
         assert "ModuleNotFoundError" in do(python, "-c", each, cwd=tmp_path, status=1)
     found = json.loads(do(command, "doctor", "--json", cwd=tmp_path))
     assert found["ok"]
+    assert found["kernels"] == []
     checks = {check["name"]: check for check in [*found["checks"], *found["backends"]]}
     for name in ("torch", "vLLM", "transformers"):
         assert checks[name]["status"] == "note"
