@@ -52,7 +52,7 @@ def test_page_with_vllm(page: Path, tmp_path: Path) -> None:
 def test_the_pages_have_something_to_run() -> None:
     names = {page.name for page in RUNNABLE}
     assert {"built-in-policies.md", "simulator.md"} <= names
-    assert {page.name for page in WITH_VLLM} == {"vllm.md"}
+    assert {page.name for page in WITH_VLLM} == {"vllm.md", "changing-weights.md"}
 
 
 # --- the test tests -------------------------------------------------------------------------------
