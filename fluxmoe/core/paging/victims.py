@@ -29,7 +29,7 @@ from fluxmoe.core.paging.books import (
     new_books,
     open_books,
 )
-from fluxmoe.core.paging.heap import choose, update
+from fluxmoe.core.paging.heap import VictimHeap, choose, open_heap, update
 from fluxmoe.core.types import Geometry, Int64s
 
 #: Result of ``victims`` if the kernel raised or returned NaN; nothing has changed.
@@ -105,7 +105,7 @@ def take_dirty(books: AnyBooks, out: Int64s) -> int:
 @jit
 def victims(
     books: Int64s,
-    heap: Int64s | None,
+    heaps: Int64s | None,
     chooser: Int64s,
     entry: int,
     bank: int,
@@ -116,7 +116,7 @@ def victims(
     """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first.
 
     As in point 4 of the event rule, pages of the current event are never victims, protected ones
-    only if ``protect`` is false. The first three are directories; ``heap`` is None unless scores
+    only if ``protect`` is false. The first three are directories; ``heaps`` is None unless scores
     are stable. ``entry`` belongs to a ``score_kernel.Kernel``. The caller evicts the victims.
 
     Returns:
@@ -124,10 +124,11 @@ def victims(
     """
     b, c = open_books(books), open_chooser(chooser)
     n = take_dirty(b, c.dirty)
-    if heap is not None:  # resolved at compile time: only one branch is compiled
+    if heaps is not None:  # resolved at compile time: only one branch is compiled
+        heap = open_heap(heaps)
         if n != 0 and not _score_dirty(b, heap, c, entry, n):
             return FAILED
-        return choose(heap, books, bank, count, protect, out)
+        return choose(heap, b, bank, count, protect, out)
     for i in range(n):
         page = c.dirty[i]
         _put(b, c, b.bank_of[b.layer_of[page]], b.slot_of[page], page)
@@ -145,7 +146,7 @@ def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
 
 
 @jit
-def _score_dirty(b: Books, heap: Int64s, c: Chooser, entry: int, n: int) -> bool:
+def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: int, n: int) -> bool:
     """Record the scores of dirty pages; if the kernel fails they stay dirty."""
     scores = c.scores[:n]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
