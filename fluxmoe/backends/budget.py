@@ -28,10 +28,10 @@ class KVNeed:
 
     Attributes:
         min: Minimum with which the engine can serve.
-        max: Enough for all requests that can run at once.
+        max: Size that holds all requests that can run at once.
         reason: Explanation of ``min``, shown in errors.
         block: Size of one KV block, summed over all layers; 0 if unknown. The frame size is chosen
-            to match it.
+            to match this size.
     """
 
     min: int
@@ -114,8 +114,8 @@ def automatic(model: str | None, workers: int) -> int:
     budget = int((free - weights) * SHARE / workers) >> 20 << 20
     if budget <= 0:
         raise ConfigError(
-            f"the weights of {model} need {sizes.shown(weights)} and leave none of the "
-            f"{sizes.shown(free)} free",
+            f"the weights of {model} need {sizes.shown(weights)}, and leave none of the "
+            f"{sizes.shown(free)} of free memory",
             where="memory.budget",
             fix="free some memory or choose a smaller model",
         )
@@ -155,7 +155,7 @@ class Partition:
         return len(self.slots)
 
     def slots_for(self, frames: int) -> list[int] | None:
-        """Compute each bank's number of slots in ``frames`` frames; None if a bank gets too few."""
+        """Compute each bank's slots in ``frames`` frames; None if the frames do not suffice."""
         return sizing.sizes(
             self.geometry,
             self.page_class,

@@ -40,7 +40,7 @@ class Runtime:
         kv: Memory needed by the KV cache.
         dynamic: True if the split may change while the engine serves.
         bank_limit: Maximum number of slots that one kernel call can address; None if unlimited.
-        phase: Returns the phase of a step; called at its beginning.
+        phase: Function that returns the phase of a step, called at the beginning of the step.
         ceiling: Maximum budget in bytes for ``resize``; 0 means the initial budget.
 
     Raises:
@@ -102,7 +102,7 @@ class Runtime:
 
     @property
     def kv_reserved_bytes(self) -> int:
-        """Size in bytes to which the KV cache may grow; the engine creates blocks for this size."""
+        """The size in bytes to which the KV cache may grow, filled with blocks by the engine."""
         kv = self.partition.kv
         return (kv.max if self.dynamic else kv.target) * self.partition.frame_bytes
 
@@ -139,7 +139,7 @@ class Runtime:
 
     @contextmanager
     def update(self) -> Iterator[Put]:
-        """Replace pages: those put within the ``with`` block, at its end; none if the block raises.
+        """At the end of a ``with`` block, replace the pages put within it; none if it fails.
 
         No page is resident afterwards. This method may only be called between forward passes.
 

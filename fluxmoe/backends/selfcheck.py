@@ -131,8 +131,8 @@ def _call(
     """Make hidden states, routing weights and expert ids for one call.
 
     If a token has at least three experts, two of them are equal (see ``_weights``) and cancel out,
-    up to rounding. Without them, the order in which a kernel sums would change few results in a
-    narrow dtype.
+    up to rounding. Without such experts, the order in which a kernel sums would change few results
+    in a narrow dtype.
     """
     scores = torch.rand(tokens, experts, generator=random)
     x = torch.randn(tokens, hidden, generator=random)

@@ -22,7 +22,7 @@ def start_block(
     store_bytes: int,
     more: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Compose a text of a headline and lines with a name and a value each.
+    """Compose a text that consists of a headline and of lines with a name and a value each.
 
     Args:
         part: The budget of a worker and its initial split.
@@ -48,7 +48,7 @@ def start_block(
             (
                 "note",
                 f"the slots are fewer than the {cycle} pages that a token uses ({top_k} in each "
-                "layer): a policy such as lru would never hit",
+                "layer), so a policy such as lru would never hit",
             )
         )
     headline = (

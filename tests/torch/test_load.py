@@ -274,7 +274,7 @@ def test_b11_weights_of_another_shape(load: Load, tmp_path: Path) -> None:
         fluxmoe.load(tmp_path, "2MiB")
     assert re.match(
         r"model\.layers\.0\.mlp\.experts\.down_proj is \[16, \d+, \d+\] in the checkpoint, but "
-        r"\[16, \d+, 96\] by its config\.json, and \d more",
+        r"\[16, \d+, 96\] according to config\.json, and \d more",
         caught.value.what,
     )
 

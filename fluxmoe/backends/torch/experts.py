@@ -79,7 +79,7 @@ class Binding:
         kinds: Class of each of the module's own parameters before it was sealed.
         lock: Lock that prevents changes to the arenas from ``acquire`` to the end of the kernel.
         lease: Token that keeps the arenas alive.
-        note: Function that passes more than expert ids to a recorder; None if none is needed.
+        note: Function that passes more than expert ids to a recorder; None if ids are enough.
     """
 
     handle: int
@@ -197,7 +197,7 @@ def set_note(module: torch.nn.Module, note: Note | None) -> None:
 
 
 def release(module: torch.nn.Module, *, gone: bool) -> None:
-    """Restore a module's own parameters, or mark them as lost if they are ``gone``."""
+    """Restore a module's own parameters; if ``gone``, mark them as having no values."""
     module._parameters = dict(module._parameters)
     kinds = module._fluxmoe.kinds
     for weight, kind in zip(weights_of(module).values(), kinds, strict=True):
@@ -255,7 +255,7 @@ def _event(
 
 
 def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:
-    """Check that a layer computes the same on slots, with ``backends.selfcheck``.
+    """Check that a layer computes the same results on slots, with ``backends.selfcheck``.
 
     Args:
         layer: An experts module, which may be on the meta device. One layer of a model is enough,

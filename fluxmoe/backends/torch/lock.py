@@ -49,7 +49,7 @@ class ForwardLock:
     def lock(self) -> AbstractContextManager[object]:
         """Return the lock, for use in a ``with`` statement.
 
-        The ``with`` statement takes the lock in C, so Ctrl-C cannot leave it locked.
+        The ``with`` statement takes the lock in C, so that Ctrl-C cannot leave the lock taken.
 
         Raises:
             UnsupportedError: This is a forked process, where the lock may never be released, or
@@ -79,10 +79,10 @@ class ForwardLock:
         """Claim the model for this thread if the current event belongs to a compiled pass.
 
         Raises:
-            UnsupportedError: A compiled pass of another thread is running.
+            UnsupportedError: Another thread is running a compiled pass.
         """
         if self._alone != threading.get_ident():
-            with self.lock():  # waits for an eager pass
+            with self.lock():  # waits for the end of an eager pass
                 self._require_unclaimed()
                 self.compiled_by = threading.current_thread()
 

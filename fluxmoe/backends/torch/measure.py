@@ -71,7 +71,7 @@ def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
 def decode(
     model: Any, batch: int, steps: int, *, seed: int = 0, prompt: int = _PROMPT
 ) -> Iterator[None]:
-    """Continue random prompts with sampled tokens; each item is a step, the first the prefill.
+    """Continue random prompts with sampled tokens, one step per item; the prefill comes first.
 
     The same arguments give the same tokens, whether the model is paged or not.
     """

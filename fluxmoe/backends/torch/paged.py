@@ -137,8 +137,8 @@ class PagedModel(Uncopyable):
 
         Raises:
             TraceError: The file cannot be written, or nothing was recorded.
-            ConfigError: The file already exists and ``replace`` is false, a recording is already
-                active, or an argument is invalid.
+            ConfigError: The file exists and ``replace`` is false, a recording is already active,
+                the handle is closed, or an argument is invalid.
             UnsupportedError: ``predict`` is set, but the model's routers were not found.
         """
         if self._open().pager.watcher is not None:
@@ -243,7 +243,7 @@ class PagedModel(Uncopyable):
     def update_weights(
         self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
     ) -> None:
-        """Replace weights of the model between forward passes.
+        """Replace weights of the model between forward passes: all that are given, or none.
 
         Later outputs, and the model after ``close``, are those of a model with the new weights.
         Page files keep the old weights. If a hook calls this method within a pass, the layers that

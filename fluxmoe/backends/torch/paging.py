@@ -50,9 +50,9 @@ def page(
             layer's experts. Memory beyond the size of all experts is not used.
         eviction: Eviction policy: a name, ``{kind: name, option: value}``, or a class or instance
             of ``fluxmoe.EvictionPolicy``, which need not be registered.
-        prefetch: Prefetch policy, likewise.
+        prefetch: Prefetch policy, in the same forms.
         stores: Page stores, as in the configuration: maps with ``kind`` (``host`` or ``file``) and
-            options. The model keeps its own weights as well; with ``fluxmoe.load``, it does not.
+            options. The model also keeps its own weights; a model from ``fluxmoe.load`` does not.
         plugins: Files (``.py``) or modules that register policies or codecs. A single plugin may be
             given without a list.
         banks: Minimum number of banks; each bank is shared by consecutive layers.

@@ -48,7 +48,7 @@ def unpaged(name: str) -> Any:
         checkpoint.refuse_quantised(folder, config)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_loadable(name, error) from error
 
 
@@ -102,7 +102,7 @@ def on_meta(
     """Build the model on the meta device, before its weights are read."""
     try:
         config = transformers.AutoConfig.from_pretrained(name, **extra)
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_loadable(name, error) from error
     checkpoint.refuse_quantised(folder, config.to_dict())
     found = config.dtype if dtype == "auto" else dtype
@@ -120,7 +120,7 @@ def on_meta(
             model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=found, **how
             )
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_buildable(config.model_type, error, name) from error
     return model
 

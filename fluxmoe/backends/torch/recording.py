@@ -19,8 +19,9 @@ def notes(
     weights: bool,
     predict: bool,
 ) -> list[experts.Note | None]:
-    """Make, for each expert layer, a function that notes weights and predictions, or None.
+    """Make, for each expert layer, a function that notes weights and predictions.
 
+    All entries are None if neither weights nor predictions are wanted.
     Args:
         model: The model.
         layers: Its expert layers, in order.

@@ -30,7 +30,7 @@ def settings(
     **others: Any,
 ) -> fluxmoe_config.Config | None:
     """Convert the arguments of ``fluxmoe.page`` to a configuration. See ``config.parse_most``."""
-    given: Any = stores  # any type: validated by the configuration
+    given: Any = stores  # may have any type, which the configuration validates
     if isinstance(given, list | tuple):
         given = [dict(store) if isinstance(store, Mapping) else store for store in given]
     pages = {"memory": {"budget": memory, "banks": banks}, "stores": given}

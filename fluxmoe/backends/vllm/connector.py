@@ -127,7 +127,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._show_unfinished()
 
     def _forget_other_weights(self) -> None:
-        """Reset the prefix cache if the weights have changed while the engine was idle."""
+        """Reset the prefix cache if the weights have changed; the engine must be idle."""
         updates = max((board.updates for board in self._boards), default=0)
         if updates > self._updates:
             if not self._manager.reset_prefix_cache():

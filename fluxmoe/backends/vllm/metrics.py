@@ -162,10 +162,10 @@ BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
 
 
 class Meter:
-    """A meter that measures the changes to samples since its last call.
+    """A meter for the changes to samples since the last call.
 
     Args:
-        source: Returns the current samples.
+        source: Function that returns the current samples.
         every: Read the source only on every N-th call.
     """
 

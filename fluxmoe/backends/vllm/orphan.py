@@ -1,8 +1,8 @@
 """Termination of vLLM's engine and worker processes together with their parent.
 
 vLLM 0.32 ends these processes when its server exits in an orderly way. If the server is killed by
-SIGKILL (at a container's time limit, or by the out-of-memory killer), the processes would survive
-and keep all their memory.
+SIGKILL (at a container's time limit, or by the out-of-memory killer), the processes would
+otherwise survive and keep all their memory.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def reader(
         rank: The worker's rank. Only the worker of rank 0 reports the configuration.
         limits: Returns the last operator limits; None if there are none.
     """
-    # Imported here because it needs numba, which processes without a worker do not.
+    # Imported here, because the module needs numba, which processes without a worker do not need.
     from fluxmoe.core.paging.books import (
         C_COLD,
         C_EVICTIONS,

@@ -154,7 +154,7 @@ class Shared:
 
 
 class Watched:
-    """A pager that refuses events of layers whose weights were edited through a view.
+    """A pager that refuses events for layers whose weights were edited through a view.
 
     Args:
         pager: The pager.

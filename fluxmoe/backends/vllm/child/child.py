@@ -76,7 +76,7 @@ class ChildEngine:
     Raises:
         FluxMoEError: The engine failed in the child with this error.
         EngineError: The engine failed for another reason, or its process ended. The message
-            contains the end of the log. All methods raise these two errors.
+            contains the end of the log. All methods may raise these two errors.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ChildEngine:
         fluxmoe: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Replace the engine by a new one in the same process, by default with the same model.
+        """Replace the engine with a new one in the same process, by default with the same model.
 
         If the new engine cannot start, there is no engine, but ``restart`` can be called again.
         """
@@ -232,7 +232,7 @@ def _remove(log: str, owner: Owner) -> None:
 def _main(
     connection: Connection, log: str, environment: dict[str, str], first: tuple[Any, ...]
 ) -> None:
-    """Run the child: build the engine, then answer calls until asked to stop."""
+    """Run the child: build the engine, and answer calls until a call stops the child."""
     sys.stdout.flush()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

@@ -130,7 +130,7 @@ class Engine:
         return Generation(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
 
     def _add(self, prompts: list[Prompt], after: int | None) -> None:
-        """Add the requests whose ``after`` is ``after``; None adds requests that need no other."""
+        """Add the requests whose ``after`` is ``after``; None adds those that wait for no other."""
         from vllm import SamplingParams
 
         for index, prompt in enumerate(prompts):
@@ -187,7 +187,7 @@ class Engine:
         return [decision.reason for decision in arbiter.decisions]
 
     def limit(self, share: float) -> None:
-        """Limit the engine to this share of the budget."""
+        """Limit the engine to the fraction ``share`` of its budget."""
         from fluxmoe.core.arbitration.messages import OperatorLimits
 
         arbiter = self._scheduler.connector.arbitration.arbiter

@@ -1,4 +1,4 @@
-"""Names that are imported in every vLLM process, and must therefore be few."""
+"""Names that every vLLM process imports, and that must therefore be cheap to import."""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ def run() -> None:
 
 
 async def _run_server(args: Any) -> None:
-    """Do the same as vLLM's ``run_server``, but without its SIGTERM handler, which loses errors."""
+    """Do the same as vLLM's ``run_server``, but without its SIGTERM handler.
+
+    The exception that vLLM's handler raises can get lost.
+    """
     entry.decorate_logs("APIServer", skip_if_decorated=True)
     address, sock = entry.setup_server(args, reuse_port=False)
     await entry.run_server_worker(address, sock, args)

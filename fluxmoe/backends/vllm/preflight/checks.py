@@ -28,7 +28,7 @@ from fluxmoe.findings import Findings
 
 _CACHE = "VLLM_CACHE_ROOT"
 #: Bytes needed in /dev/shm by vLLM's largest message queue (queues are sparse, and each is compared
-#: with the free space), and by each worker if there are several, which exchange tensors there.
+#: with the free space), and by each of several workers for the exchange of tensors.
 _SHM_QUEUE, _SHM_WORKER = 241 << 20, 4 << 20
 _PORTS = range(2**16)
 #: Options of vLLM that replace parts of ``config.json``.

@@ -28,7 +28,7 @@ class BalloonPool(BlockPool):
         return 1.0 - self.get_num_free_blocks() / blocks if blocks > 0 else 0.0
 
     def reset_prefix_cache(self) -> bool:
-        """Reset the prefix cache as vLLM does, which would otherwise refuse if blocks are held."""
+        """Reset the prefix cache as vLLM does, which would otherwise count held blocks as used."""
         blocks = self.num_gpu_blocks
         self.num_gpu_blocks = blocks - self.held_blocks
         try:
@@ -67,7 +67,7 @@ class Balloon:
 
     @property
     def held(self) -> frozenset[int]:
-        """Groups that are held."""
+        """The groups that are held."""
         return frozenset(self._held)
 
     def hold(self, groups: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ REQUESTS = 256
 
 
 class RequestWatch:
-    """Counts of requests (vLLM's ``Request``), as reported by the scheduler to its connector.
+    """Counts of the requests (vLLM's ``Request``) that the scheduler reports to its connector.
 
     Attributes:
         running, ran: Number of requests in the last scheduled step, and in the step before.

@@ -50,7 +50,7 @@ async def limits(request: Request) -> JSONResponse:
             return _refused("FM101", "the body is not valid JSON; send a map such as {}")
         if not isinstance(wanted, dict):
             return _refused("FM101", 'the body is not a map such as {"kv": {"max": "4GiB"}}')
-        try:  # validated here because text that is not valid UTF-8 would not reach the workers
+        try:  # validated here, because text that is not valid UTF-8 would not reach the workers
             parse_limits(wanted, where="limits")
         except ConfigError as error:
             return _refused(error.code, "; ".join(each.text for each in error.problems()))

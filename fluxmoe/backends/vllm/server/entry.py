@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End this process and its children. No request is lost, because none is being served yet."""
+    """End this process and its children. No request is lost, as the server has not yet started."""
     name = signal.Signals(number).name
     os.write(2, f"fluxmoe: ended by {name} while the server was starting\n".encode())
     for engine in multiprocessing.active_children():

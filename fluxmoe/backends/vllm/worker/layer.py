@@ -1,4 +1,4 @@
-"""The paged MoE layer: maps experts to slots between routing and the kernel."""
+"""The paged MoE layer, which maps experts to slots between routing and the kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PagedRoutedExperts(RoutedExperts):
     notes_weights = False
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
-        """Switch to computing on arenas.
+        """Compute on arenas from now on.
 
         Args:
             pager: Handle of the pager (``op.attach``).

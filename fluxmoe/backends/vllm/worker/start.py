@@ -27,7 +27,7 @@ def log(
     specs: Collection[Any],
     top_k: int,
 ) -> None:
-    """Log the summary after the KV cache was placed.
+    """Log the summary after the KV cache has been placed.
 
     Args:
         runtime: The worker's memory.

@@ -106,7 +106,7 @@ class WeightDoor:
         return changed
 
     def reload(self, weights: object, path: str | None) -> None:
-        """Replace weights by ``weights`` or, if they are None, by a checkpoint. See ``update``.
+        """Replace weights with ``weights`` or, if None, with a checkpoint's. See ``update``.
 
         Args:
             weights: New weights, as for ``update``, or None.

@@ -20,7 +20,7 @@ _MATRICES = {"w1": "gate projection", "w3": "up projection", "w2": "down project
 
 
 class NewExperts:
-    """The new experts of a layer, passed on when all were given, or else by ``finish``.
+    """The new experts of a layer, passed on when all have been given, or else by ``finish``.
 
     Args:
         layer: The layer, whose parameters are replaced by ``stand_ins`` during loading.
