@@ -273,8 +273,8 @@ def test_b11_weights_of_another_shape(load: Load, tmp_path: Path) -> None:
     with pytest.raises(errors.CheckpointError) as caught:
         fluxmoe.load(tmp_path, "2MiB")
     assert re.match(
-        r"model\.layers\.0\.mlp\.experts\.down_proj is \[16, \d+, \d+\] in the checkpoint, and "
-        r"\[16, \d+, 96\] by its config\.json, and \d more",
+        r"model\.layers\.0\.mlp\.experts\.down_proj is \[16, \d+, \d+\] in the checkpoint, but "
+        r"\[16, \d+, 96\] according to config\.json, and \d more",
         caught.value.what,
     )
 
@@ -348,5 +348,5 @@ def test_a4_memory_beside_the_weights_is_required_before_they_are_read(
     monkeypatch.setattr(
         machine, "memory", lambda: machine.MemoryRoom(1 << 20, 1 << 20, "/sys/fs/cgroup/app")
     )
-    with pytest.raises(errors.ConfigError, match=r"are needed .* limit of /sys/fs/cgroup/app"):
+    with pytest.raises(errors.ConfigError, match=r"is needed .* limit of /sys/fs/cgroup/app"):
         fluxmoe.load(checkpoint("qwen3-moe"), "1023KiB")

@@ -64,8 +64,8 @@ def test_c4_load_says_where_policies_come_from_and_that_slots_are_few(
     assert said["eviction"] == f"mine ({plugin} 7.1)"
     assert said["stores"].startswith("host with fixed4 up to 1.0 GiB: ")
     assert said["note"] == (
-        "the slots are fewer than the 32 pages that a token uses (8 in each layer): a policy such "
-        "as lru would never hit"
+        "the slots are fewer than the 32 pages that a token uses (8 in each layer), so a policy "
+        "such as lru would never hit"
     )
 
 

@@ -109,12 +109,12 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] =
     "name": (
         lambda b: {**b, "lm_haed.weight": b[HEAD]},
         WeightsError,
-        r"lm_haed.weight is no weight of this model; did you mean 'lm_head.weight'",
+        r"this model has no weight lm_haed.weight; did you mean 'lm_head.weight'",
     ),
     "twice": (lambda b: [*b.items(), (HEAD, b[HEAD])], WeightsError, "was given twice"),
-    "names": (lambda b: [*b], WeightsError, "a weight is a str"),
-    "no tensor": (lambda b: {**b, HEAD: 1}, WeightsError, "lm_head.weight has no tensor"),
-    "no list": (lambda b: None, WeightsError, "weights of type NoneType"),
+    "names": (lambda b: [*b], WeightsError, "an item is of type str, not a pair"),
+    "no tensor": (lambda b: {**b, HEAD: 1}, WeightsError, "lm_head.weight is of type int, not a"),
+    "no list": (lambda b: None, WeightsError, "weights are of type NoneType"),
     "meta": (lambda b: {**b, HEAD: b[HEAD].to("meta")}, WeightsError, "is on meta"),
     "iteration": (broken, OSError, "the trainer has gone"),
 }

@@ -1,4 +1,4 @@
-"""The paged MoE layer: maps experts to slots between routing and the kernel."""
+"""The paged MoE layer, which maps experts to slots between routing and the kernel."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from fluxmoe.backends import op
 from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
-#: Parameters of a layer, each a part of its experts' pages.
+#: Parameters of a layer that hold its experts; each is a part of the experts' pages.
 PARTS = ("w13_weight", "w2_weight")
 
 
 class PagedRoutedExperts(RoutedExperts):
-    """vLLM's routed experts; once bound to a pager, their weights are the slots of an arena."""
+    """vLLM's routed experts; after ``bind``, their weights are the slots of an arena."""
 
     _pager: int | None = None
     _layer: int = -1
-    #: True to pass routing weights to a recorder. A compiled model ignores later changes.
+    #: True to pass routing weights to a recorder. A compiled model ignores changes to this value.
     notes_weights = False
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
-        """Switch to computing on arenas.
+        """Compute on arenas from now on.
 
         Args:
             pager: Handle of the pager (``op.attach``).
@@ -32,7 +32,7 @@ class PagedRoutedExperts(RoutedExperts):
         """
         self._pager, self._layer = pager, layer
         for name, arena in parts.items():
-            # The Parameter is kept: vLLM's kernel object and compiled graphs refer to it.
+            # The Parameter is kept, because vLLM's kernel object and compiled graphs refer to it.
             getattr(self, name).data = arena
 
     def forward_modular(
