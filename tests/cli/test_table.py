@@ -145,7 +145,7 @@ def test_c1_every_verb_with_json_that_prints_a_table_has_csv():
 def test_c1_one_format_at_a_time():
     done = here("policies", "--json", "--csv")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "one format at a time; --json --csv" in done.stderr
+    assert "only one output format is possible; --json --csv" in done.stderr
 
 
 # --- the printer ----------------------------------------------------------------------------------

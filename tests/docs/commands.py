@@ -40,7 +40,7 @@ _HEAD = """\
 `fluxmoe --help` lists the verbs, and `fluxmoe VERB --help` lists a verb's options. With `--json`, a
 verb prints only JSON on standard output. Errors go to standard error as
 `error[FM…]: problem; place; remedy` ([all codes](errors.md)). The exit status is 2 after an error,
-130 after Ctrl-C, and otherwise 0.
+130 after Ctrl-C, 1 if a comparison or check made by the verb fails, and otherwise 0.
 
 | before the verb | meaning |
 |---|---|

@@ -1,4 +1,4 @@
-"""``fluxmoe trace``: record, synthesise, convert and describe traces; one file per verb."""
+"""``fluxmoe trace``: record, synthesise, convert and describe traces, with one file per verb."""
 
 from __future__ import annotations
 
