@@ -82,7 +82,7 @@ def test_a_budget_below_the_number_of_frames(pool):
     pool.set_limit(5)
     assert (pool.nbytes, pool.free) == (5 * 4096, 5)
     pool.take("a", 4)
-    with pytest.raises(OutOfFramesError, match=r"2 frames of 4KiB, 1 of 5 are free"):
+    with pytest.raises(OutOfFramesError, match=r"2 frames of 4KiB, but only 1 of 5 are free"):
         pool.take("b", 2)
     pool.set_limit(8)
     assert pool.take("b", 4).tolist() == [4, 5, 6, 7]
