@@ -15,7 +15,9 @@ from fluxmoe.cli.shared import output
 if TYPE_CHECKING:
     from fluxmoe.config import Config
 
-app = typer.Typer(help="Check and explain configurations.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check configurations, and print them or their schema.", no_args_is_help=True
+)
 
 _File = Annotated[Path, typer.Argument(help="A YAML file.")]
 _KINDS = ("eviction", "prefetch", "arbitration")
