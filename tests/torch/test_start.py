@@ -1,4 +1,4 @@
-"""C4, C10: the log of a paged model at startup, and its representation as text."""
+"""C4, C10: the log when a model is paged, and the handle's representation as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.torch.conftest import Load, prompts, sizes
 
 
 def started(caplog: pytest.LogCaptureFixture) -> dict[str, str]:
-    """The lines of the only block logged: name → value."""
+    """Return the lines of the only block in the log: name → value."""
     (block,) = (r.getMessage() for r in caplog.records if "pages the experts" in r.getMessage())
     headline, *lines = block.splitlines()
     assert headline.startswith(f"FluxMoE {fluxmoe.__version__} pages the experts of ")

@@ -1,4 +1,4 @@
-"""New weights through the handle: outputs, and the model afterwards, as with the new weights."""
+"""New weights given to the handle: outputs, and the model after ``close``, have the new weights."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_hook_may_update_and_a_closed_handle_may_not(pair: tuple[Any, Any]) ->
             paged.update_weights(b.state_dict())
 
         hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(update)
-        run(model)  # old weights up to there, new ones from there
+        run(model)  # up to the update, old weights; from there on, new weights
         hook.remove()
         assert torch.equal(run(model), run(b))
         paged.close()

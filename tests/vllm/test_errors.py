@@ -198,7 +198,7 @@ def test_targets_that_do_not_fit_together(eager: ChildEngine) -> None:
     error = refusal(eager, ConfigError, config(memory=memory))
     assert error.where == "memory"
     needed, there = apart(21 * PAGE + KV_BYTES, 20 * PAGE + KV_BYTES)
-    assert f"need {needed}, the budget has {there}" in error.what
+    assert f"need {needed}, but the budget has {there}" in error.what
 
 
 def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
