@@ -18,6 +18,7 @@ from fluxmoe import config, sizes
 from fluxmoe.backends.torch.settings import given, settings
 from fluxmoe.cli import main
 from fluxmoe.errors import ConfigError
+from fluxmoe.findings import Findings
 from fluxmoe.sim.capacity import pages_of
 from fluxmoe.testing import checkpoints
 from fluxmoe.trace import TraceMeta
@@ -57,6 +58,13 @@ def said_by(call, value) -> str:
     return str(caught.value)
 
 
+def loaded(memory):
+    found = Findings()
+    config = settings("load", memory, found)
+    found.require()
+    return config
+
+
 DOORS = {
     "parse": sizes.parse,
     "the command line": lambda value: config.size(value, where="--memory"),
@@ -77,7 +85,7 @@ DOORS = {
         .limit
     ),
     "a limit by hand": lambda value: config.parse_limits({"kv": {"max": value}}, where="").kv.max,
-    "load and page": lambda value: given(settings("load", value), "load"),
+    "load and page": lambda value: given(loaded(value), "load"),
 }
 
 

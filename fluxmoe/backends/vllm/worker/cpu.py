@@ -224,8 +224,9 @@ class PagedCPUWorker(CPUWorker):
 
     def fluxmoe_stats(self) -> dict[str, Any]:
         """Return counters and sizes as plain numbers."""
+        stats = self._paged.stats()
         own = {"orders": self._side.orders, "weight_updates": self._door.board.updates}
-        return {**self._paged.stats(), **own}
+        return {**stats, **own}
 
     def reload_weights(
         self,
