@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fluxmoe.backends.sealed import Sealed
 from fluxmoe.backends.vllm.names import NAMES
 
 NAMES.require("reload")  # an ImportError from the lines below would give no remedy
@@ -52,7 +53,11 @@ def unfollowing(model: torch.nn.Module) -> list[str]:
     found = []
     for prefix, module in model.named_modules():
         captured = get_layerwise_info(module).restore_metadata[1]
-        memory = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+        memory = {
+            weight.untyped_storage().data_ptr()
+            for weight in module.parameters()
+            if not isinstance(weight, Sealed)
+        }
         for name in module._non_persistent_buffers_set - captured.keys() - SKIP_TENSORS:
             buffer = module._buffers[name]
             if buffer is not None and buffer.untyped_storage().data_ptr() not in memory:

@@ -202,17 +202,17 @@ class WeightDoor:
     @contextmanager
     def _loading(self, new: Sequence[NewExperts]) -> Iterator[None]:
         """Let the model be loaded; afterwards its tensors are at the same addresses."""
-        arenas = [dict(layer._parameters) for layer in self._layers]
+        sealed = [layer._parameters for layer in self._layers]
         self.open = True
         try:
             with reload.set_current_vllm_config(self._config):
                 for layer, each in zip(self._layers, new, strict=True):
-                    layer._parameters.update(each.stand_ins)
+                    layer._parameters = {**layer._parameters, **each.stand_ins}
                     reload.exempt(layer)
                 reload.initialize_layerwise_reload(self._model)
                 yield
-                for layer, own in zip(self._layers, arenas, strict=True):
-                    layer._parameters.update(own)
+                for layer, own in zip(self._layers, sealed, strict=True):
+                    layer._parameters = own
                     reload.readmit(layer)
                 reload.finalize_layerwise_reload(self._model, self._config.model_config)
                 reload.pack_tied(self._model)
