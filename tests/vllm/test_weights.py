@@ -12,6 +12,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -361,8 +362,104 @@ def test_a_compiled_model_changes_its_experts_only(
     with pytest.raises(UnsupportedError, match="compiled model cannot change weights other than"):
         eager.call("rpc", through_path, str(versions.b))
     assert answers(eager) == before
+    with pytest.raises(UnsupportedError, match="experts' weights cannot be used"):
+        eager.call("rpc", "apply_model", zeroed)
+    assert answers(eager, cold=True) == before
     eager.call("rpc", weights, [*changes.items()])
     assert answers(eager) == expected != before
+
+
+# --- edits in place -------------------------------------------------------------------------------
+
+
+def experts_of(model: Any) -> Iterator[tuple[Any, str, Any]]:
+    for module in model.modules():
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if weight.ndim == 3:
+                yield module, name, weight
+
+
+def zeroed(model: Any) -> None:
+    for _, _, weight in experts_of(model):
+        weight.data.zero_()
+
+
+def copied(model: Any) -> None:
+    for _, _, weight in experts_of(model):
+        weight.data.copy_(torch.ones(weight.shape))
+
+
+def scaled(model: Any) -> None:
+    with torch.inference_mode():
+        for _, _, weight in experts_of(model):
+            weight.mul_(2)
+
+
+def one_element(model: Any) -> None:
+    with torch.no_grad():
+        for _, _, weight in experts_of(model):
+            weight[0, 0, 0] = 1
+
+
+def other_memory(model: Any) -> None:
+    for _, _, weight in experts_of(model):
+        weight.data = torch.zeros(weight.shape, dtype=weight.dtype)
+
+
+def replaced(model: Any) -> None:
+    for module, name, weight in experts_of(model):
+        zeros = torch.zeros(weight.shape, dtype=weight.dtype)
+        setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
+
+
+def removed(model: Any) -> None:
+    for module, name, _ in experts_of(model):
+        delattr(module, name)
+
+
+def through_an_array(model: Any) -> None:
+    for _, _, weight in experts_of(model):
+        weight.view(torch.uint8).numpy()[:] = 0
+
+
+def from_a_state(model: Any) -> None:
+    model.load_state_dict({**model.state_dict()})
+
+
+EDITS = (zeroed, copied, scaled, one_element, other_memory, replaced, removed, through_an_array,
+         from_a_state)  # fmt: skip
+
+
+def shapes(model: Any) -> dict[str, list[int]]:
+    return {name: [*weight.shape] for name, weight in model.named_parameters()}
+
+
+def all_zeroed(model: Any) -> None:
+    for weight in model.parameters():
+        weight.data.zero_()
+
+
+def test_edits_of_experts_are_refused_and_the_old_ones_remain(
+    eager: ChildEngine, versions: Versions
+) -> None:
+    started(eager, versions.a)
+    assert answers(eager) == versions.of_a
+    assert [16, 128, 64] in eager.call("rpc", "apply_model", shapes).values()
+    for after_a_failed_update in (False, True):
+        for edit in EDITS:
+            with pytest.raises(UnsupportedError, match="experts' weights cannot be") as caught:
+                eager.call("rpc", "apply_model", edit)
+            assert "reload_weights" in caught.value.fix
+            assert answers(eager) == versions.of_a, edit
+        if not after_a_failed_update:
+            with pytest.raises(WeightsError, match="the trainer has gone"):
+                eager.call("rpc", wrong, breaking, str(versions.b))
+    # Other weights may be edited, as in stock vLLM; here, before the refusal.
+    with pytest.raises(UnsupportedError, match="experts' weights cannot be"):
+        eager.call("rpc", "apply_model", all_zeroed)
+    assert answers(eager, cold=True) != versions.of_a
+    eager.call("rpc", "reload_weights")
+    assert answers(eager) == versions.of_a
 
 
 # --- stores, and other engines --------------------------------------------------------------------
@@ -423,29 +520,58 @@ def test_an_engine_killed_within_an_update_leaves_a_whole_page_file(
     assert digests(tmp_path) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_in_three_processes(versions: Versions, eager: ChildEngine, workers: int) -> None:
-    """Also with tensor parallelism, where one worker that refuses makes all refuse."""
-    options = {**EAGER, "tensor_parallel_size": workers}
-    found = []
-    for model in (versions.a, versions.b):
-        with ChildEngine(
-            model, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **options
-        ) as stock:
-            found.append(answers(stock))
-    assert found[0] != found[1]
-    fluxmoe = config(20 if workers == 1 else 40, arbitration="marginal")
-    with ChildEngine(versions.a, three_processes=True, fluxmoe=fluxmoe, **options) as engine:
-        assert answers(engine) == found[0]
+def test_in_three_processes(versions: Versions) -> None:
+    settings = config(20, arbitration="marginal")
+    with ChildEngine(versions.a, three_processes=True, fluxmoe=settings, **EAGER) as engine:
         with pytest.raises(FluxMoEError, match=r"FM406.*no such folder"):
             engine.call("rpc", "reload_weights", None, str(versions.b / "none"))
-        assert answers(engine) == found[0]
-        engine.call("rpc", "reload_weights", None, str(versions.b))
-        assert answers(engine) == found[1]
         with pytest.raises(FluxMoEError, match=r"FM402.*update_weights is not supported"):
             engine.call("rpc", "update_weights", {})
+        assert answers(engine) == versions.of_a
+        engine.call("rpc", "reload_weights", None, str(versions.b))
+        assert answers(engine) == versions.of_b
         engine.call("rpc", "reload_weights")
-        assert answers(engine) == found[0]
+        assert answers(engine) == versions.of_a
+
+
+def broken_on(model: Any, rank: int, path: str) -> None:
+    """Load weights, of which the last are missing on one worker."""
+    from fluxmoe.backends.vllm.compat.worker import get_tensor_model_parallel_rank
+
+    given = load_file(f"{path}/model.safetensors")
+    model.load_weights(breaking(given) if get_tensor_model_parallel_rank() == rank else given)
+
+
+FEW = prompts(2, tokens=4, seed=3)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_workers_change_together(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If one worker refuses, all refuse; then no answer of a worker is left for the next call."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions are sent to workers
+    options = {**EAGER, "tensor_parallel_size": 2, "three_processes": True, "fluxmoe": config(40)}
+
+    def few(engine: ChildEngine) -> Answers:
+        run = engine.generate(FEW, cold=False)
+        return run.tokens, run.logprobs
+
+    with ChildEngine(versions.b, **options) as engine:
+        expected = few(engine)
+    with ChildEngine(versions.a, **options) as engine:
+        before = few(engine)
+        for rank in (0, 1):
+            broken = partial(broken_on, rank=rank, path=str(versions.b))
+            with pytest.raises(FluxMoEError, match=r"FM408.*the trainer has gone"):
+                engine.call("rpc", "apply_model", broken)
+            assert few(engine) == before
+        for call, *args in (("apply_model", zeroed), ("update_weights", {})):
+            with pytest.raises(FluxMoEError, match="FM402"):
+                engine.call("rpc", call, *args)
+            assert few(engine) == before
+        engine.call("rpc", "reload_weights", None, str(versions.b))
+        assert few(engine) == expected != before
+        assert {each["weight_updates"] for each in engine.call("everyone")} == {1}
 
 
 GREEDY = [Prompt(prompt.tokens, 8, logprobs=True) for prompt in BATCH]

@@ -18,7 +18,6 @@ from fluxmoe.backends.vllm.names import NAMES
 NAMES.require("reload")  # an ImportError from the lines below would give no remedy
 
 from vllm.config import set_current_vllm_config
-from vllm.distributed import get_tp_group
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
@@ -77,16 +76,6 @@ def pack_tied(model: torch.nn.Module) -> None:
                 module.quant_method.process_weights_after_loading(module)
 
 
-def all_agree(yes: bool) -> bool:
-    """True if all tensor-parallel workers call this with True."""
-    group = get_tp_group()
-    if group.world_size == 1:
-        return yes
-    votes = torch.tensor([int(yes)])
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group.cpu_group)
-    return bool(votes)
-
-
 def weights_of(config: Any, model: torch.nn.Module, path: str | None) -> Iterator[Any]:
     """Iterate over the tensors of the checkpoint ``path`` (None: the model's own) by name."""
     model_config = config.model_config
@@ -100,7 +89,6 @@ def weights_of(config: Any, model: torch.nn.Module, path: str | None) -> Iterato
 
 
 __all__ = [
-    "all_agree",
     "exempt",
     "finalize_layerwise_reload",
     "initialize_layerwise_reload",

@@ -29,6 +29,7 @@ from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.worker import budget, checks, kv, selfcheck, start
+from fluxmoe.backends.vllm.worker.answers import together
 from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
@@ -195,7 +196,7 @@ class PagedCPUWorker(CPUWorker):
         """Release the arenas after the model."""
         super().shutdown()
         try:
-            self.fluxmoe_record(None)
+            self._end_recording()
         finally:
             if self._runtime is not None:
                 self._runtime = None
@@ -222,6 +223,9 @@ class PagedCPUWorker(CPUWorker):
         own = {"orders": self._side.orders, "weight_updates": self._door.board.updates}
         return {**self._paged.stats(), **own}
 
+    apply_model = together(CPUWorker.apply_model)
+
+    @together
     def reload_weights(
         self,
         weights_iterator: Any = None,
@@ -244,6 +248,7 @@ class PagedCPUWorker(CPUWorker):
         self._paged.pager.owner.require()
         self._door.reload(weights_iterator, weights_path)
 
+    @together
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books are consistent."""
         self._paged.check()
@@ -277,6 +282,7 @@ class PagedCPUWorker(CPUWorker):
             "budget": runtime.memory.budget_bytes,
         }
 
+    @together
     def fluxmoe_record(
         self,
         path: str | None,
@@ -298,11 +304,7 @@ class PagedCPUWorker(CPUWorker):
             TraceError: The file cannot be written; at the end also if nothing was recorded.
             ConfigError: The file already exists.
         """
-        if self._recorder is not None:
-            recorder, self._recorder = self._recorder, None
-            op.record(self._handle, None)
-            self._note_weights(False)
-            recorder.close()
+        self._end_recording()
         if path is not None:
             self._recorder = Recorder(
                 path,
@@ -322,6 +324,13 @@ class PagedCPUWorker(CPUWorker):
         """True if the recording has all its steps, or none is active."""
         return self._recorder is None or self._recorder.done
 
+    def _end_recording(self) -> None:
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            op.record(self._handle, None)
+            self._note_weights(False)
+            recorder.close()
+
     def _note_weights(self, wanted: bool) -> None:
         model = getattr(self.model_runner, "model", None)
         if model is None:  # shut down
@@ -337,7 +346,7 @@ class PagedCPUWorker(CPUWorker):
 
 
 for _call, _fix in WEIGHT_CALLS.items():
-    setattr(PagedCPUWorker, _call, refusing(_call, _fix))
+    setattr(PagedCPUWorker, _call, together(refusing(_call, _fix)))
 
 
 def _release(handle: int, runtime: Runtime) -> None:

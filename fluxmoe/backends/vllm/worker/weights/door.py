@@ -19,6 +19,7 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm.board import Board
 from fluxmoe.backends.vllm.compat import reload
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.compat.worker import errors_of_all
 from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.weights.experts import NewExperts
 from fluxmoe.backends.vllm.worker.weights.state import ModelState
@@ -85,20 +86,20 @@ class WeightDoor:
             with self._runtime.update() as put:
                 changed = self._taken(weights, put, whole)
                 agreed = True
-                if not reload.all_agree(True):
-                    raise WeightsError("another worker cannot take them", fix="see its log")
+                if errors := errors_of_all(None):
+                    raise errors[0]
         except BaseException as error:
             if before is not None:
                 before.restore()
                 for module in self._model.modules():
                     reload.readmit(module)
+            if not isinstance(error, FluxMoEError) and isinstance(error, Exception):
+                error = WeightsError(
+                    f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
+                )
             if not agreed:
-                reload.all_agree(False)
-            if isinstance(error, FluxMoEError) or not isinstance(error, Exception):
-                raise
-            raise WeightsError(
-                f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
-            ) from error
+                errors_of_all(error)
+            raise error
         self.board.updates += 1
         return changed
 
