@@ -94,12 +94,13 @@ class ForwardLock:
             )
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Wrap the model's forward passes in the lock.
+        """Wrap the model's forward passes in the lock, and those of its base model.
 
-        The method is wrapped because hooks are not called after a pass interrupted by Ctrl-C.
+        The methods are wrapped because hooks are not called after a pass interrupted by Ctrl-C.
         """
-        before = model.forward
-        model.forward = functools.update_wrapper(functools.partial(self._run, before), before)
+        for each in {model, model.base_model}:
+            before = each.forward
+            each.forward = functools.update_wrapper(functools.partial(self._run, before), before)
 
     def phase(self) -> Phase:
         """Phase of the current pass, from the length of its input; decode for compiled models."""
@@ -118,11 +119,12 @@ class ForwardLock:
 
         If the method has been wrapped again since, it remains unchanged and keeps taking the lock.
         """
-        wrapped = vars(model).get("forward")
-        if isinstance(wrapped, functools.partial) and wrapped.func == self._run:
-            del model.forward
-            if model.forward != wrapped.args[0]:  # another wrapper, not the method of the class
-                model.forward = wrapped.args[0]
+        for each in {model, model.base_model}:
+            wrapped = vars(each).get("forward")
+            if isinstance(wrapped, functools.partial) and wrapped.func == self._run:
+                del each.forward
+                if each.forward != wrapped.args[0]:  # another wrapper, not the method of the class
+                    each.forward = wrapped.args[0]
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -72,7 +72,7 @@ class PagedModel(Uncopyable):
                 layer, handle, index, implementation, self._arenas(index), table[index], lock, lease
             )
         self._refusals = Refusals(model, layers)
-        lock.watch(model.base_model)
+        lock.watch(model)
         experts.register()
         model.set_experts_implementation(experts.NAME)
         if any(layer.config._experts_implementation != experts.NAME for layer in layers):
@@ -293,7 +293,7 @@ class PagedModel(Uncopyable):
     def _close(self) -> None:
         if self.closed:
             return
-        self._lock.leave(self.model.base_model)
+        self._lock.leave(self.model)
         self._refusals.remove()
         for layer in self._layers:
             experts.release(layer, gone=self._loaded)
