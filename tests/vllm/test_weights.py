@@ -56,10 +56,13 @@ class Versions:
 
 
 @pytest.fixture(scope="module")
-def versions(
-    eager: ChildEngine, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Versions]:
-    other = checkpoints.write(tmp_path_factory.mktemp("b") / "model", "qwen3-moe", seed=7)
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint B."""
+    return checkpoints.write(tmp_path_factory.mktemp("b") / "model", "qwen3-moe", seed=7)
+
+
+@pytest.fixture(scope="module")
+def versions(eager: ChildEngine, checkpoint: Path, other: Path) -> Iterator[Versions]:
     found = []
     for model in (checkpoint, other):
         eager.restart(model=model, kv_cache_memory_bytes=KV_BYTES, **EAGER)
@@ -569,7 +572,9 @@ FEW = prompts(2, tokens=4, seed=3)
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_workers_change_together(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_together(
+    checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If one worker refuses, all refuse; then no answer of a worker is left for the next call."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions are sent to workers
     options = {**EAGER, "tensor_parallel_size": 2, "three_processes": True, "fluxmoe": config(40)}
@@ -578,12 +583,12 @@ def test_workers_change_together(versions: Versions, monkeypatch: pytest.MonkeyP
         run = engine.generate(FEW, cold=False)
         return run.tokens, run.logprobs
 
-    with ChildEngine(versions.b, **options) as engine:
+    with ChildEngine(other, **options) as engine:
         expected = few(engine)
-    with ChildEngine(versions.a, **options) as engine:
+    with ChildEngine(checkpoint, **options) as engine:
         before = few(engine)
         for rank in (0, 1):
-            broken = partial(broken_on, rank=rank, path=str(versions.b))
+            broken = partial(broken_on, rank=rank, path=str(other))
             with pytest.raises(FluxMoEError, match=r"FM408.*the trainer has gone"):
                 engine.call("rpc", "apply_model", broken)
             assert few(engine) == before
@@ -591,7 +596,7 @@ def test_workers_change_together(versions: Versions, monkeypatch: pytest.MonkeyP
             with pytest.raises(FluxMoEError, match="FM402"):
                 engine.call("rpc", call, *args)
             assert few(engine) == before
-        engine.call("rpc", "reload_weights", None, str(versions.b))
+        engine.call("rpc", "reload_weights", None, str(other))
         assert few(engine) == expected != before
         assert {each["weight_updates"] for each in engine.call("everyone")} == {1}
 
