@@ -186,9 +186,9 @@ def test_disks(tmp_path: Path) -> None:
     [
         (
             [],
-            r"1\.5 GiB are needed \(900\.0 MiB for the budget, .* for experts in the host store, ",
+            r"1\.5 GiB is needed \(900\.0 MiB for the budget, .* for experts in the host store, ",
         ),
-        ([{"kind": "file", "path": "pages"}], r"are needed \(900\.0 MiB for the budget, 400"),
+        ([{"kind": "file", "path": "pages"}], r"is needed \(900\.0 MiB for the budget, 400"),
     ],
 )
 def test_a4_weights_and_budget_together(stores: list[object], says: str) -> None:

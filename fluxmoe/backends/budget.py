@@ -1,4 +1,4 @@
-"""The user's budget in bytes and frames: resolving ``auto`` on this machine, the initial split."""
+"""The user's budget: the size that ``auto`` means on this machine, and the initial split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Budget, Geometry, PageClass
 from fluxmoe.errors import BudgetTooSmallError, ConfigError
 
-#: Fraction of the free memory after the model's weights that ``memory.budget: auto`` takes.
+#: Fraction that ``memory.budget: auto`` takes of the memory that the model's weights leave free.
 SHARE = 0.5
 
 
@@ -27,10 +27,11 @@ class KVNeed:
     """Memory needed by the engine's KV cache, in bytes.
 
     Attributes:
-        min: Minimum for the engine to serve.
-        max: Enough for all requests that can run at once.
+        min: Minimum with which the engine can serve.
+        max: Size that holds all requests that can run at once.
         reason: Explanation of ``min``, shown in errors.
-        block: One KV block of all layers, 0 if unknown; frames are sized to match it.
+        block: Size of one KV block, summed over all layers; 0 if unknown. The frame size is chosen
+            to match this size.
     """
 
     min: int
@@ -43,7 +44,7 @@ def require_free(budget: int, *, held: int = 0) -> None:
     """Reject a budget in bytes that exceeds the free memory plus the bytes already held.
 
     Raises:
-        ConfigError: The budget is too large.
+        ConfigError: The budget exceeds this memory.
     """
     memory = machine.memory()
     available = memory.available + held
@@ -59,16 +60,16 @@ def require_free(budget: int, *, held: int = 0) -> None:
 def require_for_weights(config: Resolved, *, experts: int, others: int, workers: int = 1) -> None:
     """Reject a start whose weights and budgets together exceed the free memory.
 
-    Called before the weights are loaded. Without a limit and a codec, the host store keeps all
-    experts as they are loaded.
+    This function is called before the weights are loaded. A host store with neither a limit nor a
+    codec keeps all experts as they were loaded.
 
     Args:
-        config: The configuration; its budget is that of one worker.
+        config: The configuration, with the budget of one worker.
         experts, others: Bytes of the experts and of all other weights.
         workers: Number of workers that share the machine.
 
     Raises:
-        ConfigError: The memory is insufficient.
+        ConfigError: The machine does not have enough free memory.
     """
     plain = config.stores[0].plain
     parts = {
@@ -81,7 +82,7 @@ def require_for_weights(config: Resolved, *, experts: int, others: int, workers:
         needed, free = sizes.apart(need, memory.available)
         each = ", ".join(f"{sizes.shown(size)} for {name}" for name, size in parts.items() if size)
         raise ConfigError(
-            f"{needed} are needed ({each}), {free} are free{_limited(memory)}",
+            f"{needed} is needed ({each}), but only {free} is free{_limited(memory)}",
             where="memory.budget, stores",
             fix="lower the budget" + (", or use a store of kind: file" if plain else ""),
         )
@@ -94,15 +95,16 @@ def _limited(memory: machine.MemoryRoom) -> str:
 def automatic(model: str | None, workers: int) -> int:
     """Compute ``memory.budget: auto`` in bytes, in whole MiB.
 
-    Workers share the machine. All weights count as used even if not loaded yet, because vLLM loads
-    them before the stores take over the experts.
+    The workers share the machine. All weights count as used even before they are loaded, because
+    vLLM loads all weights before the stores take over the experts.
 
     Args:
         model: The model's folder.
         workers: Number of workers on this machine.
 
     Raises:
-        ConfigError: The size of the model's weights is unknown, or they leave no memory.
+        ConfigError: The size of the model's weights is unknown, or the weights leave no memory
+            free.
     """
     if model is None:
         raise ConfigError(
@@ -112,8 +114,8 @@ def automatic(model: str | None, workers: int) -> int:
     budget = int((free - weights) * SHARE / workers) >> 20 << 20
     if budget <= 0:
         raise ConfigError(
-            f"the weights of {model} need {sizes.shown(weights)} and leave none of the "
-            f"{sizes.shown(free)} free",
+            f"the weights of {model} need {sizes.shown(weights)}, and leave none of the "
+            f"{sizes.shown(free)} of free memory",
             where="memory.budget",
             fix="free some memory or choose a smaller model",
         )
@@ -122,17 +124,18 @@ def automatic(model: str | None, workers: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """The budget of one worker in frames and slots: its initial split and its limits.
+    """The budget of one worker, with its initial split and its limits, in frames and slots.
 
     Attributes:
-        geometry, page_class: Layers and experts, and the layout of a page.
+        geometry, page_class: Numbers of layers and experts, and the layout of a page.
         frame_bytes: Bytes of a frame.
-        frames, most: Frames of the budget, and of the maximum it may be raised to.
-        experts, kv: Minimum, initial number and maximum of each tenant, in frames.
-        bank_limit: Maximum slots that one kernel call can address; None if unlimited.
+        frames, most: Number of frames in the budget, and the largest number to which the budget may
+            be raised.
+        experts, kv: Minimum, initial and maximum number of frames of each tenant.
+        bank_limit: Maximum number of slots that one kernel call can address; None if unlimited.
         bank_of: Bank of each layer.
-        reserved: Slots per bank to reserve address space for.
-        slots: Initial slots per bank.
+        reserved: Number of slots in each bank for which address space is reserved.
+        slots: Initial number of slots in each bank.
     """
 
     geometry: Geometry
@@ -152,7 +155,7 @@ class Partition:
         return len(self.slots)
 
     def slots_for(self, frames: int) -> list[int] | None:
-        """Maximum slots per bank in ``frames`` frames; None below the banks' minimum."""
+        """Compute each bank's slots in ``frames`` frames; None if the frames do not suffice."""
         return sizing.sizes(
             self.geometry,
             self.page_class,
@@ -173,18 +176,18 @@ def partition(
     bank_limit: int | None = None,
     ceiling: int = 0,
 ) -> Partition:
-    """Divide the configured budget.
+    """Divide the configured budget between the experts and the KV cache.
 
     Args:
         memory: Configured sizes.
-        geometry, page_class: Layers and experts, and the layout of a page.
+        geometry, page_class: Numbers of layers and experts, and the layout of a page.
         kv: Memory needed by the KV cache.
-        dynamic: True if the split may change while serving.
-        bank_limit: Maximum slots that one kernel call can address; None if unlimited.
-        ceiling: Bytes that the budget may be raised to later; 0: not raised.
+        dynamic: True if the split may change while the engine serves.
+        bank_limit: Maximum number of slots that one kernel call can address; None if unlimited.
+        ceiling: Size in bytes to which the budget may be raised later; 0 if it is never raised.
 
     Raises:
-        BudgetTooSmallError: The minimums do not fit.
+        BudgetTooSmallError: The two minimums together exceed the budget.
         ConfigError: A configured size is below a minimum, or above the budget or the free memory.
         UnsupportedError: The kernel cannot address one layer's experts.
     """
@@ -212,7 +215,7 @@ def partition(
     slots = sizing.sizes(
         geometry, page_class, experts.target, frame, banks=len(reserved), limit=bank_limit
     )
-    assert slots is not None  # otherwise there would be fewer banks
+    assert slots is not None  # ``fewest_banks`` makes no more banks than the target fills
     if ceiling > memory.budget:
         pages, _ = sizing.spread(geometry, geometry.num_pages, len(reserved))
         reserved = [min(count, bank_limit or count) for count in pages]
@@ -232,9 +235,10 @@ def partition(
 
 
 def resize(memory: WorkerMemory, pager: ExpertPager, part: Partition, budget: int) -> None:
-    """Raise or lower the budget, in bytes, between steps; the experts get the difference.
+    """Raise or lower the budget to ``budget`` bytes; only the experts gain or lose memory.
 
-    The number of banks does not change. A smaller budget drops the pages in the last slots.
+    This function is called between steps. The number of banks does not change. A smaller budget
+    drops the pages in the last slots.
 
     Raises:
         BudgetTooSmallError: A bank cannot hold one layer's experts.
@@ -270,10 +274,10 @@ def _split(
     frame_bytes: int,
     kv: KVNeed,
 ) -> tuple[Budget, Budget]:
-    """Compute the initial split of ``frames`` frames between experts and KV cache.
+    """Compute the initial split of ``frames`` frames between the experts and the KV cache.
 
     Raises:
-        BudgetTooSmallError: The minimums do not fit.
+        BudgetTooSmallError: The two minimums together exceed the budget.
         ConfigError: A configured size is below a minimum or above the budget.
     """
     experts, pages = geometry.experts_per_layer, geometry.num_pages
@@ -313,7 +317,7 @@ def _widened(
 
 
 def _wish(share: Share, need: sizing.Wish, frame_bytes: int, name: str) -> sizing.Wish:
-    """Compute a tenant's demand, narrowed by the configuration."""
+    """Compute a tenant's demand within the limits in the configuration."""
     least = need.min if share.min is None else -(-int(share.min) // frame_bytes)
     if share.min is not None and least < need.min:
         given, needed = sizes.apart(share.min, need.min * frame_bytes)

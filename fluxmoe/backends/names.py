@@ -1,8 +1,8 @@
-"""Names of an engine's library that FluxMoE uses or overrides, asserted at startup.
+"""Assertions, made at startup, that an engine's library has the names that FluxMoE uses.
 
-For mypy the libraries are ``Any``, and an override whose original was renamed is never called. So
-each part of a backend asserts its names before importing them, and the attributes of the library's
-objects on receiving one.
+To mypy, the libraries are ``Any``, and an override is never called if the method that it overrides
+was renamed. Each part of a backend therefore asserts its names before importing them, and asserts
+the attributes of an object from the library on receiving the object.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from fluxmoe.errors import UnsupportedVersionError
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one library.
+    """The names that FluxMoE uses or overrides in one library.
 
     Attributes:
         package: The library's module, which has a ``__version__``.
         fix: Remedy for a missing name.
         table: Part of a backend → ``module:name`` or ``module:Class.name`` → the parameters that
             FluxMoE passes or takes, separated by spaces, in order, without ``self``.
-        on: Kind of object made by the library → its dotted attributes that no class declares.
+        on: Kind of object made by the library → dotted paths of its attributes, none of which are
+            declared by a class.
     """
 
     package: str
@@ -82,7 +83,7 @@ def _found(name: str) -> Any:
     *owners, last = path.split(".")
     for owner in owners:
         found = getattr(found, owner)
-    # Not attributes of the class: fields without a default, and names assigned by constructors.
+    # Fields without a default and names assigned by constructors are not attributes of the class.
     fields = getattr(found, "__dataclass_fields__", {})
     if last in fields:
         return fields[last]
@@ -92,7 +93,7 @@ def _found(name: str) -> Any:
 
 
 def _assigned(kind: type) -> set[str]:
-    """Names of the attributes assigned by a class's constructors."""
+    """Collect the names of the attributes that a class's constructors assign."""
     constructors = (vars(base).get("__init__") for base in kind.__mro__)
     codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each)
     return {

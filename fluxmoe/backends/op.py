@@ -1,11 +1,11 @@
 """``fluxmoe::acquire``: the operator through which compiled and eager models call the pager.
 
-``fluxmoe::note`` precedes it while recording a trace that contains more than expert ids.
+While a trace with more than expert ids is recorded, ``fluxmoe::note`` runs before the operator.
 
 The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
-the kernel that follows depends on it and cannot be moved before it. It is declared functional:
-declaring a mutated input instead would change the fusion around the router, and thus the output of
-some models (docs/project/adr/0001).
+the kernel that follows depends on the operator and cannot be moved before it. The operator is
+declared functional, because declaring a mutated input would change the fusion around the router,
+and thus the output of some models (docs/project/adr/0001).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _recorders: dict[int, Recorder] = {}
 
 
 def attach(pager: Pager) -> int:
-    """Make a pager reachable from the operator; return its handle, the lowest free number."""
+    """Make a pager reachable from the operator; return the pager's handle, the lowest free one."""
     handle = next(i for i in range(len(_pagers) + 1) if i not in _pagers)
     _pagers[handle] = pager
     return handle
@@ -48,7 +48,7 @@ def detach(handle: int) -> None:
 
 
 def record(handle: int, recorder: Recorder | None) -> None:
-    """Start passing a pager's events to a recorder; None stops it."""
+    """Pass a pager's events to ``recorder`` from now on, or to no recorder if it is None."""
     if recorder is None:
         _recorders.pop(handle, None)
         _pagers[handle].watcher = None
@@ -58,9 +58,9 @@ def record(handle: int, recorder: Recorder | None) -> None:
 
 
 def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
-    # Contiguous even if the ids are not: the pager would fill a copy.
+    # The slots must be contiguous even if the ids are not; otherwise the pager would fill a copy.
     slots = torch.empty_like(topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
-    # numpy's reshape is cheaper than torch's, and does not copy what is contiguous.
+    # numpy's reshape is cheaper than torch's, and does not copy contiguous arrays.
     _pagers[handle].acquire(layer, topk_ids.numpy().reshape(-1), slots.numpy().reshape(-1))
     return slots
 
@@ -103,9 +103,9 @@ def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     """Make the routed experts resident.
 
     Args:
-        topk_ids: Routed experts of an MoE layer, integers of any shape; negative ones are padding.
-        handle: The pager (``attach``).
-        layer: The MoE layer, from 0.
+        topk_ids: Routed experts of an MoE layer, integers of any shape; negative ids are padding.
+        handle: Handle of the pager, from ``attach``.
+        layer: Index of the MoE layer, from 0.
 
     Returns:
         The slot of each expert, int32 of the same shape.
@@ -115,7 +115,8 @@ def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     return _acquire(topk_ids, handle, layer)  # dispatching the operator costs more than the call
 
 
-# Returns a copy of the ids for `acquire`: an operator with an unused result is compiled away.
+# The operator returns a copy of the ids, which ``acquire`` takes, because a compiler removes
+# operators whose results are unused.
 _library.define("note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle) -> Tensor")
 _library.impl("note", _note, "CPU")
 register_fake("fluxmoe::note", _fake_note, lib=_library)

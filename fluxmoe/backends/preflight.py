@@ -1,7 +1,7 @@
-"""Checks before any engine starts: policies, the model's files, stores, the machine.
+"""Checks of the policies, the model's files, the stores and the machine before an engine starts.
 
-They take seconds, import no engine, and add all problems to ``Findings``. ``vllm/preflight`` and
-``torch/loader.py`` add what only their engine needs.
+The checks take seconds, import no engine, and add all problems to ``Findings``. ``vllm/preflight``
+and ``torch/loader.py`` add the checks that only their engine needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fluxmoe.stores.coding import Coder
 
 
 class Chosen(NamedTuple):
-    """Policies and codecs of a configuration, and the plugins that they are from."""
+    """The policies and codecs of a configuration, and the registry that created them."""
 
     registry: Registry
     policies: Policies
@@ -34,7 +34,8 @@ class Chosen(NamedTuple):
 def choose(config: Config, found: Findings) -> Chosen | None:
     """Load the plugins and create the policies and codecs, as the engine will.
 
-    None if an error is found, or if the plugins are unknown because of one.
+    Returns:
+        None if an error is found, or if an earlier error made the list of plugins unreliable.
     """
     registry = found.result(plugins.load, config.plugins) if found.reliable("plugins") else None
     if registry is None:
@@ -60,15 +61,15 @@ def folder_of(
     revision: str | None = None,
     cache: str | None = None,
 ) -> Path | None:
-    """Return the folder with a model's files, after checking them.
+    """Check a model's files, and return the folder that contains them.
 
     Args:
         model: A folder or a hub name.
         environment: The engine's environment variables.
-        revision, cache: As of ``checkpoint.downloaded``.
+        revision, cache: As for ``checkpoint.downloaded``.
 
     Returns:
-        None if the engine will download them, or if they are not there or damaged.
+        The folder; None if the engine will download the files, or if they are missing or damaged.
     """
     with found.check():
         name = checkpoint.downloaded(model, revision, cache)
@@ -79,7 +80,7 @@ def folder_of(
             return Path(name)
         if environment.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
             raise CheckpointError(
-                "it is neither a folder nor a downloaded model, and HF_HUB_OFFLINE is set",
+                "this is neither a folder nor a downloaded model, and HF_HUB_OFFLINE is set",
                 where=f"model: {model}",
                 fix="name the folder of a checkpoint, download the model, or unset HF_HUB_OFFLINE",
             )
@@ -92,7 +93,7 @@ def _require_utf8(name: str) -> None:
         name.encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            "the engines cannot open a path that is not UTF-8", where=name, fix="rename it"
+            "the engines cannot open a path that is not UTF-8", where=name, fix="rename the path"
         ) from error
 
 
@@ -103,13 +104,13 @@ def sizes_of(folder: Path, found: Findings) -> dimensions.Model | None:
             return dimensions.of_checkpoint(folder) if checkpoint.weight_files(folder) else None
         except QuantisedError:
             raise
-        except UnsupportedError as error:  # by the planner; the engine may support it
+        except UnsupportedError as error:  # raised by the planner; the engine may support the model
             found.notes.append(f"the memory needed by this model is not checked: {error}")
     return None
 
 
 def check_stores(config: Config, nbytes: int, found: Findings) -> None:
-    """Check folders and disks of the stores, for this many bytes of pages."""
+    """Check whether the stores' folders and disks can hold ``nbytes`` bytes of pages."""
     if not found.reliable("stores"):
         return
     with found.check():
@@ -120,7 +121,7 @@ def check_stores(config: Config, nbytes: int, found: Findings) -> None:
 
 
 def check_machine(config: Config, workers: int, found: Findings) -> None:
-    """Note what makes engines slow on this machine."""
+    """Add a note for each property of this machine that slows engines down."""
     if workers > machine.cores():
         found.notes.append(f"{workers} workers share {machine.cores()} cores")
     if not isinstance(config, Resolved) or machine.huge_pages():

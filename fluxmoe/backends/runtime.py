@@ -1,4 +1,4 @@
-"""Runtime: budget, arenas, policies and pager of one worker, composed from a configuration."""
+"""The runtime of one worker: its budget, arenas, policies and pager, built from a configuration."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Runtime:
     Args:
         config: Configuration with the budget in bytes.
         policies: Paging policies.
-        geometry: Layers and experts.
+        geometry: Numbers of layers and experts.
         page_class: Layout of an expert page.
         store: Store of the pages.
         kv: Memory needed by the KV cache.
-        dynamic: True if the split may change while serving.
-        bank_limit: Maximum slots that one kernel call can address; None if unlimited.
-        phase: Returns the phase of a step; called at its beginning.
-        ceiling: Maximum bytes for ``resize``; 0: the initial budget.
+        dynamic: True if the split may change while the engine serves.
+        bank_limit: Maximum number of slots that one kernel call can address; None if unlimited.
+        phase: Function that returns the phase of a step, called at the beginning of the step.
+        ceiling: Maximum budget in bytes for ``resize``; 0 means the initial budget.
 
     Raises:
-        BudgetTooSmallError: The minimums do not fit.
+        BudgetTooSmallError: The minimums of the experts and the KV cache exceed the budget.
         UnsupportedError: The kernel cannot address one layer's experts.
     """
 
@@ -102,7 +102,7 @@ class Runtime:
 
     @property
     def kv_reserved_bytes(self) -> int:
-        """Bytes that the KV cache may grow to; the engine creates as many blocks as fit."""
+        """The size in bytes to which the KV cache may grow, filled with blocks by the engine."""
         kv = self.partition.kv
         return (kv.max if self.dynamic else kv.target) * self.partition.frame_bytes
 
@@ -110,14 +110,14 @@ class Runtime:
         """Reserve the buffer for the engine's KV blocks and commit its initial part.
 
         Raises:
-            OutOfFramesError, SubstrateError: Not enough memory; nothing is reserved.
+            OutOfFramesError, SubstrateError: There is not enough memory; nothing is reserved.
         """
         layout = KVLayout(blocks, block_bytes, self.partition.frame_bytes)
         groups = layout.groups_within(self.partition.kv.target)
         return self.memory.place_kv(layout, range(groups))
 
     def inventory(self) -> Inventory:
-        """Resources that the scheduler's side needs to change the split."""
+        """List the resources that the scheduler's side must know to change the split."""
         kv, part = self.memory.kv, self.partition
         if kv is None:
             raise InvariantError("the KV cache has not been placed yet")
@@ -134,14 +134,14 @@ class Runtime:
         )
 
     def resize(self, budget: int) -> None:
-        """Raise or lower the budget, in bytes. See ``backends.budget.resize``."""
+        """Raise or lower the budget to ``budget`` bytes. See ``backends.budget.resize``."""
         resize(self.memory, self.pager, self.partition, budget)
 
     @contextmanager
     def update(self) -> Iterator[Put]:
-        """Replace the pages put within the ``with`` block at its end, or none if it raises.
+        """At the end of a ``with`` block, replace the pages put within it; none if it fails.
 
-        No page is resident afterwards. Pages are only replaced between forward passes.
+        No page is resident afterwards. This method may only be called between forward passes.
 
         Raises:
             StoreError: A page cannot be kept; nothing has changed.
@@ -152,14 +152,15 @@ class Runtime:
             self.pager.drop()
 
     def arenas(self, layer: int) -> list[np.ndarray[tuple[int, int], np.dtype[np.uint8]]]:
-        """The layer's bank as read by its kernel: one uint8 array ``[slots, part bytes]`` per part.
+        """Return the layer's bank: for each part, one uint8 array ``[slots, part bytes]``.
 
-        Includes all slots the bank may ever have: kernels keep the shape while the split changes.
+        The arrays include all slots that the bank may ever have, because their shape, on which
+        kernels rely, must not change with the split.
         """
         return self.memory.experts.rows(self.pager.table.bank(layer))
 
     def stats(self) -> dict[str, int | float]:
-        """Return event rule counters, sizes in bytes, faults, and seconds waited for pages."""
+        """Return the event rule's counters, sizes in bytes, faults, and seconds spent waiting."""
         counters, transfer = self.pager.counters(), self.pager.transfer
         return {
             **asdict(counters),
@@ -182,7 +183,7 @@ class Runtime:
         }
 
     def trace_meta(self, *, model: str, top_k: int, source: str) -> TraceMeta:
-        """Metadata for traces of this model."""
+        """Make the metadata for traces of this model."""
         return TraceMeta(
             model=model,
             num_layers=self.geometry.num_layers,
@@ -198,7 +199,7 @@ class Runtime:
         self.memory.check()
 
     def close(self) -> None:
-        """Release all memory; the arenas must no longer be read.
+        """Release all memory; the arenas must not be read afterwards.
 
         A forked child releases nothing, because the memory belongs to its parent.
         """

@@ -35,7 +35,7 @@ _SET_GRADIENT = torch.Tensor.grad.__set__
 
 
 class Sealed(torch.nn.Parameter):
-    """Weights of paged experts. A parameter becomes one by a change of its class."""
+    """Weights of paged experts. A parameter is sealed by changing its class to this one."""
 
     what: ClassVar[str] = "the experts' weights cannot be used while the model is paged"
     #: Answers in place of the tensor's own.
@@ -65,12 +65,12 @@ class Sealed(torch.nn.Parameter):
     def _refuse(cls, *_: object, where: str = "", **__: object) -> NoReturn:
         raise UnsupportedError(cls.what, where=where, fix=cls.fix)
 
-    # torch does not ask __torch_function__ about these.
+    # torch does not pass calls to these methods to __torch_function__.
     set_ = as_subclass = unflatten = _refuse
 
 
 def seal(weight: torch.nn.Parameter, kind: type[torch.nn.Parameter]) -> type[torch.nn.Parameter]:
-    """Make a parameter, in place, one of another kind; return what kind it was."""
+    """Change the class of a parameter in place; return the previous class."""
     before = type(weight)
     weight.__class__ = kind
     return before

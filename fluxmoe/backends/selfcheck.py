@@ -1,8 +1,9 @@
 """Startup check that an MoE kernel's result does not depend on the slots of the experts.
 
 Kernels are selected by processor, dtype and shape, so a machine may run one that no test has
-covered. The check computes one layer of random weights twice, with the experts in order and spread
-over an arena whose other slots are NaN, and compares the results bit by bit.
+covered. The check computes one layer with random weights twice: first with the experts in order,
+then with the experts spread over an arena whose other slots are NaN. The two results are compared
+bit by bit.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from fluxmoe.errors import InvariantError, UnsupportedError
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 
 #: The engine's computation of one MoE layer: ``(parts, table, x, weights, experts)``. ``parts`` are
-#: the weights of all experts or, with a ``table`` (int64 ``[experts]`` → slot), of slots. ``x`` and
-#: the result are hidden states ``[tokens, hidden]``; ``weights`` (float32) and ``experts`` (int64)
-#: are the routing ``[tokens, top_k]``.
+#: the weights of all experts or, with a ``table`` (int64 ``[experts]`` → slot), of all slots. ``x``
+#: and the result are hidden states ``[tokens, hidden]``; ``weights`` (float32) and ``experts``
+#: (int64) are the routing weights and the expert ids, both ``[tokens, top_k]``.
 Kernel: TypeAlias = Callable[
     [Parts, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
@@ -31,23 +32,23 @@ Kernel: TypeAlias = Callable[
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A kernel that has passed, with the dtype of its weights and the time that the check took."""
+    """A kernel that passed the check, the dtype of its weights, and the duration of the check."""
 
     kernel: str
     dtype: str
     milliseconds: float
 
 
-#: Bytes of weights above which fewer experts are checked; at least two, or three where the order
-#: of summation matters.
+#: Bytes that the weights of the checked experts may take. Two experts, or three if the order of
+#: summation matters, are checked even if they take more.
 _BYTES = 16 << 20
-#: Tokens per call: decode, a small batch, and enough for a kernel to split into blocks; fewer
-#: where the experts are so large that the last would take more than ``_FLOP``.
+#: Tokens per call: one as in decoding, a small batch, and a number that kernels split into blocks.
 _TOKENS = (1, 5, 48)
+#: Floating-point operations above which a call gets fewer tokens.
 _FLOP = 2e9
-#: Bytes that a kernel which copies the weights per token may copy in one call.
+#: Bytes that one call may copy if the kernel copies the weights for each token.
 _COPIED = 64 << 20
-#: Routing weight of experts that cancel out; their sum must fit float16.
+#: Absolute routing weight of experts that cancel out; their partial sums must fit float16.
 _LARGE = 256.0
 _SEED = 17
 
@@ -68,14 +69,14 @@ def require_slot_independence(
         kernel: The kernel.
         like: The layer's weights ``[experts, …]``, used only for shapes and dtypes.
         hidden: Size of a hidden state.
-        top_k: Experts per token.
+        top_k: Number of experts per token.
         name: Name of the kernel.
-        fix: Remedy, for the error.
+        fix: Remedy shown in the error.
         copies: True if the kernel copies each token's experts, so that fewer tokens are checked.
 
     Raises:
         UnsupportedError: The results differ, or the kernel fails.
-        InvariantError: They do not differ with the experts exchanged either.
+        InvariantError: The check finds no difference even after exchanging experts.
     """
     started = time.perf_counter()
     random = torch.Generator().manual_seed(_SEED)
@@ -95,7 +96,7 @@ def require_slot_independence(
     where = f"processor {machine.processor()}, {dtype}"
     try:
         expected = [kernel(own, None, x.to(dtype), weights, ids) for x, weights, ids in calls]
-    except Exception as error:  # of any engine's own code
+    except Exception as error:  # the engine's own code may raise anything
         raise UnsupportedError(
             f"the MoE kernel {name} fails, even without FluxMoE: {checkpoint.first_line(error)}",
             where=where,
@@ -113,7 +114,9 @@ def require_slot_independence(
             )
     x, weights, ids = calls[0]
     if experts > 1 and _same(expected[0], kernel(arena, table.roll(1), x.to(dtype), weights, ids)):
-        raise InvariantError(f"the self-check of the MoE kernel {name} sees no difference")
+        raise InvariantError(
+            f"the self-check of the MoE kernel {name} sees no difference if experts are exchanged"
+        )
     took = (time.perf_counter() - started) * 1e3
     return Checked(name, str(dtype).removeprefix("torch."), took)
 
@@ -127,8 +130,9 @@ def _call(
 ) -> tuple[torch.Tensor, ...]:
     """Make hidden states, routing weights and expert ids for one call.
 
-    Two equal experts (``_weights``) of each token cancel out, up to rounding. Otherwise the order
-    in which a kernel sums would change few results in a narrow dtype.
+    If a token has at least three experts, two of them are equal (see ``_weights``) and cancel out,
+    up to rounding. Without such experts, the order in which a kernel sums would change few results
+    in a narrow dtype.
     """
     scores = torch.rand(tokens, experts, generator=random)
     x = torch.randn(tokens, hidden, generator=random)
@@ -144,9 +148,9 @@ def _call(
 
 
 def _weights(experts: int, slots: int, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Make an arena with random experts in its first slots, each like one of its neighbours.
+    """Make an arena with random experts in its first slots; more than two experts form equal pairs.
 
-    Large ones repeat a random block.
+    The weights of large experts repeat a random block.
     """
     arena = torch.empty(slots, *like.shape[1:], dtype=like.dtype)
     rows = arena.view(slots, -1)

@@ -85,7 +85,7 @@ def require_room(config: Config, nbytes: int) -> None:
         if store.codec["kind"] == "none" and kept > free:
             needed, there = sizes.apart(kept, free)
             raise ConfigError(
-                f"the pages need {needed}, {folder} has room for {there}",
+                f"the pages need {needed}, but {folder} has room for only {there}",
                 where=where,
                 fix="name a folder on a larger disk, or set a limit and add another store",
             )

@@ -1,4 +1,4 @@
-"""The block that an engine logs at its start: what it pages, with which memory and policies."""
+"""The text that an engine logs at startup: the paged model, its memory, and the policies."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def start_block(
     store_bytes: int,
     more: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Lines of ``name  value`` below a headline, as one text.
+    """Compose a text that consists of a headline and of lines with a name and a value each.
 
     Args:
-        part: Budget of a worker, and its first split.
+        part: The budget of a worker and its initial split.
         config: The configuration.
         model: Name of the model.
         top_k: Number of experts per token; None if unknown.
-        dynamic: True if the split may change while serving.
+        dynamic: True if the split may change while the engine serves.
         policies: Kind of policy → its name and package (``Registry.source``).
-        store_bytes: Bytes of the stored pages.
-        more: Further names and values, from the engine.
+        store_bytes: Size of the stored pages in bytes.
+        more: Further names and values from the engine.
     """
     geometry, slots = part.geometry, sum(part.slots)
     lines = [
@@ -48,7 +48,7 @@ def start_block(
             (
                 "note",
                 f"the slots are fewer than the {cycle} pages that a token uses ({top_k} in each "
-                "layer): a policy such as lru would never hit",
+                "layer), so a policy such as lru would never hit",
             )
         )
     headline = (

@@ -9,10 +9,10 @@ from fluxmoe.errors import UnsupportedError
 
 
 def as_rows(weight: torch.Tensor) -> Bytes:
-    """View ``[experts, …]`` as uint8 ``[experts, bytes]``.
+    """View weights ``[experts, …]`` as uint8 ``[experts, bytes]``.
 
     Raises:
-        UnsupportedError: An expert's weights are not contiguous.
+        UnsupportedError: The weights are not contiguous.
     """
     if not weight.is_contiguous():
         raise UnsupportedError(f"expert weights with strides {weight.stride()} are not contiguous")

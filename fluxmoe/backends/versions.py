@@ -1,4 +1,4 @@
-"""Versions of installed packages, looked up without importing them."""
+"""Versions of installed packages, which are looked up without importing the packages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 from fluxmoe.errors import MissingDependencyError, UnsupportedVersionError
 
-#: First supported versions for the torch backend, as in the extra ``hf``.
+#: First supported version of each package that the torch backend needs, as in the extra ``hf``.
 TORCH = {"torch": (2, 11), "transformers": (5, 0)}
-#: The command that installs them.
+#: The command that installs these packages.
 HF = "pip install 'fluxmoe[hf]'"
 
 
 def installed(package: str) -> str | None:
-    """Version of a package; None if it is not installed."""
+    """Return the version of a package; None if the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -22,19 +22,20 @@ def installed(package: str) -> str | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Major and minor number of a version."""
+    """Return the major and minor number of a version."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
 
 
 def require(least: Mapping[str, tuple[int, ...]], fix: str) -> None:
-    """Reject missing or old packages.
+    """Reject packages that are missing or too old.
 
     Args:
         least: Package → first supported version.
-        fix: The command that installs them.
+        fix: The command that installs the packages.
 
     Raises:
-        MissingDependencyError, UnsupportedVersionError: One is missing or too old.
+        MissingDependencyError: A package is missing.
+        UnsupportedVersionError: A package is too old.
     """
     for name, first in least.items():
         version = installed(name)

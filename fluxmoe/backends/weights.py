@@ -1,4 +1,4 @@
-"""New weights of a running model as a caller gives them: names and tensors, checked one by one."""
+"""Checks of the names and tensors that a caller gives as new weights of a running model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluxmoe.errors import WeightsError, meant
 Shape: TypeAlias = tuple[int, ...]
 
 #: Remedies for wrong weights.
-FORM = "give pairs of name and tensor, named as before paging"
+FORM = "give pairs of a name and a tensor, with the names used before paging"
 SAME = "give weights of the same architecture"
 
 
@@ -21,33 +21,34 @@ def checked(
     shapes: Mapping[str, Shape],
     other: Callable[[str, torch.Tensor], Shape | None] = lambda *_: None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and tensor of each weight that fits.
+    """Check each weight, and yield its name and tensor.
 
     Args:
-        weights: Pairs of name and tensor, or a map.
+        weights: Pairs of a name and a tensor, or a map from names to tensors.
         shapes: Shapes of the model's weights, by name.
-        other: Returns the shape for a name not in ``shapes``; None if it is not known.
+        other: Returns the shape of a weight whose name is not in ``shapes``; None if the name is
+            not known.
 
     Raises:
-        WeightsError: A weight does not fit, or is given twice.
+        WeightsError: A weight does not fit the model, or is given twice.
     """
     if isinstance(weights, Mapping):
         weights = weights.items()
     if not isinstance(weights, Iterable):
-        raise WeightsError(f"weights of type {type(weights).__name__}", fix=FORM)
+        raise WeightsError(f"the weights are of type {type(weights).__name__}", fix=FORM)
     given = set()
     for pair in weights:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise WeightsError(f"a weight is a {type(pair).__name__}", fix=FORM)
+            raise WeightsError(f"an item is of type {type(pair).__name__}, not a pair", fix=FORM)
         name, weight = pair
         if not isinstance(weight, torch.Tensor):
-            raise WeightsError(f"{name} has no tensor", fix=FORM)
+            raise WeightsError(f"{name} is of type {type(weight).__name__}, not a tensor", fix=FORM)
         if name in given:
             raise WeightsError(f"{name} was given twice", fix="give each weight once")
         expected = shapes[name] if name in shapes else other(name, weight)
         if expected is None:
             fix = meant(name, shapes) or FORM
-            raise WeightsError(f"{name} is no weight of this model", fix=fix)
+            raise WeightsError(f"this model has no weight {name}", fix=fix)
         if weight.shape != expected:
             raise WeightsError(
                 f"{name} has the shape {[*weight.shape]}, not {[*expected]}", fix=SAME

@@ -1,6 +1,7 @@
-"""The command line, one file per verb. ``main`` is the console script ``fluxmoe``.
+"""The command line, with one file per verb. ``main`` is the console script ``fluxmoe``.
 
-Verbs import heavy modules only when run: ``fluxmoe --help`` loads no array library and no engine.
+Verbs import heavy modules only when they run: ``fluxmoe --help`` loads neither an array library nor
+an engine.
 """
 
 from __future__ import annotations
@@ -40,23 +41,26 @@ _DATA = ("--json", "--csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit with 0, 2 for errors that a user can correct, 130 after Ctrl-C.
+    """Run one command and exit with its status.
+
+    The status is 2 after an error that the user can correct, 130 after Ctrl-C, 1 if the verb made a
+    comparison or a check that failed, and otherwise 0.
 
     Args:
-        arguments: Arguments without the program name; default: those of the process.
+        arguments: Arguments without the program name; default: the process's arguments.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Usually added after a failure, so it is accepted anywhere, including at the end of the line.
+    # Users add --debug after a failure, so it is accepted anywhere, even at the end of the line.
     debug = _DEBUG in given
     output.prepare()
-    with suppress(ConfigError):  # an error for a server only, which raises it again
+    with suppress(ConfigError):  # this matters only to servers, which raise the error again
         os.environ.update(caches.folders(os.environ))
     try:
         with ExitStack() as stack:
             stack.enter_context(_compilation_announced())
             if asked := [option for option in _DATA if option in given]:
                 if len(asked) > 1:
-                    raise ConfigError("one format at a time", where=" ".join(asked))
+                    raise ConfigError("only one output format is possible", where=" ".join(asked))
                 stack.enter_context(output.reserved())
             arguments = [argument for argument in given if argument != _DEBUG]
             program()(args=arguments, prog_name="fluxmoe")
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _compilation_announced() -> Iterator[None]:
-    """Show the core's message that it is compiling, which takes seconds without other output."""
+    """Show the core's message that it is compiling, as that takes seconds without other output."""
     logger, handler = logging.getLogger("fluxmoe.compile"), logging.StreamHandler()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -85,9 +89,9 @@ def _compilation_announced() -> Iterator[None]:
 
 
 def program() -> Any:
-    """Build the whole command line as a click group."""
+    """Build the whole command line, as a click group."""
     app = typer.Typer(
-        help="Memory manager for MoE inference: pages expert weights, simulates policies.",
+        help="Memory manager for MoE inference: pages expert weights and simulates policies.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -113,9 +117,9 @@ def program() -> Any:
 
 
 def _spell(command: Any) -> None:
-    """Show values as ``TRACE`` and ``--policy POLICY``, and summaries in full.
+    """Let the help show values as ``TRACE`` and ``--policy POLICY``, and whole summaries.
 
-    typer would write ``{trace}`` and ``--policy <str>``, and shorten the summaries.
+    Typer would write ``{trace}`` and ``--policy <str>``, and would shorten the summaries.
     """
     command.short_help = (command.help or "").partition("\n")[0]
     for parameter in command.params:
@@ -150,4 +154,4 @@ def _globals(
         bool, typer.Option(_DEBUG, help="Show the traceback of an error (allowed anywhere).")
     ] = False,
 ) -> None:
-    """Declare the options before the verb; they are handled before this runs."""
+    """Declare the options that precede the verb; they are handled before this function runs."""

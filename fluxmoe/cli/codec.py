@@ -1,4 +1,4 @@
-"""``fluxmoe codec``: measure compression of a checkpoint's experts by a lossless codec."""
+"""``fluxmoe codec``: measure the compression of a checkpoint's experts by a lossless codec."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def codec(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Measure how much a codec compresses a checkpoint's experts, per layer."""
+    """Measure the compression of a checkpoint's experts by a codec, per layer."""
     from fluxmoe import plugins
     from fluxmoe.checkpoint import require_readable
     from fluxmoe.demo.model import SHIPPED

@@ -1,4 +1,4 @@
-"""``fluxmoe config``: check a configuration, show it resolved, print its JSON schema."""
+"""``fluxmoe config``: check a configuration, print it with its defaults, or print the schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fluxmoe.cli.shared import output
 if TYPE_CHECKING:
     from fluxmoe.config import Config
 
-app = typer.Typer(help="Check and explain configurations.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check configurations, and print them or their schema.", no_args_is_help=True
+)
 
 _File = Annotated[Path, typer.Argument(help="A YAML file.")]
 _KINDS = ("eviction", "prefetch", "arbitration")
@@ -23,7 +25,7 @@ _KINDS = ("eviction", "prefetch", "arbitration")
 
 @app.command()
 def check(file: _File) -> None:
-    """Check everything that can be checked without starting an engine; exit code 2 on errors.
+    """Check all that can be checked without starting an engine; exit with status 2 on errors.
 
     Checks keys, values, policies and their options, vLLM's options, the model's files, and the
     memory and disk space of this machine.
@@ -58,7 +60,7 @@ def show(
     file: _File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
 ) -> None:
-    """Print the configuration with all defaults filled in, itself a valid configuration."""
+    """Print the configuration with all defaults filled in; the output is a valid configuration."""
     import yaml
 
     from fluxmoe import config
@@ -75,7 +77,7 @@ def show(
 
 
 def _shown(loaded: Config) -> dict[str, Any]:
-    """Return the configuration as printed by ``show``; create policies and codecs as a check."""
+    """Return the configuration as ``show`` prints it; create its policies and codecs as a check."""
     from fluxmoe import plugins
     from fluxmoe.backends.stores import make_coders
 
@@ -97,7 +99,7 @@ def _shown(loaded: Config) -> dict[str, Any]:
 
 
 def _resolved(loaded: Config, ready: Config) -> list[str]:
-    """Explain ``off``, and ``auto`` where it is resolved in ``ready``."""
+    """Explain the preset ``off``, and a budget of ``auto`` that has a value in ``ready``."""
     from fluxmoe.backends import budget
 
     lines = []
@@ -113,7 +115,7 @@ def _resolved(loaded: Config, ready: Config) -> list[str]:
 
 
 def _readable(value: Any) -> Any:
-    """Format a value as in a configuration: sizes with units, and ``auto``."""
+    """Convert a value to the form it has in a configuration: sizes with units, and ``auto``."""
     from pydantic import BaseModel, ByteSize
 
     if isinstance(value, ByteSize):

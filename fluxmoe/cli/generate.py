@@ -1,4 +1,4 @@
-"""``fluxmoe generate``: run one prompt through a paged model and show the cost of paging."""
+"""``fluxmoe generate``: run a prompt through a paged model and show the cost of paging."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A backend's answer; ``stats`` comes from ``Runtime.stats``."""
+    """A backend's answer; ``stats`` is the result of ``Runtime.stats``."""
 
     tokens: list[int]
     seconds: float
     stats: dict[str, Any]
 
 
-#: Starts an engine and continues one prompt by a number of tokens.
+#: Starts an engine and continues a prompt by a number of tokens.
 _Engine: TypeAlias = Callable[[list[int], int], _Answer]
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: folder or name.")],
+    model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: a folder or a name.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_ids: Annotated[
         str | None,
         typer.Option(
-            metavar="1,2,3", help="Token ids instead of text, for models without a tokenizer."
+            metavar="1,2,3", help="Token ids to continue, for models without a tokenizer."
         ),
     ] = None,
     backend: Annotated[
@@ -55,20 +55,22 @@ def generate(
     ] = Backend.TORCH,
     memory: Annotated[
         str,
-        typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache."),
+        typer.Option(
+            help="Memory for expert pages, such as 2GiB; with vllm, also for the KV cache."
+        ),
     ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 64,
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue one prompt with greedy decoding; print the text and statistics."""
+    """Continue a prompt with greedy decoding, and print the text and statistics."""
     from fluxmoe.findings import Findings
 
     found, given = Findings(), None
     if (prompt is None) == (prompt_ids is None):
-        found.errors.append(ConfigError("one of --prompt and --prompt-ids is needed"))
+        found.errors.append(ConfigError("exactly one of --prompt and --prompt-ids is needed"))
     elif prompt_ids is not None:
         given = found.result(models.numbers, prompt_ids, "--prompt-ids")
     size = models.vocabulary(model)
@@ -110,7 +112,7 @@ def generate(
 
 
 def _torch(model: str, settings: dict[str, Any], found: Findings, _: int) -> _Engine:
-    """Check all that can be checked, and return the function that starts the engine."""
+    """Check all that can be checked without the engine; return the function that starts it."""
     from fluxmoe import config
     from fluxmoe.backends.torch import loader
 
@@ -128,7 +130,7 @@ def _torch(model: str, settings: dict[str, Any], found: Findings, _: int) -> _En
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                pad_token_id=0,  # one sequence is never padded; avoids a warning of transformers
+                pad_token_id=0,  # avoids a warning by transformers; one sequence is never padded
             )[0, len(prompt) :].tolist()
             return _Answer(tokens, time.perf_counter() - started, paged.stats())
 
@@ -136,7 +138,7 @@ def _torch(model: str, settings: dict[str, Any], found: Findings, _: int) -> _En
 
 
 def _vllm(model: str, settings: dict[str, Any], found: Findings, least: int) -> _Engine:
-    """As ``_torch``, for requests of at least ``least`` tokens."""
+    """As ``_torch``; the model must accept requests of ``least`` tokens."""
     from fluxmoe.backends.vllm.child import child
 
     options: dict[str, Any] = {

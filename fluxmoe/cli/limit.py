@@ -1,4 +1,4 @@
-"""``fluxmoe limit``: set limits on the memory split of a running server."""
+"""``fluxmoe limit``: set limits on a running server's memory split."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fluxmoe.cli.shared.options import AsJson
 def limit(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
     budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Maximum for experts and KV cache together.")
+        str | None, typer.Option(metavar="SIZE", help="Maximum for experts plus KV cache.")
     ] = None,
     experts_min: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Minimum for experts.")
+        str | None, typer.Option(metavar="SIZE", help="Minimum for the experts.")
     ] = None,
     experts_max: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Maximum for experts.")
+        str | None, typer.Option(metavar="SIZE", help="Maximum for the experts.")
     ] = None,
     kv_min: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Minimum for the KV cache.")
@@ -36,7 +36,7 @@ def limit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set limits on a running server's memory split; omitted limits are removed.
+    """Set limits on a running server's memory split; limits that are omitted are removed.
 
     Without options, show the current limits. The server must run with control: true.
     """
@@ -57,7 +57,7 @@ def limit(
         )
     body = None
     if wanted or reset:
-        # Also checked here, so that an invalid size is reported without a server.
+        # Checked here too, so that an invalid size is reported even without a server.
         body = config.parse_limits({} if reset else wanted, where="limits").model_dump(mode="json")
     base = server.address(url)
     key = api_key or os.environ.get("VLLM_API_KEY")

@@ -18,36 +18,41 @@ if TYPE_CHECKING:
     from fluxmoe.plan.advice import Plan, Point
     from fluxmoe.sim.hardware import Profile
 
-#: Default tokens per request, if the model allows that many.
+#: Default number of tokens per request, if the model allows that many.
 _CONTEXT = 4096
-#: Rows of the table.
+#: Approximate number of rows of the table.
 _ROWS = 9
 
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Model folder or Hugging Face name; weights are not read.")
+        str, typer.Argument(help="Folder or Hugging Face name of a model; weights are not read.")
     ],
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Budget for experts and KV cache, such as 24GiB.")
+        str, typer.Option(metavar="SIZE", help="Budget for experts plus KV cache, such as 24GiB.")
     ],
     hardware: Annotated[
         str,
-        typer.Option(metavar="NAME|FILE", help="Hardware profile; this-machine is measured once."),
+        typer.Option(
+            metavar="NAME|FILE", help="Hardware profile; this-machine is measured on first use."
+        ),
     ] = HERE,
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens per request, answer included; default: 4096.", metavar="TOKENS"
+            min=1,
+            help="Tokens per request, including the answer; default: 4096.",
+            metavar="TOKENS",
         ),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 64,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Recorded trace of this model, for its miss ratios."),
+        typer.Option(metavar="FILE", help="Trace of this model, from which to take miss ratios."),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the plan (.svg or .png).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the plan to this file (.svg or .png)."),
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -82,7 +87,7 @@ def plan(
     assert budget is not None
     assert shape is not None
     assert tokens is not None
-    profile = profile or profile_of(HERE)  # last: the first time, this takes a minute
+    profile = profile or profile_of(HERE)  # last, because the first measurement takes a minute
     work = cost.PlannedWorkload(tokens, requests)
     curve = cost.even_curve(shape.pages)
     assumption = (
@@ -121,7 +126,7 @@ def _as_json(plan: Plan) -> dict[str, object]:
 
 
 def _lines(plan: Plan) -> list[dict[str, object]]:
-    """List the points of the curve and the named ones."""
+    """List the points of the curve, followed by the named points."""
     points = {"": plan.curve, **{name: (point,) for name, point in _named(plan)}}
     return [{"split": name, **asdict(point)} for name in points for point in points[name]]
 
@@ -151,7 +156,7 @@ def _named(plan: Plan) -> list[tuple[str, Point]]:
 
 
 def _rows(plan: Plan) -> list[tuple[str, Point]]:
-    """Select some splits from the curve, and the named ones."""
+    """Select some points of the curve, and add all named points."""
     every = max(1, (len(plan.curve) - 1) // (_ROWS - 1))
     rows = {point.resident_pages: ("", point) for point in plan.curve[::every]}
     names: dict[int, list[str]] = {}

@@ -1,4 +1,4 @@
-"""``fluxmoe policies``: list policies with their plugins, and broken plugins."""
+"""``fluxmoe policies``: list all policies and their plugins, including broken plugins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fluxmoe.observe.snapshot import PolicyState
     from fluxmoe.plugins import Plugin, Registration
 
-#: State of a server's policies, by kind and name.
+#: Kind and name of a policy → the policy's state in a server.
 States = Mapping[tuple[str, str], "PolicyState"]
 
 
@@ -27,7 +27,7 @@ def policies(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """List all policies: built in, installed, and from --plugin; also broken plugins."""
+    """List all policies (built in, installed, and from --plugin) and all broken plugins."""
     from fluxmoe import plugins
     from fluxmoe.observe import snapshot
 
@@ -92,7 +92,7 @@ def _elsewhere(state: PolicyState) -> dict[str, Any]:
 
 
 def _without_policy(plugin: Plugin) -> dict[str, Any]:
-    """Make the row of a plugin that registered nothing, with the reason."""
+    """Make the row of a plugin that is broken or left out, with the reason."""
     return {
         "kind": None,
         "name": None,

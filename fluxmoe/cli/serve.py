@@ -1,4 +1,4 @@
-"""``fluxmoe serve``: start vLLM's OpenAI server from a configuration."""
+"""``fluxmoe serve``: start vLLM's OpenAI server as a configuration describes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="YAML file, see docs/reference/configuration.md.")],
+    config: Annotated[Path, typer.Argument(help="YAML file; see docs/reference/configuration.md.")],
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print the vLLM command instead of running it.")
     ] = False,

@@ -1,4 +1,4 @@
-"""``fluxmoe simulate``: replay a trace with policies and capacities, without a model."""
+"""``fluxmoe simulate``: replay a trace with given policies and capacities, without a model."""
 
 from __future__ import annotations
 
@@ -33,40 +33,49 @@ def simulate(
         list[str],
         typer.Option(
             callback=items,
-            help="Capacities, comma-separated or repeated: pages (96), a share (25%) or 2GiB.",
+            help="Capacities, comma-separated or repeated: a number of pages (96), a share (25%) "
+            "or a size (2GiB).",
         ),
     ],
     prefetch: Annotated[
         list[str] | None,
         typer.Option(
             callback=items,
-            help="Prefetch policies, in the form of --policy, comma-separated or repeated.",
+            help="Prefetch policies, in the same form as --policy, comma-separated or repeated.",
         ),
     ] = None,
-    banks: Annotated[int, typer.Option(help="Number of banks for the layers.")] = 1,
+    banks: Annotated[
+        int, typer.Option(help="Number of banks over which the layers are distributed.")
+    ] = 1,
     plugin: Plugins = None,
     contain: Annotated[
         bool,
-        typer.Option("--contain", help="Fall back to LRU when a policy fails, as in an engine."),
+        typer.Option(
+            "--contain",
+            help="Use the default answer (LRU for eviction) when a policy fails, as in an engine.",
+        ),
     ] = False,
     hardware: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="Hardware profile; adds step times."),
+        typer.Option(metavar="NAME|FILE", help="Hardware profile for modelling step times."),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of processes; default: one per core for large work."),
+        typer.Option(
+            min=1, help="Number of processes; default: one per core if there is much to do."
+        ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a report: curves and a table.")
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a report with curves and a table."),
     ] = None,
     force: Force = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Replay a trace with every combination of policy, capacity and prefetcher.
+    """Replay a trace with every combination of policy, capacity and prefetch policy.
 
-    A policy that fails ends the command with exit code 2: its counts would not be its own.
+    If a policy fails, the command ends with exit status 2, unless --contain is given.
     """
     from fluxmoe import plugins
     from fluxmoe.arguments import require_new
@@ -119,7 +128,7 @@ def _warn_of_cycle(outcomes: list[Outcome], events: Events) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a temporary progress bar on standard error if that is a terminal."""
+    """Show a temporary progress bar if standard error is a terminal; yield its update function."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -133,7 +142,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def spec(text: str) -> PolicySpec:
-    """Parse ``name`` or ``name:option=value:…`` into the form the registry accepts."""
+    """Parse ``name`` or ``name:option=value:…`` into the form that the registry accepts."""
     name, *settings = text.split(":")
     if not settings:
         return name

@@ -1,4 +1,4 @@
-"""``fluxmoe top``: live view of a server's memory split, hit rates and moves."""
+"""``fluxmoe top``: a live view of a server's memory split, hit rates and moves."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ if TYPE_CHECKING:
     from fluxmoe.core.arbitration.messages import Decision
     from fluxmoe.observe.snapshot import PolicyState, Rates, Snapshot
 
-#: Columns of a frame; on wider terminals the bar is longer, up to ``_BAR`` columns.
+#: Minimum width of the screen, and maximum width of the bar, which is longer on wider terminals.
 _LEAST, _BAR = 80, 48
 _DIRECTIONS = {"to_kv": "memory moves to the KV cache", "to_experts": "memory moves to the experts"}
 
 
 def top(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one screen and exit.")] = False,
     interval: Annotated[
-        float, typer.Option(min=0.1, help="Seconds between frames, and interval of rates.")
+        float,
+        typer.Option(
+            min=0.1,
+            help="Seconds between updates; also the interval over which rates are computed.",
+        ),
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON.")] = False,
 ) -> None:
-    """Show a running server's memory split, hit rates, and moves with their reasons."""
+    """Show a running server's memory split, its hit rates, and the moves with their reasons."""
     from fluxmoe.observe import snapshot
 
     first, taken = snapshot.fetch(url), time.monotonic()
@@ -50,7 +54,7 @@ def top(
 
 
 def _watch(url: str, now: Snapshot, taken: float, interval: float) -> None:
-    """Show frames until Ctrl-C; if the server does not answer, wait for it."""
+    """Update the screen until Ctrl-C; if the server does not answer, wait for it."""
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
@@ -77,13 +81,13 @@ def _watch(url: str, now: Snapshot, taken: float, interval: float) -> None:
 
 
 def frame(now: Snapshot, rates: Rates, width: int) -> Group:
-    """Render one frame.
+    """Render one screen.
 
     Args:
         now: The server's state.
-        rates: Its changes since the previous frame, or since the server's start.
-        width: Columns of the terminal. Nothing but the bar depends on it, and no column on the
-            numbers, so that frames do not jump.
+        rates: Changes since the previous screen, or since the server's start.
+        width: Columns of the terminal. Only the bar's width depends on this number, and no column's
+            width depends on the values, so that the columns do not move between updates.
     """
     from rich.console import Group
     from rich.text import Text
@@ -146,7 +150,7 @@ def _numbers(now: Snapshot, rates: Rates) -> Table:
 
 
 def _grid(*widths: int, right: Sequence[int] = ()) -> Table:
-    """Make a table with columns of fixed widths, separated by two blanks."""
+    """Make a table of columns with fixed widths, separated by two spaces."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

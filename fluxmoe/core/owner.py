@@ -1,8 +1,8 @@
-"""Owner: the process that owns a resource.
+"""The class ``Owner``: the process that owns a resource.
 
-A forked child gets copies of all books and locks, shares the frames and open files with its parent,
-and has none of its threads. So it may neither use nor release the parent's resources: each use
-checks the owner first, and each release does nothing.
+A forked child process gets copies of all books and locks, shares the frames and open files with its
+parent, and has none of the parent's threads. So a child may neither use nor release the parent's
+resources: each use checks the owner first, and a release in the child does nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fluxmoe.errors import UnsupportedError
 class Owner:
     """The process that created this object.
 
-    Comparing process ids takes 50 ns. Python's after-fork hooks would cost nothing, but are not
-    called for a fork in C.
+    Comparing process ids takes 50 ns. Python's after-fork hooks would cost nothing, but they are
+    not called when C code forks.
     """
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class Owner:
         return os.getpid() == self._process
 
     def require(self) -> None:
-        """Raise UnsupportedError in any other process."""
-        if os.getpid() != self._process:  # called for each event: avoids the call of ``here``
+        """Raise UnsupportedError if the current process is not the owner."""
+        if os.getpid() != self._process:  # runs at every event, so it does without ``here``
             raise UnsupportedError(
                 f"this process was forked from process {self._process} and cannot use what "
                 "FluxMoE created there: paged models, engines, traces being written",

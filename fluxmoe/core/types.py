@@ -1,4 +1,4 @@
-"""Basic frozen types: geometry, page layout, events, access, budget, counters."""
+"""Basic frozen types: geometry, page layout, events, accesses, budgets and counters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Int64s: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-#: Kinds of age, in events: residency of a page on eviction; time since its last use at that point;
-#: interval between two uses of a page.
+#: Kinds of age, in events: the time that an evicted page was resident, the time since an evicted
+#: page's last use, and the interval between two uses of a page.
 LIFETIME, IDLE, REUSE = range(3)
-#: Number of age buckets: bucket n counts ages up to 2^n, the last one all others.
+#: Number of age buckets: bucket n counts ages up to 2^n, and the last bucket counts all others.
 AGES = 24
 
 
 class Phase(IntEnum):
-    """Kind of work in a step. A batch that mixes both counts as prefill."""
+    """Kind of work in a step. A step with both kinds counts as prefill."""
 
     PREFILL = 0
     DECODE = 1
@@ -30,7 +30,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Layers and experts of a model. Only MoE layers count, from 0."""
+    """Number of layers and experts of a model. Only MoE layers count; the first has number 0."""
 
     num_layers: int
     experts_per_layer: int
@@ -44,12 +44,12 @@ class Geometry:
 
 
 class EventList(NamedTuple):
-    """N consecutive events. Event ``i`` routes to ``ids[offsets[i]:offsets[i + 1]]``.
+    """A list of N consecutive events. Event ``i`` routes to ``ids[offsets[i]:offsets[i + 1]]``.
 
-    ``ids`` has one entry per (token, expert) pair, including repeats. ``later``, equally long,
-    is the next event that uses the same page; empty if no policy needs it. Event ``i`` predicts
-    ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, including repeats;
-    ``guess_offsets`` is empty without predictions.
+    ``ids`` has one entry per (token, expert) pair, including repeats. ``later`` has, for each
+    entry, the next event that uses the same page; ``later`` is empty if no policy needs it. Event
+    ``i`` predicts ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, including
+    repeats; without predictions, ``guess_offsets`` is empty.
     """
 
     step: npt.NDArray[np.int32]  # [N]
@@ -66,7 +66,7 @@ class EventList(NamedTuple):
 class Part:
     """One tensor of an expert (``w13``, ``w2`` …) in the layout that the kernel reads.
 
-    ``elements`` is the number of weights, which limits kernels with narrow indices.
+    ``elements`` is the number of weights; kernels with narrow indices limit this number.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PageClass:
-    """The layout common to all expert pages of a model: its parts, in order."""
+    """The layout that all expert pages of a model have in common: their parts, in order."""
 
     parts: tuple[Part, ...]
 
@@ -96,17 +96,18 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One event in the form that policies get: the distinct experts that one MoE layer routes to.
+    """One event in the form that policies get: the distinct experts to which one MoE layer routes.
 
     Attributes:
-        step: Forward pass of the engine, from 0.
-        layer: MoE layer, from 0.
+        step: Number of the engine's forward pass, from 0.
+        layer: Number of the MoE layer, from 0.
         pages: Distinct pages in ascending order, int64.
         hit: True for each page that was resident when the event began.
         tokens: Number of (token, expert) pairs routed to each page, int64.
         phase: Phase of the step.
-        predicted: Pages that the next layer's router chooses for this layer's hidden states, most
-            tokens first. None if unknown: always in the engines, and in traces without the column.
+        predicted: Pages that the next layer's router would choose for this layer's hidden states,
+            in descending order of tokens. None if unknown, which is always so in the engines and in
+            traces without this column.
     """
 
     step: int
@@ -134,7 +135,7 @@ class Loads:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Each page with its slot."""
+        """All pairs of a page and its slot."""
         return list(zip(self.pages.tolist(), self.slots.tolist(), strict=True))
 
 
@@ -142,10 +143,11 @@ class Loads:
 class Counters:
     """Counts since the last ``reset()``, as the event rule defines them.
 
-    ``accesses = hits + misses`` counts distinct experts, once per event. ``prefetch_hits`` is the
-    part of ``hits`` on prefetched pages that had not been used before. ``evictions`` counts victims
-    for demand or prefetch, ``released`` pages that the policy did not retain, ``resized`` pages
-    given up because the tenant shrank or the weights changed.
+    ``accesses = hits + misses`` counts each distinct expert once per event. ``prefetch_hits`` are
+    the hits on prefetched pages that had not been used since they were loaded. ``evictions`` counts
+    the victims that made room for demanded or prefetched pages, ``released`` counts pages that the
+    policy did not retain, and ``resized`` counts pages that lost their slots because the tenant
+    shrank or the weights changed. ``cold`` counts misses on pages that had never been loaded.
     """
 
     events: int

@@ -1,9 +1,10 @@
-"""Comparison of engines at one budget and at one total: same requests, alternating runs, medians.
+"""Comparison of engines at the same budget and at the same total memory.
 
-The budget covers expert weights (or the arenas that hold some of them) and KV cache. Stock vLLM
-keeps all experts in it and uses the rest for its cache. FluxMoE splits it, and keeps its page store
-beside it. For a GPU's budget that store is in other memory; on a CPU it is in the same, and an
-engine's total includes it. With a page file the total is the budget.
+All engines serve the same requests in alternating runs, and the results are medians. The budget
+covers the KV cache and the expert weights (or the arenas that hold some of them). Stock vLLM keeps
+all experts in the budget and uses the rest for its cache. FluxMoE splits the budget, and keeps its
+page store outside. For a GPU's budget, the store is in other memory; on a CPU, the store is in the
+same memory, so an engine's total includes it. With a page file, the total equals the budget.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fluxmoe.demo.model import ASSETS, DemoModel
 from fluxmoe.errors import MissingDependencyError
 from fluxmoe.findings import Findings
 
-#: Beginnings of sentences from the shipped model's held-out text, one per line.
+#: Beginnings of sentences from text held out from the shipped model's training, one per line.
 PROMPTS = ASSETS / "prompts.txt"
 
 
@@ -30,12 +31,12 @@ class DemoWorkload:
     """Requests that continue short texts by sampling, with outputs of fixed length.
 
     Every request has its own seed. Sampling is needed because greedy decoding with a small model
-    ends in loops, whose routing repeats as well.
+    ends in loops, in which the routing repeats as well.
 
     Attributes:
-        requests: Number of requests, all queued at once.
-        output_tokens: Number of tokens generated per request.
-        temperature: Sampling temperature; 0 decodes greedily.
+        requests: Number of requests, which are all queued at once.
+        output_tokens: Number of tokens to generate per request.
+        temperature: Sampling temperature; 0 means greedy decoding.
     """
 
     requests: int
@@ -56,7 +57,7 @@ class DemoWorkload:
 
 
 def _drop_from_cache(path: Path) -> None:
-    """Let the page cache forget a file just written: it would be memory beyond the total."""
+    """Drop a file that was just written from the page cache, whose memory the total leaves out."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -79,13 +80,13 @@ class Side:
     """Results of one engine in a comparison.
 
     Attributes:
-        runs: Its runs.
-        kv_blocks, kv_bytes: Its KV cache.
-        expert_bytes: Memory of the experts that the kernels read.
+        runs: The engine's runs.
+        kv_blocks, kv_bytes: Size of the engine's KV cache.
+        expert_bytes: Memory for the experts that the kernels can read.
         store_bytes: Memory of the page store.
         disk_bytes: Size of the page file.
-        budget_bytes: Limit of experts and KV cache together.
-        pss_bytes: Memory of the engine's processes as the system counts it, all else included.
+        budget_bytes: Limit on experts and KV cache together.
+        pss_bytes: All memory of the engine's processes, as the operating system counts it.
     """
 
     runs: tuple[Generation, ...]
@@ -99,7 +100,7 @@ class Side:
 
     @property
     def total_bytes(self) -> int:
-        """Memory for experts, KV cache and page store."""
+        """The memory for experts, KV cache and page store."""
         return self.budget_bytes + self.store_bytes
 
     @property
@@ -138,7 +139,7 @@ class Side:
         return data
 
 
-#: Engines of a comparison, in the order in which they run: keys in JSON → titles.
+#: Engines of a comparison, in the order in which they run: key in JSON → title.
 TITLES = {
     "stock": "stock vLLM",
     "fluxmoe": "vLLM + FluxMoE",
@@ -151,14 +152,15 @@ STOCK, FLUXMOE, AT_TOTAL, UNLIMITED, PAGE_FILE = TITLES
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The results by engine.
+    """Results of a comparison, by engine.
 
-    ``stock`` and ``fluxmoe`` have the same budget, and FluxMoE has its page store beside it. If
-    that budget does not hold all requests at once, there are also ``stock_at_total``, whose budget
+    ``stock`` and ``fluxmoe`` have the same budget, and FluxMoE has its page store in addition. If
+    the budget has no room for all requests at once, there are also ``stock_at_total``, whose budget
     includes the page store's memory, and ``stock_unlimited``, whose KV cache holds all requests.
-    ``fluxmoe_page_file``, if measured, keeps its pages on disk, so its total is that of ``stock``.
+    ``fluxmoe_page_file``, if measured, keeps its pages on disk, so its total equals that of
+    ``stock``.
 
-    ``texts`` has the prompt of each request and its output in FluxMoE's last run.
+    ``texts`` has each request's prompt and the output of that request in FluxMoE's last run.
     """
 
     texts: tuple[tuple[str, str], ...]
@@ -175,7 +177,7 @@ class Comparison:
         return self.sides[FLUXMOE]
 
     def speedup(self, name: str = FLUXMOE, over: str = STOCK) -> float:
-        """Ratio of two engines' medians of tokens per second."""
+        """Return the ratio of two engines' medians of tokens per second."""
         return self.sides[name].tokens_per_s / self.sides[over].tokens_per_s
 
     @property
@@ -209,18 +211,18 @@ def compare(
     cold: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Run a workload through stock vLLM and FluxMoE at the same budget, and at the same total.
+    """Run a workload with stock vLLM and FluxMoE at the same budget and at the same total.
 
     Args:
         model: The checkpoint.
         workload: The requests.
-        sequences: Number of requests that the KV cache of stock vLLM holds at the budget.
+        sequences: Number of requests for which stock vLLM's KV cache has room at the budget.
         fluxmoe: FluxMoE's configuration without ``memory.budget`` and ``stores``.
-        rounds: Number of runs per engine, alternating.
+        rounds: Number of runs per engine; engines alternate.
         options: Options passed to each ``vllm.LLM``.
-        page_files: Folder for the page file of ``fluxmoe_page_file``; None to leave it out.
-        cold: Begin every run with no page resident, instead of with those of the previous run.
-        progress: Called with progress messages.
+        page_files: Folder for the page file of ``fluxmoe_page_file``; None leaves that engine out.
+        cold: Begin every run with no page resident; if false, the previous run's pages stay.
+        progress: Function that is called with progress messages.
     """
     budget, experts = model.budget(sequences), model.experts_total_bytes
     fluxmoe = {**fluxmoe, "memory": {**fluxmoe.get("memory", {}), "budget": budget}}
@@ -252,7 +254,7 @@ def compare(
             for path in page_files.rglob("*.pages"):
                 _drop_from_cache(path)
         runs: dict[str, list[Generation]] = {name: [] for name in engines}
-        for engine, _ in engines.values():  # the first requests include lazy initialisation
+        for engine, _ in engines.values():  # because the first requests are slow
             engine.generate(prompts[:2] if cold else prompts)
         for turn in range(rounds):
             for name, (engine, _) in engines.items():

@@ -24,7 +24,7 @@ class DemoModel:
     expert_hidden: int
     kv_heads: int
     head_dim: int
-    #: vLLM's default block size on a CPU; a request that fits into one never waits for a second.
+    #: vLLM's default block size on a CPU. Requests that fit into one block never wait for another.
     block_tokens: int = 128
 
     @classmethod
@@ -55,17 +55,20 @@ class DemoModel:
         return self.layers * self.block_tokens * 2 * self.kv_heads * self.head_dim * 2
 
     def budget(self, sequences: int) -> int:
-        """Bytes for all experts, ``sequences`` requests of one KV block, and vLLM's null block."""
+        """Return the bytes for all experts and for ``sequences`` requests.
+
+        A request takes one KV block; vLLM's null block is added.
+        """
         return self.experts_total_bytes + (sequences + 1) * self.kv_block_bytes
 
     def options(self, max_num_seqs: int) -> dict[str, Any]:
-        """Settings for vLLM: eager, one block per request, at most ``max_num_seqs`` at once."""
+        """Return vLLM's settings: eager, one block per request, ``max_num_seqs`` at once."""
         return {
             "enforce_eager": True,
             "max_model_len": self.block_tokens,
             "max_num_seqs": max_num_seqs,
             "block_size": self.block_tokens,
-            # On a CPU vLLM cannot split the prefill of a request with its own seed, so all prompts
-            # together must fit one step.
+            # On a CPU, vLLM cannot split the prefill of a request that has its own seed, so one
+            # step must have room for all prompts together.
             "max_num_batched_tokens": max_num_seqs * self.block_tokens,
         }

@@ -1,4 +1,5 @@
-"""Stores of clean copies of expert pages: host memory and page files, both with optional codec.
+"""Stores that hold clean copies of expert pages in host memory or in page files.
 
-Imports the core, ``checkpoint`` and ``hookspecs``.
+Both kinds can encode the pages with a codec. This package imports the core, ``checkpoint`` and
+``hookspecs``.
 """

@@ -1,4 +1,4 @@
-"""Encoding of page parts for stores: coded if that is shorter, and verified."""
+"""Encoding of page parts for stores: parts are kept encoded if that is shorter and verified."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.getLogger("fluxmoe")
 
 
 class Coder:
-    """The host's side of a codec: verifies its output and contains its faults.
+    """The host's side of a codec: verifies the codec's output and contains its faults.
 
-    A part that the codec cannot restore bit for bit is kept uncoded, counted, and reported once.
-    Stored data of the original's length *is* the original.
+    A part that the codec cannot restore bit for bit is kept uncoded and counted; the first such
+    fault is reported. Stored data of the original's length *is* the original.
 
     Args:
         codec: The codec.
-        name: Registered name, for messages.
-        strict: Raise faults instead of containing them.
+        name: The codec's registered name, for messages.
+        strict: Raise an error for a fault instead of keeping the part uncoded.
 
     Attributes:
-        faults: Number of times the codec raised or did not restore its input.
+        faults: Number of times that the codec raised or did not restore its input.
     """
 
     def __init__(self, codec: Codec, name: str, *, strict: bool = False) -> None:
@@ -34,10 +34,10 @@ class Coder:
         self.faults = 0
 
     def encode(self, raw: Bytes) -> Bytes:
-        """Encode ``raw``: a new, shorter array, or ``raw`` itself.
+        """Encode ``raw``; the result is a new, shorter array, or ``raw`` itself.
 
         Raises:
-            CodecError: The codec failed in strict mode.
+            CodecError: The codec failed, and ``strict`` is true.
         """
         try:
             coded: object = self._codec.encode(raw)
@@ -45,7 +45,7 @@ class Coder:
                 raise CodecError(f"encode returned {type(coded).__name__}, not a 1-d uint8 array")
             if not 0 < len(coded) < len(raw):
                 return raw
-            back = ~raw  # bytes that the codec does not write stay wrong
+            back = ~raw  # so that bytes that the codec does not write differ from ``raw``
             self._codec.decode(coded, back)
             if not np.array_equal(back, raw):
                 raise CodecError("decoding does not restore the encoded bytes")
@@ -64,7 +64,7 @@ class Coder:
         """Decode ``kept`` to ``out``.
 
         Raises:
-            StoreError: The codec failed or ``kept`` is damaged.
+            StoreError: The codec failed, or ``kept`` is damaged.
         """
         if len(kept) == len(out):
             np.copyto(out, kept)

@@ -1,6 +1,6 @@
-"""Pages in a page file: built on the first start, verified and reused on later ones.
+"""Pages in a page file, which is built on the first start and reused on later ones.
 
-Replaced pages are in an overlay: the file itself never changes.
+Replaced pages are kept in an overlay: the file itself never changes.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ logger = logging.getLogger("fluxmoe")
 
 
 class FileTier:
-    """Pages on disk.
+    """A tier that keeps its pages on disk.
 
-    The file's name is derived from its layout, its codec and its first page. An existing file is
-    used as long as every page put matches its checksum in the file; at the first mismatch it is
-    rebuilt.
+    The file's name is derived from the layout, the codec and the first page. An existing file is
+    used as long as every page that is put matches its checksums in the file; at the first mismatch,
+    the file is rebuilt.
 
     Args:
         folder: Folder of the file.
         coder: Encodes the pages.
-        limit: Maximum bytes of the pages; None if unlimited.
+        limit: Maximum size of the pages in bytes; None if unlimited.
         options: Options of the codec.
-        direct: Read uncached parts with direct I/O.
+        direct: Read pages that are not in the page cache with direct I/O.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FileTier:
         self._shape = (geometry.num_pages, [part.nbytes for part in page_class.parts])
         self._about = {
             "codec": coder.name,
-            # Some codecs need them to decode. Normalised to what JSON returns.
+            # Some codecs need their options to decode. This is the form that JSON returns.
             "options": json.loads(json.dumps(dict(options or {}), default=str)),
             "num_layers": geometry.num_layers,
             "experts_per_layer": geometry.experts_per_layer,
@@ -76,8 +76,8 @@ class FileTier:
         self._writer: PageFileWriter | None = None
         self._overlay: Overlay | None = None
         self._staged: dict[int, Index] = {}
-        self._growth = 0  # of nbytes, by the staged pages
-        self._held: dict[int, int] = {}  # page → bytes, in the order put
+        self._growth = 0  # of ``nbytes``, once the staged pages are committed
+        self._held: dict[int, int] = {}  # page → bytes, in the order in which pages were put
         self._coded = Scratch(sum(sectors(part.nbytes) for part in page_class.parts))
         self.nbytes = 0
 
@@ -111,17 +111,18 @@ class FileTier:
         """
         if self._writer is None or self._path is None:
             return
-        if not self._held:  # no page fit
+        if not self._held:  # no page fitted
             self._writer.abandon()
         else:
             self._file = self._writer.finish(direct=self._direct)
         self._writer = None
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
-        """Read a page; retry once on failure.
+        """Read a page; if that fails, retry once.
 
         Raises:
-            StoreError: The second attempt failed as well. A damaged file is set aside.
+            StoreError: The second attempt failed as well. If the page is damaged, its file has
+                been set aside.
         """
         overlay: PageReader | None = self._overlay
         file = overlay if overlay is not None and overlay.index[page, 0, OFFSET] else self._file
@@ -194,7 +195,7 @@ class FileTier:
         return bool(entry[:, OFFSET].all()) and entry[:, RAW_SUM].tolist() == sums
 
     def _build_anew(self) -> None:
-        """Begin a new file with the pages of the old file that were already put."""
+        """Begin a new file; copy the pages that were already put from the old file."""
         old, self._file = self._file, None
         assert old is not None and self._path is not None
         logger.warning("%s is rebuilt: it contains different pages", self._path)

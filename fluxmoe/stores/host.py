@@ -1,4 +1,4 @@
-"""Pages in host memory: taken over layer by layer without a copy, or page by page and coded."""
+"""Pages in host memory: taken over without a copy layer by layer, or encoded page by page."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fluxmoe.core.types import Bytes, Geometry, Int64s, PageClass
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.coding import Coder
 
-#: Bytes reserved at a time. The system allocates only what is written.
+#: Bytes reserved at a time. The operating system allocates only what is written.
 _CHUNK = 64 << 20
 
 
 class HostStore:
-    """Holds each layer's parts as the given uint8 arrays ``[experts, part bytes]``."""
+    """A store that holds each layer's parts as the given uint8 arrays ``[experts, part bytes]``."""
 
     def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
         self._geometry, self._page_class = geometry, page_class
         self._layers: list[list[Bytes]] = []
         self._sizes = np.array([part.nbytes for part in page_class.parts])
-        #: Address of expert 0, per layer and part; 0 for layers that are not there.
+        #: Address of expert 0, per layer and part; 0 for layers that were not adopted.
         self._first = np.zeros((geometry.num_layers, len(self._sizes)), np.int64)
 
     @property
@@ -47,7 +47,7 @@ class HostStore:
             np.copyto(target, source[expert])
 
     def reader(self, arenas: Sequence[Bytes]) -> Reader:
-        """Make a reader that copies all pages, and all parts of each, in one compiled call."""
+        """Make a reader that copies all parts of all pages in one compiled call."""
         if [(rows.shape[1], rows.flags.c_contiguous) for rows in arenas] != [
             (size, True) for size in self._sizes
         ]:
@@ -56,17 +56,17 @@ class HostStore:
         targets = np.array([rows.ctypes.data for rows in arenas])
 
         def read(pages: Int64s, slots: Int64s) -> None:
-            rows = len(arenas[0])  # and the arenas stay alive
+            rows = len(arenas[0])  # this reference also keeps the arenas alive
             copied = copy_pages(self._first, self._sizes, experts, targets, rows, pages, slots)
             if copied < len(pages):
                 raise StoreError(f"page {pages[copied]} is not in the store")
 
-        read(targets[:0], targets[:0])  # compiled, or read from disk, before the first event
+        read(targets[:0], targets[:0])  # so that it is compiled or loaded before the first event
         return read
 
     @contextmanager
     def update(self) -> Iterator[Put]:
-        """See ``ChangingStore``. The new pages are held beside the old ones until the end."""
+        """See ``ChangingStore``. New pages are held beside the old ones until the update ends."""
         staged: dict[int, list[Bytes]] = {}
 
         def put(page: int, parts: Sequence[Bytes]) -> None:
@@ -85,18 +85,18 @@ class HostStore:
 
 
 class HostTier:
-    """Pages in host memory, coded.
+    """A tier that keeps its pages in host memory, encoded.
 
     Args:
         coder: Encodes the pages.
-        limit: Maximum bytes of the pages; None if unlimited.
+        limit: Maximum size of the pages in bytes; None if unlimited.
     """
 
     def __init__(self, coder: Coder, limit: int | None) -> None:
         self._coder, self._limit = coder, limit
         self._pages: dict[int, list[Bytes]] = {}
         self._staged: dict[int, list[Bytes]] = {}
-        self._growth = 0  # of nbytes, by the staged pages
+        self._growth = 0  # of ``nbytes``, once the staged pages are committed
         self._room = np.empty(0, np.uint8)
         self.nbytes = 0
 
@@ -138,7 +138,7 @@ class HostTier:
         del self._pages[page]
 
     def _held(self, page: int) -> int:
-        """Bytes occupied by a page; 0 if it is elsewhere."""
+        """Return the bytes that a page occupies; 0 if the page is not in this tier."""
         return sum(_lines(part) for part in self._pages.get(page, ()))
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
@@ -155,7 +155,7 @@ class HostTier:
 def require_layer(
     geometry: Geometry, page_class: PageClass, layer: int, parts: Sequence[Bytes]
 ) -> None:
-    """Raise StoreError unless ``parts`` match the next layer, ``layer``."""
+    """Raise StoreError unless ``parts`` can be adopted as ``layer``, the next layer."""
     if layer == geometry.num_layers:
         raise StoreError(f"the store already has all {layer} layers")
     got = [part.shape for part in parts]
@@ -176,9 +176,9 @@ def require_page(
     parts: Sequence[Bytes],
     staged: Container[int],
 ) -> None:
-    """Raise StoreError unless ``parts`` can replace ``page``, which is not ``staged`` yet."""
+    """Raise StoreError unless ``parts`` can replace ``page`` and ``page`` is not ``staged`` yet."""
     if not 0 <= page < geometry.num_pages:
-        raise StoreError(f"there is no page {page}, the last one is {geometry.num_pages - 1}")
+        raise StoreError(f"there is no page {page}: the last page is {geometry.num_pages - 1}")
     if page in staged:
         raise StoreError(f"page {page} is put twice")
     got = [(part.shape, str(part.dtype)) for part in parts]
@@ -188,11 +188,11 @@ def require_page(
 
 
 def _lines(part: Bytes) -> int:
-    """Bytes occupied by a part, in whole cache lines."""
+    """Return the bytes that a part occupies, in whole cache lines."""
     return -(-len(part) // 64) * 64
 
 
 def _anonymous(nbytes: int) -> Bytes:
-    """Allocate anonymous memory outside the heap, which encoding would fragment."""
+    """Allocate anonymous memory outside the heap, which the encoded pages would fragment."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, np.uint8)

@@ -1,9 +1,9 @@
-"""Replaced pages of a page file, in a file without a name that ends with this process.
+"""Replaced pages of a page file, in a file without a name that disappears with this process.
 
-A page file belongs to its checkpoint, and other processes read it: it is never changed. A page has
-two places in the overlay, large enough for its original. New contents go to the one not in use, so
-the current ones remain until all of an update has been written. The file is sparse: places that
-were never written occupy nothing.
+A page file belongs to its checkpoint and may be read by other processes, so it is never changed.
+A page has two places in the overlay, each large enough for the uncoded page. New contents go to the
+place that is not in use, so the current contents remain until the whole update has been written.
+The overlay's file is sparse: places that were never written occupy no disk space.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fluxmoe.stores.reader import (
 
 
 class Overlay(PageReader):
-    """The replaced pages of one tier, at first none.
+    """The replaced pages of one tier; at first, there are none.
 
     Args:
-        folder: Folder on whose disk the file is.
+        folder: Folder on whose disk the file is created.
         pages: Number of pages of the model.
         sizes: Bytes of each part before encoding.
         direct: Read pages that are not in the page cache with direct I/O.
@@ -53,10 +53,10 @@ class Overlay(PageReader):
         super().__init__(fd, folder, index, sizes, direct=direct, fix=fix)
 
     def write(self, page: int, kept: Sequence[Bytes], raw_sums: Sequence[int]) -> Index:
-        """Write a page's new contents to its free place; return its entry for ``replace``.
+        """Write a page's new contents to its free place; return the entry for ``replace``.
 
         Args:
-            kept: Its parts in stored form, none longer than its original.
+            kept: The page's parts in stored form, none longer than its original.
             raw_sums: Checksums of the originals.
         """
         offset = SECTOR + 2 * page * self._place
@@ -75,16 +75,16 @@ class Overlay(PageReader):
         return entry
 
     def replace(self, page: int, entry: Index) -> None:
-        """Let reads find a page's new contents. Not called while a page is read."""
+        """Let later reads find a page's new contents. Not called while any page is being read."""
         self.index[page] = entry
         self.verified[page] = False
 
 
 def _nameless(folder: Path) -> int:
-    """Open a new file in ``folder`` that no other process can find."""
+    """Open a new file that is in ``folder`` but that no other process can find."""
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
-    except OSError:  # not every file system has them
+    except OSError:  # not every file system supports O_TMPFILE
         fd, name = tempfile.mkstemp(dir=folder)
         os.unlink(name)
         return fd

@@ -1,13 +1,14 @@
 """The page file: expert pages on disk, with parts aligned to 4096 bytes for direct reads.
 
-Format, version 1, little-endian. First, a header of 4096 bytes: ``FXMPAGES``, version (u32), length
-of the text that follows (u32), its CRC-32 (u32), and the text: JSON with ``about`` (the contents:
-codec and its options, layers, experts, parts), ``index`` (offset of the index) and ``index_crc``.
-Then the stored parts, padded with zeros to 4096 bytes. Then the index, four u64 per page and part:
-offset of the part (0: not in this file), its stored length, its stored checksum, and the checksum
-of the original. Checksums are those of docs/concepts/lossless-code.md.
+This is version 1 of the format; all numbers are little-endian. The file starts with a header of
+4096 bytes: ``FXMPAGES``, the version (u32), the length of the text that follows (u32), the text's
+CRC-32 (u32), and the text itself: JSON with ``about`` (the contents: the codec and its options,
+layers, experts and parts), ``index`` (the offset of the index) and ``index_crc``. The stored parts
+follow, each padded with zeros to a multiple of 4096 bytes. The index is last. It has four u64 per
+page and part: the part's offset (0: not in this file), its length as stored, the checksum of the
+stored data, and the checksum of the original. docs/concepts/lossless-code.md defines the checksum.
 
-``pagewriter`` writes the files.
+The module ``pagewriter`` writes such files.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fluxmoe.stores.reader import LENGTH, OFFSET, SECTOR, Index, PageReader, fai
 MAGIC, VERSION = b"FXMPAGES", 1
 PREFIX = struct.Struct("<8sIII")
 
-#: Suffix of a file in which damage was found.
+#: Suffix of a file that was found to be damaged.
 BAD = ".damaged"
 
 
@@ -45,11 +46,12 @@ class Head(BaseModel, strict=True, extra="forbid"):
 class PageFile(PageReader):
     """A complete page file, open for reading from several threads.
 
-    Whatever the file says is judged here, so that later reads rely on it.
+    The constructor validates the header and the index, so that later reads can rely on them.
 
     Args:
         path: The file.
         about: The expected description of the contents.
+        pages: Number of pages of the model.
         sizes: Bytes of each part before encoding.
         direct: Read pages that are not in the page cache with direct I/O.
 
@@ -119,7 +121,10 @@ class PageFile(PageReader):
         return index
 
     def set_aside(self) -> None:
-        """Rename the file, unless another has its name now, so that the next start builds one."""
+        """Rename the file so that the next start builds a new one.
+
+        Does nothing if another file has taken its name.
+        """
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
                 os.replace(self.path, self.path.with_suffix(BAD))
@@ -129,7 +134,7 @@ class PageFile(PageReader):
 
 
 def _consistent(index: Index, sizes: Sequence[int], end: int) -> bool:
-    """True if the pages lie within the file, each in whole sectors with its parts side by side."""
+    """True if every page lies before ``end``, in whole sectors, with its parts side by side."""
     offsets, lengths = index[..., OFFSET], index[..., LENGTH]
     there = offsets[:, 0] != 0
     if index[~there].any() or (offsets > end).any() or (lengths > np.array(sizes, np.uint64)).any():

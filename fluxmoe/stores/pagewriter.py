@@ -1,6 +1,7 @@
-"""Writing of page files: under a temporary name, renamed once all is on the disk.
+"""Writing of page files: a file has a temporary name until all its data is on the disk.
 
-So an unfinished file is never visible, and one that is being read is never changed.
+So an unfinished file is never visible under the final name, and a file that is being read is never
+changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _PART = ".part"
 
 
 class PageFileWriter:
-    """Writes a page file, which is visible at ``path`` once ``finish`` returns.
+    """Writer of a page file, which is visible at ``path`` once ``finish`` has returned.
 
     Raises (all methods):
         PageFileError: A system call failed; no file remains.
@@ -53,9 +54,9 @@ class PageFileWriter:
         self._end += sectors(len(kept))
 
     def finish(self, *, direct: bool) -> PageFile:
-        """Write index and header, flush the file to disk and make it visible; open it.
+        """Write the index and the header, flush the file to disk, make it visible and open it.
 
-        The file opened is this one even if another process puts its own in place meanwhile.
+        The opened file is the one written here, even if another process has replaced it meanwhile.
         """
         index = self._index.reshape(-1).view(np.uint8)
         self._write(index, self._end)
@@ -102,7 +103,7 @@ class PageFileWriter:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove a damaged file of this name, and unfinished ones of killed processes."""
+    """Remove a damaged file of this name, and unfinished files that killed processes left."""
     path.with_suffix(BAD).unlink(missing_ok=True)
     for orphan in path.parent.glob(f"{path.stem}-*{_PART}"):
         with contextlib.suppress(OSError), orphan.open("rb") as file:

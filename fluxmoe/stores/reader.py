@@ -1,4 +1,4 @@
-"""Pages in a file: the index, checksums, and reads of whole pages, direct where possible.
+"""Pages in a file: the index, checksums, and reads of whole pages, with direct I/O if possible.
 
 The parts of a page are adjacent, and each begins at a multiple of 4096 bytes.
 """
@@ -23,7 +23,7 @@ from fluxmoe.stores.codec import kernel
 
 SECTOR = 4096
 
-#: Most pieces of memory in one system call (IOV_MAX).
+#: Maximum number of pieces of memory in one system call (IOV_MAX).
 _VECTORS = 1024
 
 #: Columns of the index.
@@ -32,7 +32,10 @@ Index = npt.NDArray[np.uint64]
 
 
 def checksum(data: Bytes) -> int:
-    """Checksum (docs/concepts/lossless-code.md) over whole words; remaining bytes form one more."""
+    """Compute the checksum that docs/concepts/lossless-code.md defines.
+
+    If the last word is incomplete, it is padded with zeros.
+    """
     whole = len(data) // 4
     words = data[: 4 * whole].view(np.uint32)
     total = int(kernel.checksum(words if words.flags.aligned else words.copy(), 0, whole))
@@ -46,29 +49,30 @@ def sectors(nbytes: int) -> int:
 
 
 class Scratch(threading.local):
-    """Memory of each thread that uses it, uint8 ``[nbytes]``, aligned to sectors."""
+    """Memory that each thread has for itself, uint8 ``[nbytes]``, aligned to sectors."""
 
     def __init__(self, nbytes: int) -> None:
         self.memory: Bytes = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 class DamagedPageError(PageFileError):
-    """A page's bytes differ from its checksum."""
+    """A page's bytes do not match the page's checksums."""
 
 
 class PageReader:
-    """Reads pages of an open file from several threads.
+    """Reader of pages from an open file; several threads can use it at once.
 
     Args:
         fd: The file, closed by ``close``.
-        path: Its name, or its folder if it has none; for messages.
-        index: Where the parts are.
+        path: The file's name, or its folder if it has no name; for messages.
+        index: The offset, the length and the checksums of each part.
         sizes: Bytes of each part before encoding.
         direct: Read pages that are not in the page cache with direct I/O.
-        fix: The remedy for damage.
+        fix: The remedy for damage, for messages.
 
     Attributes:
-        verified: Pages whose checksums need no further check, bool ``[pages]``; set by the caller.
+        verified: True for pages whose checksums need no further check, bool ``[pages]``; set by
+            the caller.
     """
 
     def __init__(
@@ -85,11 +89,11 @@ class PageReader:
     def read(self, page: int, targets: Sequence[Bytes]) -> None:
         """Read a page's parts in stored form, in one system call.
 
-        The checksums are verified unless ``verified``.
+        The checksums are verified unless the page is marked in ``verified``.
 
         Args:
-            targets: Per part, memory of its stored length. Memory aligned to 4096 bytes is written
-                by the disk itself; other memory costs a copy.
+            targets: For each part, memory of its stored length. With direct I/O, the disk writes
+                directly to memory that is aligned to 4096 bytes; other memory costs a copy.
 
         Raises:
             DamagedPageError: The page is damaged.
@@ -117,7 +121,7 @@ class PageReader:
                 )
 
     def set_aside(self) -> None:
-        """Keep a damaged file from being used by the next start."""
+        """Keep the next start from using a damaged file; does nothing for a file without a name."""
 
     def close(self) -> None:
         """Close the file. Idempotent."""
@@ -130,12 +134,15 @@ class PageReader:
 def _pieces(
     targets: Sequence[Bytes], scratch: Bytes, *, aligned: bool
 ) -> tuple[list[memoryview], list[tuple[Bytes, Bytes]]]:
-    """Memory that receives a page's sectors in order, and copies ``(to, from)`` to make afterwards.
+    """Choose the memory that receives a page's sectors, in order.
+
+    Returns:
+        The pieces of memory, and the copies ``(to, from)`` to make after the read.
 
     Args:
         targets: Destinations of the parts.
         scratch: Memory for padding and for parts that cannot be read into their destination.
-        aligned: Pieces must begin and end at sectors, as direct I/O demands.
+        aligned: Let all pieces begin and end at multiples of a sector, as direct I/O requires.
     """
     padding, scratch = scratch[:SECTOR], scratch[SECTOR:]
     pieces, copies = [], []
@@ -172,7 +179,7 @@ def write(fd: int, data: Bytes, offset: int) -> None:
 
 
 def failure(error: OSError, path: Path, what: str) -> PageFileError:
-    """Describe a failed system call on a page file: ``what`` failed, and the way out."""
+    """Make the error for a failed system call on a page file; ``what`` describes the failure."""
     fix = {
         errno.ENOSPC: "free some space or choose a folder on another disk",
         errno.EACCES: "choose a writable folder",

@@ -1,7 +1,7 @@
-"""Page cache residency of a file's bytes: ``cached``.
+"""The function ``cached``, which finds out if a part of a file is in the page cache.
 
-A read with ``RWF_NOWAIT`` would answer too, but makes the kernel start reading what is absent into
-the page cache: every cold page would be read from the disk twice.
+A read with ``RWF_NOWAIT`` would find out too, but the kernel would start reading the absent data
+into the page cache: every cold page would be read from the disk twice.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import mmap
 
 import numpy as np
 
-#: Number of the system call on all architectures; Linux 6.5 and newer.
+#: Number of the system call ``cachestat`` on all architectures; Linux 6.5 and newer have it.
 _CACHESTAT = 451
 _libc = ctypes.CDLL(None)
 
 
 def cached(fd: int, offset: int, nbytes: int) -> bool:
-    """True if the page cache holds all of ``nbytes`` bytes at ``offset``, a multiple of a page.
+    """True if the page cache holds all ``nbytes`` bytes of a file from ``offset`` on.
 
-    Reads nothing. False if the kernel does not tell.
+    Reads nothing from the disk. False if the kernel does not give the information.
+
+    Args:
+        offset: A multiple of the system's page size.
     """
     wanted = -(-nbytes // mmap.PAGESIZE)
     area, counts = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()

@@ -1,4 +1,4 @@
-"""Compression of a checkpoint's experts by a codec, layer by layer, without loading the model."""
+"""Measures how well a codec compresses a checkpoint's experts, without loading the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.codec.fixed4 import Fixed4, inspect
 from fluxmoe.stores.coding import Coder
 
-#: Engines concatenate these two, so one part of a page holds both.
+#: Engines concatenate an expert's gate and up weights, so one part of a page holds both.
 _HALVES = ("gate_proj", "up_proj", "w1", "w3")
 
 
@@ -28,10 +28,10 @@ class Survey:
         name: The layer's name in the checkpoint.
         parts: Number of page parts, as engines lay them out.
         plain: Number of parts that a store would keep uncoded.
-        raw_bytes, coded_bytes: Bytes of the originals, and bytes that a store would keep.
-        segments, escapes, raw_segments, zero_coded: Counts of ``fixed4``
+        raw_bytes, coded_bytes: Size of the originals, and of what a store would keep.
+        segments, escapes, raw_segments, zero_coded: Counts that only ``fixed4`` gives
             (docs/concepts/lossless-code.md).
-        weights, zeros: Number of bf16 weights, and of those equal to 0 or −0.
+        weights, zeros: Number of bf16 weights, and number of those that are 0 or −0.
     """
 
     name: str
@@ -65,7 +65,7 @@ def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
 
     Raises:
         NoExpertsError: The checkpoint has no experts under known names.
-        CodecError: The codec fails.
+        CodecError: The codec failed or did not restore its input.
     """
     coder = Coder(codec, name, strict=True)
     layers: dict[str, Survey] = {}
@@ -96,7 +96,7 @@ def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
 
 
 def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
-    """Yield layer, dtype and bytes of every part of every expert, as in a page."""
+    """Yield the layer, the dtype and the bytes of every part of every expert, as in a page."""
     halves: dict[tuple[str, int], Bytes] = {}
     for name, dtype, shape, data in expert_tensors(folder):
         if name.expert is None:
@@ -114,6 +114,6 @@ def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Make a sort key with which layer 2 comes before layer 10."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

@@ -1,4 +1,4 @@
-"""Several stores that share the pages: in order, each takes the pages it has room for."""
+"""Several tiers that share the pages: each page is kept by the first tier that has room for it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ class Tier(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes occupied."""
+        """The bytes that the pages occupy."""
 
     def put(self, page: int, parts: Sequence[Bytes]) -> bool:
-        """Keep a page if there is room; its parts may change afterwards. Return True if kept."""
+        """Keep a page if there is room; return True if it is kept.
+
+        The caller may change ``parts`` afterwards.
+        """
 
     def finish(self) -> None:
         """Complete the tier after the last ``put``."""
@@ -32,23 +35,23 @@ class Tier(Protocol):
         """Read a page that was put. Called from several threads."""
 
     def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
-        """Keep a page's new contents beside the old until ``commit``; True if there is room."""
+        """Keep a page's new contents until ``commit``, beside the old; return False if full."""
 
     def commit(self) -> None:
-        """Replace all staged pages. Not called while a page is read."""
+        """Make all staged contents current. Not called while a page is being read."""
 
     def discard(self) -> None:
-        """Drop all staged pages."""
+        """Drop all staged contents."""
 
     def forget(self, page: int) -> None:
-        """Give up a page, which has moved to another tier."""
+        """Drop a page, which has moved to another tier."""
 
     def close(self) -> None:
         """Release everything. Idempotent."""
 
 
 class TieredStore:
-    """A store that puts each page into the first tier that has room.
+    """A store that puts each page into the first tier that has room for it.
 
     Raises (``adopt``):
         ConfigError: No tier has room for a page.
@@ -79,8 +82,8 @@ class TieredStore:
 
     @contextmanager
     def update(self) -> Iterator[Put]:
-        """See ``ChangingStore``. A page that no longer fits its tier moves to another one."""
-        moves: dict[int, int] = {}  # page → its tier from now on
+        """See ``ChangingStore``. A page for which its tier has no room left moves to another."""
+        moves: dict[int, int] = {}  # page → its tier after the update
 
         def put(page: int, parts: Sequence[Bytes]) -> None:
             require_page(self._geometry, self._page_class, page, parts, moves)
@@ -102,7 +105,7 @@ class TieredStore:
             tier.commit()
 
     def _taker(self, page: int, keep: Callable[[Tier], bool], own: int = 0) -> int:
-        """Index of the first tier, after ``own``, that keeps a page."""
+        """Offer a page to tier ``own``, then to the others; return the index of the taker."""
         for index in sorted(range(len(self._tiers)), key=lambda index: index != own):
             if keep(self._tiers[index]):
                 return index

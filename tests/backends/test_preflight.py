@@ -1,4 +1,4 @@
-"""Checks that every engine needs before it starts: notes on the machine, names, versions."""
+"""Checks before any engine starts: notes on the machine, names in libraries, and versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fluxmoe.testing import checkpoints
     ("shown", "budget", "notes"),
     [
         ("always within_size advise [never] deny force", "16GiB", 1),
-        ("always within_size advise [never] deny force", "16MiB", 0),  # in small frames
+        ("always within_size advise [never] deny force", "16MiB", 0),  # the frames are small
         ("always within_size [advise] never deny force", "16GiB", 0),
         (None, "16GiB", 1),
     ],
@@ -43,7 +43,7 @@ def test_a_model_whose_path_engines_cannot_open(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model", "qwen3-moe")
     strange = tmp_path / "model\udcff"
     shutil.copytree(model, strange)
-    with pytest.raises(CheckpointError, match=r"not UTF-8; .*model.*; rename it"):
+    with pytest.raises(CheckpointError, match=r"not UTF-8; .*model.*; rename the path"):
         fluxmoe.load(strange, "1MiB")
     found = Findings()
     assert preflight.folder_of(str(model), {}, found) == model

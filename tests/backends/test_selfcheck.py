@@ -40,7 +40,7 @@ def in_slot_order(parts, table, x, weights, experts):  # type: ignore[no-untyped
 
 
 def in_slot_order_rounded_once(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
-    """Like ``in_slot_order``, but sums in float32: of two orders few bits differ in the end."""
+    """Like ``in_slot_order``, but sum in float32, so that few bits differ between two orders."""
     wide = {part: weight.float() for part, weight in parts.items()}
     return in_slot_order(wide, table, x.float(), weights, experts).to(x.dtype)
 
@@ -103,7 +103,7 @@ def test_a_faulty_kernel_is_refused(
 def test_a_faulty_comparison_is_noticed(
     monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, error: type[FluxMoEError]
 ) -> None:
-    """With a sound kernel, which alone would not show it."""
+    """The kernel is sound, so only the fault in the comparison can raise the error."""
     monkeypatch.setattr(selfcheck, name, fault)
     with pytest.raises(error):
         check(by_slot)

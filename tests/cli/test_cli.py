@@ -1,4 +1,4 @@
-"""The command line as a process: its output and exit code."""
+"""The command line as a process: its output and its exit status."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def test_the_table_names_oracles_and_faults(trace, tmp_path):
 
 
 def test_everything_at_once(trace, plugin, tmp_path):
-    """Policies × capacities × prefetchers in two processes, timed, with a report, as pure JSON."""
+    """Several policies, capacities, prefetch policies and processes; a profile and a report."""
     out = tmp_path / "out.html"
     done = command(
         *("simulate", trace, "--policy", "lru,mru", "--capacity", "25%,50%"),
@@ -101,7 +101,7 @@ def test_everything_at_once(trace, plugin, tmp_path):
         for prefetch in ("none", "next-layer")
     ]
     assert all(r["tokens_per_s"] > 0 and 0 < r["stall_share"] < 1 for r in results)
-    assert "belady" in out.read_text()  # only the report includes the optimum
+    assert "belady" in out.read_text()  # the optimum is only in the report
     printed = succeeds("simulate", trace, "--policy", "lru", "--capacity", "25%",
                        "--hardware", "rtx4090-pcie4")  # fmt: skip
     assert "tokens/s" in printed
@@ -371,7 +371,7 @@ def test_c13_python_m():
 
 
 def test_c13_completion(monkeypatch):
-    # Otherwise, typer looks for a shell among the parent processes; a CI job has none.
+    # Otherwise, typer looks for a shell among the parent processes, and a CI job has none.
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     assert "_FLUXMOE_COMPLETE" in succeeds("--show-completion", "bash")
     monkeypatch.setenv("_FLUXMOE_COMPLETE", "complete_bash")

@@ -1,4 +1,4 @@
-"""``fluxmoe codec``: compression of a checkpoint's experts."""
+"""``fluxmoe codec``: the compression of a checkpoint's experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.commandline import fails, succeeds
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mixtral calls its experts' weights w1, w2, w3."""
+    """Make a checkpoint of Mixtral, which names its experts' weights w1, w2 and w3."""
     return checkpoints.write(tmp_path_factory.mktemp("model") / "tiny", "mixtral")
 
 

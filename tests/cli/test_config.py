@@ -279,7 +279,7 @@ def test_a_preset_chooses_what_is_not_said():
     assert paper.arbitration == {"kind": "rho"}
     mixed = config.parse({**SMALL, "preset": "paper", "eviction": "lru"}, where="")
     assert (mixed.eviction["kind"], mixed.arbitration["kind"]) == ("lru", "rho")
-    # The configuration passed on to vLLM's processes is the same.
+    # vLLM's processes get the same configuration.
     dumped = mixed.model_dump(mode="json", exclude_defaults=True)
     assert config.parse(dumped, where="") == mixed
     with pytest.raises(ConfigError, match="preset"):
@@ -300,7 +300,7 @@ def test_the_schema_describes_every_key_at_the_top():
 
 
 def test_the_example_is_checked_complete_and_tells_the_defaults(monkeypatch):
-    free_memory(monkeypatch, 1 << 36)  # the example is for a larger machine
+    free_memory(monkeypatch, 1 << 36)  # because the example is for a larger machine
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert "it will be looked up on the Hub" in succeeds("check", EXAMPLE)
     given = yaml.safe_load(EXAMPLE.read_text())

@@ -1,5 +1,8 @@
-"""``fluxmoe doctor`` in real processes with incomplete installations. No mocks: package metadata is
-added to the path, programs are removed from it, system calls are made to fail."""
+"""``fluxmoe doctor`` in real processes with incomplete installations.
+
+There are no mocks: package metadata is added to the import path, programs are removed from the
+search path, and system calls are made to fail.
+"""
 
 import csv
 import importlib.util
@@ -70,8 +73,8 @@ def test_everything_is_there():
     assert list(backends) == ["vLLM, eager", "vLLM, compiled", "torch"]
 
 
-#: In children, which import the engines: torch's grouped_mm sums in the order of slots, vLLM's
-#: kernel adds them to its result.
+#: Faults in the child processes, which import the engines: torch's grouped_mm sums the experts in
+#: the order of their slots, and vLLM's kernel adds the slot numbers to its result.
 FAULTS = """
 import sys
 if any("spawn_main" in argument for argument in sys.orig_argv):
@@ -135,7 +138,7 @@ def test_an_engine_that_cannot_be_imported_does_not_end_the_check(tmp_path):
 
 
 def bindings(site: Path, driver: str) -> Path:
-    """Replacement for the bindings of CUDA's driver."""
+    """Make a replacement for the bindings of CUDA's driver."""
     package = installed(site, "cuda-bindings", "13.0.3") / "cuda" / "bindings"
     package.mkdir(parents=True)
     (package / "driver.py").write_text(driver)
@@ -260,7 +263,7 @@ def test_a_plugin_that_works_and_one_that_does_not(tmp_path):
 
 def test_memory_that_the_system_refuses_is_essential():
     def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # memfd counts as a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the limit applies to a memfd too
 
     done = doctor("--json", limit=small_files, FLUXMOE_PLUGINS="")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The hardware profile of ``plan``: this machine's by default, measured once (C6)."""
+"""The hardware profile for ``plan``: by default this machine's, which is measured once (C6)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAN = "plan", SHIPPED, "--memory", "14MiB", "--context", "128"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty user cache folder."""
+    """An empty cache folder of the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 
@@ -72,7 +72,7 @@ def test_c6_a_measurement_that_cannot_be_kept_or_read_is_made_again(cache, monke
     path.write_text("load_gbps: fast")
     assert hardware.profile_of("this-machine") == profile
     assert hardware.measured() == profile  # replaced
-    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # a file
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # a file instead of a folder
     done = here(*PLAN)
     assert done.returncode == 0 and "note: the measurement cannot be kept: " in done.stderr
 
@@ -87,7 +87,7 @@ def test_c6_no_card_is_the_default():
 
 
 def test_c15_a_recommended_split_below_one_token_s_pages_is_remarked_on(tmp_path):
-    # 16 layers of 8 experts, a token uses 6 of them: a cycle of 96 pages, and little memory.
+    # 16 layers of 8 experts, of which a token uses 6: a cycle of 96 pages, and little memory.
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 16, "hidden_size": 512,
               "vocab_size": 1000, "num_experts": 8, "num_experts_per_tok": 6,
               "moe_intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4,

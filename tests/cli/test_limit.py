@@ -1,4 +1,4 @@
-"""``fluxmoe limit`` without a server, or with one that is not FluxMoE's."""
+"""``fluxmoe limit`` without a server, or with a server that is not FluxMoE's."""
 
 import json
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""E11: no traceback, whatever the names, and even if standard output accepts nothing."""
+"""E11: no traceback, whatever the names are, and even if standard output accepts nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAIN = "from fluxmoe.cli import main; main()"
 
 
 def shell(line, **environment):
-    """A line for a shell, in which ``$f`` is the command."""
+    """Run a line in a shell, with the command as ``$f``."""
     python = shlex.join([sys.executable, "-c", MAIN])
     return subprocess.run(
         ["bash", "-c", f"f() {{ {python} \"$@\"; }}; {line}"],

@@ -41,7 +41,7 @@ def write(folder, **settings):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Qwen3-30B-A3B: only a config.json."""
+    """A folder for Qwen3-30B-A3B that has only a config.json."""
     return write(tmp_path_factory.mktemp("plan") / "30b", **QWEN3_30B)
 
 
@@ -65,7 +65,7 @@ def test_headers_and_config_alone_say_the_same(architecture, tmp_path):
     read, made = models.read(str(full)), models.read(str(bare))
     for field in set(read.__slots__) - {"name", "other_bytes", "read_bytes"}:
         assert getattr(made, field) == getattr(read, field), field
-    # A router's correction bias is kept in another type than the checkpoint's.
+    # A router's correction bias has another type than the rest of the checkpoint.
     assert made.other_bytes == pytest.approx(read.other_bytes, abs=1000)
     assert made.read_bytes == pytest.approx(read.read_bytes, abs=1000)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(full)
@@ -78,10 +78,10 @@ def test_the_cache_of_a_token(large, tmp_path):
     assert models.read(str(large)).kv_bytes == 96 << 10
     latent = models.read(str(checkpoints.write(tmp_path / "mla", "deepseek-v2")))
     assert latent.kv_bytes == 4 * (512 + 64) * 2
-    # Three of four layers are linear: they keep a state, not tokens.
+    # Three of four layers are linear: they keep a state instead of tokens.
     mixed = {**QWEN3_30B, "full_attention_interval": 4}
     assert models._kv_bytes(mixed, 48, 2) == (24 << 10, 0, 0)
-    # Two of three layers see a window.
+    # Two of three layers see only a window of tokens.
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 16
     sliding = {**QWEN3_30B, "layer_types": kinds, "sliding_window": 128}
     assert models._kv_bytes(sliding, 48, 2) == (32 << 10, 64 << 10, 128)
@@ -148,7 +148,7 @@ def test_every_split_keeps_to_the_budget_and_none_beats_the_best(large, requests
         assert 1 <= point.requests <= requests
         assert point.requests * model.request_bytes(2048) <= point.kv_bytes
         assert 0 <= point.stall_ms < point.step_ms
-    # 5 %: the threshold of the verdict; 0.5 %: splits that count as equal to the best.
+    # 5% is the threshold of the verdict; splits within 0.5% count as equal to the best split.
     slack = 1.05 if plan.verdict == "nothing" else 1.006
     assert plan.recommended.tokens_per_s * slack >= best
 
@@ -164,7 +164,7 @@ def test_a_trace_says_what_is_missed():
     assert np.all(np.diff(curve) <= 1e-12)
     assert np.allclose(curve, convex_hull(curve))
     middle = model.pages // 2
-    assert curve[middle] < cost.even_curve(model.pages)[middle]  # popular experts
+    assert curve[middle] < cost.even_curve(model.pages)[middle]  # because some experts are popular
     foreign = dataclasses.replace(model, experts=32)
     with pytest.raises(ConfigError, match="6 x 32"):
         cost.traced_curve(events, foreign)

@@ -1,4 +1,4 @@
-"""Tables (C1): complete at 80 columns, constant columns stated once, the same data as CSV."""
+"""Tables (C1): complete at 80 columns, with constant columns stated once, and the same as CSV."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def values(rows, *fields):
     return [row[field] for row in rows for field in fields]
 
 
-#: Command → the numbers in its JSON that its tables show.
+#: Command → the numbers in the command's JSON that its tables show.
 COMMANDS = {
     "simulate": (RUNS, lambda data: values(data, *SIMULATED, "bytes_demand", "bytes_prefetch")),
     "simulate, timed": (
@@ -59,7 +59,7 @@ COMMANDS = {
 
 
 def is_shown(value, text):
-    """True if a text contains a number, possibly rounded, in per cent or in units of bytes."""
+    """True if a text contains a number, which may be rounded, in percent or in units of bytes."""
     for digits, fraction in re.findall(r"(?<![\d.])(\d+)(?:\.(\d+))?(?![\d.]*\d)", text):
         number, unit = float(f"{digits}.{fraction or 0}"), 10 ** -len(fraction)
         scaled = (value, 100 * value, *(value / 1024**power for power in (1, 2, 3)))
@@ -132,7 +132,7 @@ def test_c1_csv_is_the_data(name, plugin):
 def test_c1_every_verb_with_json_that_prints_a_table_has_csv():
     from tests.docs.commands import options, verbs
 
-    without = {"generate", "trace record", "config show", "top", "limit"}  # print no table
+    without = {"generate", "trace record", "config show", "top", "limit"}  # these print no table
     for verb, command in verbs():
         assert ("--csv" in options(command)) == (
             "--json" in options(command) and verb not in without
@@ -145,7 +145,7 @@ def test_c1_every_verb_with_json_that_prints_a_table_has_csv():
 def test_c1_one_format_at_a_time():
     done = here("policies", "--json", "--csv")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "one format at a time; --json --csv" in done.stderr
+    assert "only one output format is possible; --json --csv" in done.stderr
 
 
 # --- the printer ----------------------------------------------------------------------------------

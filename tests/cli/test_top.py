@@ -1,4 +1,4 @@
-"""``fluxmoe top``: frames and JSON from servers' metrics, and errors without them."""
+"""``fluxmoe top``: screens and JSON from servers' metrics, and errors if there are no metrics."""
 
 import dataclasses
 import json
@@ -15,13 +15,13 @@ from fluxmoe.observe import snapshot
 from tests.commandline import command, fails, succeeds
 from tests.web import served
 
-#: Unix time of decision 0: local noon.
+#: Unix time of decision 0, which is noon in local time.
 NOON = int(time.mktime((2026, 1, 2, 12, 0, 0, 0, 0, -1)))
 LABELS = {"model_name": "m", "engine": "0"}
 
 
 def metrics(*, faults=0, replaced="", **changes):
-    """Metrics of a server with two tenants and two decisions."""
+    """Make the metrics of a server with two tenants and two decisions."""
     values = {
         ("fluxmoe_budget_bytes", ()): 1000 * 4096,
         ("fluxmoe_info", (("version", "1.2.3"),)): 1,
@@ -65,7 +65,7 @@ def metrics(*, faults=0, replaced="", **changes):
 
 @pytest.fixture
 def serve():
-    """Serve bodies in turn, repeating the last one."""
+    """Serve bodies in turn, and repeat the last one."""
 
     def start(*bodies, status=200):
         waiting = list(bodies)
@@ -100,7 +100,7 @@ def test_json_is_the_snapshot(serve):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Replace the clock: sleeping returns at once and advances it."""
+    """Replace the clock, so that sleeping returns at once and advances the time."""
     now = [0.0]
     monkeypatch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -119,7 +119,7 @@ def test_c7_once_and_json_show_rates_of_an_interval(serve):
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_c7_columns_do_not_jump(width):
-    """All lines in the upper part of a frame have the same columns for all numbers."""
+    """All lines in the upper part of a screen have the same columns, whatever the numbers are."""
     console = output.console()
     console.width = width
 

@@ -1,4 +1,4 @@
-"""docs/reference/cli.md, generated from the command line: every verb, argument and option.
+"""Generator of docs/reference/cli.md, which lists every verb, argument and option.
 
 ``python -m tests.docs.commands`` regenerates it.
 """
@@ -15,7 +15,7 @@ from .pages import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "cli.md"
 
-#: Verb → page that explains it.
+#: Verb → page that explains the verb.
 EXPLAINED = {
     "demo": ("Get started", "../start/getting-started.md"),
     "serve": ("vLLM", "../guides/vllm.md#serving"),
@@ -40,7 +40,7 @@ _HEAD = """\
 `fluxmoe --help` lists the verbs, and `fluxmoe VERB --help` lists a verb's options. With `--json`, a
 verb prints only JSON on standard output. Errors go to standard error as
 `error[FM…]: problem; place; remedy` ([all codes](errors.md)). The exit status is 2 after an error,
-130 after Ctrl-C, and otherwise 0.
+130 after Ctrl-C, 1 if a comparison or check made by the verb fails, and otherwise 0.
 
 | before the verb | meaning |
 |---|---|
@@ -50,7 +50,7 @@ verb prints only JSON on standard output. Errors go to standard error as
 
 
 def verbs() -> Iterator[tuple[str, Any]]:
-    """List all verbs; the verbs of a group as ``group verb``."""
+    """Yield all verbs and their commands; a group's verbs have names like ``group verb``."""
     for name, command in cli.program().commands.items():
         for inner, each in getattr(command, "commands", {"": command}).items():
             yield f"{name} {inner}".strip(), each

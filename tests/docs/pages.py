@@ -1,14 +1,14 @@
 """Execution of the code and commands on a documentation page.
 
 A fenced block may be preceded by a comment with comma-separated directives: ``exact`` (the output
-must match), ``exit N`` (the commands end with status N), ``slow``, ``needs vllm`` (run in a
-separate process), ``not run: why`` (``bash`` only). Blocks need no other marks: every ``python``
-and ``bash`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs, and a ``python`` or
-``yaml`` block with a title is written to that file.
+must match), ``exit N`` (the commands end with status N), ``slow``, ``needs vllm`` (the block runs
+in a separate process), and ``not run: why`` (``bash`` only). Blocks need no other marks: every
+``python`` and ``bash`` block runs, every ``$ fluxmoe`` line of a ``console`` block runs, and a
+``python`` or ``yaml`` block with a title is written to the file of that name.
 
 The pages of a newcomer's first hour are followed word for word (``follow``): their files are
-written and a shell runs all their commands, in a terminal of 80 columns and an environment that has
-a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
+written, and a shell runs all their commands, in a terminal of 80 columns and in an environment that
+has a wheel of FluxMoE but not this checkout. The same applies to pages with ``fresh`` blocks.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ class Block:
             yield shlex.split(line, comments=True), output
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """List the ``$`` lines as written."""
+        """List the ``$`` lines as they are written."""
         parts = re.split(r"^\$ (.*)$", self.body, flags=re.MULTILINE)
         if parts[0].strip():
             raise WrongPage(f"{self.where}: a console block begins with a $ line")
         yield from zip(parts[1::2], parts[2::2], strict=True)
 
     def steps(self) -> Iterator[tuple[str, str]]:
-        """Yield the commands that a newcomer runs in a shell, each with the output shown."""
+        """Yield the commands that a newcomer runs in a shell, each with the output on the page."""
         if self.language == "console":
             yield from self.lines()
         elif self.language == "bash":
@@ -133,7 +133,7 @@ def blocks(path: Path) -> list[Block]:
 
 
 def run(path: Path, folder: Path) -> int:
-    """Run a page from top to bottom in ``folder``; return the number of blocks run."""
+    """Run a page from top to bottom in ``folder``; return the number of blocks that were run."""
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     ran = 0
     for block in blocks(path):
@@ -170,7 +170,7 @@ def run_with_vllm(path: Path, folder: Path) -> None:
             _run_script(block, folder)
     parts = [b for b in blocks(path) if b.needs_vllm and b.language == "python"]
     script = folder / "snippets.py"
-    # Every snippet keeps its line numbers in the page, so that tracebacks show them.
+    # Every snippet keeps the line numbers that it has on the page, for tracebacks.
     script.write_text("")
     lines: list[str] = []
     for block in parts:
@@ -200,7 +200,7 @@ def follow(path: Path, folder: Path, environment: Mapping[str, str]) -> int:
             where = f"{block.where}: $ {line}"
             if status != block.status:
                 raise WrongPage(f"{where}: {status}\n{said}")
-            # The page may show a line unbroken that the terminal breaks between words.
+            # The page may show a whole line that the terminal breaks between words.
             if "exact" in block.directives and _words(said) != _words(shown):
                 raise WrongPage(f"{where} printed\n{said}\nnot\n{shown}")
             wide = [row for row in said.splitlines() if _TABLE.search(row) and len(row) > COLUMNS]
@@ -262,7 +262,7 @@ def _run_command(block: Block, words: list[str], shown: str, folder: Path) -> No
 
 
 def _run_script(block: Block, folder: Path) -> None:
-    # ``fluxmoe`` in the folder is the checkout's, even if another one is installed.
+    # ``fluxmoe`` in the folder is the checkout's, even if another version is installed.
     program = folder / ".bin" / "fluxmoe"
     program.parent.mkdir(exist_ok=True)
     start = f"exec {shlex.quote(sys.executable)} -c 'from fluxmoe.cli import main; main()'"
@@ -282,7 +282,7 @@ def _words(text: str) -> list[str]:
 
 
 def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command; return standard output and error interleaved, as on a terminal."""
+    """Run a command; return its status and its output and errors, interleaved as on a terminal."""
     path = f"{folder / '.bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "PATH": path}
     with subprocess.Popen(
@@ -297,7 +297,7 @@ def _process(command: list[str], folder: Path) -> subprocess.CompletedProcess[st
         try:
             output, _ = process.communicate(timeout=400)
         finally:
-            # End servers that a failed page has started.
+            # End the servers that a page started before it failed.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(command, process.returncode, output)

@@ -1,4 +1,4 @@
-"""The computed pictures in docs/pictures; the others are drawn by hand.
+"""The computed pictures in docs/pictures; the other pictures are drawn by hand.
 
 ``python -m tests.docs.pictures`` regenerates them.
 """
@@ -29,13 +29,13 @@ TRACES = {
     "decode-64": "Decode, 64 requests",
     "prefill": "Prefill",
 }
-#: Capacities, in % of all pages, that hold the shipped model's largest event.
+#: Capacities, in percent of all pages, that have room for the shipped model's largest event.
 SHARES = range(20, 101, 5)
 
 #: Results of the measured phases.
 PHASES = "2026-11-23-phases.json"
 
-#: The colours follow the browser's setting, like the site.
+#: The colours follow the browser's setting, as those of the site do.
 _STYLE = """\
 :root { --ink: #1c1e21; --soft: #5c6067; --rule: #d9dbde;
   --c0: #1c1e21; --c1: #2a6fbb; --c2: #c8541d; --c3: #1d8a5f; }
@@ -56,7 +56,7 @@ _HEAD = 72
 
 
 def hit_rates(trace: str, title: str) -> str:
-    """Plot the hit rate by capacity on a shipped trace."""
+    """Plot the hit rate over the capacity for a shipped trace."""
     events = Events.load(shipped.path(trace))
     lines = []
     for slot, policy in enumerate(POLICIES):
@@ -77,7 +77,7 @@ def promise(requests: int) -> str:
         if "config.json" in block.body
     )
     with tempfile.TemporaryDirectory() as folder:
-        # The planning page's own snippet writes its model.
+        # A snippet on the planning page writes the model that the page uses.
         exec(settings.replace('Path("', f'Path("{folder}/'), {})
         model = models.read(f"{folder}/qwen3-30b")
     plan = advice.make(
@@ -122,7 +122,7 @@ def demands() -> str:
 
 
 def _sheet(chart: Chart) -> str:
-    """Render a chart with title and legend as a file."""
+    """Render a chart with a title and a legend as the text of a file."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + _HEAD}">',
         f"<style>\n{_STYLE}</style>",

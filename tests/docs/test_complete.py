@@ -1,4 +1,4 @@
-"""The reference pages are complete and mention only things that exist."""
+"""The reference pages are complete, and mention only what exists."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_files_and_packages_of_the_design_page_are_there() -> None:
     named = re.findall(r"`((?:\w+/)+\w+(?:\.py)?)`", text("concepts/design.md"))
     assert len(named) > 30
     assert [name for name in named if not (package / name).exists()] == []
-    # All packages and modules of the first level, except data, are in the table of parts.
+    # The table of parts has all packages and modules of the first level, except data.
     table = "\n".join(row[0] for row in rows("concepts/design.md", "Parts"))
     there = {path.stem for path in package.iterdir() if path.suffix in ("", ".py")}
     there -= {"__init__", "__pycache__", "errors", "templates"}
@@ -98,7 +98,7 @@ def keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[st
         nested = [t for t in union if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]
         if not nested or entry:
             yield prefix + name, field
-        # Keys that several kinds share are listed once.
+        # Keys that several kinds share are listed only once.
         yield from {
             key: field for model in nested for key, field in keys(model, f"{prefix}{name}{entry}.")
         }.items()
@@ -300,7 +300,7 @@ def test_every_public_name_is_in_the_api() -> None:
 
 
 def imported(code: str) -> set[str]:
-    """List the FluxMoE names imported by Python code."""
+    """List the names that Python code imports from FluxMoE."""
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fluxmoe":

@@ -1,11 +1,12 @@
 """A newcomer's first hour, word for word, in a clean environment and a terminal of 80 columns.
 
-Followed are all commands of the pages except blocks marked ``not run``. In ``make test`` the
-installation is replaced: by ``pip install`` of a wheel of this checkout, with the other packages
-from the present environment. In ``make test-full`` the installation is README's own: a clone of the
-commit, ``make venv`` and ``make demo`` in it, with packages from where pip finds them (with
-``PIP_ARGS``); the pages are then followed in that environment. The tutorial's ``pip install`` is
-offline in both. Not followed is ``make test``, of which these tests are a part.
+The tests follow all commands on the pages, except in blocks marked ``not run``. In ``make test``,
+another installation replaces that of the pages: ``pip install`` of a wheel of this checkout, with
+the other packages from the present environment. In ``make test-full``, the installation is
+README's own: a clone of the commit, in which ``make venv`` and ``make demo`` run, with packages
+from where pip finds them (with ``PIP_ARGS``); the pages are then followed in that environment. In
+both cases, the tutorial's ``pip install`` is offline. The tests do not follow ``make test``, of
+which they are a part.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .test_snippets import FRESH
 
 pytestmark = pytest.mark.slow
 
-#: pip offline. "0" is correct: pip inverts the variables of options that begin with "no".
+#: Variables for pip offline. "0" is correct: pip inverts variables of options that begin with "no".
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
 
 
@@ -50,7 +51,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Make the environment after `pip install fluxmoe`, with pip offline."""
     wheels = fresh.build(tmp_path_factory.mktemp("wheels"), [ROOT])
     python = fresh.install(tmp_path_factory.mktemp("fresh"), wheels, with_pip=True)
-    script = python.parent / "pytest"  # pip regards pytest as installed and creates no script
+    script = python.parent / "pytest"  # pip considers pytest installed and creates no script
     script.write_text(f'#!/bin/sh\nexec {python} -m pytest "$@"\n')
     script.chmod(0o755)
     return _activated(python.parents[1])
@@ -58,7 +59,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def cloned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of `.venv` in a clone of this commit, after `make venv`."""
+    """Make the environment of `.venv` in a clone of this commit, after `make venv`."""
     clone = tmp_path_factory.mktemp("clone") / "fluxmoe"
     if subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=False).returncode:
         pytest.skip("this is not a checkout of a repository")
@@ -79,7 +80,7 @@ def _activated(venv: Path) -> dict[str, str]:
 
 
 def _make(target: str, clone: Path) -> str:
-    """Follow README's `make TARGET`, whose output a terminal of 80 columns shows."""
+    """Follow README's `make TARGET` in a terminal of 80 columns."""
     ours = ("MAKEFLAGS", "MAKELEVEL", "PYTEST_ARGS", "VLLM_CACHE_ROOT")
     given = {key: value for key, value in fresh.environment().items() if key not in ours}
     status, said = in_terminal(["make", target], clone, given)

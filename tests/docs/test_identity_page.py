@@ -1,4 +1,4 @@
-"""docs/concepts/identity.md shows the committed results of the matrix, all of them identical."""
+"""docs/concepts/identity.md shows the committed results of the matrix, which are all identical."""
 
 from __future__ import annotations
 

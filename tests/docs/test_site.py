@@ -1,4 +1,4 @@
-"""The built site: strict, complete, and without external resources."""
+"""The built site has no warnings, is complete, and uses no external resources."""
 
 from __future__ import annotations
 

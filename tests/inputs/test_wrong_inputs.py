@@ -1,4 +1,4 @@
-"""Wrong inputs (faults A and B): a prompt error line with a code per problem, no side effects."""
+"""Wrong inputs (faults A and B): prompt errors, a line with a code per problem, no side effects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fluxmoe.testing import checkpoints
 from tests.commandline import command, here, succeeds, synth
 
 CASES = yaml.safe_load(Path(__file__).with_name("wrong.yaml").read_text())
-#: Maximum processor time of an answer, in seconds.
+#: Maximum processor time for an answer, in seconds.
 LIMIT = 10
 PLUGINS = {
     "syntax.py": "def\n",
@@ -78,7 +78,7 @@ VALID: dict[str, Any] = {
 
 
 def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``change``, key by key."""
+    """Return ``base`` with the values of ``change``, key by key."""
     both = {
         key: changed(base[key], value)
         if isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -90,7 +90,7 @@ def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def workplace(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Use the folder as working directory; it must be unchanged afterwards."""
+    """Use the folder as the working directory, and require that it is unchanged afterwards."""
     monkeypatch.chdir(files)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("FLUXMOE_PLUGINS", "")
@@ -101,7 +101,7 @@ def workplace(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file, except caches of Python."""
+    """Return a digest of every file except Python's caches."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -111,7 +111,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """Interrupt calls that take more CPU time than ``LIMIT``."""
+    """Interrupt a call that takes more processor time than ``LIMIT``."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"no answer after {LIMIT} s")
@@ -163,8 +163,8 @@ def test_wrong_input(case: dict[str, Any], workplace: Path) -> None:
     compare(lines, case)
 
 
-#: Runs a case in a process of its own, within ``LIMIT`` seconds of processor time, and fails if it
-#: starts a process or imports an engine. ``page`` is given a model, so its engine is imported.
+#: Runs a case in a separate process, within ``LIMIT`` seconds of processor time, and fails if the
+#: case starts a process or imports an engine. ``page`` gets a model, so its engine may be imported.
 ALONE = f"""
 import resource, subprocess, sys, os
 resource.setrlimit(resource.RLIMIT_CPU, ({LIMIT}, {LIMIT}))

@@ -1,6 +1,7 @@
 """The lossless code of docs/concepts/lossless-code.md in plain numpy, independent of the product.
 
-Encoder and decoder process the whole matrix at once and are slow. Tests compare bytes with them.
+The encoder and the decoder process the whole matrix at once and are slow. Tests compare their
+results with the product's, byte by byte.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy.typing as npt
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 
-#: Byte of a word → column among its four.
+#: Byte of a word → column among the word's four columns.
 COLUMN = np.array([0, 2, 1, 3])
 TRAILER = np.dtype(
     [
@@ -42,9 +43,10 @@ def section(raw: bytes) -> bytes:
 
 
 def choose(high: U8) -> tuple[str, int]:
-    """Choose the kind and base of a segment ``[halves, 64]`` of exponents, as an encoder should.
+    """Choose the kind and the base of a segment of exponents, ``[halves, 64]``.
 
-    The highest exponents always fit. Lower ones out of range are escapes, unless they are zeros.
+    If possible, the highest exponents fit, and lower exponents out of range are escapes or, with
+    the zero code, zeros.
     """
     base = max(int(high.max()) - 7, 0)
     low = high < base

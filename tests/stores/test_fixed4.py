@@ -1,4 +1,4 @@
-"""``fixed4``: byte for byte as in docs/concepts/lossless-code.md, and robust against damage."""
+"""``fixed4``: it follows docs/concepts/lossless-code.md byte for byte, and detects damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_bytes(weights: np.ndarray) -> np.ndarray:
 
 
 def guarded(nbytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Allocate ``nbytes`` inside a larger array filled with one value."""
+    """Allocate ``nbytes`` bytes inside a larger array that is filled with one value."""
     around = np.full(nbytes + 256, 0xA5, np.uint8)
     return around[128 : 128 + nbytes], around
 
@@ -160,7 +160,7 @@ def test_columns_must_fit_the_tiles(cols: int) -> None:
 
 
 def damaged_by(block: np.ndarray, raw: np.ndarray) -> bool:
-    """True if a modified block is rejected without writing elsewhere."""
+    """True if a modified block is rejected, and nothing is written outside the output."""
     out, around = guarded(len(raw))
     try:
         Fixed4().decode(block, out)

@@ -1,4 +1,4 @@
-"""Stores that share the pages: every page can be read back from the store that had room."""
+"""Stores that share the pages: every page can be read back from the store that had room for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fluxmoe.stores.tiers import TieredStore
 from tests.stores.weights import bf16
 
 GEOMETRY = Geometry(3, 4)
-#: The second part straddles everything and is too short for a block.
+#: The second part ends within a sector, a line and a word; the third is too short for a block.
 PAGE_CLASS = PageClass((Part("w13", 40_960, 20_480), Part("w2", 20_482, 10_241), Part("b", 70, 35)))
 PAGES = GEOMETRY.num_pages
 
@@ -139,7 +139,7 @@ def test_a_page_that_is_not_there_is_an_error(kind, page) -> None:
 
 
 class Faulty(fluxmoe.Codec):
-    """Keeps only the first half, which suffices if the second is zero; or fails."""
+    """A codec that keeps only the first half, which is wrong unless the rest is zero, or fails."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -220,7 +220,7 @@ def test_other_weights_codecs_and_layouts_have_files_of_their_own(tmp_path: Path
 
 
 def test_other_options_of_a_codec_make_another_file(tmp_path: Path) -> None:
-    """Some codecs cannot decode data encoded with other options."""
+    """Needed because some codecs cannot decode data that was encoded with other options."""
     for options in ({}, {"key": 1}, {"key": 2}, {"key": 1}):
         coder = Coder(plugins.load().create("codec", "fixed4"), "fixed4")
         tier = FileTier(GEOMETRY, PAGE_CLASS, tmp_path, coder, None, options=options)
@@ -232,7 +232,7 @@ def test_a_file_of_which_one_page_is_another_is_built_anew(tmp_path: Path, caplo
     filled(in_file(tmp_path)).close()
     store = in_file(tmp_path)
     changed = layers()
-    changed[1][1][2, 5] ^= 1  # a model after some more training
+    changed[1][1][2, 5] ^= 1  # as if the model had been trained further
     for parts in changed:
         store.adopt(parts)
     assert "is rebuilt: it contains different pages" in caplog.text
@@ -355,7 +355,7 @@ def test_e10_a_header_that_says_nonsense_is_refused_and_built_anew(tmp_path, cap
         ((3, 0, pagefile.OFFSET), 2**63),
         ((3, 0, pagefile.OFFSET), 2**64 - 4096),
         ((3, 1, pagefile.OFFSET), 0),  # half a page
-        ((3, 1, pagefile.OFFSET), 4096),  # not beside the first part
+        ((3, 1, pagefile.OFFSET), 4096),  # does not follow the first part
         ((3, 0, pagefile.LENGTH), 0),
         ((3, 0, pagefile.LENGTH), 40_961),  # longer than the part
         ((3, 2, pagefile.LENGTH), 2**64 - 1),
@@ -409,7 +409,7 @@ def test_e10_what_is_no_file_of_ours_is_not_read(tmp_path, caplog, kind) -> None
 
 
 def test_two_starts_on_one_folder_each_keep_the_file_that_they_wrote(tmp_path: Path) -> None:
-    """The second to finish replaces the first one's file, which has fewer pages."""
+    """The start that finishes last replaces the other start's file, which has fewer pages."""
     small = store_of([{"kind": "file", "path": str(tmp_path), "limit": 200_000}, {"kind": "host"}])
     large = store_of([{"kind": "file", "path": str(tmp_path)}])
     for parts in layers():
@@ -466,12 +466,12 @@ def test_what_the_system_has_not_in_memory_is_read_past_its_cache(
     time.sleep(0.3)  # a read-ahead may still be under way
     stored = 2 * pagefile.sectors(size + 6)
     assert not residency.cached(tier._file._fd, 4096, stored)
-    assert read_bytes() - before in (0, stored)  # 0: no disk below this file system is counted
+    assert read_bytes() - before in (0, stored)  # 0 if the system does not count this disk
     store.close()
 
 
 def read_bytes() -> int:
-    """Bytes that this process has read from disks."""
+    """Return the bytes that this process has read from disks."""
     counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counters["read_bytes"])
 
@@ -536,7 +536,7 @@ def test_what_a_killed_process_leaves_behind_is_removed(tmp_path: Path) -> None:
         assert orphan.suffix == ".part"
     under_way = in_file(tmp_path)
     under_way.adopt(layers()[0])  # removes the orphan
-    store = filled(in_file(tmp_path))  # leaves the file that another store is writing
+    store = filled(in_file(tmp_path))  # leaves the file alone that another store is writing
     assert orphan not in page_files(tmp_path) and len(page_files(tmp_path)) == 2
     for parts in layers()[1:]:
         under_way.adopt(parts)

@@ -1,4 +1,4 @@
-"""Replaced pages: all or none, beside a page file that never changes."""
+"""Replaced pages: all are replaced or none, and a page file never changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def page_of(page: int, seed: int) -> list[np.ndarray]:
 
 
 def seeds_of(store) -> list[int]:
-    """Seed of each page, from its bytes."""
+    """Find the seed of each page from the page's bytes."""
     found = []
     for page in range(PAGES):
         store.read_into(page, target := rows())
@@ -59,7 +59,7 @@ def replace(store, pages, seed: int) -> None:
             parts = [part.copy() for part in page_of(page, seed)]
             put(page, parts)
             for part in parts:
-                part[:] = 0xAA  # they may change afterwards
+                part[:] = 0xAA  # parts may change after ``put``
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -76,14 +76,14 @@ def test_pages_are_replaced_and_the_page_file_is_not_changed(kind: str, tmp_path
     before = digests(tmp_path)
     replace(store, range(0, PAGES, 2), 1)
     assert seeds_of(store) == [1, 0] * (PAGES // 2)
-    replace(store, range(4), 2)  # over replaced ones, and others
+    replace(store, range(4), 2)  # replaced pages, and others
     assert seeds_of(store) == [2, 2, 2, 2] + [1, 0] * (PAGES // 2 - 2)
     for seed in (3, 1, 2):  # each place of the overlay is used again
         replace(store, range(PAGES), seed)
         assert seeds_of(store) == [seed] * PAGES
     assert digests(tmp_path) == before
     assert len(before) == ("file" in kind or kind == "both")
-    # Another start, and another process on the same folder, have the pages of the checkpoint.
+    # Another start or another process with the same folder has the pages of the checkpoint.
     other = filled(made(kind, tmp_path))
     assert seeds_of(other) == [0] * PAGES
     assert seeds_of(store) == [2] * PAGES
@@ -119,7 +119,7 @@ def test_a_failed_update_replaces_nothing(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_page_that_no_longer_fits_its_store_moves(tmp_path: Path) -> None:
-    """Random bytes cannot be coded, so they take more room than weights."""
+    """Random bytes cannot be compressed, so they take more room than weights."""
     host = {"kind": "host", "codec": "fixed4", "limit": "200KiB"}
     file = {"kind": "file", "path": str(tmp_path)}
     noise = np.random.default_rng(5).integers(0, 256, PAGE_CLASS.nbytes, np.uint8)
@@ -146,7 +146,7 @@ def test_a_page_that_no_longer_fits_its_store_moves(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_nameless_files(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(overlay.os, "O_TMPFILE", os.O_DIRECTORY)  # a folder cannot be written
+    monkeypatch.setattr(overlay.os, "O_TMPFILE", os.O_DIRECTORY)  # fails for a folder
     store = filled(made("file", tmp_path))
     replace(store, [3], 1)
     assert seeds_of(store) == [0, 0, 0, 1] + [0] * (PAGES - 4)

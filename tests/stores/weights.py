@@ -1,4 +1,4 @@
-"""Arrays of bf16 weights that are difficult to code, by name."""
+"""Named arrays of bf16 weights that are difficult to encode."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ __all__ = ["Load", "answer", "held", "prompts", "same", "sizes"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Use one thread: spinning threads of parallel tests cost more than they gain."""
+    """Use one thread, because spinning threads slow down tests that run in parallel."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def load(checkpoint: Callable[..., Path]) -> Load:
-    """``load(architecture, implementation, **settings)`` makes a new model."""
+    """A function ``load(architecture, implementation, **settings)``, which makes a new model."""
 
     def load(
         architecture: str = "qwen3-moe",
@@ -64,13 +64,13 @@ def load(checkpoint: Callable[..., Path]) -> Load:
 
 
 def sizes(model: Any) -> tuple[int, int, int]:
-    """Return experts per layer, pages, and bytes of a page."""
+    """Return the number of experts per layer, the number of pages, and the bytes of a page."""
     geometry, page_class = layout.describe(layout.experts_of(model))
     return geometry.experts_per_layer, geometry.num_pages, page_class.nbytes
 
 
 def held() -> tuple[int, int, int]:
-    """Count open files, mapped frames and copy threads of this process."""
+    """Count this process's open files, mapped frames and copy threads."""
     gc.collect()
     return (
         len(os.listdir("/proc/self/fd")),

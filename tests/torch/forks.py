@@ -1,6 +1,6 @@
 """A process that pages and forks: errors in its children, and their effects on the parent.
 
-``python -m tests.torch.forks CHECKPOINT FOLDER`` prints one JSON object: case → findings.
+``python -m tests.torch.forks CHECKPOINT FOLDER`` prints one JSON object that maps cases to results.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ stock: list[Any] = []
 
 
 class End(BaseException):
-    """Raised when the child has nothing left to do and must reach the end of the program."""
+    """The child has nothing left to do and must reach the end of the program."""
 
 
 def start() -> None:
-    """Page two models: one with all pages resident, one with few and therefore many copies."""
+    """Page two models: one with all pages resident, and one with few, which makes many copies."""
     torch.set_num_threads(1)
     for name, settings in {
         "all": {"memory": "1GiB"},
@@ -90,7 +90,7 @@ def use_everything(model: Any, handle: Any) -> None:
     for use in (
         lambda: run(model),
         lambda: torch.no_grad()(model.model.layers[1].mlp)(states),
-        lambda: torch.ops.fluxmoe.acquire(ids, handle._handle, 0),  # like compiled models
+        lambda: torch.ops.fluxmoe.acquire(ids, handle._handle, 0),  # as compiled models do
         lambda: op.acquire(ids, handle._handle, 0),
         handle.stats,
         handle.check,
@@ -137,7 +137,7 @@ def end() -> None:
 
 
 def forked(child: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
-    """Return the exit status of a child, negative for a signal."""
+    """Run a function in a child; return the child's exit status, which is negative for a signal."""
     sys.stdout.flush()
     if pid := fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -147,7 +147,7 @@ def forked(child: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
     except Exception:
         traceback.print_exc()
         os._exit(1)
-    os._exit(2)  # the child should have ended by itself
+    os._exit(2)  # an error: the child should have ended by itself
 
 
 def evaluate(name: str) -> Any:
@@ -194,7 +194,7 @@ def while_pages_are_copied(child: Callable[[], Any]) -> int:
         if threading.current_thread().name.startswith("fluxmoe-copy"):
             begun.set()
             go_on.wait(PATIENCE)
-        begun.wait(PATIENCE)  # otherwise the caller might take back all copies before one begins
+        begun.wait(PATIENCE)  # otherwise, the caller might withdraw all copies before one begins
         read(*args)
 
     handles["few"].reset()
@@ -214,7 +214,7 @@ def while_recording(child: Callable[[], Any]) -> list[Any]:
     traces = [FOLDER / "plain", FOLDER / "forked"]
     for trace in traces:
         with handles["all"].record(trace, weights=True, replace=True) as recorder:
-            recorder._writer._group_rows = 1  # part of the file is written, the rest is buffered
+            recorder._writer._group_rows = 1  # writes part of the file
             run(models["all"])
             if trace is traces[1]:
                 found.append(forked(child))
@@ -252,8 +252,8 @@ def main() -> None:
         found[name] = [case(), unharmed()]
         if not found[name][1]:
             handles["all"].reset()  # for the next case
-        print(name, found[name], file=sys.stderr, flush=True)  # shows where it hangs
-    # Checks that the former behaviour of children would be detected.
+        print(name, found[name], file=sys.stderr, flush=True)  # shows which case hangs
+    # Do what children did formerly, to check that the damage would be detected.
     substrate = handles["all"]._runtime.memory.substrate
     substrate.release(np.arange(substrate.count))
     found["control"] = unharmed()

@@ -1,4 +1,4 @@
-"""``fluxmoe.page`` and ``load``: policies as classes and instances, wrong types (B5)."""
+"""``fluxmoe.page`` and ``load``: policies given as classes or instances, and wrong types (B5)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_compiled_as_one_graph(load: Load) -> None:
-    model = load("glm4-moe", num_hidden_layers=2)  # its fp32 router is the most sensitive
+    model = load("glm4-moe", num_hidden_layers=2)  # because its fp32 router is the most sensitive
     experts, _, page_bytes = sizes(model)
 
     def compiled() -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def test_compiled_as_one_graph(load: Load) -> None:
     with fluxmoe.page(model, experts * page_bytes, eviction="immediate") as paged:
         assert all(map(torch.equal, compiled(), stock))
         assert paged.stats()["misses"] > 2 * experts
-        call = torch.compile(model, fullgraph=True)  # must not outlive the arenas
+        call = torch.compile(model, fullgraph=True)  # compiled code must not outlive the arenas
     with torch.no_grad():
         after = call(prompts()["input_ids"], use_cache=False).logits
     assert torch.equal(after, stock[0])
@@ -41,7 +41,7 @@ def test_compiled_as_one_graph(load: Load) -> None:
 def generate_with_static_cache(model: Any) -> list[torch.Tensor]:
     """Generate with transformers' loop: eager prefill, compiled decode steps."""
     compiled = CompileConfig(fullgraph=True, mode="default", dynamic=False)
-    compiled._compile_all_devices = True  # else transformers compiles on GPUs only
+    compiled._compile_all_devices = True  # otherwise, transformers compiles only on GPUs
     vars(model).pop("_compiled_call", None)
     found = model.generate(
         **prompts(),
@@ -58,7 +58,7 @@ def generate_with_static_cache(model: Any) -> list[torch.Tensor]:
 
 
 def decode_with_dynamic_cache(model: Any) -> list[torch.Tensor]:
-    """Decode in a custom loop: the cache grows, so shapes become symbolic in the second step."""
+    """Decode in a custom loop; the cache grows, so shapes become symbolic in the second step."""
     cache, call = DynamicCache(config=model.config), torch.compile(model, fullgraph=True)
     found = [model(prompts()["input_ids"], past_key_values=cache).logits]
     for _ in range(4):

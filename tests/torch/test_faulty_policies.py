@@ -18,7 +18,7 @@ CASES = [
     *(("prefetch", "propose", fault) for fault in IN_AN_ANSWER),
     *(("prefetch", "reset", fault) for fault in ("raise", "exit")),
 ]
-#: reset() gets no inputs to write to.
+#: The other methods; reset() gets no inputs to which it could write.
 CASES = [c for c in CASES if not (c[1] == "reset" and c[2] in ("write", "flag", "set", "delete"))]
 
 

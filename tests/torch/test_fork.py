@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def found(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Findings of ``forks.py``: case → result of the child, and the parent's output."""
+    """The results of ``forks.py``: case → the child's status and whether the parent is unharmed."""
     folder = tmp_path_factory.mktemp("forks")
     result = subprocess.run(
         [sys.executable, "-m", "tests.torch.forks", str(checkpoint()), str(folder)],
@@ -37,7 +37,7 @@ def found(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     ],
 )  # fmt: skip
 def test_a_child(found: Any, case: str) -> None:
-    assert found[case] == [0, True]  # ended as intended, without side effects
+    assert found[case] == [0, True]  # the child ended as intended, without side effects
 
 
 def test_a_pool_that_evaluates_the_model(found: Any) -> None:

@@ -1,4 +1,4 @@
-"""``fluxmoe generate`` on the torch backend, and ``import fluxmoe`` without torch."""
+"""``fluxmoe generate`` with the torch backend, and ``import fluxmoe`` without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.torch.conftest import Load
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Run the command; return exit status, standard output and standard error."""
+    """Run the command; return its exit status, standard output and standard error."""
     done = here("generate", *arguments)
     return done.returncode or 0, done.stdout, done.stderr
 
@@ -81,7 +81,7 @@ def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, _, err = run(tmp_path / "nothing", "--prompt-ids", "1")
     assert status == 2
     assert "error[FM406]: no such folder" in err
-    status, _, err = run("no-such-name", "--prompt-ids", "1")  # may be a name on the Hub
+    status, _, err = run("no-such-name", "--prompt-ids", "1")  # could be a name on the Hub
     assert status == 2
     assert "neither a folder nor a downloaded model" in err
 

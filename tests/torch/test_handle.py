@@ -1,4 +1,4 @@
-"""The handle's data and methods, and complete removal."""
+"""The handle's data and methods, and the complete removal of paging."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_a_model_that_is_dropped_takes_its_arenas_with_it(load: Load) -> None:
     before = held()
     model = load()
     fluxmoe.page(model, "2MiB")
-    answer(model)  # the handle is gone, the model is still paged
+    answer(model)  # the handle is gone, but the model is still paged
     assert held() > before
     part = model.model.layers[1]
     del model
-    assert held() > before  # a layer that is still referenced can still read its arenas
+    assert held() > before  # a layer that is still referred to can still read its arenas
     del part
     assert held() == before
 

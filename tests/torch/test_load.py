@@ -58,7 +58,7 @@ def test_another_type_of_numbers(load: Load, checkpoint: Callable[..., Path], dt
 
 
 def test_experts_that_lie_together_in_several_shards(load: Load, tmp_path: Path) -> None:
-    """Stored as in transformers 5: no tensors to assemble, only views of the file."""
+    """As transformers 5 stores them: no tensors need assembling, and all are views of the file."""
     model = load()
     model.save_pretrained(tmp_path, save_original_format=False, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -241,7 +241,7 @@ QUANTISED = {
 
 @pytest.mark.parametrize("method", QUANTISED)
 def test_b11_quantised_checkpoints(load: Load, tmp_path: Path, method: str) -> None:
-    """FluxMoE rejects them before transformers reads weights, naming method and layer."""
+    """FluxMoE rejects them before transformers reads weights, and names the method and layer."""
     load().save_pretrained(tmp_path)
     settings, ending, dtype = QUANTISED[method]
     reconfigure(tmp_path, **({"quantization_config": settings} if settings else {}))
@@ -273,14 +273,14 @@ def test_b11_weights_of_another_shape(load: Load, tmp_path: Path) -> None:
     with pytest.raises(errors.CheckpointError) as caught:
         fluxmoe.load(tmp_path, "2MiB")
     assert re.match(
-        r"model\.layers\.0\.mlp\.experts\.down_proj is \[16, \d+, \d+\] in the checkpoint, and "
-        r"\[16, \d+, 96\] by its config\.json, and \d more",
+        r"model\.layers\.0\.mlp\.experts\.down_proj is \[16, \d+, \d+\] in the checkpoint, but "
+        r"\[16, \d+, 96\] according to config\.json, and \d more",
         caught.value.what,
     )
 
 
 def test_b11_architectures_of_another_kind(tmp_path: Path) -> None:
-    """Experts that cannot be paged are not reported as absent."""
+    """Experts that exist but cannot be paged are not reported as absent."""
     for name, says in (("switch_transformers", "cannot build a causal"), ("doge", "expert layout")):
         AutoConfig.for_model(name, **SMALL_ONES.get(name, {})).save_pretrained(tmp_path / name)
         with pytest.raises(errors.UnsupportedError, match=rf"(?i){name.split('_')[0]}.*") as caught:
@@ -325,8 +325,8 @@ for dtype in ("auto", "float32"):
 
 
 def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None:
-    """Applies to unchanged and converted weights; the arenas are shared memory and not counted."""
-    # Freed memory returns to the system at once, so that only memory in use is measured.
+    """Applies to unchanged and converted weights; arenas are shared memory and are not counted."""
+    # Let freed memory return to the system at once, so that only memory in use is measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     shape = {"num_hidden_layers": 8, "moe_intermediate_size": 256, "hidden_size": 256}
     done = subprocess.run(
@@ -348,5 +348,5 @@ def test_a4_memory_beside_the_weights_is_required_before_they_are_read(
     monkeypatch.setattr(
         machine, "memory", lambda: machine.MemoryRoom(1 << 20, 1 << 20, "/sys/fs/cgroup/app")
     )
-    with pytest.raises(errors.ConfigError, match=r"are needed .* limit of /sys/fs/cgroup/app"):
+    with pytest.raises(errors.ConfigError, match=r"is needed .* limit of /sys/fs/cgroup/app"):
         fluxmoe.load(checkpoint("qwen3-moe"), "1023KiB")

@@ -1,4 +1,4 @@
-"""Measurement of a machine: the fit, the decoded tokens, and a profile for the simulator."""
+"""The measurement of a machine: the fit, the decoded tokens, and a profile for the simulator."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_what_costs_nothing_is_very_fast():
 
 
 def test_the_same_tokens_whatever_is_paged(load):
-    """Needed so that timed and recorded runs are identical."""
+    """Timed runs and recorded runs must be identical."""
     model = load()
     seen = []
     for pages in (16, 32):

@@ -1,4 +1,4 @@
-"""Operations on a paged model either work as usual, or are rejected without side effects."""
+"""Operations on a paged model either work as usual or are rejected without side effects."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_moving_to_where_it_is(paged: Any, load: Load) -> None:
     model = paged.model
     assert model.to("cpu").cpu() is model
     assert same(answer(model), answer(load()))
-    model.bfloat16()  # rotary embeddings are float32: they change, as they do in any model
+    model.bfloat16()  # changes the rotary embeddings, which are float32, as in any model
     assert same(answer(model), answer(load().bfloat16()))
 
 
@@ -102,7 +102,7 @@ def test_gradients(load: Load) -> None:
     model = load().train()
     stock = answer(model)
     with fluxmoe.page(model, "1MiB"):
-        assert same(answer(model), stock)  # without gradients, training mode does not matter
+        assert same(answer(model), stock)  # without gradients, training mode has no effect
         with pytest.raises(errors.UnsupportedError, match=r"compute gradients.*torch\.no_grad"):
             model(**prompts())
         model.get_input_embeddings().requires_grad_(False)

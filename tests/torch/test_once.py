@@ -1,4 +1,4 @@
-"""For every way to page a model, plugins, policies and memory size are processed only once."""
+"""Every way to page a model processes the plugins, the policies and the memory size only once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def sizes_read(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Sizes with units that were parsed."""
+    """A list of the sizes with units that were parsed."""
     found: list[object] = []
     parse = sizes.parse
 

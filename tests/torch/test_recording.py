@@ -95,7 +95,7 @@ def test_predictions_are_the_next_routers_on_this_layers_states(
             block.gate.register_forward_hook(lambda *_: routed.append(1))
         assert same(answer(model), stock)
         assert recorder.columns == ("predicted",)
-    # The routers' hooks ran only once per layer and pass, because predicting bypasses them.
+    # The routers' hooks ran only once per layer and pass, because prediction bypasses the hooks.
     assert len(routed) == sum(len(passes) for passes in states.values())
     rows = table(trace)
     for index in range(len(layers) - 1):

@@ -1,4 +1,4 @@
-"""C4, C10: the log of a paged model at startup, and its representation as text."""
+"""C4, C10: the log when a model is paged, and the handle's representation as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.torch.conftest import Load, prompts, sizes
 
 
 def started(caplog: pytest.LogCaptureFixture) -> dict[str, str]:
-    """The lines of the only block logged: name → value."""
+    """Return the lines of the only block in the log: name → value."""
     (block,) = (r.getMessage() for r in caplog.records if "pages the experts" in r.getMessage())
     headline, *lines = block.splitlines()
     assert headline.startswith(f"FluxMoE {fluxmoe.__version__} pages the experts of ")
@@ -64,8 +64,8 @@ def test_c4_load_says_where_policies_come_from_and_that_slots_are_few(
     assert said["eviction"] == f"mine ({plugin} 7.1)"
     assert said["stores"].startswith("host with fixed4 up to 1.0 GiB: ")
     assert said["note"] == (
-        "the slots are fewer than the 32 pages that a token uses (8 in each layer): a policy such "
-        "as lru would never hit"
+        "the slots are fewer than the 32 pages that a token uses (8 in each layer), so a policy "
+        "such as lru would never hit"
     )
 
 

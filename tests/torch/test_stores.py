@@ -37,7 +37,7 @@ def test_a_loaded_model_answers_what_stock_answers(
 ) -> None:
     stock = load()
     experts, pages, page_bytes = sizes(stock)
-    for _ in range(2):  # the second time, a page file exists
+    for _ in range(2):  # the second time, the page file exists
         with fluxmoe.load(
             checkpoint(),
             (experts + 2) * page_bytes,
@@ -50,7 +50,7 @@ def test_a_loaded_model_answers_what_stock_answers(
             paged.check()
         assert stats["misses"] > 0
         if "coded" in name:
-            assert stats["store_bytes"] < 0.95 * pages * page_bytes  # whole sectors, small pages
+            assert stats["store_bytes"] < 0.95 * pages * page_bytes  # sectors are padded
     assert bool(list(tmp_path.iterdir())) == (name != "coded")
 
 
@@ -69,7 +69,7 @@ def test_layers_are_kept_as_they_are_loaded(
     monkeypatch.setattr(pretrained._Catch, "_take", take)
     with fluxmoe.load(checkpoint(num_hidden_layers=12), "1MiB", stores=[CODED]) as paged:
         assert paged.stats()["pages"] == 12 * 16
-    assert most == 1  # one part of a layer, while the other is still being read
+    assert most == 1  # one part of a layer, while the other part is still being read
 
 
 def test_an_error_of_a_store_is_not_taken_for_one_of_the_checkpoint(

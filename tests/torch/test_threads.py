@@ -1,4 +1,4 @@
-"""Threads that share a paged model, hooks inside its passes, and abnormally ended passes."""
+"""Threads that share a paged model, hooks inside its passes, and passes that end abnormally."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def join(*threads: threading.Thread) -> None:
 
 
 def room(model: Any, layers: float) -> int:
-    """Bytes for the pages of ``layers`` layers."""
+    """Return the bytes of the pages of ``layers`` layers."""
     experts, _, page_bytes = sizes(model)
     return int(layers * experts) * page_bytes
 
@@ -43,7 +43,7 @@ def room(model: Any, layers: float) -> int:
 @pytest.mark.parametrize("part", ["mlp", "mlp.experts"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_layers_called_by_themselves(load: Load, implementation: str, part: str) -> None:
-    """Layers called by many threads at once, evicting each other's pages."""
+    """Many threads call layers at once and evict each other's pages."""
     model = load("qwen3-moe", implementation)
     layers = [layer.mlp for layer in model.model.layers]
     draw = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def test_layers_called_by_themselves(load: Load, implementation: str, part: str)
 
 
 def test_a_layer_waits_for_the_pass_that_runs_and_for_an_event(load: Load) -> None:
-    """The event is between acquire and the kernel."""
+    """The event is between the call to ``acquire`` and the kernel."""
     model = load()
     stock = run(model)
     block, states = model.model.layers[0].mlp, torch.ones(1, 4, model.config.hidden_size).bfloat16()
@@ -237,7 +237,7 @@ def test_a_policy_may_not_use_the_handle(load: Load, tmp_path: Path) -> None:
 
 
 def test_a_layer_that_waited_for_close(load: Load) -> None:
-    """The pager's number may belong to another pager by the time it continues."""
+    """By the time that the layer continues, its pager's number may belong to another pager."""
     model, other = load(), load("mixtral")
     block, states = model.model.layers[0].mlp, torch.ones(1, 4, model.config.hidden_size).bfloat16()
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_a_layer_that_waited_for_close(load: Load) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("place", ["layer", "experts", "activation"])
 def test_a_turn_ends_with_its_pass(load: Load, error: type[BaseException], place: str) -> None:
-    """Covers all ways to end, in threads that continue or exit, at any depth."""
+    """Covers all ways in which a pass can end, in threads that continue or exit, at any depth."""
     model = load()
     stock = answer(model)
     layer = model.model.layers[2]
@@ -293,7 +293,7 @@ def test_a_turn_ends_with_its_pass(load: Load, error: type[BaseException], place
 
 
 def test_steps_of_a_trace_are_passes(load: Load, tmp_path: Path) -> None:
-    """Phases and requests are correct for nested and abnormally ended passes."""
+    """Phases and requests are correct for nested passes and for passes that end abnormally."""
     model, trace = load(), tmp_path / "trace"
     ids = prompts()["input_ids"]
     layer = model.model.layers[0]

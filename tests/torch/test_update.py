@@ -1,4 +1,4 @@
-"""New weights through the handle: outputs, and the model afterwards, as with the new weights."""
+"""New weights given to the handle: outputs, and the model after ``close``, have the new weights."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] =
     "name": (
         lambda b: {**b, "lm_haed.weight": b[HEAD]},
         WeightsError,
-        r"lm_haed.weight is no weight of this model; did you mean 'lm_head.weight'",
+        r"this model has no weight lm_haed.weight; did you mean 'lm_head.weight'",
     ),
     "twice": (lambda b: [*b.items(), (HEAD, b[HEAD])], WeightsError, "was given twice"),
-    "names": (lambda b: [*b], WeightsError, "a weight is a str"),
-    "no tensor": (lambda b: {**b, HEAD: 1}, WeightsError, "lm_head.weight has no tensor"),
-    "no list": (lambda b: None, WeightsError, "weights of type NoneType"),
+    "names": (lambda b: [*b], WeightsError, "an item is of type str, not a pair"),
+    "no tensor": (lambda b: {**b, HEAD: 1}, WeightsError, "lm_head.weight is of type int, not a"),
+    "no list": (lambda b: None, WeightsError, "weights are of type NoneType"),
     "meta": (lambda b: {**b, HEAD: b[HEAD].to("meta")}, WeightsError, "is on meta"),
     "iteration": (broken, OSError, "the trainer has gone"),
 }
@@ -144,7 +144,7 @@ def test_a_hook_may_update_and_a_closed_handle_may_not(pair: tuple[Any, Any]) ->
             paged.update_weights(b.state_dict())
 
         hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(update)
-        run(model)  # old weights up to there, new ones from there
+        run(model)  # up to the update, old weights; from there on, new weights
         hook.remove()
         assert torch.equal(run(model), run(b))
         paged.close()

@@ -1,6 +1,6 @@
-"""Every way in which a paged model or its handle can be used is right, or refused by name.
+"""Every way in which a paged model or its handle can be used is right, or refused with a code.
 
-``ways/table.csv`` lists them, each with the function in ``ways`` that tries it.
+``ways/table.csv`` lists the ways, each with the function in the package ``ways`` that tries it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def function(row: dict[str, str]) -> Way:
 
 
 def cases() -> list[Any]:
-    """All rows on a paged model; refusals also on a loaded model, which has no weights itself."""
+    """List all rows for a paged model, and the refusals also for a loaded model."""
     found = []
     for row in ROWS:
         way = function(row)
@@ -100,7 +100,7 @@ def unharmed(tried: Use) -> None:
 
 
 def equal(found: Any, wanted: Any) -> bool:
-    """Equality of nested tuples, lists and dictionaries, bit for bit."""
+    """True if nested tuples, lists and dictionaries are equal, bit for bit."""
     if isinstance(wanted, torch.Tensor):
         return found.dtype == wanted.dtype and torch.equal(found, wanted)
     if isinstance(wanted, dict):

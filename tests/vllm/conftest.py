@@ -18,7 +18,7 @@ KV_BYTES = 8 << 20
 
 
 def prompts(count: int, *, tokens: int = 20, seed: int = 0) -> list[Prompt]:
-    """Make requests of mixed lengths; every second one samples with a seed, others are greedy."""
+    """Make requests of mixed lengths; every second request samples with a seed, others greedily."""
     rng = random.Random(seed)
     return [
         Prompt(
@@ -32,7 +32,7 @@ def prompts(count: int, *, tokens: int = 20, seed: int = 0) -> list[Prompt]:
     ]
 
 
-#: Of the small Qwen3-MoE.
+#: Bytes of a page, and number of pages, of the small Qwen3-MoE.
 PAGE = 3 * 128 * 64 * 2
 PAGES = 64
 
@@ -52,8 +52,8 @@ def config(slots: int, **settings: Any) -> dict[str, Any]:
 BATCHES = [prompts(1, seed=1), prompts(8, seed=8), prompts(64, seed=64)]
 
 
-#: Tokens, and the log-probability of each, per batch and request. One wrong page can leave every
-#: token unchanged, but hardly every bit of these (docs/project/adr/0001).
+#: Tokens, and the log-probability of each token, by batch and request. One wrong page can leave
+#: every token unchanged, but hardly every bit of the log-probabilities (docs/project/adr/0001).
 Outputs = list[tuple[list[list[int]], list[list[float]]]]
 
 
@@ -64,7 +64,7 @@ def outputs(engine: ChildEngine) -> Outputs:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen3-MoE, 4 layers of 16 experts."""
+    """A random Qwen3-MoE checkpoint with 4 layers of 16 experts."""
     return checkpoints.write(tmp_path_factory.mktemp("qwen3") / "model", "qwen3-moe")
 
 
@@ -77,7 +77,7 @@ def eager(checkpoint: Path) -> Iterator[ChildEngine]:
 
 @pytest.fixture
 def borrowed(eager: ChildEngine, checkpoint: Path) -> Iterator[ChildEngine]:
-    """``eager`` for a test that restarts it with another model, restored for other tests."""
+    """``eager`` for a test that restarts the engine with another model; restored afterwards."""
     yield eager
     eager.restart(model=checkpoint, kv_cache_memory_bytes=KV_BYTES, **EAGER)
 

@@ -1,4 +1,4 @@
-"""A policy for tests: requests another split every few steps at random, up to both extremes."""
+"""Arbitration policies for tests, which request random, adverse or invalid splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fluxmoe
 
 
 class Dice(fluxmoe.ArbitrationPolicy):
-    """Draw the experts' memory and the next step at random."""
+    """A policy that draws the experts' memory and the time of the next change at random."""
 
     def __init__(self) -> None:
         self._rng = random.Random(5)
@@ -19,7 +19,8 @@ class Dice(fluxmoe.ArbitrationPolicy):
             self._until = view.step + self._rng.choice([2, 2, 3, 4, 7])
             least, most = view.bounds["experts"].min, view.bounds["experts"].max
             middle = view.frames["experts"]
-            # Mostly to the other side of the current split, so nearly every throw moves memory.
+            # Most throws draw a size above or below the current size, so that nearly every throw
+            # moves memory.
             low, high = self._rng.choice([(least, middle), (middle, most), (least, most)])
             self._experts = self._rng.randint(low, max(low, high))
         experts = min(self._experts, view.total_frames)
@@ -27,7 +28,7 @@ class Dice(fluxmoe.ArbitrationPolicy):
 
 
 class Spite(fluxmoe.ArbitrationPolicy):
-    """Grows the KV cache for a while, and shrinks it whenever requests use all of it."""
+    """A policy that alternates between half of the budget and the minimum for the KV cache."""
 
     def __init__(self) -> None:
         self._full = 0
@@ -43,7 +44,7 @@ class Spite(fluxmoe.ArbitrationPolicy):
 
 
 class Broken(fluxmoe.ArbitrationPolicy):
-    """Returns nonsense, and raises from time to time."""
+    """A policy that returns nonsense, and raises an error from time to time."""
 
     def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
         if view.step % 3 == 0:

@@ -1,4 +1,4 @@
-"""A policy for tests: moves memory all the time, with an unprintable reason."""
+"""A policy for tests that moves memory all the time, for an unprintable reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fluxmoe
 
 
 class Mumbles(fluxmoe.ArbitrationPolicy):
-    """Moves memory back and forth every few steps."""
+    """A policy that moves memory back and forth every few steps."""
 
     def split(self, view: fluxmoe.ArbitrationView) -> fluxmoe.Split:
         bounds = view.bounds["experts"]

@@ -1,4 +1,4 @@
-"""The list of vLLM's options from its parser, written by ``python -m tests.vllm.options``."""
+"""The list of the options in vLLM's parser, written by ``python -m tests.vllm.options``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = Path(fluxmoe.backends.vllm.preflight.__path__[0]) / "options.json"
 
 
 def parsed() -> dict[str, str | list[str]]:
-    """Get option → type, as in ``fluxmoe.backends.vllm.preflight.options.known``."""
+    """Read the options and their types, as in ``preflight.options.known``."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

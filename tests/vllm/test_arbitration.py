@@ -1,4 +1,4 @@
-"""The split changes while vLLM serves: the same tokens as stock, even with faults."""
+"""Changes to the split while vLLM serves: the tokens are stock's, even with faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FEW = {**COMPILED, "enforce_eager": True}
 
 
 def traffic(count: int, seed: int = 0) -> list[Prompt]:
-    """Make requests: short and long answers, greedy and sampled, many with shared prefixes."""
+    """Make requests with short and long answers, greedy or sampled, many with shared prefixes."""
     rng = random.Random(seed)
     shared = [[rng.randrange(3, 1000) for _ in range(64)] for _ in range(4)]
     return [
@@ -41,7 +41,10 @@ TRAFFIC = traffic(60)
 
 
 def config(arbitration: str = "dice", **settings: Any) -> dict[str, Any]:
-    """Make a budget for 40 of 64 experts and 32 of the KV blocks that 8 sequences could use."""
+    """Make a configuration whose budget holds 40 of 64 experts and 32 KV blocks.
+
+    Eight sequences could use more KV blocks.
+    """
     memory = {"budget": 40 * PAGE + (1 << 20), "experts": {"target": 20 * PAGE}}
     return {"memory": memory, "arbitration": arbitration, "plugins": [DICE], **settings}
 
@@ -55,7 +58,7 @@ def same(run: Generation, stock: Generation) -> None:
 
 
 def fail_commits(worker: Any, every: int) -> None:
-    """Make every ``every``-th mapping of memory fail; 0 = stop."""
+    """Make every ``every``-th mapping of memory fail; 0 ends this."""
     from fluxmoe.errors import SubstrateError
 
     substrate = worker._runtime.memory.substrate
@@ -195,7 +198,7 @@ def test_a_broken_policy_costs_no_token(engine: ChildEngine, stock: Generation) 
 
 
 def engine_stock(stock: Generation, count: int) -> Generation:
-    """Return stock's answers to the first ``count`` requests, which do not depend on the batch."""
+    """Return stock's first ``count`` answers, which do not depend on the other requests."""
     return Generation(stock.tokens[:count], stock.logprobs[:count], [], 0.0, 0, 0)
 
 
@@ -221,7 +224,7 @@ def test_compiled(engine: ChildEngine) -> None:
 
 
 def in_step(engine: ChildEngine, workers: int) -> None:
-    """Assert that all workers have carried out the same orders, and many."""
+    """Assert that all workers have carried out the same orders, and at least 100 of them."""
     everyone = engine.call("everyone")
     assert len(everyone) == workers
     assert everyone[0]["orders"] >= 100  # two for each move
@@ -230,19 +233,19 @@ def in_step(engine: ChildEngine, workers: int) -> None:
 
 
 def family(engine: ChildEngine) -> list[psutil.Process]:
-    """List the processes of an engine of three or more: client, scheduler, workers."""
+    """List the processes of an engine with three or more: the client, scheduler and workers."""
     client = psutil.Process(engine._process.pid)
     found = []
     for process in (client, *client.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):  # a helper process has just ended
-            # Not multiprocessing's resource tracker, which outlives the others.
+            # Multiprocessing's resource tracker is left out, because it outlives the others.
             if "resource_tracker" not in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
 
 def test_scheduler_and_worker_in_processes_of_their_own(checkpoint: Path) -> None:
-    """See also ``test_move_faults`` (two workers) and ``test_leaks`` (killed client)."""
+    """See also ``test_move_faults`` (two workers) and ``test_leaks`` (a killed client)."""
     few = TRAFFIC[:16]
     with ChildEngine(
         checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **FEW

@@ -1,4 +1,4 @@
-"""The balloon on vLLM's block pool: held groups, and the pool's numbers."""
+"""The balloon on vLLM's block pool: held groups, and the numbers that the pool reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def balloon(groups: int, *, blocks: int = 20, watermark: float = 0.0) -> tuple[A
 
 
 def remember(pool: Any, number: int) -> None:
-    """Register a block in the prefix cache, as a full one."""
+    """Register a block in the prefix cache, as vLLM does when a block is full."""
     from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
     key = make_block_hash_with_group_id(BlockHash(bytes([number] * 32)), 0)
@@ -38,7 +38,7 @@ def test_blocks_without_memory_are_handed_out_to_nobody() -> None:
     held, manager = balloon(4)
     pool = manager.block_pool
     assert held.held == frozenset(range(4, 10))
-    assert pool.get_num_free_blocks() == 7  # eight, and one is vLLM's null block
+    assert pool.get_num_free_blocks() == 7  # of eight blocks, one is vLLM's null block
     assert {block.block_id for block in pool.get_new_blocks(7)} == set(range(1, 8))
     with pytest.raises(ValueError, match="Cannot get 1 free blocks"):
         pool.get_new_blocks(1)
@@ -68,7 +68,7 @@ def test_the_least_valuable_groups_go_first() -> None:
         remember(pool, number)
     pool.free_blocks([blocks[n] for n in (6, 2, 7, 9, 3)])  # cached, the oldest first
     pool.free_blocks([blocks[n] for n in (8, 12, 13, 14, 15, 16)])  # 17 stays in use
-    # First 6 and 7, which cache nothing; then 3, whose younger block is older than those of 4, 1.
+    # First 6 and 7, which cache nothing; then 3, whose younger block is older than that of 4 and 1.
     assert held.hold(2) == (7, 6)
     assert held.hold(1) == (3,)
     assert held.cached() <= 3
@@ -89,7 +89,7 @@ def test_mistakes_are_noticed() -> None:
     held, _ = balloon(4)
     with pytest.raises(InvariantError, match="group 2 is not held"):
         held.release([2])
-    with pytest.raises(InvariantError, match="has 21 KV blocks, the worker 20"):
+    with pytest.raises(InvariantError, match="has 21 KV blocks, but the worker 20"):
         balloon(4, blocks=21)
 
 

@@ -1,4 +1,4 @@
-"""Operator limits while vLLM serves: enforced, reported, rejected if impossible; same tokens."""
+"""Operator limits, set while vLLM serves, are enforced, reported, and rejected if impossible."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_command_and_the_door(server: Server, monkeypatch: pytest.MonkeyPatc
     code, out, err = fluxmoe("limit", server.url)
     assert (code, err) == (0, "") and "limits: none" in out
 
-    # An idle engine gives the memory up at once, not with the next request.
+    # An idle engine gives the memory up at once, instead of waiting for the next request.
     before = snapshot.fetch(server.url)
     code, out, err = fluxmoe("limit", server.url, "--budget", "2MiB", "--json")
     assert (code, err) == (0, "")
@@ -165,7 +165,7 @@ def test_limits_while_the_server_is_busy(server: Server, monkeypatch: pytest.Mon
 
 
 def fluxmoe_quiet(server: Server, option: str, size: str) -> int:
-    """Do the same as the command, in a thread that may not redirect output."""
+    """Do the same as the command, for a thread, which must not redirect the output."""
     tenant, _, end = option.removeprefix("--").partition("-")
     limits = {tenant: {end: size}} if end else {tenant: size}
     answer = httpx.post(

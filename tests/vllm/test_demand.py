@@ -1,4 +1,4 @@
-"""The scheduler's data on demand: requests and step durations."""
+"""The scheduler's data on the engine's demand: requests and step durations."""
 
 from types import SimpleNamespace
 
@@ -56,7 +56,7 @@ def test_prompts_count_when_they_are_admitted_and_their_blocks_are_remembered():
     blocks = [bytes([i] * 8) for i in range(3)]
     watch.arrived(request("a"))
     watch.looked_up("a", 0)
-    watch.looked_up("a", 32)  # the request waited: only the last lookup counts
+    watch.looked_up("a", 32)  # the request waited, and only the last lookup counts
     assert (watch.prompt_tokens, watch.prefix_hits) == (0, 0)
     watch.admitted(request("a", 100, blocks[:2]))
     assert (watch.prompt_tokens, watch.prefix_hits) == (100, 32)
@@ -82,7 +82,7 @@ def test_the_size_of_requests_is_foreseen_from_those_that_ended():
     watch.gone(request("d", tokens=41, prompt=40))
     assert watch.foreseen_blocks(32) == (3 + 4) / 2  # unchanged without requests
     watch.arrived(request("e", prompt=10, limit=5))
-    assert watch.foreseen_blocks(1) == 10 + (5 + 1 + 1) / 3 - 1  # at most its limit
+    assert watch.foreseen_blocks(1) == 10 + (5 + 1 + 1) / 3 - 1  # limited to the maximum
     assert watch.foreseen_blocks(128) == 1
 
 

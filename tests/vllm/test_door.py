@@ -1,4 +1,4 @@
-"""E11: the endpoint for limits, without an engine: refuses every invalid request with a reason."""
+"""E11: the endpoint for limits, without an engine, refuses invalid requests with a reason."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""User errors: each arrives in the parent with its class, code and text.
+"""User errors, each of which arrives in the parent process with its class, code and text.
 
-Nearly all use one child process, which must remain usable after a failed start.
+Nearly all tests use one child process, which must remain usable after a failed start.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BLOCK = 4 * 2 * 32 * 2 * 32 * 2  # bytes of a KV block: layers, k and v, tokens,
 
 
 def config(**settings: Any) -> dict[str, Any]:
-    """Make a valid configuration with changes."""
+    """Make a valid configuration, changed by ``settings``."""
     memory = {"budget": 20 * PAGE + KV_BYTES, "frame": 4096, **settings.pop("memory", {})}
     return {"memory": memory, **settings}
 
@@ -53,7 +53,7 @@ def config(**settings: Any) -> dict[str, Any]:
 def refusal(
     engine: ChildEngine, error: type[FluxMoEError], fluxmoe: object, **options: Any
 ) -> FluxMoEError:
-    """Return the error of a start with these settings, of exactly this class."""
+    """Return the error of a start with these settings, which must be of exactly this class."""
     with pytest.raises(FluxMoEError) as caught:
         engine.restart(fluxmoe=fluxmoe, **{**EAGER, **options})  # type: ignore[arg-type]
     assert type(caught.value) is error, caught.value
@@ -139,7 +139,7 @@ def test_a_plugin_that_cannot_be_imported(eager: ChildEngine, tmp_path: Path) ->
 
 
 def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
-    # 256 tokens of context are 8 blocks; one more is vLLM's null block.
+    # 256 tokens of context need 8 blocks; the ninth is vLLM's null block.
     least = EXPERTS * PAGE + 9 * BLOCK
     error = refusal(eager, BudgetTooSmallError, config(memory={"budget": least - 4096}))
     assert error.where == "memory.budget"
@@ -152,7 +152,7 @@ def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
 
 
 def test_b3_the_preflight_refuses_less_but_nearly_as_much(checkpoint: Path) -> None:
-    """Its minimum is computed from files and is one block less than the engine's."""
+    """The preflight's minimum, computed from files, is one block less than the engine's."""
     least = EXPERTS * PAGE + 8 * BLOCK
     options = {"max-model-len": 256}
 
@@ -198,7 +198,7 @@ def test_targets_that_do_not_fit_together(eager: ChildEngine) -> None:
     error = refusal(eager, ConfigError, config(memory=memory))
     assert error.where == "memory"
     needed, there = apart(21 * PAGE + KV_BYTES, 20 * PAGE + KV_BYTES)
-    assert f"need {needed}, the budget has {there}" in error.what
+    assert f"need {needed}, but the budget has {there}" in error.what
 
 
 def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
@@ -216,7 +216,8 @@ def test_two_sizes_of_the_kv_cache(eager: ChildEngine) -> None:
 
 
 def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
-    # In a separate process: after such a failed start, vLLM has no process groups for experts.
+    # This test uses a separate process, because vLLM has no process groups for experts after such a
+    # failed start.
     model = checkpoints.write(tmp_path / "model", "qwen3-dense")
     with ChildEngine(model, kv_cache_memory_bytes=KV_BYTES, **EAGER) as engine:
         error = refusal(engine, NoExpertsError, config())
@@ -235,7 +236,7 @@ def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
 
 
 def test_experts_with_biases(borrowed: ChildEngine, tmp_path: Path) -> None:
-    """gpt-oss has biases, in a separate class; stock vLLM serves it on a CPU."""
+    """gpt-oss has biases, in a separate class. Stock vLLM serves this model on a CPU."""
     import torch
     import transformers
 
@@ -286,7 +287,7 @@ def test_unsupported_features(eager: ChildEngine, options: dict[str, Any], featu
 
 
 def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
-    """Those doors that are not led to the one in ``worker/weights/door.py``."""
+    """vLLM's calls that do not lead to the door in ``worker/weights/door.py`` are refused."""
     eager.restart(fluxmoe=config(), **EAGER)
     before = eager.generate([Prompt([5, 6, 7], 4)]).tokens
     for call in WEIGHT_CALLS:
@@ -296,9 +297,9 @@ def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
 
 
 def test_weights_are_not_loaded_into_slots(eager: ChildEngine) -> None:
-    """Rejected on the model, on the inner module and for a single expert's parameter (E4)."""
+    """Loading into the model, its inner module or one expert's parameter is rejected (E4)."""
     doors = (through_model, through_inner_module, through_parameter)
-    prompt = [Prompt(list(range(5, 105)), 4, logprobs=True)]  # routes to every expert
+    prompt = [Prompt(list(range(5, 105)), 4, logprobs=True)]  # is routed to every expert
     eager.restart(fluxmoe=config(), **EAGER)
     before = eager.generate(prompt).logprobs
     messages = "no gate projection, up", "load_weights of a part", "weight_loader is not"
@@ -316,7 +317,7 @@ def test_weights_are_not_loaded_into_slots(eager: ChildEngine) -> None:
 
 
 def through_model(worker: Any) -> None:
-    """Runs in the engine's process, like the next two."""
+    """Load weights through the model; like the next two functions, runs in the engine's process."""
     name = "model.layers.0.mlp.experts.1.down_proj.weight"
     worker.model_runner.model.load_weights([(name, torch.ones(128, 64))])
 
@@ -399,7 +400,7 @@ def test_a_frame_that_is_not_whole_pages(eager: ChildEngine) -> None:
 
 
 def script(source: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code that imports vLLM in a separate process."""
+    """Run Python code that imports vLLM, in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", source],
         env={**os.environ, **ENVIRONMENT},

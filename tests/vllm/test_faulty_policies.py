@@ -1,4 +1,4 @@
-"""Policies that fail in every method, in every way: same tokens, and the engine survives."""
+"""Policies that fail in every method and in every way change no token and end no engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_many_faults_in_all_policies_change_no_token(
 def test_a_reason_that_nothing_can_print_holds_up_no_request(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Text that cannot be encoded would block the channel from the scheduler to the server."""
+    """A text that cannot be encoded would block the channel from the scheduler to the server."""
 
     def mumbling(settings: dict[str, Any]) -> None:
         settings |= {"arbitration": "mumbles", "plugins": [MUMBLES]}

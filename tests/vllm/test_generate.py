@@ -18,7 +18,7 @@ OPTIONS = ["--backend", "vllm", "--prompt-ids", "7,8,9"]
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Run the command; return exit status, standard output and standard error."""
+    """Run the command, and return its exit status, standard output and standard error."""
     done = here("generate", *arguments)
     return done.returncode or 0, done.stdout, done.stderr
 

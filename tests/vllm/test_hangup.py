@@ -1,4 +1,4 @@
-"""Unit tests of the middleware that ends requests with the server (real servers: test_serve)."""
+"""Unit tests of the middleware that ends requests with the server; test_serve uses real servers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Server:
-    """A server of one request, with vLLM's ``app.state``."""
+    """A server for one request, with vLLM's ``app.state``."""
 
     def __init__(self, app: Any) -> None:
         self.state = SimpleNamespace(server=SimpleNamespace(should_exit=False))

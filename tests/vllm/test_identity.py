@@ -1,6 +1,6 @@
-"""Custom policies, and a budget that is never exceeded.
+"""Custom policies give the same answers as stock vLLM, and the budget is never exceeded.
 
-test_identity_matrix.py compares all built-in policies with stock.
+test_identity_matrix.py compares all built-in policies with stock vLLM.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_the_budget_holds_in_every_step(eager: ChildEngine) -> None:
     budget = fluxmoe["memory"]["budget"]
     run = eager.generate(BATCHES[2], watch=True)
     assert run.steps >= 20
-    # Watched: mapped expert frames and the KV buffer's real size, and all books, after each step.
+    # After each step, the mapped frames, the KV buffer's real size and all books were checked.
     assert 0.9 * budget < run.peak_committed <= budget
     assert run.stats["budget_bytes"] <= budget
 

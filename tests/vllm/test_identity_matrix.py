@@ -1,4 +1,4 @@
-"""The identity matrix under vLLM (A1): the selected cells; ``make test-full`` runs all."""
+"""The identity matrix under vLLM (A1): selected cells, or all cells with ``make test-full``."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def test_cell(running: Engines, cell: Cell, record_property: Callable[[str, obje
     assert outcome.sequences == 73
     stats = outcome.stats
     assert stats["banks"] == cell.banks
-    # The cell's features were in use: paging, reuse of prefixes, split prefills.
+    # The cell's features were in use: paging, reuse of prefixes, and split prefills.
     assert (stats["slots"] == stats["pages"]) == (cell.slots == "all")
     assert stats["misses"] > 0
     freed = stats["evictions"] + stats["released"]
     assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
-    if cell.prefetch != "markov" or cell.slots != "all":  # else all proposals are resident
+    if cell.prefetch != "markov" or cell.slots != "all":  # otherwise all proposals are resident
         assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
     assert (stats["cached_prompt_tokens"] > 0) == cell.prefix_caching
     assert stats["cached_prompt_tokens"] == stats["stock_cached_prompt_tokens"]
     if cell.mode != "vllm three-process":
         first = requests.waves(1000, seeded=False)[0][0]
         chunks = -(-len(first.tokens) // requests.CHUNK) if cell.chunked_prefill else 1
-        # vLLM also ends a chunk where it keeps a hybrid's state for the prefix cache.
+        # vLLM also ends a chunk where it keeps a hybrid model's state for the prefix cache.
         kept = int(cell.model in cells.HYBRID and bool(cell.prefix_caching))
         steps = stats["steps_of_the_long_prompt"] - (first.max_tokens + chunks - 1)
         assert 0 <= steps <= kept
     answers = running.stock(cell)
     assert not isinstance(answers, str)
-    # Stock's answers are meaningful.
+    # Stock's answers are meaningful: they have all log-probabilities, and most of them differ.
     assert [len(row) for row in answers.logprobs] == [len(row) for row in answers.tokens]
     assert len({tuple(tokens) for tokens in answers.tokens}) > 73 // 2
     assert len({token for tokens in answers.tokens for token in tokens}) > 30

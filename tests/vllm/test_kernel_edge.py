@@ -1,7 +1,7 @@
-"""The limit of the CPU kernel's slot index, on the real kernel; no bank exceeds it.
+"""The limit of the CPU kernel's slot index, measured on the real kernel, is exceeded by no bank.
 
-The kernel runs on an arena of 12 GB of addresses and 36 MiB of memory, in a separate process:
-beyond the limit it reads unrelated memory or crashes.
+The kernel runs on an arena with 12 GB of addresses and 36 MiB of memory. It runs in a separate
+process, because beyond the limit it reads unrelated memory or crashes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fluxmoe.core.memory.sizing import fewest_banks
 from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import UnsupportedError
 
-#: Hidden size 2048, intermediate size 768: the shape of Qwen3-30B-A3B.
+#: Limit for experts of Qwen3-30B-A3B, with hidden size 2048 and intermediate size 768.
 LIMIT = 683
 
 KERNEL = """

@@ -1,4 +1,4 @@
-"""An engine leaves nothing behind, neither in its process nor in the parent's."""
+"""An engine leaves nothing behind, neither in its own process nor in the parent process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.vllm.test_arbitration import family
 
 pytestmark = pytest.mark.vllm
 
-#: Uses the child's engine class, then inspects its own process.
+#: A program that uses the child's engine class and then inspects its own process.
 SCRIPT = """
 import gc, json, os, sys, threading
 from fluxmoe.backends import op
@@ -73,7 +73,7 @@ sys.__stdout__.write("states: " + json.dumps(states))
 
 @pytest.fixture(scope="module")
 def states(checkpoint: Path) -> list[dict[str, int]]:
-    """States after three cycles of running and stopping, and after two failed starts."""
+    """The states of a process during and after three runs, and after two failed starts."""
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(checkpoint), json.dumps(EAGER)],
         env={**os.environ, **ENVIRONMENT},
@@ -102,7 +102,7 @@ def test_a_stopped_engine_leaves_nothing(states: list[dict[str, int]]) -> None:
 
 
 def test_an_engine_that_failed_to_start_leaves_nothing(states: list[dict[str, int]]) -> None:
-    """vLLM tears down neither such a worker nor its process group; this tests FluxMoE's part."""
+    """vLLM releases neither such a worker nor its process group; this tests FluxMoE's part only."""
     for failed in states[6:]:
         assert {**failed, "fds": 0} == dict.fromkeys(failed, 0)
     assert states[7]["fds"] <= states[6]["fds"]
@@ -115,11 +115,11 @@ LONG = [Prompt([5, 6, 7], 200) for _ in range(64)]
 
 @pytest.fixture
 def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for temporary files of this test only, since other tests may run engines too."""
+    """A folder for this test's temporary files only, because other tests may run engines too."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # reread the variable
+    monkeypatch.setattr(tempfile, "tempdir", None)  # tempfile reads the variable again
     return folder
 
 
@@ -135,7 +135,7 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
             while True:
                 engine.generate(LONG)
         assert time.monotonic() - started < 10
-        # Every later call fails, too, without a hang.
+        # Every later call fails as well, without hanging.
         with pytest.raises(EngineError, match="ended unexpectedly"):
             engine.generate(LONG)
         with pytest.raises(EngineError, match="ended unexpectedly"):
@@ -146,7 +146,7 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
 
 
 def test_three_processes_go_together_when_one_is_killed(checkpoint: Path) -> None:
-    """``test_arbitration`` checks the same on closing, at the end of its three-process test."""
+    """At the end of its three-process test, ``test_arbitration`` checks the same for closing."""
     engine = ChildEngine(checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **EAGER)
     processes = family(engine)
     assert len(processes) >= 3
@@ -194,8 +194,8 @@ def test_a_parent_that_is_killed_takes_its_engine_along(
 
 
 def test_an_interrupted_call_does_not_delay_the_end(checkpoint: Path) -> None:
-    """Happens when Ctrl-C hits the parent but not the child: exiting must not wait."""
-    # A shell that runs the tests in the background makes them ignore the signal.
+    """If Ctrl-C reaches the parent but not the child, the exit must not wait for the call."""
+    # If a shell runs the tests in the background, they would ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _interrupt(checkpoint)

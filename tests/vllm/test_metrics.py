@@ -1,4 +1,4 @@
-"""FluxMoE's counters in vLLM's metrics: complete, correct and monotonic."""
+"""FluxMoE's counters in vLLM's metrics are complete, correct and monotonic."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fluxmoe.core.arbitration.controller import REMEMBERED, Decision
 from fluxmoe.errors import EngineError
 from tests.vllm.conftest import EAGER, KV_BYTES, config, prompts
 
-#: Metrics shown with a fixed split: no decisions, no operator limits.
+#: Metrics shown with a fixed split, which has neither decisions nor operator limits.
 PLAIN = {m.name for m in METRICS if m.kind != "histogram"} - PASSING
 HITS, FRAMES = "fluxmoe_expert_hits_total", "fluxmoe_tenant_frames"
 
@@ -51,7 +51,7 @@ def test_the_changes_of_a_meter_add_up() -> None:
     for step in range(200):
         add(shown, meter.take())
         assert shown == {**now, HITS: {(): hits}}
-        if step % 50 == 49:  # a reset of the source does not show
+        if step % 50 == 49:  # the metrics must not show a reset of the source
             now[HITS][()] = 0
             meter.restarted()
         more, moved = rng.randrange(3), rng.randrange(-5, 6)
@@ -170,7 +170,7 @@ def test_an_interval_in_words() -> None:
 
 
 def scrape(worker: object) -> dict[str, dict[tuple[str, ...], float]]:
-    """Read every FluxMoE series by its own labels; runs in the engine's process."""
+    """Read every FluxMoE series by its own labels. Runs in the engine's process."""
     own = {metric.name: metric.labels for metric in METRICS if metric.kind != "histogram"}
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in prometheus_client.REGISTRY.collect():
@@ -236,7 +236,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
         }
         frame = one["fluxmoe_budget_bytes"] / one["fluxmoe_budget_frames"]
         frames = found[FRAMES]
-        # C14: the same in bytes, and the server's description.
+        # C14: the metrics in bytes, and the description of the server.
         in_bytes = {series: count * frame for series, count in frames.items()}
         assert found["fluxmoe_tenant_bytes"] == in_bytes
         assert found["fluxmoe_info"] == {(__version__, "lru", "next-layer", "fixed", "host"): 1}
@@ -254,7 +254,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
 
 
 def block(worker: Any) -> list[str]:
-    """Called in the engine's process: the lines that it logged at its start."""
+    """Return the lines that the engine logged at its start. Runs in the engine's process."""
     from fluxmoe.backends.vllm.worker import start
 
     told: list[str] = []
@@ -304,7 +304,7 @@ def switches(worker: Any) -> dict[str, bool]:
 
 
 class FailingScheduler:
-    """Created by the engine once its worker is ready."""
+    """A scheduler that fails when the engine creates it, after the worker is ready."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no scheduler today")

@@ -34,7 +34,7 @@ PROMPTS = TRAFFIC[:16]
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[ChildEngine]:
     with pytest.MonkeyPatch.context() as patch:
-        # Allows sending the faults, which are functions in this file, to the workers.
+        # This allows sending the faults, which are functions in this file, to the workers.
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         with ChildEngine(
             checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **OPTIONS
@@ -56,7 +56,7 @@ def of_rank(worker: Any, rank: int, fault: Any, *args: Any) -> None:
 
 
 def undisturbed(worker: Any) -> None:
-    """End ``disturb``."""
+    """Undo ``disturb``."""
     del worker._side.receive, worker._side.report
 
 
@@ -88,18 +88,19 @@ def test_one_worker_that_fails_or_does_not_hear_costs_no_token(
     same(engine.generate(PROMPTS), stock)
     assert undone(engine) > 5
     engine.call("rpc", of_rank, 1, fail_commits, 0)
-    engine.call("rpc", of_rank, 0, disturb, 0.3)  # messages of the two are delayed differently
+    engine.call("rpc", of_rank, 0, disturb, 0.3)  # the workers' messages are delayed differently
     before = engine.call("everyone")[0]["orders"]
     same(engine.generate(PROMPTS), stock)
     everyone = engine.call("everyone")
     assert everyone[0]["orders"] > before + 10
-    # One may have executed an order that has not reached the other; both have correct books.
+    # One worker may have executed an order that has not reached the other, but both have correct
+    # books.
     assert abs(everyone[0]["orders"] - everyone[1]["orders"]) <= 1
     engine.call("rpc", books)
     engine.call("rpc", of_rank, 0, undisturbed)
 
 
-@pytest.mark.timeout(600)  # must not wait for a missing answer
+@pytest.mark.timeout(600)  # the engine must not wait for a missing answer
 def test_a_worker_that_dies_in_a_move_ends_the_engine_and_leaves_nothing(
     engine: ChildEngine, stock: Generation
 ) -> None:

@@ -1,4 +1,4 @@
-"""A clear error for each name of vLLM and transformers that FluxMoE uses, renamed in turn."""
+"""Each name in vLLM and transformers that FluxMoE uses gives a clear error if it is renamed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OVERRIDING = {
 
 
 def owners(name: str) -> tuple[list[Any], str]:
-    """Find the possible owners of a name, a module or classes, and its last part."""
+    """Find the possible owners of a name (a module, or classes), and the name's last part."""
     module, _, path = name.partition(":")
     found: Any = importlib.import_module(module)
     *heads, last = path.split(".")
@@ -67,7 +67,7 @@ def rename(patch: pytest.MonkeyPatch, name: str) -> None:
             names = tuple("gone" if name == last else name for name in code.co_names)
             init = FunctionType(code.replace(co_names=names), {}, closure=each.__init__.__closure__)
             patch.setattr(each, "__init__", init)
-    if inspect.ismodule(found[0]):  # lazy modules would find it again
+    if inspect.ismodule(found[0]):  # a lazy module would find the name again
         module = found[0]
         lazy = module if "__getattr__" in vars(module) else type(module)
         if lazy is not ModuleType:
@@ -185,7 +185,7 @@ def test_every_class_that_overrides_is_listed() -> None:
     assert found == {name.partition(":")[2] for name in OVERRIDING}
 
 
-#: Attribute of vLLM's objects → class of the configuration there.
+#: Attribute of vLLM's objects → class of the configuration that the attribute holds.
 CONFIGS = {
     f"{name}_config": kind
     for name, kind in {
@@ -201,7 +201,7 @@ CONFIGS = {
 
 
 def config_reads(code: str) -> set[str]:
-    """Collect ``Class.attribute`` of vLLM's configurations that this code reads."""
+    """Collect, as ``Class.attribute``, the attributes of vLLM's configurations that code reads."""
     found: set[str] = set()
     for function in ast.walk(ast.parse(code)):
         if not isinstance(function, ast.FunctionDef):

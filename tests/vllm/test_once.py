@@ -1,5 +1,7 @@
-"""Each process of an engine loads plugins, makes each policy and parses the budget at most once;
-an automatic budget is resolved once in all."""
+"""Each process of an engine loads plugins, makes each policy and parses the budget at most once.
+
+An automatic budget is resolved only once for all processes.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,7 @@ def test_before_an_engine_starts(
 
 def test_what_is_left_is_taken_once_and_dies_with_its_engine() -> None:
     class Engine:
-        """Replaces a VllmConfig."""
+        """A replacement for a VllmConfig."""
 
     parsed = configuration.parse({"memory": {"budget": 1}, **SETTINGS}, where="")
     policy = plugins.load(parsed.plugins).arbitration(parsed)
@@ -123,7 +125,7 @@ except SystemExit as end:
 
 
 def resolving(program: str, budget: str, settings: dict[str, Any]) -> tuple[dict[str, int], str]:
-    """Run a program; count budgets parsed and automatic ones resolved; return its output."""
+    """Run a program; return how often it parsed and resolved the budget, and its output."""
     done = subprocess.run(
         [sys.executable, "-c", RESOLVING + program, budget, json.dumps(settings)],
         env={**os.environ, **ENVIRONMENT},
@@ -153,4 +155,4 @@ def test_a_budget_is_resolved_once(
     assert found == counted
     words = shlex.split(command)
     told = json.loads(words[words.index("--additional-config") + 1])["fluxmoe"]
-    assert isinstance(told["memory"]["budget"], int)  # so that no worker resolves it again
+    assert isinstance(told["memory"]["budget"], int)  # so no worker resolves it again

@@ -42,7 +42,7 @@ def test_b3_what_the_parser_would_refuse(given: dict[str, Any], says: str) -> No
     (error,) = options.problems(given)
     assert says in str(error)
     (name,) = given
-    if name not in options.OURS and given[name] != "yes":  # read as the model's name
+    if name not in options.OURS and given[name] != "yes":  # "yes" would be the model
         assert not _parses(given)
 
 
@@ -104,6 +104,6 @@ def test_b3_a_refused_feature_is_an_option_and_a_setting(feature: features.Featu
 
 
 class Model:
-    """Replaces a VllmConfig with a model, which cannot be created without one."""
+    """A replacement for a VllmConfig with a model, which needs a real model."""
 
     from vllm.config import ModelConfig as model_config

@@ -1,4 +1,4 @@
-"""vLLM calls FluxMoE's entry point in each of its processes, so it must be light."""
+"""vLLM calls FluxMoE's entry point in each of its processes, so the entry point must be light."""
 
 from __future__ import annotations
 

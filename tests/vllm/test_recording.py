@@ -1,4 +1,4 @@
-"""Traces recorded from vLLM: requests of tokens, and equal counts in the simulator."""
+"""Traces recorded from vLLM have each token's request, and equal counts in the simulator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = 4
 @pytest.mark.parametrize(
     ("policy", "prefetch"),
     [
-        # ``make test``: every policy once, with alternating prefetchers.
+        # In ``make test``, every policy runs once, with alternating prefetchers.
         pytest.param(policy, prefetch, marks=[pytest.mark.full] if (row + column) % 2 else [])
         for row, policy in enumerate(POLICIES)
         for column, prefetch in enumerate(["none", "next-layer"])

@@ -1,4 +1,4 @@
-"""``fluxmoe serve``: the server of three processes gives the same answers as stock vLLM."""
+"""``fluxmoe serve``: the server's three processes give the same answers as stock vLLM."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     assert printed.returncode == 0, printed.stderr
     log = folder / "log"
     with log.open("w") as out:
-        # Runs the printed line, which must therefore be complete.
+        # The test runs the printed line, which must therefore be complete.
         process = subprocess.Popen(
             ["/bin/sh", "-c", f"exec env {printed.stdout.strip()}"],
             stdout=out,
@@ -108,9 +108,9 @@ def test_served_tokens_are_stock_tokens(server: dict[str, Any], eager: ChildEngi
     requests = prompts(24, seed=5)
     eager.restart(kv_cache_memory_bytes=KV_BYTES, **EAGER)
     expected = eager.generate(requests).tokens
-    with ThreadPoolExecutor(8) as pool:  # concurrent clients: batches form as they come
+    with ThreadPoolExecutor(8) as pool:  # clients are concurrent, so batches vary
         assert list(pool.map(lambda prompt: complete(server, prompt), requests)) == expected
-    # And once more, from the prefix cache.
+    # The first requests are repeated, with answers from the prefix cache.
     assert [complete(server, prompt) for prompt in requests[:4]] == expected[:4]
 
 
@@ -130,7 +130,7 @@ def test_streams_and_clients_that_hang_up(server: dict[str, Any]) -> None:
 
 
 def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
-    """The last test of this server."""
+    """This is the last test that uses this server."""
     process = psutil.Process(server["process"].pid)
     family = [process, *process.children(recursive=True)]
     assert len(family) > 1
@@ -145,7 +145,7 @@ def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
             assert psutil.wait_procs(family, timeout=60)[1] == []
             with contextlib.suppress(httpx.RemoteProtocolError):  # cut off in the middle
                 list(lines)
-        # A late request gets an error: no client is left waiting.
+        # A late request gets an answer or an error, so that no client is left waiting.
         assert request.result().status_code in (200, 500, 503)
 
 

@@ -1,4 +1,4 @@
-"""A5, A11, C11: a server's end, at any time, ends all its processes."""
+"""A5, A11, C11: when a server ends, at any time, all its processes end."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a5_sigkill_of_a_serving_server_ends_its_engine_and_worker(server: Serve
     assert shared
     with ThreadPoolExecutor(1) as pool:
         request = pool.submit(server.complete, Prompt([9, 9], 250))
-        time.sleep(0.3)  # in the engine or answered: both must work
+        time.sleep(0.3)  # the engine runs or has answered the request; both must work
         server.process.kill()
         server.process.wait()
         if not request.cancel():
@@ -74,7 +74,7 @@ def test_a5_sigkill_of_a_serving_server_ends_its_engine_and_worker(server: Serve
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["a11-sigterm", "c11-ctrl-c"])
 def test_a_signal_while_the_engine_starts(server: Server, sent: signal.Signals) -> None:
-    """SIGTERM is sent only to the server, as by ``docker stop``; Ctrl-C to all processes."""
+    """SIGTERM is sent only to the server, as by ``docker stop``, and Ctrl-C to all processes."""
     deadline = time.monotonic() + 120
     while "Loading safetensors" not in server.log.read_text():
         assert server.process.poll() is None and time.monotonic() < deadline, server.tail()

@@ -52,7 +52,7 @@ class Server:
         return tokens
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        """Read FluxMoE's series: name and own labels → value."""
+        """Read FluxMoE's series, by name and own labels."""
         own = {metric.name: metric.labels for metric in METRICS}
         text = httpx.get(f"{self.url}/metrics").text
         return {
@@ -91,7 +91,7 @@ def start(
     cache: Path | None = None,
     change: Callable[[dict[str, Any]], None] = lambda settings: None,
 ) -> Server:
-    """Start a server with an optionally changed configuration and optional private caches."""
+    """Start a server, optionally with a changed configuration and with private caches."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -141,7 +141,7 @@ def pair(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def test_two_servers_on_one_cache(pair: list[Server]) -> None:
     one, other = pair
-    # There before the first request.
+    # The metrics exist before the first request.
     assert other.metrics()["fluxmoe_tenant_frames", "kv", "committed"] > 0
     requests = prompts(12, seed=9)
     with ThreadPoolExecutor(8) as pool:  # both at the same time

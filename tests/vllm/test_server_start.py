@@ -69,7 +69,7 @@ def test_a_port_in_use(tmp_path: Path, model: Path, host: str | None) -> None:
         options = {"port": port, **({"host": host} if host else {})}
         done = serve(tmp_path, model, vllm=options)
         refused(done, f"error[FM101]: port {port} is in use; vllm.port; choose another port")
-    assert "NoneType" in serve(tmp_path, model, vllm=options).stderr  # free: vLLM would start
+    assert "NoneType" in serve(tmp_path, model, vllm=options).stderr  # vLLM would start
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_folder_instead_of_a_configuration(model: Path) -> None:
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, model: Path) -> None:
-    # A file in its place, because root in a container can write everywhere else.
+    # The folder's place is taken by a file, because root in a container can write to any folder.
     (tmp_path / "file").touch()
     done = serve(tmp_path, model, vllm={"port": 0}, VLLM_CACHE_ROOT=str(tmp_path / "file" / "x"))
     refused(done, "cannot write to", "Not a directory", "VLLM_CACHE_ROOT")
@@ -150,6 +150,6 @@ def test_a7_shared_memory_for_vllms_queues(
         checks.require_shared_memory(workers)
     monkeypatch.setattr(machine, "shared_memory", lambda: 64 << 20)
     with pytest.raises(
-        ConfigError, match=f"64 MiB are free, vLLM needs {least} MiB; /dev/shm; .*1g"
+        ConfigError, match=f"only 64 MiB is free, but vLLM needs {least} MiB; /dev/shm; .*1g"
     ):
         checks.require_shared_memory(workers)

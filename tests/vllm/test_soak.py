@@ -1,7 +1,7 @@
-"""Neither engine's process grows over many different requests and moves; a leak would be seen.
+"""The processes of both engines do not grow over many different requests and moves.
 
-oneDNN keeps a compiled kernel per batch shape, which is what grows in both engines (docs/concepts/
-memory.md). Without that cache nothing may.
+oneDNN keeps a compiled kernel for each batch shape, so that both engines would grow
+(docs/concepts/memory.md). Without this cache, they must not grow; a leak would be seen.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_memory_stays_over_requests_and_moves() -> None:
 
 
 def leak(worker: Any) -> None:
-    """Lose 2 KiB with each step."""
+    """Make the worker leak 2 KiB in each step."""
     lost, report = [], worker._side.report
 
     def leaky() -> Any:

@@ -1,4 +1,4 @@
-"""vLLM with coded pages and page files: same tokens and log-probabilities as stock."""
+"""vLLM with coded pages and page files gives the same tokens and log-probabilities as stock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_coded_pages_and_page_files(
         assert outputs(eager) == stock_outputs
         stats = eager.call("stats")
         assert stats["misses"] > 0
-        share = {"host": 0.8, "file": 1.0, "both": 0.93}[kept]  # in files whole sectors
+        share = {"host": 0.8, "file": 1.0, "both": 0.93}[kept]  # files hold whole sectors
         assert stats["store_bytes"] <= share * PAGES * PAGE
     assert len(list(tmp_path.iterdir())) == (kept != "host")
 

@@ -1,7 +1,7 @@
-"""A policy of three lines: as a file, as an entry point, in the YAML; simulator, torch and vLLM.
+"""A three-line policy, as a file or an entry point, runs in the simulator, torch and vLLM.
 
-The source is the same everywhere. A class attribute counts its calls where it runs in this process;
-in engines the resident pages show its effect.
+The policy's source is the same everywhere. Where the policy runs in this process, a class attribute
+counts the calls to it; in engines, the resident pages show its effect.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def source(request, tmp_path, monkeypatch) -> list[str]:
 
 
 def test_three_lines_run_everywhere(source: list[str], checkpoint: Path, tmp_path: Path) -> None:
-    # The simulator, from Python and from the command line.
+    # The policy in the simulator, from Python and from the command line.
     registry = plugins.load(source)
     assert registry.get("eviction", "three-lines").plugin == (source or ["three-lines"])[0]
     result = simulate(TRACE.events, "three-lines", "50%", registry=registry)
@@ -82,17 +82,17 @@ def test_three_lines_run_everywhere(source: list[str], checkpoint: Path, tmp_pat
         assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["policy"] == "three-lines"
 
-    # PyTorch.
+    # The policy in PyTorch.
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
     stock = answer(model)
     with fluxmoe.page(model, "1MiB", eviction="three-lines", plugins=source) as paged:
         assert same(answer(model), stock)
         assert (paged.stats()["policy_faults"], paged.stats()["misses"] > 0) == (0, True)
 
-    # The YAML, and the engine that it configures.
+    # The policy in a YAML file, and in the engine that the file configures.
     file = tmp_path / "serve.yaml"
     settings = {**config(20, eviction="three-lines"), "plugins": source, "model": str(checkpoint)}
-    file.write_text(json.dumps(settings))  # JSON is YAML
+    file.write_text(json.dumps(settings))  # JSON is valid YAML
     loaded = configuration.load(file)
     eviction = plugins.load(loaded.plugins).policies(loaded).eviction
     assert type(eviction).__name__ == "MostRecentlyUsed"

@@ -1,7 +1,8 @@
-"""Weights that change while an engine runs: afterwards its answers are stock's with the new ones.
+"""After weights change in a running engine, its answers are stock's with the new weights.
 
 Checkpoints A and B have the same architecture. ``reload_weights``, ``load_weights`` of the model,
-``collective_rpc`` and ``apply_model`` are vLLM's own doors; each is right or refused by name.
+``collective_rpc`` and ``apply_model`` are vLLM's own doors to the weights; each gives the right
+answers, or is refused by an error with its name.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def through_path(worker: Any, path: str) -> None:
 
 
 def through_fused_names(worker: Any, path: str) -> None:
-    """As a model of transformers has them, which trains."""
+    """Load weights under the names in a transformers model, as a trainer would."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     assert any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
     worker.model_runner.model.load_weights(model.named_parameters())
@@ -125,7 +126,7 @@ DOORS = (through_path, through_iterator, through_model, through_fused_names)
 def test_answers_after_an_update_are_stocks_with_the_new_weights(
     paged: ChildEngine, versions: Versions, door: Callable[..., None]
 ) -> None:
-    """With pages resident and absent, and a prefix of both prompts in the prefix cache."""
+    """Pages are both resident and absent, and the prefix cache has a prefix of both prompts."""
     updated_and_back(paged, versions, door)
 
 
@@ -136,7 +137,7 @@ def updated_and_back(engine: ChildEngine, versions: Versions, door: Callable[...
     assert (run.tokens, run.logprobs) == versions.of_b
     assert run.stats["weight_updates"] == before + 1
     engine.call("rpc", "fluxmoe_check")
-    # Back again, and the prefix cache works as before.
+    # After a return to the old weights, the prefix cache works as before.
     engine.call("rpc", "reload_weights")
     assert answers(engine) == versions.of_a
     again = engine.generate(BATCH, cold=False)
@@ -146,7 +147,7 @@ def updated_and_back(engine: ChildEngine, versions: Versions, door: Callable[...
 def test_the_prefix_cache_of_the_old_weights_would_give_other_answers(
     paged: ChildEngine, versions: Versions
 ) -> None:
-    """The negative control: the same update without the scheduler's notice."""
+    """This negative control does the same update without the scheduler's notice."""
     paged.call("rpc", through_path, str(versions.b))
     paged.call("rpc", without_notice)
     run = paged.generate(BATCH, cold=False)
@@ -263,7 +264,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     for path, error, message in (
         (tmp_path / "none", CheckpointError, "no such folder"),
         (small, WeightsError, "has the shape"),
-        (lacking, WeightsError, "1 weights are missing, such as lm_head.weight"),
+        (lacking, WeightsError, r"weights are missing \(1\), such as lm_head.weight"),
     ):
         with pytest.raises(error, match=message):
             paged.call("rpc", through_path, str(path))
@@ -419,17 +420,17 @@ WRONG: dict[Callable[[dict[str, Any]], object], str] = {
     too_short: r"up_proj.weight has the shape \[63, 128\], not \[64, 128\]",
     too_long: r"q_proj.weight has the shape \[256, 128\], not \[128, 128\]",
     wrong_dimensions: r"has the shape \[1, 64, 128\]",
-    missing_other: "1 weights are missing, such as model.layers.3.self_attn.q_proj.weight",
-    wrong_name: "q_porj.weight is no weight of this model.*did you mean.*q_proj",
-    wrong_expert: "experts.16.up_proj.weight is no weight of this model",
-    wrong_projection: "experts.7.w9.weight is no weight of this model",
+    missing_other: r"weights are missing \(1\), such as model.layers.3.self_attn.q_proj.weight",
+    wrong_name: "this model has no weight .*q_porj.weight.*did you mean.*q_proj",
+    wrong_expert: "this model has no weight .*experts.16.up_proj.weight",
+    wrong_projection: "this model has no weight .*experts.7.w9.weight",
     wrong_layer: "layers.4",
     twice: "up_proj.weight was given twice",
     fewer_experts: r"gate_up_proj has the shape \[15, 128, 128\], not \[16, ",
     more_experts: r"gate_up_proj has the shape \[17, ",
-    no_pairs: "a weight is a str",
-    no_tensor: "up_proj.weight has no tensor",
-    no_list: "weights of type int",
+    no_pairs: "an item is of type str, not a pair",
+    no_tensor: "up_proj.weight is of type list, not a tensor",
+    no_list: "weights are of type int",
     elsewhere: "up_proj.weight is on meta",
     breaking: "the trainer has gone",
 }
@@ -451,7 +452,7 @@ def test_wrong_weights_are_refused_and_the_old_ones_remain(
         assert caught.value.fix
         assert "\n" not in str(caught.value)
         assert answers(eager) == versions.of_a, make
-    eager.call("rpc", through_path, str(versions.b))  # and nothing was left behind
+    eager.call("rpc", through_path, str(versions.b))  # nothing was left behind
     assert answers(eager) == versions.of_b
 
 
@@ -498,7 +499,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_page_files_keep_the_checkpoints_weights(
     eager: ChildEngine, versions: Versions, tmp_path: Path, codec: str
 ) -> None:
-    """Also for a second engine while the first one has other weights, and after a restart."""
+    """A second engine uses the files while the first has other weights, and after a restart."""
     stores = [
         {"kind": "host", "codec": codec, "limit": 20 * 49152},
         {"kind": "file", "path": str(tmp_path), "codec": codec},
@@ -519,7 +520,7 @@ def test_page_files_keep_the_checkpoints_weights(
 
 
 def killed(worker: Any, path: str) -> None:
-    """Update, then die within the next update, when most of it is staged."""
+    """Update, then die during the next update, when most of its weights are staged."""
     worker.reload_weights(weights_path=path)
 
     def some() -> Iterator[Any]:
@@ -620,9 +621,9 @@ def greedy(engine: ChildEngine) -> list[list[float]]:
 def test_other_architectures(
     eager: ChildEngine, versions: Versions, tmp_path: Path, architecture: str
 ) -> None:
-    """Tied embeddings, states, latent attention, shared experts, experts fused in the checkpoint.
+    """Weights change in models with tied embeddings, states, MLA, and shared or fused experts.
 
-    Of Mamba-2, vLLM keeps the convolution's old weights, so only the experts can change.
+    vLLM keeps the old weights of the convolution in Mamba-2, so only the experts can change.
     """
     a = checkpoints.write(tmp_path / "a", architecture)
     b = checkpoints.write(tmp_path / "b", architecture, seed=7)

@@ -1,4 +1,4 @@
-"""The PyTorch backend: pages the experts of Hugging Face models (``fluxmoe.page``, ``load``).
+"""The PyTorch backend, which pages the experts of Hugging Face models (``page`` and ``load``).
 
-Imports the modules of ``backends`` and the packages below; not ``backends.vllm``.
+This package imports the modules of ``backends`` and the packages below, but not ``backends.vllm``.
 """

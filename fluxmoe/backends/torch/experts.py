@@ -2,12 +2,12 @@
 
 ``transformers`` lets each experts module select its implementation at run time. The function
 registered here gets slots from the pager and calls the previous implementation with a *twin* of the
-module: same class and settings, but with arenas as weights. The numbering of the twin's experts
-depends on the implementation:
+module, which has the same class and settings, but arenas as weights. The numbering of the twin's
+experts depends on the implementation:
 
 * ``grouped_mm`` and ``batched_mm`` treat all experts alike, so the twin's experts are the slots.
-  Groups of tokens are in a different order than in the stock code, but each has the same rows in
-  the same order, and the sum over a token's experts runs in the router's order.
+  The groups of tokens are ordered differently from the stock code's, but each group has the same
+  rows in the same order, and the sum over a token's experts runs in the router's order.
 * ``eager`` adds up the experts' contributions in ascending order of expert id. The twin keeps
   the logical ids, and its weights look up the slot in the expert table.
 """
@@ -32,7 +32,7 @@ from fluxmoe.backends.torch.refusals import require_no_export, require_plain
 from fluxmoe.backends.torch.weights.sealed import CLOSE, Gone, Paged
 from fluxmoe.errors import UnsupportedError
 
-NAMES.require("experts")  # an ImportError from the lines below would give no remedy
+NAMES.require("experts")  # the imports below would raise an error without a remedy
 
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
@@ -47,7 +47,7 @@ Compute: TypeAlias = Callable[
     [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
-#: Arena of a part, ``[slots, …]``, with the shape and dtype of its weights.
+#: Part → its arena, ``[slots, …]``; each slot has the shape and dtype of an expert's weights.
 Arenas: TypeAlias = dict[str, torch.Tensor]
 
 #: Implementations that can compute on slots.
@@ -57,7 +57,7 @@ BY_SLOT: dict[str, Compute] = {
 }
 IMPLEMENTATIONS = (EAGER, *BY_SLOT)
 
-#: Called with a layer's (expert ids, routing weights, hidden states); returns the ids.
+#: A function of a layer's expert ids, routing weights and hidden states that returns the ids.
 Note: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # grouped_mm counts the tokens per expert with a float32 histogram that is exact up to 4097 bins. No
@@ -66,21 +66,21 @@ GROUPED_MM_SLOTS = 4096
 
 
 class Lease:
-    """Token held by each reader of the arenas, which are released with the last holder."""
+    """A token held by each reader of the arenas, which are freed when no reader holds it."""
 
 
 @dataclass(eq=False)
 class Binding:
-    """State that a paged experts module needs to run, and to be restored.
+    """The state with which a paged experts module runs, and from which it is restored.
 
     Attributes:
-        handle: The pager (``op.attach``).
+        handle: Handle of the pager, from ``op.attach``.
         layer: Index of the MoE layer, from 0.
-        twin: Computes on the arenas.
-        kinds: Class of each of the module's own parameters, which are sealed.
-        lock: Lock against changes of the arenas from ``acquire`` to the kernel's end.
-        lease: Keeps the arenas alive.
-        note: Passes more than expert ids to a recorder; None if not needed.
+        twin: The copy of the module that computes on the arenas.
+        kinds: Class of each of the module's own parameters before it was sealed.
+        lock: Lock that prevents changes to the arenas from ``acquire`` to the end of the kernel.
+        lease: Token that keeps the arenas alive.
+        note: Function that passes more than expert ids to a recorder; None if ids are enough.
     """
 
     handle: int
@@ -96,10 +96,10 @@ class Twin:
     """A copy of an experts module that computes on other weights.
 
     Args:
-        module: The experts module; its weights may be without memory.
+        module: The experts module, whose weights may have no memory.
         implementation: Computing implementation, one of ``IMPLEMENTATIONS``.
-        arenas: Part → ``[slots, …]``, or ``[experts, …]`` without a table.
-        table: Expert table, ``[experts]`` → slot; None: the module's own computation.
+        arenas: Part → weights ``[slots, …]``, or ``[experts, …]`` if there is no table.
+        table: Expert table, ``[experts]`` → slot; None if the experts are in their own order.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Twin:
         self.resize(arenas)
 
     def resize(self, arenas: Arenas) -> None:
-        """Use other arenas."""
+        """Replace the arenas."""
         for part, arena in arenas.items():
             if self._compute is None and self._table is not None:
                 setattr(self._module, part, ByExpert(arena, self._table))
@@ -159,17 +159,17 @@ def bind(
     lock: ForwardLock,
     lease: Lease,
 ) -> None:
-    """Remove the experts from a module and make it compute on arenas.
+    """Make a module compute on arenas, and seal its own weights.
 
     Args:
         module: An experts module.
-        handle: The pager.
+        handle: Handle of the pager.
         layer: Index of the MoE layer, from 0.
         implementation: Computing implementation, one of ``IMPLEMENTATIONS``.
-        arenas: Part → ``[slots, …]`` of the layer's bank.
+        arenas: Part → arena ``[slots, …]`` of the layer's bank.
         table: The layer's expert table, ``[experts]`` → slot.
         lock: Lock of the model.
-        lease: Keeps the arenas alive.
+        lease: Token that keeps the arenas alive.
     """
     twin = Twin(module, implementation, arenas, table)
     kinds = [seal(weight, Paged) for weight in weights_of(module).values()]
@@ -178,7 +178,7 @@ def bind(
 
 
 def resize(module: torch.nn.Module, arenas: Arenas) -> None:
-    """Update a paged module after its bank's number of slots has changed."""
+    """Give a paged module new arenas after the number of slots in its bank has changed."""
     module._fluxmoe.twin.resize(arenas)
 
 
@@ -198,7 +198,7 @@ def set_note(module: torch.nn.Module, note: Note | None) -> None:
 
 
 def release(module: torch.nn.Module, *, gone: bool) -> None:
-    """Restore a module's own parameters; ``gone``: they have no values."""
+    """Restore a module's own parameters; if ``gone``, mark them as having no values."""
     module._parameters = dict(module._parameters)
     kinds = module._fluxmoe.kinds
     for weight, kind in zip(weights_of(module).values(), kinds, strict=True):
@@ -225,7 +225,7 @@ def forward(
         require_no_export()
     else:
         require_plain(hidden_states, top_k_index, top_k_weights)
-        learns += [self.gate_up_proj, self.down_proj]  # a compiler would look into them
+        learns += [self.gate_up_proj, self.down_proj]  # a compiler would trace into sealed weights
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learns):
         # The arenas would be overwritten before a backward pass could read them.
         raise UnsupportedError(
@@ -247,7 +247,7 @@ def _event(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     if getattr(module, "_fluxmoe", None) is not binding:
-        # Closed while this thread was waiting: its handle may belong to another pager now.
+        # The handle was closed while this thread waited, and may belong to another pager now.
         return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
     if binding.note is not None:
         top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
@@ -256,12 +256,15 @@ def _event(
 
 
 def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:
-    """Check the computation of a layer on slots (``backends.selfcheck``). Raises UnsupportedError.
+    """Check that a layer computes the same results on slots, with ``backends.selfcheck``.
 
     Args:
-        layer: An experts module, which may be on the meta device. Models whose layers differ in
-            shape or dtype cannot be paged, so one layer stands for all.
+        layer: An experts module, which may be on the meta device. One layer of a model is enough,
+            because models whose layers differ in shape or dtype cannot be paged.
         implementation: One of ``IMPLEMENTATIONS``.
+
+    Raises:
+        UnsupportedError: The result depends on the slots.
     """
 
     def kernel(
@@ -283,7 +286,7 @@ def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:
             hidden=like["gate_up_proj"].shape[-1],
             top_k=top_k_of(layer) or 1,
             name=f"{implementation} of {type(layer).__name__}",
-            fix=f"model.set_experts_implementation() to {others}, or use this model without "
+            fix=f"set {others} with model.set_experts_implementation(), or use this model without "
             "FluxMoE on this machine",
             copies=implementation == "batched_mm",
         )

@@ -15,7 +15,7 @@ PARTS = ("gate_up_proj", "down_proj")
 #: Part → parameter of an expert layer.
 Weights: TypeAlias = dict[str, torch.nn.Parameter]
 
-#: Model families whose paged output tests compare to the unpaged model's.
+#: Model families of which tests compare a paged model's output with that of the unpaged model.
 TESTED = ("Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V2", "DeepSeek-V3", "GLM4-MoE")
 
 _SUPPORTED = (
@@ -27,27 +27,27 @@ _SUPPORTED = (
 
 def is_experts(module: torch.nn.Module) -> bool:
     """True if a module has experts and selects their implementation at run time."""
-    # Set by transformers' decorator for experts classes.
+    # The decorator for experts classes in transformers sets these attributes.
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def name_of(model: torch.nn.Module, layer: torch.nn.Module) -> str:
-    """Name or path of the checkpoint that a model came from; else its class."""
+    """Return the name or path of the model's checkpoint, or else the name of the model's class."""
     return str(getattr(layer.config, "name_or_path", "") or type(model).__name__)
 
 
 def top_k_of(layer: torch.nn.Module) -> int | None:
-    """Number of experts per token; None if the model's configuration does not state it."""
+    """Return the number of experts per token; None if the configuration does not state it."""
     found = (getattr(layer.config, key, None) for key in TOP_K)
     return next((int(value) for value in found if value), None)
 
 
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """List the expert layers, in order.
+    """List the expert layers of a model, in order.
 
     Raises:
-        NoExpertsError: The model has none.
-        UnsupportedError: They cannot be paged.
+        NoExpertsError: The model has no expert layers.
+        UnsupportedError: The expert layers cannot be paged.
     """
     name = type(model).__name__
     layers = [module for module in model.modules() if is_experts(module)]
@@ -64,7 +64,7 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
         _require_standard(layer)
     layouts = {tuple((getattr(m, p).shape, getattr(m, p).dtype) for p in PARTS) for m in layers}
     if len(layouts) > 1:
-        raise _unsupported(f"{name} has experts of {len(layouts)} different layouts")
+        raise _unsupported(f"{name} has experts with {len(layouts)} different layouts")
     return layers
 
 
@@ -83,7 +83,7 @@ def require_on_cpu(layers: list[torch.nn.Module]) -> None:
 
 
 def weights_of(layer: torch.nn.Module) -> Weights:
-    """Get the parameters that hold a layer's experts."""
+    """Return the parameters that hold a layer's experts."""
     return {part: getattr(layer, part) for part in PARTS}
 
 
@@ -110,11 +110,11 @@ def _require_standard(layer: torch.nn.Module) -> None:
             raise _unsupported(f"{name} {why}, which cannot be paged yet")
     found = {key for key, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     if found != set(PARTS):
-        raise _unsupported(f"{name} has weights: {', '.join(sorted(found)) or 'none'}")
+        raise _unsupported(f"{name} has the weights {', '.join(sorted(found)) or '(none)'}")
     for part, weight in weights_of(layer).items():
         if weight.ndim != 3 or not weight.is_contiguous() or not weight.dtype.is_floating_point:
             raise _unsupported(
-                f"{name}.{part} is not a dense floating-point [experts, rows, columns]"
+                f"{name}.{part} is not a dense floating-point tensor [experts, rows, columns]"
             )
 
 

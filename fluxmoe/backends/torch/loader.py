@@ -1,6 +1,6 @@
 """``fluxmoe.load``: load a checkpoint with its experts directly into the store.
 
-Everything that can be checked without ``transformers`` is checked before it is imported.
+All checks that do not need ``transformers`` run before ``transformers`` is imported.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ _WHERE = "fluxmoe.load"
 _OURS = ("config", "device_map", "dtype", "ignore_mismatched_sizes", "output_loading_info",
          "quantization_config", "state_dict", "torch_dtype", "use_safetensors")  # fmt: skip
 
-#: Supported dtypes of experts' weights → bytes.
+#: Supported dtype of the experts' weights → bytes of a weight.
 _TYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-#: Their other names.
+#: Alias of a dtype → its name.
 _SAME = {"half": "float16", "float": "float32", "double": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A model that passed all checks before ``transformers`` loads it.
+    """A model that passed all checks made before ``transformers`` loads it.
 
     Attributes:
         name: Folder or hub name, as given.
-        folder: Folder of its files if known, else the name.
+        folder: Folder of the model's files if known, else the name.
+        config, chosen: The settings, and the policies and codecs that they select.
         dtype: Name of the type of the weights, or ``auto``.
-        extra: Further arguments of ``from_pretrained``.
+        extra: Further arguments for ``from_pretrained``.
         where: Name of the caller, for errors.
     """
 
@@ -60,7 +61,7 @@ class Ready:
     where: str
 
     def load(self) -> PagedModel:
-        """Load the model. Raises as ``fluxmoe.load``."""
+        """Load the model. Raises the errors of ``fluxmoe.load``."""
         from fluxmoe.backends.torch import pretrained
 
         return pretrained.load(self)
@@ -83,14 +84,15 @@ def load(
 ) -> PagedModel:
     """Load a causal language model whose experts are paged from the start.
 
-    Its outputs are the same as with ``AutoModelForCausalLM.from_pretrained``. The experts are never
-    held outside the store, except for the layer being read. The returned handle has the model as
-    ``model``, which has no experts without the handle.
+    The model's outputs are the same as those of a model loaded with
+    ``AutoModelForCausalLM.from_pretrained``. The experts are never held outside the store, except
+    those of the layer being read. The returned handle provides the model as ``model``; without the
+    handle, the model has no experts.
 
     Args:
         path: A folder with a checkpoint in safetensors, or a name on the Hub.
         memory: Memory for expert pages, as for ``fluxmoe.page``; excludes the store.
-        dtype: Type of the weights, such as "bfloat16"; "auto": the checkpoint's.
+        dtype: Type of the weights, such as "bfloat16"; "auto" stands for the checkpoint's type.
         options: Further arguments for ``from_pretrained``, such as ``experts_implementation``,
             ``attn_implementation``, ``revision`` or ``trust_remote_code``.
         eviction, prefetch, stores, plugins, banks, copy_threads, strict_policies, seed: As for
@@ -98,11 +100,12 @@ def load(
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or damaged, lacks weights for a part
-            of the model (where ``transformers`` only warns and uses random ones), or has weights of
-            a different shape.
+            of the model (in which case ``transformers`` only warns and uses random weights), or has
+            weights of the wrong shape.
         UnsupportedError: The checkpoint is quantised or its architecture is unknown.
         NoExpertsError, ConfigError, BudgetTooSmallError, UnknownPolicyError,
-            PluginLoadError, NeedsFutureError: As for ``fluxmoe.page``, and before weights are read.
+            PluginLoadError, NeedsFutureError: As for ``fluxmoe.page``; raised before weights are
+            read.
     """
     found = Findings()
     fix = "page a model with fluxmoe.page"
@@ -120,7 +123,7 @@ def load(
         strict_policies=strict_policies,
         seed=seed,
     )
-    # "./x" must remain a path, not become a name.
+    # Not ``file``, in which "./x" has become "x", which could be a name on the Hub.
     name = None if file is None else os.fspath(path)
     ready = prepare(name, config, found, where=_WHERE, dtype=dtype, options=options)
     found.require()
@@ -142,14 +145,14 @@ def prepare(
     """Check everything that can be checked before ``transformers`` is imported.
 
     Args:
-        name: Folder or hub name of the model; None if it is wrong.
+        name: Folder or hub name of the model; None if the given name is invalid.
         config: The settings; None if they are unknown.
-        found: Where errors and notes are added.
+        found: Receives errors and notes.
         where: Name of the caller, for errors.
         dtype, options: See ``load``.
 
     Returns:
-        None if an error was found.
+        The model, ready to be loaded; None if an error was found.
     """
     with found.check():
         versions.require(versions.TORCH, versions.HF)
@@ -198,7 +201,7 @@ def _extra(options: object, where: str) -> dict[str, Any]:
 
 
 def _dtype(dtype: object, where: str) -> str:
-    """Name of a type given as text or as ``torch.dtype``; ``auto`` is one."""
+    """Return the name of a type given as text or as a ``torch.dtype``; ``auto`` is accepted."""
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     name = _SAME.get(name, name)
     if name == "auto" or name in _TYPES:

@@ -1,13 +1,14 @@
 """The forward lock of a paged model: one forward pass at a time.
 
 The arenas must not change between a layer's ``acquire`` and the end of its kernel. Threads that
-share a paged model therefore take turns, by forward pass, so that the steps of a trace are passes.
-Each layer (within a pass or called on its own) and each call of the handle is an exclusive section:
-even its own thread may do nothing else with the model.
+share a paged model therefore take turns by whole forward passes, so that each step of a trace is
+one pass. Each execution of a layer, within a pass or by itself, and each call to the handle is an
+exclusive section, during which even the same thread may do nothing else with the model.
 
-A compiled pass cannot hold a lock: what it does besides its graph happens after the graph. So its
-first event claims the model, and an assignment that torch replays at its end gives it back. Until
-then other threads are refused.
+A compiled pass cannot hold a lock, because all its actions outside the graph happen after the graph
+has run. The first event of a compiled pass therefore claims the model, and an assignment that torch
+replays at the end of the pass gives the model back. Until then, calls from other threads are
+refused.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ class ForwardLock:
 
     @property
     def here(self) -> bool:
-        """True in the process that pages, False in forked ones."""
+        """True in the process that pages the model, False in processes forked from it."""
         return self._owner.here
 
     def lock(self) -> AbstractContextManager[object]:
-        """Return the lock for a ``with`` statement, which enters it in C, so Ctrl-C cannot lose it.
+        """Return the lock, for use in a ``with`` statement.
+
+        The ``with`` statement takes the lock in C, so that Ctrl-C cannot leave the lock taken.
 
         Raises:
             UnsupportedError: This is a forked process, where the lock may never be released, or
@@ -55,7 +58,7 @@ class ForwardLock:
         self._owner.require()
         if self._alone == threading.get_ident():
             raise UnsupportedError(
-                "the model's pages are in use: until a layer's experts are computed, or a call of "
+                "the model's pages are in use: until a layer's experts are computed, or a call to "
                 "the handle has ended, the model can neither be called nor resized, reset, "
                 "checked, recorded or closed",
                 fix="do it before or after that, not in a policy or a hook inside the experts",
@@ -63,7 +66,7 @@ class ForwardLock:
         return self._lock
 
     def alone(self, work: Callable[[], T]) -> T:
-        """Run work that uses or moves pages, exclusively."""
+        """Run ``work``, which uses or moves pages, as an exclusive section."""
         with self.lock():
             self._require_unclaimed()
             try:
@@ -73,13 +76,13 @@ class ForwardLock:
                 self._alone = 0
 
     def claim(self) -> None:
-        """Claim the model for this thread if the present event is one of a compiled pass.
+        """Claim the model for this thread if the current event belongs to a compiled pass.
 
         Raises:
-            UnsupportedError: A compiled pass of another thread is running.
+            UnsupportedError: Another thread is running a compiled pass.
         """
         if self._alone != threading.get_ident():
-            with self.lock():  # waits for an eager pass
+            with self.lock():  # waits for the end of an eager pass
                 self._require_unclaimed()
                 self.compiled_by = threading.current_thread()
 
@@ -89,8 +92,8 @@ class ForwardLock:
             raise UnsupportedError(
                 "a compiled model can be used by one thread at a time, and "
                 f"{by.name} is using it, or was interrupted",
-                fix="take turns by a lock around each call; after an interruption, call the model "
-                "once more in that thread, or end it",
+                fix="put a lock around each call; after an interruption, call the model once more "
+                "in that thread, or end the thread",
             )
 
     def watch(self, model: torch.nn.Module) -> None:
@@ -103,11 +106,11 @@ class ForwardLock:
             each.forward = functools.update_wrapper(functools.partial(self._run, before), before)
 
     def phase(self) -> Phase:
-        """Phase of the current pass, from the length of its input; decode for compiled models."""
+        """Return the phase of the current pass, by its input's length; decode if compiled."""
         return self._phase
 
     def rows(self, tokens: int) -> StepRows | None:
-        """Tokens of the current step, one request per batch row; None if it was not observed."""
+        """Describe the current step's tokens, with one request per batch row; None if unknown."""
         shape, self._shape = self._shape, None
         if shape is None or shape[0] * shape[1] != tokens:
             return None
@@ -117,13 +120,13 @@ class ForwardLock:
     def leave(self, model: torch.nn.Module) -> None:
         """Unwrap the model. Idempotent.
 
-        If the method has been wrapped again since, it remains unchanged and keeps taking the lock.
+        If other code has wrapped the method since, the wrappers stay and keep taking the lock.
         """
         for each in {model, model.base_model}:
             wrapped = vars(each).get("forward")
             if isinstance(wrapped, functools.partial) and wrapped.func == self._run:
                 del each.forward
-                if each.forward != wrapped.args[0]:  # another wrapper, not the method of the class
+                if each.forward != wrapped.args[0]:  # an attribute, not the class's method
                     each.forward = wrapped.args[0]
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +143,7 @@ class ForwardLock:
 
 
 def _seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Phase, tuple[int, int] | None]:
-    """Determine the phase of a pass with these arguments, its number of rows and their length."""
+    """Determine a pass's phase, and the number and length of its rows, from its arguments."""
     for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if value is not None:
             rows, length = value.shape[:2]

@@ -1,8 +1,8 @@
-"""Measurement of this machine's hardware profile: times of model steps and of page copies.
+"""Measurement of this machine's hardware profile: the times of model steps and of page copies.
 
-Measured are steps with all experts resident, and copies with hardly any resident; the profile
-predicts situations in between. Step times are fitted by a constant, a cost per token and a cost per
-expert used, matching the profile's fields.
+Steps are measured with all experts resident, and copies with hardly any; the profile predicts the
+situations in between. Like the profile's fields, the model fitted to the step times consists of a
+constant, a cost per token and a cost per expert used.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from fluxmoe.backends.torch.pretrained import unpaged
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200
-#: Bandwidth or TFLOPS for costs that are too small to measure.
+#: Bandwidth or TFLOPS assumed if a cost is too small to measure.
 _FAST = 1e6
 
 Floats = npt.NDArray[np.float64]
 
 
 def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
-    """Measure a model on the torch backend; takes about a minute for a small model.
+    """Measure a model on the torch backend, which takes about a minute for a small model.
 
     Args:
         folder: Folder or name of a Hugging Face checkpoint.
-        threads: Number of torch threads, here and in the runs to be predicted.
+        threads: Number of torch threads, both in the measurement and in the runs to be predicted.
 
     Returns:
         The fields of a ``sim.hardware.Profile``.
 
     Raises:
         NoExpertsError, UnsupportedError: The model cannot be paged.
-        CheckpointError: It cannot be loaded.
+        CheckpointError: The checkpoint cannot be loaded.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -71,9 +71,9 @@ def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
 def decode(
     model: Any, batch: int, steps: int, *, seed: int = 0, prompt: int = _PROMPT
 ) -> Iterator[None]:
-    """Decode sampled tokens of random prompts, one step per item, starting with the prefill.
+    """Continue random prompts with sampled tokens, one step per item; the prefill comes first.
 
-    The same arguments give the same tokens, paged or not.
+    The same arguments give the same tokens, whether the model is paged or not.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size
@@ -89,19 +89,19 @@ def decode(
 
 
 def room(model: Any, pages: int) -> int:
-    """Bytes that hold ``pages`` pages of a model, up to one frame."""
+    """Compute the bytes of ``pages`` pages of a model, not rounded up to whole frames."""
     _, page_class = layout.describe(layout.experts_of(model))
     return pages * page_class.nbytes
 
 
 def _steps(model: Any) -> tuple[Floats, Floats]:
-    """Measure steps with all experts resident: rows (1, tokens, experts used), and their µs."""
+    """Measure steps with all experts resident: rows (1, tokens, experts used), and µs per row."""
     geometry, _ = layout.describe(layout.experts_of(model))
     rows, times = [], []
     with page(model, room(model, geometry.num_pages), eviction="lru") as handle:
         for batch in BATCHES:
             best = math.inf
-            for _ in range(_REPEATS):  # with the same tokens and thus the same experts
+            for _ in range(_REPEATS):  # each with the same tokens, and so the same experts
                 run = decode(model, batch, _WARM + _STEPS)
                 for _ in itertools.islice(run, 1 + _WARM):
                     pass
@@ -117,7 +117,7 @@ def _steps(model: Any) -> tuple[Floats, Floats]:
 
 
 def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
-    """Measure events that miss all their pages: rows (1, pages), and their µs above a hit."""
+    """Measure events that miss all their pages: rows (1, pages), and µs per row above a hit."""
     layers = layout.experts_of(model)
     geometry, page_class = layout.describe(layers)
     experts = geometry.experts_per_layer
@@ -130,7 +130,7 @@ def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:
             hitting: list[float] = []
             slots = np.zeros(size, np.int32)
             for turn in range(_COPIES):
-                # A page is used again only after all others.
+                # A page is used again only after all other pages.
                 layer = turn % geometry.num_layers
                 first = turn // geometry.num_layers * size
                 ids = np.sort((first + np.arange(size)) % experts).astype(np.int32)

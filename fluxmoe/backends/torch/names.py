@@ -1,4 +1,4 @@
-"""The names of transformers used by the torch backend, by module that imports them."""
+"""The names from ``transformers`` that the torch backend uses, grouped by importing module."""
 
 from __future__ import annotations
 

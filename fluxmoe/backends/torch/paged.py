@@ -40,8 +40,8 @@ class PagedModel(Uncopyable):
         model: The model.
 
     Args:
-        loaded: True if the model has no weights that ``close`` could restore.
-        shared: Weights that could be edited unnoticed, for ``check``.
+        loaded: True if the model has no expert weights that ``close`` could restore.
+        shared: Weights whose edits only ``check`` can detect.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class PagedModel(Uncopyable):
         self._asked: RemovableHandle | None = None
         self._previous, self._loaded = model.get_experts_implementation(), loaded
         weights = [layout.weights_of(layer).values() for layer in layers]
-        # What close() restores.
+        # The experts that the model has again after close().
         self._own = [] if loaded else [[as_rows(weight) for weight in each] for each in weights]
         self._handle = handle = op.attach(Watched(runtime.pager, lock, weights))
-        # A model that is dropped while paged takes its arenas with it.
+        # If the model is dropped while it is paged, its arenas are freed with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
         table = torch.from_numpy(runtime.pager.table.expert_table)
@@ -78,10 +78,10 @@ class PagedModel(Uncopyable):
         if any(layer.config._experts_implementation != experts.NAME for layer in layers):
             del lease
             self.close()
-            # transformers searches the source of the model's class for its experts interface.
+            # transformers searches the source of the model's class for the experts interface.
             raise UnsupportedError(
                 f"{type(model).__name__} does not let its experts implementation be chosen",
-                fix="use the class of transformers, not one derived from it",
+                fix="use the class from transformers, not a subclass",
             )
 
     def __repr__(self) -> str:
@@ -98,7 +98,7 @@ class PagedModel(Uncopyable):
 
     @property
     def closed(self) -> bool:
-        """True if the model has been restored."""
+        """True if the handle has been closed."""
         return not self._release.alive
 
     @property
@@ -107,7 +107,7 @@ class PagedModel(Uncopyable):
         return self._open().pager
 
     def stats(self) -> dict[str, int | float]:
-        """Return event rule counters, sizes in bytes, and time spent waiting for pages."""
+        """Return the event rule's counters, sizes in bytes, and seconds spent waiting for pages."""
         return self._open().stats()
 
     @contextmanager
@@ -123,20 +123,23 @@ class PagedModel(Uncopyable):
     ) -> Iterator[Recorder]:
         """Write the routing of every step inside the ``with`` block to a trace.
 
-        The simulator starts cold: call ``reset`` first to compare its counters with ``stats``.
+        The simulator starts cold: to compare its counters with ``stats``, call ``reset`` before
+        recording.
 
         Args:
             path: Path of the new trace file.
             weights: Also record the routing weights.
-            predict: Also record the next layer's router's choices for this layer's hidden states.
+            predict: Also record the experts that the next layer's router chooses for this layer's
+                hidden states.
             max_steps: Number of steps after which recording stops.
-            phase: Record only steps of this phase.
+            phase: Record only the steps of this phase.
             replace: Overwrite an existing file.
 
         Raises:
             TraceError: The file cannot be written, or nothing was recorded.
-            ConfigError: The file already exists, or an argument is not valid.
-            UnsupportedError: ``predict`` is set and the model's routers were not found.
+            ConfigError: The file exists and ``replace`` is false, a recording is already active,
+                the handle is closed, or an argument is invalid.
+            UnsupportedError: ``predict`` is set, but the model's routers were not found.
         """
         if self._open().pager.watcher is not None:
             raise ConfigError("a recording is already active", where=str(path), fix="end it first")
@@ -205,14 +208,15 @@ class PagedModel(Uncopyable):
             experts.resize(layer, self._arenas(index))
 
     def follow(self, room: Callable[[], int | str] | None) -> None:
-        """Call ``room`` before each forward pass for the memory of expert pages, and ``resize``.
+        """Before each forward pass, resize the memory for expert pages to what ``room`` returns.
 
-        This is arbitration for callers with their own KV cache. Compiled models do not call it.
+        This is arbitration for callers with their own KV cache. Compiled models do not call
+        ``room``.
 
         Args:
-            room: Returns bytes, or text such as "4GiB". Less than the minimum counts as the
-                minimum; errors raised by it or by ``resize`` end the pass before it begins.
-                None: stop calling.
+            room: Function that returns a number of bytes, or text such as "4GiB". A size below the
+                minimum counts as the minimum. An error raised by ``room`` or ``resize`` ends the
+                pass before it begins. None ends these calls.
 
         Raises:
             ConfigError: The handle is closed.
@@ -233,25 +237,27 @@ class PagedModel(Uncopyable):
                 wanted = room()
                 self._resize(1 if wanted == 0 else wanted, "room", at_least=True)
 
-        # On the outermost module and first of all: the pass must not have taken the lock yet.
+        # The hook is on the outermost module and runs first, before the pass takes the lock.
         self._asked = self.model.register_forward_pre_hook(ask, prepend=True)
 
     def update_weights(
         self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
     ) -> None:
-        """Replace weights of the model, all or none, between forward passes.
+        """Replace weights of the model between forward passes: all that are given, or none.
 
         Later outputs, and the model after ``close``, are those of a model with the new weights.
-        Page files keep the old ones. In a hook within a pass, later layers have the new weights.
+        Page files keep the old weights. If a hook calls this method within a pass, the layers that
+        follow have the new weights.
 
         Args:
-            weights: Names and tensors as in the ``state_dict`` of the model before paging; those
-                not given keep their values. A layer's experts must be given as a whole.
+            weights: Names and tensors as in the ``state_dict`` of the model before paging. Weights
+                that are not given keep their values, but a layer's experts must be given as a
+                whole.
 
         Raises:
             WeightsError: The weights do not fit the model.
-            StoreError, ConfigError: A store has no room. As after every error, including those of
-                ``weights`` while it is iterated over, nothing has changed.
+            StoreError, ConfigError: A store has no room. As after every error, including an error
+                raised while ``weights`` is iterated over, nothing has changed.
         """
         self._lock.alone(partial(self._update, weights))
 
@@ -263,7 +269,7 @@ class PagedModel(Uncopyable):
         new.take_over(self._own, self._shared)
 
     def reset(self) -> None:
-        """Start cold: no page resident, counters zero, policies reset."""
+        """Start cold: drop all resident pages, set the counters to zero, and reset the policies."""
         self._lock.alone(lambda: self._open().pager.reset())
 
     def check(self) -> None:
@@ -271,8 +277,8 @@ class PagedModel(Uncopyable):
 
         Raises:
             InvariantError: The books are not consistent.
-            UnsupportedError: Experts' weights were edited through an array or tensor from before
-                paging.
+            UnsupportedError: Experts' weights were edited through an array or a tensor that was
+                made before paging.
         """
         self._lock.alone(self._check)
 
@@ -317,7 +323,7 @@ class PagedModel(Uncopyable):
 
     def _arenas(self, layer: int) -> experts.Arenas:
         table = self._runtime.pager.table
-        # Only those in use: the cost of grouped_mm grows with the number of slots.
+        # Only the slots in use, because the cost of grouped_mm grows with the number of slots.
         slots = table.slots[table.bank(layer)]
         weights = layout.weights_of(self._layers[layer])
         arenas = self._runtime.arenas(layer)
@@ -331,8 +337,8 @@ class PagedModel(Uncopyable):
         top_k = layout.top_k_of(layer)
         if top_k is None:
             raise UnsupportedError(
-                f"{type(layer.config).__name__} has none of {', '.join(TOP_K)}, so no trace of it "
-                "can be recorded"
+                f"{type(layer.config).__name__} has none of {', '.join(TOP_K)}, so no trace can "
+                "be recorded"
             )
         name = layout.name_of(self.model, layer)
         return self._runtime.trace_meta(model=name, top_k=top_k, source="torch")

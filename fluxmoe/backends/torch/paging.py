@@ -1,4 +1,4 @@
-"""``fluxmoe.page``: limits the experts of a Hugging Face model to a given amount of memory."""
+"""``fluxmoe.page``: limit the experts of a Hugging Face model to a given amount of memory."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ def page(
 
     Args:
         model: A Hugging Face model on the CPU.
-        memory: Memory for expert pages, bytes or "4GiB"; at least one layer's experts. More than
-            all experts need is not used.
+        memory: Memory for expert pages, in bytes or as text such as "4GiB"; at least enough for one
+            layer's experts. Memory beyond the size of all experts is not used.
         eviction: Eviction policy: a name, ``{kind: name, option: value}``, or a class or instance
             of ``fluxmoe.EvictionPolicy``, which need not be registered.
-        prefetch: Prefetch policy, likewise.
-        stores: Stores of pages that are not resident, as in the configuration: maps with
-            ``kind`` (``host`` or ``file``) and options. The model keeps its own weights beside
-            them; ``fluxmoe.load`` does not.
-        plugins: Files (``.py``) or modules that register policies or codecs; one needs no list.
-        banks: Minimum number of banks that consecutive layers are spread over.
+        prefetch: Prefetch policy, in the same forms.
+        stores: Page stores, as in the configuration: maps with ``kind`` (``host`` or ``file``) and
+            options. The model also keeps its own weights; a model from ``fluxmoe.load`` does not.
+        plugins: Files (``.py``) or modules that register policies or codecs. A single plugin may be
+            given without a list.
+        banks: Minimum number of banks; each bank is shared by consecutive layers.
         copy_threads: Number of threads that copy pages, in addition to the caller's.
         strict_policies: Raise when a policy fails, instead of falling back to LRU.
         seed: Seed of the policies' random numbers.
 
     Raises:
         NoExpertsError: The model has no MoE layers.
-        UnsupportedError: Its experts cannot be paged, or computed by slot.
+        UnsupportedError: The experts cannot be paged, or cannot be computed by slot.
         ConfigError: An argument is invalid, or the model is already paged.
         BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
@@ -112,8 +112,9 @@ class _Parts(NamedTuple):
 
 
 def _parts(model: torch.nn.Module) -> _Parts:
-    """The expert layers of a model that can be paged, and their sizes."""
-    instance(model, torch.nn.Module, "model", where=_WHERE, fix="load a checkpoint by fluxmoe.load")
+    """Check that a model can be paged, and find its expert layers and their sizes."""
+    fix = "load a checkpoint with fluxmoe.load"
+    instance(model, torch.nn.Module, "model", where=_WHERE, fix=fix)
     if any(experts.is_bound(module) for module in model.modules()):
         raise ConfigError(
             "the model is already paged", where=_WHERE, fix="close() its handle first"
@@ -131,7 +132,7 @@ def runtime_for(
     implementation: str,
     lock: ForwardLock,
 ) -> Runtime:
-    """Create arenas and pager for a model's expert layers, whose weights need not be loaded yet."""
+    """Create the arenas and the pager for expert layers, whose weights need not be loaded yet."""
     return Runtime(
         config,
         policies,
@@ -148,7 +149,7 @@ def runtime_for(
 def log_start(
     model: torch.nn.Module, layer: torch.nn.Module, runtime: Runtime, registry: Registry
 ) -> None:
-    """Log the summary of a model that is paged from now on; ``layer`` is one with experts."""
+    """Log the summary of a newly paged model; ``layer`` is one of its expert layers."""
     config = runtime.config
     chosen = {"eviction": config.eviction, "prefetch": config.prefetch}
     block = summary.start_block(
@@ -164,7 +165,7 @@ def log_start(
 
 
 def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> str:
-    """Name of the implementation that computes the experts, before and after paging."""
+    """Return the name of the implementation that computes the experts before and after paging."""
     if not hasattr(model, "set_experts_implementation"):
         raise UnsupportedError(
             f"{type(model).__name__} is not a model of transformers >= 5",
@@ -174,6 +175,7 @@ def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> 
     if len(found) > 1 or not found <= set(experts.IMPLEMENTATIONS):
         raise UnsupportedError(
             f"experts computed by {', '.join(sorted(found))} cannot be paged",
-            fix=f"model.set_experts_implementation() to {', '.join(experts.IMPLEMENTATIONS)}",
+            fix="call model.set_experts_implementation() with "
+            f"{' or '.join(experts.IMPLEMENTATIONS)}",
         )
     return found.pop()

@@ -1,4 +1,4 @@
-"""Loading by ``transformers``: experts go to the store, errors are FluxMoE's, nothing is random."""
+"""Loading with ``transformers``, with the experts in the store and without random weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ NAMES.require("loader")
 
 
 def unpaged(name: str) -> Any:
-    """The model that ``transformers`` loads, with weights in their stored type, to be paged later.
+    """Load a model with ``transformers``, with weights in their stored type, to be paged later.
 
     Raises:
-        CheckpointError, UnsupportedError: It cannot be loaded, is quantised, or not known.
+        CheckpointError: The model cannot be loaded.
+        UnsupportedError: The model is quantised, or its architecture is unknown.
     """
     folder = checkpoint.downloaded(name)
     checkpoint.require_readable(folder)
@@ -47,16 +48,16 @@ def unpaged(name: str) -> Any:
         checkpoint.refuse_quantised(folder, config)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_loadable(name, error) from error
 
 
 def load(ready: Ready) -> PagedModel:
-    """Load a model that is ready, with its experts directly into the store.
+    """Load a model that has passed all checks, with its experts directly into the store.
 
-    ``transformers`` does the loading, including names, types and layouts of checkpoints. FluxMoE
-    hooks the registration of parameters: as soon as a layer's experts are complete, the store takes
-    them over, and the model keeps a parameter without memory.
+    ``transformers`` does the loading, and converts the checkpoint's names, types and layouts.
+    FluxMoE hooks the registration of parameters: as soon as a layer's experts are complete, the
+    store takes the experts over, and the model keeps parameters without memory.
 
     Raises:
         FluxMoEError: See ``loader.load``.
@@ -81,7 +82,7 @@ def load(ready: Ready) -> PagedModel:
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # rejected below, with name and shapes
+                ignore_mismatched_sizes=True,  # rejected below, with the name and shapes
                 **ready.extra,
             )
         _require_all(report, name)
@@ -101,7 +102,7 @@ def on_meta(
     """Build the model on the meta device, before its weights are read."""
     try:
         config = transformers.AutoConfig.from_pretrained(name, **extra)
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_loadable(name, error) from error
     checkpoint.refuse_quantised(folder, config.to_dict())
     found = config.dtype if dtype == "auto" else dtype
@@ -119,17 +120,17 @@ def on_meta(
             model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=found, **how
             )
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_buildable(config.model_type, error, name) from error
     return model
 
 
 class _Catch:
-    """Takes the experts' weights from the modules into which this thread loads them.
+    """A context that takes the experts' weights from the modules into which this thread loads them.
 
-    A layer is passed on as soon as it and those before it are complete, so that stores that encode
-    the weights need not wait for all of them. The layers are ordered as the model was built, on the
-    meta device before loading.
+    A layer is passed on as soon as this layer and all layers before it are complete, so that stores
+    that encode weights need not wait for the last layer. The order is that in which the layers were
+    built on the meta device, before loading.
 
     Args:
         adopt: Takes over the next layer, uint8 ``[experts, part bytes]`` per part.
@@ -154,8 +155,8 @@ class _Catch:
         """Pass on the remaining layers; ``layers`` are all layers, in order.
 
         Raises:
-            UnsupportedError: The model was not built in this order.
-            FluxMoEError: Raised by ``adopt``.
+            UnsupportedError: The layers were not built in this order.
+            FluxMoEError: ``adopt`` raised this error.
         """
         if self._error is not None:
             raise self._error
@@ -172,7 +173,7 @@ class _Catch:
         self._adopted.append(layer)
 
     def _hand_on_what_is_whole(self) -> None:
-        """Pass on complete layers; errors wait for ``finish``: transformers would change them."""
+        """Pass on complete layers; keep errors for ``finish``, as transformers would alter them."""
         try:
             for layer in self._built[len(self._adopted) :]:
                 if not all((layer, part) in self._rows for part in layout.PARTS):
@@ -201,10 +202,11 @@ class _Catch:
 
 
 def _kept(rows: Bytes) -> Bytes:
-    """Copy to separate memory.
+    """Copy rows to a memory mapping of their own.
 
-    On the heap, memory used to assemble a layer would leave holes between the layers; rows that are
-    a view of the checkpoint's file would change or be lost with the file.
+    On the heap, freed memory that was used to assemble a layer would leave holes between the
+    layers. Without a copy, rows that are a view of the checkpoint's file would be changed or lost
+    with the file.
     """
     memory = mmap.mmap(-1, rows.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy = np.frombuffer(memory, np.uint8).reshape(rows.shape)
@@ -213,11 +215,11 @@ def _kept(rows: Bytes) -> Bytes:
 
 
 def _require_all(report: Mapping[str, Any], name: str) -> None:
-    """Reject a model with random weights in place of missing or mismatched ones."""
+    """Reject a model that has random weights in place of missing or mismatched weights."""
     if wrong := sorted(report["mismatched_keys"]):
         key, found, wanted = wrong[0]
         raise CheckpointError(
-            f"{key} is {list(found)} in the checkpoint, and {list(wanted)} by its config.json"
+            f"{key} is {list(found)} in the checkpoint, but {list(wanted)} according to config.json"
             + _and_more(wrong),
             where=name,
             fix="get config.json and weights from the same source",
@@ -226,7 +228,7 @@ def _require_all(report: Mapping[str, Any], name: str) -> None:
         raise CheckpointError(
             f"the checkpoint has no weights for {missing[0]}" + _and_more(missing),
             where=name,
-            fix="get the complete checkpoint; random weights would replace them",
+            fix="get the complete checkpoint; random weights would replace the missing ones",
         )
 
 
@@ -249,9 +251,9 @@ def _loading(name: str) -> Iterator[None]:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Disable the threads that read ahead and keep the tensors they have read and converted.
+    """Disable the threads that read ahead, because they keep the tensors that they have read.
 
-    Also affects other threads that load a model at the same time.
+    This also affects other threads that load a model at the same time.
     """
     key = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(key)

@@ -19,8 +19,9 @@ def notes(
     weights: bool,
     predict: bool,
 ) -> list[experts.Note | None]:
-    """Make a function per expert layer that notes weights and predictions; None if not requested.
+    """Make, for each expert layer, a function that notes weights and predictions.
 
+    All entries are None if neither weights nor predictions are wanted.
     Args:
         model: The model.
         layers: Its expert layers, in order.
@@ -30,7 +31,7 @@ def notes(
             states.
 
     Raises:
-        UnsupportedError: ``predict`` is set and a layer's router was not found.
+        UnsupportedError: ``predict`` is set, but a layer's router was not found.
     """
     if not weights and not predict:
         return [None] * len(layers)
@@ -45,7 +46,7 @@ def _note(
     def note(ids: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         predicted = None
         if router is not None:
-            # Bypasses the module's hooks, which may collect outputs of its own layer.
+            # This call bypasses the router's hooks, which may collect outputs for its own layer.
             predicted = type(router).forward(router, hidden)[-1]
         elif predict:
             predicted = ids[:, :0]
@@ -55,7 +56,7 @@ def _note(
 
 
 def _routers(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Find each expert layer's router: a sibling that returns (logits, weights, expert ids)."""
+    """Find each expert layer's router: a sibling module that returns expert ids last."""
     block_of = {id(child): module for module in model.modules() for child in module.children()}
     routers = []
     for layer in layers:

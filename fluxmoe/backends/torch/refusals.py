@@ -1,4 +1,4 @@
-"""Refusal of operations that a paged model does not support, before anything has changed."""
+"""Refusal of operations that a paged model does not support, before they change anything."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fluxmoe.errors import UnsupportedError
 
 
 class Uncopyable:
-    """A handle; copies are refused, as nothing would fill their arenas."""
+    """A handle that refuses to be copied, because no pager would fill the copy's arenas."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         _refuse_copy()
 
 
 class Refusals:
-    """Refuses copies, ``load_state_dict``, scripts, and changes of type or device.
+    """Hooks in a paged model that refuse copies, loading, scripting, and a new type or device.
 
     Args:
         model: The paged model.
@@ -41,14 +41,14 @@ class Refusals:
         for module in self._guarded:
             self._hooks.append(module.register_load_state_dict_pre_hook(_refuse_load))
             vars(module).update(
-                # The method behind to(), half(), cuda() ….
+                # The method behind to(), half(), cuda() and others.
                 _apply=partial(_apply, module, is_experts=id(module) in inside),
                 __getstate__=_refuse_copy,
                 __prepare_scriptable__=_refuse_script,
             )
 
     def remove(self) -> None:
-        """Remove all restrictions. Idempotent."""
+        """Remove all hooks. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         while self._guarded:
@@ -57,17 +57,17 @@ class Refusals:
                 del attributes[name]
 
 
-@torch.compiler.assume_constant_result  # called, not traced: an error keeps its class
+@torch.compiler.assume_constant_result  # called instead of traced, so that errors keep their class
 def require_no_export() -> None:
-    """Raise UnsupportedError if a graph is made to be kept: it would outlive its pages."""
+    """Raise UnsupportedError during torch.export, because its graph would outlive the pages."""
     if torch.compiler.is_exporting():
         raise _untraceable("torch.export")
 
 
 def require_plain(*inputs: torch.Tensor) -> None:
-    """Raise UnsupportedError unless the inputs have values, and only they are asked for.
+    """Raise UnsupportedError unless the inputs have values, and no tracer or transform is active.
 
-    A tracer takes the slots of the pages that are resident for constants.
+    A tracer would record the slots of the resident pages as constants.
     """
     if torch._C._get_tracing_state() is not None:
         raise _untraceable("torch.jit.trace")
@@ -87,7 +87,7 @@ def require_plain(*inputs: torch.Tensor) -> None:
             )
 
 
-#: Of plain tensors; fake, functional and distributed ones have another.
+#: The dispatch method of plain tensors; fake, functional and distributed tensors have another.
 _VALUES = torch.Tensor.__torch_dispatch__
 
 
@@ -110,7 +110,7 @@ def _refuse_script() -> NoReturn:
 def _refuse_load(*_: object) -> NoReturn:
     raise UnsupportedError(
         "a paged model cannot have weights loaded into it",
-        fix="call update_weights() of its handle, with names as in the whole model",
+        fix="call update_weights() of its handle, with the names used before paging",
     )
 
 
@@ -121,7 +121,7 @@ def _apply(
     is_experts: bool,
     **kwargs: Any,
 ) -> torch.nn.Module:
-    # Pipelines call to("cpu") on a model that is already there, which is allowed.
+    # Pipelines call to("cpu") on a model that is already on the CPU, which is allowed.
     for dtype in {weight.dtype for weight in module.parameters()}:
         probe = torch.tensor([*os.urandom(16)]).to(dtype)
         try:

@@ -31,7 +31,7 @@ def sample(
     seed: int,
     stop: Callable[[], bool],
 ) -> list[list[int]]:
-    """Continue a batch of prompts, padded on the left; the end-of-text token does not stop them.
+    """Continue a batch of prompts, padded on the left, past the end-of-text token.
 
     Args:
         model: A model of ``transformers``.
@@ -39,7 +39,7 @@ def sample(
         max_new_tokens: Number of tokens to generate per prompt.
         temperature: Sampling temperature; 0 always picks the likeliest token.
         seed: Random seed.
-        stop: Called after every step; True ends the run.
+        stop: Function that is called after every step and ends the run by returning True.
 
     Returns:
         The new tokens of each row.

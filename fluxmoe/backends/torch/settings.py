@@ -1,4 +1,4 @@
-"""The arguments of ``fluxmoe.page`` and ``fluxmoe.load`` as a configuration for the model."""
+"""Conversion of the arguments of ``fluxmoe.page`` and ``fluxmoe.load`` to a configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def settings(
     **others: Any,
 ) -> fluxmoe_config.Config | None:
     """Convert the arguments of ``fluxmoe.page`` to a configuration. See ``config.parse_most``."""
-    given: Any = stores  # any type: validated by the configuration
+    given: Any = stores  # may have any type, which the configuration validates
     if isinstance(given, list | tuple):
         given = [dict(store) if isinstance(store, Mapping) else store for store in given]
     pages = {"memory": {"budget": memory, "banks": banks}, "stores": given}
@@ -38,7 +38,7 @@ def settings(
 
 
 def given(config: fluxmoe_config.Config, where: str) -> int:
-    """Get the budget in bytes. Raises ConfigError for ``auto``, which needs an engine."""
+    """Return the budget in bytes. Raises ConfigError for ``auto``, which needs an engine."""
     if config.memory.budget is None:
         raise ConfigError(
             "auto is not supported here", where=f"memory of {where}", fix="use a size such as 4GiB"
@@ -50,9 +50,10 @@ class Room:
     """Bounds of the memory for expert pages, from one layer's experts to all experts.
 
     Attributes:
-        geometry, page_class: Layers and experts, and the layout of a page.
+        geometry, page_class: Numbers of layers and experts, and the layout of a page.
         frame_bytes: Bytes of a frame, the unit of growth.
-        least, most: Bounds in bytes, multiples of a frame; ``most`` fits the machine's memory.
+        least, most: Bounds in bytes, multiples of a frame; ``most`` fits the machine's memory
+            unless ``least`` does not.
     """
 
     def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
@@ -69,10 +70,10 @@ class Room:
         return self.geometry.num_pages * self.page_class.nbytes
 
     def within(self, memory: int, where: str) -> int:
-        """Compute the usable part of ``memory`` bytes.
+        """Compute how many of ``memory`` bytes are used.
 
         Raises:
-            BudgetTooSmallError: They cannot hold one layer's experts.
+            BudgetTooSmallError: ``memory`` bytes cannot hold one layer's experts.
         """
         if memory < self.least:
             raise BudgetTooSmallError(
@@ -100,12 +101,12 @@ def fit(
     *,
     others: int | None = None,
 ) -> fluxmoe_config.Resolved | None:
-    """Limit the budget as ``Room.fit``; check it, the machine's memory and the stores.
+    """Limit the budget with ``Room.fit``; check the budget, the machine's memory and the stores.
 
     Args:
         room: Sizes of the model's experts.
-        config: The configuration; settings in ``found.wrong`` are not relied on.
-        found: Where errors are added.
+        config: The configuration, of which settings in ``found.wrong`` are not relied on.
+        found: Receives errors and notes.
         where: Name of the caller.
         others: Bytes of the weights that are not experts; None if all weights are loaded already.
     """

@@ -1,9 +1,10 @@
 """The vLLM backend, loaded by the entry point ``fluxmoe`` of the group ``vllm.general_plugins``.
 
-vLLM calls ``register`` in each of its processes. It has no effect on models that are not paged:
-paging is enabled by the settings of ``engine_options``. Only the worker class imports the paging
-code. One folder per process: ``server``, ``scheduler``, ``worker``; ``child`` runs an
-engine in a child process, ``compat`` imports vLLM's private names. Only this package imports vLLM.
+vLLM calls ``register`` in each of its processes. The call has no effect on models that are not
+paged, because paging is enabled by the settings of ``engine_options``. Only the worker class
+imports the paging code. The folders ``server``, ``scheduler`` and ``worker`` contain the code for
+one process each. ``child`` runs an engine in a child process, and ``compat`` imports vLLM's private
+names. Only this package imports vLLM.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def register() -> None:
         from fluxmoe.backends.vllm import half_configured
         from fluxmoe.backends.vllm.compat.plugin import KVConnectorFactory
     except UnsupportedVersionError as error:
-        # vLLM must keep working for users who do not page; those who do name our worker class,
-        # which raises this error again.
+        # vLLM must keep working for users who do not page. Users who page name FluxMoE's worker
+        # class, which raises this error again.
         logging.getLogger("vllm.fluxmoe").warning("FluxMoE is off: %s", error)
         return
     half_configured.register()
@@ -45,7 +46,7 @@ def register() -> None:
 
 
 class _ToVllm(logging.Handler):
-    """Forwards to vLLM's log, which vLLM sets up only after calling plugins."""
+    """A handler that forwards to vLLM's log, which vLLM sets up only after calling plugins."""
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger("vllm.fluxmoe")
@@ -54,14 +55,14 @@ class _ToVllm(logging.Handler):
 
 
 def _log_as_vllm_does() -> None:
-    """Show FluxMoE's messages, such as why memory moves, in vLLM's log and format.
+    """Show FluxMoE's messages, such as the reasons for moving memory, in vLLM's log and format.
 
-    Not if the program has handlers of its own at the root. Those that libraries add later, in a
-    format of theirs, do not count.
+    This has no effect if the program has handlers of its own at the root logger. Handlers that
+    libraries add later, with their own formats, do not matter.
     """
     ours = logging.getLogger("fluxmoe")
     if not logging.getLogger().handlers:
         ours.addHandler(_ToVllm())
-        ours.propagate = False  # as vLLM's own
+        ours.propagate = False  # like vLLM's own logger
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO)

@@ -1,8 +1,8 @@
-"""Two numbers shared by a worker and the scheduler, which may be another process.
+"""Two numbers shared by a worker and the scheduler, which may run in another process.
 
-The messages of the KV connector travel with steps, but weights change between steps: the worker
-must know that no request is unfinished, and the scheduler that its prefix cache belongs to other
-weights.
+The KV connector sends its messages with steps, but weights change between steps. For such a change,
+the worker must know that no request is unfinished, and the scheduler must know that its prefix
+cache belongs to other weights.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A worker's board, for another process of the same user."""
+    """The address of a worker's board for other processes of the same user."""
 
     process: int
     file: int
 
 
 class Board:
-    """Memory without a name, which goes with the last process that has it.
+    """Shared memory without a name, which is freed when no process uses it any more.
 
     Args:
-        address: A worker's board; None: make one.
+        address: Address of a worker's board; None makes a new board.
     """
 
     def __init__(self, address: Address | None = None) -> None:
@@ -38,12 +38,12 @@ class Board:
             fd = os.open(f"/proc/{address.process}/fd/{address.file}", os.O_RDWR)
         weakref.finalize(self, os.close, fd)
         self._numbers = np.frombuffer(mmap.mmap(fd, 16), np.int64)
-        #: Where another process finds this board.
+        #: The address at which another process finds this board.
         self.address = Address(os.getpid(), fd)
 
     @property
     def unfinished(self) -> int:
-        """Number of requests that the scheduler has; written by the scheduler."""
+        """Number of unfinished requests; written by the scheduler."""
         return int(self._numbers[0])
 
     @unfinished.setter
@@ -52,7 +52,7 @@ class Board:
 
     @property
     def updates(self) -> int:
-        """Number of changes of the weights so far; written by the worker."""
+        """Number of changes to the weights so far; written by the worker."""
         return int(self._numbers[1])
 
     @updates.setter

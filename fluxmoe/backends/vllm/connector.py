@@ -1,8 +1,8 @@
 """FluxMoE's KV connector: the channel between vLLM's scheduler, its workers and ``/metrics``.
 
-It transfers no KV cache. vLLM calls a connector on both sides in every step and sends its data to
-the other side and, as statistics, to the process that serves ``/metrics``. No other extension point
-of vLLM does that, and this one disables no features.
+This connector transfers no KV cache. vLLM calls a connector on both sides in every step, and sends
+the connector's data to the other side and, as statistics, to the process that serves ``/metrics``.
+No other extension point of vLLM does that, and this one disables no features.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class WorkerIntroduction(KVConnectorHandshakeMetadata):
     """Message from a worker to the scheduler at startup.
 
     Attributes:
-        board: Numbers that both share between steps.
-        inventory: What the worker has to move; None if the split is fixed.
+        board: Address of the numbers that the worker and the scheduler share.
+        inventory: The memory that the worker can move; None if the split is fixed.
     """
 
     board: Address
@@ -68,10 +68,10 @@ class WorkerIntroduction(KVConnectorHandshakeMetadata):
 
 
 class PagingConnector(KVConnectorBase_V1, SupportsHMA):
-    """FluxMoE's connector: one in the scheduler (role SCHEDULER), one per worker (role WORKER).
+    """FluxMoE's connector: one in the scheduler (role SCHEDULER), and one in each worker (WORKER).
 
     Raises:
-        ConfigError: Other settings needed for paging are missing.
+        ConfigError: Other settings that paging needs are missing.
     """
 
     #: Requests do not wait for KV transfers.
@@ -100,7 +100,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager = kv_cache_manager
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, WorkerIntroduction]) -> None:
-        """Learn of the workers when all are ready; start arbitration unless the split is fixed."""
+        """Receive the introductions of all workers; start arbitration unless the split is fixed."""
         workers = [metadata[rank] for rank in sorted(metadata)]
         self._boards = [Board(worker.board) for worker in workers]
         inventories = [worker.inventory for worker in workers if worker.inventory is not None]
@@ -127,7 +127,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         self._show_unfinished()
 
     def _forget_other_weights(self) -> None:
-        """Reset the prefix cache if the weights have changed, which needs an idle engine."""
+        """Reset the prefix cache if the weights have changed; the engine must be idle."""
         updates = max((board.updates for board in self._boards), default=0)
         if updates > self._updates:
             if not self._manager.reset_prefix_cache():
@@ -171,8 +171,8 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     def has_pending_push_work(self) -> bool:
         """True if the engine must step although it is idle.
 
-        This is the case once at startup, so that metrics exist before the first request, and to
-        finish a move.
+        An idle engine steps once at startup, so that metrics exist before the first request, and
+        until a move is finished.
         """
         if not self._begun:
             return True
@@ -181,7 +181,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker ----------------------------------------------------------------------------------
 
     def bind(self, worker: WorkerSide) -> None:
-        """Attach the worker's side; called by the worker."""
+        """Attach the worker's side. The worker calls this method."""
         self._worker = worker
 
     def get_handshake_metadata(self) -> WorkerIntroduction | None:
@@ -190,7 +190,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return WorkerIntroduction(self._worker.board, self._worker.inventory())
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
-        """Receive the scheduler's order; called in each step, before any forward pass."""
+        """Receive the scheduler's order. vLLM calls this method in each step before any pass."""
         if self._worker is not None:
             self._worker.receive(kv_connector_metadata.order)
 
@@ -199,7 +199,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return None if report is None else WorkerMetadata([report])
 
     def has_connector_metadata(self) -> bool:
-        """Return False, so that attention layers do not call ``wait_for_layer_load`` etc."""
+        """Return False, so that attention layers do not call methods such as ``save_kv_layer``."""
         return False
 
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
@@ -219,7 +219,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- statistics ------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> PagingStats | None:
-        """Return the changes to metrics; called on both sides after each step."""
+        """Return the changes to the metrics. vLLM calls this on both sides after each step."""
         if self.role == KVConnectorRole.SCHEDULER:
             changes = self._meter.take()
         else:

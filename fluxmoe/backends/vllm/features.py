@@ -1,6 +1,6 @@
 """vLLM features that FluxMoE does not support, by command-line option and configuration.
 
-Does not import vLLM, so that the preflight checks and the worker share one table.
+This module does not import vLLM, so that the preflight checks and the worker can share one table.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Feature(NamedTuple):
 
     Attributes:
         name: Name of the feature.
-        option: Its option of ``vllm serve``, without dashes.
-        attribute: Its place in ``VllmConfig``.
+        option: The feature's option of ``vllm serve``, without leading dashes.
+        attribute: The feature's attribute in ``VllmConfig``.
     """
 
     name: str
@@ -65,7 +65,7 @@ def refused_settings(config: VllmConfig) -> Iterator[UnsupportedError]:
 
 
 def _on(value: object) -> bool:
-    """True for a flag that is set, a size above 1, and any other value except None."""
+    """True for a flag that is set, a size above 1, and a value of another type except None."""
     if isinstance(value, int):
         return value is True or value > 1
     return value is not None

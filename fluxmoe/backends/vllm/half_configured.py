@@ -1,7 +1,7 @@
 """Rejection of partial configurations: a model built with only some of FluxMoE's settings.
 
 vLLM passes its configuration not to plugins but to layers, which plugins can replace. Nearly every
-model has one LogitsProcessor; this one computes the same as the stock one.
+model has one LogitsProcessor, and the replacement computes the same as the stock class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fluxmoe.backends.vllm.compat.plugin import LogitsProcessor, get_current_vll
 
 
 class GuardedLogitsProcessor(LogitsProcessor):
-    """vLLM's logits processor, which checks the configuration when built.
+    """vLLM's logits processor with a check of the configuration when it is built.
 
     Raises:
         ConfigError: See ``settings.paging_config``.
@@ -25,5 +25,5 @@ class GuardedLogitsProcessor(LogitsProcessor):
 
 
 def register() -> None:
-    """Make vLLM build GuardedLogitsProcessor in place of its logits processor."""
+    """Make vLLM build GuardedLogitsProcessor in place of its own logits processor."""
     LogitsProcessor.register_oot(GuardedLogitsProcessor, name="LogitsProcessor")

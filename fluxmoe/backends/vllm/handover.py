@@ -1,9 +1,9 @@
 """Handover of the arbitration policy from a worker to the scheduler's side in the same process.
 
-The worker creates the policy before loading weights, to find out if the split may change; the
-scheduler's side calls it. In one process the only object that both get from vLLM is the
-configuration, so the worker stores the policy under it. In a process without a worker nothing is
-stored, and the scheduler's side creates its own.
+The worker creates the policy before loading weights, to find out whether the split may change; the
+scheduler's side calls the policy. If both run in one process, the only object that both get from
+vLLM is the configuration, so the worker stores the policy under the configuration. In a process
+without a worker nothing is stored, and the scheduler's side creates its own policy.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 
-#: Identity of a VllmConfig, which is unhashable → the policy stored by its worker, until it is
-#: taken or the object is collected.
+#: Identity of a VllmConfig, which is unhashable → FluxMoE's configuration and the policy, until the
+#: scheduler's side takes them or the VllmConfig is collected.
 _left: dict[int, tuple[Config, ArbitrationPolicy]] = {}
 
 
@@ -29,10 +29,10 @@ def leave(vllm_config: VllmConfig, config: Config, policy: ArbitrationPolicy) ->
 
 
 def take(vllm_config: VllmConfig) -> tuple[Config, ArbitrationPolicy]:
-    """Take the policy stored by the worker, or create it.
+    """Take the policy that the worker has stored, or create the policy.
 
     Raises:
-        UnknownPolicyError, ConfigError, PluginLoadError: It cannot be created.
+        UnknownPolicyError, ConfigError, PluginLoadError: The policy cannot be created.
     """
     left = _left.pop(id(vllm_config), None)
     if left is not None:

@@ -1,7 +1,7 @@
 """FluxMoE's metrics on vLLM's ``/metrics``, and their transport (docs/reference/metrics.md).
 
-A worker reads its sizes and counters after each step and sends the *changes*. Changes, even of
-gauges, can be summed over steps and workers without knowing their meaning.
+A worker reads its sizes and counters after each step and sends the *changes*. Changes, even those
+of gauges, can be summed over steps and workers without regard to their meaning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 from fluxmoe import sizes
 from fluxmoe.core.types import AGES
 
-#: Metric → values of its own labels → value. Plain data: it crosses processes.
+#: Metric → values of its own labels → value. These are plain data, because they cross processes.
 Samples = dict[str, dict[tuple[str, ...], float]]
 #: A metric's name and the values of its own labels.
 Series = tuple[str, tuple[str, ...]]
@@ -24,7 +24,7 @@ Readings = tuple[list[Series], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric: name, kind, help text, and its own labels (vLLM adds those of model and engine).
+    """A metric: name, kind, help text, and its own labels, to which vLLM adds model and engine.
 
     The samples of a histogram are its buckets, labelled by upper bound, and its ``sum``.
     """
@@ -45,7 +45,7 @@ METRICS = (
     Metric(
         "fluxmoe_info",
         "gauge",
-        "FluxMoE's version, and the policies and stores configured: 1.",
+        "FluxMoE's version and the configured policies and stores, as labels; always 1.",
         ("version", "eviction", "prefetch", "arbitration", "stores"),
     ),
     Metric(
@@ -56,7 +56,7 @@ METRICS = (
     Metric(
         "fluxmoe_expert_misses_total",
         "counter",
-        "Distinct experts per MoE layer execution that had to be loaded; cold: for the first time.",
+        "Distinct experts per MoE layer execution that were loaded; cold means the first time.",
         ("cause",),
     ),
     Metric(
@@ -67,7 +67,7 @@ METRICS = (
     Metric(
         "fluxmoe_expert_evictions_total",
         "counter",
-        "Expert pages evicted: for others, by the policy after use, or because slots were removed.",
+        "Expert pages evicted for other pages, by the policy after use, or as slots were removed.",
         ("cause",),
     ),
     Metric(
@@ -84,13 +84,13 @@ METRICS = (
     Metric(
         "fluxmoe_policy_faults_total",
         "counter",
-        "Faults of policies that were contained.",
+        "Faults by policies that were contained.",
         ("kind", "policy"),
     ),
     Metric(
         "fluxmoe_policy_slow_calls_total",
         "counter",
-        "Calls of policies that took longer than the soft limit.",
+        "Calls to policies that took longer than the soft limit.",
         ("kind", "policy"),
     ),
     Metric(
@@ -102,25 +102,25 @@ METRICS = (
     Metric(
         "fluxmoe_tenant_frames",
         "gauge",
-        "Frames that a tenant of the budget has (committed), and its bounds.",
+        "Frames committed to a tenant of the budget, and the tenant's bounds.",
         ("tenant", "kind"),
     ),
     Metric(
         "fluxmoe_tenant_bytes",
         "gauge",
-        "The same in bytes.",
+        "Bytes committed to a tenant of the budget, and the tenant's bounds.",
         ("tenant", "kind"),
     ),
     Metric(
         LIMIT,
         "gauge",
-        "Operator limits of a tenant or of the whole budget.",
+        "Operator limits on a tenant or on the whole budget.",
         ("tenant", "kind"),
     ),
     Metric(
         "fluxmoe_split_changes_total",
         "counter",
-        "Moves of memory between experts and KV cache that took effect.",
+        "Moves of memory between the experts and the KV cache that took effect.",
         ("direction",),
     ),
     Metric(
@@ -131,7 +131,7 @@ METRICS = (
     Metric(
         DECISION,
         "gauge",
-        "Unix time of the last decisions to move memory: direction, and the numbers behind it.",
+        "Unix time of the last decisions to move memory, with direction and reason as labels.",
         ("number", "policy", "direction", "reason"),
     ),
     Metric(
@@ -147,7 +147,7 @@ METRICS = (
     Metric(
         "fluxmoe_page_reuse_gap_events",
         "histogram",
-        "Executions of MoE layers from one use of an expert page to the next; a sample.",
+        "Executions of MoE layers from one use of an expert page to the next, for a sample.",
     ),
     Metric("fluxmoe_budget_frames", "gauge", "Frames of the whole budget."),
     Metric("fluxmoe_budget_bytes", "gauge", "Bytes of the whole budget."),
@@ -162,10 +162,10 @@ BUCKETS = (*(str(1 << n) for n in range(AGES - 1)), "+Inf")
 
 
 class Meter:
-    """Changes of samples since the last call.
+    """A meter for the changes to samples since the last call.
 
     Args:
-        source: Returns the current samples.
+        source: Function that returns the current samples.
         every: Read the source only on every N-th call.
     """
 
@@ -176,14 +176,14 @@ class Meter:
         self._asked = 0
 
     def take(self) -> Samples:
-        """Return the changes; first all samples, including zeros, so that every series exists."""
+        """Return the changes; the first call returns all samples, so that every series exists."""
         self._asked += 1
         if (self._asked - 1) % self._every:
             return {}
         series, values = self._source()
         changes: Samples = {}
         if series is self._series:
-            if values == self._values:  # the case on the scheduler's side in most steps
+            if values == self._values:  # true in most steps on the scheduler's side
                 return changes
             for (name, labels), value, before in zip(series, values, self._values, strict=True):
                 if value != before:
@@ -201,7 +201,7 @@ class Meter:
         return changes
 
     def restarted(self) -> None:
-        """Account for a reset of the source's counters to zero; exported values continue."""
+        """Continue the exported values although the source's counters were reset to zero."""
         self._values = [
             0 if name in _COUNTERS else value
             for (name, _), value in zip(self._series, self._values, strict=True)

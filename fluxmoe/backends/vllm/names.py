@@ -1,6 +1,6 @@
-"""The names of vLLM that FluxMoE uses or overrides, by module of ``compat`` that imports them.
+"""The names in vLLM that FluxMoE uses or overrides, grouped by the importing ``compat`` module.
 
-Does not import vLLM.
+This module does not import vLLM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Termination of vLLM's engine and worker processes together with their parent.
 
-vLLM 0.32 ends them when its server exits in an orderly way. After a SIGKILL of the server (a
-container's time limit, the out-of-memory killer) they would survive and keep all memory.
+vLLM 0.32 ends these processes when its server exits in an orderly way. If the server is killed by
+SIGKILL (at a container's time limit, or by the out-of-memory killer), the processes would
+otherwise survive and keep all their memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ logger = logging.getLogger("fluxmoe")
 
 @cache
 def end_with_parent() -> None:
-    """End this process together with its parent, if vLLM started it.
+    """End this process together with its parent, if vLLM started this process.
 
     A user's process with an engine inside is not affected.
     """
@@ -36,7 +37,7 @@ def end_with_parent() -> None:
 
 def _wait(parent: BaseProcess) -> None:
     parent.join()
-    logger.warning("the parent process has ended; ending this one as well")
+    logger.warning("the parent process has ended; ending this process as well")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE)
     os._exit(1)

@@ -1,4 +1,7 @@
-"""The vLLM settings that enable paging. Does not import vLLM, so that commands work without it."""
+"""The vLLM settings that enable paging.
+
+This module does not import vLLM, so that commands work without vLLM.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ def engine_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: FluxMoE's configuration (docs/reference/configuration.md) without ``model``
-            and ``vllm``. Policies are named.
+            and ``vllm``. Policies are given by name.
 
     Raises:
-        ConfigError: It is not a valid configuration.
+        ConfigError: ``settings`` is not a valid configuration.
     """
     budget = parse(settings, where="additional_config.fluxmoe").memory.budget
     if budget is None:  # auto
@@ -47,7 +50,7 @@ def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
-    """Make the same options for ``vllm serve``."""
+    """Make the options of ``vllm serve`` that enable paging."""
     words: list[str] = []
     for key, value in _options(settings).items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
@@ -56,19 +59,19 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def moving_latent_attention() -> UnsupportedError:
-    """Make the error for a dynamic split of a model with multi-head latent attention."""
+    """Make the error for a dynamic split with a model that uses multi-head latent attention."""
     return UnsupportedError(
-        "the KV cache of multi-head latent attention (MLA) cannot grow and shrink while serving",
+        "the KV cache of multi-head latent attention (MLA) cannot grow or shrink while serving",
         where="arbitration",
         fix="set arbitration: fixed and control: false",
     )
 
 
 def paging_config(config: VllmConfig) -> object | None:
-    """Get FluxMoE's configuration as passed to vLLM, not validated; None for a stock engine.
+    """Return FluxMoE's configuration as passed to vLLM, not validated; None for a stock engine.
 
     Raises:
-        ConfigError: Only some of the settings are given.
+        ConfigError: Only some of the settings that paging needs are given.
     """
     additional = config.additional_config
     settings: object | None = additional.get("fluxmoe") if isinstance(additional, dict) else None

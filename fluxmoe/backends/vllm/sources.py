@@ -31,10 +31,10 @@ def reader(
 
     Args:
         runtime: The worker's memory.
-        rank: The worker's rank; one of them tells the configuration.
-        limits: Returns the last operator limits, if any.
+        rank: The worker's rank. Only the worker of rank 0 reports the configuration.
+        limits: Returns the last operator limits; None if there are none.
     """
-    # Imported here because it needs numba, which processes without a worker do not.
+    # Imported here, because the module needs numba, which processes without a worker do not need.
     from fluxmoe.core.paging.books import (
         C_COLD,
         C_EVICTIONS,
@@ -126,7 +126,7 @@ def read_ages(runtime: Runtime) -> Readings:
 
 
 def split_reader(arbiter: Arbiter | None) -> Callable[[], Readings]:
-    """Make a function that reads the scheduler's metrics; zeros if the split is fixed."""
+    """Make a function that reads the scheduler's metrics, which are zero if the split is fixed."""
     always: list[Series] = [
         ("fluxmoe_split_changes_total", ("to_kv",)),
         ("fluxmoe_split_changes_total", ("to_experts",)),
@@ -162,10 +162,10 @@ def split_reader(arbiter: Arbiter | None) -> Callable[[], Readings]:
 
 
 class Passing:
-    """Returns the same list of series as long as the temporary ones are unchanged.
+    """A list of series that remains the same object while the temporary series do not change.
 
     Args:
-        always: Series that are always there.
+        always: The permanent series.
     """
 
     def __init__(self, always: list[Series]) -> None:
@@ -173,7 +173,7 @@ class Passing:
         self._more: list[Series] = []
 
     def series(self, more: Sequence[tuple[Series, float]]) -> list[Series]:
-        """List all series: the permanent ones, then these."""
+        """List all series: the permanent series, then those of ``more``."""
         now = [series for series, _ in more]
         if now != self._more:
             self._more, self._series = now, [*self._always, *now]

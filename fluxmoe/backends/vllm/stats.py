@@ -1,4 +1,4 @@
-"""Changes to metrics, sent from worker and scheduler to the server as connector statistics."""
+"""Changes to metrics, sent by workers and the scheduler to the server as connector statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vLLM versions that FluxMoE was tested with. Does not import vLLM."""
+"""The vLLM versions that FluxMoE was tested with. This module does not import vLLM."""
 
 from __future__ import annotations
 

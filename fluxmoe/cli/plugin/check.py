@@ -25,8 +25,8 @@ class Verdict:
     """The result for one policy or codec.
 
     Attributes:
-        misses: Golden trace → misses at half of its pages, with those of built-in policies; only
-            for eviction policies.
+        misses: Golden trace → policy → misses with room for half of the trace's pages, for this
+            policy and the built-in ones; empty unless this is an eviction policy that conforms.
     """
 
     kind: str
@@ -44,7 +44,7 @@ def check(
         str,
         typer.Argument(
             metavar="PLUGIN",
-            help=".py file, module, installed distribution or its entry point.",
+            help="A .py file, a module, an installed distribution, or the name of its entry point.",
         ),
     ],
     policy: Annotated[
@@ -52,7 +52,8 @@ def check(
         typer.Option(
             metavar="NAME:OPTION=VALUE",
             callback=items,
-            help="Check only these, with these options; comma-separated or repeated.",
+            help="Check only these policies or codecs, with these options; comma-separated or "
+            "repeated.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -60,7 +61,7 @@ def check(
 ) -> None:
     """Test every policy and codec of a plugin against its contract.
 
-    Exit code 1 if one of them breaks a rule.
+    The exit status is 1 if a policy or a codec breaks a rule.
     """
     from fluxmoe import plugins
     from fluxmoe.plugins.loading import entries_called
@@ -85,7 +86,7 @@ def check(
 def _wanted(
     registrations: list[Registration], asked: list[str], plugin: str
 ) -> list[tuple[Registration, PolicySpec]]:
-    """List the registrations to check, each with its specification."""
+    """List the registrations to check, each with the specification to create it from."""
     from fluxmoe.cli.simulate import spec
     from fluxmoe.errors import ConfigError, join, meant
     from fluxmoe.plugins import name_of
@@ -159,7 +160,7 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _lines(data: list[dict[str, Any]]) -> Iterator[dict[str, object]]:
-    """Yield a row for each rule, and for each policy's misses on each golden trace."""
+    """Yield a row for each rule, and a row for each policy's misses on each golden trace."""
     for verdict in data:
         named = {"kind": verdict["kind"], "name": verdict["name"]}
         for rule in verdict["rules"]:

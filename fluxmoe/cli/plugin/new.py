@@ -24,8 +24,13 @@ class Kind(StrEnum):
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="Name: my-policy gives package fluxmoe-my-policy.")],
-    kind: Annotated[Kind, typer.Option(metavar="|".join(Kind), help="Kind of policy, or codec.")],
+    name: Annotated[
+        str, typer.Argument(help="Name; my-policy gives the package fluxmoe-my-policy.")
+    ],
+    kind: Annotated[
+        Kind,
+        typer.Option(metavar="|".join(Kind), help="Kind of policy, or codec."),
+    ],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Target folder; default: ./fluxmoe-NAME.")
     ] = None,

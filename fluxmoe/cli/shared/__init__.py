@@ -1,1 +1,1 @@
-"""Parts of the command line shared by several verbs: options, printing, models, hardware."""
+"""Parts of the command line that several verbs share: options, output, models and hardware."""

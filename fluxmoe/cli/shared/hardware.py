@@ -1,6 +1,7 @@
-"""The hardware profile of a command: a name, a file, or this machine, which is measured once.
+"""The hardware profile for a command: by name, from a file, or of this machine.
 
-The measurement is kept in the user's cache folder under the name of the CPU.
+This machine is measured once. The profile is kept in the user's cache folder, in a file named after
+the CPU.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ SUBSTITUTE = "laptop-nvme"
 
 
 def profile_of(name: str) -> Profile:
-    """Return the profile for ``--hardware``; measure this machine if not yet done.
+    """Return the profile for ``--hardware``; measure this machine if that was not done before.
 
     Raises:
-        ConfigError: The name is unknown or the file is not a valid profile.
+        ConfigError: The name is unknown, or the file is not a valid profile.
     """
     from fluxmoe.sim import hardware
 
@@ -39,11 +40,11 @@ def profile_of(name: str) -> Profile:
         return kept
     if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers")):
         output.warn(
-            f"this machine is measured with torch and transformers, which are not installed: "
+            "torch and transformers, which are needed to measure this machine, are not installed: "
             f"the profile {SUBSTITUTE} is used; pip install 'fluxmoe[hf]', or give --hardware"
         )
         return hardware.load(SUBSTITUTE)
-    output.warn("measuring this machine, once: about a minute; --hardware names another profile")
+    output.warn("measuring this machine, once: about a minute; --hardware selects another profile")
     found = _measure()
     try:
         path = _path()
@@ -55,7 +56,7 @@ def profile_of(name: str) -> Profile:
 
 
 def measured() -> Profile | None:
-    """Return this machine's profile if it has been measured and the file is not damaged."""
+    """Return this machine's profile; None if there is no file or the file is damaged."""
     from fluxmoe.sim import hardware
 
     try:
@@ -76,14 +77,18 @@ def _measure() -> Profile:
 
 
 def _path() -> Path:
-    """Return the file of this machine's profile. Raises RuntimeError: the user has no home."""
+    """Return the file of this machine's profile.
+
+    Raises:
+        RuntimeError: The user has no home folder.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     name = re.sub(r"[^a-z0-9]+", "-", f"{_cpu()} {os.cpu_count()}".lower()).strip("-")
     return Path(root) / "fluxmoe" / "hardware" / f"{name}.yaml"
 
 
 def _cpu() -> str:
-    """Name of the CPU; a home directory may be shared by several machines."""
+    """Return the name of the CPU, because several machines may share a home folder."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,7 +1,8 @@
-"""The self-check of each engine's MoE kernels on this machine, in processes of their own.
+"""The self-check of each engine's MoE kernels on this machine, in separate processes.
 
-Engines take seconds to import, and print. Checked are the shapes of one model, by default the
-shipped one; an engine repeats the check at every start with those of the model that it serves.
+Separate, because importing an engine takes seconds and prints text. The check uses the shapes of
+one model, by default the shipped model. An engine repeats the check at every start with the shapes
+of the model that it serves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fluxmoe import machine
 from fluxmoe.demo.model import SHIPPED, DemoModel
 from fluxmoe.errors import FluxMoEError, UnsupportedError
 
-#: Those for which processors have kernels of their own.
+#: The data types for which there are separate kernels.
 _DTYPES = ("bfloat16", "float32")
 
 
@@ -30,12 +31,13 @@ class KernelCheck:
 
     Attributes:
         engine: ``torch`` or ``vLLM``.
-        kernel: Its name; empty if the engine did not get as far.
-        dtype: Of its weights.
+        kernel: The kernel's name; empty if an error occurred before the engine chose a kernel.
+        dtype: The data type of the weights.
         processor: Name of the processor.
-        same: True if the experts' slots do not matter to a bit of the result; None if unknown.
-        milliseconds: Time that the check took; None if it failed.
-        problem, fix: The error, and its remedy.
+        same: True if the result has the same bits whichever slots the experts are in; None if
+            unknown.
+        milliseconds: Duration of the check; None if the check failed.
+        problem, fix: The error and its remedy.
     """
 
     engine: str
@@ -52,7 +54,7 @@ class KernelCheck:
 def running(
     engines: Sequence[str], folder: Path = SHIPPED
 ) -> Iterator[Callable[[], list[KernelCheck]]]:
-    """Check the kernels of engines meanwhile; returns a function that waits for the results."""
+    """Check engines' kernels in the background; yield a function that waits for the results."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(len(engines), 1), context, _silent) as pool:
         started = [(engine, pool.submit(ENGINES[engine], folder)) for engine in engines]
@@ -77,7 +79,7 @@ def _failed(engine: str, kernel: str, dtype: str, error: Exception) -> KernelChe
 
 
 def _check(engine: str, kernel: str, dtype: str, check: Callable[[], Any]) -> KernelCheck:
-    """Make the row of a check, which returns a ``backends.selfcheck.Checked``."""
+    """Run ``check``, which returns a ``backends.selfcheck.Checked``, and make the row for it."""
     try:
         found = check()
     except FluxMoEError as error:
@@ -132,7 +134,7 @@ ENGINES = {"torch": _of_torch, "vLLM": _of_vllm}
 
 
 def _silent() -> None:
-    """Discard output: standard output may be reserved for JSON."""
+    """Discard this process's output, because standard output may be reserved for JSON."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

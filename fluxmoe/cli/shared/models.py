@@ -1,4 +1,4 @@
-"""Loading Hugging Face models, tokenizers and prompts for commands."""
+"""Functions that load models' configurations, vocabularies and tokenizers, and parse prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """Parse ``1,2,3`` into a list. Raises ConfigError with the option."""
+    """Parse ``1,2,3`` into a list. Raises ConfigError, which names ``option``."""
     try:
         return [int(item) for item in text.split(",")]
     except ValueError as error:
@@ -24,7 +24,11 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def quiet() -> None:
-    """Disable progress bars. Raises MissingDependencyError: transformers is not installed."""
+    """Disable transformers' progress bars.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -43,18 +47,18 @@ def config(model: str) -> PretrainedConfig:
     checkpoint.require_readable(model)
     try:
         return AutoConfig.from_pretrained(model)
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # a model's own code can raise anything
         raise checkpoint.not_loadable(model, error) from error
 
 
 def vocabulary(model: str) -> int | None:
-    """Number of tokens that a model knows, read without transformers; None if it is unknown."""
+    """Read, without transformers, the number of tokens that a model knows; None if unknown."""
     from fluxmoe import checkpoint
 
     try:
         file = Path(checkpoint.downloaded(model)) / "config.json"
         found = checkpoint.text_part(checkpoint.read_map(file)).get("vocab_size")
-    except CheckpointError:  # reported by the checks of the model
+    except CheckpointError:  # the model's checks report it
         return None
     return found if isinstance(found, int) else None
 
@@ -63,7 +67,7 @@ def require_tokens(tokens: Sequence[int], size: int, option: str) -> None:
     """Reject a prompt that is empty or has tokens that the model does not know.
 
     Raises:
-        ConfigError: It has, with the option that gave it.
+        ConfigError: The prompt is invalid; the error names ``option``.
     """
     if not tokens:
         raise ConfigError("a prompt is empty", where=option, fix="give it at least one token")
@@ -76,7 +80,7 @@ def require_tokens(tokens: Sequence[int], size: int, option: str) -> None:
 
 
 def stop_tokens(model: str) -> tuple[int, ...]:
-    """Token ids at which transformers stops generating."""
+    """Return the ids of the tokens at which transformers stops generating."""
     from transformers import GenerationConfig
 
     try:
@@ -87,7 +91,14 @@ def stop_tokens(model: str) -> tuple[int, ...]:
 
 
 def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
-    """Load a model's tokenizer; None if there is none and none is required. Raises ConfigError."""
+    """Load a model's tokenizer.
+
+    Returns:
+        The tokenizer, or None if the model has none and ``required`` is false.
+
+    Raises:
+        ConfigError: The model has no tokenizer and ``required`` is true.
+    """
     from transformers import AutoTokenizer
 
     from fluxmoe.checkpoint import first_line
@@ -95,7 +106,7 @@ def tokenizer(model: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     why = "it has no vocabulary"
     try:
         found = AutoTokenizer.from_pretrained(model)
-        # Some tokenizers load even without their files, with special tokens only.
+        # Some tokenizers load even without their files, but then have only special tokens.
         if found.vocab_size > len(found.all_special_ids):
             return found
     except (OSError, ValueError, KeyError) as error:

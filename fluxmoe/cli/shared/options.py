@@ -1,4 +1,4 @@
-"""Options shared by several verbs, and parsing of list options."""
+"""Options that several verbs share, and the parser for list options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fluxmoe.errors import ConfigError
 
 
 def items(parameter: typer.CallbackParam, values: list[str] | None) -> list[str]:
-    """Parse a list option, which accepts commas as well as repetition, in the given order.
+    """Parse a list option, whose values may be separated by commas or given by repetition.
 
     Raises:
         ConfigError: The option was given without a value.
@@ -28,7 +28,7 @@ Plugins = Annotated[
         "--plugin",
         metavar="FILE",
         callback=items,
-        help="Plugins: .py files or modules, comma-separated or repeated.",
+        help="Plugins (.py files or modules), comma-separated or repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

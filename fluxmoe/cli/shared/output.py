@@ -1,4 +1,4 @@
-"""Output of commands: text for users, pure JSON or CSV for programs, errors on standard error."""
+"""Output of commands: text for users, JSON or CSV for programs, errors on standard error."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fluxmoe.errors import ConfigError, FluxMoEError
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Line width in a pipe or a file, where text need not fold and rich would assume 80 columns.
+#: Line width in a pipe or a file: text need not fold there, but rich would assume 80 columns.
 UNLIMITED = 1 << 16
 
-#: Failures of writing that are not the program's.
+#: Errors in writing for which the program is not to blame.
 LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 #: The stream for JSON and CSV while standard output is reserved for them.
@@ -30,9 +30,9 @@ _reserved: ContextVar[TextIO | None] = ContextVar("reserved", default=None)
 
 
 def prepare() -> None:
-    """Let any text be printed.
+    """Make the standard streams accept any text.
 
-    Characters that a stream cannot encode are escaped; a closed stream (``>&-``) discards.
+    A stream escapes characters that it cannot encode; a closed stream (``>&-``) discards the text.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -43,7 +43,7 @@ def prepare() -> None:
 
 
 def lost(error: OSError) -> ConfigError:
-    """Make the error for output that cannot be written; the rest of the output is discarded."""
+    """Make the error for output that cannot be written, and discard the rest of the output."""
     sys.stdout = _nowhere()
     return ConfigError(
         f"the output is incomplete: {error.strerror}",
@@ -58,9 +58,9 @@ def _nowhere() -> TextIO:
 
 @contextmanager
 def reserved() -> Iterator[None]:
-    """Reserve standard output for ``printed``; everything else goes to standard error.
+    """Reserve standard output for ``printed``; all other output goes to standard error.
 
-    Plugins and libraries print as well: on import, from C, and in child processes.
+    Plugins and libraries also print: while they are imported, from C, and in child processes.
     """
     shared = sys.stdout
     try:
@@ -97,11 +97,11 @@ def printed(
 
     Args:
         as_json: True to print ``whole`` as JSON.
-        as_csv: True to print ``rows`` as CSV; rows may lack columns, and cells that are lists or
-            mappings are JSON.
+        as_csv: True to print ``rows`` as CSV. Rows may lack columns; cells that are lists or
+            mappings are printed as JSON.
 
     Returns:
-        False if neither was requested and nothing was printed.
+        True if JSON or CSV was requested.
     """
     if as_json:
         print_json(whole)
@@ -111,7 +111,7 @@ def printed(
 
 
 def print_json(data: object) -> None:
-    """Write ``data`` as JSON, without rich, which would wrap long lines."""
+    """Print ``data`` as JSON, without rich, which would wrap long lines."""
     out = _reserved.get() or sys.stdout
     json.dump(data, out, indent=2)
     out.write("\n")
@@ -134,9 +134,9 @@ def _print_csv(rows: list[Mapping[str, object]]) -> None:
 
 
 def console(least: int = 0) -> Console:
-    """Make a console on standard output, as wide as the terminal but at least ``least`` columns.
+    """Make a console for standard output, as wide as the terminal but at least ``least`` columns.
 
-    Text is shown as it is: names of policies and files are not markup.
+    Text is shown unchanged, because names of policies and files are not markup.
     """
     from rich.console import Console
 
@@ -148,16 +148,16 @@ def console(least: int = 0) -> Console:
 
 
 def say(text: str, *, style: str | None = None) -> None:
-    """Print text, folded between words at the terminal's width."""
+    """Print text, folded between words to the terminal's width."""
     console().print(text, style=style, highlight=False)
 
 
 def warn(text: str) -> None:
-    """Print a remark on standard error, so that JSON and CSV stay pure."""
+    """Print a note on standard error, so that standard output holds only JSON or CSV."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def print_error(error: FluxMoEError) -> None:
-    """Print ``error[FMxxx]: what; where; fix`` on standard error, one line per problem."""
+    """Print ``error[FMxxx]: what; where; fix`` on standard error, with one line per problem."""
     for each in error.problems():
         print(f"error[{each.code}]: {each.text}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Tables for terminals: constant columns are stated once, text folds, numbers are never truncated.
+"""Tables for terminals: constant columns are stated once, text folds, and numbers stay whole.
 
-A table whose columns are together wider than the terminal becomes several, each with the columns
-that tell its rows apart. A single row is turned into a list. In a pipe nothing folds.
+A table that is wider than the terminal is split into several tables, each with the columns that
+identify the rows. A table with a single row is printed as a list. In a pipe, nothing folds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fluxmoe.cli.shared import output
 
 #: Minimum width of a text column, unless its text is shorter.
 _TEXT = 14
-#: Frame and padding: ``│ cell │``.
+#: Width of the frame and the padding between cells (``│ cell │``), and of the frame at one edge.
 _BETWEEN, _EDGE = 3, 1
 
 
@@ -38,7 +38,7 @@ class _Column:
 
     @property
     def constant(self) -> bool:
-        """True if the rows need not repeat it. A column without a heading names the rows."""
+        """True if all rows have the same cell, unless the column has no heading and names them."""
         return bool(self.heading) and len(set(self.cells)) == 1
 
 
@@ -55,9 +55,9 @@ def show(
 
     Args:
         title: Line above the table; may be empty.
-        text, numbers: Headings of the columns, text first.
+        text, numbers: Headings of the text columns and of the numeric columns, which follow.
         rows: Cells of each row.
-        keys: Number of leading columns that identify the rows; by default the text columns.
+        keys: Number of leading columns that identify the rows; default: all text columns.
         total: True if the last row is the total of the others.
     """
     columns = [
@@ -83,7 +83,7 @@ def show(
 
 
 def _blocks(keys: list[_Column], others: list[_Column], width: int) -> list[list[_Column]]:
-    """Split columns into few tables of similar width, each beginning with ``keys``."""
+    """Split columns into a few tables of similar width, each of which begins with ``keys``."""
     parts = [list[_Column]()]
     for column in others:
         if parts[-1] and _width([*keys, *parts[-1], column]) > width:

@@ -1,4 +1,4 @@
-"""``fluxmoe trace info``: statistics of a trace, as numbers and as a picture."""
+"""``fluxmoe trace info``: print statistics of a trace, and draw them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def info(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Describe a trace: skew, working sets, reuse distances, overlap, union per batch."""
+    """Describe a trace: skew, working sets, reuse, overlap, and distinct experts per event."""
     from fluxmoe.arguments import require_new
     from fluxmoe.trace import picture as pictures
     from fluxmoe.trace.statistics import describe

@@ -34,7 +34,7 @@ class Steps(StrEnum):
 
 
 def record(
-    model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: folder or name.")],
+    model: Annotated[str, typer.Argument(help="Hugging Face checkpoint: a folder or a name.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     backend: Annotated[
         Backend, typer.Option(metavar="|".join(Backend), help="Engine that runs the model.")
@@ -47,31 +47,43 @@ def record(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="File of prompts: one text per line, or .jsonl with `prompt` or `prompt_ids`."
+            help="File of prompts: one text per line, or JSON lines (.jsonl) with `prompt` or "
+            "`prompt_ids`."
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Number of tokens to generate per prompt.")
+    ] = 64,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of forward passes to record.")
     ] = None,
     steps: Annotated[
         Steps,
-        typer.Option(metavar="|".join(Steps), help="Record only steps mostly of this kind."),
+        typer.Option(
+            metavar="|".join(Steps), help="Record only steps that are mostly of this kind."
+        ),
     ] = Steps.ALL,
     temperature: Annotated[
         float,
-        typer.Option(min=0, help="Sampling temperature; 0 is greedy, which tends to loop."),
+        typer.Option(
+            min=0, help="Sampling temperature; 0 means greedy decoding, which tends to loop."
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
     memory: Annotated[
-        str, typer.Option(help="Memory for expert pages, such as 2GiB; vllm: and the KV cache.")
+        str,
+        typer.Option(
+            help="Memory for expert pages, such as 2GiB; with vllm, also for the KV cache."
+        ),
     ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy while recording.")] = "lru",
     weights: Annotated[bool, typer.Option("--weights", help="Also record router weights.")] = False,
     predict: Annotated[
         bool,
-        typer.Option("--predict", help="Also record the choices of the next layer's router."),
+        typer.Option(
+            "--predict", help="Also record the experts that the next layer's router would choose."
+        ),
     ] = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -94,7 +106,7 @@ def record(
                 fix="use --backend torch",
             )
         )
-    with found.check():  # the writer also checks, but after loading the model
+    with found.check():  # the writer checks too, but only after the model has been loaded
         require_place(out, replace=force)
     lines = _lines(prompt or [], prompt_ids or [], prompts, found)
     size = models.vocabulary(model)
@@ -147,7 +159,7 @@ def record(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Requests for a paged model, and the arguments of the recorder."""
+    """Requests to a paged model, and arguments for sampling and for the recorder."""
 
     requests: list[list[int]]
     out: Path
@@ -161,7 +173,7 @@ _Run: TypeAlias = Callable[[_Work], dict[str, Any]]
 
 
 def _torch(model: str, settings: dict[str, Any], found: Findings, _batch: int, _: int) -> _Run:
-    """Check all that can be checked, and return the function that starts the engine."""
+    """Check all that can be checked without the engine; return the function that starts it."""
     from fluxmoe import config
     from fluxmoe.backends.torch import loader
 
@@ -189,7 +201,7 @@ def _torch(model: str, settings: dict[str, Any], found: Findings, _batch: int, _
 
 
 def _vllm(model: str, settings: dict[str, Any], found: Findings, batch: int, least: int) -> _Run:
-    """As ``_torch``, for requests of at least ``least`` tokens, of which ``batch`` run at once."""
+    """As ``_torch``; the model must accept ``batch`` requests at once, of ``least`` tokens each."""
     from fluxmoe.backends.vllm.child import child
     from fluxmoe.backends.vllm.child.traces import record
 
@@ -221,7 +233,7 @@ def _vllm(model: str, settings: dict[str, Any], found: Findings, batch: int, lea
 def _lines(
     texts: list[str], numbers: list[str], file: Path | None, found: Findings
 ) -> list[str | list[int]]:
-    """Collect all prompts, as text or token ids; record the errors of the others."""
+    """Collect the valid prompts, as text or token ids; add errors of the others to ``found``."""
     before = len(found.errors)
     lines: list[str | list[int]] = [*texts]
     for each in numbers:

@@ -1,4 +1,4 @@
-"""``fluxmoe trace synth``: write a synthetic trace, without a model."""
+"""``fluxmoe trace synth``: write a synthetic trace without a model."""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ from fluxmoe.errors import ConfigError
 
 
 def synth(
-    layers: Annotated[int, typer.Option(help="MoE layers.")],
-    experts: Annotated[int, typer.Option(help="Experts per layer.")],
-    top_k: Annotated[int, typer.Option(help="Experts per token.")],
-    steps: Annotated[int, typer.Option(help="Forward passes.")],
-    batch: Annotated[int, typer.Option(help="Tokens per step.")],
+    layers: Annotated[int, typer.Option(help="Number of MoE layers.")],
+    experts: Annotated[int, typer.Option(help="Number of experts per layer.")],
+    top_k: Annotated[int, typer.Option(help="Number of experts per token.")],
+    steps: Annotated[int, typer.Option(help="Number of forward passes.")],
+    batch: Annotated[int, typer.Option(help="Number of tokens per step.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same trace.")] = 0,
     skew: Annotated[
-        float, typer.Option(help="Zipf exponent of the experts' popularity; 0 = uniform.")
+        float, typer.Option(help="Zipf exponent of the experts' popularity; 0 means uniform.")
     ] = 1.0,
     drift: Annotated[
-        float, typer.Option(help="Rate of change of popularity: 0 = never, 1 = redrawn every step.")
+        float,
+        typer.Option(
+            help="Rate at which popularity changes: 0 means never; 1 means a new draw every step."
+        ),
     ] = 0.02,
     locality: Annotated[
         str,
         typer.Option(
             metavar="P[:P]",
-            help="Probability that a request reuses an expert of its last token; first:last layer.",
+            help="Probability that a request reuses an expert of its previous token; a:b for the "
+            "first and the last layer.",
         ),
     ] = "0",
     scan_every: Annotated[
-        int, typer.Option(help="Scan all experts every N steps; 1 = only scans, 0 = never.")
+        int,
+        typer.Option(
+            help="Scan all experts every N steps; 1 means only scans, and 0 means no scans."
+        ),
     ] = 0,
     page_bytes: Annotated[
         str, typer.Option(metavar="SIZE", help="Size of one expert page, for byte counts.")

@@ -1,4 +1,4 @@
-"""Arena: a fixed range of addresses in which frames are mapped and unmapped."""
+"""The class ``Arena``: a fixed range of addresses in which frames are mapped and unmapped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ABSENT = -1
 class Arena:
     """Reserved address space for at most ``nbytes`` bytes (rounded up to whole frames).
 
-    Kernels keep its address, so it is fixed for the arena's lifetime. The arena records which frame
-    is mapped where; ``FramePool`` records ownership of the frames.
+    Kernels keep the arena's address, so the address never changes. The arena records which frame is
+    mapped where; ``FramePool`` records which tenant owns which frame.
     """
 
     def __init__(self, substrate: Substrate, nbytes: int) -> None:
@@ -42,7 +42,7 @@ class Arena:
             self.frame_at[place] = frames
 
     def decommit(self, first: int, count: int) -> Int64s:
-        """Unmap ``count`` positions starting at ``first``; return the frames mapped there."""
+        """Unmap ``count`` positions, starting at ``first``; return the frames that were there."""
         place = slice(first, first + count)
         frames = self.frame_at[place].copy()
         if len(frames) != count or np.any(frames == ABSENT):
@@ -52,7 +52,7 @@ class Arena:
         return frames
 
     def rows(self, count: int, nbytes: int) -> Bytes:
-        """View of the arena as a uint8 array ``[count, nbytes]``. Host memory only.
+        """Return a view of the arena as a uint8 array ``[count, nbytes]``; for host memory only.
 
         Only committed rows may be read or written. The array does not keep the arena alive.
         """
@@ -61,7 +61,7 @@ class Arena:
         return np.ctypeslib.as_array(buffer).reshape(count, nbytes)
 
     def export(self, count: int, nbytes: int) -> Exported:
-        """The rows for ``torch.from_dlpack``, on the frames' device."""
+        """Return the rows for ``torch.from_dlpack``, on the frames' device."""
         self._require(count, nbytes)
         return Exported(self.address, count, nbytes, self._substrate.device)
 

@@ -1,8 +1,8 @@
 """Zero-copy export of memory at an address, as a tensor of any library that accepts DLPack.
 
-Torch cannot wrap a pointer that it did not allocate, but accepts DLPack from any source without
-querying the driver about the address, parts of whose range may not be committed yet. Structures:
-https://dmlc.github.io/dlpack/latest/c_api.html, version 0.
+Torch cannot wrap a pointer that it did not allocate, but it accepts DLPack from any source, and
+does not ask the driver about the addresses, some of which may not be committed yet.
+https://dmlc.github.io/dlpack/latest/c_api.html defines the structures; this is version 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Managed(ctypes.Structure):
     )
 
 
-#: Structures still in use by consumers, by address.
+#: Address → structure that a consumer may still use.
 _lent: dict[int, _Managed] = {}
 
 # Not `ctypes.pythonapi`: other libraries set different argument types on its functions.
@@ -59,14 +59,14 @@ def _delete(managed: int) -> None:
 
 @ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 def _drop(capsule: int) -> None:
-    """Destructor of an unconsumed capsule. Consumers rename theirs and call ``_delete``."""
+    """Destroy a capsule. Consumers rename theirs and call ``_delete``; for others, call it here."""
     if _python.PyCapsule_IsValid(capsule, _NAME):
         _delete(_python.PyCapsule_GetPointer(capsule, _NAME))
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Bytes at an address, uint8 ``[rows, nbytes]``, for ``torch.from_dlpack``.
+    """The bytes at an address as uint8 ``[rows, nbytes]``, for ``torch.from_dlpack``.
 
     The tensor does not keep the memory alive, and only committed rows may be accessed.
 
@@ -83,7 +83,7 @@ class Exported:
         return self.device
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
-        """Make a capsule. No writes to the memory are pending, so ``stream`` is ignored."""
+        """Make a capsule. ``stream`` is ignored, because no writes to the memory are pending."""
         shape = (ctypes.c_int64 * 2)(self.rows, self.nbytes)
         strides = (ctypes.c_int64 * 2)(self.nbytes, 1)
         tensor = _Tensor(self.address, *self.device, 2, _UINT, 8, 1, shape, strides, 0)

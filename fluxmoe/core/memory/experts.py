@@ -16,12 +16,12 @@ from fluxmoe.errors import CapacityError, InvariantError
 
 
 def frames_for(page_class: PageClass, slots: int, frame_bytes: int) -> int:
-    """Frames committed by ``slots`` slots of one bank; each part fills whole frames."""
+    """Return the frames that ``slots`` slots of one bank need; each part fills whole frames."""
     return sum(-(-slots * part.nbytes // frame_bytes) for part in page_class.parts)
 
 
 def slots_within(page_class: PageClass, frames: int, frame_bytes: int) -> int:
-    """Maximum slots of one bank that commit at most ``frames`` frames."""
+    """Return the maximum number of slots of one bank that need at most ``frames`` frames."""
     slots = frames * frame_bytes // page_class.nbytes
     while slots and frames_for(page_class, slots, frame_bytes) > frames:
         slots -= 1
@@ -31,13 +31,13 @@ def slots_within(page_class: PageClass, frames: int, frame_bytes: int) -> int:
 class ExpertTenant:
     """The arenas of all banks: one dense array ``[slots, part bytes]`` per bank and part.
 
-    The committed slots form a prefix, so a bank grows and shrinks at its end.
+    The committed slots are a bank's first slots, so a bank grows and shrinks at its end.
 
     Args:
         pool: Ledger of the budget.
         substrate: Physical memory of the frames.
         page_class: Layout of a page.
-        reserved: Slots per bank to reserve address space for.
+        reserved: Number of slots for which to reserve address space, per bank.
     """
 
     NAME = "experts"
@@ -67,18 +67,18 @@ class ExpertTenant:
 
     @property
     def nbytes(self) -> int:
-        """Committed bytes, whole frames."""
+        """The committed bytes, in whole frames."""
         return self.frames * self._pool.frame_bytes
 
     def rows(self, bank: int) -> list[Bytes]:
-        """The bank's arenas, one uint8 array ``[reserved slots, part bytes]`` per part."""
+        """Return a bank's arenas, one uint8 array ``[reserved slots, part bytes]`` per part."""
         return [
             arena.rows(self._reserved[bank], part.nbytes)
             for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
         ]
 
     def export(self, bank: int) -> list[Exported]:
-        """The same arenas for ``torch.from_dlpack``, on their device."""
+        """Return a bank's arenas for ``torch.from_dlpack``, on their device."""
         return [
             arena.export(self._reserved[bank], part.nbytes)
             for arena, part in zip(self._arenas[bank], self._page_class.parts, strict=True)
@@ -87,15 +87,15 @@ class ExpertTenant:
     def resize(self, bank: int, slots: int) -> None:
         """Commit frames for exactly ``slots`` slots of a bank.
 
-        The memory of released frames returns to the system, because the next owner of the frames
-        may keep its bytes elsewhere, as the engine's KV cache does.
+        The memory of released frames returns to the operating system, because their next owner may
+        keep its bytes outside the frames, as an engine's own KV cache does.
 
         Raises:
-            CapacityError: More than reserved; nothing has changed.
+            CapacityError: ``slots`` exceeds the number of reserved slots; nothing has changed.
             OutOfFramesError: The budget has no room; nothing has changed.
-            SubstrateError: A system call failed. When growing, the bank keeps its slots. When
-                shrinking, it has ``slots`` slots; frames that could not be unmapped still belong
-                to the tenant and are released by the next ``resize`` or ``close``.
+            SubstrateError: A system call failed. A bank that was to grow keeps its slots. A bank
+                that was to shrink has ``slots`` slots; frames that could not be unmapped still
+                belong to the tenant, and the next ``resize`` or ``close`` releases them.
         """
         if slots > self._reserved[bank]:
             raise CapacityError(
@@ -150,9 +150,9 @@ class ExpertTenant:
                 each.callback(lambda arena: self._give_up(arena.close()), arena)
 
     def check(self) -> None:
-        """Raise InvariantError unless the mapped frames are exactly the owned ones, each once.
+        """Raise InvariantError unless exactly the owned frames are mapped, each of them once.
 
-        More frames may be mapped than the slots need: see ``resize``.
+        More frames may be mapped than the slots need; see ``resize``.
         """
         arenas = [arena for bank in self._arenas for arena in bank]
         for arena in arenas:
@@ -168,4 +168,6 @@ class ExpertTenant:
         if len(np.unique(all_mapped)) != len(all_mapped):
             raise InvariantError("a frame is mapped in two arenas")
         if len(all_mapped) != self.frames:
-            raise InvariantError(f"{len(all_mapped)} frames are mapped, {self.frames} are owned")
+            raise InvariantError(
+                f"{len(all_mapped)} frames are mapped, but {self.frames} are owned"
+            )

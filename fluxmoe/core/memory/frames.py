@@ -1,9 +1,9 @@
-"""FramePool: the authoritative record of which tenant owns which frame of memory.
+"""The class ``FramePool``: the authoritative record of which tenant owns which frame of memory.
 
-The pool is the ledger of the budget and independent of addresses and mappings (see ``arena``).
-Committed memory can never exceed the budget because no more frames than that are assigned. More
-frames may exist than the budget currently allows: unowned frames cost nothing, so the budget can be
-raised while serving.
+The pool is the ledger of the budget; it does not depend on addresses or mappings (see ``arena``).
+Committed memory never exceeds the budget, because the pool assigns no more frames than the budget
+has. More frames may exist than the budget currently allows: frames without an owner cost nothing,
+so the budget can be raised while the engine serves.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ FREE = -1
 
 
 class FramePool:
-    """``count`` frames of ``frame_bytes`` bytes, each owned by one tenant or free.
+    """A pool of ``count`` frames of ``frame_bytes`` bytes; each is free or belongs to one tenant.
 
     Attributes:
-        count: Maximum to which the budget can be raised.
-        limit: Budget in frames: the maximum that all tenants may own together; initially ``count``.
+        count: Maximum to which the budget can be raised, in frames.
+        limit: The budget: the maximum number of frames that all tenants may own together; initially
+            ``count``.
     """
 
     def __init__(self, count: int, frame_bytes: int) -> None:
@@ -30,7 +31,7 @@ class FramePool:
         self.frame_bytes = frame_bytes
         self._owner = np.full(count, FREE, np.int16)
         self._tenants: list[str] = []
-        #: Frames per tenant, cached to avoid counting them in every step.
+        #: Number of frames per tenant, kept so that no step needs to count them.
         self._held: list[int] = []
 
     @property
@@ -40,19 +41,20 @@ class FramePool:
 
     @property
     def owned(self) -> int:
-        """Number of owned frames."""
+        """Number of frames that have an owner."""
         return sum(self._held)
 
     @property
     def free(self) -> int:
-        """Number of frames available to ``take``."""
+        """Number of frames that ``take`` can still assign."""
         return self.limit - self.owned
 
     def set_limit(self, frames: int) -> None:
         """Raise or lower the budget.
 
         Raises:
-            OutOfFramesError: More frames are owned or fewer exist; the budget is unchanged.
+            OutOfFramesError: Tenants own more than ``frames`` frames, or fewer exist; the budget is
+                unchanged.
         """
         if not self.owned <= frames <= self.count:
             raise OutOfFramesError(
@@ -62,23 +64,23 @@ class FramePool:
         self.limit = frames
 
     def owned_by(self, tenant: str) -> int:
-        """Number of frames owned by ``tenant``."""
+        """Return the number of frames that ``tenant`` owns."""
         if tenant not in self._tenants:
             return 0
         return self._held[self._tenants.index(tenant)]
 
     def take(self, tenant: str, count: int) -> Int64s:
-        """Assign ``count`` free frames to ``tenant``, lowest first to keep runs contiguous.
+        """Assign ``count`` free frames to ``tenant``, the lowest first so that runs stay long.
 
         Raises:
-            OutOfFramesError: Fewer are free; nothing was taken.
+            OutOfFramesError: Fewer than ``count`` frames are free; none was taken.
         """
         if count < 0:
             raise InvariantError(f"{tenant} asked for {count} frames")
         if self.free < count:
             raise OutOfFramesError(
                 f"{tenant} asked for {count} frames of {sizes.exact(self.frame_bytes)}, "
-                f"{self.free} of {self.limit} are free"
+                f"but only {self.free} of {self.limit} are free"
             )
         frames = np.flatnonzero(self._owner == FREE)[:count].astype(np.int64)
         if tenant not in self._tenants:
@@ -93,12 +95,12 @@ class FramePool:
         """Take ``frames`` back from ``tenant``.
 
         Raises:
-            InvariantError: Not all of them belong to the tenant; nothing was returned.
+            InvariantError: Not all the frames belong to the tenant; none was taken back.
         """
         if len(frames) == 0:
             return
         if tenant not in self._tenants or len(np.unique(frames)) != len(frames):
-            raise InvariantError(f"{tenant} returns frames that it never owned, or one twice")
+            raise InvariantError(f"{tenant} never owned frames or returns one of them twice")
         if np.any((frames < 0) | (frames >= self.count)):
             raise InvariantError(f"{tenant} returns frames outside 0…{self.count - 1}")
         if np.any(self._owner[frames] != self._tenants.index(tenant)):
@@ -114,4 +116,4 @@ class FramePool:
             if held != np.count_nonzero(self._owner == owner):
                 raise InvariantError(f"frames of {self._tenants[owner]} were lost")
         if not self.owned <= self.limit <= self.count:
-            raise InvariantError(f"{self.owned} frames are owned, the budget has {self.limit}")
+            raise InvariantError(f"{self.owned} frames are owned, but the budget has {self.limit}")

@@ -1,13 +1,14 @@
-"""Frames of host memory: one memfd, mapped piecewise into reserved address space.
+"""Frames of host memory: one memfd, mapped piece by piece into reserved address space.
 
-The whole budget is one anonymous file; frame ``i`` is its range ``[i, i + 1) * frame_bytes``.
-Committing maps a run of frames with ``MAP_FIXED | MAP_SHARED | MAP_POPULATE``; populating up front
-is half the cost of first-touch faults on the engine's hot path. Uncommitted addresses read as NaN
-from a read-only poison page, so a bookkeeping error shows up in the output instead of looking like
-a weight of zero; ``debug=True`` turns it into a segmentation fault.
+The whole budget is one anonymous file; frame ``i`` is the file's range
+``[i, i + 1) * frame_bytes``. Committing maps a run of frames with
+``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: populating at once costs half as much as page faults at
+the first access, in the engine's critical path. Uncommitted addresses read as NaN, from a read-only
+poison file, so that an error in the books shows up in the output instead of looking like a weight
+of zero; with ``debug=True``, such a read is a segmentation fault.
 
-A forked child shares the file: it cannot map frames, and releasing one there keeps its bytes. It
-may remove its own mappings.
+A forked child process shares the file. The child cannot map frames, and frames that it releases
+keep their bytes, but it may remove its own mappings.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 HUGE_PAGE = 2 << 20
 _POISON_BYTES = 4 << 20
-# Each frame may need its own mapping, and the system allows 65,530 (vm.max_map_count).
+# Each frame may need a separate mapping, and the system allows 65,530 (vm.max_map_count).
 _MOST_FRAMES = 24 << 10
 
 
 def frame_bytes_for(budget: int, unit: int = 0) -> int:
-    """CPU frame size for a budget: budget/8192, as a power of two within 4 KiB … 2 MiB.
+    """Choose the frame size on a CPU: budget/8192, as a power of two within 4 KiB … 2 MiB.
 
     Args:
         budget: Budget in bytes.
-        unit: Bytes of a unit that is committed and released separately, such as a KV block. If it
-            is not a multiple of the frame, smaller frames are tried, as far as the system can map
-            them.
+        unit: Size in bytes of a unit that is committed and released separately, such as a KV block.
+            If ``unit`` is not a multiple of the frame size, smaller frames are tried, as long as
+            the system can map that many.
     """
     wanted = max(1, -(-budget // 8192))
     frame = min(max(1 << (wanted - 1).bit_length(), 4096), 2 << 20)
@@ -67,12 +68,12 @@ def frame_bytes_for(budget: int, unit: int = 0) -> int:
 
 
 class CpuSubstrate:
-    """Frames of a memfd. Implements ``Substrate``.
+    """A substrate whose frames are in a memfd.
 
     Args:
         count: Number of frames in the budget.
         frame_bytes: Size of a frame, a multiple of the system's page size.
-        debug: Leave uncommitted addresses inaccessible instead of reading as NaN.
+        debug: Make uncommitted addresses inaccessible, so that they do not read as NaN.
     """
 
     device = (dlpack.CPU, 0)
@@ -126,7 +127,7 @@ class CpuSubstrate:
             try:
                 self._commit_run(address + done * self.frame_bytes, first, count)
             except SubstrateError:
-                # A failed MAP_FIXED may have left a hole at its target: fill that too.
+                # A failed MAP_FIXED may have left a hole at its target: fill the hole as well.
                 self.decommit(address, done + count)
                 raise
             done += count
@@ -142,7 +143,7 @@ class CpuSubstrate:
             self._fd,
             first * self.frame_bytes,
         )
-        if self._huge:  # advise first: populating would otherwise use small pages
+        if self._huge:  # give the advice before populating, which would otherwise use small pages
             _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
             _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE)
 
@@ -176,7 +177,7 @@ class CpuSubstrate:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
             self._map(address, nbytes, _PROT_NONE, flags, -1, 0)
             return
-        # Many mappings of one small file, not one large file: the poison costs 4 MiB.
+        # Map one small file many times instead of a large file once: the poison takes only 4 MiB.
         for offset in range(0, nbytes, _POISON_BYTES):
             size = min(_POISON_BYTES, nbytes - offset)
             self._map(

@@ -1,9 +1,9 @@
 """The KV cache as a tenant of the budget: one arena, committed in groups of blocks.
 
-The engine addresses KV blocks by number and is unaware of frames. A *group*, the smallest number of
-consecutive blocks that fill whole frames, is the unit in which the cache grows and shrinks. Each
-block is contiguous (block-outermost, docs/project/adr/0004), so a group is one block if the block
-size is a multiple of the frame size.
+The engine addresses KV blocks by number and does not know about frames. The cache grows and shrinks
+in *groups*: a group is the smallest number of consecutive blocks that fill whole frames. Each block
+is contiguous (block-outermost, docs/project/adr/0004), so a group is one block if the block size is
+a multiple of the frame size.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class KVLayout:
     """Layout of KV blocks: block ``b`` occupies bytes ``[b, b + 1) * block_bytes`` of one buffer.
 
     Attributes:
-        blocks: Maximum number of blocks the cache may grow to.
-        block_bytes: Bytes of one block over all layers.
-        frame_bytes: Bytes of one frame.
+        blocks: Maximum number of blocks to which the cache may grow.
+        block_bytes: Size in bytes of one block over all layers.
+        frame_bytes: Size in bytes of one frame.
     """
 
     blocks: int
@@ -43,7 +43,7 @@ class KVLayout:
 
     @property
     def frames_per_group(self) -> int:
-        """Frames per group, except the last, which may have fewer blocks."""
+        """Frames per group, except in the last group, which may have fewer blocks."""
         return self.block_bytes // math.gcd(self.block_bytes, self.frame_bytes)
 
     @property
@@ -52,7 +52,7 @@ class KVLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole buffer: address space, not memory."""
+        """Size in bytes of the whole buffer, which is address space, not memory."""
         return self.blocks * self.block_bytes
 
     def blocks_of(self, group: int) -> range:
@@ -64,12 +64,12 @@ class KVLayout:
         return -(-nbytes // self.frame_bytes)
 
     def frames(self, groups: Collection[int]) -> int:
-        """Frames committed by distinct ``groups``. Called in every step, so it does not iterate."""
+        """Return the frames that distinct ``groups`` need. Runs at every step, so has no loop."""
         last, full = self.groups - 1, self.frames_per_group
         return len(groups) * full - (full - self.frames_of(last) if last in groups else 0)
 
     def groups_within(self, frames: int) -> int:
-        """Maximum number of groups, from the first on, that commit at most ``frames`` frames."""
+        """Return the number of groups, from the first on, that fit in ``frames`` frames."""
         count, rest = divmod(frames, self.frames_per_group)
         if count == self.groups - 1 and self.frames_of(count) <= rest:
             count += 1
@@ -80,8 +80,8 @@ class KVTenant:
     """The buffer of the engine's KV cache, committed in groups.
 
     A newly committed group reads as zero, as the engine expects of a fresh cache, because frames
-    are cleared on release. Uncommitted parts are read-only NaNs, so an engine that writes to a
-    block it does not have crashes instead of returning garbage.
+    are cleared when they are released. Uncommitted parts are read-only NaNs, so an engine that
+    writes to a block that it does not have crashes instead of returning garbage.
 
     Args:
         pool: Ledger of the budget.
@@ -94,7 +94,7 @@ class KVTenant:
     def __init__(self, pool: FramePool, substrate: Substrate, layout: KVLayout) -> None:
         self._pool, self._substrate, self.layout = pool, substrate, layout
         self._arena = Arena(substrate, layout.nbytes)
-        #: Committed state of each group.
+        #: True for each group that is committed.
         self.committed: Bools = np.zeros(layout.groups, np.bool_)
 
     @property
@@ -103,24 +103,25 @@ class KVTenant:
 
     @property
     def nbytes(self) -> int:
-        """Committed bytes, whole frames."""
+        """The committed bytes, in whole frames."""
         return self.frames * self._pool.frame_bytes
 
     def buffer(self) -> Bytes:
-        """All blocks as uint8 ``[blocks * block_bytes]``; does not keep the arena alive."""
+        """Return all blocks as uint8 ``[blocks * block_bytes]``, which keeps no arena alive."""
         buffer: Bytes = self._arena.rows(1, self.layout.nbytes)[0]
         return buffer
 
     def export(self) -> Exported:
-        """All blocks ``[blocks, block_bytes]`` for ``torch.from_dlpack``, on the frames' device."""
+        """Return all blocks for ``torch.from_dlpack``, on the frames' device."""
         return self._arena.export(self.layout.blocks, self.layout.block_bytes)
 
     def commit(self, groups: Iterable[int]) -> None:
-        """Commit those of ``groups`` that are not yet committed. On failure nothing has changed.
+        """Commit those of ``groups`` that are not yet committed. After an error, nothing changed.
 
         Raises:
             OutOfFramesError: The budget has no room.
-            SubstrateError: A system call failed. (If unmapping fails as well, see ``committed``.)
+            SubstrateError: A system call failed. If unmapping fails as well, some of the groups
+                stay committed; see ``committed``.
         """
         done = []
         try:
@@ -144,7 +145,7 @@ class KVTenant:
         """Release those of ``groups`` that are committed; their blocks must not be in use.
 
         Raises:
-            SubstrateError: Some groups could not be unmapped; the others are free.
+            SubstrateError: Some groups could not be unmapped; the others were released.
         """
         with ExitStack() as each:  # runs all callbacks even if one fails
             for group in self._known(groups):
@@ -168,7 +169,7 @@ class KVTenant:
             self._substrate.release(frames)
 
     def check(self) -> None:
-        """Raise InvariantError unless exactly the committed groups are mapped, in owned frames."""
+        """Raise InvariantError unless exactly the committed groups are mapped, to owned frames."""
         self._arena.check()
         mapped = self._arena.frame_at >= 0
         expected = np.zeros_like(mapped)
@@ -179,11 +180,13 @@ class KVTenant:
             raise InvariantError("the mapped KV groups differ from the committed ones")
         if np.count_nonzero(mapped) != self.frames:
             raise InvariantError(
-                f"{np.count_nonzero(mapped)} KV frames are mapped, {self.frames} are owned"
+                f"{np.count_nonzero(mapped)} KV frames are mapped, but {self.frames} are owned"
             )
 
     def _known(self, groups: Iterable[int]) -> list[int]:
         wanted = list(groups)
         if any(not 0 <= group < len(self.committed) for group in wanted):
-            raise InvariantError(f"KV groups outside 0…{len(self.committed) - 1}: {wanted}")
+            raise InvariantError(
+                f"not all KV groups {wanted} are within 0…{len(self.committed) - 1}"
+            )
         return wanted

@@ -1,12 +1,13 @@
-"""Conversion of bytes to slots: the initial split of the budget, and banks.
+"""Conversion of frames to slots: the initial split of the budget, and banks.
 
-Experts and KV cache both get their minimum, then their target. The rest goes to the KV cache until
-it holds all requests that can run at once, because a waiting request costs more than a streamed
-page; then to the experts until all are resident. The remainder is room for cached prefixes.
+The experts and the KV cache first get their minimums, then their targets. The rest goes to the KV
+cache until the cache has room for all requests that can run at once, because a waiting request
+costs more than a streamed page, and then to the experts until all are resident. What is left is
+room for cached prefixes.
 
-A bank is the set of slots that one kernel call can address. One is best, because any layer can use
-any slot. More are needed if a kernel's slot index is too narrow (docs/project/adr/0001).
-Consecutive layers share a bank.
+A bank is the set of slots that one kernel call can address. A single bank is best, because any
+layer can then use any slot. More banks are needed if a kernel's slot index is too narrow
+(docs/project/adr/0001). Consecutive layers share a bank.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class Wish:
     """A tenant's demand, in frames.
 
     Attributes:
-        min: Minimum it can work with.
-        max: Maximum it can use; beyond this it only absorbs leftovers.
-        target: Frames requested by the user; None if left open.
-        reason: Explanation of ``min``, shown when the budget is too small.
-        cap: Maximum set by the user; None if unlimited.
+        min: Minimum with which the tenant can work.
+        max: Maximum that the tenant needs; it gets more only if there are leftovers.
+        target: Number of frames that the user requested; None if left open.
+        reason: Explanation of ``min``, for errors about a budget that is too small.
+        cap: Maximum that the user set; None if unlimited.
     """
 
     min: int
@@ -39,14 +40,14 @@ class Wish:
 
 
 def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple[Budget, Budget]:
-    """Split ``frames`` frames between experts and KV cache.
+    """Split ``frames`` frames between the experts and the KV cache.
 
     Returns:
-        The budgets of experts and KV cache; their targets add up to at most ``frames``.
+        The budgets of the experts and the KV cache; their targets add up to at most ``frames``.
 
     Raises:
-        BudgetTooSmallError: The minimums do not fit.
-        ConfigError: A target is below its minimum, or both together exceed the budget.
+        BudgetTooSmallError: The two minimums together exceed ``frames``.
+        ConfigError: A target is below its tenant's minimum, or both together exceed ``frames``.
     """
     if experts.min + kv.min > frames:
         need = (experts.min + kv.min) * frame_bytes
@@ -70,7 +71,7 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
     if fixed > frames:
         needed, given = apart(fixed * frame_bytes, frames * frame_bytes)
         raise ConfigError(
-            f"the targets need {needed}, the budget has {given}",
+            f"the targets need {needed}, but the budget has {given}",
             where="memory",
             fix="lower memory.experts.target or memory.kv.target, or set one of them to auto",
         )
@@ -92,7 +93,7 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
 
 
 def spread(geometry: Geometry, slots: int, banks: int) -> tuple[list[int], list[int]]:
-    """Distribute layers and slots over banks, slots in proportion to layers.
+    """Distribute layers and slots over banks; a bank's slots are in proportion to its layers.
 
     Args:
         geometry: Layers and experts.
@@ -100,7 +101,7 @@ def spread(geometry: Geometry, slots: int, banks: int) -> tuple[list[int], list[
         banks: Number of banks, at most one per layer.
 
     Returns:
-        Slots per bank, at most the number of its pages, and the bank of each layer.
+        The slots of each bank, at most as many as the bank has pages, and the bank of each layer.
     """
     layers = geometry.num_layers
     bank_of = [layer * banks // layers for layer in range(layers)]
@@ -124,22 +125,22 @@ def sizes(
     banks: int = 1,
     limit: int | None = None,
 ) -> list[int] | None:
-    """Maximum slots per bank that commit at most ``frames`` frames.
+    """Find the maximum number of slots that need at most ``frames`` frames, for each bank.
 
     Args:
         geometry: Layers and experts.
         page_class: Layout of a page.
-        frames: Frames for all banks together.
-        frame_bytes: Bytes of a frame.
+        frames: Number of frames for all banks together.
+        frame_bytes: Size in bytes of a frame.
         banks: Number of banks.
-        limit: Maximum slots per bank; None if unlimited.
+        limit: Maximum number of slots per bank; None if unlimited.
 
     Returns:
-        Slots per bank; None if a bank could not hold one layer's experts.
+        The slots of each bank; None if a bank could not hold one layer's experts.
     """
     experts = geometry.experts_per_layer
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
-    # Each bank fills whole frames, so several may need a few more frames than one does.
+    # Each bank fills whole frames, so several banks may need a few more frames than one bank.
     for slots in range(total, banks * experts - 1, -1):
         shares = [min(share, limit or share) for share in spread(geometry, slots, banks)[0]]
         used = sum(frames_for(page_class, share, frame_bytes) for share in shares)
@@ -158,10 +159,11 @@ def fewest_banks(
     *,
     least: int,
 ) -> tuple[list[int], list[int]]:
-    """Maximum slots per bank within ``frames`` frames, and the bank of each layer.
+    """Find the maximum number of slots per bank within ``frames`` frames, and each layer's bank.
 
-    Uses the fewest banks that waste no slot, or ``wanted`` if possible: each must hold one layer's
-    experts even within ``least`` frames, so a small budget cannot have many.
+    The number of banks is the smallest that wastes no slot, or ``wanted`` if that is more. Each
+    bank must hold one layer's experts even within ``least`` frames; if that is impossible, there
+    are fewer banks.
     """
     layers, experts = geometry.num_layers, geometry.experts_per_layer
     if limit is not None and limit < experts:

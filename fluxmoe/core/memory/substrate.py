@@ -1,7 +1,7 @@
-"""Substrates: address space without memory, memory without addresses, and mapping one to the other.
+"""Substrates: address space without memory, memory without addresses, and the mapping of the two.
 
-The protocol maps one to one to the operating system's calls on a CPU (``host.py``) and to the
-driver's on CUDA. Frames are numbered ``0 … count - 1`` and exist for the substrate's lifetime.
+The protocol corresponds to calls of the operating system on a CPU (``host.py``) and to calls of the
+driver on CUDA. Frames have the numbers ``0 … count - 1`` and exist as long as the substrate does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fluxmoe.core.types import Int64s
 
 
 class Substrate(Protocol):
-    """Physical frames and the calls that map them at reserved addresses.
+    """Physical frames, and the calls that map them at reserved addresses.
 
     Attributes:
-        frame_bytes: Bytes of a frame.
+        frame_bytes: Size in bytes of a frame.
         count: Number of frames.
         device: DLPack device type and device number of the frames.
     """
@@ -28,10 +28,10 @@ class Substrate(Protocol):
     device: tuple[int, int]
 
     def reserve(self, nbytes: int) -> int:
-        """Reserve ``nbytes``, a multiple of the frame size, of address space; return its start."""
+        """Reserve ``nbytes`` of address space, a multiple of the frame size; return its start."""
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        """Release a reserved range and unmap any frames there."""
+        """Unmap all frames in a reserved range and release the range."""
 
     def commit(self, address: int, frames: Int64s) -> None:
         """Map ``frames`` consecutively at the frame-aligned ``address``.
@@ -44,17 +44,17 @@ class Substrate(Protocol):
         """Unmap ``count`` frames at ``address``, which must not be read afterwards."""
 
     def release(self, frames: Int64s) -> None:
-        """Return the physical memory of unmapped frames to the system; their numbers stay valid."""
+        """Return the physical memory of unmapped frames to the system; the frames stay valid."""
 
     def allocated(self) -> int:
-        """Bytes of physical memory that the system has allocated for the frames."""
+        """Return the bytes of physical memory that the system has allocated for the frames."""
 
     def close(self) -> None:
         """Release everything. Idempotent."""
 
 
 def runs(numbers: Int64s, step: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield runs of numbers that are ``step`` apart, as (first, count)."""
+    """Yield each run of numbers that are ``step`` apart, as (first, count)."""
     for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != step) + 1):
         if len(run):
             yield int(run[0]), len(run)

@@ -1,8 +1,8 @@
-"""WorkerMemory: one worker's budget of frames and the two tenants that share it.
+"""The class ``WorkerMemory``: one worker's budget of frames, and the two tenants that share it.
 
-It owns the ledger, the physical memory, the expert arenas and the KV cache, and can check at any
-time that committed memory is within the budget. Pages are not its concern: a pager fills the arenas
-(``paging``), and ``arbitration.moves`` carries out moves of memory.
+The class owns the ledger, the physical memory, the expert arenas and the KV cache. It can check at
+any time that committed memory is within the budget. It does not handle pages: a pager fills the
+arenas (``paging``), and ``arbitration.moves`` moves memory between the tenants.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class WorkerMemory:
     Args:
         substrate: Frames of the budget; closed by ``close``, or if the constructor fails.
         page_class: Layout of an expert page.
-        reserved: Slots per bank to reserve address space for; none is committed yet.
-        limit: Maximum frames in use at once; None for all frames of the substrate.
+        reserved: Number of slots for which to reserve address space, per bank; the constructor
+            commits none of them.
+        limit: Maximum number of frames in use at once; None for all frames of the substrate.
 
     Raises:
         SubstrateError: A system call failed.
@@ -56,23 +57,24 @@ class WorkerMemory:
 
     @property
     def committed_bytes(self) -> int:
-        """Bytes of all frames owned by a tenant."""
+        """The bytes of all frames that belong to a tenant."""
         return self.pool.owned * self.pool.frame_bytes
 
     @property
     def kv_bytes(self) -> int:
-        """Committed bytes of the KV cache."""
+        """The committed bytes of the KV cache."""
         return 0 if self.kv is None else self.kv.nbytes
 
     def frames(self) -> dict[str, int]:
-        """The current split: tenant → frames."""
+        """Return the current split: tenant → number of frames."""
         return {name: self.pool.owned_by(name) for name in (ExpertTenant.NAME, KVTenant.NAME)}
 
     def place_kv(self, layout: KVLayout, groups: Iterable[int]) -> KVTenant:
-        """Reserve the KV cache's buffer and commit ``groups`` of it.
+        """Reserve the KV cache's buffer, and commit ``groups`` of the buffer.
 
         Raises:
-            OutOfFramesError, SubstrateError: Not enough memory; nothing is reserved.
+            OutOfFramesError: The budget has no room; nothing is reserved.
+            SubstrateError: A system call failed; nothing is reserved.
         """
         if self.kv is not None:
             raise InvariantError("the KV cache is already placed")
@@ -86,7 +88,7 @@ class WorkerMemory:
         return kv
 
     def check(self) -> None:
-        """Raise InvariantError unless the books are consistent and within the budget."""
+        """Raise InvariantError unless the books are consistent and the budget is kept."""
         self.pool.check()
         self.experts.check()
         if self.kv is not None:
@@ -99,9 +101,9 @@ class WorkerMemory:
 
         Raises:
             SubstrateError: Some memory could not be released; the rest was.
-            InvariantError: An unknown tenant holds frames.
+            InvariantError: A tenant still holds frames.
         """
-        with ExitStack() as each:  # in reverse order, and all even if one fails
+        with ExitStack() as each:  # runs all callbacks, the last first, even if one fails
             each.callback(self.substrate.close)
             each.callback(self._require_empty)
             if self.kv is not None:

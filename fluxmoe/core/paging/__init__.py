@@ -1,4 +1,4 @@
-"""The page table, the event rule, victim selection, the pager, and page statistics.
+"""The page table, the event rule, the choice of victims, the pager, and page statistics.
 
-Imports every other folder of the core except ``core.arbitration``.
+Imports all other folders of the core except ``core.arbitration``.
 """

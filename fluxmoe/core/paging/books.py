@@ -1,4 +1,4 @@
-"""The books of a page table: its arrays, and compiled code to move pages in and out of slots."""
+"""The books of a page table: its arrays, and compiled code that loads and unloads pages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NEVER = -1
 ABSENT = -1
 
 # Bits of Books.flags.
-PROTECTED = 1  # prefetched, and the next event of its layer has not begun
+PROTECTED = 1  # prefetched, and the next event of the page's layer has not begun
 UNUSED = 2  # prefetched and not yet used
-DIRTY = 4  # accessed or loaded since its score was last computed
+DIRTY = 4  # accessed or loaded since the page's score was last computed
 
 # Indices into Books.now.
 EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING, CHANGES = range(9)
@@ -43,7 +43,7 @@ ALL_PAGES = -1
 
 
 class Books(NamedTuple):
-    """The arrays behind a PageTable. P pages, B banks, M slots reserved per bank, E experts."""
+    """The arrays of a PageTable: P pages, B banks of M reserved slots, L layers of E experts."""
 
     # per page [P]
     last_use: Int64s
@@ -59,23 +59,23 @@ class Books(NamedTuple):
     num_slots: Int64s  # usable slots [B]
     bank_of: Int64s  # layer → bank [L]
     layer_of: Int64s  # page → layer [P]; a division would cost more than all other work per page
-    # the current event: its distinct pages [E], their tokens, hits, misses, assigned slots
+    # the current event: its distinct pages [E], their tokens, which are hits, the missing pages
     pages: Int64s
     tokens: Int64s
-    routed: Int64s  # scratch, zero between events: tokens per expert [E], and
-    asked: npt.NDArray[np.uint64]  # one bit per expert, set if it has tokens [E / 64]
+    routed: Int64s  # scratch, zero between events: tokens per expert [E]
+    asked: npt.NDArray[np.uint64]  # scratch likewise: one bit per expert with tokens [E / 64]
     hit: Bools
     missing: Int64s
     loaded: Int64s  # newly loaded pages, in order
-    leaving: Int64s  # pages to free once the layer has run
+    leaving: Int64s  # pages to unload when the next event begins
     dirty: Int64s  # pages whose score must be recomputed [P]
-    changed: Int64s  # pages whose first three records changed since ``show``, repeats included [P]
-    now: Int64s  # scalars, see EVENT …
-    counts: Int64s  # see C_EVENTS …
+    changed: Int64s  # pages whose first three records changed since ``show``, with repeats [P]
+    now: Int64s  # scalars; EVENT … are their indices
+    counts: Int64s  # C_EVENTS … are its indices
 
 
 def new_books(geometry: Geometry, banks: int, width: int, bank_of: Sequence[int] | None) -> Books:
-    """Make empty books: no page has a slot."""
+    """Make empty books, in which no page has a slot."""
     pages, experts = geometry.num_pages, geometry.experts_per_layer
     return Books(
         last_use=np.full(pages, NEVER, np.int64),
@@ -111,7 +111,7 @@ AnyBooks = Books | Int64s
 
 
 class Shown(NamedTuple):
-    """Usage records of the books as policies see them, in arrays of their own ``[P]``."""
+    """Copies of the books' usage records, ``[P]``, for policies."""
 
     last_use: Int64s
     use_count: Int64s
@@ -123,8 +123,9 @@ open_shown = opener(Shown(*[np.zeros(0, np.int64)] * 3))
 
 @jit
 def note(b: Books, pages: Int64s, n: int) -> None:
-    """List the first ``n`` of ``pages`` as changed. Nothing is listed until the next ``show`` once
-    the list has been too short: that many changes pay for copying all records.
+    """List the first ``n`` of ``pages`` as changed.
+
+    If the list has no room, the next ``show`` copies all records, and nothing is listed until then.
     """
     count = b.now[CHANGES]
     if count == ALL_PAGES:
@@ -139,7 +140,7 @@ def note(b: Books, pages: Int64s, n: int) -> None:
 
 @jit
 def show(books: AnyBooks, shown: Shown | Int64s) -> None:
-    """Copy the records of the pages that have changed. Both may be directories."""
+    """Copy the records of the pages that have changed. Both arguments may be directories."""
     b, s = open_books(books), open_shown(shown)
     if b.now[CHANGES] == ALL_PAGES:
         for page in range(b.last_use.size):
@@ -159,7 +160,7 @@ def _show(b: Books, s: Shown, page: int) -> None:
 
 @jit
 def bit(number: int) -> np.uint64:
-    """Bit of a page or expert in its 64-bit word."""
+    """Return the bit of a page or an expert in its 64-bit word."""
     return np.uint64(1) << np.uint64(number & 63)
 
 
@@ -178,7 +179,7 @@ def unload(b: Books, page: int) -> None:
 
 @jit
 def load(b: Books, page: int) -> None:
-    """Assign ``page`` a free slot of its bank and append it to the loaded pages."""
+    """Assign ``page`` a free slot of its bank, and append the page to the loaded pages."""
     bank = b.bank_of[b.layer_of[page]]
     b.num_free[bank] -= 1
     slot = b.free[bank, b.num_free[bank]]
@@ -193,7 +194,7 @@ def load(b: Books, page: int) -> None:
 
 @jit
 def release_leaving(b: Books) -> None:
-    """Point 6 of the event rule: free the last event's pages that were not retained."""
+    """Apply point 6 of the event rule: unload the last event's pages that were not retained."""
     for i in range(b.now[LEAVING]):
         if b.slot_of[b.leaving[i]] != ABSENT:
             unload(b, b.leaving[i])
@@ -212,10 +213,11 @@ def mark_dirty(b: Books, page: int) -> None:
 
 @jit
 def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> int:
-    """Move pages of a bank from slots ``slots …`` into lower free slots; return their number.
+    """Move a bank's pages from slots ``slots …`` into lower free slots; return their number.
 
-    ``moved[i]`` was in slot ``source[i]``. Each needs a lower free slot. Scores are stored by slot
-    (``heap``, ``victims``), so those of the moved pages are recomputed.
+    ``moved[i]`` is filled with a moved page, and ``source[i]`` with its previous slot. There must
+    be enough free slots below ``slots``. Scores are stored by slot (``heap``, ``victims``), so the
+    scores of the moved pages are recomputed.
     """
     n = 0
     for slot in range(slots, b.page_at.shape[1]):
@@ -229,8 +231,8 @@ def compact(b: Books, bank: int, slots: int, moved: Int64s, source: Int64s) -> i
         b.page_at[bank, source[i]] = ABSENT
         b.page_at[bank, free] = moved[i]
         b.slot_of[moved[i]] = free
-        mark_dirty(b, moved[i])  # its score is stored under the old slot
-    # Rebuild the stack of free slots with the lowest on top.
+        mark_dirty(b, moved[i])  # because its score is stored under the old slot
+    # Rebuild the stack of free slots, with the lowest slot on top.
     b.num_free[bank] = 0
     for slot in range(slots - 1, -1, -1):
         if b.page_at[bank, slot] == ABSENT:

@@ -1,4 +1,4 @@
-"""The points of the event rule (docs/concepts/event-rule.md), compiled."""
+"""Compiled functions for the points of the event rule (docs/concepts/event-rule.md)."""
 
 from __future__ import annotations
 
@@ -44,32 +44,33 @@ Slots = npt.NDArray[np.int32]
 
 @jit
 def open_event(books: AnyBooks, step: int, layer: int, ids: Ints, slots: Slots) -> int:
-    """Points 1–3 and 6: free the last event's leaving pages, count hits and misses of this one.
+    """Apply points 1–3 and 6: unload the last event's leaving pages, and count hits and misses.
 
     Args:
         books: The books, or their directory.
-        step: Forward pass of the engine, from 0.
-        layer: MoE layer, from 0.
+        step: Number of the engine's forward pass, from 0.
+        layer: Number of the MoE layer, from 0.
         ids: Routed experts, 1-D, repeats allowed; negative entries are padding.
         slots: Filled with the slot of each entry of ``ids`` if there is no miss; may be empty.
 
     Returns:
-        Number of misses.
+        The number of misses.
 
     Raises:
-        IndexError: Unknown layer or expert; the event has not begun.
+        IndexError: The layer or an expert does not exist, or ``slots`` is neither empty nor as long
+            as ``ids``; the event has not begun.
     """
     b = open_books(books)
     experts = b.tokens.size
     first = layer * experts
-    # Compiled code does not check indices and would overwrite unrelated memory.
+    # Compiled code does not check indices, so a wrong one would overwrite unrelated memory.
     if layer < 0 or layer >= b.bank_of.size:
         raise IndexError("no such MoE layer")
     if slots.size != 0 and slots.size != ids.size:
         raise IndexError("as many slots as expert ids are needed")
     for i in range(ids.size):
         if ids[i] >= experts:
-            raise IndexError("an expert id beyond the layer's experts")
+            raise IndexError("an expert id is beyond the layer's experts")
     for i in range(ids.size):
         if ids[i] >= 0:
             b.routed[ids[i]] += 1
@@ -117,7 +118,7 @@ def open_event(books: AnyBooks, step: int, layer: int, ids: Ints, slots: Slots) 
 
 @jit
 def lookup(books: AnyBooks, layer: int, ids: Ints, slots: Slots) -> None:
-    """Set ``slots[i]`` to the slot of expert ``ids[i]``, 0 for padding."""
+    """Set ``slots[i]`` to the slot of expert ``ids[i]``, or to 0 for padding."""
     b = open_books(books)
     first = layer * b.tokens.size
     for i in range(slots.size):
@@ -126,7 +127,7 @@ def lookup(books: AnyBooks, layer: int, ids: Ints, slots: Slots) -> None:
 
 @jit
 def evict(books: AnyBooks, victims: Int64s, counter: int) -> None:
-    """Free the slots of ``victims``, counting them in ``counts[counter]``."""
+    """Free the slots of ``victims``, and count the victims in ``counts[counter]``."""
     b = open_books(books)
     for i in range(victims.size):
         unload(b, victims[i])
@@ -135,7 +136,7 @@ def evict(books: AnyBooks, victims: Int64s, counter: int) -> None:
 
 @jit
 def load_missing(books: AnyBooks) -> None:
-    """Point 5: assign slots to the event's misses, in ascending page id."""
+    """Apply point 5: assign slots to the event's misses, in ascending order of pages."""
     b = open_books(books)
     for i in range(b.now[MISSES]):
         load(b, b.missing[i])
@@ -145,14 +146,14 @@ def load_missing(books: AnyBooks) -> None:
 
 @jit
 def admit(b: Books, victims: Int64s) -> None:
-    """Points 4 and 5, given the victims: free their slots, then load the misses."""
+    """Apply points 4 and 5, given the victims: free their slots, then load the misses."""
     evict(b, victims, C_EVICTIONS)
     load_missing(b)
 
 
 @jit
 def load_ahead(books: AnyBooks, pages: Int64s) -> None:
-    """Point 7: assign slots to prefetched pages in order of urgency, and protect them."""
+    """Apply point 7: assign slots to prefetched pages in order of urgency, and protect them."""
     b = open_books(books)
     for i in range(pages.size):
         load(b, pages[i])
@@ -163,9 +164,9 @@ def load_ahead(books: AnyBooks, pages: Int64s) -> None:
 
 @jit
 def candidates(books: AnyBooks, bank: int, protect: bool, out: Int64s) -> int:
-    """Write the evictable pages of a bank into ``out``, ascending; return their number.
+    """Write a bank's evictable pages into ``out``, in ascending order; return their number.
 
-    ``victims`` and ``heap`` apply the same filter.
+    ``victims`` and ``heap`` use the same condition.
     """
     b = open_books(books)
     n, banks = 0, b.num_slots.size

@@ -1,22 +1,24 @@
-"""VictimHeap: the eviction order of policies with stable scores, maintained lazily.
+"""The class ``VictimHeap``: the eviction order of policies with stable scores, kept lazily.
 
 ``stable_score`` promises that a page's score changes only when the page is accessed or loaded. So a
-hit computes nothing: it marks the page dirty, and dirty pages are scored in one call when victims
-are needed. The heap holds *lower bounds*: if a page's score has risen (lru, lfu: every hit), its
-entry is outdated and is corrected only on reaching the top. A score that fell (belady) gets a
-second entry; the outdated one is recognised by its key and dropped. Ties go to the lowest page id,
-because entries compare as (score, page).
+hit computes nothing: the page is marked dirty, and dirty pages are scored in one call when victims
+are needed. The heap holds *lower bounds*: if a page's score has risen (lru and lfu: at every hit),
+the page's entry is outdated, and is corrected only when it reaches the top. A page whose score fell
+(belady) gets a second entry; the outdated entry is recognised by its key and dropped. In a tie, the
+lowest page id is first, because entries are compared as (score, page).
 
-A score above all earlier ones (lru: every score) is appended to a *queue* instead, which stays
-sorted at no cost; the next victim is the lower of the two heads. Queue entries become outdated like
-heap entries.
+A score above all earlier scores (lru: every score) is appended to a *queue* instead, which stays
+sorted at no cost. The next victim is the lower of the first entries of the heap and the queue.
+Queue entries become outdated like heap entries.
 
-Most pages are never near the bottom of the order, so the heap of a large bank holds only pages no
-higher than a *limit*. When the heap runs out or has grown, a new limit is drawn from a sample of
-the bank and all pages are scanned once. The limit does not affect which victims are chosen.
+Most pages are never near the bottom of the order, so the heap of a large bank holds only pages with
+scores up to a *limit*. When the heap is empty or has grown too much, a new limit is drawn from a
+sample of the bank's pages, and all pages are scanned once. The limit does not affect which victims
+are chosen.
 
-Scores are stored as integers in the same order (``as_integer``): a heap mostly performs dependent
-comparisons, which take one cycle for integers and six for floats.
+Scores are stored as integers in the same order (``as_integer``): a heap spends its time on
+comparisons that depend on each other, each of which takes one cycle for integers and six for
+floats.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, AnyBooks, Books, open_books
 from fluxmoe.core.types import Bools, Int64s
 
-#: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. Banks of at most _SMALL pages
-#: are in the heap completely.
+#: The limit is the page of rank _RANK, from 0, among _SAMPLE pages. If a bank holds at most _SMALL
+#: pages, all of them may be in the heap.
 _SAMPLE, _RANK, _SMALL = 32, 1, 128
 
 #: Key above every score.
@@ -43,7 +45,10 @@ _QUEUE = 4
 
 
 class VictimHeap(NamedTuple):
-    """Arrays of one heap per bank. P pages, B banks, M slots reserved per bank, H entries."""
+    """Arrays of one heap per bank, for P pages and B banks of M reserved slots.
+
+    Each heap has room for H entries, and each queue for Q entries.
+    """
 
     score: Int64s  # [B, M] latest score of the page in each slot
     bound: Int64s  # [P] key of the page's valid entry; NONE if there is none
@@ -54,18 +59,19 @@ class VictimHeap(NamedTuple):
     queue_key: Int64s
     queue_page: Int64s
     queue_ends: Int64s  # [B, 2]
-    # [B] every resident page whose (score, page) is not above the limit has a valid entry in the
-    # heap or the queue; heap entries are never above it
+    # [B] the limit: every resident page whose (score, page) is not above it has a valid entry in
+    # the heap or the queue; heap entries are never above it
     limit: Int64s
     limit_page: Int64s
     chosen: Bools  # [P] removed from the heap while choosing victims
-    aside: Int64s  # [P] scratch, like the lowest of the sample
+    aside: Int64s  # [P] scratch: chosen pages that must not be evicted
+    # scratch: the lowest entries of the sample
     sample: Int64s
     sample_page: Int64s
 
 
 def new_heap(pages: int, banks: int, slots: int) -> VictimHeap:
-    """Make an empty heap for a table of ``pages`` pages with banks of up to ``slots`` slots."""
+    """Make empty heaps for a table of ``pages`` pages with ``banks`` banks of ``slots`` slots."""
     entries = 2 * pages + 1
     return VictimHeap(
         score=np.zeros((banks, slots), np.int64),
@@ -91,7 +97,7 @@ AnyHeap = VictimHeap | Int64s
 
 
 def clear(heap: VictimHeap) -> None:
-    """Empty the heap."""
+    """Empty the heaps and queues of all banks."""
     heap.bound[...] = NONE
     heap.size[...] = 0
     heap.queue_ends[...] = 0
@@ -103,7 +109,8 @@ def clear(heap: VictimHeap) -> None:
 def as_integer(score: float) -> int:
     """Map every float64 except NaN to an int64, keeping the order; 0.0 and −0.0 are equal."""
     bits = np.float64(score + 0.0).view(np.int64)
-    return int(bits ^ (bits >> 63 & NONE))  # for negative numbers, higher bits mean lower values
+    # The bits of negative numbers are in descending order.
+    return int(bits ^ (bits >> 63 & NONE))
 
 
 @jit
@@ -119,7 +126,7 @@ def update(heaps: AnyHeap, books: AnyBooks, pages: Int64s, scores: npt.NDArray[n
             heap.queue_key[bank, end], heap.queue_page[bank, end], score, page
         ):
             _append(heap, b, bank, page, score)
-        # The first condition also holds where bound is NONE.
+        # The first condition also holds if ``bound`` is NONE.
         elif heap.bound[page] > score and _within(heap, bank, score, page):
             _push(heap, b, bank, page, score)
 
@@ -128,10 +135,13 @@ def update(heaps: AnyHeap, books: AnyBooks, pages: Int64s, scores: npt.NDArray[n
 def choose(
     heaps: AnyHeap, books: AnyBooks, bank: int, count: int, protect: bool, out: Int64s
 ) -> int:
-    """Write up to ``count`` victims of ``bank`` to ``out``, lowest score first; return the count.
+    """Write up to ``count`` victims of ``bank`` to ``out``, lowest score first.
 
-    Pages of the current event are never victims, protected ones only if ``protect`` is false.
-    Victims are removed from the heap; the caller must evict them.
+    Pages of the current event are never victims, and protected pages are victims only if
+    ``protect`` is false. The victims are removed from the heap; the caller must evict them.
+
+    Returns:
+        The number of victims.
     """
     heap, b = open_heap(heaps), open_books(books)
     found = parked = 0
@@ -204,13 +214,13 @@ def _within(heap: VictimHeap, bank: int, score: int, page: int) -> bool:
 
 @jit
 def _held(b: Books, bank: int) -> int:
-    """Number of pages resident in a bank."""
+    """Return the number of pages that are resident in a bank."""
     return int(b.num_slots[bank] - b.num_free[bank])
 
 
 @jit
 def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
-    """Draw a new limit and fill the heap with exactly the pages not above it."""
+    """Draw a new limit; fill the heap with all pages that are not above it and not in the queue."""
     slots, key, pages = b.num_slots[bank], heap.key[bank], heap.page[bank]
     for i in range(heap.size[bank]):
         if key[i] == heap.bound[pages[i]]:
@@ -240,7 +250,7 @@ def _refill(heap: VictimHeap, b: Books, bank: int) -> None:
 
 @jit
 def _draw_limit(heap: VictimHeap, b: Books, bank: int, slots: int) -> None:
-    """Set the limit to the page of rank ``_RANK`` among the pages of equally spaced slots."""
+    """Set the limit to the page of rank ``_RANK`` among the pages in equally spaced slots."""
     n = 0
     for k in range(_SAMPLE):
         slot = k * slots // _SAMPLE
@@ -265,10 +275,10 @@ def _less(a: int, page_a: int, b: int, page_b: int) -> bool:
 
 @jit
 def _sift_down(key: Int64s, page: Int64s, size: int, top: int) -> None:
-    """Restore the heap below ``top``: sift down to a leaf along the lower children, then up again.
+    """Restore the heap's order below ``top``.
 
-    The entry nearly always comes from the bottom, so comparing it on the way down would be wasted
-    work.
+    The entry at ``top`` first goes down to a leaf, along the lower children, and then up again. It
+    nearly always belongs near the bottom, so comparing it on the way down would be wasted work.
     """
     k, p, i, child = key[top], page[top], top, 2 * top + 1
     while child + 1 < size:
@@ -300,7 +310,7 @@ def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
 
 @jit
 def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
-    """Append an entry to the queue; if it is full, drop outdated entries first."""
+    """Append an entry to the queue; if the queue is full, drop outdated entries first."""
     keys, pages, ends = heap.queue_key[bank], heap.queue_page[bank], heap.queue_ends[bank]
     if ends[1] == keys.size:
         kept = 0
@@ -320,7 +330,7 @@ def _append(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> Non
 
 @jit
 def _compact(heap: VictimHeap, b: Books, bank: int) -> None:
-    """Drop outdated entries: at most one per page remains, so there is room for one more."""
+    """Drop outdated entries. At most one entry per page remains, so there is room for another."""
     kept = 0
     for i in range(heap.size[bank]):
         page = heap.page[bank, i]

@@ -2,17 +2,18 @@
 
 ``MissRatioCurve`` estimates the miss ratio for any number of slots.
 
-LRU has the inclusion property: with ``k`` slots it holds the ``k`` most recently used pages, so an
-access hits if fewer than ``k`` other pages were used since (Mattson, 1970). The usual estimators
-sample *pages* and keep a stack of them (SHARDS, Waldspurger 2015). The books already record every
-page's last use, so *events* are sampled here, and one pass over the books counts the stack
-distances of their pages: exact for each sampled event, with no work for the others.
+LRU has the inclusion property: with ``k`` slots, it holds the ``k`` most recently used pages. So an
+access to a page hits if fewer than ``k`` other pages have been used since that page's last use
+(Mattson, 1970). The usual estimators sample *pages* and keep a stack of them (SHARDS, Waldspurger
+2015). Here, the books already record every page's last use. So *events* are sampled, and one pass
+over the books counts the stack distances of an event's pages. The result is exact for each sampled
+event, and other events need no work.
 
-The stack is ordered as in the event rule: by last event, then by page id, because ties are evicted
-lowest id first. The distances of all pages of an event are those at its beginning.
+The stack has the order of the event rule: by last event, then by page id, because among equal pages
+the lowest id is evicted first. The distances of an event's pages are those at the event's start.
 
-``PageAges`` are for display. They are counted where an engine evicts, not in the event rule, which
-a simulator runs millions of times.
+``PageAges`` are for display. They are counted where an engine evicts pages, not in the compiled
+event rule, which a simulator runs millions of times.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fluxmoe.core.types import AGES, IDLE, LIFETIME, REUSE, Int64s, Ints
 
 Floats = npt.NDArray[np.float64]
 
-#: Sampled events after which the weight of older ones has decayed to 1/e.
+#: Number of samples after which the weight of a sample has decayed to 1/e.
 WINDOW = 32
 _NEVER = -1
 
@@ -47,13 +48,13 @@ def sample(
     """Add the stack distances of an event that has not begun yet to a histogram.
 
     Args:
-        last_use: The last event that used each page, −1 = never.
+        last_use: The last event that used each page; −1 means never.
         first: First page of the layer.
-        ids: Routed experts, 1-D, repeats and padding (negative) allowed.
+        ids: Routed experts, 1-D; repeats and padding (negative entries) are allowed.
         seen: Scratch ``[experts]``.
         keys: Scratch ``[experts]``.
-        histogram: ``[pages + 1]`` by distance; the last entry is for first uses.
-        weight: Amount added per distinct page.
+        histogram: Weights by distance, ``[pages + 1]``; the last entry is for first uses.
+        weight: Amount to add for each distinct page.
     """
     pages, experts = last_use.size, seen.size
     seen[:] = 0
@@ -79,7 +80,7 @@ def sample(
     seen[:] = 0  # from here on: seen[i] counts the pages with keys between keys[i] and the next
     for page in range(pages):
         key = last_use[page] * pages + page
-        if key > keys[0]:  # most pages of a large model are older: skip the search
+        if key > keys[0]:  # in a large model, most pages are older and need no search
             low, high = 0, n
             while low + 1 < high:
                 middle = (low + high) // 2
@@ -95,15 +96,16 @@ def sample(
 
 
 class MissRatioCurve:
-    """Miss ratio of LRU as a function of slots, over the recent past.
+    """Estimate of LRU's miss ratio as a function of the number of slots, over the recent past.
 
     Args:
         pages: Number of pages of the model.
         experts: Number of experts per layer.
-        every: Average number of events between samples; 1 = all. By default chosen so that
-            sampling costs less than a microsecond per event.
-        window: Samples after which the weight of older ones has decayed to 1/e; 0 = never.
-        seed: Seed of the random intervals between samples, which prevent a bias to some layers.
+        every: Average number of events from one sample to the next; 1 samples all events. The
+            default is such that sampling costs less than a microsecond per event.
+        window: Number of samples after which the weight of a sample has decayed to 1/e; with 0,
+            weights do not decay.
+        seed: Seed of the random intervals between samples, which avoid a bias towards some layers.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class MissRatioCurve:
         self._wait = 0
 
     def observe(self, last_use: Int64s, layer: int, ids: Ints) -> None:
-        """Sample or only count an event that has not begun yet."""
+        """Sample an event that has not begun yet, or only count it."""
         if self._wait:
             self._wait -= 1
             return
@@ -144,9 +146,9 @@ class MissRatioCurve:
             self._weight = 1.0
 
     def curve(self) -> Floats:
-        """Miss ratio for 0, 1 … ``pages`` slots, without first uses; non-increasing.
+        """Return the miss ratios for 0, 1 … ``pages`` slots, without misses at first uses.
 
-        All zeros before the first sample.
+        The ratios do not increase. Before the first sample, all of them are 0.
         """
         total = self._histogram.sum()
         misses = np.zeros(self._pages + 1)
@@ -155,7 +157,7 @@ class MissRatioCurve:
 
     @property
     def first_uses(self) -> float:
-        """Share of accesses that were the first of their page."""
+        """Share of accesses that were the first use of a page."""
         total = self._histogram.sum()
         return float(self._histogram[-1] / total) if total else 0.0
 
@@ -164,9 +166,9 @@ class MissRatioCurve:
 def convex_hull(curve: Floats) -> Floats:
     """Compute the lower convex hull of a miss-ratio curve.
 
-    Where LRU's curve has a cliff (scanning all pages in every step always misses unless all fit), a
-    better policy can avoid misses: by keeping a fixed part of the pages it reaches every point of
-    the hull (Talus, Beckmann and Sanchez, 2015).
+    LRU's curve can have a cliff: if every step uses all pages, all accesses miss unless all pages
+    fit. A better policy keeps a fixed part of the pages; such policies can reach every point of the
+    hull (Talus, Beckmann and Sanchez, 2015).
     """
     hull = np.zeros(curve.size)
     corners, n = np.zeros(curve.size, np.int64), 0
@@ -188,33 +190,33 @@ def convex_hull(curve: Floats) -> Floats:
     return hull
 
 
-#: Reuse is sampled once in this many events; prime, to avoid a bias to some layers.
+#: Reuse is sampled once in this many events; the number is prime, so no layer is preferred.
 REUSE_EVERY = 61
 
 
 class PageAges:
-    """Ages of pages since the last reset.
+    """Counts of page ages since the last reset.
 
     Args:
         books: The books of the pages.
 
     Attributes:
-        counts: int64 ``[3, AGES]``, number of pages by kind and bucket.
-        sums: int64 ``[3]``, sum of their ages by kind, in events.
+        counts: Number of ages by kind and bucket, int64 ``[3, AGES]``.
+        sums: Sum of the ages by kind, in events, int64 ``[3]``.
     """
 
     def __init__(self, books: Books) -> None:
         self._books, self._directory = books, directory(books)
         self.counts = np.zeros((3, AGES), np.int64)
         self.sums = np.zeros(3, np.int64)
-        self.leave(np.zeros(0, np.int64))  # compiled, or read from disk, before the first event
+        self.leave(np.zeros(0, np.int64))  # so that it is compiled or loaded before any event
 
     def reset(self) -> None:
         """Clear all counts."""
         self.counts[:] = self.sums[:] = 0
 
     def routed(self, layer: int, ids: Ints) -> None:
-        """Count reuse in an event that has not begun yet."""
+        """Count the reuse of pages by an event that has not begun yet, if the event is sampled."""
         b = self._books
         event = int(b.now[EVENT]) + 1
         if event % REUSE_EVERY == 0:

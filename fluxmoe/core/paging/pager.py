@@ -1,7 +1,8 @@
-"""ExpertPager: makes the experts of a layer resident just before its kernel runs.
+"""The class ``ExpertPager``: makes a layer's experts resident just before the layer's kernel runs.
 
-Each worker has one pager, called only on the engine's thread. It runs the event rule, orders the
-copies and returns slot numbers; the kernel then reads the arenas as if they were the weights.
+Each worker has one pager, which is called only on the engine's thread. The pager runs the event
+rule, orders the copies and returns slot numbers; the kernel then reads the arenas as if they were
+the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.types import Counters, Ints, Phase
 from fluxmoe.errors import FluxMoEError, InvariantError, StoreError
 
-#: Called with (step, layer, expert ids as routed, phase) for every event, e.g. to record a trace.
+#: Called for every event, with (step, layer, expert ids as routed, phase); records traces.
 EventWatcher = Callable[[int, int, Ints, Phase], None]
 
 
@@ -32,8 +33,8 @@ class ExpertPager:
     Args:
         rule: The event rule over the page table, with its policies.
         experts: Arenas with the table's slots.
-        transfer: Copies pages from their store into the arenas.
-        phase: Returns the phase of a step; called once at the beginning of each step.
+        transfer: Copies pages from the store into the arenas.
+        phase: Function that returns the phase of a step; called once at the beginning of each step.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class ExpertPager:
         self._books = rule.table.books
         self._step, self._layer = -1, rule.table.geometry.num_layers
         self._phase = phase
-        #: The process whose memory is filled. Pages do not move in any other process.
+        #: The process whose memory the pager fills. No other process may move pages.
         self.owner = Owner()
         self.watcher: EventWatcher | None = None
-        #: Estimates misses at other sizes; None if the split is fixed.
+        #: Estimates the misses with other numbers of slots; None if the split is fixed.
         self.curve: MissRatioCurve | None = None
 
     @property
@@ -69,9 +70,10 @@ class ExpertPager:
         """Make the routed experts resident and return their slots.
 
         Args:
-            layer: MoE layer, from 0. A layer not above the last one begins a new step.
+            layer: Number of the MoE layer, from 0. If it is not above the previous event's layer, a
+                new step begins.
             ids: Routed experts, 1-D integers; negative entries are padding.
-            slots: int32, same length; filled with slots of the layer's bank.
+            slots: Filled with slots of the layer's bank; int32, as long as ``ids``.
 
         Raises:
             StoreError: A page could not be read. It is not resident; the books are consistent.
@@ -93,12 +95,12 @@ class ExpertPager:
         try:
             self._fill(misses, layer, ids, slots)
         except BaseException:
-            # Pages that have slots but possibly incomplete bytes must not count as resident.
+            # Pages that have slots but whose bytes may be incomplete must not count as resident.
             self.table.discard(self._books.loaded[: self._books.now[LOADED]])
             raise
 
     def _fill(self, misses: int, layer: int, ids: Ints, slots: Slots) -> None:
-        """Complete an event: copies, then prefetches."""
+        """Complete an event: copy the missing pages, then order prefetches."""
         rule = self._rule
         if self._transfer.busy:
             self._complete_prefetched(layer)
@@ -119,21 +121,22 @@ class ExpertPager:
             try:
                 self._transfer.complete(bank, page, int(b.slot_of[page]))
             except BaseException:
-                # The event's misses have no slots yet: only this page must be discarded.
+                # The event's missing pages have no slots yet, so only this page must be discarded.
                 self.table.discard(np.asarray([page]))
                 raise
 
     def resize(self, bank: int, slots: int) -> None:
         """Change the number of slots of a bank, between events.
 
-        When shrinking, the eviction policy chooses the pages to evict, and the others move into the
-        remaining slots.
+        When a bank shrinks, the eviction policy chooses the pages to evict, and the other pages
+        move into the remaining slots.
 
         Raises:
-            CapacityError: Too few for one layer's experts, or more than reserved.
+            CapacityError: ``slots`` is too small for one layer's experts, or exceeds the number of
+                reserved slots.
             PolicyFaultError: The policy failed in strict mode; the slots are unchanged.
-            OutOfFramesError, SubstrateError: The memory cannot be changed; the slots are unchanged
-                or, if restoring them fails as well, those that still have memory.
+            OutOfFramesError, SubstrateError: The memory cannot be changed. The slots are unchanged
+                or, if restoring them failed as well, only those remain that still have memory.
         """
         self.owner.require()
         self.table.require(slots)
@@ -159,7 +162,7 @@ class ExpertPager:
             raise
 
     def resize_all(self, slots: Sequence[int]) -> None:
-        """Resize all banks, shrinking ones first. If one fails, the others are restored.
+        """Resize all banks, those that shrink first. If a bank fails, the others are restored.
 
         Raises: See ``resize``.
         """
@@ -174,14 +177,14 @@ class ExpertPager:
                     self.resize(bank, slots[bank])
                     done.append(bank)
         except BaseException:
-            for bank in reversed(done):  # banks that grew come first here and release frames
+            for bank in reversed(done):  # first the banks that grew, which release frames
                 self.resize(bank, before[bank])
             raise
 
     def drop(self) -> None:
-        """Drop all resident pages, between events, because the store's are about to change.
+        """Drop all resident pages, between events, because the store's pages are about to change.
 
-        No page is read from the store until the next event.
+        No page is read from the store before the next event.
 
         Raises:
             PolicyFaultError: The policy failed in strict mode. No page is resident.
@@ -191,7 +194,7 @@ class ExpertPager:
         self._rule.drop()
 
     def reset(self) -> None:
-        """Clear residency and counters, e.g. after warm-up."""
+        """Drop all pages and clear all counters, for example after a warm-up."""
         self.owner.require()
         self._transfer.reset()
         self._rule.reset()
@@ -200,11 +203,11 @@ class ExpertPager:
         self._step, self._layer = -1, self.table.geometry.num_layers
 
     def close(self) -> None:
-        """Stop all copies: nothing writes to the arenas afterwards."""
+        """Stop all copies; afterwards, nothing writes to the arenas."""
         self._transfer.close()
 
     def check(self) -> None:
         """Raise InvariantError unless the table is consistent and agrees with the arenas."""
         self.table.check()
         if self.table.slots != self._experts.slots:
-            raise InvariantError("page table and arenas disagree about the number of slots")
+            raise InvariantError("the page table and the arenas have different numbers of slots")

@@ -1,9 +1,9 @@
-"""Replay of many events: the functions of the event rule in a compiled loop over a trace.
+"""Replay of many events: a compiled loop over a trace that calls the event rule's functions.
 
 ``EventRule.run`` switches between Python and compiled code several times per event so that it can
-call a policy. If the policy is not called between events, or is a compiled kernel, these switches
-cost more than the rule itself; ``replay`` makes as few as the policy allows. The rule is not
-duplicated: ``open_event``, ``victims`` and ``admit`` are the same functions that the pager uses.
+call a policy. If the policy is a compiled kernel, or needs no call at most events, these switches
+cost more than the rule itself; ``replay`` makes as few of them as the policy allows. The rule is
+not duplicated: ``open_event``, ``victims`` and ``admit`` are the functions that the pager uses too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Watcher = Callable[[EventRule, int], None]
 
 
 def _typed(*arrays: npt.NDArray[Any]) -> EventList:
-    """Make an event list of these arrays with the dtypes above; copies only where dtypes differ."""
+    """Make an event list of these arrays with the dtypes of ``EventList``; copy only if needed."""
     kinds = np.int32, np.int16, np.int8, np.int64, np.int32, np.int64, np.int64, np.int32
     pairs = zip(arrays, kinds, strict=True)
     return EventList(*(np.ascontiguousarray(array, kind) for array, kind in pairs))
 
 
-#: For compiled code: the directory of an event list → that list.
+#: For compiled code: the directory of an event list → the list.
 open_events = opener(_typed(*[np.zeros(0)] * 8))
 
 
@@ -45,15 +45,15 @@ def replay(
     missed: Int32s,
     watch: Watcher | None = None,
 ) -> None:
-    """Run events ``begin`` … ``end - 1``. The event numbers of books and list must agree.
+    """Run events ``begin`` … ``end - 1``.
 
     Args:
-        rule: The event rule, after ``begin`` events.
+        rule: The event rule, which must have run ``begin`` events.
         events: The trace.
         begin, end: Range of events to run, so that the caller can show progress.
-        missed: int32 ``[N]``, filled with the number of misses of each event.
-        watch: Called with the rule and the event's index after each event, for data not in
-            ``missed``; costs a call into Python per event.
+        missed: Filled with the number of misses of each event; int32 ``[N]``.
+        watch: Called after each event with the rule and the event's index, for data other than
+            ``missed``; makes at least one call into Python per event.
 
     Raises:
         PolicyFaultError: A policy failed in strict mode.
@@ -69,7 +69,11 @@ def replay(
 
 
 def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
-    """Run to ``end``, or to the event after a kernel failure; return its index."""
+    """Run to ``end``, or through the first event in which the kernel fails.
+
+    Returns:
+        The index of the next event to run.
+    """
     kernel = rule.eviction.kernel
     assert kernel is not None
     table = rule.table
@@ -84,13 +88,13 @@ def _with_kernel(rule: EventRule, events: EventList, begin: int, end: int, misse
     )
     if at < end:
         table.phase = Phase(int(events.phase[at]))
-        rule.admit()  # calls the kernel again through the guard, which contains the failure
+        rule.admit()  # calls the kernel again, but through the guard, which contains the failure
         at += 1
     return at
 
 
 def _with_scores(rule: EventRule, events: EventList, begin: int, end: int, missed: Int32s) -> int:
-    """Run all events, with one call into Python for each one short of slots."""
+    """Run all events, with one call into Python for each event that is short of slots."""
     table, guard, pages = rule.table, rule.eviction, rule.scratch
     future = rule.chooser.future
     at, last = begin - 1, -1
@@ -119,7 +123,7 @@ def _event_by_event(
     missed: Int32s,
     watch: Watcher | None,
 ) -> int:
-    """Run all events, with every call that the policies require."""
+    """Run all events through ``EventRule.run``, with every call to the policies."""
     table, now, future = rule.table, rule.table.books.now, rule.chooser.future
     layers, experts = table.geometry.num_layers, table.geometry.experts_per_layer
     for at in range(begin, end):
@@ -136,7 +140,7 @@ def _event_by_event(
 
 
 def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s | None:
-    """Pages of the next layer predicted by an event's tokens, most tokens first, then by id."""
+    """Return the next layer's pages that an event predicts, by descending tokens, then by id."""
     if not events.guess_offsets.size:
         return None
     following = int(events.layer[at]) + 1
@@ -153,7 +157,7 @@ def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None
     """Set the next use of the event's pages in ``future`` ``[P]``, the input of oracles.
 
     Must run before the event, which marks its pages as accessed and may score them at once. The
-    event uses no other pages, so their next use does not change.
+    next use of all other pages stays the same, because the event does not use them.
     """
     first = np.int64(events.layer[at]) * experts
     for i in range(events.offsets[at], events.offsets[at + 1]):
@@ -162,7 +166,7 @@ def look_ahead(future: Int64s, events: EventList, at: int, experts: int) -> None
 
 @jit
 def _open(b: Books, future: Int64s, events: EventList, at: int, missed: Int32s) -> int:
-    """Open an event; return the number of missing slots."""
+    """Open an event; return the number of slots that it needs beyond the free slots."""
     if events.later.size:
         look_ahead(future, events, at, b.tokens.size)
     ids = events.ids[events.offsets[at] : events.offsets[at + 1]]
@@ -188,8 +192,8 @@ def _run_kernel(
     for at in range(begin, end):
         short, found = _open(b, future, events, at, missed), 0
         if short > 0:
-            # No page is protected without prefetch. To numba a plain False has another type, for
-            # which ``victims`` would be compiled again; that takes ten seconds.
+            # Without prefetching, no page is protected. For numba, a plain False has another type,
+            # for which it would compile ``victims`` again, and that takes ten seconds.
             bank = b.bank_of[b.now[LAYER]]
             spare = np.bool_(False)
             found = victims(books, heap, chooser, entry, bank, short, spare, scratch)  # type: ignore[arg-type]
@@ -210,13 +214,14 @@ def _run_until_short(
     missed: Int32s,
     pages: Int64s,
 ) -> tuple[int, int, int]:
-    """Finish event ``at`` with the victims ``chosen``, then run to the next one short of slots.
+    """Finish event ``at`` with the victims ``chosen``; run to the next event short of slots.
 
     Returns:
-        That event, still open, or ``end``; the number of missing slots; the number of candidates
-        in ``pages``.
+        The index of that event, which is still open, or ``end``; the number of slots that it lacks;
+        and the number of candidates in ``pages``.
     """
-    # Called from Python for each event short of slots: see ``compiled.directory``.
+    # Python calls this for each event that is short of slots, so it gets directories (see
+    # ``compiled.directory``).
     b, events = open_books(books), open_events(listed)
     if chosen.size:
         admit(b, chosen)

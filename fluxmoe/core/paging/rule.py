@@ -1,9 +1,9 @@
-"""The event rule (docs/concepts/event-rule.md): definition of hit, miss, eviction and release.
+"""The event rule (docs/concepts/event-rule.md), which defines hit, miss, eviction and release.
 
-An *event* is the set of distinct experts that one execution of one MoE layer routes to. The rule is
-applied to the whole event at once by compiled functions over the page table's books, with one call
-of the policy where it decides. In the engine the pager runs it event by event; the simulator runs
-the same object over a trace.
+An *event* is one execution of one MoE layer, with the distinct experts to which it routes. Compiled
+functions apply the rule to the whole event at once, over the page table's books, with one call to a
+policy for each of the policy's decisions. In an engine, the pager runs the rule event by event; the
+simulator runs the same object over a trace.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from fluxmoe.errors import CapacityError
 class EventRule:
     """The rule bound to a page table, an eviction policy and a prefetch policy.
 
-    Usage: call ``open`` for each event; if there are misses, ``admit`` assigns them slots; then
-    call ``prefetch``. After each of the last two, ``loads`` returns the copies to make.
+    For each event, call ``open``, then ``admit``, which assigns slots to the misses, and then
+    ``prefetch``. After each of the last two calls, ``loads`` returns the copies to make.
     """
 
     def __init__(self, table: PageTable, eviction: EvictionGuard, prefetch: PrefetchGuard) -> None:
@@ -61,15 +61,15 @@ class EventRule:
         self.heap = heap.new_heap(table.geometry.num_pages, *shape) if stable else None
         self.chooser = new_chooser(table.books, stable=stable, next_use=eviction.future)
         self._heap = None if self.heap is None else directory(self.heap)
-        #: Directories of books, heap and chooser, the first arguments of ``victims``.
+        #: Directories of the books, the heap and the chooser: the first arguments of ``victims``.
         self.scoring = table.directory, self._heap, directory(self.chooser)
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
         self._predicted: Int64s | None = None
-        #: Counts the ages of leaving pages; None if not needed. Not used by ``replay``.
+        #: Counts the ages of pages that leave; None if not needed. Compiled loops do not use it.
         self.ages: PageAges | None = None
         if eviction.kernel is not None:
-            # Compile it, or read it from disk, outside any timed policy call.
+            # Compile ``victims``, or load it, outside any timed call to the policy.
             event = *self.scoring, eviction.kernel.entry, 0, 0, True
             victims(*event, np.zeros(0, np.int64))
 
@@ -84,7 +84,7 @@ class EventRule:
         return self._prefetch.active
 
     def reset(self) -> None:
-        """Cold start: clear books, counters and policies."""
+        """Start cold: clear the books, the counters and the policies."""
         self.table.reset()
         if self.heap is not None:
             heap.clear(self.heap)
@@ -94,7 +94,7 @@ class EventRule:
             self.ages.reset()
 
     def run(self, step: int, layer: int, ids: Ints, predicted: Int64s | None = None) -> None:
-        """Run one whole event, for callers that copy nothing (the simulator).
+        """Run one whole event, for a caller that copies nothing (the simulator).
 
         Policies get ``predicted`` as ``Access.predicted``.
         """
@@ -104,7 +104,7 @@ class EventRule:
         self.prefetch()
 
     def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
-        """Points 1–3 and 6 of the rule. See ``open_event``."""
+        """Apply points 1–3 and 6 of the rule; see ``event.open_event``."""
         if self.ages is not None:
             self.ages.routed(layer, ids)
         misses = open_event(self.table.directory, step, layer, ids, slots)
@@ -113,11 +113,11 @@ class EventRule:
         return misses
 
     def lookup(self, layer: int, ids: Ints, slots: Slots) -> None:
-        """Fill ``slots`` for resident experts. See ``lookup``."""
+        """Fill ``slots`` for resident experts; see ``event.lookup``."""
         lookup(self.table.directory, layer, ids, slots)
 
     def admit(self) -> None:
-        """Points 4 and 5: choose victims if slots are missing, then load the misses."""
+        """Apply points 4 and 5: choose victims if slots are missing, then load the misses."""
         b = self.table.books
         misses = int(b.now[MISSES])
         if misses:
@@ -137,10 +137,10 @@ class EventRule:
             b.now[LEAVING] = len(leaving)
 
     def prefetch(self) -> bool:
-        """Point 7: load proposed pages into free slots, then into victims' slots; protect them.
+        """Apply point 7: load proposed pages into free slots, then into victims'; protect them.
 
         Returns:
-            True if there is a prefetch policy; then ``loads`` returns its pages.
+            True if there is a prefetch policy; ``loads`` then returns the loaded pages.
         """
         if not self._prefetch.active:
             return False
@@ -165,8 +165,8 @@ class EventRule:
     def shrink(self, bank: int, slots: int) -> tuple[Int64s, Int64s]:
         """Reduce a bank to its first ``slots`` slots, between events.
 
-        The policy chooses the pages to evict, counted as ``resized``. The others move from higher
-        slots into those that became free.
+        The policy chooses the pages to evict, which count as ``resized``. The other pages in higher
+        slots move into the slots that became free.
 
         Returns:
             The moved pages and their previous slots. The table has their new slots.
@@ -182,7 +182,7 @@ class EventRule:
         return moved[:count].copy(), source[:count]
 
     def drop(self) -> None:
-        """Drop all resident pages, between events; counted as ``resized``."""
+        """Drop all resident pages, between events; they count as ``resized``."""
         b = self.table.books
         release_leaving(b)
         if self.heap is not None:
@@ -190,7 +190,7 @@ class EventRule:
         self._unload(np.flatnonzero(self.table.resident), C_RESIZED)
 
     def loads(self) -> Iterator[Loads]:
-        """Yield the pages loaded by the last ``admit`` or ``prefetch``, per bank, in load order."""
+        """Yield the pages that the last ``admit`` or ``prefetch`` loaded, per bank, in order."""
         b = self.table.books
         pages = b.loaded[: b.now[LOADED]].copy()
         if self.table.num_banks == 1:
@@ -202,7 +202,7 @@ class EventRule:
             yield Loads(bank, mine, b.slot_of[mine].astype(np.int64))
 
     def access(self) -> Access:
-        """The current event in the form that policies get."""
+        """Return the current event in the form that policies get."""
         b = self.table.books
         n = b.now[PAGES]
         return Access(
@@ -216,10 +216,9 @@ class EventRule:
         )
 
     def _evict(self, bank: int, count: int, *, spare: bool, counter: int = C_EVICTIONS) -> None:
-        """Evict ``count`` pages of a bank; fewer if ``spare`` forbids touching protected pages.
+        """Evict ``count`` pages of a bank, or fewer if ``spare`` forbids evicting protected pages.
 
-        Demand also spares them if possible: a protected page is evicted only if the event would not
-        fit otherwise.
+        Without ``spare``, protected pages are evicted only if there are not enough other pages.
         """
         victims = self.victims(bank, count, protect=True)
         if len(victims):
@@ -229,7 +228,7 @@ class EventRule:
             self._unload(more, counter)
             if len(victims) + len(more) < count:
                 raise CapacityError(
-                    f"an event of {int(self.table.books.now[PAGES])} experts does not fit "
+                    f"an event of {int(self.table.books.now[PAGES])} experts does not fit into "
                     f"{self.table.slots[bank]} slots"
                 )
 
@@ -239,14 +238,15 @@ class EventRule:
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
-        finally:  # the heap has dropped them, so they must be evicted even if the policy fails
+        finally:  # the heap has dropped the victims: evict them even if the policy fails
             evict(self.table.directory, victims, counter)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
-        """Point 4: choose up to ``count`` victims of a bank, lowest score first; evict nothing.
+        """Apply point 4: choose up to ``count`` victims of a bank, lowest score first.
 
-        Uses a compiled score (``victims.victims``), stable scores (``heap.choose``), or otherwise
-        ``EvictionGuard.choose``. After a policy fault the victims are the least recently used.
+        Evicts nothing. A compiled score uses ``victims.victims``, other stable scores use
+        ``heap.choose``, and all other policies ``EvictionGuard.choose``. After a fault of the
+        policy, the victims are the least recently used pages.
         """
         b, guard = self.table.books, self.eviction
         if guard.kernel is not None:
@@ -256,7 +256,7 @@ class EventRule:
             try:
                 found = guard.limited(victims, *event)
             finally:
-                if found is None:  # timed out: the heap has dropped pages that stay resident
+                if found is None:  # timed out: score all pages again, as the heap has dropped some
                     for page in np.flatnonzero(self.table.resident).tolist():
                         mark_dirty(b, page)
             if found is not None and found != FAILED:
@@ -269,7 +269,7 @@ class EventRule:
             try:
                 scores = guard.scores(dirty)
             finally:
-                if scores is None:  # policy fault: score again at the next eviction
+                if scores is None:  # policy fault: score the pages again at the next eviction
                     for page in dirty.tolist():
                         mark_dirty(b, page)
             if scores is not None:
@@ -277,7 +277,7 @@ class EventRule:
                 out = np.empty(count, np.int64)
                 return out[: heap.choose(self._heap, books, bank, count, protect, out)]
             return guard.least_recent(self._candidates(bank, protect), count)
-        # The guard calls a failed kernel once more to get the exception.
+        # If a kernel failed, the guard calls it once more to get the exception.
         pages = self._candidates(bank, protect)
         return guard.choose(pages, min(count, len(pages)))
 

@@ -1,6 +1,6 @@
-"""PageTable: the mapping of expert pages to slots, and the usage records of each page.
+"""The class ``PageTable``: the slots and the usage records of all expert pages.
 
-The books are plain numpy arrays (``books.Books``), because three readers share them: the compiled
+The books are plain numpy arrays (``books.Books``), because they have three readers: the compiled
 event rule (``event``), policies, which get copies (``uses``), and kernels, which need the expert
 table ``slot_of``. Slots are numbered per *bank*; nearly every model has one bank.
 """
@@ -35,17 +35,17 @@ from fluxmoe.errors import CapacityError, InvariantError
 
 
 class PageTable:
-    """Residency of all pages of a model: page ↔ slot, per bank, and the books of the event rule.
+    """The slots of all pages of a model, per bank, and the books of the event rule.
 
     Args:
         geometry: Layers and experts.
-        slots: Usable slots per bank, each at least ``experts_per_layer``.
-        reserved: Maximum slots per bank; by default ``max(slots)``.
-        bank_of: Bank of each layer; by default 0 for all.
-        minimum: Minimum slots per bank; by default ``experts_per_layer``.
+        slots: Number of usable slots of each bank, at least ``minimum``.
+        reserved: Maximum number of slots per bank; by default ``max(slots)``.
+        bank_of: Bank of each layer; by default 0 for all layers.
+        minimum: Minimum number of slots per bank; by default ``experts_per_layer``.
 
     Raises:
-        CapacityError: A bank cannot hold one layer's experts, so an event would not fit.
+        CapacityError: A bank has fewer than ``minimum`` slots, so an event might not fit.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PageTable:
         minimum: int | None = None,
     ) -> None:
         self.geometry = geometry
-        #: Minimum slots of a bank: one layer's experts, or the largest event of a known trace.
+        #: Minimum number of slots of a bank: one layer's experts, or a known trace's largest event.
         self.minimum = geometry.experts_per_layer if minimum is None else minimum
         banks, width = len(slots), max(*slots, reserved or 0, self.minimum)
         self.books = new_books(geometry, banks, width, bank_of)
@@ -76,18 +76,18 @@ class PageTable:
         self.reset()
         for bank, count in enumerate(slots):
             self.resize(bank, count)
-        _ = self.uses  # compiled, or read from disk, outside any timed call of a policy
+        _ = self.uses  # so that ``show`` is compiled or loaded outside any timed call to a policy
 
     # --- reading ---------------------------------------------------------------------------------
 
     @property
     def event(self) -> int:
-        """The current event, counted from 0; −1 before the first."""
+        """The number of the current event, from 0; −1 before the first event."""
         return int(self.books.now[EVENT])
 
     @property
     def step(self) -> int:
-        """The current forward pass."""
+        """The number of the current forward pass."""
         return int(self.books.now[STEP])
 
     @property
@@ -101,7 +101,7 @@ class PageTable:
 
     @property
     def expert_table(self) -> npt.NDArray[np.int32]:
-        """View ``[layers, experts]`` → slot in the layer's bank, −1 if absent."""
+        """A view ``[layers, experts]`` of each expert's slot in the layer's bank, or −1."""
         shape = (self.geometry.num_layers, self.geometry.experts_per_layer)
         return self.books.slot_of.reshape(shape)
 
@@ -113,10 +113,10 @@ class PageTable:
 
     @property
     def uses(self) -> Shown:
-        """Usage records for policies: arrays of their own, read-only, brought up to date.
+        """Read-only copies of the usage records for policies, brought up to date.
 
-        The cost is that of the pages that have changed since the last look. Writing to the arrays,
-        by whatever means, does not change the books.
+        The cost depends on the number of pages that have changed since the last look. Writing to
+        the copies by any means does not change the books.
         """
         if self.books.now[CHANGES]:
             show(self.directory, self._shown_directory)
@@ -131,7 +131,7 @@ class PageTable:
     # --- changing --------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Clear everything: no page resident, counters zero, events from 0."""
+        """Clear everything: afterwards, no page is resident, and all counts start at 0."""
         b = self.books
         for array, value in (
             (b.last_use, NEVER),
@@ -148,12 +148,12 @@ class PageTable:
         b.now[EVENT] = b.now[LAYER] = b.now[STEP] = -1
         b.now[CHANGES] = ALL_PAGES
         for bank, count in enumerate(self.slots):
-            # Popped from the top: the lowest slot goes first, so a bank can shrink at its end.
+            # The top of the stack is taken first: the lowest slot, as a bank shrinks at its end.
             b.free[bank, :count] = np.arange(count - 1, -1, -1)
             b.num_free[bank] = count
 
     def discard(self, pages: Int64s) -> None:
-        """Undo the load of pages whose copy failed; not counted as evictions."""
+        """Undo the loads of pages whose copies failed; they do not count as evictions."""
         for page in pages.tolist():
             if self.books.slot_of[page] != ABSENT:
                 unload(self.books, page)
@@ -168,17 +168,18 @@ class PageTable:
             )
         if slots > reserved:
             raise CapacityError(
-                f"{slots} slots, but only {reserved} are reserved",
+                f"{slots} slots requested, but only {reserved} are reserved",
                 fix=f"at most {reserved} slots are possible",
             )
 
     def resize(self, bank: int, slots: int) -> None:
-        """Make exactly ``slots`` slots of a bank usable. Pages in higher slots are dropped.
+        """Make exactly ``slots`` slots of a bank usable; drop the pages in higher slots.
 
         Called only between events, after ``EventRule.shrink`` has moved the pages worth keeping.
 
         Raises:
-            CapacityError: Too few for one layer, or more than reserved.
+            CapacityError: ``slots`` is less than ``minimum``, or exceeds the number of reserved
+                slots.
         """
         self.require(slots)
         b = self.books
@@ -197,7 +198,7 @@ class PageTable:
     # --- checking --------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise InvariantError unless page ↔ slot is a bijection and no slot is lost."""
+        """Raise InvariantError unless pages and slots match one to one and no slot is lost."""
         b = self.books
         experts = self.geometry.experts_per_layer
         for bank, usable in enumerate(self.slots):
@@ -221,5 +222,5 @@ class PageTable:
 
 
 def _locked(array: Int64s) -> Int64s:
-    """A read-only view of ``array`` that cannot be made writable by changing its flags."""
+    """Return a read-only view of ``array`` that changing its flags cannot make writable."""
     return np.asarray(array.data.toreadonly())

@@ -1,8 +1,8 @@
-"""Chooser: victim selection with a compiled score kernel, without a call into Python.
+"""The choice of victims with a compiled score kernel, without a call into Python.
 
-Stable scores are kept in a ``VictimHeap``. Any other kernel rescores all pages of the bank for each
-event short of slots; its input is in *columns*, one row per slot, which are updated from the dirty
-list so that the loop over them needs no gather.
+Stable scores are kept in a ``VictimHeap``. Any other kernel scores all pages of the bank again for
+each event that is short of slots. Such a kernel reads *columns*, with one row per slot. The columns
+are updated from the list of dirty pages, so the loop over them reads memory in order.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fluxmoe.core.paging.books import (
 from fluxmoe.core.paging.heap import VictimHeap, choose, open_heap, update
 from fluxmoe.core.types import Geometry, Int64s
 
-#: Result of ``victims`` if the kernel raised or returned NaN; nothing has changed.
+#: Result of ``victims`` if the kernel raised an exception or returned NaN; nothing has changed.
 FAILED = -1
 
 
 class Chooser(NamedTuple):
-    """Working arrays of a kernel."""
+    """Working arrays of a kernel for P pages and B banks of M reserved slots."""
 
-    # the columns: input of the kernel, one row per slot [B, M]; [0, 0] for stable scores
+    # the columns: input of the kernel, one row per slot [B, M]; [0, 0] if scores are stable
     last_use: Int64s
     use_count: Int64s
     loaded_at: Int64s
@@ -47,14 +47,14 @@ class Chooser(NamedTuple):
     layer: Int64s
     next_use: Int64s
     score: npt.NDArray[np.float64]  # [B, M]
-    rows: Int64s  # [B, …] directories of the kernel's input: the columns, or one for all banks
-    future: Int64s  # [P] the view's next use for oracles; zeros for others
+    rows: Int64s  # [B, …] directories of each bank's columns, or one directory for stable scores
+    future: Int64s  # [P] the next use of each page, for oracles; otherwise zeros
     dirty: Int64s  # [P] scratch
     scores: npt.NDArray[np.float64]  # [P] scratch
 
 
 def new_chooser(b: Books, *, stable: bool, next_use: Int64s | None = None) -> Chooser:
-    """Make the working arrays of a kernel over the pages of these books."""
+    """Make the working arrays of a kernel for the pages of these books."""
     pages = b.last_use.size
     shape = (0, 0) if stable else b.page_at.shape
     columns: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in KernelRows._fields}
@@ -83,7 +83,7 @@ def take_dirty(books: AnyBooks, out: Int64s) -> int:
     """Move the dirty pages that may be evicted into ``out``; return their number.
 
     Pages of the current event stay dirty, including those about to be loaded, so that ``heap`` gets
-    them in ascending order. Other absent pages are scored when they are loaded again.
+    their scores in ascending order. Other absent pages get a score when they are loaded again.
     """
     b = open_books(books)
     n = kept = 0
@@ -115,16 +115,17 @@ def victims(
 ) -> int:
     """Write up to ``count`` victims of ``bank`` into ``out``, lowest score first.
 
-    As in point 4 of the event rule, pages of the current event are never victims, protected ones
-    only if ``protect`` is false. The first three are directories; ``heaps`` is None unless scores
-    are stable. ``entry`` belongs to a ``score_kernel.Kernel``. The caller evicts the victims.
+    As in point 4 of the event rule, pages of the current event are never victims, and protected
+    pages are victims only if ``protect`` is false. The first three arguments are directories;
+    ``heaps`` is None unless scores are stable. ``entry`` is that of a ``score_kernel.Kernel``. The
+    caller evicts the victims.
 
     Returns:
         The number of victims, or ``FAILED``.
     """
     b, c = open_books(books), open_chooser(chooser)
     n = take_dirty(b, c.dirty)
-    if heaps is not None:  # resolved at compile time: only one branch is compiled
+    if heaps is not None:  # decided at compile time, so that only one branch is compiled
         heap = open_heap(heaps)
         if n != 0 and not _score_dirty(b, heap, c, entry, n):
             return FAILED
@@ -147,7 +148,7 @@ def _put(b: Books, c: Chooser, at: int, row: int, page: int) -> None:
 
 @jit
 def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: int, n: int) -> bool:
-    """Record the scores of dirty pages; if the kernel fails they stay dirty."""
+    """Record the scores of dirty pages. If the kernel fails, return False; the pages stay dirty."""
     scores = c.scores[:n]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
     good = call_entry(entry, c.rows[0], event, layer, layers, n, scores) == 0
@@ -165,7 +166,7 @@ def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: int, n: int) -> 
 def _scan(
     b: Books, c: Chooser, entry: int, bank: int, count: int, protect: bool, out: Int64s
 ) -> int:
-    """Score every slot of a bank and keep the lowest. Scores of non-candidates are ignored."""
+    """Score every slot of a bank and choose the lowest candidates; ignore all other scores."""
     slots, kept, scores = b.num_slots[bank], c.scores, c.score[bank]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
     if call_entry(entry, c.rows[bank], event, layer, layers, slots, scores) != 0:
@@ -178,7 +179,7 @@ def _scan(
             low &= low - np.uint64(1)
             page, score = b.page_at[bank, slot], scores[slot]
             if (
-                score > limit  # the limit may have fallen
+                score > limit  # the limit may have fallen since ``low`` was computed
                 or page == ABSENT
                 or b.last_use[page] == b.now[EVENT]
                 or (protect and b.flags[page] & PROTECTED)

@@ -1,9 +1,9 @@
-"""TransferEngine: orders copies into slots, on demand or ahead of time, and cancels them.
+"""The class ``TransferEngine``: orders copies into slots, on demand or ahead, and cancels them.
 
 *Demand* copies must complete before the layer's kernel runs. *Prefetch* copies run when there is no
-other work. A slot may be assigned to another page while an old copy into it is still queued, so
-each copy is recorded under its slot, and a slot is settled before it is written again. The
-``Copier`` moves the bytes.
+other work. A slot may be assigned to another page while an old copy into that slot is still queued.
+So each copy is recorded under its slot, and before a slot is written again, the old copy is
+cancelled or completed (the slot is *settled*). The ``Copier`` moves the bytes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fluxmoe.core.types import Loads
 
 
 class PendingCopy(Protocol):
-    """A copy ordered ahead of time."""
+    """A copy that was ordered ahead of time."""
 
     def withdraw(self) -> bool:
-        """Cancel the copy if it has not begun; True if it was cancelled."""
+        """Cancel the copy if it has not begun; return True if it was cancelled."""
 
     def error(self) -> Exception | None:
         """Ensure that a copy that has begun completes before its slot is written again.
 
-        Returns its error, if any.
+        Returns the copy's error, if any.
         """
 
 
@@ -33,13 +33,13 @@ class Copier(Protocol):
     """Copies pages into slots. Called on the engine's thread.
 
     Attributes:
-        stall_seconds: Time that layers waited for pages.
+        stall_seconds: Time that layers have waited for pages.
     """
 
     stall_seconds: float
 
     def demand(self, loads: Loads) -> None:
-        """Copy before the next kernel runs, ahead of all prefetches.
+        """Copy pages before the next kernel runs, ahead of all prefetches.
 
         Raises:
             StoreError: A page could not be read; which of the others were copied is undefined.
@@ -51,11 +51,11 @@ class Copier(Protocol):
     def arrive(self, copy: PendingCopy) -> Exception | None:
         """Ensure that a copy that has begun completes before the next kernel runs.
 
-        Returns its error, if any.
+        Returns the copy's error, if any.
         """
 
     def move(self, bank: int, source: int, target: int) -> None:
-        """Copy one slot to another before the next kernel runs.
+        """Copy the contents of one slot to another before the next kernel runs.
 
         Raises:
             StoreError: The copy failed.
@@ -70,7 +70,7 @@ class TransferEngine:
 
     Args:
         copier: Makes the copies.
-        page_bytes: Bytes of one page, for the counters.
+        page_bytes: Size of one page in bytes, for the counters.
     """
 
     def __init__(self, copier: Copier, page_bytes: int) -> None:
@@ -80,7 +80,7 @@ class TransferEngine:
 
     @property
     def busy(self) -> bool:
-        """True if prefetches are queued whose pages have not been needed yet."""
+        """True if there are prefetches in flight: queued, and not yet completed or settled."""
         return bool(self._queued)
 
     @property
@@ -89,13 +89,13 @@ class TransferEngine:
         return self._copier.stall_seconds
 
     def reset(self) -> None:
-        """Settle everything and reset the counters."""
+        """Settle all slots and reset the counters."""
         self.settle_all()
         self.bytes_demand = self.bytes_prefetch = 0
         self._copier.stall_seconds = 0.0
 
     def demand(self, loads: Loads) -> None:
-        """Copy before the slots are read next.
+        """Copy pages before their slots are read next.
 
         Raises:
             StoreError: A page could not be read; which of the others were copied is undefined.
@@ -105,7 +105,7 @@ class TransferEngine:
         self.bytes_demand += len(loads) * self._page_bytes
 
     def prefetch(self, loads: Loads) -> None:
-        """Queue copies in order. A failed copy is repeated when its page is needed."""
+        """Queue copies in the given order. A failed copy is repeated when its page is needed."""
         self._settle_for(loads)
         copies = self._copier.prefetch(loads)
         for slot, copy in zip(loads.slots.tolist(), copies, strict=True):
@@ -114,9 +114,9 @@ class TransferEngine:
         self.bytes_prefetch += len(loads) * self._page_bytes
 
     def complete(self, bank: int, page: int, slot: int) -> None:
-        """Ensure that a prefetched page has arrived if it is still in flight.
+        """Ensure that a page arrives if its prefetch is still in flight.
 
-        A copy that has not begun or has failed is made immediately.
+        If the copy has not begun or has failed, the page is copied immediately.
 
         Raises:
             StoreError: The page could not be read, even on the second attempt.
@@ -138,9 +138,9 @@ class TransferEngine:
         self._copier.move(bank, source, target)
 
     def settle_from(self, bank: int, first: int) -> None:
-        """Ensure that no copy into slots ``first …`` of a bank is running or queued.
+        """Ensure that no copy into a bank's slots from ``first`` on is running or queued.
 
-        On a device, a copy that has begun may continue: unmapping waits for all work on it.
+        On a device, a copy that has begun may continue: unmapping memory waits for all work on it.
         """
         for key in [key for key in self._queued if key[0] == bank and key[1] >= first]:
             self._settle(*key)

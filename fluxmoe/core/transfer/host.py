@@ -1,11 +1,12 @@
-"""HostCopier: copies pages into slots in host memory with a pool of threads.
+"""The class ``HostCopier``: copies pages into slots in host memory with a pool of threads.
 
-``TransferEngine`` decides on the pages and their order. The copier for CUDA devices is in
+``TransferEngine`` chooses the order of the copies. The copier for CUDA devices is in
 ``cuda.streams``.
 
-All threads are started by the constructor: one that failed to start later would leave a job behind
-whose slot has long been assigned to another page. No caller waits for a job forever, even if its
-thread dies: a job that has not begun can be withdrawn, and one that has begun always ends.
+The constructor starts all threads: if a thread were started later and that failed, a job would be
+left behind whose slot may since have been assigned to another page. No caller waits for a job
+forever, even if the job's thread dies: a job that has not begun can be withdrawn, and a job that
+has begun always ends.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from fluxmoe.core.types import Bytes, Loads
 from fluxmoe.errors import ConfigError, StoreError
 from fluxmoe.words import line
 
-#: Least bytes that are handed to a thread if they are only to be copied: waking it takes 40 µs.
+#: Minimum number of bytes to hand to a thread if they need only be copied: waking a thread takes
+#: 40 µs.
 _SHARE = 1 << 20
 
 
 class CopyJob:
-    """A copy job, either run by a thread or withdrawn by the caller that ordered it."""
+    """A copy job, which either a thread runs or the caller that ordered the job withdraws."""
 
     def __init__(self, make: Callable[[], None]) -> None:
         self._make = make
@@ -38,7 +40,7 @@ class CopyJob:
         self._error: BaseException | None = None
 
     def withdraw(self) -> bool:
-        """Cancel the job if no thread has begun it; True if it was cancelled."""
+        """Cancel the job if no thread has begun it; return True if the job was cancelled."""
         with self._lock:
             self._withdrawn = not self._begun
             return self._withdrawn
@@ -53,7 +55,7 @@ class CopyJob:
         return error
 
     def run(self) -> None:
-        """Run the job unless it was withdrawn. Called by a copy thread."""
+        """Run the job unless it was withdrawn. Copy threads call this method."""
         with self._lock:
             if self._withdrawn:
                 return
@@ -65,14 +67,14 @@ class CopyJob:
         self._ended.set()
 
     def abandon(self) -> None:
-        """End the job with an error because its thread is about to die."""
+        """End the job with an error, because its thread is about to die."""
         if not self._ended.is_set():
             self._error = StoreError("the copy thread died")
             self._ended.set()
 
 
 class CopyPool:
-    """Pool of ``count`` threads that make copies in the order requested.
+    """Pool of ``count`` threads, which make copies in the order in which they were requested.
 
     Raises:
         ConfigError: This many threads cannot be started.
@@ -124,12 +126,12 @@ def _work(orders: SimpleQueue[CopyJob | None]) -> None:
 
 
 class HostCopier:
-    """Copies with the CPU, in the caller's thread and in copy threads.
+    """A copier that uses the CPU: the caller's thread and copy threads.
 
     Args:
         store: Source of the pages.
-        rows: Per bank and part, the arena as uint8 ``[slots, part bytes]``.
-        threads: Number of copy threads; with 0 the caller copies prefetches immediately.
+        rows: For each bank and part, the arena as uint8 ``[slots, part bytes]``.
+        threads: Number of copy threads; with 0, the caller copies prefetched pages immediately.
 
     Raises:
         ConfigError: This many threads cannot be started.
@@ -151,7 +153,7 @@ class HostCopier:
         others = [(self._copiers.order(partial(self._copy, part)), part) for part in rest]
         try:
             self._copy(loads[:share])
-            for copy, part in others:  # do not wait for threads busy with prefetches
+            for copy, part in others:  # do not wait for threads that are busy with prefetches
                 if copy.withdraw():
                     self._copy(part)
         finally:
@@ -171,7 +173,7 @@ class HostCopier:
         try:
             make()
         except StoreError:
-            return CopyJob(make)  # repeated when its page is needed
+            return CopyJob(make)  # not begun, so the copy is repeated when its page is needed
         return None
 
     def arrive(self, copy: PendingCopy) -> Exception | None:

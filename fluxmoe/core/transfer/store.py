@@ -1,4 +1,4 @@
-"""The contract of stores: write the parts of pages into rows provided by the caller."""
+"""The contract of stores: they write the parts of pages into rows that the caller provides."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
 from fluxmoe.words import line
 
-#: Copies page ``pages[i]`` into row ``slots[i]``, for all ``i``; from several threads at a time.
+#: Copies page ``pages[i]`` into row ``slots[i]`` for all ``i``. Several threads call it at once.
 Reader = Callable[[Int64s, Int64s], None]
-#: Takes a page's new contents, one uint8 row per part, which may change afterwards.
+#: Takes a page and its new contents, one uint8 row per part. The rows may change afterwards.
 Put: TypeAlias = Callable[[int, Sequence[Bytes]], None]
 
 
 class Store(Protocol):
-    """Read-only source of expert pages. ``read_into`` is called concurrently by several threads."""
+    """A read-only source of expert pages. Several threads call ``read_into`` concurrently."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory or disk occupied by the store."""
+        """The bytes of memory or disk space that the store occupies."""
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """Copy a page into ``parts``, one uint8 row per part of the page class, in order.
@@ -39,12 +39,13 @@ class ChangingStore(Store, Protocol):
     """A store whose pages can be replaced."""
 
     def update(self) -> AbstractContextManager[Put]:
-        """Replace the pages put within the ``with`` block at its end, or none if it raises.
+        """Replace all pages that are put within the ``with`` block when the block ends.
 
-        Until its end, ``read_into`` returns the old pages. No page may be read during its end.
+        If the block raises an exception, no page is replaced. Until the block ends, ``read_into``
+        reads the old pages. No page may be read while the block's end replaces the pages.
 
         Raises:
-            StoreError: A page cannot be kept, or was put twice; nothing has changed.
+            StoreError: A page cannot be kept or was put twice. No page was replaced.
         """
 
 
@@ -53,10 +54,14 @@ class BatchStore(Store, Protocol):
     """A store that reads many pages in one call."""
 
     def reader(self, arenas: Sequence[Bytes]) -> Reader:
-        """Make a reader into ``arenas``, one uint8 ``[slots, part bytes]`` per part, in order.
+        """Make a reader that copies pages into ``arenas``.
 
-        It raises StoreError if a page could not be read; which of the others were copied is
-        undefined. The arenas' memory must stay where it is for as long as the reader is used.
+        The reader raises StoreError if a page could not be read; which of the other pages were
+        copied is then undefined.
+
+        Args:
+            arenas: One array uint8 ``[slots, part bytes]`` per part, in order. Their memory must
+                stay where it is for as long as the reader is used.
         """
 
 
@@ -65,7 +70,7 @@ class AddressedStore(Store, Protocol):
     """A store whose pages are in page-locked memory, where a device can fetch them directly."""
 
     def addresses(self, page: int) -> Sequence[int]:
-        """Start addresses of a page's parts, in order, valid until the store is closed.
+        """Return the start addresses of a page's parts, in order, valid until the store is closed.
 
         Raises:
             StoreError: The page is not in the store.
@@ -83,7 +88,7 @@ def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
 
 
 def reader(store: Store, arenas: Sequence[Bytes]) -> Reader:
-    """Make a reader of a store's pages; any exception while it reads becomes a StoreError."""
+    """Make a reader of a store's pages that turns any exception into a StoreError."""
     if isinstance(store, BatchStore):
         return partial(_together, store.reader(arenas))
     return partial(_one_by_one, store, arenas)

@@ -1,4 +1,4 @@
-"""The built-in lossless codecs for expert pages, registered by the same hook as plugins'."""
+"""The built-in lossless codecs for expert pages, registered by the hook that plugins use too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxmoe.stores.codec.base import Codec
 
 
 class NoCodec(Codec):
-    """Keeps pages unchanged."""
+    """A codec that leaves pages unchanged."""
 
     def encode(self, raw: Bytes) -> Bytes:
         """Return an empty array, so that ``raw`` itself is kept."""
@@ -23,8 +23,8 @@ class NoCodec(Codec):
 
 
 def make_fixed4() -> Codec:
-    """Fixed-width code for bf16 exponents: 0.77 of the size, decodes as fast as a copy."""
-    from fluxmoe.stores.codec.fixed4 import Fixed4  # importing numba and LLVM takes half a second
+    """Fixed-width code for bf16 exponents: 0.77 of the size, decoded as fast as a copy."""
+    from fluxmoe.stores.codec.fixed4 import Fixed4  # here, as numba and LLVM take 0.5 s to import
 
     return Fixed4()
 
@@ -32,7 +32,7 @@ def make_fixed4() -> Codec:
 @hookimpl
 def fluxmoe_register_codecs(register: Register) -> None:
     """Register the built-in codecs."""
-    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # imports pydantic; Codec does not
+    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # here, as it imports pydantic
 
     register("none", NoCodec)
     register("fixed4", make_fixed4)

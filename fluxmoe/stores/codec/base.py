@@ -8,25 +8,25 @@ from fluxmoe.core.types import Bytes
 
 
 class Codec(ABC):
-    """Encodes an array of bytes in fewer bytes, and decodes it exactly.
+    """A lossless code: encodes an array of bytes in fewer bytes and restores the array exactly.
 
     One object serves all threads of a process. Both methods should release the GIL; otherwise
-    copies are serialised.
+    concurrent copies run one after another.
     """
 
     @abstractmethod
     def encode(self, raw: Bytes) -> Bytes:
         """Encode ``raw``, one part of an expert page.
 
-        The result may be longer than ``raw``, or empty if encoding gains nothing: stores then keep
-        ``raw`` itself. It must not be a view of ``raw``.
+        If encoding gains nothing, the result may be empty or longer than ``raw``; stores then keep
+        ``raw`` itself. The result must not be a view of ``raw``.
         """
 
     @abstractmethod
     def decode(self, coded: Bytes, out: Bytes) -> None:
-        """Write the decoded bytes to ``out``, which has exactly their size.
+        """Write the decoded bytes to ``out``, which has exactly the size of the original.
 
         Raises:
-            CodecError: ``coded`` is damaged or does not fit ``out``, whose contents are then
-                undefined.
+            CodecError: ``coded`` is damaged, or its original has another size than ``out``. The
+                contents of ``out`` are then undefined.
         """

@@ -1,7 +1,7 @@
-"""``fixed4``: lossless bf16 in three quarters of the size, one format for CPU and GPU.
+"""The codec ``fixed4``: lossless bf16 in about three quarters of the size, for CPUs and GPUs.
 
-docs/concepts/lossless-code.md defines the format byte by byte, with the same names of sections and
-fields.
+docs/concepts/lossless-code.md defines the format byte by byte and uses the same names for sections
+and fields.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fluxmoe.stores.codec.base import Codec
 _TRAILER = struct.Struct("<4sHxx6IQ16xQ")
 _MAGIC, _VERSION = struct.pack("<I", kernel.MAGIC), kernel.VERSION
 
-# From this size in bytes, decoded weights bypass the caches: an event's other experts would evict
-# them before a kernel reads them, and non-temporal stores are faster.
+# From this size in bytes on, decoded weights bypass the caches: the event's other experts would
+# evict the weights before a kernel reads them, and non-temporal stores are faster.
 _PAST_CACHES = 1 << 18
 _LINE = 64
 
@@ -36,7 +36,7 @@ class Layout:
     Attributes:
         rows, cols: Shape of the matrix.
         raw: Number of raw segments.
-        tail: Bytes in the tail.
+        tail: Number of bytes in the tail.
     """
 
     rows: int
@@ -90,11 +90,11 @@ class Facts:
 
 
 class Fixed4(Codec):
-    """Fixed-width code for bf16 exponents: 0.77 of the size, decodes as fast as a copy.
+    """Fixed-width code for bf16 exponents: 0.77 of the size, decoded as fast as a copy.
 
     Args:
-        cols: Number of columns of the matrix that a part is interpreted as, a multiple of 64. 128
-            always works; the weight's own number lets a GPU kernel read the block in place.
+        cols: Number of columns of the matrix as which a part is interpreted, a multiple of 64. 128
+            always works; with the weight's own number, a GPU kernel can read the block in place.
 
     Raises:
         CodecError: ``cols`` is not a positive multiple of 64.
@@ -106,7 +106,10 @@ class Fixed4(Codec):
         self._cols = cols
 
     def encode(self, raw: Bytes) -> Bytes:
-        """Encode ``raw``, uint8 of any length, as a block; empty if it would not be shorter."""
+        """Encode ``raw``, uint8 of any length, as a block.
+
+        The result is empty if the block would not be shorter than ``raw``.
+        """
         rows = len(raw) // 2 // self._cols
         weights = rows * self._cols
         tail = len(raw) - 2 * weights
@@ -147,7 +150,7 @@ class Fixed4(Codec):
         """Decode a block, encoded with any ``cols``, to the uint8 array ``out``.
 
         Raises:
-            CodecError: The block is damaged or its data does not have the size of ``out``.
+            CodecError: The block is damaged, or its data does not have the size of ``out``.
         """
         if len(coded) < _TRAILER.size or len(coded) % 16:
             raise CodecError(f"{len(coded)} bytes are too short for a block")
@@ -177,10 +180,10 @@ def _problem(result: int, coded: Bytes, wanted: int) -> CodecError:
 
 
 def inspect(block: Bytes) -> Facts:
-    """Read a block's trailer, but none of its sections.
+    """Read only a block's trailer.
 
     Raises:
-        CodecError: The block is not a complete block of this format.
+        CodecError: ``block`` is not a complete block of this format.
     """
     size = len(block)
     if size < _TRAILER.size or size % 16:
@@ -203,6 +206,6 @@ def _whole(nbytes: int) -> int:
 
 
 def _as(dtype: type[np.generic], array: Bytes) -> npt.NDArray[Any]:
-    """View ``array`` as ``dtype``; copy it if it is not aligned for numba."""
+    """View ``array`` as ``dtype``; copy ``array`` first if its memory is not aligned for numba."""
     numbers = array.view(dtype)
     return numbers if numbers.flags.aligned else array.copy().view(dtype)

@@ -1,7 +1,7 @@
-"""The fixed4 code, segment by segment: numba loops over the steps of ``vector``.
+"""Encoding and decoding of fixed4 blocks: numba loops that call the steps in ``vector``.
 
-All arrays belong to the caller and are views of one block (docs/concepts/lossless-code.md) and its
-weights. ``decode`` validates everything it reads from a block.
+All arrays belong to the caller and are views of one block (docs/concepts/lossless-code.md) or of
+its weights. ``decode`` validates everything that it reads from a block.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fluxmoe.stores.codec.vector import (
 
 U16s: TypeAlias = npt.NDArray[np.uint16]
 U32s: TypeAlias = npt.NDArray[np.uint32]
-#: An integer or a bool: numba's types differ from those of Python and numpy.
+#: An integer and a bool: numba's types differ from those of Python and numpy.
 Int: TypeAlias = Any
 Bool: TypeAlias = Any
 
 #: Return values of ``decode`` on failure.
 MISFIT, WRONG_SUM, NO_POOL_ROW = -1, -2, -3
 
-#: The trailer: its number of words and the first two of them.
+#: The trailer's number of words, and the values of its first two words.
 TRAILER, MAGIC, VERSION = 16, 0x344D5846, 1
 
 _RAW = 1 << 31
@@ -48,9 +48,9 @@ _AHEAD = 1536  # words between decoding and prefetching
 
 @jit
 def checksum(words: U32s, first: Int, end: Int) -> Int:
-    """Contribution of words ``first … end - 1`` to a block's checksum, uint64."""
+    """Compute the contribution of words ``first … end - 1`` to a block's checksum, uint64."""
     total = np.uint64(0)
-    part = words[first:end]  # numba knows that indices from 0 to its size do not wrap around
+    part = words[first:end]  # numba knows that indices from 0 to the size do not wrap around
     for i in range(part.size):
         total += np.uint64(part[i]) * np.uint64(np.uint32(2 * (first + i) + 1))
     return total
@@ -58,14 +58,14 @@ def checksum(words: U32s, first: Int, end: Int) -> Int:
 
 @jit
 def _column(place: Int) -> Int:
-    """Column (of 64) of byte ``place`` in tile order."""
+    """Return the column, from 0 to 63, of byte ``place`` in tile order."""
     byte = place & 3
     return 8 * (place >> 2 & 7) + 4 * (place >> 5) + ((byte & 1) << 1 | byte >> 1)
 
 
 @jit
 def _escape(weights: U16s, at: Int, half: Int, base: Int, mask: Int) -> Int:
-    """Header bits for the only out-of-range weight in ``mask``."""
+    """Return the header bits for the only out-of-range weight in ``mask``."""
     place = lowest_bit(mask)
     h = np.int64(weights[at + 64 * half + _column(place)] >> 8 & 127)
     x = ((base + ((h - base) & 7)) ^ h) >> 3
@@ -75,7 +75,9 @@ def _escape(weights: U16s, at: Int, half: Int, base: Int, mask: Int) -> Int:
 
 @jit
 def _lower_base(weights: U16s, at: Int, halves: Int, base: Int, counts: Int64s) -> Int:
-    """Find the highest base below ``base`` with at most one escape per half; −1 if there is none.
+    """Find the highest base below ``base`` with at most one escape per half.
+
+    The result is −1 if there is none.
 
     Args:
         counts: Scratch for ``[2, 128]`` numbers.
@@ -115,17 +117,17 @@ def encode(
     counts: Int64s,
     found: Int64s,
 ) -> Int:
-    """Write tiles, headers, flags and pool of ``weights`` ``[rows, cols]``.
+    """Write the tiles, headers, flags and pool of ``weights``, an array ``[rows, cols]``.
 
     Args:
-        words: ``block`` viewed as words.
-        headers, flags, pool: Offsets of these sections in bytes.
+        words: ``block``, viewed as words.
+        headers, flags, pool: Offsets of these sections, in bytes.
         pool_rows: Maximum number of raw segments.
         counts: Scratch for 256 numbers.
         found: Filled with the numbers of escapes and zero-coded segments.
 
     Returns:
-        The number of raw segments, or −1 if they exceed ``pool_rows``.
+        The number of raw segments, or −1 if there are more than ``pool_rows``.
     """
     tiles, segments = cols // 64, (cols + 127) // 128
     headers, pool = headers // 4, pool // 4
@@ -142,7 +144,7 @@ def encode(
                 b0, n0 = a0 + 8 * height, a0 + 16 * height
                 next_tile = _TILE * height if halves == 2 else 0
                 a1, b1, n1 = a0 + next_tile, b0 + next_tile, n0 + next_tile
-                second = at + 64 * (halves - 1)  # equals the first if there is only one half
+                second = at + 64 * (halves - 1)  # equals ``at`` if there is only one half
                 top = max(highest(weights, at), highest(weights, second))
                 base = max(np.int64(top) - 7, np.int64(0))
                 low = encode_plain(weights, at, np.uint8(base), words, a0, b0, n0)
@@ -199,12 +201,12 @@ def decode(words: U32s, nbytes: Int, out: U16s, past_caches: bool) -> Int:
 
     Args:
         words: The block, at least 16 words.
-        nbytes: Expected size of the decoded data in bytes.
-        out: Filled with the weights; has room for the complete words of the tail as well.
-        past_caches: Bypass the caches when writing; ``out`` must be aligned to 64 bytes.
+        nbytes: Expected size of the decoded data, in bytes.
+        out: Filled with the weights; also has room for the complete 16-bit words of the tail.
+        past_caches: Bypass the caches when writing; ``out`` must then be aligned to 64 bytes.
 
     Returns:
-        Bytes of the tail, which is not copied, or MISFIT, WRONG_SUM or NO_POOL_ROW.
+        The size in bytes of the tail, which is not copied, or MISFIT, WRONG_SUM or NO_POOL_ROW.
     """
     trailer = words.size - TRAILER
     if words[trailer] != np.uint32(MAGIC) or words[trailer + 1] != np.uint32(VERSION):
@@ -213,7 +215,7 @@ def decode(words: U32s, nbytes: Int, out: U16s, past_caches: bool) -> Int:
     cols: Int = np.int64(words[trailer + 3])
     pool_rows: Int = np.int64(words[trailer + 4])
     tail: Int = np.int64(words[trailer + 5])
-    if cols == 0 or cols % 64 != 0 or rows > nbytes // (2 * cols):  # so no product overflows
+    if cols == 0 or cols % 64 != 0 or rows > nbytes // (2 * cols):  # else products may overflow
         return MISFIT
     if 2 * rows * cols + tail != nbytes:
         return MISFIT

@@ -1,11 +1,11 @@
 """Steps of the fixed4 code that process 64 weights at once, as LLVM vectors.
 
-Numba cannot vectorise these loops because each step distributes the bytes of its weights to three
+Numba cannot vectorise such loops because each step distributes the bytes of its weights to three
 places. So these few steps are written as LLVM vectors, which LLVM maps to the processor's
 instructions: about 15 per step with AVX-512 VBMI.
 
-Within a step the weights of 64 columns are in the order of the tile's words: byte ``i`` of a vector
-is byte ``i`` of the eight words of plane A, followed by those of plane B
+Within a step, the weights of 64 columns are in the order of the tile's words: bytes 0 to 31 of a
+vector are the bytes of the eight words of plane A, and bytes 32 to 63 are those of plane B
 (docs/concepts/lossless-code.md).
 """
 
@@ -18,13 +18,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-#: Byte of a word → column among its four.
+#: Byte of a word → column among the word's four columns.
 COLUMNS = (0, 2, 1, 3)
 
 _i1, _i8, _i16, _i32, _i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _SIDES = 8  # words in plane A and in plane B
 
-#: Byte of a vector → column among the 64.
+#: Byte of a vector → column among the 64 columns.
 _COLUMN = [8 * (i % 32 // 4) + 4 * (i // 32) + COLUMNS[i % 4] for i in range(64)]
 
 
@@ -63,7 +63,7 @@ def _store(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, *, past_caches: 
 def _join(
     b: ir.IRBuilder, low: ir.Value, high: ir.Value, out: Callable[[int], ir.Value], past: bool
 ) -> None:
-    """Write 64 weights in column order from the vectors of their bytes."""
+    """Write 64 weights in column order, given the vectors of their low and high bytes."""
     order = [_COLUMN.index(column) for column in range(64)]
     for first in (0, 32):
         places = [place for i in order[first : first + 32] for place in (i, 64 + i)]
@@ -111,10 +111,10 @@ def _decoder(*, zero: bool, past_caches: bool) -> Any:
 #: ``(words, a, b, nibbles, base, out, at)``: decode 64 weights from the words at ``a``, ``b`` and
 #: ``nibbles`` of the uint32 array ``words`` to ``out[at:]``, uint16.
 decode_plain = _decoder(zero=False, past_caches=False)
-#: The same under the zero code.
+#: As ``decode_plain``, but for the zero code.
 decode_zero = _decoder(zero=True, past_caches=False)
-#: As ``decode_plain``, but bypasses the caches, without first fetching lines into them.
-#: ``out[at:]`` must be aligned to 64 bytes; end with ``fence``.
+#: As ``decode_plain``, but writes past the caches and does not first fetch lines into them.
+#: ``out[at:]`` must be aligned to 64 bytes. Call ``fence`` after the last call.
 decode_past_caches = _decoder(zero=False, past_caches=True)
 
 
@@ -122,7 +122,7 @@ decode_past_caches = _decoder(zero=False, past_caches=True)
 def decode_raw(
     typing: Any, words: Any, a: Any, b: Any, high_a: Any, high_b: Any, out: Any, at: Any
 ) -> Any:
-    """``(words, a, b, high_a, high_b, out, at)``: the same with uncoded high bytes."""
+    """``(words, a, b, high_a, high_b, out, at)``: as ``decode_plain``, with uncoded high bytes."""
     signature = types.void(
         words, types.int64, types.int64, types.int64, types.int64, out, types.int64
     )
@@ -142,7 +142,7 @@ def decode_raw(
 
 
 def _bytes_of(b: ir.IRBuilder, pointer: ir.Value, which: int) -> ir.Value:
-    """Low (0) or high (1) bytes of 64 weights, in tile order."""
+    """Load the low (0) or high (1) bytes of 64 weights, in tile order."""
     halves = [
         _load(b, b.gep(pointer, [ir.Constant(_i64, i)]), ir.VectorType(_i8, 64)) for i in (0, 32)
     ]
@@ -155,7 +155,7 @@ def _exponents(b: ir.IRBuilder, high: ir.Value) -> ir.Value:
 
 @intrinsic
 def highest(typing: Any, weights: Any, at: Any) -> Any:
-    """``(weights, at)``: the highest ``h`` of the 64 uint16 weights ``weights[at:]``."""
+    """``(weights, at)``: the highest ``h`` of the 64 uint16 weights from ``weights[at]`` on."""
     signature = types.uint8(weights, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -209,11 +209,11 @@ def _encoder(*, zero: bool) -> Any:
     return intrinsic(step)
 
 
-#: ``(weights, at, base, words, a, b, nibbles)``: encode the 64 uint16 weights ``weights[at:]`` to
-#: the words at ``a``, ``b`` and ``nibbles``. Returns the mask of those out of range of
-#: ``base``: bit ``i`` for byte ``i`` of plane A, bit ``32 + i`` for byte ``i`` of plane B.
+#: ``(weights, at, base, words, a, b, nibbles)``: encode the 64 uint16 weights from ``weights[at]``
+#: on to the words at ``a``, ``b`` and ``nibbles``. Returns the mask of the weights that are out of
+#: the range of ``base``: bit ``i`` for byte ``i`` of plane A, bit ``32 + i`` for byte ``i`` of B.
 encode_plain = _encoder(zero=False)
-#: The same under the zero code.
+#: As ``encode_plain``, but for the zero code.
 encode_zero = _encoder(zero=True)
 
 
@@ -236,7 +236,7 @@ def high_bytes(typing: Any, weights: Any, at: Any, words: Any, a: Any, b: Any) -
 
 @intrinsic
 def lowest_bit(typing: Any, mask: Any) -> Any:
-    """``(mask)``: the index of the lowest set bit of a nonzero uint64."""
+    """``(mask)``: the index of the lowest set bit of ``mask``, a nonzero uint64."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return b.cttz(args[0], ir.Constant(_i1, 1))
@@ -246,7 +246,7 @@ def lowest_bit(typing: Any, mask: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, words: Any, at: Any) -> Any:
-    """``(words, at)``: prefetch ``words[at]``, which need not exist."""
+    """``(words, at)``: prefetch ``words[at]``; ``at`` may be out of range."""
     signature = types.void(words, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:

@@ -1,7 +1,8 @@
-"""``zipnn``: the entropy coder of the package ``zipnn``, for rarely needed pages.
+"""The codec ``zipnn``: the entropy coder of the package ``zipnn``, for rarely needed pages.
 
-Smaller than ``fixed4`` but much slower. Its decoder is C code that does not validate its input, so
-a block here starts with 16 bytes: length of the rest (u64), its CRC-32 (u32), 0.
+Its blocks are smaller than those of ``fixed4``, but decoding is much slower. The decoder is C code
+that does not validate its input. So this module puts 16 bytes before the package's output: the
+length of that output (u64), its CRC-32 (u32), and a zero (u32).
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class ZipNNOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the weights; data of other types is coded too, but hardly compressed."""
+    """Type of the weights; data of other types is encoded too, but hardly gets smaller."""
 
 
 class ZipNN(Codec):
-    """Huffman code of the exponents: 0.67 of the size, a quarter of the speed of a copy.
+    """Huffman code of the exponents: 0.67 of the size, decoded at a quarter of a copy's speed.
 
     Args:
         dtype: Type of the weights.
@@ -51,7 +52,7 @@ class ZipNN(Codec):
         self._package, self._dtype = zipnn, dtype
 
     def encode(self, raw: Bytes) -> Bytes:
-        """Encode ``raw`` as a block; empty if ``raw`` is empty."""
+        """Encode ``raw`` as a block; the result is empty if ``raw`` is."""
         if not len(raw):
             return np.empty(0, np.uint8)
         coded = self._coder().compress(bytearray(raw))  # a copy, because zipnn modifies its input
@@ -62,7 +63,7 @@ class ZipNN(Codec):
         """Decode a block made by ``encode``.
 
         Raises:
-            CodecError: The block is damaged or its data does not have the size of ``out``.
+            CodecError: The block is damaged, or its data does not have the size of ``out``.
         """
         if len(coded) < _HEAD.size:
             raise CodecError(f"{len(coded)} bytes are too short for a block")
@@ -76,5 +77,5 @@ class ZipNN(Codec):
         out[:] = np.frombuffer(raw, np.uint8)
 
     def _coder(self) -> Any:
-        # A new one for each call: coders keep state per array, so threads must not share one.
+        # Each call gets a new coder: coders keep state per array, so threads must not share one.
         return self._package.ZipNN(input_format="byte", bytearray_dtype=self._dtype)

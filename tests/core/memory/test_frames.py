@@ -28,7 +28,7 @@ def test_the_ledger_is_the_budget(pool):
 
 def test_taking_more_than_is_free_takes_nothing(pool):
     pool.take("a", 6)
-    with pytest.raises(OutOfFramesError, match=r"b asked for 3 frames of 4KiB, 2 of 8"):
+    with pytest.raises(OutOfFramesError, match=r"b asked for 3 frames of 4KiB, but only 2 of 8"):
         pool.take("b", 3)
     assert (pool.free, pool.owned_by("b")) == (2, 0)
     assert pool.take("b", 2).tolist() == [6, 7]
@@ -82,7 +82,7 @@ def test_a_budget_below_the_number_of_frames(pool):
     pool.set_limit(5)
     assert (pool.nbytes, pool.free) == (5 * 4096, 5)
     pool.take("a", 4)
-    with pytest.raises(OutOfFramesError, match=r"2 frames of 4KiB, 1 of 5 are free"):
+    with pytest.raises(OutOfFramesError, match=r"2 frames of 4KiB, but only 1 of 5 are free"):
         pool.take("b", 2)
     pool.set_limit(8)
     assert pool.take("b", 4).tolist() == [4, 5, 6, 7]

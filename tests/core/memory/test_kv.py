@@ -164,7 +164,7 @@ def test_a_group_that_does_not_exist_is_refused(setup):
     s = setup()
     for groups in ([4], [0, -1]):
         for change in (s.kv.commit, s.kv.free):
-            with pytest.raises(InvariantError, match="outside 0…3"):
+            with pytest.raises(InvariantError, match="within 0…3"):
                 change(groups)
     s.check()
 

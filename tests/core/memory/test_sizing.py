@@ -100,7 +100,7 @@ def test_targets_beyond_the_budget_say_both_and_the_way_out(experts, kv):
     with pytest.raises(ConfigError) as info:
         split(60, experts, kv)
     assert not isinstance(info.value, BudgetTooSmallError)
-    assert "need 61.0 MiB, the budget has 60.0 MiB" in info.value.what
+    assert "need 61.0 MiB, but the budget has 60.0 MiB" in info.value.what
     assert info.value.where == "memory"
     assert "memory.experts.target" in info.value.fix
     assert "memory.kv.target" in info.value.fix

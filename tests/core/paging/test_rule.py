@@ -363,7 +363,7 @@ def test_8_a_bank_never_has_fewer_slots_than_one_layers_experts():
 def test_8_a_simulated_capacity_below_the_largest_event_is_an_error():
     rule = make(slots=2, minimum=2)
     run(rule, 0, 0, 1)
-    with pytest.raises(CapacityError, match="3 experts does not fit 2 slots"):
+    with pytest.raises(CapacityError, match="3 experts does not fit into 2 slots"):
         run(rule, 1, 0, 1, 2)
 
 

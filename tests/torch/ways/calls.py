@@ -196,7 +196,7 @@ def data_parallel(use: Use) -> Any:
 
 @contextlib.contextmanager
 def group(use: Use) -> Iterator[None]:
-    """Make a group of this process alone."""
+    """Make a process group that consists of this process."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{use.folder}/meet", rank=0, world_size=1
     )

@@ -19,7 +19,7 @@ def jit_trace(use: Use) -> None:
         lambda: torch.jit.trace(use.model, IDS, strict=False),
         lambda: torch.jit.trace_module(use.layers[1].mlp, {"forward": states}),
     )
-    use.model.requires_grad_(False)  # or torch refuses the gate
+    use.model.requires_grad_(False)  # otherwise, torch refuses the gate
     use.refuses(lambda: torch.jit.trace(lambda x: block(x), states))
 
 

@@ -1,4 +1,4 @@
-"""Ways to copy a model and to hand it to other processes."""
+"""Ways to copy a model and to pass it to other processes."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def compiled_before(use: Use) -> Any:
 @slow
 @pages_itself
 def compiled_threads(use: Use) -> None:
-    """Another thread enters while the first is between the compiled graph's events, by any way."""
+    """Another thread enters, in any way, while the first is between a compiled graph's events."""
     torch._dynamo.reset()
     layers = use.model.model
     use.page()

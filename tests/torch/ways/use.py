@@ -1,4 +1,4 @@
-"""A model that a way is tried on: unpaged for the right answer, then paged."""
+"""A model on which a way is tried: first unpaged, for the right answer, and then paged."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Use:
 
     Attributes:
         model: The model.
-        stock: A model with the same weights, never paged.
+        stock: A model with the same weights that is never paged.
         folder: An empty folder.
-        checkpoint: The checkpoint that the model is from.
-        handle: The handle; None while unpaged.
-        code: Code of all refusals.
+        checkpoint: The checkpoint from which the model was loaded.
+        handle: The handle; None while the model is not paged.
+        code: The code that all refusals have.
         refused: Number of refusals so far.
         stays_unpaged: True for the run that gives the right answer.
     """
@@ -63,7 +63,7 @@ class Use:
 
     @property
     def states(self) -> torch.Tensor:
-        """Hidden states ``[1, 6, hidden]``."""
+        """Make hidden states ``[1, 6, hidden]``."""
         draw = torch.Generator().manual_seed(1)
         states = torch.randn(1, 6, self.model.config.hidden_size, generator=draw)
         return states.to(self.model.dtype)
@@ -73,11 +73,11 @@ class Use:
             return (self.model if model is None else model)(IDS, use_cache=False).logits
 
     def other(self) -> Any:
-        """Another model with the same weights, which is not paged."""
+        """Load another model with the same weights, which is not paged."""
         return copy.deepcopy(self.stock)
 
     def refuses(self, *attempts: Callable[[], object]) -> None:
-        """Require that each attempt is refused by name, with a remedy."""
+        """Require that each attempt is refused with the code and a remedy."""
         for attempt in attempts:
             with pytest.raises(FluxMoEError) as caught:
                 attempt()
@@ -91,7 +91,7 @@ Way = Callable[[Use], Any]
 
 
 def pages_itself(way: Way) -> Way:
-    """Mark a way that begins before the model is paged."""
+    """Mark a way that starts with an unpaged model and pages the model itself."""
     way.pages_itself = True  # type: ignore[attr-defined]
     return way
 
@@ -103,6 +103,6 @@ def slow(way: Way) -> Way:
 
 
 def of_a_loaded_model(way: Way) -> Way:
-    """Mark a way of models from ``fluxmoe.load`` only."""
+    """Mark a way that applies only to models from ``fluxmoe.load``."""
     way.of_a_loaded_model = True  # type: ignore[attr-defined]
     return way

@@ -182,7 +182,7 @@ def edited_view(use: Use) -> None:
             view += 1
         use.refuses(use.run, lambda: use.layers[1].mlp(use.states))
         use.close()
-        assert not torch.equal(use.run(), right)  # the answer of stock after the edit
+        assert not torch.equal(use.run(), right)  # the stock model's answer after the edit
 
 
 @pages_itself
@@ -208,7 +208,7 @@ def edited_memory(use: Use) -> None:
             for part in ("gate_up_proj", "down_proj")
         }
         use.handle.update_weights(rows)
-        use.handle.check()  # the new weights are no edit
+        use.handle.check()  # new weights do not count as an edit
         use.close()
 
 

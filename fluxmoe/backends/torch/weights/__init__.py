@@ -1,1 +1,1 @@
-"""The weights of a paged model: its own are sealed, new ones are taken over by one door."""
+"""The weights of a paged model: its own weights are sealed, and ``update`` takes over new ones."""

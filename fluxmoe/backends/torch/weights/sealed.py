@@ -1,10 +1,11 @@
-"""The experts' own weights while FluxMoE computes with its copies of them.
+"""The experts' own weights, sealed while FluxMoE computes with copies of them.
 
-An edit of them would be lost or, where the store shares their memory, be mixed with pages copied
-before; of a loaded model they have no memory, and sums on the CPU ignore addends without memory. So
-they are sealed: their shape and type can be read, everything else is refused. Views of them that
-were made before cannot be sealed. They share their weights' version, which is watched. Arrays, and
-tensors such as ``weight.data``, share the memory only, of which a checksum is taken.
+An edit of these weights would be lost or, where the store shares the weights' memory, be mixed with
+pages copied earlier. The experts' weights of a loaded model have no memory, and sums on the CPU
+ignore addends without memory. The weights are therefore sealed: their shape and type can be read,
+and everything else is refused. Views made before paging cannot be sealed, but share the version
+counter of their weight, which is watched. Arrays, and tensors such as ``weight.data``, share only
+the memory, of which a checksum is taken.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from fluxmoe.core.paging.pager import EventWatcher, ExpertPager
 from fluxmoe.core.types import Ints
 from fluxmoe.errors import UnsupportedError
 
-#: The remedy for most that a paged model refuses.
-CLOSE = "close() its handle first; a model from fluxmoe.load() is in its checkpoint"
+#: The remedy for most operations that a paged model refuses.
+CLOSE = "close() its handle first; after fluxmoe.load(), use the weights in the checkpoint"
 
-#: Where the weights of a loaded model are, too: in a store.
+#: The place of the weights, including those of a loaded model, which are in a store.
 _IN_MEMORY = {
     torch.Tensor.device.__get__: torch.device("cpu"),
     torch.Tensor.is_cpu.__get__: True,
@@ -52,7 +53,7 @@ class Gone(Sealed):
 
 
 class Shared:
-    """A weight whose memory tensors or arrays from before paging share, by its checksum."""
+    """A weight that shares memory with tensors or arrays from before paging, and its checksum."""
 
     def __init__(self, layer: int, weight: torch.nn.Parameter) -> None:
         self._layer, self._weight = layer, weight.detach()
@@ -60,17 +61,17 @@ class Shared:
 
     @staticmethod
     def among(layers: Iterable[Iterable[torch.nn.Parameter]]) -> list[Shared]:
-        """Find such weights, per layer the experts', before anything of FluxMoE refers to them."""
+        """Find such weights among each layer's experts, before FluxMoE refers to any of them."""
         return [
             Shared(index, weight)
             for index, layer in enumerate(layers)
             for weight in layer
-            # One is the weight's, one this expression's.
+            # One reference is the weight's, and one is this expression's.
             if torch._C._storage_Use_Count(weight.untyped_storage()._cdata) > 2
         ]
 
     def updated(self, layers: Container[int]) -> None:
-        """Take over the new values of the weight if it belongs to one of ``layers``."""
+        """Accept the weight's new values if the weight belongs to one of ``layers``."""
         if self._layer in layers:
             self._checksum = self._sum()
 
@@ -84,13 +85,13 @@ class Shared:
 
 
 class Watched:
-    """A pager that refuses events of layers whose weights were edited through a view.
+    """A pager that refuses events for layers whose weights were edited through a view.
 
     Args:
         pager: The pager.
         lock: Lock of the model, which compiled passes claim.
-        layers: Per layer the experts' weights, not sealed yet. Edits of inference tensors cannot be
-            seen.
+        layers: The experts' weights of each layer, not sealed yet. Edits of inference tensors
+            cannot be detected.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Watched:
                 (weight, alias, alias._version)
                 for weight in layer
                 if not weight.is_inference()
-                for alias in [weight.detach()]  # is not sealed, and shares the version
+                for alias in [weight.detach()]  # not sealed, but shares the version
             ]
             for layer in layers
         ]
@@ -119,11 +120,11 @@ class Watched:
         self._pager.watcher = watcher
 
     def acquire(self, layer: int, ids: Ints, slots: Slots) -> None:
-        """As of the pager.
+        """Check the layer's weights and the ids, then acquire the pages from the pager.
 
         Raises:
-            UnsupportedError: A weight of the layer is not what it was, an id is not an expert's, or
-                another thread is in a compiled pass.
+            UnsupportedError: A weight of the layer has been changed, an id is not that of an
+                expert, or another thread is in a compiled pass.
         """
         self._lock.claim()
         for weight, alias, version in self._weights[layer]:
@@ -139,7 +140,7 @@ class Watched:
 
 @jit
 def any_negative(ids: Ints) -> bool:
-    """True if a number is below zero; numpy needs several times as long for a few."""
+    """True if a number is below zero. For few numbers, this is several times as fast as numpy."""
     for number in ids:  # noqa: SIM110
         if number < 0:
             return True
@@ -156,5 +157,5 @@ def _changed(layer: int) -> UnsupportedError:
 def _no_experts(layer: int) -> UnsupportedError:
     return UnsupportedError(
         f"layer {layer} was called with numbers that are not those of its experts",
-        fix="give integers from 0 to the number of its experts less one",
+        fix="give integers from 0 to the number of its experts minus one",
     )

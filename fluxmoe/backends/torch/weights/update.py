@@ -1,4 +1,4 @@
-"""New weights of a paged model: checked one by one, before any of them is taken over."""
+"""New weights of a paged model, all of which are checked before any is taken over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NewWeights:
         layers: Its expert layers, in order.
 
     Attributes:
-        others: Tensors of the model that are not experts', each with its new values.
+        others: Tensors of the model other than its experts, each with its new values.
         experts: Layer → new rows of its experts, uint8 ``[experts, part bytes]`` per part.
     """
 
@@ -41,10 +41,10 @@ class NewWeights:
         self.experts: dict[int, list[Bytes]] = {}
 
     def take_over(self, own: Sequence[Sequence[Bytes]], shared: Sequence[Shared]) -> None:
-        """Change the model's other tensors, and the experts that ``close`` restores.
+        """Write the new values to the model's other tensors, and to the experts for ``close``.
 
         Args:
-            own: Rows of the model's own experts per layer and part; empty if it has none.
+            own: Rows of the model's own experts, by layer and part; empty if the model has none.
             shared: Weights whose memory is shared with views from before paging.
         """
         with torch.inference_mode():
@@ -60,7 +60,7 @@ class NewWeights:
         """Check all weights, and pass the pages of experts to ``put``.
 
         Raises:
-            WeightsError: They do not fit the model.
+            WeightsError: The weights do not fit the model.
         """
         parts: dict[int, dict[str, Bytes]] = {}
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}

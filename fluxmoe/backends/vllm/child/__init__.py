@@ -1,4 +1,4 @@
 """vLLM in a child process, for commands that need an engine: the client and the engine.
 
-Imports vLLM in the child only.
+Only the child imports vLLM.
 """

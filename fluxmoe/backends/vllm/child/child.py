@@ -2,7 +2,7 @@
 
 By default the child runs vLLM in-process and single-threaded, so that two engines can be measured
 alternately on the same machine. Each engine needs its own process, because vLLM and OpenMP read
-their environment only once.
+environment variables only once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fluxmoe.findings import Findings
 
 __all__ = ["ENVIRONMENT", "ChildEngine", "Generation", "Prompt"]
 
-#: One thread and one process; the rest keeps vLLM quiet, offline and out of the home folder.
+#: Environment for one thread and one process. The other variables keep vLLM quiet and offline.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -53,7 +53,7 @@ def examine(
 
     Args:
         model, fluxmoe, options: As for ``ChildEngine``.
-        found: Where errors and notes are added.
+        found: Receives errors and notes.
         where: Name of the caller, for errors.
     """
     data = {**fluxmoe, "model": str(model), "vllm": options}
@@ -63,20 +63,20 @@ def examine(
 
 
 class ChildEngine:
-    """Handle of an engine in a child process.
+    """The handle of an engine in a child process.
 
     Args:
         model: Folder of a checkpoint.
         fluxmoe: FluxMoE's configuration; None for stock vLLM.
         threads: Number of OpenMP threads of the engine.
-        three_processes: Run vLLM as by default: the child is only its client, scheduler and worker
-            run in separate processes.
-        options: Passed to ``vllm.LLM``.
+        three_processes: Run vLLM in its default way: the child is only the client, and the
+            scheduler and the worker run in processes of their own.
+        options: Arguments for ``vllm.LLM``.
 
     Raises:
-        FluxMoEError: Raised in the child.
-        EngineError: The engine failed for another reason or its process ended; the message has the
-            end of its log. All methods raise these.
+        FluxMoEError: The engine failed in the child with this error.
+        EngineError: The engine failed for another reason, or its process ended. The message
+            contains the end of the log. All methods may raise these two errors.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class ChildEngine:
             name="fluxmoe-engine",
             daemon=not three_processes,  # daemons may not have children
         )
-        # A caller that does not close must be able to exit: multiprocessing waits for non-daemons,
-        # which end when the pipe is closed.
+        # A caller that does not call close() must be able to exit. multiprocessing waits for
+        # processes that are not daemons, and they end when the pipe is closed.
         self._hang_up = Finalize(self, self._connection.close, exitpriority=10)
         try:
             with theirs:
                 self._process.start()
-            #: The started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``, and the effective
-            #: ``prefix_caching`` and ``chunked_prefill``.
+            #: Properties of the started engine: ``kv_blocks``, ``kv_bytes``, ``block_size``, and
+            #: whether ``prefix_caching`` and ``chunked_prefill`` are in use.
             self.info: dict[str, Any] = self._receive()
         except BaseException:
             self.close()
@@ -142,9 +142,9 @@ class ChildEngine:
         fluxmoe: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Replace the engine by another one in the same process, by default with the same model.
+        """Replace the engine with a new one in the same process, by default with the same model.
 
-        If it cannot start there is no engine, but ``restart`` can be called again.
+        If the new engine cannot start, there is no engine, but ``restart`` can be called again.
         """
         self._model = str(model or self._model)
         self.info = self.call("restart", self._model, fluxmoe, options)
@@ -160,7 +160,7 @@ class ChildEngine:
         return self._receive()
 
     def pss_bytes(self) -> int:
-        """Memory of the engine's processes: their own pages, and their share of shared ones."""
+        """Measure the memory of the engine's processes: own pages, and a share of shared pages."""
         import psutil
 
         child = psutil.Process(self._process.pid)
@@ -168,7 +168,7 @@ class ChildEngine:
         return sum(int(process.memory_full_info().pss) for process in tree)
 
     def close(self) -> None:
-        """End the child even if it is busy. Idempotent; does nothing in a forked process."""
+        """End the child even if it is busy. Idempotent. Does nothing in a forked process."""
         if not self._owner.here:
             return
         if self._process.is_alive():
@@ -232,14 +232,14 @@ def _remove(log: str, owner: Owner) -> None:
 def _main(
     connection: Connection, log: str, environment: dict[str, str], first: tuple[Any, ...]
 ) -> None:
-    """Run the child: build the engine, then answer calls until asked to stop."""
+    """Run the child: build the engine, and answer calls until a call stops the child."""
     sys.stdout.flush()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     if environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
-        os.setsid()  # a separate process group, killed as a whole
+        os.setsid()  # makes a process group, which is killed as a whole
     threading.Thread(target=_die_with_parent, args=(log,), daemon=True).start()
     engine: Engine | None = None
     request: tuple[str, tuple[Any, ...]] = ("restart", first)
@@ -256,7 +256,7 @@ def _main(
                 engine = Engine(*args)
                 answer: Any = engine.info
             elif engine is None:
-                raise EngineError("there is no engine: its last start failed", fix="restart it")
+                raise EngineError("there is no engine: its last start failed", fix="call restart()")
             else:
                 answer = getattr(engine, method)(*args)
             connection.send((True, answer))
@@ -279,12 +279,12 @@ def _die_with_parent(log: str) -> None:
         parent.join()
         Path(log).unlink(missing_ok=True)
         if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)  # including scheduler and worker
+            os.killpg(0, signal.SIGKILL)  # kills the scheduler and the worker as well
         os._exit(1)
 
 
 def _portable(error: BaseException) -> FluxMoEError | str:
-    """Return the FluxMoEError that caused the exception, or a description."""
+    """Return the FluxMoEError that caused the exception, or else a description of the exception."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, FluxMoEError):

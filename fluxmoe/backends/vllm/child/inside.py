@@ -12,10 +12,11 @@ from fluxmoe.errors import MissingDependencyError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: token ids in, token ids out, optionally with ``logprobs``.
+    """A request: token ids in, and token ids out, optionally with ``logprobs``.
 
-    The output has ``max_tokens`` tokens, or ends earlier with one of ``stop``. ``after`` is the
-    index of an earlier prompt of the same call that must be answered first, as in a dialogue.
+    The output has ``max_tokens`` tokens, or ends earlier with one of the tokens ``stop``. ``after``
+    is the index of an earlier prompt in the same call that must be answered first, as in a
+    dialogue.
     """
 
     tokens: list[int]
@@ -39,8 +40,9 @@ class Generation:
         peak_running: Maximum number of requests running in one step; 0 if the scheduler is in
             another process.
         steps: Number of engine steps, or of responses from the engine's process.
-        stats: ``fluxmoe_stats`` after the run; empty for stock.
-        peak_committed: Maximum bytes committed to experts and KV cache after any step, if watched.
+        stats: ``fluxmoe_stats`` after the run; empty for stock vLLM.
+        peak_committed: Maximum bytes committed to the experts and the KV cache after any step, if
+            watched.
     """
 
     tokens: list[list[int]]
@@ -87,8 +89,8 @@ class Engine:
                 self._llm.collective_rpc("fluxmoe_reset")
             self._llm.reset_prefix_cache()
         if self._scheduler is None:
-            # A scheduler in another process would start on the first request, so batches, and with
-            # them the last bits, would depend on timing.
+            # A scheduler in another process would start with the first request, so that the
+            # batches, and therefore the last bits of the results, would depend on timing.
             self._llm.sleep(level=0)
         peak = steps = committed = 0
         outputs: dict[int, Any] = {}
@@ -128,7 +130,7 @@ class Engine:
         return Generation(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
 
     def _add(self, prompts: list[Prompt], after: int | None) -> None:
-        """Add the requests whose ``after`` is this one; None adds those without."""
+        """Add the requests whose ``after`` is ``after``; None adds those that wait for no other."""
         from vllm import SamplingParams
 
         for index, prompt in enumerate(prompts):
@@ -154,12 +156,12 @@ class Engine:
         return self.rpc(attrgetter("kernel"))
 
     def committed_bytes(self) -> int:
-        """Bytes that the system has allocated for experts and KV cache."""
+        """Return the bytes that the system has allocated for the experts and the KV cache."""
         self._llm.collective_rpc("fluxmoe_check")
         return int(self.stats()["allocated_bytes"])
 
     def everyone(self) -> list[dict[str, Any]]:
-        """``fluxmoe_stats`` of all workers."""
+        """Return ``fluxmoe_stats`` of each worker."""
         result: list[dict[str, Any]] = self._llm.collective_rpc("fluxmoe_stats")
         return result
 
@@ -185,25 +187,25 @@ class Engine:
         return [decision.reason for decision in arbiter.decisions]
 
     def limit(self, share: float) -> None:
-        """Limit the engine to this share of the budget."""
+        """Limit the engine to the fraction ``share`` of its budget."""
         from fluxmoe.core.arbitration.messages import OperatorLimits
 
         arbiter = self._scheduler.connector.arbitration.arbiter
         arbiter.set_limits(OperatorLimits(int(sum(arbiter.frames.values()) * share)))
 
     def kv_usage(self) -> float:
-        """KV cache usage as a fraction, as on vLLM's ``/metrics``."""
+        """Return the used fraction of the KV cache, as on vLLM's ``/metrics``."""
         return float(self._scheduler.kv_cache_manager.usage)
 
     def reset_prefix_cache(self) -> bool:
-        """Reset vLLM's prefix cache; True on success."""
+        """Reset vLLM's prefix cache; return True on success."""
         return bool(self._llm.reset_prefix_cache())
 
     def rpc(self, method: Any, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
 
     def rpc_between(self, prompts: list[Prompt], method: Any, *args: Any) -> Any:
-        """``rpc`` after the first step of requests, which are then aborted."""
+        """Call ``rpc`` after the first step of some requests, which are then aborted."""
         self._add(prompts, None)
         try:
             self._engine.step()

@@ -11,8 +11,8 @@ from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import FluxMoEError
 
-# Number of batches submitted together if a recording may end early; the engine completes them. More
-# of them make the batches in the middle fuller.
+# Number of batches submitted together if a recording may end early. The engine completes all of
+# them. With a larger number, more batches are full.
 _BATCHES = 4
 
 
@@ -27,7 +27,7 @@ def record(
     phase: Phase | None = None,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Record a trace of running the prompts from a cold page table; return ``fluxmoe_stats``.
+    """Record a trace of the prompts, run from a cold page table; return ``fluxmoe_stats``.
 
     Args:
         engine: A paged engine.
@@ -36,12 +36,12 @@ def record(
         batch: Number of requests that the engine runs at once.
         weights: Also record the routing weights (eager mode only).
         max_steps: Number of steps after which recording stops.
-        phase: Record only steps of this phase.
+        phase: Record only the steps of this phase.
         replace: Overwrite an existing file.
 
     Raises:
         TraceError: The file cannot be written.
-        ConfigError: It already exists.
+        ConfigError: The file already exists and ``replace`` is false.
         FluxMoEError: The engine failed.
     """
     together = len(prompts) if max_steps is None else batch * _BATCHES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("connector")  # an ImportError from the lines below would give no remedy
+NAMES.require("connector")  # the imports below would raise an error without a remedy
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("engine")  # an ImportError from the lines below would give no remedy
+NAMES.require("engine")  # the imports below would raise an error without a remedy
 
 from vllm import SamplingParams
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def scheduler_of(llm: LLM) -> Any:
-    """Get the scheduler (``running`` lists its requests); None if it is in another process."""
+    """Return the scheduler, whose ``running`` lists requests; None if it is in another process."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     return None if core is None else core.scheduler
 
 
 def engine_info(llm: LLM) -> dict[str, int]:
-    """Get KV cache sizes and effective features; ``kv_bytes`` only for in-process engines."""
+    """Return the KV cache's sizes and the features in use; ``kv_bytes`` only if in-process."""
     config = llm.llm_engine.vllm_config
     info = {
         "kv_blocks": config.cache_config.num_gpu_blocks,
@@ -37,7 +37,7 @@ def engine_info(llm: LLM) -> dict[str, int]:
 
 
 async def collective_rpc(client: Any, method: str, argument: object) -> list[Any]:
-    """Call a method of all workers and return their answers."""
+    """Call a method of each worker, and return the workers' answers."""
     NAMES.require_on("AsyncLLM", client)
     answers: list[Any] = await client.collective_rpc(method, args=(argument,))
     return answers
@@ -49,7 +49,7 @@ def is_idle(client: Any) -> bool:
 
 
 async def run_a_step(client: Any, name: str) -> None:
-    """Make an idle engine take a few steps by requesting two tokens; discard the answer."""
+    """Make an idle engine take a few steps by requesting two tokens, and discard the tokens."""
     params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False)
     async for _ in client.generate({"prompt_token_ids": [0]}, params, name):
         pass

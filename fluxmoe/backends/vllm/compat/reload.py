@@ -1,7 +1,8 @@
-"""vLLM's loading of weights into a model that runs.
+"""vLLM's loading of weights into a running model.
 
-vLLM restores each module to its state before it was first loaded (on the meta device), loads it,
-repeats what followed loading (on a CPU: packing), and copies the result into the module's tensors.
+vLLM restores each module to its state before it was first loaded (on the meta device), loads the
+module, repeats the processing after loading (on a CPU, packing), and copies the result into the
+module's tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from fluxmoe.backends.sealed import Sealed
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("reload")  # an ImportError from the lines below would give no remedy
+NAMES.require("reload")  # the imports below would raise an error without a remedy
 
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
@@ -28,7 +29,7 @@ from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 
 
 def exempt(module: torch.nn.Module) -> None:
-    """Let ``initialize_layerwise_reload`` skip a module, until ``readmit``."""
+    """Make ``initialize_layerwise_reload`` skip a module until ``readmit`` is called."""
     get_layerwise_info(module).load_numel_total = 0
 
 
@@ -38,16 +39,16 @@ def readmit(module: torch.nn.Module) -> None:
 
 
 def unloaded(module: torch.nn.Module, name: str) -> torch.Tensor:
-    """A parameter of a module as it was before it was first loaded, on the meta device."""
+    """Return a parameter, on the meta device, as it was before its module was first loaded."""
     weight: torch.Tensor = get_layerwise_info(module).restore_metadata[0][name]
     return weight
 
 
 def unfollowing(model: torch.nn.Module) -> list[str]:
-    """Names of buffers that would keep old weights.
+    """Find the names of buffers that would keep old weights.
 
-    They were views of a parameter when the model was built. If what followed loading gave the
-    parameter other memory, they are not written with it any more.
+    These buffers were views of a parameter when the model was built. If the processing after
+    loading gave the parameter other memory, writes to the parameter no longer reach the buffers.
     """
     found = []
     for prefix, module in model.named_modules():
@@ -65,7 +66,10 @@ def unfollowing(model: torch.nn.Module) -> list[str]:
 
 
 def pack_tied(model: torch.nn.Module) -> None:
-    """Repeat what follows loading for modules that share a parameter, of which vLLM loads one."""
+    """Repeat the processing after loading for modules that share a parameter.
+
+    vLLM loads only one of these modules.
+    """
     owners: dict[int, list[torch.nn.Module]] = {}
     for module in model.modules():
         for weight in module.parameters(recurse=False):
@@ -77,7 +81,7 @@ def pack_tied(model: torch.nn.Module) -> None:
 
 
 def weights_of(config: Any, model: torch.nn.Module, path: str | None) -> Iterator[Any]:
-    """Iterate over the tensors of the checkpoint ``path`` (None: the model's own) by name."""
+    """Iterate over names and tensors in the checkpoint ``path``, or the model's own if None."""
     model_config = config.model_config
     if path is not None:
         model_config = copy.copy(model_config)  # a failed update must not rename the model

@@ -1,4 +1,4 @@
-"""vLLM's API server, run with the existing signal handlers of its process."""
+"""vLLM's API server, run with the signal handlers that its process already has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("server")  # an ImportError from the line below would give no remedy
+NAMES.require("server")  # the import below would raise an error without a remedy
 
 from vllm.entrypoints.launchers.api_server import entry
 
@@ -18,7 +18,10 @@ def run() -> None:
 
 
 async def _run_server(args: Any) -> None:
-    """Run like vLLM's ``run_server``, without its SIGTERM handler, whose exception gets lost."""
+    """Do the same as vLLM's ``run_server``, but without its SIGTERM handler.
+
+    The exception that vLLM's handler raises can get lost.
+    """
     entry.decorate_logs("APIServer", skip_if_decorated=True)
     address, sock = entry.setup_server(args, reuse_port=False)
     await entry.run_server_worker(address, sock, args)

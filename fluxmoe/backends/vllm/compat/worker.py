@@ -12,7 +12,7 @@ from fluxmoe.core.types import Phase
 from fluxmoe.errors import FluxMoEError
 from fluxmoe.words import line
 
-NAMES.require("worker")  # an ImportError from the lines below would give no remedy
+NAMES.require("worker")  # the imports below would raise an error without a remedy
 
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.distributed.kv_transfer import kv_transfer_state
@@ -47,29 +47,29 @@ def is_last_worker() -> bool:
 
 
 def worker_connector() -> Any:
-    """The KV connector of this worker process."""
+    """Return the KV connector of this worker process."""
     return kv_transfer_state.get_kv_transfer_group()
 
 
 def drop_connector(connector: object) -> None:
     """Drop this process's connector if it is ``connector``, whose worker is gone.
 
-    vLLM does so when it shuts down a worker, but not if a start fails later. The next engine in the
-    same process would find the old connector.
+    vLLM drops the connector when it shuts down a worker, but not if a start fails later. The next
+    engine in the same process would then find the old connector.
     """
     if kv_transfer_state._KV_CONNECTOR_AGENT is connector:
         kv_transfer_state.ensure_kv_transfer_shutdown()
 
 
 def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """List the requests of the current step in the order of its tokens, and their first tokens.
+    """List the current step's requests in the order of their tokens, and their first tokens.
 
     Args:
         runner: A worker's ``model_runner``.
 
     Returns:
-        Ids of R requests, and int32 ``[R + 1]``, the index of each first token, and the token
-        count. No requests in a dummy run.
+        The ids of R requests, and int32 ``[R + 1]``: the index of each request's first token,
+        followed by the token count. A dummy run has no requests.
     """
     if not get_forward_context().attn_metadata:
         return [], np.zeros(1, np.int32)
@@ -78,10 +78,10 @@ def scheduled_requests(runner: Any) -> tuple[list[str], np.ndarray[Any, Any]]:
 
 
 def step_phase(runner: Any) -> Phase:
-    """Prefill if a request of the current step computes more than one token, else decode.
+    """Return prefill if a request of the current step computes more than one token, else decode.
 
-    Derived from the batch rather than attention metadata, of which hybrid models have several
-    kinds. A prompt of one token cannot be distinguished from decode.
+    The phase is derived from the batch rather than from attention metadata, of which hybrid models
+    have several kinds. A prompt of one token cannot be distinguished from decoding.
     """
     _, starts = scheduled_requests(runner)
     return Phase.PREFILL if np.diff(starts).max(initial=0) > 1 else Phase.DECODE

@@ -1,4 +1,5 @@
-"""Checks before an engine of vLLM starts, in seconds and without importing vLLM.
+"""Checks before a vLLM engine starts, which take seconds and do not import vLLM.
 
-Imports ``features``, ``settings`` and ``versions``; neither ``server`` nor ``worker``.
+This package imports ``features``, ``settings`` and ``versions``, but neither ``server`` nor
+``worker``.
 """

@@ -1,6 +1,6 @@
-"""Checks before vLLM starts, for errors that would otherwise appear late or deep in its log.
+"""Checks before vLLM starts, for errors that would otherwise appear late or deep in vLLM's log.
 
-They take seconds, do not import vLLM, and find all problems at once.
+The checks take seconds, do not import vLLM, and find all problems at once.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from fluxmoe.errors import ConfigError, MissingDependencyError, UnsupportedVersi
 from fluxmoe.findings import Findings
 
 _CACHE = "VLLM_CACHE_ROOT"
-#: Bytes of /dev/shm: vLLM's largest message queue must fit (the queues are sparse, and each is
-#: compared with the free space), and several workers exchange tensors through it.
+#: Bytes needed in /dev/shm by vLLM's largest message queue (queues are sparse, and each is compared
+#: with the free space), and by each of several workers for the exchange of tensors.
 _SHM_QUEUE, _SHM_WORKER = 241 << 20, 4 << 20
 _PORTS = range(2**16)
 #: Options of vLLM that replace parts of ``config.json``.
 _OVERRIDES = ("hf-overrides", "hf-config-path", "config-format")
 
-#: Use of an engine: a server, a child of a command, or none now, so that ports may be in use, and
-#: model and vLLM may be missing.
+#: Use of an engine: a server, a child of a command, or a later start. Before a later start, ports
+#: may be in use, and the model and vLLM may be missing.
 Start = Literal["server", "child", "later"]
 
 
@@ -45,13 +45,13 @@ def examine(
     """Find all reasons why an engine could not start.
 
     Args:
-        config: The configuration; settings in ``found.wrong`` are not relied on.
+        config: The configuration, of which settings in ``found.wrong`` are not relied on.
         environment: The engine's environment variables.
-        found: Where errors and notes are added.
+        found: Receives errors and notes.
         start: Use of the engine.
 
     Returns:
-        The configuration, ``Resolved`` unless its automatic budget cannot be computed.
+        The configuration; it is ``Resolved`` unless its automatic budget cannot be computed.
     """
     options = vllm_options.normalised(config.vllm)
     chosen = preflight.choose(config, found)
@@ -99,7 +99,7 @@ def resolved(config: Config) -> Resolved:
 
 
 def workers(config: Config) -> int:
-    """Number of tensor-parallel workers; 1 for a value that vLLM would reject."""
+    """Return the number of tensor-parallel workers; 1 if vLLM would reject the value."""
     size = vllm_options.normalised(config.vllm).get("tensor-parallel-size", 1)
     return size if isinstance(size, int) and size > 1 else 1
 
@@ -110,7 +110,7 @@ def require_shared_memory(workers: int) -> None:
     need = _SHM_QUEUE + (_SHM_WORKER * workers if workers > 1 else 0)
     if free is not None and free < need:
         raise ConfigError(
-            f"{free >> 20} MiB are free, vLLM needs {need >> 20} MiB",
+            f"only {free >> 20} MiB is free, but vLLM needs {need >> 20} MiB",
             where="/dev/shm",
             fix="enlarge it: docker run --shm-size=1g, or mount -o remount,size=1g /dev/shm",
         )
@@ -144,7 +144,7 @@ def _model(
     found: Findings,
     start: Start,
 ) -> Model | None:
-    """Check the model's files and features; return its sizes if they are known."""
+    """Check the model's files and features, and return the model's sizes if they are known."""
     if not found.reliable("model"):
         return None
     if config.model is None:
@@ -189,7 +189,7 @@ def _check_memory(
 
 
 def _require_plain_attention(folder: Path) -> None:
-    """Reject a checkpoint with MLA, detected by ``kv_lora_rank``; the worker rejects the others."""
+    """Reject a checkpoint with MLA if ``kv_lora_rank`` reveals it; else the worker rejects it."""
     config = checkpoint.text_part(checkpoint.read_map(folder / "config.json"))
     if config.get("kv_lora_rank") is not None:
         raise moving_latent_attention()
@@ -198,7 +198,7 @@ def _require_plain_attention(folder: Path) -> None:
 def _require_open(host: Any, port: int) -> None:
     family = socket.AF_INET6 if ":" in str(host) else socket.AF_INET
     with socket.socket(family) as probe:
-        # As in vLLM, so that sockets of a server that has just ended do not block the port.
+        # As in vLLM, so that the sockets of a server that has just ended do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((str(host), port))

@@ -33,8 +33,8 @@ _VALID = {
 def known() -> dict[str, str | list[str]]:
     """Return the options of ``vllm serve``, without leading dashes, and their types.
 
-    Types are ``flag`` (has a negation ``--no-…``), ``switch`` (has none), ``int``, ``float``,
-    ``other``, or a list of the valid values.
+    The types are ``flag`` (an option with a negation ``--no-…``), ``switch`` (an option without
+    one), ``int``, ``float``, ``other``, or a list of the valid values.
     """
     text = resources.files(__package__).joinpath("options.json").read_text()
     options: dict[str, str | list[str]] = json.loads(text)["options"]
@@ -42,7 +42,7 @@ def known() -> dict[str, str | list[str]]:
 
 
 def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Normalise option names to dashes, as on vLLM's command line, which accepts both forms."""
+    """Write option names with dashes, since vLLM's command line also accepts underscores."""
     return {name.replace("_", "-"): value for name, value in options.items()}
 
 
@@ -59,8 +59,8 @@ def problems(options: Mapping[str, Any]) -> Iterator[ConfigError]:
             )
             continue
         if value is True and known().get(name.removeprefix("no-")) == "flag":
-            continue  # a flag or its negation
-        kind = known().get(name.partition(".")[0])  # vLLM reads a.b as a key of the map a
+            continue  # the option is a flag or the negation of a flag
+        kind = known().get(name.partition(".")[0])  # to vLLM, a.b is key b of the map a
         if kind is None:
             yield _unknown(name)
         elif "." not in name and value is not None and not _is_valid(kind, value):

@@ -1,7 +1,8 @@
 """Lower bounds on the memory that a server needs, computed from the model's files alone.
 
-A budget below them cannot be served. The worker computes the exact sizes after vLLM has built the
-model: rounding to blocks, the scheduler's reserve and replicated heads make them larger.
+An engine cannot serve with a budget below these bounds. The worker computes the exact sizes, which
+are larger because of rounding to blocks, the scheduler's reserve and replicated heads, after vLLM
+has built the model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
     """Reject a budget that cannot hold one layer's experts and one request, or exceeds free memory.
 
     Args:
-        config: The configuration; its budget is that of one worker.
+        config: The configuration, with the budget of one worker.
         model: Sizes of the model.
         options: vLLM's options.
         workers: Number of tensor-parallel workers.
@@ -62,7 +63,7 @@ def _weight_bytes(model: Model, options: Mapping[str, Any]) -> int:
 
 
 def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
-    """Tokens of the longest request, or fewer; 1 if vLLM would derive the number."""
+    """Return a lower bound on the tokens of the longest request; 1 if vLLM would derive it."""
     given = options.get("max-model-len")
     if given is None:
         return min(model.longest, _tokenizer_longest(Path(config.model or ""))) or 1
@@ -70,7 +71,7 @@ def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
     factor = _SUFFIXES.get(text[-1:], 1)
     try:
         return max(int(float(text.rstrip("kmgKMG")) * factor), 1)
-    except ValueError:  # auto, or rejected by vLLM's parser
+    except ValueError:  # the value is auto, or vLLM's parser will reject it
         return 1
 
 

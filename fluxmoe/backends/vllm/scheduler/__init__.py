@@ -1,4 +1,5 @@
-"""Code for vLLM's engine process, next to its scheduler: arbitration, KV blocks, requests.
+"""Code that runs beside vLLM's scheduler in the engine process: arbitration, blocks and requests.
 
-Imports the core, ``config``, ``compat`` and ``names``; not ``worker`` or ``server``.
+This package imports the core, ``config``, ``compat`` and ``names``, but not ``worker`` or
+``server``.
 """

@@ -1,4 +1,4 @@
-"""The scheduler's side of arbitration in vLLM: its demand, and the arbiter."""
+"""The scheduler's side of arbitration in vLLM: the engine's demand, and the arbiter."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from fluxmoe.errors import InvariantError
 
 
 class Arbitration:
-    """Connects vLLM's scheduler and the workers; one per engine whose split may change.
+    """The connection between vLLM's scheduler and the workers of an engine whose split may change.
 
-    Implements ``controller.Demand`` for the arbiter.
+    This class implements ``controller.Demand`` for the arbiter.
 
     Args:
         config: FluxMoE's configuration.
-        policy: Its arbitration policy.
+        policy: The configured arbitration policy.
         inventories: Inventory of each worker, by rank.
         manager: vLLM's ``KVCacheManager``.
         watermark: vLLM's setting ``watermark``.
         max_running: Maximum number of requests that vLLM runs at once.
         block_tokens: Number of tokens per KV block.
-        requests: The scheduler's reports about requests.
+        requests: What the scheduler has reported about its requests.
 
     Raises:
         InvariantError: The workers' inventories differ.
@@ -76,7 +76,7 @@ class Arbitration:
         self._clock = StepClock()
 
     def order(self) -> Order | None:
-        """Begin a step; return the order for the workers."""
+        """Begin a step, and return the order for the workers."""
         self._clock.begins(rested=self._requests.rested)
         reports, self._reports = self._reports, []
         self._demand.update(reports)
@@ -95,7 +95,7 @@ class Arbitration:
             EngineState(last, requests.running, requests.waiting, answers, self)
         )
 
-    # --- the engine's demand, asked by the arbiter ------------------------------------------------
+    # --- the engine's demand, read by the arbiter -------------------------------------------------
 
     @property
     def preemptions(self) -> int:
@@ -121,7 +121,7 @@ class Arbitration:
     # --- end of a step ----------------------------------------------------------------------------
 
     def _obey(self, reports: Sequence[StepReport]) -> None:
-        """Apply the operator limits from the reports, which are the same for all workers."""
+        """Apply the operator limits in the reports; all workers report the same limits."""
         limits = reports[0].limits if reports else None
         if limits is not None and limits != self._limits:
             self._limits = limits

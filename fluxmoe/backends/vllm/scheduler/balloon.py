@@ -1,8 +1,8 @@
-"""The balloon: hides KV blocks without memory from the scheduler, as in VM ballooning.
+"""The balloon, which hides KV blocks without memory from the scheduler, as in VM ballooning.
 
-vLLM's pool has as many blocks as the KV cache may ever grow to. Those without committed memory are
-*held*: removed from the free queue and the prefix cache, and in no request. To vLLM they look used,
-so the two places where that matters are corrected.
+vLLM's pool has as many blocks as the KV cache may ever grow to. Blocks without committed memory are
+*held*: they are removed from the free queue and the prefix cache, and are in no request. To vLLM,
+held blocks look used, so the two places where that matters are corrected.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class BalloonPool(BlockPool):
     held_blocks: int
 
     def get_usage(self) -> float:
-        """Used fraction of the blocks that have memory."""
+        """Return the used fraction of the blocks that have memory."""
         blocks = self.num_gpu_blocks - 1 - self.held_blocks  # one is vLLM's null block
         return 1.0 - self.get_num_free_blocks() / blocks if blocks > 0 else 0.0
 
     def reset_prefix_cache(self) -> bool:
-        """Do the same as vLLM, which would refuse because of the held blocks."""
+        """Reset the prefix cache as vLLM does, which would otherwise count held blocks as used."""
         blocks = self.num_gpu_blocks
         self.num_gpu_blocks = blocks - self.held_blocks
         try:
@@ -39,7 +39,7 @@ class BalloonPool(BlockPool):
 
 
 class Balloon:
-    """Holds groups of a pool's blocks. Implements ``controller.BlockSource``.
+    """The groups of a pool's blocks that are held. Implements ``controller.BlockSource``.
 
     Args:
         manager: vLLM's ``KVCacheManager``; its block pool has not been used yet.
@@ -56,7 +56,7 @@ class Balloon:
         self._layout = layout
         if pool.num_gpu_blocks != layout.blocks:
             raise InvariantError(
-                f"the scheduler has {pool.num_gpu_blocks} KV blocks, the worker {layout.blocks}"
+                f"the scheduler has {pool.num_gpu_blocks} KV blocks, but the worker {layout.blocks}"
             )
         pool.__class__ = BalloonPool  # vLLM has no option for another kind of pool
         pool.held_blocks = 0
@@ -67,14 +67,14 @@ class Balloon:
 
     @property
     def held(self) -> frozenset[int]:
-        """Groups that are held."""
+        """The groups that are held."""
         return frozenset(self._held)
 
     def hold(self, groups: int) -> tuple[int, ...]:
-        """Hold up to N groups that have no block in use, and return them.
+        """Hold up to ``groups`` groups that have no block in use, and return these groups.
 
-        Groups without cached prefixes come first, then those whose most valuable block vLLM would
-        evict soonest; on ties the last ones, to keep the cache dense.
+        Groups without cached prefixes come first, then the groups whose most valuable block vLLM
+        would evict soonest. Among equals, the last group comes first, to keep the cache dense.
         """
         worth = {
             block.block_id: 0 if block.block_hash is None else age + 1
@@ -103,12 +103,12 @@ class Balloon:
         self._resized()
 
     def used(self) -> int:
-        """Number of blocks in use, including the null block, whose group must remain."""
+        """Count the blocks in use, including the null block, whose group must remain."""
         pool = self._pool
         return int(pool.num_gpu_blocks - pool.held_blocks - pool.get_num_free_blocks())
 
     def cached(self) -> int:
-        """Approximate number of free blocks with a cached prefix."""
+        """Estimate the number of free blocks with a cached prefix."""
         pool = self._pool
         # Full blocks of running requests are cached as well; their last blocks are not.
         remembered = len(pool.cached_block_hash_to_block) - self.used()

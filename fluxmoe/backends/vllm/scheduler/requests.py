@@ -12,24 +12,24 @@ import numpy as np
 
 from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
-#: Number of recent answers whose lengths predict those of new ones.
+#: Number of recent answers whose lengths predict the lengths of new answers.
 ANSWERS = 16
-#: Number of oldest requests (running or next) whose sizes are predicted.
+#: Number of requests, the oldest first, whose sizes are predicted.
 REQUESTS = 256
 
 
 class RequestWatch:
-    """Counts of requests (vLLM's ``Request``), as reported by the scheduler to its connector.
+    """Counts of the requests (vLLM's ``Request``) that the scheduler reports to its connector.
 
     Attributes:
-        running, ran: Number of requests in the last scheduled step, and in the one before.
+        running, ran: Number of requests in the last scheduled step, and in the step before.
         preemptions: Number of preemptions since startup.
-        prompt_tokens, prefix_hits: Number of tokens of admitted requests, and of those found in
-            the prefix cache, since startup.
-        tokens, computed: Number of tokens in the last scheduled step, and in the one before, whose
+        prompt_tokens, prefix_hits: Number of tokens of admitted requests since startup, and number
+            of these tokens that were found in the prefix cache.
+        tokens, computed: Number of tokens in the last scheduled step, and in the step before, whose
             end is known.
         rested: True if there was a period without requests between the last two steps.
-        prefixes: Receives the prompts; None if not needed.
+        prefixes: Receives the prompts; None if the prompts are not needed.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class RequestWatch:
         self._known[request.request_id] = request.num_prompt_tokens, request.max_tokens
 
     def looked_up(self, request: str, computed: int) -> None:
-        """Record the number of a waiting request's tokens in the prefix cache."""
+        """Record how many tokens of a waiting request are in the prefix cache."""
         self._hits[request] = computed
 
     def admitted(self, request: Any) -> None:
@@ -83,9 +83,9 @@ class RequestWatch:
         return max(self.unfinished - self.running, 0)
 
     def foreseen_blocks(self, tokens: int) -> float:
-        """Mean number of KV blocks of ``tokens`` tokens that a request has at its end.
+        """Predict the mean number of KV blocks, of ``tokens`` tokens each, at a request's end.
 
-        Answers are assumed to be as long as one of the recent answers, up to the request's maximum.
+        Each answer is assumed to be as long as a recent answer, but at most the request's maximum.
         The last token of an answer is never computed.
         """
         if self._known and self._answers:
@@ -96,9 +96,9 @@ class RequestWatch:
 
 
 class StepClock:
-    """The duration of the last step.
+    """A clock that measures the duration of the last step.
 
-    A busy engine's step lasts until the next one begins, because requests also share scheduling
+    A busy engine's step lasts until the next step begins, because requests also share scheduling
     and sampling. The last step before an idle period lasts until its answer arrives.
 
     Args:
@@ -110,7 +110,7 @@ class StepClock:
         self.seconds = 0.0
 
     def begins(self, *, rested: bool) -> None:
-        """Record the beginning of a step; ``rested``: the engine was idle before it."""
+        """Record the beginning of a step; ``rested`` is true if the engine was idle before it."""
         now = self._now()
         if self._begun >= 0 and not rested:
             self.seconds = now - self._begun

@@ -1,4 +1,4 @@
-"""Code for vLLM's API server process: launch, limits over HTTP, ``/metrics``.
+"""Code for vLLM's API server process: its launch, limits over HTTP, and ``/metrics``.
 
-Imports neither ``worker`` nor ``scheduler``.
+This package imports neither ``worker`` nor ``scheduler``.
 """

@@ -1,8 +1,8 @@
 """``GET`` and ``POST /v1/fluxmoe/limits`` on vLLM's server, if ``control`` is on.
 
 The middleware adds a route instead of responding itself, so that vLLM's API key check for paths
-below ``/v1`` applies. (vLLM's endpoint plugins would be an alternative, but are loaded only if
-``VLLM_PLUGINS`` is set, which excludes all plugins it does not list.)
+below ``/v1`` applies. (vLLM's endpoint plugins would be an alternative, but vLLM loads them only if
+``VLLM_PLUGINS`` is set, and this variable excludes all plugins that it does not list.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fluxmoe.backends.vllm.settings import LIMITS_PATH
 from fluxmoe.config import parse_limits
 from fluxmoe.errors import ConfigError
 
-#: Bytes of a body: no limits are longer, and the server waits while one is read.
+#: Maximum bytes of a body. No valid limits are longer, and the server waits until a body is read.
 LARGEST = 4096
 
 
@@ -38,7 +38,7 @@ class Control:
 
 
 async def limits(request: Request) -> JSONResponse:
-    """Set the limits in the body, if any; return the current limits and split."""
+    """Set the limits in the body, if any, and return the current limits and split."""
     wanted: Any = None
     if request.method == "POST":
         body = await request.body()
@@ -50,7 +50,7 @@ async def limits(request: Request) -> JSONResponse:
             return _refused("FM101", "the body is not valid JSON; send a map such as {}")
         if not isinstance(wanted, dict):
             return _refused("FM101", 'the body is not a map such as {"kv": {"max": "4GiB"}}')
-        try:  # validated here because text that is not valid UTF-8 would not reach the workers
+        try:  # validated here, because text that is not valid UTF-8 would not reach the workers
             parse_limits(wanted, where="limits")
         except ConfigError as error:
             return _refused(error.code, "; ".join(each.text for each in error.problems()))

@@ -1,6 +1,7 @@
 """The server's process: vLLM's API server, which SIGTERM and Ctrl-C can end even during startup.
 
-vLLM 0.32 loses a SIGTERM that arrives during engine startup, and handles Ctrl-C only afterwards.
+vLLM 0.32 itself loses a SIGTERM that arrives during the engine's startup, and handles Ctrl-C only
+after the startup.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End this process and its children. Nothing is being served yet, so nothing is lost."""
+    """End this process and its children. No request is lost, as the server has not yet started."""
     name = signal.Signals(number).name
     os.write(2, f"fluxmoe: ended by {name} while the server was starting\n".encode())
     for engine in multiprocessing.active_children():

@@ -18,8 +18,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: Seconds between a request's checks for a stopping server. A request that the engine has answered
-#: has one such interval to send its response.
+#: Seconds between checks, for each request, of whether the server is stopping. A request that the
+#: engine has answered has one such interval to send its response.
 PERIOD = 0.5
 
 _GONE = json.dumps(
@@ -30,8 +30,9 @@ _GONE = json.dumps(
 class EndWithServer:
     """ASGI middleware (``vllm serve --middleware``) that ends requests the engine left unanswered.
 
-    Requests without a first byte get status 503; streams are cut off. A draining server
-    (``--shutdown-timeout``) is not affected: vLLM sets its exit flag only after the engine's end.
+    Requests that have received no byte get status 503, and streams are cut off. A draining server
+    (``--shutdown-timeout``) is not affected, because vLLM sets the server's exit flag only after
+    the engine has ended.
     """
 
     def __init__(self, app: App) -> None:
@@ -70,5 +71,5 @@ class EndWithServer:
 
 
 def _stops(scope: Scope) -> bool:
-    # vLLM stores its uvicorn server there; the flag is set once the engine has been shut down.
+    # vLLM stores its uvicorn server there, and sets the flag after the engine has been shut down.
     return bool(getattr(getattr(scope["app"].state, "server", None), "should_exit", False))

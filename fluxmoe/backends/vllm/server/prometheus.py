@@ -1,7 +1,7 @@
 """FluxMoE's metrics in the process that serves ``/metrics``.
 
-The histograms of ``prometheus_client`` count one value per call, which is too slow for thousands
-per step; those here accept precomputed buckets.
+The histograms of ``prometheus_client`` count one value per call, which is too slow for thousands of
+values per step. The histograms in this module accept precomputed buckets.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Histograms(Collector):
     def add(
         self, name: str, engine: Sequence[object], changes: Mapping[tuple[str, ...], float]
     ) -> None:
-        """Add to the buckets of one engine, identified by its values of vLLM's labels."""
+        """Add changes to the buckets of an engine, which its values of vLLM's labels identify."""
         with self._lock:
             counts = self._counts[name].setdefault(tuple(map(str, engine)), {})
             for (bucket,), change in changes.items():
                 counts[bucket] = counts.get(bucket, 0) + change
 
     def collect(self) -> Iterable[HistogramMetricFamily]:
-        """Yield the current histograms, without series until values are added."""
+        """Yield the current histograms, which have no series until values are added."""
         with self._lock:
             for metric in self._metrics:
                 family = HistogramMetricFamily(metric.name, metric.help, labels=self._labelnames)
@@ -60,12 +60,12 @@ class Histograms(Collector):
                 yield family
 
 
-#: Collectors of this process, which a second engine in it replaces, as in vLLM.
+#: Collectors of this process. As in vLLM, a second engine in the process replaces them.
 _collectors: list[Any] = []
 
 
 class PagingProm(KVConnectorPromMetrics):
-    """The metrics in the process that serves ``/metrics``, by engine."""
+    """The metrics of all engines in the process that serves ``/metrics``."""
 
     def __init__(
         self,

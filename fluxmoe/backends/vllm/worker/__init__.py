@@ -1,7 +1,7 @@
-"""Code for vLLM's worker processes: paged worker, layers, KV cache, end of the connector.
+"""Code for vLLM's worker processes: the paged worker, layers, KV cache, and connector's end.
 
-Configurations and vLLM's command line refer to ``PagedCPUWorker`` by this package
-(``settings.WORKER_CLS``); it is imported on first use, with torch and vLLM.
+Configurations and vLLM's command line refer to ``PagedCPUWorker`` in this package
+(``settings.WORKER_CLS``). The class is imported on first use, together with torch and vLLM.
 """
 
 from __future__ import annotations

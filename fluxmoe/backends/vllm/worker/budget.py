@@ -1,4 +1,4 @@
-"""The budget of a worker that was started without ``fluxmoe serve``."""
+"""The budget of a worker, which may have been started without ``fluxmoe serve``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def automatic(vllm_config: VllmConfig) -> int:
     """Compute ``memory.budget: auto`` in bytes."""
     workers = vllm_config.parallel_config.world_size
     if workers > 1:
-        # Each worker would see less free memory than those started before it.
+        # Each worker would see less free memory than the workers started before it.
         raise ConfigError(
             f"auto is not supported for {workers} workers that start separately",
             where="memory.budget",
@@ -23,13 +23,13 @@ def automatic(vllm_config: VllmConfig) -> int:
 
 
 def with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:
-    """Set the KV cache target of a configuration to --kv-cache-memory-bytes, if given."""
+    """Set the KV cache target of a configuration to --kv-cache-memory-bytes, if it is given."""
     target = config.memory.kv.target
     if kv_bytes is None or target == kv_bytes:
         return config
     if target is not None:
         raise ConfigError(
-            f"memory.kv.target is {sizes.exact(target)}, "
+            f"memory.kv.target is {sizes.exact(target)}, but "
             f"--kv-cache-memory-bytes is {sizes.exact(kv_bytes)}",
             where="additional_config.fluxmoe",
             fix="set only one of them",

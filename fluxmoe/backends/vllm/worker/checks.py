@@ -31,10 +31,10 @@ def refuse_unsupported(config: VllmConfig) -> None:
 
 
 def refuse_moving_split(config: VllmConfig) -> None:
-    """Reject models whose KV cache cannot be resized while serving.
+    """Reject models whose KV cache cannot be resized while the engine serves.
 
     Raises:
-        UnsupportedError: The model uses MLA. vLLM's CPU kernel for it flattens a layer's cache, so
+        UnsupportedError: The model uses MLA. vLLM's CPU kernel for MLA flattens a layer's cache, so
             the layers of a block cannot be adjacent.
     """
     if config.model_config.use_mla:
@@ -42,7 +42,7 @@ def refuse_moving_split(config: VllmConfig) -> None:
 
 
 def refuse_unpageable(experts: RoutedExperts) -> None:
-    """Reject expert layers whose weights are not plain slot-addressable parts.
+    """Reject expert layers whose weights are not plain parts that the kernel addresses by slot.
 
     Raises:
         UnsupportedError: The experts have a model-specific class or are quantised, or the kernel is
@@ -58,7 +58,7 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
         )
     method = experts.quant_method
     if not isinstance(method, UnquantizedFusedMoEMethod):
-        raise quantised(f"the experts' method is {type(method).__name__}", where)
+        raise quantised(f"the experts use {type(method).__name__}", where)
     NAMES.require_on("UnquantizedFusedMoEMethod", method)
     if method.moe_kernel is not None:
         NAMES.require_on("FusedMoEKernel", method.moe_kernel)
@@ -76,6 +76,6 @@ def refuse_unpageable(experts: RoutedExperts) -> None:
         )
     NAMES.require_on("unquantised RoutedExperts", experts)
     for name, _ in experts.named_parameters(recurse=False):
-        # Other parameters (a router's correction bias) are read by expert id and remain.
+        # Other parameters, such as a router's correction bias, are read by expert id and remain.
         if name.startswith(("w13", "w2")) and name not in ("w13_weight", "w2_weight"):
             raise UnsupportedError(f"experts with a {name} cannot be paged yet", where=where)

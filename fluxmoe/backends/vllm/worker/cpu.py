@@ -1,4 +1,4 @@
-"""The paged CPU worker: moves experts to the store, gives the KV cache the rest of the budget."""
+"""The paged CPU worker, which stores the experts and gives the KV cache the rest of the budget."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PagedCPUWorker(CPUWorker):
         resolved = config.resolved(config.memory.budget or budget.automatic(vllm_config))
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
-        # Raises policy errors before the weights are loaded.
+        # Policies are created here, so that their errors are raised before the weights are loaded.
         self._registry = registry = plugins.load(config.plugins)
         self._policies = registry.policies(config)
         arbitration = registry.arbitration(config)
@@ -75,7 +75,7 @@ class PagedCPUWorker(CPUWorker):
         self._config = budget.with_kv_target(
             resolved, vllm_config.cache_config.kv_cache_memory_bytes
         )
-        # An explicit size keeps vLLM from claiming 92 % of the machine; the actual size follows.
+        # An explicit size keeps vLLM from claiming 92% of the machine; the real size is set later.
         vllm_config.cache_config.kv_cache_memory_bytes = int(resolved.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
@@ -88,7 +88,7 @@ class PagedCPUWorker(CPUWorker):
         load = self.vllm_config.load_config
         model, revision = self.model_config.model, self.model_config.revision
         folder = checkpoint.downloaded(model, revision, load.download_dir)
-        # Of a hub name, whose files exist only now.
+        # The files of a model given by its name on the Hub exist only now.
         if load.load_format in checkpoint.LOAD_FORMATS and folder != model:
             checkpoint.require_readable(folder)
         if not self._paging:
@@ -113,7 +113,7 @@ class PagedCPUWorker(CPUWorker):
             for m in layers
         }
         if len(shapes) > 1:
-            raise UnsupportedError(f"layers with experts of {len(shapes)} different layouts")
+            raise UnsupportedError(f"the layers have experts with {len(shapes)} different layouts")
         self.kernel = selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
         page_class = PageClass(
@@ -136,7 +136,7 @@ class PagedCPUWorker(CPUWorker):
             phase=partial(step_phase, self.model_runner),
         )
         self._handle = handle = op.attach(runtime.pager)
-        # vLLM does not shut down a worker whose start fails later; it is only garbage-collected.
+        # vLLM does not shut down a worker whose start fails later, but only drops its object.
         self._release = weakref.finalize(self, _release, handle, runtime)
         self._top_k = layers[0].top_k
         for index, layer in enumerate(layers):
@@ -153,7 +153,7 @@ class PagedCPUWorker(CPUWorker):
         return kv.need(self.vllm_config, self.get_kv_cache_spec().values())
 
     def determine_available_memory(self) -> int:
-        """Give the KV cache the rest of the budget; reset the pager after vLLM's warm-up runs."""
+        """Give the KV cache the rest of the budget, and reset the pager after the warm-up runs."""
         if self._runtime is None:
             modules = self.model_runner.model.modules()
             layers = [module for module in modules if isinstance(module, RoutedExperts)]
@@ -193,7 +193,7 @@ class PagedCPUWorker(CPUWorker):
         return super()._maybe_get_memory_pool_context(tag)
 
     def shutdown(self) -> None:
-        """Release the arenas after the model."""
+        """Release the model, and then the arenas."""
         super().shutdown()
         try:
             self._end_recording()
@@ -203,14 +203,18 @@ class PagedCPUWorker(CPUWorker):
                 self._release()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; an error in a forked process, which shares the parent's KV cache."""
+        """Run the model, except in a forked process, which shares the parent's KV cache."""
         if self._runtime is not None:
             self._runtime.pager.owner.require()
         return super().execute_model(*args, **kwargs)
 
     @property
     def _paged(self) -> Runtime:
-        """Get the runtime. Raises UnsupportedError if nothing is paged, or in another process."""
+        """Return the runtime.
+
+        Raises:
+            UnsupportedError: Nothing is paged, or this is a forked process.
+        """
         if self._runtime is None:
             raise UnsupportedError("paging is off", where="preset", fix="remove preset: off")
         self._runtime.pager.owner.require()
@@ -232,12 +236,12 @@ class PagedCPUWorker(CPUWorker):
         weights_path: str | None = None,
         is_checkpoint_format: bool = True,
     ) -> None:
-        """Replace the model's weights between steps, all or none. See ``WeightDoor.update``.
+        """Replace weights of the model between steps. See ``WeightDoor.update``.
 
         Args:
             weights_iterator: Names and tensors as in the checkpoint.
-            weights_path: Without ``weights_iterator``, a folder with a checkpoint; by default the
-                one that the engine was started with.
+            weights_path: If there is no ``weights_iterator``, a folder with a checkpoint; the
+                default is the checkpoint that the engine was started with.
             is_checkpoint_format: Must be True.
         """
         if self._runtime is None:
@@ -254,15 +258,16 @@ class PagedCPUWorker(CPUWorker):
         self._paged.check()
 
     def fluxmoe_limit(self, limits: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Set limits of the split, effective from the next step; None: only return them.
+        """Set the limits on the split from the next step on, and return them; None only returns.
 
         Args:
-            limits: ``config.HandLimits``: ``budget``, ``experts`` and ``kv`` with ``min`` and
-                ``max``. Omitted limits are reset to the configuration.
+            limits: ``config.HandLimits``: ``budget``, and ``experts`` and ``kv`` with ``min`` and
+                ``max`` each. Omitted limits are reset to the configuration.
 
         Returns:
-            The ``limits`` set and the current ``split``, in bytes; or ``error`` if they are invalid
-            and nothing has changed (an exception would lose its code between vLLM's processes).
+            The ``limits`` set, the current ``split`` and the ``budget``, in bytes; or ``error`` if
+            the limits are invalid and nothing has changed. (An exception would lose its code
+            between vLLM's processes.)
         """
         try:
             runtime = self._paged
@@ -297,12 +302,13 @@ class PagedCPUWorker(CPUWorker):
             path: Path of the new file, which appears when the recording ends.
             weights: Also record the routing weights (eager mode only).
             max_steps: Number of steps after which recording stops.
-            phase: Record only steps of this phase.
+            phase: Record only the steps of this phase.
             replace: Overwrite an existing file.
 
         Raises:
-            TraceError: The file cannot be written; at the end also if nothing was recorded.
-            ConfigError: The file already exists.
+            TraceError: The file cannot be written or, when the recording ends, nothing was
+                recorded.
+            ConfigError: The file already exists and ``replace`` is false.
         """
         self._end_recording()
         if path is not None:
@@ -321,7 +327,7 @@ class PagedCPUWorker(CPUWorker):
             op.record(self._handle, self._recorder)
 
     def fluxmoe_recorded(self) -> bool:
-        """True if the recording has all its steps, or none is active."""
+        """True if the recording has all its steps, or if no recording is active."""
         return self._recorder is None or self._recorder.done
 
     def _end_recording(self) -> None:
@@ -333,14 +339,14 @@ class PagedCPUWorker(CPUWorker):
 
     def _note_weights(self, wanted: bool) -> None:
         model = getattr(self.model_runner, "model", None)
-        if model is None:  # shut down
+        if model is None:  # the worker has been shut down
             return
         for module in model.modules():
             if isinstance(module, PagedRoutedExperts):
                 module.notes_weights = wanted
 
     def fluxmoe_reset(self) -> None:
-        """Start cold: no page resident, counters zero; those on ``/metrics`` continue."""
+        """Start cold: drop all pages, and set all counters except those on ``/metrics`` to zero."""
         self._paged.pager.reset()
         self._side.restarted()
 

@@ -1,4 +1,4 @@
-"""vLLM's KV cache in the budget: required bytes, and its buffer in the KV arena."""
+"""vLLM's KV cache in the budget: the required bytes, and the cache's buffer in the KV arena."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def need(vllm_config: VllmConfig, specs: Collection[Any]) -> KVNeed:
     scheduler = vllm_config.scheduler_config
 
     def room(sequences: int) -> int:
-        """Bytes for N sequences, vLLM's null block, and the free watermark."""
+        """Compute the bytes for N sequences, vLLM's null block, and the free watermark."""
         needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
         return needed
 
@@ -47,7 +47,7 @@ def beside_all_experts(memory: ResolvedMemory, experts: int, need: KVNeed) -> in
     """Compute the bytes of the KV cache without paging: the budget minus all experts.
 
     Raises:
-        BudgetTooSmallError: The rest is less than the KV cache needs.
+        BudgetTooSmallError: The remaining budget is less than the KV cache needs.
     """
     room = memory.budget - experts
     if room < need.min:
@@ -64,13 +64,13 @@ def beside_all_experts(memory: ResolvedMemory, experts: int, need: KVNeed) -> in
 
 
 class FromArena(TorchFunctionMode):
-    """Context in which vLLM's single allocation of the KV cache returns FluxMoE's buffer.
+    """A context in which vLLM's single allocation of the KV cache returns FluxMoE's buffer.
 
-    vLLM's worker enters it in place of its custom memory pool. vLLM allocates with
-    ``torch.zeros(nbytes, dtype=torch.int8)``; committed groups of the buffer are zero.
+    vLLM's worker enters this context in place of its custom memory pool. vLLM allocates the cache
+    with ``torch.zeros(nbytes, dtype=torch.int8)``; committed groups of the buffer are zero as well.
 
     Attributes:
-        used: True once the buffer was requested.
+        used: True if vLLM has requested the buffer.
     """
 
     def __init__(self, buffer: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ def place(runtime: Runtime, config: Any) -> FromArena:
             that all layers of a block are adjacent.
 
     Raises:
-        UnsupportedError: This model's KV cache does not allow that layout.
+        UnsupportedError: This model's KV cache does not allow that placement.
     """
     (nbytes,) = {tensor.size for tensor in config.kv_cache_tensors}
     if runtime.dynamic:
@@ -107,9 +107,9 @@ def place(runtime: Runtime, config: Any) -> FromArena:
 
 
 def _block_outermost(config: Any) -> None:
-    """Make all layers of a block adjacent; vLLM's CPU layout separates layers.
+    """Make all layers of a block adjacent, whereas vLLM's CPU layout separates the layers.
 
-    The kernels receive the distance between blocks as a stride.
+    The kernels allow this, because they receive the distance between blocks as a stride.
     """
     blocks = config.num_blocks
     tensors = []
@@ -120,7 +120,7 @@ def _block_outermost(config: Any) -> None:
             continue
         if tensor.layer_stride != page * blocks or tensor.size % blocks or tensor.offset % blocks:
             raise UnsupportedError(
-                "the KV cache of this model cannot grow and shrink",
+                "the KV cache of this model cannot grow or shrink",
                 where=f"layers {', '.join(tensor.layers[:2])} …",
                 fix="set arbitration: fixed",
             )

@@ -1,4 +1,4 @@
-"""The paged MoE layer: maps experts to slots between routing and the kernel."""
+"""The paged MoE layer, which maps experts to slots between routing and the kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxmoe.backends import op
 from fluxmoe.backends.sealed import FixedParameters, Sealed, seal
 from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
-#: Parameters of a layer, each a part of its experts' pages.
+#: Parameters of a layer that hold its experts; each is a part of the experts' pages.
 PARTS = ("w13_weight", "w2_weight")
 
 #: The way to change a model's weights.
@@ -36,7 +36,7 @@ class AsComputed:
 
 
 class PagedRoutedExperts(RoutedExperts):
-    """vLLM's routed experts; once bound to a pager, they compute with the slots of an arena."""
+    """vLLM's routed experts; after ``bind``, they compute with the slots of an arena."""
 
     _pager: int | None = None
     _layer: int = -1
@@ -46,7 +46,7 @@ class PagedRoutedExperts(RoutedExperts):
     notes_weights = False
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
-        """Switch to computing on arenas; the parameters give up their memory and are sealed.
+        """Compute on arenas from now on; the parameters give up their memory and are sealed.
 
         Args:
             pager: Handle of the pager (``op.attach``).

@@ -1,4 +1,4 @@
-"""Validation of operator limits, set while serving, against a worker's memory."""
+"""Validation of the operator limits set on a serving engine against a worker's memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fluxmoe.errors import ConfigError
 
 
 def in_frames(runtime: Runtime, limits: HandLimits) -> OperatorLimits:
-    """Convert limits of the split to frames.
+    """Convert limits on the split to frames.
 
     Raises:
         ConfigError: ``control`` is off, or a limit is out of range.

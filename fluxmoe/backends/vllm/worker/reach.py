@@ -1,4 +1,4 @@
-"""The slots that vLLM's CPU kernel can address in one call."""
+"""The number of slots that vLLM's CPU kernel can address in one call."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from fluxmoe.errors import InvariantError
 
-# cpu_fused_moe computes slot * elements, the start of a slot, in a signed 32-bit integer; on
-# overflow it silently reads unrelated memory (docs/project/adr/0001).
+# cpu_fused_moe computes slot * elements, the start of a slot, in a signed 32-bit integer, and
+# silently reads unrelated memory after an overflow (docs/project/adr/0001).
 INDEX_LIMIT = 2**31
 
 
@@ -21,7 +21,7 @@ def bank_limit(part_elements: int) -> int:
 
 
 def require_addressable(arena: torch.Tensor) -> torch.Tensor:
-    """Reject an arena ``[slots, …]`` that the kernel could not index to its end.
+    """Reject an arena ``[slots, …]`` whose last slots the kernel could not address.
 
     Raises:
         InvariantError: The arena has more slots than ``bank_limit`` allows.

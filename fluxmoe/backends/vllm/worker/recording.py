@@ -12,7 +12,7 @@ from fluxmoe.trace import StepRows
 
 
 class Requests:
-    """Numbers requests in the order in which they first run, for ``Recorder.rows``.
+    """The numbers of requests, in the order in which they first run, for ``Recorder.rows``.
 
     Args:
         runner: The worker's ``model_runner``.
@@ -23,10 +23,10 @@ class Requests:
         self._numbers: dict[str, int] = {}
 
     def __call__(self, tokens: int) -> StepRows | None:
-        """Return request and phase of each token of the current step.
+        """Return the request and the phase of each token of the current step.
 
-        A request that computes more than one token is in prefill, the same rule as for the whole
-        step (``step_phase``). Tokens beyond those of the requests are padding.
+        A request that computes more than one token is in prefill, as is a step with such a request
+        (``step_phase``). Tokens beyond those of the requests are padding.
         """
         names, starts = scheduled_requests(self._runner)
         if not names or starts[-1] > tokens:

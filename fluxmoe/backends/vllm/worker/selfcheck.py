@@ -1,4 +1,4 @@
-"""Self-check of the MoE kernel in use (``backends.selfcheck``) on a layer of the model."""
+"""The self-check of the MoE kernel in use, with ``backends.selfcheck``, on a layer of the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
 
 def require_sound(layer: RoutedExperts, parts: tuple[str, ...]) -> Checked:
-    """Check the kernel of a layer that is not yet bound to a pager. Raises UnsupportedError.
+    """Check the kernel of a layer that is not yet bound to a pager.
 
     Args:
         layer: An MoE layer; its weights are restored afterwards.
-        parts: Names of its parameters that hold experts.
+        parts: Names of the layer's parameters that hold experts.
+
+    Raises:
+        UnsupportedError: The kernel's results depend on the slots, or the kernel fails.
     """
 
     def kernel(

@@ -1,4 +1,4 @@
-"""A worker's side of the connector: metrics, the scheduler's orders, demand reports."""
+"""A worker's side of the connector: metrics, the scheduler's orders, and reports of demand."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class WorkerSide:
     Args:
         runtime: The worker's memory.
         rank: Rank of the worker in its tensor-parallel group.
-        board: Shared with the scheduler.
+        board: The board that the worker shares with the scheduler.
     """
 
     def __init__(self, runtime: Runtime, rank: int, board: Board) -> None:
         self._runtime = runtime
-        #: Where the scheduler finds the worker's board.
+        #: The address at which the scheduler finds the worker's board.
         self.board = board.address
         self._meters = (
             metrics.Meter(sources.reader(runtime, rank, lambda: self.limits)),
@@ -45,12 +45,12 @@ class WorkerSide:
         return self._moves.done
 
     def inventory(self) -> Inventory | None:
-        """Inventory for the scheduler; None if the split is fixed."""
+        """Return the inventory for the scheduler; None if the split is fixed."""
         return self._runtime.inventory() if self._runtime.dynamic else None
 
     @property
     def limits(self) -> OperatorLimits | None:
-        """Limits last set by an operator; None if never set."""
+        """The limits last set by an operator; None if no limits were set."""
         return None if self._demand is None else self._demand.limits
 
     def limit(self, limits: OperatorLimits) -> None:
@@ -68,14 +68,14 @@ class WorkerSide:
         return None if self._demand is None else self._demand.report(self._answer)
 
     def changes(self) -> metrics.Samples:
-        """Changes of the metrics since the last step."""
+        """Return the changes to the metrics since the last step."""
         changes: metrics.Samples = {}
         for meter in self._meters:
             changes |= meter.take()
         return changes
 
     def restarted(self) -> None:
-        """Account for a reset of the pager: its counters are zero, earlier reports remain valid."""
+        """Account for a reset of the pager, whose counters are zero; earlier reports stay valid."""
         for meter in self._meters:
             meter.restarted()
         if self._demand is not None:

@@ -1,4 +1,4 @@
-"""The log of a worker's start: what is paged, and what the KV cache can hold."""
+"""The log of a worker's start: the paged model, its budget, and the size of the KV cache."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def log(
     specs: Collection[Any],
     top_k: int,
 ) -> None:
-    """Log the summary, once the KV cache has its place.
+    """Log the summary after the KV cache has been placed.
 
     Args:
         runtime: The worker's memory.
-        registry: The plugins of its policies.
+        registry: The registry that created the policies.
         vllm_config: vLLM's configuration.
         specs: vLLM's ``KVCacheSpec`` of each layer.
         top_k: Number of experts per token.
     """
     cache, config = runtime.memory.kv, runtime.config
     if cache is None:
-        raise InvariantError("the KV cache has no place yet")
+        raise InvariantError("the KV cache has not been placed yet")
     chosen = {"eviction": config.eviction, "prefetch": config.prefetch}
     if runtime.dynamic:
         chosen["arbitration"] = config.arbitration

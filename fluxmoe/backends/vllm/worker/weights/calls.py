@@ -1,4 +1,4 @@
-"""vLLM's doors to a model's weights while its experts are paged: one is open, the rest refuse."""
+"""The calls in vLLM that change or read weights: one works while experts are paged, others fail."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fluxmoe.backends.vllm.worker.layer import PARTS, RELOAD, PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
 from fluxmoe.errors import UnsupportedError
 
-_STOCK = "use a stock engine for it"
+_STOCK = "use a stock engine for this call"
 
-#: Methods of vLLM's worker that read or write the model's weights otherwise, with the way out.
-#: After loading, expert weights are slots, whose pages change.
+#: Other methods of vLLM's worker that read or write the model's weights → remedy. They are refused,
+#: because the parameters of experts have no data.
 WEIGHT_CALLS = {
     "reset_weights": RELOAD,
     "save_sharded_state": _STOCK,
@@ -39,13 +39,14 @@ def refusing(call: str, fix: str = RELOAD) -> Callable[..., None]:
 
 
 def guard_loading(model: Any, door: WeightDoor) -> None:
-    """Lead ``load_weights`` of a model through the door; disable loaders of parts of it.
+    """Lead ``load_weights`` of a model through the door, and disable the loaders of its parts.
 
-    They would write into slots and not into the page store, mixing old and new experts.
+    These loaders would write into slots and not into the page store, and so mix old and new
+    experts.
 
     Args:
         model: vLLM's model, already paged.
-        door: Its door.
+        door: The model's door.
     """
     for module in model.modules():
         if hasattr(module, "load_weights"):

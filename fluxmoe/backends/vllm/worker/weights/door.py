@@ -1,8 +1,9 @@
 """The one door through which the weights of a running model change.
 
-New weights take vLLM's own way (names, slices of tensor parallelism, packing), except that experts
-end in the store instead of slots. All checks come first, then store, pages and the other weights
-change at once; the scheduler drops its prefix cache before its next request (``board``).
+vLLM's own code loads new weights (names, slices for tensor parallelism, packing), except that
+experts end up in the store instead of slots. All checks come first; then the store, the pages and
+the other weights change at once. The scheduler drops its prefix cache before its next request
+(``board``).
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ _ONE = "one update"
 
 
 class WeightDoor:
-    """Changes the weights of a paged model.
+    """The door of a paged model, which changes the model's weights.
 
     Args:
         model: vLLM's model.
-        layers: Its paged layers, in order.
-        runtime: Their pager and store.
+        layers: The model's paged layers, in order.
+        runtime: The layers' pager and store.
         config: vLLM's configuration.
         folder: The checkpoint that the model was loaded from.
     """
@@ -57,16 +58,16 @@ class WeightDoor:
         self._load: Callable[[Iterable[Any]], Any] = model.load_weights
         self._unfollowing = reload.unfollowing(model)
         self.board = Board()
-        #: True within an update: only then may vLLM's loaders be called.
+        #: True during an update. vLLM's loaders may only be called during an update.
         self.open = False
 
     def update(self, weights: object, *, whole: bool = False) -> set[str]:
-        """Replace weights, all or none, between two steps.
+        """Replace weights between two steps: all of those given or, after an error, none.
 
         Args:
-            weights: Names and tensors as in the checkpoint: pairs or a map. Experts must be given
-                as a whole, and all of the other weights or none of them.
-            whole: Require all weights of the model.
+            weights: Names and tensors as in the checkpoint, as pairs or a map. Each expert must be
+                given as a whole. Of the other weights, either all or none must be given.
+            whole: True to require all weights of the model.
 
         Returns:
             vLLM's names of the parameters that were changed.
@@ -104,10 +105,11 @@ class WeightDoor:
         return changed
 
     def reload(self, weights: object, path: str | None) -> None:
-        """Replace weights by those of a checkpoint, unless ``weights`` are given. See ``update``.
+        """Replace weights with ``weights`` or, if None, with a checkpoint's. See ``update``.
 
         Args:
-            path: A folder; None: the checkpoint that the model was loaded from.
+            weights: New weights, as for ``update``, or None.
+            path: Folder of the checkpoint; None for the one that the model was loaded from.
 
         Raises:
             CheckpointError: The checkpoint is missing, damaged or incomplete.
@@ -122,8 +124,8 @@ class WeightDoor:
     def _require_possible(self) -> None:
         if unfinished := self.board.unfinished:
             raise WeightsError(
-                f"{unfinished} requests are unfinished: their KV cache is of the old weights",
-                fix="finish or abort them before the weights change",
+                f"{unfinished} requests are unfinished: their KV cache is from the old weights",
+                fix="finish or abort the requests before changing the weights",
             )
         if self._config.model_config.is_multimodal_model:
             raise UnsupportedError(
@@ -131,7 +133,7 @@ class WeightDoor:
             )
 
     def _taken(self, weights: object, put: Put, whole: bool) -> set[str]:
-        """Load the weights and check them; experts are handed to ``put``."""
+        """Check and load the weights, and pass the experts to ``put``."""
         shapes = self._shapes()
         given: set[str] = set()
         experts = self._runtime.geometry.experts_per_layer
@@ -140,7 +142,10 @@ class WeightDoor:
             return lambda expert, parts: put(layer * experts + expert, parts)
 
         def fused(name: str, weight: torch.Tensor) -> Shape | None:
-            """All experts of a layer. vLLM ignores single ones that it does not know."""
+            """Return the shape of a tensor with all experts of a layer, or None.
+
+            vLLM ignores tensors of single experts that it does not know.
+            """
             found = expert_tensor(name, weight.ndim)
             return (
                 None if found is None or found.expert is not None else (experts, *weight.shape[1:])
@@ -164,7 +169,7 @@ class WeightDoor:
         return {str(name) for name in changed or ()}
 
     def _shapes(self) -> dict[str, Shape]:
-        """Shapes of the tensors of the checkpoint that the model was loaded from."""
+        """Read the shapes of the tensors in the checkpoint that the model was loaded from."""
         folder = Path(self._folder)
         shapes = {name: each.shape for name, each in checkpoint.headers(folder)}
         if not shapes:
@@ -178,14 +183,14 @@ class WeightDoor:
     def _require_others(
         self, shapes: Mapping[str, Shape], given: Iterable[str], *, whole: bool
     ) -> None:
-        """Require all weights that are not experts', or none of them."""
+        """Require that all weights other than experts are given, or none of them."""
         others = {name for name, shape in shapes.items() if not expert_tensor(name, len(shape))}
         here = others.intersection(given)
         if not here and not whole:
             return
         if missing := sorted(others - here):
             raise WeightsError(
-                f"{len(missing)} weights are missing, such as {missing[0]}",
+                f"weights are missing ({len(missing)}), such as {missing[0]}",
                 where=_ONE,
                 fix="give all weights of the model, or only experts",
             )
@@ -202,7 +207,7 @@ class WeightDoor:
 
     @contextmanager
     def _loading(self, new: Sequence[NewExperts]) -> Iterator[None]:
-        """Let the model be loaded; afterwards its tensors are at the same addresses."""
+        """Prepare the model for loading, and afterwards put its tensors at their old addresses."""
         sealed = [layer._parameters for layer in self._layers]
         self.open = True
         try:

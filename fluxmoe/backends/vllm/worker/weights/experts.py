@@ -1,4 +1,4 @@
-"""New weights of one layer's experts, as vLLM loads them, on their way to the store."""
+"""Collection of the new weights of one layer's experts, which vLLM loads, for the store."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MATRICES = {"w1": "gate projection", "w3": "up projection", "w2": "down project
 
 
 class NewExperts:
-    """Collects a layer's experts; passes them on when all are there, the rest at the end.
+    """The new experts of a layer, passed on when all have been given, or else by ``finish``.
 
     Args:
-        layer: The layer. Its parameters are replaced by ``stand_ins`` while it is loaded.
+        layer: The layer, whose parameters are replaced by ``stand_ins`` during loading.
         put: Takes over an expert's number and its parts.
     """
 
@@ -37,11 +37,11 @@ class NewExperts:
         self._count = len(before[PARTS[0]])
         self._given: set[tuple[int, str]] = set()
         self._weights: dict[str, torch.nn.Parameter] = {}
-        #: Parameter → one without memory that collects what is loaded into it.
+        #: Parameter → a parameter without memory that collects the weights loaded into it.
         self.stand_ins = {name: self._stand_in(weight, name) for name, weight in before.items()}
 
     def finish(self) -> int:
-        """Pass on the remaining experts; return the number of all that were given.
+        """Pass on the remaining experts, and return the number of all experts that were given.
 
         Raises:
             WeightsError: An expert was not given as a whole.
@@ -62,7 +62,7 @@ class NewExperts:
     def _stand_in(self, before: torch.Tensor, name: str) -> torch.nn.Parameter:
         stand_in = torch.nn.Parameter(torch.empty_like(before), requires_grad=False)
 
-        @wraps(self._layer.weight_loader)  # with vLLM's marks
+        @wraps(self._layer.weight_loader)  # keeps the attributes set by vLLM
         def load(
             param: object,
             loaded_weight: torch.Tensor,
@@ -104,7 +104,7 @@ class NewExperts:
         for name, weight in self._weights.items():
             packed.register_parameter(name, weight)
         self._weights = {}
-        # What vLLM does after loading; it does not repeat it when it reloads a layer.
+        # vLLM calls this after the first loading, but not after loading a layer again.
         self._layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(packed)
         parts = [as_rows(getattr(packed, name)) for name in PARTS]
         for expert in sorted({expert for expert, _ in self._given}):

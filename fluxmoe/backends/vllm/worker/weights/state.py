@@ -1,4 +1,4 @@
-"""The state of a model's modules, to be restored if a change fails."""
+"""The state of a model's modules, which is restored if a change fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 class ModelState:
     """A copy of all attributes of a model's modules, and of the values of their tensors.
 
-    Loading replaces tensors, writes into them, and sets attributes, such as packed weights.
+    All of these are copied, because loading replaces tensors, writes into tensors, and sets
+    attributes, such as packed weights.
 
     Args:
         model: The model.
@@ -33,7 +34,7 @@ class ModelState:
         self._values = [(each, each.data, each.detach().clone()) for each in tensors.values()]
 
     def restore(self) -> None:
-        """Undo all changes since then."""
+        """Undo all changes made since the copy."""
         for module, state in self._modules:
             vars(module).clear()
             vars(module).update(state)
