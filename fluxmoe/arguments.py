@@ -49,7 +49,13 @@ def wrong(name: str, valid: str, value: object, where: str, fix: str = "") -> Co
 
 
 def require_new(file: Path, *, replace: bool) -> None:
-    """Raise ConfigError if the file exists and ``replace`` is false."""
+    """Raise ConfigError if the file exists and ``replace`` is false, or its folder is missing."""
+    if not file.parent.is_dir():
+        raise ConfigError(
+            "there is no such folder to write to",
+            where=str(file.parent),
+            fix="create it, or name a file in another folder",
+        )
     if not replace and file.exists():
         raise ConfigError(
             "the file already exists",

@@ -35,7 +35,7 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
 #: Load formats of vLLM that read safetensors files if these are present.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Tensor(NamedTuple):
@@ -68,11 +68,15 @@ def require_readable(model: str) -> None:
             "the path is a file", where=model, fix="name the folder of a checkpoint"
         )
     elif not is_hub_name(model):
-        raise CheckpointError("no such folder", where=model, fix="name the folder of a checkpoint")
+        raise CheckpointError(
+            "no such folder",
+            where=model,
+            fix="name the folder of a checkpoint, or a model on the Hub: organisation/name",
+        )
 
 
 def is_hub_name(model: str) -> bool:
-    """Return True if ``model`` can be a name on a hub: ``name`` or ``organisation/name``."""
+    """Return True if ``model`` can be a name on a hub: ``organisation/name``."""
     return _HUB_NAME.fullmatch(model) is not None
 
 

@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _compilation_announced() -> Iterator[None]:
     """Show the core's message that it is compiling, as that takes seconds without other output."""
     logger, handler = logging.getLogger("fluxmoe.compile"), logging.StreamHandler()
+    if sys.stderr.isatty():  # replaces an unfinished line, such as a progress bar
+        handler.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:

@@ -145,11 +145,7 @@ def _table(result: Comparison, title: str, names: Sequence[str]) -> None:
         ),
         row("tokens/s", lambda side: f"{side.tokens_per_s:.0f}"),
         ("speed-up", *(f"{result.speedup(name):.2f}×" for name in names)),
-        (
-            "tokens",
-            *([""] * (len(names) - 1)),
-            "identical" if result.tokens_identical else "DIFFERENT",
-        ),
+        ("tokens", *("identical" if result.identical(name) else "DIFFERENT" for name in names)),
     ]
     unused = ("–",) * len(names)
     table.show(title, [""], [TITLES[name] for name in names], [r for r in rows if r[1:] != unused])

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,6 +83,8 @@ def doctor(
         if not (as_json or as_csv):
             _print("This installation", system)
             _print("Backends", backends)
+            if engines and not quick:
+                output.warn("checking MoE kernels, up to half a minute; --quick skips this")
         checked = wait()
     tables = {
         "checks": [asdict(finding) for finding in system],
@@ -125,8 +127,12 @@ def _kernel(check: kernels.KernelCheck) -> Check:
 
 
 def _print(title: str, findings: list[Check]) -> None:
-    rows = [astuple(finding) for finding in findings]
-    table.show(title, ["", "status", "found", "what to do"], [], rows)
+    """Print findings, and below them the remedies as whole lines, which can be copied."""
+    rows = [(finding.name, finding.status, finding.found) for finding in findings]
+    table.show(title, ["", "status", "found"], [], rows, merge=False)
+    for finding in findings:
+        if finding.fix:
+            output.say(f"• {finding.name}: {finding.fix}")
 
 
 def _system() -> Iterator[Check]:

@@ -73,10 +73,12 @@ def generate(
         found.errors.append(ConfigError("exactly one of --prompt and --prompt-ids is needed"))
     elif prompt_ids is not None:
         given = found.result(models.numbers, prompt_ids, "--prompt-ids")
-    size = models.vocabulary(model)
+    size = models.setting(model, "vocab_size")
     if given is not None and size is not None:
         with found.check():
             models.require_tokens(given, size, "--prompt-ids")
+    with found.check():
+        models.require_length(model, len(given or [0]) + max_new_tokens)
     settings = {
         "memory": {"budget": memory},
         "eviction": eviction,
@@ -93,6 +95,7 @@ def generate(
     ids = given if given is not None else models.encode(tokenizer, prompt or "")
     size = size or models.config(model).get_text_config().vocab_size
     models.require_tokens(ids, size, "--prompt" if given is None else "--prompt-ids")
+    models.require_length(model, len(ids) + max_new_tokens)
     answer = engine(ids, max_new_tokens)
     tokens = answer.tokens
     result = {

@@ -70,7 +70,7 @@ def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]
         "status": "replaced" if replaced else plugin.status,
         "problem": replaced,
         "oracle": policy.oracle,
-        "summary": policy.summary,
+        "summary": policy.summary.replace("``", ""),
         "faults": None if state is None else state.faults,
     }
 

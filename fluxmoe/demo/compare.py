@@ -183,8 +183,12 @@ class Comparison:
     @property
     def tokens_identical(self) -> bool:
         """True if all runs of all engines produced the same tokens for every request."""
+        return all(map(self.identical, self.sides))
+
+    def identical(self, name: str) -> bool:
+        """True if all runs of an engine produced the tokens of stock vLLM's first run."""
         first = self.stock.runs[0].tokens
-        return all(run.tokens == first for side in self.sides.values() for run in side.runs)
+        return all(run.tokens == first for run in self.sides[name].runs)
 
     def to_json(self) -> dict[str, Any]:
         return {

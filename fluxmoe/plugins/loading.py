@@ -155,6 +155,8 @@ def named(name: str) -> ModuleType:
         PluginLoadError: The plugin does not exist or cannot be imported.
     """
     path, where = Path(name), f"plugin {name}"
+    if not is_plugin_file(name) and path.is_file():
+        raise PluginLoadError("not a .py file", where=where)
     if not is_plugin_file(name):
         return attempt(
             lambda: importlib.import_module(name), "cannot import the plugin: ", where=where

@@ -36,7 +36,7 @@ class Board:
             os.ftruncate(fd, 16)
         else:
             fd = os.open(f"/proc/{address.process}/fd/{address.file}", os.O_RDWR)
-        weakref.finalize(self, os.close, fd)
+        self._close = weakref.finalize(self, os.close, fd)
         self._numbers = np.frombuffer(mmap.mmap(fd, 16), np.int64)
         #: The address at which another process finds this board.
         self.address = Address(os.getpid(), fd)
@@ -58,3 +58,11 @@ class Board:
     @updates.setter
     def updates(self, number: int) -> None:
         self._numbers[1] = number
+
+    def close(self) -> None:
+        """Give up the memory. Idempotent.
+
+        It would otherwise stay as long as vLLM refers to a stopped engine.
+        """
+        self._close()
+        self._numbers = np.zeros(2, np.int64)

@@ -121,6 +121,10 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         )
         self._meter = Meter(split_reader(self.arbitration.arbiter))
 
+    def shutdown(self) -> None:
+        for board in self._boards:
+            board.close()
+
     def on_new_request(self, request: Any) -> None:
         self._forget_other_weights()
         self._requests.arrived(request)

@@ -55,6 +55,7 @@ _TABLE = {
         _CONNECTOR + "KVConnectorBase_V1.bind_kv_cache_manager": "kv_cache_manager",
         _CONNECTOR + "KVConnectorBase_V1.set_xfer_handshake_metadata": "metadata",
         _CONNECTOR + "KVConnectorBase_V1.on_new_request": "request",
+        _CONNECTOR + "KVConnectorBase_V1.shutdown": "",
         _CONNECTOR + "KVConnectorBase_V1.get_num_new_matched_tokens": "request num_computed_tokens",
         _CONNECTOR + "KVConnectorBase_V1.update_state_after_alloc": (
             "request blocks num_external_tokens"

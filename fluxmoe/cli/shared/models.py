@@ -51,16 +51,31 @@ def config(model: str) -> PretrainedConfig:
         raise checkpoint.not_loadable(model, error) from error
 
 
-def vocabulary(model: str) -> int | None:
-    """Read, without transformers, the number of tokens that a model knows; None if unknown."""
+def setting(model: str, key: str) -> int | None:
+    """Read a number from a model's ``config.json`` without transformers; None if it has none."""
     from fluxmoe import checkpoint
 
     try:
         file = Path(checkpoint.downloaded(model)) / "config.json"
-        found = checkpoint.text_part(checkpoint.read_map(file)).get("vocab_size")
+        found = checkpoint.text_part(checkpoint.read_map(file)).get(key)
     except CheckpointError:  # the model's checks report it
         return None
     return found if isinstance(found, int) else None
+
+
+def require_length(model: str, tokens: int) -> None:
+    """Reject a request of more tokens, prompt and answer, than the model's maximum.
+
+    Raises:
+        ConfigError: The request is too long.
+    """
+    longest = setting(model, "max_position_embeddings")
+    if longest and tokens > longest:
+        raise ConfigError(
+            f"{tokens} tokens with the prompt are more than the model's maximum of {longest}",
+            where="--max-new-tokens",
+            fix="lower it",
+        )
 
 
 def require_tokens(tokens: Sequence[int], size: int, option: str) -> None:

@@ -50,6 +50,7 @@ def show(
     *,
     keys: int | None = None,
     total: bool = False,
+    merge: bool = True,
 ) -> None:
     """Print a table on standard output.
 
@@ -59,6 +60,7 @@ def show(
         rows: Cells of each row.
         keys: Number of leading columns that identify the rows; default: all text columns.
         total: True if the last row is the total of the others.
+        merge: State columns whose cells are all equal once, above the table.
     """
     columns = [
         _Column(heading, [row[at] for row in rows], at >= len(text))
@@ -70,10 +72,11 @@ def show(
     if len(rows) == 1:
         _print_list(columns)
         return
-    said = [f"{c.heading} {c.cells[0]}" for c in columns if c.constant and c.cells[0]]
+    once = [column for column in columns if merge and column.constant]
+    said = [f"{column.heading} {column.cells[0]}" for column in once if column.cells[0]]
     if said:
         output.say(f"in every row: {', '.join(said)}", style="dim")
-    varying = [column for column in columns if not column.constant]
+    varying = [column for column in columns if column not in once]
     for block in _blocks(
         [column for column in first if column in varying],
         [column for column in varying if column not in first],

@@ -109,7 +109,9 @@ def record(
     with found.check():  # the writer checks too, but only after the model has been loaded
         require_place(out, replace=force)
     lines = _lines(prompt or [], prompt_ids or [], prompts, found)
-    size = models.vocabulary(model)
+    size = models.setting(model, "vocab_size")
+    with found.check():
+        models.require_length(model, 1 + max_new_tokens)
     for line in lines:
         if not isinstance(line, str) and size is not None:
             with found.check():

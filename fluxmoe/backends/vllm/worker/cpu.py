@@ -201,6 +201,7 @@ class PagedCPUWorker(CPUWorker):
             if self._runtime is not None:
                 self._runtime = None
                 self._release()
+                self._door.board.close()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, except in a forked process, which shares the parent's KV cache."""
