@@ -72,7 +72,10 @@ def pack_tied(model: torch.nn.Module) -> None:
     """
     owners: dict[int, list[torch.nn.Module]] = {}
     for module in model.modules():
-        for weight in module.parameters(recurse=False):
+        weights = [*module.parameters(recurse=False)]
+        if any(isinstance(weight, Sealed) for weight in weights):
+            continue  # paged experts, which share the router's bias, are packed in the store
+        for weight in weights:
             owners.setdefault(id(weight), []).append(module)
     for modules in owners.values():
         for module in modules if len(modules) > 1 else ():
