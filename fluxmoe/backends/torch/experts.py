@@ -23,12 +23,13 @@ from typing import TypeAlias
 import torch
 
 from fluxmoe.backends import op
+from fluxmoe.backends.sealed import FixedParameters, seal
 from fluxmoe.backends.selfcheck import Checked, Parts, require_slot_independence
 from fluxmoe.backends.torch.layout import top_k_of, weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.refusals import require_no_export, require_plain
-from fluxmoe.backends.torch.weights.sealed import FixedParameters, Gone, Sealed, seal
+from fluxmoe.backends.torch.weights.sealed import CLOSE, Gone, Paged
 from fluxmoe.errors import UnsupportedError
 
 NAMES.require("experts")  # the imports below would raise an error without a remedy
@@ -171,8 +172,8 @@ def bind(
         lease: Token that keeps the arenas alive.
     """
     twin = Twin(module, implementation, arenas, table)
-    kinds = [seal(weight, Sealed) for weight in weights_of(module).values()]
-    module._parameters = FixedParameters(module._parameters)
+    kinds = [seal(weight, Paged) for weight in weights_of(module).values()]
+    module._parameters = FixedParameters(module._parameters, CLOSE)
     module._fluxmoe = Binding(handle, layer, twin, kinds, lock, lease)
 
 

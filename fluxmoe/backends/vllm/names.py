@@ -109,6 +109,7 @@ _TABLE = {
     },
     "worker": {
         "vllm.distributed:get_tensor_model_parallel_rank": "",
+        "vllm.distributed:get_tp_group": "",
         "vllm.distributed.kv_transfer.kv_transfer_state:get_kv_transfer_group": "",
         "vllm.distributed.kv_transfer.kv_transfer_state:ensure_kv_transfer_shutdown": "",
         "vllm.distributed.kv_transfer.kv_transfer_state:_KV_CONNECTOR_AGENT": "",
@@ -135,7 +136,7 @@ _TABLE = {
         _WORKER + ".shutdown": "",
         **_attributes(
             _WORKER,
-            "reload_weights reset_weights save_sharded_state save_tensorized_model "
+            "apply_model reload_weights reset_weights save_sharded_state save_tensorized_model "
             "compute_weight_checksums init_weight_transfer_engine start_weight_update "
             "start_draft_weight_update update_weights finish_weight_update",
         ),
@@ -145,7 +146,6 @@ _TABLE = {
     },
     "reload": {
         _CONFIG + "set_current_vllm_config": "vllm_config",
-        "vllm.distributed:get_tp_group": "",
         "vllm.model_executor.model_loader:get_model_loader": "load_config",
         _RELOAD + "layerwise:finalize_layerwise_reload": "",
         _RELOAD + "layerwise:get_layerwise_info": "layer",

@@ -11,12 +11,11 @@ the memory, of which a checksum is taken.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Container, Iterable
 
 import torch
-from torch.overrides import resolve_name
 
+from fluxmoe.backends.sealed import Sealed
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.core.compiled.jit import jit
@@ -28,64 +27,19 @@ from fluxmoe.errors import UnsupportedError
 #: The remedy for most operations that a paged model refuses.
 CLOSE = "close() its handle first; after fluxmoe.load(), use the weights in the checkpoint"
 
-_PROPERTIES = (
-    "shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "grad",
-    "grad_fn", "is_leaf", "is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_sparse",
-    "is_quantized", "is_nested", "_backward_hooks",
-)  # fmt: skip
-_METHODS = (
-    "size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_inference",
-    "is_floating_point", "is_complex", "__len__", "requires_grad_",
-)  # fmt: skip
-_READABLE = {
-    *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
-    *(getattr(torch.Tensor, name) for name in _METHODS),
-    torch.Tensor.requires_grad.__set__,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
-}
 #: The place of the weights, including those of a loaded model, which are in a store.
 _IN_MEMORY = {
     torch.Tensor.device.__get__: torch.device("cpu"),
     torch.Tensor.is_cpu.__get__: True,
     torch.Tensor.is_meta.__get__: False,
 }
-_SET_GRADIENT = torch.Tensor.grad.__set__
 
 
-class Sealed(torch.nn.Parameter):
-    """Weights of paged experts. A parameter is sealed by changing its class to this one."""
+class Paged(Sealed):
+    """Weights of a paged model."""
 
-    what: ClassVar[str] = "the experts' weights cannot be used while the model is paged"
-    place: ClassVar[Mapping[object, object]] = _IN_MEMORY
-    fix: ClassVar[str] = f"{CLOSE}; choose the experts implementation before paging"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={[*self.shape]}, dtype={self.dtype})"
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in cls.place:
-            return cls.place[func]
-        if func in _READABLE or (func == _SET_GRADIENT and args[1] is None):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        name = resolve_name(func) or getattr(func, "__name__", str(func))
-        cls._refuse(where=name.removesuffix(".__get__"))
-
-    @classmethod
-    def _refuse(cls, *_: object, where: str = "", **__: object) -> NoReturn:
-        raise UnsupportedError(cls.what, where=where, fix=cls.fix)
-
-    # torch does not pass calls to these methods to __torch_function__.
-    set_ = as_subclass = unflatten = _refuse
+    place = _IN_MEMORY
+    fix = f"{CLOSE}; choose the experts implementation before paging"
 
 
 class Gone(Sealed):
@@ -95,30 +49,7 @@ class Gone(Sealed):
         "the model's experts are gone: fluxmoe.load() put them into a store, which was released "
         "when the handle was closed"
     )
-    place: ClassVar[Mapping[object, object]] = {}
     fix = "load the model again, and close the handle after its last use"
-
-
-def seal(weight: torch.nn.Parameter, kind: type[torch.nn.Parameter]) -> type[torch.nn.Parameter]:
-    """Change the class of a parameter in place; return the previous class."""
-    before = type(weight)
-    weight.__class__ = kind
-    return before
-
-
-class FixedParameters(dict[str, torch.nn.Parameter | None]):
-    """A module's parameters, which cannot be replaced or removed."""
-
-    def __setitem__(self, name: str, weight: torch.nn.Parameter | None) -> None:
-        if name not in self or self[name] is not weight:
-            self._refuse()
-
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise UnsupportedError(
-            "the experts' weights cannot be replaced while the model is paged", fix=CLOSE
-        )
-
-    __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
 
 
 class Shared:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from fluxmoe.backends.sealed import Sealed
 from fluxmoe.backends.vllm.names import NAMES
 
 NAMES.require("reload")  # the imports below would raise an error without a remedy
 
 from vllm.config import set_current_vllm_config
-from vllm.distributed import get_tp_group
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
@@ -53,7 +53,11 @@ def unfollowing(model: torch.nn.Module) -> list[str]:
     found = []
     for prefix, module in model.named_modules():
         captured = get_layerwise_info(module).restore_metadata[1]
-        memory = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+        memory = {
+            weight.untyped_storage().data_ptr()
+            for weight in module.parameters()
+            if not isinstance(weight, Sealed)
+        }
         for name in module._non_persistent_buffers_set - captured.keys() - SKIP_TENSORS:
             buffer = module._buffers[name]
             if buffer is not None and buffer.untyped_storage().data_ptr() not in memory:
@@ -68,22 +72,15 @@ def pack_tied(model: torch.nn.Module) -> None:
     """
     owners: dict[int, list[torch.nn.Module]] = {}
     for module in model.modules():
-        for weight in module.parameters(recurse=False):
+        weights = [*module.parameters(recurse=False)]
+        if any(isinstance(weight, Sealed) for weight in weights):
+            continue  # paged experts, which share the router's bias, are packed in the store
+        for weight in weights:
             owners.setdefault(id(weight), []).append(module)
     for modules in owners.values():
         for module in modules if len(modules) > 1 else ():
             if hasattr(module, "quant_method"):
                 module.quant_method.process_weights_after_loading(module)
-
-
-def all_agree(yes: bool) -> bool:
-    """True if all tensor-parallel workers call this function with True."""
-    group = get_tp_group()
-    if group.world_size == 1:
-        return yes
-    votes = torch.tensor([int(yes)])
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group.cpu_group)
-    return bool(votes)
 
 
 def weights_of(config: Any, model: torch.nn.Module, path: str | None) -> Iterator[Any]:
@@ -99,7 +96,6 @@ def weights_of(config: Any, model: torch.nn.Module, path: str | None) -> Iterato
 
 
 __all__ = [
-    "all_agree",
     "exempt",
     "finalize_layerwise_reload",
     "initialize_layerwise_reload",

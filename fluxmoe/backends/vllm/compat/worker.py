@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.core.types import Phase
+from fluxmoe.errors import FluxMoEError
+from fluxmoe.words import line
 
 NAMES.require("worker")  # the imports below would raise an error without a remedy
 
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -20,6 +23,27 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
+
+
+def errors_of_all(own: BaseException | None) -> list[Exception]:
+    """List the errors of all tensor-parallel workers by rank, which all must call this.
+
+    Args:
+        own: This worker's error; None: it has none.
+    """
+    group = get_tp_group()
+    if own is not None and not isinstance(own, FluxMoEError):
+        own = RuntimeError(line(own, repr))  # the others may be unable to unpickle it
+    found: list[Any] = [own]
+    if group.world_size > 1:
+        found *= group.world_size
+        torch.distributed.all_gather_object(found, own, group=group.cpu_group)
+    return [error for error in found if error is not None]
+
+
+def is_last_worker() -> bool:
+    """True in the tensor-parallel worker of the highest rank."""
+    return bool(get_tp_group().is_last_rank)
 
 
 def worker_connector() -> Any:
@@ -68,7 +92,9 @@ __all__ = [
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "drop_connector",
+    "errors_of_all",
     "get_tensor_model_parallel_rank",
+    "is_last_worker",
     "max_memory_usage_bytes",
     "scheduled_requests",
     "step_phase",

@@ -29,6 +29,7 @@ from fluxmoe.backends.vllm.names import NAMES
 from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.worker import budget, checks, kv, selfcheck, start
+from fluxmoe.backends.vllm.worker.answers import together
 from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
@@ -195,7 +196,7 @@ class PagedCPUWorker(CPUWorker):
         """Release the model, and then the arenas."""
         super().shutdown()
         try:
-            self.fluxmoe_record(None)
+            self._end_recording()
         finally:
             if self._runtime is not None:
                 self._runtime = None
@@ -228,6 +229,9 @@ class PagedCPUWorker(CPUWorker):
         own = {"orders": self._side.orders, "weight_updates": self._door.board.updates}
         return {**stats, **own}
 
+    apply_model = together(CPUWorker.apply_model)
+
+    @together
     def reload_weights(
         self,
         weights_iterator: Any = None,
@@ -250,6 +254,7 @@ class PagedCPUWorker(CPUWorker):
         self._paged.pager.owner.require()
         self._door.reload(weights_iterator, weights_path)
 
+    @together
     def fluxmoe_check(self) -> None:
         """Raise InvariantError unless all books are consistent."""
         self._paged.check()
@@ -284,6 +289,7 @@ class PagedCPUWorker(CPUWorker):
             "budget": runtime.memory.budget_bytes,
         }
 
+    @together
     def fluxmoe_record(
         self,
         path: str | None,
@@ -306,11 +312,7 @@ class PagedCPUWorker(CPUWorker):
                 recorded.
             ConfigError: The file already exists and ``replace`` is false.
         """
-        if self._recorder is not None:
-            recorder, self._recorder = self._recorder, None
-            op.record(self._handle, None)
-            self._note_weights(False)
-            recorder.close()
+        self._end_recording()
         if path is not None:
             self._recorder = Recorder(
                 path,
@@ -330,6 +332,13 @@ class PagedCPUWorker(CPUWorker):
         """True if the recording has all its steps, or if no recording is active."""
         return self._recorder is None or self._recorder.done
 
+    def _end_recording(self) -> None:
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            op.record(self._handle, None)
+            self._note_weights(False)
+            recorder.close()
+
     def _note_weights(self, wanted: bool) -> None:
         model = getattr(self.model_runner, "model", None)
         if model is None:  # the worker has been shut down
@@ -345,7 +354,7 @@ class PagedCPUWorker(CPUWorker):
 
 
 for _call, _fix in WEIGHT_CALLS.items():
-    setattr(PagedCPUWorker, _call, refusing(_call, _fix))
+    setattr(PagedCPUWorker, _call, together(refusing(_call, _fix)))
 
 
 def _release(handle: int, runtime: Runtime) -> None:

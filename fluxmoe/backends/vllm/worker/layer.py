@@ -8,22 +8,45 @@ from typing import Any
 import torch
 
 from fluxmoe.backends import op
+from fluxmoe.backends.sealed import FixedParameters, Sealed, seal
 from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 
 #: Parameters of a layer that hold its experts; each is a part of the experts' pages.
 PARTS = ("w13_weight", "w2_weight")
 
+#: The way to change a model's weights.
+RELOAD = "call reload_weights, or load_weights of the whole model, with names as in the checkpoint"
+
+
+class PagedWeight(Sealed):
+    """Weights of a layer's experts, as code outside the layer finds them: without memory."""
+
+    fix = RELOAD
+
+
+class AsComputed:
+    """A layer as its kernel sees it: the weights are arenas, everything else is the layer's."""
+
+    def __init__(self, layer: PagedRoutedExperts, parts: dict[str, torch.Tensor]) -> None:
+        self._layer = layer
+        vars(self).update(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
 
 class PagedRoutedExperts(RoutedExperts):
-    """vLLM's routed experts; after ``bind``, their weights are the slots of an arena."""
+    """vLLM's routed experts; after ``bind``, they compute with the slots of an arena."""
 
     _pager: int | None = None
     _layer: int = -1
-    #: True to pass routing weights to a recorder. A compiled model ignores changes to this value.
+    _computed: AsComputed
+    _parameters: dict[str, torch.nn.Parameter | None]
+    #: True to pass routing weights to a recorder. A compiled model ignores later changes.
     notes_weights = False
 
     def bind(self, pager: int, layer: int, parts: dict[str, torch.Tensor]) -> None:
-        """Compute on arenas from now on.
+        """Compute on arenas from now on; the parameters give up their memory and are sealed.
 
         Args:
             pager: Handle of the pager (``op.attach``).
@@ -31,9 +54,12 @@ class PagedRoutedExperts(RoutedExperts):
             parts: Parameter name → arena ``[slots, …]`` of the layer's bank.
         """
         self._pager, self._layer = pager, layer
-        for name, arena in parts.items():
-            # The Parameter is kept, because vLLM's kernel object and compiled graphs refer to it.
-            getattr(self, name).data = arena
+        self._computed = AsComputed(self, parts)
+        for name in parts:
+            weight = getattr(self, name)
+            weight.data = weight.new_empty(1).expand(weight.shape)
+            seal(weight, PagedWeight)
+        self._parameters = FixedParameters(self._parameters, RELOAD)
 
     def forward_modular(
         self,
@@ -44,11 +70,12 @@ class PagedRoutedExperts(RoutedExperts):
         **kw: Any,
     ) -> torch.Tensor:
         """Run the stock kernel with slots in place of expert ids."""
-        if self._pager is not None:
-            if self.notes_weights:
-                topk_ids = op.note(topk_ids, topk_weights, None, self._pager)
-            topk_ids = op.acquire(topk_ids, self._pager, self._layer)
-        return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
+        if self._pager is None:
+            return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
+        if self.notes_weights:
+            topk_ids = op.note(topk_ids, topk_weights, None, self._pager)
+        topk_ids = op.acquire(topk_ids, self._pager, self._layer)
+        return RoutedExperts.forward_modular(self._computed, x, topk_weights, topk_ids, *args, **kw)
 
 
 @cache

@@ -6,29 +6,28 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.layer import PARTS, RELOAD, PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
 from fluxmoe.errors import UnsupportedError
 
 _STOCK = "use a stock engine for this call"
-_RELOAD = "call reload_weights, or load_weights of the whole model, with names as in the checkpoint"
 
 #: Other methods of vLLM's worker that read or write the model's weights → remedy. They are refused,
-#: because the parameters of experts are slots, whose pages change.
+#: because the parameters of experts have no data.
 WEIGHT_CALLS = {
-    "reset_weights": _RELOAD,
+    "reset_weights": RELOAD,
     "save_sharded_state": _STOCK,
     "save_tensorized_model": _STOCK,
     "compute_weight_checksums": _STOCK,
-    "init_weight_transfer_engine": _RELOAD,
-    "start_weight_update": _RELOAD,
-    "start_draft_weight_update": _RELOAD,
-    "update_weights": _RELOAD,
-    "finish_weight_update": _RELOAD,
+    "init_weight_transfer_engine": RELOAD,
+    "start_weight_update": RELOAD,
+    "start_draft_weight_update": RELOAD,
+    "update_weights": RELOAD,
+    "finish_weight_update": RELOAD,
 }
 
 
-def refusing(call: str, fix: str = _RELOAD) -> Callable[..., None]:
+def refusing(call: str, fix: str = RELOAD) -> Callable[..., None]:
     """Make a replacement for the function or method ``call`` that raises an error."""
 
     def refuse(*args: object, **kwargs: object) -> None:

@@ -20,6 +20,7 @@ from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm.board import Board
 from fluxmoe.backends.vllm.compat import reload
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
+from fluxmoe.backends.vllm.compat.worker import errors_of_all
 from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.weights.experts import NewExperts
 from fluxmoe.backends.vllm.worker.weights.state import ModelState
@@ -86,22 +87,20 @@ class WeightDoor:
             with self._runtime.update() as put:
                 changed = self._taken(weights, put, whole)
                 agreed = True
-                if not reload.all_agree(True):
-                    raise WeightsError(
-                        "another worker cannot take the new weights", fix="see that worker's log"
-                    )
+                if errors := errors_of_all(None):
+                    raise errors[0]
         except BaseException as error:
             if before is not None:
                 before.restore()
                 for module in self._model.modules():
                     reload.readmit(module)
+            if not isinstance(error, FluxMoEError) and isinstance(error, Exception):
+                error = WeightsError(
+                    f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
+                )
             if not agreed:
-                reload.all_agree(False)
-            if isinstance(error, FluxMoEError) or not isinstance(error, Exception):
-                raise
-            raise WeightsError(
-                f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
-            ) from error
+                errors_of_all(error)
+            raise error
         self.board.updates += 1
         return changed
 
@@ -209,17 +208,17 @@ class WeightDoor:
     @contextmanager
     def _loading(self, new: Sequence[NewExperts]) -> Iterator[None]:
         """Prepare the model for loading, and afterwards put its tensors at their old addresses."""
-        arenas = [dict(layer._parameters) for layer in self._layers]
+        sealed = [layer._parameters for layer in self._layers]
         self.open = True
         try:
             with reload.set_current_vllm_config(self._config):
                 for layer, each in zip(self._layers, new, strict=True):
-                    layer._parameters.update(each.stand_ins)
+                    layer._parameters = {**layer._parameters, **each.stand_ins}
                     reload.exempt(layer)
                 reload.initialize_layerwise_reload(self._model)
                 yield
-                for layer, own in zip(self._layers, arenas, strict=True):
-                    layer._parameters.update(own)
+                for layer, own in zip(self._layers, sealed, strict=True):
+                    layer._parameters = own
                     reload.readmit(layer)
                 reload.finalize_layerwise_reload(self._model, self._config.model_config)
                 reload.pack_tied(self._model)
