@@ -30,7 +30,12 @@ from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.worker import budget, checks, kv, selfcheck, start
 from fluxmoe.backends.vllm.worker.answers import together
-from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts, use_paged_layers
+from fluxmoe.backends.vllm.worker.layer import (
+    PARTS,
+    PagedRoutedExperts,
+    sizes_of,
+    use_paged_layers,
+)
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests
@@ -38,7 +43,7 @@ from fluxmoe.backends.vllm.worker.side import WorkerSide
 from fluxmoe.backends.vllm.worker.weights.calls import WEIGHT_CALLS, guard_loading, refusing
 from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
 from fluxmoe.config import HandLimits
-from fluxmoe.core.types import Geometry, PageClass, Part, Phase
+from fluxmoe.core.types import Phase
 from fluxmoe.errors import (
     FluxMoEError,
     InvariantError,
@@ -108,21 +113,9 @@ class PagedCPUWorker(CPUWorker):
         guard_loading(model, self._door)
 
     def _page_out(self, layers: list[PagedRoutedExperts]) -> Runtime:
-        shapes = {
-            tuple((name, getattr(m, name).shape, getattr(m, name).dtype) for name in PARTS)
-            for m in layers
-        }
-        if len(shapes) > 1:
-            raise UnsupportedError(f"the layers have experts with {len(shapes)} different layouts")
+        geometry, page_class = sizes_of(layers)
         self.kernel = selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
-        page_class = PageClass(
-            tuple(
-                Part(name, w[0].numel() * w.element_size(), w[0].numel())
-                for name, w in zip(PARTS, weights, strict=True)
-            )
-        )
-        geometry = Geometry(len(layers), weights[0].shape[0])
         store = make_store(self._config, geometry, page_class, self._coders)
         self._runtime = runtime = Runtime(
             self._config,

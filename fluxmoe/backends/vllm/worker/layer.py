@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from fluxmoe.backends import op
 from fluxmoe.backends.sealed import FixedParameters, Sealed, seal
 from fluxmoe.backends.vllm.compat.worker import RoutedExperts
+from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.errors import UnsupportedError
 
 #: Parameters of a layer that hold its experts; each is a part of the experts' pages.
 PARTS = ("w13_weight", "w2_weight")
@@ -82,3 +85,16 @@ class PagedRoutedExperts(RoutedExperts):
 def use_paged_layers() -> None:
     """Make vLLM build paged layers in place of its routed experts in this process."""
     RoutedExperts.register_oot(PagedRoutedExperts, name="RoutedExperts")
+
+
+def sizes_of(layers: Sequence[RoutedExperts]) -> tuple[Geometry, PageClass]:
+    """Return the sizes of layers' experts. Raises UnsupportedError if the layers' layouts differ."""
+    shapes = {
+        tuple((name, getattr(m, name).shape, getattr(m, name).dtype) for name in PARTS)
+        for m in layers
+    }
+    if len(shapes) > 1:
+        raise UnsupportedError(f"the layers have experts with {len(shapes)} different layouts")
+    weights = {name: getattr(layers[0], name) for name in PARTS}
+    parts = (Part(n, w[0].numel() * w.element_size(), w[0].numel()) for n, w in weights.items())
+    return Geometry(len(layers), weights[PARTS[0]].shape[0]), PageClass(tuple(parts))
