@@ -38,7 +38,7 @@ from fluxmoe.backends.vllm.worker.layer import (
 )
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
-from fluxmoe.backends.vllm.worker.recording import Requests
+from fluxmoe.backends.vllm.worker.recording import Requests, note_weights
 from fluxmoe.backends.vllm.worker.side import WorkerSide
 from fluxmoe.backends.vllm.worker.weights.calls import WEIGHT_CALLS, guard_loading, refusing
 from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
@@ -318,7 +318,7 @@ class PagedCPUWorker(CPUWorker):
                 phase=phase,
                 rows=Requests(self.model_runner),
             )
-            self._note_weights(weights)
+            note_weights(self.model_runner, weights)
             op.record(self._handle, self._recorder)
 
     def fluxmoe_recorded(self) -> bool:
@@ -329,16 +329,8 @@ class PagedCPUWorker(CPUWorker):
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             op.record(self._handle, None)
-            self._note_weights(False)
+            note_weights(self.model_runner, False)
             recorder.close()
-
-    def _note_weights(self, wanted: bool) -> None:
-        model = getattr(self.model_runner, "model", None)
-        if model is None:  # the worker has been shut down
-            return
-        for module in model.modules():
-            if isinstance(module, PagedRoutedExperts):
-                module.notes_weights = wanted
 
     def fluxmoe_reset(self) -> None:
         """Start cold: drop all pages, and set all counters except those on ``/metrics`` to zero."""

@@ -88,7 +88,7 @@ def use_paged_layers() -> None:
 
 
 def sizes_of(layers: Sequence[RoutedExperts]) -> tuple[Geometry, PageClass]:
-    """Return the sizes of layers' experts. Raises UnsupportedError if the layers' layouts differ."""
+    """Return the sizes of layers' experts. Raises UnsupportedError if the layouts differ."""
     shapes = {
         tuple((name, getattr(m, name).shape, getattr(m, name).dtype) for name in PARTS)
         for m in layers

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fluxmoe.backends.vllm.compat.worker import scheduled_requests
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
 from fluxmoe.core.types import Phase
 from fluxmoe.trace import StepRows
 
@@ -37,3 +38,11 @@ class Requests:
         return StepRows(
             np.repeat(np.asarray(numbers, np.int32), lengths), np.repeat(phases, lengths)
         )
+
+
+def note_weights(runner: Any, wanted: bool) -> None:
+    """Let a model runner's paged layers pass their routing weights to recorders, or not."""
+    model = getattr(runner, "model", None)  # None after the worker's shutdown
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, PagedRoutedExperts):
+            module.notes_weights = wanted
