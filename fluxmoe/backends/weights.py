@@ -21,7 +21,7 @@ def checked(
     shapes: Mapping[str, Shape],
     other: Callable[[str, torch.Tensor], Shape | None] = lambda *_: None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Check each weight, and yield its name and tensor.
+    """Check each weight, and yield its name and a copy: an iterator may reuse its tensors.
 
     Args:
         weights: Pairs of a name and a tensor, or a map from names to tensors.
@@ -55,5 +55,10 @@ def checked(
             )
         if weight.device.type != "cpu":
             raise WeightsError(f"{name} is on {weight.device}", fix="move it to the CPU")
+        if weight.layout != torch.strided or weight.is_quantized or weight.is_complex():
+            raise WeightsError(
+                f"{name} is a {weight.layout} tensor of {weight.dtype}",
+                fix="give dense real numbers",
+            )
         given.add(name)
-        yield name, weight
+        yield name, weight.detach().clone()

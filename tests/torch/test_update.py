@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fluxmoe
+from fluxmoe.backends.torch import experts
+from fluxmoe.backends.torch.weights.update import NewWeights
+from fluxmoe.demo.model import SHIPPED
 from fluxmoe.errors import FluxMoEError, UnsupportedError, WeightsError
 from tests.torch.conftest import Load, prompts
 
@@ -172,6 +177,97 @@ def test_threads_see_whole_updates(pair: tuple[Any, Any]) -> None:
     right = run(a), run(b)
     assert found
     assert all(any(torch.equal(each, one) for one in right) for each in found)
+
+
+def test_an_iterator_may_reuse_its_tensors_and_weights_may_be_the_models_own(pair) -> None:
+    a, b = pair
+    model, buffers = copy.deepcopy(a), {}
+
+    def reusing() -> Any:
+        for name, weight in b.state_dict().items():
+            buffer = buffers.setdefault(weight.shape, torch.empty_like(weight))
+            yield name, buffer.copy_(weight)
+
+    with fluxmoe.page(model, "1MiB") as paged:
+        paged.update_weights(reusing())
+        assert torch.equal(run(model), run(b))
+    assert torch.equal(run(model), run(b))
+    own, norms = copy.deepcopy(a), [f"model.layers.{i}.input_layernorm.weight" for i in (0, 1)]
+    swapped, given = copy.deepcopy(a), dict(own.named_parameters())
+    moe = [name.replace(".1.", f".{i}.") for i in (0, 1) for name in (GATE_UP, DOWN)]
+    names = [*norms, *moe]
+    others = [*norms[::-1], *moe[2:], *moe[:2]]
+    other = dict(zip(names, others, strict=True))
+    swapped.load_state_dict({**a.state_dict(), **{name: given[other[name]] for name in names}})
+    state = own.state_dict()
+    with fluxmoe.page(own, "1MiB") as paged:
+        paged.update_weights({name: state[other[name]] for name in names})
+        assert torch.equal(run(own), run(swapped))
+    assert torch.equal(run(own), run(swapped)) and not torch.equal(run(own), run(a))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda weight: weight.to_sparse(),
+        lambda weight: torch.quantize_per_tensor(weight.float(), 0.1, 0, torch.qint8),
+        lambda weight: weight.float().to(torch.complex64),
+    ],
+    ids=["sparse", "quantised", "complex"],
+)
+def test_tensors_of_other_kinds_change_nothing(pair, odd) -> None:
+    a, b = pair
+    model = copy.deepcopy(a)
+    with fluxmoe.page(model, "1MiB") as paged:
+        for name in (GATE_UP, HEAD):
+            weights = {**b.state_dict(), name: odd(b.state_dict()[name])}
+            with pytest.raises(WeightsError, match="give dense real numbers"):
+                paged.update_weights(weights)
+            assert torch.equal(run(model), run(a))
+
+
+@pytest.mark.parametrize("at", [(NewWeights, "take_over"), (experts, "resize")])
+def test_an_interrupt_waits_for_changes_that_belong_together(pair, monkeypatch, at) -> None:
+    a, b = pair
+    model, change, inner = copy.deepcopy(a), at[1], getattr(*at)
+
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        inner(*args)
+
+    with fluxmoe.page(model, "1MiB") as paged:
+        monkeypatch.setattr(*at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            paged.resize("3MiB") if change == "resize" else paged.update_weights(b.state_dict())
+        monkeypatch.undo()
+        paged.check()
+        assert torch.equal(run(model), run(a if change == "resize" else b))
+    assert torch.equal(run(model), run(a if change == "resize" else b))
+
+
+def test_layers_that_share_experts_are_refused(pair) -> None:
+    model = copy.deepcopy(pair[0])
+    first, second = (model.model.layers[i].mlp.experts for i in (0, 1))
+    second.down_proj = first.down_proj
+    before = run(model)
+    with pytest.raises(UnsupportedError, match="share experts"):
+        fluxmoe.page(model, "1MiB")
+    assert torch.equal(run(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_slots_are_not_limited_by_the_type_of_expert_ids(dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, experts_implementation="grouped_mm")
+    x = torch.randn(7, model.config.hidden_size).to(model.dtype)
+    ids = torch.randint(0, 64, (7, 4)).sort().values.to(dtype)
+    weights = torch.rand(7, 4).to(model.dtype)
+    moe = [layer.mlp.experts for layer in model.model.layers]
+    with torch.no_grad():
+        right = [each(x, ids, weights) for each in moe]
+        with fluxmoe.page(model, "64MiB") as paged:
+            assert paged.stats()["slots"] > 256
+            for each, expected in zip(moe, right, strict=True):
+                assert torch.equal(each(x, ids, weights), expected)
 
 
 def test_load_state_dict_names_the_way(pair: tuple[Any, Any]) -> None:

@@ -136,7 +136,9 @@ class Twin:
         if self._compute is None:
             stock: Compute = type(self._module).forward.__wrapped__
             return stock(self._module, hidden_states, experts, weights)
-        return self._compute(self._module, hidden_states, slots.to(experts.dtype), weights)
+        narrow = experts.dtype in (torch.int8, torch.uint8)  # for experts, but not for slots
+        slots = slots.to(torch.int64 if narrow else experts.dtype)
+        return self._compute(self._module, hidden_states, slots, weights)
 
 
 class ByExpert:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
 
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fluxmoe import arguments, config, sizes
 from fluxmoe.backends import op
+from fluxmoe.backends.interrupts import uninterrupted
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
 from fluxmoe.backends.torch import experts, layout, recording
@@ -203,9 +204,10 @@ class PagedModel(Uncopyable):
         budget = room.within(budget, where)
         if at_least and budget // room.frame_bytes == runtime.memory.pool.limit:
             return
-        runtime.resize(budget)
-        for index, layer in enumerate(self._layers):
-            experts.resize(layer, self._arenas(index))
+        with uninterrupted():
+            runtime.resize(budget)
+            for index, layer in enumerate(self._layers):
+                experts.resize(layer, self._arenas(index))
 
     def follow(self, room: Callable[[], int | str] | None) -> None:
         """Before each forward pass, resize the memory for expert pages to what ``room`` returns.
@@ -264,9 +266,11 @@ class PagedModel(Uncopyable):
     def _update(self, weights: object) -> None:
         runtime = self._open()
         new = NewWeights(self.model, self._layers)
-        with runtime.update() as put:
-            new.collect(weights, put)
-        new.take_over(self._own, self._shared)
+        with ExitStack() as change:
+            with runtime.update() as put:
+                new.collect(weights, put)
+                change.enter_context(uninterrupted())
+            new.take_over(self._own, self._shared)
 
     def reset(self) -> None:
         """Start cold: drop all resident pages, set the counters to zero, and reset the policies."""
@@ -294,7 +298,8 @@ class PagedModel(Uncopyable):
         is an error. Does nothing in a forked process, because the memory belongs to the parent.
         """
         if self._lock.here:
-            self._lock.alone(self._close)
+            with uninterrupted():
+                self._lock.alone(self._close)
 
     def _close(self) -> None:
         if self.closed:

@@ -121,6 +121,9 @@ def _parts(model: torch.nn.Module) -> _Parts:
         )
     layers = layout.experts_of(model)
     layout.require_on_cpu(layers)
+    weights = [id(weight) for layer in layers for weight in layout.weights_of(layer).values()]
+    if len(set(weights)) < len(weights):
+        raise UnsupportedError("MoE layers that share experts cannot be paged", fix="clone them")
     return _Parts(layers, implementation_of(model, layers), Room(*layout.describe(layers)))
 
 

@@ -8,7 +8,7 @@ cancelled or completed (the slot is *settled*). The ``Copier`` moves the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -45,8 +45,12 @@ class Copier(Protocol):
             StoreError: A page could not be read; which of the others were copied is undefined.
         """
 
-    def prefetch(self, loads: Loads) -> Sequence[PendingCopy | None]:
-        """Order copies, most urgent first; None stands for a copy that is already complete."""
+    def prefetch(self, loads: Loads) -> Iterable[PendingCopy | None]:
+        """Order copies, most urgent first; None stands for a copy that is already complete.
+
+        A copy may begin only when the next one is asked for, so that the caller has noted it even
+        if Ctrl-C interrupts.
+        """
 
     def arrive(self, copy: PendingCopy) -> Exception | None:
         """Ensure that a copy that has begun completes before the next kernel runs.
@@ -108,7 +112,7 @@ class TransferEngine:
         """Queue copies in the given order. A failed copy is repeated when its page is needed."""
         self._settle_for(loads)
         copies = self._copier.prefetch(loads)
-        for slot, copy in zip(loads.slots.tolist(), copies, strict=True):
+        for copy, slot in zip(copies, loads.slots.tolist(), strict=True):
             if copy is not None:
                 self._queued[loads.bank, slot] = copy
         self.bytes_prefetch += len(loads) * self._page_bytes
@@ -121,10 +125,12 @@ class TransferEngine:
         Raises:
             StoreError: The page could not be read, even on the second attempt.
         """
-        copy = self._queued.pop((bank, slot), None)
+        copy = self._queued.get((bank, slot))
         if copy is None:
             return
-        if copy.withdraw() or self._copier.arrive(copy) is not None:
+        late = copy.withdraw() or self._copier.arrive(copy) is not None
+        del self._queued[bank, slot]  # not before: Ctrl-C may have ended the wait
+        if late:
             self._copier.demand(Loads(bank, np.asarray([page]), np.asarray([slot])))
 
     def move(self, bank: int, page: int, source: int, target: int) -> None:
@@ -162,6 +168,8 @@ class TransferEngine:
 
     def _settle(self, bank: int, slot: int) -> None:
         """Cancel or finish the copy into a slot whose page is no longer needed."""
-        copy = self._queued.pop((bank, slot), None)
-        if copy is not None and not copy.withdraw():
-            copy.error()  # a failure no longer matters
+        copy = self._queued.get((bank, slot))
+        if copy is not None:
+            if not copy.withdraw():
+                copy.error()  # a failure no longer matters
+            del self._queued[bank, slot]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
 
@@ -99,10 +99,9 @@ class CopyPool:
                 fix="lower it",
             ) from error
 
-    def order(self, make: Callable[[], None]) -> CopyJob:
-        copy = CopyJob(make)
+    def order(self, copy: CopyJob) -> None:
+        """Let a thread run the job. The caller has noted it, in case of an interruption here."""
         self._orders.put(copy)
-        return copy
 
     def close(self) -> None:
         """Finish all jobs that were not withdrawn, then stop the threads. Idempotent."""
@@ -150,8 +149,10 @@ class HostCopier:
         started = time.perf_counter()
         share = max(-(-len(loads) // (self._threads + 1)), self._least)
         rest = [loads[i : i + share] for i in range(share, len(loads), share)]
-        others = [(self._copiers.order(partial(self._copy, part)), part) for part in rest]
+        others = [(CopyJob(partial(self._copy, part)), part) for part in rest]
         try:
+            for copy, _ in others:
+                self._copiers.order(copy)
             self._copy(loads[:share])
             for copy, part in others:  # do not wait for threads that are busy with prefetches
                 if copy.withdraw():
@@ -163,18 +164,19 @@ class HostCopier:
                 raise error
         self.stall_seconds += time.perf_counter() - started
 
-    def prefetch(self, loads: Loads) -> Sequence[CopyJob | None]:
-        pages = (loads[i : i + 1] for i in range(len(loads)))
-        return [self._prefetch(partial(self._copy, page)) for page in pages]
-
-    def _prefetch(self, make: partial[None]) -> CopyJob | None:
-        if self._threads:
-            return self._copiers.order(make)
-        try:
-            make()
-        except StoreError:
-            return CopyJob(make)  # not begun, so the copy is repeated when its page is needed
-        return None
+    def prefetch(self, loads: Loads) -> Iterator[CopyJob | None]:
+        for i in range(len(loads)):
+            copy = CopyJob(partial(self._copy, loads[i : i + 1]))
+            if self._threads:
+                yield copy
+                self._copiers.order(copy)
+                continue
+            try:
+                self._copy(loads[i : i + 1])
+            except StoreError:
+                yield copy  # not begun, so the copy is repeated when its page is needed
+            else:
+                yield None
 
     def arrive(self, copy: PendingCopy) -> Exception | None:
         started = time.perf_counter()

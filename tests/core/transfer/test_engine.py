@@ -164,6 +164,36 @@ def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
     assert engine.holds(0, 9)
 
 
+def test_a_copy_is_noted_before_it_begins_and_until_it_has_ended(engine, monkeypatch):
+    """Otherwise an interruption in between would leave a copy into a slot of another page."""
+    noted = []
+
+    def interrupted(copy):
+        noted.append(copy in engine._queued.values())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._copier._copiers, "order", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.prefetch(loads({2: 3}))
+    assert noted == [True]
+    engine.complete(0, 3, 2)
+    assert engine.holds(2, 3)
+    engine.prefetch(loads({1: 4}))
+    with monkeypatch.context() as patch:
+        patch.setattr(CopyJob, "withdraw", lambda self: False)
+        patch.setattr(CopyJob, "error", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.complete(0, 4, 1)
+    assert engine.busy
+    engine.complete(0, 4, 1)
+    assert engine.holds(1, 4) and not engine.busy
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_demand_does_not_wait_for_threads_that_are_busy_with_prefetches(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 1: 2}))

@@ -9,13 +9,14 @@ the other weights change at once. The scheduler drops its prefix cache before it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fluxmoe import checkpoint
+from fluxmoe.backends.interrupts import uninterrupted
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.vllm.board import Board
 from fluxmoe.backends.vllm.compat import reload
@@ -80,28 +81,30 @@ class WeightDoor:
         """
         agreed = False
         before: ModelState | None = None
-        try:
-            self._require_possible()
-            expert_weights = [getattr(layer, name) for layer in self._layers for name in PARTS]
-            before = ModelState(self._model, expert_weights)
-            with self._runtime.update() as put:
-                changed = self._taken(weights, put, whole)
-                agreed = True
-                if errors := errors_of_all(None):
-                    raise errors[0]
-        except BaseException as error:
-            if before is not None:
-                before.restore()
-                for module in self._model.modules():
-                    reload.readmit(module)
-            if not isinstance(error, FluxMoEError) and isinstance(error, Exception):
-                error = WeightsError(
-                    f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
-                )
-            if not agreed:
-                errors_of_all(error)
-            raise error
-        self.board.updates += 1
+        with ExitStack() as change:
+            try:
+                self._require_possible()
+                expert_weights = [getattr(layer, name) for layer in self._layers for name in PARTS]
+                before = ModelState(self._model, expert_weights)
+                with self._runtime.update() as put:
+                    changed = self._taken(weights, put, whole)
+                    agreed = True
+                    if errors := errors_of_all(None):
+                        raise errors[0]
+                    change.enter_context(uninterrupted())
+            except BaseException as error:
+                if before is not None:
+                    before.restore()
+                    for module in self._model.modules():
+                        reload.readmit(module)
+                if not isinstance(error, FluxMoEError) and isinstance(error, Exception):
+                    error = WeightsError(
+                        f"the new weights cannot be loaded: {line(error, repr)}", fix=FORM
+                    )
+                if not agreed:
+                    errors_of_all(error)
+                raise error
+            self.board.updates += 1
         return changed
 
     def reload(self, weights: object, path: str | None) -> None:
