@@ -1,7 +1,7 @@
 """Sizes in bytes as text: ``parse`` reads user input, and the other functions format sizes.
 
 YAML, the command line, Python and HTTP all use ``parse``, so that all accept and reject the same
-text. Messages and tables show sizes with units by ``shown``; ``exact`` and ``at_least`` make text
+text. Messages and tables show sizes with units, formatted by ``shown``; ``exact`` and ``at_least`` make text
 that users can copy.
 """
 
@@ -71,7 +71,7 @@ def exact(size: int) -> int | str:
 
 
 def at_least(size: int) -> int | str:
-    """Format a size like ``exact``, but round a long one up to two decimals: ``12.35MiB``."""
+    """Format a size like ``exact``, but round a long one up, to two decimals: ``12.35MiB``."""
     found = exact(size)
     power = (max(size, 1).bit_length() - 1) // 10
     if not power or len(str(found)) <= _SHORT:

@@ -1,6 +1,7 @@
 """``fluxmoe::acquire``: the operator through which compiled and eager models call the pager.
 
-While a trace with more than expert ids is recorded, ``fluxmoe::note`` runs before the operator.
+While a trace that contains more than the expert ids is recorded, ``fluxmoe::note`` runs before the
+operator.
 
 The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
 the kernel that follows depends on the operator and cannot be moved before it. The operator is

@@ -48,7 +48,7 @@ _TOKENS = (1, 5, 48)
 _FLOP = 2e9
 #: Bytes that one call may copy if the kernel copies the weights for each token.
 _COPIED = 64 << 20
-#: Absolute routing weight of experts that cancel out; their partial sums must fit float16.
+#: Absolute routing weight of experts that cancel out; their partial sums must fit in float16.
 _LARGE = 256.0
 _SEED = 17
 
@@ -148,7 +148,7 @@ def _call(
 
 
 def _weights(experts: int, slots: int, like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Make an arena with random experts in its first slots; more than two experts form equal pairs.
+    """Make an arena with random experts in its first slots, in equal pairs if more than two.
 
     The weights of large experts repeat a random block.
     """

@@ -38,7 +38,7 @@ def demo(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Serve one workload with stock vLLM and with FluxMoE, in the same memory."""
+    """Serve one workload with stock vLLM and with FluxMoE, in the same amount of memory."""
     from rich.console import Console
 
     from fluxmoe.demo.compare import DemoWorkload, compare

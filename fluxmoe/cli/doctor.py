@@ -64,7 +64,9 @@ def doctor(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Skip the kernels, because engines take long to import."),
+        typer.Option(
+            "--quick", help="Skip the kernel checks, which must import the engines and are slow."
+        ),
     ] = False,
     force: Force = False,
     as_json: AsJson = False,

@@ -67,7 +67,9 @@ def simulate(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write a report with curves and a table."),
+        typer.Option(
+            metavar="FILE.html", help="Write a report with curves and a table to this HTML file."
+        ),
     ] = None,
     force: Force = False,
     as_json: AsJson = False,

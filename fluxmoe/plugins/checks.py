@@ -98,7 +98,7 @@ def _decides(policy: Any) -> bool:
 
 
 def is_policy(made: type, kind: str) -> bool:
-    """Return True if a class is a policy of this kind and implements its decisions."""
+    """Return True if a class is a policy of this kind and, for eviction, can choose victims."""
     return issubclass(made, _KINDS[kind]) and (kind != "eviction" or _decides(made))
 
 
@@ -116,7 +116,7 @@ def class_made_by(factory: Callable[..., Any]) -> type:
 def checked_options(
     model: type[BaseModel] | None, options: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Validate options by their model and fill in defaults; without a model, no option is valid.
+    """Validate options against a model and fill in defaults; without a model, no option is valid.
 
     Raises:
         ConfigError: An option is unknown or invalid.

@@ -1,4 +1,4 @@
-"""Pages in host memory: taken over without a copy layer by layer, or encoded page by page."""
+"""Pages in host memory: taken over layer by layer without a copy, or encoded page by page."""
 
 from __future__ import annotations
 

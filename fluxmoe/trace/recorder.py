@@ -41,7 +41,7 @@ class _Chunk:
 
 
 class Recorder(AllOrNothing):
-    """Writes the routing of an engine's steps to a trace; ``observe`` is for the pager's watcher.
+    """Writes the routing of an engine's steps to a trace; ``observe`` serves as a pager's watcher.
 
     Use the recorder as a context manager or call ``close``: only then does the file appear under
     its name. Write errors end the recording but do not disturb the engine; ``close`` raises them.
@@ -54,7 +54,7 @@ class Recorder(AllOrNothing):
         replace: Overwrite an existing file.
         max_steps: Number of steps to record; later steps are ignored.
         phase: Record only steps of this phase. A replay then counts fewer events than the engine.
-        rows: Function that returns the request and phase of each token of the step that begins.
+        rows: Function that returns the request and phase of each token of the step just begun.
 
     Attributes:
         steps: Number of steps begun so far.

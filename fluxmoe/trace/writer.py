@@ -98,7 +98,7 @@ class TraceWriter(AllOrNothing):
     Args:
         path: File to write.
         meta: Metadata of the trace.
-        columns: ``OPTIONAL`` columns of the file; every event must then provide them.
+        columns: Columns from ``OPTIONAL`` to include in the file; every event must provide them.
         replace: Overwrite an existing file.
         group_rows: Number of rows held in memory and written together.
 
@@ -165,7 +165,7 @@ class TraceWriter(AllOrNothing):
 
         Raises:
             TraceError: The event is out of order or out of range, or does not have ``top_k``
-                experts per token. The error may be raised only by a later ``append`` or ``close``.
+                experts per token. Some of these errors are raised only by a later ``append`` or by ``close``.
         """
         top_k = self.meta.top_k
         if ids.size % top_k:

@@ -17,7 +17,7 @@ MAIN = "from fluxmoe.cli import main; main()"
 
 
 def shell(line, **environment):
-    """Run a line in a shell, with the command as ``$f``."""
+    """Run a line in a shell, with the command as the function ``f``."""
     python = shlex.join([sys.executable, "-c", MAIN])
     return subprocess.run(
         ["bash", "-c", f"f() {{ {python} \"$@\"; }}; {line}"],

@@ -65,7 +65,7 @@ def test_headers_and_config_alone_say_the_same(architecture, tmp_path):
     read, made = models.read(str(full)), models.read(str(bare))
     for field in set(read.__slots__) - {"name", "other_bytes", "read_bytes"}:
         assert getattr(made, field) == getattr(read, field), field
-    # A router's correction bias has another type than the rest of the checkpoint.
+    # A router's correction bias has a different dtype from the rest of the checkpoint.
     assert made.other_bytes == pytest.approx(read.other_bytes, abs=1000)
     assert made.read_bytes == pytest.approx(read.read_bytes, abs=1000)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(full)

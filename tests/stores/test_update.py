@@ -1,4 +1,4 @@
-"""Replaced pages: all are replaced or none, and a page file never changes."""
+"""Replaced pages: either all or none are replaced, and a page file never changes."""
 
 from __future__ import annotations
 

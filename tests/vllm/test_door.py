@@ -1,4 +1,4 @@
-"""E11: the endpoint for limits, without an engine, refuses invalid requests with a reason."""
+"""E11: without an engine, the endpoint for limits refuses invalid requests and gives a reason."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SUBSTITUTE = "laptop-nvme"
 
 
 def profile_of(name: str) -> Profile:
-    """Return the profile for ``--hardware``; measure this machine if that was not done before.
+    """Return the profile for ``--hardware``; measure this machine if its profile is missing.
 
     Raises:
         ConfigError: The name is unknown, or the file is not a valid profile.
@@ -50,7 +50,7 @@ def profile_of(name: str) -> Profile:
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         hardware.save(found, path)
-    except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: the user has no home
+    except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: no home folder
         output.warn(f"the measurement cannot be kept: {error}")
     return found
 
@@ -88,7 +88,7 @@ def _path() -> Path:
 
 
 def _cpu() -> str:
-    """Return the name of the CPU, because several machines may share a home folder."""
+    """Return the CPU's name, which distinguishes machines that share a home folder."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -78,7 +78,9 @@ def record(
         ),
     ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy while recording.")] = "lru",
-    weights: Annotated[bool, typer.Option("--weights", help="Also record router weights.")] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Also record routing weights.")
+    ] = False,
     predict: Annotated[
         bool,
         typer.Option(

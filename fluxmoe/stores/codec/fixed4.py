@@ -23,7 +23,7 @@ from fluxmoe.stores.codec.base import Codec
 _TRAILER = struct.Struct("<4sHxx6IQ16xQ")
 _MAGIC, _VERSION = struct.pack("<I", kernel.MAGIC), kernel.VERSION
 
-# From this size in bytes on, decoded weights bypass the caches: the event's other experts would
+# At or above this size in bytes, decoded weights bypass the caches: the event's other experts would
 # evict the weights before a kernel reads them, and non-temporal stores are faster.
 _PAST_CACHES = 1 << 18
 _LINE = 64
@@ -93,7 +93,7 @@ class Fixed4(Codec):
     """Fixed-width code for bf16 exponents: 0.77 of the size, decoded as fast as a copy.
 
     Args:
-        cols: Number of columns of the matrix as which a part is interpreted, a multiple of 64. 128
+        cols: Number of columns when a part is interpreted as a matrix; a multiple of 64. 128
             always works; with the weight's own number, a GPU kernel can read the block in place.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Files of SGLang's expert distribution recorder in the mode ``per_token``.
+"""Files of SGLang's expert distribution recorder in ``per_token`` mode.
 
 Layout: https://github.com/sgl-project/sglang, ``python/sglang/srt/eplb/expert_distribution.py``
 (``_DetailSinglePassGatherer``, ``_DetailAccumulator``): a ``.pt`` file with ``records``, one per

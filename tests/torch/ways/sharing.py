@@ -48,7 +48,7 @@ def compiled_before(use: Use) -> Any:
 @slow
 @pages_itself
 def compiled_threads(use: Use) -> None:
-    """Another thread enters, in any way, while the first is between a compiled graph's events."""
+    """One thread tries every entry while another is between two events of a compiled graph."""
     torch._dynamo.reset()
     layers = use.model.model
     use.page()

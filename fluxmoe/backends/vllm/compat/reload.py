@@ -1,7 +1,7 @@
 """vLLM's loading of weights into a running model.
 
 vLLM restores each module to its state before it was first loaded (on the meta device), loads the
-module, repeats the processing after loading (on a CPU, packing), and copies the result into the
+module, repeats the processing that follows loading (on a CPU, this packs the weights), and copies the result into the
 module's tensors.
 """
 
@@ -16,7 +16,7 @@ import torch
 from fluxmoe.backends.sealed import Sealed
 from fluxmoe.backends.vllm.names import NAMES
 
-NAMES.require("reload")  # the imports below would raise an error without a remedy
+NAMES.require("reload")  # otherwise, the imports below would raise an error without a remedy
 
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
@@ -66,7 +66,7 @@ def unfollowing(model: torch.nn.Module) -> list[str]:
 
 
 def pack_tied(model: torch.nn.Module) -> None:
-    """Repeat the processing after loading for modules that share a parameter.
+    """Repeat the processing that follows loading, for modules that share a parameter.
 
     vLLM loads only one of these modules.
     """
@@ -84,7 +84,7 @@ def pack_tied(model: torch.nn.Module) -> None:
 
 
 def weights_of(config: Any, model: torch.nn.Module, path: str | None) -> Iterator[Any]:
-    """Iterate over names and tensors in the checkpoint ``path``, or the model's own if None."""
+    """Iterate over names and tensors of the checkpoint ``path``, or of the model's own if None."""
     model_config = config.model_config
     if path is not None:
         model_config = copy.copy(model_config)  # a failed update must not rename the model
