@@ -1,8 +1,8 @@
 """Sizes in bytes as text: ``parse`` reads user input, and the other functions format sizes.
 
 YAML, the command line, Python and HTTP all use ``parse``, so that all accept and reject the same
-text. Messages and tables show sizes with units, formatted by ``shown``; ``exact`` and ``at_least`` make text
-that users can copy.
+text. Messages and tables show sizes with units, formatted by ``shown``; ``exact`` and ``at_least``
+make text that users can copy.
 """
 
 from __future__ import annotations

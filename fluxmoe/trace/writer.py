@@ -165,7 +165,8 @@ class TraceWriter(AllOrNothing):
 
         Raises:
             TraceError: The event is out of order or out of range, or does not have ``top_k``
-                experts per token. Some of these errors are raised only by a later ``append`` or by ``close``.
+                experts per token. Some of these errors are raised only by a later ``append`` or by
+                ``close``.
         """
         top_k = self.meta.top_k
         if ids.size % top_k:

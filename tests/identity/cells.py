@@ -86,7 +86,9 @@ def full(models: Sequence[str], modes: Sequence[str]) -> Iterator[Cell]:
     """List every combination of model, mode, eviction policy, prefix caching and chunked prefill.
 
     Prefetch, slots and banks are distributed so that each model gets all their combinations in each
-    mode. Torch has neither prefix caching nor chunked prefill; instead, each eviction policy gets all combinations of prefetch, slots and banks, or only one in compiled mode, which is slow.
+    mode. Torch has neither prefix caching nor chunked prefill; instead, each eviction policy
+    gets all combinations of prefetch, slots and banks, or only one in compiled mode, which is
+    slow.
     """
     evictions, _ = policies()
     for mode in modes:

@@ -10,6 +10,7 @@ def tolerate_numba() -> None:
 
     Without Triton, vLLM 0.32 searches for kernels to override by calling ``vars()`` on every object
     in every module. llvmlite's library object returns a function for every attribute, including
-    ``__dict__``, so the worker would fail to start. This function makes the object return a dictionary.
+    ``__dict__``, so the worker would fail to start. This function makes the object return a
+    dictionary.
     """
     ffi.lib._fntab.setdefault("__dict__", {})

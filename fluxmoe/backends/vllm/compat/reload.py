@@ -1,8 +1,8 @@
 """vLLM's loading of weights into a running model.
 
 vLLM restores each module to its state before it was first loaded (on the meta device), loads the
-module, repeats the processing that follows loading (on a CPU, this packs the weights), and copies the result into the
-module's tensors.
+module, repeats the processing that follows loading (on a CPU, this packs the weights), and copies
+the result into the module's tensors.
 """
 
 from __future__ import annotations
