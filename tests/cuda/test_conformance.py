@@ -104,7 +104,7 @@ def test_memory_that_runs_out_is_told_apart_and_given_back(card):
     count = free // FRAME + 8
     with card.substrate(count, recycle=False) as s:
         address = s.reserve(count * FRAME)
-        with pytest.raises(DeviceMemoryError, match="are free") as info:
+        with pytest.raises(DeviceMemoryError, match="is free") as info:
             s.commit(address, np.arange(count))
         assert info.value.where == "cuMemCreate"
         assert s.allocated() == 0

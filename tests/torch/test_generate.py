@@ -81,7 +81,7 @@ def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, _, err = run(tmp_path / "nothing", "--prompt-ids", "1")
     assert status == 2
     assert "error[FM406]: no such folder" in err
-    status, _, err = run("no-such-name", "--prompt-ids", "1")  # could be a name on the Hub
+    status, _, err = run("no-such/name", "--prompt-ids", "1")  # could be a name on the Hub
     assert status == 2
     assert "neither a folder nor a downloaded model" in err
 
