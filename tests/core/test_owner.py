@@ -14,7 +14,7 @@ import pytest
 from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.owner import Owner
-from fluxmoe.core.transfer.host import CopyPool
+from fluxmoe.core.transfer.host import CopyJob, CopyPool
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.stores.pagewriter import PageFileWriter
 from tests.forking import FORKS
@@ -62,7 +62,8 @@ def test_frames(fork: str) -> None:
 def test_copy_threads(fork: str) -> None:
     copiers = CopyPool(2)
     assert status(copiers.close, fork) == 0
-    assert copiers.order(lambda: None).error() is None
+    copiers.order(copy := CopyJob(lambda: None))
+    assert copy.error() is None
     copiers.close()
 
 
