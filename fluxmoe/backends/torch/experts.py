@@ -288,8 +288,8 @@ def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:
             hidden=like["gate_up_proj"].shape[-1],
             top_k=top_k_of(layer) or 1,
             name=f"{implementation} of {type(layer).__name__}",
-            fix=f"set {others} with model.set_experts_implementation(), or use this model without "
-            "FluxMoE on this machine",
+            fix=f"set {others} with model.set_experts_implementation(), compute with one thread "
+            "(OMP_NUM_THREADS=1), or use this model without FluxMoE on this machine",
             copies=implementation == "batched_mm",
         )
 
