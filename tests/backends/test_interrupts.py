@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from fluxmoe.backends.interrupts import uninterrupted
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    """Set Python's handler: a process started in the background inherits none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_comes_after_the_block() -> None:

@@ -235,10 +235,13 @@ def test_an_interrupt_waits_for_changes_that_belong_together(pair, monkeypatch, 
         signal.raise_signal(signal.SIGINT)
         inner(*args)
 
+    # A process started in the background inherits no handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with fluxmoe.page(model, "1MiB") as paged:
         monkeypatch.setattr(*at, interrupted)
         with pytest.raises(KeyboardInterrupt):
             paged.resize("3MiB") if change == "resize" else paged.update_weights(b.state_dict())
+        signal.signal(signal.SIGINT, before)
         monkeypatch.undo()
         paged.check()
         assert torch.equal(run(model), run(a if change == "resize" else b))

@@ -114,7 +114,10 @@ def through_path(worker: Any, path: str) -> None:
 
 def through_fused_names(worker: Any, path: str) -> None:
     """Load weights under the names in a transformers model, as a trainer would."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(worker.vllm_config):  # vLLM wraps some of transformers' classes
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     assert any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
     worker.model_runner.model.load_weights(model.named_parameters())
 
