@@ -20,7 +20,8 @@ from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Ints, Phase
 from fluxmoe.errors import TraceError
 from fluxmoe.trace import StepRows, TraceMeta, TraceWriter
-from fluxmoe.trace.writer import AllOrNothing, Header
+from fluxmoe.trace.file import AllOrNothing
+from fluxmoe.trace.writer import Header
 
 #: Called at a step's first event with the step's number of tokens; returns the tokens' requests and
 #: phases.

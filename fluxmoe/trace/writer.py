@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +16,7 @@ from fluxmoe import arguments
 from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bools, Ints, Phase
 from fluxmoe.errors import TraceError
+from fluxmoe.trace.file import AllOrNothing, OwnFile, require_place
 from fluxmoe.trace.format import GROUP_ROWS, KEY, OPTIONAL, SCHEMA, Array, StepRows, TraceMeta
 
 
@@ -34,58 +33,6 @@ class Header(NamedTuple):
     rows: StepRows | None = None
     weights: Array | None = None
     predicted: Array | None = None
-
-
-class _OwnFile(io.FileIO):
-    """A file that only the process that opened it writes to.
-
-    In a forked process, pyarrow would otherwise write when it closes a garbage-collected writer.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._owner = Owner()
-        super().__init__(path, "wb")
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        nbytes = len(left)
-        while left and self._owner.here:
-            left = left[super().write(left) :]
-        return nbytes
-
-
-class AllOrNothing(ABC):
-    """A context manager that discards its file if an exception is raised inside it."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Complete the file."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Leave no file behind."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
-
-
-def require_place(path: Path, *, replace: bool) -> None:
-    """Reject a path at which no trace can be written.
-
-    Raises:
-        TraceError: The path is a folder, or its folder does not exist.
-        ConfigError: The file already exists and ``replace`` is false.
-    """
-    if path.is_dir() or not path.parent.is_dir():
-        what = "it is a folder" if path.is_dir() else "its folder does not exist"
-        raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
-    arguments.require_new(path, replace=replace)
 
 
 class TraceWriter(AllOrNothing):
@@ -126,7 +73,7 @@ class TraceWriter(AllOrNothing):
         self._group_rows, self._owner = group_rows, Owner()
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
-            self._out = _OwnFile(self._temporary)
+            self._out = OwnFile(self._temporary)
             self._file = pq.ParquetWriter(
                 self._out, self._schema.with_metadata({KEY: meta.dump()}), compression="zstd"
             )

@@ -25,8 +25,6 @@ from fluxmoe.backends.torch.weights.update import NewWeights
 from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
-from fluxmoe.inventory import TOP_K
-from fluxmoe.trace import TraceMeta
 from fluxmoe.trace.recorder import Recorder
 
 _RECORD = "PagedModel.record"
@@ -155,7 +153,7 @@ class PagedModel(Uncopyable):
         )
         with Recorder(
             file,
-            self._trace_meta(),
+            recording.meta(self.model, self._layers[0], self._runtime),
             columns=[name for name, wanted in columns.items() if wanted],
             replace=replace,
             max_steps=max_steps,
@@ -336,17 +334,6 @@ class PagedModel(Uncopyable):
             part: as_weight(rows[:slots], weight)
             for (part, weight), rows in zip(weights.items(), arenas, strict=True)
         }
-
-    def _trace_meta(self) -> TraceMeta:
-        layer = self._layers[0]
-        top_k = layout.top_k_of(layer)
-        if top_k is None:
-            raise UnsupportedError(
-                f"{type(layer.config).__name__} has none of {', '.join(TOP_K)}, so no trace can "
-                "be recorded"
-            )
-        name = layout.name_of(self.model, layer)
-        return self._runtime.trace_meta(model=name, top_k=top_k, source="torch")
 
 
 def _release(handle: int, runtime: Runtime) -> None:

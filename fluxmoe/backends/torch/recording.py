@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from fluxmoe.backends import op
-from fluxmoe.backends.torch import experts
+from fluxmoe.backends.runtime import Runtime
+from fluxmoe.backends.torch import experts, layout
 from fluxmoe.errors import UnsupportedError
+from fluxmoe.inventory import TOP_K
+from fluxmoe.trace import TraceMeta
 
 
 def notes(
@@ -22,6 +25,7 @@ def notes(
     """Make, for each expert layer, a function that notes weights and predictions.
 
     All entries are None if neither weights nor predictions are wanted.
+
     Args:
         model: The model.
         layers: Its expert layers, in order.
@@ -84,3 +88,14 @@ def _routes(router: torch.nn.Module, layer: torch.nn.Module) -> bool:
         return False
     ids = answer[-1] if isinstance(answer, tuple) else None
     return isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+
+
+def meta(model: torch.nn.Module, layer: torch.nn.Module, runtime: Runtime) -> TraceMeta:
+    """Return the metadata of traces of a model. Raises UnsupportedError if top_k is unknown."""
+    top_k = layout.top_k_of(layer)
+    if top_k is None:
+        raise UnsupportedError(
+            f"{type(layer.config).__name__} has none of {', '.join(TOP_K)}, so no trace can "
+            "be recorded"
+        )
+    return runtime.trace_meta(model=layout.name_of(model, layer), top_k=top_k, source="torch")

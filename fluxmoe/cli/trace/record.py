@@ -97,7 +97,7 @@ def record(
     from fluxmoe.core.types import Phase
     from fluxmoe.findings import Findings
     from fluxmoe.trace import TraceReader
-    from fluxmoe.trace.writer import require_place
+    from fluxmoe.trace.file import require_place
 
     found = Findings()
     if predict and backend is Backend.VLLM:
