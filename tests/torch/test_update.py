@@ -261,9 +261,9 @@ def test_layers_that_share_experts_are_refused(pair) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
 def test_slots_are_not_limited_by_the_type_of_expert_ids(dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, experts_implementation="grouped_mm")
-    x = torch.randn(7, model.config.hidden_size).to(model.dtype)
-    ids = torch.randint(0, 64, (7, 4)).sort().values.to(dtype)
-    weights = torch.rand(7, 4).to(model.dtype)
+    x = torch.randn(90, model.config.hidden_size).to(model.dtype)
+    ids = torch.stack([torch.randperm(64)[:4] for _ in range(90)]).to(dtype)
+    weights = torch.rand(90, 4).to(model.dtype)
     moe = [layer.mlp.experts for layer in model.model.layers]
     with torch.no_grad():
         right = [each(x, ids, weights) for each in moe]
