@@ -95,12 +95,13 @@ def test_c1_the_demonstration_s_table_and_texts():
     program = """
 from fluxmoe.backends.vllm.child.inside import Generation
 from fluxmoe.cli import demo
-from fluxmoe.demo.compare import PAGE_FILE, TITLES, Comparison, Side
+from fluxmoe.demo.compare import PAGE_FILE, TITLES, UNLIMITED, Comparison, Side
 from fluxmoe.demo.model import SHIPPED, DemoModel
 def side(name):
     paged, filed = "FluxMoE" in TITLES[name], name == PAGE_FILE
     stats = dict(slots=150, pages=384, hit_rate=0.987) if paged else {}
-    run = Generation([[65] * 1234], [], [], 1.0, 3, 96, stats)
+    tokens = [66 if name == UNLIMITED else 65] * 1234
+    run = Generation([tokens], [], [], 1.0, 3, 96, stats)
     stored = 23 << 20 if paged else 0
     return Side((run,) * 3, 24, 3 << 20, 9 << 20, 0 if filed else stored, stored if filed else 0,
                 25 << 20, 12345 << 20)
@@ -112,6 +113,9 @@ demo._print(Comparison((("Once", " upon a time " * 20),), 96, 22 << 20,
     assert max(map(len, shown.stdout.splitlines())) <= 80, shown.stdout
     for part in ("25.0 MiB", "48.0 MiB", "98.7%", "1234", "39%", "identical", "12.1 GiB"):
         assert part in shown.stdout
+    verdicts = [line.split() for line in shown.stdout.splitlines() if line.startswith("│ tokens ")]
+    found = [[word for word in words if word.isalpha()][1:] for words in verdicts]
+    assert found == [["identical"] * 3 + ["DIFFERENT"], ["identical"] * 2]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
