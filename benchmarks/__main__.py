@@ -25,6 +25,7 @@ BENCHMARKS = {
 CHECKS = {
     "gpu": "benchmarks.gpu.command",
     "identity": "tests.identity.command",
+    "loading": "benchmarks.loading",
     "soak": "benchmarks.soak",
 }
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, models
-from fluxmoe.cli.shared import kernels
+from fluxmoe.cli.doctor import kernels
 from fluxmoe.demo.model import SHIPPED
 from fluxmoe.testing import checkpoints
 
@@ -27,10 +27,10 @@ def main(argv: list[str]) -> None:
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = SHIPPED
-        if arguments.model in models.RANDOM:  # one layer is checked
+        if arguments.model in models.RANDOM:  # only one layer is checked
             shape = models.RANDOM[arguments.model] | {"num_hidden_layers": 1}
             folder = checkpoints.write(Path(scratch) / arguments.model, **shape)
-        for engine in kernels.ENGINES:  # one at a time: times are measured
+        for engine in kernels.ENGINES:  # one at a time, because times are measured
             with kernels.running([engine], folder) as wait:
                 results += wait()
     table = Table(title=f"self-check, {arguments.model} model", title_justify="left")

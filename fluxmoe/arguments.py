@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fluxmoe.errors import ConfigError
 from fluxmoe.words import line
@@ -48,8 +50,14 @@ def wrong(name: str, valid: str, value: object, where: str, fix: str = "") -> Co
     )
 
 
-def require_new(file: Path, *, replace: bool) -> None:
-    """Raise ConfigError if the file exists and ``replace`` is false, or its folder is missing."""
+def require_new(file: Path, *, replace: bool, by: str = "replace=True") -> None:
+    """Raise ConfigError if the file exists and ``replace`` is false, or its folder is missing.
+
+    Args:
+        file: The file to be written.
+        replace: True if an existing file may be replaced.
+        by: Option or argument with which the user allows this, for the error message.
+    """
     if not file.parent.is_dir():
         raise ConfigError(
             "there is no such folder to write to",
@@ -60,5 +68,10 @@ def require_new(file: Path, *, replace: bool) -> None:
         raise ConfigError(
             "the file already exists",
             where=str(file),
-            fix="name another file, or replace this one (--force, replace=True)",
+            fix=f"name another file, or replace this one ({by})",
         )
+
+
+def reason(problem: Mapping[str, Any]) -> str:
+    """Return the message of an error from pydantic, without the prefix that names the exception."""
+    return re.sub("^(Value error|Assertion failed), ", "", problem["msg"])

@@ -1,4 +1,4 @@
-"""Folders for the caches of a user without a writable home folder.
+"""Cache folders: the default folder of page files, and folders if the home folder is read-only.
 
 Without a home folder, vLLM and numba write to a folder called ``~``. With a read-only home folder,
 vLLM logs tracebacks, and numba compiles again in each process.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import pwd
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import platformdirs
 
 from fluxmoe.errors import ConfigError
 
@@ -50,6 +53,38 @@ def folders(given: Mapping[str, str]) -> dict[str, str]:
         return {}
     own = _safe(own)
     return {name: str(own / name) for name in lacking}
+
+
+def own(name: str) -> Path:
+    """Return a folder in FluxMoE's part of the user's caches; the folder may not exist yet.
+
+    Raises:
+        ConfigError: The user has no home folder.
+    """
+    with _home_is_known("XDG_CACHE_HOME"):
+        return platformdirs.user_cache_path("fluxmoe") / name
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder in place of ``~`` or ``~user``.
+
+    Raises:
+        ConfigError: There is no such user, or the user has no home folder.
+    """
+    with _home_is_known(str(path)):
+        return Path(path).expanduser()
+
+
+@contextmanager
+def _home_is_known(where: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            "no such user, or a user without a home folder",
+            where=where,
+            fix="give an absolute path, or set HOME",
+        ) from error
 
 
 def _home(given: Mapping[str, str]) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -59,11 +60,11 @@ def require_readable(model: str) -> None:
         CheckpointError: A file is missing, damaged or incomplete.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         config = _config(folder)
         shapes = {key: shape for _, key, shape, _ in _tensors(folder)}
         require_experts(shapes, text_part(config), where=model)
-    elif folder.exists():
+    elif os.path.exists(folder):
         raise CheckpointError(
             "the path is a file", where=model, fix="name the folder of a checkpoint"
         )
@@ -82,7 +83,7 @@ def is_hub_name(model: str) -> bool:
 
 def downloaded(model: str, revision: str | None = None, cache: str | None = None) -> str:
     """Return the cached folder of a hub model if there is one, otherwise the name unchanged."""
-    if Path(model).exists() or not is_hub_name(model):
+    if os.path.exists(model) or not is_hub_name(model):
         return model
     try:
         from huggingface_hub import try_to_load_from_cache
@@ -107,7 +108,7 @@ def weight_bytes(model: str) -> int:
         ConfigError: ``model`` is not a folder with weight files.
         CheckpointError: See ``weight_files``.
     """
-    files = weight_files(Path(model)) if Path(model).is_dir() else []
+    files = weight_files(Path(model)) if os.path.isdir(model) else []
     if not files:
         raise ConfigError(
             f"auto needs the size of the weights; {model} is not a folder with safetensors files",
@@ -253,7 +254,7 @@ def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
         QuantisedError: The checkpoint is quantised.
     """
     settings = text_part(config).get("quantization_config")
-    tensor = _quantised_tensor(Path(model)) if Path(model).is_dir() else ""
+    tensor = _quantised_tensor(Path(model)) if os.path.isdir(model) else ""
     if settings or tensor:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else None
         by = f" with {method}" if method else ""

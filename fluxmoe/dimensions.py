@@ -6,6 +6,7 @@ parameters that ``transformers`` would create.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from fluxmoe.checkpoint import (
     text_part,
     weight_files,
 )
+from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import (
     CheckpointError,
     MissingDependencyError,
@@ -76,6 +78,12 @@ class Model:
     def experts_bytes(self) -> int:
         return self.pages * self.page_bytes
 
+    def paged(self, weight: int, workers: int = 1) -> tuple[Geometry, PageClass]:
+        """Return the pages of one of several workers if weights have ``weight`` bytes each."""
+        nbytes = self.page_bytes * weight // self.weight_bytes // workers
+        part = Part("experts", nbytes, nbytes // weight)
+        return Geometry(self.moe_layers, self.experts), PageClass((part,))
+
     def request_bytes(self, tokens: int) -> int:
         """Return the bytes of KV cache that a request with ``tokens`` tokens needs."""
         return self.kv_bytes * tokens + self.window_bytes * min(tokens, self.window)
@@ -94,18 +102,18 @@ def read(name: str) -> Model:
         MissingDependencyError: There are no local weights and ``transformers`` is not installed.
     """
     folder = Path(name)
-    if folder.is_dir() and weight_files(folder):
+    if os.path.isdir(folder) and weight_files(folder):
         require_readable(name)
         return of_checkpoint(folder)
-    if folder.is_dir() and any(folder.glob("*.bin")):
+    if os.path.isdir(folder) and any(folder.glob("*.bin")):
         raise UnsupportedError(
-            "the weights are not in safetensors", where=name, fix="convert the checkpoint"
+            "the weights are not in safetensors format", where=name, fix="convert the checkpoint"
         )
-    if folder.exists() and not (folder / "config.json").is_file():
+    if os.path.exists(folder) and not (folder / "config.json").is_file():
         raise CheckpointError(
             "there is no config.json", where=name, fix="name the folder of a checkpoint"
         )
-    if not folder.exists():
+    if not os.path.exists(folder):
         require_readable(name)  # distinguishes a hub name from a wrong path
     return _describe(name, *_parameters(name))
 
@@ -122,12 +130,12 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         import transformers
     except ImportError as error:
         raise MissingDependencyError(
-            f"{error.name} is needed to plan for a model without weights",
+            f"{error.name} is needed to plan for a model without local weights",
             fix="pip install 'fluxmoe[hf]'",
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_loadable(name, error) from error
     data = config.to_dict()
     if not has_experts(data):
@@ -137,7 +145,7 @@ def _parameters(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.bfloat16
             )
-        except Exception as error:  # of any model's own code
+        except Exception as error:  # the model's own code may raise anything
             raise checkpoint.not_buildable(config.model_type, error, name) from error
     stored = model.state_dict()
     weights = [*model.named_parameters(), *model.named_buffers()]  # tied weights appear once

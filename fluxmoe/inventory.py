@@ -77,6 +77,18 @@ def expert_tensor(name: str, dimensions: int) -> ExpertTensor | None:
     )
 
 
+def layer_number(name: str) -> int | None:
+    """Return the number of the layer in the name of a module or tensor; None if there is none."""
+    at = _LAYER.fullmatch(name)
+    return None if at is None else int(at["layer"])
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Make a sort key with which layer 2 comes before layer 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
+
+
 class _Place(NamedTuple):
     """The location of experts in a stack of layers, such as ``model.layers``, ``mlp.experts``."""
 

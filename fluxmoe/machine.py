@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxmoe.errors import ConfigError
+from fluxmoe.words import line as one_line
 
 #: Root of the file system, under which ``/proc`` and ``/sys`` are read.
 ROOT = Path("/")
@@ -67,9 +68,15 @@ def huge_pages() -> bool:
     return any(f"[{mode}]" in text for mode in ("always", "advise", "within_size"))
 
 
+def existing(folder: Path) -> Path:
+    """Return ``folder`` or, if it does not exist, the nearest of its parents that exists."""
+    # Unlike ``Path.exists``, which raises an error if a name is too long.
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))
+
+
 def free_disk(folder: Path) -> int:
     """Return the free bytes of the file system on which ``folder`` is or would be created."""
-    found = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
+    found = os.statvfs(existing(folder))
     return found.f_bavail * found.f_frsize
 
 
@@ -83,15 +90,16 @@ def require_writable(folder: Path, *, where: str, fix: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"cannot write to {folder}: {error.strerror}", where=where, fix=fix
+            f"cannot write to {one_line(str(folder))}: {reason}", where=where, fix=fix
         ) from error
 
 
 def in_memory(folder: Path) -> bool:
     """Return True if ``folder`` is or would be created on an in-memory file system."""
-    where = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
+    where = existing(folder).resolve()
     kinds = {Path(mount): kind for _, mount, kind, _ in _mounts()}
     kind = next((kinds[path] for path in (where, *where.parents) if path in kinds), "")
     return kind in ("tmpfs", "ramfs")

@@ -20,8 +20,8 @@ from fluxmoe.cli import main
 ROOT = Path(__file__).parents[1]
 
 
-#: Printed by the first process that needs the machine code.
-COMPILING = re.compile(r"^compiling FluxMoE's inner loops, .*\n", re.MULTILINE)
+#: Printed by the first process that needs the machine code; in a terminal, after a progress line.
+COMPILING = re.compile(r"^\r?compiling inner loops of FluxMoE, .*\n", re.MULTILINE)
 
 
 def command(*arguments, program="from fluxmoe.cli import main; main()"):

@@ -17,11 +17,14 @@ settings.load_profile("fluxmoe")
 
 #: Files that take about a minute or more. They start first, so that none runs alone at the end.
 LONGEST = (
+    "vllm/test_waves.py",
     "vllm/test_identity_matrix.py",
     "docs/test_snippets.py",
+    "vllm/test_weights.py",
     "vllm/test_arbitration.py",
     "vllm/test_once.py",
     "vllm/test_leaks.py",
+    "vllm/test_loading.py",
     "fuzz/test_fuzz.py",
     "vllm/test_control.py",
     "vllm/test_move_faults.py",

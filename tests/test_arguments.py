@@ -143,9 +143,9 @@ WRONG = {
     "settings": (lambda: engine_options("8GiB"), "expected a map of settings, not '8GiB'"),
     "settings' keys": (lambda: engine_options({"memry": {}}), "unknown key 'memry'"),
     "no settings": (lambda: config.parse(["x"], where="here"), "expected a map.*here"),
-    "kit": (lambda: check_eviction_policy("lru"), "factory must be a class or a function"),
+    "kit": (lambda: check_eviction_policy("lru"), "factory must be a class, or a function"),
     "kit's instance": (lambda: check_eviction_policy(MyLru()), "factory must be a class"),
-    "codec": (lambda: check_codec(None), "factory must be a class or a function.*None"),
+    "codec": (lambda: check_codec(None), "factory must be a class, or a function.*None"),
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_b10_a_file_that_exists_is_not_replaced(tmp_path):
             attempt()
         assert caught.value.text == (
             f"the file already exists; {file}; "
-            "name another file, or replace this one (--force, replace=True)"
+            "name another file, or replace this one (replace=True)"
         )
         assert file.read_bytes() == before
     convert(lines, file, replace=True)

@@ -103,3 +103,18 @@ def test_a12_a_command_uses_them_too(
     )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     succeeds("--version")  # having nowhere to write is an error only for a server
+
+
+def test_folders_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for refused in (lambda: caches.own("pages"), lambda: caches.expanded("~/pages")):
+        with pytest.raises(ConfigError, match=r"user without a home folder; .*set HOME"):
+            refused()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert caches.own("pages") == Path("/x/fluxmoe/pages")

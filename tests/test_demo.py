@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.vllm
+#: Five engines start one after the other, which takes minutes on a slow machine.
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 
 def demo(*options: str) -> subprocess.CompletedProcess[str]:
@@ -18,7 +19,7 @@ def demo(*options: str) -> subprocess.CompletedProcess[str]:
         [Path(sys.executable).with_name("fluxmoe"), "demo", *options],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
 
 

@@ -146,7 +146,7 @@ META = TraceMeta("", 4, 25, 1, 1024, "")
 @pytest.mark.parametrize(
     ("capacity", "pages"),
     [(96, 96), ("96", 96), (" 96 ", 96), ("25%", 25), ("25 %", 25), ("12.5%", 12), (".5%", 0),
-     ("29%", 29), ("0%", 0), ("150%", 150), ("64KiB", 64), ("64Ki", 64), ("1.5 KiB", 1), (0, 0)],
+     ("29%", 29), ("0%", 0), ("100%", 100), ("64KiB", 64), ("64Ki", 64), ("1.5 KiB", 1), (0, 0)],
 )  # fmt: skip
 def test_capacities(capacity, pages):
     assert pages_of(capacity, META) == pages
@@ -163,6 +163,11 @@ def test_capacities_that_are_none(capacity):
     said = said_by(lambda value: pages_of(value, META), capacity)
     assert said.count("not a valid capacity: ") and "; --capacity; write pages" in said
     assert len(said) < 400 and said.isprintable()
+
+
+def test_more_than_all_pages():
+    said = said_by(lambda value: pages_of(value, META), "100.1%")
+    assert said == "FM101: 100.1% is more than all pages; --capacity; write at most 100%"
 
 
 @pytest.mark.parametrize("text", ["50%", "24,5MiB", "24MiB!", "24MiB 5GiB", "24 MiB per worker"])

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(share: float, timer: gpu.Timer, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure one row per batch size; slots for a share of all pages are full at the beginning."""
+    """Yield one row per batch size, with slots for ``share`` of all pages, full at the start."""
     pages = LAYERS * EXPERTS
     table = PageTable(Geometry(LAYERS, EXPERTS), [max(int(pages * share), EXPERTS)])
     books = upload(table.books, device)

@@ -2,8 +2,8 @@
 
     python -m benchmarks gpu mapping [--save FILE]
 
-``first`` includes creating the frames, once in their lifetime. ``again`` only maps existing frames,
-which is the cost of moving the split.
+``first`` includes creating the frames, which happens once in their lifetime. ``again`` only maps
+existing frames, which is the cost of moving the split.
 """
 
 from __future__ import annotations

@@ -1,30 +1,43 @@
-"""Delay of Ctrl-C until changes that belong together are complete: ``uninterrupted``."""
+"""Delay of signals until changes that belong together are complete: ``uninterrupted``."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Any, TypeAlias
+
+Handler: TypeAlias = Callable[[int, FrameType | None], Any]
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay SIGINT until the end of the block.
+    """Delay Python's signal handlers, which may raise an exception, until the end of the block.
 
     Python runs signal handlers in the main thread only, so blocks in other threads are not
     interrupted anyway.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
-    try:
+    handlers: dict[int, Handler] = {
+        number: handler
+        for number in signal.valid_signals()
+        if callable(handler := signal.getsignal(number))
+    }
+    with ExitStack() as end:
+        end.callback(_call, handlers, came)
+        for number, handler in handlers.items():
+            end.callback(signal.signal, number, handler)
+            signal.signal(number, lambda *signalled: came.append(signalled))
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+
+
+def _call(handlers: Mapping[int, Handler], came: list[tuple[int, FrameType | None]]) -> None:
+    """Call the handlers of the signals that came; each is called, even if another one raises."""
+    with ExitStack() as each:
+        for number, frame in reversed(came):
+            each.callback(handlers[number], number, frame)

@@ -1,5 +1,9 @@
 """``fluxmoe::acquire``: the operator through which compiled and eager models call the pager.
 
+If a bank may have fewer slots than a layer has experts, the layer runs in waves, and
+``fluxmoe::compute`` replaces the kernel. Like the kernel, this operator fills an output; it also
+acquires the experts.
+
 While a trace that contains more than the expert ids is recorded, ``fluxmoe::note`` runs before the
 operator.
 
@@ -7,18 +11,25 @@ The operator is opaque to ``torch.compile``: it takes the routed expert ids and 
 the kernel that follows depends on the operator and cannot be moved before it. The operator is
 declared functional, because declaring a mutated input would change the fusion around the router,
 and thus the output of some models (docs/project/adr/0001).
+
+An ``acquire`` must not run before the kernel that follows the previous ``acquire`` has read the
+arenas. Within a model's pass, each layer depends on the previous layer. Where this is not certain,
+a dummy tensor, the *turn*, makes a compiler keep the order: each ``acquire`` takes the turn as an
+argument, and ``fluxmoe::done``, which runs after each kernel, takes the kernel's result and is
+declared to mutate the turn.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import torch
 from torch.library import Library, register_fake
 
 from fluxmoe.core.paging.event import Slots
-from fluxmoe.core.paging.pager import EventWatcher
-from fluxmoe.core.types import Ints
+from fluxmoe.core.paging.pager import Compute, EventWatcher
+from fluxmoe.core.types import Int64s, Ints
 from fluxmoe.trace.recorder import Recorder
 
 
@@ -29,10 +40,19 @@ class Pager(Protocol):
 
     def acquire(self, layer: int, ids: Ints, slots: Slots) -> None: ...
 
+    def run(self, layer: int, ids: Ints, slots: Slots, compute: Compute) -> None: ...
+
+
+#: A kernel on a layer's arenas: fills the first argument, the output of some tokens, given the
+#: tokens' hidden states, routing weights, experts and slots.
+SlotKernel: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None
+]
 
 # A traced operator can only carry numbers, so it refers to pagers and recorders by number.
 _pagers: dict[int, Pager] = {}
 _recorders: dict[int, Recorder] = {}
+_kernels: dict[int, dict[int, SlotKernel]] = {}
 
 
 def attach(pager: Pager) -> int:
@@ -43,9 +63,15 @@ def attach(pager: Pager) -> int:
 
 
 def detach(handle: int) -> None:
-    """Remove a pager and its recorder. Idempotent."""
+    """Remove a pager, its kernels and its recorder. Idempotent."""
     _pagers.pop(handle, None)
     _recorders.pop(handle, None)
+    _kernels.pop(handle, None)
+
+
+def use_kernel(handle: int, layer: int, kernel: SlotKernel) -> None:
+    """Make ``compute`` use a kernel for a layer, until the pager is detached."""
+    _kernels.setdefault(handle, {})[layer] = kernel
 
 
 def record(handle: int, recorder: Recorder | None) -> None:
@@ -58,7 +84,9 @@ def record(handle: int, recorder: Recorder | None) -> None:
         _pagers[handle].watcher = recorder.observe
 
 
-def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+def _acquire(
+    topk_ids: torch.Tensor, handle: int, layer: int, turn: torch.Tensor | None = None
+) -> torch.Tensor:
     # The slots must be contiguous even if the ids are not; otherwise the pager would fill a copy.
     slots = torch.empty_like(topk_ids, dtype=torch.int32, memory_format=torch.contiguous_format)
     # numpy's reshape is cheaper than torch's, and does not copy contiguous arrays.
@@ -66,8 +94,33 @@ def _acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     return slots
 
 
-def _fake(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+def _fake(
+    topk_ids: torch.Tensor, handle: int, layer: int, turn: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
+
+
+def _compute(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    handle: int,
+    layer: int,
+) -> None:
+    kernel, ids = _kernels[handle][layer], ids.contiguous()
+    slots = torch.empty_like(ids, dtype=torch.int32)
+
+    def compute(tokens: Int64s | None) -> None:
+        if tokens is None:
+            kernel(out, x, weights, ids, slots)
+            return
+        some = torch.from_numpy(tokens)
+        part = torch.empty_like(out[some])
+        kernel(part, x[some], weights[some], ids[some], slots[some])
+        out[some] = part
+
+    _pagers[handle].run(layer, ids.numpy(), slots.numpy(), compute)
 
 
 def _note(
@@ -75,6 +128,7 @@ def _note(
     weights: torch.Tensor | None,
     predicted: torch.Tensor | None,
     handle: int,
+    turn: torch.Tensor | None = None,
 ) -> torch.Tensor:
     recorder = _recorders.get(handle)
     if recorder is not None:
@@ -90,35 +144,80 @@ def _fake_note(
     weights: torch.Tensor | None,
     predicted: torch.Tensor | None,
     handle: int,
+    turn: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(topk_ids)
 
 
 _library = Library("fluxmoe", "FRAGMENT")
-_library.define("acquire(Tensor topk_ids, int handle, int layer) -> Tensor")
+_library.define("acquire(Tensor topk_ids, int handle, int layer, Tensor? turn=None) -> Tensor")
 _library.impl("acquire", _acquire, "CPU")
 register_fake("fluxmoe::acquire", _fake, lib=_library)
 
 
-def acquire(topk_ids: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+def acquire(
+    topk_ids: torch.Tensor, handle: int, layer: int, turn: torch.Tensor | None = None
+) -> torch.Tensor:
     """Make the routed experts resident.
 
     Args:
         topk_ids: Routed experts of an MoE layer, integers of any shape; negative ids are padding.
         handle: Handle of the pager, from ``attach``.
         layer: Index of the MoE layer, from 0.
+        turn: The model's turn, uint8 ``[1]``; None if each layer of a compiled graph depends on the
+            previous layer.
 
     Returns:
         The slot of each expert, int32 of the same shape.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.fluxmoe.acquire(topk_ids, handle, layer)
+        return torch.ops.fluxmoe.acquire(topk_ids, handle, layer, turn)
     return _acquire(topk_ids, handle, layer)  # dispatching the operator costs more than the call
+
+
+_library.define("done(Tensor out, Tensor(a!) turn) -> ()")
+_library.impl("done", lambda out, turn: None, "CPU")
+register_fake("fluxmoe::done", lambda out, turn: None, lib=_library)
+
+done = torch.ops.fluxmoe.done
+
+_library.define(
+    "compute(Tensor(a!) out, Tensor x, Tensor weights, Tensor ids, int handle, int layer) -> ()"
+)
+_library.impl("compute", _compute, "CPU")
+register_fake("fluxmoe::compute", lambda *_: None, lib=_library)
+
+
+def compute(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    handle: int,
+    layer: int,
+) -> None:
+    """Compute a layer, in waves of tokens if its bank has too few slots for all routed experts.
+
+    Args:
+        out: Filled with the output of the layer; ``[tokens, hidden]``, with the dtype of ``x``.
+        x: Hidden states, ``[tokens, hidden]``.
+        weights: Routing weights, ``[tokens, top_k]``.
+        ids: Routed experts, integers ``[tokens, top_k]``; negative ids are padding.
+        handle: Handle of the pager, from ``attach``.
+        layer: Index of the MoE layer, from 0, for which ``use_kernel`` has set a kernel.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.fluxmoe.compute(out, x, weights, ids, handle, layer)
+    else:
+        _compute(out, x, weights, ids, handle, layer)
 
 
 # The operator returns a copy of the ids, which ``acquire`` takes, because a compiler removes
 # operators whose results are unused.
-_library.define("note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle) -> Tensor")
+_library.define(
+    "note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle, Tensor? turn=None)"
+    " -> Tensor"
+)
 _library.impl("note", _note, "CPU")
 register_fake("fluxmoe::note", _fake_note, lib=_library)
 

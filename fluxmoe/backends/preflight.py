@@ -6,6 +6,7 @@ and ``torch/loader.py`` add the checks that only their engine needs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,7 @@ def folder_of(
         checkpoint.require_readable(name)
         if not name.isprintable():
             _require_utf8(name)
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             return Path(name)
         if environment.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
             raise CheckpointError(
@@ -116,8 +117,8 @@ def check_stores(config: Config, nbytes: int, found: Findings) -> None:
     with found.check():
         require_room(config, nbytes)
     for store in config.stores:
-        if isinstance(store, FileStoreConfig) and machine.in_memory(Path(store.path).expanduser()):
-            found.notes.append(f"{store.path} is in memory (tmpfs), so its page file uses memory")
+        if isinstance(store, FileStoreConfig) and machine.in_memory(store.folder):
+            found.notes.append(f"{store.folder} is in memory (tmpfs), so its page file uses memory")
 
 
 def check_machine(config: Config, workers: int, found: Findings) -> None:

@@ -8,7 +8,9 @@ from dataclasses import asdict
 
 import numpy as np
 
-from fluxmoe.backends.budget import KVNeed, partition, resize
+from fluxmoe import sizes
+from fluxmoe.backends.budget import KVNeed, require_free
+from fluxmoe.backends.partition import least_experts, partition
 from fluxmoe.config import Resolved
 from fluxmoe.core.arbitration.messages import Inventory
 from fluxmoe.core.memory.host import CpuSubstrate
@@ -24,7 +26,8 @@ from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import HostCopier
 from fluxmoe.core.transfer.store import ChangingStore, Put
 from fluxmoe.core.types import Geometry, PageClass, Phase
-from fluxmoe.errors import InvariantError
+from fluxmoe.errors import BudgetTooSmallError, InvariantError
+from fluxmoe.stores.tiers import TieredStore
 from fluxmoe.trace import TraceMeta
 
 
@@ -40,6 +43,7 @@ class Runtime:
         kv: Memory needed by the KV cache.
         dynamic: True if the split may change while the engine serves.
         bank_limit: Maximum number of slots that one kernel call can address; None if unlimited.
+        top_k: Number of experts per token if layers can run in waves; None if they cannot.
         phase: Function that returns the phase of a step, called at the beginning of the step.
         ceiling: Maximum budget in bytes for ``resize``; 0 means the initial budget.
 
@@ -59,6 +63,7 @@ class Runtime:
         *,
         dynamic: bool = False,
         bank_limit: int | None = None,
+        top_k: int | None = None,
         phase: Callable[[], Phase] = lambda: Phase.DECODE,
         ceiling: int = 0,
     ) -> None:
@@ -71,6 +76,7 @@ class Runtime:
             kv,
             dynamic=dynamic,
             bank_limit=bank_limit,
+            top_k=top_k,
             ceiling=ceiling,
         )
         substrate = CpuSubstrate(part.most, part.frame_bytes)
@@ -80,7 +86,11 @@ class Runtime:
             for bank, count in enumerate(part.slots):
                 self.memory.experts.resize(bank, count)
             table = PageTable(
-                geometry, part.slots, reserved=max(part.reserved), bank_of=part.bank_of
+                geometry,
+                part.slots,
+                reserved=max(part.reserved),
+                bank_of=part.bank_of,
+                minimum=part.minimum,
             )
             view = PageView(table, seed=config.seed)
             strict, limits = config.strict_policies, config.policy_limits.limits()
@@ -102,7 +112,7 @@ class Runtime:
 
     @property
     def kv_reserved_bytes(self) -> int:
-        """The size in bytes to which the KV cache may grow, filled with blocks by the engine."""
+        """Maximum size in bytes of the KV cache, which the engine divides into blocks."""
         kv = self.partition.kv
         return (kv.max if self.dynamic else kv.target) * self.partition.frame_bytes
 
@@ -126,6 +136,7 @@ class Runtime:
             geometry=self.geometry,
             page_class=self.page_class,
             bank_limit=part.bank_limit,
+            minimum=part.minimum,
             slots=tuple(self.pager.table.slots),
             experts=part.experts,
             kv=part.kv,
@@ -134,8 +145,36 @@ class Runtime:
         )
 
     def resize(self, budget: int) -> None:
-        """Raise or lower the budget to ``budget`` bytes. See ``backends.budget.resize``."""
-        resize(self.memory, self.pager, self.partition, budget)
+        """Raise or lower the budget to ``budget`` bytes; only the experts gain or lose memory.
+
+        This method is called between steps. The number of banks does not change. If the budget is
+        lowered, pages are evicted and the last slots are given up.
+
+        Raises:
+            BudgetTooSmallError: A bank cannot hold the experts of one layer or, with waves, of one
+                token.
+            ConfigError: The difference exceeds the free memory.
+            OutOfFramesError: ``budget`` is above the ceiling.
+            SubstrateError: A system call failed. As after every error, nothing has changed.
+        """
+        pool, part = self.memory.pool, self.partition
+        frames = budget // part.frame_bytes
+        slots = part.slots_for(frames - self.memory.frames()[KVTenant.NAME])
+        if slots is None:
+            raise BudgetTooSmallError(
+                f"{sizes.shown(budget)} cannot hold {least_experts(part.geometry, part.minimum)}, "
+                f"{sizes.shown(part.page_class.nbytes)} each, in each of {part.banks} banks",
+                fix="set a larger budget or fewer banks",
+            )
+        require_free(budget, held=pool.nbytes)
+        before = pool.limit
+        pool.set_limit(max(frames, before))
+        try:
+            self.pager.resize_all(slots)
+        except BaseException:
+            pool.set_limit(before)
+            raise
+        pool.set_limit(frames)
 
     @contextmanager
     def update(self) -> Iterator[Put]:
@@ -178,9 +217,30 @@ class Runtime:
             "bytes_demand": transfer.bytes_demand,
             "bytes_prefetch": transfer.bytes_prefetch,
             "stall_seconds": transfer.stall_seconds,
+            **self._disk(),
             "policy_faults": self.eviction.faults + self.prefetch.faults,
             "policy_slow": self.eviction.slow + self.prefetch.slow,
         }
+
+    def _disk(self) -> dict[str, int | float]:
+        if not isinstance(self.store, TieredStore):
+            return {"disk_bytes": 0, "disk_seconds": 0.0, "disk_depth": 0}
+        meters = self.store.meters
+        return {
+            "disk_bytes": sum(meter.nbytes for meter in meters),
+            "disk_seconds": sum(meter.seconds for meter in meters),
+            "disk_depth": self.store.depth,
+        }
+
+    def reset(self) -> None:
+        """Start cold: drop all pages, and set the counters of ``stats`` to zero.
+
+        The counters ``policy_faults`` and ``policy_slow`` are kept.
+        """
+        self.pager.reset()
+        if isinstance(self.store, TieredStore):
+            for meter in self.store.meters:
+                meter.reset()
 
     def trace_meta(self, *, model: str, top_k: int, source: str) -> TraceMeta:
         """Make the metadata for traces of this model."""

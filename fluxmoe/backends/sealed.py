@@ -102,3 +102,19 @@ class FixedParameters(dict[str, torch.nn.Parameter | None]):
         )
 
     __delitem__ = pop = popitem = clear = update = setdefault = __ior__ = _refuse
+
+
+class AsComputed:
+    """A view of a layer for its kernel: the weights are arenas, all other attributes the layer's.
+
+    Args:
+        layer: The layer.
+        parts: Attribute → value that replaces the layer's value.
+    """
+
+    def __init__(self, layer: torch.nn.Module, parts: Mapping[str, Any]) -> None:
+        self._layer = layer
+        vars(self).update(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)

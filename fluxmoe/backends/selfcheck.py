@@ -1,9 +1,11 @@
-"""Startup check that an MoE kernel's result does not depend on the slots of the experts.
+"""Startup check whether an MoE kernel's result depends on the experts' slots or on other tokens.
 
 Kernels are selected by processor, dtype and shape, so a machine may run one that no test has
 covered. The check computes one layer with random weights twice: first with the experts in order,
 then with the experts spread over an arena whose other slots are NaN. The two results are compared
-bit by bit.
+bit by bit. A kernel that depends on the slots is rejected. The check then computes the tokens of a
+call in several smaller calls: layers may run in waves (``core.paging.waves``) only if the results
+are the same.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -32,11 +35,19 @@ Kernel: TypeAlias = Callable[
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A kernel that passed the check, the dtype of its weights, and the duration of the check."""
+    """A kernel that passed the check.
+
+    Attributes:
+        kernel: Name of the kernel.
+        dtype: Name of the dtype of the weights, such as ``bfloat16``.
+        milliseconds: Duration of the check.
+        waves: True if a token's result does not depend on the other tokens of the call.
+    """
 
     kernel: str
     dtype: str
     milliseconds: float
+    waves: bool
 
 
 #: Bytes that the weights of the checked experts may take. Two experts, or three if the order of
@@ -44,6 +55,8 @@ class Checked:
 _BYTES = 16 << 20
 #: Tokens per call: one as in decoding, a small batch, and a number that kernels split into blocks.
 _TOKENS = (1, 5, 48)
+#: Tokens of a call that is repeated in parts, sizes of the parts, and maximum number of parts.
+_WHOLE, _SIZES, _PARTS = 160, (1, 3, 17, 70), 4
 #: Floating-point operations above which a call gets fewer tokens.
 _FLOP = 2e9
 #: Bytes that one call may copy if the kernel copies the weights for each token.
@@ -117,8 +130,27 @@ def require_slot_independence(
         raise InvariantError(
             f"the self-check of the MoE kernel {name} sees no difference if experts are exchanged"
         )
+    x, weights, ids = _call(int(min(_WHOLE, most)), hidden, experts, used, random)
+    waves = _same_in_parts(partial(kernel, arena, table), x.to(dtype), weights, ids, random)
     took = (time.perf_counter() - started) * 1e3
-    return Checked(name, str(dtype).removeprefix("torch."), took)
+    return Checked(name, str(dtype).removeprefix("torch."), took, waves)
+
+
+def _same_in_parts(
+    kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    random: torch.Generator,
+) -> bool:
+    """True if a call has the same result when its tokens are computed in several calls."""
+    whole = kernel(x, weights, ids)
+    for size in _SIZES:
+        parts = torch.randperm(len(x), generator=random).split(size)
+        for some in parts[:_PARTS]:
+            if not _same(kernel(x[some], weights[some], ids[some]), whole[some]):
+                return False
+    return True
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

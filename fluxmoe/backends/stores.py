@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from fluxmoe import machine, sizes
 from fluxmoe.config import Config, FileStoreConfig
@@ -11,8 +11,11 @@ from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import ConfigError
 from fluxmoe.plugins import Registry
 from fluxmoe.stores.coding import Coder
-from fluxmoe.stores.file import FileTier
-from fluxmoe.stores.host import HostStore, HostTier
+from fluxmoe.stores.disk import catalogue
+from fluxmoe.stores.disk.key import Key
+from fluxmoe.stores.disk.tier import FileTier
+from fluxmoe.stores.encoded import HostTier
+from fluxmoe.stores.host import HostStore
 from fluxmoe.stores.tiers import Tier, TieredStore
 
 
@@ -34,37 +37,52 @@ def make_coders(config: Config, registry: Registry) -> list[Coder]:
 
 
 def make_store(
-    config: Config, geometry: Geometry, page_class: PageClass, coders: Sequence[Coder]
+    config: Config,
+    coders: Sequence[Coder],
+    geometry: Geometry,
+    page_class: PageClass,
+    key: Key,
 ) -> HostStore | TieredStore:
-    """Make an empty store with the coders of ``make_coders``, to be filled layer by layer."""
+    """Make an empty store.
+
+    Args:
+        config: The configuration.
+        coders: One coder per configured store, from ``make_coders``.
+        geometry, page_class: Numbers of layers and experts, and the layout of a page.
+        key: Describes the weights, for stores that keep pages from one start to the next.
+    """
     if config.stores[0].plain:
         return HostStore(geometry, page_class)  # takes all pages without a copy
     tiers: list[Tier] = []
+    beside: list[dict[str, Any]] = []
     for store, coder in zip(config.stores, coders, strict=True):
         limit = None if store.limit is None else int(store.limit)
         if isinstance(store, FileStoreConfig):
-            folder = Path(store.path).expanduser()
             tiers.append(
                 FileTier(
                     geometry,
                     page_class,
-                    folder,
+                    store.folder,
                     coder,
                     limit,
+                    key=key,
                     options=store.codec,
+                    beside=beside,
                     direct=store.direct,
+                    depth=store.depth,
                 )
             )
         else:
             tiers.append(HostTier(coder, limit))
+        beside.append({"kind": store.kind, "limit": limit, "codec": store.codec})
     return TieredStore(geometry, page_class, tiers)
 
 
 def require_room(config: Config, nbytes: int) -> None:
     """Reject file stores whose folder is not writable or whose disk is too small.
 
-    Existing page files count as room. The size of encoded pages is unknown in advance, so only
-    stores without a codec are checked for room.
+    The largest file of pages counts as room, because it may be this model's. The size of encoded
+    pages is unknown in advance, so only stores without a codec are checked for room.
 
     Args:
         config: The configuration.
@@ -79,9 +97,15 @@ def require_room(config: Config, nbytes: int) -> None:
         rest -= kept
         if not isinstance(store, FileStoreConfig):
             continue
-        folder, where = Path(store.path).expanduser(), f"stores.{index}.path"
+        folder, where = store.folder, f"stores.{index}.path"
         machine.require_writable(folder, where=where, fix="name a writable folder")
-        free = machine.free_disk(folder) + sum(f.stat().st_size for f in folder.glob("*.pages"))
+        # One of the files may be this model's, or the start of one, which is continued or removed.
+        files = [
+            file.nbytes
+            for file in catalogue.entries(folder)
+            if file.state == "complete" or file.useless
+        ]
+        free = machine.free_disk(folder) + max(files, default=0)
         if store.codec["kind"] == "none" and kept > free:
             needed, there = sizes.apart(kept, free)
             raise ConfigError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fluxmoe import sizes
-from fluxmoe.backends.budget import Partition
+from fluxmoe.backends.partition import Partition
 from fluxmoe.config import Resolved
 from fluxmoe.config.schema import FileStoreConfig, HostStoreConfig
+from fluxmoe.plugins import Registry
 from fluxmoe.version import __version__
 
 
@@ -18,7 +19,7 @@ def start_block(
     model: str,
     top_k: int | None,
     dynamic: bool,
-    policies: Mapping[str, str],
+    registry: Registry,
     store_bytes: int,
     more: Sequence[tuple[str, str]] = (),
 ) -> str:
@@ -30,15 +31,18 @@ def start_block(
         model: Name of the model.
         top_k: Number of experts per token; None if unknown.
         dynamic: True if the split may change while the engine serves.
-        policies: Kind of policy → its name and package (``Registry.source``).
+        registry: The registry that created the policies.
         store_bytes: Size of the stored pages in bytes.
         more: Further names and values from the engine.
     """
     geometry, slots = part.geometry, sum(part.slots)
+    policies = {"eviction": config.eviction, "prefetch": config.prefetch}
+    if dynamic:
+        policies["arbitration"] = config.arbitration
     lines = [
         ("budget", _budget(part, dynamic)),
         ("slots", f"{slots} of {geometry.num_pages} pages, in {_count(part.banks, 'bank')}"),
-        *policies.items(),
+        *((kind, registry.source(kind, policy)) for kind, policy in policies.items()),
         ("stores", f"{', '.join(map(_store, config.stores))}: {sizes.shown(store_bytes)}"),
         *more,
     ]
@@ -74,7 +78,7 @@ def _budget(part: Partition, dynamic: bool) -> str:
 def _store(store: HostStoreConfig | FileStoreConfig) -> str:
     words: list[str] = [store.kind]
     if isinstance(store, FileStoreConfig):
-        words.append(store.path)
+        words.append(str(store.folder))
     if store.codec["kind"] != "none":
         words.append(f"with {store.codec['kind']}")
     if store.limit is not None:

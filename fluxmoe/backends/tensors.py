@@ -1,11 +1,29 @@
-"""Zero-copy views between torch and the core: weights as bytes, arenas as weights."""
+"""Weights of torch in the core: as bytes, as arenas, and as pages; the views copy nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from fluxmoe.core.types import Bytes
+from fluxmoe.core.types import Bytes, Geometry, PageClass, Part
 from fluxmoe.errors import UnsupportedError
+
+
+def pages_of(layers: Sequence[Any], names: Sequence[str]) -> tuple[Geometry, PageClass]:
+    """Return the sizes of layers' experts. Raises UnsupportedError if the layouts differ.
+
+    Args:
+        layers: MoE layers.
+        names: Names of their parameters that hold experts, ``[experts, …]``.
+    """
+    layouts = {tuple((getattr(m, n).shape, getattr(m, n).dtype) for n in names) for m in layers}
+    if len(layouts) > 1:
+        raise UnsupportedError(f"the layers have experts with {len(layouts)} different layouts")
+    weights = {name: getattr(layers[0], name) for name in names}
+    parts = (Part(n, w.nbytes // len(w), w.numel() // len(w)) for n, w in weights.items())
+    return Geometry(len(layers), len(weights[names[0]])), PageClass(tuple(parts))
 
 
 def as_rows(weight: torch.Tensor) -> Bytes:

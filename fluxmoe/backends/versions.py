@@ -1,4 +1,4 @@
-"""Versions of installed packages, which are looked up without importing the packages."""
+"""Versions of installed packages, looked up without importing the packages."""
 
 from __future__ import annotations
 

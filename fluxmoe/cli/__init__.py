@@ -18,6 +18,7 @@ import typer
 import fluxmoe
 from fluxmoe import caches
 from fluxmoe.cli import (
+    cache,
     codec,
     config,
     demo,
@@ -108,6 +109,7 @@ def program() -> Any:
     app.add_typer(trace.app, name="trace")
     app.command("policies")(policies.policies)
     app.command("codec")(codec.codec)
+    app.add_typer(cache.app, name="cache")
     app.add_typer(plugin.app, name="plugin")
     app.add_typer(config.app, name="config")
     app.command("top")(top.top)

@@ -12,7 +12,7 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.cli.shared import models, output
-from fluxmoe.cli.shared.options import AsJson, Plugins
+from fluxmoe.cli.shared.options import AsJson, Plugins, Store, stores
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def generate(
     ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy.")] = "next-use",
     prefetch: Annotated[str, typer.Option(help="Prefetch policy.")] = "none",
+    store: Store = "host",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 64,
     plugin: Plugins = None,
     as_json: AsJson = False,
@@ -84,6 +85,7 @@ def generate(
         "eviction": eviction,
         "prefetch": prefetch,
         "plugins": plugin or [],
+        "stores": found.result(stores, store) or [{"kind": "host"}],
     }
     start = _torch if backend is Backend.TORCH else _vllm
     engine = start(model, settings, found, len(given or [0]) + max_new_tokens)
@@ -175,7 +177,8 @@ def _print(result: dict[str, Any], prompt: str | None) -> None:
     else:
         print((prompt or "") + result["text"])
     output.say(
-        f"{len(result['token_ids'])} tokens, {result['tokens_per_s']:.1f} per second; experts: "
+        f"{len(result['token_ids'])} tokens, {result['tokens_per_s']:.1f} per second including the "
+        "prompt and, in a first run, compilation; experts: "
         f"{stats['slots']} of {stats['pages']} pages fit in {sizes.shown(stats['expert_bytes'])}"
         f", hit rate {stats['hit_rate']:.1%}, {sizes.shown(stats['bytes_demand'])} loaded on "
         f"demand, {sizes.shown(stats['bytes_prefetch'])} ahead, {stats['stall_seconds']:.2f} s "

@@ -10,8 +10,9 @@ import typer
 
 from fluxmoe import sizes
 from fluxmoe.cli.shared import output, table
-from fluxmoe.cli.shared.hardware import HERE, profile_of
-from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
+from fluxmoe.cli.shared.hardware import HERE, profile_of, with_store
+from fluxmoe.cli.shared.options import AsCsv, AsJson, Force, stores
+from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from fluxmoe.dimensions import Model
@@ -50,6 +51,13 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE", help="Trace of this model, from which to take miss ratios."),
     ] = None,
+    store: Annotated[
+        str,
+        typer.Option(
+            metavar="host|file|FOLDER",
+            help="Where all experts are kept; the disk of a page file is measured.",
+        ),
+    ] = "host",
     picture: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the plan to this file (.svg or .png)."),
@@ -72,13 +80,21 @@ def plan(
     budget = found.result(size, memory, where="--memory")
     if picture is not None:
         with found.check():
-            require_new(picture, replace=force)
+            require_new(picture, replace=force, by="--force")
     shape = found.result(models.read, model)
     tokens = None if shape is None else found.result(_tokens, context, shape)
     if shape is not None and budget is not None and tokens is not None:
         with found.check():
             advice.require_room(shape, cost.PlannedWorkload(tokens, requests), budget)
     profile = None if hardware == HERE else found.result(profile_of, hardware)
+    with found.check():
+        stores(store)
+        if hardware != HERE and store != "host":
+            raise ConfigError(
+                f"the profile {hardware} states where its pages are kept",
+                where="--store",
+                fix=f"omit --store, or measure this machine with --hardware {HERE}",
+            )
     meta = None if trace is None else found.result(lambda: TraceReader(trace).meta)
     if meta is not None and shape is not None:
         with found.check():
@@ -87,7 +103,8 @@ def plan(
     assert budget is not None
     assert shape is not None
     assert tokens is not None
-    profile = profile or profile_of(HERE)  # last, because the first measurement takes a minute
+    if profile is None:  # last, because the measurements take time
+        profile = with_store(profile_of(HERE), store, shape.page_bytes)
     work = cost.PlannedWorkload(tokens, requests)
     curve = cost.even_curve(shape.pages)
     assumption = (
@@ -105,8 +122,6 @@ def plan(
 
 
 def _tokens(context: int | None, model: Model) -> int:
-    from fluxmoe.errors import ConfigError
-
     if context is None:
         return min(_CONTEXT, model.longest or _CONTEXT)
     if model.longest and context > model.longest:

@@ -87,7 +87,7 @@ def simulate(
     from fluxmoe.sim.runs import RunPlan, SimulationRun, default_jobs, execute
 
     if report is not None:
-        require_new(report, replace=force)
+        require_new(report, replace=force, by="--force")
     registry = plugins.load(plugin or ())
     profile = None if hardware is None else profile_of(hardware)
     events = Events.load(trace)

@@ -1,4 +1,4 @@
-"""Reading of settings from YAML files, maps and sizes, with errors in the user's terms."""
+"""Reading of sizes, and of settings from YAML files and maps, with errors in the user's terms."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fluxmoe import sizes
+from fluxmoe.arguments import reason
 from fluxmoe.config.schema import Config, HandLimits
 from fluxmoe.errors import ConfigError, meant, together
 from fluxmoe.findings import Findings
@@ -72,9 +73,12 @@ def parse_most(data: object, found: Findings, *, where: str) -> Config | None:
         except ValidationError as error:
             wrong = {str(each["loc"][0]) for each in error.errors()}
         found.wrong |= wrong
-        rest = {key: value for key, value in rest.items() if str(key) not in wrong}
+        right = {key: rest[key] for key in Config.model_fields if key in rest.keys() - wrong}
         if "memory" in wrong:
-            rest["memory"] = {"budget": "auto"}
+            right["memory"] = {"budget": "auto"}
+        if right == rest:
+            return None
+        rest = right
 
 
 def parse_limits(data: object, *, where: str) -> HandLimits:
@@ -127,7 +131,7 @@ def _problem(detail: ErrorDetails, where: str) -> ConfigError:
         found, said = found.get("kind"), "it must be 'host' or 'file'"
         field, fix = f"{field}.kind", meant(found, ["host", "file"]) or fix
     else:
-        said = _WHAT.get(kind, detail["msg"].replace("Input should", "it must"))
+        said = _WHAT.get(kind, reason(detail).replace("Input should", "it must"))
         if kind == "literal_error":
             fix = meant(found, re.findall("'(.*?)'", detail["msg"])) or fix
     if field in ("eviction", "prefetch", "arbitration"):
@@ -182,14 +186,24 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+#: The tags of keys that are text, and of ``<<``, which merges maps.
+_TEXT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
 class _Loader(yaml.SafeLoader):
-    """A loader that rejects duplicate keys; the standard loader uses the last duplicate."""
+    """A loader that rejects duplicate keys, of which the standard loader uses the last, and keys
+    that are not text, such as ``on``, which YAML reads as true.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if node.id == "mapping" else ():  # not so for !!map [a]
             if not isinstance(key, yaml.ScalarNode):
                 continue
+            if key.tag not in _TEXT:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is not text: put it in quotes", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"duplicate key {key.value!r}", key.start_mark
@@ -199,24 +213,33 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def load(path: Path) -> Config:
+def load(path: Path, **changes: object) -> Config:
     """Read a YAML file, whose paths are relative to its folder (see ``Config.located``).
+
+    Args:
+        path: The file.
+        changes: Key → value that replaces the value in the file.
 
     Raises:
         ConfigError: The file is unreadable, not valid YAML, or does not validate.
     """
-    return parse(read(path), where=str(path)).located(path.absolute().parent)
+    data = _changed(read(path), changes)
+    return parse(data, where=str(path)).located(path.absolute().parent)
 
 
-def load_most(path: Path, found: Findings) -> Config | None:
+def load_most(path: Path, found: Findings, **changes: object) -> Config | None:
     """Read a YAML file, and record its errors (see ``load`` and ``parse_most``)."""
     try:
-        data = read(path)
+        data = _changed(read(path), changes)
     except ConfigError as error:
         found.errors.append(error)
         return None
     config = parse_most(data, found, where=str(path))
-    return config and config.located(path.absolute().parent)
+    return config and found.result(config.located, path.absolute().parent)
+
+
+def _changed(data: object, changes: Mapping[str, object]) -> object:
+    return {**data, **changes} if isinstance(data, dict) else data
 
 
 def read(path: Path) -> object:
@@ -236,8 +259,12 @@ def read(path: Path) -> object:
     except UnicodeDecodeError as error:
         raise ConfigError(f"not a text file: {error}", where=str(path)) from error
     except yaml.YAMLError as error:
-        where, problem = str(path), str(error)
+        where, problem = str(path), line(error)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
             mark, problem = error.problem_mark, error.problem or "could not be parsed"
             where = f"{path}, line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"not valid YAML: {problem}", where=where) from error
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # such as !!int x
+        raise ConfigError(f"not valid YAML: {line(error)}", where=str(path)) from error
+    except RecursionError as error:
+        raise ConfigError("the document is nested too deeply", where=str(path)) from error

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fluxmoe import sizes
+from fluxmoe import caches, sizes
 from fluxmoe.checkpoint import is_hub_name
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
@@ -69,6 +69,15 @@ AutoSize = Annotated[
 Budget = Annotated[
     Annotated[ByteSize, Field(gt=0)] | None,
     BeforeValidator(_budget, json_schema_input_type=_Written | Literal["auto"]),
+]
+#: A number of threads; None means ``auto``.
+_Count = Annotated[int, Field(ge=1, le=64)]
+AutoCount = Annotated[
+    _Count | None,
+    BeforeValidator(
+        lambda value: None if value == "auto" else value,
+        json_schema_input_type=_Count | Literal["auto"] | None,
+    ),
 ]
 
 
@@ -168,19 +177,27 @@ class FileStoreConfig(_Model):
     """Pages in a file, which is built on the first start."""
 
     kind: Literal["file"]
-    path: str = Field(min_length=1)
-    """Folder of the page file, relative to the configuration file's folder; created if missing."""
+    path: str = Field(default="auto", min_length=1)
+    """Folder of the page file, relative to the configuration file's folder; created if missing.
+    auto: fluxmoe/pages in the user's cache folder."""
     limit: AutoSize = None
     """Maximum bytes of the pages; further pages go to the next store. auto: no limit."""
     codec: Policy = {"kind": "none"}
     """Lossless codec for the pages."""
     direct: bool = True
     """Read uncached parts with direct I/O; set to false if the file fits in the system's cache."""
+    depth: AutoCount = None
+    """Number of threads that read pages; auto: measured at startup (files of 256 MiB or more)."""
 
     @property
     def plain(self) -> bool:
         """False: pages are written to the file."""
         return False
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the page file."""
+        return caches.own("pages") if self.path == "auto" else caches.expanded(self.path)
 
 
 StoreConfig = Annotated[HostStoreConfig | FileStoreConfig, Field(discriminator="kind")]
@@ -228,7 +245,7 @@ class Config(_Model):
     """Stop at the first policy fault instead of containing it."""
     copy_threads: int = Field(default=1, ge=0, le=64)
     """Number of threads that copy pages; 0: the engine's thread copies them."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the random numbers for policies."""
     vllm: dict[str, Any] = {}
     """Options passed to vLLM unchanged."""
@@ -247,19 +264,19 @@ class Config(_Model):
         """
 
         def absolute(path: str) -> str:
-            return str(folder / Path(path).expanduser())
+            return str(folder / caches.expanded(path))
 
         changed: dict[str, Any] = {
             "plugins": [absolute(name) if is_plugin_file(name) else name for name in self.plugins],
             "stores": [
                 store.model_copy(update={"path": absolute(store.path)})
-                if isinstance(store, FileStoreConfig)
+                if isinstance(store, FileStoreConfig) and store.path != "auto"
                 else store
                 for store in self.stores
             ],
         }
         if self.model is not None:
-            local = not is_hub_name(self.model) or Path(absolute(self.model)).is_dir()
+            local = not is_hub_name(self.model) or os.path.isdir(absolute(self.model))
             changed["model"] = absolute(self.model) if local else self.model
             named = {"served-model-name", "served_model_name"} & self.vllm.keys()
             if changed["model"] != self.model and not named:

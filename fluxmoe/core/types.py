@@ -17,7 +17,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 #: Kinds of age, in events: the time that an evicted page was resident, the time since an evicted
 #: page's last use, and the interval between two uses of a page.
 LIFETIME, IDLE, REUSE = range(3)
-#: Number of age buckets: bucket n counts ages up to 2^n, and the last bucket counts all others.
+#: Number of age buckets. The upper bound of bucket n is 2^n; the last bucket is unbounded.
 AGES = 24
 
 
@@ -30,7 +30,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Number of layers and experts of a model. Only MoE layers count; the first has number 0."""
+    """Numbers of layers and of experts per layer. Only MoE layers count; the first has number 0."""
 
     num_layers: int
     experts_per_layer: int
@@ -46,8 +46,9 @@ class Geometry:
 class EventList(NamedTuple):
     """A list of N consecutive events. Event ``i`` routes to ``ids[offsets[i]:offsets[i + 1]]``.
 
-    ``ids`` has one entry per (token, expert) pair, including repeats. ``later`` has, for each
-    entry, the next event that uses the same page; ``later`` is empty if no policy needs it. Event
+    ``ids`` has one entry per (token, expert) pair, including repeats. ``starts`` is True for the
+    first entry of each token, and may be empty if no event runs in waves. ``later`` has, for each
+    entry, the next event that uses the same page, and is empty if no policy needs it. Event
     ``i`` predicts ``guesses[guess_offsets[i]:guess_offsets[i + 1]]`` for the next layer, including
     repeats; without predictions, ``guess_offsets`` is empty.
     """
@@ -60,6 +61,7 @@ class EventList(NamedTuple):
     later: Int64s = np.zeros(0, np.int64)
     guess_offsets: Int64s = np.zeros(0, np.int64)  # [N + 1]
     guesses: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+    starts: Bools = np.zeros(0, np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,8 @@ class Access:
         tokens: Number of (token, expert) pairs routed to each page, int64.
         phase: Phase of the step.
         predicted: Pages that the next layer's router would choose for this layer's hidden states,
-            in descending order of tokens. None if unknown, which is always so in the engines and in
-            traces without this column.
+            in descending order of tokens. None if unknown, as always in the engines and in traces
+            without the column ``predicted``.
     """
 
     step: int
@@ -140,6 +142,19 @@ class Loads:
 
 
 @dataclass(frozen=True, slots=True)
+class Wave:
+    """Tokens of an event that run together, and the pages that must be loaded first.
+
+    Attributes:
+        tokens: Indices of the tokens within the event, int64 ``[tokens]``.
+        loads: Pages that must be loaded before the tokens run.
+    """
+
+    tokens: Int64s
+    loads: Loads
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     """Counts since the last ``reset()``, as the event rule defines them.
 
@@ -148,6 +163,7 @@ class Counters:
     the victims that made room for demanded or prefetched pages, ``released`` counts pages that the
     policy did not retain, and ``resized`` counts pages that lost their slots because the tenant
     shrank or the weights changed. ``cold`` counts misses on pages that had never been loaded.
+    ``reloads`` counts loads of a page beyond the first within one event that runs in waves.
     """
 
     events: int
@@ -161,6 +177,7 @@ class Counters:
     loads_demand: int
     loads_prefetch: int
     cold: int
+    reloads: int
 
     @property
     def hit_rate(self) -> float:

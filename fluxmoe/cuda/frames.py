@@ -85,8 +85,11 @@ class CudaSubstrate:
         self._ranges[address] = nbytes
         return address
 
-    def unreserve(self, address: int, nbytes: int) -> None:
-        """Release a reserved range. If the driver call fails, ``close`` tries again."""
+    def unreserve(self, address: int, nbytes: int, viewed: object | None = None) -> None:
+        """Release a reserved range. If the driver call fails, ``close`` tries again.
+
+        Host memory has no views of device memory, so ``viewed`` is not used.
+        """
         if self._ranges.get(address) != nbytes:
             raise SubstrateError(f"no range of {sizes.exact(nbytes)} was reserved at {address:#x}")
         self._stale |= self._mapped.intersection(self._places(address, nbytes // self.frame_bytes))

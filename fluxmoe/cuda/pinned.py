@@ -15,7 +15,7 @@ from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 
-#: Number of page buffers, which is the number of pages that can be read before any copy completes.
+#: Number of page buffers: as many pages can be read before the first copy completes.
 BUFFERS = 4
 _ENDLESS = 1 << 30
 
@@ -25,7 +25,7 @@ class PageSource:
 
     Args:
         cuda: The device.
-        store: Source of the pages.
+        store: The store that holds the pages.
         part_bytes: Bytes of each part of a page, in order.
 
     Raises:
@@ -116,7 +116,7 @@ class PinnedStore(HostStore):
         self._memory: list[PinnedMemory] = []
 
     def adopt(self, parts: Sequence[Bytes]) -> None:
-        """Copy the next layer, one array ``[experts, nbytes]`` per part of the page class.
+        """Copy the next layer: one array ``[experts, nbytes]`` per part of the page class.
 
         Raises:
             SubstrateError: The memory for the layer cannot be locked; the layer was not added.
@@ -134,7 +134,11 @@ class PinnedStore(HostStore):
             undo.pop_all()
 
     def addresses(self, page: int) -> Sequence[int]:
-        """Return the start addresses of a page's parts, in order."""
+        """Return the start addresses of a page's parts, in order.
+
+        Raises:
+            StoreError: The page is not in the store.
+        """
         layer, expert = divmod(page, self._geometry.experts_per_layer)
         if not 0 <= layer < len(self._layers):
             raise StoreError(f"page {page} is not in the store")

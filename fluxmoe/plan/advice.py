@@ -9,6 +9,7 @@ import numpy as np
 
 from fluxmoe.core.memory import sizing
 from fluxmoe.core.memory.host import frame_bytes_for
+from fluxmoe.core.paging.waves import most_loads
 from fluxmoe.dimensions import Model
 from fluxmoe.errors import BudgetTooSmallError
 from fluxmoe.plan import cost
@@ -16,10 +17,14 @@ from fluxmoe.plan.cost import Floats, PlannedWorkload, Splits
 from fluxmoe.sim.hardware import Profile
 from fluxmoe.sizes import apart, at_least, shown
 
-#: Minimum relative gain for recommending a split, the same as in ``marginal``.
+#: Minimum relative gain for recommending paging, or a split other than the automatic one.
 GAIN = 0.05
 #: Among the splits within this fraction of the best, the one that streams least is recommended.
 _ALIKE = 0.005
+#: Tokens of the prefill for which the bound on the loads of a layer is printed.
+_CHUNK = 512
+#: Larger budgets that a plan compares, as multiples of half of the budget.
+_MORE = (3, 4, 8)
 #: Approximate number of points in the curve.
 _POINTS = 65
 
@@ -90,14 +95,12 @@ def make(
         assumption: Description of the curve.
 
     Raises:
-        BudgetTooSmallError: The experts of one layer and one request do not fit.
+        BudgetTooSmallError: The experts of one token and one request do not fit.
     """
     require_room(model, work, memory)
-    one = model.request_bytes(work.tokens)
-    most = min(model.pages, (memory - one) // model.page_bytes)
-    slots = np.arange(model.experts, most + 1)
-    splits = cost.splits(model, profile, work, memory, slots, curve)
-    rates = splits.tokens_per_s
+    splits = _splits(model, profile, work, memory, curve)
+    slots, rates = splits.slots, splits.tokens_per_s
+    least, most = int(slots[0]), int(slots[-1])
     best = int(np.flatnonzero(rates >= rates.max() * (1 - _ALIKE))[-1])
     whole = len(slots) - 1 if most == model.pages else None
     verdict: Verdict = "needed"
@@ -110,7 +113,10 @@ def make(
 
     shown = np.unique(np.append(np.linspace(0, len(slots) - 1, _POINTS).round().astype(int), best))
     resident = None if whole is None else point(whole)
-    recommended, automatic = point(best), point(_first_split(model, work, memory, most))
+    recommended, automatic = point(best), point(_first_split(model, work, memory, least, most))
+    words = _words(model, memory, work, verdict, resident, recommended, automatic, profile)
+    if verdict == "needed":
+        words += _with_more(model, profile, work, memory, curve)
     return Plan(
         model,
         memory,
@@ -122,21 +128,45 @@ def make(
         automatic,
         recommended,
         tuple(point(int(index)) for index in shown),
-        tuple(_words(model, memory, work, verdict, resident, recommended, automatic)),
+        tuple(words),
     )
 
 
 def require_room(model: Model, work: PlannedWorkload, memory: int) -> None:
-    """Raise BudgetTooSmallError unless the experts of one layer and one request fit."""
-    least = model.experts * model.page_bytes + model.request_bytes(work.tokens)
+    """Raise BudgetTooSmallError unless the experts of one token and one request fit."""
+    least = model.top_k * model.page_bytes + model.request_bytes(work.tokens)
     if memory < least:
         given, needed = apart(memory, least)
         raise BudgetTooSmallError(
-            f"{given} is too little: one layer of {model.experts} experts and one request "
+            f"{given} is too little: the {model.top_k} experts of one token and one request "
             f"of {work.tokens} tokens need {needed}",
             where="--memory",
             fix=f"give at least {at_least(least)}, or lower --context",
         )
+
+
+def _splits(
+    model: Model, profile: Profile, work: PlannedWorkload, memory: int, curve: Floats
+) -> Splits:
+    """Evaluate all splits of ``memory`` bytes, in ascending order of the number of slots."""
+    most = min(model.pages, (memory - model.request_bytes(work.tokens)) // model.page_bytes)
+    least = model.experts if most >= model.experts else model.top_k
+    return cost.splits(model, profile, work, memory, np.arange(least, most + 1), curve)
+
+
+def _with_more(
+    model: Model, profile: Profile, work: PlannedWorkload, memory: int, curve: Floats
+) -> list[str]:
+    """Say how fast the model would be with more memory, up to all experts and all requests."""
+    enough = model.experts_bytes + work.requests * model.request_bytes(work.tokens)
+    budgets = [min(memory * times // 2, enough) for times in _MORE]
+    rates = {
+        budget: _splits(model, profile, work, budget, curve).tokens_per_s.max()
+        for budget in budgets
+        if budget > memory
+    }
+    said = ", ".join(f"{rate:.1f} with {shown(budget)}" for budget, rate in rates.items())
+    return [f"With more memory, tokens/s: {said}."] if said else []
 
 
 def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:
@@ -156,19 +186,19 @@ def _point(model: Model, memory: int, splits: Splits, index: int) -> Point:
     )
 
 
-def _first_split(model: Model, work: PlannedWorkload, memory: int, most: int) -> int:
+def _first_split(model: Model, work: PlannedWorkload, memory: int, least: int, most: int) -> int:
     """Return the index of the engine's initial split."""
     frame = frame_bytes_for(memory)
-    need = model.experts * model.page_bytes
+    need = least * model.page_bytes
     one = model.request_bytes(work.tokens)
     experts, _ = sizing.first_split(
-        memory // frame,
+        memory,
         frame,
         sizing.Wish(need // frame, -(-model.experts_bytes // frame)),
         sizing.Wish(one // frame, -(-one * work.requests // frame)),
     )
-    slots = np.clip(experts.target * frame // model.page_bytes, model.experts, most)
-    return int(slots) - model.experts
+    slots = np.clip(experts.target * frame // model.page_bytes, least, most)
+    return int(slots) - least
 
 
 def _words(
@@ -179,6 +209,7 @@ def _words(
     resident: Point | None,
     best: Point,
     automatic: Point,
+    profile: Profile,
 ) -> list[str]:
     asked = f"{work.requests} requests of {work.tokens} tokens"
     words = [
@@ -213,7 +244,8 @@ def _words(
         f"{best.stall_ms:.1f} of {best.step_ms:.1f} ms a step waiting for experts."
     )
     if best.stall_ms > best.step_ms / 2:
-        words.append("The link is the bottleneck: most of a step is waiting for experts.")
+        source = "disk" if profile.store == "disk" else "link"
+        words.append(f"The {source} is the bottleneck: most of a step is waiting for experts.")
     if best.requests < work.requests:
         words.append(f"The KV cache holds {best.requests} of {asked}; the others wait.")
     cycle = model.moe_layers * model.top_k
@@ -221,6 +253,14 @@ def _words(
         words.append(
             f"{best.resident_pages} slots are fewer than the {cycle} pages of one token: lru "
             "evicts pages before their next use."
+        )
+    if best.resident_pages < model.experts:
+        loads = most_loads(_CHUNK * model.top_k, model.experts, model.top_k, best.resident_pages)
+        words.append(
+            f"{best.resident_pages} slots do not hold the {model.experts} experts of a layer, so "
+            f"layers run in waves of tokens: a prefill of {_CHUNK} tokens loads at most {loads} "
+            f"pages in each layer ({shown(loads * model.page_bytes)}), "
+            f"{loads / model.experts:.0f} times the layer."
         )
     if best.prefetch == "next-layer":
         words.append("Copying whole layers ahead beats loading on demand: prefetch next-layer.")

@@ -3,7 +3,8 @@
 A step reads the experts that its requests use, the other weights and the requests' KV cache, and
 computes with them. Non-resident experts are copied over the link in one of two ways: *on demand*
 (the layer waits for its misses) or *ahead* (whole layers are copied while other layers compute, so
-only the longer of the two times counts, but all non-resident experts are copied).
+only the longer of the two times counts, but all non-resident experts are copied). If a layer uses
+more experts than there are slots, the layer runs in waves, and the bound on its loads is used.
 """
 
 from __future__ import annotations
@@ -126,8 +127,12 @@ def splits(
     busy += model.layers * (profile.layer_us + requests * profile.token_us) * 1e-6
 
     page, call = model.page_bytes / (profile.load_gbps * 1e9), profile.load_us * 1e-6
-    missed = used * curve[slots]
+    layer = model.experts * share  # pages that a layer uses
+    pairs, kept = requests * model.top_k, slots - model.top_k
+    waves = np.minimum(pairs, kept + pairs * (layer - kept) / layer)  # as in waves.most_loads
+    missed = np.where(layer > slots, model.moe_layers * waves, used * curve[slots])
     demanded = busy + missed * page + np.minimum(missed, model.moe_layers) * call
     copied = np.maximum(busy, (model.pages - slots) * (page + call))
+    copied = np.where(slots < model.experts, np.inf, copied)  # no room for a whole layer
     seconds = np.minimum(demanded, copied)
     return Splits(slots, requests, seconds, seconds - busy, copied < demanded)

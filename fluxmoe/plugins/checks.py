@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 
+from fluxmoe.arguments import reason
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 from fluxmoe.core.policy.paging import EvictionPolicy, PrefetchPolicy
 from fluxmoe.core.policy.watchdog import HardLimitExceeded, Limits, TimeLimiter
@@ -144,7 +145,7 @@ def checked_options(
                 ConfigError(
                     line(
                         "".join(f"{part}: " for part in each["loc"])
-                        + f"{each['msg']}, not {line(each['input'], repr)}"
+                        + f"{reason(each)}, not {line(each['input'], repr)}"
                     ),
                     where=where,
                 )
@@ -222,7 +223,7 @@ def check_api(
         )
     if declared > current:
         raise PluginLoadError(
-            f"written for plugin API {declared}; this FluxMoE has {current}",
+            f"written for plugin API {declared}; this version of FluxMoE has {current}",
             where=where,
             fix="upgrade fluxmoe or use an older version of the plugin",
         )

@@ -44,7 +44,7 @@ logger = logging.getLogger("fluxmoe")
 def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Registry:
     """Make the registry of built-in, installed and explicitly named plugins.
 
-    Each call imports and registers the plugins again, so ``load`` may be called repeatedly and in
+    Each call makes a new registry, so ``load`` may be called repeatedly and in
     any process.
 
     Args:

@@ -23,12 +23,17 @@ def pages_of(capacity: int | str, meta: TraceMeta) -> int:
         meta: Metadata of the trace.
 
     Raises:
-        ConfigError: The capacity is invalid, or it is in bytes and the trace has no page size.
+        ConfigError: The capacity is invalid or a share above 100%, or it is in bytes and the trace
+            has no page size.
     """
     text = line(capacity).strip()
     if _PAGES.fullmatch(text):
         return int(text)
     if share := _SHARE.fullmatch(text):
+        if Fraction(share[1]) > 100:
+            raise ConfigError(
+                f"{text} is more than all pages", where="--capacity", fix="write at most 100%"
+            )
         # A Fraction, because in floating point, 29% of 100 pages is rounded down to 28.
         return int(Fraction(share[1]) / 100 * meta.geometry.num_pages)
     try:

@@ -1,10 +1,10 @@
 """The virtual clock: the time that a replay would take on the machine described by a profile.
 
-Demand copies block their layer: all pages that an event misses are copied before the kernel runs.
-Prefetched pages are copied one at a time, in the order proposed, while layers compute. A demand
-waits for the prefetch in progress and precedes the prefetches that have not begun; a prefetched
-page that is used before its copy has begun is copied immediately. This models ``TransferEngine``
-with one copy thread.
+Demand copies block their layer: all pages that an event misses, and the reloads of an event that
+runs in waves, are copied before the kernel runs. Prefetched pages are copied one at a time, in the
+order proposed, while layers compute. A demand waits for the prefetch in progress and precedes the
+prefetches that have not begun; a prefetched page that is used before its copy has begun is copied
+immediately. This models ``TransferEngine`` with one copy thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fluxmoe.core.paging.books import ABSENT, LOADED, PAGES
+from fluxmoe.core.paging.books import ABSENT, LOADED, PAGES, RELOADED
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.errors import ConfigError
 from fluxmoe.sim.events import Events
@@ -74,9 +74,13 @@ class Clock:
         self._queue: deque[tuple[int, float]] = deque()  # page, time of proposal
         self._arrives: dict[int, float] = {}
 
-    def demand_only(self, missed: npt.NDArray[np.int32]) -> None:
-        """Compute the stalls of all events at once, for a replay without prefetch."""
-        self.stall = np.where(missed > 0, self._call + missed * self._page, 0.0)
+    def demand_only(self, loaded: npt.NDArray[np.int32]) -> None:
+        """Compute the stalls of all events at once, for a replay without prefetch.
+
+        Args:
+            loaded: Number of pages that each event loads, int32 ``[N]``.
+        """
+        self.stall = np.where(loaded > 0, self._call + loaded * self._page, 0.0)
 
     def watch(self, rule: EventRule, at: int) -> None:
         """Compute the stall of event ``at``, which ``rule`` has just run, possibly prefetching."""
@@ -85,9 +89,9 @@ class Clock:
         pages, hit = b.pages[:count], b.hit[:count]
         begun = done = self._now
         self._advance(begun, b.slot_of)
-        misses = count - int(np.count_nonzero(hit))
-        if misses:
-            done = max(done, self._link_free) + self._call + misses * self._page
+        loads = count - int(np.count_nonzero(hit)) + int(b.now[RELOADED])
+        if loads:
+            done = max(done, self._link_free) + self._call + loads * self._page
             self._link_free = done
         for page in pages[hit].tolist():
             done = self._complete(page, done)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.policy.paging import PageView
-from fluxmoe.core.types import EventList, Int64s, Phase
+from fluxmoe.core.types import Bools, EventList, Int64s, Phase
 from fluxmoe.trace import TraceMeta, TraceReader
 
 
@@ -84,6 +84,14 @@ class Events:
         return int(self.sizes.max())
 
     @cached_property
+    def widest(self) -> int:
+        """Largest number of distinct experts of a token, which is the minimum of slots per bank."""
+        if not self.block.starts.size:
+            return self.largest
+        seen = np.full(self.meta.experts_per_layer, -1, np.int64)
+        return _widest(self.ids, self.block.starts, seen)
+
+    @cached_property
     def sizes(self) -> npt.NDArray[np.int32]:
         """Number of distinct experts in each event."""
         sizes = np.zeros(len(self), np.int32)
@@ -134,6 +142,19 @@ def _count_distinct(
             if seen[ids[i]] != event:
                 seen[ids[i]] = event
                 sizes[event] += 1
+
+
+@jit
+def _widest(ids: npt.NDArray[np.int32], starts: Bools, seen: Int64s) -> int:
+    token = width = widest = 0
+    for i in range(ids.size):
+        if starts[i]:
+            token, width = i, 0
+        if seen[ids[i]] != token:
+            seen[ids[i]] = token
+            width += 1
+        widest = max(widest, width)
+    return widest
 
 
 @jit

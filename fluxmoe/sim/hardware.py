@@ -6,12 +6,15 @@ A profile is a YAML file. FluxMoE includes several profiles, based on data sheet
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fluxmoe.arguments import reason
+from fluxmoe.config import reading
 from fluxmoe.errors import ConfigError, join, meant
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -27,6 +30,8 @@ class Profile(BaseModel):
 
     name: str
     description: str = ""
+    store: Literal["memory", "disk"] = "memory"
+    """Location of the page store's pages."""
     load_gbps: Positive
     """Bandwidth from the page store into a slot, in GB/s."""
     load_us: NotNegative = 0
@@ -61,22 +66,19 @@ def load(name: str | Path) -> Profile:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
+    if not os.path.isfile(path):
         raise ConfigError(
             f"unknown hardware profile {str(name)!r}",
             where="--hardware",
             fix=join(meant(name, names()), f"use a YAML file or one of {', '.join(names())}"),
-        ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the file: {error}", where=str(path)) from error
+        )
+    data = reading.read(path)
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the document"
-        raise ConfigError(f"{field}: {first['msg']}", where=str(path)) from error
+        raise ConfigError(f"{field}: {reason(first)}", where=str(path)) from error
 
 
 def save(profile: Profile, path: Path) -> None:

@@ -51,8 +51,10 @@ class Result:
         prefetch_hits: Number of ``hits`` on pages that a prefetch had loaded.
         evictions: Number of pages evicted to make room for demanded or prefetched pages.
         released: Number of pages released because the policy did not retain them.
-        bytes_demand, bytes_prefetch: Bytes loaded on demand and by prefetch; None if the page size
-            is unknown.
+        reloads: Number of loads of a page beyond the first within one event. An event with more
+            pages than its bank has slots runs in waves, which may load a page several times.
+        bytes_demand, bytes_prefetch: Bytes loaded on demand, including reloads, and by prefetch;
+            None if the page size is unknown.
         policy_faults: Number of calls to a policy that fell back to the default.
         timing: Simulated times; None without a hardware profile.
     """
@@ -70,6 +72,7 @@ class Result:
     released: int
     loads_demand: int
     loads_prefetch: int
+    reloads: int
     bytes_demand: int | None
     bytes_prefetch: int | None
     policy_faults: int
@@ -105,7 +108,8 @@ class Simulation:
     Attributes:
         policy: Label of the eviction policy as requested.
         oracle: True if the policy needs the future, so that no engine can run it.
-        missed: int32 ``[N]``, number of misses in each event; ``run`` fills it.
+        missed, reloaded: Number of misses and of reloads in each event, int32 ``[N]``; filled by
+            ``run``.
     """
 
     def __init__(
@@ -122,7 +126,7 @@ class Simulation:
     ) -> None:
         self._events = events
         self._clock = None if hardware is None else Clock(hardware, events)
-        self.missed = np.zeros(len(events), np.int32)
+        self.missed, self.reloaded = (np.zeros(len(events), np.int32) for _ in range(2))
         self.policy, self._prefetch = label(policy), label(prefetch)
         self._capacity = pages_of(capacity, events.meta)
         evictor: EvictionPolicy = registry.create("eviction", policy)
@@ -156,14 +160,15 @@ class Simulation:
         watch = clock.watch if clock is not None and prefetching else None
         for begin in range(0, count, _CHUNK):
             end = min(begin + _CHUNK, count)
-            replay(self._rule, events, begin, end, self.missed, watch)
+            replay(self._rule, events, begin, end, self.missed, watch, reloaded=self.reloaded)
             progress(end - begin)
         if clock is not None and not prefetching:
-            clock.demand_only(self.missed)
+            clock.demand_only(self.missed + self.reloaded)
         return self._result(self._events.meta)
 
     def _result(self, meta: TraceMeta) -> Result:
         counted, size = self._rule.table.counters(), meta.page_bytes
+        loads = counted.loads_demand + counted.reloads
         return Result(
             policy=self.policy,
             prefetch=self._prefetch,
@@ -178,7 +183,8 @@ class Simulation:
             released=counted.released,
             loads_demand=counted.loads_demand,
             loads_prefetch=counted.loads_prefetch,
-            bytes_demand=None if size is None else counted.loads_demand * size,
+            reloads=counted.reloads,
+            bytes_demand=None if size is None else loads * size,
             bytes_prefetch=None if size is None else counted.loads_prefetch * size,
             policy_faults=self._eviction.faults + self._fetching.faults,
             timing=None if self._clock is None else self._clock.timing(),
@@ -213,7 +219,7 @@ def simulate(
         TraceError: The trace is invalid or cannot be read.
         UnknownPolicyError, ConfigError: A policy, option, capacity, number of banks or profile is
             invalid.
-        CapacityError: A bank cannot hold the largest event of the trace.
+        CapacityError: A bank cannot hold the experts of one token.
         PolicyFaultError: A policy failed in strict mode.
     """
     where = "simulate"
@@ -252,7 +258,7 @@ def _table(events: Events, capacity: int, banks: int, where: str) -> PageTable:
         )
     slots, bank_of = spread(geometry, capacity, banks)
     try:
-        return PageTable(geometry, slots, bank_of=bank_of, minimum=events.largest)
+        return PageTable(geometry, slots, bank_of=bank_of, minimum=events.widest)
     except CapacityError as error:
         more = f" in each of {banks} banks" if banks > 1 else ""
         raise CapacityError(error.what, where=where, fix=f"{error.fix}{more}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from fluxmoe.checkpoint import expert_tensors
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import NoExpertsError
+from fluxmoe.inventory import natural
 from fluxmoe.stores.codec.base import Codec
 from fluxmoe.stores.codec.fixed4 import Fixed4, inspect
 from fluxmoe.stores.coding import Coder
@@ -77,7 +77,7 @@ def survey(folder: Path, codec: Codec, name: str) -> list[Survey]:
             where=str(folder),
             fix="use a mixture-of-experts model in safetensors format",
         )
-    return [layers[layer] for layer in sorted(layers, key=_natural)]
+    return [layers[layer] for layer in sorted(layers, key=natural)]
 
 
 def _one(coder: Coder, codec: Codec, dtype: str, raw: Bytes) -> Survey:
@@ -111,9 +111,3 @@ def parts_of(folder: Path) -> Iterator[tuple[str, str, Bytes]]:
                 continue
             data = np.concatenate([other, data])
         yield name.owner, dtype, data
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Make a sort key with which layer 2 comes before layer 10."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

@@ -9,10 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from fluxmoe import sizes
-from fluxmoe.core.transfer.store import Put
-from fluxmoe.core.types import Bytes, Geometry, PageClass
+from fluxmoe.core.transfer.jobs import Urgency
+from fluxmoe.core.transfer.store import Ahead, Put, Read, Reader
+from fluxmoe.core.types import Bytes, Geometry, Int64s, PageClass
 from fluxmoe.errors import ConfigError, StoreError
-from fluxmoe.stores.host import require_layer, require_page
+from fluxmoe.stores.disk.reader import DiskMeter
+from fluxmoe.stores.layout import require_layer, require_page
 
 
 class Tier(Protocol):
@@ -21,6 +23,17 @@ class Tier(Protocol):
     @property
     def nbytes(self) -> int:
         """The bytes that the pages occupy."""
+
+    def claim(self, page: int) -> bool:
+        """Keep a page that an earlier start put into this tier; return False if there is none."""
+
+    @property
+    def depth(self) -> int:
+        """Number of threads that read from the disk."""
+
+    @property
+    def meters(self) -> Sequence[DiskMeter]:
+        """Measurements of the reads from the disk, one per file."""
 
     def put(self, page: int, parts: Sequence[Bytes]) -> bool:
         """Keep a page if there is room; return True if it is kept.
@@ -33,6 +46,13 @@ class Tier(Protocol):
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
         """Read a page that was put. Called from several threads."""
+
+    def ahead(self, page: int, parts: Sequence[Bytes]) -> Read | None:
+        """Prepare a read of a page that was put. Called from several threads.
+
+        Returns:
+            The read; None if no read thread should read the page.
+        """
 
     def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
         """Keep a page's new contents until ``commit``, beside the old; return False if full."""
@@ -53,9 +73,9 @@ class Tier(Protocol):
 class TieredStore:
     """A store that puts each page into the first tier that has room for it.
 
-    Raises (``adopt``):
+    Raises (``adopt``, ``put``):
         ConfigError: No tier has room for a page.
-        StoreError: The layer has a different layout, or a tier failed.
+        StoreError: The layer or the page has a different layout, or a tier failed.
     """
 
     def __init__(self, geometry: Geometry, page_class: PageClass, tiers: Sequence[Tier]) -> None:
@@ -67,18 +87,52 @@ class TieredStore:
     def nbytes(self) -> int:
         return sum(tier.nbytes for tier in self._tiers)
 
+    def claim(self, page: int) -> bool:
+        """Return True if a tier has the page from an earlier start; such a page need not be put."""
+        for index, tier in enumerate(self._tiers):
+            if tier.claim(page):
+                self._tier_of[page] = index
+                return True
+        return False
+
+    def put(self, page: int, parts: Sequence[Bytes]) -> None:
+        """Keep a page, given as one uint8 array per part; the arrays may change afterwards."""
+        given = 0 <= page < len(self._tier_of) and bool(self._tier_of[page] >= 0)
+        require_page(self._geometry, self._page_class, page, parts, given=given)
+        self._tier_of[page] = self._taker(page, lambda tier: tier.put(page, parts))
+
+    def finish(self) -> None:
+        """Complete the store after the last ``put``.
+
+        Raises:
+            StoreError: Pages are missing.
+        """
+        if missing := int((self._tier_of < 0).sum()):
+            raise StoreError(f"{missing} of {len(self._tier_of)} pages are missing")
+        for tier in self._tiers:
+            tier.finish()
+
+    @property
+    def depth(self) -> int:
+        """Number of read threads of the tier that has the most read threads."""
+        return max(tier.depth for tier in self._tiers)
+
+    @property
+    def meters(self) -> list[DiskMeter]:
+        """Measurements of the reads from the disk, one per file."""
+        return [meter for tier in self._tiers for meter in tier.meters]
+
     def adopt(self, parts: Sequence[Bytes]) -> None:
         """Take over the next layer, one array ``[experts, nbytes]`` per part of the page class."""
         layer = self._adopted
         require_layer(self._geometry, self._page_class, layer, parts)
         for expert in range(self._geometry.experts_per_layer):
             page = self._geometry.page(layer, expert)
-            rows = [part[expert] for part in parts]
-            self._tier_of[page] = self._taker(page, lambda tier: tier.put(page, rows))  # noqa: B023
+            if not self.claim(page):
+                self.put(page, [part[expert] for part in parts])
         self._adopted += 1
         if self._adopted == self._geometry.num_layers:
-            for tier in self._tiers:
-                tier.finish()
+            self.finish()
 
     @contextmanager
     def update(self) -> Iterator[Put]:
@@ -86,7 +140,7 @@ class TieredStore:
         moves: dict[int, int] = {}  # page → its tier after the update
 
         def put(page: int, parts: Sequence[Bytes]) -> None:
-            require_page(self._geometry, self._page_class, page, parts, moves)
+            require_page(self._geometry, self._page_class, page, parts, given=page in moves)
             own = int(self._tier_of[page])
             moves[page] = self._taker(page, lambda tier: tier.stage(page, parts), own)
 
@@ -117,10 +171,53 @@ class TieredStore:
         )
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
+        self._holder(page).read_into(page, parts)
+
+    def reader(self, arenas: Sequence[Bytes]) -> Reader:
+        """Make a reader that orders all reads first, and then decodes the pages in order."""
+
+        def read(pages: Int64s, slots: Int64s) -> None:
+            ordered: list[Read] = []
+            here = []  # pages that the calling thread reads meanwhile
+            for page, slot in zip(pages.tolist(), slots.tolist(), strict=True):
+                tier, parts = self._holder(page), [rows[slot] for rows in arenas]
+                ahead = tier.ahead(page, parts)
+                if ahead is None:
+                    here.append((tier, page, parts))
+                else:
+                    ordered.append(ahead)
+            try:
+                # If it has nothing else to do, the calling thread makes the first read itself.
+                for ahead in ordered[0 if here else 1 :]:
+                    ahead.begin(Urgency.DEMAND)
+                for tier, page, parts in here:
+                    tier.read_into(page, parts)
+                for ahead in ordered:
+                    ahead.finish()
+            finally:
+                for ahead in ordered:
+                    ahead.withdraw()
+                for ahead in ordered:
+                    ahead.settle()
+
+        return read
+
+    def ahead(self, arenas: Sequence[Bytes]) -> Ahead:
+        """Make a function that prepares reads into ``arenas``. See ``AheadStore``."""
+
+        def ahead(page: int, slot: int) -> Read | None:
+            try:
+                return self._holder(page).ahead(page, [rows[slot] for rows in arenas])
+            except StoreError:
+                return None  # ``reader`` raises the error when the page is needed
+
+        return ahead
+
+    def _holder(self, page: int) -> Tier:
         index = self._tier_of[page] if 0 <= page < len(self._tier_of) else -1
         if index < 0:
             raise StoreError(f"page {page} is not in the store")
-        self._tiers[index].read_into(page, parts)
+        return self._tiers[index]
 
     def close(self) -> None:
         self._tier_of[:] = -1

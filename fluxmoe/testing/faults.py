@@ -134,8 +134,8 @@ class FaultySubstrate:
         self.plan.reach("reserve")
         return self._substrate.reserve(nbytes)
 
-    def unreserve(self, address: int, nbytes: int) -> None:
-        self._substrate.unreserve(address, nbytes)
+    def unreserve(self, address: int, nbytes: int, viewed: object | None = None) -> None:
+        self._substrate.unreserve(address, nbytes, viewed)
 
     def commit(self, address: int, frames: Int64s) -> None:
         self.plan.reach("commit")

@@ -64,6 +64,7 @@ def events_of(workload: Workload, *, predicted: bool = False) -> Events:
         phase=np.asarray(phases, np.int8),
         offsets=offsets,
         ids=np.concatenate(ids),
+        starts=np.arange(offsets[-1]) % workload.top_k == 0,
     )
     if predicted:
         last = workload.layers - 1

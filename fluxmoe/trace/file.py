@@ -1,4 +1,4 @@
-"""A trace's file: where it can be written, by which process, and that all of it is or nothing."""
+"""A trace's file: checks of its path, writes by a single process, and all-or-nothing output."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class AllOrNothing(ABC):
             self.discard()
 
 
-def require_place(path: Path, *, replace: bool) -> None:
-    """Reject a path at which no trace can be written.
+def require_place(path: Path, *, replace: bool, by: str = "replace=True") -> None:
+    """Reject a path at which no trace can be written. For ``by``, see ``arguments.require_new``.
 
     Raises:
         TraceError: The path is a folder, or its folder does not exist.
         ConfigError: The file already exists and ``replace`` is false.
     """
     if path.is_dir() or not path.parent.is_dir():
-        what = "it is a folder" if path.is_dir() else "its folder does not exist"
+        what = "the path is a folder" if path.is_dir() else "the folder does not exist"
         raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
-    arguments.require_new(path, replace=replace)
+    arguments.require_new(path, replace=replace, by=by)

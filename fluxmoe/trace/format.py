@@ -125,7 +125,8 @@ class TraceMeta:
             raise TraceError("the metadata key 'fluxmoe' is not a JSON object", where=where)
         if data.get("version") != VERSION:
             raise TraceError(
-                f"trace format version {data.get('version')!r}; this FluxMoE reads {VERSION}",
+                f"trace format version {data.get('version')!r}; this version of FluxMoE "
+                f"reads {VERSION}",
                 where=where,
             )
         meta = cls(

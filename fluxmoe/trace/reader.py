@@ -205,11 +205,19 @@ def _block(rows: Rows) -> EventList:
         phase=np.minimum.reduceat(rows["phase"], starts),
         offsets=_offsets(width, starts),
         ids=ids,
+        starts=_token_starts(width, len(ids)),
     )
     if "predicted" not in rows.lists:
         return block
     width, ids = rows.lists["predicted"]
     return block._replace(guess_offsets=_offsets(width, starts), guesses=ids)
+
+
+def _token_starts(width: Array, pairs: int) -> Bools:
+    """Return, for each (token, expert) pair, True if the pair is the first of its token."""
+    starts = np.zeros(pairs, np.bool_)
+    starts[(np.cumsum(width, dtype=np.int64) - width)[width > 0]] = True
+    return starts
 
 
 def _offsets(width: Array, starts: Int64s) -> Int64s:

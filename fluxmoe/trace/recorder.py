@@ -58,7 +58,7 @@ class Recorder(AllOrNothing):
         rows: Function that returns the request and phase of each token of the step just begun.
 
     Attributes:
-        steps: Number of steps begun so far.
+        steps: Number of steps begun so far; with ``phase``, only the steps of that phase.
         first_request: Offset added to the request numbers from ``rows``, for engines that number
             the requests of each batch from 0.
 
@@ -97,7 +97,7 @@ class Recorder(AllOrNothing):
 
     @property
     def done(self) -> bool:
-        """True if recording has ended: ``max_steps`` are complete or writing failed."""
+        """True after ``max_steps`` complete steps, a failed write, ``close`` or ``discard``."""
         full = self._max_steps is not None and self.steps > self._max_steps
         last = self.steps == self._max_steps and self._layer == self._writer.meta.num_layers - 1
         return full or (last and not self._skip) or self._error is not None or self._closed

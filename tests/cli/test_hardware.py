@@ -47,7 +47,7 @@ def test_c6_a_kept_measurement_is_used_and_named(cache):
     run = "simulate", shipped.path("decode-1"), "--policy", "lru", "--capacity", "50%", "--json"
     [result] = json.loads(succeeds(*run, "--hardware", "this-machine"))
     assert result["hardware"] == "this-machine"
-    [line] = [c for c in json.loads(succeeds("doctor", "--json"))["checks"]
+    [line] = [c for c in json.loads(succeeds("doctor", "--quick", "--json"))["checks"]
               if c["name"] == "hardware profile"]  # fmt: skip
     assert line["status"] == "ok" and "kept" in line["found"]
 
@@ -97,3 +97,16 @@ def test_c15_a_recommended_split_below_one_token_s_pages_is_remarked_on(tmp_path
     few, many = (succeeds(*run, "--memory", memory) for memory in ("60MiB", "180MiB"))
     assert "slots are fewer than the 96 pages of one token" in few
     assert "slots are fewer" not in many
+
+
+@pytest.mark.parametrize("text", ["2026-99-99", "!!int x", 3000 * "[", "a: \0", "a: 1\na: 2", "["])
+def test_profiles_that_yaml_cannot_read(tmp_path, text):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    fails(
+        *PLAN,
+        "--hardware",
+        path,
+        code="FM101",
+        message="(not valid YAML|the document is nested too deeply)",
+    )

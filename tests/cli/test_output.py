@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shlex
 import shutil
 import subprocess
@@ -101,3 +102,26 @@ def test_e11_attributes_of_a_class_that_are_code(tmp_path, case):
         "@fluxmoe.hookimpl\ndef fluxmoe_register_policies(register): register('odd', Odd)\n",
     )
     fails("policies", "--plugin", plugin, code="FM202", message=f"raised {error}")
+
+
+ANNOUNCE = """
+import logging, sys
+from fluxmoe.cli import _compilation_announced
+with _compilation_announced():
+    sys.stderr.write("half a bar")
+    sys.stderr.flush()
+    logging.getLogger("fluxmoe.compile").info("compiling")
+"""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "said"), [(True, b"half a bar\r\x1b[Kcompiling"), (False, b"half a barcompiling")]
+)
+def test_c9_a_message_replaces_an_unfinished_progress_bar(terminal, said):
+    read, write = pty.openpty() if terminal else os.pipe()
+    program = [sys.executable, "-c", ANNOUNCE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(program, stderr=write, check=True, env=environment)
+    assert os.read(read, 1000).rstrip() == said
+    os.close(write)
+    os.close(read)

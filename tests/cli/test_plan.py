@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from fluxmoe import dimensions as models
+from fluxmoe.cli.shared import hardware as shared_hardware
 from fluxmoe.core.paging.measures import convex_hull
 from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.plan import advice, cost
 from fluxmoe.sim import hardware
 from fluxmoe.sim.events import Events
+from fluxmoe.stores.disk import speed
 from fluxmoe.testing import checkpoints
 from fluxmoe.trace import shipped
 from tests.commandline import fails, succeeds
@@ -197,6 +199,46 @@ def test_a_trace_on_the_command_line():
     assert "recommended" in succeeds(*words)
 
 
+def test_a_page_file_is_planned_with_its_disk(large, tmp_path, monkeypatch):
+    folder, asked = tmp_path / "not yet", []
+
+    def measure(*arguments):
+        asked.append(arguments)
+        return speed.DiskSpeed(nbytes_per_s=2e9, seconds=1e-4, depth=4)
+
+    here_ = hardware.load("h100-pcie5").model_copy(update={"name": "this-machine"})
+    monkeypatch.setattr(shared_hardware, "measured", lambda: here_)
+    monkeypatch.setattr(speed, "measure", measure)
+    words = ["plan", large, "--memory", "16GiB", "--requests", "1"]
+    memory, disk = (
+        json.loads(succeeds(*words, "--json", *store)) for store in ([], ["--store", folder])
+    )
+    assert asked == [(folder, 9 * 2**20)] and not folder.exists()
+    # At most 48 layers * 8 experts are missing, and each takes 9 MiB / 2 GB/s.
+    point = disk["recommended"]
+    missing = 48 * 8 * (1 - point["resident_share"])
+    waits = 1e3 * (missing * 9 * 2**20 / 2e9 + 48 * 1e-4)
+    assert point["stall_ms"] == pytest.approx(waits, rel=0.01)
+    assert point["tokens_per_s"] < memory["recommended"]["tokens_per_s"] / 5
+    assert any("The disk is the bottleneck" in words for words in disk["advice"])
+    assert any("The link is the bottleneck" in words for words in memory["advice"])
+    shown = succeeds(*words, "--store", folder)
+    assert "not yet at 2.00 GB/s, 4 at once" in " ".join(shown.split())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    succeeds(*words, "--store", "file")
+    assert asked[-1] == (tmp_path / "fluxmoe/pages", 9 * 2**20)
+
+
+def test_more_memory_is_compared(large):
+    model = models.read(str(large))
+    [said] = [words for words in planned(model, 16 * GIB, 1024, 1).advice if "With more" in words]
+    rates = [float(rate) for rate in re.findall(r"([\d.]+) with", said)]
+    assert said.count("with ") == 3 and "54.1 GiB" in said and rates == sorted(rates)
+    most = planned(model, 55 * GIB, 1024, 1)
+    assert most.recommended.tokens_per_s == pytest.approx(rates[-1], abs=0.1)
+    assert not any("With more" in words for words in most.advice)
+
+
 def test_what_is_refused(large, tmp_path):
     enough = ("--memory", "68GB", "--hardware", "h100-pcie5")
     fails("plan", tmp_path / "no/such", *enough, code="FM406", message="no such folder")
@@ -214,9 +256,11 @@ def test_what_is_refused(large, tmp_path):
     fails(
         "plan", large, "--memory", "-1", code="FM101", message="not a valid size: '-1' .*; --memory"
     )
-    short = ("--memory", "1GiB", "--hardware", "h100-pcie5")
+    short = ("--memory", "100MiB", "--hardware", "h100-pcie5")
     fails("plan", large, *short, code="FM102", message="need .*--memory; give")
     fails("plan", large, *enough, "--hardware", "abacus", code="FM101", message="abacus.*h100")
+    fails("plan", large, *enough, "--store", "", code="FM101", message="no store given; --store")
+    fails("plan", large, *enough, "--store", "file", code="FM101", message="h100-pcie5 states")
     fails("plan", large, *enough, "--context", 10**6, code="FM101", message="--context")
     fails("plan", large, *enough, "--picture", "p.gif", code="FM101", message="p.gif")
     fails("plan", large, *enough, "--trace", "no.parquet", code="FM501", message="no such file")

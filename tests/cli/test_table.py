@@ -16,6 +16,7 @@ from fluxmoe.trace import shipped
 from tests.commandline import here, succeeds, terminal
 from tests.docs.pages import PAGES
 from tests.plugins.rig import write
+from tests.stores.test_tiers import filled, in_file
 
 TRACE = shipped.path("decode-1")
 RUNS = "simulate", TRACE, "--policy", "lru,next-use", "--capacity", "10%,50%"
@@ -54,7 +55,8 @@ COMMANDS = {
         lambda data: [n for of in data[0]["misses"].values() for n in of.values()],
     ),
     "policies": (("policies",), lambda data: []),
-    "doctor": (("doctor",), lambda data: []),
+    "cache list": (("cache", "list", "PAGES"), lambda data: values(data, "held", "pages", "bytes")),
+    "doctor": (("doctor", "--quick"), lambda data: []),
 }  # fmt: skip
 
 
@@ -69,14 +71,18 @@ def is_shown(value, text):
 
 
 @pytest.fixture(scope="module")
-def plugin(tmp_path_factory) -> Path:
-    return Path(write(tmp_path_factory.mktemp("plugin") / "mru.py"))
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Word of a command → the file or folder that it stands for."""
+    folder = tmp_path_factory.mktemp("table")
+    for weights in ("first", "second"):  # a table of one row has another shape
+        filled(in_file(folder / "pages", weights=weights)).close()
+    return {"PLUGIN": Path(write(folder / "mru.py")), "PAGES": folder / "pages"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_c1_at_80_columns_nothing_is_cut(name, plugin):
+def test_c1_at_80_columns_nothing_is_cut(name, files):
     words, numbers = COMMANDS[name]
-    words = [plugin if word == "PLUGIN" else word for word in words]
+    words = [files.get(word, word) for word in words]
     shown = terminal(*words, columns=80)
     assert shown.returncode == 0
     assert "━" in shown.stdout and "…" not in shown.stdout
@@ -119,9 +125,9 @@ demo._print(Comparison((("Once", " upon a time " * 20),), 96, 22 << 20,
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_c1_csv_is_the_data(name, plugin):
+def test_c1_csv_is_the_data(name, files):
     words, numbers = COMMANDS[name]
-    words = [plugin if word == "PLUGIN" else word for word in words]
+    words = [files.get(word, word) for word in words]
     rows = list(csv.DictReader(io.StringIO(succeeds(*words, "--csv"))))
     data = json.loads(succeeds(*words, "--json"))
     assert rows and None not in rows[0]

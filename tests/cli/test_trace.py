@@ -78,7 +78,7 @@ def test_record_errors(model: Path, tmp_path: Path) -> None:
     fails("trace", "record", tmp_path / "no", "--out", tmp_path / "t", "--prompt-ids", "1",
           code="FM406", message="no such folder")  # fmt: skip
     fails("trace", "record", model, "--out", tmp_path / "no" / "t", "--prompt", "x", code="FM501",
-          message="cannot write a trace: its folder does not exist")  # fmt: skip
+          message="cannot write a trace: the folder does not exist")  # fmt: skip
     bad = tmp_path / "p.jsonl"
     for line, message in (
         ("{", "not valid JSON"), ("[]", "neither a"), ('{"prompt": 3}', "neither a"),

@@ -14,6 +14,7 @@ from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.backends.vllm.server import launch
 from fluxmoe.config.schema import Config, HandLimits
 from fluxmoe.errors import ConfigError, FluxMoEError, PluginLoadError
+from fluxmoe.findings import Findings
 from fluxmoe.testing import checkpoints
 from tests.commandline import here
 
@@ -56,13 +57,16 @@ def test_b6_an_unknown_key_is_that_and_not_its_missing_neighbour(data, finding):
 
 def test_b6_a_key_that_is_missing_beside_an_unknown_one_is_reported_too():
     assert said({"memory": {"zzz": 1}})[1:] == ["'memory.budget' is missing; add it"]
-    two = said(
-        {"memory": {"budget": 1}, "stores": [{"kind": "file", "pth": "x"}, {"kind": "file"}]}
-    )
-    assert two == [
-        "unknown key 'stores.0.pth'; did you mean 'path'?",
-        "'stores.1.path' is missing; add it",
+    assert said({"memory": {"budget": 1}, "stores": [{"kind": "file", "pth": "x"}]}) == [
+        "unknown key 'stores.0.pth'; did you mean 'path'?"
     ]
+
+
+def test_the_default_folder_of_page_files_is_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("memory: {budget: 1MiB}\nstores: [{kind: file}]")
+    (store,) = config.load(tmp_path / "c.yaml").stores
+    assert store.folder == tmp_path / "fluxmoe" / "pages"
 
 
 def test_b6_all_problems_at_once(tmp_path):
@@ -234,3 +238,55 @@ def test_b5_one_plugin_needs_no_list(place, name, monkeypatch):
     monkeypatch.chdir(place)
     assert located(place, plugins=name).plugins == [str(place / "mru.py")]
     assert "mru" in plugins.load(name).names("eviction")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("on: 1\nmemory: {budget: 1GiB}\n", "the key on is not text: put it in quotes"),
+        ("memory: {budget: 1GiB, 2026-11-30: 1}\n", "is not text"),
+        ("seed: 2026-99-99\n", "not valid YAML"),
+        ("seed: !!int x\n", "not valid YAML"),
+        ("seed: 0b_\n", "not valid YAML"),
+        ("seed: !!bool x\n", "not valid YAML"),
+        ("seed: !!int ''\n", "not valid YAML"),
+        ("memory: !!map [a]\n", "not valid YAML"),
+        ("a: \0\n", "not valid YAML"),
+        ("model: " + 3000 * "[", "nested too deeply"),
+        ("seed: -1\nmemory: {budget: 1GiB}\n", "seed"),
+    ],
+)
+def test_values_that_the_yaml_reader_cannot_make(tmp_path: Path, text: str, message: str) -> None:
+    path, found = tmp_path / "c.yaml", Findings()
+    path.write_text(text)
+    config.load_most(path, found)
+    assert [error.code for error in found.errors] == ["FM101"]
+    assert message in found.errors[0].text and "\n" not in found.errors[0].text
+
+
+def test_keys_that_are_not_text_do_not_hang() -> None:
+    found = Findings()
+    config.parse_most({True: 1, "memory": {"budget": "1GiB"}}, found, where="x")
+    assert found.errors
+
+
+def test_names_that_are_too_long_are_refused(tmp_path: Path) -> None:
+    data = {**SMALL, "model": "m" * 5000, "stores": [{"kind": "file", "path": "s" * 300}]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(data))
+    done = here("config", "check", tmp_path / "c.yaml")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "File name too long; stores.0.path" in done.stderr and "FM406" in done.stderr
+
+
+def test_a_host_with_a_zero_byte_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"not a host: .*; vllm\.host"):
+        checks._require_open("a\0b", 8000)
+
+
+@pytest.mark.parametrize("length", [".inf", "1e999k"])
+def test_a_length_that_is_no_number_is_left_to_vllm(tmp_path: Path, length: str) -> None:
+    model = checkpoints.write(tmp_path / "model")
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: {model}\nmemory: {{budget: 16MiB}}\nvllm: {{max-model-len: {length}}}")
+    done = here("config", "check", path)
+    assert (done.returncode, done.stderr) == (0, "")

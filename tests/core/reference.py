@@ -7,7 +7,7 @@ comment notes the choice made.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -52,7 +52,7 @@ class Reference:
         self.counts = dict.fromkeys(
             [
                 *("events", "accesses", "hits", "misses", "evictions", "released", "resized"),
-                *("prefetch_hits", "loads_demand", "loads_prefetch", "cold"),
+                *("prefetch_hits", "loads_demand", "loads_prefetch", "cold", "reloads"),
             ],
             0,
         )
@@ -78,7 +78,9 @@ class Reference:
                 self.counts["released"] += 1
         self.leaving = []
 
-    def event(self, layer: int, ids: Sequence[int]) -> None:
+    def event(self, layer: int, ids: Sequence[int], width: int = 0) -> None:
+        """Run an event, in waves if necessary and ``width`` (the ids per token) is given."""
+        self.tokens = [list(ids[i : i + width]) for i in range(0, len(ids), width or len(ids) + 1)]
         self.open(layer, ids)
         self.admit()
         self.prefetch()
@@ -104,6 +106,9 @@ class Reference:
 
     def admit(self) -> None:
         bank, misses = self.bank_of[self.layer], self.misses
+        if len(self.own) > self.slots[bank]:
+            self.admit_waves(bank)
+            return
         short = len(misses) - self.free(bank)
         if short > 0:  # point 4; protected pages go only if no others are left (our choice)
             self.evict(bank, short, {*self.own, *self.protected})
@@ -113,6 +118,27 @@ class Reference:
             self.loaded[page] = self.now
         self.counts["loads_demand"] += len(misses)
         self.leaving = [page for page in self.own if not self.keeps(page)]
+
+    def admit_waves(self, bank: int) -> None:  # point 8
+        hits = len(set(self.own) & self.resident)
+        for spared in ({*self.own, *self.protected}, set(self.own)):
+            self.evict(bank, len(self.in_bank(bank)) - hits, spared)
+        first, loads = self.layer * self.experts, 0
+        waves = [
+            {first + expert for token in wave for expert in token}
+            for wave in in_waves(self.tokens, self.slots[bank])
+        ]
+        for now, wave in enumerate(waves):
+            for page in sorted(wave - self.resident):
+                if self.free(bank) == 0:
+                    self.drop(latest(set(self.own) & self.resident - wave, waves[now:]))
+                    self.counts["evictions"] += 1
+                self.resident.add(page)
+                self.loaded[page] = self.now
+                loads += 1
+        self.counts["loads_demand"] += len(self.misses)
+        self.counts["reloads"] += loads - len(self.misses)
+        self.leaving = [p for p in self.own if not self.keeps(p) and p in self.resident]
 
     def keeps(self, page: int) -> bool:
         return self.retain
@@ -151,8 +177,50 @@ class Reference:
         self.release()
         own = {page for page in self.resident if self.last.get(page) == self.now}
         for spared in ({*own, *self.protected}, own):
-            self.evict(bank, len(self.in_bank(bank)) - slots, spared, "resized")
+            least = max(slots, len(own.intersection(self.in_bank(bank))))
+            self.evict(bank, len(self.in_bank(bank)) - least, spared, "resized")
+        for page in sorted(self.in_bank(bank))[: max(len(self.in_bank(bank)) - slots, 0)]:
+            self.drop(page)  # pages of the last event, if layers run in waves
+            self.counts["resized"] += 1
         self.slots[bank] = slots
+
+
+def latest(pages: set[int], waves: list[set[int]]) -> int:
+    def turn(page: int) -> int:
+        return next((i for i, wave in enumerate(waves) if page in wave), len(waves))
+
+    return max(pages, key=lambda page: (turn(page), -page))
+
+
+def in_waves(tokens: Sequence[Sequence[int]], slots: int) -> list[list[set[int]]]:
+    """Divide an event's tokens, each a list of experts or −1, into waves."""
+    left = [(number, {e for e in token if e >= 0}) for number, token in enumerate(tokens)]
+    uses = Counter(expert for _, token in left for expert in token)
+    most = max(len(token) for _, token in left)
+    assert most <= slots
+    kept = set(sorted(uses, key=lambda e: (-uses[e], e))[: slots - most])
+    held: set[int] = set()
+    waves: list[list[set[int]]] = [[]]
+    while left:
+        chosen = min(left, key=lambda each: (len(each[1] - held), each[0]))
+        left.remove(chosen)
+        token, over = chosen[1], False
+        wave, needed = set().union(*waves[-1]), set().union(*(other for _, other in left))
+        for expert in [e for e in tokens[chosen[0]] if e in token]:
+            if expert in held:
+                continue
+            if len(held) == slots:
+                victim = min(
+                    held - token - (kept & needed),
+                    key=lambda e: (e in wave, uses[e] if e in needed else 0, e),
+                )
+                over |= victim in wave
+                held.remove(victim)
+            held.add(expert)
+        if over:
+            waves.append([])
+        waves[-1].append(token)
+    return waves
 
 
 def lru(r: Reference, page: int) -> float:

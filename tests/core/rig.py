@@ -177,6 +177,7 @@ class Rig:
         limits: Limits = DEFAULT_LIMITS,
         substrate: Substrate | None = None,
         plan: FaultPlan | None = None,
+        minimum: int | None = None,
     ) -> None:
         self.geometry = Geometry(layers, experts)
         reserved = list(slots if reserved is None else reserved)
@@ -195,7 +196,9 @@ class Rig:
             self.tenant = self.memory.experts
             for bank, count in enumerate(slots):
                 self.tenant.resize(bank, count)
-            self.table = PageTable(self.geometry, slots, reserved=max(reserved), bank_of=bank_of)
+            self.table = PageTable(
+                self.geometry, slots, reserved=max(reserved), bank_of=bank_of, minimum=minimum
+            )
             self.rule = rule_for(self.table, eviction, prefetch, strict=strict, limits=limits)
             self.eviction, self.prefetch = self.rule.eviction, self.rule._prefetch
             self.rows = [self.tenant.rows(bank) for bank in range(len(slots))]
@@ -226,6 +229,29 @@ class Rig:
             else:
                 assert slot == 0
         return slots.tolist()
+
+    def compute(self, layer: int, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Run a layer, in waves if necessary; check that each token's slots hold its experts.
+
+        Returns:
+            The tokens of each wave; one wave with all tokens if the event fits.
+        """
+        ids, waves = np.asarray(tokens, np.int32), []
+        slots = np.full(ids.shape, -7, np.int32)
+
+        def kernel(some: np.ndarray | None) -> None:
+            waves.append(list(range(len(ids))) if some is None else some.tolist())
+            bank = self.table.bank(layer)
+            for token in waves[-1]:
+                for expert, slot in zip(ids[token].tolist(), slots[token].tolist(), strict=True):
+                    if expert >= 0:
+                        self.assert_holds(bank, slot, self.geometry.page(layer, expert))
+                    else:
+                        assert slot == 0
+
+        self.pager.run(layer, ids, slots, kernel)
+        assert sorted(token for wave in waves for token in wave) == list(range(len(ids)))
+        return waves
 
     def assert_holds(self, bank: int, slot: int, page: int) -> None:
         """Check a slot; on a GPU, at the time when a kernel launched now would read the slot."""

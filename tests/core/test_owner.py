@@ -14,9 +14,9 @@ import pytest
 from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.owner import Owner
-from fluxmoe.core.transfer.host import CopyJob, CopyPool
+from fluxmoe.core.transfer.jobs import Job, JobPool, Urgency
 from fluxmoe.errors import UnsupportedError
-from fluxmoe.stores.pagewriter import PageFileWriter
+from fluxmoe.stores.disk.pagewriter import PageFileWriter
 from tests.forking import FORKS
 
 
@@ -60,9 +60,9 @@ def test_frames(fork: str) -> None:
 
 @pytest.mark.parametrize("fork", FORKS)
 def test_copy_threads(fork: str) -> None:
-    copiers = CopyPool(2)
+    copiers = JobPool(2, "copy", where="copy_threads")
     assert status(copiers.close, fork) == 0
-    copiers.order(copy := CopyJob(lambda: None))
+    copiers.order(copy := Job(lambda: None), Urgency.DEMAND)
     assert copy.error() is None
     copiers.close()
 
@@ -71,7 +71,7 @@ def test_copy_threads(fork: str) -> None:
 def test_a_page_file_that_is_being_written(fork: str, tmp_path: Path) -> None:
     writer = PageFileWriter(tmp_path / "p.pages", {}, 1, [10])
     assert status(writer.abandon, fork) == 0
-    writer.append(0, 0, np.zeros(10, np.uint8), 0)
+    writer.append(0, [np.zeros(10, np.uint8)], [0])
     writer.finish(direct=False).close()
     assert (tmp_path / "p.pages").exists()
 

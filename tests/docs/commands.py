@@ -24,6 +24,7 @@ EXPLAINED = {
     "simulate": ("Simulator", "simulator.md"),
     "policies": ("Plugins", "../plugins/index.md#broken-plugins"),
     "codec": ("The lossless code", "../concepts/lossless-code.md"),
+    "cache": ("Stores", "../guides/stores.md#page-files"),
     "top": ("Watch a server", "../guides/watching.md"),
     "limit": ("Arbitration", "../concepts/arbitration.md#operator-limits"),
     "doctor": ("Get started", "../start/getting-started.md#check-the-installation"),

@@ -1,12 +1,12 @@
 """A newcomer's first hour, word for word, in a clean environment and a terminal of 80 columns.
 
 The tests follow all commands on the pages, except in blocks marked ``not run``. In ``make test``,
-another installation replaces that of the pages: ``pip install`` of a wheel of this checkout, with
-the other packages from the present environment. In ``make test-full``, the installation is
-README's own: a clone of the commit, in which ``make venv`` and ``make demo`` run, with packages
-from where pip finds them (with ``PIP_ARGS``); the pages are then followed in that environment. In
-both cases, the tutorial's ``pip install`` is offline. The tests do not follow ``make test``, of
-which they are a part.
+which follows the short pages, another installation replaces that of the pages: ``pip install`` of a
+wheel of this checkout, with the other packages from the present environment. In ``make test-full``,
+the installation is README's own: a clone of the commit, in which ``make venv`` and ``make demo``
+run, with packages from where pip finds them (with ``PIP_ARGS``); the pages are then followed in
+that environment. In both cases, the tutorial's ``pip install`` is offline. The tests do not follow
+``make test``, of which they are a part.
 """
 
 from __future__ import annotations
@@ -27,20 +27,28 @@ from tests import fresh
 from .pages import ROOT, WrongPage, blocks, follow, in_terminal
 from .test_snippets import FRESH
 
-pytestmark = pytest.mark.slow
+#: `make venv`, `make demo` and the pages take minutes on a slow machine.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 #: Variables for pip offline. "0" is correct: pip inverts variables of options that begin with "no".
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
 
 
-def _param(page: Path) -> object:
+#: Pages that take minutes. ``make test`` follows the others.
+LONG = ("first-launch.md", "tutorial.md")
+
+
+def _param(page: Path, *marks: pytest.MarkDecorator) -> object:
     needed = any(block.needs_vllm for block in blocks(page))
     return pytest.param(
-        page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.vllm] if needed else []
+        page, id=str(page.relative_to(ROOT)), marks=[*marks, *[pytest.mark.vllm] * needed]
     )
 
 
 PAGES = pytest.mark.parametrize("page", [_param(page) for page in FRESH])
+SHORT_PAGES = pytest.mark.parametrize(
+    "page", [_param(page, *[pytest.mark.full] * (page.name in LONG)) for page in FRESH]
+)
 COPIER = pytest.mark.skipif(
     importlib.util.find_spec("copier") is None, reason="copier is not installed"
 )
@@ -89,7 +97,7 @@ def _make(target: str, clone: Path) -> str:
 
 
 @COPIER
-@PAGES
+@SHORT_PAGES
 def test_a_page_can_be_followed(page: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     assert follow(page, tmp_path, environment) >= 2
 

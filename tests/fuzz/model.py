@@ -48,8 +48,8 @@ class Model(Reference):
 
         setattr(owner, method, noting)
 
-    def event(self, layer, ids) -> None:
-        super().event(layer, ids)
+    def event(self, layer, ids, width=0) -> None:
+        super().event(layer, ids, width)
         self.assert_all_heard()
 
     def resize(self, bank: int, slots: int) -> None:

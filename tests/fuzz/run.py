@@ -85,7 +85,10 @@ class Run:
         layers, experts = rng.randint(1, MAX_LAYERS), rng.randint(2, MAX_EXPERTS)
         banks = rng.choice([1, 1, 1, min(2, layers), min(3, layers)])
         self.reserved = [rng.randint(experts, layers * experts + 1) for _ in range(banks)]
-        slots = [rng.randint(experts, reserved) for reserved in self.reserved]
+        #: Experts per token if banks may be smaller than a layer (then events run in waves), or 0.
+        self.width = random.Random(f"{seed} waves").choice([0, 0, 1, min(3, experts)])
+        self.least = self.width or experts
+        slots = [rng.randint(self.least, reserved) for reserved in self.reserved]
         policy = rng.choice(sorted(EVICTION))
         eviction = EVICTION[policy].make()
         ahead, prefetch = rng.choice(
@@ -119,6 +122,7 @@ class Run:
             limits=Limits(strikes=rng.choice([4, 1000, 10**9])),
             substrate=FaultySubstrate(ground, self.plan),
             plan=self.plan,
+            minimum=self.least,
         )
         take = self.rig.memory.pool.take
         self.rig.memory.pool.take = lambda *args: (self.plan.reach("frames"), take(*args))[1]
@@ -161,9 +165,14 @@ class Run:
         layer = self.next_layer if rng.random() < 0.9 else rng.randrange(self.model.layers)
         self.next_layer = (layer + 1) % self.model.layers
         ids = self._ids()
+        if self.width:
+            ids = ids[: len(ids) // self.width * self.width]
         slots = np.full(len(ids), -7, np.int32)
         try:
-            rig.pager.acquire(layer, ids, slots)
+            if self.width:
+                self._compute(layer, ids.reshape(-1, self.width), slots.reshape(-1, self.width))
+            else:
+                rig.pager.acquire(layer, ids, slots)
         except (StoreError, PolicyFaultError) as error:
             assert self.strict or not isinstance(error, PolicyFaultError)
             self.errors[error.code] += 1
@@ -171,9 +180,21 @@ class Run:
             self.model.follow_failure()
             self._books()
         else:
-            self.model.event(layer, ids.tolist())
+            self.model.event(layer, ids.tolist(), self.width)
             self._compare(layer, ids, slots)
         return len(self.model.own)
+
+    def _compute(self, layer: int, ids: np.ndarray, slots: np.ndarray) -> None:
+        """Run a layer, in waves if necessary, and check the bytes that each wave reads."""
+        seen = []
+
+        def kernel(tokens: np.ndarray | None) -> None:
+            some = slice(None) if tokens is None else tokens
+            seen.extend(range(len(ids)) if tokens is None else tokens.tolist())
+            self._assert_read(layer, ids[some].ravel(), slots[some].ravel())
+
+        self.rig.pager.run(layer, ids, slots, kernel)
+        assert sorted(seen) == list(range(len(ids)))
 
     def _ids(self) -> np.ndarray:
         rng, experts = self.rng, self.model.experts
@@ -196,7 +217,12 @@ class Run:
         assert b.pages[: len(own)].tolist() == own
         assert np.array(own, np.int64)[~b.hit[: len(own)]].tolist() == model.misses
         assert rig.resident == model.resident
-        real = ids >= 0
+        if not self.width:
+            self._assert_read(layer, ids, slots)
+
+    def _assert_read(self, layer: int, ids: np.ndarray, slots: np.ndarray) -> None:
+        """Check that slots hold the experts ``ids`` now."""
+        rig, model, real = self.rig, self.model, ids >= 0
         assert not slots[~real].any()
         bank, pages = rig.table.bank(layer), layer * model.experts + ids[real]
         right = _probes(contents(rig.geometry.num_pages))
@@ -226,7 +252,7 @@ class Run:
     def resize(self) -> None:
         rng, rig, table = self.rng, self.rig, self.rig.table
         bank = rng.randrange(table.num_banks)
-        slots = rng.randint(self.model.experts - 1, self.reserved[bank] + 1)
+        slots = rng.randint(self.least - 1, self.reserved[bank] + 1)
         before = table.slots[bank]
         # Frames that the system refused to unmap when the bank shrank are still mapped.
         needed = sum(
@@ -238,7 +264,7 @@ class Run:
         }
         room, refused = rig.memory.pool.free, self._refused()
         outcome = self._while_refusing(rig.pager.resize, bank, slots)
-        if not self.model.experts <= slots <= self.reserved[bank]:
+        if not self.least <= slots <= self.reserved[bank]:
             assert outcome is CapacityError
         elif outcome is PolicyFaultError:
             assert self.strict

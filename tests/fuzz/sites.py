@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import fluxmoe
 from fluxmoe.core.memory import host
-from fluxmoe.core.transfer.host import CopyJob
+from fluxmoe.core.transfer.jobs import Job
 from fluxmoe.cuda.fake import FakeDriver
 from fluxmoe.cuda.fake import Refused as DriverRefused
 from fluxmoe.errors import FluxMoEError, OutOfFramesError, StoreError, SubstrateError
@@ -86,9 +86,9 @@ def thread_starts(plan: FaultPlan) -> Iterator[None]:
 @contextmanager
 def copy_threads(plan: FaultPlan) -> Iterator[None]:
     """Let copy threads die before or during a copy without reporting the failure."""
-    real = CopyJob.run
+    real = Job.run
 
-    def run(copy: CopyJob) -> None:
+    def run(copy: Job) -> None:
         plan.reach("thread death, idle")
         try:
             plan.reach("thread death, copying")
@@ -98,11 +98,11 @@ def copy_threads(plan: FaultPlan) -> Iterator[None]:
             raise
         real(copy)
 
-    CopyJob.run = run
+    Job.run = run
     try:
         yield
     finally:
-        CopyJob.run = real
+        Job.run = real
 
 
 class _InCopyThreads(FaultPlan):

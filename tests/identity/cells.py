@@ -17,6 +17,9 @@ SHIPPED = "shipped"
 #: layers that keep a state instead of keys and values.
 HYBRID = ("qwen3-next", "qwen3.5-moe", "lfm2-moe", "granite-hybrid")
 MLA = ("deepseek-v2", "deepseek-v3")
+#: Models with Mamba-2 layers. With prefix caching, vLLM's CPU kernel for Mamba-2 raises an
+#: IndexError for a prompt that is longer than a block.
+MAMBA2 = ("granite-hybrid",)
 RANDOM = ("mixtral", "olmoe", "qwen3-moe", "qwen2-moe", "glm4-moe", *MLA, *HYBRID)
 
 VLLM_MODES = ("vllm eager", "vllm compiled", "vllm three-process")
@@ -77,6 +80,8 @@ def settings(model: str) -> list[tuple[bool, bool]]:
     """
     if model in MLA:
         return [(False, False)] * 4
+    if model in MAMBA2:
+        return [(False, True), (False, False)] * 2
     if model in HYBRID:
         return [(True, True), (False, False), (False, True), (False, False)]
     return [(True, True), (False, False), (True, False), (False, True)]

@@ -46,6 +46,7 @@ TRIALS = (
         {"kv_lora_rank": 64, "qk_rope_head_dim": 16},
     ),
     Trial("MLA with prefix caching", {"enable_prefix_caching": True}, "deepseek-v2"),
+    Trial("Mamba-2 with prefix caching", {"enable_prefix_caching": True}, "granite-hybrid"),
     Trial("MLA with chunked prefill", CHUNKED, "deepseek-v2"),
     Trial("a seed per request with a split prefill", CHUNKED, seeded=True),
     Trial("experts quantised to fp8", {"quantization": "fp8"}),

@@ -25,7 +25,7 @@ _EAGER, _COMPILED, _THREE = VLLM_MODES
 VLLM_MODELS = {
     _EAGER: (*PLAIN, "qwen3-next"),
     _COMPILED: (SHIPPED, "glm4-moe", "lfm2-moe"),
-    _THREE: ("glm4-moe", "granite-hybrid"),
+    _THREE: ("granite-hybrid",),
 }
 
 

@@ -48,7 +48,10 @@ BROKEN = {
     "not a policy": (HOOK + "    register('x', int)", "'x' is not a policy class"),
     "clash with a built-in": (HALF, "policy 'lru' is already registered by fluxmoe"),
     "twice the same name": (MRU + '    register("NAME", MostRecentlyUsed)', "already registered"),
-    "newer api": ("fluxmoe_plugin_api = 99\n" + MRU, "plugin API 99; this FluxMoE has 1"),
+    "newer api": (
+        "fluxmoe_plugin_api = 99\n" + MRU,
+        "plugin API 99; this version of FluxMoE has 1",
+    ),
     "no api": ("fluxmoe_plugin_api = '1.0'\n" + MRU, "fluxmoe_plugin_api is '1.0'"),
 }
 
@@ -232,7 +235,7 @@ def test_an_older_api_works_for_a_while_with_a_warning(caplog):
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        (4, "plugin API 4; this FluxMoE has 3; plugin pony; upgrade fluxmoe"),
+        (4, "plugin API 4; this version of FluxMoE has 3; plugin pony; upgrade fluxmoe"),
         (1, "plugin API 1; the oldest supported is 2; plugin pony; use a newer version"),
         (0, "fluxmoe_plugin_api is 0"),
         (True, "fluxmoe_plugin_api is True"),

@@ -127,7 +127,7 @@ def test_a_new_package_is_named_after_the_plugin(tmp_path, monkeypatch):
         ("-x", "No such option"),
         ("fluxmoe-", "not a valid package name"),
         ("../evil", "not a valid package name"),
-        ("lru", "fluxmoe already registers the eviction 'lru'"),
+        ("lru", "fluxmoe already registers the eviction policy 'lru'"),
     ],
 )
 def test_bad_names_are_refused_before_anything_is_written(tmp_path, monkeypatch, name, message):
@@ -182,7 +182,7 @@ def test_the_verdict_names_rule_call_value_and_way_out(tmp_path):
     assert "codec backwards does not conform" in printed
     assert "broken rule: answers" in printed
     assert "call:  score in event" in printed
-    assert "mend:  return one number per page" in printed
+    assert "fix:   return one number per page" in printed
     assert "belady" in printed  # misses of other policies on the golden traces
     verdicts = json.loads(run("plugin", "check", path, "--json", code=1))
     by_name = {verdict["name"]: verdict for verdict in verdicts}

@@ -286,7 +286,7 @@ def test_idle_steps_and_a_lowered_limit_are_no_trouble(policy):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ({"kind": "rho", "low": 2.0}, "low must not be above high"),
+        ({"kind": "rho", "low": 2.0}, r"low \(2.0\) must not be above high"),
         ({"kind": "marginal", "goal": "fun"}, "goal"),
         ({"kind": "marginal", "gian": 1}, "unknown option 'gian'"),
         ({"kind": "kv-first", "headroom": -1}, "headroom"),

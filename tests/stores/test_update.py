@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fluxmoe.errors import ConfigError, PageFileError, StoreError
-from fluxmoe.stores import overlay
+from fluxmoe.stores.disk import overlay
 from tests.stores.test_tiers import GEOMETRY, PAGE_CLASS, PAGES, filled, layers, rows, store_of
 
 KINDS = {

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +26,10 @@ from transformers import AutoModelForCausalLM
 
 import fluxmoe
 from fluxmoe.backends import op
+from fluxmoe.core.transfer.host import HostCopier
 from fluxmoe.errors import FluxMoEError, UnsupportedError
+from fluxmoe.stores.disk.reader import PageReader
+from fluxmoe.stores.disk.reads import PageReads
 from fluxmoe.trace import TraceReader
 from tests.forking import c_fork
 from tests.identity.torch_cells import answer, prompts, same
@@ -184,28 +188,39 @@ def while_another_thread_runs(child: Callable[[], Any]) -> int:
     return status
 
 
-def while_pages_are_copied(child: Callable[[], Any]) -> int:
-    """Fork while copy threads are inside the store."""
-    readers = handles["few"]._runtime.pager.transfer._copier._readers
+def while_pages_are_read(kind: str, child: Callable[[], Any]) -> int:
+    """Fork while threads of a kind (``copy`` or ``read``) are reading the page file."""
     begun, go_on = threading.Event(), threading.Event()
-    read = readers[0]
+    fetch, prefetch = PageReads.fetch, HostCopier.prefetch
 
-    def slow(*args: Any) -> None:
-        if threading.current_thread().name.startswith("fluxmoe-copy"):
+    def slow(*args: Any) -> Any:
+        if threading.current_thread().name.startswith(f"fluxmoe-{kind}"):
             begun.set()
             go_on.wait(PATIENCE)
-        begun.wait(PATIENCE)  # otherwise, the caller might withdraw all copies before one begins
-        read(*args)
+        return fetch(*args)
 
-    handles["few"].reset()
-    readers[0] = slow
-    thread = threading.Thread(target=run, args=[models["few"]])
-    thread.start()
-    assert begun.wait(PATIENCE)
-    status = forked(child)
-    go_on.set()
-    thread.join()
-    readers[0] = read
+    def patient(*args: Any) -> Any:
+        yield from prefetch(*args)
+        begun.wait(0.1)  # otherwise, the caller might withdraw all reads before one begins
+
+    def passes() -> None:
+        # A copy thread reads a page itself if no read thread has begun it, possibly all pages.
+        while not begun.is_set():
+            handles["few"].reset()
+            run(models["few"])
+
+    with (
+        mock.patch.object(PageReads, "fetch", slow),
+        mock.patch.object(HostCopier, "prefetch", patient),
+        # Read threads read only what the page cache lacks.
+        mock.patch.object(PageReader, "cached", lambda *_: kind == "copy"),
+    ):
+        thread = threading.Thread(target=passes, daemon=True)
+        thread.start()
+        assert begun.wait(PATIENCE)
+        status = forked(child)
+        go_on.set()
+        thread.join()
     return status
 
 
@@ -243,8 +258,10 @@ def main() -> None:
         "pool": pool,
         "thread, use": lambda: while_another_thread_runs(use_and_leave),
         "thread, sys.exit": lambda: while_another_thread_runs(lambda: sys.exit(0)),
-        "copies, use": lambda: while_pages_are_copied(use_and_leave),
-        "copies, sys.exit": lambda: while_pages_are_copied(lambda: sys.exit(0)),
+        "copies, use": lambda: while_pages_are_read("copy", use_and_leave),
+        "copies, sys.exit": lambda: while_pages_are_read("copy", lambda: sys.exit(0)),
+        "reads, use": lambda: while_pages_are_read("read", use_and_leave),
+        "reads, sys.exit": lambda: while_pages_are_read("read", lambda: sys.exit(0)),
         "recording, sys.exit": lambda: while_recording(lambda: sys.exit(0)),
         "recording, end": lambda: while_recording(end),
     }

@@ -34,6 +34,7 @@ def found(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     [
         "use", "sys.exit", "os._exit", "end", "collect", "another model", "C fork, use",
         "C fork, sys.exit", "thread, use", "thread, sys.exit", "copies, use", "copies, sys.exit",
+        "reads, use", "reads, sys.exit",
     ],
 )  # fmt: skip
 def test_a_child(found: Any, case: str) -> None:

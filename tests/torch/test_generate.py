@@ -62,7 +62,7 @@ def test_without_tokenizer(checkpoint: Callable[..., Path], tmp_path: Path) -> N
         (["--prompt-ids", "1,x"], "write 1,2,3"),
         (["--prompt-ids", "9999"], "0…1023"),
         (["--prompt", ""], "at least one"),
-        (["--prompt-ids", "1", "--memory", "1KiB"], "at least 768KiB"),
+        (["--prompt-ids", "1", "--memory", "1KiB"], "at least 192KiB"),
         (["--prompt-ids", "1", "--eviction", "lur"], "known eviction policies"),
     ],
 )

@@ -17,6 +17,7 @@ from transformers import (
 
 import fluxmoe
 from fluxmoe import errors
+from fluxmoe.backends.torch import layout
 from fluxmoe.core.types import Phase
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.sizes import at_least
@@ -199,11 +200,9 @@ def test_a_class_that_does_not_let_the_implementation_be_chosen() -> None:
 def test_wrong_arguments(load: Load) -> None:
     model = load()
     before = held()
-    experts, _, page_bytes = sizes(model)
-    with pytest.raises(
-        errors.BudgetTooSmallError, match=f"at least {at_least(experts * page_bytes)}"
-    ):
-        fluxmoe.page(model, experts * page_bytes - 1)
+    least = layout.top_k_of(layout.experts_of(model)[0]) * sizes(model)[2]
+    with pytest.raises(errors.BudgetTooSmallError, match=f"at least {at_least(least)}"):
+        fluxmoe.page(model, least - 1)
     with pytest.raises(errors.ConfigError, match="plenty"):
         fluxmoe.page(model, "plenty")
     with pytest.raises(errors.UnknownPolicyError, match="lru"):
@@ -214,3 +213,29 @@ def test_wrong_arguments(load: Load) -> None:
         fluxmoe.page(model.model.layers[0].mlp)
     assert held() == before
     assert same(answer(model), answer(load()))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_interrupted_close_can_be_repeated(
+    load: Load, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    stock = load()
+    right = answer(stock)
+    before = held()
+    paged = fluxmoe.load(checkpoint(), "1MiB") if loaded else fluxmoe.page(load(), "1MiB")
+    model = paged.model
+    del model._apply, model.model.layers[0].mlp.experts.__dict__["__getstate__"]
+    with monkeypatch.context() as patch, pytest.raises(SystemError, match="injected"):
+        patch.setattr(type(model), "set_experts_implementation", _fail)
+        paged.close()
+    assert not paged.closed
+    paged.close()
+    assert paged.closed
+    if not loaded:
+        assert same(answer(model), right)
+    del paged
+    assert held() == before
+
+
+def _fail(*_: object) -> None:
+    raise SystemError("injected")

@@ -93,8 +93,8 @@ def test_what_cannot_be_loaded_is_refused_before_weights_are_read(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
     before = held()
-    with pytest.raises(errors.BudgetTooSmallError, match=r"fluxmoe\.load; give at least 768KiB"):
-        fluxmoe.load(checkpoint(), 786431)
+    with pytest.raises(errors.BudgetTooSmallError, match=r"fluxmoe\.load; give at least 192KiB"):
+        fluxmoe.load(checkpoint(), 196607)
     with pytest.raises(errors.UnknownPolicyError, match="known eviction policies"):
         fluxmoe.load(checkpoint(), eviction="lur")
     with pytest.raises(errors.NoExpertsError, match="no MoE layers"):
@@ -306,9 +306,9 @@ import fluxmoe
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
 
-tiny, large = sys.argv[1:]
-fluxmoe.load(tiny).close()  # what torch and transformers need for themselves
 for dtype in ("auto", "float32"):
+    # torch and its kernels for these shapes need memory of their own, on some processors 40 MiB.
+    fluxmoe.load(sys.argv[1], "16MiB", dtype=dtype).close()
     before, seen, done = anonymous(), [0], threading.Event()
 
     def watch():
@@ -317,7 +317,7 @@ for dtype in ("auto", "float32"):
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    paged = fluxmoe.load(large, "16MiB", dtype=dtype)
+    paged = fluxmoe.load(sys.argv[1], "16MiB", dtype=dtype)
     done.set()
     watcher.join()
     print(max(seen) - before, paged.stats()["store_bytes"])
@@ -332,7 +332,7 @@ def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None
     environment = {**os.environ, **one, "MALLOC_MMAP_THRESHOLD_": "65536"}
     shape = {"num_hidden_layers": 8, "moe_intermediate_size": 256, "hidden_size": 256}
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(checkpoint()), str(checkpoint(**shape))],
+        [sys.executable, "-c", PEAK, str(checkpoint(**shape))],
         capture_output=True,
         text=True,
         check=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -249,3 +250,54 @@ def test_another_implementation_while_paged(paged: Any, load: Load) -> None:
             paged.model(**prompts())
     paged.model.set_experts_implementation("fluxmoe")
     assert same(answer(paged.model), answer(load()))
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
+def test_functions_registered_by_others_are_refused(load: Load, name: str) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def mine(*_: Any) -> torch.Tensor:
+        raise AssertionError
+
+    model = load(implementation=name)
+    with fluxmoe.page(model, "1GiB"):
+        ALL_EXPERTS_FUNCTIONS[name] = mine
+        try:
+            with pytest.raises(errors.UnsupportedError, match=f"registered as {name}"):
+                answer(model)
+        finally:
+            del ALL_EXPERTS_FUNCTIONS[name]
+        assert same(answer(model), answer(load(implementation=name)))
+    ALL_EXPERTS_FUNCTIONS[name] = mine
+    try:
+        with pytest.raises(errors.UnsupportedError, match=f"registered as {name}"):
+            fluxmoe.page(model, "1GiB")
+    finally:
+        del ALL_EXPERTS_FUNCTIONS[name]
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_replaced_forward_method_of_the_class_is_refused(
+    load: Load, monkeypatch: pytest.MonkeyPatch, update: bool
+) -> None:
+    model = load(implementation="eager")
+    experts = type(model.model.layers[1].mlp.experts)
+    mine: Any = lambda self, hidden, *_: hidden  # noqa: E731
+    monkeypatch.setattr(
+        experts, "forward", functools.wraps(experts.forward)(mine) if update else mine
+    )
+    with pytest.raises(errors.UnsupportedError, match="forward was replaced"):
+        fluxmoe.page(model, "1GiB")
+
+
+def test_an_edit_of_the_array_that_a_weight_was_made_from_is_found(load: Load) -> None:
+    model = load(implementation="eager").float()
+    layer = model.model.layers[1].mlp.experts
+    array = layer.down_proj.detach().numpy().copy()
+    layer.down_proj = torch.nn.Parameter(torch.from_numpy(array))
+    with fluxmoe.page(model, "1GiB") as paged:
+        answer(model)
+        paged.check()
+        array *= 3
+        with pytest.raises(errors.UnsupportedError, match="were changed while the model was paged"):
+            paged.check()

@@ -11,7 +11,7 @@ import torch
 
 import fluxmoe
 from fluxmoe import machine
-from fluxmoe.backends.torch import experts
+from fluxmoe.backends.torch import experts, twin
 from fluxmoe.errors import UnsupportedError
 from tests.torch.conftest import Load, answer, same
 
@@ -27,16 +27,14 @@ def in_slot_order(compute: Any) -> Any:
 
 
 def break_kernel(monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
-    if implementation == experts.EAGER:
-        monkeypatch.setattr(
-            experts.ByExpert, "__getitem__", lambda self, expert: self.arena[expert]
-        )
+    if implementation == twin.EAGER:
+        monkeypatch.setattr(twin.ByExpert, "__getitem__", lambda self, expert: self.arena[expert])
     else:
-        faulty = in_slot_order(experts.BY_SLOT[implementation])
-        monkeypatch.setitem(experts.BY_SLOT, implementation, faulty)
+        faulty = in_slot_order(twin.BY_SLOT[implementation])
+        monkeypatch.setitem(twin.BY_SLOT, implementation, faulty)
 
 
-@pytest.mark.parametrize("implementation", experts.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", twin.IMPLEMENTATIONS)
 @pytest.mark.parametrize("way", ["page", "load"])
 def test_a_faulty_kernel_is_refused(
     load: Load,
@@ -61,14 +59,14 @@ def test_a_faulty_kernel_is_refused(
     error = caught.value
     assert f"the MoE kernel {implementation} of Qwen3MoeExperts" in error.what
     assert machine.processor() in error.where
-    others = {*experts.IMPLEMENTATIONS} - {implementation}
+    others = {*twin.IMPLEMENTATIONS} - {implementation}
     assert all(name in error.fix for name in others)
     assert same(answer(model), stock)
     with start() as paged:
         assert same(answer(paged.model), stock)
 
 
-@pytest.mark.parametrize("implementation", experts.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", twin.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_all_types_pass(load: Load, implementation: str, dtype: torch.dtype) -> None:
     model = load("qwen3-moe", implementation, dtype=dtype)

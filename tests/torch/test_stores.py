@@ -10,7 +10,10 @@ import pytest
 
 import fluxmoe
 from fluxmoe import errors
-from fluxmoe.backends.torch import pretrained
+from fluxmoe.backends.torch import layout
+from fluxmoe.backends.torch.weights import loading
+from fluxmoe.stores.tiers import TieredStore
+from fluxmoe.testing import checkpoints
 from tests.torch.conftest import Load, answer, same, sizes
 
 CODED = {"kind": "host", "codec": "fixed4"}
@@ -54,22 +57,43 @@ def test_a_loaded_model_answers_what_stock_answers(
     assert bool(list(tmp_path.iterdir())) == (name != "coded")
 
 
-def test_layers_are_kept_as_they_are_loaded(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("architecture", [a for a in checkpoints.ARCHITECTURES if "dense" not in a])
+def test_experts_are_stored_one_by_one_and_not_read_again(
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
 ) -> None:
-    """Storing them only after loading would need memory for all layers."""
-    waiting, most = pretrained._Catch._take, 0
+    """Storing experts only after loading would need memory for all experts."""
+    nbytes: list[int] = [0]  # read before each page is put, and after the last
+    read, put = loading._read, TieredStore.put
 
-    def take(self: Any, *args: Any) -> Any:
-        nonlocal most
-        found = waiting(self, *args)
-        most = max(most, len(self._rows))
+    def counted(tensor: Any, *settings: Any) -> Any:
+        found = read(tensor, *settings)
+        nbytes[-1] += found.nbytes
         return found
 
-    monkeypatch.setattr(pretrained._Catch, "_take", take)
-    with fluxmoe.load(checkpoint(num_hidden_layers=12), "1MiB", stores=[CODED]) as paged:
-        assert paged.stats()["pages"] == 12 * 16
-    assert most == 1  # one part of a layer, while the other part is still being read
+    def noted(self: Any, *args: Any) -> None:
+        nbytes.append(0)
+        put(self, *args)
+
+    monkeypatch.setattr(loading, "_read", counted)
+    monkeypatch.setattr(TieredStore, "put", noted)
+    store = [{"kind": "file", "path": str(tmp_path)}]
+    with fluxmoe.load(checkpoint(architecture), "1MiB", stores=store) as paged:
+        stats, first, model = paged.stats(), list(nbytes), paged.model
+        experts = layout.describe(layout.experts_of(model))[0].experts_per_layer
+        whole = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        answers = answer(model)
+    assert len(first) == 1 + stats["pages"]
+    # Other weights are read between the layers.
+    assert sum(each != stats["page_bytes"] for each in first[:-1]) <= stats["pages"] // experts
+    others = whole - stats["pages"] * stats["page_bytes"]
+    assert whole - 1000 < sum(first) <= whole
+    nbytes[:] = [0]
+    with fluxmoe.load(checkpoint(architecture), "1MiB", stores=store) as paged:
+        assert same(answer(paged.model), answers)
+    assert len(nbytes) == 1 and nbytes[0] <= others
 
 
 def test_an_error_of_a_store_is_not_taken_for_one_of_the_checkpoint(
@@ -92,7 +116,7 @@ def test_a_paged_model_answers_what_it_did(load: Load) -> None:
     [
         ([{"kind": "host", "codec": "zip"}], errors.UnknownCodecError, "unknown codec 'zip'"),
         ([{"kind": "host", "limit": 1000}], errors.ConfigError, "no store has room for page 0"),
-        ([{"kind": "file"}], errors.ConfigError, r"'stores\.0\.path' is missing"),
+        ([{"kind": "file", "path": 5}], errors.ConfigError, r"stores\.0\.path"),
         ([{"kind": "file", "path": "/proc/nowhere"}], errors.ConfigError, "cannot write"),
         ([], errors.ConfigError, r"stores: .*at least 1"),
     ],

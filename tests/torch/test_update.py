@@ -281,3 +281,31 @@ def test_load_state_dict_names_the_way(pair: tuple[Any, Any]) -> None:
     ):
         paged.model.load_state_dict(b.state_dict())
     assert "update_weights()" in caught.value.fix
+
+
+def test_a_tensor_with_two_names_takes_one_value(checkpoint: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(tie_word_embeddings=True)).eval()
+    weight = model.lm_head.weight.detach()
+    with fluxmoe.page(model, "1GiB") as paged:
+        before = run(model)
+        names = HEAD, "model.embed_tokens.weight"
+        with pytest.raises(WeightsError, match="are the same tensor, but have different values"):
+            paged.update_weights(dict(zip(names, (weight * 2, weight * 3), strict=True)))
+        assert torch.equal(run(model), before)
+        paged.update_weights(dict.fromkeys(names, weight * 2))
+        assert not torch.equal(run(model), before)
+
+
+def test_another_paged_model_with_the_same_memory_notices(pair: tuple[Any, Any]) -> None:
+    a, b = (copy.deepcopy(each) for each in pair)
+    other = copy.deepcopy(a)
+    mine, theirs = (each.model.layers[1].mlp.experts for each in (a, other))
+    theirs.down_proj = torch.nn.Parameter(mine.down_proj.detach())
+    with fluxmoe.page(a, "1GiB") as paged, fluxmoe.page(other, "1GiB"):
+        run(other)
+        paged.update_weights(b.state_dict())
+        assert torch.equal(run(a), run(b))
+        with pytest.raises(UnsupportedError, match="were changed while the model was paged"):
+            run(other)
+        paged.update_weights(b.state_dict())
+        assert torch.equal(run(a), run(b))

@@ -209,7 +209,7 @@ def test_a_directory(tmp_path):
         (None, "no metadata key 'fluxmoe'"),
         ("{", "is not valid JSON"),
         ("[1]", "is not a JSON object"),
-        ({**DOCUMENT, "version": 2}, "version 2; this FluxMoE reads 1"),
+        ({**DOCUMENT, "version": 2}, "version 2; this version of FluxMoE reads 1"),
         ({k: v for k, v in DOCUMENT.items() if k != "version"}, "version None"),
         ({**DOCUMENT, "num_layers": 0}, "num_layers is 0"),
         ({**DOCUMENT, "num_layers": 2.5}, "num_layers is 2.5"),

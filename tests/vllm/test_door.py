@@ -53,3 +53,10 @@ def test_e11_whatever_is_sent_gets_a_reason(door, body):
     error = answer.json()["error"]
     assert error["code"].startswith("FM") and error["message"].isprintable()
     assert len(answer.content) < 100 * 1024
+
+
+def test_a_server_whose_state_has_no_engine_client(door):
+    answer = door.get(LIMITS_PATH)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "FM403"
+    assert "engine_client" in answer.json()["error"]["message"]

@@ -40,7 +40,8 @@ from tests.vllm.conftest import EAGER, KV_BYTES
 
 pytestmark = pytest.mark.vllm
 
-PAGE, EXPERTS = 3 * 128 * 64 * 2, 16  # bytes of an expert, experts of a layer
+#: Bytes of an expert, experts per layer, and experts per token.
+PAGE, EXPERTS, TOP_K = 3 * 128 * 64 * 2, 16, 4
 BLOCK = 4 * 2 * 32 * 2 * 32 * 2  # bytes of a KV block: layers, k and v, tokens, heads, head size
 
 
@@ -140,11 +141,11 @@ def test_a_plugin_that_cannot_be_imported(eager: ChildEngine, tmp_path: Path) ->
 
 def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
     # 256 tokens of context need 8 blocks; the ninth is vLLM's null block.
-    least = EXPERTS * PAGE + 9 * BLOCK
+    least = TOP_K * PAGE + 9 * BLOCK
     error = refusal(eager, BudgetTooSmallError, config(memory={"budget": least - 4096}))
     assert error.where == "memory.budget"
     assert f"at least {apart(least, least - 4096)[0]} is needed" in error.what
-    assert "one layer of 16 experts" in error.what
+    assert "the 4 experts of one token" in error.what
     assert "one sequence of max-model-len 256" in error.what
     assert f"at least {at_least(least)}," in error.fix
     eager.restart(fluxmoe=config(memory={"budget": least}), **EAGER)
@@ -153,7 +154,7 @@ def test_a_budget_that_is_too_small(eager: ChildEngine) -> None:
 
 def test_b3_the_preflight_refuses_less_but_nearly_as_much(checkpoint: Path) -> None:
     """The preflight's minimum, computed from files, is one block less than the engine's."""
-    least = EXPERTS * PAGE + 8 * BLOCK
+    least = TOP_K * PAGE + 8 * BLOCK
     options = {"max-model-len": 256}
 
     def check(budget: int) -> None:
@@ -175,9 +176,9 @@ def test_a_budget_beyond_the_machine(eager: ChildEngine) -> None:
 @pytest.mark.parametrize(
     ("share", "setting", "where"),
     [
-        ("experts", {"target": 15 * PAGE}, "memory.experts.target"),
-        ("experts", {"min": 15 * PAGE}, "memory.experts.min"),
-        ("experts", {"max": 15 * PAGE}, "memory.experts.max"),
+        ("experts", {"target": 3 * PAGE}, "memory.experts.target"),
+        ("experts", {"min": 3 * PAGE}, "memory.experts.min"),
+        ("experts", {"max": 3 * PAGE}, "memory.experts.max"),
         ("kv", {"target": 8 * BLOCK}, "memory.kv.target"),
         ("kv", {"min": 8 * BLOCK}, "memory.kv.min"),
         ("kv", {"max": 8 * BLOCK}, "memory.kv.max"),
@@ -188,7 +189,7 @@ def test_a_share_below_the_minimum(
 ) -> None:
     error = refusal(eager, ConfigError, config(memory={share: setting}))
     assert error.where == where
-    least = {"experts": EXPERTS * PAGE, "kv": 9 * BLOCK}[share]
+    least = {"experts": TOP_K * PAGE, "kv": 9 * BLOCK}[share]
     given, needed = apart(*setting.values(), least)
     assert f"{given} is " in error.what and f"the minimum of {needed} (" in error.what
 

@@ -41,6 +41,7 @@ def test_many_faults_in_all_policies_change_no_token(
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_reason_that_nothing_can_print_holds_up_no_request(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -145,6 +145,7 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
     engine.close()
 
 
+@pytest.mark.full
 def test_three_processes_go_together_when_one_is_killed(checkpoint: Path) -> None:
     """At the end of its three-process test, ``test_arbitration`` checks the same for closing."""
     engine = ChildEngine(checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **EAGER)

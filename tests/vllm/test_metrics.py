@@ -221,6 +221,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
             ("capacity",): stats["misses"] - stats["cold"],
         }
         assert 0 < stats["cold"] < stats["misses"]
+        assert one["fluxmoe_expert_reloads_total"] == stats["reloads"] == 0
         assert found["fluxmoe_expert_evictions_total"] == {
             ("victim",): stats["evictions"],
             ("released",): stats["released"],

@@ -25,7 +25,7 @@ from tests.vllm.test_arbitration import (
     same,
 )
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.full]
 
 OPTIONS = {**FEW, "tensor_parallel_size": 2}
 PROMPTS = TRAFFIC[:16]

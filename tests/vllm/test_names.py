@@ -27,17 +27,23 @@ ALL = [
     for names in LIBRARIES.values()
     for part, table in names.table.items()
     for name in table
+    if not name.endswith("Role.SCHEDULER")  # a member cannot be removed from an enumeration
 ]
 CALLED = [row for row in ALL if row.values[0].table[row.values[1]][row.values[2]]]
 
-#: FluxMoE's class → vLLM's class, by dotted path.
+#: FluxMoE's class that inherits from one of vLLM's → the part of the table with vLLM's class.
 OVERRIDING = {
+    "compat.loading:StreamingLoader": "loading",
     "connector:PagingConnector": "connector",
+    "connector:StepMetadata": "connector",
+    "connector:WorkerIntroduction": "connector",
+    "connector:WorkerMetadata": "connector",
     "stats:PagingStats": "connector",
     "server.prometheus:PagingProm": "connector",
     "scheduler.balloon:BalloonPool": "connector",
     "worker.cpu:PagedCPUWorker": "cpu",
     "worker.layer:PagedRoutedExperts": "worker",
+    "worker.weights.streamed:StreamedMoEMethod": "worker",
     "half_configured:GuardedLogitsProcessor": "plugin",
 }
 
@@ -133,10 +139,14 @@ def test_an_attribute_that_is_gone(kind: str, path: str) -> None:
         VLLM.require_on(kind, build(path))
 
 
+#: Module of a backend → its syntax tree.
+TREES = {file: ast.parse(file.read_text()) for file in FOLDER.rglob("*.py")}
+
+
 def imported(library: str) -> Iterator[str]:
     """List the names that backend modules import from a library, as ``module:name``."""
-    for file in FOLDER.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+    for tree in TREES.values():
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == library:
                 yield from (f"{node.module}:{alias.name}" for alias in node.names)
 
@@ -172,20 +182,120 @@ def test_the_table_has_what_is_overridden(ours: str) -> None:
 
 
 def test_every_class_that_overrides_is_listed() -> None:
-    found = set()
-    for file in FOLDER.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ClassDef):
-                bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
-                if bases & {
-                    *("BlockPool", "CPUWorker", "KVConnectorBase_V1", "KVConnectorPromMetrics"),
-                    *("KVConnectorStats", "LogitsProcessor", "RoutedExperts"),
-                }:
-                    found.add(node.name)
+    theirs = {name.partition(":")[2] for name in imported("vllm")}
+    found = {
+        node.name
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        if theirs & {base.id for base in node.bases if isinstance(base, ast.Name)}
+    }
     assert found == {name.partition(":")[2] for name in OVERRIDING}
 
 
-#: Attribute of vLLM's objects → class of the configuration that the attribute holds.
+#: Class or module in vLLM, by its own name → its attributes that the table has.
+KNOWN: dict[str, set[str]] = {}
+for _name in [name for part in VLLM.table.values() for name in part]:
+    _owner, _, _last = _name.replace(":", ".").rpartition(".")
+    KNOWN.setdefault(_owner.rpartition(".")[2], set()).add(_last)
+for _kind, _paths in VLLM.on.items():
+    for _path in _paths:
+        KNOWN.setdefault(_kind.rpartition(" ")[2], set()).update(_path.split("."))
+
+
+@pytest.mark.parametrize("ours", OVERRIDING)
+def test_the_table_has_what_a_subclass_uses_of_itself(ours: str) -> None:
+    module, _, name = ours.partition(":")
+    kind = getattr(importlib.import_module(f"fluxmoe.backends.vllm.{module}"), name)
+    theirs = [base for base in kind.__mro__ if base.__module__.partition(".")[0] == "vllm"]
+    inherited = {each for base in theirs for each in (*vars(base), *_assigned(base))}
+    (tree,) = (
+        node
+        for node in ast.walk(TREES[Path(inspect.getfile(kind))])
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()")
+    }
+    table = {each for base in theirs for each in KNOWN.get(base.__name__, ())}
+    assert {each for each in used & inherited if not each.startswith("__")} <= table
+
+
+def uses(code: str, theirs: set[str]) -> set[tuple[str, str]]:
+    """Collect how code uses names that it imports from vLLM.
+
+    Args:
+        code: The source code.
+        theirs: Names that the ``compat`` modules import from vLLM.
+
+    Returns:
+        For an attribute of such a name, the name and the attribute; for an attribute of the result
+        of a call, "" and the attribute; for a keyword argument, the function and the keyword
+        followed by ``=``.
+    """
+    tree = ast.parse(code)
+    names = theirs & {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        if (node.module or "").startswith(("vllm", "fluxmoe.backends.vllm.compat"))
+        for alias in node.names
+    }
+
+    def is_call(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and ast.unparse(node.func) in names
+
+    results = {  # a variable is assumed to hold such a result in the whole module
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and is_call(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            of = node.value
+            if isinstance(of, ast.Name) and of.id in names:
+                found.add((of.id, node.attr))
+            elif is_call(of) or (isinstance(of, ast.Name) and of.id in results):
+                found.add(("", node.attr))
+        elif isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            if function.partition(".")[0] in names:
+                found |= {(function, f"{each.arg}=") for each in node.keywords if each.arg}
+    return found
+
+
+def test_every_use_of_an_imported_name_is_in_the_table() -> None:
+    theirs = {name.partition(":")[2] for name in imported("vllm") if not name.startswith("vllm:")}
+    passed = {}
+    for part in VLLM.table.values():
+        for name, parameters in part.items():
+            *_, owner, last = name.replace(":", ".").split(".")
+            passed |= {last: parameters.split(), f"{owner}.{last}": parameters.split()}
+    found = {use for file in TREES for use in uses(file.read_text(), theirs)}
+    assert len(found) > 15
+    known = {"": set().union(*KNOWN.values()), **KNOWN}
+    assert {
+        (owner, name)
+        for owner, name in found
+        if name not in known.get(owner, ()) and name.rstrip("=") not in passed.get(owner, ())
+    } == set()
+
+
+def test_uses_of_imported_names_are_found() -> None:
+    code = (
+        "from vllm.x import f, K\nfrom os import path\n"
+        "def g(c):\n    a = f(c)\n    a.b, f(c).d, K.e(c, h=1), f(i=2), c.j, path.k, K\n"
+    )
+    want = {("", "b"), ("", "d"), ("K", "e"), ("K.e", "h="), ("f", "i=")}
+    assert uses(code, {"f", "K"}) == want
+
+
+#: Attribute → class of vLLM's configuration that it holds.
 CONFIGS = {
     f"{name}_config": kind
     for name, kind in {
@@ -198,42 +308,51 @@ CONFIGS = {
         "kv_transfer": "KVTransferConfig",
     }.items()
 }
+#: Attribute or variable in the scheduler's modules → class of vLLM's object that it holds.
+HELD = {
+    **{"_manager": "KVCacheManager", "manager": "KVCacheManager", "request": "Request"},
+    **{"_pool": "BlockPool", "pool": "BlockPool", "block": "KVCacheBlock"},
+}
 
 
-def config_reads(code: str) -> set[str]:
-    """Collect, as ``Class.attribute``, the attributes of vLLM's configurations that code reads."""
+def reads(code: str, variables: dict[str, str]) -> set[str]:
+    """Collect, as ``Class.attribute``, the attributes of vLLM's objects that code reads."""
+    held = {**CONFIGS, **variables}
     found: set[str] = set()
     for function in ast.walk(ast.parse(code)):
         if not isinstance(function, ast.FunctionDef):
             continue
-        called = {"vllm_config": "VllmConfig"}  # variable → class
+        called = {"vllm_config": "VllmConfig", **variables}  # variable → class
         for node in ast.walk(function):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
                 targets = [each.id for each in node.targets if isinstance(each, ast.Name)]
-                called |= {name: CONFIGS.get(node.value.attr, "") for name in targets}
+                called |= {name: held.get(node.value.attr, "") for name in targets}
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute):
                 of = node.value
-                kind = CONFIGS.get(of.attr) if isinstance(of, ast.Attribute) else None
+                kind = held.get(of.attr) if isinstance(of, ast.Attribute) else None
                 kind = called.get(of.id) if isinstance(of, ast.Name) else kind
                 if kind:
                     found.add(f"{kind}.{node.attr}")
     return found
 
 
-def test_every_attribute_of_a_configuration_that_is_read_is_in_the_table() -> None:
-    table = {name.partition(":")[2] for part in VLLM.table.values() for name in part}
-    read = {
-        name: path.name
-        for path in (FOLDER / "vllm").rglob("*.py")
-        for name in config_reads(path.read_text())
-    }
-    assert len(read) > 15
-    assert {name: file for name, file in read.items() if name not in table} == {}
+def test_every_attribute_that_is_read_is_in_the_table() -> None:
+    read = {}
+    for path in (FOLDER / "vllm").rglob("*.py"):
+        scheduler = path.parent.name == "scheduler" or path.name == "connector.py"
+        for name in reads(path.read_text(), HELD if scheduler else {}):
+            read[name] = path.name
+    assert len(read) > 30
+    known = {f"{kind}.{name}" for kind, names in KNOWN.items() for name in names}
+    own = {"BlockPool.held_blocks", "BlockPool.__class__"}
+    assert {name: file for name, file in read.items() if name not in known | own} == {}
 
 
-def test_reads_of_configurations_are_found() -> None:
+def test_reads_are_found() -> None:
     code = (
         "def f(c):\n    load = c.vllm_config.load_config\n    return load.x, c.model_config.y, c.z"
     )
-    assert config_reads(code) == {"VllmConfig.load_config", "LoadConfig.x", "ModelConfig.y"}
+    assert reads(code, HELD) == {"VllmConfig.load_config", "LoadConfig.x", "ModelConfig.y"}
+    code = "def f(self, request):\n    pool = self._manager.a\n    return pool.b, request.c, self.d"
+    assert reads(code, HELD) == {"KVCacheManager.a", "Request.c"}

@@ -49,6 +49,7 @@ def test_in_one_process(counted: Path, checkpoint: Path) -> None:
         assert engine.call("rpc", left) == 0
 
 
+@pytest.mark.full
 def test_in_three_processes(counted: Path, checkpoint: Path) -> None:
     options = {"fluxmoe": config(20, **SETTINGS), "three_processes": True, **EAGER}
     with ChildEngine(checkpoint, **options) as engine:

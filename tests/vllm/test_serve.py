@@ -32,6 +32,10 @@ SERVER_ENVIRONMENT = {
 }
 
 
+#: Seconds after which a request or a process counts as hanging, on a slow and busy machine.
+PATIENCE = 240
+
+
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from fluxmoe.cli import main; main()", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -136,13 +140,13 @@ def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
     assert len(family) > 1
     url, prompt = f"{server['url']}/v1/completions", Prompt([9, 9], 250)
     with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(httpx.post, url, json=body(server, prompt), timeout=60)
+        request = pool.submit(httpx.post, url, json=body(server, prompt), timeout=PATIENCE)
         streamed = body(server, prompt, stream=True)
-        with httpx.stream("POST", url, json=streamed, timeout=60) as stream:
+        with httpx.stream("POST", url, json=streamed, timeout=PATIENCE) as stream:
             lines = stream.iter_lines()
             next(lines)  # the engine has both requests now
             server["process"].send_signal(signal.SIGTERM)
-            assert psutil.wait_procs(family, timeout=60)[1] == []
+            assert psutil.wait_procs(family, timeout=PATIENCE)[1] == []
             with contextlib.suppress(httpx.RemoteProtocolError):  # cut off in the middle
                 list(lines)
         # A late request gets an answer or an error, so that no client is left waiting.
@@ -163,6 +167,15 @@ def test_the_printed_command_has_everything(tmp_path: Path) -> None:
     assert words[words.index("--disable-access-log-for-endpoints") + 1] == "/metrics"  # C7
     middleware = [words[i + 1] for i, word in enumerate(words) if word == "--middleware"]
     assert middleware == ["fluxmoe.backends.vllm.server.hangup.EndWithServer", "mine.A", "mine.B"]
+
+
+def test_an_option_replaces_the_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below").mkdir()
+    config = write_config(tmp_path / "below/c.yaml", tmp_path, stores=[{"kind": "host"}])
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(run("serve", str(config), "--store", "x", "--print-command").stdout)
+    settings = json.loads(words[words.index("--additional-config") + 1])["fluxmoe"]
+    assert [store["path"] for store in settings["stores"]] == [str(tmp_path / "x")]
 
 
 @pytest.mark.parametrize(

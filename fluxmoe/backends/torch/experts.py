@@ -10,11 +10,13 @@ experts depends on the implementation:
   rows in the same order, and the sum over a token's experts runs in the router's order.
 * ``eager`` adds up the experts' contributions in ascending order of expert id. The twin keeps
   the logical ids, and its weights look up the slot in the expert table.
+
+If a bank may have fewer slots than a layer has experts, the operator ``op.compute`` calls the twin
+for each wave of tokens. The twin then has a separate expert table with the slots of the wave.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,33 +31,15 @@ from fluxmoe.backends.torch.layout import top_k_of, weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.refusals import require_no_export, require_plain
+from fluxmoe.backends.torch.twin import IMPLEMENTATIONS, Arenas, Twin
 from fluxmoe.backends.torch.weights.sealed import CLOSE, Gone, Paged
 from fluxmoe.errors import UnsupportedError
 
 NAMES.require("experts")  # the imports below would raise an error without a remedy
 
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    batched_mm_experts_forward,
-    grouped_mm_experts_forward,
-)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "fluxmoe"
-EAGER = "eager"
-
-Compute: TypeAlias = Callable[
-    [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]
-
-#: Part → its arena, ``[slots, …]``; each slot has the shape and dtype of an expert's weights.
-Arenas: TypeAlias = dict[str, torch.Tensor]
-
-#: Implementations that can compute on slots.
-BY_SLOT: dict[str, Compute] = {
-    "grouped_mm": grouped_mm_experts_forward,
-    "batched_mm": batched_mm_experts_forward,
-}
-IMPLEMENTATIONS = (EAGER, *BY_SLOT)
 
 #: A function of a layer's expert ids, routing weights and hidden states that returns the ids.
 Note: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -80,6 +64,7 @@ class Binding:
         kinds: Class of each of the module's own parameters before it was sealed.
         lock: Lock that prevents changes to the arenas from ``acquire`` to the end of the kernel.
         lease: Token that keeps the arenas alive.
+        waves: True if the layer may run in waves.
         note: Function that passes more than expert ids to a recorder; None if ids are enough.
     """
 
@@ -89,66 +74,8 @@ class Binding:
     kinds: list[type[torch.nn.Parameter]]
     lock: ForwardLock
     lease: Lease
+    waves: bool
     note: Note | None = None
-
-
-class Twin:
-    """A copy of an experts module that computes on other weights.
-
-    Args:
-        module: The experts module, whose weights may have no memory.
-        implementation: Computing implementation, one of ``IMPLEMENTATIONS``.
-        arenas: Part → weights ``[slots, …]``, or ``[experts, …]`` if there is no table.
-        table: Expert table, ``[experts]`` → slot; None if the experts are in their own order.
-    """
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        implementation: str,
-        arenas: Arenas,
-        table: torch.Tensor | None,
-    ) -> None:
-        self._module = copy.copy(module)
-        self._module._parameters = {}
-        self._compute = BY_SLOT.get(implementation)
-        self._table = table
-        self.resize(arenas)
-
-    def resize(self, arenas: Arenas) -> None:
-        """Replace the arenas."""
-        for part, arena in arenas.items():
-            if self._compute is None and self._table is not None:
-                setattr(self._module, part, ByExpert(arena, self._table))
-                self._module.num_experts = len(self._table)
-            else:
-                setattr(self._module, part, torch.nn.Parameter(arena, requires_grad=False))
-                self._module.num_experts = len(arena)
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        experts: torch.Tensor,
-        slots: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """Compute the layer; ``experts`` and their ``slots`` are integers ``[tokens, top_k]``."""
-        if self._compute is None:
-            stock: Compute = type(self._module).forward.__wrapped__
-            return stock(self._module, hidden_states, experts, weights)
-        narrow = experts.dtype in (torch.int8, torch.uint8)  # for experts, but not for slots
-        slots = slots.to(torch.int64 if narrow else experts.dtype)
-        return self._compute(self._module, hidden_states, slots, weights)
-
-
-class ByExpert:
-    """Weights of a layer's experts, read from the arena through the layer's expert table."""
-
-    def __init__(self, arena: torch.Tensor, table: torch.Tensor) -> None:
-        self.arena, self._table = arena, table
-
-    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
-        return self.arena[self._table[expert]]
 
 
 def bind(
@@ -160,6 +87,8 @@ def bind(
     table: torch.Tensor,
     lock: ForwardLock,
     lease: Lease,
+    *,
+    waves: bool = False,
 ) -> None:
     """Make a module compute on arenas, and seal its own weights.
 
@@ -172,11 +101,30 @@ def bind(
         table: The layer's expert table, ``[experts]`` → slot.
         lock: Lock of the model.
         lease: Token that keeps the arenas alive.
+        waves: True if the bank may have fewer slots than the layer has experts.
     """
-    twin = Twin(module, implementation, arenas, table)
+    if waves:
+        table = torch.zeros_like(table)
+    twin = Twin(module, implementation, arenas, table, lock.turn)
     kinds = [seal(weight, Paged) for weight in weights_of(module).values()]
     module._parameters = FixedParameters(module._parameters, CLOSE)
-    module._fluxmoe = Binding(handle, layer, twin, kinds, lock, lease)
+    module._fluxmoe = Binding(handle, layer, twin, kinds, lock, lease, waves)
+    if waves:
+        op.use_kernel(handle, layer, partial(_on_slots, twin, table))
+
+
+def _on_slots(
+    twin: Twin,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Compute some tokens of a layer, after writing their slots to the twin's expert table."""
+    table[ids.long()] = slots
+    out.copy_(twin(x, ids, slots, weights))
 
 
 def resize(module: torch.nn.Module, arenas: Arenas) -> None:
@@ -200,7 +148,9 @@ def set_note(module: torch.nn.Module, note: Note | None) -> None:
 
 
 def release(module: torch.nn.Module, *, gone: bool) -> None:
-    """Restore a module's own parameters; if ``gone``, mark them as having no values."""
+    """Restore a module's original parameters, marked as without values if ``gone``. Idempotent."""
+    if not is_bound(module):
+        return
     module._parameters = dict(module._parameters)
     kinds = module._fluxmoe.kinds
     for weight, kind in zip(weights_of(module).values(), kinds, strict=True):
@@ -253,7 +203,11 @@ def _event(
         return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
     if binding.note is not None:
         top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
-    slots = op.acquire(top_k_index, binding.handle, binding.layer)
+    if binding.waves:
+        out = torch.empty_like(hidden_states)
+        op.compute(out, hidden_states, top_k_weights, top_k_index, binding.handle, binding.layer)
+        return out
+    slots = op.acquire(top_k_index, binding.handle, binding.layer, binding.lock.turn)
     return binding.twin(hidden_states, top_k_index, slots, top_k_weights)
 
 

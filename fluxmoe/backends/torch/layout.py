@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fluxmoe.core.types import Geometry, PageClass, Part
+from fluxmoe.backends.tensors import pages_of
+from fluxmoe.core.types import Geometry, PageClass
 from fluxmoe.errors import NoExpertsError, UnsupportedError
 from fluxmoe.inventory import TOP_K, has_experts
 
@@ -62,9 +63,6 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
         )
     for layer in layers:
         _require_standard(layer)
-    layouts = {tuple((getattr(m, p).shape, getattr(m, p).dtype) for p in PARTS) for m in layers}
-    if len(layouts) > 1:
-        raise _unsupported(f"{name} has experts with {len(layouts)} different layouts")
     return layers
 
 
@@ -88,13 +86,8 @@ def weights_of(layer: torch.nn.Module) -> Weights:
 
 
 def describe(layers: list[torch.nn.Module]) -> tuple[Geometry, PageClass]:
-    """Determine the number of pages and the parts of a page."""
-    weights = weights_of(layers[0])
-    parts = [
-        Part(name, weight.nbytes // len(weight), weight.numel() // len(weight))
-        for name, weight in weights.items()
-    ]
-    return Geometry(len(layers), len(weights[PARTS[0]])), PageClass(tuple(parts))
+    """Return the sizes of layers' experts. Raises UnsupportedError if the layouts differ."""
+    return pages_of(layers, PARTS)
 
 
 def _require_standard(layer: torch.nn.Module) -> None:

@@ -17,7 +17,6 @@ from fluxmoe.backends import preflight, versions
 from fluxmoe.backends.preflight import Chosen
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, fit, settings
 from fluxmoe.config import Config
-from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.errors import ConfigError
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import PolicySpec
@@ -171,9 +170,7 @@ def prepare(
         model = None if folder is None else preflight.sizes_of(folder, found)
     if config is not None and model is not None:
         item = _TYPES.get(kind or "", model.weight_bytes)
-        weights = model.page_bytes // model.weight_bytes
-        part = Part("experts", weights * item, weights)
-        room = Room(Geometry(model.moe_layers, model.experts), PageClass((part,)))
+        room = Room(*model.paged(item), model.top_k)
         fit(room, config, found, where, others=model.other_bytes // model.weight_bytes * item)
     elif config is not None:
         preflight.check_stores(config, 0, found)

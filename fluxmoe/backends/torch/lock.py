@@ -35,6 +35,9 @@ class ForwardLock:
 
     def __init__(self) -> None:
         self._lock, self._owner = threading.RLock(), Owner()
+        with torch.inference_mode(False):  # compiled graphs cannot mutate an inference tensor
+            #: The model's turn, which orders kernels and ``op.acquire`` in compiled graphs.
+            self.turn = torch.zeros(1, dtype=torch.uint8)
         self._alone = 0  # id of the thread in an exclusive section
         #: Thread whose compiled pass is running, or was interrupted.
         self.compiled_by: threading.Thread | None = None
@@ -75,13 +78,18 @@ class ForwardLock:
             finally:
                 self._alone = 0
 
+    @property
+    def compiled_pass(self) -> bool:
+        """True if the current event of this thread belongs to a compiled pass."""
+        return self._alone != threading.get_ident()
+
     def claim(self) -> None:
         """Claim the model for this thread if the current event belongs to a compiled pass.
 
         Raises:
             UnsupportedError: Another thread is running a compiled pass.
         """
-        if self._alone != threading.get_ident():
+        if self.compiled_pass:
             with self.lock():  # waits for the end of an eager pass
                 self._require_unclaimed()
                 self.compiled_by = threading.current_thread()

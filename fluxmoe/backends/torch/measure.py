@@ -24,7 +24,9 @@ from fluxmoe.backends.torch.paging import page
 from fluxmoe.backends.torch.pretrained import unpaged
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-_PROMPT, _WARM, _STEPS, _REPEATS, _COPIES = 8, 4, 48, 3, 200
+_PROMPT, _WARM, _REPEATS, _COPIES = 8, 4, 3, 200
+#: Minimum and maximum number of steps that are timed, and the seconds that they should take.
+_FEWEST, _STEPS, _SECONDS = 8, 48, 0.5
 #: Bandwidth or TFLOPS assumed if a cost is too small to measure.
 _FAST = 1e6
 
@@ -32,7 +34,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
-    """Measure a model on the torch backend, which takes about a minute for a small model.
+    """Measure a model on the torch backend, which takes about ten seconds for a small model.
 
     Args:
         folder: Folder or name of a Hugging Face checkpoint.
@@ -100,20 +102,26 @@ def _steps(model: Any) -> tuple[Floats, Floats]:
     rows, times = [], []
     with page(model, room(model, geometry.num_pages), eviction="lru") as handle:
         for batch in BATCHES:
-            best = math.inf
+            count, best = 0, math.inf
             for _ in range(_REPEATS):  # each with the same tokens, and so the same experts
                 run = decode(model, batch, _WARM + _STEPS)
-                for _ in itertools.islice(run, 1 + _WARM):
-                    pass
+                next(run)
+                warm = _seconds(run, _WARM)
+                count = count or min(max(int(_SECONDS / warm), _FEWEST), _STEPS)
                 before = handle.stats()["accesses"]
-                started = time.perf_counter()
-                for _ in run:
-                    pass
-                best = min(best, time.perf_counter() - started)
-                experts = (handle.stats()["accesses"] - before) / _STEPS
+                best = min(best, _seconds(run, count))
+                experts = (handle.stats()["accesses"] - before) / count
             rows.append((1.0, float(batch), experts))
-            times.append(best / _STEPS * 1e6)
+            times.append(best * 1e6)
     return np.asarray(rows), np.asarray(times)
+
+
+def _seconds(run: Iterator[None], steps: int) -> float:
+    """Take ``steps`` steps; return the seconds per step."""
+    started = time.perf_counter()
+    for _ in itertools.islice(run, steps):
+        pass
+    return (time.perf_counter() - started) / steps
 
 
 def _copies(model: Any) -> tuple[tuple[Floats, Floats], int, int]:

@@ -16,7 +16,7 @@ from fluxmoe.backends import op
 from fluxmoe.backends.interrupts import uninterrupted
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.tensors import as_rows, as_weight
-from fluxmoe.backends.torch import experts, layout, recording
+from fluxmoe.backends.torch import experts, layout, recording, twin
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.refusals import Refusals, Uncopyable
 from fluxmoe.backends.torch.settings import Room, given
@@ -26,8 +26,6 @@ from fluxmoe.core.paging.pager import ExpertPager
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.trace.recorder import Recorder
-
-_RECORD = "PagedModel.record"
 
 
 class PagedModel(Uncopyable):
@@ -61,14 +59,23 @@ class PagedModel(Uncopyable):
         weights = [layout.weights_of(layer).values() for layer in layers]
         # The experts that the model has again after close().
         self._own = [] if loaded else [[as_rows(weight) for weight in each] for each in weights]
-        self._handle = handle = op.attach(Watched(runtime.pager, lock, weights))
+        self._watched = Watched(runtime.pager, lock, weights)
+        self._handle = handle = op.attach(self._watched)
         # If the model is dropped while it is paged, its arenas are freed with it.
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
         table = torch.from_numpy(runtime.pager.table.expert_table)
         for index, layer in enumerate(layers):
             experts.bind(
-                layer, handle, index, implementation, self._arenas(index), table[index], lock, lease
+                layer,
+                handle,
+                index,
+                implementation,
+                self._arenas(index),
+                table[index],
+                lock,
+                lease,
+                waves=runtime.partition.in_waves,
             )
         self._refusals = Refusals(model, layers)
         lock.watch(model)
@@ -142,24 +149,20 @@ class PagedModel(Uncopyable):
         """
         if self._open().pager.watcher is not None:
             raise ConfigError("a recording is already active", where=str(path), fix="end it first")
-        if phase is not None:
-            arguments.instance(phase, Phase, "phase", where=_RECORD)
-        if max_steps is not None:
-            arguments.whole(max_steps, "max_steps", where=_RECORD)
-        file = arguments.path(path, "path", where=_RECORD)
-        columns = {"weights": weights, "predicted": predict}
-        notes = recording.notes(
-            self.model, self._layers, self._handle, weights=weights, predict=predict
-        )
-        with Recorder(
-            file,
-            recording.meta(self.model, self._layers[0], self._runtime),
-            columns=[name for name, wanted in columns.items() if wanted],
-            replace=replace,
+        recorder, notes = recording.begin(
+            self.model,
+            self._layers,
+            self._runtime,
+            self._handle,
+            self._lock,
+            path,
+            weights=weights,
+            predict=predict,
             max_steps=max_steps,
             phase=phase,
-            rows=self._lock.rows,
-        ) as recorder:
+            replace=replace,
+        )
+        with recorder:
             try:
                 self._lock.alone(partial(self._show, recorder, notes))
                 yield recorder
@@ -177,15 +180,16 @@ class PagedModel(Uncopyable):
     def resize(self, memory: int | str) -> None:
         """Change the memory for expert pages, between forward passes.
 
-        Growing keeps all resident pages; shrinking drops those in the last slots. Outputs do not
-        change. A compiled model is recompiled.
+        Growing keeps all resident pages; shrinking evicts pages chosen by the policy. Outputs do
+        not change. A compiled model is recompiled.
 
         Args:
             memory: As for ``page``. The number of banks does not change.
 
         Raises:
             ConfigError: The size is invalid or exceeds the free memory.
-            BudgetTooSmallError: The size cannot hold one layer's experts in each bank.
+            BudgetTooSmallError: A bank cannot hold the experts of one layer or, with waves, of one
+                token.
             SubstrateError: A system call failed. As after every error, nothing has changed.
         """
         self._resize(memory, "PagedModel.resize")
@@ -196,7 +200,7 @@ class PagedModel(Uncopyable):
 
     def _give(self, budget: int, where: str, at_least: bool) -> None:
         runtime = self._open()
-        room = Room(runtime.geometry, runtime.page_class)
+        room = Room(runtime.geometry, runtime.page_class, runtime.partition.minimum)
         if at_least:
             budget = max(budget, room.least * runtime.pager.table.num_banks)
         budget = room.within(budget, where)
@@ -215,8 +219,8 @@ class PagedModel(Uncopyable):
 
         Args:
             room: Function that returns a number of bytes, or text such as "4GiB". A size below the
-                minimum counts as the minimum. An error raised by ``room`` or ``resize`` ends the
-                pass before it begins. None ends these calls.
+                minimum counts as the minimum. If ``room`` or ``resize`` raises an error, the pass
+                does not begin. None in place of a function ends these calls.
 
         Raises:
             ConfigError: The handle is closed.
@@ -224,7 +228,11 @@ class PagedModel(Uncopyable):
         self._open()
         if room is not None and not callable(room):
             raise arguments.wrong(
-                "room", "a function that returns a size", room, "PagedModel.follow", "or resize()"
+                "room",
+                "a function that returns a size",
+                room,
+                "PagedModel.follow",
+                "call resize() to set a fixed size",
             )
         if self._asked is not None:
             self._asked.remove()
@@ -269,10 +277,11 @@ class PagedModel(Uncopyable):
                 new.collect(weights, put)
                 change.enter_context(uninterrupted())
             new.take_over(self._own, self._shared)
+            self._watched.updated(new.experts if self._own else ())
 
     def reset(self) -> None:
         """Start cold: drop all resident pages, set the counters to zero, and reset the policies."""
-        self._lock.alone(lambda: self._open().pager.reset())
+        self._lock.alone(lambda: self._open().reset())
 
     def check(self) -> None:
         """Check the model's state.
@@ -304,9 +313,10 @@ class PagedModel(Uncopyable):
             return
         self._lock.leave(self.model)
         self._refusals.remove()
+        self.model.set_experts_implementation(self._previous)
+        # An interrupted call can be repeated until the last layer has given up the lease.
         for layer in self._layers:
             experts.release(layer, gone=self._loaded)
-        self.model.set_experts_implementation(self._previous)
         self._release()
 
     def __enter__(self) -> PagedModel:
@@ -324,7 +334,7 @@ class PagedModel(Uncopyable):
             )
         return self._runtime
 
-    def _arenas(self, layer: int) -> experts.Arenas:
+    def _arenas(self, layer: int) -> twin.Arenas:
         table = self._runtime.pager.table
         # Only the slots in use, because the cost of grouped_mm grows with the number of slots.
         slots = table.slots[table.bank(layer)]

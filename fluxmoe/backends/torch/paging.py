@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows
-from fluxmoe.backends.torch import experts, layout
+from fluxmoe.backends.torch import experts, layout, twin
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, fit, settings
@@ -25,6 +26,7 @@ from fluxmoe.core.transfer.store import ChangingStore
 from fluxmoe.errors import ConfigError, UnsupportedError
 from fluxmoe.findings import Findings
 from fluxmoe.plugins import PolicySpec, Registry
+from fluxmoe.stores.disk import key
 
 _WHERE = "fluxmoe.page"
 
@@ -46,8 +48,9 @@ def page(
 
     Args:
         model: A Hugging Face model on the CPU.
-        memory: Memory for expert pages, in bytes or as text such as "4GiB"; at least enough for one
-            layer's experts. Memory beyond the size of all experts is not used.
+        memory: Memory for expert pages, in bytes or as text such as "4GiB"; at least the experts of
+            one layer or, if the implementation supports waves, of one token. Memory beyond the size
+            of all experts is not used.
         eviction: Eviction policy: a name, ``{kind: name, option: value}``, or a class or instance
             of ``fluxmoe.EvictionPolicy``, which need not be registered.
         prefetch: Prefetch policy, in the same forms.
@@ -64,7 +67,7 @@ def page(
         NoExpertsError: The model has no MoE layers.
         UnsupportedError: The experts cannot be paged, or cannot be computed by slot.
         ConfigError: An argument is invalid, or the model is already paged.
-        BudgetTooSmallError: ``memory`` cannot hold one layer's experts.
+        BudgetTooSmallError: ``memory`` is less than this minimum.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnknownCodecError, PageFileError: A store cannot be created.
     """
@@ -90,13 +93,17 @@ def page(
     assert config is not None
     assert chosen is not None
     (layers, implementation, room), lock = parts, ForwardLock()
-    experts.require_sound(layers[0], implementation)
+    top_k = layout.top_k_of(layers[0])
+    if not experts.require_sound(layers[0], implementation).waves:
+        top_k = None
     shared = Shared.among(layout.weights_of(layer).values() for layer in layers)
-    store = make_store(config, room.geometry, room.page_class, chosen.coders)
+    rows = [[as_rows(weight) for weight in layout.weights_of(layer).values()] for layer in layers]
+    contents = partial(key.of_contents, rows)
+    store = make_store(config, chosen.coders, room.geometry, room.page_class, contents)
     try:
-        for layer in layers:
-            store.adopt([as_rows(weight) for weight in layout.weights_of(layer).values()])
-        runtime = runtime_for(room, store, config, chosen.policies, implementation, lock)
+        for layer_rows in rows:
+            store.adopt(layer_rows)
+        runtime = runtime_for(room, store, config, chosen.policies, implementation, lock, top_k)
     except BaseException:
         store.close()
         raise
@@ -124,7 +131,8 @@ def _parts(model: torch.nn.Module) -> _Parts:
     weights = [id(weight) for layer in layers for weight in layout.weights_of(layer).values()]
     if len(set(weights)) < len(weights):
         raise UnsupportedError("MoE layers that share experts cannot be paged", fix="clone them")
-    return _Parts(layers, implementation_of(model, layers), Room(*layout.describe(layers)))
+    room = Room(*layout.describe(layers), layout.top_k_of(layers[0]))
+    return _Parts(layers, implementation_of(model, layers), room)
 
 
 def runtime_for(
@@ -134,8 +142,19 @@ def runtime_for(
     policies: Policies,
     implementation: str,
     lock: ForwardLock,
+    top_k: int | None,
 ) -> Runtime:
-    """Create the arenas and the pager for expert layers, whose weights need not be loaded yet."""
+    """Create the arenas and the pager for expert layers, whose weights need not be loaded yet.
+
+    Args:
+        room: Geometry and page layout of the experts, and bounds of the memory.
+        store: Store of the pages.
+        config: The resolved configuration.
+        policies: The policies.
+        implementation: Computing implementation of the experts.
+        lock: Lock of the model.
+        top_k: Number of experts per token if layers can run in waves; None if they cannot.
+    """
     return Runtime(
         config,
         policies,
@@ -144,6 +163,7 @@ def runtime_for(
         store,
         KVNeed(0, 0, "the KV cache is the model's own"),
         bank_limit=experts.GROUPED_MM_SLOTS if implementation == "grouped_mm" else None,
+        top_k=top_k,
         phase=lock.phase,
         ceiling=room.most,
     )
@@ -153,15 +173,13 @@ def log_start(
     model: torch.nn.Module, layer: torch.nn.Module, runtime: Runtime, registry: Registry
 ) -> None:
     """Log the summary of a newly paged model; ``layer`` is one of its expert layers."""
-    config = runtime.config
-    chosen = {"eviction": config.eviction, "prefetch": config.prefetch}
     block = summary.start_block(
         runtime.partition,
-        config,
+        runtime.config,
         model=layout.name_of(model, layer),
         top_k=layout.top_k_of(layer),
         dynamic=False,
-        policies={kind: registry.source(kind, policy) for kind, policy in chosen.items()},
+        registry=registry,
         store_bytes=runtime.store.nbytes,
     )
     logging.getLogger("fluxmoe").info(block)
@@ -174,11 +192,13 @@ def implementation_of(model: torch.nn.Module, layers: list[torch.nn.Module]) -> 
             f"{type(model).__name__} is not a model of transformers >= 5",
             fix="page the wrapped model, or load it with transformers",
         )
-    found = {layer.config._experts_implementation or experts.EAGER for layer in layers}
-    if len(found) > 1 or not found <= set(experts.IMPLEMENTATIONS):
+    found = {layer.config._experts_implementation or twin.EAGER for layer in layers}
+    if len(found) > 1 or not found <= set(twin.IMPLEMENTATIONS):
         raise UnsupportedError(
             f"experts computed by {', '.join(sorted(found))} cannot be paged",
-            fix="call model.set_experts_implementation() with "
-            f"{' or '.join(experts.IMPLEMENTATIONS)}",
+            fix=f"call model.set_experts_implementation() with {' or '.join(twin.IMPLEMENTATIONS)}",
         )
-    return found.pop()
+    implementation = found.pop()
+    for layer in layers:
+        twin.require_stock(layer, implementation)
+    return implementation

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fluxmoe import checkpoint
 from fluxmoe.backends.stores import make_store
-from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch import layout
-from fluxmoe.backends.torch.experts import absent, require_sound
+from fluxmoe.backends.torch.experts import require_sound
 from fluxmoe.backends.torch.loader import Ready
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.paging import implementation_of, log_start, runtime_for
 from fluxmoe.backends.torch.settings import Room, fit
-from fluxmoe.core.types import Bytes
-from fluxmoe.errors import CheckpointError, ConfigError, UnsupportedError
+from fluxmoe.backends.torch.weights.loading import TransformLoading
+from fluxmoe.errors import CheckpointError, ConfigError
 from fluxmoe.findings import Findings
+from fluxmoe.stores.disk import key
 
 NAMES.require("loader")
+
+#: Arguments of ``from_pretrained`` that may change the weights loaded from the same files.
+_TRANSFORMING = ("key_mapping", "trust_remote_code", "variant", "weights_only")
 
 
 def unpaged(name: str) -> Any:
@@ -55,9 +55,8 @@ def unpaged(name: str) -> Any:
 def load(ready: Ready) -> PagedModel:
     """Load a model that has passed all checks, with its experts directly into the store.
 
-    ``transformers`` does the loading, and converts the checkpoint's names, types and layouts.
-    FluxMoE hooks the registration of parameters: as soon as a layer's experts are complete, the
-    store takes the experts over, and the model keeps parameters without memory.
+    ``transformers`` does the loading, and converts the checkpoint's names, types and layouts. The
+    experts go to the store one by one, and the model keeps parameters without memory.
 
     Raises:
         FluxMoEError: See ``loader.load``.
@@ -67,16 +66,25 @@ def load(ready: Ready) -> PagedModel:
     planned = on_meta(name, ready.folder, dtype, ready.extra)
     layers = layout.experts_of(planned)
     implementation = implementation_of(planned, layers)
-    lock, room = ForwardLock(), Room(*layout.describe(layers))
+    top_k = layout.top_k_of(layers[0])
+    lock, room = ForwardLock(), Room(*layout.describe(layers), top_k)
     weights, found = sum(weight.nbytes for weight in planned.parameters()), Findings()
     config = fit(room, ready.config, found, ready.where, others=weights - room.nbytes)
     found.require()
     assert config is not None
-    require_sound(layers[0], implementation)
-    store = make_store(config, room.geometry, room.page_class, chosen.coders)
-    runtime = runtime_for(room, store, config, chosen.policies, implementation, lock)
+    checked = require_sound(layers[0], implementation)
+    store = make_store(
+        config,
+        chosen.coders,
+        room.geometry,
+        room.page_class,
+        partial(_key, ready, type(planned).__name__, str(planned.dtype)),
+    )
+    if not checked.waves:
+        top_k = None
+    runtime = runtime_for(room, store, config, chosen.policies, implementation, lock, top_k)
     try:
-        with _loading(name), _Catch(store.adopt) as caught, _one_at_a_time():
+        with _loading(name), TransformLoading(store).during():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype,
@@ -86,14 +94,28 @@ def load(ready: Ready) -> PagedModel:
                 **ready.extra,
             )
         _require_all(report, name)
+        store.finish()
         layers = layout.experts_of(model)
-        caught.finish(layers)
     except BaseException:
         runtime.close()
         raise
     paged = PagedModel(model, layers, runtime, implementation, lock, loaded=True)
     log_start(model, layers[0], runtime, chosen.registry)
     return paged
+
+
+def _key(ready: Ready, model: str, dtype: str) -> dict[str, object]:
+    """Describe the weights; called after ``transformers`` has downloaded the checkpoint."""
+    extra = ready.extra
+    folder = checkpoint.downloaded(ready.name, extra.get("revision"), extra.get("cache_dir"))
+    there = Path(folder, extra.get("subfolder") or "")
+    return key.of_files(
+        sorted(there.glob("*.safetensors"))
+        if extra.get("variant")  # whose files the index does not list
+        else checkpoint.weight_files(there),
+        packing=f"transformers {transformers.__version__} {model} {dtype}",
+        options={name: repr(extra[name]) for name in _TRANSFORMING if name in extra},
+    )
 
 
 def on_meta(
@@ -123,95 +145,6 @@ def on_meta(
     except Exception as error:  # the model's own code may raise anything
         raise checkpoint.not_buildable(config.model_type, error, name) from error
     return model
-
-
-class _Catch:
-    """A context that takes the experts' weights from the modules into which this thread loads them.
-
-    A layer is passed on as soon as this layer and all layers before it are complete, so that stores
-    that encode weights need not wait for the last layer. The order is that in which the layers were
-    built on the meta device, before loading.
-
-    Args:
-        adopt: Takes over the next layer, uint8 ``[experts, part bytes]`` per part.
-    """
-
-    def __init__(self, adopt: Callable[[list[Bytes]], None]) -> None:
-        self._adopt = adopt
-        self._thread = threading.get_ident()
-        self._built: list[torch.nn.Module] = []
-        self._rows: dict[tuple[torch.nn.Module, str], Bytes] = {}
-        self._adopted: list[torch.nn.Module] = []
-        self._error: Exception | None = None
-
-    def __enter__(self) -> _Catch:
-        self._hook = register_module_parameter_registration_hook(self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def finish(self, layers: list[torch.nn.Module]) -> None:
-        """Pass on the remaining layers; ``layers`` are all layers, in order.
-
-        Raises:
-            UnsupportedError: The layers were not built in this order.
-            FluxMoEError: ``adopt`` raised this error.
-        """
-        if self._error is not None:
-            raise self._error
-        if any(a is not b for a, b in zip(self._adopted, layers, strict=False)):
-            raise UnsupportedError(
-                "the model's layers were not built in the order in which they run",
-                fix="load it with transformers and page it with fluxmoe.page()",
-            )
-        for layer in layers[len(self._adopted) :]:
-            self._hand_on(layer)
-
-    def _hand_on(self, layer: torch.nn.Module) -> None:
-        self._adopt([self._rows.pop((layer, part)) for part in layout.PARTS])
-        self._adopted.append(layer)
-
-    def _hand_on_what_is_whole(self) -> None:
-        """Pass on complete layers; keep errors for ``finish``, as transformers would alter them."""
-        try:
-            for layer in self._built[len(self._adopted) :]:
-                if not all((layer, part) in self._rows for part in layout.PARTS):
-                    return
-                self._hand_on(layer)
-        except Exception as error:
-            self._error = error
-
-    def _take(
-        self, module: torch.nn.Module, name: str, weight: torch.nn.Parameter | None
-    ) -> torch.nn.Parameter | None:
-        if weight is None or name not in layout.PARTS or threading.get_ident() != self._thread:
-            return None
-        if weight.is_meta:
-            if module not in self._built:
-                self._built.append(module)
-            return None
-        if not layout.is_experts(module):
-            return None
-        self._rows[module, name] = _kept(as_rows(weight))
-        if self._error is None:
-            self._hand_on_what_is_whole()
-        stand_in = absent(weight)
-        vars(stand_in).update(vars(weight))  # otherwise transformers would initialise it
-        return stand_in
-
-
-def _kept(rows: Bytes) -> Bytes:
-    """Copy rows to a memory mapping of their own.
-
-    On the heap, freed memory that was used to assemble a layer would leave holes between the
-    layers. Without a copy, rows that are a view of the checkpoint's file would be changed or lost
-    with the file.
-    """
-    memory = mmap.mmap(-1, rows.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    copy = np.frombuffer(memory, np.uint8).reshape(rows.shape)
-    np.copyto(copy, rows)
-    return copy
 
 
 def _require_all(report: Mapping[str, Any], name: str) -> None:
@@ -247,21 +180,3 @@ def _loading(name: str) -> Iterator[None]:
             where=name,
             fix="use a folder with a Hugging Face checkpoint in safetensors format",
         ) from error
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Disable the threads that read ahead, because they keep the tensors that they have read.
-
-    This also affects other threads that load a model at the same time.
-    """
-    key = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before

@@ -1,23 +1,69 @@
-"""Routing weights and predictions of a Hugging Face model, for traces."""
+"""Recording of a Hugging Face model's routing, with weights and predictions, for traces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 
 import torch
 
+from fluxmoe import arguments
 from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.torch import experts, layout
+from fluxmoe.backends.torch.lock import ForwardLock
+from fluxmoe.core.types import Phase
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.inventory import TOP_K
 from fluxmoe.trace import TraceMeta
+from fluxmoe.trace.recorder import Recorder
+
+_WHERE = "PagedModel.record"
+
+
+def begin(
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    runtime: Runtime,
+    handle: int,
+    lock: ForwardLock,
+    path: str | PathLike[str],
+    *,
+    weights: bool,
+    predict: bool,
+    max_steps: int | None,
+    phase: Phase | None,
+    replace: bool,
+) -> tuple[Recorder, list[experts.Note | None]]:
+    """Check the arguments of ``PagedModel.record``, and make a recorder and the layers' notes.
+
+    Raises:
+        TraceError, ConfigError, UnsupportedError: See ``PagedModel.record``.
+    """
+    if phase is not None:
+        arguments.instance(phase, Phase, "phase", where=_WHERE)
+    if max_steps is not None:
+        arguments.whole(max_steps, "max_steps", where=_WHERE)
+    file = arguments.path(path, "path", where=_WHERE)
+    columns = {"weights": weights, "predicted": predict}
+    found = notes(model, layers, handle, lock.turn, weights=weights, predict=predict)
+    recorder = Recorder(
+        file,
+        meta(model, layers[0], runtime),
+        columns=[name for name, wanted in columns.items() if wanted],
+        replace=replace,
+        max_steps=max_steps,
+        phase=phase,
+        rows=lock.rows,
+    )
+    return recorder, found
 
 
 def notes(
     model: torch.nn.Module,
     layers: Sequence[torch.nn.Module],
     handle: int,
+    turn: torch.Tensor,
     *,
     weights: bool,
     predict: bool,
@@ -30,6 +76,7 @@ def notes(
         model: The model.
         layers: Its expert layers, in order.
         handle: Handle of their pager.
+        turn: The model's turn (``backends.op``).
         weights: Note the routing weights.
         predict: Note the experts that the next layer's router chooses for this layer's hidden
             states.
@@ -41,11 +88,15 @@ def notes(
         return [None] * len(layers)
     routers = _routers(model, layers) if predict else []
     following = [*routers[1:], None] if predict else [None] * len(layers)
-    return [_note(handle, weights, predict, router) for router in following]
+    return [_note(handle, turn, weights, predict, router) for router in following]
 
 
 def _note(
-    handle: int, weights: bool, predict: bool, router: torch.nn.Module | None
+    handle: int,
+    turn: torch.Tensor,
+    weights: bool,
+    predict: bool,
+    router: torch.nn.Module | None,
 ) -> experts.Note:
     def note(ids: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         predicted = None
@@ -54,7 +105,7 @@ def _note(
             predicted = type(router).forward(router, hidden)[-1]
         elif predict:
             predicted = ids[:, :0]
-        return op.note(ids, scores if weights else None, predicted, handle)
+        return op.note(ids, scores if weights else None, predicted, handle, turn)
 
     return note
 

@@ -54,7 +54,7 @@ class Refusals:
         while self._guarded:
             attributes = vars(self._guarded.pop())
             for name in ("_apply", "__getstate__", "__prepare_scriptable__"):
-                del attributes[name]
+                attributes.pop(name, None)  # other code may have removed the attribute
 
 
 @torch.compiler.assume_constant_result  # called instead of traced, so that errors keep their class

@@ -8,6 +8,7 @@ from typing import Any
 from fluxmoe import config as fluxmoe_config
 from fluxmoe import machine, sizes
 from fluxmoe.backends import budget, preflight
+from fluxmoe.backends.partition import least_experts
 from fluxmoe.core.memory.experts import frames_for
 from fluxmoe.core.memory.host import frame_bytes_for
 from fluxmoe.core.types import Geometry, PageClass
@@ -47,7 +48,12 @@ def given(config: fluxmoe_config.Config, where: str) -> int:
 
 
 class Room:
-    """Bounds of the memory for expert pages, from one layer's experts to all experts.
+    """Bounds of the memory for expert pages, from the minimum of one bank to all experts.
+
+    Args:
+        geometry, page_class: Numbers of layers and experts, and the layout of a page.
+        minimum: Minimum number of slots of a bank: the experts of one token if layers may run in
+            waves; by default one layer's experts.
 
     Attributes:
         geometry, page_class: Numbers of layers and experts, and the layout of a page.
@@ -56,10 +62,13 @@ class Room:
             unless ``least`` does not.
     """
 
-    def __init__(self, geometry: Geometry, page_class: PageClass) -> None:
+    def __init__(
+        self, geometry: Geometry, page_class: PageClass, minimum: int | None = None
+    ) -> None:
         self.geometry, self.page_class = geometry, page_class
         self.frame_bytes = frame = frame_bytes_for(geometry.num_pages * page_class.nbytes)
-        self.least = frames_for(page_class, geometry.experts_per_layer, frame) * frame
+        self._minimum = minimum or geometry.experts_per_layer
+        self.least = frames_for(page_class, self._minimum, frame) * frame
         total = machine.memory().total // frame * frame
         useful = frames_for(page_class, geometry.num_pages, frame) * frame
         self.most = max(self.least, min(useful, total))
@@ -73,12 +82,13 @@ class Room:
         """Compute how many of ``memory`` bytes are used.
 
         Raises:
-            BudgetTooSmallError: ``memory`` bytes cannot hold one layer's experts.
+            BudgetTooSmallError: ``memory`` is less than ``least`` bytes.
         """
         if memory < self.least:
             raise BudgetTooSmallError(
-                f"{sizes.shown(memory)} cannot hold one layer of {self.geometry.experts_per_layer} "
-                f"experts, {sizes.shown(self.page_class.nbytes)} each",
+                f"{sizes.shown(memory)} cannot hold "
+                f"{least_experts(self.geometry, self._minimum)}, "
+                f"{sizes.shown(self.page_class.nbytes)} each",
                 where=f"memory of {where}",
                 fix=f"give at least {sizes.at_least(self.least)}",
             )

@@ -60,14 +60,20 @@ METRICS = (
         ("cause",),
     ),
     Metric(
+        "fluxmoe_expert_reloads_total",
+        "counter",
+        "Loads of an expert beyond the first within one MoE layer execution that runs in waves.",
+    ),
+    Metric(
         "fluxmoe_prefetch_hits_total",
         "counter",
-        "Hits on pages that were prefetched and had not been used before.",
+        "Hits on prefetched pages that had not been used since they were loaded.",
     ),
     Metric(
         "fluxmoe_expert_evictions_total",
         "counter",
-        "Expert pages evicted for other pages, by the policy after use, or as slots were removed.",
+        "Expert pages evicted for other pages, released by the policy after use, or dropped "
+        "because slots were removed or weights changed.",
         ("cause",),
     ),
     Metric(
@@ -84,7 +90,7 @@ METRICS = (
     Metric(
         "fluxmoe_policy_faults_total",
         "counter",
-        "Faults by policies that were contained.",
+        "Policy faults that were contained.",
         ("kind", "policy"),
     ),
     Metric(
@@ -96,7 +102,7 @@ METRICS = (
     Metric(
         REPLACED,
         "gauge",
-        "Workers that have replaced a policy after too many faults, with the last fault.",
+        "Workers that have replaced a policy after too many faults; reason is the last fault.",
         ("kind", "policy", "reason"),
     ),
     Metric(
@@ -147,7 +153,7 @@ METRICS = (
     Metric(
         "fluxmoe_page_reuse_gap_events",
         "histogram",
-        "Executions of MoE layers from one use of an expert page to the next, for a sample.",
+        "Executions of MoE layers from one use of an expert page to the next, sampled.",
     ),
     Metric("fluxmoe_budget_frames", "gauge", "Frames of the whole budget."),
     Metric("fluxmoe_budget_bytes", "gauge", "Bytes of the whole budget."),

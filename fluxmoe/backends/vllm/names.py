@@ -15,6 +15,7 @@ _POOL = "vllm.v1.core.block_pool:BlockPool"
 _WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
 _SERVER = "vllm.entrypoints.launchers.api_server.entry:"
 _RELOAD = "vllm.model_executor.model_loader.reload."
+_DEFAULT_LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
 _MOE = "vllm.model_executor.layers.fused_moe."
 
 
@@ -46,7 +47,9 @@ _TABLE = {
         "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector": (
             "name module_path class_name"
         ),
-        "vllm.model_executor.layers.logits_processor:LogitsProcessor.register_oot": "",
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor.register_oot": (
+            "_decorated_layer_cls name"
+        ),
     },
     "connector": {
         _CONNECTOR + "KVConnectorBase_V1": "vllm_config role kv_cache_config",
@@ -78,7 +81,7 @@ _TABLE = {
         ),
         _CONNECTOR + "KVConnectorHandshakeMetadata": "",
         _CONNECTOR + "KVConnectorMetadata": "",
-        _CONNECTOR + "KVConnectorRole": "",
+        _CONNECTOR + "KVConnectorRole.SCHEDULER": "",
         _CONNECTOR + "KVConnectorWorkerMetadata.aggregate": "other",
         _CONNECTOR + "SupportsHMA.request_finished_all_groups": "request block_ids",
         **_attributes(
@@ -95,11 +98,15 @@ _TABLE = {
             "vllm_config metric_types labelnames per_engine_labelvalues"
         ),
         _METRICS + "KVConnectorPromMetrics.observe": "transfer_stats_data engine_idx",
+        **_attributes(
+            _METRICS + "KVConnectorPromMetrics", "_counter_cls _gauge_cls per_engine_labelvalues"
+        ),
         _METRICS + "KVConnectorStats.reset": "",
         _METRICS + "KVConnectorStats.aggregate": "other",
         _METRICS + "KVConnectorStats.reduce": "",
         _METRICS + "KVConnectorStats.is_empty": "",
         _METRICS + "KVConnectorStats.data": "",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.reset_prefix_cache": "",
         _POOL + ".get_usage": "",
         _POOL + ".reset_prefix_cache": "",
         _POOL + ".get_num_free_blocks": "",
@@ -110,6 +117,9 @@ _TABLE = {
     "worker": {
         "vllm.distributed:get_tensor_model_parallel_rank": "",
         "vllm.distributed:get_tp_group": "",
+        **_attributes(
+            "vllm.distributed.parallel_state:GroupCoordinator", "cpu_group is_last_rank world_size"
+        ),
         "vllm.distributed.kv_transfer.kv_transfer_state:get_kv_transfer_group": "",
         "vllm.distributed.kv_transfer.kv_transfer_state:ensure_kv_transfer_shutdown": "",
         "vllm.distributed.kv_transfer.kv_transfer_state:_KV_CONNECTOR_AGENT": "",
@@ -120,9 +130,22 @@ _TABLE = {
         "vllm.v1.kv_cache_interface:KVCacheSpec.page_size_bytes": "",
         "vllm.v1.kv_cache_interface:KVCacheTensor": "size layers layer_stride block_stride offset",
         _MOE + "experts.cpu_moe:CPUUnquantizedExperts": "",
-        _MOE + "routed_experts:RoutedExperts.register_oot": "",
+        _MOE + "experts.cpu_moe:CPUUnquantizedExperts.apply": (
+            "output hidden_states w1 w2 topk_weights topk_ids activation global_num_experts "
+            "expert_map a1q_scale a2_scale workspace13 workspace2 expert_tokens_meta "
+            "apply_router_weight_on_input"
+        ),
+        _MOE + "routed_experts:RoutedExperts.moe_config": "",
+        _MOE + "routed_experts:RoutedExperts.register_oot": "_decorated_layer_cls name",
+        _MOE + "routed_experts:RoutedExperts._get_quant_method": "",
+        _MOE + "routed_experts:RoutedExperts.weight_loader": (
+            "param loaded_weight weight_name shard_id expert_id return_success"
+        ),
         _MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_weights topk_ids",
-        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "",
+        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "moe",
+        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod.create_weights": "layer",
+        _MOE + "unquantized_fused_moe_method:UnquantizedFusedMoEMethod."
+        "process_weights_after_loading": "layer",
     },
     "cpu": {
         _WORKER: "vllm_config",
@@ -144,9 +167,26 @@ _TABLE = {
             "weights_iterator weights_path is_checkpoint_format"
         ),
     },
+    "loading": {
+        "vllm.model_executor.model_loader:register_model_loader": "load_format",
+        _DEFAULT_LOADER: "load_config",
+        _DEFAULT_LOADER + ".counter_before_loading_weights": "",
+        _DEFAULT_LOADER + ".load_weights": "model model_config",
+        _DEFAULT_LOADER + "._get_weights_iterator": "source",
+        _DEFAULT_LOADER + "._prepare_weights": (
+            "model_name_or_path subfolder revision fall_back_to_pt allow_patterns_overrides"
+        ),
+        _CONFIG + "ModelConfig.architectures": "",
+        _CONFIG + "ParallelConfig.tensor_parallel_size": "",
+        **_attributes(
+            _DEFAULT_LOADER + ".Source",
+            "model_or_path revision subfolder prefix fall_back_to_pt allow_patterns_overrides",
+        ),
+    },
     "reload": {
         _CONFIG + "set_current_vllm_config": "vllm_config",
         "vllm.model_executor.model_loader:get_model_loader": "load_config",
+        _DEFAULT_LOADER + ".get_all_weights": "model_config model",
         _RELOAD + "layerwise:finalize_layerwise_reload": "",
         _RELOAD + "layerwise:get_layerwise_info": "layer",
         _RELOAD + "layerwise:initialize_layerwise_reload": "model",
@@ -160,8 +200,8 @@ _TABLE = {
         _SERVER + "main": "",
         _SERVER + "run_server": "args",
         _SERVER + "run_server_worker": "listen_address sock args",
-        _SERVER + "setup_server": "args",
-        _SERVER + "decorate_logs": "process_name",
+        _SERVER + "setup_server": "args reuse_port",
+        _SERVER + "decorate_logs": "process_name skip_if_decorated",
     },
     "engine": {
         "vllm:LLM.llm_engine": "",
@@ -188,14 +228,16 @@ _ON = {
     ),
     "RoutedExperts": ("layer_name", "quant_method"),
     "unquantised RoutedExperts": (
+        *("ckpt_gate_proj_name", "ckpt_up_proj_name", "ckpt_down_proj_name", "params_dtype"),
         *("hidden_size", "top_k", "w13_weight", "w2_weight", "weight_loader"),
         *("moe_config.intermediate_size_per_partition_unpadded", "moe_config.hidden_dim_unpadded"),
-        "moe_config.moe_parallel_config.tp_size",
+        *("moe_config.moe_parallel_config.tp_size", "activation", "apply_router_weight_on_input"),
     ),
     "UnquantizedFusedMoEMethod": ("moe_kernel",),
     "FusedMoEKernel": ("fused_experts",),
     "CPUUnquantizedExperts": ("_use_zentorch", "isa"),
     "model_runner": ("input_batch.num_reqs", "input_batch.req_ids", "model", "query_start_loc.np"),
+    "app.state": ("engine_client",),
     "AsyncLLM": ("output_processor.has_unfinished_requests",),
 }
 

@@ -42,6 +42,7 @@ def reader(
         C_MISSES,
         C_PREFETCH_HITS,
         C_RELEASED,
+        C_RELOADS,
         C_RESIZED,
     )
 
@@ -64,6 +65,7 @@ def reader(
         ("fluxmoe_expert_hits_total", ()),
         ("fluxmoe_expert_misses_total", ("cold",)),
         ("fluxmoe_expert_misses_total", ("capacity",)),
+        ("fluxmoe_expert_reloads_total", ()),
         ("fluxmoe_prefetch_hits_total", ()),
         ("fluxmoe_expert_evictions_total", ("victim",)),
         ("fluxmoe_expert_evictions_total", ("released",)),
@@ -99,6 +101,7 @@ def reader(
             count[C_HITS],
             count[C_COLD],
             count[C_MISSES] - count[C_COLD],
+            count[C_RELOADS],
             count[C_PREFETCH_HITS],
             count[C_EVICTIONS],
             count[C_RELEASED],

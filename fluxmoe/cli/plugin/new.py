@@ -46,10 +46,11 @@ def new(
             where="NAME",
             fix="use lower-case letters, digits and hyphens, as in my-policy",
         )
+    what = "codec" if kind is Kind.CODEC else f"{kind.value} policy"
     known = {(r.kind, r.name): r.plugin for r in plugins.load().everything()}
     if plugin := known.get((kind.value, short)):
         raise ConfigError(
-            f"{plugin} already registers the {kind.value} {short!r}",
+            f"{plugin} already registers the {what} {short!r}",
             where="NAME",
             fix="choose another name",
         )
@@ -79,7 +80,6 @@ def new(
         copier.run_copy(str(TEMPLATE), folder, data=data, defaults=True, quiet=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}", where="--output") from error
-    what = "codec" if kind is Kind.CODEC else f"{kind.value} policy"
     print(f"{folder}: a package fluxmoe-{short} with the {what} {short!r}")
     print(f"  pip install -e '{folder}[test]' && pytest {folder}")
     print(f"  fluxmoe plugin check {folder / module}.py")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import sys
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxmoe import caches, machine
 from fluxmoe.cli.shared import models, output
+from fluxmoe.cli.shared.options import stores
 from fluxmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,15 +45,44 @@ def profile_of(name: str) -> Profile:
             f"the profile {SUBSTITUTE} is used; pip install 'fluxmoe[hf]', or give --hardware"
         )
         return hardware.load(SUBSTITUTE)
-    output.warn("measuring this machine, once: about a minute; --hardware selects another profile")
+    output.warn("measuring this machine, once: about 20 s; --hardware selects another profile")
     found = _measure()
     try:
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         hardware.save(found, path)
-    except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: no home folder
+    except (OSError, ConfigError) as error:
         output.warn(f"the measurement cannot be kept: {error}")
     return found
+
+
+def with_store(profile: Profile, store: str, page_bytes: int) -> Profile:
+    """Let a profile load pages of ``page_bytes`` bytes from the store that ``--store`` selects.
+
+    Args:
+        store: ``host`` for no change; ``file`` or a folder to measure the disk of the page file.
+
+    Raises:
+        ConfigError: The disk cannot be measured.
+    """
+    from fluxmoe.config import FileStoreConfig
+    from fluxmoe.stores.disk import speed
+
+    if store == "host":
+        return profile
+    folder = FileStoreConfig.model_validate(stores(store)[0]).folder
+    if machine.in_memory(folder):
+        output.warn(f"{folder} is in memory (tmpfs), so its page file uses memory")
+    found = speed.measure(folder, page_bytes)
+    said = f"pages from {folder} at {found.nbytes_per_s / 1e9:.2f} GB/s, {found.depth} at once"
+    return profile.model_copy(
+        update={
+            "description": f"{profile.description}; {said}",
+            "store": "disk",
+            "load_gbps": found.nbytes_per_s / 1e9,
+            "load_us": found.seconds * 1e6,
+        }
+    )
 
 
 def measured() -> Profile | None:
@@ -61,7 +91,7 @@ def measured() -> Profile | None:
 
     try:
         return hardware.load(_path())
-    except (RuntimeError, ConfigError):
+    except ConfigError:
         return None
 
 
@@ -72,7 +102,7 @@ def _measure() -> Profile:
 
     models.quiet()
     fields = measure(SHIPPED)
-    said = f"{_cpu()}, {fields['description']}, {date.today().isoformat()}"
+    said = f"{machine.processor()}, {fields['description']}, {date.today().isoformat()}"
     return Profile(**{**fields, "name": HERE, "description": said})
 
 
@@ -80,18 +110,8 @@ def _path() -> Path:
     """Return the file of this machine's profile.
 
     Raises:
-        RuntimeError: The user has no home folder.
+        ConfigError: The user has no home folder.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{_cpu()} {os.cpu_count()}".lower()).strip("-")
-    return Path(root) / "fluxmoe" / "hardware" / f"{name}.yaml"
-
-
-def _cpu() -> str:
-    """Return the CPU's name, which distinguishes machines that share a home folder."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return sys.platform
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else sys.platform
+    # Machines that share a home folder may have different processors.
+    name = re.sub(r"[^a-z0-9]+", "-", f"{machine.processor()} {os.cpu_count()}".lower()).strip("-")
+    return caches.own("hardware") / f"{name}.yaml"

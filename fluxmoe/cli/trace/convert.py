@@ -40,8 +40,10 @@ def convert(
     """Convert a routing trace from another tool to FluxMoE's format."""
     from fluxmoe.config import size
     from fluxmoe.trace import TraceReader
+    from fluxmoe.trace.file import require_place
     from fluxmoe.trace.formats import Options, convert
 
+    require_place(out, replace=force, by="--force")
     meta = convert(
         source,
         out,

@@ -31,7 +31,7 @@ def info(
     from fluxmoe.trace.statistics import describe
 
     if picture is not None:
-        require_new(picture, replace=force)
+        require_new(picture, replace=force, by="--force")
     statistics = describe(trace)
     if picture is not None:
         pictures.draw(statistics, picture, f"{trace.name}: {statistics.meta.model}")

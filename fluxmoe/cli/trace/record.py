@@ -14,7 +14,7 @@ import typer
 from fluxmoe import sizes
 from fluxmoe.cli.generate import Backend
 from fluxmoe.cli.shared import models, output
-from fluxmoe.cli.shared.options import AsJson, Force
+from fluxmoe.cli.shared.options import AsJson, Force, Plugins
 from fluxmoe.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def record(
         ),
     ] = "4GiB",
     eviction: Annotated[str, typer.Option(help="Eviction policy while recording.")] = "lru",
+    prefetch: Annotated[str, typer.Option(help="Prefetch policy while recording.")] = "none",
+    plugin: Plugins = None,
     weights: Annotated[
         bool, typer.Option("--weights", help="Also record routing weights.")
     ] = False,
@@ -109,7 +111,7 @@ def record(
             )
         )
     with found.check():  # the writer checks too, but only after the model has been loaded
-        require_place(out, replace=force)
+        require_place(out, replace=force, by="--force")
     lines = _lines(prompt or [], prompt_ids or [], prompts, found)
     size = models.setting(model, "vocab_size")
     with found.check():
@@ -127,7 +129,12 @@ def record(
     if backend is Backend.TORCH:
         options["predict"] = predict
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings = {"memory": {"budget": memory}, "eviction": eviction}
+    settings = {
+        "memory": {"budget": memory},
+        "eviction": eviction,
+        "prefetch": prefetch,
+        "plugins": plugin or [],
+    }
     longest = max((len(line) for line in lines if not isinstance(line, str)), default=1)
     start = _torch if backend is Backend.TORCH else _vllm
     run = start(model, settings, found, batch, longest + max_new_tokens)

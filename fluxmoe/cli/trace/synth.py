@@ -49,8 +49,10 @@ def synth(
 ) -> None:
     """Write a synthetic trace; the same arguments give the same file."""
     from fluxmoe.config import size
+    from fluxmoe.trace.file import require_place
     from fluxmoe.trace.synth import Workload, write
 
+    require_place(out, replace=force, by="--force")
     workload = Workload(
         layers,
         experts,

@@ -19,7 +19,7 @@ from typing import Protocol
 from fluxmoe.core.arbitration.limits import EXPERTS, KV, in_words, narrowed
 from fluxmoe.core.arbitration.messages import Answer, Decision, Inventory, OperatorLimits, Order
 from fluxmoe.core.arbitration.moves import Move, MoveCoordinator, MoveOutcome, MoveResult
-from fluxmoe.core.arbitration.planning import Held, Planner
+from fluxmoe.core.arbitration.planning import CurrentSplit, Planner
 from fluxmoe.core.arbitration.schedule import AskingSchedule
 from fluxmoe.core.policy.arbitration import (
     ArbitrationView,
@@ -231,8 +231,8 @@ class Arbiter:
         if not view.running_requests and not over:
             return
         wanted = self._planner.within(split, view, fill=self._limits is not None)
-        held = Held(self._slots, self._groups, self._frames)
-        move = self._planner.move(wanted, view, held, self._pause_per_frame)
+        current = CurrentSplit(self._slots, self._groups, self._frames)
+        move = self._planner.move(wanted, view, current, self._pause_per_frame)
         self._settled = move is None and not over
         if move is not None:
             if not move.to_kv:  # the blocks of these groups are already held

@@ -21,6 +21,7 @@ class Inventory:
         frames: Budget in frames.
         geometry, page_class: Geometry and page layout of the experts.
         bank_limit: Maximum number of slots per bank; None if unlimited.
+        minimum: Minimum number of slots per bank.
         slots: Initial number of slots of each bank.
         experts, kv: Minimum, target and maximum of each tenant, in frames.
         layout: Layout of the KV cache.
@@ -31,6 +32,7 @@ class Inventory:
     geometry: Geometry
     page_class: PageClass
     bank_limit: int | None
+    minimum: int
     slots: tuple[int, ...]
     experts: Budget
     kv: Budget

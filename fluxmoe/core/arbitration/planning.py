@@ -19,7 +19,7 @@ from fluxmoe.core.arbitration.limits import EXPERTS, KV, filled
 from fluxmoe.core.arbitration.messages import Inventory
 from fluxmoe.core.arbitration.moves import Move
 from fluxmoe.core.memory.experts import frames_for
-from fluxmoe.core.memory.sizing import sizes
+from fluxmoe.core.memory.sizing import slots_per_bank
 from fluxmoe.core.policy.arbitration import ArbitrationView, Split
 
 #: Longest pause of the engine that a move may cause, as a fraction of a step.
@@ -31,7 +31,7 @@ FIRST = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class CurrentSplit:
     """The current split.
 
     Attributes:
@@ -80,33 +80,37 @@ class Planner:
         return filled(wishes, view) if fill else wishes
 
     def move(
-        self, wanted: dict[str, int], view: ArbitrationView, held: Held, pause_per_frame: float
+        self,
+        wanted: dict[str, int],
+        view: ArbitrationView,
+        current: CurrentSplit,
+        pause_per_frame: float,
     ) -> Move | None:
         """Plan the next move towards ``wanted``; return None if no move is worthwhile.
 
         Args:
             wanted: Tenant → frames, within the bounds.
             view: The policy's input.
-            held: The current split. If the move takes groups from the KV cache, their blocks are
+            current: The current split. If the move takes groups from the KV cache, their blocks are
                 held from then on.
             pause_per_frame: Recent duration of a move in seconds per frame; 0 before the first
                 move.
         """
-        have, per_group = held.frames, self._inventory.layout.frames_per_group
+        have, per_group = current.frames, self._inventory.layout.frames_per_group
         if wanted == have:  # the usual case
             return None
         bounds, free_frames = view.bounds, view.total_frames - have[EXPERTS] - have[KV]
-        most_frames = self._most_frames(view, held, pause_per_frame)
+        most_frames = self._most_frames(view, current, pause_per_frame)
         grow_frames = min(wanted[KV] - have[KV], most_frames)
         if grow_frames >= per_group:
-            return self._to_kv(held, grow_frames, free_frames)
+            return self._to_kv(current, grow_frames, free_frames)
 
         # Slots take whole frames, so that the experts may be unable to use all requested frames.
-        expert_frames = self.expert_frames(self._sizes(wanted[EXPERTS]) or held.slots)
+        expert_frames = self.expert_frames(self._slots(wanted[EXPERTS]) or current.slots)
         surplus_frames = max(-free_frames, have[EXPERTS] - bounds[EXPERTS].max)
         if expert_frames < have[EXPERTS] and surplus_frames > 0:
             least_frames = have[EXPERTS] - min(surplus_frames, most_frames)
-            return self._resize(held, max(expert_frames, least_frames))
+            return self._resize(current, max(expert_frames, least_frames))
 
         # The KV cache gives up no more than the experts can use or the limit demands.
         missing_frames = expert_frames - have[EXPERTS] - free_frames
@@ -117,46 +121,48 @@ class Planner:
             gap_frames = _up(gap_frames, per_group)  # a limit must be met, not just approached
         shrink_frames = min(gap_frames, _up(needed_frames, per_group), most_frames)
         if shrink_frames >= per_group:
-            return self._to_experts(held, shrink_frames // per_group, expert_frames, free_frames)
+            return self._to_experts(current, shrink_frames // per_group, expert_frames, free_frames)
         if expert_frames > have[EXPERTS] and free_frames > 0:
             grow_frames = min(expert_frames - have[EXPERTS], free_frames, most_frames)
-            return self._resize(held, have[EXPERTS] + grow_frames)
+            return self._resize(current, have[EXPERTS] + grow_frames)
         return None
 
-    def _most_frames(self, view: ArbitrationView, held: Held, pause_per_frame: float) -> int:
+    def _most_frames(
+        self, view: ArbitrationView, current: CurrentSplit, pause_per_frame: float
+    ) -> int:
         """Return the most frames that the next move may move.
 
         The pause limits this number, but it is always large enough for a move to have an effect.
         """
         per_group, total_frames = self._inventory.layout.frames_per_group, self._inventory.frames
-        next_slots = tuple(count + 1 for count in held.slots)
-        slot_frames = self.expert_frames(next_slots) - held.frames[EXPERTS]
+        next_slots = tuple(count + 1 for count in current.slots)
+        slot_frames = self.expert_frames(next_slots) - current.frames[EXPERTS]
         most_frames = total_frames * FIRST
         if pause_per_frame and view.step_seconds:
             most_frames = PAUSE * view.step_seconds / pause_per_frame
         return max(_up(slot_frames, per_group), int(min(most_frames, total_frames * LARGEST)))
 
-    def _to_kv(self, held: Held, most_frames: int, free_frames: int) -> Move | None:
+    def _to_kv(self, current: CurrentSplit, most_frames: int, free_frames: int) -> Move | None:
         """Commit as many of the lowest groups as fit in ``most_frames`` frames.
 
         Free frames are used first, then the experts' frames.
         """
         layout, groups, group_frames = self._inventory.layout, [], 0
         for group in range(layout.groups):
-            if group not in held.groups:
+            if group not in current.groups:
                 if group_frames + layout.frames_of(group) > most_frames:
                     break
                 groups.append(group)
                 group_frames += layout.frames_of(group)
-        slots: tuple[int, ...] | None = held.slots
+        slots: tuple[int, ...] | None = current.slots
         if group_frames > free_frames:
-            slots = self._sizes(self.expert_frames(held.slots) - (group_frames - free_frames))
+            slots = self._slots(self.expert_frames(current.slots) - (group_frames - free_frames))
         if not groups or slots is None:
             return None
-        return Move(True, tuple(groups), held.slots, slots)
+        return Move(True, tuple(groups), current.slots, slots)
 
     def _to_experts(
-        self, held: Held, groups: int, expert_frames: int, free_frames: int
+        self, current: CurrentSplit, groups: int, expert_frames: int, free_frames: int
     ) -> Move | None:
         """Release up to ``groups`` unused groups, for the experts.
 
@@ -165,28 +171,29 @@ class Planner:
         released = self._hold(groups)
         if not released:
             return None  # all groups are in use; the next step tries again
-        have_frames = held.frames[EXPERTS]
+        have_frames = current.frames[EXPERTS]
         room_frames = have_frames + free_frames + self.kv_frames(released)
-        slots = self._sizes(max(min(expert_frames, room_frames), have_frames)) or held.slots
-        return Move(False, released, held.slots, slots)
+        slots = self._slots(max(min(expert_frames, room_frames), have_frames)) or current.slots
+        return Move(False, released, current.slots, slots)
 
-    def _resize(self, held: Held, expert_frames: int) -> Move | None:
+    def _resize(self, current: CurrentSplit, expert_frames: int) -> Move | None:
         """Resize only the experts, to at most ``expert_frames`` frames."""
-        slots = self._sizes(expert_frames)
-        if slots is None or slots == held.slots:
+        slots = self._slots(expert_frames)
+        if slots is None or slots == current.slots:
             return None
-        return Move(slots < held.slots, (), held.slots, slots)
+        return Move(slots < current.slots, (), current.slots, slots)
 
-    def _sizes(self, expert_frames: int) -> tuple[int, ...] | None:
+    def _slots(self, expert_frames: int) -> tuple[int, ...] | None:
         """Return the most slots per bank that fit in these frames; None below the minimum."""
         i = self._inventory
-        slots = sizes(
+        slots = slots_per_bank(
             i.geometry,
             i.page_class,
             expert_frames,
             i.layout.frame_bytes,
             banks=len(i.slots),
             limit=i.bank_limit,
+            minimum=i.minimum,
         )
         return None if slots is None else tuple(slots)
 

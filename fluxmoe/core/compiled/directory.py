@@ -1,8 +1,8 @@
 """Directories, by which many arrays are passed to compiled code as one.
 
-On every call from Python, numba unpacks a named tuple array by array. For the 23 arrays of the
-books, this costs more than the entire event rule, particularly in an engine, where other work
-flushes the CPU caches between events. A *directory* is one array with the address and shape of each
+On every call from Python, numba unpacks a named tuple array by array. For the arrays of the books,
+this costs more than the entire event rule, particularly in an engine, where other work flushes the
+CPU caches between events. A *directory* is one array with the address and shape of each
 of the arrays; compiled code rebuilds the tuple from the directory and reads only the entries that
 it uses.
 """

@@ -49,7 +49,7 @@ def _digest(folder: Path) -> str:
 
 @cache
 def _announce(how_often: str) -> None:
-    logger.info("compiling FluxMoE's inner loops, %s: up to half a minute", how_often)
+    logger.info("compiling inner loops of FluxMoE, %s: up to half a minute", how_often)
 
 
 class _Cache(FunctionCache):
@@ -63,7 +63,7 @@ class _Cache(FunctionCache):
                 self.flush()  # the next compilation creates a new index
             found = None
         if found is None:
-            _announce("once")
+            _announce("which later runs reuse")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -72,10 +72,10 @@ class _Cache(FunctionCache):
 
 
 class _NoCache(NullCache):
-    """The absence of a cache, for when neither the source folder nor the user's is writable."""
+    """A cache that stores nothing, if neither the sources' nor the user's folder is writable."""
 
     def load_overload(self, sig: Any, target_context: Any) -> None:
-        _announce("at every start, because no folder to store them is writable")
+        _announce("at every start, because no folder to store them in is writable")
 
 
 @register_pass(mutates_CFG=False, analysis_only=False)
@@ -118,8 +118,8 @@ def jit(function: F) -> F:
     """Compile ``function`` on first use and cache the machine code beside its source file.
 
     This is for inner loops over arrays that the caller owns: the code cannot allocate, so that
-    arrays need no reference counting, and it is inlined into compiled callers. Together this makes
-    the event rule, with some thirty arrays, five to ten times as fast.
+    arrays need no reference counting, and it is inlined into compiled callers. These options
+    together make the event rule, with some thirty arrays, five to ten times as fast.
     """
     return _cached(function, {"_nrt": False, "forceinline": True})
 

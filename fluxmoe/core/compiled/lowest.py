@@ -77,7 +77,7 @@ def lowest(scores: Numbers, pages: Int64s, count: int, kept: Numbers, out: Int64
         while low != 0:
             i = first + lowest_bit(low)
             low &= low - np.uint64(1)
-            if not_above(scores[i], pages[i], kept[0], out[0]):
+            if before(scores[i], pages[i], kept[0], out[0]):
                 offer(kept, out, found, count, scores[i], pages[i])
     ascending(kept, out, found)
 
@@ -99,7 +99,7 @@ def low_bits(scores: Numbers, first: int, end: int, limit: float) -> np.uint64:
 
 
 @jit
-def not_above(score: float, page: int, limit: float, limit_page: int) -> bool:
+def before(score: float, page: int, limit: float, limit_page: int) -> bool:
     """Return True if (score, page) comes before (limit, limit_page)."""
     return bool(score < limit or (score == limit and page < limit_page))
 
@@ -113,7 +113,7 @@ def offer(kept: Numbers, out: Int64s, found: int, count: int, score: float, page
     if found < count:
         i = found
         kept[i], out[i] = score, page
-        while i > 0 and not_above(kept[(i - 1) // 2], out[(i - 1) // 2], kept[i], out[i]):
+        while i > 0 and before(kept[(i - 1) // 2], out[(i - 1) // 2], kept[i], out[i]):
             _swap(kept, out, i, (i - 1) // 2)
             i = (i - 1) // 2
         return found + 1
@@ -143,9 +143,9 @@ def _sift_down(kept: Numbers, out: Int64s, size: int) -> None:
         child = 2 * i + 1
         if child >= size:
             return
-        if child + 1 < size and not_above(kept[child], out[child], kept[child + 1], out[child + 1]):
+        if child + 1 < size and before(kept[child], out[child], kept[child + 1], out[child + 1]):
             child += 1
-        if not not_above(kept[i], out[i], kept[child], out[child]):
+        if not before(kept[i], out[i], kept[child], out[child]):
             return
         _swap(kept, out, i, child)
         i = child

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import weakref
 
 import numpy as np
 
@@ -12,6 +12,23 @@ from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import InvariantError
 
 ABSENT = -1
+
+
+class Addresses:
+    """A range of addresses; every array that views the range keeps a reference to this object.
+
+    Args:
+        start: Start of the range.
+        nbytes: Size of the range in bytes.
+    """
+
+    def __init__(self, start: int, nbytes: int) -> None:
+        self.__array_interface__ = {
+            "data": (start, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
 
 
 class Arena:
@@ -26,6 +43,7 @@ class Arena:
         frames = -(-nbytes // substrate.frame_bytes)
         self.frame_at = np.full(frames, ABSENT, np.int64)
         self.address = substrate.reserve(frames * substrate.frame_bytes)
+        self._addresses: Addresses | None = Addresses(self.address, frames * substrate.frame_bytes)
 
     @property
     def committed(self) -> int:
@@ -54,11 +72,11 @@ class Arena:
     def rows(self, count: int, nbytes: int) -> Bytes:
         """Return a view of the arena as a uint8 array ``[count, nbytes]``; for host memory only.
 
-        Only committed rows may be read or written. The array does not keep the arena alive.
+        Only committed rows may be read or written. After ``close``, all rows are zero.
         """
         self._require(count, nbytes)
-        buffer = (ctypes.c_uint8 * (count * nbytes)).from_address(self.address)
-        return np.ctypeslib.as_array(buffer).reshape(count, nbytes)
+        every: Bytes = np.asarray(self._addresses)
+        return every[: count * nbytes].reshape(count, nbytes)
 
     def export(self, count: int, nbytes: int) -> Exported:
         """Return the rows for ``torch.from_dlpack``, on the frames' device."""
@@ -70,9 +88,18 @@ class Arena:
             raise InvariantError(f"{count} rows of {nbytes} bytes do not fit the arena")
 
     def close(self) -> Int64s:
-        """Unmap everything, release the address range, and return the committed frames."""
+        """Unmap everything and release the address range.
+
+        If arrays from ``rows`` exist, the address range is released with the last of these arrays.
+
+        Returns:
+            The frames that were committed, int64.
+        """
         frames: Int64s = self.frame_at[self.frame_at != ABSENT]
-        self._substrate.unreserve(self.address, len(self.frame_at) * self._substrate.frame_bytes)
+        viewed = weakref.ref(self._addresses) if self._addresses is not None else lambda: None
+        self._addresses = None
+        nbytes = len(self.frame_at) * self._substrate.frame_bytes
+        self._substrate.unreserve(self.address, nbytes, viewed())
         self.frame_at = np.full(0, ABSENT, np.int64)
         return frames
 

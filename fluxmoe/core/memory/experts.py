@@ -11,7 +11,8 @@ from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.dlpack import Exported
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.substrate import Substrate
-from fluxmoe.core.types import Bytes, Int64s, PageClass
+from fluxmoe.core.memory.tenant import Tenant
+from fluxmoe.core.types import Bytes, PageClass
 from fluxmoe.errors import CapacityError, InvariantError
 
 
@@ -28,7 +29,7 @@ def slots_within(page_class: PageClass, frames: int, frame_bytes: int) -> int:
     return slots
 
 
-class ExpertTenant:
+class ExpertTenant(Tenant):
     """The arenas of all banks: one dense array ``[slots, part bytes]`` per bank and part.
 
     The committed slots are a bank's first slots, so a bank grows and shrinks at its end.
@@ -49,8 +50,8 @@ class ExpertTenant:
         page_class: PageClass,
         reserved: Sequence[int],
     ) -> None:
-        self._pool, self._substrate, self._page_class = pool, substrate, page_class
-        self._reserved = list(reserved)
+        super().__init__(pool, substrate)
+        self._page_class, self._reserved = page_class, list(reserved)
         self.slots = [0] * len(self._reserved)
         self._arenas: list[list[Arena]] = [[] for _ in self._reserved]
         try:
@@ -60,15 +61,6 @@ class ExpertTenant:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def frames(self) -> int:
-        return self._pool.owned_by(self.NAME)
-
-    @property
-    def nbytes(self) -> int:
-        """The committed bytes, in whole frames."""
-        return self.frames * self._pool.frame_bytes
 
     def rows(self, bank: int) -> list[Bytes]:
         """Return a bank's arenas, one uint8 array ``[reserved slots, part bytes]`` per part."""
@@ -111,7 +103,8 @@ class ExpertTenant:
             if slots > self.slots[bank]:
                 for arena, want in wanted:
                     stack.callback(self._trim, arena, arena.committed)
-                    self._grow(arena, want)
+                    have = arena.committed
+                    self._commit(arena, have, max(0, want - have))
                 stack.pop_all()
                 self.slots[bank] = slots
             else:
@@ -119,23 +112,10 @@ class ExpertTenant:
                 for arena, want in wanted:
                     stack.callback(self._trim, arena, want)
 
-    def _grow(self, arena: Arena, want: int) -> None:
-        have = arena.committed
-        frames = self._pool.take(self.NAME, max(0, want - have))
-        try:
-            arena.commit(have, frames)
-        except BaseException:
-            self._give_up(frames)
-            raise
-
     def _trim(self, arena: Arena, want: int) -> None:
         have = arena.committed
         if want < have:
             self._give_up(arena.decommit(want, have - want))
-
-    def _give_up(self, frames: Int64s) -> None:
-        self._pool.give(self.NAME, frames)
-        self._substrate.release(frames)
 
     def close(self) -> None:
         """Release all frames and addresses. Idempotent.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 
 import numpy as np
 
@@ -115,10 +116,17 @@ class CpuSubstrate:
             raise
         return address
 
-    def unreserve(self, address: int, nbytes: int) -> None:
+    def unreserve(self, address: int, nbytes: int, viewed: object | None = None) -> None:
         if self._ranges.pop(address, None) != nbytes:
             raise SubstrateError(f"no range of {sizes.exact(nbytes)} was reserved at {address:#x}")
-        _libc.munmap(address, nbytes)
+        if viewed is None:
+            _libc.munmap(address, nbytes)
+            return
+        # A single mapping without memory: mapping the poison for each piece could exceed the
+        # system's limit on the number of mappings if many views are kept.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        self._map(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        weakref.finalize(viewed, _libc.munmap, address, nbytes).atexit = False
 
     def commit(self, address: int, frames: Int64s) -> None:
         self._owner.require()

@@ -19,6 +19,7 @@ from fluxmoe.core.memory.arena import Arena
 from fluxmoe.core.memory.dlpack import Exported
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.substrate import Substrate
+from fluxmoe.core.memory.tenant import Tenant
 from fluxmoe.core.types import Bools, Bytes
 from fluxmoe.errors import InvariantError
 
@@ -76,7 +77,7 @@ class KVLayout:
         return min(count, self.groups)
 
 
-class KVTenant:
+class KVTenant(Tenant):
     """The buffer of the engine's KV cache, committed in groups.
 
     A newly committed group reads as zero, as the engine expects of a fresh cache, because frames
@@ -92,19 +93,11 @@ class KVTenant:
     NAME = "kv"
 
     def __init__(self, pool: FramePool, substrate: Substrate, layout: KVLayout) -> None:
-        self._pool, self._substrate, self.layout = pool, substrate, layout
+        super().__init__(pool, substrate)
+        self.layout = layout
         self._arena = Arena(substrate, layout.nbytes)
         #: True for each group that is committed.
         self.committed: Bools = np.zeros(layout.groups, np.bool_)
-
-    @property
-    def frames(self) -> int:
-        return self._pool.owned_by(self.NAME)
-
-    @property
-    def nbytes(self) -> int:
-        """The committed bytes, in whole frames."""
-        return self.frames * self._pool.frame_bytes
 
     def buffer(self) -> Bytes:
         """Return all blocks as uint8 ``[blocks * block_bytes]``, which keeps no arena alive."""
@@ -128,13 +121,8 @@ class KVTenant:
             for group in self._known(groups):
                 if self.committed[group]:
                     continue
-                frames = self._pool.take(self.NAME, self.layout.frames_of(group))
-                try:
-                    self._arena.commit(group * self.layout.frames_per_group, frames)
-                except BaseException:
-                    self._pool.give(self.NAME, frames)
-                    self._substrate.release(frames)
-                    raise
+                first = group * self.layout.frames_per_group
+                self._commit(self._arena, first, self.layout.frames_of(group))
                 self.committed[group] = True
                 done.append(group)
         except BaseException:
@@ -157,16 +145,14 @@ class KVTenant:
                 group * self.layout.frames_per_group, self.layout.frames_of(group)
             )
             self.committed[group] = False
-            self._pool.give(self.NAME, frames)
-            self._substrate.release(frames)
+            self._give_up(frames)
 
     def close(self) -> None:
         """Release all frames and addresses. Idempotent."""
         if len(self.committed):
             frames = self._arena.close()
             self.committed = np.zeros(0, np.bool_)
-            self._pool.give(self.NAME, frames)
-            self._substrate.release(frames)
+            self._give_up(frames)
 
     def check(self) -> None:
         """Raise InvariantError unless exactly the committed groups are mapped, to owned frames."""

@@ -39,19 +39,21 @@ class Wish:
     cap: int | None = None
 
 
-def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple[Budget, Budget]:
-    """Split ``frames`` frames between the experts and the KV cache.
+def first_split(budget: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple[Budget, Budget]:
+    """Split the whole frames in ``budget`` bytes between the experts and the KV cache.
 
     Returns:
-        The budgets of the experts and the KV cache; their targets add up to at most ``frames``.
+        The budgets of the experts and the KV cache in frames. The sum of their targets does not
+        exceed the budget.
 
     Raises:
-        BudgetTooSmallError: The two minimums together exceed ``frames``.
-        ConfigError: A target is below its tenant's minimum, or both together exceed ``frames``.
+        BudgetTooSmallError: The two minimums together exceed the budget.
+        ConfigError: A target is below its tenant's minimum, or both together exceed the budget.
     """
+    frames = budget // frame_bytes
     if experts.min + kv.min > frames:
         need = (experts.min + kv.min) * frame_bytes
-        given, needed = apart(frames * frame_bytes, need)
+        given, needed = apart(budget, need)
         raise BudgetTooSmallError(
             f"a budget of {given} is too small: at least {needed} is needed, "
             f"{shown(experts.min * frame_bytes)} for experts ({experts.reason}) and "
@@ -69,7 +71,7 @@ def first_split(frames: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
             )
     fixed = (experts.target or experts.min) + (kv.target or kv.min)
     if fixed > frames:
-        needed, given = apart(fixed * frame_bytes, frames * frame_bytes)
+        needed, given = apart(fixed * frame_bytes, budget)
         raise ConfigError(
             f"the targets need {needed}, but the budget has {given}",
             where="memory",
@@ -116,7 +118,7 @@ def spread(geometry: Geometry, slots: int, banks: int) -> tuple[list[int], list[
     return shares, bank_of
 
 
-def sizes(
+def slots_per_bank(
     geometry: Geometry,
     page_class: PageClass,
     frames: int,
@@ -124,6 +126,7 @@ def sizes(
     *,
     banks: int = 1,
     limit: int | None = None,
+    minimum: int | None = None,
 ) -> list[int] | None:
     """Find the maximum number of slots that need at most ``frames`` frames, for each bank.
 
@@ -134,17 +137,18 @@ def sizes(
         frame_bytes: Size in bytes of a frame.
         banks: Number of banks.
         limit: Maximum number of slots per bank; None if unlimited.
+        minimum: Minimum number of slots per bank; by default one layer's experts.
 
     Returns:
-        The slots of each bank; None if a bank could not hold one layer's experts.
+        The number of slots of each bank; None if a bank would have fewer slots than ``minimum``.
     """
-    experts = geometry.experts_per_layer
+    least = geometry.experts_per_layer if minimum is None else minimum
     total = min(slots_within(page_class, frames, frame_bytes), geometry.num_pages)
     # Each bank fills whole frames, so several banks may need a few more frames than one bank.
-    for slots in range(total, banks * experts - 1, -1):
+    for slots in range(total, banks * least - 1, -1):
         shares = [min(share, limit or share) for share in spread(geometry, slots, banks)[0]]
         used = sum(frames_for(page_class, share, frame_bytes) for share in shares)
-        if min(shares) >= experts and used <= frames:
+        if min(shares) >= least and used <= frames:
             return shares
     return None
 
@@ -158,15 +162,17 @@ def fewest_banks(
     wanted: int,
     *,
     least: int,
+    minimum: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """Find the maximum number of slots per bank within ``frames`` frames, and each layer's bank.
 
     The number of banks is the smallest that wastes no slot, or ``wanted`` if that is more. Each
-    bank must hold one layer's experts even within ``least`` frames; if that is impossible, there
-    are fewer banks.
+    bank must have ``minimum`` slots (by default, one layer's experts) even within ``least`` frames;
+    if that is impossible, there are fewer banks.
     """
     layers, experts = geometry.num_layers, geometry.experts_per_layer
-    if limit is not None and limit < experts:
+    minimum = experts if minimum is None else minimum
+    if limit is not None and limit < minimum:
         raise UnsupportedError(
             f"the kernel can address {limit} slots of this size, but a layer has {experts} experts"
         )
@@ -176,9 +182,11 @@ def fewest_banks(
         needed += 1
     for banks in range(min(max(needed, wanted), layers), 0, -1):
         small, slots = (
-            sizes(geometry, page_class, count, frame_bytes, banks=banks, limit=limit)
+            slots_per_bank(
+                geometry, page_class, count, frame_bytes, banks=banks, limit=limit, minimum=minimum
+            )
             for count in (least, frames)
         )
         if small is not None and slots is not None:
             return slots, spread(geometry, total, banks)[1]
-    raise InvariantError("the experts' minimum does not hold one layer")
+    raise InvariantError("the experts' minimum does not hold one bank's minimum")

@@ -30,8 +30,16 @@ class Substrate(Protocol):
     def reserve(self, nbytes: int) -> int:
         """Reserve ``nbytes`` of address space, a multiple of the frame size; return its start."""
 
-    def unreserve(self, address: int, nbytes: int) -> None:
-        """Unmap all frames in a reserved range and release the range."""
+    def unreserve(self, address: int, nbytes: int, viewed: object | None = None) -> None:
+        """Unmap all frames in a reserved range and release the range.
+
+        Args:
+            address: Start of the range.
+            nbytes: Size of the range in bytes.
+            viewed: Object that exists as long as views of the range in host memory exist; None if
+                there are no views. The range is released together with this object; until then, all
+                bytes of the range are zero.
+        """
 
     def commit(self, address: int, frames: Int64s) -> None:
         """Map ``frames`` consecutively at the frame-aligned ``address``.

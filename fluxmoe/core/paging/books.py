@@ -21,7 +21,7 @@ UNUSED = 2  # prefetched and not yet used
 DIRTY = 4  # accessed or loaded since the page's score was last computed
 
 # Indices into Books.now.
-EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING, CHANGES = range(9)
+EVENT, STEP, LAYER, PAGES, MISSES, LOADED, DIRTIES, LEAVING, CHANGES, RELOADED = range(10)
 
 #: Value of ``now[CHANGES]`` if more pages have changed than ``changed`` lists.
 ALL_PAGES = -1
@@ -39,7 +39,8 @@ ALL_PAGES = -1
     C_LOADS_DEMAND,
     C_LOADS_PREFETCH,
     C_COLD,
-) = range(11)
+    C_RELOADS,
+) = range(12)
 
 
 class Books(NamedTuple):
@@ -100,8 +101,8 @@ def new_books(geometry: Geometry, banks: int, width: int, bank_of: Sequence[int]
         leaving=np.zeros(experts, np.int64),
         dirty=np.zeros(pages, np.int64),
         changed=np.zeros(pages, np.int64),
-        now=np.zeros(9, np.int64),
-        counts=np.zeros(11, np.int64),
+        now=np.zeros(10, np.int64),
+        counts=np.zeros(12, np.int64),
     )
 
 

@@ -25,6 +25,7 @@ from fluxmoe.core.paging.books import (
     NEVER,
     PAGES,
     PROTECTED,
+    RELOADED,
     STEP,
     UNUSED,
     AnyBooks,
@@ -77,7 +78,7 @@ def open_event(books: AnyBooks, step: int, layer: int, ids: Ints, slots: Slots) 
             b.asked[ids[i] >> 6] |= bit(ids[i])
 
     release_leaving(b)
-    b.now[LOADED] = 0
+    b.now[LOADED] = b.now[RELOADED] = 0
     b.now[EVENT] += 1
     b.now[STEP], b.now[LAYER] = step, layer
     event = b.now[EVENT]

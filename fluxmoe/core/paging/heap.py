@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.compiled.directory import opener
 from fluxmoe.core.compiled.jit import jit
+from fluxmoe.core.compiled.lowest import before
 from fluxmoe.core.paging.books import ABSENT, EVENT, PROTECTED, AnyBooks, Books, open_books
 from fluxmoe.core.types import Bools, Int64s
 
@@ -122,7 +123,7 @@ def update(heaps: AnyHeap, books: AnyBooks, pages: Int64s, scores: npt.NDArray[n
         bank = b.bank_of[b.layer_of[page]]
         heap.score[bank, b.slot_of[page]] = score
         end = heap.queue_ends[bank, 1] - 1
-        if end < heap.queue_ends[bank, 0] or _less(
+        if end < heap.queue_ends[bank, 0] or before(
             heap.queue_key[bank, end], heap.queue_page[bank, end], score, page
         ):
             _append(heap, b, bank, page, score)
@@ -152,7 +153,7 @@ def choose(
     size, head = heap.size[bank], ends[0]
     while found < count:
         queued = head < ends[1] and (
-            size == 0 or _less(queue_key[head], queue_page[head], key[0], pages[0])
+            size == 0 or before(queue_key[head], queue_page[head], key[0], pages[0])
         )
         if queued:
             bound, page = queue_key[head], queue_page[head]
@@ -257,7 +258,7 @@ def _draw_limit(heap: VictimHeap, b: Books, bank: int, slots: int) -> None:
         page, score, i = b.page_at[bank, slot], heap.score[bank, slot], n
         if page == ABSENT or heap.chosen[page]:
             continue
-        while i > 0 and _less(score, page, heap.sample[i - 1], heap.sample_page[i - 1]):
+        while i > 0 and before(score, page, heap.sample[i - 1], heap.sample_page[i - 1]):
             i -= 1
             if i < _RANK:
                 heap.sample[i + 1], heap.sample_page[i + 1] = heap.sample[i], heap.sample_page[i]
@@ -266,11 +267,6 @@ def _draw_limit(heap: VictimHeap, b: Books, bank: int, slots: int) -> None:
             n = min(n + 1, _RANK + 1)
     if n > _RANK:
         heap.limit[bank], heap.limit_page[bank] = heap.sample[_RANK], heap.sample_page[_RANK]
-
-
-@jit
-def _less(a: int, page_a: int, b: int, page_b: int) -> bool:
-    return bool(a < b or (a == b and page_a < page_b))
 
 
 @jit
@@ -289,7 +285,7 @@ def _sift_down(key: Int64s, page: Int64s, size: int, top: int) -> None:
     if child < size:
         key[i], page[i] = key[child], page[child]
         i = child
-    while i > top and _less(k, p, key[(i - 1) // 2], page[(i - 1) // 2]):
+    while i > top and before(k, p, key[(i - 1) // 2], page[(i - 1) // 2]):
         key[i], page[i] = key[(i - 1) // 2], page[(i - 1) // 2]
         i = (i - 1) // 2
     key[i], page[i] = k, p
@@ -302,7 +298,7 @@ def _push(heap: VictimHeap, b: Books, bank: int, page: int, score: int) -> None:
     key, pages, i = heap.key[bank], heap.page[bank], heap.size[bank]
     heap.bound[page] = score
     heap.size[bank] += 1
-    while i > 0 and _less(score, page, key[(i - 1) // 2], pages[(i - 1) // 2]):
+    while i > 0 and before(score, page, key[(i - 1) // 2], pages[(i - 1) // 2]):
         key[i], pages[i] = key[(i - 1) // 2], pages[(i - 1) // 2]
         i = (i - 1) // 2
     key[i], pages[i] = score, page

@@ -32,7 +32,6 @@ Floats = npt.NDArray[np.float64]
 
 #: Number of samples after which the weight of a sample has decayed to 1/e.
 WINDOW = 32
-_NEVER = -1
 
 
 @jit_allocating
@@ -64,7 +63,7 @@ def sample(
         if 0 <= expert < experts and seen[expert] == 0:
             seen[expert] = 1
             page = first + expert
-            if last_use[page] == _NEVER:
+            if last_use[page] == NEVER:
                 histogram[pages] += weight
             else:
                 keys[n] = last_use[page] * pages + page

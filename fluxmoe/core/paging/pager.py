@@ -14,14 +14,17 @@ import numpy as np
 
 from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.owner import Owner
-from fluxmoe.core.paging.books import LOADED, PAGES
+from fluxmoe.core.paging.books import EVENT, LOADED, PAGES
 from fluxmoe.core.paging.event import Slots
 from fluxmoe.core.paging.measures import MissRatioCurve
 from fluxmoe.core.paging.rule import EventRule
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.types import Counters, Ints, Phase
+from fluxmoe.core.types import Counters, Int64s, Ints, Phase
 from fluxmoe.errors import FluxMoEError, InvariantError, StoreError
+
+#: Computes some tokens of an event, given their indices (int64 ``[tokens]``), or all if None.
+Compute = Callable[[Int64s | None], None]
 
 #: Called for every event, with (step, layer, expert ids as routed, phase); records traces.
 EventWatcher = Callable[[int, int, Ints, Phase], None]
@@ -80,6 +83,49 @@ class ExpertPager:
             PolicyFaultError: A policy failed in strict mode. The books are consistent.
             UnsupportedError: This process was forked from the pager's process.
         """
+        misses = self._open(layer, ids, slots)
+        self._complete_event(misses, layer, ids, slots)
+
+    def run(self, layer: int, ids: Ints, slots: Slots, compute: Compute) -> None:
+        """Compute a layer, in waves if the layer's bank has too few slots for all routed experts.
+
+        Args:
+            layer: Index of the MoE layer, as for ``acquire``.
+            ids: Routed experts, integers ``[tokens, top_k]``, contiguous; negative entries are
+                padding.
+            slots: Filled with slots; int32 ``[tokens, top_k]``, contiguous. A token's slots hold
+                its experts while the token's wave is computed.
+            compute: Called once with None for all tokens, or once per wave with the wave's tokens.
+
+        Raises:
+            StoreError, PolicyFaultError, UnsupportedError: See ``acquire``.
+        """
+        flat, targets = ids.reshape(-1), slots.reshape(-1)
+        misses = self._open(layer, flat, targets)
+        if not self.table.exceeded:
+            self._complete_event(misses, layer, flat, targets)
+            compute(None)
+            return
+        starts = np.zeros(flat.size, np.bool_)
+        starts[:: ids.shape[1]] = True
+        try:
+            if self._transfer.busy:
+                self._complete_prefetched(layer)
+            waves = self._rule.admit_waves(flat, starts, targets)
+            for wave in waves:
+                if len(wave.loads):
+                    self._transfer.demand(wave.loads)
+                if wave is waves[-1]:
+                    self._prefetch()
+                compute(wave.tokens)
+        except BaseException:
+            # This includes the pages of waves that have not begun.
+            b = self._books
+            self.table.discard(np.flatnonzero(b.loaded_at == b.now[EVENT]))
+            raise
+
+    def _open(self, layer: int, ids: Ints, slots: Slots) -> int:
+        """Begin an event; return the number of misses."""
         self.owner.require()
         if layer <= self._layer:
             self._step += 1
@@ -89,29 +135,31 @@ class ExpertPager:
             self.watcher(self._step, layer, ids, self.table.phase)
         if self.curve is not None:
             self.curve.observe(self._books.last_use, layer, ids)
-        misses = self._rule.open(self._step, layer, ids, slots)
-        if not misses and not self._transfer.busy and not self._rule.follows:
+        return self._rule.open(self._step, layer, ids, slots)
+
+    def _complete_event(self, misses: int, layer: int, ids: Ints, slots: Slots) -> None:
+        """Complete an event that fits: copy the missing pages, then order prefetches."""
+        rule = self._rule
+        if not misses and not self._transfer.busy and not rule.follows:
             return
         try:
-            self._fill(misses, layer, ids, slots)
+            if self._transfer.busy:
+                self._complete_prefetched(layer)
+            if misses or rule.eviction.retains:
+                rule.admit()
+            if misses:
+                for loads in rule.loads():
+                    self._transfer.demand(loads)
+                rule.lookup(layer, ids, slots)
+            self._prefetch()
         except BaseException:
             # Pages that have slots but whose bytes may be incomplete must not count as resident.
             self.table.discard(self._books.loaded[: self._books.now[LOADED]])
             raise
 
-    def _fill(self, misses: int, layer: int, ids: Ints, slots: Slots) -> None:
-        """Complete an event: copy the missing pages, then order prefetches."""
-        rule = self._rule
-        if self._transfer.busy:
-            self._complete_prefetched(layer)
-        if misses or rule.eviction.retains:
-            rule.admit()
-        if misses:
-            for loads in rule.loads():
-                self._transfer.demand(loads)
-            rule.lookup(layer, ids, slots)
-        if rule.prefetch():
-            for loads in rule.loads():
+    def _prefetch(self) -> None:
+        if self._rule.prefetch():
+            for loads in self._rule.loads():
                 self._transfer.prefetch(loads)
 
     def _complete_prefetched(self, layer: int) -> None:

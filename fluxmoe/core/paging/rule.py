@@ -18,6 +18,7 @@ from fluxmoe.core.paging.books import (
     ABSENT,
     C_EVICTIONS,
     C_RESIZED,
+    EVENT,
     LAYER,
     LEAVING,
     LOADED,
@@ -41,9 +42,10 @@ from fluxmoe.core.paging.event import (
 from fluxmoe.core.paging.measures import PageAges
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.paging.victims import FAILED, new_chooser, take_dirty, victims
+from fluxmoe.core.paging.waves import divide, in_order, place
 from fluxmoe.core.policy.guards import EvictionGuard, PrefetchGuard
 from fluxmoe.core.policy.paging import own
-from fluxmoe.core.types import Access, Int64s, Ints, Loads
+from fluxmoe.core.types import Access, Bools, Int64s, Ints, Loads, Wave
 from fluxmoe.errors import CapacityError
 
 
@@ -51,7 +53,9 @@ class EventRule:
     """The rule bound to a page table, an eviction policy and a prefetch policy.
 
     For each event, call ``open``, then ``admit``, which assigns slots to the misses, and then
-    ``prefetch``. After each of the last two calls, ``loads`` returns the copies to make.
+    ``prefetch``. After each of the last two calls, ``loads`` returns the copies to make. If the
+    event needs more pages than its bank has slots (``PageTable.exceeded``), call ``admit_waves`` in
+    place of ``admit``; the copies to make are then in the waves.
     """
 
     def __init__(self, table: PageTable, eviction: EvictionGuard, prefetch: PrefetchGuard) -> None:
@@ -93,14 +97,25 @@ class EventRule:
         if self.ages is not None:
             self.ages.reset()
 
-    def run(self, step: int, layer: int, ids: Ints, predicted: Int64s | None = None) -> None:
+    def run(
+        self,
+        step: int,
+        layer: int,
+        ids: Ints,
+        predicted: Int64s | None = None,
+        starts: Bools | None = None,
+    ) -> None:
         """Run one whole event, for a caller that copies nothing (the simulator).
 
-        Policies get ``predicted`` as ``Access.predicted``.
+        Policies get ``predicted`` as ``Access.predicted``. Without ``starts``, an event that needs
+        more pages than its bank has slots is an error.
         """
         self._predicted = predicted
         self.open(step, layer, ids, self._no_slots)
-        self.admit()
+        if starts is not None and self.table.exceeded:
+            self.admit_waves(ids, starts, self._no_slots)
+        else:
+            self.admit()
         self.prefetch()
 
     def open(self, step: int, layer: int, ids: Ints, slots: Slots) -> int:
@@ -128,13 +143,58 @@ class EventRule:
             load_missing(self.table.directory)
             if self.eviction.watches_load:
                 self.eviction.on_load(b.missing[:misses])
-        if self.eviction.retains:
-            kept = self.eviction.retained(self.access())
-            leaving = b.pages[:0] if kept is None else b.pages[: b.now[PAGES]][~kept]
-            if self.ages is not None:
-                self.ages.leave(leaving)
-            b.leaving[: len(leaving)] = leaving
-            b.now[LEAVING] = len(leaving)
+        self._retain()
+
+    def admit_waves(self, ids: Ints, starts: Bools, slots: Slots) -> list[Wave]:
+        """Apply points 4, 5 and 8 to an event that needs more pages than its bank has slots.
+
+        All other pages of the bank are victims. Policies see one event: ``on_load`` gets the pages
+        that the event loads and leaves in the bank; ``on_evict`` gets the pages that it removes.
+
+        Args:
+            ids: The event's routed experts, integers ``[N]``.
+            starts: Bool ``[N]``, True where a token begins.
+            slots: Filled with the slot of each entry of ``ids`` during its token's wave; int32
+                ``[N]``, or empty.
+
+        Returns:
+            The waves, in order.
+
+        Raises:
+            CapacityError: A token needs more pages than the bank has slots.
+        """
+        b, bank = self.table.books, self.table.bank(self.table.layer)
+        count, usable = int(b.now[PAGES]), self.table.slots[bank]
+        pages, hit = b.pages[:count], b.hit[:count]
+        wide = ids.astype(np.int64)
+        waves = divide(wide, starts, self.table.geometry.experts_per_layer, usable)
+        others = usable - int(b.num_free[bank]) - int(np.count_nonzero(hit))
+        if others:
+            self._evict(bank, others, spare=False)
+        placed = place(self.table.directory, waves, wide, starts, slots)
+        resident = b.slot_of[pages] != ABSENT
+        gone, came = pages[hit & ~resident], pages[resident & (b.loaded_at[pages] == b.now[EVENT])]
+        if self.ages is not None:
+            self.ages.leave(gone)
+        if len(gone) and self.eviction.watches_evict:
+            self.eviction.on_evict(gone)
+        if self.eviction.watches_load:
+            self.eviction.on_load(came)
+        self._retain()
+        return in_order(bank, waves, placed)
+
+    def _retain(self) -> None:
+        """Apply point 6: record the event's pages that leave when the next event begins."""
+        if not self.eviction.retains:
+            return
+        b = self.table.books
+        pages = b.pages[: b.now[PAGES]]
+        kept = self.eviction.retained(self.access())
+        leaving = pages[:0] if kept is None else pages[~kept & (b.slot_of[pages] != ABSENT)]
+        if self.ages is not None:
+            self.ages.leave(leaving)
+        b.leaving[: len(leaving)] = leaving
+        b.now[LEAVING] = len(leaving)
 
     def prefetch(self) -> bool:
         """Apply point 7: load proposed pages into free slots, then into victims'; protect them.
@@ -165,17 +225,21 @@ class EventRule:
     def shrink(self, bank: int, slots: int) -> tuple[Int64s, Int64s]:
         """Reduce a bank to its first ``slots`` slots, between events.
 
-        The policy chooses the pages to evict, which count as ``resized``. The other pages in higher
-        slots move into the slots that became free.
+        The policy chooses the pages to evict, which count as ``resized``. Pages of the last event
+        are evicted last, in ascending order. The other pages in higher slots move to free slots.
 
         Returns:
             The moved pages and their previous slots. The table has their new slots.
         """
         b = self.table.books
         release_leaving(b)
-        surplus = self.table.slots[bank] - int(b.num_free[bank]) - slots
-        if surplus > 0:
-            self._evict(bank, surplus, spare=False, counter=C_RESIZED)
+        held = self.table.slots[bank] - int(b.num_free[bank])
+        own = b.pages[: b.now[PAGES]]
+        own = own[(b.slot_of[own] != ABSENT) & (self.table.bank(self.table.layer) == bank)]
+        if (others := min(held - slots, held - len(own))) > 0:
+            self._evict(bank, others, spare=False, counter=C_RESIZED)
+        if len(own) > slots:
+            self._unload(own[: len(own) - slots], C_RESIZED)
         moved, source = self.scratch, np.zeros_like(self.scratch)
         count = compact(b, bank, slots, moved, source)
         self.table.resize(bank, slots)
@@ -220,17 +284,21 @@ class EventRule:
 
         Without ``spare``, protected pages are evicted only if there are not enough other pages.
         """
-        victims = self.victims(bank, count, protect=True)
-        if len(victims):
-            self._unload(victims, counter)
-        if not spare and len(victims) < count:
-            more = self.victims(bank, count - len(victims), protect=False)
-            self._unload(more, counter)
-            if len(victims) + len(more) < count:
-                raise CapacityError(
-                    f"an event of {int(self.table.books.now[PAGES])} experts does not fit into "
-                    f"{self.table.slots[bank]} slots"
-                )
+        try:
+            victims = self.victims(bank, count, protect=True)
+            if len(victims):
+                self._unload(victims, counter)
+            if not spare and len(victims) < count:
+                more = self.victims(bank, count - len(victims), protect=False)
+                self._unload(more, counter)
+                if len(victims) + len(more) < count:
+                    experts, slots = self.table.books.now[PAGES], self.table.slots[bank]
+                    raise CapacityError(
+                        f"an event of {experts} experts does not fit into {slots} slots"
+                    )
+        except BaseException:
+            self._score_again()
+            raise
 
     def _unload(self, victims: Int64s, counter: int) -> None:
         if self.ages is not None:
@@ -238,8 +306,13 @@ class EventRule:
         try:
             if self.eviction.watches_evict:
                 self.eviction.on_evict(victims)
-        finally:  # the heap has dropped the victims: evict them even if the policy fails
+        finally:  # evict the victims even if the policy fails
             evict(self.table.directory, victims, counter)
+
+    def _score_again(self) -> None:
+        """Mark all resident pages dirty, since the heap may have dropped some as victims."""
+        for page in np.flatnonzero(self.table.resident).tolist():
+            mark_dirty(self.table.books, page)
 
     def victims(self, bank: int, count: int, *, protect: bool) -> Int64s:
         """Apply point 4: choose up to ``count`` victims of a bank, lowest score first.
@@ -248,35 +321,26 @@ class EventRule:
         ``heap.choose``, and all other policies ``EvictionGuard.choose``. After a fault of the
         policy, the victims are the least recently used pages.
         """
-        b, guard = self.table.books, self.eviction
+        guard = self.eviction
         if guard.kernel is not None:
             out = np.empty(count, np.int64)
             event = *self.scoring, guard.kernel.entry, bank, count, protect, out
-            found = None
-            try:
-                found = guard.limited(victims, *event)
-            finally:
-                if found is None:  # timed out: score all pages again, as the heap has dropped some
-                    for page in np.flatnonzero(self.table.resident).tolist():
-                        mark_dirty(b, page)
-            if found is not None and found != FAILED:
+            found = guard.limited(victims, *event)
+            if found is None:  # timed out
+                self._score_again()
+            elif found != FAILED:
                 return out[:found]
         elif guard.stable and self._heap is not None:
             books = self.table.directory
             dirty = self.scratch[: take_dirty(books, self.scratch)]
             dirty.sort()  # policies get pages in ascending order
-            scores = None
-            try:
-                scores = guard.scores(dirty)
-            finally:
-                if scores is None:  # policy fault: score the pages again at the next eviction
-                    for page in dirty.tolist():
-                        mark_dirty(b, page)
-            if scores is not None:
-                heap.update(self._heap, books, dirty, scores)
-                out = np.empty(count, np.int64)
-                return out[: heap.choose(self._heap, books, bank, count, protect, out)]
-            return guard.least_recent(self._candidates(bank, protect), count)
+            scores = guard.scores(dirty)
+            if scores is None:  # policy fault
+                self._score_again()
+                return guard.least_recent(self._candidates(bank, protect), count)
+            heap.update(self._heap, books, dirty, scores)
+            out = np.empty(count, np.int64)
+            return out[: heap.choose(self._heap, books, bank, count, protect, out)]
         # If a kernel failed, the guard calls it once more to get the exception.
         pages = self._candidates(bank, protect)
         return guard.choose(pages, min(count, len(pages)))

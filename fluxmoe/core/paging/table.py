@@ -21,6 +21,7 @@ from fluxmoe.core.paging.books import (
     EVENT,
     LAYER,
     NEVER,
+    PAGES,
     PROTECTED,
     STEP,
     UNUSED,
@@ -42,7 +43,8 @@ class PageTable:
         slots: Number of usable slots of each bank, at least ``minimum``.
         reserved: Maximum number of slots per bank; by default ``max(slots)``.
         bank_of: Bank of each layer; by default 0 for all layers.
-        minimum: Minimum number of slots per bank; by default ``experts_per_layer``.
+        minimum: Minimum number of slots per bank; by default ``experts_per_layer``. If events run
+            in waves, the largest number of experts of any token suffices.
 
     Raises:
         CapacityError: A bank has fewer than ``minimum`` slots, so an event might not fit.
@@ -58,7 +60,8 @@ class PageTable:
         minimum: int | None = None,
     ) -> None:
         self.geometry = geometry
-        #: Minimum number of slots of a bank: one layer's experts, or a known trace's largest event.
+        #: Minimum number of slots of a bank: the experts of one layer, of a known trace's largest
+        #: event or, if events run in waves, of one token.
         self.minimum = geometry.experts_per_layer if minimum is None else minimum
         banks, width = len(slots), max(*slots, reserved or 0, self.minimum)
         self.books = new_books(geometry, banks, width, bank_of)
@@ -94,6 +97,11 @@ class PageTable:
     def layer(self) -> int:
         """The MoE layer of the current event."""
         return int(self.books.now[LAYER])
+
+    @property
+    def exceeded(self) -> bool:
+        """True if the current event needs more pages than its bank has slots."""
+        return int(self.books.now[PAGES]) > self.slots[self.bank(self.layer)]
 
     @property
     def num_banks(self) -> int:
@@ -163,7 +171,7 @@ class PageTable:
         reserved = self.books.page_at.shape[1]
         if slots < self.minimum:
             raise CapacityError(
-                f"{slots} slots cannot hold one event of up to {self.minimum} experts",
+                f"{slots} slots cannot hold the {self.minimum} experts that may be needed at once",
                 fix=f"at least {self.minimum} slots are needed",
             )
         if slots > reserved:

@@ -2,7 +2,7 @@
 
 Stable scores are kept in a ``VictimHeap``. Any other kernel scores all pages of the bank again for
 each event that is short of slots. Such a kernel reads *columns*, with one row per slot. The columns
-are updated from the list of dirty pages, so the loop over them reads memory in order.
+are updated from the list of dirty pages, so the kernel's loop reads memory in order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fluxmoe.core.compiled.directory import directory, opener
 from fluxmoe.core.compiled.jit import jit
-from fluxmoe.core.compiled.lowest import ascending, low_bits, lowest_bit, not_above, offer
+from fluxmoe.core.compiled.lowest import ascending, before, low_bits, lowest_bit, offer
 from fluxmoe.core.compiled.score_kernel import KernelRows, call_entry
 from fluxmoe.core.paging.books import (
     ABSENT,
@@ -166,7 +166,10 @@ def _score_dirty(b: Books, heap: VictimHeap, c: Chooser, entry: int, n: int) -> 
 def _scan(
     b: Books, c: Chooser, entry: int, bank: int, count: int, protect: bool, out: Int64s
 ) -> int:
-    """Score every slot of a bank and choose the lowest candidates; ignore all other scores."""
+    """Score every slot of a bank, and choose the candidates with the lowest scores.
+
+    The scores of other slots are ignored, even NaN.
+    """
     slots, kept, scores = b.num_slots[bank], c.scores, c.score[bank]
     event, layer, layers = b.now[EVENT], b.now[LAYER], b.bank_of.size
     if call_entry(entry, c.rows[bank], event, layer, layers, slots, scores) != 0:
@@ -187,7 +190,7 @@ def _scan(
                 continue
             if score != score:
                 return FAILED
-            if found < count or not_above(score, page, kept[0], out[0]):
+            if found < count or before(score, page, kept[0], out[0]):
                 found = offer(kept, out, found, count, score, page)
                 limit = kept[0] if found == count else np.inf
     ascending(kept, out, found)

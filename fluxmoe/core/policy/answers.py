@@ -1,10 +1,11 @@
-"""Answers of policies, which are copied into plain values of the host and then validated.
+"""Answers of policies: each is copied into a plain value of the host, and the copy is validated.
 
 An answer may be active code: a list whose ``__len__`` waits, an array that a thread continues to
 write to, a number whose methods return false values, or text that cannot be printed. So each
 function here reads an answer once, and no more of it than a valid answer can contain, into an array
-or a number that nothing else refers to, and validates this copy. The function runs as part of the
-policy's call (``faults``), so that its time is limited and any exception is contained.
+or a number that nothing else refers to. An invalid answer raises ``InvalidAnswer``. The function
+runs as part of the policy's call (``faults``), so its time is limited and any exception is
+contained.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fluxmoe.words import line
 
 
 class InvalidAnswer(Exception):
-    """An answer is not valid; the message describes the answer."""
+    """An answer is invalid; the message describes it."""
 
 
 def nothing(answer: object) -> None:
@@ -37,7 +38,7 @@ def scores(answer: object, count: int) -> npt.NDArray[Any]:
         raise InvalidAnswer(f"returned {_described(numbers)}, not {count} numbers")
     if numbers.dtype.kind == "f" and np.isnan(numbers).any():
         raise InvalidAnswer("returned NaN")
-    # numba supports neither half nor long double.
+    # numba supports neither half precision nor long double.
     odd = numbers.dtype.kind == "f" and numbers.dtype.itemsize not in (4, 8)
     return numbers.astype(np.float64) if odd else numbers
 
@@ -62,7 +63,7 @@ def victims(answer: object, candidates: Int64s, count: int) -> Int64s:
 
 
 def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int64s:
-    """Read pages of layers other than ``layer``, at most all the model's; drop repeats."""
+    """Read pages of layers other than ``layer``, at most as many as the model has; drop repeats."""
     most = num_layers * experts
     pages = _array(answer, most, f"more than the model's {most} pages")
     if pages.size == 0:
@@ -79,7 +80,7 @@ def proposals(answer: object, layer: int, num_layers: int, experts: int) -> Int6
 
 
 def split(answer: object, view: ArbitrationView) -> Split:
-    """Read the frames for the tenants of ``view``, and the reason as one printable line."""
+    """Read each tenant's number of frames, and the reason as one printable line."""
     if not isinstance(answer, Split):
         raise InvalidAnswer(f"returned {line(answer, repr)}, not a Split")
     frames, reason = answer.frames, answer.reason

@@ -1,4 +1,4 @@
-"""Copies of pages into slots: the contract of stores, the order of copies, and copy threads.
+"""Copies of pages into slots: the store contract, the order of copies, and thread pools.
 
 Imports ``core.types`` and ``core.owner``.
 """

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from fluxmoe.core.transfer.jobs import Urgency
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
 from fluxmoe.words import line
@@ -65,6 +66,46 @@ class BatchStore(Store, Protocol):
         """
 
 
+class Read(Protocol):
+    """A read of one page into a slot by a read thread of the store.
+
+    A read has two steps: a read thread reads the stored bytes, and ``finish`` converts these bytes
+    into the page. The methods must not be called concurrently.
+    """
+
+    def begin(self, urgency: Urgency) -> None:
+        """Order the first step.
+
+        An interruption may leave the step ordered or not, so the caller keeps a reference to the
+        read before this call.
+        """
+
+    def withdraw(self) -> bool:
+        """Cancel the read if it has not begun; return True if it was cancelled."""
+
+    def finish(self) -> None:
+        """Complete the page; take the first step as well if no read thread has begun it.
+
+        Raises:
+            StoreError: The page could not be read; the slot's contents are undefined.
+        """
+
+    def settle(self) -> None:
+        """Cancel the read or wait for its first step; afterwards, nothing writes to the slot."""
+
+
+#: Prepares the read of a page into a slot; returns None if no read thread should read the page.
+Ahead = Callable[[int, int], Read | None]
+
+
+@runtime_checkable
+class AheadStore(BatchStore, Protocol):
+    """A store with read threads, which read while the callers do other work."""
+
+    def ahead(self, arenas: Sequence[Bytes]) -> Ahead:
+        """Make a function that prepares reads into ``arenas``; see ``BatchStore.reader``."""
+
+
 @runtime_checkable
 class AddressedStore(Store, Protocol):
     """A store whose pages are in page-locked memory, where a device can fetch them directly."""
@@ -92,6 +133,11 @@ def reader(store: Store, arenas: Sequence[Bytes]) -> Reader:
     if isinstance(store, BatchStore):
         return partial(_together, store.reader(arenas))
     return partial(_one_by_one, store, arenas)
+
+
+def ahead(store: Store, arenas: Sequence[Bytes]) -> Ahead:
+    """Make a function that prepares reads of a store's pages by the store's read threads."""
+    return store.ahead(arenas) if isinstance(store, AheadStore) else lambda page, slot: None
 
 
 def _together(read_all: Reader, pages: Int64s, slots: Int64s) -> None:

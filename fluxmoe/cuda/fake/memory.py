@@ -20,7 +20,7 @@ from fluxmoe.testing.faults import FaultPlan
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """Physical memory: pieces, size, number of mappings, and True if its handle was released."""
+    """A physical allocation: pieces, bytes, number of mappings, and a flag for a freed handle."""
 
     pieces: list[int]
     nbytes: int
@@ -35,7 +35,7 @@ class _Mapping:
 
 
 class FakeMemory:
-    """The memory functions; ``FakeDriver`` adds the others and documents the arguments."""
+    """The driver's memory functions; ``FakeDriver`` adds the others and documents the arguments."""
 
     def __init__(
         self, pieces: int, piece: int, version: int, pace: Pace, seed: int, plan: FaultPlan | None
@@ -178,7 +178,7 @@ class FakeMemory:
             self._free = sorted(self._free + memory.pieces)
 
     def _mapped(self, address: int, size: int) -> Iterator[tuple[int, _Mapping]]:
-        """Yield the mappings that fill a range exactly, in order."""
+        """Yield the mappings that fill a range exactly, in order; refuse the call otherwise."""
         at = address
         while at < address + size:
             mapping = self._maps.get(at)
@@ -188,7 +188,7 @@ class FakeMemory:
             at += mapping.memory.nbytes
 
     def _accessible(self, address: int, nbytes: int) -> bool:
-        """Return True if a stream may access a range; otherwise the context is lost."""
+        """Return True if a stream may access a range; otherwise mark the context as lost."""
         covered = self._covered(address, nbytes)
         if not covered:
             self.lost = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS

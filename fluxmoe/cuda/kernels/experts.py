@@ -123,11 +123,17 @@ def project(
     sides = [side for side in (part.raw, part.compressed) if side is not None]
     outputs = {_shape(side)[0] for side in sides}
     if len(outputs) != 1:
-        raise UnsupportedError("a part needs weights; raw and compressed shapes must be equal")
+        raise UnsupportedError(
+            f"a part needs weights with one number of rows, not {sorted(outputs)}"
+        )
     if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
-        raise UnsupportedError(f"inputs must be dense bfloat16, not {x.dtype}")
+        raise UnsupportedError(
+            f"inputs must be dense bfloat16, not {x.dtype} with strides {x.stride()}"
+        )
     if scale is not None and (scale.dtype != torch.float32 or not scale.is_contiguous()):
-        raise UnsupportedError(f"router weights must be dense float32, not {scale.dtype}")
+        raise UnsupportedError(
+            f"router weights must be dense float32, not {scale.dtype} with strides {scale.stride()}"
+        )
     out = torch.zeros(valid, outputs.pop(), dtype=torch.bfloat16, device=x.device)
     for side in sides:
         _launch(x, side, table, blocks, tiles, top_k, scale, out)
@@ -165,7 +171,10 @@ def _launch(
         flags, registers = side.data, most_registers(tiles)
     else:
         if side.weights.dtype != torch.bfloat16 or not side.weights[0].is_contiguous():
-            raise UnsupportedError("raw slots must be dense bfloat16 matrices")
+            raise UnsupportedError(
+                f"raw slots must be dense bfloat16 matrices, not {side.weights.dtype} "
+                f"with strides {side.weights.stride()}"
+            )
         words = flags = side.weights
         offsets, stride, sections = table, side.weights.stride(0), (0, 0, 0)
         registers = None

@@ -25,10 +25,10 @@ class RawSlots:
 
 @dataclass(frozen=True, slots=True)
 class CompressedPages:
-    """Compressed matrices of one shape, anywhere in one buffer.
+    """Compressed matrices of one shape, at any multiples of 128 bytes in one buffer.
 
     Args:
-        data: 1-D uint8, 16-byte aligned; one block of the code per page
+        data: 1-D uint8, 16-byte aligned; one block of the fixed4 code per page
             (docs/concepts/lossless-code.md).
         offsets: ``[pages]`` int32, start of each block in units of 128 bytes.
         rows: Number of rows, N; must be a multiple of 64 for reading in place.
@@ -44,7 +44,7 @@ class CompressedPages:
 def pack_pages(
     blocks: Sequence[Bytes], rows: int, cols: int, device: torch.device | str
 ) -> CompressedPages:
-    """Validate blocks of the code, one per page, and concatenate them on a device.
+    """Validate blocks of the fixed4 code, one per page, and concatenate them on a device.
 
     Kernels trust their input: a damaged header could make them read out of bounds.
 
@@ -87,7 +87,7 @@ def decode_to_slots(
         source: The compressed pages.
         pages: ``[n]`` int32, page numbers, of which the first ``count`` are decoded.
         slots: ``[n]`` int32, target slot of each page.
-        count: ``[1]`` int32 on the device, at most n; it is not a host number, which would require
+        count: ``[1]`` int32, at most n; on the device, because a host number would require
             synchronisation.
         target: The arena, with slots of the same size as the pages.
 

@@ -1,7 +1,7 @@
-"""Tile sizes of the fused MoE kernel, which are stock vLLM's, to keep vLLM's order of summation.
+"""Tile sizes of the fused MoE kernel: those of stock vLLM, to keep its order of summation.
 
-Summing over K in a different number of steps rounds differently, so tiles are chosen by the same
-inputs as in stock vLLM (tokens, and experts of the *layer*), never by the number of slots.
+Summing over K in a different number of steps rounds differently, so tiles are chosen from the same
+inputs as in stock vLLM (tokens, and experts of the *layer*), never from the number of slots.
 """
 
 from __future__ import annotations

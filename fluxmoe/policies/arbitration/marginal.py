@@ -1,7 +1,7 @@
 """``marginal``: the split with the most expected tokens per second, estimated from measurements.
 
 For each split the policy estimates the number of requests that could run (from the memory that a
-request needs and the number of requests that wait), the duration of a step with so many requests (a
+request needs and the number of waiting requests), the duration of a step with that many requests (a
 line fitted to recent steps), the wait for experts (the miss-ratio curve, scaled to the actual
 misses, times the measured time per page), and the time to compute prompts (the part that a prefix
 cache of the remaining size lacks). It moves memory when the best split promises clearly more than
@@ -38,7 +38,8 @@ class MarginalOptions(BaseModel):
     dwell: int = Field(default=64, ge=0)
     """Number of steps before the direction may be reversed, unless requests wait for KV cache."""
     headroom: float = Field(default=0.25, ge=0)
-    """Spare KV cache, as a fraction of the KV cache in use, while requests' growth is unknown."""
+    """Spare KV cache for growth, as a fraction of that in use; not used in estimates if the sizes
+    of requests are known."""
     interval: int = Field(default=4, ge=1)
     """Number of steps between comparisons; up to 16 times as many while nothing changes."""
     window: int = Field(default=32, ge=8)

@@ -27,7 +27,7 @@ class RhoOptions(BaseModel):
     @model_validator(mode="after")
     def _in_order(self) -> RhoOptions:
         if self.low > self.high:
-            raise ValueError("low must not be above high")
+            raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
         return self
 
 

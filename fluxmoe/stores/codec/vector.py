@@ -1,7 +1,7 @@
 """Steps of the fixed4 code that process 64 weights at once, as LLVM vectors.
 
-Numba cannot vectorise such loops because each step distributes the bytes of its weights to three
-places. So these few steps are written as LLVM vectors, which LLVM maps to the processor's
+Numba cannot vectorise such loops, because each step distributes the bytes of its weights to three
+places. These steps are therefore written with LLVM vectors, which LLVM maps to the processor's
 instructions: about 15 per step with AVX-512 VBMI.
 
 Within a step, the weights of 64 columns are in the order of the tile's words: bytes 0 to 31 of a
@@ -113,7 +113,7 @@ def _decoder(*, zero: bool, past_caches: bool) -> Any:
 decode_plain = _decoder(zero=False, past_caches=False)
 #: As ``decode_plain``, but for the zero code.
 decode_zero = _decoder(zero=True, past_caches=False)
-#: As ``decode_plain``, but writes past the caches and does not first fetch lines into them.
+#: As ``decode_plain``, but writes bypass the caches, so that no lines are fetched first.
 #: ``out[at:]`` must be aligned to 64 bytes. Call ``fence`` after the last call.
 decode_past_caches = _decoder(zero=False, past_caches=True)
 
@@ -155,7 +155,10 @@ def _exponents(b: ir.IRBuilder, high: ir.Value) -> ir.Value:
 
 @intrinsic
 def highest(typing: Any, weights: Any, at: Any) -> Any:
-    """``(weights, at)``: the highest ``h`` of the 64 uint16 weights from ``weights[at]`` on."""
+    """``(weights, at)``: the highest ``h`` of the 64 uint16 weights from ``weights[at]`` on.
+
+    ``h`` is the high byte of a weight without its sign.
+    """
     signature = types.uint8(weights, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:

@@ -61,7 +61,7 @@ class Finding:
     def text(self) -> str:
         """Describe the broken rule in several lines."""
         lines = [f"broken rule: {self.rule} ({self.sentence})"]
-        for label, value in (("call", self.call), ("found", self.detail), ("mend", self.mend)):
+        for label, value in (("call", self.call), ("found", self.detail), ("fix", self.mend)):
             if value:
                 lines += textwrap.wrap(
                     value,
@@ -110,7 +110,9 @@ def raise_broken(
 ) -> None:
     """Raise ConformanceError if a rule is broken, or ConfigError if the factory is invalid."""
     if not callable(factory):
-        raise wrong("factory", "a class or a function that makes one", factory, "the kit")
+        raise wrong(
+            "factory", "a class, or a function that returns an instance", factory, "the kit"
+        )
     broken = [finding for finding in findings(factory) if finding.status == "broken"]
     if broken:
         raise ConformanceError(subject, broken)

@@ -68,10 +68,14 @@ class JsonLines(Reader):
             raise self.wrong(f"{error.args[0]} is missing", where) from error
         numbers = type(token) is int and type(layer) is int and min(token, layer) >= 0
         if not numbers or ids.ndim != 2 or ids.dtype.kind != "i":
-            raise self.wrong("token_idx, layer_idx or selected_ids are not whole numbers", where)
+            raise self.wrong(
+                "token_idx and layer_idx must be whole numbers from 0, "
+                "and selected_ids a non-empty list of integers",
+                where,
+            )
         if weights is None:
             return token, layer, ids, None
         scores = np.asarray([weights])
         if scores.shape != ids.shape or scores.dtype.kind not in "if":
-            raise self.wrong("numbers of gate_weights and selected_ids differ", where)
+            raise self.wrong("gate_weights must contain one number per selected id", where)
         return token, layer, ids, scores

@@ -21,12 +21,12 @@ from fluxmoe.trace.formats.base import ForeignEvent, Reader
 
 
 class RoutedExperts(Reader):
-    """An ``.npy`` file of one request, or an ``.npz`` file of requests that run one after another.
+    """An ``.npy`` file of one request, or an ``.npz`` file of requests, replayed one after another.
 
     The array does not contain the prompt's length: ``prompt_tokens`` gives the length; without it,
     every token is a decode step. A row of zeros means that nothing was routed: the layer is dense,
-    or the token's KV cache was found (a cached prefix); such tokens are left out. In a top-1 model,
-    a zero may also be expert 0 and is always read as expert 0.
+    or the token belongs to a cached prefix; such rows are left out. In a top-1 model, a zero may
+    also be expert 0 and is always read as expert 0.
     """
 
     name = "vllm"
@@ -70,7 +70,7 @@ class RoutedExperts(Reader):
             with found:
                 for name in found.files:
                     yield name, found[name]
-        except ValueError as error:  # numpy's message advises executing the file
+        except ValueError as error:  # numpy's message advises unpickling the file
             raise self.wrong("it is damaged or contains objects instead of numbers") from error
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise self.wrong(f"cannot be read: {error}") from error

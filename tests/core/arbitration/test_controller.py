@@ -118,6 +118,7 @@ class World:
             geometry=self.rigs[0].geometry,
             page_class=PAGE_CLASS,
             bank_limit=None,
+            minimum=EXPERTS,
             slots=(SLOTS,),
             experts=Budget(least, 0, frames_for(PAGE_CLASS, LAYERS * EXPERTS, FRAME)),
             kv=Budget(3, 0, frames - least),

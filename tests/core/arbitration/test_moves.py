@@ -18,12 +18,12 @@ FRAMES, GROUPS = 40, 9
 
 
 class Worker:
-    """A worker's memory as two numbers; an action is carried out completely or not at all."""
+    """A worker's memory: KV groups and a slot count. An action takes effect completely or not."""
 
     def __init__(self, rank: int) -> None:
         self.groups: set[int] = {0, 1, 2}
         self.slots = 12
-        self.failures: list[bool | Exception] = []  # outcomes of the next actions
+        self.failures: list[bool | Exception] = []  # failures of the next actions; False: none
         self.mover = MoveWorker(rank, self, self, clock=lambda: 0.0)
         self.inbox: deque[Order] = deque()
         self.executed = 0

@@ -18,6 +18,7 @@ INVENTORY = Inventory(
     geometry=Geometry(4, 4),
     page_class=PAGE_CLASS,
     bank_limit=None,
+    minimum=4,
     slots=(10,),
     experts=Budget(6, 0, 36),
     kv=Budget(3, 0, 34),

@@ -146,7 +146,7 @@ logging.getLogger("fluxmoe.compile").addHandler(logging.StreamHandler(sys.stdout
 
 
 def test_c9_compilation_is_announced_once_and_only_if_it_happens(copy):
-    said = "compiling FluxMoE's inner loops, once: up to half a minute\n"
+    said = "compiling inner loops of FluxMoE, which later runs reuse: up to half a minute\n"
     assert run(copy, LISTENING).startswith(f"{said}2 [")
     assert run(copy, LISTENING).startswith("2 [")
     assert run(copy).startswith("2 [")

@@ -16,7 +16,7 @@ MIB = 1 << 20
 def split(frames, experts, kv):
     """Return the targets of both tenants."""
     a, b = first_split(
-        frames,
+        frames * MIB,
         MIB,
         Wish(*experts, reason="one layer of 64 experts"),
         Wish(*kv, reason="one sequence of 8192 tokens"),
@@ -58,7 +58,7 @@ def test_first_split(frames, experts, kv, expected):
 
 def test_the_kv_cache_never_gets_more_than_its_cap():
     experts, kv = Wish(10, 100), Wish(5, 40, cap=45)
-    assert [budget.target for budget in first_split(150, MIB, experts, kv)] == [100, 45]
+    assert [budget.target for budget in first_split(150 * MIB, MIB, experts, kv)] == [100, 45]
 
 
 def test_a_budget_below_the_minimums_says_how_much_is_needed_and_why():

@@ -4,6 +4,7 @@ import ctypes
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,3 +270,20 @@ def test_an_arena_notices_a_frame_that_is_mapped_twice(substrate):
     with pytest.raises(InvariantError, match="two positions"):
         arena.check()
     arena.close()
+
+
+@host_only
+def test_views_outlive_an_arena_without_its_memory():
+    leaks, substrate = Leaks(), frames_of_memory(4)
+    before, arena = substrate.allocated(), Arena(substrate, 4 * FRAME)
+    arena.commit(0, frames(0, 1, 2))
+    view = arena.rows(4, FRAME)[1:3]
+    view[:] = 7
+    substrate.release(arena.close())
+    assert substrate.allocated() == before
+    substrate.close()
+    assert not view.any()
+    view[:] = 1  # does not change the frames, which may now belong to another arena
+    del view
+    leaks.assert_none()
+    assert f"{arena.address:x}-" not in Path("/proc/self/maps").read_text()

@@ -86,6 +86,62 @@ def test_a_step_begins_where_the_layers_start_again_and_watchers_see_every_event
     assert seen[-1] == (0, 2, [0])
 
 
+# --- waves ---------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_fits_runs_at_once_and_one_that_does_not_runs_in_waves(rig):
+    r = rig(2, 6, (3,), minimum=2)
+    assert r.compute(0, [[0, 1], [1, 2]]) == [[0, 1]]
+    assert r.compute(0, [[0, 1], [4, 5], [1, 2], [-1, -1]]) == [[3, 0, 2], [1]]
+    r.check()
+    c = r.pager.counters()
+    assert (c.accesses, c.misses, c.reloads) == (8, 5, 0)
+    r.compute(0, [[0, 1], [2, 3], [4, 5], [0, 5]])
+    c = r.pager.counters()
+    assert c.reloads > 0
+    assert r.transfer.bytes_demand == (c.loads_demand + c.reloads) * PAGE_CLASS.nbytes
+
+
+@threads
+def test_a_failed_read_in_a_wave_leaves_no_page_whose_bytes_are_missing(rig, threads):
+    r = rig(2, 6, (3,), minimum=2, threads=threads)
+    r.compute(0, [[0, 1]])
+    for broken in range(6):
+        r.store.broken = {broken}
+        before = r.resident
+        try:
+            r.compute(0, [[0, 1], [2, 3], [4, 5], [0, 5]])
+        except StoreError:
+            r.check()
+            assert r.resident <= before
+        r.store.broken = set()
+        r.compute(1, [[0, 1], [2, 3], [4, 5], [1, 4]])
+        r.compute(0, [[5, 1]])
+
+
+def test_a_kernel_that_fails_in_a_wave_leaves_no_page_that_was_not_copied(rig):
+    r = rig(2, 6, (3,), minimum=2)
+    ids = np.array([[0, 1], [2, 3], [4, 5]], np.int32)
+
+    def fails(tokens):
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(RuntimeError, match="no kernel"):
+        r.pager.run(0, ids, np.zeros_like(ids), fails)
+    r.check()
+    assert r.resident == set()
+    r.compute(0, ids)
+
+
+def test_waves_prefetch_into_other_banks_only(rig):
+    r = rig(2, 6, (3, 6), bank_of=[0, 1], minimum=2, prefetch=NextLayer())
+    r.compute(0, [[0, 1], [2, 3], [4, 5]])
+    assert r.resident >= set(range(6, 12))
+    assert r.pager.counters().loads_prefetch == 6
+    r.compute(1, [[0, 1], [2, 3], [4, 5]])
+    assert r.pager.counters().prefetch_hits == 6
+
+
 # --- stores that fail ----------------------------------------------------------------------------
 
 

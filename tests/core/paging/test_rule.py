@@ -351,7 +351,7 @@ def test_7_next_layer_fetches_whole_layers_ahead_and_wraps():
 # --- 8 -------------------------------------------------------------------------------------------
 
 
-def test_8_a_bank_never_has_fewer_slots_than_one_layers_experts():
+def test_8_without_waves_a_bank_has_at_least_the_slots_of_one_layers_experts():
     with pytest.raises(CapacityError, match="at least 4 slots"):
         make(slots=3)
     rule = make(slots=4, prefetch=NextLayer(3))
@@ -365,6 +365,70 @@ def test_8_a_simulated_capacity_below_the_largest_event_is_an_error():
     run(rule, 0, 0, 1)
     with pytest.raises(CapacityError, match="3 experts does not fit into 2 slots"):
         run(rule, 1, 0, 1, 2)
+
+
+def in_waves(rule: EventRule, layer: int, *tokens: tuple[int, ...]) -> None:
+    ids = np.array(tokens, np.int64)
+    starts = np.zeros(ids.shape, np.bool_)
+    starts[:, 0] = True
+    rule.run(0, layer, ids.ravel(), starts=starts.ravel())
+    rule.table.check()
+
+
+def test_8_an_expert_counts_once_per_event_as_hit_or_miss_further_loads_are_reloads():
+    rule = make(slots=2, minimum=2)
+    run(rule, 0, 1)
+    in_waves(rule, 0, (0, 1), (2, 3), (1, 2))  # order: (0, 1), (1, 2), (2, 3)
+    assert counts(rule, "accesses", "hits", "misses", "reloads") == [5, 1, 4, 0]
+    in_waves(rule, 0, (0, 1), (2, 3), (3, 0))  # order: (0, 1), (0, 3), (2, 3)
+    assert resident(rule) == [2, 3]
+    # Pages 2 and 3 were hits, were evicted for pages 0 and 1, and were loaded again.
+    assert counts(rule, "accesses", "hits", "misses", "reloads") == [9, 3, 6, 2]
+    assert counts(rule, "loads_demand") == [6]
+    assert rule.table.books.use_count[:4].tolist() == [2, 3, 2, 2]
+
+
+def test_8_all_other_pages_of_the_bank_give_way_even_protected_ones():
+    fetch, policy = Fetch(), Watching()
+    rule = rule_for(PageTable(Geometry(2, 6), [4], minimum=2), policy, fetch)
+    fetch.wish = [6, 7]
+    run(rule, 0, 0)
+    in_waves(rule, 0, (0, 1), (2, 3), (4, 5), (0, 5))
+    assert len(resident(rule)) == 4
+    assert set(resident(rule)) <= set(range(6))
+    # Page 0 was a hit, and is no longer needed when another page needs its slot.
+    assert [pages for kind, _, pages in policy.log if kind == "evict"] == [[6, 7], [0]]
+
+
+def test_8_policies_see_one_event_and_the_pages_that_it_leaves_behind():
+    rule = make(slots=2, minimum=2, eviction=(policy := Watching()))
+    run(rule, 0, 0, 1)
+    policy.log.clear()
+    in_waves(rule, 0, (0, 1), (2, 3), (1, 2))
+    kinds = [(kind, event) for kind, event, _ in policy.log]
+    assert kinds == [("access", 1), ("evict", 1), ("load", 1)]
+    assert policy.log[1][2] == [0, 1]
+    assert policy.log[2][2] == resident(rule) == [2, 3]
+    access = policy.log[0][2]
+    assert access.pages.tolist() == [0, 1, 2, 3]
+    assert access.tokens.tolist() == [1, 2, 2, 1]
+    assert access.hit.tolist() == [True, True, False, False]
+
+
+def test_8_pages_that_are_not_retained_leave_if_they_are_still_there():
+    rule = make(slots=2, minimum=2, eviction=Immediate())
+    in_waves(rule, 0, (0, 1), (2, 3))
+    run(rule, 1)
+    assert resident(rule) == []
+    assert counts(rule, "evictions", "released") == [2, 2]
+
+
+def test_8_without_waves_an_event_that_does_not_fit_is_an_error():
+    rule = make(slots=2, minimum=2)
+    with pytest.raises(CapacityError, match="3 experts does not fit into 2 slots"):
+        run(rule, 1, 0, 1, 2)
+    with pytest.raises(CapacityError, match="experts of one token do not fit into 2 slots"):
+        in_waves(rule, 1, (0, 1, 2))
 
 
 # --- the rule as a callable ----------------------------------------------------------------------

@@ -55,14 +55,17 @@ class CoreMachine(RuleBasedStateMachine):
         banks=st.integers(1, 2),
         policy=st.sampled_from(sorted(POLICIES)),
         prefetch=st.sampled_from([None, 0, 1, 2]),
+        width=st.sampled_from([0, 0, 1, 2]),
         spare=st.integers(0, 12),
     )
-    def build(self, data, layers, experts, banks, policy, prefetch, spare):
+    def build(self, data, layers, experts, banks, policy, prefetch, width, spare):
         self.leaks = Leaks()
         rig.GROUND = self.ground
         self.layers, self.experts, self.banks = layers, experts, min(banks, layers)
         self.reserved = [layers * experts + 1] * self.banks
-        sizes = st.integers(experts, self.reserved[0])
+        #: Experts per token if events may run in waves, or 0; and the minimum of slots per bank.
+        self.width, self.least = width, width or experts
+        sizes = st.integers(self.least, self.reserved[0])
         slots = [data.draw(sizes, label="slots") for _ in range(self.banks)]
         bank_of = [layer * self.banks // layers for layer in range(layers)]
         make, key = POLICIES[policy]
@@ -77,6 +80,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefetch={None: None, 0: NoPrefetch()}.get(prefetch, NextLayer(prefetch or 1)),
             threads=self.threads,
             kv_blocks=7,
+            minimum=self.least,
         )
         self.model = reference.Reference(
             layers,
@@ -92,8 +96,15 @@ class CoreMachine(RuleBasedStateMachine):
     def acquire(self, data, layer):
         layer %= self.layers
         ids = data.draw(st.lists(st.integers(-1, self.experts - 1), max_size=12), label="ids")
-        self.rig.acquire(layer, ids)
-        self.model.event(layer, ids)
+        self.event(layer, ids)
+
+    def event(self, layer, ids):
+        if self.width:
+            ids = ids[: len(ids) // self.width * self.width]
+            self.rig.compute(layer, np.reshape(ids, (-1, self.width)).astype(int))
+        else:
+            self.rig.acquire(layer, ids)
+        self.model.event(layer, ids, self.width)
 
     @rule(data=st.data(), rounds=st.integers(1, 3))
     def whole_step(self, data, rounds):
@@ -102,19 +113,18 @@ class CoreMachine(RuleBasedStateMachine):
         for _ in range(rounds):
             for layer in range(self.layers):
                 ids = rng.integers(-1, self.experts, rng.integers(0, 9)).tolist()
-                self.rig.acquire(layer, ids)
-                self.model.event(layer, ids)
+                self.event(layer, ids)
 
     @rule(data=st.data(), bank=st.integers(0, 1))
     def resize(self, data, bank):
         bank %= self.banks
-        slots = data.draw(st.integers(self.experts - 1, self.reserved[0] + 1), label="slots")
+        slots = data.draw(st.integers(self.least - 1, self.reserved[0] + 1), label="slots")
         rig, table = self.rig, self.rig.table
         before = (list(table.slots), rig.memory.frames(), rig.resident)
         needed = frames_for(PAGE_CLASS, slots, FRAME) - frames_for(
             PAGE_CLASS, table.slots[bank], FRAME
         )
-        if not self.experts <= slots <= self.reserved[0]:
+        if not self.least <= slots <= self.reserved[0]:
             expected = CapacityError
         elif needed > rig.memory.pool.free:
             expected = OutOfFramesError
@@ -154,7 +164,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def set_slots(self, data):
         """Resize all banks at once, as a move does: either all banks or none."""
-        sizes = st.integers(self.experts, self.reserved[0])
+        sizes = st.integers(self.least, self.reserved[0])
         slots = tuple(data.draw(sizes, label="slots") for _ in range(self.banks))
         rig, table = self.rig, self.rig.table
         before = list(table.slots)
@@ -190,7 +200,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert {name: getattr(counts, name) for name in self.model.counts} == self.model.counts
         assert self.rig.resident == self.model.resident
         transfer = self.rig.transfer
-        assert transfer.bytes_demand == counts.loads_demand * PAGE_CLASS.nbytes
+        assert transfer.bytes_demand == (counts.loads_demand + counts.reloads) * PAGE_CLASS.nbytes
         assert transfer.bytes_prefetch == counts.loads_prefetch * PAGE_CLASS.nbytes
 
     @invariant()

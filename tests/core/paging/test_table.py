@@ -80,7 +80,7 @@ def test_an_impossible_size_is_refused_and_changes_nothing(slots, what, fix):
 
 
 def test_a_bank_cannot_be_made_smaller_than_a_layer():
-    with pytest.raises(CapacityError, match="3 slots cannot hold one event of up to 4 experts"):
+    with pytest.raises(CapacityError, match="3 slots cannot hold the 4 experts"):
         table([3])
 
 

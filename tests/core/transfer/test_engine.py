@@ -11,7 +11,8 @@ from fluxmoe.core.memory.experts import ExpertTenant
 from fluxmoe.core.memory.frames import FramePool
 from fluxmoe.core.memory.host import CpuSubstrate
 from fluxmoe.core.transfer.engine import TransferEngine
-from fluxmoe.core.transfer.host import CopyJob, HostCopier
+from fluxmoe.core.transfer.host import HostCopier
+from fluxmoe.core.transfer.jobs import Job, JobPool, Urgency
 from fluxmoe.core.types import Geometry, Loads
 from fluxmoe.cuda.fake.timeline import KERNELS
 from fluxmoe.cuda.streams import StreamCopier
@@ -25,15 +26,63 @@ EMPTY = 0xAB
 SLOTS = 6
 
 
+class ReadingStore(FaultyStore):
+    """A store with one read thread, which reads prefetched pages."""
+
+    def __init__(self, store) -> None:
+        super().__init__(store)
+        self.pool = JobPool(1, "read", where="test")
+
+    def reader(self, arenas):
+        def read(pages, slots) -> None:
+            for page, slot in zip(pages.tolist(), slots.tolist(), strict=True):
+                self.read_into(page, [rows[slot] for rows in arenas])
+
+        return read
+
+    def ahead(self, arenas):
+        return lambda page, slot: _Read(self, page, [rows[slot] for rows in arenas])
+
+    def close(self) -> None:
+        self.pool.close()
+        super().close()
+
+
+class _Read:
+    """The read of one page by the read thread of a ``ReadingStore``."""
+
+    def __init__(self, store: ReadingStore, page: int, parts) -> None:
+        self._pool, self._job = store.pool, Job(lambda: store.read_into(page, parts))
+        self._here = lambda: store.read_into(page, parts)
+
+    def begin(self, urgency: Urgency) -> None:
+        self._pool.order(self._job, urgency)
+
+    def withdraw(self) -> bool:
+        return self._job.withdraw()
+
+    def finish(self) -> None:
+        if self._job.withdraw():
+            self._here()
+        elif error := self._job.error():
+            raise error
+
+    def settle(self) -> None:
+        if not self._job.withdraw():
+            self._job.error()
+
+
 class Engine(TransferEngine):
     """A transfer engine over two banks.
 
     Args:
-        way: Number of copy threads or, on a GPU, the source of its pages: pinned memory or buffers.
+        way: Number of copy threads; "reads": a thread of the store and no copy thread; "both": one
+            of each; or, on a GPU, the source of its pages: pinned memory or buffers.
     """
 
     def __init__(self, way: int | str) -> None:
-        substrate = CpuSubstrate(40, FRAME) if isinstance(way, int) else FakeCuda(40, pace="random")
+        host = isinstance(way, int) or way in ("reads", "both")
+        substrate = CpuSubstrate(40, FRAME) if host else FakeCuda(40, pace="random")
         self.ground = substrate
         self.gpu = fake_cuda(substrate)
         self.tenant = ExpertTenant(FramePool(40, FRAME), substrate, PAGE_CLASS, [SLOTS] * 2)
@@ -45,14 +94,17 @@ class Engine(TransferEngine):
         geometry = Geometry(3, 4)
         if way == "pinned":
             self.store = FaultyAddressedStore(host_store(geometry, self.gpu.cuda))
+        elif way in ("reads", "both"):
+            self.store = ReadingStore(host_store(geometry))
         else:
             self.store = FaultyStore(host_store(geometry))
         super().__init__(self._carrier_for(way), PAGE_CLASS.nbytes)
 
     def _carrier_for(self, way):
         try:
-            if isinstance(way, int):
-                return HostCopier(self.store, self.arrays, threads=way)
+            if self.gpu is None:
+                threads = {"reads": 0, "both": 1}.get(way, way)
+                return HostCopier(self.store, self.arrays, threads=threads)
             slots = [self.tenant.export(bank) for bank in range(2)]
             return StreamCopier(self.gpu.cuda, self.store, slots, ahead=PAGE_CLASS.nbytes)
         except FluxMoEError:
@@ -90,15 +142,24 @@ def loads(pairs: dict[int, int], bank: int = 0) -> Loads:
 
 @pytest.fixture
 def engine(request):
+    before = threading.enumerate()
     engine = Engine(getattr(request, "param", 1))
     yield engine
     for page in list(engine.store._gates):
         engine.store.let_go(page)
     engine.end()
-    assert not [t for t in threading.enumerate() if t.name.startswith("fluxmoe-copy")]
+    assert not [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and thread.name.startswith(("fluxmoe-copy", "fluxmoe-read"))
+    ]
 
 
-threads = pytest.mark.parametrize("engine", [0, 1, 3, "pinned", "buffers"], indirect=True)
+threads = pytest.mark.parametrize(
+    "engine", [0, 1, 3, "reads", "both", "pinned", "buffers"], indirect=True
+)
+#: One thread that reads prefetched pages, so that their order is certain.
+single = pytest.mark.parametrize("engine", [1, "reads"], indirect=True)
 
 
 @threads
@@ -124,6 +185,7 @@ def test_prefetch_has_copied_when_completed(engine):
     assert engine.bytes_prefetch == 2 * PAGE_CLASS.nbytes
 
 
+@single
 def test_completing_a_copy_that_no_thread_has_begun_makes_it_here(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 2: 5, 3: 6}))
@@ -136,6 +198,7 @@ def test_completing_a_copy_that_no_thread_has_begun_makes_it_here(engine):
     assert sorted(engine.store.reads) == [1, 5, 6]  # each page once
 
 
+@single
 def test_a_slot_given_to_another_page_is_not_overwritten_by_the_copy_still_queued(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 2: 5}))
@@ -148,6 +211,7 @@ def test_a_slot_given_to_another_page_is_not_overwritten_by_the_copy_still_queue
     assert 5 not in engine.store.reads
 
 
+@single
 @pytest.mark.parametrize("how", ["demand", "prefetch"])
 def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
     engine.store.hold(1)
@@ -168,7 +232,7 @@ def test_a_copy_is_noted_before_it_begins_and_until_it_has_ended(engine, monkeyp
     """Otherwise an interruption in between would leave a copy into a slot of another page."""
     noted = []
 
-    def interrupted(copy):
+    def interrupted(copy, urgency):
         noted.append(copy in engine._queued.values())
         raise KeyboardInterrupt
 
@@ -181,8 +245,8 @@ def test_a_copy_is_noted_before_it_begins_and_until_it_has_ended(engine, monkeyp
     assert engine.holds(2, 3)
     engine.prefetch(loads({1: 4}))
     with monkeypatch.context() as patch:
-        patch.setattr(CopyJob, "withdraw", lambda self: False)
-        patch.setattr(CopyJob, "error", interrupt)
+        patch.setattr(Job, "withdraw", lambda self: False)
+        patch.setattr(Job, "error", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.complete(0, 4, 1)
     assert engine.busy
@@ -194,6 +258,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
+@single
 def test_demand_does_not_wait_for_threads_that_are_busy_with_prefetches(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 1: 2}))
@@ -241,6 +306,7 @@ def test_a_prefetch_that_failed_does_not_matter_to_the_slots_next_page(engine):
     assert engine.holds(1, 7)
 
 
+@single
 def test_settle_from_cancels_what_is_queued_for_high_slots_of_one_bank(engine):
     engine.store.hold(1)
     engine.prefetch(loads({0: 1, 1: 2, 3: 4, 5: 6}))
@@ -256,6 +322,7 @@ def test_settle_from_cancels_what_is_queued_for_high_slots_of_one_bank(engine):
     assert not engine.busy
 
 
+@single
 def test_settle_from_waits_for_a_copy_under_way(engine):
     engine.store.hold(4)
     engine.prefetch(loads({3: 4}))
@@ -269,6 +336,7 @@ def test_settle_from_waits_for_a_copy_under_way(engine):
     assert not waiting.is_alive()
 
 
+@single
 def test_reset_settles_everything_and_counts_from_nothing(engine):
     engine.store.hold(1)
     engine.demand(loads({4: 8}))
@@ -295,12 +363,13 @@ def test_close_drops_what_is_queued_and_is_idempotent(engine):
 def test_whatever_a_store_raises_is_a_store_error(engine):
     wanted = loads({0: 3, 4: 7, 1: 0, 2: 11})
     engine.store.plan.arm("read", OSError(5, "the disk is gone"))
-    with pytest.raises(StoreError, match=r"page \d+ cannot be read: OSError"):
+    with pytest.raises(StoreError, match=r"(page \d+|one of the pages .*) cannot be read: OSError"):
         engine.demand(wanted)
     engine.demand(wanted)
     assert engine.holds(2, 11)
 
 
+@single
 def test_what_would_end_a_copy_thread_does_not_end_the_engine(engine):
     engine.store.plan.arm("read", SystemExit())
     engine.prefetch(loads({0: 1}))
@@ -319,7 +388,7 @@ def test_a_thread_that_dies_with_a_copy_in_its_hands_keeps_nobody_waiting(engine
         raise SystemExit
 
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(CopyJob, "run", die)
+    monkeypatch.setattr(Job, "run", die)
     engine.prefetch(loads({0: 1}))
     assert begun.wait(10)
     engine.complete(0, 1, 0)
@@ -338,6 +407,8 @@ def test_copy_threads_that_cannot_be_started_are_an_error_at_the_start(monkeypat
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", one_only)
+    before = set(threading.enumerate())
     with pytest.raises(ConfigError, match="3 copy threads cannot be started"):
         Engine(3)
-    assert not [t for t in threading.enumerate() if t.name.startswith("fluxmoe-copy")]
+    new = set(threading.enumerate()) - before
+    assert not [thread for thread in new if thread.name.startswith("fluxmoe-copy")]

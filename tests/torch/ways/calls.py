@@ -126,6 +126,23 @@ def hooks_cleared(use: Use) -> Any:
     return use.run()
 
 
+def methods_set(use: Use) -> Any:
+    found = []
+    for implementation in ("grouped_mm", "batched_mm", "eager"):
+        use.close()
+        use.model.set_experts_implementation(implementation)
+        use.page()
+        experts, plain = use.experts, use.run()
+        gate = experts._apply_gate
+        experts._apply_gate = lambda x, gate=gate: 2 * gate(x)
+        doubled = use.run()
+        del experts._apply_gate
+        act_fn, experts.act_fn = experts.act_fn, torch.nn.Identity()
+        found += [plain, doubled, use.run()]
+        experts.act_fn = act_fn
+    return found
+
+
 def without_gradients(use: Use) -> Any:
     with torch.inference_mode():
         first = use.model(IDS).logits.clone()
@@ -190,6 +207,31 @@ def modes(use: Use) -> Any:
     return found, counter.get_total_flops()
 
 
+class _Record(TorchFunctionMode):
+    """Keep every tensor that is an argument of a torch function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.kept += [each for each in args if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        return func(*args, **(kwargs or {}))
+
+
+def recorded_tensors(use: Use) -> Any:
+    with _Record() as mode:
+        found = use.run()
+    slots = [each for each in mode.kept if each.ndim == 3 and len(each) == 21]
+    assert bool(slots) == (use.handle is not None)
+    use.close()
+    assert not any(each.any() for each in slots)
+    with torch.no_grad():
+        for each in slots:
+            each.fill_(1)
+    return found, use.run()
+
+
 def data_parallel(use: Use) -> Any:
     return use.run(torch.nn.DataParallel(use.model))
 
@@ -227,3 +269,23 @@ def compiled_while_paged(use: Use) -> Any:
     compiled = torch.compile(use.layers[1].mlp, fullgraph=True)
     with torch.no_grad():
         return compiled(use.states), compiled(-use.states)
+
+
+@slow
+def compiled_branches(use: Use) -> Any:
+    """The layers of a compiled graph do not depend on each other, and a layer runs twice."""
+    torch._dynamo.reset()
+    found = []
+    for implementation in ("grouped_mm", "batched_mm"):
+        use.close()
+        use.model.set_experts_implementation(implementation)
+        use.page()
+        first, second = use.layers[0].mlp, use.layers[1].mlp
+
+        def branches(x: torch.Tensor, first: Any = first, second: Any = second) -> torch.Tensor:
+            return first(x) + second(-x) + first(2 * x)
+
+        with torch.no_grad():
+            compiled = torch.compile(branches, fullgraph=True)
+            found += [compiled(use.states), compiled(-use.states)]
+    return found

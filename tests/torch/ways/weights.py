@@ -45,6 +45,9 @@ def saved_parameters(use: Use) -> None:
         weight.cpu,
         weight.share_memory_,
         lambda: torch.from_dlpack(weight),
+        lambda: np.asarray(weight),
+        lambda: np.array(weight),
+        lambda: [*weight],
         lambda: weight.data,
         lambda: weight.__array__(),
     )
@@ -183,6 +186,11 @@ def edited_view(use: Use) -> None:
         use.refuses(use.run, lambda: use.layers[1].mlp(use.states))
         use.close()
         assert not torch.equal(use.run(), right)  # the stock model's answer after the edit
+    use.page()
+    with torch.no_grad():
+        torch.Tensor(use.experts.down_proj).add_(1)  # not dispatched to the parameter
+    use.refuses(use.run)
+    use.close()
 
 
 @pages_itself

@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Container, Iterable
 
 import torch
+from torch.autograd.graph import increment_version
 
 from fluxmoe.backends.sealed import Sealed
 from fluxmoe.backends.tensors import as_rows
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.core.compiled.jit import jit
 from fluxmoe.core.paging.event import Slots
-from fluxmoe.core.paging.pager import EventWatcher, ExpertPager
+from fluxmoe.core.paging.pager import Compute, EventWatcher, ExpertPager
 from fluxmoe.core.types import Ints
 from fluxmoe.errors import UnsupportedError
 
@@ -66,8 +67,7 @@ class Shared:
             Shared(index, weight)
             for index, layer in enumerate(layers)
             for weight in layer
-            # One reference is the weight's, and one is this expression's.
-            if torch._C._storage_Use_Count(weight.untyped_storage()._cdata) > 2
+            if _is_shared(weight.untyped_storage())
         ]
 
     def updated(self, layers: Container[int]) -> None:
@@ -82,6 +82,12 @@ class Shared:
 
     def _sum(self) -> int:
         return zlib.crc32(as_rows(self._weight).data)
+
+
+def _is_shared(storage: torch.UntypedStorage) -> bool:
+    """True if others may refer to the memory, such as an array of which torch made the storage."""
+    # One reference is the weight's, and one is this object's.
+    return torch._C._storage_Use_Count(storage._cdata) > 2 or not storage.resizable()
 
 
 class Watched:
@@ -101,7 +107,7 @@ class Watched:
         layers: Iterable[Iterable[torch.nn.Parameter]],
     ) -> None:
         self._pager, self._lock = pager, lock
-        self._weights = [
+        self._weights: list[list[tuple[torch.nn.Parameter, torch.Tensor, int]]] = [
             [
                 (weight, alias, alias._version)
                 for weight in layer
@@ -119,6 +125,13 @@ class Watched:
     def watcher(self, watcher: EventWatcher | None) -> None:
         self._pager.watcher = watcher
 
+    def updated(self, layers: Iterable[int]) -> None:
+        """Accept new values of these layers' weights, and let others that watch them notice."""
+        for layer in layers:
+            for index, (weight, alias, _) in enumerate(self._weights[layer]):
+                increment_version(alias)  # numpy has written the values
+                self._weights[layer][index] = weight, alias, alias._version
+
     def acquire(self, layer: int, ids: Ints, slots: Slots) -> None:
         """Check the layer's weights and the ids, then acquire the pages from the pager.
 
@@ -126,16 +139,37 @@ class Watched:
             UnsupportedError: A weight of the layer has been changed, an id is not that of an
                 expert, or another thread is in a compiled pass.
         """
-        self._lock.claim()
-        for weight, alias, version in self._weights[layer]:
-            if alias._version != version or not isinstance(weight, Sealed):
-                raise _changed(layer)
-        if ids.dtype.kind not in "iu" or any_negative(ids):
-            raise _no_experts(layer)
+        self._require_sound(layer, ids)
         try:
             self._pager.acquire(layer, ids, slots)
         except IndexError as error:
             raise _no_experts(layer) from error
+
+    def run(self, layer: int, ids: Ints, slots: Slots, compute: Compute) -> None:
+        """Check as ``acquire`` does, then let the pager run the layer.
+
+        Raises:
+            UnsupportedError: See ``acquire``; or the pass is compiled: the self-check does not
+                cover the kernels that a compiler generates.
+        """
+        self._require_sound(layer, ids)
+        if self._lock.compiled_pass:
+            raise UnsupportedError(
+                "a compiled model cannot run layers in waves",
+                fix="give memory for one layer's experts, or do not compile the model",
+            )
+        try:
+            self._pager.run(layer, ids, slots, compute)
+        except IndexError as error:
+            raise _no_experts(layer) from error
+
+    def _require_sound(self, layer: int, ids: Ints) -> None:
+        self._lock.claim()
+        for weight, alias, version in self._weights[layer]:
+            if alias._version != version or not isinstance(weight, Sealed):
+                raise _changed(layer)
+        if ids.dtype.kind not in "iu" or any_negative(ids.reshape(-1)):
+            raise _no_experts(layer)
 
 
 @jit

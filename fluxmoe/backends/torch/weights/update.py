@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,9 @@ class NewWeights:
         tensors = (*model.named_parameters(remove_duplicate=False),
                    *model.named_buffers(remove_duplicate=False))  # fmt: skip
         self._tensors = dict(tensors)
+        names = Counter(map(id, self._tensors.values()))
+        #: Ids of tensors that have several names.
+        self._tied = {key for key, count in names.items() if count > 1}
         self._places = {
             id(weight): (index, part)
             for index, layer in enumerate(layers)
@@ -64,8 +68,18 @@ class NewWeights:
         """
         parts: dict[int, dict[str, Bytes]] = {}
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        values: dict[int, tuple[str, torch.Tensor]] = {}
         for name, new in checked(weights, shapes):
             old = self._tensors[name]
+            if id(old) in self._tied:
+                # Compared as bytes, because NaN is not equal to NaN.
+                value = new.to(old.dtype).contiguous().reshape(-1).view(torch.uint8)
+                first, same = values.setdefault(id(old), (name, value))
+                if not torch.equal(value, same):
+                    raise WeightsError(
+                        f"{first} and {name} are the same tensor, but have different values",
+                        fix="give one of them, or equal values",
+                    )
             if id(old) not in self._places:
                 self.others.append((old, new))
                 continue

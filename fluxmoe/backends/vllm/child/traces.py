@@ -31,7 +31,7 @@ def record(
 
     Args:
         engine: A paged engine.
-        prompts: The requests, all queued at once.
+        prompts: The requests; with ``max_steps``, at most ``4 * batch`` are queued at once.
         path: Path of the new trace file.
         batch: Number of requests that the engine runs at once.
         weights: Also record the routing weights (eager mode only).

@@ -36,6 +36,12 @@ def engine_info(llm: LLM) -> dict[str, int]:
     return info
 
 
+def client_of(state: Any) -> Any:
+    """Return the engine client in the ``app.state`` of vLLM's server."""
+    NAMES.require_on("app.state", state)
+    return state.engine_client
+
+
 async def collective_rpc(client: Any, method: str, argument: object) -> list[Any]:
     """Call a method of each worker, and return the workers' answers."""
     NAMES.require_on("AsyncLLM", client)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fluxmoe import checkpoint, machine
+from fluxmoe import caches, checkpoint, machine
 from fluxmoe.backends import budget, preflight
 from fluxmoe.backends.preflight import Chosen
 from fluxmoe.backends.versions import installed
@@ -25,6 +25,7 @@ from fluxmoe.config import Config, Resolved
 from fluxmoe.dimensions import Model
 from fluxmoe.errors import ConfigError, MissingDependencyError, UnsupportedVersionError
 from fluxmoe.findings import Findings
+from fluxmoe.words import line
 
 _CACHE = "VLLM_CACHE_ROOT"
 #: Bytes needed in /dev/shm by vLLM's largest message queue (queues are sparse, and each is compared
@@ -64,7 +65,7 @@ def examine(
             if start != "later":
                 raise
             found.notes.append(error.text)
-    found.errors += vllm_options.problems(options)
+    found.errors += vllm_options.problems(config.vllm)
     port = options.get("port", 8000)
     if isinstance(port, int) and port not in _PORTS:
         found.errors.append(
@@ -84,7 +85,7 @@ def examine(
     if _CACHE in environment:
         with found.check():
             machine.require_writable(
-                Path(environment[_CACHE]).expanduser(),
+                caches.expanded(environment[_CACHE]),
                 where=_CACHE,
                 fix="name a writable folder, or unset the variable",
             )
@@ -95,7 +96,9 @@ def examine(
 
 def resolved(config: Config) -> Resolved:
     """Resolve the budget to bytes, the same for all workers (``budget.automatic``)."""
-    return config.resolved(config.memory.budget or budget.automatic(config.model, workers(config)))
+    return config.resolved(
+        config.memory.budget or budget.automatic(config, config.model, workers(config))
+    )
 
 
 def workers(config: Config) -> int:
@@ -202,6 +205,12 @@ def _require_open(host: Any, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((str(host), port))
+        except (ValueError, TypeError) as error:  # such as a name with a zero byte
+            raise ConfigError(
+                f"{line(host, repr)} is not a host: {line(error)}",
+                where="vllm.host",
+                fix="give a name or an address, such as 127.0.0.1",
+            ) from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConfigError(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
@@ -43,16 +44,27 @@ def known() -> dict[str, str | list[str]]:
 
 def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
     """Write option names with dashes, since vLLM's command line also accepts underscores."""
-    return {name.replace("_", "-"): value for name, value in options.items()}
+    return {_dashed(name): value for name, value in options.items()}
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def problems(options: Mapping[str, Any]) -> Iterator[ConfigError]:
     """Yield an error for each unknown option and each value that vLLM's parser would reject.
 
     Args:
-        options: Names without leading dashes → values, as in the configuration's ``vllm``.
+        options: Names without leading dashes → values: the configuration's ``vllm``.
     """
-    for name, value in options.items():
+    for name, count in Counter(map(_dashed, options)).items():
+        if count > 1:
+            yield ConfigError(
+                "the option is given more than once, with dashes and with underscores",
+                where=f"vllm.{name}",
+                fix="give it once",
+            )
+    for name, value in normalised(options).items():
         if name in OURS:
             yield ConfigError(
                 f"{name} is set by FluxMoE", where=f"vllm.{name}", fix="remove it from vllm:"

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxmoe.backends.budget import KVNeed, partition, require_for_weights
+from fluxmoe.backends.budget import KVNeed, require_for_weights
+from fluxmoe.backends.partition import partition
 from fluxmoe.config import Resolved
-from fluxmoe.core.types import Geometry, PageClass, Part
 from fluxmoe.dimensions import Model
+from fluxmoe.errors import ConfigError
 
 #: Bytes of a weight for vLLM's ``dtype``; ``auto`` converts 4-byte weights to 2 bytes.
 _DTYPES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2, "half": 2}
@@ -25,7 +26,7 @@ _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2*
 
 
 def require(config: Resolved, model: Model, options: Mapping[str, Any], workers: int) -> None:
-    """Reject a budget that cannot hold one layer's experts and one request, or exceeds free memory.
+    """Reject a budget that cannot hold one token's experts and one request, or exceeds free memory.
 
     Args:
         config: The configuration, with the budget of one worker.
@@ -34,10 +35,16 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
         workers: Number of tensor-parallel workers.
 
     Raises:
-        ConfigError, BudgetTooSmallError: See ``budget.partition``, ``budget.require_for_weights``.
+        ConfigError, BudgetTooSmallError: See ``partition``, ``budget.require_for_weights``.
     """
     weight = _weight_bytes(model, options)
-    page = model.page_bytes * weight // model.weight_bytes // workers
+    geometry, page = model.paged(weight, workers)
+    if not page.nbytes:
+        raise ConfigError(
+            f"{workers} workers cannot share experts of {model.page_bytes} bytes",
+            where="vllm.tensor-parallel-size",
+            fix="use fewer workers",
+        )
     tokens = _tokens(config, model, options)
     element = 1 if "8" in str(options.get("kv-cache-dtype", "auto")) else weight
     request = model.request_bytes(tokens) * element // model.weight_bytes // workers
@@ -46,9 +53,10 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
         memory = memory.model_copy(update={"frame": mmap.PAGESIZE})
     partition(
         memory,
-        Geometry(model.moe_layers, model.experts),
-        PageClass((Part("experts", page, page // weight),)),
+        geometry,
+        page,
         KVNeed(request, max(request, int(memory.budget)), f"one request of {tokens} tokens"),
+        top_k=model.top_k,  # a kernel that cannot run in waves is known only in the worker
     )
     require_for_weights(
         config,
@@ -71,7 +79,7 @@ def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
     factor = _SUFFIXES.get(text[-1:], 1)
     try:
         return max(int(float(text.rstrip("kmgKMG")) * factor), 1)
-    except ValueError:  # the value is auto, or vLLM's parser will reject it
+    except (ValueError, OverflowError):  # the value is auto, or vLLM's parser will reject it
         return 1
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from fluxmoe.backends.vllm.compat.engine import collective_rpc, is_idle, run_a_step
+from fluxmoe.backends.vllm.compat.engine import client_of, collective_rpc, is_idle, run_a_step
 from fluxmoe.backends.vllm.server.hangup import App, Receive, Scope, Send
 from fluxmoe.backends.vllm.settings import LIMITS_PATH
 from fluxmoe.config import parse_limits
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, UnsupportedVersionError
 
 #: Maximum bytes of a body. No valid limits are longer, and the server waits until a body is read.
 LARGEST = 4096
@@ -54,8 +54,11 @@ async def limits(request: Request) -> JSONResponse:
             parse_limits(wanted, where="limits")
         except ConfigError as error:
             return _refused(error.code, "; ".join(each.text for each in error.problems()))
-    client = request.app.state.engine_client
-    answers = await collective_rpc(client, "fluxmoe_limit", wanted)
+    try:
+        client = client_of(request.app.state)
+        answers = await collective_rpc(client, "fluxmoe_limit", wanted)
+    except UnsupportedVersionError as error:
+        return _refused(error.code, error.text, 500)
     for answer in answers:
         if "error" in answer:
             return _refused(answer["error"]["code"], answer["error"]["message"])
@@ -64,5 +67,5 @@ async def limits(request: Request) -> JSONResponse:
     return JSONResponse(answers[0])
 
 
-def _refused(code: str, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message}}, 400)
+def _refused(code: str, message: str, status: int = 400) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message}}, status)

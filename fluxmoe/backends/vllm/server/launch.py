@@ -58,9 +58,9 @@ def arguments(config: Resolved) -> list[str]:
     """
     if config.model is None:
         raise ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")
-    given = options.normalised(config.vllm)
-    for error in options.problems(given):
+    for error in options.problems(config.vllm):
         raise error
+    given = options.normalised(config.vllm)
     settings = config.model_dump(mode="json", exclude={"model", "vllm"}, exclude_defaults=True)
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     if config.control:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fluxmoe import sizes
 from fluxmoe.backends import budget
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
-from fluxmoe.config import Resolved
+from fluxmoe.config import Config, Resolved
 from fluxmoe.errors import ConfigError
 
 
-def automatic(vllm_config: VllmConfig) -> int:
+def automatic(config: Config, vllm_config: VllmConfig) -> int:
     """Compute ``memory.budget: auto`` in bytes."""
     workers = vllm_config.parallel_config.world_size
     if workers > 1:
@@ -19,7 +19,7 @@ def automatic(vllm_config: VllmConfig) -> int:
             where="memory.budget",
             fix="set a size, or start with `fluxmoe serve`",
         )
-    return budget.automatic(vllm_config.model_config.model, workers)
+    return budget.automatic(config, vllm_config.model_config.model, workers)
 
 
 def with_kv_target(config: Resolved, kv_bytes: int | None) -> Resolved:

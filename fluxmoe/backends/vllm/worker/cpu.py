@@ -13,7 +13,7 @@ from fluxmoe.backends import op
 from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_coders, make_store
-from fluxmoe.backends.tensors import as_rows, as_weight
+from fluxmoe.backends.tensors import as_weight, pages_of
 from fluxmoe.backends.vllm import handover
 from fluxmoe.backends.vllm.compat.cpu import CPUWorker
 from fluxmoe.backends.vllm.compat.numba import tolerate_numba
@@ -30,24 +30,21 @@ from fluxmoe.backends.vllm.orphan import end_with_parent
 from fluxmoe.backends.vllm.settings import paging_config
 from fluxmoe.backends.vllm.worker import budget, checks, kv, selfcheck, start
 from fluxmoe.backends.vllm.worker.answers import together
-from fluxmoe.backends.vllm.worker.layer import (
-    PARTS,
-    PagedRoutedExperts,
-    sizes_of,
-    use_paged_layers,
-)
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests, note_weights
 from fluxmoe.backends.vllm.worker.side import WorkerSide
 from fluxmoe.backends.vllm.worker.weights.calls import WEIGHT_CALLS, guard_loading, refusing
 from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
+from fluxmoe.backends.vllm.worker.weights.loading import ExpertLoading
+from fluxmoe.backends.vllm.worker.weights.streamed import PARTS
 from fluxmoe.config import HandLimits
+from fluxmoe.core.transfer.store import ChangingStore
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import (
     FluxMoEError,
     InvariantError,
-    NoExpertsError,
     UnsupportedError,
 )
 from fluxmoe.trace.recorder import Recorder
@@ -65,7 +62,7 @@ class PagedCPUWorker(CPUWorker):
         self._paging = config.preset != "off"
         if self._paging:
             checks.refuse_unsupported(vllm_config)
-        resolved = config.resolved(config.memory.budget or budget.automatic(vllm_config))
+        resolved = config.resolved(config.memory.budget or budget.automatic(config, vllm_config))
         if vllm_config.load_config.load_format in checkpoint.LOAD_FORMATS:
             checkpoint.require_readable(vllm_config.model_config.model)
         # Policies are created here, so that their errors are raised before the weights are loaded.
@@ -80,7 +77,8 @@ class PagedCPUWorker(CPUWorker):
         self._config = budget.with_kv_target(
             resolved, vllm_config.cache_config.kv_cache_memory_bytes
         )
-        # An explicit size keeps vLLM from claiming 92% of the machine; the real size is set later.
+        # An explicit size keeps vLLM from claiming 92% of the machine's memory. The real size is
+        # set later.
         vllm_config.cache_config.kv_cache_memory_bytes = int(resolved.memory.budget)
         super().__init__(vllm_config, *args, **kwargs)
         self._runtime: Runtime | None = None
@@ -88,35 +86,35 @@ class PagedCPUWorker(CPUWorker):
         self._limits = HandLimits()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load like stock vLLM, then move the experts out of the model."""
-        super().load_model(*args, **kwargs)
+        """Load the model like stock vLLM, but with the experts in the store."""
+        if not self._paging:
+            super().load_model(*args, **kwargs)
+            return
+        make = partial(make_store, self._config, self._coders)
+        loading = ExpertLoading(self.vllm_config, make)
         load = self.vllm_config.load_config
         model, revision = self.model_config.model, self.model_config.revision
-        folder = checkpoint.downloaded(model, revision, load.download_dir)
-        # The files of a model given by its name on the Hub exist only now.
-        if load.load_format in checkpoint.LOAD_FORMATS and folder != model:
-            checkpoint.require_readable(folder)
-        if not self._paging:
-            return
-        NAMES.require_on("model_runner", self.model_runner)
-        layers = [m for m in self.model_runner.model.modules() if isinstance(m, RoutedExperts)]
-        if not layers:
-            raise NoExpertsError(
-                f"{self.model_config.model} has no MoE layers: there is nothing to page",
-                fix="serve it without FluxMoE",
-            )
-        for layer in layers:
-            checks.refuse_unpageable(layer)
-        runtime = self._page_out(layers)
-        model = self.model_runner.model
-        self._door = WeightDoor(model, layers, runtime, self.vllm_config, folder)
-        guard_loading(model, self._door)
+        with loading.during():
+            super().load_model(*args, **kwargs)
+            folder = checkpoint.downloaded(model, revision, load.download_dir)
+            # The files of a model given by its name on the Hub exist only now.
+            if loading.load_format in checkpoint.LOAD_FORMATS and folder != model:
+                checkpoint.require_readable(folder)
+        loaded = self.model_runner.model
+        try:
+            NAMES.require_on("model_runner", self.model_runner)
+            loading.collect(loaded)
+            runtime = self._page_out(loading.layers, loading.store)
+        except BaseException:
+            loading.close()
+            raise
+        self._door = WeightDoor(loaded, loading.layers, runtime, self.vllm_config, folder)
+        guard_loading(loaded, self._door)
 
-    def _page_out(self, layers: list[PagedRoutedExperts]) -> Runtime:
-        geometry, page_class = sizes_of(layers)
+    def _page_out(self, layers: list[PagedRoutedExperts], store: ChangingStore) -> Runtime:
+        geometry, page_class = pages_of(layers, PARTS)
         self.kernel = selfcheck.require_sound(layers[0], PARTS)
         weights = [getattr(layers[0], name) for name in PARTS]
-        store = make_store(self._config, geometry, page_class, self._coders)
         self._runtime = runtime = Runtime(
             self._config,
             self._policies,
@@ -126,6 +124,7 @@ class PagedCPUWorker(CPUWorker):
             self._kv_need(),
             dynamic=self._dynamic,
             bank_limit=bank_limit(max(part.elements for part in page_class.parts)),
+            top_k=layers[0].top_k if self.kernel.waves else None,
             phase=partial(step_phase, self.model_runner),
         )
         self._handle = handle = op.attach(runtime.pager)
@@ -133,12 +132,12 @@ class PagedCPUWorker(CPUWorker):
         self._release = weakref.finalize(self, _release, handle, runtime)
         self._top_k = layers[0].top_k
         for index, layer in enumerate(layers):
-            store.adopt([as_rows(getattr(layer, name)) for name in PARTS])
             arenas = zip(PARTS, weights, runtime.arenas(index), strict=True)
             layer.bind(
                 handle,
                 index,
                 {name: require_addressable(as_weight(rows, like)) for name, like, rows in arenas},
+                waves=runtime.partition.in_waves,
             )
         return runtime
 
@@ -158,7 +157,7 @@ class PagedCPUWorker(CPUWorker):
             self.cache_config.kv_cache_memory_bytes = self._runtime.kv_reserved_bytes
         available: int = super().determine_available_memory()
         if self._runtime is not None:
-            self._runtime.pager.reset()
+            self._runtime.reset()
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -249,19 +248,20 @@ class PagedCPUWorker(CPUWorker):
 
     @together
     def fluxmoe_check(self) -> None:
-        """Raise InvariantError unless all books are consistent."""
+        """Raise InvariantError unless the state of pager and memory is consistent."""
         self._paged.check()
 
     def fluxmoe_limit(self, limits: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Set the limits on the split from the next step on, and return them; None only returns.
+        """Set the limits on the split from the next step on, and return the limits.
 
         Args:
             limits: ``config.HandLimits``: ``budget``, and ``experts`` and ``kv`` with ``min`` and
-                ``max`` each. Omitted limits are reset to the configuration.
+                ``max`` each, or None to change nothing. Omitted limits are reset to the
+                configuration.
 
         Returns:
-            The ``limits`` set, the current ``split`` and the ``budget``, in bytes; or ``error`` if
-            the limits are invalid and nothing has changed. (An exception would lose its code
+            The ``limits`` set, the current ``split`` and the ``budget``, in bytes; or only
+            ``error``, in which case nothing has changed. (An exception would lose its code
             between vLLM's processes.)
         """
         try:
@@ -334,7 +334,7 @@ class PagedCPUWorker(CPUWorker):
 
     def fluxmoe_reset(self) -> None:
         """Start cold: drop all pages, and set all counters except those on ``/metrics`` to zero."""
-        self._paged.pager.reset()
+        self._paged.reset()
         self._side.restarted()
 
 

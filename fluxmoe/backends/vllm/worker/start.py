@@ -39,9 +39,6 @@ def log(
     cache, config = runtime.memory.kv, runtime.config
     if cache is None:
         raise InvariantError("the KV cache has not been placed yet")
-    chosen = {"eviction": config.eviction, "prefetch": config.prefetch}
-    if runtime.dynamic:
-        chosen["arbitration"] = config.arbitration
     more = [("KV cache", _kv(cache, vllm_config, specs))]
     if config.control:
         more.append(("control", f"{LIMITS_PATH} on this server; see fluxmoe limit --help"))
@@ -52,7 +49,7 @@ def log(
             model=vllm_config.model_config.model,
             top_k=top_k,
             dynamic=runtime.dynamic,
-            policies={kind: registry.source(kind, policy) for kind, policy in chosen.items()},
+            registry=registry,
             store_bytes=runtime.store.nbytes,
             more=more,
         )

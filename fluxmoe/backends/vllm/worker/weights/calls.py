@@ -1,4 +1,4 @@
-"""The calls in vLLM that change or read weights: one works while experts are paged, others fail."""
+"""vLLM's calls that change or read weights: loading goes through the door, others are refused."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fluxmoe.backends.vllm.worker.layer import PARTS, RELOAD, PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.layer import RELOAD, PagedRoutedExperts
 from fluxmoe.backends.vllm.worker.weights.door import WeightDoor
+from fluxmoe.backends.vllm.worker.weights.streamed import PARTS
 from fluxmoe.errors import UnsupportedError
 
 _STOCK = "use a stock engine for this call"
 
-#: Other methods of vLLM's worker that read or write the model's weights → remedy. They are refused,
+#: Methods of vLLM's worker that read or write the model's weights → remedy. They are refused,
 #: because the parameters of experts have no data.
 WEIGHT_CALLS = {
     "reset_weights": RELOAD,
@@ -39,10 +40,10 @@ def refusing(call: str, fix: str = RELOAD) -> Callable[..., None]:
 
 
 def guard_loading(model: Any, door: WeightDoor) -> None:
-    """Lead ``load_weights`` of a model through the door, and disable the loaders of its parts.
+    """Route ``load_weights`` of a model through the door, and guard the loaders of its parts.
 
-    These loaders would write into slots and not into the page store, and so mix old and new
-    experts.
+    Outside an update, these loaders are refused: they would write into slots instead of the page
+    store, and thus mix old and new experts. The loaders of experts' parameters are always refused.
 
     Args:
         model: vLLM's model, already paged.

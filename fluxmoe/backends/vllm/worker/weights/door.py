@@ -22,9 +22,10 @@ from fluxmoe.backends.vllm.board import Board
 from fluxmoe.backends.vllm.compat import reload
 from fluxmoe.backends.vllm.compat.plugin import VllmConfig
 from fluxmoe.backends.vllm.compat.worker import errors_of_all
-from fluxmoe.backends.vllm.worker.layer import PARTS, PagedRoutedExperts
-from fluxmoe.backends.vllm.worker.weights.experts import NewExperts
+from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts
+from fluxmoe.backends.vllm.worker.weights.experts import ExpertStage, NewExperts
 from fluxmoe.backends.vllm.worker.weights.state import ModelState
+from fluxmoe.backends.vllm.worker.weights.streamed import PARTS
 from fluxmoe.backends.weights import FORM, Shape, checked
 from fluxmoe.core.transfer.store import Put
 from fluxmoe.core.types import Bytes
@@ -36,7 +37,7 @@ _ONE = "one update"
 
 
 class WeightDoor:
-    """The door of a paged model, which changes the model's weights.
+    """The door through which the weights of a paged model change.
 
     Args:
         model: vLLM's model.
@@ -125,6 +126,10 @@ class WeightDoor:
         self.update(reload.weights_of(self._config, self._model, path), whole=True)
 
     def _require_possible(self) -> None:
+        if self.open:
+            raise WeightsError(
+                "an update of the weights is in progress", fix="end it before the next update"
+            )
         if unfinished := self.board.unfinished:
             raise WeightsError(
                 f"{unfinished} requests are unfinished: their KV cache is from the old weights",
@@ -159,7 +164,8 @@ class WeightDoor:
                 given.add(name)
                 yield name, weight
 
-        new = [NewExperts(layer, numbered(i)) for i, layer in enumerate(self._layers)]
+        stage = ExpertStage(self._layers[0])
+        new = [NewExperts(layer, stage, numbered(i)) for i, layer in enumerate(self._layers)]
         with self._loading(new):
             changed = self._load(named())
             count = sum(each.finish() for each in new)
@@ -210,13 +216,14 @@ class WeightDoor:
 
     @contextmanager
     def _loading(self, new: Sequence[NewExperts]) -> Iterator[None]:
-        """Prepare the model for loading, and afterwards put its tensors at their old addresses."""
+        """Prepare the model for loading; afterwards, copy new values to the old addresses."""
         sealed = [layer._parameters for layer in self._layers]
         self.open = True
         try:
             with reload.set_current_vllm_config(self._config):
                 for layer, each in zip(self._layers, new, strict=True):
                     layer._parameters = {**layer._parameters, **each.stand_ins}
+                    layer.incoming = each.take
                     reload.exempt(layer)
                 reload.initialize_layerwise_reload(self._model)
                 yield
@@ -227,3 +234,5 @@ class WeightDoor:
                 reload.pack_tied(self._model)
         finally:
             self.open = False
+            for layer in self._layers:
+                layer.incoming = None

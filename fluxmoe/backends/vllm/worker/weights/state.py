@@ -10,8 +10,7 @@ import torch
 class ModelState:
     """A copy of all attributes of a model's modules, and of the values of their tensors.
 
-    All of these are copied, because loading replaces tensors, writes into tensors, and sets
-    attributes, such as packed weights.
+    Loading replaces tensors, writes into tensors, and sets attributes, such as packed weights.
 
     Args:
         model: The model.

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxmoe.core.types import Bytes
-from fluxmoe.stores.reader import (
+from fluxmoe.stores.disk.reader import (
     OFFSET,
     SECTOR,
     Index,
@@ -56,6 +56,7 @@ class Overlay(PageReader):
         """Write a page's new contents to its free place; return the entry for ``replace``.
 
         Args:
+            page: Number of the page.
             kept: The page's parts in stored form, none longer than its original.
             raw_sums: Checksums of the originals.
         """
@@ -75,7 +76,7 @@ class Overlay(PageReader):
         return entry
 
     def replace(self, page: int, entry: Index) -> None:
-        """Let later reads find a page's new contents. Not called while any page is being read."""
+        """Make later reads find a page's new contents. Not called while any page is being read."""
         self.index[page] = entry
         self.verified[page] = False
 

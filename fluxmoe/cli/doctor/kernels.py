@@ -91,13 +91,13 @@ def _check(engine: str, kernel: str, dtype: str, check: Callable[[], Any]) -> Ke
 def _of_torch(folder: Path) -> list[KernelCheck]:
     import torch
 
-    from fluxmoe.backends.torch import experts, layout, pretrained
+    from fluxmoe.backends.torch import experts, layout, pretrained, twin
 
     found = []
     for dtype in _DTYPES:
         model = pretrained.on_meta(str(folder), str(folder), getattr(torch, dtype), {})
         layer = layout.experts_of(model)[0]
-        for name in experts.IMPLEMENTATIONS:
+        for name in twin.IMPLEMENTATIONS:
             found.append(_check("torch", name, dtype, partial(experts.require_sound, layer, name)))
     return found
 

@@ -1,7 +1,6 @@
-"""``fluxmoe doctor``: check this installation, and give a remedy for each problem.
+"""Checks of an installation: the system, its packages, and what each backend needs.
 
-Engines are looked up but not imported: importing vLLM takes longer than all checks together. Only
-the check of the engines' kernels imports them, in separate processes.
+Engines are looked up but not imported: importing vLLM takes longer than all checks together.
 """
 
 from __future__ import annotations
@@ -13,19 +12,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import typer
+from typing import Literal
 
 from fluxmoe import machine, sizes
-from fluxmoe.arguments import require_new
 from fluxmoe.backends import versions
 from fluxmoe.backends.vllm.versions import REQUIREMENT, is_supported
-from fluxmoe.cli.shared import hardware, kernels, output, table
-from fluxmoe.cli.shared.options import AsCsv, AsJson, Force
-from fluxmoe.errors import FluxMoEError, MissingDependencyError
+from fluxmoe.cli.shared import hardware
+from fluxmoe.errors import FluxMoEError
 
 Status = Literal["ok", "note", "broken"]
 
@@ -50,94 +45,8 @@ class Check:
     fix: str = ""
 
 
-def doctor(
-    measure: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.yaml",
-            help="Measure this machine and write a hardware profile to this file.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model to use for the measurement; default: the shipped model."),
-    ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="Skip the kernel checks, which must import the engines and are slow."
-        ),
-    ] = False,
-    force: Force = False,
-    as_json: AsJson = False,
-    as_csv: AsCsv = False,
-) -> None:
-    """Check this installation; exit with status 2 if an essential part is broken."""
-    if measure is not None:
-        require_new(measure, replace=force)
-        _measure(measure, model, as_json, as_csv)
-        return
-    system = list(_system())
-    backends = list(_backends()) if sys.platform == "linux" else []
-    broken = any(finding.status == "broken" for finding in system)
-    engines = {finding.name.partition(",")[0] for finding in backends if finding.status == "ok"}
-    with kernels.running(sorted(engines) if not quick else []) as wait:
-        if not (as_json or as_csv):
-            _print("This installation", system)
-            _print("Backends", backends)
-            if engines and not quick:
-                output.warn("checking MoE kernels, up to half a minute; --quick skips this")
-        checked = wait()
-    tables = {
-        "checks": [asdict(finding) for finding in system],
-        "backends": [asdict(finding) for finding in backends],
-        "kernels": [asdict(check) for check in checked],
-    }
-    rows = ({"table": name, **row} for name in tables for row in tables[name])
-    if not output.printed(as_json, as_csv, {"ok": not broken, **tables}, rows) and checked:
-        _print(f"MoE kernels: {machine.processor()}", [_kernel(check) for check in checked])
-    if broken:
-        sys.exit(2)
-
-
-def _measure(path: Path, model: str | None, as_json: bool, as_csv: bool) -> None:
-    """Write a hardware profile of this machine for ``--hardware``."""
-    problem = _first_problem(_package("torch"), _package("transformers"))
-    if problem is not None:
-        raise MissingDependencyError(
-            f"{problem.name}: {problem.found}", where="--measure", fix=problem.fix
-        )
-    from fluxmoe.backends.torch.measure import measure
-    from fluxmoe.demo.model import SHIPPED
-    from fluxmoe.sim.hardware import Profile, save
-
-    profile = Profile(**measure(model or SHIPPED))
-    save(profile, path)
-    data = profile.model_dump()
-    if not output.printed(as_json, as_csv, data, [data]):
-        print(f"{path}: {profile.description}")
-        print(f"a page is loaded at {profile.load_gbps:.1f} GB/s + {profile.load_us:.0f} µs")
-        print(f"a step takes {profile.step_us:.0f} µs + {profile.token_us:.1f} µs per token and")
-        print(f"layer; experts are read at {profile.memory_gbps:.1f} GB/s")
-
-
-def _kernel(check: kernels.KernelCheck) -> Check:
-    name = f"{check.engine}: {check.kernel or 'MoE kernel'} {check.dtype}".rstrip()
-    if check.same:
-        return Check(name, "ok", f"same bits in any slots, {check.milliseconds:.0f} ms")
-    return Check(name, "note", check.problem, check.fix)
-
-
-def _print(title: str, findings: list[Check]) -> None:
-    """Print findings, and below them the remedies as whole lines, which can be copied."""
-    rows = [(finding.name, finding.status, finding.found) for finding in findings]
-    table.show(title, ["", "status", "found"], [], rows, merge=False)
-    for finding in findings:
-        if finding.fix:
-            output.say(f"• {finding.name}: {finding.fix}")
-
-
-def _system() -> Iterator[Check]:
+def system() -> Iterator[Check]:
+    """Check the machine and the installed packages."""
     yield Check("Python", "ok", platform.python_version())
     here = f"{platform.system()} {platform.release()} {platform.machine()}"
     if sys.platform != "linux":
@@ -154,9 +63,9 @@ def _system() -> Iterator[Check]:
     yield _shared_memory()
     yield _gpu()
     yield _profile()
-    yield _package("torch", _cuda())
+    yield package("torch", _cuda())
     yield _vllm()
-    yield _package("transformers")
+    yield package("transformers")
     compiler = shutil.which("g++")
     if compiler:
         yield Check("g++", "ok", compiler)
@@ -192,8 +101,8 @@ def _profile() -> Check:
     """Look for the profile of this machine, which ``plan`` uses by default."""
     kept = hardware.measured()
     if kept is None:
-        fix = "nothing: fluxmoe plan measures it; or fluxmoe doctor --measure FILE.yaml"
-        return Check("hardware profile", "note", "this machine is not measured yet", fix)
+        fix = "run fluxmoe plan, which measures it once"
+        return Check("hardware profile", "note", "this machine has not been measured yet", fix)
     found = f"pages at {kept.load_gbps:.1f} GB/s; {kept.description}"
     return Check("hardware profile", "ok", found)
 
@@ -243,7 +152,7 @@ def _gpu() -> Check:
     except FluxMoEError as error:
         where = f" ({error.where})" if error.where else ""
         return Check("CUDA", "note", f"bindings {bindings}; {error.what}{where}", error.fix)
-    fix = "nothing: no backend runs on a GPU yet"
+    fix = "nothing to do: no backend runs on a GPU yet"
     return Check("CUDA", "ok", f"{found}, bindings {bindings}", fix)
 
 
@@ -258,7 +167,8 @@ def _map_count() -> Check:
     return Check("vm.max_map_count", "ok", str(count))
 
 
-def _package(name: str, remark: str = "") -> Check:
+def package(name: str, remark: str = "") -> Check:
+    """Check the version of a package that the torch backend needs."""
     version = versions.installed(name)
     if version is None:
         return Check(name, "note", "not installed", versions.HF)
@@ -321,9 +231,10 @@ def _plugins() -> Check:
     return Check("plugins", "ok", ", ".join(names) or "none installed")
 
 
-def _backends() -> Iterator[Check]:
+def backends() -> Iterator[Check]:
+    """Check the requirements of each backend (Linux only)."""
     substrate = _substrate()
-    eager = _first_problem(substrate, _vllm())
+    eager = first_problem(substrate, _vllm())
     yield _backend("vLLM, eager", eager)
     if eager is None and not shutil.which("g++"):
         yield Check("vLLM, compiled", "note", "no g++", "install g++, or set enforce-eager")
@@ -332,11 +243,12 @@ def _backends() -> Iterator[Check]:
     if importlib.util.find_spec("fluxmoe.backends.torch") is None:
         yield Check("torch", "note", "not in this version of FluxMoE")
     else:
-        parts = substrate, _package("torch"), _package("transformers")
-        yield _backend("torch", _first_problem(*parts))
+        parts = substrate, package("torch"), package("transformers")
+        yield _backend("torch", first_problem(*parts))
 
 
-def _first_problem(*findings: Check) -> Check | None:
+def first_problem(*findings: Check) -> Check | None:
+    """Return the first check that is not ``ok``."""
     return next((finding for finding in findings if finding.status != "ok"), None)
 
 

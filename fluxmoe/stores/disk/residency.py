@@ -1,7 +1,7 @@
-"""The function ``cached``, which finds out if a part of a file is in the page cache.
+"""The function ``cached``, which checks if a part of a file is in the page cache.
 
-A read with ``RWF_NOWAIT`` would find out too, but the kernel would start reading the absent data
-into the page cache: every cold page would be read from the disk twice.
+A read with ``RWF_NOWAIT`` would also show this, but the kernel would start to read absent data into
+the page cache, and every cold page would be read from the disk twice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import mmap
 
 import numpy as np
 
-#: Number of the system call ``cachestat`` on all architectures; Linux 6.5 and newer have it.
+#: Number of the system call ``cachestat``, which Linux has since version 6.5.
 _CACHESTAT = 451
 _libc = ctypes.CDLL(None)
 
@@ -19,10 +19,12 @@ _libc = ctypes.CDLL(None)
 def cached(fd: int, offset: int, nbytes: int) -> bool:
     """True if the page cache holds all ``nbytes`` bytes of a file from ``offset`` on.
 
-    Reads nothing from the disk. False if the kernel does not give the information.
+    Reads nothing from the disk. False if the kernel does not provide the information.
 
     Args:
+        fd: File descriptor.
         offset: A multiple of the system's page size.
+        nbytes: Number of bytes, at least 1.
     """
     wanted = -(-nbytes // mmap.PAGESIZE)
     area, counts = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()

@@ -10,16 +10,19 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from fluxmoe.core.owner import Owner
 from fluxmoe.core.types import Bytes
 from fluxmoe.errors import PageFileError
-from fluxmoe.stores import residency
 from fluxmoe.stores.codec import kernel
+from fluxmoe.stores.disk import residency
 
 SECTOR = 4096
 
@@ -49,7 +52,7 @@ def sectors(nbytes: int) -> int:
 
 
 class Scratch(threading.local):
-    """Memory that each thread has for itself, uint8 ``[nbytes]``, aligned to sectors."""
+    """Separate memory for each thread, uint8 ``[nbytes]``, aligned to sectors."""
 
     def __init__(self, nbytes: int) -> None:
         self.memory: Bytes = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
@@ -57,6 +60,46 @@ class Scratch(threading.local):
 
 class DamagedPageError(PageFileError):
     """A page's bytes do not match the page's checksums."""
+
+
+class DiskMeter:
+    """Measures the reads of several threads from a disk.
+
+    Attributes:
+        nbytes: Number of bytes read.
+        seconds: Time during which at least one read was in progress.
+    """
+
+    def __init__(self) -> None:
+        # A forked child must not wait for a lock that a thread of the parent process holds.
+        self._owner, self._lock = Owner(), threading.Lock()
+        self._reads: set[object] = set()
+        self._since = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the counters to zero."""
+        self.nbytes, self.seconds = 0, 0.0
+
+    @contextmanager
+    def reading(self, nbytes: int) -> Iterator[None]:
+        """Measure a read of ``nbytes`` bytes."""
+        if not self._owner.here:
+            yield
+            return
+        read = object()
+        try:
+            with self._lock:
+                if not self._reads:
+                    self._since = time.perf_counter()
+                self._reads.add(read)
+            yield
+        finally:
+            with self._lock:
+                self._reads.discard(read)
+                self.nbytes += nbytes
+                if not self._reads:
+                    self.seconds += time.perf_counter() - self._since
 
 
 class PageReader:
@@ -73,6 +116,7 @@ class PageReader:
     Attributes:
         verified: True for pages whose checksums need no further check, bool ``[pages]``; set by
             the caller.
+        meter: Measures reads of pages that were not in the page cache.
     """
 
     def __init__(
@@ -84,41 +128,80 @@ class PageReader:
             with contextlib.suppress(OSError):  # in-memory file systems lack direct I/O
                 self._direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT)
         self.verified = np.zeros(len(index), bool)
+        self.meter = DiskMeter()
         self._scratch = Scratch(SECTOR + sum(map(sectors, sizes)))
 
-    def read(self, page: int, targets: Sequence[Bytes]) -> None:
-        """Read a page's parts in stored form, in one system call.
+    @property
+    def direct(self) -> bool:
+        """True if pages that are not in the page cache are read with direct I/O."""
+        return self._direct >= 0
 
-        The checksums are verified unless the page is marked in ``verified``.
+    def cached(self, page: int) -> bool:
+        """True if the page cache holds a page, so that reading it is only a copy."""
+        return residency.cached(self._fd, *self._span(page))
+
+    def _span(self, page: int) -> tuple[int, int]:
+        """Return a page's offset in the file, and the size of its sectors, both in bytes."""
+        entry = self.index[page].tolist()
+        return entry[0][OFFSET], sum(sectors(part[LENGTH]) for part in entry)
+
+    def read(self, page: int, targets: Sequence[Bytes]) -> None:
+        """Read a page and verify its checksums. See ``fetch`` and ``verify``."""
+        self.fetch(page, targets)
+        self.verify(page, targets)
+
+    def fetch(self, page: int, targets: Sequence[Bytes]) -> None:
+        """Read a page's parts in stored form, in one system call.
 
         Args:
             targets: For each part, memory of its stored length. With direct I/O, the disk writes
                 directly to memory that is aligned to 4096 bytes; other memory costs a copy.
 
         Raises:
-            DamagedPageError: The page is damaged.
             PageFileError: The page cannot be read.
         """
-        entry = self.index[page]
-        offset = int(entry[0, OFFSET])
-        nbytes = sum(sectors(len(target)) for target in targets)
-        direct = self._direct >= 0 and not residency.cached(self._fd, offset, nbytes)
+        offset, nbytes = self._span(page)
+        cached = residency.cached(self._fd, offset, nbytes)
+        direct = self.direct and not cached
         pieces, copies = _pieces(targets, self._scratch.memory, aligned=direct)
         try:
-            _read(self._direct if direct else self._fd, pieces, offset)
+            with contextlib.nullcontext() if cached else self.meter.reading(nbytes):
+                _read(self._direct if direct else self._fd, pieces, offset)
         except OSError as error:
             raise failure(error, self.path, f"cannot be read at {offset}") from error
         for target, kept in copies:
             np.copyto(target, kept)
+
+    def verify(self, page: int, targets: Sequence[Bytes]) -> None:
+        """Verify the checksums of a page in stored form unless it is marked in ``verified``.
+
+        Raises:
+            DamagedPageError: The page is damaged.
+        """
         if self.verified[page]:
             return
         for part, target in enumerate(targets):
-            if checksum(target) != int(entry[part, SUM]):
+            if checksum(target) != int(self.index[page, part, SUM]):
                 raise DamagedPageError(
                     f"part {part} of page {page} is damaged",
                     where=str(self.path),
                     fix=self._fix,
                 )
+
+    def probe(self, page: int, room: Bytes) -> int:
+        """Read the beginning of a page with direct I/O, up to the size of ``room``.
+
+        Args:
+            page: Number of a page in the file.
+            room: Memory for whole sectors, aligned to 4096 bytes; uint8 ``[nbytes]``.
+
+        Returns:
+            The number of bytes that were read.
+
+        Raises:
+            OSError: The read failed.
+        """
+        return os.preadv(self._direct, [room.data], int(self.index[page, 0, OFFSET]))
 
     def set_aside(self) -> None:
         """Keep the next start from using a damaged file; does nothing for a file without a name."""
@@ -136,13 +219,13 @@ def _pieces(
 ) -> tuple[list[memoryview], list[tuple[Bytes, Bytes]]]:
     """Choose the memory that receives a page's sectors, in order.
 
-    Returns:
-        The pieces of memory, and the copies ``(to, from)`` to make after the read.
-
     Args:
         targets: Destinations of the parts.
-        scratch: Memory for padding and for parts that cannot be read into their destination.
-        aligned: Let all pieces begin and end at multiples of a sector, as direct I/O requires.
+        scratch: Memory for padding and for data that cannot be read into its destination.
+        aligned: Make all pieces begin and end at multiples of a sector, as direct I/O requires.
+
+    Returns:
+        The pieces of memory, and the copies ``(to, from)`` to make after the read.
     """
     padding, scratch = scratch[:SECTOR], scratch[SECTOR:]
     pieces, copies = [], []
@@ -171,7 +254,11 @@ def _read(fd: int, pieces: list[memoryview], offset: int) -> None:
 
 
 def write(fd: int, data: Bytes, offset: int) -> None:
-    """Write all of ``data`` to a file at ``offset``."""
+    """Write all of ``data`` to a file at ``offset``.
+
+    Raises:
+        OSError: The data cannot be written.
+    """
     left = np.ascontiguousarray(data).data
     while left:
         done = os.pwrite(fd, left, offset)
