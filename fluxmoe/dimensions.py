@@ -12,9 +12,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fluxmoe import checkpoint
+from fluxmoe.arguments import reason
 from fluxmoe.checkpoint import (
     Tensor,
     headers,
@@ -31,8 +34,32 @@ from fluxmoe.errors import (
     UnsupportedError,
 )
 from fluxmoe.inventory import EXPERTS, TOP_K, expert_tensor, has_experts
+from fluxmoe.words import line
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 31)] | None
+
+
+class _Text(BaseModel):
+    """The keys of a language model's ``config.json`` that sizes depend on; null is "not given"."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_hidden_layers: _Count = None
+    num_attention_heads: _Count = None
+    num_key_value_heads: _Count = None
+    hidden_size: _Count = None
+    head_dim: _Count = None
+    kv_lora_rank: _Count = None
+    qk_rope_head_dim: _Count = None
+    layer_types: list[str] | None = None
+    layers_block_type: list[str] | None = None
+    full_attention_interval: _Count = None
+    attn_layer_period: _Count = None
+    sliding_window: _Count = None
+    attention_chunk_size: _Count = None
+    max_position_embeddings: _Count = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +188,8 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     text = text_part(config)
     experts, top_k = _first(text, EXPERTS), _first(text, TOP_K)
     checkpoint.refuse_quantised(name, config)
-    depth = text.get("num_hidden_layers")
-    layers = depth if isinstance(depth, int) else 0
+    keys = _parse(name, text)
+    layers = keys.num_hidden_layers or 0
     pages: dict[str, int] = defaultdict(int)  # bytes of the experts of each layer
     other = embedding = item = 0
     for key, tensor in tensors.items():
@@ -184,6 +211,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
         raise _dense(name, architecture)
     sizes = set(pages.values())
     for wrong, detail in (
+        (not experts, f"config.json has none of {', '.join(EXPERTS)}"),
         (not pages, "no weights of experts have known names"),
         (not layers, "config.json has no num_hidden_layers"),
         (not top_k, f"config.json has none of {', '.join(TOP_K)}"),
@@ -193,7 +221,7 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
         if wrong:
             raise checkpoint.unknown_layout(architecture, detail, name)
     tied = not any("lm_head" in key for key in tensors)
-    kv, window, tokens = _kv_bytes(text, layers, item)
+    kv, window, tokens = _kv_bytes(keys, item)
     return Model(
         name=name,
         architecture=architecture,
@@ -208,29 +236,44 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
         kv_bytes=kv,
         window_bytes=window,
         window=tokens,
-        longest=text.get("max_position_embeddings") or 0,
+        longest=keys.max_position_embeddings or 0,
     )
 
 
-def _kv_bytes(config: Mapping[str, Any], layers: int, item: int) -> tuple[int, int, int]:
+def _parse(name: str, text: Mapping[str, Any]) -> _Text:
+    try:
+        return _Text.model_validate(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"][:1]))
+        raise CheckpointError(
+            f"{field}: {reason(first)}, not {line(first['input'], repr)}",
+            where=str(Path(name, "config.json")),
+            fix="correct the file, or download it again",
+        ) from error
+
+
+def _kv_bytes(text: _Text, item: int) -> tuple[int, int, int]:
     """Return the bytes per token in layers without and in layers with a window, and the window."""
-    kinds = config.get("layer_types") or config.get("layers_block_type")
-    if not kinds:
-        every = config.get("full_attention_interval") or config.get("attn_layer_period") or 1
-        kinds = ["attention"] * (layers // every)
-    # Linear attention and state-space layers keep a state of fixed size, so they do not count.
-    attention = [kind for kind in kinds if "attention" in kind and "linear" not in kind]
-    sliding = sum("sliding" in kind or "chunked" in kind for kind in attention)
-    window = config.get("sliding_window") or config.get("attention_chunk_size") or 0
+    kinds = text.layer_types or text.layers_block_type
+    if kinds:
+        # Linear attention and state-space layers keep a state of fixed size: they do not count.
+        kinds = [kind for kind in kinds if "attention" in kind and "linear" not in kind]
+        layers = len(kinds)
+        sliding = sum("sliding" in kind or "chunked" in kind for kind in kinds)
+    else:
+        every = text.full_attention_interval or text.attn_layer_period or 1
+        layers, sliding = (text.num_hidden_layers or 0) // every, 0
+    window = text.sliding_window or text.attention_chunk_size or 0
     if not window:
         sliding = 0
-    heads = config.get("num_attention_heads") or 1
-    if config.get("kv_lora_rank"):  # multi-head latent attention: one vector for all heads
-        each = (config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)) * item
+    heads = text.num_attention_heads or 1
+    if text.kv_lora_rank:  # multi-head latent attention: one vector for all heads
+        each = (text.kv_lora_rank + (text.qk_rope_head_dim or 0)) * item
     else:
-        size = config.get("head_dim") or config["hidden_size"] // heads
-        each = 2 * (config.get("num_key_value_heads") or heads) * size * item
-    return (len(attention) - sliding) * each, sliding * each, window
+        size = text.head_dim or (text.hidden_size or 0) // heads
+        each = 2 * (text.num_key_value_heads or heads) * size * item
+    return (layers - sliding) * each, sliding * each, window
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:

@@ -20,7 +20,7 @@ from fluxmoe import config
 from fluxmoe import dimensions as plan
 from fluxmoe.backends.vllm.preflight import checks
 from fluxmoe.checkpoint import downloaded, expert_tensors, require_readable, weight_bytes
-from fluxmoe.errors import CheckpointError
+from fluxmoe.errors import CheckpointError, FluxMoEError
 from fluxmoe.findings import Findings
 from fluxmoe.inventory import require_experts
 from fluxmoe.testing import checkpoints
@@ -407,6 +407,39 @@ def test_configurations(model: Path, text: str | None, what: str) -> None:
     else:
         path.write_text(text)
     assert what in refused(model).what
+
+
+@pytest.mark.parametrize("architecture", ["qwen3-moe", "deepseek-v2", "qwen3-next"])
+def test_keys_with_any_type(
+    architecture: str, originals: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each key of config.json is read, ignored or refused, whatever its type."""
+    shutil.copytree(originals(architecture), folder := tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    optional = {"sliding_window", "attention_chunk_size", "layer_types", "layers_block_type"}
+    refused = set()
+    for key in settings.keys() | optional:
+        for value in (
+            "x",
+            "a\nb",
+            -1,
+            10**30,
+            1.5,
+            float("nan"),
+            True,
+            None,
+            [],
+            [1],
+            {},
+            {"a": 1},
+        ):
+            (folder / "config.json").write_text(json.dumps({**settings, key: value}))
+            try:
+                plan.of_checkpoint(folder)
+            except FluxMoEError as error:
+                assert "\n" not in str(error)
+                refused.add(key)
+    assert refused >= {"num_hidden_layers", "hidden_size", "max_position_embeddings", *optional}
 
 
 def test_names(model: Path) -> None:

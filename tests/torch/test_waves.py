@@ -78,3 +78,19 @@ def test_a_compiled_model_does_not_run_in_waves(load: Load) -> None:
         compiled = torch.compile(paged.model, backend="eager")
         with pytest.raises(errors.UnsupportedError, match="cannot run layers in waves"):
             compiled(torch.tensor([[5, 6, 7]]))
+
+
+@pytest.mark.parametrize("implementation", twin.IMPLEMENTATIONS)
+def test_what_runs_inside_the_experts_stays_as_it_was_checked(
+    load: Load, implementation: str
+) -> None:
+    """A wave passes some of the rows; a hook that uses all of them would give other tokens."""
+    model = load("qwen3-moe", implementation, dtype=torch.bfloat16)
+    stock, page_bytes = answer(model), sizes(model)[2]
+    activation = model.model.layers[1].mlp.experts.act_fn
+    with fluxmoe.page(model, TOP_K * page_bytes):
+        hook = activation.register_forward_hook(lambda module, args, out: out - out.mean(0))
+        with pytest.raises(errors.UnsupportedError, match="inside Qwen3MoeExperts was changed"):
+            answer(model)
+        hook.remove()
+        assert same(answer(model), stock)

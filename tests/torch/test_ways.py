@@ -45,20 +45,21 @@ def cases() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def template(load: Load) -> Callable[[str], Any]:
-    return cache(lambda dtype: load(dtype=dtype))
+def template(load: Load) -> Callable[..., Any]:
+    return cache(lambda **settings: load(**settings))
 
 
 @pytest.mark.parametrize(("row", "kind"), cases())
 def test_a_way(
     row: dict[str, str],
     kind: str,
-    template: Callable[[str], Any],
+    template: Callable[..., Any],
     checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     way = function(row)
-    stock = template(getattr(way, "dtype", "auto"))
+    implementation = getattr(way, "implementation", "grouped_mm")
+    stock = template(dtype=getattr(way, "dtype", "auto"), implementation=implementation)
 
     def use(name: str, **settings: Any) -> Use:
         (tmp_path / name).mkdir()

@@ -27,6 +27,7 @@ import torch
 from fluxmoe.backends import op
 from fluxmoe.backends.sealed import FixedParameters, seal
 from fluxmoe.backends.selfcheck import Checked, Parts, require_slot_independence
+from fluxmoe.backends.torch.inside import Inside, code_of, is_plain
 from fluxmoe.backends.torch.layout import top_k_of, weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
@@ -65,6 +66,8 @@ class Binding:
         lock: Lock that prevents changes to the arenas from ``acquire`` to the end of the kernel.
         lease: Token that keeps the arenas alive.
         waves: True if the layer may run in waves.
+        inside: The code inside the experts, which must stay as it was checked; None if the twin
+            runs it exactly as the module would.
         note: Function that passes more than expert ids to a recorder; None if ids are enough.
     """
 
@@ -75,6 +78,7 @@ class Binding:
     lock: ForwardLock
     lease: Lease
     waves: bool
+    inside: Inside | None
     note: Note | None = None
 
 
@@ -108,7 +112,8 @@ def bind(
     twin = Twin(module, implementation, arenas, table, lock.turn)
     kinds = [seal(weight, Paged) for weight in weights_of(module).values()]
     module._parameters = FixedParameters(module._parameters, CLOSE)
-    module._fluxmoe = Binding(handle, layer, twin, kinds, lock, lease, waves)
+    inside = Inside(module) if waves or implementation == "grouped_mm" else None
+    module._fluxmoe = Binding(handle, layer, twin, kinds, lock, lease, waves, inside)
     if waves:
         op.use_kernel(handle, layer, partial(_on_slots, twin, table))
 
@@ -177,6 +182,8 @@ def forward(
         require_no_export()
     else:
         require_plain(hidden_states, top_k_index, top_k_weights)
+        if binding.inside is not None:
+            binding.inside.require(self)
         learns += [self.gate_up_proj, self.down_proj]  # a compiler would trace into sealed weights
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learns):
         # The arenas would be overwritten before a backward pass could read them.
@@ -211,12 +218,32 @@ def _event(
     return binding.twin(hidden_states, top_k_index, slots, top_k_weights)
 
 
+def can_run_in_waves(layers: list[torch.nn.Module], implementation: str) -> bool:
+    """Check one layer of each kind with ``require_sound``; True if all may run in waves.
+
+    Raises:
+        UnsupportedError: See ``require_sound``; or code that the user has set inside the experts
+            depends on the order of its rows, which ``grouped_mm`` changes.
+    """
+    alone = True
+    for code, layer in {code_of(layer): layer for layer in reversed(layers)}.items():
+        waves = require_sound(layer, implementation).waves
+        if not waves and implementation == "grouped_mm" and not is_plain(code):
+            raise UnsupportedError(
+                f"a module, hook or method inside {type(layer).__name__} computes a row from other "
+                "rows, whose order grouped_mm changes",
+                fix="remove it, or set the experts implementation 'eager'",
+            )
+        alone &= waves
+    return alone
+
+
 def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:
     """Check that a layer computes the same results on slots, with ``backends.selfcheck``.
 
     Args:
-        layer: An experts module, which may be on the meta device. One layer of a model is enough,
-            because models whose layers differ in shape or dtype cannot be paged.
+        layer: An experts module, which may be on the meta device. One layer of each kind is
+            enough, because models whose layers differ in shape or dtype cannot be paged.
         implementation: One of ``IMPLEMENTATIONS``.
 
     Raises:

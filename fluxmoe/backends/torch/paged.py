@@ -65,6 +65,7 @@ class PagedModel(Uncopyable):
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
         table = torch.from_numpy(runtime.pager.table.expert_table)
+        self._refusals = Refusals(model, layers)  # sets methods of the layers before ``bind``
         for index, layer in enumerate(layers):
             experts.bind(
                 layer,
@@ -77,7 +78,6 @@ class PagedModel(Uncopyable):
                 lease,
                 waves=runtime.partition.in_waves,
             )
-        self._refusals = Refusals(model, layers)
         lock.watch(model)
         experts.register()
         model.set_experts_implementation(experts.NAME)

@@ -94,7 +94,7 @@ def page(
     assert chosen is not None
     (layers, implementation, room), lock = parts, ForwardLock()
     top_k = layout.top_k_of(layers[0])
-    if not experts.require_sound(layers[0], implementation).waves:
+    if not experts.can_run_in_waves(layers, implementation):
         top_k = None
     shared = Shared.among(layout.weights_of(layer).values() for layer in layers)
     rows = [[as_rows(weight) for weight in layout.weights_of(layer).values()] for layer in layers]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from fluxmoe import checkpoint
 from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.torch import layout
-from fluxmoe.backends.torch.experts import require_sound
+from fluxmoe.backends.torch.experts import can_run_in_waves
 from fluxmoe.backends.torch.loader import Ready
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
@@ -72,7 +72,7 @@ def load(ready: Ready) -> PagedModel:
     config = fit(room, ready.config, found, ready.where, others=weights - room.nbytes)
     found.require()
     assert config is not None
-    checked = require_sound(layers[0], implementation)
+    in_waves = can_run_in_waves(layers, implementation)
     store = make_store(
         config,
         chosen.coders,
@@ -80,7 +80,7 @@ def load(ready: Ready) -> PagedModel:
         room.page_class,
         partial(_key, ready, type(planned).__name__, str(planned.dtype)),
     )
-    if not checked.waves:
+    if not in_waves:
         top_k = None
     runtime = runtime_for(room, store, config, chosen.policies, implementation, lock, top_k)
     try:

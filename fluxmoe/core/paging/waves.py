@@ -120,7 +120,10 @@ def divide(ids: Int64s, starts: Bools, experts: int, slots: int) -> Waves:
     """
     waves = partition(ids, starts, experts, slots)
     if not len(waves.ends):
-        raise CapacityError(f"the experts of one token do not fit into {slots} slots")
+        raise CapacityError(
+            f"the experts of one token do not fit into {slots} slots",
+            fix="give the experts more memory",
+        )
     return waves
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.identity.torch_cells import prompts
-from tests.torch.ways.use import IDS, Use, slow
+from tests.torch.ways.use import IDS, Use, eager, pages_itself, slow
 
 
 def call(use: Use) -> Any:
@@ -93,6 +93,7 @@ def nested_call(use: Use) -> Any:
     return logits, found
 
 
+@eager
 def hooks(use: Use) -> Any:
     found: list[Any] = []
 
@@ -128,7 +129,7 @@ def hooks_cleared(use: Use) -> Any:
 
 def methods_set(use: Use) -> Any:
     found = []
-    for implementation in ("grouped_mm", "batched_mm", "eager"):
+    for implementation in ("batched_mm", "eager"):
         use.close()
         use.model.set_experts_implementation(implementation)
         use.page()
@@ -141,6 +142,73 @@ def methods_set(use: Use) -> Any:
         found += [plain, doubled, use.run()]
         experts.act_fn = act_fn
     return found
+
+
+def inside_before_paging(use: Use) -> Any:
+    """Each change affects one layer, which is not the layer that is always checked."""
+    found, experts = [], use.experts
+    hook = experts.act_fn.register_forward_hook(lambda module, args, output: output * 2)
+    act_fn, gate = experts.act_fn, experts._apply_gate
+    for change in ("nothing", "hook", "module", "method"):
+        use.close()
+        if change == "hook":
+            hook.remove()
+        if change == "module":
+            experts.act_fn = torch.nn.Sequential(act_fn, torch.nn.Dropout(0.5)).eval()
+        if change == "method":
+            experts.act_fn = act_fn
+            experts._apply_gate = lambda x: 2 * gate(x)
+        use.page()
+        found.append(use.run())
+    use.close()
+    del experts._apply_gate
+    use.page()
+    return found, use.run()
+
+
+def inside_while_paged(use: Use) -> None:
+    experts = use.experts
+    act_fn = experts.act_fn
+    for register in (act_fn.register_forward_hook, act_fn.register_forward_pre_hook):
+        hook = register(lambda *_: None)
+        use.refuses(use.run)
+        hook.remove()
+        use.run()
+    experts.act_fn = type(act_fn)()
+    use.refuses(use.run)
+    experts.act_fn = act_fn
+    use.run()
+    act_fn.forward = torch.sigmoid
+    use.refuses(use.run)
+    del act_fn.forward
+    use.run()
+    experts._apply_gate = lambda x: x.chunk(2, dim=-1)[0]
+    use.refuses(use.run)
+    del experts._apply_gate
+    use.run()
+
+
+@pages_itself
+def inside_depends_on_other_rows(use: Use) -> None:
+    experts = use.experts
+    act_fn, gate = experts.act_fn, experts._apply_gate
+    for change in (lambda x: x - x.mean(0), lambda x: x.roll(1, 0)):
+        experts._apply_gate = lambda x, change=change: gate(change(x))
+        use.refuses(use.page)
+        del experts._apply_gate
+        hook = act_fn.register_forward_hook(lambda module, args, out, change=change: change(out))
+        use.refuses(use.page)
+        hook.remove()
+    experts.act_fn = torch.nn.Sequential(act_fn, torch.nn.Dropout(0.5)).train()
+    use.refuses(use.page)
+    experts.act_fn.eval()
+    use.page()
+    use.run()
+    experts.act_fn.train()
+    use.refuses(use.run)
+    use.close()
+    experts.act_fn = act_fn
+    use.page()
 
 
 def without_gradients(use: Use) -> Any:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fluxmoe
 from tests.identity.torch_cells import prompts
-from tests.torch.ways.use import IDS, Use, of_a_loaded_model, pages_itself, slow
+from tests.torch.ways.use import IDS, Use, eager, of_a_loaded_model, pages_itself, slow
 
 
 def threads(use: Use) -> Any:
@@ -186,7 +186,10 @@ def closed_by_a_thread(use: Use) -> Any:
     return found, use.run()
 
 
+@eager
+@pages_itself
 def used_inside_an_event(use: Use) -> None:
+    use.page()
     for attempt in (
         use.handle.close,
         use.handle.check,
@@ -227,6 +230,7 @@ def closed_handle(use: Use) -> None:
     )
 
 
+@eager
 def interrupted(use: Use) -> Any:
     found = []
     for raised in (ValueError, KeyboardInterrupt, SystemExit):

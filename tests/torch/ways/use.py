@@ -96,6 +96,12 @@ def pages_itself(way: Way) -> Way:
     return way
 
 
+def eager(way: Way) -> Way:
+    """Mark a way that changes what runs inside the experts of a paged model."""
+    way.implementation = "eager"  # type: ignore[attr-defined]
+    return way
+
+
 def slow(way: Way) -> Way:
     """Mark a way that takes more than about 10 seconds."""
     way.slow = True  # type: ignore[attr-defined]
