@@ -23,6 +23,7 @@ BENCHMARKS = {
 }
 #: Run by name only: comparisons of answers or memory instead of times, and what needs a GPU.
 CHECKS = {
+    "disk": "benchmarks.disk.command",
     "gpu": "benchmarks.gpu.command",
     "identity": "tests.identity.command",
     "loading": "benchmarks.loading",

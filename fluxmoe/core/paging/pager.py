@@ -69,7 +69,7 @@ class ExpertPager:
     def counters(self) -> Counters:
         return self.table.counters()
 
-    def acquire(self, layer: int, ids: Ints, slots: Slots) -> None:
+    def acquire(self, layer: int, ids: Ints, slots: Slots, *, waves: bool = False) -> bool:
         """Make the routed experts resident and return their slots.
 
         Args:
@@ -77,14 +77,29 @@ class ExpertPager:
                 new step begins.
             ids: Routed experts, 1-D integers; negative entries are padding.
             slots: Filled with slots of the layer's bank; int32, as long as ``ids``.
+            waves: Return False, and load nothing, if the bank has too few slots; see ``run``.
 
         Raises:
+            CapacityError: The bank has too few slots for all routed experts.
             StoreError: A page could not be read. It is not resident; the books are consistent.
             PolicyFaultError: A policy failed in strict mode. The books are consistent.
             UnsupportedError: This process was forked from the pager's process.
         """
-        misses = self._open(layer, ids, slots)
-        self._complete_event(misses, layer, ids, slots)
+        self.owner.require()
+        if layer <= self._layer:
+            self._step += 1
+            self.table.phase = self._phase()
+        self._layer = layer
+        if self.watcher is not None:
+            self.watcher(self._step, layer, ids, self.table.phase)
+        if self.curve is not None:
+            self.curve.observe(self._books.last_use, layer, ids)
+        misses = self._rule.open(self._step, layer, ids, slots)
+        if misses or self._transfer.busy or self._rule.follows:
+            if waves and self.table.exceeded:
+                return False
+            self._complete_event(misses, layer, ids, slots)
+        return True
 
     def run(self, layer: int, ids: Ints, slots: Slots, compute: Compute) -> None:
         """Compute a layer, in waves if the layer's bank has too few slots for all routed experts.
@@ -101,9 +116,7 @@ class ExpertPager:
             StoreError, PolicyFaultError, UnsupportedError: See ``acquire``.
         """
         flat, targets = ids.reshape(-1), slots.reshape(-1)
-        misses = self._open(layer, flat, targets)
-        if not self.table.exceeded:
-            self._complete_event(misses, layer, flat, targets)
+        if self.acquire(layer, flat, targets, waves=True):
             compute(None)
             return
         starts = np.zeros(flat.size, np.bool_)
@@ -124,24 +137,9 @@ class ExpertPager:
             self.table.discard(np.flatnonzero(b.loaded_at == b.now[EVENT]))
             raise
 
-    def _open(self, layer: int, ids: Ints, slots: Slots) -> int:
-        """Begin an event; return the number of misses."""
-        self.owner.require()
-        if layer <= self._layer:
-            self._step += 1
-            self.table.phase = self._phase()
-        self._layer = layer
-        if self.watcher is not None:
-            self.watcher(self._step, layer, ids, self.table.phase)
-        if self.curve is not None:
-            self.curve.observe(self._books.last_use, layer, ids)
-        return self._rule.open(self._step, layer, ids, slots)
-
     def _complete_event(self, misses: int, layer: int, ids: Ints, slots: Slots) -> None:
         """Complete an event that fits: copy the missing pages, then order prefetches."""
         rule = self._rule
-        if not misses and not self._transfer.busy and not rule.follows:
-            return
         try:
             if self._transfer.busy:
                 self._complete_prefetched(layer)

@@ -1,0 +1,1 @@
+"""Decoding a model that is larger than memory from a disk, against other engines."""
