@@ -8,7 +8,7 @@ included; before each run, its files leave the page cache. A round runs each eng
 the ratios of a round compare neighbours in time. Printed are medians over the rounds and, for the
 ratios, an interval that contains the median with 90 % confidence (bootstrap).
 
-The limit of FluxMoE in vLLM is that of the disk: the time of a step with all experts in memory, plus
+The limit of FluxMoE in vLLM is the disk: the time of a step with all experts in memory, plus
 the time in which ``fio`` (random reads of 1 MiB, depth 16) reads the bytes that the step lacked.
 Needed are the right to make control groups, ``fio`` and, for the peers::
 
