@@ -1,7 +1,7 @@
 """Fixtures for tests of policies, stores and codecs, available wherever fluxmoe is installed.
 
-pytest imports this module in every run. It is outside the package so that importing it imports
-nothing else: without fixtures, no time is spent on importing fluxmoe.
+pytest imports this module in every run. The module is outside the package, so that only tests that
+use the fixtures spend time on importing fluxmoe.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ BENCHMARKS = {
     "simulated_speed": "benchmarks.simulated_speed",
     "simulator": "benchmarks.simulator",
 }
-#: Run by name only: comparisons of answers or memory instead of times, and what needs a GPU.
+#: Run by name only: comparisons of answers or memory, and benchmarks that need a GPU or other
+#: engines.
 CHECKS = {
     "disk": "benchmarks.disk.command",
     "gpu": "benchmarks.gpu.command",

@@ -7,8 +7,8 @@ pages of the same size and in pages as large as those of a 30B model. Each kind 
 for any cache. Copying, decoding and encoding alternate, and each processes all pages in every
 round. Speeds are those of the best round, in GB of uncoded weights per second. Ratios are medians
 over the rounds; each compares two times measured one after the other. Times are CPU times of this
-thread, so other work on the machine affects only caches and memory. Targets are written to once
-before the first round.
+thread, so other work on the machine affects only caches and memory. Targets are written once before
+the first round.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(slots: int) -> list[dict[str, float]]:
-    """Measure all token counts with one number of slots, each of which holds a page."""
+    """Measure the cost at all token counts with one number of slots, each of which holds a page."""
     geometry = Geometry(slots // EXPERTS, EXPERTS)
     substrate = CpuSubstrate(frames_for(PAGE_CLASS, slots, FRAME), FRAME)
     memory = WorkerMemory(substrate, PAGE_CLASS, [slots])

@@ -2,7 +2,7 @@
 
     python -m benchmarks fuzz [--runs N] [--ops N] [--seed N] [--save FILE]
 
-Nothing is timed: the counts are those of ``tests/fuzz`` under `make test`
+Nothing is timed. By default, the runs of one engine are those of ``make test-full``
 (docs/project/testing.md). On a failure, the output ends with the command that replays it.
 """
 

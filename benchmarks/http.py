@@ -105,7 +105,7 @@ def client(folder: Path, port: int, rate: str, arguments: argparse.Namespace) ->
             *("--num-warmups", "2", "--disable-tqdm", "--percentile-metrics", "ttft,tpot,e2el"),
             *("--save-result", "--result-dir", results, "--result-filename", "out.json"),
         ]
-        # `vllm bench serve` itself does not start in the CPU build (the command asks for a
+        # `vllm bench serve` itself does not start in the CPU build (the command requires a
         # distribution that is not installed), so this code calls the function that the command
         # would call.
         code = (

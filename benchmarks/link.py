@@ -2,8 +2,8 @@
 
 Loading an expert's weights from a CPU's own memory takes hardly longer than using the weights once.
 Loading them from the host of a GPU takes 15 (GH200) to 60 times (PCIe) as long as the GPU needs to
-read them from its own memory. As a codec, this plugin keeps pages unchanged, and it makes the
-decoding of each part take as long as a transfer of the part's bytes over a link with ``gb_per_s``.
+read them from its own memory. The plugin's codec keeps pages unchanged; decoding a part takes as
+long as a transfer of the part's bytes over a link with ``gb_per_s``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LinkOptions(BaseModel):
 
 
 class Link(fluxmoe.Codec):
-    """A codec whose copies take as long as over the link. The coded form is the part's number."""
+    """A codec that decodes at the speed of the link. The coded form is the part's number."""
 
     def __init__(self, gb_per_s: float) -> None:
         self._rate = gb_per_s * 1e9

@@ -114,7 +114,7 @@ def in_vllm(model: Path, fluxmoe: dict[str, Any] | None) -> Found:
 
 
 def in_torch(model: Path, fluxmoe: dict[str, Any] | None) -> Found:
-    """Continue the prompts with ``transformers``, in a process of its own."""
+    """Continue the prompts with ``transformers``, in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         tokens = pool.submit(_tokens, model, fluxmoe).result()
         return cached(model), tokens

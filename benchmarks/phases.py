@@ -36,8 +36,8 @@ from fluxmoe.demo.model import DemoModel
 BLOCK = 32
 LENGTH = 384
 OPTIONS = {"enforce_eager": True, "max_model_len": LENGTH, "max_num_seqs": 64, "block_size": BLOCK}
-#: Blocks of stock's KV cache beside all experts: one sequence of maximum length, and the null
-#: block.
+#: Blocks of stock vLLM's KV cache in addition to all experts: one sequence of maximum length, and
+#: the null block.
 STOCK_BLOCKS = LENGTH // BLOCK + 1
 #: GB/s to the store: loading all experts takes as long as ten steps of a single request. For a
 #: model of 30 billion parameters on an H100 with PCIe 5, it takes as long as more than a hundred
@@ -66,7 +66,7 @@ class Phase:
 
 
 def phases() -> list[Phase]:
-    """List the phases: burst of long contexts, 64 chats, one stream, shared prefixes, and a burst.
+    """List the phases: long contexts, 64 chats, one stream, shared prefixes, and long contexts.
 
     Each phase lasts at least 500 steps, regardless of the number of concurrent requests.
     """
@@ -86,7 +86,7 @@ def phases() -> list[Phase]:
         return Phase(name, tuple((replace(prompt, after=None),) for prompt in prompts))
 
     def talks() -> Iterable[list[int]]:
-        """Make three conversations of ten turns, whose prompts contain all previous turns."""
+        """Make the prompts of three ten-turn conversations; each contains all previous turns."""
         for _ in range(3):
             said = tokens(10 * BLOCK)
             yield from (said[: turn * BLOCK] + tokens(12) for turn in range(1, 11))
@@ -101,7 +101,7 @@ def phases() -> list[Phase]:
 
 
 def budget_of(model: DemoModel) -> int:
-    """Compute the budget, which holds all experts and stock's KV cache."""
+    """Compute the budget, which holds all experts and stock vLLM's KV cache."""
     return model.experts_total_bytes + STOCK_BLOCKS * model.kv_block_bytes
 
 
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
 
 
 def medians(seen: dict[str, list[list[Lived]]]) -> dict[str, list[float]]:
-    """Compute the tokens per second of each engine in each phase."""
+    """Compute the median tokens per second of each engine in each phase."""
     return {
         name: [median(lived.tokens_per_s for lived in column) for column in zip(*days, strict=True)]
         for name, days in seen.items()

@@ -1,4 +1,4 @@
-"""Record the traces shipped in ``fluxmoe/trace/assets`` with the demo's model.
+"""Record the traces of the demo's model that are shipped in ``fluxmoe/trace/assets``.
 
     python -m benchmarks.record_traces [--model FOLDER] [--prompts FILE] [--out FOLDER]
 

@@ -1,8 +1,8 @@
-"""Comparison of stock vLLM and FluxMoE: cases where paging wins, is free, and loses.
+"""Comparison of stock vLLM and FluxMoE, in cases where paging wins, costs nothing, or loses.
 
-Both have the same budget, and FluxMoE has its page store beside it. Where that budget does not hold
-all requests at once, stock vLLM also runs with FluxMoE's total, and without a limit; with
-``--page-files``, FluxMoE also runs within stock vLLM's total, with its pages in a file.
+Both have the same budget, and FluxMoE's page store takes additional memory. If the budget does not
+hold all requests at once, stock vLLM also runs with FluxMoE's total memory and without a limit.
+With ``--page-files``, FluxMoE also runs within stock vLLM's total memory, with its pages in a file.
 
 python -m benchmarks serving [--model shipped|mid] [--rounds N] [--starts N] [--only NAME …]
                              [--page-files FOLDER] [--save FILE]
@@ -31,10 +31,10 @@ from fluxmoe.demo.model import DemoModel
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A row: a budget for a number of sequences under stock, a batch, and FluxMoE's settings."""
+    """A row: a budget in sequences of stock vLLM, a number of requests, and FluxMoE's settings."""
 
     name: str
-    #: Requests that stock's KV cache holds at this budget.
+    #: Requests that stock vLLM's KV cache holds at this budget.
     sequences: int
     requests: int
     fluxmoe: dict[str, Any]

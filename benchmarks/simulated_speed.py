@@ -3,11 +3,11 @@
     python -m benchmarks simulated_speed [--rounds N] [--profile FILE.yaml] [--json] [--save FILE]
 
 Each round first measures the machine (``fluxmoe doctor --measure``): steps with all experts
-resident, and copies alone, but none of the compared cases. Then the shipped model decodes from cold
-at each batch size and capacity, always with the same tokens. The trace from the first round is
-simulated at the same capacity with the current round's profile. The error is the median over
-rounds, because the machine's speed changes over time. The benchmark uses one thread; run it on an
-idle machine.
+resident, and copies alone, but none of the compared cases. Then the shipped model decodes at each
+batch size and capacity, from a cold start and always with the same tokens. The trace from the first
+round is simulated at the same capacity with the current round's profile. The error is the median
+over rounds, because the machine's speed changes over time. The benchmark uses one thread; run it on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Setting:
 
 
 def _decode(model: Any, handle: Any, batch: int, steps: int, record: Path | None = None) -> float:
-    """Time ``steps`` steps from cold in seconds; the prefill is neither timed nor recorded."""
+    """Time ``steps`` steps from a cold start, in seconds, without the prefill, or record them."""
     run = decode(model, batch, steps)
     next(run)
     handle.reset()

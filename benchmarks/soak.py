@@ -1,11 +1,12 @@
-"""Memory of an engine's process over many different requests and moves, stock and FluxMoE.
+"""Memory of an engine's process over many requests and moves, for stock vLLM and FluxMoE.
 
     python -m benchmarks soak [--minutes N] [--turns N] [--save FILE]
 
-Both engines serve the same requests in alternation. Each row has the resident memory of one
-process, by kind: ``anon`` (heap, stacks), ``shmem`` (frames of experts and KV cache) and ``file``
-(libraries). ``heap`` is what malloc has given out, ``free`` what it keeps; growth of ``anon`` alone
-is fragmentation, growth of ``heap`` too is live data.
+Both engines serve the same requests alternately. Each row has the resident memory of one process,
+by kind: ``anon`` (heap, stacks), ``shmem`` (frames of experts and KV cache) and ``file``
+(libraries). ``heap`` is the memory in use according to malloc, and ``free`` the memory that malloc
+keeps for reuse. Growth of ``anon`` alone means fragmentation; growth of ``heap`` as well means live
+data.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from fluxmoe.backends.vllm.child.child import ChildEngine, Prompt
 from fluxmoe.demo.model import SHIPPED, DemoModel
 
 DICE = Path(__file__).parents[1] / "tests/vllm/dice.py"
-#: Requests per engine and turn, and rows of the table that are printed at most.
+#: Requests per engine and turn, and maximum number of printed rows.
 _TURN, _ROWS = 64, 24
 _SEQUENCES = 16
-#: ``anon`` growth is counted from here: the first requests fill caches.
+#: Share of the rows after which growth is counted, because the first requests fill caches.
 _WARM = 0.25
 
 Row = dict[str, float]
@@ -45,7 +46,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def held(_: object) -> Row:
-    """Measure the calling process, in MiB."""
+    """Measure the memory of the calling process, in MiB, and count its objects."""
     gc.collect()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kinds = {"rss": "VmRSS", "anon": "RssAnon", "shmem": "RssShmem", "file": "RssFile"}
@@ -74,7 +75,7 @@ def traffic(seed: int) -> list[Prompt]:
 
 
 def settings(model: DemoModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make the options of both engines, at one budget; FluxMoE's split changes all the time."""
+    """Make the options of both engines, at one budget; FluxMoE's split changes constantly."""
     options = model.options(max_num_seqs=_SEQUENCES) | {"max_model_len": 512, "block_size": 32}
     budget = model.budget(_SEQUENCES * 2)
     fluxmoe = {
@@ -87,7 +88,7 @@ def settings(model: DemoModel) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def measure(seconds: float, turns: int | None = None) -> dict[str, list[Row]]:
-    """Serve with both engines for a time or a number of turns; rows of ``held`` and counters."""
+    """Serve for a time or a number of turns; return rows of ``held`` and counters by engine."""
     model = DemoModel.read(SHIPPED)
     rows: dict[str, list[Row]] = {"stock": [], "FluxMoE": []}
     of_stock, of_paged = settings(model)
@@ -106,7 +107,7 @@ def measure(seconds: float, turns: int | None = None) -> dict[str, list[Row]]:
 
 
 def growth(rows: Sequence[Row]) -> Row:
-    """Growth of each kind from the first quarter's end to the last row, in MiB."""
+    """Compute the growth of each column from the end of the first quarter to the last row."""
     first, last = rows[int(len(rows) * _WARM)], rows[-1]
     return {name: last[name] - first[name] for name in last}
 

@@ -1,6 +1,6 @@
 """An eviction policy in three lines: evict the page that was used last.
 
-This policy is optimal if every layer uses all its experts, one layer after the other, and bad
+This policy is optimal if every layer uses all its experts, one layer after the other, and poor
 otherwise.
 """
 

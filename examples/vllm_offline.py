@@ -6,7 +6,7 @@ Usage: python examples/vllm_offline.py
 import os
 from pathlib import Path
 
-# Set before vLLM is imported: the engine in this process, one thread, no access to the network.
+# Must be set before vLLM is imported: engine in this process, one thread, no network access.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",

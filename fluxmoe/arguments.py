@@ -56,7 +56,7 @@ def require_new(file: Path, *, replace: bool, by: str = "replace=True") -> None:
     Args:
         file: The file to be written.
         replace: True if an existing file may be replaced.
-        by: Option or argument with which the user allows this, for the error message.
+        by: Option or argument that allows replacement, for the error message.
     """
     if not file.parent.is_dir():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Cache folders: the default folder of page files, and folders if the home folder is read-only.
+"""Cache folders: the default folder of page files, and folders without a writable home folder.
 
 Without a home folder, vLLM and numba write to a folder called ``~``. With a read-only home folder,
 vLLM logs tracebacks, and numba compiles again in each process.
@@ -45,7 +45,7 @@ def folders(given: Mapping[str, str]) -> dict[str, str]:
         for name, folder in defaults.items()
         if given.get(name, str(own / name)) == str(own / name)
         and not _writable(folder)
-        # An existing folder will do for models, which can be read from it.
+        # For models, an existing folder suffices, because they can be read from it.
         and not (name == "HF_HOME" and folder is not None and folder.is_dir())
         and not (name == "NUMBA_CACHE_DIR" and _writable(PACKAGE))
     ]
@@ -56,7 +56,7 @@ def folders(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def own(name: str) -> Path:
-    """Return a folder in FluxMoE's part of the user's caches; the folder may not exist yet.
+    """Return a folder in FluxMoE's part of the user's caches; the folder need not exist.
 
     Raises:
         ConfigError: The user has no home folder.

@@ -222,9 +222,9 @@ def read_map(path: Path) -> dict[str, Any]:
 
 
 def headers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name, shape and size of every weight in a checkpoint, from the file headers.
+    """Yield the name, shape and item size of every weight in a checkpoint, from the headers.
 
-    Each weight of a type that experts cannot have counts as one byte.
+    Elements of a dtype that experts cannot have count as one byte each.
     """
     for _, key, shape, dtype in _tensors(folder):
         yield key, Tensor(shape, _BYTES.get(dtype, 1))
@@ -248,7 +248,9 @@ def expert_tensors(folder: Path) -> Iterator[tuple[ExpertTensor, str, list[int],
 
 
 def refuse_quantised(model: str, config: Mapping[str, Any]) -> None:
-    """Reject a quantised checkpoint by its ``config.json`` and, if ``model`` is a folder, weights.
+    """Reject a quantised checkpoint.
+
+    The check reads ``config`` and, if ``model`` is a folder, the headers of the weight files.
 
     Raises:
         QuantisedError: The checkpoint is quantised.

@@ -42,7 +42,7 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 31)] | None
 
 
 class _Text(BaseModel):
-    """The keys of a language model's ``config.json`` that sizes depend on; null is "not given"."""
+    """Keys of a language model's ``config.json`` that sizes depend on; null means "not given"."""
 
     model_config = ConfigDict(strict=True)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # importing it just for annotations would double the time of 
 #: Version of these hooks, of the contracts and of the data that plugins may read. It is incremented
 #: when a change breaks conforming plugins; docs/plugins/compatibility.md describes the procedure.
 PLUGIN_API = 1
-#: Oldest version that still works; plugins for older versions than the current load with a warning.
+#: Oldest version that still works; plugins for any version but the current load with a warning.
 OLDEST_PLUGIN_API = 1
 
 hookspec = pluggy.HookspecMarker("fluxmoe")

@@ -1,4 +1,4 @@
-"""A check that a checkpoint has all its experts, since engines do not notice missing experts.
+"""A check that a checkpoint has all its experts, since engines do not detect missing experts.
 
 Engines load the existing weights into uninitialised memory and compute with garbage in place of the
 missing weights.
@@ -90,7 +90,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 class _Place(NamedTuple):
-    """The location of experts in a stack of layers, such as ``model.layers``, ``mlp.experts``."""
+    """The location of experts in a stack of layers, such as ``mlp.experts`` in ``model.layers``."""
 
     stack: str
     path: str
@@ -128,7 +128,7 @@ class _Found:
 
 
 def require_experts(tensors: Shapes, config: Mapping[str, Any], *, where: str) -> None:
-    """Reject a checkpoint that lacks experts which its layers must have.
+    """Reject a checkpoint that lacks experts that its layers must have.
 
     The number of experts comes from ``config.json``, or else from the largest index found. Layers
     with experts are recognised by their tensors: a layer without experts must have tensors that
@@ -232,7 +232,7 @@ def _count(config: Mapping[str, Any], layer: int) -> int:
     """Return the number of experts in a layer according to ``config.json``; 0 if not given."""
     for key in EXPERTS:
         value = config.get(key)
-        if isinstance(value, list):  # one number per layer; one per modality is of no use here
+        if isinstance(value, list):  # one number per layer; ignore a list with one per modality
             value = value[layer] if len(value) == config.get("num_hidden_layers") else None
         if isinstance(value, int) and value:
             return value

@@ -70,7 +70,7 @@ def huge_pages() -> bool:
 
 def existing(folder: Path) -> Path:
     """Return ``folder`` or, if it does not exist, the nearest of its parents that exists."""
-    # Unlike ``Path.exists``, which raises an error if a name is too long.
+    # ``Path.exists`` would raise an error if a name were too long.
     return next(path for path in (folder, *folder.parents) if os.path.exists(path))
 
 
@@ -158,7 +158,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(*paths: Path) -> int | None:
-    """Return the number in the first readable file; None if no file contains a number."""
+    """Return the number in the first readable file, if any."""
     for path in paths:
         for line in _lines(path):
             return int(line) if line.strip().isdigit() else None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-#: The hierarchies of version 1 and 2, and the file of each that limits memory.
+#: The hierarchies of versions 1 and 2, and the file in each that limits memory.
 _ROOTS = {
     Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",
     Path("/sys/fs/cgroup"): "memory.max",
@@ -21,13 +21,13 @@ _ROOTS = {
 
 @contextmanager
 def limited(nbytes: int) -> Iterator[Callable[[], object]]:
-    """Make a group of processes that may use ``nbytes`` of memory, page cache included.
+    """Create a group of processes that may use ``nbytes`` of memory, page cache included.
 
     The group's processes are killed at the end.
 
     Yields:
-        A function for ``preexec_fn``, which moves its process into the group. A test is skipped if
-        this user may not make groups.
+        A function for ``preexec_fn`` that moves the calling process into the group. The test is
+        skipped if the user may not create groups.
     """
     group = _make(nbytes)
     if group is None:

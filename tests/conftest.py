@@ -1,4 +1,4 @@
-"""Setup of all tests: Hypothesis profiles, order of files, summary of the identity matrix."""
+"""Setup for all tests: Hypothesis profiles, order of files, summary of the identity matrix."""
 
 import os
 from pathlib import Path
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Summarise the cells of the identity matrix, which tests report as properties `identity`."""
+    """Summarise the cells of the identity matrix, which tests report as `identity` properties."""
     rows = [
         value
         for outcome in ("passed", "failed")

@@ -42,7 +42,7 @@ def build(folder: Path, projects: Sequence[Path]) -> list[Path]:
 
 
 def install(home: Path, wheels: Sequence[Path], *, with_pip: bool = False) -> Path:
-    """Make a virtual environment with the wheels and this one's packages; return its Python."""
+    """Make a virtual environment with the wheels and the current packages; return its Python."""
     venv.create(home, with_pip=with_pip)
     python = home / "bin" / "python"
     do(sys.executable, "-m", "pip", "--python", python, "install", *_OFFLINE, *wheels, cwd=home)

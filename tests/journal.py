@@ -39,7 +39,7 @@ class Journal:
         self.number, self.shards = config.getoption("shard")
         self._file = folder / f"{self.number}-of-{self.shards}.jsonl"
         given: dict[str, Any] | None = getattr(config, "workerinput", None)
-        #: Read once, by the process that starts the workers: all workers must see the same tests.
+        #: Read once, by the process that starts the workers, so all workers collect the same tests.
         self._done: list[str] = given["done"] if given else sorted(read(folder))
         self._writes = given is None
         #: Running tests, with the worst outcome of their phases so far.
@@ -53,7 +53,7 @@ class Journal:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         done = set(self._done)
-        # The note includes the tests of all shards, so that the table shows if a shard never ran.
+        # The note includes the tests of all shards, so that the table shows shards that never ran.
         if self._writes or config.workerinput["workerid"] == "gw0":  # type: ignore[attr-defined]
             self._note({"collected": [item.nodeid for item in items]})
         left = [item for item in items if self._is_mine(item) and item.nodeid not in done]

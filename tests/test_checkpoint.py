@@ -463,7 +463,7 @@ def test_names_that_have_been_downloaded(pristine: Path, tmp_path: Path) -> None
 
 
 def test_every_door_refuses(originals: Callable[[str], Path], tmp_path: Path) -> None:
-    """This is tested before an engine starts, for every way to start it and every load format."""
+    """Every way to start an engine, with every load format, checks the checkpoint first."""
     lacking = without(r"layers\.1\.mlp\.experts\.15\.")
     model = str(changed(originals("qwen3-moe"), tmp_path / "model", lacking))
     said = r"model\.layers\.1\.mlp\.experts\.15\.down_proj\.weight is missing"

@@ -59,7 +59,7 @@ def test_outcome(result: dict[str, Any]) -> None:
     stock, fluxmoe = result["stock"], result["fluxmoe"]
     assert result["tokens_identical"] is True
     assert result["requests"] == 8
-    # The budget starves stock; FluxMoE runs all requests at once.
+    # Within the budget, stock runs few requests at once, and FluxMoE runs all.
     assert 2 <= stock["peak_running"] <= 4
     assert fluxmoe["peak_running"] == 8
     assert result["speedup"] == pytest.approx(

@@ -35,7 +35,7 @@ LAYER = 64 * 3 * 1024 * 768 * 2
 
 
 class Case(NamedTuple):
-    """A model of so many layers, the memory for its experts, and the limit of all memory."""
+    """A model's number of layers, the memory for its experts, and the limit on all memory."""
 
     layers: int
     budget: str

@@ -98,7 +98,7 @@ def kept(graph, contracts):
 
 
 def probe_in(folder: str) -> str:
-    """Get a module in ``fluxmoe.folder``, or that module itself."""
+    """Return the name of a module in ``fluxmoe.<folder>``, or this name if it is a module."""
     path = PACKAGE / folder.replace(".", "/")
     return f"fluxmoe.{folder}.probe" if path.is_dir() else f"fluxmoe.{folder}"
 

@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a file system root of a machine with 24 GiB of memory, 20 GiB of which is free."""
+    """Make a file system root for a machine with 24 GiB of memory, 20 GiB of which is free."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     found = SimpleNamespace(total=24 * GIB, available=20 * GIB)
     monkeypatch.setattr("psutil.virtual_memory", lambda: found)

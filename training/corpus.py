@@ -1,10 +1,10 @@
-"""Fetch the packages the shipped model is trained on, and build train and held-out text from them.
+"""Fetch the packages of the shipped model's corpus, and build training and held-out text from them.
 
     python training/corpus.py --out FOLDER
 
 Five packages of Debian 12, pinned by version and checksum, are fetched with ``apt-get download``.
-The result is the same, byte for byte, on every machine (``bible`` is an x86-64 program that reads
-its own text format). The text is not kept in the repository.
+The result is the same, byte for byte, on every x86-64 machine. (The program ``bible``, which reads
+the Bible's text format, is an x86-64 binary.) The text is not kept in the repository.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def jargon(folder: Path) -> Iterator[str]:
     """Yield one document per twenty or so entries of the Jargon File, one line per paragraph."""
     file = folder / "jargon-text/usr/share/doc/jargon-text/jargon.txt.gz"
     text = paragraphs(gzip.decompress(file.read_bytes()).decode().splitlines())
-    # The file's table of contents is one "entry" of thousands of short lines: prose is wanted.
+    # Omit the table of contents, which the split turns into one "entry" of thousands of lines.
     entries = [
         entry
         for entry in re.split(r"\n(?=:)", text)
@@ -113,7 +113,7 @@ def jargon(folder: Path) -> Iterator[str]:
 
 
 def python_docs(folder: Path) -> Iterator[str]:
-    """Yield the source text of Python's documentation, in documents of some 8,000 characters."""
+    """Yield the source text of Python's documentation, in documents of about 8,000 characters."""
     root = folder / "python3.11-doc/usr/share/doc/python3.11/html/_sources"
     for part in PYTHON_PARTS:
         for file in sorted((root / part).rglob("*.rst.txt")):
@@ -136,7 +136,7 @@ SOURCES = {"bible": bible, "austen": austen, "jargon": jargon, "python": python_
 
 
 def build(folder: Path) -> dict[str, dict[str, int]]:
-    """Write ``train-SOURCE.txt`` and ``held-SOURCE.txt``; documents end in a NUL byte."""
+    """Write ``train-SOURCE.txt`` and ``held-SOURCE.txt``; a NUL byte separates documents."""
     sizes = {}
     for name, documents in SOURCES.items():
         parts: dict[str, list[bytes]] = {"train": [], "held": []}

@@ -3,8 +3,8 @@
     python training/export.py --state RUN/final --data FOLDER --out fluxmoe/demo/assets/NAME
 
 Everything is measured on the shipped bf16 weights, in float32: bits per byte of the held-out text
-by source, and the balance of each layer's router. ``measured.json`` in the output folder holds the
-results, ``README.md`` is the model card with them (from ``card.md``).
+by source, and the balance of each layer's router. ``measured.json`` in the output folder contains
+the results, and ``README.md`` is the model card, filled in from ``card.md``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def weights(state: Path, averaged: bool) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def measure(model: Network, text: bytes, windows: int) -> tuple[float, torch.Tensor, int]:
-    """Measure bits per byte of evenly spaced windows, load per expert [L, E], bytes predicted."""
+    """Measure bits per byte in evenly spaced windows, the load [L, E], and the bytes predicted."""
     tokens = token_ids()[np.frombuffer(text, np.uint8)]
     windows = min(windows, (len(tokens) - 1) // LENGTH)
     starts = np.linspace(0, len(tokens) - LENGTH - 1, windows).astype(int)
@@ -55,7 +55,7 @@ def measure(model: Network, text: bytes, windows: int) -> tuple[float, torch.Ten
 
 
 def balance(load: torch.Tensor) -> list[dict[str, float]]:
-    """Compute per layer maximum over mean load, and the load's entropy in bits (64 experts: 6)."""
+    """Compute each layer's ratio of maximum to mean load, and its load's entropy in bits."""
     share = load / load.sum(1, keepdim=True)
     entropy = -(share * share.clamp(min=1e-12).log2()).sum(1)
     return [

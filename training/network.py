@@ -2,8 +2,8 @@
 
 The parameters have the shapes of transformers' ``Qwen3MoeForCausalLM`` and are converted by
 ``export``. For speed, every expert has the same number of rows in training, so that all experts are
-one batched product of a fixed shape, which oneDNN and ``torch.compile`` prepare once; and rows are
-only gathered, in the backward pass as well, never scattered.
+one batched product of a fixed shape, which oneDNN and ``torch.compile`` prepare only once. In both
+passes, rows are gathered and never scattered.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Rows that every expert has in training, in multiples of the mean; what is beyond is dropped
-#: (elsewhere nothing is).
+#: Rows per expert in training, as a multiple of the mean. Further rows are dropped; outside
+#: training, no rows are dropped.
 CAPACITY = 1.3
 
 
 class _Spread(torch.autograd.Function):
-    """Copies each token's state to its experts' rows; gathers in both directions."""
+    """Gather of each token's state into its experts' rows, with a gather as the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class _Collect(torch.autograd.Function):
 
 
 class Layer(nn.Module):
-    """Attention with grouped queries, then routed experts; both before a residual."""
+    """Grouped-query attention, then routed experts, each with a residual connection."""
 
     def __init__(self, c: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Layer(nn.Module):
         self.down = nn.Parameter(torch.empty(c.num_experts, h, c.moe_intermediate_size))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Any:
-        """``x`` [B, T, H] float32 → the same, the layer's balance loss, its load [E]."""
+        """Map ``x`` [B, T, H] float32 to the next ``x``, the balance and z losses, and load [E]."""
         c, (b, t, h), low = self.c, x.shape, mask.dtype
         eps, d = c.rms_norm_eps, c.head_dim
         n = F.rms_norm(x, (h,), self.norm1, eps).to(low)
@@ -99,7 +99,7 @@ class Layer(nn.Module):
         load = torch.zeros(c.num_experts, dtype=torch.int64).scatter_add(
             0, flat, torch.ones_like(flat)
         )
-        # Per layer: pooled over layers, as the reference does it, every layer stays skewed.
+        # Per layer: if the loss is pooled over layers, as in the reference, layers stay skewed.
         balance = c.num_experts * (p.mean(0) * (load / flat.numel())).sum()
         z = logits.logsumexp(-1).square().mean()
         mean = flat.numel() / c.num_experts
@@ -141,7 +141,7 @@ class Network(nn.Module):
                 nn.init.normal_(weight, std=std if "router" not in name else 0.02)
 
     def forward(self, ids: Tensor, low: torch.dtype) -> Any:
-        """``ids`` [B, T] → logits [B, T, V], balance and z losses, load [L, E]."""
+        """Map ``ids`` [B, T] to logits [B, T, V], the balance and z losses, and the load [L, E]."""
         d, t = self.c.head_dim, ids.shape[1]
         theta = self.c.rope_parameters["rope_theta"]
         angle = torch.arange(t)[:, None] * theta ** (-torch.arange(0, d, 2) / d)[None]
@@ -159,7 +159,7 @@ class Network(nn.Module):
         return logits, balance, z, torch.stack(loads)
 
     def export(self) -> Any:
-        """A ``Qwen3MoeForCausalLM`` with these weights, in float32."""
+        """Make a ``Qwen3MoeForCausalLM`` with these weights, in float32."""
         from transformers import Qwen3MoeForCausalLM
 
         names = {

@@ -1,4 +1,4 @@
-"""LRU hit rate per layer, on the model's routing while generating."""
+"""LRU hit rate per layer for the model's routing during generation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from fluxmoe.core.types import Phase
 from fluxmoe.sim.simulator import simulate
 from fluxmoe.trace import TraceMeta, TraceReader, TraceWriter
 
-#: Beginnings of what is written, one after the other, and bytes written for each.
+#: Prompts, continued one after the other, and number of bytes to generate for each.
 PROMPTS = ("And the LORD said", "She had never been", "The function returns", "It is said that")
 BYTES = 256
 
 
 def lru(folder: Path, shares: tuple[float, ...] = (0.25, 0.5)) -> list[list[float]]:
-    """Compute one sampled sequence's hit rate per layer, by share of the layer's experts that fit.
+    """Compute the hit rates per layer, by share of the layer's experts that fit.
 
-    Each layer is replayed through the simulator separately, so that layers do not compete.
+    The sampled sequences are generated one after the other. Each layer is simulated separately, so
+    that layers do not compete.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -7,9 +7,10 @@
 The learning rate is constant until the last ``--decay`` minutes and then decays linearly to zero.
 ``stable.pt`` is written when the decay begins, so that a longer run can continue from there.
 
-One thread per process: products this small lose more to waking threads than they gain. Both
-processes share the parameters in shared memory; each computes the gradient of its half of the
-batch, and after a barrier updates its half of the parameters with the mean of both gradients.
+Each process uses one thread, because for products this small, waking threads costs more than it
+gains. The parameters are in memory that both processes share. Each process computes the gradient of
+its half of the batch and, after a barrier, updates its half of the parameters with the mean of both
+gradients.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ BALANCE, Z = 0.12, 1e-4
 MUON, ADAM = 0.02, 0.003
 WEIGHT_DECAY = 0.02
 WARMUP_STEPS = 40
-#: A running mean of the weights, usable before the learning rate falls.
+#: Interval in steps and weight of an update of the weights' running mean, which can be used before
+#: the learning rate decays.
 AVERAGE_EVERY, AVERAGE = 4, 0.04
 SETTINGS = {
     "vocab_size": 259,
@@ -60,7 +62,7 @@ SETTINGS = {
 
 
 def token_ids() -> np.ndarray:
-    """Byte → token id of the tokenizer; the NUL between documents becomes ``<eos>``."""
+    """Map each byte to its token id; the NUL between documents becomes ``<eos>``."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -112,7 +114,7 @@ class Optimizer:
                 continue
             m.mul_(0.95).add_(g)
             u = g + 0.95 * m
-            if name.endswith("gate_up"):  # two matrices side by side
+            if name.endswith("gate_up"):  # two stacked matrices
                 u = orthogonal(u.view(-1, u.shape[1] // 2, u.shape[2])).view_as(u)
                 rows = u.shape[1] // 2
             else:
@@ -134,7 +136,7 @@ def shares(model: Network) -> list[list[str]]:
 
 @torch.no_grad()
 def bits_per_byte(model: Network, tokens: np.ndarray, windows: int, length: int) -> float:
-    """Mean cost in bits of predicting evenly spaced windows, each without preceding context."""
+    """Compute the mean bits per byte over evenly spaced windows, each without preceding text."""
     model.eval()
     torch.compiler.set_stance("force_eager")
     starts = np.linspace(0, len(tokens) - length - 1, windows).astype(int)

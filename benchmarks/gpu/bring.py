@@ -33,7 +33,7 @@ LARGEST = 64 << 20
 
 @dataclass(frozen=True)
 class Set:
-    """Requirements with their extras, and the files to omit from the wheels."""
+    """Requirements to download, and the files to omit from their wheels."""
 
     requirements: tuple[str, ...]
     leave_out: tuple[str, ...] = ()

@@ -2,10 +2,11 @@
 
     python -m benchmarks gpu check [--json]
 
-The command compares decoded pages with the originals, both projections of compressed pages with
-those of raw pages and the latter with float64, gathered pages with copies, and the event rule with
-the core's. The weights are the difficult ones of the interpreted tests. The command `sanitize` runs
-this check under compute-sanitizer.
+The command compares decoded pages with the originals, matrix products of compressed pages with
+those of raw pages, gathered pages with copies, and the event rule with one in plain Python.
+Products of finite weights are also compared with float64, within a tolerance. The weights are the
+difficult ones of the interpreted tests. The command `sanitize` runs this check under
+compute-sanitizer.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(share: float, timer: gpu.Timer, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield one row per batch size, with slots for ``share`` of all pages, full at the start."""
+    """Yield one row per batch size, with slots for ``share`` of all pages, all full at first."""
     pages = LAYERS * EXPERTS
     table = PageTable(Geometry(LAYERS, EXPERTS), [max(int(pages * share), EXPERTS)])
     books = upload(table.books, device)

@@ -5,7 +5,7 @@
 Each row is one batch with uniformly random routing. All variants get the same sorted blocks and
 tiles (stock defaults, or a tuned table). The activation is timed; alignment and the sum over top-k,
 which are the same for all variants, are not. ``to_slot`` decodes every routed expert into a slot
-and then runs the raw kernel. ``identical`` is true if the results of all variants are equal bit by
+and then runs the raw kernel. ``identical`` is true if the results of all variants are equal bit for
 bit. ``chosen`` is the variant that `choose` returns if no page is raw and there are slots for all
 experts; its target is at most 1.05 times the time of stock (or of raw, if vLLM cannot be imported)
 up to 64 tokens per expert, and 1.1 times above that.

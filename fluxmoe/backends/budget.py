@@ -1,4 +1,4 @@
-"""The user's budget on this machine: what ``auto`` means, and whether there is enough memory."""
+"""The user's budget on this machine: the size of ``auto``, and checks of the free memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxmoe.config import Config, FileStoreConfig, Resolved
 from fluxmoe.errors import ConfigError
 from fluxmoe.inventory import expert_tensor
 
-#: Fraction that ``memory.budget: auto`` takes of the memory that the model's weights leave free.
+#: ``memory.budget: auto`` as a fraction of the memory that the model's weights leave free.
 SHARE = 0.5
 
 
@@ -118,7 +118,7 @@ def automatic(config: Config, model: str | None, workers: int) -> int:
 
 
 def _on_disk(config: Config, model: str) -> int:
-    """Return the bytes of a model's experts in file stores, on the assumption of no compression."""
+    """Return the bytes of a model's experts in file stores, assuming no compression."""
     rest = sum(
         tensor.nbytes
         for name, tensor in headers(Path(model))

@@ -37,7 +37,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _call(handlers: Mapping[int, Handler], came: list[tuple[int, FrameType | None]]) -> None:
-    """Call the handlers of the signals that came; each is called, even if another one raises."""
+    """Call the handler of each signal that arrived, even if another handler raises an error."""
     with ExitStack() as each:
         for number, frame in reversed(came):
             each.callback(handlers[number], number, frame)

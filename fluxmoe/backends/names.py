@@ -26,8 +26,8 @@ class Names:
         fix: Remedy for a missing name.
         table: Part of a backend → ``module:name`` or ``module:Class.name`` → the parameters that
             FluxMoE passes or takes, separated by spaces, in order, without ``self``.
-        on: Kind of object made by the library → dotted paths of its attributes, none of which are
-            declared by a class.
+        on: Kind of object made by the library → dotted paths of its attributes that no class
+            declares.
     """
 
     package: str
@@ -36,7 +36,7 @@ class Names:
     on: Mapping[str, tuple[str, ...]]
 
     def require(self, part: str) -> None:
-        """Assert the names of a part.
+        """Assert that the library has the names of a part.
 
         Args:
             part: A key of ``table``.
@@ -56,7 +56,7 @@ class Names:
                     raise self._missing(f"{name}({', '.join(wanted)}); it has ({', '.join(there)})")
 
     def require_on(self, kind: str, thing: Any) -> None:
-        """Assert the attributes of an object.
+        """Assert that an object has the attributes of its kind.
 
         Args:
             kind: A key of ``on``.

@@ -1,4 +1,4 @@
-"""The partition of a worker's budget: the initial split between experts and KV cache, and banks."""
+"""The partition of a worker's budget: banks, and the initial split between experts and KV cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Partition:
         return self.minimum < self.geometry.experts_per_layer
 
     def slots_for(self, frames: int) -> list[int] | None:
-        """Compute each bank's slots in ``frames`` frames; None if the frames do not suffice."""
+        """Compute each bank's number of slots in ``frames`` frames; None if these are too few."""
         return sizing.slots_per_bank(
             self.geometry,
             self.page_class,
@@ -96,7 +96,7 @@ def partition(
     Raises:
         BudgetTooSmallError: The two minimums together exceed the budget.
         ConfigError: A configured size is below a minimum, or above the budget or the free memory.
-        UnsupportedError: The kernel cannot address one layer's experts.
+        UnsupportedError: The kernel cannot address the minimum number of slots of a bank.
     """
     require_free(memory.budget)
     frame = int(memory.frame or frame_bytes_for(memory.budget, kv.block if dynamic else 0))
@@ -130,7 +130,7 @@ def partition(
         limit=bank_limit,
         minimum=minimum,
     )
-    assert slots is not None  # ``fewest_banks`` makes no more banks than the target fills
+    assert slots is not None  # ``fewest_banks`` makes only banks that the target can fill
     if ceiling > memory.budget:
         pages, _ = sizing.spread(geometry, geometry.num_pages, len(reserved))
         reserved = [min(count, bank_limit or count) for count in pages]

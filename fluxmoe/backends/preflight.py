@@ -105,7 +105,7 @@ def sizes_of(folder: Path, found: Findings) -> dimensions.Model | None:
             return dimensions.of_checkpoint(folder) if checkpoint.weight_files(folder) else None
         except QuantisedError:
             raise
-        except UnsupportedError as error:  # raised by the planner; the engine may support the model
+        except UnsupportedError as error:  # sizes unknown; the engine may support the model
             found.notes.append(f"the memory needed by this model is not checked: {error}")
     return None
 

@@ -49,7 +49,7 @@ class Runtime:
 
     Raises:
         BudgetTooSmallError: The minimums of the experts and the KV cache exceed the budget.
-        UnsupportedError: The kernel cannot address one layer's experts.
+        UnsupportedError: The kernel cannot address the minimum number of slots of a bank.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Runtime:
         return self.memory.place_kv(layout, range(groups))
 
     def inventory(self) -> Inventory:
-        """List the resources that the scheduler's side must know to change the split."""
+        """Return the inventory that the scheduler's side needs to change the split."""
         kv, part = self.memory.kv, self.partition
         if kv is None:
             raise InvariantError("the KV cache has not been placed yet")
@@ -148,7 +148,7 @@ class Runtime:
         """Raise or lower the budget to ``budget`` bytes; only the experts gain or lose memory.
 
         This method is called between steps. The number of banks does not change. If the budget is
-        lowered, pages are evicted and the last slots are given up.
+        lowered, pages are evicted and the last slots are removed.
 
         Raises:
             BudgetTooSmallError: A bank cannot hold the experts of one layer or, with waves, of one
@@ -178,12 +178,12 @@ class Runtime:
 
     @contextmanager
     def update(self) -> Iterator[Put]:
-        """At the end of a ``with`` block, replace the pages put within it; none if it fails.
+        """Replace, at the end of the ``with`` block, all pages put within it; none after an error.
 
         No page is resident afterwards. This method may only be called between forward passes.
 
         Raises:
-            StoreError: A page cannot be kept; nothing has changed.
+            StoreError: A page cannot be stored; nothing has changed.
         """
         self.pager.owner.require()
         with self.store.update() as put:
@@ -243,7 +243,7 @@ class Runtime:
                 meter.reset()
 
     def trace_meta(self, *, model: str, top_k: int, source: str) -> TraceMeta:
-        """Make the metadata for traces of this model."""
+        """Return the metadata for traces of this model."""
         return TraceMeta(
             model=model,
             num_layers=self.geometry.num_layers,

@@ -1,7 +1,7 @@
-"""Parameters of paged experts, in place of weights that are in slots and in a store.
+"""Parameters of paged experts, whose weights are in slots and in a store.
 
-Their shape and type can be read; everything else is refused, because a read would not find the
-weights, and an edit would be lost or be mixed with pages copied before.
+The parameters' shape and type can be read. Everything else is refused, because a read would not
+return the weights, and an edit would be lost or be mixed with pages copied earlier.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Sealed(torch.nn.Parameter):
     """Weights of paged experts. A parameter is sealed by changing its class to this one."""
 
     what: ClassVar[str] = "the experts' weights cannot be used while the model is paged"
-    #: Answers in place of the tensor's own.
+    #: Function → result in place of the tensor's own.
     place: ClassVar[Mapping[object, object]] = {}
     fix: ClassVar[str]
 
@@ -65,7 +65,7 @@ class Sealed(torch.nn.Parameter):
     def _refuse(cls, *_: object, where: str = "", **__: object) -> NoReturn:
         raise UnsupportedError(cls.what, where=where, fix=cls.fix)
 
-    # torch does not pass calls to these methods to __torch_function__.
+    # torch does not route calls of these methods through __torch_function__.
     set_ = as_subclass = unflatten = _refuse
 
 
@@ -81,7 +81,7 @@ class FixedParameters(dict[str, torch.nn.Parameter | None]):
 
     Args:
         weights: The parameters.
-        fix: The way out for a caller who tries.
+        fix: Remedy shown in the error.
     """
 
     def __init__(self, weights: Mapping[str, torch.nn.Parameter | None], fix: str) -> None:
@@ -89,7 +89,7 @@ class FixedParameters(dict[str, torch.nn.Parameter | None]):
         self._fix = fix
 
     def copy(self) -> FixedParameters:
-        """Return itself: it cannot change."""
+        """Return this object, which cannot change."""
         return self
 
     def __setitem__(self, name: str, weight: torch.nn.Parameter | None) -> None:
@@ -105,7 +105,7 @@ class FixedParameters(dict[str, torch.nn.Parameter | None]):
 
 
 class AsComputed:
-    """A view of a layer for its kernel: the weights are arenas, all other attributes the layer's.
+    """A view of a layer for its kernel: its weights are arenas, all else is the layer's.
 
     Args:
         layer: The layer.

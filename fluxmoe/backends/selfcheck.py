@@ -1,4 +1,4 @@
-"""Startup check whether an MoE kernel's result depends on the experts' slots or on other tokens.
+"""Startup check of whether an MoE kernel's result depends on the experts' slots or on other tokens.
 
 Kernels are selected by processor, dtype and shape, so a machine may run one that no test has
 covered. The check computes one layer with random weights twice: first with the experts in order,
@@ -61,7 +61,7 @@ _WHOLE, _SIZES, _PARTS = 160, (1, 3, 17, 70), 4
 _FLOP = 2e9
 #: Bytes that one call may copy if the kernel copies the weights for each token.
 _COPIED = 64 << 20
-#: Absolute routing weight of experts that cancel out; their partial sums must fit in float16.
+#: Absolute routing weight of experts that cancel out; the partial sums must fit in float16.
 _LARGE = 256.0
 _SEED = 17
 
@@ -143,7 +143,7 @@ def _same_in_parts(
     ids: torch.Tensor,
     random: torch.Generator,
 ) -> bool:
-    """True if a call has the same result when its tokens are computed in several calls."""
+    """Return True if a call has the same result when its tokens are computed in several calls."""
     whole = kernel(x, weights, ids)
     for size in _SIZES:
         parts = torch.randperm(len(x), generator=random).split(size)
@@ -162,9 +162,9 @@ def _call(
 ) -> tuple[torch.Tensor, ...]:
     """Make hidden states, routing weights and expert ids for one call.
 
-    If a token has at least three experts, two of them are equal (see ``_weights``) and cancel out,
-    up to rounding. Without such experts, the order in which a kernel sums would change few results
-    in a narrow dtype.
+    If a token has at least three experts, two of them are equal (see ``_weights``) and cancel each
+    other out, up to rounding. Without such experts, the order in which a kernel sums would change
+    few results in a narrow dtype.
     """
     scores = torch.rand(tokens, experts, generator=random)
     x = torch.randn(tokens, hidden, generator=random)

@@ -49,7 +49,7 @@ def make_store(
         config: The configuration.
         coders: One coder per configured store, from ``make_coders``.
         geometry, page_class: Numbers of layers and experts, and the layout of a page.
-        key: Describes the weights, for stores that keep pages from one start to the next.
+        key: Function that describes the weights, for stores that keep pages between starts.
     """
     if config.stores[0].plain:
         return HostStore(geometry, page_class)  # takes all pages without a copy
@@ -81,8 +81,8 @@ def make_store(
 def require_room(config: Config, nbytes: int) -> None:
     """Reject file stores whose folder is not writable or whose disk is too small.
 
-    The largest file of pages counts as room, because it may be this model's. The size of encoded
-    pages is unknown in advance, so only stores without a codec are checked for room.
+    The largest page file counts as free space, because it may be this model's. The size of encoded
+    pages is unknown in advance, so only stores without a codec are checked for space.
 
     Args:
         config: The configuration.
@@ -99,7 +99,7 @@ def require_room(config: Config, nbytes: int) -> None:
             continue
         folder, where = store.folder, f"stores.{index}.path"
         machine.require_writable(folder, where=where, fix="name a writable folder")
-        # One of the files may be this model's, or the start of one, which is continued or removed.
+        # One of the files may be this model's. An incomplete file is continued or removed.
         files = [
             file.nbytes
             for file in catalogue.entries(folder)

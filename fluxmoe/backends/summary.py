@@ -23,7 +23,7 @@ def start_block(
     store_bytes: int,
     more: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Compose a text that consists of a headline and of lines with a name and a value each.
+    """Compose a text of a headline, followed by lines with a name and a value each.
 
     Args:
         part: The budget of a worker and its initial split.

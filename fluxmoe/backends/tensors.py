@@ -1,4 +1,4 @@
-"""Weights of torch in the core: as bytes, as arenas, and as pages; the views copy nothing."""
+"""Views of torch weights as bytes and of arenas as weights, without copies; sizes of pages."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def installed(package: str) -> str | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the major and minor number of a version."""
+    """Return the major and minor numbers of a version."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
 
 

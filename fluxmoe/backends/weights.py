@@ -21,13 +21,13 @@ def checked(
     shapes: Mapping[str, Shape],
     other: Callable[[str, torch.Tensor], Shape | None] = lambda *_: None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Check each weight, and yield its name and a copy: an iterator may reuse its tensors.
+    """Check each weight, and yield its name and a copy, because an iterator may reuse its tensors.
 
     Args:
         weights: Pairs of a name and a tensor, or a map from names to tensors.
         shapes: Shapes of the model's weights, by name.
-        other: Returns the shape of a weight whose name is not in ``shapes``; None if the name is
-            not known.
+        other: Function that returns the shape of a weight whose name is not in ``shapes``, or None
+            if the name is unknown.
 
     Raises:
         WeightsError: A weight does not fit the model, or is given twice.

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Users add --debug after a failure, so it is accepted anywhere, even at the end of the line.
     debug = _DEBUG in given
     output.prepare()
-    with suppress(ConfigError):  # this matters only to servers, which raise the error again
+    with suppress(ConfigError):  # only servers need the folders, and they raise the error again
         os.environ.update(caches.folders(os.environ))
     try:
         with ExitStack() as stack:
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _compilation_announced() -> Iterator[None]:
-    """Show the core's message that it is compiling, as that takes seconds without other output."""
+    """Show the core's message about compilation, which takes seconds without other output."""
     logger, handler = logging.getLogger("fluxmoe.compile"), logging.StreamHandler()
     if sys.stderr.isatty():  # replaces an unfinished line, such as a progress bar
         handler.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
@@ -121,7 +121,7 @@ def program() -> Any:
 
 
 def _spell(command: Any) -> None:
-    """Let the help show values as ``TRACE`` and ``--policy POLICY``, and whole summaries.
+    """Make the help show values as ``TRACE`` and ``--policy POLICY``, and whole summaries.
 
     Typer would write ``{trace}`` and ``--policy <str>``, and would shorten the summaries.
     """

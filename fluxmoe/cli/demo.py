@@ -152,5 +152,5 @@ def _table(result: Comparison, title: str, names: Sequence[str]) -> None:
 
 
 def _share(stats: dict[str, Any]) -> float:
-    """Return the share of the experts that have a slot; stock vLLM keeps all in memory."""
+    """Return the share of the experts that have a slot; stock vLLM keeps all of them in memory."""
     return float(stats["slots"] / stats["pages"]) if stats else 1.0

@@ -37,7 +37,7 @@ class _Answer:
     stats: dict[str, Any]
 
 
-#: Starts an engine and continues a prompt by a number of tokens.
+#: Function that starts an engine and continues a prompt by a number of tokens.
 _Engine: TypeAlias = Callable[[list[int], int], _Answer]
 
 
@@ -135,7 +135,7 @@ def _torch(model: str, settings: dict[str, Any], found: Findings, _: int) -> _En
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                pad_token_id=0,  # avoids a warning by transformers; one sequence is never padded
+                pad_token_id=0,  # avoids a warning from transformers; one sequence is never padded
             )[0, len(prompt) :].tolist()
             return _Answer(tokens, time.perf_counter() - started, paged.stats())
 
@@ -143,7 +143,10 @@ def _torch(model: str, settings: dict[str, Any], found: Findings, _: int) -> _En
 
 
 def _vllm(model: str, settings: dict[str, Any], found: Findings, least: int) -> _Engine:
-    """As ``_torch``; the model must accept requests of ``least`` tokens."""
+    """Do the same for vLLM.
+
+    The model must accept requests of ``least`` tokens.
+    """
     from fluxmoe.backends.vllm.child import child
 
     options: dict[str, Any] = {

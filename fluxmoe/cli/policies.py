@@ -76,7 +76,7 @@ def _row(policy: Registration, plugin: Plugin, states: States) -> dict[str, Any]
 
 
 def _elsewhere(state: PolicyState) -> dict[str, Any]:
-    """Make the row of a policy that only the server knows."""
+    """Make the row of a policy that is registered only in the server."""
     return {
         "kind": state.kind,
         "name": state.name,

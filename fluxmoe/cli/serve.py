@@ -1,4 +1,4 @@
-"""``fluxmoe serve``: start vLLM's OpenAI server as a configuration describes."""
+"""``fluxmoe serve``: start vLLM's OpenAI server from a configuration file."""
 
 from __future__ import annotations
 

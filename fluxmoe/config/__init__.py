@@ -1,6 +1,7 @@
 """The configuration: one YAML document, validated as a whole, with sizes such as ``24GiB``.
 
-The package imports the contracts of policies in the core and modules below the core, but no engine.
+The package imports the policy contracts of the core, ``checkpoint`` and modules below the core, but
+no engine.
 """
 
 from fluxmoe.config.reading import (

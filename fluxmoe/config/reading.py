@@ -114,7 +114,7 @@ def _problems(model: type[BaseModel], error: ValidationError, where: str) -> lis
             )
         )
         intended |= {(*above, name) for name in known if meant(key, [name])}
-    # A key that was misspelt is not reported as missing as well.
+    # Do not also report a misspelt key as missing.
     rest = [each for each in rest if each["type"] != "missing" or each["loc"] not in intended]
     return unknown + [_problem(each, where) for each in rest]
 
@@ -197,7 +197,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value if node.id == "mapping" else ():  # not so for !!map [a]
+        for key, _ in node.value if node.id == "mapping" else ():  # !!map [a] is a sequence
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.tag not in _TEXT:

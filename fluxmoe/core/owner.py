@@ -29,7 +29,7 @@ class Owner:
 
     def require(self) -> None:
         """Raise UnsupportedError if the current process is not the owner."""
-        if os.getpid() != self._process:  # runs at every event, so it does without ``here``
+        if os.getpid() != self._process:  # called for every event: avoid the call of ``here``
             raise UnsupportedError(
                 f"this process was forked from process {self._process} and cannot use what "
                 "FluxMoE created there: paged models, engines, traces being written",

@@ -54,7 +54,7 @@ class Transfers:
 
 
 class CopySubmitter:
-    """Submits copies from the host to a stream, in one call if supported, otherwise one by one."""
+    """Submitter of copies from the host to a stream, in one call if supported."""
 
     def __init__(self, cuda: CudaDriver) -> None:
         self._cuda = cuda
@@ -120,7 +120,7 @@ class EventPool:
         return self._cuda.ready("cuEventQuery", event)
 
     def seconds(self, first: Any, then: Any) -> float:
-        """Return the seconds from ``first`` to ``then``, which has passed.
+        """Return the seconds from ``first`` to ``then``, which must have passed.
 
         The result is 0 if ``then`` passed first, or if the time cannot be measured.
         """

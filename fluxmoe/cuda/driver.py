@@ -51,7 +51,7 @@ class CudaDriver:
     """A device and its primary context, which torch also uses.
 
     Args:
-        api: The bindings or a replacement; None imports the bindings.
+        api: The bindings or a replacement; None to import the bindings.
         ordinal: Index of the device among the visible devices.
 
     Attributes:
@@ -98,7 +98,10 @@ class CudaDriver:
         raise _refusal(name, result)
 
     def ready(self, name: str, *args: Any) -> bool:
-        """Call a query such as ``cuEventQuery``; return False if not ready. Errors as ``call``."""
+        """Call a query such as ``cuEventQuery``; return False if not ready.
+
+        Raises the same errors as ``call``.
+        """
         (result,) = getattr(self.api, name)(*args)
         if result == self.api.CUresult.CUDA_ERROR_NOT_READY:
             return False

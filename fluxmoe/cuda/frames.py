@@ -1,7 +1,7 @@
-"""Frames of device memory, managed by CUDA's virtual memory calls as the CPU substrate manages its.
+"""Frames of device memory, managed with CUDA's virtual memory calls.
 
 Frame ``i`` is one driver allocation (``cuMemCreate``), made when the frame is first committed and
-kept for later commits, because allocating costs a hundred times as much as mapping (kvcached on an
+kept for later commits, because allocating takes a hundred times as long as mapping (kvcached on an
 A100: 193 µs and 1.45 µs). Committing maps each frame and enables access to the whole range at once.
 Frames that are new or were released read as zero after a commit. Accesses to addresses without a
 frame fault: the device's context is lost, and every later call reports the loss.
@@ -178,7 +178,7 @@ class CudaSubstrate:
             ) from error
 
     def _clear(self, address: int, frames: Int64s) -> None:
-        """Fill the frames that are new or were released with zeros."""
+        """Fill with zeros the frames that are new or were released."""
         zero = np.flatnonzero(self._dirty[frames])
         for first, count in runs(zero):
             place = address + first * self.frame_bytes

@@ -15,7 +15,7 @@ from fluxmoe.cuda.driver import CudaDriver
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
 
-#: Number of page buffers: as many pages can be read before the first copy completes.
+#: Number of page buffers: this many pages can be read before the first copy completes.
 BUFFERS = 4
 _ENDLESS = 1 << 30
 

@@ -1,4 +1,4 @@
-"""StreamCopier, which copies pages into the slots of a CUDA device on two streams of its own.
+"""The class ``StreamCopier``, which copies pages into a CUDA device's slots on two streams.
 
 The engine's thread submits copies to a stream and continues. The *urgent* stream takes demands and
 moves; the *behind* stream takes prefetches. Before a slot is written, the copying stream waits for
@@ -28,9 +28,9 @@ from fluxmoe.cuda.driver import CudaDriver, no_range
 from fluxmoe.cuda.pinned import PageSource
 from fluxmoe.errors import InvariantError, StoreError, SubstrateError
 
-#: Bytes of prefetches in flight at a time: they take PCIe 5 about a millisecond.
+#: Maximum bytes of prefetches in flight at a time; PCIe 5 transfers them in about a millisecond.
 AHEAD_BYTES = 64 << 20
-#: Maximum number of demands in flight; at this number the CPU waits for the oldest.
+#: Maximum number of demands in flight; at this number, the CPU waits for the oldest.
 MOST_DEMANDS = 64
 
 
@@ -55,7 +55,7 @@ class StreamedCopy:
 
 
 class StreamCopier:
-    """Copies pages on streams. Implements ``Copier``; called only on the engine's thread.
+    """Copier of pages on streams. Implements ``Copier``; called only on the engine's thread.
 
     Args:
         cuda: The device; not closed with the copier.
@@ -269,7 +269,7 @@ class StreamCopier:
             batch.event = batch.fence = None
 
     def _wait_for_one(self) -> None:
-        """Wait for the oldest batch, so that not too much is in flight."""
+        """Wait for the oldest batch, to limit the number of batches in flight."""
         batches = self._demands or self._prefetches
         self._cuda.call("cuEventSynchronize", batches[0].event)
         self._retire(batches)

@@ -3,8 +3,8 @@
 All engines serve the same requests in alternating runs, and the results are medians. The budget
 covers the KV cache and the expert weights (or the arenas that hold some of them). Stock vLLM keeps
 all experts in the budget and uses the rest for its cache. FluxMoE splits the budget, and keeps its
-page store outside. For a GPU's budget, the store is in other memory; on a CPU, the store is in the
-same memory, so an engine's total includes it. With a page file, the total equals the budget.
+page store outside it. For a GPU's budget, the store is in other memory; on a CPU, the store is in
+the same memory, so an engine's total includes it. With a page file, the total equals the budget.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DemoWorkload:
 
 
 def _drop_from_cache(path: Path) -> None:
-    """Drop a file that was just written from the page cache, whose memory the total leaves out."""
+    """Drop a new file from the page cache, whose memory is not part of the total."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -186,7 +186,7 @@ class Comparison:
         return all(map(self.identical, self.sides))
 
     def identical(self, name: str) -> bool:
-        """True if all runs of an engine produced the tokens of stock vLLM's first run."""
+        """Return True if all runs of an engine produced the tokens of stock vLLM's first run."""
         first = self.stock.runs[0].tokens
         return all(run.tokens == first for run in self.sides[name].runs)
 
@@ -224,7 +224,7 @@ def compare(
         fluxmoe: FluxMoE's configuration without ``memory.budget`` and ``stores``.
         rounds: Number of runs per engine; engines alternate.
         options: Options passed to each ``vllm.LLM``.
-        page_files: Folder for the page file of ``fluxmoe_page_file``; None leaves that engine out.
+        page_files: Folder for the page file of ``fluxmoe_page_file``; None to omit that engine.
         cold: Begin every run with no page resident; if false, the previous run's pages stay.
         progress: Function that is called with progress messages.
     """
@@ -258,7 +258,7 @@ def compare(
             for path in page_files.rglob("*.pages"):
                 _drop_from_cache(path)
         runs: dict[str, list[Generation]] = {name: [] for name in engines}
-        for engine, _ in engines.values():  # because the first requests are slow
+        for engine, _ in engines.values():  # warm-up: the first requests are slow
             engine.generate(prompts[:2] if cold else prompts)
         for turn in range(rounds):
             for name, (engine, _) in engines.items():

@@ -34,7 +34,7 @@ class DemoModel:
         return cls(
             folder,
             layers=config["num_hidden_layers"],
-            experts=config["num_local_experts"],  # transformers 5 saves it under this name
+            experts=config["num_local_experts"],  # the name that transformers 5 uses
             top_k=config["num_experts_per_tok"],
             hidden=config["hidden_size"],
             expert_hidden=config["moe_intermediate_size"],

@@ -98,7 +98,7 @@ class Svg(Canvas):
 
 
 class Png(Canvas):
-    """A canvas for a PNG file, with two pixels of the file per unit of size in each direction.
+    """A canvas for a PNG file, which has two pixels per canvas pixel in each direction.
 
     Raises:
         MissingDependencyError: Pillow is not installed.

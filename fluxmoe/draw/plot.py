@@ -15,7 +15,7 @@ _KINDS: dict[str, type[Canvas]] = {".svg": Svg, ".png": Png}
 
 
 def canvas_for(path: Path, width: int, height: int) -> Canvas:
-    """Make an empty canvas of the kind that the file's suffix gives.
+    """Make an empty canvas of the kind that the file's suffix indicates.
 
     Raises:
         ConfigError: The suffix is neither ``.svg`` nor ``.png``.

@@ -1,4 +1,4 @@
-"""Observation of a running server through its ``/metrics``.
+"""Observation of a running server through its ``/metrics`` endpoint.
 
 The package imports the core, but no engine.
 """

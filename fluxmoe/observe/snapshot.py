@@ -1,4 +1,4 @@
-"""Snapshot, the state of a server at one point in time, read from the server's ``/metrics``."""
+"""The class ``Snapshot``: a server's state at one point in time, read from its ``/metrics``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PolicyState:
     """A server's policy.
 
     ``faults`` is the number of contained faults; ``replaced`` describes the last fault if the
-    policy was disabled for good.
+    policy was permanently replaced.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Snapshot:
     Attributes:
         schema_version: Incremented when a field changes its meaning or is removed.
         url: Address of the server.
-        model: vLLM's name of the model.
+        model: Name of the model in vLLM.
         version: FluxMoE's version.
         policies: The server's policies.
         limits: Operator limits, such as ``kv.max``, in bytes.

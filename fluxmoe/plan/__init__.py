@@ -1,4 +1,4 @@
 """Planning, which predicts a model's performance for a memory budget without loading the model.
 
-The package imports ``sim``, ``backends`` and the packages below them.
+The package imports ``sim`` and the packages below it.
 """

@@ -1,4 +1,4 @@
-"""A plan: the splits of a budget, the best one, and a verdict on paging, as text."""
+"""A plan for a budget: its splits, the best split, a verdict on paging, and advice as text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fluxmoe.sizes import apart, at_least, shown
 GAIN = 0.05
 #: Among the splits within this fraction of the best, the one that streams least is recommended.
 _ALIKE = 0.005
-#: Tokens of the prefill for which the bound on the loads of a layer is printed.
+#: Number of tokens of the prefill for which the bound on the loads of a layer is printed.
 _CHUNK = 512
-#: Larger budgets that a plan compares, as multiples of half of the budget.
+#: Larger budgets that a plan compares, as multiples of half the budget.
 _MORE = (3, 4, 8)
 #: Approximate number of points in the curve.
 _POINTS = 65
@@ -157,7 +157,7 @@ def _splits(
 def _with_more(
     model: Model, profile: Profile, work: PlannedWorkload, memory: int, curve: Floats
 ) -> list[str]:
-    """Say how fast the model would be with more memory, up to all experts and all requests."""
+    """Describe the rates with more memory, up to enough for all experts and all requests."""
     enough = model.experts_bytes + work.requests * model.request_bytes(work.tokens)
     budgets = [min(memory * times // 2, enough) for times in _MORE]
     rates = {

@@ -61,8 +61,8 @@ class Splits:
 def even_curve(pages: int) -> Floats:
     """Return the miss ratio for 0 … ``pages`` slots if all experts are equally likely.
 
-    Any policy that keeps its pages is at least as good: memory for x% of the pages gives a hit rate
-    of x%.
+    A policy that keeps its pages does at least as well: with memory for x% of the pages, its hit
+    rate is at least x%.
     """
     curve: Floats = np.linspace(1.0, 0.0, pages + 1)
     return curve

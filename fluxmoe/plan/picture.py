@@ -37,7 +37,7 @@ def draw(plan: Plan, path: Path) -> None:
     left, right = (
         Plot(canvas, side + 66, _HEAD + 40, width - 100, height - 96) for side in (0.0, width)
     )
-    # The width is the whole budget: the KV cache gets the part that the experts do not get.
+    # The x axis spans the whole budget: the KV cache has the part that the experts do not use.
     ticks = [(i / 4, f"{plan.memory * i / 4 / 2**power:.3g}") for i in range(5)]
     where = [point.expert_bytes / plan.memory for point in plan.curve]
     rates = [point.tokens_per_s for point in plan.curve]

@@ -174,7 +174,7 @@ def attempt(
 ) -> T:
     """Call ``function``; report a failure as ``what`` followed by the reason.
 
-    An exit counts as a failure, and so does a call that exceeds ``LIMITS``; such a call is
+    ``SystemExit`` counts as a failure, and so does a call that exceeds ``LIMITS``; such a call is
     interrupted between two Python instructions.
 
     Raises:

@@ -44,8 +44,7 @@ logger = logging.getLogger("fluxmoe")
 def load(extra: str | PathLike[str] | Iterable[str | PathLike[str]] = ()) -> Registry:
     """Make the registry of built-in, installed and explicitly named plugins.
 
-    Each call makes a new registry, so ``load`` may be called repeatedly and in
-    any process.
+    Each call makes a new registry, so ``load`` may be called repeatedly and in any process.
 
     Args:
         extra: Paths of ``.py`` files or dotted module names; a single one or several.

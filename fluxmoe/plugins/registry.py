@@ -227,8 +227,8 @@ class Registry:
     def create(self, kind: str, spec: PolicySpec) -> Any:
         """Create a policy or codec from ``name`` or ``{kind: name, option: value}``.
 
-        The name may also be a policy class, which is called with the options, or an instance, which
-        is reset.
+        A policy class or an instance can replace the name: a class is called with the options, and
+        an instance is reset.
 
         Raises:
             UnknownPolicyError, UnknownCodecError: The name is not registered.
@@ -281,9 +281,9 @@ class Registry:
     def check(self, config: Config) -> None:
         """Validate names and options of a configuration's policies and codecs; create none.
 
-        This is for commands that start an engine, which then creates the policies and codecs. It
-        raises the errors of ``policies``, ``arbitration`` and ``create`` together, except those
-        that factories cause.
+        This is for commands that start an engine, which then creates the policies and codecs.
+        The method raises the errors of ``policies``, ``arbitration`` and ``create`` together,
+        except those that factories cause.
         """
         specs = [(kind, getattr(config, kind)) for kind in ("eviction", "prefetch", "arbitration")]
         found = Findings()
@@ -311,8 +311,8 @@ def _registration(
     plugin: str,
     made: type,
 ) -> Registration:
-    # A class may compute its attributes, so they are read here, where the plugin is blamed for a
-    # failure.
+    # A class may compute its attributes, so they are read here, where a failure is attributed to
+    # the plugin.
     doc: object = factory.__doc__
     said = str.__str__(doc).strip().partition("\n")[0] if isinstance(doc, str) else ""
     oracle = getattr(made, "needs_future", False) is True

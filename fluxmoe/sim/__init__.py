@@ -2,5 +2,5 @@
 
 Reading order: ``events`` (a trace in memory, with the future for oracles), ``capacity`` (values of
 ``--capacity``) and ``simulator`` (the replay). Trace files are handled by ``fluxmoe.trace``.
-The package imports the core, ``trace``, ``draw`` and ``plugins``.
+The package imports the core, ``trace``, ``draw``, ``config`` and ``plugins``.
 """

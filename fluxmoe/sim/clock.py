@@ -4,7 +4,7 @@ Demand copies block their layer: all pages that an event misses, and the reloads
 runs in waves, are copied before the kernel runs. Prefetched pages are copied one at a time, in the
 order proposed, while layers compute. A demand waits for the prefetch in progress and precedes the
 prefetches that have not begun; a prefetched page that is used before its copy has begun is copied
-immediately. This models ``TransferEngine`` with one copy thread.
+immediately. The clock models ``TransferEngine`` with one copy thread.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Timing:
 
 
 class Clock:
-    """Times one replay.
+    """Virtual clock of one replay.
 
     Args:
         profile: Profile of the machine.
@@ -83,7 +83,7 @@ class Clock:
         self.stall = np.where(loaded > 0, self._call + loaded * self._page, 0.0)
 
     def watch(self, rule: EventRule, at: int) -> None:
-        """Compute the stall of event ``at``, which ``rule`` has just run, possibly prefetching."""
+        """Compute the stall of event ``at``, which ``rule`` has just run; queue its prefetches."""
         b = rule.table.books
         count = b.now[PAGES]
         pages, hit = b.pages[:count], b.hit[:count]

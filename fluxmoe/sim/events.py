@@ -74,7 +74,7 @@ class Events:
 
     @property
     def predicted(self) -> tuple[Int64s, npt.NDArray[np.int32]] | None:
-        """Predictions of each event's layer for the next: offsets ``[N + 1]`` and experts."""
+        """Predictions of each event's layer for the next layer: offsets ``[N + 1]`` and experts."""
         offsets = self.block.guess_offsets
         return (offsets, self.block.guesses) if offsets.size else None
 
@@ -85,7 +85,7 @@ class Events:
 
     @cached_property
     def widest(self) -> int:
-        """Largest number of distinct experts of a token, which is the minimum of slots per bank."""
+        """Largest number of distinct experts of a token: the minimum number of slots per bank."""
         if not self.block.starts.size:
             return self.largest
         seen = np.full(self.meta.experts_per_layer, -1, np.int64)

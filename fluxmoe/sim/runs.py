@@ -85,7 +85,7 @@ class Outcome:
 def default_jobs(events: Events, runs: int) -> int:
     """Return the default number of processes.
 
-    This is the number of runs or of cores, whichever is smaller, or 1 if there is little work.
+    The default is the number of runs or of cores, whichever is smaller, or 1 for little work.
     """
     if events.ids.size * runs < _WORTH_IT:
         return 1
@@ -144,7 +144,7 @@ class _Worker:
 
     def __init__(self, folder: str, meta: TraceMeta, plan: RunPlan, bins: int) -> None:
         # The files are mapped, so that all processes share the memory, and the mappings are
-        # private (copy on write), so that numba sees ordinary writable arrays.
+        # private (copy on write), so that numba gets ordinary writable arrays.
         columns = {
             file.stem: np.asarray(np.load(file, mmap_mode="c"))
             for file in Path(folder).glob("*.npy")

@@ -32,7 +32,7 @@ from fluxmoe.trace import TraceMeta
 
 #: Number of events between progress updates and checks for Ctrl-C.
 _CHUNK = 1 << 16
-#: No engine waits for the policy here, so no call is slow.
+#: No engine waits for the policy here, so no call counts as slow.
 _LIMITS = replace(DEFAULT_LIMITS, soft_s=math.inf)
 #: In strict mode only endless calls are faults, so that a busy machine does not end a simulation.
 _PATIENT = replace(_LIMITS, hard_s=60.0)
@@ -55,7 +55,7 @@ class Result:
             pages than its bank has slots runs in waves, which may load a page several times.
         bytes_demand, bytes_prefetch: Bytes loaded on demand, including reloads, and by prefetch;
             None if the page size is unknown.
-        policy_faults: Number of calls to a policy that fell back to the default.
+        policy_faults: Number of calls to a policy that failed and were answered by the fallback.
         timing: Simulated times; None without a hardware profile.
     """
 
@@ -107,7 +107,7 @@ class Simulation:
 
     Attributes:
         policy: Label of the eviction policy as requested.
-        oracle: True if the policy needs the future, so that no engine can run it.
+        oracle: True if the policy needs the future, so no engine can run it.
         missed, reloaded: Number of misses and of reloads in each event, int32 ``[N]``; filled by
             ``run``.
     """
@@ -204,7 +204,7 @@ def simulate(
     """Replay a trace at one capacity.
 
     Args:
-        trace: A trace file, or its events, so that several runs load them only once.
+        trace: A trace file, or its events, loaded once for several runs.
         policy: Eviction policy: ``name``, ``{kind: name, option: value}``, or a class or instance
             of ``fluxmoe.EvictionPolicy``, which need not be registered.
         capacity: Pages, a share of all pages ("25%") or bytes ("2GiB"), for all banks together.
@@ -212,7 +212,7 @@ def simulate(
         banks: Number of banks over which layers are spread; each bank gets a share of the capacity.
         registry: Known policies; by default the built-in and installed ones.
         strict: False to contain a policy's faults, as an engine does: LRU answers the failed calls,
-            so that the counts no longer reflect the policy alone.
+            so the counts no longer reflect the policy alone.
         hardware: A profile, its name or its file; the result then has a ``timing``.
 
     Raises:

@@ -15,7 +15,7 @@ logger = logging.getLogger("fluxmoe")
 
 
 class Coder:
-    """The host's side of a codec: verifies the codec's output and contains its faults.
+    """The host's side of a codec, which verifies the codec's output and handles its faults.
 
     A part that the codec cannot restore bit for bit is kept uncoded and counted; the first such
     fault is reported. Stored data of the original's length *is* the original.
@@ -26,7 +26,7 @@ class Coder:
         strict: Raise an error for a fault instead of keeping the part uncoded.
 
     Attributes:
-        faults: Number of times that the codec raised or did not restore its input.
+        faults: Number of times that the codec raised an error or did not restore its input.
     """
 
     def __init__(self, codec: Codec, name: str, *, strict: bool = False) -> None:

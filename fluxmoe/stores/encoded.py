@@ -28,7 +28,7 @@ class HostTier:
         self._coder, self._limit = coder, limit
         self._pages: dict[int, list[Bytes]] = {}
         self._staged: dict[int, list[Bytes]] = {}
-        self._growth = 0  # of ``nbytes``, once the staged pages are committed
+        self._growth = 0  # of ``nbytes`` when the staged pages are committed
         self._room = np.empty(0, np.uint8)
         self.nbytes = 0
 
@@ -74,7 +74,7 @@ class HostTier:
         del self._pages[page]
 
     def _held(self, page: int) -> int:
-        """Return the bytes that a page occupies; 0 if the page is not in this tier."""
+        """Return the number of bytes that a page occupies; 0 if the page is not in this tier."""
         return sum(_lines(part) for part in self._pages.get(page, ()))
 
     def read_into(self, page: int, parts: Sequence[Bytes]) -> None:
@@ -92,5 +92,5 @@ class HostTier:
 
 
 def _lines(part: Bytes) -> int:
-    """Return the bytes that a part occupies, in whole cache lines."""
+    """Return the number of bytes that a part occupies, rounded up to whole cache lines."""
     return -(-len(part) // 64) * 64

@@ -1,4 +1,4 @@
-"""Measures how well a codec compresses a checkpoint's experts, without loading the model."""
+"""Measurement of a codec's compression of a checkpoint's experts, without loading the model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Survey:
         name: The layer's name in the checkpoint.
         parts: Number of page parts, as engines lay them out.
         plain: Number of parts that a store would keep uncoded.
-        raw_bytes, coded_bytes: Size of the originals, and of what a store would keep.
-        segments, escapes, raw_segments, zero_coded: Counts that only ``fixed4`` gives
+        raw_bytes, coded_bytes: Size of the originals, and of the data that a store would keep.
+        segments, escapes, raw_segments, zero_coded: Counts for ``fixed4`` only
             (docs/concepts/lossless-code.md).
         weights, zeros: Number of bf16 weights, and number of those that are 0 or −0.
     """

@@ -22,10 +22,10 @@ class Tier(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the pages occupy."""
+        """Number of bytes that the pages occupy."""
 
     def claim(self, page: int) -> bool:
-        """Keep a page that an earlier start put into this tier; return False if there is none."""
+        """Keep a page that an earlier start put into this tier; return False if it is not there."""
 
     @property
     def depth(self) -> int:
@@ -55,7 +55,7 @@ class Tier(Protocol):
         """
 
     def stage(self, page: int, parts: Sequence[Bytes]) -> bool:
-        """Keep a page's new contents until ``commit``, beside the old; return False if full."""
+        """Keep a page's new contents and the old ones until ``commit``; return False if full."""
 
     def commit(self) -> None:
         """Make all staged contents current. Not called while a page is being read."""
@@ -136,7 +136,7 @@ class TieredStore:
 
     @contextmanager
     def update(self) -> Iterator[Put]:
-        """See ``ChangingStore``. A page for which its tier has no room left moves to another."""
+        """See ``ChangingStore``. A page whose tier has no room left moves to another tier."""
         moves: dict[int, int] = {}  # page → its tier after the update
 
         def put(page: int, parts: Sequence[Bytes]) -> None:
@@ -159,7 +159,7 @@ class TieredStore:
             tier.commit()
 
     def _taker(self, page: int, keep: Callable[[Tier], bool], own: int = 0) -> int:
-        """Offer a page to tier ``own``, then to the others; return the index of the taker."""
+        """Offer a page to tier ``own``, then to the others; return the index of its new tier."""
         for index in sorted(range(len(self._tiers)), key=lambda index: index != own):
             if keep(self._tiers[index]):
                 return index
@@ -174,7 +174,7 @@ class TieredStore:
         self._holder(page).read_into(page, parts)
 
     def reader(self, arenas: Sequence[Bytes]) -> Reader:
-        """Make a reader that orders all reads first, and then decodes the pages in order."""
+        """Make a reader that requests all reads before it decodes the first page."""
 
         def read(pages: Int64s, slots: Int64s) -> None:
             ordered: list[Read] = []
@@ -187,7 +187,7 @@ class TieredStore:
                 else:
                     ordered.append(ahead)
             try:
-                # If it has nothing else to do, the calling thread makes the first read itself.
+                # With no other work, the calling thread makes the first read itself.
                 for ahead in ordered[0 if here else 1 :]:
                     ahead.begin(Urgency.DEMAND)
                 for tier, page, parts in here:

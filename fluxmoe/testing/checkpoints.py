@@ -47,8 +47,8 @@ _LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
-# A layer's state is small and its keys and values are large, so that a KV block, which vLLM makes
-# as large as a state, has so few tokens that the prefixes in tests fill it.
+# vLLM makes a KV block as large as a layer's state. Here, states are small, and keys and values are
+# large, so a block holds few tokens, and the prefixes in tests fill whole blocks.
 _GATED_DELTA_NET: dict[str, Any] = {
     **_SMALL,
     "head_dim": 64,

@@ -12,7 +12,7 @@ from fluxmoe.core.transfer.store import AddressedStore, Store
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
 
-_PATIENCE = 30.0  # seconds; a test that forgets to open a gate fails instead of hanging
+_PATIENCE = 30.0  # seconds; a test that never opens a gate fails instead of hanging
 
 
 class FaultPlan:
@@ -108,7 +108,7 @@ class FaultyStore:
 
 
 class FaultyAddressedStore(FaultyStore):
-    """A ``FaultyStore`` for an ``AddressedStore``; ``hold`` has no effect: the device reads."""
+    """A ``FaultyStore`` for an ``AddressedStore``, where ``hold`` has no effect."""
 
     def __init__(self, store: AddressedStore, plan: FaultPlan | None = None) -> None:
         super().__init__(store, plan)

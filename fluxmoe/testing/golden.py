@@ -26,7 +26,7 @@ class GoldenTrace:
     Attributes:
         name: Key in ``GOLDEN``.
         workload: Generator of the trace.
-        capacities: Numbers of pages: the minimum for every event, half of all pages, and all pages.
+        capacities: Numbers of slots: the largest event's pages, half of all pages, and all pages.
         misses: Policy → misses at each of ``capacities``, without prefetch.
         predicted: True if events predict the next layer's experts (always correctly).
     """

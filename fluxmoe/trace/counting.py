@@ -76,7 +76,7 @@ def count_events(
     windows: Int64s,
     unions: Int64s,
 ) -> int:
-    """Add the events to all arrays after ``lengths``; return the sum of their distinct experts.
+    """Add events to the arrays after ``lengths``; return the sum of the events' distinct experts.
 
     ``windows`` has, per length: the index of the current window and its pages so far; the number of
     complete windows, and the sum and the maximum of their pages. ``seen_in`` is the last window
@@ -161,7 +161,7 @@ def compare_predictions(
     guesses: npt.NDArray[np.int32],
     counted: Int64s,
 ) -> None:
-    """Count per layer the tokens' experts that the previous layer predicted, and all experts.
+    """Count, per layer, the tokens' experts and those of them that the previous layer predicted.
 
     ``bounds`` contains the first row of each event, and the end of the last event.
     """

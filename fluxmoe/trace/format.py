@@ -36,12 +36,12 @@ SCHEMA = pa.schema(
     ]
 )
 #: Optional columns: routing weights, one per expert of the row; and the experts that the next layer
-#: is predicted to route this token to (empty in the last layer).
+#: is predicted to route the token to (empty in the last layer).
 OPTIONAL = {"weights": pa.list_(pa.float16()), "predicted": pa.list_(pa.int16())}
 
 #: Number of rows held in memory and read or written together.
 GROUP_ROWS = 1 << 17
-#: Buffer of a column chunk, so that even a file with one huge row group is streamed.
+#: Size of the buffer of a column chunk, so that even a file with one huge row group is streamed.
 _BUFFER_BYTES = 1 << 20
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -87,7 +87,7 @@ class TraceMeta:
         )
 
     def check(self, where: str) -> None:
-        """Raise TraceError at ``where`` unless the numbers are plausible for a model."""
+        """Raise TraceError, located at ``where``, unless the numbers are plausible for a model."""
         for name in ("num_layers", "experts_per_layer", "top_k"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
@@ -110,7 +110,7 @@ class TraceMeta:
 
     @classmethod
     def load(cls, raw: bytes | None, where: str) -> TraceMeta:
-        """Parse the result of ``dump``; raise TraceError at ``where`` if it is invalid."""
+        """Parse the result of ``dump``; raise TraceError, located at ``where``, if invalid."""
         if raw is None:
             raise TraceError(
                 "not a trace: the Parquet file has no metadata key 'fluxmoe'",

@@ -29,7 +29,7 @@ _EVENTS = ("step", "layer", "token", "phase", "experts")
 
 
 class TraceReader:
-    """Streams a trace and validates every row. ``meta`` is available immediately.
+    """Streaming reader that validates every row of a trace. ``meta`` is available immediately.
 
     Attributes:
         meta: Metadata of the trace.
@@ -107,7 +107,7 @@ class TraceReader:
             TraceError: See ``events``.
         """
         held: Rows | None = None
-        first = 0  # position in the file of the first row in `rows`
+        first = 0  # position in the file of the first row in ``rows``
         for batch in self._batches([*_EVENTS, *more]):
             if batch.num_rows == 0:
                 continue

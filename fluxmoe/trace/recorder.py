@@ -1,4 +1,4 @@
-"""A recorder of an engine's routing: the engine's thread fills a ring, and another thread writes.
+"""A recorder of an engine's routing: the engine's thread fills a ring, and another writes the file.
 
 The engine's thread only copies the expert ids of each event (about 1.5 µs). Full chunks of events
 go to a thread that builds the Parquet file; if that thread lags by the whole ring, the engine
@@ -42,7 +42,7 @@ class _Chunk:
 
 
 class Recorder(AllOrNothing):
-    """Writes the routing of an engine's steps to a trace; ``observe`` serves as a pager's watcher.
+    """Recorder of the routing of an engine's steps; ``observe`` serves as a pager's watcher.
 
     Use the recorder as a context manager or call ``close``: only then does the file appear under
     its name. Write errors end the recording but do not disturb the engine; ``close`` raises them.
@@ -114,7 +114,7 @@ class Recorder(AllOrNothing):
         self._noted = weights, predicted
 
     def observe(self, step: int, layer: int, ids: Ints, phase: Phase) -> None:
-        """Record one event. Steps are counted here, unaffected by resets of the pager.
+        """Record one event. The recorder counts steps itself, regardless of resets of the pager.
 
         Args:
             step: Ignored.

@@ -23,8 +23,8 @@ class Layer:
     """Routing statistics of one layer.
 
     Attributes:
-        gini: Gini coefficient of the experts' shares; 0 = equal shares, 1 = one expert gets
-            everything.
+        gini: Gini coefficient of the experts' shares; 0 = equal shares, 1 = all tokens
+            go to one expert.
         entropy: Entropy of the experts' shares relative to its maximum; 1 = equal shares.
         top_share: Share of the most popular tenth of the experts (at least one expert).
         experts_used: Number of experts routed to at least once.
@@ -71,7 +71,7 @@ class Reuse:
     """Number of events between two uses of a page.
 
     Attributes:
-        first_uses: Number of uses that are the first of their page.
+        first_uses: Number of first uses of a page.
         reuses: Number of other uses.
         quantiles: Quantile → number of events.
         histogram: Entry i is the number of reuses after 2^i … 2^(i+1) − 1 events.

@@ -31,8 +31,9 @@ class Workload:
         batch: Number of tokens per step.
         seed: Random seed; equal workloads give equal traces.
         skew: Zipf exponent: the expert of rank r is chosen in proportion to r^-skew; 0 = uniform.
-        drift: Rate at which ranks change; 0 = never, 1 = redrawn in every step. The ranks follow
-            from one random number per expert; each step renews this share of its amplitude.
+        drift: Rate at which ranks change; 0 = never, 1 = redrawn in every step. The ranks are
+            the order of one random number per expert; each step mixes in new random numbers with
+            this share of the amplitude.
         locality: Probability that a request keeps an expert of its previous token, in the first and
             in the last layer; linear between the two.
         scan_every: Interval in steps at which a scan (a prefill) replaces the decode step; the
@@ -105,11 +106,11 @@ class Workload:
                 np.put_along_axis(last, order, True, axis=2)
             yield order.astype(np.int16)
             fresh = rng.standard_normal(popularity.shape)
-            # This keeps the variance at 1, so that the rate of drift is constant.
+            # The variance stays 1, so the rate of drift is constant.
             popularity = np.sqrt(1 - self.drift**2) * popularity + self.drift * fresh
 
     def _scan(self, rng: np.random.Generator) -> npt.NDArray[np.int16]:
-        """Make the fewest tokens that use all experts; the last token reuses the first experts."""
+        """Make the fewest tokens that use all experts; the last one may repeat some experts."""
         tokens = -(-self.experts // self.top_k)
         order = rng.permuted(np.tile(np.arange(self.experts), (self.layers, 1)), axis=1)
         cycle = np.resize(np.arange(self.experts), tokens * self.top_k)

@@ -36,11 +36,11 @@ class Header(NamedTuple):
 
 
 class TraceWriter(AllOrNothing):
-    """Writes a trace event by event.
+    """Event-by-event writer of a trace.
 
     The file appears under its name only when it is complete. Use the writer as a context manager:
-    an exception inside leaves no file behind. ``append`` can serve as an ``ExpertPager.watcher``.
-    In a forked process nothing is written, and closing does nothing.
+    if an exception is raised inside, no file is left. ``append`` can serve as an
+    ``ExpertPager.watcher``. In a forked process nothing is written, and closing does nothing.
 
     Args:
         path: File to write.

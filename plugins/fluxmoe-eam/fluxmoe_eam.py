@@ -2,13 +2,14 @@
 
 Xue, Fu, Lu, Mai, Marina: "MoE-Infinity: Efficient MoE Inference on Personal Machines with
 Sparsity-Aware Expert Cache", arXiv 2401.14361. The experts used by a request, layer by layer, form
-an expert activation matrix. Past matrices are kept. While a new one is being filled, the most
-similar one so far predicts the experts of later layers; nearer layers and larger shares come first.
+an expert activation matrix. Past matrices are kept. While a new one is being filled, the past
+matrix that is most similar so far predicts the experts of later layers. Experts of nearer layers
+and with larger shares come first.
 
 Differences from the paper:
 
 * Policies get batches, not requests, so a matrix covers all requests of one step. With large
-  batches all matrices are similar, and only popularity per layer remains.
+  batches, all matrices are similar, and only popularity per layer remains.
 * The paper forms the collection by clustering. Here a new matrix replaces the most similar kept
   one, so that the collection remains diverse.
 """

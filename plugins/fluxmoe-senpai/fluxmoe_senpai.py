@@ -1,22 +1,22 @@
 """Shrink the experts until they come under pressure, as Senpai does with containers.
 
-Weiner et al.: "TMO: Transparent Memory Offloading in Datacenters", ASPLOS 2022. Senpai, its
+Weiner et al.: "TMO: Transparent Memory Offloading in Datacenters", ASPLOS 2022. Senpai, TMO's
 controller, takes a little memory from a container in each period, as long as the pressure, the
 share of time that work waits for memory, is below a target. The amount is
 
     memory × ratio × max(0, 1 − pressure / target)
 
-so it decreases towards the target, and nothing is taken above it.
+so the amount decreases as the pressure approaches the target; above the target, nothing is taken.
 
-Here the experts are the container: its pressure is layers waiting for pages, and the KV cache gets
-the memory. Differences:
+Here, the experts are the container: its pressure is the share of time that layers wait for pages,
+and the KV cache gets the memory. Differences:
 
-* In TMO the kernel returns memory when a container faults pages in. Here the policy must do so:
-  above the target the experts get back the amount that would be taken from them equally far below
-  it.
-* The KV cache has its own pressure: while requests wait, a preemption counts as a period, and
-  memory in use by requests is never taken (ensured by the host).
-* Pressure is averaged over the period, by time, like the kernel's.
+* In TMO, the kernel returns memory when a container faults pages in. Here, the policy must do so:
+  above the target, the experts get back the amount that would be taken from them equally far below
+  the target.
+* The KV cache has its own pressure: a preemption ends the period at once. Memory in use by requests
+  is never taken (ensured by the host).
+* Pressure is averaged over time within the period, as in the kernel.
 """
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,7 +64,7 @@ class Senpai(fluxmoe.ArbitrationPolicy):
     def _decide(self, view, pressure):
         have = view.frames["experts"]
         change = -have * self._ratio * (1 - pressure / self._target)
-        change = min(change, have * self._ratio)  # up as fast as down
+        change = min(change, have * self._ratio)  # growth at most as fast as shrinking
         least, most = view.bounds["experts"].min, view.bounds["experts"].max
         experts = round(min(max(have + change, least), most))
         kv = max(view.total_frames - experts, view.bounds["kv"].min)

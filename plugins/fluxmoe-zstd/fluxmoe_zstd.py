@@ -1,12 +1,14 @@
 """Zstandard compression of byte planes.
 
 A bf16 weight consists of a byte with the sign and most of the exponent, and a byte with the rest.
-Exponents are similar, the rest is noise. Coded separately, as byte planes, the first plane shrinks
-to a fraction of its size, and the second one is kept unchanged. Splitting into planes is an old
-idea; for weights see Hershcovitch et al., "ZipNN: Lossless Compression for AI Models", arXiv
-2411.05239. Zstandard (RFC 8878) is part of pyarrow, which FluxMoE requires anyway.
+Exponents are similar; the rest is noise. The two kinds of bytes are therefore separated into byte
+planes: the first plane is compressed to a fraction of its size, and the second is kept unchanged.
+Splitting into planes is an old idea; for weights, see Hershcovitch et al., "ZipNN: Lossless
+Compression for AI Models", arXiv 2411.05239. Zstandard (RFC 8878) is part of pyarrow, which FluxMoE
+requires anyway.
 
-Smaller than FluxMoE's `fixed4` and more than ten times slower: for rarely needed pages.
+The result is smaller than that of FluxMoE's `fixed4`, but decoding is more than ten times slower,
+so the codec suits rarely needed pages.
 """
 
 import struct
@@ -21,7 +23,7 @@ import fluxmoe
 __version__ = "0.1.0"
 fluxmoe_plugin_api = 1
 
-# Bytes of the part, and of the first plane once it is coded; CRC-32 of all that follows.
+# Size of the part, size of the coded first plane, and CRC-32 of everything that follows.
 _HEAD = struct.Struct("<QQI4x")
 
 
@@ -35,14 +37,14 @@ class Zstd(fluxmoe.Codec):
     """Zstandard on the bytes with the exponents; the other bytes are kept unchanged."""
 
     def __init__(self, level=3):
-        # One codec serves many threads; an object of pyarrow's keeps nothing between calls.
+        # Many threads share one codec; pyarrow's object keeps no state between calls.
         self._zstd = pa.Codec("zstd", compression_level=level)
 
     def encode(self, raw):
         high, low = raw[1::2], raw[0::2]
         coded = np.frombuffer(self._zstd.compress(high.tobytes(), asbytes=True), np.uint8)
         if len(coded) >= len(high):
-            return np.zeros(0, np.uint8)  # nothing is gained
+            return np.zeros(0, np.uint8)  # no gain
         rest = np.concatenate([coded, low])
         head = _HEAD.pack(len(raw), len(coded), zlib.crc32(rest))
         return np.concatenate([np.frombuffer(head, np.uint8), rest])

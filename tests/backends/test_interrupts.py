@@ -13,7 +13,7 @@ from fluxmoe.backends.interrupts import uninterrupted
 
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[None]:
-    """Set Python's handler: a process started in the background inherits none."""
+    """Set Python's handler, because a process started in the background may ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

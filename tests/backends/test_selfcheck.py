@@ -50,7 +50,7 @@ def without_table(parts, table, x, weights, experts):  # type: ignore[no-untyped
 
 
 def reads_beside(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
-    """Multiply an unused slot by zero, as a padded kernel might."""
+    """Read unused slots and multiply them by zero, as a padded kernel might."""
     out = by_slot(parts, table, x, weights, experts)
     return out + 0 * parts["up"].sum()
 
@@ -61,7 +61,7 @@ def only_in_batches(parts, table, x, weights, experts):  # type: ignore[no-untyp
 
 
 def knows_the_others(parts, table, x, weights, experts):  # type: ignore[no-untyped-def]
-    """Round differently in large calls, like a kernel that uses other block sizes."""
+    """Sum in reverse order in large calls, like a kernel that uses other block sizes."""
     if len(x) < 20:
         return by_slot(parts, table, x, weights, experts)
     order = torch.arange(experts.shape[1]).flip(0)

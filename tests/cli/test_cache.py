@@ -16,7 +16,7 @@ from tests.stores.test_tiers import PAGES, filled, in_file, page_files
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A complete file, one of a killed process, one of version 1, and one with other contents."""
+    """A folder with page files, complete, incomplete and of version 1, and with other files."""
     folder = tmp_path / "pages"
     filled(in_file(folder)).close()
     (whole,) = page_files(folder)

@@ -17,7 +17,7 @@ from tests.commandline import fails, succeeds
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a checkpoint of Mixtral, which names its experts' weights w1, w2 and w3."""
+    """Make a Mixtral checkpoint, in which the experts' weights are named w1, w2 and w3."""
     return checkpoints.write(tmp_path_factory.mktemp("model") / "tiny", "mixtral")
 
 

@@ -106,7 +106,8 @@ def grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights):
 def test_the_kernels_of_all_engines_are_checked(tmp_path, faulty):
     if faulty:
         (tmp_path / "sitecustomize.py").write_text(FAULTS)
-    # With more threads, grouped_mm of float32 can depend on the slots, and is reported.
+    # With more threads, the result of grouped_mm in float32 can depend on the slots, which the
+    # command reports.
     given = {"FLUXMOE_PLUGINS": "", "OMP_NUM_THREADS": "1"}
     done = doctor("--json", site=tmp_path, quick=False, **given)
     assert done.returncode == 0

@@ -18,7 +18,7 @@ PLAN = "plan", SHIPPED, "--memory", "14MiB", "--context", "128"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache folder of the user."""
+    """An empty folder for the user's caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 

@@ -39,7 +39,7 @@ def test_e11_names_are_no_markup(tmp_path, name, monkeypatch):
     trace = f"{name.replace('/', '')}.parquet"
     succeeds(*synth(layers=2, experts=4, top_k=1, steps=3, batch=1), "--out", trace)
     assert f"{trace}: " in succeeds("trace", "info", trace)
-    if ":" not in name and "=" not in name:  # these separate options
+    if ":" not in name and "=" not in name:  # both separate a policy's options
         run = ["simulate", trace, "--plugin", plugin, "--capacity", "4", "--policy", name]
         assert f" {name} " in succeeds(*run)
 

@@ -83,7 +83,7 @@ def test_the_cache_of_a_token(large, tmp_path):
     # Three of four layers are linear: they keep a state instead of tokens.
     mixed = {**QWEN3_30B, "full_attention_interval": 4}
     assert models._kv_bytes(models._parse("", mixed), 2) == (24 << 10, 0, 0)
-    # Two of three layers see only a window of tokens.
+    # Two of three layers attend only to a window of tokens.
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 16
     sliding = {**QWEN3_30B, "layer_types": kinds, "sliding_window": 128}
     assert models._kv_bytes(models._parse("", sliding), 2) == (32 << 10, 64 << 10, 128)

@@ -1,4 +1,4 @@
-"""Tables (C1): complete at 80 columns, with constant columns stated once, and the same as CSV."""
+"""Tables (C1): complete at 80 columns, with constant columns stated once, and as CSV."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ COMMANDS = {
 
 
 def is_shown(value, text):
-    """True if a text contains a number, which may be rounded, in percent or in units of bytes."""
+    """Return True if a text contains a number, possibly rounded, in percent or in byte units."""
     for digits, fraction in re.findall(r"(?<![\d.])(\d+)(?:\.(\d+))?(?![\d.]*\d)", text):
         number, unit = float(f"{digits}.{fraction or 0}"), 10 ** -len(fraction)
         scaled = (value, 100 * value, *(value / 1024**power for power in (1, 2, 3)))
@@ -72,7 +72,7 @@ def is_shown(value, text):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """Word of a command → the file or folder that it stands for."""
+    """Word of a command → the file or folder that replaces the word."""
     folder = tmp_path_factory.mktemp("table")
     for weights in ("first", "second"):  # a table of one row has another shape
         filled(in_file(folder / "pages", weights=weights)).close()

@@ -42,8 +42,8 @@ def test_record(model: Path, tmp_path: Path) -> None:
     assert printed["columns"] == ["weights", "predicted"]
     assert printed["rows"] == TraceReader(out).num_rows == len(table(out))
     rows = [row for row in table(out) if row["layer"] == 0]
-    # Texts come first, then numbers, then the file. Two batches: 5, 1 and 3 tokens, padded to 5,
-    # and 3 tokens.
+    # Texts come first, then numbers, then the file. The first batch has prompts of 5, 1 and 3
+    # tokens, padded to 5; the second has one prompt of 3 tokens.
     assert [sum(r["step"] == s for r in rows) for s in range(8)] == [15, 3, 3, 3, 3, 1, 1, 1]
     assert [r["request"] for r in rows if r["step"] in (1, 4, 5)] == [0, 1, 2, 3, 3, 3, 3]
     assert TraceReader(out).meta.source == "torch"

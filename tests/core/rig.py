@@ -41,7 +41,7 @@ from fluxmoe.testing.faults import FaultPlan, FaultyAddressedStore, FaultyStore
 FRAME = 4096
 #: Two blocks fill three frames.
 KV_BLOCK = FRAME * 3 // 2
-#: Neither part's size divides a frame or is a multiple of it, so slots straddle frames.
+#: Neither part's size divides or is a multiple of the frame size, so slots straddle frames.
 PAGE_CLASS = PageClass((Part("w13", 3000, 1500), Part("w2", 1700, 850)))
 
 
@@ -89,7 +89,7 @@ def rule_for(
     )
 
 
-#: Location of the tests' memory: "host", or "cuda" followed by the timing of its streams.
+#: Location of the tests' memory: "host", or "cuda" followed by the timing of the streams.
 GROUND = "host"
 
 
@@ -314,7 +314,7 @@ STRANGERS: set[int] = set()
 
 
 def memfds(name: str = "fluxmoe") -> list[int]:
-    """List the open descriptors of the substrate's memory files, except other test files'."""
+    """List the descriptors of the substrate's memory files, without those of other test files."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the descriptor that lists the folder

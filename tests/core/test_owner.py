@@ -23,7 +23,7 @@ from tests.forking import FORKS
 def status(child: Callable[[], None], fork: str) -> int:
     if pid := FORKS[fork]():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler would need Python
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler needs the interpreter
     signal.alarm(60)
     try:
         child()

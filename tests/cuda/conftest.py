@@ -1,4 +1,4 @@
-"""The process inspection of the core's tests, with which some of these tests share code."""
+"""The setup of the core's tests, whose rig some of these tests use."""
 
 from tests.core.conftest import ground, pytest_generate_tests, strangers
 

@@ -22,7 +22,7 @@ from fluxmoe.errors import DeviceMemoryError, SubstrateError
 from fluxmoe.stores.host import HostStore
 from tests.cuda.card import FRAME, fake_card, real_card
 
-#: Neither part's size divides a frame, so slots straddle frames, and no address is round.
+#: Neither part's size divides a frame, so slots straddle frames at irregular offsets.
 PAGE_CLASS = PageClass((Part("w13", 1_500_016, 1), Part("w2", 700_016, 1)))
 GEOMETRY = Geometry(4, 6)
 SLOTS = 12

@@ -365,7 +365,7 @@ PACES = ("copies", "kernels", "random")
 @pytest.mark.parametrize("threads", [0, 1])  # pages from pinned memory, pages through buffers
 @pytest.mark.parametrize("site", SITES)
 def test_a_whole_memory_manager_lives_through_the_failure_of_any_call(site, threads):
-    """Kernels read every returned slot late, and never see a wrong byte."""
+    """Kernels read every returned slot late, and never read a wrong byte."""
     struck = 0
     for nth in (*range(1, FIRST + 1), *LATER):
         plan = FaultPlan()

@@ -91,7 +91,7 @@ class Block:
             yield shlex.split(line, comments=True), output
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """List the ``$`` lines as they are written."""
+        """Yield the ``$`` lines as they are written, each with its output."""
         parts = re.split(r"^\$ (.*)$", self.body, flags=re.MULTILINE)
         if parts[0].strip():
             raise WrongPage(f"{self.where}: a console block begins with a $ line")
@@ -162,7 +162,7 @@ def run(path: Path, folder: Path) -> int:
 
 
 def run_with_vllm(path: Path, folder: Path) -> None:
-    """Run a page's ``needs vllm`` snippets in turn, in one separate process."""
+    """Run a page's ``needs vllm`` blocks: those in bash, then all in Python in one process."""
     for block in blocks(path):
         if block.needs_vllm and block.language == "bash":
             with contextlib.chdir(folder):

@@ -56,7 +56,7 @@ _HEAD = 72
 
 
 def hit_rates(trace: str, title: str) -> str:
-    """Plot the hit rate over the capacity for a shipped trace."""
+    """Plot the hit rate against the capacity for a shipped trace."""
     events = Events.load(shipped.path(trace))
     lines = []
     for slot, policy in enumerate(POLICIES):

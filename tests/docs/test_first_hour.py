@@ -2,10 +2,10 @@
 
 The tests follow all commands on the pages, except in blocks marked ``not run``. In ``make test``,
 which follows the short pages, another installation replaces that of the pages: ``pip install`` of a
-wheel of this checkout, with the other packages from the present environment. In ``make test-full``,
-the installation is README's own: a clone of the commit, in which ``make venv`` and ``make demo``
-run, with packages from where pip finds them (with ``PIP_ARGS``); the pages are then followed in
-that environment. In both cases, the tutorial's ``pip install`` is offline. The tests do not follow
+wheel of this checkout, with the other packages from the current environment. In ``make test-full``,
+the installation is the README's: a clone of the commit, in which ``make venv`` and ``make demo``
+run, with the packages that pip finds with ``PIP_ARGS``; the pages are then followed in that
+environment. In both cases, the tutorial's ``pip install`` is offline. The tests do not follow
 ``make test``, of which they are a part.
 """
 
@@ -30,7 +30,8 @@ from .test_snippets import FRESH
 #: `make venv`, `make demo` and the pages take minutes on a slow machine.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-#: Variables for pip offline. "0" is correct: pip inverts variables of options that begin with "no".
+#: Variables that keep pip offline. "0" is correct: pip inverts variables of options that begin
+#: with "no".
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
 
 

@@ -1,4 +1,4 @@
-"""docs/concepts/identity.md shows the committed results of the matrix, which are all identical."""
+"""docs/concepts/identity.md shows the committed results, and every cell is identical."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_the_pages_have_something_to_run() -> None:
     assert {page.name for page in WITH_VLLM} == {"vllm.md", "changing-weights.md"}
 
 
-# --- the test tests -------------------------------------------------------------------------------
+# --- tests of ``run`` -----------------------------------------------------------------------------
 
 PLUGIN = '''```python title="p.py"
 import fluxmoe

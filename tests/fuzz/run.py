@@ -56,7 +56,7 @@ class Run:
         seed: Seed of the layout, the policies and the operations.
         plan: Faults to inject; if None, stores, substrates and policies fail at random.
         threads: Number of copy threads; if None, drawn.
-        wrap: Replaces the drawn policies.
+        wrap: Function applied to each drawn policy, which returns the policy to use.
         kinds: Relative frequency of each call.
         gpu: True to use a fake GPU, each of whose driver calls is a site with the name of the call.
 

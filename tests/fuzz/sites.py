@@ -125,7 +125,8 @@ def reaching(plan: FaultPlan) -> Callable[[object], object]:
     def wrap(policy):
         kind = type(policy)
         hooks = [name for name in _HOOKS if getattr(kind, name, None) is not None]
-        if isinstance(policy, fluxmoe.EvictionPolicy):  # overriding either changes its kind
+        # Overriding `select` or `retain` changes how the core uses the policy.
+        if isinstance(policy, fluxmoe.EvictionPolicy):
             hooks = [
                 name
                 for name in hooks
@@ -199,7 +200,7 @@ SURVIVED = {
 class Outcome:
     """Result of failing one site.
 
-    ``errors`` has the codes of the errors raised by the core, which survived the other faults.
+    ``errors`` has the codes of the errors that the core raised; the other faults raised no error.
     """
 
     injected: int = 0

@@ -57,7 +57,7 @@ def test_every_fault_site_in_turn(site):
     outcome = fail_everywhere(site, runs=runs, operations=300, most=10)
     assert outcome.injected >= runs
     # If the core cannot continue after a refused call, it raises an error. The engine copies pages
-    # that a thread failed to copy; whether it does so too late depends on timing.
+    # that a thread failed to copy, sometimes too late, depending on timing.
     assert outcome.errors or site in SURVIVED
 
 

@@ -61,7 +61,7 @@ def policies() -> tuple[list[str], list[str]]:
     """List the built-in eviction and prefetch policies that can serve.
 
     Oracles are excluded, and so is ``gate``: engines lack the predictions that ``gate`` needs, so
-    it equals ``none``.
+    it acts like ``none``.
     """
     known = [policy for policy in plugins.load() if policy.plugin == "fluxmoe"]
     eviction = [

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(chosen: list[Cell], scratch: Path, save: Path) -> dict[Cell, Outcome]:
-    """Run the cells that ``save`` does not have yet. Results are stored per mode."""
+    """Run the cells without an identical result in ``save``, which gets one file per mode."""
     results: dict[Cell, Outcome] = {}
     begun = set()
     with ExitStack() as stack:

@@ -78,7 +78,7 @@ class Found:
 
 
 def attempt(trial: Trial, folder: Path) -> Found:
-    """Run a trial on stock vLLM and on FluxMoE, in a separate process."""
+    """Run a trial on stock vLLM and on FluxMoE, each in a separate process."""
     path = (
         checkpoints.write(folder / f"{trial.model}-changed", trial.model, **trial.checkpoint)
         if trial.checkpoint

@@ -17,7 +17,7 @@ class Outcome:
         error: Error of the engine, paged or not, if it failed.
         stock_differs: True if the unpaged engine does not reproduce its own answers (checked only
             after a difference).
-        stats: Counters of paging, reuse and moves.
+        stats: Counters of paging and, under vLLM, of cached prompt tokens and steps.
     """
 
     sequences: int = 0

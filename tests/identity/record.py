@@ -22,7 +22,7 @@ def as_row(part: Cell | Outcome) -> dict[str, object]:
 
 
 def load(path: Path) -> dict[Cell, Outcome]:
-    """Load the outcomes of a file's cells; return none if the file does not exist."""
+    """Load the outcomes of a file's cells; a missing file gives an empty dictionary."""
     if not path.exists():
         return {}
     return {Cell(**row["cell"]): Outcome(**row["outcome"]) for row in _rows(path)}

@@ -26,7 +26,7 @@ def summary(results: Mapping[Cell, Outcome]) -> list[list[str]]:
 
 
 def progress(results: Mapping[Cell, Outcome], cells: int) -> str:
-    """Make a table of the completed part of the matrix."""
+    """Describe the completed part of the matrix in one sentence."""
     good = sum(outcome.ok for outcome in results.values())
     return f"{len(results)} of {cells} cells have run, and {good} of them are identical.\n"
 

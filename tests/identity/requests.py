@@ -31,7 +31,7 @@ def waves(vocabulary: int, *, seeded: bool) -> list[list[Prompt]]:
     """Make the requests; each wave is sent after the previous one has been answered.
 
     The first wave is one long prompt, whose prefixes later prompts share and find in the prefix
-    cache. In the other waves, every second prompt is independent, with 1 to 40 tokens.
+    cache. In the other waves, half of the prompts are independent, with 1 to 40 tokens.
 
     Args:
         vocabulary: Upper bound of the prompts' tokens.

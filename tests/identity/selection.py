@@ -18,8 +18,8 @@ TABLE = Path(__file__).with_name("selection.csv")
 
 Pair = tuple[tuple[str, object], tuple[str, object]]
 
-#: Models under vLLM, whose starts take long. Each of shared experts, a dense first layer, a router
-#: in fp32 and MLA is represented once. Torch runs all models.
+#: Models under vLLM, whose starts take long. Shared experts, a dense first layer, a router in fp32
+#: and MLA are each represented. Torch runs all models.
 PLAIN = (SHIPPED, "qwen2-moe", "glm4-moe", "deepseek-v3")
 _EAGER, _COMPILED, _THREE = VLLM_MODES
 VLLM_MODELS = {
@@ -49,8 +49,8 @@ def demanded(cell: Cell) -> set[Pair]:
     """List the pairs of the cell's values that the selection must cover.
 
     In eager mode, these are all pairs. In compiled mode, whose starts are slow, each value must
-    occur at least once. With three processes, and for hybrids, whose steps are slow, only each
-    model must occur (in eager mode, with each setting of prefix caching).
+    occur at least once. With three processes, and for hybrids, whose steps are slow, it suffices
+    that each model occurs (in eager mode, with each setting of prefix caching).
     """
     values = [(field.name, getattr(cell, field.name)) for field in fields(Cell)]
     found = set(combinations(values, 2))
@@ -63,7 +63,7 @@ def demanded(cell: Cell) -> set[Pair]:
 
 
 def choose() -> list[Cell]:
-    """Select few cells that cover all demanded pairs of the candidates.
+    """Select a few cells that cover all demanded pairs of the candidates.
 
     The selection is greedy: the candidate with the most new pairs is next, or the first of them on
     a tie.

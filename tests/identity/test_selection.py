@@ -27,7 +27,7 @@ def test_the_table_is_what_the_command_writes() -> None:
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(FIELDS, 2)))
 def test_all_pairs_of_the_matrix(one: str, other: str) -> None:
-    """Check eager mode, where the prototype of each architecture has all pairs."""
+    """Check eager mode, in which every pair of values must occur."""
     everything = cells.product_of(EVERY_MODEL, ["vllm eager"])
     mine = [cell for cell in SELECTED if cell.mode == "vllm eager"]
     assert values(mine, one, other) == values(everything, one, other)

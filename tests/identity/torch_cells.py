@@ -18,7 +18,7 @@ Answer = tuple[torch.Tensor, ...]
 
 
 def prompts() -> dict[str, torch.Tensor]:
-    """Make three left-padded prompts of different lengths, with ids below 259, as for bytes."""
+    """Make three left-padded prompts of different lengths, with the ids of a byte tokenizer."""
     ids = torch.randint(3, 259, (3, 10), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -43,7 +43,7 @@ def answer(model: Any, new_tokens: int = 8) -> Answer:
 
 
 def compiled_answer(model: Any) -> Answer:
-    """Return the same for a model that is compiled as one graph and decodes without a cache."""
+    """Compile a model as one graph; return next tokens and all logits of four passes."""
     torch._dynamo.reset()
     call = torch.compile(model, fullgraph=True, dynamic=False)
     ids = prompts()["input_ids"]
@@ -68,7 +68,7 @@ class Models:
         self.stock: Answer = ()
 
     def run(self, cell: Cell) -> Outcome:
-        """Compare one cell with the unpaged model, on one thread."""
+        """Compare one cell with the unpaged model."""
         implementation = cell.mode.removeprefix("torch ")
         ask = compiled_answer if implementation == "compiled" else answer
         if self._key != (cell.model, cell.mode):

@@ -22,7 +22,7 @@ MULTIMODAL = ("qwen3.5-moe",)
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Output tokens, their log-probabilities, and number of cached prompt tokens per request."""
+    """Tokens and log-probabilities per request, cached prompt tokens, steps of the first wave."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
@@ -129,7 +129,7 @@ def _torchvision() -> Iterator[None]:
     """Let child processes import torchvision's names."""
     folder, before = str(Path(__file__).with_name("stand_ins")), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, before]))
-    sys.path.insert(0, folder)  # multiprocessing passes it on
+    sys.path.insert(0, folder)  # multiprocessing passes the path on
     try:
         yield
     finally:

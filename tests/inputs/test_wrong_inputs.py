@@ -1,4 +1,4 @@
-"""Wrong inputs (faults A and B): prompt errors, a line with a code per problem, no side effects."""
+"""Wrong inputs (faults A and B): quick errors, a line with a code per problem, no side effects."""
 
 from __future__ import annotations
 

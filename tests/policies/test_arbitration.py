@@ -36,8 +36,8 @@ class Engine:
     per_step: int = 40
     flat: float = 5e-3
     per_request: float = 2e-4
-    #: Every ``every`` steps, a prompt of ``prompt`` tokens is looked up; it is found if the KV
-    #: cache has at least ``cliff`` free frames; each token that is not found takes
+    #: Every ``every`` steps, a prompt of ``prompt`` tokens is looked up. The prompt is found if the
+    #: KV cache has at least ``cliff`` free frames; otherwise, each of its tokens takes
     #: ``token_seconds``.
     every: int = 20
     prompt: int = 0

@@ -114,7 +114,7 @@ def test_gate_without_predictions_is_none(tmp_path):
 
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_gate_knows_more_than_markov_and_both_more_than_nothing(name):
-    """Check that a larger share of the pages that they fetch is used than of random pages."""
+    """Check that both save misses, and that a larger share of ``gate``'s prefetches is used."""
     events = Events.load(shipped.path(name))
     none = simulate(events, "next-use", "50%")
     gate = simulate(events, "next-use", "50%", "gate")

@@ -15,7 +15,7 @@ LAYERS, EXPERTS = 3, 16
 
 
 class Model:
-    """The paper's queues as lists, head first, but pages of the current event are skipped."""
+    """The paper's queues as lists, head first; eviction skips pages of the current event."""
 
     def __init__(self, slots, share):
         self.slots, self.target = slots, max(1, int(share * slots))
@@ -30,7 +30,7 @@ class Model:
         left = []
         for _ in range(len(misses) - free):
             self.evict(set(pages), left)
-        for page in left:  # the event's victims are remembered together
+        for page in left:  # the event's victims become ghosts together
             if page in self.ghosts:
                 self.ghosts.remove(page)
             self.ghosts.append(page)

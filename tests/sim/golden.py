@@ -1,6 +1,7 @@
 """``python -m tests.sim.golden``: write ``golden.json``, the misses of all policies on the traces.
 
-Run it after a change that is meant to change a number, and review the diff before committing.
+Run the command after a change that is meant to change a number, and review the diff before
+committing.
 """
 
 import json

@@ -114,7 +114,7 @@ def test_equals_the_reference_at_many_capacities(registry, synthetic, policy, pr
 
 
 def test_the_reference_tells_policies_apart(registry, synthetic):
-    """Without this, the comparisons above would prove little."""
+    """Check that policies differ; otherwise, the comparisons above would prove little."""
     events, rows = synthetic
     misses = {
         policy: check(events, rows, policy, 24, "none", 1, registry)["misses"]

@@ -1,4 +1,4 @@
-"""``fixed4``: it follows docs/concepts/lossless-code.md byte for byte, and detects damage."""
+"""``fixed4`` follows docs/concepts/lossless-code.md byte for byte, and detects damage."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_columns_must_fit_the_tiles(cols: int) -> None:
 
 
 def damaged_by(block: np.ndarray, raw: np.ndarray) -> bool:
-    """True if a modified block is rejected, and nothing is written outside the output."""
+    """Return True if a modified block is rejected and nothing is written outside the output."""
     out, around = guarded(len(raw))
     try:
         Fixed4().decode(block, out)

@@ -1,4 +1,4 @@
-"""Keys of page files: the same weights have the same key, other weights have another."""
+"""Keys of page files: equal for equal weights, different for different weights."""
 
 from __future__ import annotations
 

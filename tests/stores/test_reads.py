@@ -45,7 +45,7 @@ PATIENCE = 30.0
 
 
 def arenas(slots: int = PAGES) -> list[np.ndarray]:
-    """Make arenas whose slots begin at sectors, like those of large pages."""
+    """Make arenas whose slots begin at sector boundaries, like those of large pages."""
     return [np.full((slots, part.nbytes), 0xEE, np.uint8) for part in PAGE_CLASS.parts]
 
 
@@ -116,7 +116,8 @@ def gate(monkeypatch) -> Iterator[Gate]:
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())  # of models that other files left to the collector
+    # Other test files leave models, with their threads, to the garbage collector.
+    before = set(threading.enumerate())
     yield
     names = ("fluxmoe-read", "fluxmoe-copy", "fluxmoe-test")
     new = set(threading.enumerate()) - before
@@ -433,7 +434,7 @@ def test_a_thread_that_dies_keeps_nobody_waiting(made, codec, begun, monkeypatch
 
 
 def test_a_copy_thread_that_dies_leaves_no_read_behind(made, gate, monkeypatch) -> None:
-    """Otherwise the read could end after another page has been read into the slot."""
+    """A read left behind could end after another page has been read into the slot."""
     store, rows, real = made("fixed4", depth=1), arenas(), Job.run
     died = threading.Event()
 

@@ -223,7 +223,7 @@ def test_other_weights_codecs_and_layouts_have_files_of_their_own(tmp_path: Path
 
 
 def test_other_options_of_a_codec_make_another_file(tmp_path: Path) -> None:
-    """Needed because some codecs cannot decode data that was encoded with other options."""
+    """Some codecs cannot decode data that was encoded with other options."""
     for options in ({}, {"key": 1}, {"key": 2}, {"key": 1}):
         coder = Coder(plugins.load().create("codec", "fixed4"), "fixed4")
         tier = FileTier(GEOMETRY, PAGE_CLASS, tmp_path, coder, None, key=dict, options=options)
@@ -362,7 +362,7 @@ def test_e10_a_header_that_says_nonsense_is_refused_and_built_anew(tmp_path, cap
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        ((3, 0, pagefile.OFFSET), 8192 + 512),  # not at a sector
+        ((3, 0, pagefile.OFFSET), 8192 + 512),  # not at a sector boundary
         ((0, 0, pagefile.OFFSET), 4096),  # in the index
         ((3, 0, pagefile.OFFSET), 2**63),
         ((3, 0, pagefile.OFFSET), 2**64 - 4096),

@@ -82,7 +82,7 @@ class Arbitration(fluxmoe.ArbitrationPolicy):
 
 
 def spoilt(base, **members):
-    """Make the parameters of a test: a class with one fault."""
+    """Make a subclass with one fault."""
     return type("Spoilt", (base,), members)
 
 

@@ -45,7 +45,7 @@ stock: list[Any] = []
 
 
 class End(BaseException):
-    """The child has nothing left to do and must reach the end of the program."""
+    """An exception for a child that must end by reaching the end of the program."""
 
 
 def start() -> None:
@@ -204,7 +204,7 @@ def while_pages_are_read(kind: str, child: Callable[[], Any]) -> int:
         begun.wait(0.1)  # otherwise, the caller might withdraw all reads before one begins
 
     def passes() -> None:
-        # A copy thread reads a page itself if no read thread has begun it, possibly all pages.
+        # A copy thread itself reads the pages that no read thread has begun to read, possibly all.
         while not begun.is_set():
             handles["few"].reset()
             run(models["few"])
@@ -270,7 +270,7 @@ def main() -> None:
         if not found[name][1]:
             handles["all"].reset()  # for the next case
         print(name, found[name], file=sys.stderr, flush=True)  # shows which case hangs
-    # Do what children did formerly, to check that the damage would be detected.
+    # Release the frames, as children formerly did, to check that the damage would be detected.
     substrate = handles["all"]._runtime.memory.substrate
     substrate.release(np.arange(substrate.count))
     found["control"] = unharmed()

@@ -1,4 +1,4 @@
-"""Policy faults of every kind, in every method, do not change the model's output, bit for bit."""
+"""Policy faults of every kind, in every method, do not change one bit of the model's output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASES = [
     *(("prefetch", "propose", fault) for fault in IN_AN_ANSWER),
     *(("prefetch", "reset", fault) for fault in ("raise", "exit")),
 ]
-#: The other methods; reset() gets no inputs to which it could write.
+#: ``CASES`` without writing faults in ``reset``, which gets no inputs.
 CASES = [c for c in CASES if not (c[1] == "reset" and c[2] in ("write", "flag", "set", "delete"))]
 
 

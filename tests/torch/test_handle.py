@@ -58,7 +58,7 @@ def test_a_model_that_is_dropped_takes_its_arenas_with_it(load: Load) -> None:
     assert held() > before
     part = model.model.layers[1]
     del model
-    assert held() > before  # a layer that is still referred to can still read its arenas
+    assert held() > before  # a layer that is still referenced can still read its arenas
     del part
     assert held() == before
 

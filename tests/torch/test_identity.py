@@ -28,7 +28,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def test_cells(
     running: Models, model: str, mode: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """Runs the selected cells of the identity matrix; ``make test-full`` runs all cells."""
+    """Run the selected cells of the identity matrix; ``make test-full`` runs all cells."""
     for cell in (c for c in SELECTED if (c.model, c.mode) == (model, mode)):
         outcome = running.run(cell)
         row = {"cell": record.as_row(cell), "outcome": record.as_row(outcome)}
@@ -40,7 +40,7 @@ def test_cells(
         assert stats["misses"] > 0
         freed = stats["evictions"] + stats["released"]
         assert (freed > 0) == (cell.slots != "all" or cell.eviction == "immediate")
-        if cell.prefetch != "markov" or cell.slots != "all":  # else all are resident
+        if cell.prefetch != "markov" or cell.slots != "all":  # else all proposals are resident
             assert (stats["prefetch_hits"] > 0) == (cell.prefetch != "none")
     tokens = running.stock[0]
     assert len({tuple(row) for row in tokens.tolist()}) == len(tokens)
@@ -87,7 +87,7 @@ def test_several_threads(load: Load) -> None:
 
 
 def test_more_slots_than_grouped_mm_can_count(load: Load) -> None:
-    """From 4098 slots on, grouped_mm's float32 histogram counts some tokens for other slots."""
+    """From 4098 slots on, grouped_mm's float32 histogram counts some tokens for the wrong slots."""
     model = load(
         "qwen3-moe",
         num_hidden_layers=34,

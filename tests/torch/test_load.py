@@ -58,7 +58,7 @@ def test_another_type_of_numbers(load: Load, checkpoint: Callable[..., Path], dt
 
 
 def test_experts_that_lie_together_in_several_shards(load: Load, tmp_path: Path) -> None:
-    """As transformers 5 stores them: no tensors need assembling, and all are views of the file."""
+    """In transformers 5's layout, no tensors need assembling, and all are views of the file."""
     model = load()
     model.save_pretrained(tmp_path, save_original_format=False, max_shard_size="1MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -241,7 +241,7 @@ QUANTISED = {
 
 @pytest.mark.parametrize("method", QUANTISED)
 def test_b11_quantised_checkpoints(load: Load, tmp_path: Path, method: str) -> None:
-    """FluxMoE rejects them before transformers reads weights, and names the method and layer."""
+    """The error comes before transformers reads weights, and names the method and the layer."""
     load().save_pretrained(tmp_path)
     settings, ending, dtype = QUANTISED[method]
     reconfigure(tmp_path, **({"quantization_config": settings} if settings else {}))
@@ -325,7 +325,7 @@ for dtype in ("auto", "float32"):
 
 
 def test_the_experts_are_in_memory_once(checkpoint: Callable[..., Path]) -> None:
-    """Applies to unchanged and converted weights; arenas are shared memory and are not counted."""
+    """Check unchanged and converted weights; arenas are shared memory and are not counted."""
     # Let freed memory return to the system at once, so that only memory in use is measured.
     # With more threads, grouped_mm of float32 can depend on the slots, and is refused.
     one = {"OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ def test_the_fit_finds_costs_that_explain_the_times():
 
 def test_no_cost_is_negative():
     rows = np.array([(1.0, n) for n in (1, 2, 4, 8)])
-    constant, each = measure._fit(rows, np.array([9.0, 20.0, 41.0, 83.0]))  # unlimited: −1.6 + …
+    constant, each = measure._fit(rows, np.array([9.0, 20.0, 41.0, 83.0]))  # unbounded: −1.6 + …
     assert constant == 0
     assert each == pytest.approx(10, rel=0.05)
 
@@ -27,7 +27,7 @@ def test_what_costs_nothing_is_very_fast():
 
 
 def test_the_same_tokens_whatever_is_paged(load):
-    """Timed runs and recorded runs must be identical."""
+    """Timed runs and recorded runs must process the same tokens."""
     model = load()
     seen = []
     for pages in (16, 32):

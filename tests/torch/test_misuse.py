@@ -95,7 +95,7 @@ def test_moving_to_where_it_is(paged: Any, load: Load) -> None:
     model = paged.model
     assert model.to("cpu").cpu() is model
     assert same(answer(model), answer(load()))
-    model.bfloat16()  # changes the rotary embeddings, which are float32, as in any model
+    model.bfloat16()  # changes the float32 rotary embeddings, as in any model
     assert same(answer(model), answer(load().bfloat16()))
 
 

@@ -40,7 +40,7 @@ def test_the_simulator_counts_what_the_engine_counted(
 def test_tokens_requests_and_phases(load: Load, tmp_path: Path) -> None:
     model, trace = load(), tmp_path / "t.parquet"
     with fluxmoe.page(model) as paged, paged.record(trace) as recorder:
-        answer(model, new_tokens=3)  # a forward pass of 3 × 10 tokens, the same again, 2 of 3
+        answer(model, new_tokens=3)  # passes of 3 × 10, 3 × 10, 3 and 3 tokens
         recorder.first_request = 3
         answer(model, new_tokens=1)
     rows = [row for row in table(trace) if row["layer"] == 0]

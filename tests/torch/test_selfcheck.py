@@ -17,7 +17,7 @@ from tests.torch.conftest import Load, answer, same
 
 
 def in_slot_order(compute: Any) -> Any:
-    """Sum a token's experts in the order of their slots, as a kernel that sorts slots might."""
+    """Make a kernel sum a token's experts in slot order, as a kernel that sorts slots might."""
 
     def faulty(module: Any, states: Any, slots: Any, weights: Any) -> torch.Tensor:
         order = slots.argsort(-1)

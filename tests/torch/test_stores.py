@@ -65,7 +65,7 @@ def test_experts_are_stored_one_by_one_and_not_read_again(
     architecture: str,
 ) -> None:
     """Storing experts only after loading would need memory for all experts."""
-    nbytes: list[int] = [0]  # read before each page is put, and after the last
+    nbytes: list[int] = [0]  # bytes read before each page is put, and after the last
     read, put = loading._read, TieredStore.put
 
     def counted(tensor: Any, *settings: Any) -> Any:

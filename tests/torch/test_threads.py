@@ -198,7 +198,7 @@ def test_close_within_a_pass(load: Load) -> None:
 
 
 def test_a_policy_may_not_use_the_handle(load: Load, tmp_path: Path) -> None:
-    """Applies to calls in a pass and in a resize."""
+    """A policy's calls of the handle are refused both in a pass and in a resize."""
     plugin = tmp_path / "meddler.py"
     plugin.write_text(
         "import fluxmoe\n"
@@ -236,7 +236,7 @@ def test_a_policy_may_not_use_the_handle(load: Load, tmp_path: Path) -> None:
 
 
 def test_a_layer_that_waited_for_close(load: Load) -> None:
-    """By the time that the layer continues, its pager's number may belong to another pager."""
+    """By the time the layer continues, its pager's number may belong to another pager."""
     model, other = load(), load("mixtral")
     block, states = model.model.layers[0].mlp, torch.ones(1, 4, model.config.hidden_size).bfloat16()
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_a_layer_that_waited_for_close(load: Load) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("place", ["layer", "experts", "activation"])
 def test_a_turn_ends_with_its_pass(load: Load, error: type[BaseException], place: str) -> None:
-    """Covers all ways in which a pass can end, in threads that continue or exit, at any depth."""
+    """A pass can end at any depth and with any error, in threads that continue or exit."""
     model = load(implementation="eager")
     stock = answer(model)
     layer = model.model.layers[2]

@@ -1,4 +1,4 @@
-"""New weights given to the handle: outputs, and the model after ``close``, have the new weights."""
+"""New weights given to the handle are used in outputs and in the model after ``close``."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_hook_may_update_and_a_closed_handle_may_not(pair: tuple[Any, Any]) ->
             paged.update_weights(b.state_dict())
 
         hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(update)
-        run(model)  # up to the update, old weights; from there on, new weights
+        run(model)  # old weights before the update, new weights after it
         hook.remove()
         assert torch.equal(run(model), run(b))
         paged.close()
@@ -235,7 +235,7 @@ def test_an_interrupt_waits_for_changes_that_belong_together(pair, monkeypatch, 
         signal.raise_signal(signal.SIGINT)
         inner(*args)
 
-    # A process started in the background inherits no handler.
+    # A process started in the background may ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with fluxmoe.page(model, "1MiB") as paged:
         monkeypatch.setattr(*at, interrupted)

@@ -84,7 +84,7 @@ def test_a_compiled_model_does_not_run_in_waves(load: Load) -> None:
 def test_what_runs_inside_the_experts_stays_as_it_was_checked(
     load: Load, implementation: str
 ) -> None:
-    """A wave passes some of the rows; a hook that uses all of them would give other tokens."""
+    """A wave contains only some rows, so a hook that combines rows would give other tokens."""
     model = load("qwen3-moe", implementation, dtype=torch.bfloat16)
     stock, page_bytes = answer(model), sizes(model)[2]
     activation = model.model.layers[1].mlp.experts.act_fn

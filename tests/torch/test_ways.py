@@ -1,4 +1,4 @@
-"""Every way in which a paged model or its handle can be used is right, or refused with a code.
+"""Every way to use a paged model or its handle gives the right result or is refused with a code.
 
 ``ways/table.csv`` lists the ways, each with the function in the package ``ways`` that tries it.
 """
@@ -32,7 +32,7 @@ def function(row: dict[str, str]) -> Way:
 
 
 def cases() -> list[Any]:
-    """List all rows for a paged model, and the refusals also for a loaded model."""
+    """List the rows for a paged model, and the refusals also for a loaded model."""
     found = []
     for row in ROWS:
         way = function(row)
@@ -101,7 +101,7 @@ def unharmed(tried: Use) -> None:
 
 
 def equal(found: Any, wanted: Any) -> bool:
-    """True if nested tuples, lists and dictionaries are equal, bit for bit."""
+    """Return True if nested tuples, lists and dictionaries are equal, bit for bit."""
     if isinstance(wanted, torch.Tensor):
         return found.dtype == wanted.dtype and torch.equal(found, wanted)
     if isinstance(wanted, dict):

@@ -94,7 +94,7 @@ def test_equals_the_definitions(tmp_path_factory, events, batch):
     write(path, events, ["predicted"])
     distances, windows, shares, guessed, unions, pages = reference(events)
     with pytest.MonkeyPatch.context() as patch:
-        # The statistics forget streams absent from a batch (see below), so the overlap is compared
+        # The statistics drop streams absent from a batch (see below), so the overlap is compared
         # only for large batches; the other numbers are compared for any size.
         patch.setattr(reader, "GROUP_ROWS", batch)
         found = describe(path)

@@ -86,7 +86,7 @@ def test_round_trip_whatever_the_groups_and_batches(tmp_path_factory, drawn, gro
             writer.append(step, layer, np.asarray(tokens, np.int32), phase)
             written.append((step, layer, phase, [i for ids in tokens for i in ids]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "GROUP_ROWS", batch)  # events cross the batches' edges
+        patch.setattr(reader, "GROUP_ROWS", batch)  # events cross batch boundaries
         assert read(path) == written
         events = Events.load(path)
     assert [

@@ -93,13 +93,13 @@ def test_resolving_an_event(experts: int, arch: int) -> None:
     assert needs.shared <= 16 * 1024
 
 
-@pytest.mark.xdist_group("vllm")  # which takes long to import
+@pytest.mark.xdist_group("vllm")  # vLLM takes a long time to import
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", ["1 token", "96 tokens", "1024 tokens", "tuned, 16 tokens"])
 def test_sums_are_taken_by_the_instructions_of_stocks_kernel(
     stock: Any, name: str, arch: int
 ) -> None:
-    """Check for equally many instructions of one shape, and no other adds: one chain per sum."""
+    """Check that instructions that add occur as often, by shape, as in stock's kernel."""
     tiles = TILES[name][0]
     want = sums(stock_gemm(stock.fused_moe_kernel, tiles, arch))
     assert want
@@ -113,7 +113,7 @@ def sums(needs: Needs) -> dict[str, int]:
 
 
 def test_sixteen_warps_fit_a_processor() -> None:
-    """Stock's tables have such tiles; 512 threads share all registers of a multiprocessor."""
+    """Stock's tables have tiles for 16 warps, which share a multiprocessor's registers."""
     tiles = Tiles(64, 128, 64, 1, 16, 3)
     needs = gemm(tiles, 90, compressed=True)
     assert needs.spills == 0 and needs.registers * 32 * tiles.num_warps <= 65536

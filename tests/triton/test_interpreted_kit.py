@@ -64,7 +64,7 @@ def test_check_notices_a_wrong_kernel(card, monkeypatch, capsys):
     assert verdicts == {"gather": False, "event rule": True}
 
 
-@pytest.mark.xdist_group("vllm")  # which takes long to import
+@pytest.mark.xdist_group("vllm")  # vLLM takes a long time to import
 def test_results_have_the_bits_of_stocks_kernel(card, stock, capsys, tmp_path):
     path = tmp_path / "deep" / "kernel.json"
     rows = results(capsys, "kernel", "--shape", "tiny", "--tokens", "1,70", "--save", str(path))

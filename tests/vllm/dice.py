@@ -1,4 +1,4 @@
-"""Arbitration policies for tests, which request random, adverse or invalid splits."""
+"""Arbitration policies that request random, adverse or invalid splits, for tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Dice(fluxmoe.ArbitrationPolicy):
 
 
 class Spite(fluxmoe.ArbitrationPolicy):
-    """A policy that alternates between half of the budget and the minimum for the KV cache."""
+    """A policy that alternately gives the KV cache half of the budget and the cache's minimum."""
 
     def __init__(self) -> None:
         self._full = 0

@@ -1,4 +1,4 @@
-"""A policy for tests that moves memory all the time, for an unprintable reason."""
+"""A test policy that moves memory constantly and gives a reason that cannot be printed."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def same(run: Generation, stock: Generation) -> None:
 
 
 def fail_commits(worker: Any, every: int) -> None:
-    """Make every ``every``-th mapping of memory fail; 0 ends this."""
+    """Make every ``every``-th mapping of memory fail; 0 stops the failures."""
     from fluxmoe.errors import SubstrateError
 
     substrate = worker._runtime.memory.substrate
@@ -140,7 +140,7 @@ def test_tokens_are_stocks_while_the_split_changes_all_the_time(
 
 
 def test_what_vllm_shows_of_its_kv_cache_is_right(engine: ChildEngine) -> None:
-    assert engine.call("kv_usage") == 0.0  # held blocks are not used
+    assert engine.call("kv_usage") == 0.0  # held blocks do not count as used
     assert engine.call("reset_prefix_cache")
 
 
@@ -233,7 +233,7 @@ def in_step(engine: ChildEngine, workers: int) -> None:
 
 
 def family(engine: ChildEngine) -> list[psutil.Process]:
-    """List the processes of an engine with three or more: the client, scheduler and workers."""
+    """List the processes of an engine that has at least three: client, scheduler and workers."""
     client = psutil.Process(engine._process.pid)
     found = []
     for process in (client, *client.children(recursive=True)):

@@ -68,14 +68,15 @@ def test_the_least_valuable_groups_go_first() -> None:
         remember(pool, number)
     pool.free_blocks([blocks[n] for n in (6, 2, 7, 9, 3)])  # cached, the oldest first
     pool.free_blocks([blocks[n] for n in (8, 12, 13, 14, 15, 16)])  # 17 stays in use
-    # First 6 and 7, which cache nothing; then 3, whose younger block is older than that of 4 and 1.
+    # First groups 6 and 7, which cache nothing; then group 3, whose newer block is older than those
+    # of groups 4 and 1.
     assert held.hold(2) == (7, 6)
     assert held.hold(1) == (3,)
     assert held.cached() <= 3
     assert held.hold(10) == (4, 1)
     assert held.hold(1) == ()  # every other group has a block in use
     assert pool.cached_block_hash_to_block.get_one_block(None) is None
-    assert len(pool.cached_block_hash_to_block) == 0  # held blocks are forgotten
+    assert len(pool.cached_block_hash_to_block) == 0  # held blocks are not cached
 
 
 def test_the_watermark_is_of_the_blocks_that_exist() -> None:

@@ -165,7 +165,7 @@ def test_limits_while_the_server_is_busy(server: Server, monkeypatch: pytest.Mon
 
 
 def fluxmoe_quiet(server: Server, option: str, size: str) -> int:
-    """Do the same as the command, for a thread, which must not redirect the output."""
+    """Set a limit without ``fluxmoe()``, which redirects the output and is not thread-safe."""
     tenant, _, end = option.removeprefix("--").partition("-")
     limits = {tenant: {end: size}} if end else {tenant: size}
     answer = httpx.post(

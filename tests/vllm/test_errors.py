@@ -237,7 +237,7 @@ def test_models_that_cannot_be_paged(tmp_path: Path) -> None:
 
 
 def test_experts_with_biases(borrowed: ChildEngine, tmp_path: Path) -> None:
-    """gpt-oss has biases, in a separate class. Stock vLLM serves this model on a CPU."""
+    """In vLLM, gpt-oss's experts have biases and a separate class. Stock vLLM serves the model."""
     import torch
     import transformers
 
@@ -288,7 +288,7 @@ def test_unsupported_features(eager: ChildEngine, options: dict[str, Any], featu
 
 
 def test_weights_are_not_exchanged_under_the_pager(eager: ChildEngine) -> None:
-    """vLLM's calls that do not lead to the door in ``worker/weights/door.py`` are refused."""
+    """vLLM's calls that bypass ``worker/weights/door.py`` are refused."""
     eager.restart(fluxmoe=config(), **EAGER)
     before = eager.generate([Prompt([5, 6, 7], 4)]).tokens
     for call in WEIGHT_CALLS:
@@ -318,7 +318,7 @@ def test_weights_are_not_loaded_into_slots(eager: ChildEngine) -> None:
 
 
 def through_model(worker: Any) -> None:
-    """Load weights through the model; like the next two functions, runs in the engine's process."""
+    """Load weights through the model, in the engine's process, like the next two functions."""
     name = "model.layers.0.mlp.experts.1.down_proj.weight"
     worker.model_runner.model.load_weights([(name, torch.ones(128, 64))])
 

@@ -1,4 +1,4 @@
-"""``fluxmoe generate --backend vllm``: stock vLLM's tokens, and the cost of paging."""
+"""``fluxmoe generate --backend vllm``: stock vLLM's tokens, and the statistics of paging."""
 
 from __future__ import annotations
 

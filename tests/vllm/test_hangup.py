@@ -1,4 +1,7 @@
-"""Unit tests of the middleware that ends requests with the server; test_serve uses real servers."""
+"""Unit tests of the middleware that ends requests when the server stops.
+
+test_serve.py uses real servers.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The limit of the CPU kernel's slot index, measured on the real kernel, is exceeded by no bank.
+"""No bank exceeds the limit of the CPU kernel's slot index, which is measured on the real kernel.
 
-The kernel runs on an arena with 12 GB of addresses and 36 MiB of memory. It runs in a separate
+The kernel runs on an arena with 12 GiB of addresses and 36 MiB of memory. It runs in a separate
 process, because beyond the limit it reads unrelated memory or crashes.
 """
 

@@ -102,7 +102,7 @@ def test_a_stopped_engine_leaves_nothing(states: list[dict[str, int]]) -> None:
 
 
 def test_an_engine_that_failed_to_start_leaves_nothing(states: list[dict[str, int]]) -> None:
-    """vLLM releases neither such a worker nor its process group; this tests FluxMoE's part only."""
+    """vLLM releases neither such a worker nor its process group; only FluxMoE's part is tested."""
     for failed in states[6:]:
         assert {**failed, "fds": 0} == dict.fromkeys(failed, 0)
     assert states[7]["fds"] <= states[6]["fds"]
@@ -147,7 +147,7 @@ def test_an_engine_that_is_killed(checkpoint: Path, logs: Path) -> None:
 
 @pytest.mark.full
 def test_three_processes_go_together_when_one_is_killed(checkpoint: Path) -> None:
-    """At the end of its three-process test, ``test_arbitration`` checks the same for closing."""
+    """The three-process test in ``test_arbitration`` checks the same for a closed engine."""
     engine = ChildEngine(checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **EAGER)
     processes = family(engine)
     assert len(processes) >= 3
@@ -196,7 +196,7 @@ def test_a_parent_that_is_killed_takes_its_engine_along(
 
 def test_an_interrupted_call_does_not_delay_the_end(checkpoint: Path) -> None:
     """If Ctrl-C reaches the parent but not the child, the exit must not wait for the call."""
-    # If a shell runs the tests in the background, they would ignore the signal.
+    # Without this handler, tests that a shell runs in the background would ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _interrupt(checkpoint)

@@ -41,7 +41,7 @@ def budget(slots: int, **settings: Any) -> dict[str, Any]:
 
 @contextmanager
 def peak_of(engine: ChildEngine) -> Iterator[list[int]]:
-    """Append the increase of the engine's anonymous and shared memory at its peak, in bytes."""
+    """Yield a list for the peak growth, in bytes, of the engine's anonymous and shared memory."""
     found: list[int] = []
     ended = threading.Event()
     before = memory_of(engine)
@@ -93,7 +93,7 @@ def test_a_start_holds_one_expert_and_the_second_reads_none(
     slots, batch, answers, peaks, reads = 16, prompts(4, tokens=6), [], [], []
     borrowed.restart(model=large, kv_cache_memory_bytes=KV_BYTES, **EAGER)
     answers.append(borrowed.generate(batch).logprobs)
-    # The next engines are of the same size as this one, and allocators have grown.
+    # This engine lets the allocators grow; the next engines have the same size.
     borrowed.restart(model=large, fluxmoe=paged("warm"), **EAGER)
     for _ in range(2):
         forget(weights)
@@ -110,7 +110,7 @@ def test_a_start_holds_one_expert_and_the_second_reads_none(
     others = weights.stat().st_size - 2 * LAYER
     if dropped:
         assert reads[1] < others + LAYER / 2 < 2 * LAYER <= reads[0]
-    # The negative control of the peak: dummy weights fill the model's parameters.
+    # The negative control for the peak: dummy weights fill the model's parameters.
     with peak_of(borrowed) as peak:
         borrowed.restart(model=large, fluxmoe=paged("dummy"), load_format="dummy", **EAGER)
     assert peak[0] > LAYER

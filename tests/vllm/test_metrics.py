@@ -255,7 +255,7 @@ def test_metrics_are_the_statistics(eager: ChildEngine) -> None:
 
 
 def block(worker: Any) -> list[str]:
-    """Return the lines that the engine logged at its start. Runs in the engine's process."""
+    """Log the engine's start again and return the lines. Runs in the engine's process."""
     from fluxmoe.backends.vllm.worker import start
 
     told: list[str] = []
@@ -284,7 +284,7 @@ def test_c4_an_engine_tells_what_it_pages(eager: ChildEngine) -> None:
     assert f"{blocks} blocks, which hold {blocks * 32:,} tokens; a request " in said["KV cache"]
     assert said["stores"] == "host: 3.0 MiB"
     assert said["control"].startswith("/v1/fluxmoe/limits on this server")
-    assert "note" not in said  # a token uses just as many
+    assert "note" not in said  # one token uses as many pages
 
 
 @pytest.mark.vllm
@@ -313,7 +313,7 @@ class FailingScheduler:
 
 @pytest.mark.vllm
 def test_a_start_that_fails_late_leaves_no_connector(eager: ChildEngine) -> None:
-    """vLLM keeps a process's connector until the worker's shutdown, which then never happens."""
+    """vLLM keeps a process's connector until the worker's shutdown, which here never happens."""
     name = f"{FailingScheduler.__module__}.FailingScheduler"
     with pytest.raises(EngineError, match="no scheduler today"):
         eager.restart(fluxmoe=config(24), scheduler_cls=name, **EAGER)

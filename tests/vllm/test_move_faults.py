@@ -34,7 +34,7 @@ PROMPTS = TRAFFIC[:16]
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[ChildEngine]:
     with pytest.MonkeyPatch.context() as patch:
-        # This allows sending the faults, which are functions in this file, to the workers.
+        # This allows sending the faults, which are functions, to the workers.
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         with ChildEngine(
             checkpoint, three_processes=True, kv_cache_memory_bytes=KV_BYTES, **OPTIONS
@@ -61,7 +61,7 @@ def undisturbed(worker: Any) -> None:
 
 
 def die_in_a_move(worker: Any, after: int) -> None:
-    """End the process in the middle of the ``after``-th order from now."""
+    """End the process in the middle of an order, after ``after`` other orders."""
     mover = worker._side._moves
     apply, left = mover.apply, iter(range(after, -1, -1))
 
@@ -88,7 +88,7 @@ def test_one_worker_that_fails_or_does_not_hear_costs_no_token(
     same(engine.generate(PROMPTS), stock)
     assert undone(engine) > 5
     engine.call("rpc", of_rank, 1, fail_commits, 0)
-    engine.call("rpc", of_rank, 0, disturb, 0.3)  # the workers' messages are delayed differently
+    engine.call("rpc", of_rank, 0, disturb, 0.3)  # only this worker's messages are disturbed
     before = engine.call("everyone")[0]["orders"]
     same(engine.generate(PROMPTS), stock)
     everyone = engine.call("everyone")

@@ -31,7 +31,7 @@ ALL = [
 ]
 CALLED = [row for row in ALL if row.values[0].table[row.values[1]][row.values[2]]]
 
-#: FluxMoE's class that inherits from one of vLLM's → the part of the table with vLLM's class.
+#: FluxMoE class that inherits from a vLLM class → part of the table with the vLLM class.
 OVERRIDING = {
     "compat.loading:StreamingLoader": "loading",
     "connector:PagingConnector": "connector",
@@ -193,7 +193,7 @@ def test_every_class_that_overrides_is_listed() -> None:
     assert found == {name.partition(":")[2] for name in OVERRIDING}
 
 
-#: Class or module in vLLM, by its own name → its attributes that the table has.
+#: Unqualified name of a class or module in vLLM → its attributes in the table.
 KNOWN: dict[str, set[str]] = {}
 for _name in [name for part in VLLM.table.values() for name in part]:
     _owner, _, _last = _name.replace(":", ".").rpartition(".")
@@ -224,7 +224,7 @@ def test_the_table_has_what_a_subclass_uses_of_itself(ours: str) -> None:
 
 
 def uses(code: str, theirs: set[str]) -> set[tuple[str, str]]:
-    """Collect how code uses names that it imports from vLLM.
+    """Collect the uses of names that code imports from vLLM.
 
     Args:
         code: The source code.
@@ -308,7 +308,7 @@ CONFIGS = {
         "kv_transfer": "KVTransferConfig",
     }.items()
 }
-#: Attribute or variable in the scheduler's modules → class of vLLM's object that it holds.
+#: Attribute or variable in the scheduler's modules → class of the vLLM object that it holds.
 HELD = {
     **{"_manager": "KVCacheManager", "manager": "KVCacheManager", "request": "Request"},
     **{"_pool": "BlockPool", "pool": "BlockPool", "block": "KVCacheBlock"},

@@ -40,7 +40,7 @@ def test_off_serves_what_cannot_be_paged(borrowed: ChildEngine, tmp_path: Path) 
 
 
 def test_an_automatic_budget(eager: ChildEngine, stock_outputs: Outputs) -> None:
-    # The budget is half of this machine's memory, but the KV cache is as small as in all tests.
+    # The budget is about half of the free memory, but the KV cache is as small as in other tests.
     memory = {"budget": "auto", "kv": {"max": KV_BYTES}}
     eager.restart(fluxmoe={"memory": memory}, **EAGER)
     assert outputs(eager) == stock_outputs

@@ -55,7 +55,7 @@ def test_in_three_processes(counted: Path, checkpoint: Path) -> None:
     with ChildEngine(checkpoint, **options) as engine:
         engine.generate(prompts(2))
         found = counts(counted).values()
-    # The worker, and the scheduler, which needs only the arbitration policy.
+    # The scheduler, which needs only the arbitration policy, and the worker.
     assert sorted(found, key=Counter.total) == [Counter(("execute", "arbitration")), ALL]
 
 

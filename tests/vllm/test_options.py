@@ -42,7 +42,7 @@ def test_b3_what_the_parser_would_refuse(given: dict[str, Any], says: str) -> No
     (error,) = options.problems(given)
     assert says in str(error)
     (name,) = given
-    if name not in options.OURS and given[name] != "yes":  # "yes" would be the model
+    if name not in options.OURS and given[name] != "yes":  # vLLM would take "yes" as the model
         assert not _parses(given)
 
 
@@ -66,7 +66,7 @@ def test_values_that_the_parser_takes(given: dict[str, Any]) -> None:
 
 
 def _parses(given: dict[str, Any]) -> bool:
-    """True if vLLM's parser accepts the options."""
+    """Return True if vLLM's parser accepts the options."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -104,6 +104,6 @@ def test_b3_a_refused_feature_is_an_option_and_a_setting(feature: features.Featu
 
 
 class Model:
-    """A replacement for a VllmConfig with a model, which needs a real model."""
+    """A replacement for a VllmConfig with a model, for which vLLM needs a real model."""
 
     from vllm.config import ModelConfig as model_config

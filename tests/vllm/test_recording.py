@@ -1,4 +1,4 @@
-"""Traces recorded from vLLM have each token's request, and equal counts in the simulator."""
+"""Traces recorded from vLLM have each token's request; the simulator's counts equal vLLM's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_policy_is_compared() -> None:
 
 
 def test_tokens_requests_and_phases(eager: ChildEngine, tmp_path: Path) -> None:
-    """Every request has one row for each token of its prompt and its answer, except the last."""
+    """In each layer, a request has a row for each token of its prompt and answer but the last."""
     trace = tmp_path / "t.parquet"
     requests = [Prompt([5] * length, 2 + length % 4) for length in (1, 30, 7, 90, 2)]
     eager.restart(fluxmoe=config(PAGES), **{**EAGER, "max_num_seqs": 3,

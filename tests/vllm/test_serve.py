@@ -114,7 +114,7 @@ def test_served_tokens_are_stock_tokens(server: dict[str, Any], eager: ChildEngi
     expected = eager.generate(requests).tokens
     with ThreadPoolExecutor(8) as pool:  # clients are concurrent, so batches vary
         assert list(pool.map(lambda prompt: complete(server, prompt), requests)) == expected
-    # The first requests are repeated, with answers from the prefix cache.
+    # The first requests are repeated and now use the prefix cache.
     assert [complete(server, prompt) for prompt in requests[:4]] == expected[:4]
 
 
@@ -134,7 +134,7 @@ def test_streams_and_clients_that_hang_up(server: dict[str, Any]) -> None:
 
 
 def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
-    """This is the last test that uses this server."""
+    """The last test with this server, which ends here."""
     process = psutil.Process(server["process"].pid)
     family = [process, *process.children(recursive=True)]
     assert len(family) > 1
@@ -149,7 +149,7 @@ def test_sigterm_in_the_middle_ends_everything(server: dict[str, Any]) -> None:
             assert psutil.wait_procs(family, timeout=PATIENCE)[1] == []
             with contextlib.suppress(httpx.RemoteProtocolError):  # cut off in the middle
                 list(lines)
-        # A late request gets an answer or an error, so that no client is left waiting.
+        # The other request gets an answer or an error, so that no client is left waiting.
         assert request.result().status_code in (200, 500, 503)
 
 

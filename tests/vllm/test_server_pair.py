@@ -52,7 +52,7 @@ class Server:
         return tokens
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        """Read FluxMoE's series, by name and own labels."""
+        """Read FluxMoE's series by name and by FluxMoE's own labels."""
         own = {metric.name: metric.labels for metric in METRICS}
         text = httpx.get(f"{self.url}/metrics").text
         return {
@@ -91,7 +91,7 @@ def start(
     cache: Path | None = None,
     change: Callable[[dict[str, Any]], None] = lambda settings: None,
 ) -> Server:
-    """Start a server, optionally with a changed configuration and with private caches."""
+    """Start a server, optionally with a changed configuration and its own caches."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""``fluxmoe serve`` immediately reports, without vLLM, problems that would stop it later."""
+"""``fluxmoe serve`` reports, immediately and without vLLM, problems that would stop the server."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_fewer_slots_than_one_token_needs_are_refused(eager: ChildEngine) -> Non
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[ChildEngine, Outputs]]:
-    """A compiled engine and stock's answers; GLM4-MoE reveals operators that change the router."""
+    """A compiled engine and stock's answers; only GLM4-MoE reveals an op that mutates its input."""
     folder = checkpoints.write(tmp_path_factory.mktemp(request.param) / "model", request.param)
     with ChildEngine(folder, kv_cache_memory_bytes=KV_BYTES, **OPTIONS) as engine:
         yield engine, outputs(engine)

@@ -1,8 +1,8 @@
 """After weights change in a running engine, its answers are stock's with the new weights.
 
-Checkpoints A and B have the same architecture. ``reload_weights``, ``load_weights`` of the model,
-``collective_rpc`` and ``apply_model`` are vLLM's own doors to the weights; each gives the right
-answers, or is refused by an error with its name.
+Checkpoints A and B have the same architecture. The weights change through vLLM's own calls:
+``reload_weights``, ``load_weights`` of the model, ``collective_rpc`` and ``apply_model``. Each call
+either gives the right answers or is refused with an error that names the call.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def paged(eager: ChildEngine, versions: Versions, kept: dict[str, Any]) -> Itera
     eager.call("rpc", "reload_weights")
 
 
-# --- doors, which run in the worker ---------------------------------------------------------------
+# --- ways to change the weights, called in the worker ---------------------------------------------
 
 
 def through_model(worker: Any, path: str) -> None:
@@ -118,7 +118,7 @@ def through_path(worker: Any, path: str) -> None:
 
 
 def through_fused_names(worker: Any, path: str) -> None:
-    """Load weights under the names in a transformers model, as a trainer would."""
+    """Load weights under the names of a transformers model, as a trainer would."""
     from vllm.config import set_current_vllm_config
 
     with set_current_vllm_config(worker.vllm_config):  # vLLM wraps some of transformers' classes
@@ -134,7 +134,7 @@ DOORS = (through_path, through_iterator, through_model, through_fused_names)
 def test_answers_after_an_update_are_stocks_with_the_new_weights(
     paged: ChildEngine, versions: Versions, door: Callable[..., None]
 ) -> None:
-    """Pages are both resident and absent, and the prefix cache has a prefix of both prompts."""
+    """Some pages are resident and others absent; the prefix cache has a prefix of both prompts."""
     updated_and_back(paged, versions, door)
 
 
@@ -155,7 +155,7 @@ def updated_and_back(engine: ChildEngine, versions: Versions, door: Callable[...
 def test_the_prefix_cache_of_the_old_weights_would_give_other_answers(
     paged: ChildEngine, versions: Versions
 ) -> None:
-    """This negative control does the same update without the scheduler's notice."""
+    """Negative control: the same update, but the scheduler is not notified."""
     paged.call("rpc", through_path, str(versions.b))
     paged.call("rpc", without_notice)
     run = paged.generate(BATCH, cold=False)
@@ -250,7 +250,7 @@ def test_edits_of_experts_are_refused_and_the_old_ones_remain(
         if not after_a_failed_update:
             with pytest.raises(WeightsError, match="the trainer has gone"):
                 paged.call("rpc", wrong, breaking, str(versions.b))
-    # Other weights may be edited, as in stock vLLM; here, before the refusal.
+    # As in stock vLLM, other weights may be edited; here, the edits precede the refusal.
     with pytest.raises(UnsupportedError, match="experts' weights cannot be"):
         paged.call("rpc", "apply_model", all_zeroed)
     assert answers(paged, cold=True) != versions.of_a
@@ -528,7 +528,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_page_files_keep_the_checkpoints_weights(
     eager: ChildEngine, versions: Versions, tmp_path: Path, codec: str
 ) -> None:
-    """A second engine uses the files while the first has other weights, and after a restart."""
+    """A second engine uses the files while the first has other weights; so does a restarted one."""
     stores = [
         {"kind": "host", "codec": codec, "limit": 20 * 49152},
         {"kind": "file", "path": str(tmp_path), "codec": codec},
@@ -591,7 +591,7 @@ def test_in_three_processes(versions: Versions) -> None:
 
 
 def broken_on(model: Any, rank: int, path: str) -> None:
-    """Load weights, of which the last are missing on one worker."""
+    """Load weights; on one worker, the iterator raises an error before the last tensor."""
     from fluxmoe.backends.vllm.compat.worker import get_tensor_model_parallel_rank
 
     given = load_file(f"{path}/model.safetensors")
@@ -606,7 +606,7 @@ FEW = prompts(2, tokens=4, seed=3)
 def test_workers_change_together(
     checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If one worker refuses, all refuse; then no answer of a worker is left for the next call."""
+    """If one worker refuses, all refuse, and no worker's answer is left for the next call."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions are sent to workers
     options = {**EAGER, "tensor_parallel_size": 2, "three_processes": True, "fluxmoe": config(40)}
 
@@ -653,8 +653,8 @@ def test_other_architectures(
 ) -> None:
     """Weights change in models with tied embeddings, states, MLA, and shared or fused experts.
 
-    On CPUs for which vLLM packs weights, it keeps the old weights of the convolution in Mamba-2, so
-    that only the experts can change.
+    On CPUs for which vLLM packs weights, vLLM keeps the old weights of Mamba-2's convolution, so
+    only the experts can change.
     """
     a = checkpoints.write(tmp_path / "a", architecture)
     b = checkpoints.write(tmp_path / "b", architecture, seed=7)

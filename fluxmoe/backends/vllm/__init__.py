@@ -57,8 +57,8 @@ class _ToVllm(logging.Handler):
 def _log_as_vllm_does() -> None:
     """Show FluxMoE's messages, such as the reasons for moving memory, in vLLM's log and format.
 
-    This has no effect if the program has handlers of its own at the root logger. Handlers that
-    libraries add later, with their own formats, do not matter.
+    If the program has handlers of its own at the root logger, these handlers are used instead.
+    Handlers that libraries add later, with their own formats, have no effect.
     """
     ours = logging.getLogger("fluxmoe")
     if not logging.getLogger().handlers:

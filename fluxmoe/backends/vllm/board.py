@@ -1,8 +1,8 @@
 """Two numbers shared by a worker and the scheduler, which may run in another process.
 
-The KV connector sends its messages with steps, but weights change between steps. For such a change,
-the worker must know that no request is unfinished, and the scheduler must know that its prefix
-cache belongs to other weights.
+The KV connector sends its messages with steps, but weights change between steps. The worker may
+change weights only if no request is unfinished, and the scheduler must then drop its prefix cache,
+which belongs to the old weights.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Board:
         self._numbers[1] = number
 
     def close(self) -> None:
-        """Give up the memory. Idempotent.
+        """Release the memory. Idempotent.
 
-        It would otherwise stay as long as vLLM refers to a stopped engine.
+        The memory would otherwise stay allocated as long as vLLM refers to a stopped engine.
         """
         self._close()
         self._numbers = np.zeros(2, np.int64)

@@ -31,7 +31,7 @@ from fluxmoe.backends.vllm.sources import split_reader
 from fluxmoe.backends.vllm.stats import PagingStats
 from fluxmoe.errors import InvariantError
 
-if TYPE_CHECKING:  # these import numba, which processes without a worker do not need
+if TYPE_CHECKING:  # these modules import numba, which not every process needs
     from fluxmoe.backends.vllm.scheduler.arbitration import Arbitration
     from fluxmoe.backends.vllm.worker.side import WorkerSide
     from fluxmoe.core.arbitration.messages import Inventory, Order, StepReport
@@ -173,10 +173,10 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """True if the engine must step although it is idle.
+        """Return True if the engine must step although it is idle.
 
         An idle engine steps once at startup, so that metrics exist before the first request, and
-        until a move is finished.
+        keeps stepping while a move is in progress.
         """
         if not self._begun:
             return True
@@ -223,7 +223,7 @@ class PagingConnector(KVConnectorBase_V1, SupportsHMA):
     # --- statistics ------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> PagingStats | None:
-        """Return the changes to the metrics. vLLM calls this on both sides after each step."""
+        """Return changes to the metrics. vLLM calls this method on both sides after each step."""
         if self.role == KVConnectorRole.SCHEDULER:
             changes = self._meter.take()
         else:

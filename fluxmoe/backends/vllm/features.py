@@ -65,7 +65,7 @@ def refused_settings(config: VllmConfig) -> Iterator[UnsupportedError]:
 
 
 def _on(value: object) -> bool:
-    """True for a flag that is set, a size above 1, and a value of another type except None."""
+    """Return True for a set flag, a size above 1, and a value of another type except None."""
     if isinstance(value, int):
         return value is True or value > 1
     return value is not None

@@ -1,4 +1,4 @@
-"""Rejection of partial configurations: a model built with only some of FluxMoE's settings.
+"""Rejection of partial configurations, which have only some of FluxMoE's settings.
 
 vLLM passes its configuration not to plugins but to layers, which plugins can replace. Nearly every
 model has one LogitsProcessor, and the replacement computes the same as the stock class.

@@ -17,8 +17,8 @@ from fluxmoe.core.types import AGES
 Samples = dict[str, dict[tuple[str, ...], float]]
 #: A metric's name and the values of its own labels.
 Series = tuple[str, tuple[str, ...]]
-#: Values in the order of their series. A source that is read in every step always returns the same
-#: list of series, because building a dictionary with such keys would dominate the cost.
+#: Values in the order of their series. A source that is read in every step returns the same list
+#: object until its series change: building a dictionary with such keys would dominate the cost.
 Readings = tuple[list[Series], Sequence[float]]
 
 

@@ -32,9 +32,9 @@ def reader(
     Args:
         runtime: The worker's memory.
         rank: The worker's rank. Only the worker of rank 0 reports the configuration.
-        limits: Returns the last operator limits; None if there are none.
+        limits: Function that returns the last operator limits, or None if there are none.
     """
-    # Imported here, because the module needs numba, which processes without a worker do not need.
+    # Imported here, because this module needs numba, which processes without a worker do not need.
     from fluxmoe.core.paging.books import (
         C_COLD,
         C_EVICTIONS,

@@ -14,6 +14,6 @@ REQUIREMENT = ",".join(
 
 
 def is_supported(version: str) -> bool:
-    """True if FluxMoE was tested with this version of vLLM."""
+    """Return True if FluxMoE was tested with this version of vLLM."""
     first, beyond = SUPPORTED
     return first <= numbers(version) < beyond

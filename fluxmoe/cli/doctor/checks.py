@@ -178,7 +178,7 @@ def package(name: str, remark: str = "") -> Check:
 
 
 def _cuda() -> str:
-    """Describe CUDA support as torch's version file states it: asking torch would import it."""
+    """Describe CUDA support as stated in torch's version file, without importing torch."""
     spec = importlib.util.find_spec("torch")
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:

@@ -1,8 +1,8 @@
 """The self-check of each engine's MoE kernels on this machine, in separate processes.
 
-Separate, because importing an engine takes seconds and prints text. The check uses the shapes of
-one model, by default the shipped model. An engine repeats the check at every start with the shapes
-of the model that it serves.
+The processes are separate because importing an engine takes seconds and prints text. The check uses
+the shapes of one model, by default the shipped model. An engine repeats the check at every start
+with the shapes of the model that it serves.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class KernelCheck:
         kernel: The kernel's name; empty if an error occurred before the engine chose a kernel.
         dtype: The data type of the weights.
         processor: Name of the processor.
-        same: True if the result has the same bits whichever slots the experts are in; None if
-            unknown.
+        same: True if the result has the same bits with the experts in any slots; None if unknown.
         milliseconds: Duration of the check; None if the check failed.
         problem, fix: The error and its remedy.
     """

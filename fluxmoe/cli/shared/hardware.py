@@ -1,4 +1,4 @@
-"""The hardware profile for a command: by name, from a file, or of this machine.
+"""The hardware profile for a command, given by name or file, or measured on this machine.
 
 This machine is measured once. The profile is kept in the user's cache folder, in a file named after
 the CPU.
@@ -57,7 +57,7 @@ def profile_of(name: str) -> Profile:
 
 
 def with_store(profile: Profile, store: str, page_bytes: int) -> Profile:
-    """Let a profile load pages of ``page_bytes`` bytes from the store that ``--store`` selects.
+    """Adapt a profile to pages of ``page_bytes`` bytes in the store that ``--store`` selects.
 
     Args:
         store: ``host`` for no change; ``file`` or a folder to measure the disk of the page file.

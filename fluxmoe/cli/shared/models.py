@@ -52,19 +52,19 @@ def config(model: str) -> PretrainedConfig:
 
 
 def setting(model: str, key: str) -> int | None:
-    """Read a number from a model's ``config.json`` without transformers; None if it has none."""
+    """Read a number from a model's ``config.json`` without transformers; None if unavailable."""
     from fluxmoe import checkpoint
 
     try:
         file = Path(checkpoint.downloaded(model)) / "config.json"
         found = checkpoint.text_part(checkpoint.read_map(file)).get(key)
-    except CheckpointError:  # the model's checks report it
+    except CheckpointError:  # the model's checks report the error
         return None
     return found if isinstance(found, int) else None
 
 
 def require_length(model: str, tokens: int) -> None:
-    """Reject a request of more tokens, prompt and answer, than the model's maximum.
+    """Reject a request whose prompt and answer together exceed the model's maximum length.
 
     Raises:
         ConfigError: The request is too long.
@@ -79,7 +79,7 @@ def require_length(model: str, tokens: int) -> None:
 
 
 def require_tokens(tokens: Sequence[int], size: int, option: str) -> None:
-    """Reject a prompt that is empty or has tokens that the model does not know.
+    """Reject a prompt that is empty or has tokens outside the model's vocabulary.
 
     Raises:
         ConfigError: The prompt is invalid; the error names ``option``.

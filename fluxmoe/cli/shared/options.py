@@ -49,7 +49,7 @@ def stores(store: str, folder: Path = Path()) -> list[dict[str, str]]:
 
     Args:
         store: Value of the option.
-        folder: Folder to which a relative path is relative.
+        folder: Folder against which a relative path is resolved.
 
     Raises:
         ConfigError: The option is empty.

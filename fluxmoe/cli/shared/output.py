@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: Line width in a pipe or a file: text need not fold there, but rich would assume 80 columns.
 UNLIMITED = 1 << 16
 
-#: Errors in writing for which the program is not to blame.
+#: Write errors that are not the program's fault.
 LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 #: The stream for JSON and CSV while standard output is reserved for them.
@@ -60,7 +60,7 @@ def _nowhere() -> TextIO:
 def reserved() -> Iterator[None]:
     """Reserve standard output for ``printed``; all other output goes to standard error.
 
-    Plugins and libraries also print: while they are imported, from C, and in child processes.
+    Plugins and libraries may also print: during import, from C code, and in child processes.
     """
     shared = sys.stdout
     try:

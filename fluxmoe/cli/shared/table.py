@@ -1,7 +1,7 @@
-"""Tables for terminals: constant columns are stated once, text folds, and numbers stay whole.
+"""Tables for terminals: constant columns are printed once; text is folded, numbers are not.
 
 A table that is wider than the terminal is split into several tables, each with the columns that
-identify the rows. A table with a single row is printed as a list. In a pipe, nothing folds.
+identify the rows. A table with a single row is printed as a list. In a pipe, nothing is folded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Column:
 
     @property
     def constant(self) -> bool:
-        """True if all rows have the same cell, unless the column has no heading and names them."""
+        """True if the column has a heading and the same cell in all rows."""
         return bool(self.heading) and len(set(self.cells)) == 1
 
 
@@ -60,7 +60,7 @@ def show(
         rows: Cells of each row.
         keys: Number of leading columns that identify the rows; default: all text columns.
         total: True if the last row is the total of the others.
-        merge: State columns whose cells are all equal once, above the table.
+        merge: Print the value of each constant column once, above the table.
     """
     columns = [
         _Column(heading, [row[at] for row in rows], at >= len(text))

@@ -179,7 +179,7 @@ class _Work:
     options: dict[str, Any]
 
 
-#: Starts an engine, records a trace and returns the engine's statistics.
+#: Function that starts an engine, records a trace and returns the engine's statistics.
 _Run: TypeAlias = Callable[[_Work], dict[str, Any]]
 
 
@@ -212,7 +212,10 @@ def _torch(model: str, settings: dict[str, Any], found: Findings, _batch: int, _
 
 
 def _vllm(model: str, settings: dict[str, Any], found: Findings, batch: int, least: int) -> _Run:
-    """As ``_torch``; the model must accept ``batch`` requests at once, of ``least`` tokens each."""
+    """Do the same for vLLM.
+
+    The model must accept ``batch`` requests at once, of ``least`` tokens each.
+    """
     from fluxmoe.backends.vllm.child import child
     from fluxmoe.backends.vllm.child.traces import record
 
@@ -259,7 +262,7 @@ def _lines(
 
 
 def _requests(model: str, lines: list[str | list[int]], size: int | None) -> list[list[int]]:
-    """Convert prompts to token ids; ``size`` is the model's vocabulary, if known."""
+    """Convert prompts to token ids; ``size`` is the model's vocabulary size, if known."""
     tokenizer: PreTrainedTokenizerBase | None = None
     if any(isinstance(line, str) for line in lines):
         tokenizer = models.tokenizer(model, required=True)

@@ -1,4 +1,5 @@
 """The split of memory between experts and KV cache: messages, moves, planning and control.
 
-The package imports every other folder of the core; none of those folders imports this package.
+The package imports ``core.memory``, ``core.policy`` and ``core.paging``. No other folder of the
+core imports this package.
 """

@@ -131,7 +131,7 @@ class Arbiter:
         #: True if no move is needed until the policy requests another split.
         self._settled = True
         self._pause_per_frame = 0.0
-        #: Longest move so far, both halves together, in seconds.
+        #: Duration of the slowest order of any move so far, in seconds.
         self.longest_pause = 0.0
         self._steps, self._reported, self._line = 0, -QUIET, ""
         #: The last logged decisions, oldest first.
@@ -238,7 +238,7 @@ class Arbiter:
             if not move.to_kv:  # the blocks of these groups are already held
                 self._groups -= set(move.groups)
                 self._count()
-            # The operator also causes a move if a limit frees memory while the policy wants none.
+            # The operator also causes a move if limits are set and the policy keeps the split.
             freed = self._limits is not None and split.frames == frames
             self._report(move, split, by_operator=over or freed)
             self._moves.begin(move)

@@ -77,7 +77,7 @@ class DemandMeter:
 class DemandView:
     """The scheduler's side: the reports of all workers combined into one ``ExpertDemand``.
 
-    Workers hold different parts of the same pages and see the same routing, so counts are taken
+    Workers hold different parts of the same pages and have the same routing, so counts are taken
     from the first worker. Times are the longest of all workers' times, since all workers wait for
     the slowest.
     """
@@ -102,7 +102,7 @@ class DemandView:
         self._load_seconds = max([report.load_seconds for report in reports])
 
     def latest(self) -> ExpertDemand:
-        """Return the demand as policies see it."""
+        """Return the demand in the form that policies get."""
         return ExpertDemand(
             frames=self._frames,
             pages=self._pages,

@@ -15,7 +15,7 @@ from fluxmoe.core.types import Budget, Geometry, PageClass
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Resources of a worker, identical on all workers: all that the scheduler's side knows.
+    """Resources of a worker, identical on all workers, as sent to the scheduler.
 
     Attributes:
         frames: Budget in frames.

@@ -100,7 +100,7 @@ class _Stage(Enum):
 _NEXT: dict[_Stage, tuple[_Stage | MoveOutcome, _Stage | MoveOutcome]] = {
     _Stage.SHRINK: (_Stage.GROW, _Stage.GROW_BACK),
     _Stage.GROW: (MoveOutcome.MOVED, _Stage.SHRINK_BACK),
-    # A failed shrink is not repeated: the grow that follows uses the frames that there are.
+    # A failed shrink is not repeated: the following grow uses the available frames.
     _Stage.SHRINK_BACK: (_Stage.GROW_BACK, _Stage.GROW_BACK),
     _Stage.GROW_BACK: (MoveOutcome.UNDONE, _Stage.SHRINK_AGAIN),
     _Stage.SHRINK_AGAIN: (MoveOutcome.STRANDED, MoveOutcome.STRANDED),
@@ -173,7 +173,7 @@ class MoveCoordinator:
 
 
 class MoveWorker:
-    """The worker's side: carries out each order once and remembers the answer.
+    """The worker's side: carries out each order once and keeps the answer.
 
     Args:
         rank: Rank of the worker.

@@ -93,7 +93,7 @@ class Planner:
             view: The policy's input.
             current: The current split. If the move takes groups from the KV cache, their blocks are
                 held from then on.
-            pause_per_frame: Recent duration of a move in seconds per frame; 0 before the first
+            pause_per_frame: Average pause of recent moves in seconds per frame; 0 before the first
                 move.
         """
         have, per_group = current.frames, self._inventory.layout.frames_per_group
@@ -105,7 +105,7 @@ class Planner:
         if grow_frames >= per_group:
             return self._to_kv(current, grow_frames, free_frames)
 
-        # Slots take whole frames, so that the experts may be unable to use all requested frames.
+        # Banks fill whole frames, so the experts may be unable to use all requested frames.
         expert_frames = self.expert_frames(self._slots(wanted[EXPERTS]) or current.slots)
         surplus_frames = max(-free_frames, have[EXPERTS] - bounds[EXPERTS].max)
         if expert_frames < have[EXPERTS] and surplus_frames > 0:
@@ -130,7 +130,7 @@ class Planner:
     def _most_frames(
         self, view: ArbitrationView, current: CurrentSplit, pause_per_frame: float
     ) -> int:
-        """Return the most frames that the next move may move.
+        """Return the maximum number of frames for the next move.
 
         The pause limits this number, but it is always large enough for a move to have an effect.
         """
@@ -170,7 +170,7 @@ class Planner:
         """
         released = self._hold(groups)
         if not released:
-            return None  # all groups are in use; the next step tries again
+            return None  # all groups are in use; planned again in the next step
         have_frames = current.frames[EXPERTS]
         room_frames = have_frames + free_frames + self.kv_frames(released)
         slots = self._slots(max(min(expert_frames, room_frames), have_frames)) or current.slots

@@ -2,8 +2,8 @@
 
 Blocks that no request uses form the prefix cache. vLLM first evicts the block that was freed
 longest ago, and the end of a request before its beginning. This is LRU, so a block is still cached
-if the number of blocks freed since then is smaller than the cache (Mattson, 1970). The stack holds
-a sample of the blocks, selected by hash, so that it includes the same blocks in every request
+if fewer blocks have been freed after it than fit in the cache (Mattson, 1970). The stack holds a
+sample of the blocks, selected by hash, so that the sample includes the same blocks in every request
 (SHARDS, Waldspurger 2015). The benefit of a larger cache is therefore known in advance, even if the
 current cache has no hits.
 """

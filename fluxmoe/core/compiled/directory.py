@@ -1,10 +1,9 @@
-"""Directories, by which many arrays are passed to compiled code as one.
+"""Directories, which pass many arrays to compiled code as one array.
 
 On every call from Python, numba unpacks a named tuple array by array. For the arrays of the books,
 this costs more than the entire event rule, particularly in an engine, where other work flushes the
-CPU caches between events. A *directory* is one array with the address and shape of each
-of the arrays; compiled code rebuilds the tuple from the directory and reads only the entries that
-it uses.
+CPU caches between events. A *directory* is one array with the address and shape of each of the
+arrays; compiled code rebuilds the tuple from the directory and reads only the entries that it uses.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ def directory(arrays: tuple[np.ndarray[Any, Any], ...]) -> Int64s:
 def opener(example: tuple[np.ndarray[Any, Any], ...]) -> Any:
     """Make a compiled function that turns the directory of a tuple like ``example`` into the tuple.
 
-    The function returns tuples unchanged, so that code that uses it serves both Python callers,
-    which pass the directory, and compiled callers, which have the tuple.
+    The function returns tuples unchanged, so that the same code serves both Python callers, which
+    pass the directory, and compiled callers, which have the tuple.
     """
     tuple_type = numba.typeof(example)
 

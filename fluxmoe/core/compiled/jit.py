@@ -72,7 +72,7 @@ class _Cache(FunctionCache):
 
 
 class _NoCache(NullCache):
-    """A cache that stores nothing, if neither the sources' nor the user's folder is writable."""
+    """A null cache, used if neither the sources' nor the user's folder is writable."""
 
     def load_overload(self, sig: Any, target_context: Any) -> None:
         _announce("at every start, because no folder to store them in is writable")

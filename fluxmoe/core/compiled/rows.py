@@ -1,4 +1,4 @@
-"""Copying of many pages in one call, between arrays that compiled code knows by their addresses."""
+"""Copying of many pages in one call, between arrays given by their addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """Frames, stable addresses, and the two tenants that share a worker's budget.
 
-Imports ``core.types``, ``core.owner``, ``core.compiled`` and ``core.transfer``.
+The package imports only ``core.types`` and ``core.owner``.
 """

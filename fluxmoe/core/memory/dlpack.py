@@ -1,7 +1,7 @@
 """Zero-copy export of memory at an address, as a tensor of any library that accepts DLPack.
 
 Torch cannot wrap a pointer that it did not allocate, but it accepts DLPack from any source, and
-does not ask the driver about the addresses, some of which may not be committed yet.
+does not query the driver about the addresses, some of which may not be committed yet.
 https://dmlc.github.io/dlpack/latest/c_api.html defines the structures; this is version 0.
 """
 
@@ -59,7 +59,7 @@ def _delete(managed: int) -> None:
 
 @ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 def _drop(capsule: int) -> None:
-    """Destroy a capsule. Consumers rename theirs and call ``_delete``; for others, call it here."""
+    """Destroy a capsule; call ``_delete`` unless a consumer, which renames its capsule, does so."""
     if _python.PyCapsule_IsValid(capsule, _NAME):
         _delete(_python.PyCapsule_GetPointer(capsule, _NAME))
 

@@ -79,8 +79,8 @@ class ExpertTenant(Tenant):
     def resize(self, bank: int, slots: int) -> None:
         """Commit frames for exactly ``slots`` slots of a bank.
 
-        The memory of released frames returns to the operating system, because their next owner may
-        keep its bytes outside the frames, as an engine's own KV cache does.
+        The memory of released frames returns to the operating system, because the next owner of the
+        frames may keep its data in other memory, as an engine's own KV cache does.
 
         Raises:
             CapacityError: ``slots`` exceeds the number of reserved slots; nothing has changed.

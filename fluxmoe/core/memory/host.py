@@ -2,13 +2,13 @@
 
 The whole budget is one anonymous file; frame ``i`` is the file's range
 ``[i, i + 1) * frame_bytes``. Committing maps a run of frames with
-``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: populating at once costs half as much as page faults at
-the first access, in the engine's critical path. Uncommitted addresses read as NaN, from a read-only
-poison file, so that an error in the books shows up in the output instead of looking like a weight
-of zero; with ``debug=True``, such a read is a segmentation fault.
+``MAP_FIXED | MAP_SHARED | MAP_POPULATE``: populating at once costs half as much as page faults on
+first access, which would be in the engine's critical path. Uncommitted addresses read as NaN, from
+a read-only poison file, so that an error in the books shows up in the output instead of looking
+like a weight of zero; with ``debug=True``, such a read is a segmentation fault.
 
-A forked child process shares the file. The child cannot map frames, and frames that it releases
-keep their bytes, but it may remove its own mappings.
+A forked child process shares the file. The child may remove its own mappings, but cannot map
+frames, and frames that the child releases keep their bytes.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _MOST_FRAMES = 24 << 10
 
 
 def frame_bytes_for(budget: int, unit: int = 0) -> int:
-    """Choose the frame size on a CPU: budget/8192, as a power of two within 4 KiB … 2 MiB.
+    """Choose the frame size on a CPU: budget/8192, rounded up to a power of two, 4 KiB … 2 MiB.
 
     Args:
         budget: Budget in bytes.
         unit: Size in bytes of a unit that is committed and released separately, such as a KV block.
             If ``unit`` is not a multiple of the frame size, smaller frames are tried, as long as
-            the system can map that many.
+            the system can map the resulting number of frames.
     """
     wanted = max(1, -(-budget // 8192))
     frame = min(max(1 << (wanted - 1).bit_length(), 4096), 2 << 20)

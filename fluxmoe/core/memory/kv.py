@@ -1,6 +1,6 @@
 """The KV cache as a tenant of the budget: one arena, committed in groups of blocks.
 
-The engine addresses KV blocks by number and does not know about frames. The cache grows and shrinks
+The engine addresses KV blocks by number and is independent of frames. The cache grows and shrinks
 in *groups*: a group is the smallest number of consecutive blocks that fill whole frames. Each block
 is contiguous (block-outermost, docs/project/adr/0004), so a group is one block if the block size is
 a multiple of the frame size.
@@ -65,7 +65,10 @@ class KVLayout:
         return -(-nbytes // self.frame_bytes)
 
     def frames(self, groups: Collection[int]) -> int:
-        """Return the frames that distinct ``groups`` need. Runs at every step, so has no loop."""
+        """Return the number of frames that distinct ``groups`` need.
+
+        The method contains no loop, because it is called in every step.
+        """
         last, full = self.groups - 1, self.frames_per_group
         return len(groups) * full - (full - self.frames_of(last) if last in groups else 0)
 
@@ -100,7 +103,7 @@ class KVTenant(Tenant):
         self.committed: Bools = np.zeros(layout.groups, np.bool_)
 
     def buffer(self) -> Bytes:
-        """Return all blocks as uint8 ``[blocks * block_bytes]``, which keeps no arena alive."""
+        """Return all blocks as a uint8 view ``[blocks * block_bytes]``; see ``Arena.rows``."""
         buffer: Bytes = self._arena.rows(1, self.layout.nbytes)[0]
         return buffer
 
@@ -109,7 +112,7 @@ class KVTenant(Tenant):
         return self._arena.export(self.layout.blocks, self.layout.block_bytes)
 
     def commit(self, groups: Iterable[int]) -> None:
-        """Commit those of ``groups`` that are not yet committed. After an error, nothing changed.
+        """Commit those of ``groups`` that are not yet committed; on an error, commit none.
 
         Raises:
             OutOfFramesError: The budget has no room.

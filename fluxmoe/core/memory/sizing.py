@@ -2,7 +2,7 @@
 
 The experts and the KV cache first get their minimums, then their targets. The rest goes to the KV
 cache until the cache has room for all requests that can run at once, because a waiting request
-costs more than a streamed page, and then to the experts until all are resident. What is left is
+costs more than a streamed page, and then to the experts until all are resident. The remainder is
 room for cached prefixes.
 
 A bank is the set of slots that one kernel call can address. A single bank is best, because any
@@ -48,7 +48,7 @@ def first_split(budget: int, frame_bytes: int, experts: Wish, kv: Wish) -> tuple
 
     Raises:
         BudgetTooSmallError: The two minimums together exceed the budget.
-        ConfigError: A target is below its tenant's minimum, or both together exceed the budget.
+        ConfigError: A target is below its tenant's minimum, or the targets exceed the budget.
     """
     frames = budget // frame_bytes
     if experts.min + kv.min > frames:
@@ -128,7 +128,7 @@ def slots_per_bank(
     limit: int | None = None,
     minimum: int | None = None,
 ) -> list[int] | None:
-    """Find the maximum number of slots that need at most ``frames`` frames, for each bank.
+    """Find the maximum number of slots for each bank within ``frames`` frames in total.
 
     Args:
         geometry: Layers and experts.

@@ -1,4 +1,4 @@
 """Copies of pages into slots: the store contract, the order of copies, and thread pools.
 
-Imports ``core.types`` and ``core.owner``.
+The package imports only ``core.types`` and ``core.owner``.
 """

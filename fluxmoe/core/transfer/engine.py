@@ -48,8 +48,8 @@ class Copier(Protocol):
     def prefetch(self, loads: Loads) -> Iterable[PendingCopy | None]:
         """Order copies, most urgent first; None stands for a copy that is already complete.
 
-        A copy may begin only when the next one is asked for, so that the caller has noted it even
-        if Ctrl-C interrupts.
+        A copy may begin only when the caller requests the next one, so that the caller has recorded
+        the copy even if Ctrl-C interrupts the iteration.
         """
 
     def arrive(self, copy: PendingCopy) -> Exception | None:

@@ -1,9 +1,9 @@
 """Jobs and the thread pools that run them: copy threads and read threads.
 
 The constructor of a pool starts all threads of the pool: if a thread failed to start later, its job
-would be left behind, and the job's slot might have been assigned to another page. No caller waits
-for a job forever, even if the job's thread dies: a job that has not begun can be withdrawn, and a
-job that has begun always ends.
+would remain queued, although the job's slot might have been assigned to another page. No caller
+waits for a job forever, even if the job's thread dies: a job that has not begun can be withdrawn,
+and a job that has begun always ends.
 """
 
 from __future__ import annotations

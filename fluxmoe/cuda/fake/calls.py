@@ -10,7 +10,7 @@ from fluxmoe.cuda.fake.names import CUresult, Refused
 
 
 def driver_call(answers: int = 0, *, context: bool = True) -> Callable[[Any], Any]:
-    """Make a driver function, which returns a ``CUresult`` and ``answers`` values."""
+    """Make a decorator of driver functions, which return a ``CUresult`` and ``answers`` values."""
 
     def wrap(function: Any) -> Any:
         @wraps(function)

@@ -128,7 +128,7 @@ class FakeMemory:
     @driver_call(context=False)
     def cuMemUnmap(self, ptr: Any, size: int) -> None:
         found = list(self._mapped(int(ptr), size))
-        if self.timeline.pending:  # a kernel or a copy may be using it
+        if self.timeline.pending:  # a kernel or a copy may be using the memory
             self.lost = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
             return
         self._ground.decommit(int(ptr), size // self.piece)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-#: Order in which streams that could all proceed do so.
+#: Order in which streams run if several of them can proceed.
 #: ``at once``: work is done before the submitting call returns. ``kernels``: the kernels' stream
 #: proceeds as long as possible, so that copies run as late as allowed. ``copies``: the reverse.
 #: ``random``: any allowed order.

@@ -1,9 +1,9 @@
 """Choice of the fused MoE kernel's variant for a batch: a pure function and its threshold.
 
-Decoding in registers saves bandwidth at the cost of arithmetic, which pays off while each weight is
-used for few tokens. The threshold is estimated from the instruction counts of the compiled kernels
-and has not been confirmed on a GPU yet (docs/concepts/kernels.md). ``python -m benchmarks gpu
-kernel`` measures the threshold.
+Decoding in registers saves bandwidth at the cost of arithmetic, which pays off as long as each
+weight is used for few tokens. The threshold is estimated from the instruction counts of the
+compiled kernels and has not been confirmed on a GPU yet (docs/concepts/kernels.md). ``python -m
+benchmarks gpu kernel`` measures the threshold.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def load_headers(ptr, stride, step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def load_flags(ptr, segments, step, tile, tiles, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load the flags of a step: nonzero if a segment in the row tiles from ``tile`` is special."""
+    """Load a step's flags: nonzero if a segment in the row tiles from ``tile`` on is special."""
     rows = tile + tl.arange(0, (BLOCK_N + 63) // 64)[:, None]
     columns = step * BLOCK_K // 128 + tl.arange(0, (BLOCK_K + 127) // 128)[None, :]
     there = (rows < tiles) & (columns < segments)

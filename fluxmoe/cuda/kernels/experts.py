@@ -29,7 +29,7 @@ class KernelPart:
 
 
 def most_registers(tiles: Tiles) -> int:
-    """Return the register limit of a decoding thread, which allows all available registers.
+    """Return the register limit of a decoding thread: all registers that are available to it.
 
     By default, the assembler spills some registers to fit one more block per multiprocessor.
     """

@@ -25,7 +25,7 @@ class RawSlots:
 
 @dataclass(frozen=True, slots=True)
 class CompressedPages:
-    """Compressed matrices of one shape, at any multiples of 128 bytes in one buffer.
+    """Compressed matrices of one shape, at arbitrary multiples of 128 bytes in one buffer.
 
     Args:
         data: 1-D uint8, 16-byte aligned; one block of the fixed4 code per page
@@ -46,7 +46,7 @@ def pack_pages(
 ) -> CompressedPages:
     """Validate blocks of the fixed4 code, one per page, and concatenate them on a device.
 
-    Kernels trust their input: a damaged header could make them read out of bounds.
+    Kernels do not check their input: a damaged header could make them read out of bounds.
 
     Args:
         blocks: At least one result of ``Fixed4(cols).encode`` for a matrix of ``rows × cols``.

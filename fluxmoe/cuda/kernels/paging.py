@@ -1,11 +1,11 @@
 """The event rule on the device, and the gathering of missing pages from host memory.
 
-This is for steps that run without the host (full CUDA graphs): once per step, the host uploads the
-eviction order of the pages, made from any policy's scores. One small kernel per layer then resolves
-hits, chooses victims and assigns slots, and another kernel copies the missing pages. The first
-kernel implements points 1–5 of the event rule (docs/concepts/event-rule.md) for one bank, without
-policy hooks; tests compare every array with the core's after every event. Releasing (``retain``)
-and prefetching stay on the host.
+These kernels are for steps that run without the host (full CUDA graphs): once per step, the host
+uploads the eviction order of the pages, made from any policy's scores. One small kernel per layer
+then resolves hits, chooses victims and assigns slots, and another kernel copies the missing pages.
+The first kernel implements points 1–5 of the event rule (docs/concepts/event-rule.md) for one bank,
+without policy hooks; tests compare every array with the core's after every event. Releasing
+(``retain``) and prefetching stay on the host.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def gather_pages(
     *,
     programs: int = 128,
 ) -> None:
-    """Copy one part of pages into their slots, reading host memory from the device.
+    """Copy one part of each page into the page's slot, reading host memory from the device.
 
     Args:
         addresses: ``[P]`` int64, device address of each page's part, a multiple of 16. On CUDA, the
@@ -210,7 +210,7 @@ def gather_pages(
 
 @triton.jit
 def gather_pages_kernel(addresses, pages, slots, count, arena, words, BLOCK: tl.constexpr):
-    """Copy blocks of ``BLOCK`` words; the programs take turns."""
+    """Copy blocks of ``BLOCK`` words, distributed round-robin over the programs."""
     per_page = tl.cdiv(words, BLOCK)
     for task in range(tl.program_id(0), tl.load(count) * per_page, tl.num_programs(0)):
         item, at = task // per_page, task % per_page * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""``kv-first``: requests do not wait for memory while experts can give theirs up."""
+"""``kv-first``: requests wait for memory only while the experts have their minimum."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class KvFirst(ArbitrationPolicy):
         self._preemptions = view.preemptions
         self._calm = 0 if pressed or needed > kv else self._calm + 1
         if pressed:
-            # Room for the waiting requests, which are assumed to be of the running ones' mean size.
+            # Room for the waiting requests, assumed to be as large as the average running request.
             each = view.kv_used_frames / max(view.running_requests, 1)
             needed += round(each * view.waiting_requests)
         elif needed <= kv and self._calm <= self._patience:

@@ -4,8 +4,8 @@ For each split the policy estimates the number of requests that could run (from 
 request needs and the number of waiting requests), the duration of a step with that many requests (a
 line fitted to recent steps), the wait for experts (the miss-ratio curve, scaled to the actual
 misses, times the measured time per page), and the time to compute prompts (the part that a prefix
-cache of the remaining size lacks). It moves memory when the best split promises clearly more than
-the current one.
+cache of the remaining size lacks). The policy moves memory when the best split promises clearly
+more than the current one.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class StepModel:
         steps = [step for step in view.steps if step.tokens and step.requests]
         if not steps:
             return
-        # A longer average: there are entire answers between one prompt and the next.
+        # Averaged over more steps, because entire answers lie between one prompt and the next.
         asked, self._asked = view.prefixes.asked - self._asked, view.prefixes.asked
         self._average("prompt", asked / len(steps), steps=len(steps) / 8)
         known, have = view.experts.curve.size, view.frames["experts"]
@@ -189,7 +189,7 @@ class StepModel:
         self._averages[name] = value + (old - value) * self._keep**steps
 
     def line(self) -> tuple[float, float]:
-        """Return the duration of a decode step in seconds: the fixed part and that per request."""
+        """Return the seconds of a decode step: the fixed part, and the part per request."""
         n, x, y, xx, xy = (sum(column, 0.0) for column in zip(*self._sums, strict=True))
         x, y = x / n, y / n
         # A weak prior for the slope, because steps with the same batch size do not determine it.

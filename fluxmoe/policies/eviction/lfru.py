@@ -2,10 +2,10 @@
 
 This is FluxMoE's own variant of ``next-use``. A page's expected wait is estimated from the page's
 frequency. Frequencies cover the whole run, so a page that was popular long ago would be kept for
-too long. Therefore each turn of the page's layer since its last use adds ``recency`` turns to the
-wait. Turns are counted rather than events: counting events would favour the layer that has just
-run, although that layer is the last to run again. This is why lru, and lfu with aging, fail on
-scans.
+too long. Therefore each turn of the page's layer since the page's last use adds ``recency`` turns
+to the wait. Turns are counted rather than events: counting events would favour the layer that has
+just run, although that layer is the last to run again. For this reason, lru, and lfu with aging,
+fail on scans.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class LeastFrequentlyRecentlyUsed(EvictionPolicy):
         ) -> float:  # fmt: skip
             # Integer division in floating point: exact for any event number, and vectorisable.
             rounds = np.floor(event / num_layers)
-            turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)  # of its layer
+            # Turns of the page's layer.
+            turns = rounds + (1.0 if layer <= event - rounds * num_layers else 0.0)
             # Also exact: half an event exceeds the rounding error.
             missed = np.floor((event - last_use + 0.5) * (1.0 / num_layers))
             # Reciprocal of the probability. The prior, half a use in one turn, fades with time.

@@ -1,4 +1,4 @@
-"""The built-in lossless codecs for expert pages, registered by the hook that plugins use too."""
+"""The built-in lossless codecs for expert pages, registered through the hook that plugins use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NoCodec(Codec):
 
 def make_fixed4() -> Codec:
     """Fixed-width code for bf16 exponents: 0.77 of the size, decoded as fast as a copy."""
-    from fluxmoe.stores.codec.fixed4 import Fixed4  # here, as numba and LLVM take 0.5 s to import
+    from fluxmoe.stores.codec.fixed4 import Fixed4  # here: importing numba and LLVM takes 0.5 s
 
     return Fixed4()
 
@@ -32,7 +32,7 @@ def make_fixed4() -> Codec:
 @hookimpl
 def fluxmoe_register_codecs(register: Register) -> None:
     """Register the built-in codecs."""
-    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # here, as it imports pydantic
+    from fluxmoe.stores.codec.zipnn import ZipNN, ZipNNOptions  # here, because it imports pydantic
 
     register("none", NoCodec)
     register("fixed4", make_fixed4)

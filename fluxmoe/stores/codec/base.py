@@ -8,7 +8,7 @@ from fluxmoe.core.types import Bytes
 
 
 class Codec(ABC):
-    """A lossless code: encodes an array of bytes in fewer bytes and restores the array exactly.
+    """A lossless codec, which encodes an array in fewer bytes and restores it exactly.
 
     One object serves all threads of a process. Both methods should release the GIL; otherwise
     concurrent copies run one after another.
@@ -27,6 +27,6 @@ class Codec(ABC):
         """Write the decoded bytes to ``out``, which has exactly the size of the original.
 
         Raises:
-            CodecError: ``coded`` is damaged, or its original has another size than ``out``. The
+            CodecError: ``coded`` is damaged, or its original differs from ``out`` in size. The
                 contents of ``out`` are then undefined.
         """

@@ -94,7 +94,8 @@ class Fixed4(Codec):
 
     Args:
         cols: Number of columns when a part is interpreted as a matrix; a multiple of 64. 128
-            always works; with the weight's own number, a GPU kernel can read the block in place.
+            always works; with the number of columns of the weight matrix, a GPU kernel can read
+            the block in place.
 
     Raises:
         CodecError: ``cols`` is not a positive multiple of 64.

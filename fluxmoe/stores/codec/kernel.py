@@ -29,7 +29,7 @@ from fluxmoe.stores.codec.vector import (
 
 U16s: TypeAlias = npt.NDArray[np.uint16]
 U32s: TypeAlias = npt.NDArray[np.uint32]
-#: An integer and a bool: numba's types differ from those of Python and numpy.
+#: Integers and bools: numba's types differ from those of Python and numpy.
 Int: TypeAlias = Any
 Bool: TypeAlias = Any
 
@@ -43,14 +43,14 @@ _RAW = 1 << 31
 _ESCAPES = 3 << 28
 _ZERO = 1 << 7
 _TILE = 24  # words per row of a tile
-_AHEAD = 1536  # words between decoding and prefetching
+_AHEAD = 1536  # words from decoding to prefetching
 
 
 @jit
 def checksum(words: U32s, first: Int, end: Int) -> Int:
     """Compute the contribution of words ``first … end - 1`` to a block's checksum, uint64."""
     total = np.uint64(0)
-    part = words[first:end]  # numba knows that indices from 0 to the size do not wrap around
+    part = words[first:end]  # with indices from 0 to the size, numba omits the wraparound check
     for i in range(part.size):
         total += np.uint64(part[i]) * np.uint64(np.uint32(2 * (first + i) + 1))
     return total
@@ -215,7 +215,7 @@ def decode(words: U32s, nbytes: Int, out: U16s, past_caches: bool) -> Int:
     cols: Int = np.int64(words[trailer + 3])
     pool_rows: Int = np.int64(words[trailer + 4])
     tail: Int = np.int64(words[trailer + 5])
-    if cols == 0 or cols % 64 != 0 or rows > nbytes // (2 * cols):  # else products may overflow
+    if cols == 0 or cols % 64 != 0 or rows > nbytes // (2 * cols):  # so that no product overflows
         return MISFIT
     if 2 * rows * cols + tail != nbytes:
         return MISFIT

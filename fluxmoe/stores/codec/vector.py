@@ -113,7 +113,7 @@ def _decoder(*, zero: bool, past_caches: bool) -> Any:
 decode_plain = _decoder(zero=False, past_caches=False)
 #: As ``decode_plain``, but for the zero code.
 decode_zero = _decoder(zero=True, past_caches=False)
-#: As ``decode_plain``, but writes bypass the caches, so that no lines are fetched first.
+#: As ``decode_plain``, but writes bypass the caches, so that no cache lines are fetched.
 #: ``out[at:]`` must be aligned to 64 bytes. Call ``fence`` after the last call.
 decode_past_caches = _decoder(zero=False, past_caches=True)
 
@@ -157,7 +157,7 @@ def _exponents(b: ir.IRBuilder, high: ir.Value) -> ir.Value:
 def highest(typing: Any, weights: Any, at: Any) -> Any:
     """``(weights, at)``: the highest ``h`` of the 64 uint16 weights from ``weights[at]`` on.
 
-    ``h`` is the high byte of a weight without its sign.
+    ``h`` is the high byte of a weight without the sign bit.
     """
     signature = types.uint8(weights, types.int64)
 
@@ -193,7 +193,7 @@ def _encoder(*, zero: bool) -> Any:
                 lost = b.or_(outside, b.icmp_unsigned("==", offset, nothing))
                 outside = b.and_(lost, b.not_(is_zero))
                 offset = b.select(is_zero, nothing, offset)
-            whole = ir.VectorType(_i32, 16)  # processors have no byte shifts
+            whole = ir.VectorType(_i32, 16)  # x86 has no shifts of single bytes
             sign = b.lshr(b.bitcast(high, whole), _vector(_i32, [4] * 16))
             nibble = b.or_(
                 b.and_(b.bitcast(offset, whole), _vector(_i32, [0x07070707] * 16)),

@@ -1,8 +1,8 @@
 """The codec ``zipnn``: the entropy coder of the package ``zipnn``, for rarely needed pages.
 
 Its blocks are smaller than those of ``fixed4``, but decoding is much slower. The decoder is C code
-that does not validate its input. So this module puts 16 bytes before the package's output: the
-length of that output (u64), its CRC-32 (u32), and a zero (u32).
+that does not validate its input. Therefore this module puts 16 bytes before the package's output:
+the length of that output (u64), its CRC-32 (u32), and a zero (u32).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Pages on disk: page files, which are found by a key, and reads and writes of page files."""
+"""Pages on disk: page files, the keys that identify them, and reads and writes of pages."""

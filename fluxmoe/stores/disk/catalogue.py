@@ -20,8 +20,8 @@ from fluxmoe.stores.disk.pagewriter import PART
 from fluxmoe.stores.disk.reader import LENGTH, OFFSET, DamagedPageError
 
 SUFFIX = ".pages"
-#: Names of page files: a key, and for unfinished files a suffix by ``tempfile``. Other programs
-#: also use these extensions.
+#: Names of page files: a key, followed in unfinished files by a suffix from ``tempfile``. The key
+#: is required because other programs also use these extensions.
 _NAME = re.compile(r"[0-9a-f]{16}(\.pages|(-[a-z0-9_]+)?\.damaged|-[a-z0-9_]+\.part)")
 
 
@@ -53,7 +53,7 @@ class Entry:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """List the page files in a folder, by name; a folder that does not exist has none.
+    """List the page files in a folder, sorted by name; none if the folder does not exist.
 
     Raises:
         PageFileError: The folder cannot be read.
@@ -69,13 +69,13 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def damage(entry: Entry) -> Iterator[str]:
-    """Read all pages of a complete file and compare their checksums.
+    """Read all pages of a complete file and verify their checksums.
 
     A file with a damaged page is set aside, so that the next start rebuilds the file.
 
     Yields:
         For each page, a description of the damage; an empty string if the page is intact. If the
-        file cannot be opened, only the reason for this.
+        file cannot be opened, the only item is the reason.
     """
     try:
         file = _opened(entry.path)
@@ -174,7 +174,7 @@ def _shape(about: dict[str, Any]) -> tuple[int, list[int]]:
 
 
 def _lockable(fd: int) -> bool:
-    """True if no process is writing a file."""
+    """Return True if no process is writing a file."""
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -13,7 +13,7 @@ from fluxmoe.stores.disk.reader import LENGTH, PageReader, Scratch, sectors
 
 logger = logging.getLogger("fluxmoe")
 
-#: Depth if it is not measured: without direct I/O, and for files smaller than ``_SMALL`` bytes.
+#: Depth if it is not measured: without direct I/O, or for files smaller than ``_SMALL`` bytes.
 DEPTH = 4
 _SMALL = 256 << 20
 
@@ -25,7 +25,7 @@ def measured(file: PageReader) -> int:
     """Choose the number of concurrent reads by measuring a file's disk for less than 0.3 s.
 
     Returns:
-        The number; ``DEPTH`` if the file is small or without direct I/O, or if a read fails.
+        The number; ``DEPTH`` if the file is small or has no direct I/O, or if a read fails.
     """
     lengths = file.index[:, :, LENGTH].sum(1)
     if not file.direct or lengths.sum() < _SMALL:
@@ -39,7 +39,7 @@ def measured(file: PageReader) -> int:
 
     try:
         depth, rate = choose(read)
-    except OSError as error:  # later reads of the pages will report it
+    except OSError as error:  # later reads of the pages report the error
         logger.warning("%s cannot be measured: %s", file.path, error)
         return DEPTH
     logger.info("%s: %d reads at once, %.2f GB/s", file.path, depth, rate / 1e9)
@@ -72,7 +72,7 @@ def choose(read: Callable[[], int]) -> tuple[int, float]:
 
 
 def rate(read: Callable[[], int], depth: int) -> tuple[float, float]:
-    """Measure reads at a depth; return their bytes per second and the longest read in seconds."""
+    """Measure reads at a depth; return the rate in bytes/s and the longest duration in seconds."""
     done: list[tuple[float, float, int]] = []  # begin, end and bytes of each read
     until = time.perf_counter() + _ROUND
 

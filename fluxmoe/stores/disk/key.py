@@ -29,9 +29,9 @@ def of_files(files: Iterable[Path], **more: object) -> dict[str, object]:
     """Describe weights by the files that contain them.
 
     A file is described by its size, its header and samples of 4096 bytes: 64 distributed over the
-    file, and one from each tensor or, of a tensor with more than two dimensions, one from each
-    expert. A file in the Hub's cache is also described by its name, which is its SHA-256 unless the
-    file was edited through the link. File times are not used, because copying tools restore them.
+    file, and one from each tensor, or from each expert if a tensor has more than two dimensions. A
+    file in the Hub's cache is also described by its name, which is its SHA-256 unless the file was
+    edited through the link. File times are not used, because copying tools can preserve them.
 
     Args:
         files: Weight files, in any order.

@@ -1,4 +1,4 @@
-"""Replaced pages of a page file, in a file without a name that disappears with this process.
+"""Replaced pages of a page file, in an unnamed file that disappears when this process ends.
 
 A page file belongs to its checkpoint and may be read by other processes, so it is never changed.
 A page has two places in the overlay, each large enough for the uncoded page. New contents go to the

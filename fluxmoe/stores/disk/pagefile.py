@@ -60,7 +60,7 @@ def open_file(path: Path, flags: int) -> int:
         PageFileError: The file is not regular, belongs to another user, or cannot be opened.
     """
     try:
-        # O_NONBLOCK: opening a FIFO would wait for a writer.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise failure(error, path, "cannot be read") from error
@@ -190,7 +190,7 @@ class PageFile(PageReader):
 
 
 def _consistent(index: Index, sizes: Sequence[int], begin: int, end: int) -> bool:
-    """True if all pages are between ``begin`` and ``end``, with aligned and adjacent parts."""
+    """Return True if all pages are in ``begin … end``, with aligned and adjacent parts."""
     offsets, lengths = index[..., OFFSET], index[..., LENGTH]
     there = offsets[:, 0] != 0
     if index[~there].any() or (offsets > end).any() or (lengths > np.array(sizes, np.uint64)).any():

@@ -125,7 +125,7 @@ class PageFileWriter:
             self._part_name = ""
 
     def suspend(self) -> None:
-        """Close the unfinished file, to be continued by another writer. Idempotent."""
+        """Close the unfinished file, which another writer can continue. Idempotent."""
         if self._part_name and self._owner.here:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
@@ -145,7 +145,7 @@ class PageFileWriter:
     def _continue_orphan(self) -> bool:
         """Open an unfinished file to continue it; remove files that cannot be continued.
 
-        Files that other processes are writing are locked, and are skipped.
+        Files that other processes are writing are locked, and therefore skipped.
 
         Returns:
             True if a file is continued.
@@ -157,8 +157,8 @@ class PageFileWriter:
                 continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its writer may have made the file visible under its final name, or removed it,
-                # between the search and the lock.
+                # Between the search and the lock, the file's writer may have made the file visible
+                # under its final name, or removed it.
                 mine = os.path.samestat(os.stat(orphan), os.fstat(fd))
                 index = self._index_of(fd, orphan)
                 if index is not None and mine:

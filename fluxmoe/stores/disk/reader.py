@@ -63,7 +63,7 @@ class DamagedPageError(PageFileError):
 
 
 class DiskMeter:
-    """Measures the reads of several threads from a disk.
+    """Meter of the reads of several threads from a disk.
 
     Attributes:
         nbytes: Number of bytes read.
@@ -137,7 +137,7 @@ class PageReader:
         return self._direct >= 0
 
     def cached(self, page: int) -> bool:
-        """True if the page cache holds a page, so that reading it is only a copy."""
+        """Return True if a page is in the page cache; reading the page is then only a copy."""
         return residency.cached(self._fd, *self._span(page))
 
     def _span(self, page: int) -> tuple[int, int]:
@@ -151,7 +151,7 @@ class PageReader:
         self.verify(page, targets)
 
     def fetch(self, page: int, targets: Sequence[Bytes]) -> None:
-        """Read a page's parts in stored form, in one system call.
+        """Read a page's parts in stored form, usually in one system call.
 
         Args:
             targets: For each part, memory of its stored length. With direct I/O, the disk writes
@@ -204,7 +204,7 @@ class PageReader:
         return os.preadv(self._direct, [room.data], int(self.index[page, 0, OFFSET]))
 
     def set_aside(self) -> None:
-        """Keep the next start from using a damaged file; does nothing for a file without a name."""
+        """Prevent later starts from using a damaged file. Does nothing for an unnamed file."""
 
     def close(self) -> None:
         """Close the file. Idempotent."""

@@ -1,10 +1,9 @@
 """Reads of a tier's pages by read threads, while other threads decode pages that have been read.
 
-A read thread reads the stored bytes of one page into memory: into the slot for parts that are
-stored uncoded, and into one of a few buffers for coded parts. The thread that needs the page
-verifies and decodes it. If decoding lags behind and no buffer is free, coded parts, which are never
-longer than the originals, are read into the slot and moved out before they are decoded. Therefore
-no thread waits for a buffer.
+A read thread reads the stored bytes of one page into memory: uncoded parts into the slot, and coded
+parts into one of a few buffers. The thread that needs the page verifies and decodes it. If decoding
+lags behind and no buffer is free, coded parts, which are never longer than the originals, are read
+into the slot and moved out before they are decoded. Therefore no thread waits for a buffer.
 
 Read threads and decoding threads share only ``Job`` objects. A thread that needs a page whose read
 has not begun makes the read itself, and thus does not depend on any other thread.

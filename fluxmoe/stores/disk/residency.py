@@ -1,4 +1,4 @@
-"""The function ``cached``, which checks if a part of a file is in the page cache.
+"""The function ``cached``, which checks whether a part of a file is in the page cache.
 
 A read with ``RWF_NOWAIT`` would also show this, but the kernel would start to read absent data into
 the page cache, and every cold page would be read from the disk twice.
@@ -11,15 +11,15 @@ import mmap
 
 import numpy as np
 
-#: Number of the system call ``cachestat``, which Linux has since version 6.5.
+#: Number of the system call ``cachestat``, available since Linux 6.5.
 _CACHESTAT = 451
 _libc = ctypes.CDLL(None)
 
 
 def cached(fd: int, offset: int, nbytes: int) -> bool:
-    """True if the page cache holds all ``nbytes`` bytes of a file from ``offset`` on.
+    """Return True if the page cache holds all ``nbytes`` bytes of a file from ``offset`` on.
 
-    Reads nothing from the disk. False if the kernel does not provide the information.
+    Reads nothing from the disk. The result is False if the kernel does not provide the information.
 
     Args:
         fd: File descriptor.

@@ -20,11 +20,11 @@ _FILE, _BLOCK, _REPEATS = 256 << 20, 8 << 20, 5
 
 
 class DiskSpeed(NamedTuple):
-    """Random reads of whole pages with direct I/O.
+    """Speed of random reads of whole pages with direct I/O.
 
     Attributes:
         nbytes_per_s: Rate of several reads at once, at the best depth.
-        seconds: Duration of one read alone, beyond the time that its bytes take at this rate.
+        seconds: Latency: the duration of a single read minus the time for its bytes at this rate.
         depth: Number of reads at once.
     """
 
@@ -46,7 +46,7 @@ def measure(folder: Path, page_bytes: int) -> DiskSpeed:
     there, nbytes = machine.existing(folder.absolute()), min(sectors(page_bytes), _FILE // 4)
     try:
         with tempfile.TemporaryFile(dir=there, prefix="fluxmoe-speed-") as file:
-            for _ in range(_FILE // _BLOCK):  # random, because some disks compress
+            for _ in range(_FILE // _BLOCK):  # random data, because some disks compress
                 file.write(os.urandom(_BLOCK))
             file.flush()
             os.fsync(file.fileno())

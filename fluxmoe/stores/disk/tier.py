@@ -50,7 +50,7 @@ class FileTier:
         options: Options of the codec.
         beside: Settings of the tiers before this one, which take pages first.
         direct: Read pages that are not in the page cache with direct I/O.
-        depth: Number of threads that read pages; None to measure the best number.
+        depth: Number of threads that read pages; None to choose the number by measurement.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class FileTier:
             "beside": list(beside),
         }
         self._about: dict[str, Any] = json.loads(json.dumps(about, default=str))
-        self._key: Key | None = key  # None after ``finish``: it may refer to all weights
-        self._found: object = None  # what the key described before the first page
+        self._key: Key | None = key  # None after ``finish``, to free the weights
+        self._found: object = None  # the key's value before the first page
         self._folder, self._coder, self._limit, self._direct = folder, coder, limit, direct
         self._depth = depth
         self._file: PageFile | None = None
         self._writer: PageFileWriter | None = None
         self._overlay: Overlay | None = None
         self._staged: dict[int, Index] = {}
-        self._growth = 0  # of ``nbytes``, once the staged pages are committed
+        self._growth = 0  # of ``nbytes`` when the staged pages are committed
         self._held: dict[int, int] = {}  # page → bytes, in the order in which pages were put
         self._reads = PageReads(coder, self._shape[1])
         self.nbytes = 0
@@ -119,7 +119,7 @@ class FileTier:
         """Complete a new file, if any, make it visible under its name, and start the read threads.
 
         Raises:
-            PageFileError: The file cannot be written, or the weights changed since the first page.
+            PageFileError: The file cannot be written, or the weights changed after the first page.
             ConfigError: The threads cannot be started.
         """
         if self._writer is not None:

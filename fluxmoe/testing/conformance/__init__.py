@@ -1,4 +1,4 @@
-"""The conformance kit, which tests contracts on golden traces with the production event rule."""
+"""The conformance kit, which tests policies and codecs against their contracts."""
 
 from fluxmoe.testing.conformance.arbitration import check_arbitration_policy
 from fluxmoe.testing.conformance.codec import check_codec

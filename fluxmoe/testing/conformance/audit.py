@@ -1,8 +1,8 @@
 """Audited guards: the host's guards, with every call checked against the contract.
 
-A guard makes all calls to its policy through a ``PolicyCaller``. An ``Auditor`` takes that place
-here: it compares the state before and after each call, repeats calls that must be pure, and
-tolerates no faults.
+A guard makes all calls to its policy through a ``PolicyCaller``. An audited guard uses an
+``Auditor`` instead, which compares the state before and after each call, repeats calls that must be
+pure, and raises an exception for each fault.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _mend(error: BaseException, method: str) -> str:
 
 
 def _attributes(owner: object, name: object, method: str) -> str:
-    """Return a hint for a missing attribute: the valid ones, or where to set it."""
+    """Return a hint for a missing attribute: the valid attributes, or the place to set it."""
     if isinstance(owner, EvictionPolicy | PrefetchPolicy | ArbitrationPolicy):
         return f"set self.{name} in __init__, and again in reset, before {method} reads it"
     for contract in PageView, Access, ArbitrationView:

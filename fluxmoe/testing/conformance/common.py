@@ -38,8 +38,8 @@ class Tried(Generic[Policy, Scene, Play]):
     Args:
         factory: Function that makes the policy.
         base: The required base class.
-        play: Function that makes a play of a scene with a policy.
-        some: Scenes for rules that play a scene several times.
+        play: Function that prepares a scene with a policy.
+        some: Scenes for rules that run a scene several times.
         unit, turn: Names of the counted quantity and of its interval, such as ``misses`` per
             ``event``.
 
@@ -67,7 +67,7 @@ class Tried(Generic[Policy, Scene, Play]):
         return new(self._factory)
 
     def play(self, scene: Scene) -> Play:
-        """Make a play of a scene with a new policy."""
+        """Prepare a scene with a new policy."""
         return self._play(scene, self.new())
 
     def same(self, first: Counts, second: Counts, scene: Scene, found: str, mend: str) -> None:
@@ -216,7 +216,7 @@ def first_rules(
 def same_again(
     sentence: str = "the same events and seed lead to the same misses",
 ) -> list[Rule[Any]]:
-    """Make the rules that two plays must agree, for new, reset and concurrent policies."""
+    """Make the rules that two runs must agree, for new, reset and concurrent policies."""
     return [
         Rule("repeats", sentence, check_repeats),
         Rule("resets", "after reset(), it behaves like a new policy", check_resets),

@@ -40,8 +40,8 @@ def findings(factory: Factory) -> list[Finding]:
 
 
 def _replay(stage: Stage, policy: PrefetchPolicy) -> Replay:
-    # With several banks, an eviction policy (LRU) that drops the next pages; otherwise one that
-    # keeps them.
+    # Stages with several banks use LRU, which evicts the pages needed next; the others use
+    # ``next-use``, which keeps them.
     return Replay(stage, LeastRecentlyUsed() if stage.banks > 1 else None, policy)
 
 

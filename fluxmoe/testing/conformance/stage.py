@@ -54,7 +54,7 @@ class Stage:
 
 
 def stages() -> Iterator[Stage]:
-    """Yield all stages: few slots to all, one bank or two, with prefetch or resizing in some."""
+    """Yield all stages: few to all slots, one or two banks, some with prefetch or resizing."""
     for trace in GOLDEN.values():
         for capacity in trace.capacities:
             yield Stage(trace, capacity)

@@ -43,7 +43,7 @@ class _Survey:
         if not valid.any():
             return
         if event.weights is not None:
-            # Checked in the type that will be written; no weight should exceed float16's range.
+            # Checked as float16, the stored type: weights beyond its range become infinite.
             with np.errstate(over="ignore"):
                 weights = np.asarray(event.weights)[valid].astype(np.float16)
             if not np.isfinite(weights).all():
@@ -111,17 +111,17 @@ def convert(
     max_steps: int | None = None,
     replace: bool = False,
 ) -> TraceMeta:
-    """Convert a file of another format to a trace, streaming it twice.
+    """Convert a file of another format to a trace, reading the file twice.
 
     Args:
         path: A file or folder.
         out: Trace file to write.
-        format_: A key of ``FORMATS``; None detects it from the content.
+        format_: A key of ``FORMATS``; None to detect the format from the content.
         options: Facts that the file does not contain.
         model: Model name for the trace's metadata; by default the file's name.
         experts: Number of experts per layer; by default the largest expert number plus one.
         page_bytes: Bytes of an expert page; None if unknown.
-        max_steps: Number of steps to convert; later steps are omitted.
+        max_steps: Maximum number of steps to convert; later steps are omitted.
         replace: Overwrite ``out`` if it exists.
 
     Raises:

@@ -16,7 +16,7 @@ from fluxmoe.errors import TraceError
 
 
 class ForeignEvent(NamedTuple):
-    """Routing of T tokens in one layer, numbered as in the file.
+    """Routing of T tokens in one layer; experts and layers are numbered as in the file.
 
     Attributes:
         step: Forward pass, increasing.
@@ -53,7 +53,7 @@ class Options:
 
 
 class Reader(ABC):
-    """Streams a file or folder of one format; its events can be read repeatedly.
+    """Streaming reader of a file or folder of one format; the events can be read repeatedly.
 
     Args:
         path: A file, or a folder of files.

@@ -50,10 +50,10 @@ OTHER = [{3: 4}, {0: 4}, {0: 1, 1: 3}]
 
 def test_what_followed_the_most_similar_beginning_is_fetched():
     policy = ActivationMatrices(lead=2)
-    assert step(policy, 0, ONE) == [[], [], []]  # nothing is known yet
+    assert step(policy, 0, ONE) == [[], [], []]  # no matrix is kept yet
     step(policy, 1, OTHER)
     first, second, last = step(policy, 2, ONE)
-    # The next layer's only expert, then half as urgent the last layer's: 3/4 · 2/3 and 1 · 1/3.
+    # The next layer's expert has the urgency 3/4 · 2/3, and the last layer's 1 · 1/3.
     assert first == [1 * EXPERTS + 1, 2 * EXPERTS + 3]
     assert second == [2 * EXPERTS + 3]
     assert last == []

@@ -33,17 +33,17 @@ def after(policy, steps, **given):
     ("stall", "experts"),
     [
         (0.0, 570),  # no layer waits: 5 % are taken
-        (0.05, 585),  # half of the target: half of that
+        (0.05, 585),  # half of the target: half as much
         (0.1, 600),  # the target
-        (0.15, 615),  # half of it beyond
-        (0.9, 630),  # far beyond: up as fast as down
+        (0.15, 615),  # half of the target above the target
+        (0.9, 630),  # far above the target: 5 % at most
     ],
 )
 def test_the_amount_follows_the_formula_of_the_paper(stall, experts):
     policy = Senpai(target=0.1, ratio=0.05, period=4)
     assert after(policy, 3, stall=stall) == 600  # the period is not over
     assert after(policy, 1, stall=stall) == experts
-    assert after(policy, 3, stall=stall) == experts  # it asks for the same until the next one
+    assert after(policy, 3, stall=stall) == experts  # unchanged until the next period ends
 
 
 def test_pressure_is_weighed_by_time():
@@ -67,7 +67,7 @@ def test_it_stays_within_the_bounds(stall, experts):
     policy, have = Senpai(period=1), 600
     for _ in range(100):
         have = after(policy, 1, experts=have, stall=stall)
-    assert have == pytest.approx(experts, abs=12)  # the last percent is rounded away
+    assert have == pytest.approx(experts, abs=12)  # rounding stops the last steps
 
 
 def test_it_is_known_by_its_name_and_takes_options():

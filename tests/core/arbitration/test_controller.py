@@ -226,7 +226,7 @@ def test_bounds_and_use_win_over_any_wish(world):
     assert w.frames["kv"] >= 3 and w.frames["experts"] >= frames_for(PAGE_CLASS, EXPERTS, FRAME)
     w.want(0, FRAMES)
     w.settle()
-    assert w.frames == {"experts": FRAMES - 32, "kv": 32}  # the KV cache has no more blocks
+    assert w.frames == {"experts": FRAMES - 32, "kv": 32}  # the KV cache has no further blocks
     w.blocks.in_use = set(w.blocks.usable)
     kv = w.frames["kv"]
     w.want(FRAMES - 3, 3)

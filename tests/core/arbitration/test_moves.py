@@ -18,7 +18,7 @@ FRAMES, GROUPS = 40, 9
 
 
 class Worker:
-    """A worker's memory: KV groups and a slot count. An action takes effect completely or not."""
+    """A worker's memory: KV groups and a slot count. Each action is all or nothing."""
 
     def __init__(self, rank: int) -> None:
         self.groups: set[int] = {0, 1, 2}
@@ -233,7 +233,7 @@ def test_one_worker_that_fails_rolls_all_back(move, failures, outcome, stages):
 
 @pytest.mark.parametrize("number", [0, 2, 3, 7])
 def test_a_worker_carries_out_the_next_order_only(number):
-    """Skipping an order would lose the memory that it moves."""
+    """Skipping an order would lose the memory that the order moves."""
     worker = Worker(0)
     assert worker.mover.receive(Order(number, TakeKV((5,)))) is None
     first = worker.mover.receive(Order(1, TakeKV((5,))))

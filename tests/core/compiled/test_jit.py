@@ -85,7 +85,7 @@ def test_a_change_in_one_folder_reaches_the_compiled_code_of_another(copy, user)
 def test_a_change_of_a_tuple_from_a_file_without_compiled_code_reaches_its_users(copy):
     types = copy / "fluxmoe/core/types.py"
     name = "from fluxmoe.core.paging.replay import look_ahead as f; print(f.py_func.__qualname__)"
-    before = run(copy, program=name)  # its machine code has this name
+    before = run(copy, program=name)  # names the machine code of `look_ahead`
     types.write_text(types.read_text().replace("    later: Int64s", "    next_use: Int64s"))
     assert run(copy, program=name) != before
 
@@ -98,7 +98,7 @@ def test_machine_code_of_another_version_is_no_obstacle(copy):
 
 
 def test_it_runs_where_nothing_can_be_cached(copy):
-    # As for an unprivileged user without a home folder: an unusable locator has the same effect.
+    # An unusable locator has the same effect as no privileges and no home folder.
     assert run(copy, NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator").startswith("2 [1, 2, 0, 2,")
 
 
@@ -126,8 +126,8 @@ def put(row: npt.NDArray[np.int64], grid: npt.NDArray[np.int64], i: int) -> int:
 
 
 def test_no_index_is_looked_at_whether_it_is_negative():
-    # Index −1 therefore reads the preceding element, which a view of a larger array makes visible.
-    # A constant index counts from the end.
+    # In compiled code, a variable index of −1 reads the element before the array, which a view of a
+    # larger array makes visible. A constant index of −1 reads the last element.
     whole, grid = np.arange(10), np.arange(40).reshape(2, 20)
     row = whole[5:]
     compiled = jit(get)
@@ -153,7 +153,7 @@ def test_c9_compilation_is_announced_once_and_only_if_it_happens(copy):
 
 
 def test_c9_a_policy_s_victims_are_compiled_once():
-    """Numba gives literals a separate type, which used to cost ten seconds of compilation twice."""
+    """Numba types literals separately, so a literal argument would cause a second compilation."""
     program = (
         "from fluxmoe.core.paging.victims import victims\n"
         "from fluxmoe.sim.simulator import simulate\n"

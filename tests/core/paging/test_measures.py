@@ -69,7 +69,7 @@ def test_a_scan_is_a_cliff_and_its_hull_a_line():
     scan = [(event % LAYERS, np.arange(EXPERTS)) for event in range(30)]
     curve = observed(scan, every=1, window=0)
     warm = 1 - LAYERS / 30
-    # Between two uses of a page lie the other layers' pages and its successors in its layer.
+    # Between two uses of a page lie the other layers' pages and the page's successors in its layer.
     assert curve.curve()[:16].tolist() == pytest.approx([warm] * 16)
     assert curve.curve()[PAGES] == 0
     hull = convex_hull(curve.curve())

@@ -228,7 +228,7 @@ def test_random_failures_never_serve_wrong_bytes(rig, threads):
     rng = np.random.default_rng(5)
     served = failed = 0
     for event in range(400):
-        if event % 3 == 0:  # for several events, or the second try would always succeed
+        if event % 3 == 0:  # for three events, so that a second try may fail too
             r.store.broken = set(rng.choice(24, 4).tolist()) if rng.random() < 0.6 else set()
         try:
             r.acquire(event % 4, rng.integers(-1, 6, 5).tolist())  # compares the bytes
@@ -409,7 +409,7 @@ def test_a_page_that_cannot_be_completed_is_given_up_when_it_should_move(rig):
     r.store.broken = {7}
     r.acquire(0, [0, 1, 2, 3])
     r.acquire(0, [0])
-    r.pager.resize(0, 7)  # the policy evicts page 1; 7 would move into its slot
+    r.pager.resize(0, 7)  # the policy evicts page 1; 7 would move into the slot of 1
     r.check()
     assert r.resident == {0, 2, 3, 4, 5, 6}
     r.store.broken = set()

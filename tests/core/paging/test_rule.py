@@ -148,7 +148,8 @@ def test_3_all_of_the_events_pages_get_last_use_and_use_count_and_on_access_runs
     rule = make(eviction=(policy := Looks()))
     run(rule, 0, 0, 1)
     run(rule, 0, 1, 3)
-    assert policy.seen == ([1, 1], [2, 1], [True, False])  # counts are new, but nothing is loaded
+    # Counts are updated, but nothing is loaded.
+    assert policy.seen == ([1, 1], [2, 1], [True, False])
 
 
 def test_3_use_count_survives_eviction():

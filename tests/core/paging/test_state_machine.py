@@ -63,7 +63,7 @@ class CoreMachine(RuleBasedStateMachine):
         rig.GROUND = self.ground
         self.layers, self.experts, self.banks = layers, experts, min(banks, layers)
         self.reserved = [layers * experts + 1] * self.banks
-        #: Experts per token if events may run in waves, or 0; and the minimum of slots per bank.
+        #: Experts per token if events may run in waves, or 0; and the minimum number of slots.
         self.width, self.least = width, width or experts
         sizes = st.integers(self.least, self.reserved[0])
         slots = [data.draw(sizes, label="slots") for _ in range(self.banks)]
@@ -174,7 +174,7 @@ class CoreMachine(RuleBasedStateMachine):
                 self.rig.mover.apply(SetSlots(slots))
             assert table.slots == before
             after = before
-            # The banks that shrank first have lost pages.
+            # The banks that shrank before the failure have lost pages.
         else:
             self.rig.mover.apply(SetSlots(slots))
             assert table.slots == list(slots)
@@ -209,7 +209,7 @@ class CoreMachine(RuleBasedStateMachine):
         table = self.rig.table
         for page in self.rig.resident:
             bank, slot = table.bank(page // self.experts), int(table.books.slot_of[page])
-            if (bank, slot) not in self.rig.transfer._queued:  # otherwise, it is still on its way
+            if (bank, slot) not in self.rig.transfer._queued:  # otherwise, the copy is pending
                 self.rig.assert_holds(bank, slot, page)
 
     def teardown(self):

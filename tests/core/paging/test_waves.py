@@ -118,7 +118,7 @@ def test_a_token_is_never_split():
 
 @pytest.mark.parametrize(("experts", "top_k", "most"), [(16, 4, 32), (64, 8, 36), (128, 8, 22)])
 def test_a_chunk_of_512_tokens_reads_much_less_than_its_tokens_one_by_one(experts, top_k, most):
-    """Even with the minimum number of slots and uniform routing."""
+    """The bound holds even with the minimum number of slots and uniform routing."""
     rng = np.random.default_rng(1)
     tokens = [rng.choice(experts, top_k, replace=False).tolist() for _ in range(512)]
     for slots, share in ((top_k, 1.0), (2 * top_k, 0.75), (experts // 2, 0.35)):

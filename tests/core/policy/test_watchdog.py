@@ -255,7 +255,7 @@ def test_a_shot_and_the_end_of_a_call_exclude_each_other():
         watch._lock.acquire()
         aiming = threading.Thread(target=watch.due, args=(LATE,))
         aiming.start()
-        spin(0.02)  # the watchdog has seen that the call is late, and waits for the lock
+        spin(0.02)  # the watchdog has found the call late, and waits for the lock
         reached.append(aiming.is_alive())
         watch._started = 0  # like the end of a call that got the lock first
         watch._lock.release()
@@ -355,7 +355,7 @@ def test_compiling_a_kernel_is_nobodys_slow_call():
 
 
 def test_processor_time_is_read_only_after_a_late_call(monkeypatch):
-    """Reading it costs more than all else in a limited call; 0.6 µs were measured in all."""
+    """Reading the processor time costs more than the rest of a limited call."""
     reads = []
 
     def thread_time_ns():

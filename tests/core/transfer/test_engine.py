@@ -229,7 +229,7 @@ def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
 
 
 def test_a_copy_is_noted_before_it_begins_and_until_it_has_ended(engine, monkeypatch):
-    """Otherwise an interruption in between would leave a copy into a slot of another page."""
+    """An interruption must not leave an unnoted copy, whose slot could be given to another page."""
     noted = []
 
     def interrupted(copy, urgency):

@@ -145,7 +145,7 @@ def methods_set(use: Use) -> Any:
 
 
 def inside_before_paging(use: Use) -> Any:
-    """Each change affects one layer, which is not the layer that is always checked."""
+    """Each change affects one layer, other than the layer that is always checked."""
     found, experts = [], use.experts
     hook = experts.act_fn.register_forward_hook(lambda module, args, output: output * 2)
     act_fn, gate = experts.act_fn, experts._apply_gate
@@ -276,7 +276,7 @@ def modes(use: Use) -> Any:
 
 
 class _Record(TorchFunctionMode):
-    """Keep every tensor that is an argument of a torch function."""
+    """A mode that keeps every tensor that is an argument of a torch function."""
 
     def __init__(self) -> None:
         super().__init__()

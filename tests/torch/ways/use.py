@@ -28,7 +28,7 @@ class Use:
         folder: An empty folder.
         checkpoint: The checkpoint from which the model was loaded.
         handle: The handle; None while the model is not paged.
-        code: The code that all refusals have.
+        code: Error code of all refusals.
         refused: Number of refusals so far.
         stays_unpaged: True for the run that gives the right answer.
     """
@@ -73,7 +73,7 @@ class Use:
             return (self.model if model is None else model)(IDS, use_cache=False).logits
 
     def other(self) -> Any:
-        """Load another model with the same weights, which is not paged."""
+        """Make another model with the same weights, which is not paged."""
         return copy.deepcopy(self.stock)
 
     def refuses(self, *attempts: Callable[[], object]) -> None:

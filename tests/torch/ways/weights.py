@@ -185,7 +185,7 @@ def edited_view(use: Use) -> None:
             view += 1
         use.refuses(use.run, lambda: use.layers[1].mlp(use.states))
         use.close()
-        assert not torch.equal(use.run(), right)  # the stock model's answer after the edit
+        assert not torch.equal(use.run(), right)  # the closed model uses the edited weights
     use.page()
     with torch.no_grad():
         torch.Tensor(use.experts.down_proj).add_(1)  # not dispatched to the parameter

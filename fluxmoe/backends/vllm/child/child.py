@@ -1,4 +1,4 @@
-"""A vLLM engine in a child process, for demo, benchmarks and tests.
+"""A vLLM engine in a child process, for the demo, benchmarks and tests.
 
 By default the child runs vLLM in-process and single-threaded, so that two engines can be measured
 alternately on the same machine. Each engine needs its own process, because vLLM and OpenMP read
@@ -33,7 +33,7 @@ from fluxmoe.findings import Findings
 
 __all__ = ["ENVIRONMENT", "ChildEngine", "Generation", "Prompt"]
 
-#: Environment for one thread and one process. The other variables keep vLLM quiet and offline.
+#: Environment in which vLLM uses one thread and one process, and is quiet and offline.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -160,7 +160,7 @@ class ChildEngine:
         return self._receive()
 
     def pss_bytes(self) -> int:
-        """Measure the memory of the engine's processes: own pages, and a share of shared pages."""
+        """Measure the memory of the engine's processes: own pages and a share of shared pages."""
         import psutil
 
         child = psutil.Process(self._process.pid)
@@ -252,7 +252,7 @@ def _main(
                     old.stop()
                 del old
                 gc.collect()  # engines, including partly started ones, are full of cycles
-                gc.freeze()  # a start collects five times; excluding modules saves 2 of 3 s
+                gc.freeze()  # a start runs five collections; freezing saves 2 of 3 s
                 engine = Engine(*args)
                 answer: Any = engine.info
             elif engine is None:
@@ -273,7 +273,7 @@ def _main(
 
 
 def _die_with_parent(log: str) -> None:
-    """Wait for the parent's end, then kill this process even if it is busy."""
+    """Wait for the parent to end, then kill this process even if it is busy."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

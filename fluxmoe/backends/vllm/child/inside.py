@@ -130,7 +130,7 @@ class Engine:
         return Generation(tokens, logprobs, cached, seconds, peak, steps, stats, committed)
 
     def _add(self, prompts: list[Prompt], after: int | None) -> None:
-        """Add the requests whose ``after`` is ``after``; None adds those that wait for no other."""
+        """Add the requests that follow request ``after``; None adds those that follow no other."""
         from vllm import SamplingParams
 
         for index, prompt in enumerate(prompts):

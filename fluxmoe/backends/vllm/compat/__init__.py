@@ -1,9 +1,10 @@
 """All private names of vLLM that FluxMoE uses, and a check of vLLM's version.
 
 There is one module per part of vLLM, so that each of vLLM's processes imports only what it needs:
-``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker``, ``cpu`` and
-``reload`` (paged workers), ``server`` (the API server), and ``engine`` (engines in this process,
-and the server's engine client). Each module first asserts its names (``backends/vllm/names.py``).
+``plugin`` (all processes), ``connector`` (scheduler, worker, metrics), ``worker``, ``cpu``,
+``loading`` and ``reload`` (paged workers), ``server`` (the API server), and ``engine`` (engines in
+this process, and the server's engine client). Each of these modules first asserts its names
+(``backends/vllm/names.py``).
 """
 
 from __future__ import annotations

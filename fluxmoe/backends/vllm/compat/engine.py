@@ -50,7 +50,7 @@ async def collective_rpc(client: Any, method: str, argument: object) -> list[Any
 
 
 def is_idle(client: Any) -> bool:
-    """True if no request is in flight."""
+    """Return True if no request is in flight."""
     return not client.output_processor.has_unfinished_requests()
 
 

@@ -29,7 +29,7 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class Receiver(Protocol):
-    """Receives the weights of a model that is being loaded."""
+    """A receiver of the weights of a model that is being loaded."""
 
     def begin(self, model: torch.nn.Module) -> None:
         """Prepare the model before its weights are loaded."""
@@ -114,5 +114,5 @@ def streaming(load_config: Any, receiver: Receiver) -> Iterator[None]:
 
 
 def streams(load_config: Any) -> bool:
-    """True if vLLM's loader for this configuration passes the tensors to the model one by one."""
+    """Return True if the loader for this configuration passes tensors to the model one by one."""
     return load_config.load_format in _FORMATS

@@ -34,7 +34,7 @@ def exempt(module: torch.nn.Module) -> None:
 
 
 def readmit(module: torch.nn.Module) -> None:
-    """Forget that a module was exempt or is being loaded."""
+    """Reset the state of a module that is exempt or being loaded."""
     get_layerwise_info(module).reset()
 
 
@@ -48,7 +48,7 @@ def unfollowing(model: torch.nn.Module) -> list[str]:
     """Find the names of buffers that would keep old weights.
 
     These buffers were views of a parameter when the model was built. If the processing after
-    loading gave the parameter other memory, writes to the parameter no longer reach the buffers.
+    loading moved the parameter, writes to the parameter no longer reach the buffers.
     """
     found = []
     for prefix, module in model.named_modules():
@@ -84,7 +84,7 @@ def pack_tied(model: torch.nn.Module) -> None:
 
 
 def weights_of(config: Any, model: torch.nn.Module, path: str | None) -> Iterator[Any]:
-    """Iterate over names and tensors of the checkpoint ``path``, or of the model's own if None."""
+    """Iterate over names and tensors of a checkpoint; by default, of the model's own."""
     model_config = config.model_config
     if path is not None:
         model_config = copy.copy(model_config)  # a failed update must not rename the model

@@ -26,10 +26,10 @@ from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 
 
 def errors_of_all(own: BaseException | None) -> list[Exception]:
-    """List the errors of all tensor-parallel workers by rank, which all must call this.
+    """List the errors of all tensor-parallel workers by rank. Each worker must call this function.
 
     Args:
-        own: This worker's error; None: it has none.
+        own: This worker's error, if any.
     """
     group = get_tp_group()
     if own is not None and not isinstance(own, FluxMoEError):
@@ -42,7 +42,7 @@ def errors_of_all(own: BaseException | None) -> list[Exception]:
 
 
 def is_last_worker() -> bool:
-    """True in the tensor-parallel worker of the highest rank."""
+    """Return True in the tensor-parallel worker of the highest rank."""
     return bool(get_tp_group().is_last_rank)
 
 
@@ -54,8 +54,8 @@ def worker_connector() -> Any:
 def drop_connector(connector: object) -> None:
     """Drop this process's connector if it is ``connector``, whose worker is gone.
 
-    vLLM drops the connector when it shuts down a worker, but not if a start fails later. The next
-    engine in the same process would then find the old connector.
+    vLLM drops the connector when it shuts down a worker, but not if startup fails. The
+    next engine in the same process would then find the old connector.
     """
     if kv_transfer_state._KV_CONNECTOR_AGENT is connector:
         kv_transfer_state.ensure_kv_transfer_shutdown()

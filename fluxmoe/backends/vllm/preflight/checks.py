@@ -46,7 +46,7 @@ def examine(
     """Find all reasons why an engine could not start.
 
     Args:
-        config: The configuration, of which settings in ``found.wrong`` are not relied on.
+        config: The configuration; its settings in ``found.wrong`` are ignored.
         environment: The engine's environment variables.
         found: Receives errors and notes.
         start: Use of the engine.
@@ -205,7 +205,7 @@ def _require_open(host: Any, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((str(host), port))
-        except (ValueError, TypeError) as error:  # such as a name with a zero byte
+        except (ValueError, TypeError) as error:  # such as a name with a null byte
             raise ConfigError(
                 f"{line(host, repr)} is not a host: {line(error)}",
                 where="vllm.host",

@@ -43,7 +43,7 @@ def known() -> dict[str, str | list[str]]:
 
 
 def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Write option names with dashes, since vLLM's command line also accepts underscores."""
+    """Write option names with dashes; vLLM's command line also accepts underscores."""
     return {_dashed(name): value for name, value in options.items()}
 
 
@@ -52,7 +52,7 @@ def _dashed(name: str) -> str:
 
 
 def problems(options: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield an error for each unknown option and each value that vLLM's parser would reject.
+    """Yield an error for each option that is unknown, repeated, invalid, or set by FluxMoE.
 
     Args:
         options: Names without leading dashes → values: the configuration's ``vllm``.

@@ -1,8 +1,8 @@
 """Lower bounds on the memory that a server needs, computed from the model's files alone.
 
-An engine cannot serve with a budget below these bounds. The worker computes the exact sizes, which
-are larger because of rounding to blocks, the scheduler's reserve and replicated heads, after vLLM
-has built the model.
+An engine cannot serve with a budget below these bounds. After vLLM has built the model, the worker
+computes the exact sizes, which are larger because of rounding to blocks, the scheduler's reserve
+and replicated heads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def require(config: Resolved, model: Model, options: Mapping[str, Any], workers:
         geometry,
         page,
         KVNeed(request, max(request, int(memory.budget)), f"one request of {tokens} tokens"),
-        top_k=model.top_k,  # a kernel that cannot run in waves is known only in the worker
+        top_k=model.top_k,  # only the worker finds out if the kernel cannot run in waves
     )
     require_for_weights(
         config,
@@ -71,7 +71,7 @@ def _weight_bytes(model: Model, options: Mapping[str, Any]) -> int:
 
 
 def _tokens(config: Resolved, model: Model, options: Mapping[str, Any]) -> int:
-    """Return a lower bound on the tokens of the longest request; 1 if vLLM would derive it."""
+    """Return a lower bound on the tokens of the longest request; 1 if unknown."""
     given = options.get("max-model-len")
     if given is None:
         return min(model.longest, _tokenizer_longest(Path(config.model or ""))) or 1

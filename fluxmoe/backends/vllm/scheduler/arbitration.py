@@ -35,7 +35,7 @@ class Arbitration:
         watermark: vLLM's setting ``watermark``.
         max_running: Maximum number of requests that vLLM runs at once.
         block_tokens: Number of tokens per KV block.
-        requests: What the scheduler has reported about its requests.
+        requests: Counts of the scheduler's requests.
 
     Raises:
         InvariantError: The workers' inventories differ.

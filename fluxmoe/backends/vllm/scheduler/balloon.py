@@ -1,6 +1,6 @@
 """The balloon, which hides KV blocks without memory from the scheduler, as in VM ballooning.
 
-vLLM's pool has as many blocks as the KV cache may ever grow to. Blocks without committed memory are
+vLLM's pool has all blocks of the KV cache at its maximum size. Blocks without committed memory are
 *held*: they are removed from the free queue and the prefix cache, and are in no request. To vLLM,
 held blocks look used, so the two places where that matters are corrected.
 """
@@ -28,7 +28,7 @@ class BalloonPool(BlockPool):
         return 1.0 - self.get_num_free_blocks() / blocks if blocks > 0 else 0.0
 
     def reset_prefix_cache(self) -> bool:
-        """Reset the prefix cache as vLLM does, which would otherwise count held blocks as used."""
+        """Reset the prefix cache like vLLM, but without counting held blocks as used."""
         blocks = self.num_gpu_blocks
         self.num_gpu_blocks = blocks - self.held_blocks
         try:

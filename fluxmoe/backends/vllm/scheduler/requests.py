@@ -14,7 +14,7 @@ from fluxmoe.core.arbitration.prefixes import PrefixCurve
 
 #: Number of recent answers whose lengths predict the lengths of new answers.
 ANSWERS = 16
-#: Number of requests, the oldest first, whose sizes are predicted.
+#: Maximum number of requests, oldest first, whose sizes are predicted.
 REQUESTS = 256
 
 
@@ -26,8 +26,8 @@ class RequestWatch:
         preemptions: Number of preemptions since startup.
         prompt_tokens, prefix_hits: Number of tokens of admitted requests since startup, and number
             of these tokens that were found in the prefix cache.
-        tokens, computed: Number of tokens in the last scheduled step, and in the step before, whose
-            end is known.
+        tokens, computed: Number of tokens in the last scheduled step, and in the step before, which
+            has ended.
         rested: True if there was a period without requests between the last two steps.
         prefixes: Receives the prompts; None if the prompts are not needed.
     """
@@ -102,7 +102,7 @@ class StepClock:
     and sampling. The last step before an idle period lasts until its answer arrives.
 
     Args:
-        now: Clock in seconds.
+        now: Function that returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:

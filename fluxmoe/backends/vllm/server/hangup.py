@@ -1,8 +1,8 @@
 """Middleware that ends requests in flight when the server stops.
 
-On SIGTERM vLLM 0.32 ends its engine and then waits until all connections are closed. A request
+On SIGTERM, vLLM 0.32 ends its engine and then waits until all connections are closed. A request
 that the engine has not answered never closes its connection, so about one in three shutdowns during
-generation hung forever, in stock vLLM as well (vllm-project/vllm pull request 36964).
+generation hangs forever, in stock vLLM as well (vllm-project/vllm pull request 36964).
 """
 
 from __future__ import annotations

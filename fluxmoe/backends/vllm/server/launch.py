@@ -54,7 +54,7 @@ def arguments(config: Resolved) -> list[str]:
     """List the options for ``vllm serve``: the model, FluxMoE's options, and the user's, unchanged.
 
     Raises:
-        ConfigError: There is no model, or ``vllm`` has an option that vLLM lacks or FluxMoE sets.
+        ConfigError: There is no model, or an option in ``vllm`` is invalid or set by FluxMoE.
     """
     if config.model is None:
         raise ConfigError("no model given", where="model", fix="add model: PATH-OR-NAME")

@@ -40,7 +40,7 @@ class Histograms(Collector):
     def add(
         self, name: str, engine: Sequence[object], changes: Mapping[tuple[str, ...], float]
     ) -> None:
-        """Add changes to the buckets of an engine, which its values of vLLM's labels identify."""
+        """Add changes to the buckets of an engine, identified by its values of vLLM's labels."""
         with self._lock:
             counts = self._counts[name].setdefault(tuple(map(str, engine)), {})
             for (bucket,), change in changes.items():

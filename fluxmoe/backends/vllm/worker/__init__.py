@@ -1,4 +1,4 @@
-"""Code for vLLM's worker processes: the paged worker, layers, KV cache, and connector's end.
+"""Code for vLLM's worker processes: the paged worker, layers, KV cache and connector side.
 
 Configurations and vLLM's command line refer to ``PagedCPUWorker`` in this package
 (``settings.WORKER_CLS``). The class is imported on first use, together with torch and vLLM.

@@ -1,8 +1,8 @@
-"""Errors of calls that all workers receive: one answer instead of one per worker.
+"""Errors of calls that all workers receive: one error instead of one per worker.
 
-vLLM's executor reads the workers' answers by rank and stops at the first error. It would take the
-answers that are left for those of the next call (https://github.com/vllm-project/vllm/pull/57846),
-so only the last worker may raise.
+vLLM's executor reads the workers' answers by rank and stops at the first error. It would mistake
+the remaining answers for those of the next call (https://github.com/vllm-project/vllm/pull/57846),
+so only the last worker may raise an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fluxmoe.backends.vllm.compat.worker import errors_of_all, is_last_worker
 
 
 def together(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a worker's method raise on the last worker if it raises on any; else it returns None."""
+    """Make a method raise only on the last worker if it raises on any; the others return None."""
 
     @wraps(call)
     def answer(*args: Any, **kwargs: Any) -> Any:

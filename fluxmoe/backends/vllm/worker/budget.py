@@ -13,7 +13,7 @@ def automatic(config: Config, vllm_config: VllmConfig) -> int:
     """Compute ``memory.budget: auto`` in bytes."""
     workers = vllm_config.parallel_config.world_size
     if workers > 1:
-        # Each worker would see less free memory than the workers started before it.
+        # Each worker would measure less free memory than the workers started before it.
         raise ConfigError(
             f"auto is not supported for {workers} workers that start separately",
             where="memory.budget",

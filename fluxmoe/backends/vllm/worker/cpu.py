@@ -234,8 +234,8 @@ class PagedCPUWorker(CPUWorker):
 
         Args:
             weights_iterator: Names and tensors as in the checkpoint.
-            weights_path: If there is no ``weights_iterator``, a folder with a checkpoint; the
-                default is the checkpoint that the engine was started with.
+            weights_path: Folder of a checkpoint, used if there is no ``weights_iterator``; by
+                default, the checkpoint that the engine was started with.
             is_checkpoint_format: Must be True.
         """
         if self._runtime is None:
@@ -257,7 +257,7 @@ class PagedCPUWorker(CPUWorker):
         Args:
             limits: ``config.HandLimits``: ``budget``, and ``experts`` and ``kv`` with ``min`` and
                 ``max`` each, or None to change nothing. Omitted limits are reset to the
-                configuration.
+                configured values.
 
         Returns:
             The ``limits`` set, the current ``split`` and the ``budget``, in bytes; or only
@@ -291,10 +291,10 @@ class PagedCPUWorker(CPUWorker):
         phase: Phase | None = None,
         replace: bool = False,
     ) -> None:
-        """Start recording the routing of every step to a trace; None ends the recording.
+        """Start recording the routing of every step to a trace, or end the recording.
 
         Args:
-            path: Path of the new file, which appears when the recording ends.
+            path: Path of the new file, which appears when the recording ends; None to end it.
             weights: Also record the routing weights (eager mode only).
             max_steps: Number of steps after which recording stops.
             phase: Record only the steps of this phase.
@@ -322,7 +322,7 @@ class PagedCPUWorker(CPUWorker):
             op.record(self._handle, self._recorder)
 
     def fluxmoe_recorded(self) -> bool:
-        """True if the recording has all its steps, or if no recording is active."""
+        """Return True if the recording has all its steps, or if no recording is active."""
         return self._recorder is None or self._recorder.done
 
     def _end_recording(self) -> None:

@@ -31,7 +31,7 @@ def need(vllm_config: VllmConfig, specs: Collection[Any]) -> KVNeed:
     scheduler = vllm_config.scheduler_config
 
     def room(sequences: int) -> int:
-        """Compute the bytes for N sequences, vLLM's null block, and the free watermark."""
+        """Compute the bytes for some sequences, vLLM's null block, and the free watermark."""
         needed: int = math.ceil((sequences * one + block) / (1 - scheduler.watermark))
         return needed
 
@@ -44,7 +44,7 @@ def need(vllm_config: VllmConfig, specs: Collection[Any]) -> KVNeed:
 
 
 def beside_all_experts(memory: ResolvedMemory, experts: int, need: KVNeed) -> int:
-    """Compute the bytes of the KV cache without paging: the budget minus all experts.
+    """Compute the bytes of the KV cache without paging: at most the budget minus all experts.
 
     Raises:
         BudgetTooSmallError: The remaining budget is less than the KV cache needs.

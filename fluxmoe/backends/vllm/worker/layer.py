@@ -13,12 +13,12 @@ from fluxmoe.backends.sealed import AsComputed, FixedParameters, Sealed, seal
 from fluxmoe.backends.vllm.compat.worker import RoutedExperts
 from fluxmoe.backends.vllm.worker.weights.streamed import PARTS, streamed
 
-#: The way to change a model's weights.
+#: Remedy for unsupported changes to a model's weights.
 RELOAD = "call reload_weights, or load_weights of the whole model, with names as in the checkpoint"
 
 
 class PagedWeight(Sealed):
-    """Weights of a layer's experts, as code outside the layer finds them: without memory."""
+    """A placeholder without memory for the weights of a layer's experts."""
 
     fix = RELOAD
 
@@ -30,7 +30,7 @@ class PagedRoutedExperts(RoutedExperts):
     _layer: int = -1
     _computed: AsComputed
     _parameters: dict[str, torch.nn.Parameter | None]
-    #: Receives the weights that vLLM loads (``NewExperts.take``); None: vLLM fills the parameters.
+    #: Receives the weights that vLLM loads (``NewExperts.take``); if None, the parameters do.
     incoming: Callable[[torch.Tensor, str, str, int], None] | None = None
     _waves = False
     #: True to pass routing weights to a recorder. A compiled model ignores later changes.
@@ -63,7 +63,7 @@ class PagedRoutedExperts(RoutedExperts):
     def bind(
         self, pager: int, layer: int, parts: dict[str, torch.Tensor], *, waves: bool = False
     ) -> None:
-        """Compute on arenas from now on; the parameters give up their memory and are sealed.
+        """Compute on arenas from now on; the parameters release their memory and are sealed.
 
         Args:
             pager: Handle of the pager (``op.attach``).

@@ -41,7 +41,7 @@ class Requests:
 
 
 def note_weights(runner: Any, wanted: bool) -> None:
-    """Let a model runner's paged layers pass their routing weights to recorders, or not."""
+    """Start or stop passing the routing weights of a model runner's paged layers to recorders."""
     model = getattr(runner, "model", None)  # None after the worker's shutdown
     for module in model.modules() if model is not None else ():
         if isinstance(module, PagedRoutedExperts):

@@ -1,1 +1,1 @@
-"""The weights of a running model: one door through which they change; other ways are refused."""
+"""The weights of a running model, which can be changed only through ``WeightDoor``."""

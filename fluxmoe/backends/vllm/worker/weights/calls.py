@@ -1,4 +1,4 @@
-"""vLLM's calls that change or read weights: loading goes through the door, others are refused."""
+"""vLLM's calls that change or read weights: loading uses ``WeightDoor``, others are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusing(call: str, fix: str = RELOAD) -> Callable[..., None]:
 
 
 def guard_loading(model: Any, door: WeightDoor) -> None:
-    """Route ``load_weights`` of a model through the door, and guard the loaders of its parts.
+    """Route ``load_weights`` of a model through ``door``, and guard the loaders of its parts.
 
     Outside an update, these loaders are refused: they would write into slots instead of the page
     store, and thus mix old and new experts. The loaders of experts' parameters are always refused.

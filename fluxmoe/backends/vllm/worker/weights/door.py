@@ -1,4 +1,4 @@
-"""The one door through which the weights of a running model change.
+"""The only way to change the weights of a running model.
 
 vLLM's own code loads new weights (names, slices for tensor parallelism, packing), except that
 experts end up in the store instead of slots. All checks come first; then the store, the pages and
@@ -37,7 +37,7 @@ _ONE = "one update"
 
 
 class WeightDoor:
-    """The door through which the weights of a paged model change.
+    """The only way to change the weights of a paged model.
 
     Args:
         model: vLLM's model.
@@ -150,9 +150,9 @@ class WeightDoor:
             return lambda expert, parts: put(layer * experts + expert, parts)
 
         def fused(name: str, weight: torch.Tensor) -> Shape | None:
-            """Return the shape of a tensor with all experts of a layer, or None.
+            """Return the shape of a tensor with all experts of a layer; else None.
 
-            vLLM ignores tensors of single experts that it does not know.
+            Unknown tensors of single experts are rejected, because vLLM would ignore them.
             """
             found = expert_tensor(name, weight.ndim)
             return (

@@ -51,7 +51,7 @@ class NewExperts:
     Args:
         layer: The layer, whose kernel has been set up.
         stage: Memory in which an expert is assembled.
-        put: Called with an expert's number and parts; must copy the parts, because they are
+        put: Function of an expert's number and parts; must copy the parts, because they are
             overwritten afterwards.
         known: Numbers of the experts that need not be passed on.
     """
@@ -139,6 +139,6 @@ class NewExperts:
         packed = torch.nn.Module()
         for name, one in self._stage.one.items():
             packed.register_parameter(name, torch.nn.Parameter(one, requires_grad=False))
-        # vLLM calls this after the first load of a layer, but not when the layer is loaded again.
+        # vLLM calls this method after a layer's first loading, but not when the layer is reloaded.
         self._layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(packed)
         return [as_rows(getattr(packed, name))[0] for name in PARTS]

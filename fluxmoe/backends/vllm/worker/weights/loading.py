@@ -37,7 +37,7 @@ from fluxmoe.stores.tiers import TieredStore
 
 logger = logging.getLogger("fluxmoe")
 
-#: Makes an empty store for the weights that a key describes.
+#: Function that makes an empty store for the weights that a key describes.
 MakeStore = Callable[[Geometry, PageClass, Key], HostStore | TieredStore]
 
 #: Increase this number when the same weights result in different pages.
@@ -54,7 +54,7 @@ class ExpertLoading:
 
     Args:
         config: vLLM's configuration.
-        make: Makes the store.
+        make: Function that makes the store.
 
     Attributes:
         load_format: The load format in vLLM's configuration.
