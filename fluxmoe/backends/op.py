@@ -4,16 +4,16 @@ If a bank may have fewer slots than a layer has experts, the layer runs in waves
 ``fluxmoe::compute`` replaces the kernel. Like the kernel, this operator fills an output; it also
 acquires the experts.
 
-While a trace that contains more than the expert ids is recorded, ``fluxmoe::note`` runs before the
-operator.
+If a trace or a prefetch policy needs more than the expert ids, ``fluxmoe::note`` runs before
+``acquire`` or ``compute``.
 
-The operator is opaque to ``torch.compile``: it takes the routed expert ids and returns slots, so
-the kernel that follows depends on the operator and cannot be moved before it. The operator is
-declared functional, because declaring a mutated input would change the fusion around the router,
-and thus the output of some models (docs/project/adr/0001).
+``acquire`` is opaque to ``torch.compile``. It takes the routed expert ids and returns slots, so the
+kernel that follows depends on ``acquire`` and cannot be moved before it. ``acquire`` is declared
+functional, because declaring a mutated input would change the fusion around the router, and thus
+the output of some models (docs/project/adr/0001).
 
 An ``acquire`` must not run before the kernel that follows the previous ``acquire`` has read the
-arenas. Within a model's pass, each layer depends on the previous layer. Where this is not certain,
+arenas. Normally, each layer of a pass depends on the previous layer. Where this is not guaranteed,
 a dummy tensor, the *turn*, makes a compiler keep the order: each ``acquire`` takes the turn as an
 argument, and ``fluxmoe::done``, which runs after each kernel, takes the kernel's result and is
 declared to mutate the turn.
@@ -42,6 +42,8 @@ class Pager(Protocol):
 
     def run(self, layer: int, ids: Ints, slots: Slots, compute: Compute) -> None: ...
 
+    def predict(self, experts: Ints) -> None: ...
+
 
 #: A kernel on a layer's arenas: fills the first argument, the output of some tokens, given the
 #: tokens' hidden states, routing weights, experts and slots.
@@ -49,14 +51,18 @@ SlotKernel: TypeAlias = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None
 ]
 
-# A traced operator can only carry numbers, so it refers to pagers and recorders by number.
+#: Predicts a layer's experts, integers ``[tokens, any]``, from hidden states ``[tokens, hidden]``.
+Router: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+# A traced operator cannot take arbitrary objects, so it refers to pagers and recorders by number.
 _pagers: dict[int, Pager] = {}
 _recorders: dict[int, Recorder] = {}
 _kernels: dict[int, dict[int, SlotKernel]] = {}
+_routers: dict[int, dict[int, Router]] = {}
 
 
 def attach(pager: Pager) -> int:
-    """Make a pager reachable from the operator; return the pager's handle, the lowest free one."""
+    """Register a pager with the operator, and return its handle, the lowest free number."""
     handle = next(i for i in range(len(_pagers) + 1) if i not in _pagers)
     _pagers[handle] = pager
     return handle
@@ -67,11 +73,17 @@ def detach(handle: int) -> None:
     _pagers.pop(handle, None)
     _recorders.pop(handle, None)
     _kernels.pop(handle, None)
+    _routers.pop(handle, None)
 
 
 def use_kernel(handle: int, layer: int, kernel: SlotKernel) -> None:
     """Make ``compute`` use a kernel for a layer, until the pager is detached."""
     _kernels.setdefault(handle, {})[layer] = kernel
+
+
+def use_router(handle: int, layer: int, router: Router) -> None:
+    """Make ``predict`` use a router for a layer, until the pager is detached."""
+    _routers.setdefault(handle, {})[layer] = router
 
 
 def record(handle: int, recorder: Recorder | None) -> None:
@@ -123,6 +135,10 @@ def _compute(
     _pagers[handle].run(layer, ids.numpy(), slots.numpy(), compute)
 
 
+def _predict(topk_ids: torch.Tensor, x: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+    return _note(topk_ids, None, _routers[handle][layer](x), handle)
+
+
 def _note(
     topk_ids: torch.Tensor,
     weights: torch.Tensor | None,
@@ -130,6 +146,8 @@ def _note(
     handle: int,
     turn: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if predicted is not None:
+        _pagers[handle].predict(predicted.numpy().reshape(-1))
     recorder = _recorders.get(handle)
     if recorder is not None:
         recorder.note(
@@ -212,8 +230,8 @@ def compute(
         _compute(out, x, weights, ids, handle, layer)
 
 
-# The operator returns a copy of the ids, which ``acquire`` takes, because a compiler removes
-# operators whose results are unused.
+# ``note`` returns a copy of the ids for the next operator, because a compiler removes operators
+# whose results are unused.
 _library.define(
     "note(Tensor topk_ids, Tensor? weights, Tensor? predicted, int handle, Tensor? turn=None)"
     " -> Tensor"
@@ -222,3 +240,10 @@ _library.impl("note", _note, "CPU")
 register_fake("fluxmoe::note", _fake_note, lib=_library)
 
 note = torch.ops.fluxmoe.note
+
+# The router runs within the operator, so that it cannot change how the model is compiled.
+_library.define("predict(Tensor topk_ids, Tensor x, int handle, int layer) -> Tensor")
+_library.impl("predict", _predict, "CPU")
+register_fake("fluxmoe::predict", lambda topk_ids, *_: torch.empty_like(topk_ids), lib=_library)
+
+predict = torch.ops.fluxmoe.predict

@@ -108,8 +108,8 @@ class Access:
         tokens: Number of (token, expert) pairs routed to each page, int64.
         phase: Phase of the step.
         predicted: Pages that the next layer's router would choose for this layer's hidden states,
-            in descending order of tokens. None if unknown, as always in the engines and in traces
-            without the column ``predicted``.
+            in descending order of tokens. None in traces without the column ``predicted``, and in
+            engines unless the prefetch policy sets ``predictions``.
     """
 
     step: int

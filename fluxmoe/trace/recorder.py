@@ -103,15 +103,21 @@ class Recorder(AllOrNothing):
         return full or (last and not self._skip) or self._error is not None or self._closed
 
     def note(
-        self, weights: npt.NDArray[np.float16] | None, predicted: npt.NDArray[np.int16] | None
+        self,
+        weights: npt.NDArray[np.float16] | None = None,
+        predicted: npt.NDArray[np.int16] | None = None,
     ) -> None:
-        """Set the optional columns of the next event. The arrays are not copied.
+        """Set optional columns of the next event, except those that are None, without copying.
 
         Args:
             weights: ``[tokens, top_k]``.
             predicted: ``[tokens, any]``; negative = none.
         """
-        self._noted = weights, predicted
+        noted = self._noted
+        self._noted = (
+            noted[0] if weights is None else weights,
+            noted[1] if predicted is None else predicted,
+        )
 
     def observe(self, step: int, layer: int, ids: Ints, phase: Phase) -> None:
         """Record one event. The recorder counts steps itself, regardless of resets of the pager.

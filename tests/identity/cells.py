@@ -60,8 +60,7 @@ class Cell:
 def policies() -> tuple[list[str], list[str]]:
     """List the built-in eviction and prefetch policies that can serve.
 
-    Oracles are excluded, and so is ``gate``: engines lack the predictions that ``gate`` needs, so
-    it acts like ``none``.
+    Oracles are excluded, and so is ``gate``, which ``test_gate`` of each backend covers.
     """
     known = [policy for policy in plugins.load() if policy.plugin == "fluxmoe"]
     eviction = [

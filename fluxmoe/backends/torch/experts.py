@@ -51,7 +51,7 @@ GROUPED_MM_SLOTS = 4096
 
 
 class Lease:
-    """A token held by each reader of the arenas, which are freed when no reader holds it."""
+    """An object held by each reader of the arenas, which are freed when no reader holds it."""
 
 
 @dataclass(eq=False)
@@ -64,10 +64,10 @@ class Binding:
         twin: The copy of the module that computes on the arenas.
         kinds: Class of each of the module's own parameters before it was sealed.
         lock: Lock that prevents changes to the arenas from ``acquire`` to the end of the kernel.
-        lease: Token that keeps the arenas alive.
+        lease: Object that keeps the arenas alive.
         waves: True if the layer may run in waves.
-        inside: The code inside the experts, which must stay as it was checked; None if the twin
-            runs it exactly as the module would.
+        inside: The code inside the experts, which must not change after the check; None if the twin
+            runs the code exactly as the module would.
         note: Function that passes more than expert ids to a recorder; None if ids are enough.
     """
 
@@ -104,7 +104,7 @@ def bind(
         arenas: Part → arena ``[slots, …]`` of the layer's bank.
         table: The layer's expert table, ``[experts]`` → slot.
         lock: Lock of the model.
-        lease: Token that keeps the arenas alive.
+        lease: Object that keeps the arenas alive.
         waves: True if the bank may have fewer slots than the layer has experts.
     """
     if waves:
@@ -143,7 +143,7 @@ def absent(weight: torch.nn.Parameter) -> torch.nn.Parameter:
 
 
 def is_bound(module: torch.nn.Module) -> bool:
-    """True if a module's experts are paged."""
+    """Return True if a module's experts are paged."""
     return hasattr(module, "_fluxmoe")
 
 
@@ -153,7 +153,7 @@ def set_note(module: torch.nn.Module, note: Note | None) -> None:
 
 
 def release(module: torch.nn.Module, *, gone: bool) -> None:
-    """Restore a module's original parameters, marked as without values if ``gone``. Idempotent."""
+    """Restore a module's original parameters, sealed as ``Gone`` if ``gone``. Idempotent."""
     if not is_bound(module):
         return
     module._parameters = dict(module._parameters)
@@ -206,7 +206,7 @@ def _event(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     if getattr(module, "_fluxmoe", None) is not binding:
-        # The handle was closed while this thread waited, and may belong to another pager now.
+        # The pager was detached while this thread waited; its handle may belong to another pager.
         return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
     if binding.note is not None:
         top_k_index = binding.note(top_k_index, top_k_weights, hidden_states)
@@ -219,7 +219,7 @@ def _event(
 
 
 def can_run_in_waves(layers: list[torch.nn.Module], implementation: str) -> bool:
-    """Check one layer of each kind with ``require_sound``; True if all may run in waves.
+    """Check one layer of each kind with ``require_sound``; return True if all can run in waves.
 
     Raises:
         UnsupportedError: See ``require_sound``; or code that the user has set inside the experts

@@ -15,15 +15,15 @@ from transformers.activations import ACT2CLS
 
 from fluxmoe.errors import UnsupportedError
 
-#: Activation functions of transformers: they compute each number alone, and draw none at random.
+#: transformers' activation functions, which compute each number independently, without randomness.
 _PLAIN = {each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()}
 
 
 class Inside:
-    """The code inside an experts module when it was checked; its own hooks are outside."""
+    """The code inside an experts module when it was checked, without the module's own hooks."""
 
     def __init__(self, experts: torch.nn.Module) -> None:
-        self._found = tuple(_code(experts))  # keeps the objects, so that no other has their ids
+        self._found = tuple(_code(experts))  # holds the objects, so that no ids are reused
 
     def require(self, experts: torch.nn.Module) -> None:
         """Raise UnsupportedError if the code has changed."""
@@ -57,5 +57,5 @@ def code_of(experts: torch.nn.Module) -> tuple[object, ...]:
 
 
 def is_plain(code: tuple[object, ...]) -> bool:
-    """True if a result of ``code_of`` has nothing but activation functions of transformers."""
+    """Return True if a result of ``code_of`` has only activation functions of transformers."""
     return all(isinstance(each, type) for each in code)

@@ -16,7 +16,7 @@ PARTS = ("gate_up_proj", "down_proj")
 #: Part → parameter of an expert layer.
 Weights: TypeAlias = dict[str, torch.nn.Parameter]
 
-#: Model families of which tests compare a paged model's output with that of the unpaged model.
+#: Model families for which tests compare a paged model's output with that of the unpaged model.
 TESTED = ("Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V2", "DeepSeek-V3", "GLM4-MoE")
 
 _SUPPORTED = (
@@ -27,7 +27,7 @@ _SUPPORTED = (
 
 
 def is_experts(module: torch.nn.Module) -> bool:
-    """True if a module has experts and selects their implementation at run time."""
+    """Return True if a module has experts and selects their implementation at run time."""
     # The decorator for experts classes in transformers sets these attributes.
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 

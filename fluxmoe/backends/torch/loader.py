@@ -1,4 +1,4 @@
-"""``fluxmoe.load``: load a checkpoint with its experts directly into the store.
+"""``fluxmoe.load``: load a checkpoint whose experts go directly into the store.
 
 All checks that do not need ``transformers`` run before ``transformers`` is imported.
 """
@@ -40,7 +40,7 @@ _SAME = {"half": "float16", "float": "float32", "double": "float64"}
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A model that passed all checks made before ``transformers`` loads it.
+    """A model that has passed all checks made before ``transformers`` loads it.
 
     Attributes:
         name: Folder or hub name, as given.
@@ -85,8 +85,8 @@ def load(
 
     The model's outputs are the same as those of a model loaded with
     ``AutoModelForCausalLM.from_pretrained``. The experts are never held outside the store, except
-    those of the layer being read. The returned handle provides the model as ``model``; without the
-    handle, the model has no experts.
+    those of the layer being read. The returned handle provides the model as ``model``; once the
+    handle is closed, the model has no experts.
 
     Args:
         path: A folder with a checkpoint in safetensors, or a name on the Hub.
@@ -99,7 +99,7 @@ def load(
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or damaged, lacks weights for a part
-            of the model (in which case ``transformers`` only warns and uses random weights), or has
+            of the model (``transformers`` alone would only warn, and use random weights), or has
             weights of the wrong shape.
         UnsupportedError: The checkpoint is quantised or its architecture is unknown.
         NoExpertsError, ConfigError, BudgetTooSmallError, UnknownPolicyError,

@@ -1,14 +1,14 @@
 """The forward lock of a paged model: one forward pass at a time.
 
 The arenas must not change between a layer's ``acquire`` and the end of its kernel. Threads that
-share a paged model therefore take turns by whole forward passes, so that each step of a trace is
-one pass. Each execution of a layer, within a pass or by itself, and each call to the handle is an
-exclusive section, during which even the same thread may do nothing else with the model.
+share a paged model therefore alternate only between whole forward passes, so that each step of a
+trace is one pass. Each execution of a layer, within a pass or by itself, and each call to the
+handle is an exclusive section, during which even the same thread may do nothing else with the
+model.
 
 A compiled pass cannot hold a lock, because all its actions outside the graph happen after the graph
 has run. The first event of a compiled pass therefore claims the model, and an assignment that torch
-replays at the end of the pass gives the model back. Until then, calls from other threads are
-refused.
+replays at the end of the pass releases it. Until then, calls from other threads are refused.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ForwardLock:
             )
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Wrap the model's forward passes in the lock, and those of its base model.
+        """Wrap the forward passes of the model and of its base model in the lock.
 
         The methods are wrapped because hooks are not called after a pass interrupted by Ctrl-C.
         """
@@ -114,7 +114,7 @@ class ForwardLock:
             each.forward = functools.update_wrapper(functools.partial(self._run, before), before)
 
     def phase(self) -> Phase:
-        """Return the phase of the current pass, by its input's length; decode if compiled."""
+        """Return the phase of the current pass from its input's length; decode if compiled."""
         return self._phase
 
     def rows(self, tokens: int) -> StepRows | None:
@@ -128,7 +128,8 @@ class ForwardLock:
     def leave(self, model: torch.nn.Module) -> None:
         """Unwrap the model. Idempotent.
 
-        If other code has wrapped the method since, the wrappers stay and keep taking the lock.
+        If other code has since wrapped a forward method, the wrapper from ``watch`` stays and keeps
+        taking the lock.
         """
         for each in {model, model.base_model}:
             wrapped = vars(each).get("forward")

@@ -1,8 +1,8 @@
 """Measurement of this machine's hardware profile: the times of model steps and of page copies.
 
-Steps are measured with all experts resident, and copies with hardly any; the profile predicts the
-situations in between. Like the profile's fields, the model fitted to the step times consists of a
-constant, a cost per token and a cost per expert used.
+Steps are measured with all experts resident, and copies with slots for one layer's experts; the
+profile predicts the cases in between. Like the profile's fields, the model fitted to the step times
+consists of a constant, a cost per token and a cost per expert used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def measure(folder: str | Path, *, threads: int = 1) -> dict[str, Any]:
-    """Measure a model on the torch backend, which takes about ten seconds for a small model.
+    """Measure a model on the torch backend. A small model takes about ten seconds.
 
     Args:
         folder: Folder or name of a Hugging Face checkpoint.

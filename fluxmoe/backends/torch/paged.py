@@ -57,7 +57,7 @@ class PagedModel(Uncopyable):
         self._asked: RemovableHandle | None = None
         self._previous, self._loaded = model.get_experts_implementation(), loaded
         weights = [layout.weights_of(layer).values() for layer in layers]
-        # The experts that the model has again after close().
+        # The experts' own weights, which the model uses again after close().
         self._own = [] if loaded else [[as_rows(weight) for weight in each] for each in weights]
         self._watched = Watched(runtime.pager, lock, weights)
         self._handle = handle = op.attach(self._watched)
@@ -65,6 +65,8 @@ class PagedModel(Uncopyable):
         lease = experts.Lease()
         self._release = weakref.finalize(lease, _release, handle, runtime)
         table = torch.from_numpy(runtime.pager.table.expert_table)
+        foresee = runtime.pager.predictions
+        self._notes = recording.notes(model, layers, handle, lock.turn, predict=foresee)
         self._refusals = Refusals(model, layers)  # sets methods of the layers before ``bind``
         for index, layer in enumerate(layers):
             experts.bind(
@@ -78,6 +80,7 @@ class PagedModel(Uncopyable):
                 lease,
                 waves=runtime.partition.in_waves,
             )
+        self._show(None, self._notes)
         lock.watch(model)
         experts.register()
         model.set_experts_implementation(experts.NAME)
@@ -168,14 +171,11 @@ class PagedModel(Uncopyable):
                 yield recorder
             finally:
                 if self._lock.here:
-                    self._lock.alone(partial(self._show, None, [None] * len(notes)))
+                    self._lock.alone(partial(self._show, None, self._notes))
 
-    def _show(self, recorder: Recorder | None, notes: Sequence[experts.Note | None]) -> None:
-        if self.closed:
-            return
-        op.record(self._handle, recorder)
-        for layer, note in zip(self._layers, notes, strict=True):
-            experts.set_note(layer, note)
+    def _show(self, recorder: Recorder | None, notes: recording.Notes) -> None:
+        if not self.closed:
+            recording.show(self._handle, self._layers, recorder, notes)
 
     def resize(self, memory: int | str) -> None:
         """Change the memory for expert pages, between forward passes.
@@ -212,15 +212,15 @@ class PagedModel(Uncopyable):
                 experts.resize(layer, self._arenas(index))
 
     def follow(self, room: Callable[[], int | str] | None) -> None:
-        """Before each forward pass, resize the memory for expert pages to what ``room`` returns.
+        """Resize the memory for expert pages before each forward pass to the size from ``room``.
 
-        This is arbitration for callers with their own KV cache. Compiled models do not call
+        This provides arbitration to callers with their own KV cache. Compiled models do not call
         ``room``.
 
         Args:
             room: Function that returns a number of bytes, or text such as "4GiB". A size below the
                 minimum counts as the minimum. If ``room`` or ``resize`` raises an error, the pass
-                does not begin. None in place of a function ends these calls.
+                does not begin. None stops these calls.
 
         Raises:
             ConfigError: The handle is closed.
@@ -314,7 +314,7 @@ class PagedModel(Uncopyable):
         self._lock.leave(self.model)
         self._refusals.remove()
         self.model.set_experts_implementation(self._previous)
-        # An interrupted call can be repeated until the last layer has given up the lease.
+        # An interrupted call can be repeated until the last layer has released the lease.
         for layer in self._layers:
             experts.release(layer, gone=self._loaded)
         self._release()

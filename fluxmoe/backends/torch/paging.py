@@ -15,7 +15,7 @@ from fluxmoe.backends.budget import KVNeed
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.stores import make_store
 from fluxmoe.backends.tensors import as_rows
-from fluxmoe.backends.torch import experts, layout, twin
+from fluxmoe.backends.torch import experts, layout, recording, twin
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.settings import HOST, Room, StoreSpec, fit, settings
@@ -44,7 +44,7 @@ def page(
     strict_policies: bool = False,
     seed: int = 0,
 ) -> PagedModel:
-    """Page the experts of a model in place. Its outputs do not change, bit for bit.
+    """Page the experts of a model in place. The model's outputs stay the same, bit for bit.
 
     Args:
         model: A Hugging Face model on the CPU.
@@ -60,14 +60,14 @@ def page(
             given without a list.
         banks: Minimum number of banks; each bank is shared by consecutive layers.
         copy_threads: Number of threads that copy pages, in addition to the caller's.
-        strict_policies: Raise when a policy fails, instead of falling back to LRU.
+        strict_policies: Raise an error when a policy fails, instead of falling back to LRU.
         seed: Seed of the policies' random numbers.
 
     Raises:
         NoExpertsError: The model has no MoE layers.
         UnsupportedError: The experts cannot be paged, or cannot be computed by slot.
         ConfigError: An argument is invalid, or the model is already paged.
-        BudgetTooSmallError: ``memory`` is less than this minimum.
+        BudgetTooSmallError: ``memory`` is less than its minimum.
         UnknownPolicyError, PluginLoadError, NeedsFutureError: The policies could not be loaded.
         UnknownCodecError, PageFileError: A store cannot be created.
     """
@@ -94,6 +94,8 @@ def page(
     assert chosen is not None
     (layers, implementation, room), lock = parts, ForwardLock()
     top_k = layout.top_k_of(layers[0])
+    if chosen.policies.prefetch.predictions:
+        recording.routers_of(model, layers, recording.OTHER_POLICY)
     if not experts.can_run_in_waves(layers, implementation):
         top_k = None
     shared = Shared.among(layout.weights_of(layer).values() for layer in layers)

@@ -22,6 +22,7 @@ from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.paged import PagedModel
 from fluxmoe.backends.torch.paging import implementation_of, log_start, runtime_for
+from fluxmoe.backends.torch.recording import OTHER_POLICY, routers_of
 from fluxmoe.backends.torch.settings import Room, fit
 from fluxmoe.backends.torch.weights.loading import TransformLoading
 from fluxmoe.errors import CheckpointError, ConfigError
@@ -56,7 +57,7 @@ def load(ready: Ready) -> PagedModel:
     """Load a model that has passed all checks, with its experts directly into the store.
 
     ``transformers`` does the loading, and converts the checkpoint's names, types and layouts. The
-    experts go to the store one by one, and the model keeps parameters without memory.
+    experts go to the store one by one, and the model keeps parameters without memory for them.
 
     Raises:
         FluxMoEError: See ``loader.load``.
@@ -72,6 +73,8 @@ def load(ready: Ready) -> PagedModel:
     config = fit(room, ready.config, found, ready.where, others=weights - room.nbytes)
     found.require()
     assert config is not None
+    if chosen.policies.prefetch.predictions:
+        routers_of(planned, layers, OTHER_POLICY)
     in_waves = can_run_in_waves(layers, implementation)
     store = make_store(
         config,

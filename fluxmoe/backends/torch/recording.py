@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import TypeAlias
 
 import torch
 
@@ -19,6 +20,12 @@ from fluxmoe.trace import TraceMeta
 from fluxmoe.trace.recorder import Recorder
 
 _WHERE = "PagedModel.record"
+#: Remedy if the configured prefetch policy needs predictions that a model cannot make.
+OTHER_POLICY = "choose another prefetch policy"
+
+
+#: For each expert layer, the function that notes more than expert ids; None if ids are enough.
+Notes: TypeAlias = list[experts.Note | None]
 
 
 def begin(
@@ -34,7 +41,7 @@ def begin(
     max_steps: int | None,
     phase: Phase | None,
     replace: bool,
-) -> tuple[Recorder, list[experts.Note | None]]:
+) -> tuple[Recorder, Notes]:
     """Check the arguments of ``PagedModel.record``, and make a recorder and the layers' notes.
 
     Raises:
@@ -46,7 +53,8 @@ def begin(
         arguments.whole(max_steps, "max_steps", where=_WHERE)
     file = arguments.path(path, "path", where=_WHERE)
     columns = {"weights": weights, "predicted": predict}
-    found = notes(model, layers, handle, lock.turn, weights=weights, predict=predict)
+    needed = predict or runtime.pager.predictions
+    found = notes(model, layers, handle, lock.turn, weights=weights, predict=needed)
     recorder = Recorder(
         file,
         meta(model, layers[0], runtime),
@@ -65,9 +73,9 @@ def notes(
     handle: int,
     turn: torch.Tensor,
     *,
-    weights: bool,
+    weights: bool = False,
     predict: bool,
-) -> list[experts.Note | None]:
+) -> Notes:
     """Make, for each expert layer, a function that notes weights and predictions.
 
     All entries are None if neither weights nor predictions are wanted.
@@ -86,9 +94,18 @@ def notes(
     """
     if not weights and not predict:
         return [None] * len(layers)
-    routers = _routers(model, layers) if predict else []
+    routers = routers_of(model, layers, "record without --predict") if predict else []
     following = [*routers[1:], None] if predict else [None] * len(layers)
     return [_note(handle, turn, weights, predict, router) for router in following]
+
+
+def show(
+    handle: int, layers: Sequence[torch.nn.Module], recorder: Recorder | None, notes: Notes
+) -> None:
+    """Pass a pager's events and its layers' notes to ``recorder``, or to none if it is None."""
+    op.record(handle, recorder)
+    for layer, note in zip(layers, notes, strict=True):
+        experts.set_note(layer, note)
 
 
 def _note(
@@ -110,8 +127,14 @@ def _note(
     return note
 
 
-def _routers(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Find each expert layer's router: a sibling module that returns expert ids last."""
+def routers_of(
+    model: torch.nn.Module, layers: Sequence[torch.nn.Module], fix: str
+) -> list[torch.nn.Module]:
+    """Find each expert layer's router: a sibling module whose last result is the expert ids.
+
+    Raises:
+        UnsupportedError: A layer has no such module; ``fix`` is the remedy.
+    """
     block_of = {id(child): module for module in model.modules() for child in module.children()}
     routers = []
     for layer in layers:
@@ -121,7 +144,7 @@ def _routers(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[
             raise UnsupportedError(
                 f"{type(block).__name__} has no router `gate` that returns expert ids, so the "
                 "next layer's experts cannot be predicted",
-                fix="record without --predict",
+                fix=fix,
             )
         routers.append(router)
     return routers
@@ -131,7 +154,7 @@ def _routes(router: torch.nn.Module, layer: torch.nn.Module) -> bool:
     weight = getattr(router, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         return False
-    probe = torch.zeros(1, weight.shape[1], dtype=weight.dtype)
+    probe = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
         with torch.no_grad():
             answer = type(router).forward(router, probe)
@@ -142,7 +165,7 @@ def _routes(router: torch.nn.Module, layer: torch.nn.Module) -> bool:
 
 
 def meta(model: torch.nn.Module, layer: torch.nn.Module, runtime: Runtime) -> TraceMeta:
-    """Return the metadata of traces of a model. Raises UnsupportedError if top_k is unknown."""
+    """Return the metadata for traces of a model. Raises UnsupportedError if top_k is unknown."""
     top_k = layout.top_k_of(layer)
     if top_k is None:
         raise UnsupportedError(

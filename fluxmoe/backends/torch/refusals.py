@@ -59,13 +59,13 @@ class Refusals:
 
 @torch.compiler.assume_constant_result  # called instead of traced, so that errors keep their class
 def require_no_export() -> None:
-    """Raise UnsupportedError during torch.export, because its graph would outlive the pages."""
+    """Raise UnsupportedError during torch.export, whose graph would outlive the pages."""
     if torch.compiler.is_exporting():
         raise _untraceable("torch.export")
 
 
 def require_plain(*inputs: torch.Tensor) -> None:
-    """Raise UnsupportedError unless the inputs have values, and no tracer or transform is active.
+    """Raise UnsupportedError unless the inputs have values and no tracer or transform is active.
 
     A tracer would record the slots of the resident pages as constants.
     """

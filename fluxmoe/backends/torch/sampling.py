@@ -31,7 +31,7 @@ def sample(
     seed: int,
     stop: Callable[[], bool],
 ) -> list[list[int]]:
-    """Continue a batch of prompts, padded on the left, past the end-of-text token.
+    """Continue a batch of prompts, padded on the left, without stopping at the end-of-text token.
 
     Args:
         model: A model of ``transformers``.

@@ -79,7 +79,7 @@ class Room:
         return self.geometry.num_pages * self.page_class.nbytes
 
     def within(self, memory: int, where: str) -> int:
-        """Compute how many of ``memory`` bytes are used.
+        """Limit ``memory`` to the number of bytes that expert pages can use.
 
         Raises:
             BudgetTooSmallError: ``memory`` is less than ``least`` bytes.
@@ -115,7 +115,7 @@ def fit(
 
     Args:
         room: Sizes of the model's experts.
-        config: The configuration, of which settings in ``found.wrong`` are not relied on.
+        config: The configuration; its settings in ``found.wrong`` are ignored.
         found: Receives errors and notes.
         where: Name of the caller.
         others: Bytes of the weights that are not experts; None if all weights are loaded already.

@@ -43,7 +43,7 @@ _LINEAR = ("_grouped_linear", "_batched_linear")
 
 
 def require_stock(module: torch.nn.Module, implementation: str) -> None:
-    """Refuse an implementation that the user has replaced, which a twin would not call.
+    """Refuse an implementation that the user has replaced: a twin would not call the replacement.
 
     Raises:
         UnsupportedError: Another function is registered under its name, or the forward method of
@@ -55,7 +55,7 @@ def require_stock(module: torch.nn.Module, implementation: str) -> None:
             f"experts computed by a function registered as {implementation} cannot be paged",
             fix=f"remove {implementation} from ALL_EXPERTS_FUNCTIONS before paging",
         )
-    # Unlike ``__wrapped__``, functools.wraps does not copy the globals to another function.
+    # functools.wraps gives a replacement the attribute ``__wrapped__``, but not these globals.
     if getattr(type(module).forward, "__globals__", None) is not vars(moe):
         raise UnsupportedError(
             f"{type(module).__name__}.forward was replaced; such experts cannot be paged",
@@ -64,7 +64,7 @@ def require_stock(module: torch.nn.Module, implementation: str) -> None:
 
 
 class Twin:
-    """A view of an experts module that computes on other weights; all else is the module's.
+    """A view of an experts module that computes on other weights; everything else is the module's.
 
     Args:
         module: The experts module, whose weights may have no memory.
@@ -124,7 +124,7 @@ class Twin:
         if self._compute is None or self._compiled is None:
             stock: Compute = type(self._module).forward.__wrapped__
             return stock(self._computed, hidden_states, experts, weights)
-        narrow = experts.dtype in (torch.int8, torch.uint8)  # for experts, but not for slots
+        narrow = experts.dtype in (torch.int8, torch.uint8)  # too narrow for slots
         slots = slots.to(torch.int64 if narrow else experts.dtype)
         compute = self._compiled if torch.compiler.is_compiling() else self._compute
         return compute(self._computed, hidden_states, slots, weights)
@@ -134,7 +134,7 @@ def _ordered(compute: Compute, turn: torch.Tensor) -> Compute:
     """Make an implementation call ``op.done`` after each read of the arenas.
 
     The results of the multiplications are materialised in any case. An operator that takes them
-    therefore does not change the fusion of other operations, nor the output.
+    therefore changes neither the fusion of other operations nor the output.
     """
 
     def ending(multiply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -13,7 +13,7 @@ from fluxmoe.backends.vllm.compat.plugin import LogitsProcessor, get_current_vll
 
 
 class GuardedLogitsProcessor(LogitsProcessor):
-    """vLLM's logits processor with a check of the configuration when it is built.
+    """vLLM's logits processor with a check of the configuration on creation.
 
     Raises:
         ConfigError: See ``settings.paging_config``.

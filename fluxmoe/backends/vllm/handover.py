@@ -2,8 +2,8 @@
 
 The worker creates the policy before loading weights, to find out whether the split may change; the
 scheduler's side calls the policy. If both run in one process, the only object that both get from
-vLLM is the configuration, so the worker stores the policy under the configuration. In a process
-without a worker nothing is stored, and the scheduler's side creates its own policy.
+vLLM is the configuration, so the worker stores the policy under the configuration's identity. In
+a process without a worker, nothing is stored, and the scheduler's side creates its own policy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fluxmoe.config import Config
 from fluxmoe.core.policy.arbitration import ArbitrationPolicy
 
 #: Identity of a VllmConfig, which is unhashable → FluxMoE's configuration and the policy, until the
-#: scheduler's side takes them or the VllmConfig is collected.
+#: scheduler's side takes them or the VllmConfig is garbage-collected.
 _left: dict[int, tuple[Config, ArbitrationPolicy]] = {}
 
 

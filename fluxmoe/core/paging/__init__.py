@@ -1,4 +1,4 @@
 """The page table, the event rule, the choice of victims, the pager, and page statistics.
 
-Imports all other folders of the core except ``core.arbitration``.
+The package imports all other folders of the core except ``core.arbitration``.
 """

@@ -60,17 +60,17 @@ class Books(NamedTuple):
     num_slots: Int64s  # usable slots [B]
     bank_of: Int64s  # layer → bank [L]
     layer_of: Int64s  # page → layer [P]; a division would cost more than all other work per page
-    # the current event: its distinct pages [E], their tokens, which are hits, the missing pages
+    # the current event: its distinct pages [E], their token counts, hit flags, the missing pages
     pages: Int64s
     tokens: Int64s
     routed: Int64s  # scratch, zero between events: tokens per expert [E]
-    asked: npt.NDArray[np.uint64]  # scratch likewise: one bit per expert with tokens [E / 64]
+    asked: npt.NDArray[np.uint64]  # also scratch: one bit per expert with tokens [E / 64]
     hit: Bools
     missing: Int64s
     loaded: Int64s  # newly loaded pages, in order
     leaving: Int64s  # pages to unload when the next event begins
     dirty: Int64s  # pages whose score must be recomputed [P]
-    changed: Int64s  # pages whose first three records changed since ``show``, with repeats [P]
+    changed: Int64s  # pages whose usage records changed since ``show``, with repeats [P]
     now: Int64s  # scalars; EVENT … are their indices
     counts: Int64s  # C_EVENTS … are its indices
 

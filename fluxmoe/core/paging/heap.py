@@ -3,9 +3,9 @@
 ``stable_score`` promises that a page's score changes only when the page is accessed or loaded. So a
 hit computes nothing: the page is marked dirty, and dirty pages are scored in one call when victims
 are needed. The heap holds *lower bounds*: if a page's score has risen (lru and lfu: at every hit),
-the page's entry is outdated, and is corrected only when it reaches the top. A page whose score fell
-(belady) gets a second entry; the outdated entry is recognised by its key and dropped. In a tie, the
-lowest page id is first, because entries are compared as (score, page).
+the page's entry is outdated, and is corrected only when it reaches the top. A page whose score has
+fallen (belady) gets a second entry; the outdated entry is recognised by its key and dropped. In a
+tie, the lowest page id is first, because entries are compared as (score, page).
 
 A score above all earlier scores (lru: every score) is appended to a *queue* instead, which stays
 sorted at no cost. The next victim is the lower of the first entries of the heap and the queue.

@@ -12,8 +12,8 @@ event, and other events need no work.
 The stack has the order of the event rule: by last event, then by page id, because among equal pages
 the lowest id is evicted first. The distances of an event's pages are those at the event's start.
 
-``PageAges`` are for display. They are counted where an engine evicts pages, not in the compiled
-event rule, which a simulator runs millions of times.
+``PageAges`` counts page ages for display. The ages are counted where an engine evicts pages, not in
+the compiled event rule, which a simulator runs millions of times.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class MissRatioCurve:
     Args:
         pages: Number of pages of the model.
         experts: Number of experts per layer.
-        every: Average number of events from one sample to the next; 1 samples all events. The
-            default is such that sampling costs less than a microsecond per event.
+        every: Average number of events from one sample to the next; 1 samples all events. With
+            the default, sampling costs less than a microsecond per event.
         window: Number of samples after which the weight of a sample has decayed to 1/e; with 0,
             weights do not decay.
         seed: Seed of the random intervals between samples, which avoid a bias towards some layers.
@@ -132,7 +132,7 @@ class MissRatioCurve:
         self._wait = 0
 
     def observe(self, last_use: Int64s, layer: int, ids: Ints) -> None:
-        """Sample an event that has not begun yet, or only count it."""
+        """Sample an event that has not begun yet, or skip the event."""
         if self._wait:
             self._wait -= 1
             return
@@ -208,7 +208,7 @@ class PageAges:
         self._books, self._directory = books, directory(books)
         self.counts = np.zeros((3, AGES), np.int64)
         self.sums = np.zeros(3, np.int64)
-        self.leave(np.zeros(0, np.int64))  # so that it is compiled or loaded before any event
+        self.leave(np.zeros(0, np.int64))  # compile or load the function before any event
 
     def reset(self) -> None:
         """Clear all counts."""

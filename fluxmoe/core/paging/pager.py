@@ -66,11 +66,20 @@ class ExpertPager:
     def transfer(self) -> TransferEngine:
         return self._transfer
 
+    @property
+    def predictions(self) -> bool:
+        """True if the prefetch policy needs predictions; see ``predict``."""
+        return self._rule.predictions
+
+    def predict(self, experts: Ints) -> None:
+        """Set the predictions for the next event; see ``Predicted.set``."""
+        self._rule.predicted.set(experts)
+
     def counters(self) -> Counters:
         return self.table.counters()
 
     def acquire(self, layer: int, ids: Ints, slots: Slots, *, waves: bool = False) -> bool:
-        """Make the routed experts resident and return their slots.
+        """Make the routed experts resident, and fill ``slots`` with their slots.
 
         Args:
             layer: Number of the MoE layer, from 0. If it is not above the previous event's layer, a
@@ -181,8 +190,9 @@ class ExpertPager:
             CapacityError: ``slots`` is too small for one layer's experts, or exceeds the number of
                 reserved slots.
             PolicyFaultError: The policy failed in strict mode; the slots are unchanged.
-            OutOfFramesError, SubstrateError: The memory cannot be changed. The slots are unchanged
-                or, if restoring them failed as well, only those remain that still have memory.
+            OutOfFramesError, SubstrateError: The memory cannot be changed. The number of slots is
+                unchanged or, if restoring it failed as well, the slots that still have memory
+                remain.
         """
         self.owner.require()
         self.table.require(slots)
@@ -191,7 +201,7 @@ class ExpertPager:
             self._experts.resize(bank, slots)
             self.table.resize(bank, slots)
             return
-        moved, sources = self._rule.shrink(bank, slots)  # pages leave before their memory does
+        moved, sources = self._rule.shrink(bank, slots)  # before memory is released
         targets = self._books.slot_of[moved].tolist()
         for page, source, target in zip(moved.tolist(), sources.tolist(), targets, strict=True):
             try:
@@ -208,7 +218,7 @@ class ExpertPager:
             raise
 
     def resize_all(self, slots: Sequence[int]) -> None:
-        """Resize all banks, those that shrink first. If a bank fails, the others are restored.
+        """Resize all banks, those that shrink first; if one fails, restore the others.
 
         Raises: See ``resize``.
         """

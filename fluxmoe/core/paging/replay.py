@@ -162,7 +162,7 @@ def _event_by_event(
 ) -> int:
     """Run all events through ``EventRule.run``, which makes every call to the policies."""
     table, now, future = rule.table, rule.table.books.now, rule.chooser.future
-    layers, experts = table.geometry.num_layers, table.geometry.experts_per_layer
+    experts = table.geometry.experts_per_layer
     for at in range(begin, end):
         step, layer = int(events.step[at]), int(events.layer[at])
         table.phase = Phase(int(events.phase[at]))
@@ -170,25 +170,14 @@ def _event_by_event(
             look_ahead(future, events, at, experts)
         pairs = slice(*events.offsets[at : at + 2].tolist())
         starts = events.starts[pairs] if events.starts.size else None
-        predicted = _predicted(events, at, layers, experts)
-        rule.run(step, layer, events.ids[pairs], predicted, starts)
+        guesses = None
+        if events.guess_offsets.size:
+            guesses = events.guesses[slice(*events.guess_offsets[at : at + 2].tolist())]
+        rule.run(step, layer, events.ids[pairs], guesses, starts)
         missed[at], reloaded[at] = now[MISSES], now[RELOADED]
         if watch is not None:
             watch(rule, at)
     return end
-
-
-def _predicted(events: EventList, at: int, layers: int, experts: int) -> Int64s | None:
-    """Return an event's predicted pages of the next layer, by descending votes, then by id."""
-    if not events.guess_offsets.size:
-        return None
-    following = int(events.layer[at]) + 1
-    if following == layers:
-        return np.zeros(0, np.int64)
-    guesses = events.guesses[events.guess_offsets[at] : events.guess_offsets[at + 1]]
-    votes = np.bincount(guesses, minlength=experts)
-    order = np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)]
-    return following * experts + order
 
 
 @jit
@@ -246,8 +235,8 @@ def _run_kernel(
         if exceeded(b):
             return at
         if short > 0:
-            # Without prefetching, no page is protected. A plain False has a different type in
-            # numba, which would compile ``victims`` again; that takes ten seconds.
+            # Without prefetching, no page is protected. For a plain False, which has a different
+            # type, numba would compile ``victims`` again, which takes ten seconds.
             bank = b.bank_of[b.now[LAYER]]
             spare = np.bool_(False)
             found = victims(books, heap, chooser, entry, bank, short, spare, scratch)  # type: ignore[arg-type]

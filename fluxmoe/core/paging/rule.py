@@ -40,6 +40,7 @@ from fluxmoe.core.paging.event import (
     open_event,
 )
 from fluxmoe.core.paging.measures import PageAges
+from fluxmoe.core.paging.predicted import Predicted
 from fluxmoe.core.paging.table import PageTable
 from fluxmoe.core.paging.victims import FAILED, new_chooser, take_dirty, victims
 from fluxmoe.core.paging.waves import divide, in_order, place
@@ -69,8 +70,8 @@ class EventRule:
         self.scoring = table.directory, self._heap, directory(self.chooser)
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
-        self._predicted: Int64s | None = None
-        #: Counts the ages of pages that leave; None if not needed. Compiled loops do not use it.
+        self.predicted, self.predictions = Predicted(table), prefetch.predictions
+        #: Counts page ages; None if not needed. Compiled loops do not count them.
         self.ages: PageAges | None = None
         if eviction.kernel is not None:
             # Compile ``victims``, or load it, outside any timed call to the policy.
@@ -102,15 +103,16 @@ class EventRule:
         step: int,
         layer: int,
         ids: Ints,
-        predicted: Int64s | None = None,
+        predicted: Ints | None = None,
         starts: Bools | None = None,
     ) -> None:
         """Run one whole event, for a caller that copies nothing (the simulator).
 
-        Policies get ``predicted`` as ``Access.predicted``. Without ``starts``, an event that needs
-        more pages than its bank has slots is an error.
+        Without ``starts``, an event that needs more pages than its bank has slots is an error. For
+        ``predicted``, see ``Predicted.set``.
         """
-        self._predicted = predicted
+        if predicted is not None:
+            self.predicted.set(predicted)
         self.open(step, layer, ids, self._no_slots)
         if starts is not None and self.table.exceeded:
             self.admit_waves(ids, starts, self._no_slots)
@@ -148,7 +150,7 @@ class EventRule:
     def admit_waves(self, ids: Ints, starts: Bools, slots: Slots) -> list[Wave]:
         """Apply points 4, 5 and 8 to an event that needs more pages than its bank has slots.
 
-        All other pages of the bank are victims. Policies see one event: ``on_load`` gets the pages
+        All other pages of the bank are victims. Policies get one event: ``on_load`` gets the pages
         that the event loads and leaves in the bank; ``on_evict`` gets the pages that it removes.
 
         Args:
@@ -197,7 +199,7 @@ class EventRule:
         b.now[LEAVING] = len(leaving)
 
     def prefetch(self) -> bool:
-        """Apply point 7: load proposed pages into free slots, then into victims'; protect them.
+        """Apply point 7: load proposed pages into free slots, then victims' slots; protect them.
 
         Returns:
             True if there is a prefetch policy; ``loads`` then returns the loaded pages.
@@ -267,8 +269,7 @@ class EventRule:
 
     def access(self) -> Access:
         """Return the current event in the form that policies get."""
-        b = self.table.books
-        n = b.now[PAGES]
+        b, n = self.table.books, self.table.books.now[PAGES]
         return Access(
             step=int(b.now[STEP]),
             layer=int(b.now[LAYER]),
@@ -276,7 +277,7 @@ class EventRule:
             hit=own(b.hit[:n]),
             tokens=own(b.tokens[:n]),
             phase=self.table.phase,
-            predicted=None if self._predicted is None else own(self._predicted),
+            predicted=self.predicted.pages(),
         )
 
     def _evict(self, bank: int, count: int, *, spare: bool, counter: int = C_EVICTIONS) -> None:
@@ -292,10 +293,8 @@ class EventRule:
                 more = self.victims(bank, count - len(victims), protect=False)
                 self._unload(more, counter)
                 if len(victims) + len(more) < count:
-                    experts, slots = self.table.books.now[PAGES], self.table.slots[bank]
-                    raise CapacityError(
-                        f"an event of {experts} experts does not fit into {slots} slots"
-                    )
+                    n, slots = self.table.books.now[PAGES], self.table.slots[bank]
+                    raise CapacityError(f"an event of {n} experts does not fit into {slots} slots")
         except BaseException:
             self._score_again()
             raise

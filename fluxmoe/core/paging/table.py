@@ -123,7 +123,7 @@ class PageTable:
     def uses(self) -> Shown:
         """Read-only copies of the usage records for policies, brought up to date.
 
-        The cost depends on the number of pages that have changed since the last look. Writing to
+        The cost depends on the number of pages that have changed since the last read. Writing to
         the copies by any means does not change the books.
         """
         if self.books.now[CHANGES]:
@@ -156,7 +156,7 @@ class PageTable:
         b.now[EVENT] = b.now[LAYER] = b.now[STEP] = -1
         b.now[CHANGES] = ALL_PAGES
         for bank, count in enumerate(self.slots):
-            # The top of the stack is taken first: the lowest slot, as a bank shrinks at its end.
+            # The lowest slot is on top and is taken first, because a bank shrinks at its end.
             b.free[bank, :count] = np.arange(count - 1, -1, -1)
             b.num_free[bank] = count
 

@@ -19,7 +19,7 @@ bank that is empty at first, and orders the tokens one by one:
 
 Bound: an event loads at most ``min(A, R + A * (n - R) // n)`` pages. Proof: if a page must be
 evicted, at least *R + 1* of the resident pages are not used by the token, so one of them is not
-among the *R* most used pages. These *R* pages are loaded at most once, and account for at least the
+among the *R* most used pages. These *R* pages are loaded at most once, and account for at least a
 share *R / n* of *A*. Each remaining pair causes at most one load. ``place`` begins with the pages
 in the bank, and evicts the page whose next use is furthest away (Belady, 1966), so it does not load
 more pages than the simulation.
@@ -60,7 +60,7 @@ from fluxmoe.errors import CapacityError
 Words = npt.NDArray[np.uint64]
 
 # Added to the need of an expert: KEPT for the most used experts, which are spared, and IN_WAVE for
-# the other experts of the current wave, which are evicted only if no expert outside it can be.
+# the wave's other experts, which are evicted only if no expert outside the wave can be evicted.
 KEPT, IN_WAVE = 1 << 60, 1 << 40
 
 
@@ -120,10 +120,8 @@ def divide(ids: Int64s, starts: Bools, experts: int, slots: int) -> Waves:
     """
     waves = partition(ids, starts, experts, slots)
     if not len(waves.ends):
-        raise CapacityError(
-            f"the experts of one token do not fit into {slots} slots",
-            fix="give the experts more memory",
-        )
+        what = f"the experts of one token do not fit into {slots} slots"
+        raise CapacityError(what, fix="give the experts more memory")
     return waves
 
 

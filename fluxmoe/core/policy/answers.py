@@ -1,10 +1,10 @@
 """Answers of policies: each is copied into a plain value of the host, and the copy is validated.
 
-An answer may be active code: a list whose ``__len__`` waits, an array that a thread continues to
+An answer may be active code: a list whose ``__len__`` blocks, an array that a thread continues to
 write to, a number whose methods return false values, or text that cannot be printed. So each
-function here reads an answer once, and no more of it than a valid answer can contain, into an array
-or a number that nothing else refers to. An invalid answer raises ``InvalidAnswer``. The function
-runs as part of the policy's call (``faults``), so its time is limited and any exception is
+function here reads an answer once, into an array or a number that nothing else refers to, and reads
+no more than a valid answer can contain. An invalid answer raises ``InvalidAnswer``. The functions
+run as part of the policy's call (``faults``), so their time is limited and any exception is
 contained.
 """
 
@@ -24,7 +24,7 @@ from fluxmoe.words import line
 
 
 class InvalidAnswer(Exception):
-    """An answer is invalid; the message describes it."""
+    """An answer is invalid; the message describes the problem."""
 
 
 def nothing(answer: object) -> None:

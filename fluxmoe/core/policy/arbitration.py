@@ -90,7 +90,7 @@ class PrefixDemand:
 
 
 def _lock_curve(demand: ExpertDemand | PrefixDemand) -> None:
-    """Replace the curve by a read-only copy, like all input to policies."""
+    """Replace the curve with a read-only copy, since all input to policies is read-only."""
     object.__setattr__(demand, "curve", own(demand.curve))
 
 
@@ -181,8 +181,8 @@ class ArbitrationPolicy(ABC):
             for growth.
         interval: Number of steps between calls; ``view.steps`` contains all of these steps.
         calm_interval: The same while the number of running requests is constant, no request is
-            waiting and the policy keeps the current split. When this ends, the policy is called
-            within ``interval`` steps.
+            waiting and the policy keeps the current split. When one of these conditions ends,
+            the policy is called within ``interval`` steps.
     """
 
     fixed: ClassVar[bool] = False
@@ -194,8 +194,8 @@ class ArbitrationPolicy(ABC):
         """Return the split to aim for; the current split is the normal answer.
 
         The host calls this method every ``interval`` steps, even while frames are moving; each
-        answer stands until the next call. The host enforces the bounds, never takes KV cache in
-        use, and moves a limited number of frames per step.
+        answer stands until the next call. The host enforces the bounds, never takes away KV
+        cache in use, and moves a limited number of frames per step.
         """
 
     def reset(self) -> None:

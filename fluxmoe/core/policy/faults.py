@@ -138,7 +138,7 @@ class PolicyCaller:
 
     def note(self, method: str, fault: Fault) -> None:
         """Count and log a fault of ``method``, or raise PolicyFaultError if strict."""
-        # This sanitises text that the policy returned or raised.
+        # ``line`` sanitises text that the policy returned or raised.
         said = f"{method} {line(fault.said, limit=2 * LIMIT)}"
         what = f"{self.kind} policy {self.name!r}: {said}"
         if self.strict:
@@ -174,7 +174,7 @@ def _place(error: BaseException) -> str:
 
 
 def suggestion(error: BaseException) -> str:
-    """Return the ``did you mean`` that Python shows only for exceptions that end the program."""
+    """Return the hint ``did you mean``, which Python shows only for uncaught exceptions."""
     try:
         if not isinstance(error, AttributeError | NameError) or type(error.name) is not str:
             return ""

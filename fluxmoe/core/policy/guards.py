@@ -72,7 +72,7 @@ class EvictionGuard(PolicyGuard):
 
     @property
     def scored(self) -> bool:
-        """True if events call the policy only to choose victims (``choose``), and for no hook."""
+        """True if the policy is called only to choose victims (``choose``), not for hooks."""
         watches = self.watches_access or self.watches_load or self.watches_evict
         return not watches and not self.retains
 
@@ -163,10 +163,16 @@ class PrefetchGuard(PolicyGuard):
         self._policy, self._view = policy, view
         lead = partial(answers.whole, least=0, noun="layers")
         self._leads = self._faults.declared("lead", lead, 0) > 0
+        self._predictions = self._faults.declared("predictions", answers.flag, False)
 
     @property
     def active(self) -> bool:
         return self._leads and not self._faults.out
+
+    @property
+    def predictions(self) -> bool:
+        """True if the policy needs ``Access.predicted``."""
+        return self._predictions and self.active
 
     def reset(self) -> None:
         self._faults.contain("reset")

@@ -246,9 +246,12 @@ class PrefetchPolicy(ABC):
 
     Attributes:
         lead: Number of layers that proposals look ahead; a policy whose lead is 0 is never called.
+        predictions: True to get ``Access.predicted``. Engines then compute the next layer's router
+            on each layer's hidden states.
     """
 
     lead: int = 1
+    predictions: bool = False
 
     @abstractmethod
     def propose(self, view: PageView, access: Access) -> npt.ArrayLike:

@@ -3,10 +3,10 @@
 A call that exceeds the soft limit is counted as slow. The limit is on the processor time of the
 calling thread, since on a busy machine any call can be late by the clock. Processor time is costly
 to read, so it is measured only for the calls that follow a late one. The hard limit is on wall
-time. The watchdog, one thread per process that sleeps while no call is late, enforces it by raising
-``HardLimitExceeded`` in the calling thread. Python delivers the exception between two bytecode
-instructions: C code (a NumPy function, a compiled kernel, a system call) finishes first, and the
-call still counts as late.
+time. The watchdog is one thread per process, which sleeps while no call is late. It enforces the
+hard limit by raising ``HardLimitExceeded`` in the calling thread. Python delivers the exception
+between two bytecode instructions: C code (a NumPy function, a compiled kernel, a system call)
+finishes first, and the call still counts as late.
 
 The exception must never reach the code after the call. A lock makes the end of a call and its
 interruption mutually exclusive, each call is interrupted at most once, and an interrupted call
@@ -34,7 +34,7 @@ class Limits:
 
     Attributes:
         strikes: Number of faults after which the policy is disabled for good; also the number of
-            slow calls after which they are logged.
+            slow calls after which a warning is logged.
         soft_s: Seconds of processor time beyond which a call is counted as slow.
         hard_s: Seconds beyond which a call is interrupted, which counts as a fault.
     """
@@ -87,7 +87,7 @@ class TimeLimiter:
                 answer = function(*args)
             finally:
                 self._stop()
-            if self._fired:  # the interrupt came too late, or the policy swallowed it
+            if self._fired:  # the exception came too late, or the policy caught it
                 raise HardLimitExceeded
         except BaseException as error:
             self._stop()  # the first attempt may have been interrupted, but only once

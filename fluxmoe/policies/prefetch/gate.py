@@ -15,5 +15,7 @@ from fluxmoe.core.types import Access, Int64s
 class Gate(PrefetchPolicy):
     """Fetch ``access.predicted``, the pages with the most tokens first; nothing if it is None."""
 
+    predictions = True
+
     def propose(self, view: PageView, access: Access) -> Int64s:
         return access.pages[:0] if access.predicted is None else access.predicted

@@ -37,7 +37,7 @@ class TransformLoading:
     """The loading of one model's experts.
 
     Args:
-        store: An empty store, which has all experts after the model was loaded.
+        store: An empty store, which has all experts once the model is loaded.
     """
 
     def __init__(self, store: HostStore | TieredStore) -> None:
@@ -60,7 +60,7 @@ class TransformLoading:
         """Call a transform, or pass the experts that it makes to the store.
 
         Returns:
-            Name → parameter, for the model; no experts.
+            Name → parameter, for the model; empty if the transform makes experts.
         """
         if not self._places:
             self._find(call.settings["model"])
@@ -85,7 +85,7 @@ class TransformLoading:
                 setattr(layer, part, stand_in)
 
     def _put_layer(self, index: int, layer: torch.nn.Module, calls: dict[str, _Call]) -> None:
-        """Put the experts of a layer that the store lacks."""
+        """Put those experts of a layer that the store lacks."""
         weights = layout.weights_of(layer)
         experts = len(weights[layout.PARTS[0]])
         first = index * experts
@@ -144,7 +144,7 @@ class _Call(NamedTuple):
         return self._only(self.convert(part, self.target, **self.settings))
 
     def is_separable(self, experts: int) -> bool:
-        """True if the transform can make each expert from this expert's tensors."""
+        """Return True if the transform can make each expert from this expert's tensors."""
         given = list(self.transform.collected_tensors.values())
         if self._renames:
             return [[len(tensor) for tensor in tensors] for tensors in given] == [[experts]]
@@ -158,7 +158,7 @@ class _Call(NamedTuple):
         )
 
     def report(self, found: Sequence[int], wanted: Sequence[int]) -> None:
-        """Report a parameter that has another shape in the checkpoint than in the model."""
+        """Report a parameter whose shape in the checkpoint differs from its shape in the model."""
         self.settings["loading_info"].mismatched_keys.add((self.target, found, wanted))
 
     @property
@@ -195,7 +195,7 @@ _CURRENT: ContextVar[TransformLoading | None] = ContextVar("_CURRENT", default=N
 def _collect(
     thread_pool: Any, tensor: Any, device: Any = None, dtype: Any = None, **more: Any
 ) -> Any:
-    # Without threads, because they would keep the tensors that they have read ahead.
+    # Threads are not used, because they would read tensors ahead and keep them in memory.
     if _CURRENT.get() is None:
         return _spawn(thread_pool, tensor, device, dtype, **more)
     return _Tensor(tensor, device, dtype)

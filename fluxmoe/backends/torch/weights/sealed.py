@@ -28,7 +28,7 @@ from fluxmoe.errors import UnsupportedError
 #: The remedy for most operations that a paged model refuses.
 CLOSE = "close() its handle first; after fluxmoe.load(), use the weights in the checkpoint"
 
-#: The place of the weights, including those of a loaded model, which are in a store.
+#: Results that place the weights on the CPU, even for a loaded model, whose weights are in a store.
 _IN_MEMORY = {
     torch.Tensor.device.__get__: torch.device("cpu"),
     torch.Tensor.is_cpu.__get__: True,
@@ -85,8 +85,8 @@ class Shared:
 
 
 def _is_shared(storage: torch.UntypedStorage) -> bool:
-    """True if others may refer to the memory, such as an array of which torch made the storage."""
-    # One reference is the weight's, and one is this object's.
+    """Return True if other objects, such as arrays, may refer to the memory."""
+    # The weight has one reference, and ``storage`` has another.
     return torch._C._storage_Use_Count(storage._cdata) > 2 or not storage.resizable()
 
 
@@ -95,7 +95,7 @@ class Watched:
 
     Args:
         pager: The pager.
-        lock: Lock of the model, which compiled passes claim.
+        lock: Lock with which compiled passes claim the model.
         layers: The experts' weights of each layer, not sealed yet. Edits of inference tensors
             cannot be detected.
     """
@@ -125,8 +125,12 @@ class Watched:
     def watcher(self, watcher: EventWatcher | None) -> None:
         self._pager.watcher = watcher
 
+    def predict(self, experts: Ints) -> None:
+        """Pass predictions to the pager."""
+        self._pager.predict(experts)
+
     def updated(self, layers: Iterable[int]) -> None:
-        """Accept new values of these layers' weights, and let others that watch them notice."""
+        """Accept new values of these layers' weights, and increment the weights' versions."""
         for layer in layers:
             for index, (weight, alias, _) in enumerate(self._weights[layer]):
                 increment_version(alias)  # numpy has written the values
@@ -174,7 +178,7 @@ class Watched:
 
 @jit
 def any_negative(ids: Ints) -> bool:
-    """True if a number is below zero. For few numbers, this is several times as fast as numpy."""
+    """Return True if a number is negative. For few numbers, this is faster than numpy."""
     for number in ids:  # noqa: SIM110
         if number < 0:
             return True

@@ -1,4 +1,4 @@
-"""New weights of a paged model, all of which are checked before any is taken over."""
+"""New weights of a paged model, all of which are checked before any is applied."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class NewWeights:
         self.experts: dict[int, list[Bytes]] = {}
 
     def take_over(self, own: Sequence[Sequence[Bytes]], shared: Sequence[Shared]) -> None:
-        """Write the new values to the model's other tensors, and to the experts for ``close``.
+        """Write the new values to the other tensors, and to the experts that ``close`` restores.
 
         Args:
             own: Rows of the model's own experts, by layer and part; empty if the model has none.

@@ -14,7 +14,7 @@ from fluxmoe.errors import MissingDependencyError
 class Prompt:
     """A request: token ids in, and token ids out, optionally with ``logprobs``.
 
-    The output has ``max_tokens`` tokens, or ends earlier with one of the tokens ``stop``. ``after``
+    The output has ``max_tokens`` tokens, or ends earlier at one of the tokens ``stop``. ``after``
     is the index of an earlier prompt in the same call that must be answered first, as in a
     dialogue.
     """

@@ -1,4 +1,4 @@
-"""The paged CPU worker, which stores the experts and gives the KV cache the rest of the budget."""
+"""The paged CPU worker, which pages the experts and gives the KV cache the rest of the budget."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from fluxmoe.backends.vllm.worker import budget, checks, kv, selfcheck, start
 from fluxmoe.backends.vllm.worker.answers import together
 from fluxmoe.backends.vllm.worker.layer import PagedRoutedExperts, use_paged_layers
 from fluxmoe.backends.vllm.worker.limits import in_frames as limits_in_frames
+from fluxmoe.backends.vllm.worker.lookahead import predict_next
 from fluxmoe.backends.vllm.worker.reach import bank_limit, require_addressable
 from fluxmoe.backends.vllm.worker.recording import Requests, note_weights
 from fluxmoe.backends.vllm.worker.side import WorkerSide
@@ -139,6 +140,8 @@ class PagedCPUWorker(CPUWorker):
                 {name: require_addressable(as_weight(rows, like)) for name, like, rows in arenas},
                 waves=runtime.partition.in_waves,
             )
+        if runtime.pager.predictions:
+            predict_next(self.model_runner.model, layers, handle)
         return runtime
 
     def _kv_need(self) -> KVNeed:
@@ -203,7 +206,7 @@ class PagedCPUWorker(CPUWorker):
 
     @property
     def _paged(self) -> Runtime:
-        """Return the runtime.
+        """The runtime.
 
         Raises:
             UnsupportedError: Nothing is paged, or this is a forked process.
@@ -312,7 +315,7 @@ class PagedCPUWorker(CPUWorker):
                 self._paged.trace_meta(
                     model=str(self.model_config.model), top_k=self._top_k, source="vllm"
                 ),
-                columns=["weights"] if weights else [],
+                columns=["weights"] * weights + ["predicted"] * self._paged.pager.predictions,
                 replace=replace,
                 max_steps=max_steps,
                 phase=phase,

@@ -35,6 +35,8 @@ class PagedRoutedExperts(RoutedExperts):
     _waves = False
     #: True to pass routing weights to a recorder. A compiled model ignores later changes.
     notes_weights = False
+    #: True to predict the next layer's experts with the router given to ``op.use_router``.
+    predicts = False
 
     def _get_quant_method(self, *args: Any, **kw: Any) -> Any:
         method = super()._get_quant_method(*args, **kw)
@@ -95,6 +97,8 @@ class PagedRoutedExperts(RoutedExperts):
         """Run the stock kernel with slots in place of expert ids, or the operator for waves."""
         if self._pager is None:
             return super().forward_modular(x, topk_weights, topk_ids, *args, **kw)
+        if self.predicts:
+            topk_ids = op.predict(topk_ids, x, self._pager, self._layer)
         if self.notes_weights:
             topk_ids = op.note(topk_ids, topk_weights, None, self._pager)
         if not self._waves:
