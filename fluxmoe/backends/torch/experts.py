@@ -27,12 +27,18 @@ import torch
 from fluxmoe.backends import op
 from fluxmoe.backends.sealed import FixedParameters, seal
 from fluxmoe.backends.selfcheck import Checked, Parts, require_slot_independence
-from fluxmoe.backends.torch.inside import Inside, code_of, is_plain
 from fluxmoe.backends.torch.layout import top_k_of, weights_of
 from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.refusals import require_no_export, require_plain
-from fluxmoe.backends.torch.twin import IMPLEMENTATIONS, Arenas, Twin
+from fluxmoe.backends.torch.twin import (
+    IMPLEMENTATIONS,
+    Arenas,
+    Inside,
+    Twin,
+    code_of,
+    is_plain,
+)
 from fluxmoe.backends.torch.weights.sealed import CLOSE, Gone, Paged
 from fluxmoe.errors import UnsupportedError
 

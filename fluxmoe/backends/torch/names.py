@@ -39,6 +39,7 @@ NAMES = Names(
             _MOE + "_grouped_linear": "",
             _MOE + "batched_mm_experts_forward": _COMPUTE,
             _MOE + "grouped_mm_experts_forward": _COMPUTE,
+            "transformers.activations:ACT2CLS": "",
         },
         "sampling": {
             "transformers:StoppingCriteria": "",
