@@ -71,17 +71,14 @@ class EventRule:
         self.scratch = np.zeros(table.geometry.num_pages, np.int64)
         self._no_slots = np.zeros(0, np.int32)
         self.predicted, self.predictions = Predicted(table), prefetch.predictions
+        #: False if events whose pages are all resident need no work after ``open``.
+        self.follows = eviction.retains or prefetch.active
         #: Counts page ages; None if not needed. Compiled loops do not count them.
         self.ages: PageAges | None = None
         if eviction.kernel is not None:
             # Compile ``victims``, or load it, outside any timed call to the policy.
             event = *self.scoring, eviction.kernel.entry, 0, 0, True
             victims(*event, np.zeros(0, np.int64))
-
-    @property
-    def follows(self) -> bool:
-        """True if an event needs work after ``open`` even if all its pages were resident."""
-        return self.eviction.retains or self._prefetch.active
 
     @property
     def prefetches(self) -> bool:
