@@ -76,7 +76,7 @@ def test_a_port_in_use(tmp_path: Path, model: Path, host: str | None) -> None:
     ("options", "says"),
     [
         ({"port": "http"}, "it must be a whole number, not 'http'; vllm.port"),
-        ({"port": 70000}, "it must be a number from 1 to 65535, not 70000; vllm.port"),
+        ({"port": 70000}, "it must be from 0 (any free port) to 65535, not 70000; vllm.port"),
         ({"port": True}, "it must be a whole number, not True; vllm.port"),
         ({"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid, port 8000"),
         ({"host": "192.0.2.1", "port": 0}, "cannot listen on 192.0.2.1"),

@@ -69,7 +69,9 @@ def examine(
     port = options.get("port", 8000)
     if isinstance(port, int) and port not in _PORTS:
         found.errors.append(
-            ConfigError(f"it must be a number from 1 to 65535, not {port}", where="vllm.port")
+            ConfigError(
+                f"it must be from 0 (any free port) to 65535, not {port}", where="vllm.port"
+            )
         )
     if config.preset != "off":
         found.errors += features.refused_options(options)
