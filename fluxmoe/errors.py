@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
+from fluxmoe.words import printable
+
 
 class FluxMoEError(Exception):
     """Base class of all errors that FluxMoE raises on purpose.
@@ -36,8 +38,13 @@ class FluxMoEError(Exception):
 
     @property
     def text(self) -> str:
-        """The message without its code, and without ``others``: ``what; where; fix``."""
-        return join(self.what, self.where, self.fix)
+        """The message without its code, and without ``others``: ``what; where; fix``.
+
+        It is one line, even if a path or a name in it has line breaks; only the log that an
+        ``EngineError`` has as its ``where`` keeps them.
+        """
+        where = self.where if isinstance(self, EngineError) else printable(self.where)
+        return join(printable(self.what), where, printable(self.fix))
 
     def problems(self) -> list[FluxMoEError]:
         """List this error and the others."""

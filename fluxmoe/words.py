@@ -46,6 +46,13 @@ def line(value: object, how: Callable[[Any], str] = str, *, limit: int = LIMIT) 
     return shown if len(shown) <= limit and len(text) <= 4 * limit else shown[: limit - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """Escape unprintable characters, such as line breaks, as in Python's ``repr``."""
+    return (
+        text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+    )
+
+
 def raised(error: BaseException) -> str:
     """Describe an exception, by its type and message, as one line (see ``line``)."""
     return line(error, lambda error: f"{class_name(type(error))}: {line(error)}")

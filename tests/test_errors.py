@@ -54,6 +54,13 @@ def test_b6_several_problems_travel_together(capsys):
     assert together([ConfigError("alone")]).problems()[0].others == ()
 
 
+def test_a_message_is_one_line_whatever_names_it_has():
+    error = errors.CheckpointError("no\nfolder", where="a\r\nb\x1b[2J", fix="c\td")
+    assert error.text == "no\\nfolder; a\\r\\nb\\x1b[2J; c\\td"
+    log = errors.EngineError("it ended", where="the log:\nline 1\nline 2")
+    assert len(str(log).splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("lruu", "did you mean 'lru'?"), ("lfu_", "did you mean 'lfu'?"), ("nonsense", ""), ("", ""),

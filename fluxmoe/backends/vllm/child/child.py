@@ -30,6 +30,7 @@ from fluxmoe.config import parse_most
 from fluxmoe.core.owner import Owner
 from fluxmoe.errors import EngineError, FluxMoEError
 from fluxmoe.findings import Findings
+from fluxmoe.words import line
 
 __all__ = ["ENVIRONMENT", "ChildEngine", "Generation", "Prompt"]
 
@@ -207,7 +208,7 @@ class ChildEngine:
             return value
         if isinstance(value, FluxMoEError):
             raise value
-        raise EngineError(f"the engine failed: {value}", where=self._tail())
+        raise EngineError(f"the engine failed: {line(value, limit=2000)}", where=self._tail())
 
     def _gone(self) -> EngineError:
         self._process.join(1)  # the exit code may arrive shortly after the pipe is closed
