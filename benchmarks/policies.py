@@ -9,6 +9,7 @@ trace and policy are:
 
 * *worst*: ratio of the misses to those of the best of lru, lfu and lfru, at the capacity where this
   ratio is largest;
+* *mean*: geometric mean of that ratio over the capacities;
 * *over*: number of capacities at which that ratio is above 1.01;
 * *gap closed*: share of LRU's excess misses over Belady that the policy saves (median over
   capacities).

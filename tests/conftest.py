@@ -1,4 +1,4 @@
-"""Setup for all tests: Hypothesis profiles, order of files, summary of the identity matrix."""
+"""Setup for all tests: Hypothesis profile, selection and order, summary of the identity matrix."""
 
 import os
 from pathlib import Path

@@ -99,7 +99,7 @@ def austen(folder: Path) -> Iterator[str]:
 
 
 def jargon(folder: Path) -> Iterator[str]:
-    """Yield one document per twenty or so entries of the Jargon File, one line per paragraph."""
+    """Yield one document per 20 entries of the Jargon File, with one line per paragraph."""
     file = folder / "jargon-text/usr/share/doc/jargon-text/jargon.txt.gz"
     text = paragraphs(gzip.decompress(file.read_bytes()).decode().splitlines())
     # Omit the table of contents, which the split turns into one "entry" of thousands of lines.
@@ -152,7 +152,7 @@ def build(folder: Path) -> dict[str, dict[str, int]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where packages and text go")
+    parser.add_argument("--out", type=Path, required=True, help="folder for packages and text")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     fetch(out)

@@ -2,8 +2,8 @@
 
 The parameters have the shapes of transformers' ``Qwen3MoeForCausalLM`` and are converted by
 ``export``. For speed, every expert has the same number of rows in training, so that all experts are
-one batched product of a fixed shape, which oneDNN and ``torch.compile`` prepare only once. In both
-passes, rows are gathered and never scattered.
+computed in one batched product of a fixed shape, which oneDNN and ``torch.compile`` prepare only
+once. In both passes, rows are gathered and never scattered.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """The weighted sum of each token's experts."""
+    """The weighted sum of the outputs of each token's experts."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, top: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Layer(nn.Module):
         load = torch.zeros(c.num_experts, dtype=torch.int64).scatter_add(
             0, flat, torch.ones_like(flat)
         )
-        # Per layer: if the loss is pooled over layers, as in the reference, layers stay skewed.
+        # Per layer: if the loss is pooled over layers, as in transformers, layers stay skewed.
         balance = c.num_experts * (p.mean(0) * (load / flat.numel())).sum()
         z = logits.logsumexp(-1).square().mean()
         mean = flat.numel() / c.num_experts

@@ -1,16 +1,17 @@
-"""Train the shipped model on two processes that share their weights.
+"""Train the shipped model in two processes that share their weights.
 
     python training/train.py --data FOLDER --run FOLDER --minutes 26 --decay 8
     python training/train.py --data FOLDER --run FOLDER --minutes 48 --decay 28 \
         --resume OTHER/stable.pt
 
-The learning rate is constant until the last ``--decay`` minutes and then decays linearly to zero.
+After a short warm-up, the learning rate is constant until the last ``--decay`` minutes and then
+decays linearly to zero.
 ``stable.pt`` is written when the decay begins, so that a longer run can continue from there.
 
-Each process uses one thread, because for products this small, waking threads costs more than it
-gains. The parameters are in memory that both processes share. Each process computes the gradient of
-its half of the batch and, after a barrier, updates its half of the parameters with the mean of both
-gradients.
+Each process uses one thread, because for matrix products this small, waking threads costs more
+than it gains. The parameters are in memory that both processes share. Each process computes the
+gradient of its half of the batch and, after a barrier, updates its half of the parameters with the
+mean of both gradients.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ BALANCE, Z = 0.12, 1e-4
 MUON, ADAM = 0.02, 0.003
 WEIGHT_DECAY = 0.02
 WARMUP_STEPS = 40
-#: Interval in steps and weight of an update of the weights' running mean, which can be used before
-#: the learning rate decays.
+#: Interval in steps, and coefficient, of the updates of the parameters' running mean, which can be
+#: used before the learning rate decays.
 AVERAGE_EVERY, AVERAGE = 4, 0.04
 SETTINGS = {
     "vocab_size": 259,
@@ -82,7 +83,7 @@ def load(data: Path, part: str) -> np.ndarray:
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """Compute the nearest semi-orthogonal matrices to ``g`` [..., r, c] by Newton-Schulz (Muon)."""
+    """Approximate the semi-orthogonal matrices nearest to ``g`` [..., r, c] by Muon's iteration."""
     x = g.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT.contiguous() if tall else x
@@ -232,9 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that corpus.py made")
     parser.add_argument("--run", type=Path, required=True, help="folder for log and states")
-    parser.add_argument("--minutes", type=float, required=True, help="of wall time")
-    parser.add_argument("--decay", type=float, required=True, help="minutes of falling rate")
-    parser.add_argument("--long", type=float, default=2.0, help="last minutes, on long sequences")
+    parser.add_argument("--minutes", type=float, required=True, help="duration (wall time)")
+    parser.add_argument("--decay", type=float, required=True, help="last minutes, decaying rate")
+    parser.add_argument("--long", type=float, default=2.0, help="last minutes, long sequences")
     parser.add_argument("--resume", type=Path, help="a state of an earlier run")
     args = parser.parse_args()
     from transformers import Qwen3MoeConfig

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(raw: RawSlots, packed: CompressedPages, timer: gpu.Timer) -> Iterator[dict[str, Any]]:
-    """Measure one row of the table per number of pages."""
+    """Measure decoding and copying; yield one row of the table per number of pages."""
     weights, host = raw.weights, encoding(raw.weights[0])
     target = RawSlots(torch.empty_like(weights))
     number = torch.arange(len(weights), dtype=torch.int32, device=weights.device)

@@ -97,14 +97,15 @@ def _print(result: Comparison, model: DemoModel) -> None:
         if name in result.sides
     )
     output.say(
-        "The page store stands for the host memory beside a card; on a CPU it is more of the same "
-        f"memory. Speed relative to FluxMoE with its store: {faster or 'the same'}.\n",
+        "The page store stands for the host memory beside a card; on a CPU, the store takes "
+        "additional memory of the same kind. Speed relative to FluxMoE with its store: "
+        f"{faster or 'not measured'}.\n",
         style="dim",
     )
     if PAGE_FILE in result.sides:
         _table(result, f"On this CPU: a total of {budget}, the pages in a file", [STOCK, PAGE_FILE])
     else:
-        output.say("No page file: set TMPDIR to a folder on a disk to compare one.\n")
+        output.say("No page file: to include one, set TMPDIR to a folder on a disk.\n")
     output.say(
         f"{len(result.texts)} requests × {result.output_tokens} tokens, medians of "
         f"{len(result.stock.runs)} alternating runs, eager, one thread. The shipped Qwen3-MoE, "

@@ -62,7 +62,8 @@ def simulate(
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of processes; default: one per core if there is much to do."
+            min=1,
+            help="Number of processes; default: up to one per core for large workloads, else 1.",
         ),
     ] = None,
     report: Annotated[
@@ -191,6 +192,6 @@ def _print(trace: Path, events: Events, outcomes: list[Outcome]) -> None:
     for result in results:
         if result.policy_faults:
             output.say(
-                f"{result.policy} at {result.capacity_pages} pages: {result.policy_faults} faults "
-                "of a policy were answered by the fallback"
+                f"{result.policy} at {result.capacity_pages} pages: {result.policy_faults} "
+                "calls to a policy failed and were answered by the fallback"
             )

@@ -15,11 +15,11 @@ from typing import Any
 from fluxmoe.errors import DeviceMemoryError, MissingDependencyError, SubstrateError
 
 _LOST = "the device has lost its state: restart this process; see dmesg for the cause"
-_BUG = "a bug in FluxMoE, please report it"
+_BUG = "this is a bug in FluxMoE; please report it"
 _SEE = "see nvidia-smi, and dmesg for messages of the kernel module"
 _FIXES = {
     "CUDA_ERROR_NO_DEVICE": "check nvidia-smi for a GPU that CUDA_VISIBLE_DEVICES allows",
-    "CUDA_ERROR_INVALID_DEVICE": "check that nvidia-smi lists this many GPUs",
+    "CUDA_ERROR_INVALID_DEVICE": "check that nvidia-smi lists the requested GPU",
     "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process has exclusive use of the GPU; see nvidia-smi",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "reboot: driver and kernel module versions differ",
     "CUDA_ERROR_NOT_SUPPORTED": "this GPU or its driver does not support the call",

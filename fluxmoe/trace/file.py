@@ -60,5 +60,6 @@ def require_place(path: Path, *, replace: bool, by: str = "replace=True") -> Non
     """
     if path.is_dir() or not path.parent.is_dir():
         what = "the path is a folder" if path.is_dir() else "the folder does not exist"
-        raise TraceError(f"cannot write a trace: {what}", where=str(path), fix="name a file")
+        fix = "name a file in an existing folder"
+        raise TraceError(f"cannot write a trace: {what}", where=str(path), fix=fix)
     arguments.require_new(path, replace=replace, by=by)

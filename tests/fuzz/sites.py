@@ -106,7 +106,7 @@ def copy_threads(plan: FaultPlan) -> Iterator[None]:
 
 
 class _InCopyThreads(FaultPlan):
-    """A plan in which reads in copy threads reach a separate site."""
+    """A plan in which reads in copy threads also reach a site of their own."""
 
     def reach(self, site: str) -> None:
         if site == "read" and threading.current_thread().name.startswith("fluxmoe-copy"):
@@ -120,7 +120,7 @@ _HOOKS = ("on_access", "on_load", "on_evict", "score", "select", "retain", "prop
 
 
 def reaching(plan: FaultPlan) -> Callable[[object], object]:
-    """Make a policy reach a site in each of its methods that the core calls."""
+    """Make a function that makes a policy reach a site in each method that the core calls."""
 
     def wrap(policy):
         kind = type(policy)
@@ -213,7 +213,7 @@ _TRIES = 100
 
 
 def fail_everywhere(name: str, *, runs: int, operations: int, most: int) -> Outcome:
-    """Fail a site in turn in ``runs`` runs that reach it. See ``fail_in_turn``."""
+    """Call ``fail_in_turn`` with one seed after another until ``runs`` of them reach the site."""
     total, found = Outcome(), 0
     for seed in range(_TRIES):
         outcome = fail_in_turn(name, seed, operations, most)
@@ -223,7 +223,7 @@ def fail_everywhere(name: str, *, runs: int, operations: int, most: int) -> Outc
         found += outcome.injected > 0
         if found == runs:
             return total
-    raise AssertionError(f"only {found} of {_TRIES} runs pass {name!r}")
+    raise AssertionError(f"only {found} of {_TRIES} runs reach {name!r}")
 
 
 def fail_in_turn(name: str, seed: int, operations: int, most: int) -> Outcome:
@@ -243,7 +243,7 @@ def fail_in_turn(name: str, seed: int, operations: int, most: int) -> Outcome:
             plan = _run(site, name, nth, seed, operations, outcome)
             leaks.assert_none()
         except Exception as error:
-            error.add_note(f"site {name!r} failed at passage {nth}, seed {seed}, {operations} ops")
+            error.add_note(f"site {name!r} failed on call {nth}, seed {seed}, {operations} ops")
             raise
         outcome.injected += plan.struck[name]
     return outcome

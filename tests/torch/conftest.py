@@ -1,4 +1,4 @@
-"""Small random Hugging Face models, and their unpaged outputs."""
+"""Fixtures that make small random Hugging Face models, and helpers for tests of these models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def load(checkpoint: Callable[..., Path]) -> Load:
-    """A function ``load(architecture, implementation, **settings)``, which makes a new model."""
+    """A function ``load(architecture, implementation, dtype, **settings)``, which makes a model."""
 
     def load(
         architecture: str = "qwen3-moe",

@@ -101,7 +101,7 @@ def unharmed(tried: Use) -> None:
 
 
 def equal(found: Any, wanted: Any) -> bool:
-    """Return True if nested tuples, lists and dictionaries are equal, bit for bit."""
+    """Return True if nested tuples, lists and dictionaries are equal; tensors also in dtype."""
     if isinstance(wanted, torch.Tensor):
         return found.dtype == wanted.dtype and torch.equal(found, wanted)
     if isinstance(wanted, dict):

@@ -104,6 +104,6 @@ def test_b3_a_refused_feature_is_an_option_and_a_setting(feature: features.Featu
 
 
 class Model:
-    """A replacement for a VllmConfig with a model, for which vLLM needs a real model."""
+    """A stand-in for a VllmConfig with a ``model_config``, which in vLLM needs a real model."""
 
     from vllm.config import ModelConfig as model_config

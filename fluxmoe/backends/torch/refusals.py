@@ -22,7 +22,7 @@ class Uncopyable:
 
 
 class Refusals:
-    """Hooks in a paged model that refuse copies, loading, scripting, and a new type or device.
+    """Hooks in a paged model that refuse copies, loading, scripting, and a new dtype or device.
 
     Args:
         model: The paged model.
@@ -65,7 +65,7 @@ def require_no_export() -> None:
 
 
 def require_plain(*inputs: torch.Tensor) -> None:
-    """Raise UnsupportedError unless the inputs have values and no tracer or transform is active.
+    """Raise UnsupportedError in tracers and transforms, and for all but plain CPU tensors.
 
     A tracer would record the slots of the resident pages as constants.
     """

@@ -43,7 +43,7 @@ class DemandMeter:
         self._last = (0, 0, 0, 0, 0.0)
 
     def report(self, answer: Answer | None) -> StepReport:
-        """Make the report of the step that has just ended, which includes ``answer``."""
+        """Make the report on the step that has just ended, including ``answer``."""
         counts, stall = self._pager.table.books.counts.tolist(), self._pager.transfer.stall_seconds
         now = (
             counts[C_ACCESSES],

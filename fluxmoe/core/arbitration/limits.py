@@ -1,4 +1,4 @@
-"""Limits that an operator sets while serving, and their effect on the tenants' bounds."""
+"""Limits that an operator sets on a running server, and their effect on the tenants' bounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def narrowed(
 ) -> MappingProxyType[str, Budget]:
     """Narrow the tenants' bounds to the operator's limits.
 
-    Limits that cannot be met (below a tenant's minimum or above the budget) are clipped.
+    Limits that cannot be met (below a tenant's minimum or above its maximum) are clipped.
 
     Args:
         bounds: Tenant → minimum and maximum without limits.

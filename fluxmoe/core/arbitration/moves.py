@@ -77,7 +77,7 @@ class MoveOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class MoveResult:
-    """A completed move, with the problems that workers reported.
+    """A move that has ended, with the problems that workers reported.
 
     ``seconds`` is the duration of the move's slowest order.
     """
@@ -206,7 +206,9 @@ class MoveWorker:
         return self._last
 
     def apply(self, action: Action) -> None:
-        """Carry out one action of a move between steps, completely or not at all.
+        """Carry out one action of a move, between two steps.
+
+        After an error, ``FreeKV`` may be partly done; other actions are undone as far as possible.
 
         Raises:
             OutOfFramesError: There is no room to grow.

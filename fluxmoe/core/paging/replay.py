@@ -3,7 +3,8 @@
 ``EventRule.run`` switches between Python and compiled code several times per event so that it can
 call a policy. If the policy is a compiled kernel, or needs no call for most events, these switches
 cost more than the rule itself; ``replay`` makes as few of them as the policy allows. The rule is
-not duplicated: ``open_event``, ``victims`` and ``admit`` are the functions that the pager uses too.
+not duplicated: the pager also uses ``open_event``, ``victims`` and the functions that ``admit``
+calls.
 """
 
 from __future__ import annotations

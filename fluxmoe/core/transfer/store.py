@@ -19,7 +19,7 @@ Put: TypeAlias = Callable[[int, Sequence[Bytes]], None]
 
 
 class Store(Protocol):
-    """A read-only source of expert pages. Several threads call ``read_into`` concurrently."""
+    """A source of expert pages. Several threads call ``read_into`` concurrently."""
 
     @property
     def nbytes(self) -> int:
@@ -40,10 +40,10 @@ class ChangingStore(Store, Protocol):
     """A store whose pages can be replaced."""
 
     def update(self) -> AbstractContextManager[Put]:
-        """Replace all pages that are put within the ``with`` block when the block ends.
+        """Replace pages at the end of the ``with`` block: all pages that were put within it.
 
         If the block raises an exception, no page is replaced. Until the block ends, ``read_into``
-        reads the old pages. No page may be read while the block's end replaces the pages.
+        reads the old pages. No page may be read while pages are being replaced.
 
         Raises:
             StoreError: A page cannot be kept or was put twice. No page was replaced.
@@ -61,7 +61,7 @@ class BatchStore(Store, Protocol):
         copied is then undefined.
 
         Args:
-            arenas: One array uint8 ``[slots, part bytes]`` per part, in order. Their memory must
+            arenas: One uint8 array ``[slots, part bytes]`` per part, in order. Their memory must
                 stay where it is for as long as the reader is used.
         """
 
@@ -76,8 +76,8 @@ class Read(Protocol):
     def begin(self, urgency: Urgency) -> None:
         """Order the first step.
 
-        An interruption may leave the step ordered or not, so the caller keeps a reference to the
-        read before this call.
+        After an interruption, the step may or may not have been ordered. The caller must therefore
+        keep a reference to the read before this call.
         """
 
     def withdraw(self) -> bool:

@@ -95,7 +95,7 @@ def by_score(scores: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
 
 
 def resolve_event(books: DeviceBooks, layer: int, ids: torch.Tensor) -> None:
-    """Run one event: find hits, choose victims and assign slots to every routed expert.
+    """Run one event: find hits, choose victims and assign slots to the missing pages.
 
     Args:
         books: Updated in place; ``missing``, ``slots`` and ``count`` give the copies to make.

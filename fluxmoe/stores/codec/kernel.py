@@ -1,7 +1,8 @@
 """Encoding and decoding of fixed4 blocks: numba loops that call the steps in ``vector``.
 
-All arrays belong to the caller and are views of one block (docs/concepts/lossless-code.md) or of
-its weights. ``decode`` validates everything that it reads from a block.
+All arrays belong to the caller. Except for scratch and results, they are views of one block
+(docs/concepts/lossless-code.md) or of its weights. ``decode`` validates everything that it reads
+from a block.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _RAW = 1 << 31
 _ESCAPES = 3 << 28
 _ZERO = 1 << 7
 _TILE = 24  # words per row of a tile
-_AHEAD = 1536  # words from decoding to prefetching
+_AHEAD = 1536  # distance of prefetching ahead of decoding, in words
 
 
 @jit
@@ -117,7 +118,7 @@ def encode(
     counts: Int64s,
     found: Int64s,
 ) -> Int:
-    """Write the tiles, headers, flags and pool of ``weights``, an array ``[rows, cols]``.
+    """Write the tiles, headers, flags and pool of ``weights``, a flat array of rows × cols.
 
     Args:
         words: ``block``, viewed as words.

@@ -37,7 +37,7 @@ class Overlay(PageReader):
         sizes: Bytes of each part before encoding.
         direct: Read pages that are not in the page cache with direct I/O.
 
-    Raises (also ``write``):
+    Raises:
         PageFileError: A system call failed, for example because the disk is full.
     """
 
@@ -57,8 +57,11 @@ class Overlay(PageReader):
 
         Args:
             page: Number of the page.
-            kept: The page's parts in stored form, none longer than its original.
-            raw_sums: Checksums of the originals.
+            kept: The page's parts in stored form, none longer than before encoding.
+            raw_sums: Checksums of the parts before encoding.
+
+        Raises:
+            PageFileError: A system call failed, for example because the disk is full.
         """
         offset = SECTOR + 2 * page * self._place
         if self.index[page, 0, OFFSET] == offset:

@@ -1,4 +1,4 @@
-"""Stages: audited replays of golden traces with the production page table and event rule."""
+"""Stages, and their audited replays with the production page table and event rule."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def stages() -> Iterator[Stage]:
     yield Stage(sparse, 32, resizes=True)
 
 
-#: The stage for slower rules, with events of many sizes and half of the pages resident.
+#: The stage for conformance rules that are slow to check, with events of many sizes and half of the
+#: pages resident.
 USUAL = Stage(GOLDEN["mixed"], 24)
 SOME = (USUAL, Stage(USUAL.trace, 30, fetches=True))
 

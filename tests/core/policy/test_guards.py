@@ -1,4 +1,4 @@
-"""Policy faults, which cause only a count, a log line and the fallback to LRU."""
+"""Policy faults, which are counted, logged and answered by the default, or raised if strict."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_after_its_strikes_a_policy_is_replaced(caplog):
             assert replay(rule) == lru_history()
         assert len(calls) == rule.eviction.faults == 3
         assert "policy 'pony' is replaced after 3 faults" in caplog.messages[-1]
-        assert rule.eviction.replaced == "score raised ValueError: no"  # C3
+        assert rule.eviction.replaced == "score raised ValueError: no"
         rule.reset()
         replay(rule)
         assert len(calls) == 3  # it is replaced permanently

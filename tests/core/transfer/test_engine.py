@@ -206,7 +206,7 @@ def test_a_slot_given_to_another_page_is_not_overwritten_by_the_copy_still_queue
     engine.demand(loads({2: 9}))
     engine.store.let_go(1)
     engine.complete(0, 1, 0)
-    engine.demand(loads({3: 4, 4: 6}))  # the thread has emptied its queue
+    engine.demand(loads({3: 4, 4: 6}))  # meanwhile, the thread may reach the copy
     assert engine.holds(2, 9)
     assert 5 not in engine.store.reads
 
@@ -229,7 +229,7 @@ def test_a_slot_given_to_another_page_waits_for_the_copy_under_way(engine, how):
 
 
 def test_a_copy_is_noted_before_it_begins_and_until_it_has_ended(engine, monkeypatch):
-    """An interruption must not leave an unnoted copy, whose slot could be given to another page."""
+    """An interruption must not leave an unrecorded copy, whose slot could go to another page."""
     noted = []
 
     def interrupted(copy, urgency):

@@ -65,7 +65,7 @@ def arguments(config: Resolved) -> list[str]:
     result = ["--model", config.model, *flags(settings), "--middleware", MIDDLEWARE]
     if config.control:
         result += ["--middleware", CONTROL]
-    if _QUIET not in given:  # `fluxmoe top` and Prometheus poll this path
+    if _QUIET not in given:  # `fluxmoe top` and Prometheus poll /metrics
         result += [f"--{_QUIET}", "/metrics"]
     for key, value in given.items():
         result += option(key, value)
@@ -81,7 +81,7 @@ def option(key: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
-        if key == "middleware":  # the only list option that vLLM repeats per value
+        if key == "middleware":  # the only list option that must be repeated for each value
             return [word for item in value for word in (f"--{key}", str(item))]
         return [f"--{key}", *map(str, value)]
     return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
