@@ -5,8 +5,8 @@
         --resume OTHER/stable.pt
 
 After a short warm-up, the learning rate is constant until the last ``--decay`` minutes and then
-decays linearly to zero.
-``stable.pt`` is written when the decay begins, so that a longer run can continue from there.
+decays linearly to zero. ``stable.pt`` is written when the decay begins, so that a longer run can
+continue from there.
 
 Each process uses one thread, because for matrix products this small, waking threads costs more
 than it gains. The parameters are in memory that both processes share. Each process computes the
@@ -83,7 +83,7 @@ def load(data: Path, part: str) -> np.ndarray:
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """Approximate the semi-orthogonal matrices nearest to ``g`` [..., r, c] by Muon's iteration."""
+    """Approximate the semi-orthogonal matrices nearest to ``g`` [..., r, c] by Newton-Schulz."""
     x = g.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT.contiguous() if tall else x
@@ -233,9 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that corpus.py made")
     parser.add_argument("--run", type=Path, required=True, help="folder for log and states")
-    parser.add_argument("--minutes", type=float, required=True, help="duration (wall time)")
-    parser.add_argument("--decay", type=float, required=True, help="last minutes, decaying rate")
-    parser.add_argument("--long", type=float, default=2.0, help="last minutes, long sequences")
+    parser.add_argument("--minutes", type=float, required=True, help="wall time of the run")
+    parser.add_argument("--decay", type=float, required=True, help="minutes with decaying rate")
+    parser.add_argument("--long", type=float, default=2.0, help="last minutes with long sequences")
     parser.add_argument("--resume", type=Path, help="a state of an earlier run")
     args = parser.parse_args()
     from transformers import Qwen3MoeConfig

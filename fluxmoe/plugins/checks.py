@@ -44,7 +44,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
 #: Class attributes that the host reads, with their required types.
 _DECLARED: dict[str, dict[str, type]] = {
     "eviction": {"stable_score": bool, "needs_future": bool},
-    "prefetch": {"lead": int, "predictions": bool},
+    "prefetch": {"lead": int, "predictions": bool, "waste": float},
     "arbitration": {"fixed": bool},
     "codec": {},
 }

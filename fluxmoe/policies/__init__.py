@@ -17,7 +17,7 @@ from fluxmoe.policies.eviction.lfu import LeastFrequentlyUsed
 from fluxmoe.policies.eviction.lru import LeastRecentlyUsed
 from fluxmoe.policies.eviction.next_use import NextUse
 from fluxmoe.policies.eviction.s3_fifo import S3Fifo, S3FifoOptions
-from fluxmoe.policies.prefetch.gate import Gate
+from fluxmoe.policies.prefetch.gate import Gate, GateOptions
 from fluxmoe.policies.prefetch.markov import Markov, MarkovOptions
 from fluxmoe.policies.prefetch.next_layer import NextLayer, NextLayerOptions
 from fluxmoe.policies.prefetch.none import NoPrefetch
@@ -36,7 +36,7 @@ def fluxmoe_register_policies(register: Register) -> None:
     register("none", NoPrefetch)
     register("next-layer", NextLayer, NextLayerOptions)
     register("markov", Markov, MarkovOptions)
-    register("gate", Gate)
+    register("gate", Gate, GateOptions)
     register("fixed", Fixed)
     register("kv-first", KvFirst, KvFirstOptions)
     register("rho", Rho, RhoOptions)

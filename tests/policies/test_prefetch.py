@@ -5,9 +5,10 @@ import pytest
 
 from fluxmoe import hookspecs, plugins
 from fluxmoe.core.paging.table import PageTable
+from fluxmoe.core.policy.guards import PrefetchGuard
 from fluxmoe.core.policy.paging import EvictionPolicy, PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Geometry, Phase
-from fluxmoe.errors import ConfigError
+from fluxmoe.errors import ConfigError, PolicyFaultError
 from fluxmoe.policies.prefetch.gate import Gate
 from fluxmoe.policies.prefetch.markov import Markov
 from fluxmoe.sim.events import Events
@@ -123,6 +124,30 @@ def test_gate_knows_more_than_markov_and_both_more_than_nothing(name):
         assert run.misses < none.misses
     assert gate.prefetch_hits / gate.loads_prefetch > 0.5
     assert gate.prefetch_hits / gate.loads_prefetch > markov.prefetch_hits / markov.loads_prefetch
+
+
+@pytest.mark.parametrize("kind", ["gate", "markov"])
+def test_waste_bounds_the_prefetched_pages_that_are_not_used(kind):
+    events = Events.load(shipped.path("decode-1"))
+    none = simulate(events, "next-use", "50%")
+    free = simulate(events, "next-use", "50%", kind)
+    bound = simulate(events, "next-use", "50%", {"kind": kind, "waste": 0.1})
+    unused = free.loads_prefetch - free.prefetch_hits
+    assert unused > 0.3 * free.loads_demand
+    unused = bound.loads_prefetch - bound.prefetch_hits
+    # One event's proposals may exceed the bound.
+    assert 0 < unused <= 0.1 * bound.loads_demand + events.meta.top_k
+    assert free.misses < bound.misses < none.misses
+    nothing = simulate(events, "next-use", "50%", {"kind": kind, "waste": 0})
+    assert nothing.loads_prefetch - nothing.prefetch_hits <= events.meta.top_k
+
+
+@pytest.mark.parametrize("waste", [-1, "much", True, float("nan")])
+def test_a_policy_with_a_wrong_waste(tmp_path, waste):
+    policy = Spy()
+    policy.waste = waste
+    with pytest.raises(PolicyFaultError, match="waste"):
+        PrefetchGuard(policy, PageView(PageTable(Geometry(1, 4), [4])), name="spy", strict=True)
 
 
 def test_markov_learns_what_follows_what(view):

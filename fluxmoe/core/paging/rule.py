@@ -206,6 +206,8 @@ class EventRule:
         b = self.table.books
         b.now[LOADED] = 0
         proposed = self._prefetch.propose(self.access())
+        if self.table.waste > self._prefetch.waste:  # the policy was called, so that it can learn
+            return True
         resident = b.slot_of[proposed] != ABSENT
         b.flags[proposed[resident]] |= PROTECTED
         wanted = proposed[~resident]

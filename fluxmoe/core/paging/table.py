@@ -99,6 +99,13 @@ class PageTable:
         return int(self.books.now[LAYER])
 
     @property
+    def waste(self) -> float:
+        """Prefetched pages that have not been used, as a share of the pages loaded on demand."""
+        counted = self.counters()
+        unused = counted.loads_prefetch - counted.prefetch_hits
+        return unused / counted.loads_demand if counted.loads_demand else float(unused)
+
+    @property
     def exceeded(self) -> bool:
         """True if the current event needs more pages than its bank has slots."""
         return int(self.books.now[PAGES]) > self.slots[self.bank(self.layer)]

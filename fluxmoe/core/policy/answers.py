@@ -123,6 +123,13 @@ def whole(value: object, least: int, noun: str) -> int:
     raise InvalidAnswer(f"is {line(value, repr)}, not a number of {noun}")
 
 
+def share(value: object) -> float:
+    """Read a declaration that is a number of at least 0."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    raise InvalidAnswer(f"is {line(value, repr)}, not a number of at least 0")
+
+
 def _array(answer: object, most: int, wanted: str) -> npt.NDArray[Any]:
     """Copy an answer into a contiguous array in the machine's byte order.
 

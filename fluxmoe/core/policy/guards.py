@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,8 @@ class PrefetchGuard(PolicyGuard):
         lead = partial(answers.whole, least=0, noun="layers")
         self._leads = self._faults.declared("lead", lead, 0) > 0
         self._predictions = self._faults.declared("predictions", answers.flag, False)
+        #: The policy's ``waste``.
+        self.waste = self._faults.declared("waste", answers.share, inf)
 
     @property
     def active(self) -> bool:

@@ -19,6 +19,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -248,10 +249,13 @@ class PrefetchPolicy(ABC):
         lead: Number of layers that proposals look ahead; a policy whose lead is 0 is never called.
         predictions: True to get ``Access.predicted``. Engines then compute the next layer's router
             on each layer's hidden states.
+        waste: Prefetched pages that were not used, as a share of the pages loaded on demand, above
+            which proposals are ignored. Both are counted since the last reset.
     """
 
     lead: int = 1
     predictions: bool = False
+    waste: float = inf
 
     @abstractmethod
     def propose(self, view: PageView, access: Access) -> npt.ArrayLike:

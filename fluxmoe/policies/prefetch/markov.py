@@ -9,6 +9,7 @@ that old observations fade.
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fluxmoe.core.policy.paging import PageView, PrefetchPolicy
 from fluxmoe.core.types import Access, Int64s
+from fluxmoe.policies.prefetch.gate import WASTE
 
 #: Number of uses of an expert after which its counts are halved.
 _LIMIT = 1024
@@ -29,13 +31,14 @@ class MarkovOptions(BaseModel):
         default=None, ge=1, description="Pages to propose; by default, as many as the event uses."
     )
     lead: int = Field(default=1, ge=1, description="Number of layers to predict ahead.")
+    waste: float | None = Field(default=None, ge=0, description=WASTE)
 
 
 class Markov(PrefetchPolicy):
     """Fetch the experts that most often followed the current event's experts."""
 
-    def __init__(self, top: int | None = None, lead: int = 1) -> None:
-        self.lead, self._top = lead, top
+    def __init__(self, top: int | None = None, lead: int = 1, waste: float | None = None) -> None:
+        self.lead, self._top, self.waste = lead, top, inf if waste is None else float(waste)
         self.reset()
 
     def reset(self) -> None:
