@@ -86,7 +86,7 @@ def require_declared(made: Any, kind: str) -> None:
     """Raise TypeError unless the attributes that the host reads have the required types."""
     for attribute, wanted in _DECLARED[kind].items():
         value: object = getattr(made, attribute)
-        if type(value) is not wanted:
+        if type(value) is not wanted and (wanted, type(value)) != (float, int):
             raise TypeError(f"{attribute} is {line(value, repr)}, not {wanted.__name__}")
 
 

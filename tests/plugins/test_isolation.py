@@ -211,6 +211,27 @@ def test_lead_must_be_a_number_of_layers(tmp_path, lead):
         registry.create("prefetch", "fetch")
 
 
+def test_attributes_of_a_prefetch_policy(tmp_path):
+    source = """
+    import fluxmoe
+    class Fetch(fluxmoe.PrefetchPolicy):
+        waste = WASTE
+        predictions = PREDICTIONS
+        def propose(self, view, access): return []
+    @fluxmoe.hookimpl
+    def fluxmoe_register_policies(register): register("fetch", Fetch)
+    """
+    cases = [("1", "True", ""), ("0.5", "0", "predictions is 0"), ("'x'", "True", "waste is 'x'")]
+    for number, (waste, predictions, message) in enumerate(cases):
+        text = source.replace("WASTE", waste).replace("PREDICTIONS", predictions)
+        registry = plugins.load([write(tmp_path / f"p{number}.py", text)])
+        if not message:
+            assert registry.create("prefetch", "fetch").waste == 1
+            continue
+        with pytest.raises(PluginLoadError, match=message):
+            registry.create("prefetch", "fetch")
+
+
 # --- the plugin API's version ---------------------------------------------------------------------
 
 
