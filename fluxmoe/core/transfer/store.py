@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from fluxmoe.core.transfer.jobs import Urgency
 from fluxmoe.core.types import Bytes, Int64s
 from fluxmoe.errors import StoreError
-from fluxmoe.words import line
+from fluxmoe.words import interrupts, line
 
 #: Copies page ``pages[i]`` into row ``slots[i]`` for all ``i``. Several threads call it at once.
 Reader = Callable[[Int64s, Int64s], None]
@@ -119,17 +119,19 @@ class AddressedStore(Store, Protocol):
 
 
 def read(store: Store, page: int, parts: Sequence[Bytes]) -> None:
-    """Call ``store.read_into``; turn any exception into a StoreError."""
+    """Call ``store.read_into``; turn exceptions but those of signal handlers into StoreError."""
     try:
         store.read_into(page, parts)
     except StoreError:
         raise
     except Exception as error:
+        if interrupts(error):
+            raise
         raise _unreadable(f"page {page}", error) from error
 
 
 def reader(store: Store, arenas: Sequence[Bytes]) -> Reader:
-    """Make a reader of a store's pages that turns any exception into a StoreError."""
+    """Make a reader of a store's pages that turns exceptions into a StoreError (see ``read``)."""
     if isinstance(store, BatchStore):
         return partial(_together, store.reader(arenas))
     return partial(_one_by_one, store, arenas)
@@ -146,6 +148,8 @@ def _together(read_all: Reader, pages: Int64s, slots: Int64s) -> None:
     except StoreError:
         raise
     except Exception as error:
+        if interrupts(error):
+            raise
         raise _unreadable(f"one of the pages {pages.tolist()}", error) from error
 
 
@@ -155,12 +159,14 @@ def _one_by_one(store: Store, arenas: Sequence[Bytes], pages: Int64s, slots: Int
 
 
 def locate(store: AddressedStore, page: int) -> Sequence[int]:
-    """Call ``store.addresses``; turn any exception into a StoreError."""
+    """Call ``store.addresses``; turn exceptions but those of signal handlers into StoreError."""
     try:
         return store.addresses(page)
     except StoreError:
         raise
     except Exception as error:
+        if interrupts(error):
+            raise
         raise _unreadable(f"page {page}", error) from error
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 
 from fluxmoe.core.transfer import host as transfer_host
 from fluxmoe.core.transfer.engine import TransferEngine
 from fluxmoe.core.transfer.host import HostCopier
-from fluxmoe.core.transfer.store import BatchStore, reader
+from fluxmoe.core.transfer.store import BatchStore, read, reader
 from fluxmoe.core.types import Geometry, Loads, PageClass, Part
 from fluxmoe.errors import StoreError
 from fluxmoe.stores.host import HostStore
@@ -173,3 +175,28 @@ def test_a_failed_event_leaves_none_of_its_pages_resident():
     finally:
         rig.pager.transfer.close()
         rig.close()
+
+
+def test_the_exception_of_a_signal_handler_is_not_an_error_of_the_store() -> None:
+    """Such as the TimeoutError of an alarm, which is an OSError."""
+
+    def late(*_):
+        raise TimeoutError
+
+    class Slow(HostStore):
+        def read_into(self, page, parts):
+            signal.raise_signal(signal.SIGUSR1)
+
+        def reader(self, arenas):
+            return lambda pages, slots: signal.raise_signal(signal.SIGUSR1)
+
+    store = Slow(Geometry(1, 2), PAGE_CLASS)
+    before = signal.signal(signal.SIGUSR1, late)
+    try:
+        arenas = [np.zeros((2, part.nbytes), np.uint8) for part in PAGE_CLASS.parts]
+        with pytest.raises(TimeoutError):
+            read(store, 0, [rows[0] for rows in arenas])
+        with pytest.raises(TimeoutError):
+            reader(store, arenas)(np.array([0]), np.array([0]))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
